@@ -1,0 +1,39 @@
+"""The errors a user can meet: one base class, each with the exit code that the command line returns."""
+
+from __future__ import annotations
+
+
+class MoETraceError(Exception):
+    """Base class. The message says what was found, what was expected, and the next move."""
+
+    exit_code = 1
+
+
+class NoRoutersFound(MoETraceError):
+    """The model holds no Mixture-of-Experts router that a known contract can read."""
+
+    exit_code = 3
+
+
+class NothingRecorded(MoETraceError):
+    """Routers were found, but no router call was recorded."""
+
+    exit_code = 4
+
+
+class TraceFileError(MoETraceError):
+    """A trace file is missing, truncated, not JSON, of another tool, or has no moe_trace data."""
+
+    exit_code = 5
+
+
+class OutputError(MoETraceError):
+    """A file could not be written: it exists, the disk is full, or the folder is read-only."""
+
+    exit_code = 6
+
+
+class UsageError(MoETraceError):
+    """The arguments do not fit together."""
+
+    exit_code = 2
