@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs all that the tests need, then runs every check of the project. Arguments go to pytest:
+#   scripts/test.sh -k merge
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh --tests
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+mypy moe_trace
+exec pytest "$@"
