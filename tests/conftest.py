@@ -1,0 +1,38 @@
+"""What holds for every test: no network, no GPU test without a GPU, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from leak_watch import LeakWatch
+
+# Read when huggingface_hub is imported, so set before any test module is. The children of tests inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None:
+        return
+    import torch  # only here: most tests of the reading half need no torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def leak_watch() -> Iterator[LeakWatch]:
+    watch = LeakWatch()
+    yield watch
+    watch.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(leak_watch: LeakWatch) -> Iterator[None]:
+    """After every test no new thread runs, no range is open, and no hook of moe_trace is on any module."""
+    leak_watch.start()
+    yield
+    left = leak_watch.problems()
+    assert not left, "the test left behind: " + "; ".join(left)
