@@ -1,0 +1,53 @@
+"""moe_trace: what a Mixture-of-Experts router does, beside the kernels, in a torch.profiler trace.
+
+Importing this package imports neither torch nor numpy: names are resolved when they are first used, so
+that reading a trace stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    # recording (needs torch)
+    "profile": "moe_trace.profiler",
+    "tensorboard_trace_handler": "moe_trace.profiler",
+    "MoETracer": "moe_trace.tracer",
+    "find_routers": "moe_trace.routers",
+    "RouterSite": "moe_trace.routers",
+    # files (no torch)
+    "merge_into": "moe_trace.timeline.merge",
+    "read_summary": "moe_trace.reader",
+    "Summary": "moe_trace.summary",
+    "RoutingSample": "moe_trace.schema",
+    # errors
+    "MoETraceError": "moe_trace.errors",
+    "NoRoutersFound": "moe_trace.errors",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - one table of names and homes
+
+if TYPE_CHECKING:
+    from moe_trace.errors import MoETraceError, NoRoutersFound
+    from moe_trace.profiler import profile, tensorboard_trace_handler
+    from moe_trace.reader import read_summary
+    from moe_trace.routers import RouterSite, find_routers
+    from moe_trace.schema import RoutingSample
+    from moe_trace.summary import Summary
+    from moe_trace.timeline.merge import merge_into
+    from moe_trace.tracer import MoETracer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moe_trace' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*_HOME, "__version__"]

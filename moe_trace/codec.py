@@ -1,0 +1,171 @@
+"""A `Recording` to and from the JSON that stands under the trace's `moe_trace` key.
+
+Samples are written column by column: sixteen layers of a thousand steps share their field names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moe_trace.errors import TraceFileError
+from moe_trace.schema import (
+    RANGE_KINDS,
+    SCHEMA_VERSION,
+    Lost,
+    Placement,
+    RangeKind,
+    Recording,
+    RouterInfo,
+    RoutingSample,
+    Span,
+)
+
+_SITE_FIELDS = ("site", "name", "layer")  # stored once, in the router table
+_ARRAYS = ("assignments", "k_histogram")
+_PLAIN = tuple(f.name for f in fields(RoutingSample) if f.name not in (*_SITE_FIELDS, *_ARRAYS, "placement"))
+
+
+def encode_recording(recording: Recording, **extra: Any) -> bytes:
+    """One line of JSON; `extra` keys are added at its top level."""
+    index = {router.name: i for i, router in enumerate(recording.routers)}
+    samples = recording.samples
+    columns: dict[str, list[Any]] = {"router": [index[s.name] for s in samples]}
+    columns |= {name: [getattr(s, name) for s in samples] for name in _PLAIN}
+    columns |= {name: [getattr(s, name).tolist() for s in samples] for name in _ARRAYS}
+    columns["placement"] = [_encode_placement(s.placement) for s in samples]
+    payload = {
+        "schema_version": SCHEMA_VERSION,
+        "model": recording.model,
+        "options": recording.options,
+        "rank": recording.rank,
+        "world_size": recording.world_size,
+        "versions": recording.versions,
+        "lost": asdict(recording.lost),
+        "routers": [asdict(router) for router in recording.routers],
+        "samples": columns,
+        **extra,
+    }
+    return msgspec.json.encode(payload)
+
+
+def decode_recording(payload: Any) -> Recording:
+    """The inverse of `encode_recording`, from parsed JSON.
+
+    Raises:
+        TraceFileError: an unknown schema version, or fields of another form.
+    """
+    version = payload.get("schema_version") if isinstance(payload, dict) else None
+    if version != SCHEMA_VERSION:
+        raise TraceFileError(
+            f"found moe_trace data of schema version {version!r}, expected {SCHEMA_VERSION}; "
+            "read it with the moe_trace release that wrote it"
+        )
+    try:
+        routers = tuple(msgspec.convert(r, RouterInfo) for r in payload["routers"])
+        return Recording(
+            model=_mapping(payload["model"]),
+            options=_mapping(payload["options"]),
+            routers=routers,
+            samples=tuple(_decode_samples(payload["samples"], routers)),
+            lost=msgspec.convert(payload["lost"], Lost),
+            rank=msgspec.convert(payload["rank"], int),
+            world_size=msgspec.convert(payload["world_size"], int),
+            versions=msgspec.convert(payload["versions"], dict[str, str]),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
+        raise TraceFileError(
+            f"found moe_trace data that does not follow schema version {SCHEMA_VERSION} "
+            f"({type(error).__name__}: {error}); the file was changed after it was written"
+        ) from error
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _encode_placement(placement: Placement | None) -> list[Any] | None:
+    if placement is None:
+        return None
+    return [_encode_spans(placement.host), _encode_spans(placement.device)]
+
+
+def _encode_spans(spans: dict[RangeKind, Span]) -> list[list[float] | None]:
+    return [
+        [spans[kind].start_us, spans[kind].duration_us] if kind in spans else None for kind in RANGE_KINDS
+    ]
+
+
+def _decode_placement(value: Any) -> Placement | None:
+    if value is None:
+        return None
+    host, device = value
+    return Placement(host=_decode_spans(host), device=_decode_spans(device))
+
+
+def _decode_spans(value: list[Any]) -> dict[RangeKind, Span]:
+    pairs = zip(RANGE_KINDS, value, strict=True)
+    return {kind: Span(float(pair[0]), float(pair[1])) for kind, pair in pairs if pair is not None}
+
+
+class _PlainColumns(msgspec.Struct):
+    """The types of one row; msgspec checks them, so that a hostile file cannot smuggle in others."""
+
+    call: int
+    step: int
+    phase: str
+    stage: str
+    tokens: int
+    top_k: int
+    skipped: int
+    computed_slots: int
+    padding_assignments: int
+    nonfinite_tokens: int
+    router_entropy: float | None
+    confidence: float | None
+    top1_prob: float | None
+    topk_mass: float | None
+    z_loss: float | None
+    router_flops: int
+    expert_flops: int
+    memory_allocated_bytes: int | None
+    host_start_ns: int
+    host_end_ns: int
+    thread: int
+    profiled: bool
+
+
+def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[RoutingSample]:
+    names = ("router", *_PLAIN, *_ARRAYS, "placement")
+    lengths = {len(columns[name]) for name in names}
+    if len(lengths) > 1:
+        raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+    to_array: Callable[[Any], np.ndarray] = _int_array
+    samples = []
+    for row in zip(*(columns[name] for name in names), strict=True):
+        values = dict(zip(names, row, strict=True))
+        router = routers[msgspec.convert(values.pop("router"), int)]
+        arrays = {name: to_array(values.pop(name)) for name in _ARRAYS}
+        placement = _decode_placement(values.pop("placement"))
+        plain = msgspec.to_builtins(msgspec.convert(values, _PlainColumns))
+        samples.append(
+            RoutingSample(
+                site=router.site, name=router.name, layer=router.layer, placement=placement, **arrays, **plain
+            )
+        )
+    return samples
+
+
+def _int_array(values: Any) -> np.ndarray:
+    return np.array(msgspec.convert(values, list[int]), dtype=np.int64)
+
+
+def with_samples(recording: Recording, samples: tuple[RoutingSample, ...], lost: Lost) -> Recording:
+    """The same recording with other samples and losses."""
+    return replace(recording, samples=samples, lost=lost)

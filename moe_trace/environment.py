@@ -1,0 +1,53 @@
+"""What a reader of a trace wants to know of the model and the process that wrote it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_trace.routers import RouterSite
+
+
+def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
+    """Name, class, sizes, type and device of the model."""
+    config = getattr(model, "config", None)
+    first = next(model.parameters(), None)
+    return {
+        "name": str(getattr(config, "name_or_path", "") or type(model).__name__),
+        "class": type(model).__name__,
+        "num_layers": _num_layers(config, sites),
+        "num_moe_layers": len({site.name for site in sites}),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(first.dtype).removeprefix("torch.") if first is not None else None,
+        "device": str(first.device) if first is not None else None,
+        "hidden_size": getattr(config, "hidden_size", None),
+        "experts_implementation": getattr(config, "_experts_implementation", None),
+    }
+
+
+def _num_layers(config: Any, sites: Sequence[RouterSite]) -> int:
+    layers = getattr(config, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else 1 + max(site.layer for site in sites)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) where torch.distributed is not initialised."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is in the trace."""
+    found = {}
+    for package in ("moe_trace", "torch", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

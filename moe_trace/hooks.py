@@ -1,0 +1,220 @@
+"""The hooks on one router, its experts and its block: they read the clock, keep references, open ranges.
+
+They do no arithmetic, never wait for the device, and never raise inside the user's forward: a router that
+cannot be read is switched off, warned about once, and counted.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_trace.contracts import Call, ContractMismatch
+from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
+from moe_trace.recorder import CallRecord, Recorder
+from moe_trace.routers import RouterSite
+from moe_trace.schema import Stage, range_name
+
+
+class Level(IntEnum):
+    """How much is hooked now."""
+
+    OFF = 0
+    RECORD = 1
+    """Router and experts: decisions and host times."""
+    RANGES = 2
+    """The block too, and ranges while a profiler records."""
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """What the model's own hooks know of the forward under way."""
+
+    step: int
+    stage: Stage
+    padding_T: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _OpenCall:
+    call: Call
+    start_ns: int
+    end_ns: int
+    profiled: bool
+
+
+class SiteHooks:
+    """Install, run and remove the hooks of one site.
+
+    Args:
+        context: returns the calling thread's `ForwardContext`.
+        owner: the tracer, for the claim on the router's ranges.
+    """
+
+    def __init__(
+        self,
+        site: RouterSite,
+        *,
+        recorder: Recorder,
+        ranges: OpenRanges,
+        context: Callable[[], ForwardContext],
+        owner: object,
+    ) -> None:
+        self.site = site
+        self.calls = 0
+        self.misread: str | None = None
+        self.level = Level.OFF
+        self._recorder = recorder
+        self._ranges = ranges
+        self._context = context
+        self._owner = owner
+        self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
+        self._handles: list[RemovableHandle] = []
+        self._open: dict[int, _OpenCall] = {}
+
+    def set_level(self, level: Level) -> None:
+        """Install what `level` needs; cheap when nothing changes."""
+        if self.misread is not None:
+            level = Level.OFF
+        if level == self.level:
+            return
+        self._remove()
+        self.level = level
+        if level == Level.OFF:
+            return
+        claim_ranges(self.site.router, self._owner)
+        self._install(level)
+
+    def _install(self, level: Level) -> None:
+        site, handles = self.site, self._handles
+        if level == Level.RANGES and site.block is not None:
+            handles.append(site.block.register_forward_pre_hook(self._before_block))
+            handles.append(site.block.register_forward_hook(self._after_block, always_call=True))
+        handles.append(site.router.register_forward_pre_hook(self._before_router))
+        handles.append(site.router.register_forward_hook(self._after_router, always_call=True))
+        if site.experts is not None:
+            handles.append(site.experts.register_forward_pre_hook(self._before_experts, with_kwargs=True))
+            if level == Level.RANGES:
+                handles.append(site.experts.register_forward_hook(self._after_experts, always_call=True))
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        release_ranges(self.site.router, self._owner)
+
+    def finish(self) -> None:
+        """Record the calling thread's call whose experts module was never reached (fused blocks)."""
+        opened = self._open.get(threading.get_ident())
+        if opened is not None and opened.call.router_output is not None:
+            self._finish(threading.get_ident())
+
+    def discard(self) -> None:
+        """Forget the calling thread's call under way: its forward was interrupted."""
+        self._open.pop(threading.get_ident(), None)
+
+    # -- hooks ----------------------------------------------------------------------------------------
+
+    def _opens_ranges(self) -> bool:
+        return (
+            self.level == Level.RANGES
+            and profiler_is_recording()
+            and owns_ranges(self.site.router, self._owner)
+        )
+
+    def _before_block(self, module: nn.Module, args: Any) -> None:
+        if self._opens_ranges():
+            self._ranges.open(self._names["block"])
+
+    def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        thread = threading.get_ident()
+        if output is None:
+            self._open.pop(thread, None)
+        elif thread in self._open:
+            self._finish(thread)
+        self._ranges.close(self._names["block"])
+
+    def _before_router(self, module: nn.Module, args: Any) -> None:
+        thread = threading.get_ident()
+        if thread in self._open:
+            self._finish(thread)
+        if self._opens_ranges():
+            self._ranges.open(self._names["router"])
+        call = Call(router_args=args)
+        self._open[thread] = _OpenCall(call, time.time_ns(), 0, profiler_is_recording())
+
+    def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        thread = threading.get_ident()
+        opened = self._open.get(thread)
+        if opened is not None:
+            opened.end_ns = time.time_ns()
+        self._ranges.close(self._names["router"])
+        if opened is None:
+            return
+        if output is None:  # the router raised, or a recomputation was cut short: no decision was made
+            del self._open[thread]
+            return
+        opened.call.router_output = output
+        if self.site.experts is None:
+            self._finish(thread)
+
+    def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._opens_ranges():
+            self._ranges.open(self._names["experts"])
+        thread = threading.get_ident()
+        opened = self._open.get(thread)
+        if opened is not None:
+            opened.call.experts_args = args
+            opened.call.experts_kwargs = kwargs
+            self._finish(thread)
+
+    def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._ranges.close(self._names["experts"])
+
+    # -- recording ------------------------------------------------------------------------------------
+
+    def _finish(self, thread: int) -> None:
+        opened = self._open.pop(thread)
+        try:
+            reading = self.site.contract.read(opened.call)
+        except ContractMismatch as mismatch:
+            self._switch_off(str(mismatch))
+            return
+        context = self._context()
+        padding = context.padding_T
+        tokens = reading.index_TK.shape[0]
+        recomputed = torch._C._current_graph_task_id() != -1
+        record = CallRecord(
+            site=self.site,
+            call=self.calls,
+            step=context.step,
+            phase="recompute" if recomputed else "forward",
+            stage=context.stage,
+            start_ns=opened.start_ns,
+            end_ns=opened.end_ns,
+            thread=threading.get_native_id(),
+            profiled=opened.profiled,
+            padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
+        )
+        self.calls += 1
+        self._recorder.add(record, reading)
+
+    def _switch_off(self, reason: str) -> None:
+        self.misread = reason
+        self._remove()
+        self.level = Level.OFF
+        warnings.warn(
+            f"{self.site.name} ({self.site.info.router_class}) cannot be read as "
+            f"'{self.site.contract.name}': {reason}. Its routing is no longer recorded; the model runs on",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,183 @@
+"""`moe_trace.profile`: torch.profiler.profile with the routing of a model in every trace it writes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_trace.errors import MoETraceError, OutputError
+from moe_trace.files import whole_file
+from moe_trace.routers import LayerSelector
+from moe_trace.scalars import write_scalars
+from moe_trace.timeline.band import Tracks
+from moe_trace.timeline.merge import compress, merge_in_place
+from moe_trace.tracer import MoETracer
+
+_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
+
+
+class profile(torch.profiler.profile):  # noqa: N801 - the name of what it stands in for
+    """Drop-in for `torch.profiler.profile` that also records the routing of `model`.
+
+    Args:
+        model: holds the routers.
+        layers, every, warmup, capacity, tracks: see `MoETracer`.
+        profiler_arguments: every argument of `torch.profiler.profile`, unchanged.
+
+    `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` give the figures.
+
+    Raises:
+        NoRoutersFound: the model holds no router that a known contract reads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerSelector = None,
+        every: int = 1,
+        warmup: int = 0,
+        capacity: int = 100_000,
+        tracks: Tracks = ("band",),
+        **profiler_arguments: Any,
+    ) -> None:
+        super().__init__(**profiler_arguments)
+        self.tracer = MoETracer(
+            model, layers=layers, every=every, warmup=warmup, capacity=capacity, tracks=tracks
+        )
+        self.tracer.attach(self)
+
+    def start(self) -> None:
+        """Put the hooks on and start profiling."""
+        self.tracer.start()
+        try:
+            super().start()
+        except BaseException:
+            self.tracer.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop profiling, which calls `on_trace_ready`, and take the hooks off."""
+        try:
+            super().stop()
+        finally:
+            self.tracer.stop()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.tracer.abandon_calls()
+        super().__exit__(kind, error, trace)
+
+
+def attach_tracer(prof: Any, tracer: MoETracer) -> None:
+    """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached."""
+    tracers = getattr(prof, _TRACERS, None)
+    if tracers is not None:
+        if tracer not in tracers:
+            tracers.append(tracer)
+        return
+    setattr(prof, _TRACERS, [tracer])
+    export = prof.export_chrome_trace
+
+    @functools.wraps(export)
+    def export_and_merge(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        _export(lambda plain: export(plain, *args, **kwargs), Path(path), attached_tracers(prof))
+
+    prof.export_chrome_trace = export_and_merge
+
+
+def attached_tracers(prof: Any) -> Sequence[MoETracer]:
+    """The tracers attached to a profiler."""
+    return tuple(getattr(prof, _TRACERS, ()))
+
+
+def _export(export: Callable[[str], None], path: Path, tracers: Sequence[MoETracer]) -> None:
+    failure: OSError | None = None
+    with whole_file(path) as target:
+        plain = target.with_suffix("") if path.suffix == ".gz" else target
+        export(str(plain))
+        _require_complete(plain, path)
+        try:
+            _merge_or_warn(plain, tracers)
+        except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
+            failure = error
+        if plain != target:
+            compress(plain, target)
+            plain.unlink()
+    if failure is not None:
+        raise OutputError(
+            f"{path}: the trace was written, but the routing could not be added ({failure.strerror}); "
+            "free some space, then call moe_trace.merge_into(path, tracer.samples())"
+        ) from failure
+
+
+def _require_complete(plain: Path, path: Path) -> None:
+    """Kineto only logs a failed write, so the file itself must tell."""
+    size = plain.stat().st_size if plain.exists() else 0
+    if size:
+        with plain.open("rb") as file:
+            first = file.read(1)
+            file.seek(max(0, size - 64))
+            last = file.read().rstrip()[-1:]
+        if first != b"{" or last == b"}":
+            return
+    raise OutputError(
+        f"{path}: the profiler wrote {'an incomplete trace' if size else 'nothing'}; is the disk full? "
+        "Nothing was left half-written: free some space or choose another folder"
+    )
+
+
+def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
+    """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
+    for tracer in tracers:
+        if not any(tracer.calls_by_router().values()):
+            warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=6)
+    try:
+        merged = merge_in_place(plain, [t.recording() for t in tracers], tracks=tracers[0].tracks)
+    except MoETraceError as error:
+        warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
+        return
+    for tracer in tracers:
+        tracer.accept(merged)
+
+
+def _nothing_recorded(tracer: MoETracer) -> str:
+    found = f"found {len(tracer.sites)} routers in {type(tracer.model).__name__}, but recorded no call"
+    if tracer.forwards_seen == 0:
+        return f"{found}: the model was not run while the tracer was active"
+    if tracer.forwards_recorded == 0:
+        return (
+            f"{found}: every={tracer.every} and warmup={tracer.warmup} left out all of the "
+            f"{tracer.forwards_seen} forwards; lower them, or run more steps"
+        )
+    return f"{found} in {tracer.forwards_recorded} forwards: its MoE layers did not run through their modules"
+
+
+def tensorboard_trace_handler(
+    dir_name: str | os.PathLike[str], worker_name: str | None = None, use_gzip: bool = False
+) -> Callable[[Any], None]:
+    """An `on_trace_ready` that writes the merged trace and TensorBoard scalars into one folder.
+
+    Args:
+        dir_name: TensorBoard's log folder; made if it is missing.
+        worker_name: unique for each process; `hostname_pid` by default.
+        use_gzip: write `.pt.trace.json.gz`.
+    """
+    write_trace = torch.profiler.tensorboard_trace_handler(str(dir_name), worker_name, use_gzip)
+
+    def handle(prof: Any) -> None:
+        write_trace(prof)
+        for tracer in attached_tracers(prof):
+            write_scalars(dir_name, tracer.exported_samples)
+
+    return handle

@@ -1,0 +1,80 @@
+"""Open and close `record_function` ranges, so that none can stay open.
+
+A range costs microseconds even when nobody records, so one is opened only while a profiler is recording.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+
+def profiler_is_recording() -> bool:
+    """Whether a torch profiler records the calling thread now."""
+    return torch.autograd._profiler_enabled()
+
+
+class OpenRanges:
+    """The ranges that one tracer has open, per thread, innermost last."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[int, list[tuple[str, record_function]]] = {}
+
+    def open(self, name: str) -> None:
+        """Open a range on the calling thread."""
+        entry = record_function(name)
+        entry.__enter__()
+        self._stacks.setdefault(threading.get_ident(), []).append((name, entry))
+
+    def close(self, name: str) -> None:
+        """Close the innermost open range of that name, and any that was left open inside it."""
+        stack = self._stacks.get(threading.get_ident())
+        if not stack or all(name != opened for opened, _ in stack):
+            return
+        while stack:
+            opened, entry = stack.pop()
+            entry.__exit__(None, None, None)
+            if opened == name:
+                return
+
+    def close_thread(self) -> None:
+        """Close what an interrupted forward left open on the calling thread."""
+        for _, entry in reversed(self._stacks.pop(threading.get_ident(), [])):
+            entry.__exit__(None, None, None)
+
+    def close_all(self) -> None:
+        """Close everything, whichever thread opened it."""
+        while self._stacks:
+            _, stack = self._stacks.popitem()
+            for _, entry in reversed(stack):
+                entry.__exit__(None, None, None)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stacks.values()))
+
+
+# Two tracers on one model would open every range twice; the first to come opens them.
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
+
+
+def claim_ranges(router: nn.Module, tracer: object) -> None:
+    """Make `tracer` the one that opens this router's ranges, unless another active one does."""
+    owner = _owners.get(router)
+    if owner is None or owner() is None:
+        _owners[router] = weakref.ref(tracer)
+
+
+def owns_ranges(router: nn.Module, tracer: object) -> bool:
+    """Whether `tracer` opens this router's ranges."""
+    owner = _owners.get(router)
+    return owner is not None and owner() is tracer
+
+
+def release_ranges(router: nn.Module, tracer: object) -> None:
+    """Give up the claim, if it is this tracer's."""
+    if owns_ranges(router, tracer):
+        del _owners[router]

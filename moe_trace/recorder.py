@@ -1,0 +1,328 @@
+"""Keep what the hooks saw until it can be reduced, in batches, on the device; bring it to the host late.
+
+Nothing here waits for the device until `drain`. The way of one router call:
+
+    add      references to the router's own tensors, nothing computed            (in the hook)
+    reduce   all calls of a forward in one batch of kernels -> two small tensors (at the end of the forward)
+    ship     many small tensors -> pinned host memory, asynchronously            (every `_SHIP_EVERY` batches)
+    drain    wait for what is under way; build `RoutingSample`s                  (when somebody asks)
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_trace.contracts import Reading
+from moe_trace.routers import RouterSite
+from moe_trace.schema import OWN_WORK_RANGE, Phase, RoutingSample, Stage
+from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
+
+_HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
+_REDUCED_ELEMENTS_MAX = 2**24  # logits of one batch: bounds the scratch memory to about 3 x 64 MiB
+_SHIP_EVERY = 32
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One router call, before its figures are known."""
+
+    site: RouterSite
+    call: int
+    step: int
+    phase: Phase
+    stage: Stage
+    start_ns: int
+    end_ns: int
+    thread: int
+    profiled: bool
+    padding_T: Tensor | None
+    memory_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    record: CallRecord
+    reading: Reading
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Calls reduced together; `stats` moves from the device to pinned memory to numpy."""
+
+    records: list[CallRecord]
+    top_k: int
+    tokens: int
+    num_experts: int
+    has_logits: bool
+    ints: Any
+    floats: Any
+    copied: torch.cuda.Event | None = None
+    samples: list[RoutingSample] | None = None
+
+
+class Recorder:
+    """Bounded store of the calls of one tracer. Any thread may add; reductions are serialised.
+
+    Args:
+        capacity: router calls kept; beyond it the oldest are dropped and counted in `overwritten`.
+    """
+
+    def __init__(self, *, capacity: int) -> None:
+        self.capacity = capacity
+        self.overwritten = 0
+        self._lock = threading.RLock()
+        self._pending: list[_Pending] = []
+        self._held_bytes = 0
+        self._on_device: list[_Batch] = []
+        self._on_host: deque[_Batch] = deque()
+        self._kept = 0
+
+    def add(self, record: CallRecord, reading: Reading) -> None:
+        """Keep references to the call's tensors; reduce early if too much would be kept alive."""
+        pending = _Pending(record, reading)
+        held = _tensor_bytes(reading)
+        with self._lock:
+            self._pending.append(pending)
+            self._held_bytes += held
+            full = self._held_bytes > _HELD_BYTES_MAX
+        if full:
+            self.reduce()
+
+    def reduce(self) -> None:
+        """Reduce all pending calls on their devices, without waiting for any."""
+        if not self._pending:
+            return
+        with self._lock, torch.no_grad():
+            pending, self._pending = self._pending, []
+            self._held_bytes = 0
+            with _own_work_range():
+                for group in _groups_of_one_shape(pending):
+                    self._store(_reduce_group(group))
+
+    def _store(self, batch: _Batch) -> None:
+        self._kept += len(batch.records)
+        if batch.ints.device.type == "cuda":
+            self._on_device.append(batch)
+            if len(self._on_device) >= _SHIP_EVERY:
+                self._ship()
+        else:
+            self._on_host.append(batch)
+        while self._kept > self.capacity and self._on_host:
+            dropped = self._on_host.popleft()
+            self._kept -= len(dropped.records)
+            self.overwritten += len(dropped.records)
+
+    def _ship(self) -> None:
+        """Start the copies of all batches on a device to pinned host memory."""
+        for batch in self._on_host:
+            _unpin_if_copied(batch)
+        for device, batches in _by_device_and_width(self._on_device):
+            with torch.cuda.device(device), torch.no_grad():
+                ints = _copy_to_pinned(torch.cat([b.ints for b in batches]))
+                floats = _copy_to_pinned(torch.cat([b.floats for b in batches]))
+                copied = torch.cuda.Event()
+                copied.record()
+            start = 0
+            for batch in batches:
+                rows = slice(start, start := start + len(batch.records))
+                batch.ints, batch.floats, batch.copied = ints[rows], floats[rows], copied
+        self._on_host.extend(self._on_device)
+        self._on_device.clear()
+
+    def drain(self) -> list[RoutingSample]:
+        """All samples kept so far, oldest first. Waits for the device; nothing is removed."""
+        with self._lock:
+            self.reduce()
+            self._ship()
+            samples = [sample for batch in self._on_host for sample in _samples(batch)]
+        return sorted(samples, key=lambda s: s.host_start_ns)
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        with self._lock:
+            self._pending.clear()
+            self._on_device.clear()
+            self._on_host.clear()
+            self._held_bytes = self._kept = self.overwritten = 0
+
+
+def _own_work_range() -> Any:
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(OWN_WORK_RANGE)
+    return _NO_RANGE
+
+
+class _NoRange:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NO_RANGE = _NoRange()
+
+
+def _tensor_bytes(reading: Reading) -> int:
+    tensors = (reading.index_TK, reading.weights_TK, reading.logits_TE)
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _groups_of_one_shape(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
+    """Calls that one batch of kernels can take: same shapes, types, device and padding mask."""
+    groups: dict[Any, list[_Pending]] = {}
+    for item in pending:
+        groups.setdefault(_shape_key(item), []).append(item)
+    for group in groups.values():
+        logits = group[0].reading.logits_TE
+        elements = max(1, (logits if logits is not None else group[0].reading.index_TK).numel())
+        size = max(1, _REDUCED_ELEMENTS_MAX // elements)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _shape_key(item: _Pending) -> Any:
+    reading = item.reading
+    logits = reading.logits_TE
+    return (
+        reading.index_TK.shape,
+        reading.index_TK.device,
+        reading.index_TK.dtype,
+        reading.weights_TK.dtype,
+        None if logits is None else (logits.shape, logits.dtype),
+        item.record.site.info.num_experts,
+        id(item.record.padding_T),
+    )
+
+
+def _reduce_group(group: list[_Pending]) -> _Batch:
+    first = group[0]
+    logits = first.reading.logits_TE
+    tokens, top_k = first.reading.index_TK.shape
+    num_experts = first.record.site.info.num_experts or (logits.shape[-1] if logits is not None else 0)
+    stats: PackedStats = routing_stats(
+        None if logits is None else _stack([p.reading.logits_TE for p in group]),
+        _stack([p.reading.weights_TK for p in group]),
+        _stack([p.reading.index_TK for p in group]),
+        num_experts,
+        first.record.padding_T,
+    )
+    memory = _allocated_bytes(first.reading.index_TK.device)
+    for item in group:
+        item.record.memory_bytes = memory
+        item.record.padding_T = None
+    return _Batch(
+        records=[p.record for p in group],
+        top_k=top_k,
+        tokens=tokens,
+        num_experts=num_experts,
+        has_logits=logits is not None,
+        ints=stats.ints,
+        floats=stats.floats,
+    )
+
+
+def _stack(tensors: list[Any]) -> Tensor:
+    return tensors[0].detach().unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _allocated_bytes(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _by_device_and_width(batches: list[_Batch]) -> Iterator[tuple[torch.device, list[_Batch]]]:
+    groups: dict[Any, list[_Batch]] = {}
+    for batch in batches:
+        groups.setdefault((batch.ints.device, batch.ints.shape[1]), []).append(batch)
+    for (device, _), group in groups.items():
+        yield device, group
+
+
+def _copy_to_pinned(source: Tensor) -> Tensor:
+    target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    return target.copy_(source, non_blocking=True)
+
+
+def _unpin_if_copied(batch: _Batch) -> None:
+    """Move a finished copy out of pinned memory, which is scarce."""
+    if batch.copied is not None and batch.copied.query():
+        _to_numpy(batch)
+
+
+def _to_numpy(batch: _Batch) -> None:
+    if isinstance(batch.ints, Tensor):
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        batch.ints = batch.ints.numpy().copy()
+        batch.floats = batch.floats.numpy().copy()
+        batch.copied = None
+
+
+def _samples(batch: _Batch) -> list[RoutingSample]:
+    if batch.samples is None:
+        _to_numpy(batch)
+        rows = zip(batch.records, batch.ints, batch.floats, strict=True)
+        batch.samples = [_sample(batch, record, ints, floats) for record, ints, floats in rows]
+    return batch.samples
+
+
+def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
+    experts, k = batch.num_experts, batch.top_k
+    assignments = ints[:experts]
+    zero_weight, out_of_range = int(ints[experts]), int(ints[experts + 1])
+    k_histogram = ints[experts + 2 : experts + 3 + k]
+    padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
+    info = record.site.info
+    computed = int(assignments.sum()) + zero_weight
+    means = _means(sums, finite, experts) if batch.has_logits else dict.fromkeys(_MEANS)
+    return RoutingSample(
+        site=info.site,
+        name=info.name,
+        layer=info.layer,
+        call=record.call,
+        step=record.step,
+        phase=record.phase,
+        stage=record.stage,
+        tokens=batch.tokens,
+        top_k=k,
+        assignments=assignments,
+        skipped=zero_weight + out_of_range,
+        computed_slots=computed,
+        padding_assignments=padding,
+        nonfinite_tokens=batch.tokens - finite if batch.has_logits else 0,
+        k_histogram=k_histogram,
+        router_flops=info.router_flops_per_token * batch.tokens,
+        expert_flops=info.expert_flops_per_slot * computed,
+        memory_allocated_bytes=record.memory_bytes,
+        host_start_ns=record.start_ns,
+        host_end_ns=record.end_ns,
+        thread=record.thread,
+        profiled=record.profiled,
+        **means,
+    )
+
+
+_MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
+
+
+def _means(sums: np.ndarray, finite: int, experts: int) -> dict[str, float | None]:
+    if finite == 0:
+        return dict.fromkeys(_MEANS)
+    mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
+    entropy = max(0.0, mean["entropy"])
+    # With one expert there is nothing to be unsure of.
+    confidence = 1.0 - entropy / math.log(experts) if experts > 1 else 1.0
+    return {
+        "router_entropy": entropy,
+        "confidence": confidence,
+        "top1_prob": mean["top1_prob"],
+        "topk_mass": mean["topk_mass"],
+        "z_loss": mean["z_loss"],
+    }

@@ -1,0 +1,63 @@
+"""Routing figures as TensorBoard scalars."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from moe_trace.loads import describe_load
+from moe_trace.schema import RoutingSample
+
+# One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
+_GROUPS = ("load_max_over_mean", "load_cv", "router_entropy", "router_confidence", "skipped_share")
+
+
+def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
+    """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter."""
+    if not samples:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(log_dir=str(folder)) as writer:
+        for tag, value, step in scalar_points(samples):
+            writer.add_scalar(tag, value, global_step=step)
+
+
+def scalar_points(samples: Iterable[RoutingSample]) -> Iterator[tuple[str, float, int]]:
+    """(tag, value, step): per step and router, all calls of the step taken together, and their mean."""
+    steps: dict[int, dict[str, list[RoutingSample]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        if sample.phase == "forward":
+            steps[sample.step][sample.site].append(sample)
+    for step, sites in sorted(steps.items()):
+        values: dict[str, list[float]] = defaultdict(list)
+        for site, calls in sorted(sites.items()):
+            for group, value in _figures(calls).items():
+                values[group].append(value)
+                yield f"moe_{group}/{site}", value, step
+        for group, numbers in values.items():
+            yield f"moe_{group}/mean", sum(numbers) / len(numbers), step
+
+
+def _figures(calls: Sequence[RoutingSample]) -> dict[str, float]:
+    load = describe_load(sum(call.assignments for call in calls))
+    slots = sum(call.tokens * call.top_k for call in calls)
+    found = {
+        "load_max_over_mean": load.max_over_mean,
+        "load_cv": load.cv,
+        "router_entropy": _mean(calls, "router_entropy"),
+        "router_confidence": _mean(calls, "confidence"),
+        "skipped_share": sum(call.skipped for call in calls) / slots if slots else None,
+    }
+    return {group: value for group in _GROUPS if (value := found[group]) is not None}
+
+
+def _mean(calls: Sequence[RoutingSample], figure: str) -> float | None:
+    weighted = [
+        (value, call.tokens - call.nonfinite_tokens)
+        for call in calls
+        if (value := getattr(call, figure)) is not None
+    ]
+    tokens = sum(weight for _, weight in weighted)
+    return sum(value * weight for value, weight in weighted) / tokens if tokens else None

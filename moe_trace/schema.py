@@ -1,0 +1,171 @@
+"""The one vocabulary: record types, names in the trace, units and the schema version.
+
+Everything that crosses from the recording half (torch) to the reading half (no torch) is defined here.
+This module imports numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "moe_trace"  # top-level key of the trace JSON
+
+RangeKind = Literal["router", "experts", "block"]
+RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block")
+RANGE_PREFIX = "moe."
+RANGE_NAME = re.compile(r"moe\.(router|experts|block)/(.+)", re.DOTALL)
+OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its cost is visible
+
+# Linux hands out process ids below 2**22, so no traced process can have this one; the rank is added to it.
+BAND_PID = 9_000_000
+BAND_NAME = "MoE routing"
+BAND_SORT_INDEX = -1_000_000  # above the CPU and GPU rows
+
+Phase = Literal["forward", "recompute"]
+Stage = Literal["prefill", "decode", "train"]
+
+
+def range_name(kind: RangeKind, site: str) -> str:
+    """`moe.router/L03`: stable per layer, so that `key_averages()` groups by it."""
+    return f"{RANGE_PREFIX}{kind}/{site}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInfo:
+    """What is known of a router without running it; plain data, written to the trace."""
+
+    site: str
+    """Label in the trace, e.g. `L03` or `L03.text`."""
+    name: str
+    """Path of the router module in the model."""
+    layer: int
+    router_class: str
+    experts_class: str | None
+    contract: str
+    """How a call of this router is read (see `moe_trace.contracts`)."""
+    num_experts: int
+    """E: classes of the router's decision (identity experts included)."""
+    top_k: int
+    """K: slots per token; 0 where it is only known once the router has run."""
+    router_flops_per_token: int
+    """2 x the router's matrix weights."""
+    expert_flops_per_slot: int
+    """2 x the matrix weights of one routed expert (all three matrices where it is gated)."""
+    shared_flops_per_token: int = 0
+    """2 x the matrix weights of the always-on experts beside the routed ones."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Parameter counts: `router`, `experts` (all routed), `shared`."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know about the figures of this router."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """An interval on the trace's clock, in microseconds."""
+
+    start_us: float
+    duration_us: float
+
+    @property
+    def end_us(self) -> float:
+        return self.start_us + self.duration_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one router call stands in the trace: spans by range kind, on the host and on the device."""
+
+    host: dict[RangeKind, Span]
+    device: dict[RangeKind, Span]
+    """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSample:
+    """What one router decided in one call. E experts, K slots per token, T tokens."""
+
+    site: str
+    name: str
+    layer: int
+    call: int
+    """0, 1, 2 ... per router, over the calls that were recorded."""
+    step: int
+    phase: Phase
+    """`recompute` when gradient checkpointing ran the forward again; never added to the load."""
+    stage: Stage
+    tokens: int
+    """T: rows that the router saw, padding included."""
+    top_k: int
+    assignments: npt.NDArray[np.int64]
+    """[E] slots that chose each expert; sums to tokens * top_k - skipped."""
+    skipped: int
+    """Slots with an index outside [0, E) or a weight of exactly 0."""
+    computed_slots: int
+    """Slots whose expert really ran (a slot of weight 0 is computed all the same): the base of FLOPs."""
+    padding_assignments: int
+    """Assignments made by padding tokens, as told by the model's 2-D attention mask; part of `assignments`."""
+    nonfinite_tokens: int
+    """Tokens whose logits hold NaN or infinity; left out of the means below."""
+    router_entropy: float | None
+    """Mean over tokens of the entropy of softmax(logits), in nats, 0 ... ln E; None without true logits."""
+    confidence: float | None
+    """1 - router_entropy / ln E."""
+    top1_prob: float | None
+    """Mean over tokens of the largest softmax probability."""
+    topk_mass: float | None
+    """Mean over tokens of the softmax probability of the chosen experts, before any renormalisation."""
+    z_loss: float | None
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
+    k_histogram: npt.NDArray[np.int64]
+    """[K + 1] tokens by the number of slots that they really used."""
+    router_flops: int
+    expert_flops: int
+    memory_allocated_bytes: int | None
+    """Device memory that torch's allocator held when this forward's decisions were reduced; None on a CPU."""
+    host_start_ns: int
+    """`time.time_ns()` just inside the router's range."""
+    host_end_ns: int
+    thread: int
+    """Native id of the thread that ran the router."""
+    profiled: bool
+    """Whether a profiler was recording."""
+    placement: Placement | None = None
+    """Set once the sample has been merged into a trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What did not make it, so that each stage accounts for all that it took in."""
+
+    samples_without_range: int = 0
+    """Profiled samples for which the trace holds no range (Kineto drops events when its buffer is full)."""
+    ranges_without_sample: int = 0
+    """Router ranges in the trace for which no decision was kept."""
+    overwritten: int = 0
+    """Oldest samples dropped because `capacity` was reached."""
+    misread: dict[str, str] = field(default_factory=dict)
+    """Routers switched off because a call had an unexpected form: module path -> what was seen."""
+    never_called: tuple[str, ...] = ()
+    """Routers that were found but not called while the tracer was on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """All that was recorded about one model, or that one trace file holds."""
+
+    model: dict[str, Any]
+    """`name`, `class`, `num_layers`, `num_parameters`, `dtype`, `device`."""
+    options: dict[str, Any]
+    """`layers`, `every`, `warmup`, `capacity` as the tracer had them."""
+    routers: tuple[RouterInfo, ...]
+    samples: tuple[RoutingSample, ...]
+    lost: Lost
+    rank: int = 0
+    world_size: int = 1
+    versions: dict[str, str] = field(default_factory=dict)

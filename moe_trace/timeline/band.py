@@ -1,0 +1,228 @@
+"""The compact band: counter tracks and per-layer lanes of one synthetic process above the CPU and GPU rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from moe_trace.loads import Load, describe_load
+from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
+
+Tracks = Sequence[Literal["band", "layers", "experts"]]
+Event = dict[str, Any]
+_T = TypeVar("_T")
+
+LANES: tuple[RangeKind, ...] = ("router", "experts")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A placed sample with what its events need."""
+
+    sample: RoutingSample
+    load: Load
+    spans: dict[RangeKind, Span]
+    """Device spans where the call has any, else host spans."""
+    clock: Literal["device", "host"]
+
+    @property
+    def moe(self) -> Span:
+        """The whole MoE layer: its block, or from the router to the end of the experts."""
+        if "block" in self.spans:
+            return self.spans["block"]
+        start = self.spans["router"].start_us
+        end = max(span.end_us for span in self.spans.values())
+        return Span(start, end - start)
+
+
+def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks = ("band",)) -> list[Event]:
+    """Chrome trace events for the samples that were placed.
+
+    Args:
+        rank: names the band's process and is added to its id.
+        tracks: `band`: one counter track a figure, for all layers; `layers`: a track per layer and
+            figure; `experts`: one stacked track of the assignments to all experts.
+    """
+    calls = sorted(
+        (_call(sample) for sample in samples if sample.placement is not None), key=lambda c: c.moe.start_us
+    )
+    if not calls:
+        return []
+    pid = BAND_PID + rank
+    events = _process_events(pid, rank, calls[0].moe.start_us)
+    for track in tracks:
+        events.extend(_TRACKS[track](calls, pid))
+    events.extend(_lane_events(calls, pid))
+    return events
+
+
+def _call(sample: RoutingSample) -> _Call:
+    assert sample.placement is not None
+    device = sample.placement.device
+    on_device = "router" in device
+    return _Call(
+        sample,
+        describe_load(sample.assignments),
+        device if on_device else sample.placement.host,
+        "device" if on_device else "host",
+    )
+
+
+def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
+    values = (
+        ("process_name", {"name": BAND_NAME}),
+        ("process_labels", {"labels": f"rank {rank}"}),
+        ("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}),
+    )
+    return [
+        {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": 0, "args": args} for name, args in values
+    ]
+
+
+# -- counters -----------------------------------------------------------------------------------------
+
+
+def _expert_tflops(call: _Call) -> float | None:
+    experts = call.spans.get("experts")
+    if experts is None or experts.duration_us <= 0 or not call.sample.expert_flops:
+        return None
+    return call.sample.expert_flops / experts.duration_us / 1e6
+
+
+def _skipped_share(call: _Call) -> float | None:
+    slots = call.sample.tokens * call.sample.top_k
+    return 100 * call.sample.skipped / slots if call.sample.skipped else None
+
+
+FIGURES: dict[str, Callable[[_Call], float | None]] = {
+    "load max÷mean": lambda call: call.load.max_over_mean,
+    "router entropy (nats)": lambda call: call.sample.router_entropy,
+    "active experts": lambda call: call.load.active_experts,
+    "expert TFLOP/s": _expert_tflops,
+    "skipped slots (%)": _skipped_share,
+}
+
+
+def _band_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+    """A step function over time: a layer's value from the start of its MoE layer, 0 from its end."""
+    for lane, members in enumerate(_without_overlap(calls, lambda call: call.moe)):
+        for name, figure in FIGURES.items():
+            yield from _step_function(_numbered(name, lane), "value", figure, members, pid)
+
+
+def _layer_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+    for site in sorted({call.sample.site for call in calls}):
+        of_site = [call for call in calls if call.sample.site == site]
+        for lane, members in enumerate(_without_overlap(of_site, lambda call: call.moe)):
+            for name, figure in FIGURES.items():
+                yield from _step_function(_numbered(f"{site} {name}", lane), "value", figure, members, pid)
+
+
+def _expert_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+    for lane, members in enumerate(_without_overlap(calls, lambda call: call.moe)):
+        name = _numbered("assignments by expert", lane)
+        for call in members:
+            counts = {f"E{i:02d}": int(n) for i, n in enumerate(call.sample.assignments)}
+            yield _counter(name, pid, call.moe.start_us, counts)
+            yield _counter(name, pid, call.moe.end_us, dict.fromkeys(counts, 0))
+
+
+_TRACKS: dict[str, Callable[[Sequence[_Call], int], Iterator[Event]]] = {
+    "band": _band_counters,
+    "layers": _layer_counters,
+    "experts": _expert_counters,
+}
+
+
+def _step_function(
+    name: str, series: str, figure: Callable[[_Call], float | None], calls: Sequence[_Call], pid: int
+) -> Iterator[Event]:
+    for call in calls:
+        value = figure(call)
+        if value is not None:
+            yield _counter(name, pid, call.moe.start_us, {series: value})
+            yield _counter(name, pid, call.moe.end_us, {series: 0})
+
+
+def _counter(name: str, pid: int, time_us: float, values: dict[str, float]) -> Event:
+    return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": time_us, "args": values}
+
+
+# -- lanes --------------------------------------------------------------------------------------------
+
+
+def _lane_events(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+    tid = 0
+    for kind in LANES:
+        with_span = [call for call in calls if kind in call.spans]
+        for lane, members in enumerate(_without_overlap(with_span, lambda call: call.spans[kind])):
+            tid += 1
+            start_us = members[0].spans[kind].start_us
+            for name, args in (
+                ("thread_name", {"name": _numbered(kind, lane)}),
+                ("thread_sort_index", {"sort_index": tid}),
+            ):
+                yield {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": tid, "args": args}
+            for call in members:
+                yield _slice(call, kind, pid, tid)
+
+
+def _slice(call: _Call, kind: RangeKind, pid: int, tid: int) -> Event:
+    span = call.spans[kind]
+    return {
+        "ph": "X",
+        "cat": "moe_trace",
+        "name": call.sample.site,
+        "pid": pid,
+        "tid": tid,
+        "ts": span.start_us,
+        "dur": span.duration_us,
+        "args": _slice_args(call),
+    }
+
+
+def _slice_args(call: _Call) -> dict[str, Any]:
+    sample, load = call.sample, call.load
+    return {
+        "router": sample.name,
+        "step": sample.step,
+        "call": sample.call,
+        "phase": sample.phase,
+        "stage": sample.stage,
+        "clock": call.clock,
+        "tokens": sample.tokens,
+        "top_k": sample.top_k,
+        "assignments": sample.assignments.tolist(),
+        "skipped": sample.skipped,
+        "padding_assignments": sample.padding_assignments,
+        "load max÷mean": load.max_over_mean,
+        "load CV": load.cv,
+        "load Gini": load.gini,
+        "load entropy": load.entropy,
+        "active experts": load.active_experts,
+        "router entropy (nats)": sample.router_entropy,
+        "router confidence": sample.confidence,
+        "router FLOPs": sample.router_flops,
+        "expert FLOPs": sample.expert_flops,
+    }
+
+
+def _numbered(name: str, lane: int) -> str:
+    return name if lane == 0 else f"{name} ({lane + 1})"
+
+
+def _without_overlap(items: Sequence[_T], span_of: Callable[[_T], Span]) -> list[list[_T]]:
+    """The items in as few lanes as possible, none of which holds two spans that overlap."""
+    lanes: list[list[_T]] = []
+    ends: list[float] = []
+    for item in sorted(items, key=lambda i: span_of(i).start_us):
+        span = span_of(item)
+        lane = next((i for i, end in enumerate(ends) if end <= span.start_us), None)
+        if lane is None:
+            lanes.append([])
+            ends.append(0.0)
+            lane = len(lanes) - 1
+        lanes[lane].append(item)
+        ends[lane] = span.end_us
+    return lanes

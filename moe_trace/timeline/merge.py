@@ -1,0 +1,224 @@
+"""Splice the band and the recording into a trace file; the bytes around them stay what Kineto wrote."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from moe_trace.codec import encode_recording
+from moe_trace.errors import NothingRecorded, TraceFileError
+from moe_trace.files import whole_file
+from moe_trace.schema import METADATA_KEY, Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.timeline.band import Tracks, band_events
+from moe_trace.timeline.place import Placed, place_samples
+from moe_trace.timeline.scan import (
+    TraceTail,
+    read_base_time_ns,
+    read_splice,
+    read_tail,
+    scan_ranges,
+    trace_path_error,
+)
+
+_COPY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging did: the samples of this trace with their placements, and what found no partner."""
+
+    placed: list[RoutingSample]
+    lost: Lost
+    """Only what this merge lost: samples without a range, ranges without a sample."""
+
+
+def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSample]) -> None:
+    """Merge routing samples into a trace that `torch.profiler` wrote: counters, lanes and the recording.
+
+    Merging into a trace again replaces what the earlier merge added.
+
+    Args:
+        trace_path: a `.json` or `.json.gz` trace; replaced in one step, or left as it was.
+        samples: `tracer.samples()`, or `tracer.recording()`, which also carries the model's description.
+
+    Raises:
+        NothingRecorded: there is no sample.
+        TraceFileError: the file is not a complete trace of torch.profiler.
+        OutputError: the result cannot be written.
+    """
+    recording = samples if isinstance(samples, Recording) else recording_of(samples)
+    if not recording.samples:
+        raise NothingRecorded(
+            f"found no routing sample to merge into {trace_path}; run the model while the tracer is active, "
+            "and check layers=, every= and warmup="
+        )
+    merge_recording(Path(trace_path), [recording])
+
+
+def recording_of(samples: Sequence[RoutingSample]) -> Recording:
+    """A recording that knows no more of the model than its samples tell."""
+    routers = {sample.name: _router_of(sample) for sample in samples}
+    return Recording(
+        model={"name": None, "class": None, "num_layers": None, "num_moe_layers": len(routers)},
+        options={},
+        routers=tuple(routers.values()),
+        samples=tuple(samples),
+        lost=Lost(),
+    )
+
+
+def _router_of(sample: RoutingSample) -> RouterInfo:
+    return RouterInfo(
+        site=sample.site,
+        name=sample.name,
+        layer=sample.layer,
+        router_class="unknown",
+        experts_class=None,
+        contract="unknown",
+        num_experts=len(sample.assignments),
+        top_k=sample.top_k,
+        router_flops_per_token=sample.router_flops // max(1, sample.tokens),
+        expert_flops_per_slot=sample.expert_flops // max(1, sample.computed_slots),
+    )
+
+
+def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Tracks = ("band",)) -> Merged:
+    """Merge into an existing file, which is replaced in one step."""
+    try:
+        source = path.open("rb")
+    except OSError as error:
+        raise trace_path_error(path, error) from error
+    with source, whole_file(path) as target:
+        if path.suffix == ".gz":
+            plain = target.with_suffix("")
+            _decompress(path, plain)
+            merged = merge_in_place(plain, recordings, tracks=tracks)
+            compress(plain, target)
+            plain.unlink()
+        else:
+            with target.open("wb") as copy:
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
+            merged = merge_in_place(target, recordings, tracks=tracks)
+    return merged
+
+
+def _decompress(path: Path, plain: Path) -> None:
+    try:
+        with gzip.open(path, "rb") as packed, plain.open("wb") as out:
+            shutil.copyfileobj(packed, out, _COPY_BYTES)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise TraceFileError(
+            f"{path}: expected a gzip-compressed trace, but {error}; the file is truncated or of another "
+            "kind - export it again"
+        ) from error
+
+
+def compress(plain: Path, target: Path) -> None:
+    """gzip a finished file."""
+    with plain.open("rb") as source, gzip.open(target, "wb", compresslevel=6) as packed:
+        shutil.copyfileobj(source, packed, _COPY_BYTES)
+
+
+def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Tracks = ("band",)) -> Merged:
+    """Merge into a file of our own; if this fails the file is worthless."""
+    with path.open("r+b") as file:
+        _strip(file)
+        tail = read_tail(file)
+        placed = _place(file, recordings, tail)
+        combined = _combine(recordings, placed)
+        events = band_events(combined.samples, rank=combined.rank, tracks=tracks)
+        _splice(file, tail, b",\n".join(map(msgspec.json.encode, events)), combined)
+    lost = Lost(
+        samples_without_range=placed.samples_without_range,
+        ranges_without_sample=placed.ranges_without_sample,
+    )
+    return Merged(placed.samples, lost)
+
+
+def _place(file: BinaryIO, recordings: Sequence[Recording], tail: TraceTail) -> Placed:
+    return place_samples(
+        [sample for recording in recordings for sample in recording.samples],
+        list(scan_ranges(file)),
+        base_time_ns=read_base_time_ns(file),
+        window=tail.window,
+    )
+
+
+def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
+    """One recording of all tracers, holding only the samples of this trace."""
+    first = recordings[0]
+    lost = replace(
+        first.lost,
+        samples_without_range=placed.samples_without_range,
+        ranges_without_sample=placed.ranges_without_sample,
+        overwritten=sum(r.lost.overwritten for r in recordings),
+        misread={name: why for r in recordings for name, why in r.lost.misread.items()},
+        never_called=tuple(name for r in recordings for name in r.lost.never_called),
+    )
+    model = first.model
+    if len(recordings) > 1:
+        names = " + ".join(str(r.model.get("name")) for r in recordings)
+        model = {**first.model, "name": names, "models": [r.model for r in recordings]}
+    return replace(
+        first,
+        model=model,
+        routers=tuple(router for r in recordings for router in r.routers),
+        samples=tuple(placed.samples),
+        lost=lost,
+    )
+
+
+def _splice(file: BinaryIO, tail: TraceTail, events: bytes, recording: Recording) -> None:
+    file.seek(tail.events_end)
+    rest = file.read()
+    between = rest[: tail.object_end - tail.events_end]
+    suffix = rest[tail.object_end - tail.events_end :]
+    separator = b"\n" if tail.empty else b",\n"
+    addition = separator + events if events else b""
+    splice = {
+        "events_offset": tail.events_end,
+        "events_bytes": len(addition),
+        "key_offset": tail.object_end + len(addition),
+        "suffix_bytes": len(suffix),
+    }
+    try:
+        file.seek(tail.events_end)
+        file.write(addition)
+        file.write(between)
+        file.write(f',\n"{METADATA_KEY}": '.encode())
+        file.write(encode_recording(recording, splice=splice))
+        file.write(suffix)
+        file.truncate()
+        file.flush()
+    except OSError:
+        _restore(file, tail.events_end, rest)
+        raise
+
+
+def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
+    """Put back the bytes that stood there; they fit, for they were there before."""
+    file.seek(offset)
+    file.write(rest)
+    file.truncate()
+    file.flush()
+
+
+def _strip(file: BinaryIO) -> None:
+    """Take out what an earlier merge added, which leaves exactly the bytes that Kineto wrote."""
+    splice = read_splice(file)
+    if splice is None:
+        return
+    end = file.seek(0, 2)
+    file.seek(splice.events_offset + splice.events_bytes)
+    between = file.read(splice.key_offset - splice.events_offset - splice.events_bytes)
+    file.seek(end - splice.suffix_bytes)
+    suffix = file.read()
+    file.seek(splice.events_offset)
+    file.write(between + suffix)
+    file.truncate()

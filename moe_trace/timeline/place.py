@@ -1,0 +1,140 @@
+"""Join samples to their ranges: by enclosure of the host clock, never by order, never shifting a clock."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_trace.schema import Placement, RangeKind, RoutingSample, Span
+from moe_trace.timeline.scan import RangeEvent
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The outcome of placing: every sample that took part, and what found no partner."""
+
+    samples: list[RoutingSample]
+    """The profiled samples of this trace's window; `placement` is None where no range was found."""
+    samples_without_range: int
+    ranges_without_sample: int
+
+
+def place_samples(
+    samples: Iterable[RoutingSample],
+    ranges: Iterable[RangeEvent],
+    *,
+    base_time_ns: int,
+    window: Span | None,
+) -> Placed:
+    """Give each profiled sample of the window the ranges of its router, experts and block.
+
+    Args:
+        samples: of one or more tracers; those that no profiler recorded are left out.
+        ranges: our ranges as found in the trace, host and device.
+        base_time_ns: the trace's `baseTimeNanoseconds`.
+        window: what the profiler recorded, in trace time; None if the trace does not tell.
+    """
+    timeline = _Timeline(ranges)
+    placed = []
+    used: set[int] = set()
+    for sample in samples:
+        start_us = (sample.host_start_ns - base_time_ns) / 1000
+        if not sample.profiled or not _inside(start_us, window):
+            continue
+        router = timeline.enclosing("router", sample, start_us)
+        if router is None:
+            placed.append(replace(sample, placement=None))
+            continue
+        used.add(id(router))
+        placed.append(replace(sample, placement=timeline.placement(router)))
+    without_range = sum(sample.placement is None for sample in placed)
+    return Placed(placed, without_range, len(timeline.routers) - len(used))
+
+
+def _inside(time_us: float, window: Span | None) -> bool:
+    return window is None or window.start_us <= time_us <= window.end_us
+
+
+class _Timeline:
+    """Ranges by kind, site and thread, in order of their start, with the device spans of each."""
+
+    def __init__(self, ranges: Iterable[RangeEvent]) -> None:
+        self._by_thread: dict[tuple[RangeKind, str, Any], list[RangeEvent]] = defaultdict(list)
+        self._threads: dict[tuple[RangeKind, str], set[Any]] = defaultdict(set)
+        self._device: dict[Any, list[RangeEvent]] = defaultdict(list)
+        self.routers: list[RangeEvent] = []
+        for event in ranges:
+            self._add(event)
+        for events in self._by_thread.values():
+            events.sort(key=lambda e: e.span.start_us)
+        self._starts = {
+            key: [e.span.start_us for e in events] for key, events in self._by_thread.items()
+        }
+
+    def _add(self, event: RangeEvent) -> None:
+        if event.on_device:
+            self._device[event.external_id].append(event)
+            return
+        self._by_thread[event.kind, event.site, event.tid].append(event)
+        self._threads[event.kind, event.site].add(event.tid)
+        if event.kind == "router":
+            self.routers.append(event)
+
+    def enclosing(self, kind: RangeKind, sample: RoutingSample, time_us: float) -> RangeEvent | None:
+        """The range of this sample's site that holds the time, on the sample's own thread if it has one."""
+        threads = self._threads.get((kind, sample.site), set())
+        for thread in [sample.thread] if sample.thread in threads else sorted(threads, key=str):
+            event = self._at(kind, sample.site, thread, time_us)
+            if event is not None:
+                return event
+        return None
+
+    def _at(self, kind: RangeKind, site: str, thread: Any, time_us: float) -> RangeEvent | None:
+        key = (kind, site, thread)
+        index = bisect_right(self._starts.get(key, []), time_us) - 1
+        if index < 0:
+            return None
+        event = self._by_thread[key][index]
+        return event if time_us <= event.span.end_us else None
+
+    def placement(self, router: RangeEvent) -> Placement:
+        """The spans of the router's range, of the block round it and of the experts that follow it."""
+        events: dict[RangeKind, RangeEvent] = {"router": router}
+        block = self._at("block", router.site, router.tid, router.span.start_us)
+        if block is not None:
+            events["block"] = block
+        experts = self._experts_after(router, block)
+        if experts is not None:
+            events["experts"] = experts
+        host = {kind: event.span for kind, event in events.items()}
+        device = {kind: span for kind, event in events.items() if (span := self._device_span(event))}
+        return Placement(host=host, device=device)
+
+    def _experts_after(self, router: RangeEvent, block: RangeEvent | None) -> RangeEvent | None:
+        key = ("experts", router.site, router.tid)
+        starts = self._starts.get(key, [])
+        index = bisect_right(starts, router.span.end_us)
+        if index == len(starts):
+            return None
+        limit = block.span.end_us if block is not None else self._next_router_start(router)
+        return self._by_thread[key][index] if starts[index] < limit else None
+
+    def _next_router_start(self, router: RangeEvent) -> float:
+        starts = self._starts["router", router.site, router.tid]
+        index = bisect_right(starts, router.span.start_us)
+        return starts[index] if index < len(starts) else float("inf")
+
+    def _device_span(self, event: RangeEvent) -> Span | None:
+        """From the first kernel to the last of the range, over all streams that it launched on."""
+        parts = self._device.get(event.external_id) if event.external_id is not None else None
+        return _hull([part.span for part in parts]) if parts else None
+
+
+def _hull(spans: Sequence[Span]) -> Span:
+    if len(spans) == 1:
+        return spans[0]
+    start = min(span.start_us for span in spans)
+    return Span(start, max(span.end_us for span in spans) - start)

@@ -1,0 +1,225 @@
+"""Find what we need in a trace's bytes, without parsing it: our ranges, the clock's base, the window."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_trace.errors import TraceFileError
+from moe_trace.schema import RANGE_NAME, RANGE_PREFIX, RangeKind, Span
+
+_CHUNK = 4 * 2**20
+_EVENT_MAX = 64 * 2**10  # bytes of one event; ours are below 1 KiB
+_HEAD = 2**20
+_TAIL = 64 * 2**10
+_SPLICE = re.compile(
+    rb'"splice":\{"events_offset":(\d+),"events_bytes":(\d+),"key_offset":(\d+),"suffix_bytes":(\d+)\}\}'
+)
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class RangeEvent:
+    """One of our ranges in a trace, on the host or (as the annotation of its kernels) on a device."""
+
+    kind: RangeKind
+    site: str
+    span: Span
+    pid: Any
+    tid: Any
+    external_id: Any
+    on_device: bool
+
+
+@dataclass(frozen=True)
+class TraceTail:
+    """Where a trace's `traceEvents` and its last `}` end, as offsets in the file."""
+
+    events_end: int
+    """Just after the last event."""
+    empty: bool
+    """Whether there is no event at all."""
+    object_end: int
+    """Just after the last value of the top-level object."""
+    window: Span | None
+    """What the profiler recorded, from its own span event."""
+
+
+def read_base_time_ns(file: BinaryIO) -> int:
+    """The `baseTimeNanoseconds` that event times count from; 0 where a trace has none."""
+    file.seek(0)
+    head = file.read(_HEAD)
+    if b'"traceEvents"' not in head and not head.lstrip().startswith(b"{"):
+        found = head[:40].decode("utf-8", "replace").strip() or "an empty file"
+        raise TraceFileError(
+            f"{file.name}: expected the Chrome trace JSON of torch.profiler, found {found!r}; "
+            "give the .json or .json.gz file that prof.export_chrome_trace wrote"
+        )
+    match = re.search(rb'"baseTimeNanoseconds"\s*:\s*(\d+)', head)
+    return int(match.group(1)) if match else 0
+
+
+def scan_ranges(file: BinaryIO) -> Iterator[RangeEvent]:
+    """Our ranges in the order of the file, read in chunks."""
+    needle = _needle(file)
+    file.seek(0)
+    buffer, searched = b"", 0
+    while chunk := file.read(_CHUNK):
+        buffer += chunk
+        # An event that may go on in the next chunk is left for it.
+        limit = len(buffer) if len(chunk) < _CHUNK else max(searched, len(buffer) - _EVENT_MAX)
+        position = buffer.find(needle, searched, limit)
+        while position >= 0:
+            event = _event_around(buffer, position)
+            if event is not None:
+                yield event
+            position = buffer.find(needle, position + len(needle), limit)
+        kept_from = max(0, limit - _EVENT_MAX)  # the bytes before a name may belong to its event
+        buffer, searched = buffer[kept_from:], limit - kept_from
+
+
+def _needle(file: BinaryIO) -> bytes:
+    """Our names as this file spells them: the longer the needle, the faster the search."""
+    file.seek(0)
+    head = file.read(_HEAD)
+    prefix = RANGE_PREFIX.encode()
+    for spelling in (b'"name": "', b'"name":"'):
+        if spelling in head:
+            return spelling + prefix
+    return b'"' + prefix
+
+
+def _event_around(buffer: bytes, name_at: int) -> RangeEvent | None:
+    """Parse the event whose name starts at `name_at`: the nearest `{` before it that parses as an event."""
+    start = name_at
+    for _ in range(3):  # its own brace, or that of an `args` which stands before the name
+        start = buffer.rfind(b"{", max(0, name_at - _EVENT_MAX), start)
+        if start < 0:
+            return None
+        event = _decode_at(buffer, start, name_at)
+        if event is not None and "ts" in event:
+            return _range_event(event)
+    return None
+
+
+def _decode_at(buffer: bytes, start: int, name_at: int) -> dict[str, Any] | None:
+    for length in (1024, _EVENT_MAX):  # nearly all of our events are short
+        text = buffer[start : name_at + length].decode("utf-8", "replace")
+        try:
+            return _DECODER.raw_decode(text)[0]
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _range_event(event: dict[str, Any]) -> RangeEvent | None:
+    match = RANGE_NAME.fullmatch(str(event.get("name")))
+    category = event.get("cat")
+    if match is None or event.get("ph") != "X" or category not in ("user_annotation", "gpu_user_annotation"):
+        return None
+    arguments = event.get("args")
+    return RangeEvent(
+        kind=match.group(1),  # type: ignore[arg-type]
+        site=match.group(2),
+        span=Span(float(event["ts"]), float(event.get("dur", 0.0))),
+        pid=event.get("pid"),
+        tid=event.get("tid"),
+        external_id=arguments.get("External id") if isinstance(arguments, dict) else None,
+        on_device=category == "gpu_user_annotation",
+    )
+
+
+def read_tail(file: BinaryIO) -> TraceTail:
+    """Locate the splice points from the end of the file.
+
+    Raises:
+        TraceFileError: the file is truncated, not a trace, or was merged before.
+    """
+    size = file.seek(0, 2)
+    start = max(0, size - _TAIL)
+    file.seek(start)
+    tail = file.read()
+    close = tail.rstrip()
+    if not close.endswith(b"}"):
+        raise TraceFileError(_truncated(file, tail))
+    bracket = _events_bracket(tail)
+    if bracket is None:
+        raise TraceFileError(_truncated(file, tail))
+    before = tail[:bracket].rstrip()
+    if not before:
+        raise TraceFileError(_truncated(file, tail))
+    object_end = len(close[:-1].rstrip())
+    return TraceTail(
+        events_end=start + len(before),
+        empty=before.endswith(b"["),
+        object_end=start + object_end,
+        window=_window(before),
+    )
+
+
+def _events_bracket(tail: bytes) -> int | None:
+    """Offset of the `]` that closes traceEvents: what follows it must complete a JSON object."""
+    position = tail.rfind(b"]")
+    while position >= 0:
+        try:
+            rest = json.loads(b'{"traceEvents":[' + tail[position:])
+        except (ValueError, RecursionError):
+            rest = None
+        opened = tail[:position].rstrip()
+        if isinstance(rest, dict) and opened.endswith((b"}", b"[")):
+            return position
+        position = tail.rfind(b"]", 0, position)
+    return None
+
+
+def _window(events: bytes) -> Span | None:
+    """The span that Kineto writes last, for the whole recording: `PyTorch Profiler (0)`."""
+    position = events.rfind(b'"PyTorch Profiler (0)"')
+    start = events.rfind(b"{", 0, position)
+    if position < 0 or start < 0:
+        return None
+    try:
+        event, _ = _DECODER.raw_decode(events[start:].decode("utf-8", "replace"))
+        return Span(float(event["ts"]), float(event["dur"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _truncated(file: BinaryIO, tail: bytes) -> str:
+    end = tail[-40:].decode("utf-8", "replace").strip()
+    return (
+        f"{file.name}: expected a complete Chrome trace JSON object that holds `traceEvents`, but it ends in "
+        f"{end!r}; the file is truncated or of another tool - export it again"
+    )
+
+
+@dataclass(frozen=True)
+class Splice:
+    """What merging added to a file, as offsets in it: the bytes without both are the trace as it was."""
+
+    events_offset: int
+    events_bytes: int
+    key_offset: int
+    suffix_bytes: int
+    """Bytes of the original trace after the key."""
+
+
+def read_splice(file: BinaryIO) -> Splice | None:
+    """Where an earlier merge added to this file; None for a trace that was never merged."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _TAIL))
+    found = _SPLICE.findall(file.read())
+    if not found:
+        return None
+    splice = Splice(*map(int, found[-1]))
+    end = splice.events_offset + splice.events_bytes
+    return splice if end <= splice.key_offset < size - splice.suffix_bytes else None
+
+
+def trace_path_error(path: Path, error: OSError) -> TraceFileError:
+    """The error for a trace that cannot be opened."""
+    return TraceFileError(f"{path}: cannot be read ({error.strerror}); give the path of an existing trace")
