@@ -51,7 +51,7 @@ install_packages() {
     wanted=$(wanted_stamp)
     if [ "$(cat "$STAMP" 2>/dev/null || true)" = "$wanted" ]; then return 0; fi
     say "installing moe_trace[$EXTRAS] into .venv (some minutes the first time)"
-    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \
+    "$VENV_PYTHON" -m pip install -qq --disable-pip-version-check \
         --constraint scripts/constraints.txt --editable ".[$EXTRAS]" >&2
     # Written last: an install that was cut short is done again.
     printf '%s\n' "$wanted" >"$STAMP"
