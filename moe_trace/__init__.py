@@ -28,7 +28,19 @@ _HOME = {
     "NoRoutersFound": "moe_trace.errors",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - one table of names and homes
+__all__ = [
+    "MoETraceError",
+    "MoETracer",
+    "NoRoutersFound",
+    "RouterSite",
+    "RoutingSample",
+    "Summary",
+    "find_routers",
+    "merge_into",
+    "profile",
+    "read_summary",
+    "tensorboard_trace_handler",
+]
 
 if TYPE_CHECKING:
     from moe_trace.errors import MoETraceError, NoRoutersFound

@@ -151,7 +151,7 @@ def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[Routi
     for row in zip(*(columns[name] for name in names), strict=True):
         values = dict(zip(names, row, strict=True))
         router = routers[msgspec.convert(values.pop("router"), int)]
-        arrays = {name: to_array(values.pop(name)) for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: to_array(values.pop(name)) for name in _ARRAYS}
         placement = _decode_placement(values.pop("placement"))
         plain = msgspec.to_builtins(msgspec.convert(values, _PlainColumns))
         samples.append(

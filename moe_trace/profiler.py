@@ -24,7 +24,7 @@ from moe_trace.tracer import MoETracer
 _TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
 
 
-class profile(torch.profiler.profile):  # noqa: N801 - the name of what it stands in for
+class profile(torch.profiler.profile):
     """Drop-in for `torch.profiler.profile` that also records the routing of `model`.
 
     Args:

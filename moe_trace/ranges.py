@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 def profiler_is_recording() -> bool:
     """Whether a torch profiler records the calling thread now."""
-    return torch.autograd._profiler_enabled()
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 class OpenRanges:

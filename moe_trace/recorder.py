@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.contracts import Reading
+from moe_trace.ranges import profiler_is_recording
 from moe_trace.routers import RouterSite
 from moe_trace.schema import OWN_WORK_RANGE, Phase, RoutingSample, Stage
 from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
@@ -156,7 +157,7 @@ class Recorder:
 
 
 def _own_work_range() -> Any:
-    if torch.autograd._profiler_enabled():
+    if profiler_is_recording():
         return torch.profiler.record_function(OWN_WORK_RANGE)
     return _NO_RANGE
 

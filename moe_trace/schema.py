@@ -109,7 +109,7 @@ class RoutingSample:
     computed_slots: int
     """Slots whose expert really ran (a slot of weight 0 is computed all the same): the base of FLOPs."""
     padding_assignments: int
-    """Assignments made by padding tokens, as told by the model's 2-D attention mask; part of `assignments`."""
+    """Assignments made by padding tokens (the model's 2-D attention mask tells); part of `assignments`."""
     nonfinite_tokens: int
     """Tokens whose logits hold NaN or infinity; left out of the means below."""
     router_entropy: float | None

@@ -28,7 +28,11 @@ class PackedStats:
 
 
 def routing_stats(
-    logits_LTE: Tensor | None, weights_LTK: Tensor, index_LTK: Tensor, num_experts: int, padding_T: Tensor | None
+    logits_LTE: Tensor | None,
+    weights_LTK: Tensor,
+    index_LTK: Tensor,
+    num_experts: int,
+    padding_T: Tensor | None,
 ) -> PackedStats:
     """Reduce L calls of one shape.
 

@@ -173,7 +173,9 @@ def _summarize_router(
         load=describe_load(assignments),
         decisions=_decisions(forward, info.top_k),
         latency=_latency(samples, busy_us),
-        flops=Flops(router=sum(s.router_flops for s in samples), experts=sum(s.expert_flops for s in samples)),
+        flops=Flops(
+            router=sum(s.router_flops for s in samples), experts=sum(s.expert_flops for s in samples)
+        ),
         memory_max_bytes=max(memory, default=None),
     )
 
@@ -284,9 +286,7 @@ def _notes(recording: Recording) -> list[str]:
             "events - record fewer steps"
         )
     if lost.ranges_without_sample:
-        notes.append(
-            f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity="
-        )
+        notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
     nonfinite = sum(s.nonfinite_tokens for s in recording.samples)
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")

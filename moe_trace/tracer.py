@@ -85,7 +85,12 @@ class MoETracer:
         self.exported_samples: list[RoutingSample] = []
         """The samples of the trace that was exported last."""
         self._description = describe_model(model, self.sites)
-        self._options = {"layers": _describe_layers(layers), "every": every, "warmup": warmup, "capacity": capacity}
+        self._options = {
+            "layers": _describe_layers(layers),
+            "every": every,
+            "warmup": warmup,
+            "capacity": capacity,
+        }
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class MoETracer:
         return summarize(self.recording())
 
     def merge_into(self, trace_path: str | Path) -> None:
-        """Merge what was recorded into a trace that Kineto wrote; fits torchtitan's `trace_post_processor`."""
+        """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
         self.accept(merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks))
 
     def accept(self, merged: Merged) -> None:

@@ -1,8 +1,8 @@
-"""The compact band: counter tracks and per-layer lanes of one synthetic process above the CPU and GPU rows."""
+"""The compact band: counter tracks and lanes of one synthetic process above the CPU and GPU rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -145,7 +145,7 @@ def _step_function(
             yield _counter(name, pid, call.moe.end_us, {series: 0})
 
 
-def _counter(name: str, pid: int, time_us: float, values: dict[str, float]) -> Event:
+def _counter(name: str, pid: int, time_us: float, values: Mapping[str, float]) -> Event:
     return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": time_us, "args": values}
 
 
@@ -153,19 +153,21 @@ def _counter(name: str, pid: int, time_us: float, values: dict[str, float]) -> E
 
 
 def _lane_events(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
-    tid = 0
-    for kind in LANES:
-        with_span = [call for call in calls if kind in call.spans]
-        for lane, members in enumerate(_without_overlap(with_span, lambda call: call.spans[kind])):
-            tid += 1
-            start_us = members[0].spans[kind].start_us
-            for name, args in (
-                ("thread_name", {"name": _numbered(kind, lane)}),
-                ("thread_sort_index", {"sort_index": tid}),
-            ):
-                yield {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": tid, "args": args}
-            for call in members:
-                yield _slice(call, kind, pid, tid)
+    lanes = [(kind, lane, members) for kind in LANES for lane, members in enumerate(_lanes_of(calls, kind))]
+    for tid, (kind, lane, members) in enumerate(lanes, start=1):
+        start_us = members[0].spans[kind].start_us
+        for name, args in (
+            ("thread_name", {"name": _numbered(kind, lane)}),
+            ("thread_sort_index", {"sort_index": tid}),
+        ):
+            yield {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": tid, "args": args}
+        for call in members:
+            yield _slice(call, kind, pid, tid)
+
+
+def _lanes_of(calls: Sequence[_Call], kind: RangeKind) -> list[list[_Call]]:
+    with_span = [call for call in calls if kind in call.spans]
+    return _without_overlap(with_span, lambda call: call.spans[kind])
 
 
 def _slice(call: _Call, kind: RangeKind, pid: int, tid: int) -> Event:

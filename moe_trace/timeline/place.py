@@ -70,9 +70,7 @@ class _Timeline:
             self._add(event)
         for events in self._by_thread.values():
             events.sort(key=lambda e: e.span.start_us)
-        self._starts = {
-            key: [e.span.start_us for e in events] for key, events in self._by_thread.items()
-        }
+        self._starts = {key: [e.span.start_us for e in events] for key, events in self._by_thread.items()}
 
     def _add(self, event: RangeEvent) -> None:
         if event.on_device:
@@ -114,7 +112,7 @@ class _Timeline:
         return Placement(host=host, device=device)
 
     def _experts_after(self, router: RangeEvent, block: RangeEvent | None) -> RangeEvent | None:
-        key = ("experts", router.site, router.tid)
+        key: tuple[RangeKind, str, Any] = ("experts", router.site, router.tid)
         starts = self._starts.get(key, [])
         index = bisect_right(starts, router.span.end_us)
         if index == len(starts):

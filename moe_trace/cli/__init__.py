@@ -1,0 +1,76 @@
+"""The command line: each command is a small class in a module of its own, imported only when it is asked for.
+
+A command class has a docstring (its help; the last paragraph is an example), a `name`,
+`add_arguments(parser)` and `run(arguments) -> exit code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moe_trace.errors import MoETraceError
+
+# name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
+# never imports torch.
+COMMANDS = {
+    "run": ("moe_trace.cli.run", "RunCommand", "run a model and record its routing in a profiler trace"),
+    "routers": ("moe_trace.cli.routers", "RoutersCommand", "list what would be traced in a model"),
+    "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments_given = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((a for a in arguments_given if a in COMMANDS), None)
+    parser, command = _parser(chosen)
+    arguments = parser.parse_args(arguments_given)
+    if command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(command.run(arguments))
+    except MoETraceError as error:
+        print(f"moe-trace: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `moe-trace report ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("moe-trace: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    import moe_trace
+
+    parser = argparse.ArgumentParser(
+        prog="moe-trace",
+        description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
+        epilog="Example: moe-trace run --model demo --out runs/demo",
+    )
+    parser.add_argument("--version", action="version", version=f"moe-trace {moe_trace.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    command = None
+    for name, (module, class_name, line) in COMMANDS.items():
+        if name != chosen:
+            commands.add_parser(name, help=line)
+            continue
+        command = getattr(importlib.import_module(module), class_name)()
+        text = inspect.cleandoc(command.__doc__ or line)
+        description, _, example = text.rpartition("\n\n")
+        sub = commands.add_parser(
+            name,
+            help=line,
+            description=description,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(sub)
+    return parser, command

@@ -1,0 +1,99 @@
+"""`moe-trace run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from moe_trace.cli.console import console
+from moe_trace.workload.config import DTYPES, RunConfig
+
+
+class RunCommand:
+    """Run a model under torch.profiler and record what its routers decide.
+
+    Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
+    scalars into a folder, then prints the figures of each layer.
+
+    Example: moe-trace run --model demo --mode generate --steps 2 --out runs/demo
+    """
+
+    name = "run"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options; the defaults stand in `RunConfig`."""
+        d = RunConfig()
+        add = parser.add_argument
+        add(
+            "--model",
+            default=d.model,
+            metavar="demo|HUB_ID|PATH|CONFIG.json",
+            help="default: the embedded demo",
+        )
+        add("--random-weights", action="store_true", help="build the model from its config alone")
+        add("--prompt", metavar="TEXT")
+        add("--prompts-file", type=Path, metavar="F", help="a prompt per line, or JSON: name -> text")
+        add("--mode", choices=("prefill", "generate", "train"), default=d.mode)
+        add("--steps", type=int, default=d.steps, metavar="N", help=f"recorded steps (default {d.steps})")
+        add("--warmup", type=int, default=d.warmup, metavar="N", help=f"steps before (default {d.warmup})")
+        add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
+        add("--seq-len", type=int, metavar="T", help="tokens per sequence (default: the longest prompt's)")
+        add("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="N", help="for --mode generate")
+        add("--device", default=d.device, metavar="auto|cpu|cuda")
+        add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+        add("--layers", metavar="0,3,L05", help="only these routers: layer indices, labels or module paths")
+        add("--every", type=int, default=d.every, metavar="N", help="record every n-th step")
+        add("--record-shapes", action="store_true", help="as torch.profiler does")
+        add("--with-stack", action="store_true", help="as torch.profiler does")
+        add("--out", type=Path, default=d.out, metavar="DIR", help=f"default: {d.out}")
+        add("--force", action="store_true", help="replace an earlier run in the folder")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Record, then print figures, files and what to do next."""
+        values = vars(arguments).copy()
+        values["layers"] = parse_layers(values["layers"])
+        config = RunConfig(**values)
+        result = _run_with_progress(config)
+        from moe_trace.render.text import render_text
+
+        print(render_text(result.summary))
+        _print_files(result.files)
+        _print_next(config.out, result.trace)
+        return 0
+
+
+def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
+    """`0,3,L05` -> (0, 3, "L05")."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(int(part) if part.isdigit() else part for part in parts)
+
+
+def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from moe_trace.workload.runner import run
+
+    terminal = console(sys.stderr)
+    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task("starting", total=config.warmup + config.steps)
+        return run(
+            config, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        )
+
+
+def _print_files(files: tuple[Path, ...]) -> None:
+    print("Files written")
+    for file in files:
+        print(f"  {file}  ({os.path.getsize(file) / 1024:,.0f} KiB)")
+
+
+def _print_next(folder: Path, trace: Path) -> None:
+    print("\nNext")
+    print(f"  moe-trace report {folder}")
+    print(f"  tensorboard --logdir {folder}        # Trace view and scalars")
+    print(f"  open {trace} in Perfetto or chrome://tracing")

@@ -1,0 +1,1 @@
+"""What `moe-trace run` runs: models, inputs and the steps on them."""

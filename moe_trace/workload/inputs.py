@@ -1,0 +1,89 @@
+"""Token batches for a run: from prompts where there is a tokenizer, else random ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_trace.errors import UsageError
+
+_RANDOM_LENGTH = 128
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """Name -> text, from a JSON object or list of strings, or from a text file with a prompt per line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as prompts ({error})") from error
+    if path.suffix != ".json":
+        lines = [line for line in text.splitlines() if line.strip()]
+        prompts = {f"line {i + 1}": line for i, line in enumerate(lines)}
+    else:
+        prompts = _json_prompts(path, text)
+    if not prompts:
+        raise UsageError(f"{path}: found no prompt")
+    return prompts
+
+
+def _json_prompts(path: Path, text: str) -> dict[str, str]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if isinstance(values, list):
+        values = {f"prompt {i + 1}": value for i, value in enumerate(values)}
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise UsageError(f"{path}: expected an object of name -> text, or a list of texts")
+    return values
+
+
+def make_inputs(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch: int | None,
+    seq_len: int | None,
+    device: torch.device,
+    seed: int,
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, [batch, length], padded on the left.
+
+    Prompts are repeated to fill `batch`; with `seq_len` each is cut, or repeated, to exactly that length.
+    Without a tokenizer, or without prompts, the ids are drawn at random from the model's vocabulary.
+    """
+    if tokenizer is None or not texts:
+        rows = batch or 1
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, _vocabulary(model), (rows, seq_len or _RANDOM_LENGTH), generator=generator)
+        return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    rows = batch or len(texts)
+    encoded = [_fit(tokenizer(texts[i % len(texts)])["input_ids"], seq_len) for i in range(rows)]
+    length = max(map(len, encoded))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in encoded])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in encoded])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _fit(ids: list[int], length: int | None) -> list[int]:
+    if length is None:
+        return ids
+    if not ids:
+        raise UsageError("a prompt is empty; give some text, or leave --seq-len out")
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text_config, "vocab_size", None)
+    if not isinstance(size, int):
+        raise UsageError(f"{type(model).__name__} tells no vocabulary size; give a model with a tokenizer")
+    return size

@@ -1,0 +1,125 @@
+"""Load the model of a run: the embedded demo, a hub id, a folder, or a config with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_trace.errors import MoETraceError, UsageError
+
+
+class ModelError(MoETraceError):
+    """A model could not be loaded."""
+
+    exit_code = 7
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the GPU where there is one.
+
+    Raises:
+        UsageError: a GPU was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    return device
+
+
+def load_model(
+    source: str, *, device: torch.device | str, dtype: torch.dtype | None = None, random_weights: bool = False
+) -> tuple[nn.Module, Any]:
+    """The model, in eval mode, and its tokenizer (None where there is none).
+
+    Args:
+        source: `demo`, a hub id, a folder with weights, or the path of a config.json.
+        device: where it is built; `meta` with `random_weights` builds no weights at all.
+        random_weights: build from the config alone.
+
+    Raises:
+        ModelError: it cannot be loaded; the message says what was tried.
+        UsageError: a config has no weights and `random_weights` was not asked for.
+    """
+    if source == "demo" and not random_weights:
+        from moe_trace.demo import load_demo_model
+
+        return load_demo_model(device=str(device), dtype=dtype)
+    if source == "demo":
+        from moe_trace.demo import demo_path
+
+        source = str(demo_path())
+    if source.endswith(".json") and not random_weights:
+        raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
+    try:
+        if random_weights:
+            return _from_config(source, torch.device(device), dtype), _tokenizer(source)
+        return _pretrained(source, torch.device(device), dtype), _tokenizer(source)
+    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
+            "save_pretrained wrote, the id of a model on the hub (which needs the network), or a "
+            "config.json with --random-weights"
+        ) from error
+
+
+def _pretrained(source: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    model = _model_class(config).from_pretrained(source, dtype=dtype or "auto")
+    return model.to(device).eval()
+
+
+def _from_config(source: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    if source.endswith(".json"):
+        values = json.loads(Path(source).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError("the config has no `model_type`")
+        config = transformers.AutoConfig.for_model(**values)
+    else:
+        config = transformers.AutoConfig.from_pretrained(source)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = _model_class(config)(config)
+    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the config names, else the causal language model of its type, else its base model."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for mapping in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModel,
+    ):
+        if type(config) in mapping._model_mapping:
+            return mapping._model_mapping[type(config)]
+    raise ValueError(f"transformers has no model for the config {type(config).__name__}")
+
+
+def _tokenizer(source: str) -> Any:
+    import transformers
+
+    if source.endswith(".json"):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None  # a folder without a tokenizer: random tokens are used, and the run says so
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
