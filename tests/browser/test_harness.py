@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Error, Page
 
+from .conftest import require_chromium
 from .harness import Internet, tensorboard, wait_until
 from .trace_view import drawn_columns, open_trace_view, search, select_next_hit, track_names
 
@@ -109,6 +110,16 @@ def test_tensorboard_that_cannot_start_says_why(tmp_path: Path) -> None:
         tensorboard(tmp_path, tmp_path, "--no-such-flag"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_chromium_ci_fails_and_others_skip(
+    monkeypatch: pytest.MonkeyPatch, ci: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(outcome, match="found no Chromium"):
+        require_chromium()
 
 
 def test_wait_names_what_never_came() -> None:
