@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from leak_watch import LeakWatch
 
 # Read when huggingface_hub is imported, so set before any test module is. The children of tests inherit them.

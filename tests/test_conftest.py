@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from leak_watch import JOIN_GRACE_S, LeakWatch, new_threads, origin
 
 pytest_plugins = ["pytester"]
