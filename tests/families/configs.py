@@ -16,9 +16,12 @@ ERNIE = {
     "moe_intermediate_size": [48, 24],
 }
 """Height and width must be equal; experts of text tokens are wider than those of image tokens."""
-HYBRID = {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
-LATENT_DENSE_FIRST = {"qk_rope_head_dim": 0} | HYBRID | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+HYBRID: dict[str, Any] = {"layer_types": ["full_attention", "linear_attention", "full_attention"]}
+LATENT_DENSE_FIRST: dict[str, Any] = (
+    {"qk_rope_head_dim": 0} | HYBRID | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+)
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+HASH_FIRST = {"mlp_layer_types": ["hash_moe", "moe", "moe"]}
 NO_SLIDING = {"layer_types": ["full_attention"] * 3}
 QWEN_DENSE_FIRST = {"mlp_only_layers": [0]}
 GEMMA_MOE = {
@@ -149,7 +152,7 @@ GROUPED = (
 
 BIASED = (
     _family("afmoe/text", "AfmoeForCausalLM", 2, *BIAS),
-    _family("deepseek_v4/text", "DeepseekV4ForCausalLM", 3, "hash", *BIAS),
+    _family("deepseek_v4/text", "DeepseekV4ForCausalLM", 3, "hash", *BIAS, overrides=HASH_FIRST),
     _family("ernie4_5_moe/text", "Ernie4_5_MoeForCausalLM", 2, *BIAS),
     _family("hy_v3/text", "HYV3ForCausalLM", 2, *BIAS),
     _family("inkling/text", "InklingForCausalLM", 3, *BIAS),
@@ -184,6 +187,7 @@ BIASED = (
         "skip-is-zero-weight",
         *BIAS,
         k=None,
+        seed=1,
         overrides={"num_experts_per_tok": 1},
     ),
 )

@@ -44,6 +44,8 @@ class Family:
     """Draws the inputs, where token ids are not enough. Arguments: config, padding."""
     implementations: bool = True
     """Whether the model accepts ``set_experts_implementation``."""
+    seed: int = 0
+    """Of the weights, chosen so that what is special about the family does happen."""
     traits: frozenset[str] = frozenset()
     """What a reader of this router must know; see TRAITS."""
     note: str = ""
@@ -69,12 +71,12 @@ class Family:
     def can_generate(self) -> bool:
         return not self.entry and self.model_class.can_generate()
 
-    def build(self, seed: int = 0) -> PreTrainedModel:
-        """The model, in eval mode, the same for the same seed."""
+    def build(self) -> PreTrainedModel:
+        """The model, in eval mode, the same at every call."""
         with torch.random.fork_rng(devices=[]), undrawn_memory_is_nan():
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed)
             model = self.model_class(self.config).eval()
-        randomise(model, seed)
+        randomise(model, self.seed)
         return model
 
     def make_inputs(self, padding: str | None = None) -> Inputs:

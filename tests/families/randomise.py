@@ -6,6 +6,7 @@ Fresh models have routers so flat, and selection biases so zero, that a wrong re
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,14 +37,15 @@ def randomise(model: nn.Module, seed: int) -> None:
 @contextlib.contextmanager
 def undrawn_memory_is_nan() -> Iterator[None]:
     """Some classes never initialise their experts: left so, weights would differ from run to run."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic  # a module that is an object with properties
+    before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        switch.fill_uninitialized_memory = before[1]
 
 
 def _is_undrawn(tensor: torch.Tensor) -> bool:
@@ -70,5 +72,5 @@ def _router_weight(leaf: str, tensor: torch.Tensor, draw: torch.Generator) -> to
 
 def _distinct_experts(router: nn.Module, table: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """A table [vocab, k] in which no token has the same expert twice."""
-    scores = torch.rand((table.shape[0], router.weight.shape[0]), generator=draw)
+    scores = torch.rand((table.shape[0], router.get_parameter("weight").shape[0]), generator=draw)
     return scores.topk(table.shape[1]).indices

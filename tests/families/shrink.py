@@ -19,10 +19,12 @@ FIRST_SPECIAL_ID = 100
 TINY: dict[str, Any] = {
     # sizes of the stream
     **dict.fromkeys(("hidden_size", "d_model", "output_dim", "out_hidden_size", "text_hidden_size"), HIDDEN),
+    **dict.fromkeys(("n_embd", "dim", "word_embed_proj_dim", "embedding_size"), HIDDEN),
     **dict.fromkeys(("projector_hidden_size", "projector_output_dim", "projector_input_dim"), HIDDEN),
     **dict.fromkeys(("vision_output_dim", "thinker_hidden_size", "projection_hidden_dim"), HIDDEN),
     **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "decoder_dim"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "dense_intermediate_size", "d_ff"), 96),
+    **dict.fromkeys(("ffn_dim", "hidden_dim"), 96),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "mlp_dim"), 96),
     **dict.fromkeys(("prefix_dense_intermediate_size", "projection_intermediate_size"), 96),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 48),
@@ -33,10 +35,12 @@ TINY: dict[str, Any] = {
     "moe_latent_size": 40,
     "router_hidden_size": 32,
     # depth
-    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers", "depth"), 3),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers", "depth"), 3
+    ),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     # attention
-    **dict.fromkeys(("num_attention_heads", "n_heads", "num_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(
         ("num_key_value_heads", "kv_n_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), 2
@@ -97,31 +101,28 @@ def shrunk_config(
 ) -> PreTrainedConfig:
     """A tiny config of ``config_class``; ``overrides`` wins, nested under the names of the sub-configs."""
     overrides = dict(overrides or {})
-    kwargs: dict[str, Any] = {}
-    for name, sub_class in sub_config_classes(config_class).items():
-        sub_overrides = overrides.pop(name, {})
-        if sub_overrides is not None and "model_type" in sub_overrides:
-            sub_class = CONFIG_MAPPING[sub_overrides["model_type"]]
-        kwargs[name] = shrunk_config(sub_class, sub_overrides) if sub_overrides is not None else None
-    kwargs |= _tiny_fields(config_class)
-    kwargs |= {name: value for name, value in overrides.items() if name != "model_type"}
-    return config_class(**kwargs)
-
-
-def sub_config_classes(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
-    """Name -> class of the configs inside a composite config (the default one where any model would do)."""
-    found = {}
+    kwargs = _tiny_fields(config_class)
     specs = getattr(config_class, "sub_configs_defaults", None) or config_class.sub_configs
     for name, spec in specs.items():
-        model_type = getattr(spec, "model_type", None)
-        sub_class = getattr(spec, "config_class", spec)
-        found[name] = sub_class if hasattr(sub_class, "num_labels") else CONFIG_MAPPING[model_type]
-    return found
+        kwargs[name] = _shrunk_part(spec, overrides.pop(name, {}))
+    return config_class(**(kwargs | overrides))
+
+
+def _shrunk_part(spec: Any, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The config inside a composite one: the family's own default, or the ``model_type`` of the overrides."""
+    required = getattr(spec, "init_kwargs", {}).items()
+    small = {name: value for name, value in required if name not in TINY and not isinstance(value, dict)}
+    overrides = small | overrides
+    model_type = overrides.pop("model_type", None)
+    config_class = getattr(spec, "config_class", spec)
+    if model_type is not None or not hasattr(config_class, "num_labels"):
+        config_class = CONFIG_MAPPING[model_type or spec.model_type]
+    return shrunk_config(config_class, overrides)
 
 
 def _tiny_fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-    tiny = {}
+    tiny: dict[str, Any] = {}
     next_special_id = FIRST_SPECIAL_ID
     for name, default in fields.items():
         if name in TINY and (default is not None or name in FORCED):
