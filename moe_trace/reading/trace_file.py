@@ -1,0 +1,242 @@
+"""Open a trace, plain or gzip, and take out of it what questions about routing need."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from moe_trace.codec import decode_recording
+from moe_trace.errors import TraceFileError
+from moe_trace.reading.events import EventTable, EventTableBuilder
+from moe_trace.reading.stream import JsonStream, loads_lenient
+from moe_trace.schema import METADATA_KEY, Recording
+from moe_trace.timeline.scan import read_splice, trace_path_error
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of the file read so far, and its size."""
+
+TRACE_SUFFIXES = (".json", ".json.gz")
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class _Anything(msgspec.Struct, gc=False):
+    """An event that is only passed over: its text is checked, nothing of it is built."""
+
+
+_pass_over = msgspec.json.Decoder(list[_Anything]).decode
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """What one trace holds."""
+
+    path: Path
+    recording: Recording
+    events: EventTable
+    devices: tuple[str, ...]
+    """Names of the accelerators, from `deviceProperties`."""
+
+
+def find_traces(path: str | Path) -> list[Path]:
+    """The trace itself, or the traces below a folder, by name.
+
+    Raises:
+        TraceFileError: nothing is there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    traces = sorted(
+        file
+        for file in path.rglob("*")
+        if file.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES)) and file.is_file()
+    )
+    if not traces:  # names that somebody chose
+        traces = sorted(f for f in path.iterdir() if f.name.endswith(TRACE_SUFFIXES) and f.is_file())
+    if not traces:
+        raise TraceFileError(
+            f"{path}: found no trace (*.json, *.json.gz) in this folder; record one with "
+            f"`moe-trace run --out {path}`, or give the file itself"
+        )
+    return traces
+
+
+def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
+    """Read a merged trace in one pass.
+
+    Raises:
+        TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
+    """
+    with _opened(path) as source:
+        found = _Found(with_events=True)
+        stream = JsonStream(_counting(source, progress), str(path))
+        for key in stream.walk():
+            found.take(key, stream)
+    _require(path, found)
+    assert found.recording is not None and found.events is not None
+    return TraceFile(
+        path=path,
+        recording=_decode(path, found.recording),
+        events=found.events.build(),
+        devices=_device_names(found.devices),
+    )
+
+
+def read_recording(path: str | Path) -> Recording:
+    """What moe_trace added to one trace file, without looking at the trace's own events.
+
+    In a plain `.json` as moe_trace wrote it this reads only the end of the file, whatever its size.
+
+    Raises:
+        TraceFileError: as `read_trace`.
+    """
+    path = Path(path)
+    with _opened(path) as source:
+        spliced = _spliced_recording(source.raw)
+        if spliced is not None:
+            return _decode(path, spliced)
+        found = _Found(with_events=False)
+        stream = JsonStream(_counting(source, None), str(path))
+        for key in stream.walk():
+            found.take(key, stream)
+    _require(path, found)
+    assert found.recording is not None
+    return _decode(path, found.recording)
+
+
+class _Found:
+    """The top-level values of interest, as they come by."""
+
+    def __init__(self, *, with_events: bool) -> None:
+        self.events = EventTableBuilder() if with_events else None
+        self.has_events = False
+        self.recording: bytes | None = None
+        self.devices: bytes = b"[]"
+
+    def take(self, key: str, stream: JsonStream) -> None:
+        if key == "traceEvents":
+            self.has_events = True
+            if self.events is not None:
+                self.events.read(stream)
+            else:
+                for _ in stream.batches(_pass_over, lambda text: _Anything()):
+                    pass
+        elif key == METADATA_KEY:
+            self.recording = stream.value()
+        elif key == "deviceProperties":
+            self.devices = stream.value()
+        else:
+            stream.skip()
+
+
+def _require(path: Path, found: _Found) -> None:
+    if not found.has_events:
+        raise TraceFileError(
+            f"{path}: found JSON without `traceEvents`, expected a trace of torch.profiler; "
+            "give the file that prof.export_chrome_trace wrote"
+        )
+    if found.recording is None:
+        raise TraceFileError(
+            f"{path}: found a trace without moe_trace data; record it with moe_trace.profile, or add the "
+            "routing with moe_trace.merge_into(path, tracer.samples())"
+        )
+
+
+def _decode(path: Path, text: bytes) -> Recording:
+    try:
+        payload = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        try:
+            payload = loads_lenient(text)
+        except ValueError as error:
+            raise TraceFileError(
+                f"{path}: the moe_trace data is not JSON ({error}); the file was changed after it was written"
+            ) from error
+    try:
+        return decode_recording(payload)
+    except TraceFileError as error:
+        raise TraceFileError(f"{path}: {error}") from error
+
+
+def _device_names(text: bytes) -> tuple[str, ...]:
+    try:
+        devices = loads_lenient(text)
+    except ValueError:
+        return ()
+    if not isinstance(devices, list):
+        return ()
+    return tuple(str(d["name"]) for d in devices if isinstance(d, dict) and isinstance(d.get("name"), str))
+
+
+# -- bytes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    raw: BinaryIO
+    """The file itself."""
+    plain: BinaryIO
+    """The same, decompressed."""
+    size: int
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise trace_path_error(path, error) from error
+    with raw:
+        packed = raw.read(2) == _GZIP_MAGIC
+        raw.seek(0)
+        size = path.stat().st_size
+        try:
+            if packed:
+                with gzip.open(raw, "rb") as plain:
+                    yield _Source(raw, plain, size)  # type: ignore[arg-type]
+            else:
+                yield _Source(raw, raw, size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise TraceFileError(
+                f"{path}: the gzip data is broken ({error}); the file is truncated or was changed - "
+                "export it again"
+            ) from error
+        except OSError as error:
+            raise trace_path_error(path, error) from error
+
+
+def _counting(source: _Source, progress: Progress | None) -> Callable[[int], bytes]:
+    if progress is None:
+        return source.plain.read
+
+    def read(size: int) -> bytes:
+        block = source.plain.read(size)
+        progress(source.raw.tell(), source.size)
+        return block
+
+    return read
+
+
+def _spliced_recording(file: BinaryIO) -> bytes | None:
+    """The recording's JSON by the offsets that merging left at the end of a plain file."""
+    if file.read(2) == _GZIP_MAGIC:
+        file.seek(0)
+        return None
+    splice = read_splice(file)
+    text = None
+    if splice is not None:
+        size = file.seek(0, 2)
+        file.seek(splice.key_offset)
+        added = file.read(size - splice.suffix_bytes - splice.key_offset)
+        key, _, value = added.partition(b":")
+        if key.strip(b", \t\r\n") == f'"{METADATA_KEY}"'.encode():
+            text = value.strip()
+    file.seek(0)
+    return text

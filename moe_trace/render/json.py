@@ -1,0 +1,60 @@
+"""A summary as JSON. Keys are added over time, never renamed (docs/reading.md lists them)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from moe_trace.schema import SCHEMA_VERSION
+from moe_trace.summary import RouterSummary, Summary
+
+
+def render_json(summary: Summary) -> str:
+    """Indented JSON text, without NaN or infinity."""
+    return json.dumps(to_plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_plain(summary: Summary) -> dict[str, Any]:
+    """The summary as dicts, lists, strings and numbers."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "trace": summary.trace,
+        "model": dict(summary.model),
+        "options": dict(summary.options),
+        "rank": summary.rank,
+        "versions": dict(summary.versions),
+        "lost": asdict(summary.lost),
+        "routers": [_router(router) for router in summary.routers],
+        "totals": asdict(summary.totals),
+        "notes": list(summary.notes),
+    }
+
+
+def _router(router: RouterSummary) -> dict[str, Any]:
+    info, decisions = router.info, router.decisions
+    return {
+        "site": info.site,
+        "name": info.name,
+        "layer": info.layer,
+        "num_experts": info.num_experts,
+        "top_k": info.top_k,
+        "router_class": info.router_class,
+        "experts_class": info.experts_class,
+        "calls": router.calls,
+        "recomputed_calls": router.recomputed_calls,
+        "tokens": router.tokens,
+        "assignments": list(router.assignments),
+        "skipped": router.skipped,
+        "padding_assignments": router.padding_assignments,
+        "nonfinite_tokens": router.nonfinite_tokens,
+        "load": asdict(router.load),
+        "router": asdict(decisions),
+        "latency_us": asdict(router.latency),
+        "flops": {
+            "router": router.flops.router,
+            "experts": router.flops.experts,
+            "total": router.flops.total,
+        },
+        "memory_max_bytes": router.memory_max_bytes,
+    }

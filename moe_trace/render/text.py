@@ -1,0 +1,88 @@
+"""A summary as text that reads at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.render.tables import fixed, number, printable, scaled, table, wrapped
+from moe_trace.summary import Distribution, RouterSummary, Summary
+
+
+def render_text(summary: Summary) -> str:
+    """The figures of each layer, what they add up to, and what to know before trusting them."""
+    parts = [_heading(summary), _load_table(summary.routers), _router_table(summary.routers)]
+    if summary.notes:
+        parts.append("Notes\n" + "\n".join(wrapped(printable(note, 2000)) for note in summary.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(summary: Summary) -> str:
+    model, totals = summary.model, summary.totals
+    name = printable(model.get("name") or model.get("class") or "unnamed model")
+    facts = [
+        f"{totals.routers} routers",
+        f"{totals.calls} calls",
+        f"{totals.steps} {'step' if totals.steps == 1 else 'steps'}",
+        f"{totals.tokens:,} routed tokens",
+        f"{totals.assignments:,} assignments",
+    ]
+    if totals.skipped:
+        facts.append(f"{totals.skipped:,} skipped slots")
+    if totals.padding_assignments:
+        facts.append(f"{totals.padding_assignments:,} of padding")
+    lines = [name, ", ".join(facts)]
+    if summary.trace is not None:
+        lines.insert(0, printable(summary.trace, 200))
+    return "\n".join(lines)
+
+
+def _load_table(routers: Sequence[RouterSummary]) -> str:
+    rows = [
+        [
+            label(router),
+            f"{router.calls:,}",
+            f"{router.tokens:,}",
+            fixed(router.load.max_over_mean, 3),
+            fixed(router.load.cv, 3),
+            fixed(router.load.gini, 3),
+            fixed(router.load.entropy, 3),
+            str(router.load.active_experts),
+            str(len(router.load.dead_experts)),
+        ]
+        for router in routers
+    ]
+    headings = ("layer", "calls", "tokens", "max÷mean", "CV", "Gini", "entropy", "active", "dead")
+    return "Load of the experts (entropy: of their shares, 1 is even)\n" + table(headings, rows)
+
+
+def _router_table(routers: Sequence[RouterSummary]) -> str:
+    on_device = any(router.latency.device_span is not None for router in routers)
+    headings = ["layer", "entropy", "confidence", "host p50", "p95"]
+    if on_device:
+        headings += ["span p50", "busy p50"]
+    headings += ["router FLOP", "experts FLOP"]
+    rows = []
+    for router in routers:
+        latency = router.latency
+        row = [
+            label(router),
+            fixed(router.decisions.entropy_mean, 3),
+            fixed(router.decisions.confidence_mean, 3),
+            number(_figure(latency.host, "p50")),
+            number(_figure(latency.host, "p95")),
+        ]
+        if on_device:
+            row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
+        row += [scaled(router.flops.router), scaled(router.flops.experts)]
+        rows.append(row)
+    clocks = "host, and on the device span and busy" if on_device else "host"
+    return f"Routers (entropy in nats; latency of one call in µs: {clocks})\n" + table(headings, rows)
+
+
+def label(router: RouterSummary) -> str:
+    """The router's label, cut to a column."""
+    return printable(router.info.site, 16)
+
+
+def _figure(distribution: Distribution | None, name: str) -> float | None:
+    return None if distribution is None else float(getattr(distribution, name))
