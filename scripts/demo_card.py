@@ -146,9 +146,9 @@ def _data_section(corpora: list[Corpus]) -> str:
     )
     return (
         f"{_table(header, rows)}\n\n"
-        "`python` is the interpreter that ran the script. The hash is of the source's documents after "
-        "cleaning (repeated blocks dropped, at most 24 000 characters a document), joined by a zero byte. "
-        "The version of Python decides the code, the character names and so the hash.\n\n"
+        "`python` is the interpreter that read the text out of the packages. The hash is of the source's "
+        "documents after cleaning (repeated blocks dropped, at most 24 000 characters a document), joined "
+        "by a zero byte. The version of Python decides the code, the character names and so the hash.\n\n"
         f"Split by document, by the hash of its name; bytes to train on / held out: {split}."
     )
 
@@ -260,8 +260,8 @@ AGAIN = (
     "\n"
     "The script needs no network. On a machine without these packages (a GPU server, say), carry "
     "the text there: write it with\n"
-    "`--save-corpus DIR` where the packages are, and pass `--corpus DIR`; add `--device cuda` for a "
-    "GPU. Two runs on one\n"
+    "`--save-corpus DIR` where the packages are, and pass `--corpus DIR`. The device is "
+    "`cpu` or `cuda`. Two runs on one\n"
     "machine write the same bytes; another processor, torch version, Python version or number of "
     "threads gives other last\n"
     "digits, and so another hash."
@@ -279,7 +279,8 @@ def write_card(
     args = run.args
     arguments = (
         f"--steps {args.steps} --rows {args.rows} --seq-len {args.seq_len} --lr {args.lr} "
-        f"--aux-coef {args.aux_coef} --seed {args.seed} --threads {args.threads}"
+        f"--aux-coef {args.aux_coef} --seed {args.seed} --threads {args.threads} "
+        f"--device {args.device}"
     )
     intro = (
         "A small OLMoE with ByT5's byte tokenizer, made to show true routing: uneven load, and experts that "

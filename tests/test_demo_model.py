@@ -20,7 +20,7 @@ from moe_trace.demo import DEMO_PROMPTS, demo_path, load_demo_model
 
 MAX_WEIGHTS_BYTES = 4_000_000
 WEIGHTS = "model.safetensors"
-MIN_DIVERGENCE = 0.06  # nats, of ln 4 = 1.39
+MIN_DIVERGENCE = 0.12  # nats, of ln 4 = 1.39
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -104,25 +104,26 @@ def test_predicts_better_than_byte_frequencies(demo: tuple[Any, Any], domain: st
     loss = model(input_ids=ids, labels=ids).loss.item()
     counts = Counter(text.encode())
     unigram = -sum(n / ids.numel() * math.log(n / ids.numel()) for n in counts.values())
-    assert loss < 0.75 * unigram, f"{domain}: {loss:.2f} nats a byte, unigram entropy {unigram:.2f}"
+    assert loss < 0.6 * unigram, f"{domain}: {loss:.2f} nats a byte, unigram entropy {unigram:.2f}"
 
 
 def test_domains_prefer_different_experts(demo: tuple[Any, Any]) -> None:
     shares_DLE = torch.stack([expert_shares_LE(demo, text) for text in DEMO_PROMPTS.values()])
     divergence_L = entropy(shares_DLE.mean(0)) - entropy(shares_DLE).mean(0)
     assert divergence_L.max() > MIN_DIVERGENCE, f"Jensen-Shannon divergence per layer, nats: {divergence_L}"
-    assert divergence_L.min() > MIN_DIVERGENCE / 4
-    favourites_DL = shares_DLE.argmax(-1)
-    assert all(len(set(layer.tolist())) > 1 for layer in favourites_DL.T), favourites_DL
+    assert divergence_L.min() > MIN_DIVERGENCE / 3, divergence_L
+    favourites = [len(set(layer.tolist())) for layer in shares_DLE.argmax(-1).T]
+    assert min(favourites) >= 3, f"different favourite experts of the four domains, per layer: {favourites}"
 
 
 def test_load_is_uneven_but_not_collapsed(demo: tuple[Any, Any]) -> None:
+    """A random model fails the second half: in its deeper layers 5 to 10 experts get nearly every token."""
     shares_LE = expert_shares_LE(demo, "\n".join(DEMO_PROMPTS.values()))
     load_max_over_mean_L = shares_LE.max(-1).values * shares_LE.shape[-1]
     assert load_max_over_mean_L.max() > 1.5, load_max_over_mean_L
-    assert load_max_over_mean_L.max() < 4.0, "one expert gets every token"
     in_use_L = (shares_LE > 0.25 / shares_LE.shape[-1]).sum(-1)
-    assert in_use_L.min() >= 10, in_use_L
+    assert in_use_L.min() >= 12, in_use_L
+    assert load_max_over_mean_L.max() < 3.6, "nearly every token goes to one expert"
 
 
 def test_continues_a_prompt(demo: tuple[Any, Any]) -> None:

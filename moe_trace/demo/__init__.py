@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEMO_PROMPTS", "demo_path", "load_demo_model"]
 
-# Written for this package in the manner of each domain, so that none of it can be in the training text.
+# Written for this package in the manner of each domain; the JSON shares its keys with the training text, and
+# no more than that.
 DEMO_PROMPTS: dict[str, str] = {
     "prose": (
         "And it came to pass in the evening of the third day, that the old man rose up from his place by "
@@ -61,7 +62,7 @@ DEMO_PROMPTS: dict[str, str] = {
         '<div class="codeblock"><pre>SELECT layer, sum(load) FROM trace GROUP BY layer;\n</pre></div>\n'
     ),
 }
-"""Domain -> a prompt of 400 to 700 bytes that the model has not seen; every byte is one token."""
+"""Domain -> a prompt of 450 to 560 bytes that the model has not seen; every byte is one token."""
 
 
 def demo_path() -> Path:
@@ -75,15 +76,13 @@ def load_demo_model(
     """Loads the model, in eval mode, and its tokenizer, from this package alone.
 
     `dtype=None` means float32: the weights are stored in bfloat16, which many CPUs compute slowly. `kwargs`
-    go to `from_pretrained`; on a CPU the experts default to the "eager" loop, there several times as fast as
-    the grouped kernel. The tokenizer has no vocabulary file: a token is a byte, with id byte + 3. It appends
-    the end token 1, so encode a prompt that is to be continued with `add_special_tokens=False`.
+    go to `from_pretrained` (say `experts_implementation="eager"`). The tokenizer has no vocabulary file: a
+    token is a byte, with id byte + 3. It appends the end token 1, so encode a prompt that is to be continued
+    with `add_special_tokens=False`.
     """
     import torch
     from transformers import ByT5Tokenizer, OlmoeForCausalLM
 
     kwargs.setdefault("local_files_only", True)
-    if torch.device(device).type == "cpu":
-        kwargs.setdefault("experts_implementation", "eager")
     model = OlmoeForCausalLM.from_pretrained(demo_path(), dtype=dtype or torch.float32, **kwargs)
     return model.to(device).eval(), ByT5Tokenizer()
