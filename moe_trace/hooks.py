@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from moe_trace.contracts import Call, ContractMismatch
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import CallRecord, Recorder
 from moe_trace.routers import RouterSite
-from moe_trace.schema import Stage, range_name
+from moe_trace.schema import RangeKind, Stage, range_name
 
 
 class Level(IntEnum):
@@ -44,12 +44,26 @@ class ForwardContext:
     padding_T: Tensor | None = None
 
 
+class CallClock(Protocol):
+    """Times a router's module and its experts beside the host's clock; must not wait for the device."""
+
+    def start(self, args: tuple[Any, ...]) -> Any:
+        """Called just before the module runs, with its arguments; returns a mark."""
+
+    def stop(self, mark: Any) -> None:
+        """Called just after it ran."""
+
+    def keep(self, name: str, call: int, kind: RangeKind, mark: Any) -> None:
+        """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
+
+
 @dataclass(slots=True)
 class _OpenCall:
     call: Call
     start_ns: int
     end_ns: int
     profiled: bool
+    mark: Any = None
 
 
 class SiteHooks:
@@ -58,6 +72,7 @@ class SiteHooks:
     Args:
         context: returns the calling thread's `ForwardContext`.
         owner: the tracer, for the claim on the router's ranges.
+        clock: times router and experts by another clock too.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class SiteHooks:
         ranges: OpenRanges,
         context: Callable[[], ForwardContext],
         owner: object,
+        clock: CallClock | None = None,
     ) -> None:
         self.site = site
         self.calls = 0
@@ -77,6 +93,8 @@ class SiteHooks:
         self._ranges = ranges
         self._context = context
         self._owner = owner
+        self._clock = clock
+        self._expert_marks: dict[int, tuple[int, Any]] = {}
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._handles: list[RemovableHandle] = []
         self._open: dict[int, _OpenCall] = {}
@@ -103,7 +121,7 @@ class SiteHooks:
         handles.append(site.router.register_forward_hook(self._after_router, always_call=True))
         if site.experts is not None:
             handles.append(site.experts.register_forward_pre_hook(self._before_experts, with_kwargs=True))
-            if level == Level.RANGES:
+            if level == Level.RANGES or self._clock is not None:
                 handles.append(site.experts.register_forward_hook(self._after_experts, always_call=True))
 
     def _remove(self) -> None:
@@ -150,12 +168,16 @@ class SiteHooks:
         if self._opens_ranges():
             self._ranges.open(self._names["router"])
         call = Call(router_args=args)
-        self._open[thread] = _OpenCall(call, time.time_ns(), 0, profiler_is_recording())
+        opened = self._open[thread] = _OpenCall(call, time.time_ns(), 0, profiler_is_recording())
+        if self._clock is not None:
+            opened.mark = self._clock.start(args)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         thread = threading.get_ident()
         opened = self._open.get(thread)
         if opened is not None:
+            if self._clock is not None:
+                self._clock.stop(opened.mark)
             opened.end_ns = time.time_ns()
         self._ranges.close(self._names["router"])
         if opened is None:
@@ -176,8 +198,14 @@ class SiteHooks:
             opened.call.experts_args = args
             opened.call.experts_kwargs = kwargs
             self._finish(thread)
+            if self._clock is not None and self.misread is None:
+                self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
 
     def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
+        call, mark = self._expert_marks.pop(threading.get_ident(), (0, None))
+        if self._clock is not None and mark is not None and output is not None:
+            self._clock.stop(mark)
+            self._clock.keep(self.site.name, call, "experts", mark)
         self._ranges.close(self._names["experts"])
 
     # -- recording ------------------------------------------------------------------------------------
@@ -205,6 +233,8 @@ class SiteHooks:
             profiled=opened.profiled,
             padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
         )
+        if self._clock is not None:
+            self._clock.keep(self.site.name, self.calls, "router", opened.mark)
         self.calls += 1
         self._recorder.add(record, reading)
 

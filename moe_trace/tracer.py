@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_trace.environment import describe_model, rank_and_world_size, versions
 from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.hooks import ForwardContext, Level, SiteHooks
+from moe_trace.hooks import CallClock, ForwardContext, Level, SiteHooks
 from moe_trace.ranges import OpenRanges, profiler_is_recording
 from moe_trace.recorder import Recorder
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
@@ -36,6 +36,7 @@ class MoETracer:
         warmup: steps to leave out at the start.
         capacity: router calls kept; beyond it the oldest are dropped and counted.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
+        clock: times each router and its experts by another clock too, such as `DeviceClock`.
 
     A step is a profiler step where a profiler is attached (`prof.step()`). Without one, a step is one
     forward of `model`, until `step()` is called; from then on steps are counted by `step()` alone.
@@ -54,6 +55,7 @@ class MoETracer:
         warmup: int = 0,
         capacity: int = 100_000,
         tracks: Tracks = ("band",),
+        clock: CallClock | None = None,
     ) -> None:
         if every < 1 or warmup < 0 or capacity < 1:
             raise UsageError(
@@ -69,7 +71,12 @@ class MoETracer:
         self._ranges = OpenRanges()
         self._hooks = [
             SiteHooks(
-                site, recorder=self._recorder, ranges=self._ranges, context=self._current_context, owner=self
+                site,
+                recorder=self._recorder,
+                ranges=self._ranges,
+                context=self._current_context,
+                owner=self,
+                clock=clock,
             )
             for site in self.sites
         ]
