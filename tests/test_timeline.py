@@ -1,8 +1,9 @@
-"""Placing and merging: the file around our additions stays Kineto's, and every event lies where it belongs."""
+"""Placing and merging: the file round our additions stays Kineto's; every event lies where it belongs."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
 import warnings
@@ -154,7 +155,7 @@ def test_lanes_of_overlapping_layers_never_cross() -> None:
     assert len(lanes) == 3
     for spans in lanes.values():
         spans.sort()
-        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
     names = {e["name"] for e in events if e["ph"] == "C"}
     assert {"load max÷mean", "load max÷mean (2)", "load max÷mean (3)"} <= names
 

@@ -48,7 +48,7 @@ def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSamp
         samples: `tracer.samples()`, or `tracer.recording()`, which also carries the model's description.
 
     Raises:
-        NothingRecorded: there is no sample.
+        NothingRecorded: there is no sample, or none was taken while a profiler recorded.
         TraceFileError: the file is not a complete trace of torch.profiler.
         OutputError: the result cannot be written.
     """
@@ -57,6 +57,11 @@ def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSamp
         raise NothingRecorded(
             f"found no routing sample to merge into {trace_path}; run the model while the tracer is active, "
             "and check layers=, every= and warmup="
+        )
+    if not any(sample.profiled for sample in recording.samples):
+        raise NothingRecorded(
+            f"found {len(recording.samples)} routing samples, but no profiler was recording when they were "
+            f"taken, so {trace_path} cannot hold them; run the model inside the profiler's active steps"
         )
     merge_recording(Path(trace_path), [recording])
 

@@ -1,0 +1,361 @@
+"""Whatever happens inside the model, hooks come off, ranges close, and what was recorded is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity
+
+import moe_trace
+from models import tiny_olmoe, token_batch, watch_experts
+from moe_trace.errors import (
+    MoETraceError,
+    NoRoutersFound,
+    NothingRecorded,
+    OutputError,
+    TraceFileError,
+    UsageError,
+)
+
+CPU = [ProfilerActivity.CPU]
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_dense_model_is_refused_with_advice() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    with pytest.raises(
+        NoRoutersFound, match=r"found 0 routers in LlamaForCausalLM; known contracts: .*moe-trace routers"
+    ):
+        moe_trace.find_routers(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["gate", "experts", "attention"])
+def test_exception_inside_the_forward(error: type[BaseException], where: str, tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    layer = model.model.layers[1]
+    target = {"gate": layer.mlp.gate, "experts": layer.mlp.experts, "attention": layer.self_attn}[where]
+    before = hook_count(model)
+    with pytest.raises(error), torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+        target.forward = _raiser(error)
+        model(**token_batch())
+    del target.forward
+    assert hook_count(model) == before
+    assert len(prof.tracer._ranges) == 0
+    per_layer = [s.layer for s in prof.tracer.samples()]
+    # Samples so far are kept; the interrupted layer has one only if its router had decided by then.
+    assert per_layer == [0, 1, 2, 0, 1] if where == "experts" else [0, 1, 2, 0]
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    assert json.loads(path.read_bytes())["moe_trace"]["lost"]["samples_without_range"] == 0
+
+
+def _raiser(error: type[BaseException]) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise error("in the middle of the forward")
+
+    return forward
+
+
+def test_forward_that_goes_on_after_a_caught_exception() -> None:
+    model = tiny_olmoe()
+    gate = model.model.layers[0].mlp.gate
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        gate.forward = _raiser(RuntimeError)
+        with pytest.raises(RuntimeError):
+            model(**token_batch())
+        del gate.forward
+        model(**token_batch())
+    assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(8) for c in calls]
+
+
+class OddGate(torch.nn.Module):
+    """A router whose output has another form."""
+
+    def __init__(self, gate: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.top_k, self.num_experts = gate, gate.top_k, gate.num_experts
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        logits, weights, index = self.inner(hidden_states)
+        return {"logits": logits}, weights, index
+
+
+def test_unreadable_router_is_switched_off_and_the_forward_goes_on() -> None:
+    model = tiny_olmoe()
+    batch = token_batch()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model.model.layers[1].mlp.gate = OddGate(model.model.layers[1].mlp.gate)
+        with moe_trace.MoETracer(model) as tracer:
+            with pytest.warns(
+                RuntimeWarning, match=r"model\.layers\.1\.mlp\.gate \(OddGate\).*expected logits .*dict"
+            ):
+                found = model(**batch).logits
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # once is enough
+                model(**batch)
+    assert torch.equal(found, expected)
+    assert [s.layer for s in tracer.samples()] == [0, 2, 0, 2]
+    summary = tracer.summary()
+    assert list(summary.lost.misread) == ["model.layers.1.mlp.gate"]
+    assert any("switched off" in note for note in summary.notes)
+
+
+def test_router_that_is_never_called_is_reported(tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    model.model.layers[2].mlp.forward = lambda hidden_states: hidden_states  # as a fused block would
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    assert json.loads(path.read_bytes())["moe_trace"]["lost"]["never_called"] == ["model.layers.2.mlp.gate"]
+    assert any("never called" in note for note in prof.tracer.summary().notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "run", "message"),
+    [({}, False, "was not run"), ({"warmup": 9}, True, "warmup=9 left out all of the 1 forwards")],
+)
+def test_empty_recording_is_said_aloud(tmp_path: Path, arguments: Any, run: bool, message: str) -> None:
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU, **arguments) as prof:
+        if run:
+            model(**token_batch())
+    path = tmp_path / "trace.json"
+    with pytest.warns(RuntimeWarning, match=message):
+        prof.export_chrome_trace(str(path))
+    assert json.loads(path.read_bytes())["moe_trace"]["samples"]["call"] == []
+    with pytest.raises(NothingRecorded, match="no routing sample"):
+        moe_trace.merge_into(path, prof.tracer.samples())
+
+
+def test_profiler_never_active_is_told_apart(tmp_path: Path) -> None:
+    """Samples taken outside the profiler's window are not in the trace, and are not called lost."""
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+        with torch.profiler.profile(activities=CPU) as prof:
+            torch.ones(1)
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    with pytest.raises(NothingRecorded, match="no profiler was recording"):
+        moe_trace.merge_into(path, tracer.samples())
+    assert "moe_trace" not in json.loads(path.read_bytes())
+
+
+def test_ring_overflow_is_counted() -> None:
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.MoETracer(model, capacity=7) as tracer:
+        for _ in range(5):
+            model(**token_batch())
+    samples = tracer.samples()
+    assert len(samples) <= 7
+    assert len(samples) + tracer.summary().lost.overwritten == 15
+    assert [s.call for s in samples if s.layer == 0][-1] == 4  # the newest are kept
+    assert any("capacity" in note for note in tracer.summary().notes)
+
+
+def test_reentering_an_active_tracer_is_refused_and_a_left_one_goes_on() -> None:
+    model = tiny_olmoe()
+    tracer = moe_trace.MoETracer(model)
+    with torch.no_grad():
+        with tracer:
+            model(**token_batch())
+            with pytest.raises(MoETraceError, match="already active"):
+                tracer.start()
+        with tracer:
+            model(**token_batch())
+    assert [s.call for s in tracer.samples() if s.layer == 0] == [0, 1]
+    assert hook_count(model) == 0
+
+
+def test_two_tracers_on_one_model_open_each_range_once(tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    with torch.no_grad(), torch.profiler.profile(activities=CPU) as prof:
+        with moe_trace.MoETracer(model) as outer, moe_trace.MoETracer(model, layers=[0]) as inner:
+            model(**token_batch())
+    for tracer, count in ((outer, 3), (inner, 1)):
+        path = tmp_path / "trace.json"
+        if not path.exists():
+            prof.export_chrome_trace(str(path))
+        tracer.merge_into(path)
+        data = json.loads(path.read_bytes())
+        names = [e["name"] for e in data["traceEvents"] if e.get("cat") == "user_annotation"]
+        assert names.count("moe.router/L00") == 1
+        assert len(data["moe_trace"]["samples"]["call"]) == count
+        assert data["moe_trace"]["lost"]["samples_without_range"] == 0
+    assert hook_count(model) == 0
+
+
+def test_two_models_in_two_threads_do_not_mix() -> None:
+    models = [tiny_olmoe(seed=1, experts=8), tiny_olmoe(seed=2, experts=5)]
+    outcomes: list[Any] = [None, None]
+    barrier = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        with torch.no_grad(), watch_experts(models[i]) as calls, moe_trace.MoETracer(models[i]) as tracer:
+            barrier.wait()
+            for step in range(10):
+                models[i](**token_batch(seed=10 * i + step))
+        outcomes[i] = (tracer.samples(), calls)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, experts in enumerate((8, 5)):
+        samples, calls = outcomes[i]
+        assert len(samples) == 30
+        assert [s.assignments.tolist() for s in samples] == [c.assignments(experts) for c in calls]
+
+
+def test_one_model_called_from_two_threads_loses_nothing() -> None:
+    model = tiny_olmoe()
+    barrier = threading.Barrier(2)
+
+    def work(seed: int) -> None:
+        barrier.wait()
+        with torch.no_grad():
+            for step in range(10):
+                model(**token_batch(seed=seed + step, length=5 + seed))
+
+    with watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = sorted((s.layer, s.assignments.tolist()) for s in tracer.samples())
+    assert found == sorted((c.layer, c.assignments(8)) for c in calls)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"every": 0}, {"warmup": -1}, {"capacity": 0}, {"layers": [99]}, {"layers": lambda s: False}],
+)
+def test_arguments_out_of_range_are_refused(arguments: Any) -> None:
+    with pytest.raises(UsageError):
+        moe_trace.MoETracer(tiny_olmoe(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated"),
+        (b"not json at all", "expected"),
+        (b'{"traceEvents": [{"ph": "X", "ts": 1}', "truncated"),
+        (b"[1, 2, 3]", "expected"),
+        (b'{"other": 1}', "truncated or of another tool"),
+    ],
+)
+def test_file_that_is_no_trace_is_refused_and_left_alone(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    with torch.no_grad(), torch.profiler.profile(activities=CPU):
+        with moe_trace.MoETracer(tiny_olmoe()) as tracer:
+            tracer.model(**token_batch())
+    for name in ("trace.json", "trace.json.gz"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(TraceFileError, match=message if name.endswith("json") else "expected"):
+            moe_trace.merge_into(path, tracer.samples())
+        assert path.read_bytes() == content
+        assert sorted(tmp_path.iterdir()) == sorted(tmp_path.glob("trace.json*"))
+    with pytest.raises(TraceFileError, match="cannot be read"):
+        moe_trace.merge_into(tmp_path / "missing.json", tracer.samples())
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """/dev/full cannot hold a folder, so a size limit of the process stands in for the full disk."""
+    import resource
+    import signal
+
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(OutputError, match="disk full"):
+            prof.export_chrome_trace(str(tmp_path / "trace.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_fills_during_the_merge_keeps_the_plain_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: Any, **kwargs: Any) -> bytes:
+        raise OSError(28, os.strerror(28))
+
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    monkeypatch.setattr("moe_trace.timeline.merge.encode_recording", no_space)
+    path = tmp_path / "trace.json"
+    with pytest.raises(OutputError, match="routing could not be added"):
+        prof.export_chrome_trace(str(path))
+    data = json.loads(path.read_bytes())
+    assert "moe_trace" not in data
+    assert len(data["traceEvents"]) > 100
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    with pytest.raises(OutputError, match="cannot be written"):
+        prof.export_chrome_trace(str(tmp_path / "missing" / "trace.json"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        prof.export_chrome_trace("/proc/trace.json")  # read-only even for root
+
+
+def test_tracer_can_be_collected_and_does_not_keep_the_router_outputs() -> None:
+    """Router tensors are let go at the end of each forward, not kept until somebody asks."""
+    import gc
+    import weakref
+
+    model = tiny_olmoe(layers=1)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(
+        lambda m, a, out: alive.append(weakref.ref(out[0]))
+    )
+    with torch.no_grad(), moe_trace.MoETracer(model):
+        for _ in range(3):
+            model(**token_batch())
+        gc.collect()
+        assert [ref() for ref in alive] == [None] * 3
+    handle.remove()
+
+
+def test_idle_steps_have_no_hook_on_any_router() -> None:
+    model = tiny_olmoe()
+    with torch.no_grad(), moe_trace.MoETracer(model, every=1000) as tracer:
+        model(**token_batch())
+        model(**token_batch())
+        assert hook_count(model) == 2  # the model's own two
+        started = time.perf_counter()
+        model(**token_batch())
+        assert time.perf_counter() > started
+    assert {s.step for s in tracer.samples()} == {0}
