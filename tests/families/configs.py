@@ -62,7 +62,11 @@ TOP_K_OF_LOGITS = (
         overrides={"expert_selection_fn": "sigmoid", "first_k_dense_replace": 1, "num_shared_experts": 1},
     ),
     _family(
-        "dbrx/text", "DbrxForCausalLM", 3, overrides={"attn_config": {"clip_qkv": 8.0, "rope_theta": 1e4}}
+        "dbrx/text",
+        "DbrxForCausalLM",
+        3,
+        overrides={"attn_config": {"clip_qkv": 8.0, "rope_theta": 1e4}},
+        implementations=False,
     ),
     _family(
         "deepseek_ocr2/text", "DeepseekOcr2TextModel", 2, overrides=DENSE_FIRST | {"num_experts_per_tok": 2}
@@ -118,8 +122,8 @@ GROUPED = (
         "selection-bias",
         overrides={
             "topk_method": "group_limited_greedy",
-            "n_group": 4,
-            "topk_group": 2,
+            "n_group": 2,
+            "topk_group": 1,
             "num_experts_per_tok": 2,
         },
     ),
@@ -168,6 +172,7 @@ BIASED = (
         *BIAS,
         k=None,
         overrides={"head_dim": 8, "moe_topk": 3},
+        implementations=False,
     ),
     _family("minimax_m2/text", "MiniMaxM2ForCausalLM", 3, *BIAS),
     _family("minimax_m3_vl/text", "MiniMaxM3VLForCausalLM", 3, *BIAS),
@@ -230,8 +235,23 @@ UNUSUAL = (
         implementations=False,
         overrides={"is_moe": True, "num_experts": 16},
     ),
-    _family("jetmoe/text", "JetMoeForCausalLM", 6, "several-routers", contract="sorted-dispatch"),
-    _family("llama4/text", "Llama4ForCausalLM", 3, "dense-compute", "scaled-input", contract="dense-scores"),
+    _family(
+        "jetmoe/text",
+        "JetMoeForCausalLM",
+        6,
+        "several-routers",
+        contract="sorted-dispatch",
+        implementations=False,
+    ),
+    _family(
+        "llama4/text",
+        "Llama4ForCausalLM",
+        3,
+        "dense-compute",
+        "scaled-input",
+        contract="dense-scores",
+        implementations=False,
+    ),
     _family(
         "nllb_moe/seq2seq",
         "NllbMoeForConditionalGeneration",
@@ -240,6 +260,7 @@ UNUSUAL = (
         contract="one-hot",
         k=None,
         overrides={"encoder_sparse_step": 2, "decoder_sparse_step": 2},
+        implementations=False,
     ),
     _family(
         "switch_transformers/seq2seq",
@@ -247,6 +268,7 @@ UNUSUAL = (
         2,
         contract="one-hot",
         k=1,
+        implementations=False,
     ),
     _family(
         "switch_transformers/dropping",
@@ -257,8 +279,16 @@ UNUSUAL = (
         k=None,
         overrides={"expert_capacity": 1},
         note="a token over the capacity is left out, so k is 1 or 0",
+        implementations=False,
     ),
-    _family("switch_transformers/encoder", "SwitchTransformersEncoderModel", 1, contract="one-hot", k=1),
+    _family(
+        "switch_transformers/encoder",
+        "SwitchTransformersEncoderModel",
+        1,
+        contract="one-hot",
+        k=1,
+        implementations=False,
+    ),
     _family(
         "vitpose_backbone/vision",
         "VitPoseBackbone",
@@ -268,6 +298,7 @@ UNUSUAL = (
         k=1,
         inputs=image_inputs,
         overrides={"num_experts": 4, "part_features": 16},
+        implementations=False,
     ),
 )
 
@@ -327,7 +358,7 @@ COMPOSITE = (
         "InklingForConditionalGeneration",
         3,
         *BIAS,
-        overrides={"vision_config": {"num_hidden_layers": 6}},
+        overrides={"vision_config": {"num_hidden_layers": 6, "patch_size": 4}},
     ),
     _family("inkling2/composite", "Inkling2ForConditionalGeneration", 3, *BIAS),
     _family(
@@ -338,6 +369,7 @@ COMPOSITE = (
         "scaled-input",
         contract="dense-scores",
         overrides={"text_config": {"moe_layers": [1]}},
+        implementations=False,
     ),
     _family("minimax_m3_vl/composite", "MiniMaxM3SparseForConditionalGeneration", 3, *BIAS),
     _family("mistral_large4/composite", "MistralLarge4ForConditionalGeneration", 2, *BIAS),
@@ -371,6 +403,7 @@ COMPOSITE = (
         3,
         inputs=embedding_inputs,
         overrides=TALKER,
+        generates=False,
     ),
     _family(
         "qwen3_omni_moe/whole",

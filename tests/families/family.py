@@ -22,7 +22,7 @@ PAD_ID = 0
 Inputs = dict[str, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """One tiny random model of the bench."""
 
@@ -43,7 +43,9 @@ class Family:
     inputs: Callable[[transformers.PretrainedConfig, str | None], Inputs] | None = None
     """Draws the inputs, where token ids are not enough. Arguments: config, padding."""
     implementations: bool = True
-    """Whether the model accepts ``set_experts_implementation``."""
+    """Whether its experts can compute in other ways than eagerly; see ``use_experts``."""
+    generates: bool = True
+    """False where ``generate`` needs more than the inputs of a forward."""
     seed: int = 0
     """Of the weights, chosen so that what is special about the family does happen."""
     traits: frozenset[str] = frozenset()
@@ -69,7 +71,7 @@ class Family:
 
     @property
     def can_generate(self) -> bool:
-        return not self.entry and self.model_class.can_generate()
+        return self.generates and not self.entry and self.model_class.can_generate()
 
     def build(self) -> PreTrainedModel:
         """The model, in eval mode, the same at every call."""
@@ -106,6 +108,21 @@ TRAITS = MappingProxyType(
         "no-router": "experts without a router",
     }
 )
+
+
+def use_experts(model: nn.Module, implementation: str) -> bool:
+    """Choose ``eager``, ``grouped_mm`` or ``batched_mm``; False where the family computes in one way only.
+
+    Not ``set_experts_implementation``: that refuses wrappers round a model of another family, and changes the
+    config of dots3_note's vision model but not the copies that its layers read.
+    """
+    chosen = False
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            config: Any = module.config
+            config._experts_implementation = implementation
+            chosen = True
+    return chosen
 
 
 def find_model_class(folder: str, class_name: str) -> type[PreTrainedModel]:

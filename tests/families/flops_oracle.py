@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .family import use_experts
 from .sites import Call, Capture, Site, find_sites
 
 BESIDE_THE_BLOCK = ("shared_mlp", "shared_experts")
@@ -32,8 +33,9 @@ class CallFlops:
 def count_flops(model: nn.Module, run: Callable[[], Any]) -> list[CallFlops]:
     """FLOPs of every call of experts while ``run()`` calls the model, in the order of the calls.
 
-    The model must compute its experts eagerly: torch has no formula for grouped matrix products.
+    The experts compute eagerly from then on: torch has no formula for grouped matrix products.
     """
+    use_experts(model, "eager")
     sites = {site.path: site for site in find_sites(model)}
     modules = _modules_to_count(model, list(sites.values()))
     with Capture(modules) as capture:
@@ -43,14 +45,6 @@ def count_flops(model: nn.Module, run: Callable[[], Any]) -> list[CallFlops]:
     return [
         _of_site(model, sites[call.path], call.number, flops) for call in capture.calls if call.path in sites
     ]
-
-
-def use_eager_experts(model: nn.Module) -> None:
-    """Make the experts compute with plain matrix products, where the family leaves a choice."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) is not None:
-            config._experts_implementation = "eager"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,11 @@ def randomise(model: nn.Module, seed: int) -> None:
             tensor.copy_(_router_weight(path[-1], tensor, draw))
         elif _is_undrawn(tensor):
             tensor.copy_(torch.randn(tensor.shape, generator=draw) * tensor.shape[-1] ** -0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            # A padding token of zeros stays zero through the layers, and no scaling would ever move its row.
+            row = module.weight[module.padding_idx]
+            row.copy_(torch.randn(row.shape, generator=draw) * module.weight.std())
 
 
 @contextlib.contextmanager

@@ -129,9 +129,8 @@ def _router_path(model: nn.Module, path: str) -> str:
     module = model.get_submodule(path)
     if type(module).__name__ == "DogeCDMoE":
         return path
-    parent = (
-        module if type(module).__name__.startswith("JetMoe") else model.get_submodule(path.rpartition(".")[0])
-    )
-    prefix = path if parent is module else path.rpartition(".")[0]
-    names = [name for name, _ in parent.named_children() if name in ("gate", "router")]
-    return f"{prefix}.{names[0]}" if names else ""
+    inside = type(module).__name__.startswith("JetMoe")
+    block_path = path if inside else path.rpartition(".")[0]
+    block = model.get_submodule(block_path)
+    names = [name for name, _ in block.named_children() if name in ("gate", "router")]
+    return f"{block_path}.{names[0]}" if names else ""
