@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_trace.reading.launches import find_launches, router_busy_us
+from moe_trace.reading.launches import find_kernels, router_busy_us
 from moe_trace.reading.trace_file import Progress, find_traces, read_recording, read_trace
 from moe_trace.summary import Summary, summarize
 
@@ -19,5 +19,5 @@ def read_summary(path: str | Path, *, progress: Progress | None = None) -> Summa
     """
     [file] = find_traces(path)
     trace = read_trace(file, progress)
-    busy = router_busy_us(trace.recording.samples, trace.events, find_launches(trace.events))
+    busy = router_busy_us(trace.recording.samples, trace.events, find_kernels(trace.events))
     return summarize(trace.recording, trace=str(path), device_busy_us=busy)

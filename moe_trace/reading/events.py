@@ -7,7 +7,6 @@ The parser is msgspec with typed structs: it builds no Python object for the fie
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from enum import IntEnum
@@ -103,8 +102,9 @@ class EventTable:
     """Index into `names`."""
     thread: npt.NDArray[np.int32]
     """Index into `threads`."""
-    start_us: npt.NDArray[np.float64]
-    duration_us: npt.NDArray[np.float64]
+    start_ns: npt.NDArray[np.int64]
+    """On the trace's clock. Integers, because microseconds since an epoch of years fill a float's digits."""
+    duration_ns: npt.NDArray[np.int64]
     link: npt.NDArray[np.int64]
     """Correlation or flow id; -1 without."""
     names: tuple[str, ...]
@@ -122,8 +122,8 @@ class EventTable:
             self.kind[mask],
             self.name[mask],
             self.thread[mask],
-            self.start_us[mask],
-            self.duration_us[mask],
+            self.start_ns[mask],
+            self.duration_ns[mask],
             self.link[mask],
             self.names,
             self.threads,
@@ -131,9 +131,14 @@ class EventTable:
         )
 
     @property
-    def end_us(self) -> npt.NDArray[np.float64]:
+    def end_ns(self) -> npt.NDArray[np.int64]:
         """Ends of the slices."""
-        return self.start_us + self.duration_us
+        return self.start_ns + self.duration_ns
+
+
+def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Kineto writes whole nanoseconds as microseconds with three decimals; rounding gets them back."""
+    return np.rint(np.asarray(time_us, np.float64) * 1000).astype(np.int64)
 
 
 class EventTableBuilder:
@@ -162,22 +167,19 @@ class EventTableBuilder:
         names, threads = self._names, self._threads
         kinds = [_SLICES[e.cat] for e in slices] + [_FLOWS[e.ph] for e in flows]  # type: ignore[index]
         both = slices + flows
-        self._append(
+        start_us = np.array([e.ts for e in both], np.float64)
+        duration_us = np.array([e.dur for e in both], np.float64)
+        sound = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
+        self.unreadable += int((~sound).sum())
+        columns = (
             np.array(kinds, np.uint8),
             np.array([names[e.name] for e in both], np.int32),
             np.array([threads[e.pid, e.tid] for e in both], np.int32),
-            np.array([e.ts for e in both], np.float64),
-            np.array([e.dur for e in both], np.float64),
+            to_ns(np.where(sound, start_us, 0.0)),
+            to_ns(np.where(sound, duration_us, 0.0)),
             np.array([_correlation(e) for e in slices] + [_flow_id(e) for e in flows], np.int64),
         )
-
-    def _append(self, *columns: np.ndarray) -> None:
-        start, duration = columns[3], columns[4]
-        sound = np.isfinite(start) & np.isfinite(duration) & (duration >= 0)
-        if not sound.all():
-            self.unreadable += int((~sound).sum())
-            columns = tuple(column[sound] for column in columns)
-        self._parts.append(columns)
+        self._parts.append(columns if sound.all() else tuple(column[sound] for column in columns))
 
     def build(self) -> EventTable:
         """The table of everything that was added."""
@@ -199,6 +201,8 @@ class EventTableBuilder:
         )
 
 
+# Beyond 285 years the nanoseconds would no longer fit in 64 bits; NaN and infinity fail the test too.
+_TIME_MAX_US = 9e15
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -212,8 +216,3 @@ def _flow_id(event: _Event) -> int:
     if isinstance(value, str):
         return int(value) if value.isdecimal() and len(value) < 19 else -1
     return value if value is not None and value in _INT64 else -1
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a number that is neither infinite nor NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

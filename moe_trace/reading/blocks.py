@@ -1,0 +1,73 @@
+"""The calls of a trace as rows: where each MoE block, router and experts module stands, on which thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.reading.events import EventTable, to_ns
+from moe_trace.reading.launches import RangeThreads
+from moe_trace.schema import Placement, RangeKind, RoutingSample, Span
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """B calls that have ranges in the trace, sorted by thread and time. [B] arrays, nanoseconds."""
+
+    samples: tuple[RoutingSample, ...]
+    thread: npt.NDArray[np.int64]
+    start_ns: npt.NDArray[np.int64]
+    end_ns: npt.NDArray[np.int64]
+    router_ns: npt.NDArray[np.int64]
+    """[B, 2] start and end."""
+    experts_ns: npt.NDArray[np.int64]
+    """[B, 2]; without a range of the experts: all that follows the router in the block."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
+    """The samples whose ranges the trace holds."""
+    threads = RangeThreads(events)
+    found = []
+    for sample in samples:
+        thread = threads.of(sample)
+        if thread is not None and sample.placement is not None:
+            found.append((thread, _bounds(sample.placement), sample))
+    found.sort(key=lambda row: (row[0], row[1][0]))
+    bounds = to_ns([row[1] for row in found]).reshape(len(found), 6)
+    return Blocks(
+        samples=tuple(row[2] for row in found),
+        thread=np.array([row[0] for row in found], np.int64),
+        start_ns=bounds[:, 0],
+        end_ns=bounds[:, 1],
+        router_ns=bounds[:, 2:4],
+        experts_ns=bounds[:, 4:6],
+    )
+
+
+def _bounds(placement: Placement) -> tuple[float, ...]:
+    host = placement.host
+    router = host["router"]
+    block = moe_span(host)
+    experts = host.get("experts", Span(router.end_us, max(0.0, block.end_us - router.end_us)))
+    return (
+        block.start_us,
+        block.end_us,
+        router.start_us,
+        router.end_us,
+        experts.start_us,
+        experts.end_us,
+    )
+
+
+def moe_span(spans: dict[RangeKind, Span]) -> Span:
+    """The whole MoE layer: its block, or from the router to the end of the experts."""
+    if "block" in spans:
+        return spans["block"]
+    start = spans["router"].start_us
+    return Span(start, max(span.end_us for span in spans.values()) - start)
