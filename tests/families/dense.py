@@ -3,8 +3,8 @@
 from types import MappingProxyType
 from typing import Any
 
-from .configs import HYBRID, LATENT_DENSE_FIRST
 from .family import Family
+from .variants import HYBRID, LATENT_DENSE_FIRST
 
 LINEAR_DENSE: dict[str, Any] = HYBRID | {"mlp_layer_types": ["dense"] * 3}
 LATENT_DENSE: dict[str, Any] = LATENT_DENSE_FIRST | {"mlp_layer_types": ["dense"] * 3}
