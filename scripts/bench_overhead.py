@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import moe_trace  # noqa: E402
+import moe_trace
 
 Step = Callable[[], Any]
 TRUE_SHAPE = {
@@ -252,7 +252,8 @@ def heading(bench: Bench) -> str:
     machine = torch.cuda.get_device_name() if bench.on_gpu else platform.processor() or platform.machine()
     return (
         f"{date.today()}, {machine}, torch {torch.__version__}\n\n"
-        "| workload | bare ms | traced ms | ratio | quartiles | pairs | bound |\n|---|---|---|---|---|---|---|"
+        "| workload | bare ms | traced ms | ratio | quartiles | pairs | bound |\n"
+        "|---|---|---|---|---|---|---|"
     )
 
 
