@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_trace.reading.launches import find_kernels, router_busy_us
-from moe_trace.reading.trace_file import Progress, find_traces, read_recording, read_trace
-from moe_trace.summary import Summary, summarize
+from moe_trace.reading.analysis import PeakOverride, TraceSummary, analyse
+from moe_trace.reading.filters import Filter
+from moe_trace.reading.trace_file import Progress, find_traces, read_recording
 
-__all__ = ["read_recording", "read_summary"]
+__all__ = ["Filter", "PeakOverride", "TraceSummary", "read_recording", "read_summary"]
 
 
-def read_summary(path: str | Path, *, progress: Progress | None = None) -> Summary:
-    """The figures of a trace, or of the traces in a folder.
+def read_summary(
+    path: str | Path,
+    *,
+    chosen: Filter | None = None,
+    peak: PeakOverride | None = None,
+    progress: Progress | None = None,
+) -> TraceSummary:
+    """The figures of a trace, or of all traces in a folder taken together.
+
+    Args:
+        path: a `.json` or `.json.gz` file, or a folder.
+        chosen: only these layers, steps and stages.
+        peak: the device's peaks, where the built-in table lacks or misses them.
+        progress: called with bytes read and bytes in all of the file under way.
 
     Raises:
         TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
+        UsageError: `chosen` leaves nothing.
     """
-    [file] = find_traces(path)
-    trace = read_trace(file, progress)
-    busy = router_busy_us(trace.recording.samples, trace.events, find_kernels(trace.events))
-    return summarize(trace.recording, trace=str(path), device_busy_us=busy)
+    return analyse(find_traces(path), label=str(path), chosen=chosen, peak=peak, progress=progress)

@@ -1,12 +1,70 @@
-"""A progress bar for reading, on terminals only."""
+"""What the commands that read traces share: filters, the progress bar, and care for existing files."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from moe_trace.errors import OutputError, UsageError
+from moe_trace.reading.analysis import PeakOverride
+from moe_trace.reading.filters import Filter
 from moe_trace.reading.trace_file import Progress
+
+STAGES = ("prefill", "decode", "train")
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """The options that choose calls, and the device's peaks."""
+    add = parser.add_argument
+    add("--layer", metavar="3,L05", help="only these layers: indices, labels or module paths")
+    add("--step", metavar="0,4-7", help="only these steps")
+    add("--phase", choices=STAGES, help="only calls of this part of the model's work")
+    add("--peak-tflops", type=float, metavar="X", help="the device's peak, instead of the built-in table's")
+    add("--peak-gbps", type=float, metavar="X", help="its memory bandwidth in GB/s, likewise")
+
+
+def chosen_filter(arguments: argparse.Namespace) -> Filter:
+    """The filter that the options describe."""
+    layers = frozenset(part.strip() for part in (arguments.layer or "").split(",") if part.strip())
+    # `03` and `3` are one layer index.
+    layers = frozenset(str(int(part)) if part.isdecimal() else part for part in layers)
+    stages = frozenset([arguments.phase]) if arguments.phase else frozenset()
+    return Filter(layers=layers, steps=parse_steps(arguments.step), stages=stages)
+
+
+def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
+    """The peaks that the options give."""
+    for value in (arguments.peak_tflops, arguments.peak_gbps):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"found a peak of {value:g}, expected a number above 0")
+    return PeakOverride(arguments.peak_tflops, arguments.peak_gbps)
+
+
+def parse_steps(text: str | None) -> frozenset[int]:
+    """`0,4-7` -> {0, 4, 5, 6, 7}."""
+    steps: set[int] = set()
+    for part in (text or "").split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first and not dash:
+            continue
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(first + last) > 18:
+            raise UsageError(f"found --step {text}, expected steps such as 3 or 0,4-7")
+        end = int(last) if dash else int(first)
+        if end - int(first) > 10_000_000:
+            raise UsageError(f"found --step {text}, which is more steps than any trace holds")
+        steps.update(range(int(first), end + 1))
+    return frozenset(steps)
+
+
+def refuse_to_replace(target: Path, *, force: bool) -> None:
+    """Raise `OutputError` before any work is done for a file that would not be written."""
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists; choose another name, or add --force to replace it")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent} is not a folder; make it first")
 
 
 @contextmanager

@@ -3,34 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from moe_trace.cli.reading import reading_progress
-from moe_trace.reader import read_summary
+from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
+from moe_trace.files import write_text
+from moe_trace.reader import TraceSummary, read_summary
 
 
 class ReportCommand:
     """Say what a trace tells about the routing, from the file alone.
 
-    Example: moe-trace report runs/demo
+    Figures per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
+    costs, and findings with advice. Several paths are reported one after another; a folder as one.
+
+    Example: moe-trace report runs/demo --html report.html
     """
 
     name = "report"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        parser.add_argument("--format", choices=("text", "json"), default="text")
+        add = parser.add_argument
+        add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+        add("--format", choices=("text", "json", "csv"), default="text", help="csv: one row per router call")
+        add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+        add("--force", action="store_true", help="replace FILE")
+        add_filters(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Print the report."""
-        with reading_progress() as progress:
-            summary = read_summary(arguments.path, progress=progress)
-        if arguments.format == "json":
-            from moe_trace.render.json import render_json
+        """Print the report, or write the page."""
+        if arguments.html is not None:
+            refuse_to_replace(arguments.html, force=arguments.force)
+        summaries = []
+        for path in arguments.paths:
+            with reading_progress() as progress:
+                summaries.append(
+                    read_summary(
+                        path,
+                        chosen=chosen_filter(arguments),
+                        peak=chosen_peak(arguments),
+                        progress=progress,
+                    )
+                )
+        if arguments.html is not None:
+            from moe_trace.render.html import render_page
 
-            print(render_json(summary), end="")
+            write_text(arguments.html, render_page(summaries))
+            print(f"wrote {arguments.html}", file=sys.stderr)
         else:
-            from moe_trace.render.text import render_text
-
-            print(render_text(summary), end="")
+            print(_render(summaries, arguments.format), end="")
         return 0
+
+
+def _render(summaries: list[TraceSummary], form: str) -> str:
+    if form == "json":
+        from moe_trace.render.json import render_json, render_json_list
+
+        return render_json(summaries[0]) if len(summaries) == 1 else render_json_list(summaries)
+    if form == "csv":
+        from moe_trace.render.csv import render_csv
+
+        return render_csv(summaries)
+    from moe_trace.render.text import render_text
+
+    return "\n".join(render_text(summary) for summary in summaries)

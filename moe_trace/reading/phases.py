@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.reading.blocks import Blocks, find_blocks
+from moe_trace.reading.blocks import find_blocks
 from moe_trace.reading.events import EventTable, Kind
 from moe_trace.reading.launches import Kernels
 from moe_trace.reading.structure import PHASES, Steps, find_steps

@@ -31,21 +31,23 @@ Phase = Literal["router", "dispatch", "experts", "combine", "shared", "other"]
 PHASES: tuple[Phase, ...] = ("router", "dispatch", "experts", "combine", "shared", "other")
 ROUTER, DISPATCH, EXPERTS, COMBINE, SHARED, OTHER = range(len(PHASES))
 
-PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "mm addmm bmm baddbmm matmul linear einsum _grouped_mm _scaled_mm _scaled_mm_v2 _scaled_grouped_mm "
-        "_scaled_grouped_mm_v2 _int_mm _weight_int4pack_mm _weight_int8pack_mm mkldnn_linear"
-    ).split()
+
+def _aten(*names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names)
+
+
+# fmt: off
+PRODUCTS = _aten(
+    "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "mkldnn_linear", "_grouped_mm",
+    "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_int_mm",
+    "_weight_int4pack_mm", "_weight_int8pack_mm",
 )
-GATHERS = frozenset(f"aten::{name}" for name in "index index_select gather take take_along_dim".split())
-WRITES = frozenset(
-    f"aten::{name}"
-    for name in (
-        "index_add index_add_ index_put index_put_ _index_put_impl_ index_copy index_copy_ scatter scatter_ "
-        "scatter_add scatter_add_ scatter_reduce scatter_reduce_"
-    ).split()
+GATHERS = _aten("index", "index_select", "gather", "take", "take_along_dim")
+WRITES = _aten(
+    "index_add", "index_add_", "index_put", "index_put_", "_index_put_impl_", "index_copy", "index_copy_",
+    "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ def _outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
     outermost = np.ones(len(host), dtype=bool)
     outermost[1:] = starts[1:] >= ends[:-1]
     return outermost
+
+
+def outermost_slices(slices: EventTable) -> EventTable:
+    """The slices that no other slice of their thread holds."""
+    ordered = slices.select(np.lexsort((-slices.duration_ns, slices.start_ns, slices.thread)))
+    return ordered.select(_outermost(ordered, ordered.thread.astype(np.int64)))
 
 
 def _named(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moe_trace.reading.analysis import TraceSummary
 from moe_trace.schema import SCHEMA_VERSION
 from moe_trace.summary import RouterSummary, Summary
 
@@ -15,9 +17,15 @@ def render_json(summary: Summary) -> str:
     return json.dumps(to_plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def render_json_list(summaries: Sequence[Summary]) -> str:
+    """Several reports as one JSON array."""
+    plain = [to_plain(summary) for summary in summaries]
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def to_plain(summary: Summary) -> dict[str, Any]:
     """The summary as dicts, lists, strings and numbers."""
-    return {
+    plain = {
         "schema_version": SCHEMA_VERSION,
         "trace": summary.trace,
         "model": dict(summary.model),
@@ -29,6 +37,15 @@ def to_plain(summary: Summary) -> dict[str, Any]:
         "totals": asdict(summary.totals),
         "notes": list(summary.notes),
     }
+    if isinstance(summary, TraceSummary):
+        plain |= {
+            "files": list(summary.files),
+            "phases": asdict(summary.phases) if summary.phases is not None else None,
+            "speed": asdict(summary.speed) if summary.speed is not None else None,
+            "imbalance": [asdict(cost) for cost in summary.imbalance],
+            "findings": [asdict(finding) for finding in summary.findings],
+        }
+    return plain
 
 
 def _router(router: RouterSummary) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -71,10 +72,11 @@ def share(part: float | None) -> str:
     return f"{percent:.1f} %" if percent >= 0.1 or percent == 0 else "<0.1 %"
 
 
-def wrapped(text: str, indent: str = "  ") -> str:
-    """A paragraph within `WIDTH`, its first line marked with a dash."""
-    import textwrap
+def wrapped(text: str) -> str:
+    """An item of a list within `WIDTH`, its first line marked with a dash."""
+    return textwrap.fill(text, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
-    return textwrap.fill(
-        text, WIDTH, initial_indent=f"{indent}- ", subsequent_indent=f"{indent}  ", break_on_hyphens=False
-    )
+
+def paragraph(text: str) -> str:
+    """Text within `WIDTH`."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from moe_trace.reading.analysis import TraceSummary
 from moe_trace.render.tables import fixed, number, printable, scaled, table, wrapped
+from moe_trace.render.text_phases import imbalance_lines, phase_parts, speed_part
 from moe_trace.summary import Distribution, RouterSummary, Summary
+
+_FINDINGS_A_RULE = 3
 
 
 def render_text(summary: Summary) -> str:
     """The figures of each layer, what they add up to, and what to know before trusting them."""
     parts = [_heading(summary), _load_table(summary.routers), _router_table(summary.routers)]
+    if isinstance(summary, TraceSummary):
+        parts += [*phase_parts(summary), *speed_part(summary), *imbalance_lines(summary), *_findings(summary)]
     if summary.notes:
         parts.append("Notes\n" + "\n".join(wrapped(printable(note, 2000)) for note in summary.notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _findings(summary: TraceSummary) -> list[str]:
+    if not summary.findings:
+        return []
+    lines, shown = [], Counter[str]()
+    for finding in summary.findings:
+        shown[finding.rule] += 1
+        if shown[finding.rule] <= _FINDINGS_A_RULE:
+            lines.append(wrapped(printable(f"{finding.sentence} {finding.advice}", 2000)))
+    hidden = sum(max(0, count - _FINDINGS_A_RULE) for count in shown.values())
+    if hidden:
+        lines.append(wrapped(f"… and {hidden} more of these kinds; --format json has them all."))
+    return ["Findings\n" + "\n".join(lines)]
 
 
 def _heading(summary: Summary) -> str:

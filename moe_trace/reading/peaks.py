@@ -1,0 +1,86 @@
+"""Peaks of devices, by the name in a trace's `deviceProperties`.
+
+Dense (not sparse) bfloat16 tensor-core FLOP/s with float32 accumulation, and memory bandwidth, from the
+vendors' data sheets: NVIDIA H100, H200, B200 (HGX), A100, L40S, L4, A10, V100 (float16: it has no bfloat16),
+T4 (float16) tensor core GPU data sheets, the Ada and Ampere GeForce architecture white papers, and AMD's
+MI250X, MI300X and MI325X data sheets. Where a sheet gives the figure with sparsity, half of it stands here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HALF_TYPES = ("bfloat16", "float16")
+BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a device can do at most; None where it is not known."""
+
+    flops_per_s: float | None
+    bytes_per_s: float | None
+
+
+# (part of the device's name, TFLOP/s of half types, GB/s); the first that fits counts.
+_TABLE: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250.0, 8000.0),
+    ("H200", 989.4, 4800.0),
+    ("H100 PCIe", 756.0, 2000.0),
+    ("H100 NVL", 835.0, 3900.0),
+    ("H100", 989.4, 3350.0),
+    ("A100-SXM4-40GB", 312.0, 1555.0),
+    ("A100-PCIE-40GB", 312.0, 1555.0),
+    ("A100", 312.0, 2039.0),
+    ("L40S", 362.05, 864.0),
+    ("L4", 121.0, 300.0),
+    ("A10", 125.0, 600.0),
+    ("V100", 125.0, 900.0),
+    ("T4", 65.0, 320.0),
+    ("RTX 4090", 165.2, 1008.0),
+    ("RTX 3090", 71.0, 936.0),
+    ("MI325X", 1307.4, 6000.0),
+    ("MI300X", 1307.4, 5300.0),
+    ("MI250X", 383.0, 3276.8),
+)
+
+
+def find_peak(
+    devices: Sequence[str],
+    dtype: str | None,
+    *,
+    tflops: float | None = None,
+    gb_per_s: float | None = None,
+) -> Peak:
+    """The peak of a trace's device for a type.
+
+    Args:
+        devices: names, all of one kind; a mixed set is unknown.
+        dtype: of the model. Only half types are in the table: whether float32 products may use TF32 is not
+            in a trace.
+        tflops, gb_per_s: override the table.
+    """
+    known = {_lookup(device) for device in devices}
+    flops, bandwidth = known.pop() if len(known) == 1 else (None, None)
+    if dtype not in HALF_TYPES:
+        flops = None
+    if tflops is not None:
+        flops = tflops
+    if gb_per_s is not None:
+        bandwidth = gb_per_s
+    return Peak(
+        flops_per_s=flops * 1e12 if flops is not None else None,
+        bytes_per_s=bandwidth * 1e9 if bandwidth is not None else None,
+    )
+
+
+def _lookup(device: str) -> tuple[float | None, float | None]:
+    if "Laptop" in device:  # runs at other clocks
+        return None, None
+    for part, flops, bandwidth in _TABLE:
+        # Whole words: "L4" is not "L40", "A10" is not "A10G".
+        if re.search(rf"(?:^|\s){re.escape(part)}(?:[\s-]|$)", device):
+            return flops, bandwidth
+    return None, None
