@@ -17,6 +17,10 @@ _HOME = {
     "tensorboard_trace_handler": "moe_trace.profiler",
     "MoETracer": "moe_trace.tracer",
     "find_routers": "moe_trace.routers",
+    "MoEProfiler": "moe_trace.simple",
+    "SimpleBenchmark": "moe_trace.benchmark",
+    "replace_router": "moe_trace.routing",
+    "MoETraceCallback": "moe_trace.integrations.trainer",
     "RouterSite": "moe_trace.routers",
     # files (no torch)
     "merge_into": "moe_trace.timeline.merge",
@@ -29,25 +33,33 @@ _HOME = {
 }
 
 __all__ = [
+    "MoEProfiler",
+    "MoETraceCallback",
     "MoETraceError",
     "MoETracer",
     "NoRoutersFound",
     "RouterSite",
     "RoutingSample",
+    "SimpleBenchmark",
     "Summary",
     "find_routers",
     "merge_into",
     "profile",
     "read_summary",
+    "replace_router",
     "tensorboard_trace_handler",
 ]
 
 if TYPE_CHECKING:
+    from moe_trace.benchmark import SimpleBenchmark
     from moe_trace.errors import MoETraceError, NoRoutersFound
+    from moe_trace.integrations.trainer import MoETraceCallback
     from moe_trace.profiler import profile, tensorboard_trace_handler
     from moe_trace.reader import read_summary
     from moe_trace.routers import RouterSite, find_routers
+    from moe_trace.routing import replace_router
     from moe_trace.schema import RoutingSample
+    from moe_trace.simple import MoEProfiler
     from moe_trace.summary import Summary
     from moe_trace.timeline.merge import merge_into
     from moe_trace.tracer import MoETracer

@@ -200,7 +200,8 @@ def test_a_training_step_with_checkpointing_runs_the_rule_again() -> None:
     model = tiny_olmoe(top_k=3).train()
     with replace_router(model, skip_last):
         plain = gradients(model)
-        model.activation_checkpointing_enable()
+        # The old name warns in the newest transformers, and the new one is not in older ones.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         torch.testing.assert_close(gradients(model), plain)
 
 

@@ -1,0 +1,1 @@
+"""moe_trace inside other libraries' training loops."""

@@ -1,0 +1,180 @@
+"""`MoETraceCallback`: routing in the logs of transformers' `Trainer`, and traces on a schedule."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.profiler import ProfilerAction
+from torch.profiler import schedule as make_schedule
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_trace.profiler import profile, tensorboard_trace_handler
+from moe_trace.routers import LayerSelector
+from moe_trace.scalars import scalar_points
+from moe_trace.schema import RoutingSample
+from moe_trace.tracer import MoETracer
+
+Schedule = Callable[[int], ProfilerAction]
+
+
+class MoETraceCallback(TrainerCallback):
+    """Add routing figures to what the Trainer logs, and write merged traces of some steps.
+
+        callback = MoETraceCallback("runs/moe")
+        callback.add_to(trainer)
+        trainer.train()
+
+    With every training log come `moe_load_max_over_mean`, `moe_load_cv`, `moe_router_entropy` (nats),
+    `moe_router_confidence` and `moe_skipped_share`: means over the layers, and over the steps since the log
+    before. Forwards of an evaluation do not count. In a distributed run they are those of the logging rank.
+
+    `add_to` puts the callback ahead of the Trainer's reporters, so that TensorBoard and the like receive the
+    figures. Given as `Trainer(callbacks=[callback])` it runs after them: the figures are then in
+    `trainer.state.log_history` and in what is printed, but not in what those reporters write.
+
+    Args:
+        folder: where traces and their TensorBoard scalars go; None writes no trace.
+        schedule: which training steps are traced, as for `torch.profiler.profile`; by default one step of
+            wait, one of warm-up, three that are traced, once.
+        layers: which routers; see `MoETracer`.
+        every: record the routing of every n-th step.
+        per_layer: log each layer too, as `moe_load_max_over_mean/L03`.
+        capacity: router calls kept; the oldest are dropped beyond it.
+        profiler_arguments: further arguments of `torch.profiler.profile`.
+
+    An exception in the training leaves the profiler running, because the Trainer then tells its callbacks
+    nothing: call `close()`, or use the callback as a context manager round `trainer.train()`.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        schedule: Schedule | None = None,
+        layers: LayerSelector = None,
+        every: int = 1,
+        per_layer: bool = False,
+        capacity: int = 20_000,
+        **profiler_arguments: Any,
+    ) -> None:
+        self.folder = folder
+        self.per_layer = per_layer
+        self.tracer: MoETracer | None = None
+        """The tracer of the training that runs or ran last."""
+        self._schedule = schedule or make_schedule(wait=1, warmup=1, active=3, repeat=1)
+        self._recording: dict[str, Any] = {"layers": layers, "every": every, "capacity": capacity}
+        self._profiler_arguments = profiler_arguments
+        self._profiler: profile | None = None
+        self._running = False
+        self._logged_until = 0
+
+    def add_to(self, trainer: Any) -> MoETraceCallback:
+        """Become the first of the trainer's callbacks."""
+        trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+        return self
+
+    def close(self) -> None:
+        """Stop recording and take the hooks off; does nothing when that is done."""
+        if not self._running or self.tracer is None:
+            return
+        self._running = False
+        if self._profiler is not None:
+            self._profiler.stop()
+        else:
+            self.tracer.stop()
+
+    def __enter__(self) -> MoETraceCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.tracer is not None:
+            self.tracer.abandon_calls()
+        self.close()
+
+    # -- the Trainer's events -------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the hooks on the model that is trained."""
+        self.close()
+        self._logged_until = 0
+        model: nn.Module = kwargs["model"]
+        if self.folder is None:
+            self._profiler = None
+            self.tracer = MoETracer(model, **self._recording)
+            self.tracer.start()
+        else:
+            self._profiler = profile(
+                model,
+                **self._recording,
+                schedule=self._schedule,
+                on_trace_ready=tensorboard_trace_handler(self.folder),
+                **self._profiler_arguments,
+            )
+            self.tracer = self._profiler.tracer
+            self._profiler.start()
+        self._running = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One optimizer step is one step, however many forwards it took."""
+        if not self._running or self.tracer is None:
+            return
+        if self._profiler is not None:
+            self._profiler.step()
+        else:
+            self.tracer.step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the figures of the steps since the log before."""
+        logs = kwargs.get("logs")
+        if logs is None or "loss" not in logs or not self._running or self.tracer is None:
+            return
+        new = [s for s in self.tracer.samples() if s.stage == "train" and s.step >= self._logged_until]
+        if not new:
+            return
+        self._logged_until = max(s.step for s in new) + 1
+        figures = _means(new, per_layer=self.per_layer)
+        logs.update(figures)
+        if state.log_history:  # the Trainer files a copy before it asks its callbacks
+            state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the hooks off; a trace under way is written."""
+        self.close()
+        if self.tracer is not None and not any(self.tracer.calls_by_router().values()):
+            warnings.warn(
+                f"MoETraceCallback recorded no call of the {len(self.tracer.sites)} routers in "
+                f"{self.tracer.forwards_seen} forwards: every={self.tracer.every} left them out, or the MoE "
+                "layers did not run through their modules",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _means(samples: Iterable[RoutingSample], *, per_layer: bool) -> dict[str, float]:
+    """Name in the logs -> mean over the steps."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for tag, value, _ in scalar_points(samples):
+        figure, layer = tag.split("/", 1)
+        if layer == "mean":
+            values[figure].append(value)
+        elif per_layer:
+            values[tag].append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}

@@ -1,0 +1,136 @@
+"""Put a model back exactly as it was, whatever a function did to it."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, list, set)
+
+
+class ModelState:
+    """What makes a model what it is: modules, hooks, attributes, configs, and the values of its tensors.
+
+    Restored are: replaced, added and removed submodules, parameters and buffers; every hook; every plain
+    attribute of a module (`training`, `top_k`, a patched `forward`); its class; config objects; and the
+    bits of all parameters and buffers, their type, device, `requires_grad` and `.grad`. The copy of the
+    values takes as much host memory as the model's weights.
+
+    Not restored: state outside the model, such as an optimizer's or a random generator's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [_ModuleState(module) for module in model.modules()]
+        self._configs = [_ConfigState(config) for config in _configs(model)]
+        tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = [_TensorState(tensor) for tensor in {id(t): t for t in tensors}.values()]
+
+    def restore(self) -> None:
+        """Put everything back; may be called again and again."""
+        for module in self._modules:
+            module.restore()
+        for config in self._configs:
+            config.restore()
+        for tensor in self._tensors:
+            tensor.restore()
+
+
+class _ObjectState:
+    """An object's attributes; containers among them keep their identity and get their content back.
+
+    Identity matters: a hook's handle finds its dict by a weak reference.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._attributes = dict(vars(target))
+        self._contents = {
+            name: copy.copy(value) for name, value in self._attributes.items() if type(value) in _CONTAINERS
+        }
+        # The hooks of torch are OrderedDicts.
+        self._contents |= {
+            name: value.copy()
+            for name, value in self._attributes.items()
+            if isinstance(value, dict) and type(value) is not dict
+        }
+
+    def restore(self) -> None:
+        attributes = vars(self._target)
+        attributes.clear()
+        attributes.update(self._attributes)
+        for name, content in self._contents.items():
+            container: Any = self._attributes[name]
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+
+
+class _ModuleState(_ObjectState):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._class = type(module)
+
+    def restore(self) -> None:
+        if type(self._target) is not self._class:
+            self._target.__class__ = self._class
+        super().restore()
+
+
+class _ConfigState(_ObjectState):
+    """A config holds plain data, so its containers are copied to the bottom."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._contents = {name: copy.deepcopy(content) for name, content in self._contents.items()}
+
+    def restore(self) -> None:
+        super().restore()
+        # The containers now share what is inside with the copy.
+        self._contents = {name: copy.deepcopy(content) for name, content in self._contents.items()}
+
+
+class _TensorState:
+    """A parameter or buffer: the storage that it had, and what stood in it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._data = tensor.data
+        self._values = tensor.detach().to("cpu", copy=True) if tensor.device.type != "meta" else None
+        self._requires_grad = tensor.requires_grad
+        self._grad = tensor.grad if tensor.is_leaf else None
+        self._grad_values = None if self._grad is None else self._grad.detach().clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self._tensor.data = self._data
+        if self._values is not None:
+            self._data.copy_(self._values)
+        if self._tensor.is_leaf:
+            self._tensor.requires_grad_(self._requires_grad)
+            self._tensor.grad = self._grad
+            if self._grad is not None and self._grad_values is not None:
+                self._grad.copy_(self._grad_values)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object below the model, those inside other configs included."""
+    found: dict[int, Any] = {}
+    queue = [value for module in model.modules() for value in vars(module).values() if _is_config(value)]
+    while queue:
+        config = queue.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            queue.extend(value for value in vars(config).values() if _is_config(value))
+    return list(found.values())
+
+
+def _is_config(value: Any) -> bool:
+    if isinstance(value, nn.Module | Tensor | type) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, SimpleNamespace) or hasattr(value, "to_dict")
