@@ -37,7 +37,7 @@ class Call:
     experts_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Reading:
     """The decision in one call."""
 

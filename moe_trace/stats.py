@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp() of anything below is 0 in float32; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
+# exp() of anything below is 0; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
 _SMALLEST_EXPONENT = -1e4
 
 FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss")
@@ -32,7 +32,7 @@ def routing_stats(
     weights_LTK: Tensor,
     index_LTK: Tensor,
     num_experts: int,
-    padding_T: Tensor | None,
+    padding_LT: Tensor | None,
 ) -> PackedStats:
     """Reduce L calls of one shape.
 
@@ -41,34 +41,35 @@ def routing_stats(
         weights_LTK: [L, T, K] what scales each slot's output.
         index_LTK: [L, T, K] expert ids.
         num_experts: E.
-        padding_T: [T] bool, True for padding tokens; None if it is not known.
+        padding_LT: [L, T] bool, True for padding tokens; None if it is not known.
     """
-    slots = _slot_ids(index_LTK, weights_LTK, num_experts)
-    used_LTK = slots < num_experts
+    slots_LN = _slot_ids(index_LTK, weights_LTK, num_experts).flatten(1)
+    used_LTK = (slots_LN < num_experts).view_as(index_LTK)
     ints = [
-        count_per_row(slots.flatten(1), num_experts + 2),
-        count_per_row(used_LTK.sum(-1), index_LTK.shape[-1] + 1),
-        _padding_assignments(used_LTK, padding_T),
+        count_per_row(slots_LN, num_experts + 2),
+        _k_histogram(used_LTK),
+        _padding_assignments(used_LTK, padding_LT),
     ]
     if logits_LTE is None:
-        finite_L, floats = _no_logits(index_LTK)
+        finite_L1, floats = _no_logits(index_LTK)
     else:
-        finite_L, floats = _logit_sums(logits_LTE, index_LTK, used_LTK)
-    return PackedStats(torch.cat([*ints, finite_L], dim=-1), floats)
+        finite_L1, floats = _logit_sums(logits_LTE, index_LTK, used_LTK)
+    return PackedStats(torch.cat([*ints, finite_L1], dim=-1), floats)
 
 
 def _slot_ids(index_LTK: Tensor, weights_LTK: Tensor, num_experts: int) -> Tensor:
     """Expert id of each slot; E where its weight is 0; E + 1 where its index is out of range."""
-    in_range = (index_LTK >= 0) & (index_LTK < num_experts)
-    ids = torch.where(weights_LTK != 0, index_LTK, num_experts)
-    return torch.where(in_range, ids, num_experts + 1)
+    ids = index_LTK.masked_fill(weights_LTK == 0, num_experts)
+    return ids.masked_fill_((index_LTK < 0) | (index_LTK >= num_experts), num_experts + 1)
 
 
 def count_per_row(ids_LN: Tensor, bins: int) -> Tensor:
     """[L, bins] int64 histogram of each row's ids, all within [0, bins)."""
     rows = ids_LN.shape[0]
-    offsets = torch.arange(0, rows * bins, bins, device=ids_LN.device).unsqueeze(-1)
-    flat = (ids_LN + offsets).flatten()
+    flat = ids_LN.flatten()
+    if rows > 1:
+        offsets = torch.arange(0, rows * bins, bins, device=ids_LN.device).unsqueeze(-1)
+        flat = (ids_LN + offsets).flatten()
     if flat.device.type == "cpu":
         return torch.bincount(flat, minlength=rows * bins).view(rows, bins)
     # bincount waits for the device; scatter_add_ with a fixed size does not.
@@ -76,10 +77,16 @@ def count_per_row(ids_LN: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(rows, bins)
 
 
-def _padding_assignments(used_LTK: Tensor, padding_T: Tensor | None) -> Tensor:
-    if padding_T is None:
+def _k_histogram(used_LTK: Tensor) -> Tensor:
+    """[L, K + 1] tokens by the number of slots used: few bins, so comparing beats scattering into them."""
+    bins = torch.arange(used_LTK.shape[-1] + 1, device=used_LTK.device)
+    return (used_LTK.sum(-1, keepdim=True) == bins).sum(1)
+
+
+def _padding_assignments(used_LTK: Tensor, padding_LT: Tensor | None) -> Tensor:
+    if padding_LT is None:
         return used_LTK.new_zeros((used_LTK.shape[0], 1), dtype=torch.int64)
-    return (used_LTK & padding_T[:, None]).sum((-1, -2)).unsqueeze(-1)
+    return (used_LTK & padding_LT.unsqueeze(-1)).sum((-1, -2)).unsqueeze(-1)
 
 
 def _no_logits(index_LTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,20 +98,33 @@ def _no_logits(index_LTK: Tensor) -> tuple[Tensor, Tensor]:
 def _logit_sums(logits_LTE: Tensor, index_LTK: Tensor, used_LTK: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the tokens with finite logits, and their number.
 
-    With x' = x - max and S = sum exp x': H = ln S - sum(exp(x') x') / S, two terms of one sign, so that
-    nothing cancels; top-1 probability 1 / S; logsumexp = max + ln S.
+    The largest logit m and the largest probability q give logsumexp = m - ln q.
     """
-    if logits_LTE.dtype != torch.float64:
-        logits_LTE = logits_LTE.float()
+    dtype = torch.float64 if logits_LTE.dtype == torch.float64 else torch.float32
+    probs_LTE = logits_LTE.softmax(-1, dtype=dtype)
     max_LT1 = logits_LTE.amax(-1, keepdim=True)
-    shifted = (logits_LTE - max_LT1).clamp_(min=_SMALLEST_EXPONENT)
-    exps = shifted.exp()
-    total_LT = exps.sum(-1)
-    log_total_LT = total_LT.log()
-    entropy = log_total_LT - shifted.mul_(exps).sum(-1) / total_LT
-    chosen = exps.gather(-1, index_LTK.clamp(0, exps.shape[-1] - 1)).mul_(used_LTK).sum(-1)
-    logsumexp = max_LT1.squeeze(-1) + log_total_LT
-    figures = torch.stack([entropy, total_LT.reciprocal(), chosen / total_LT, logsumexp.square()], dim=-1)
-    finite_LT1 = logsumexp.isfinite().unsqueeze(-1)
-    sums = torch.where(finite_LT1, figures, 0.0).sum(1, dtype=torch.float32)
-    return finite_LT1.sum(1), sums
+    top1_LT = probs_LTE.amax(-1)
+    chosen_LTK = probs_LTE.gather(-1, index_LTK.clamp(0, logits_LTE.shape[-1] - 1))
+    logsumexp_LT = max_LT1.squeeze(-1) - top1_LT.log()
+    figures = torch.stack(
+        [
+            _entropy(logits_LTE, max_LT1, probs_LTE, top1_LT),
+            top1_LT,
+            (chosen_LTK * used_LTK).sum(-1),
+            logsumexp_LT.square(),
+        ],
+        dim=-1,
+    )
+    finite_LT1 = logsumexp_LT.isfinite().unsqueeze(-1)
+    return finite_LT1.sum(1), figures.masked_fill_(~finite_LT1, 0.0).sum(1, dtype=torch.float32)
+
+
+def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Tensor) -> Tensor:
+    """Entropy of each token's softmax, in nats, by the form that is fastest on the device.
+
+    On the CPU: ln S - sum p (x - m) with S = 1 / q, two terms of one sign, so that nothing cancels.
+    """
+    if logits_LTE.device.type != "cpu":
+        return torch.special.entr(probs_LTE).sum(-1)
+    shifted_LTE = (logits_LTE.to(probs_LTE.dtype) - max_LT1).clamp_(min=_SMALLEST_EXPONENT)
+    return -(top1_LT.log() + torch.linalg.vecdot(probs_LTE, shifted_LTE))

@@ -237,7 +237,7 @@ class MoETracer:
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
-        self._recorder.reduce()  # recomputed calls of the backward before
+        self._recorder.end_forward()  # recomputed calls of the backward before
         step = self._step()
         self._next_forward += 1
         self.forwards_seen += 1
@@ -254,7 +254,7 @@ class MoETracer:
         else:
             for hooks in self._hooks:
                 hooks.finish()
-        self._recorder.reduce()
+        self._recorder.end_forward()
 
     def _describe_forward(self, step: int, args: Any, kwargs: dict[str, Any]) -> ForwardContext:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs

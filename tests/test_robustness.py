@@ -331,21 +331,30 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
         prof.export_chrome_trace("/proc/trace.json")  # read-only even for root
 
 
-def test_tracer_can_be_collected_and_does_not_keep_the_router_outputs() -> None:
-    """Router tensors are let go at the end of each forward, not kept until somebody asks."""
+@pytest.mark.parametrize(("waiting_bytes", "kept"), [(0, 0), (2**20, 4)])
+def test_router_outputs_are_let_go_unless_they_are_few(
+    monkeypatch: pytest.MonkeyPatch, waiting_bytes: int, kept: int
+) -> None:
+    """Large forwards are reduced when they end; small ones wait, without their graph, up to a bound."""
     import gc
     import weakref
 
+    monkeypatch.setattr("moe_trace.recorder._WAITING_BYTES_MAX", waiting_bytes)
     model = tiny_olmoe(layers=1)
     alive: list[weakref.ref[torch.Tensor]] = []
-    handle = model.model.layers[0].mlp.gate.register_forward_hook(
-        lambda m, a, out: alive.append(weakref.ref(out[0]))
-    )
-    with torch.no_grad(), moe_trace.MoETracer(model):
-        for _ in range(3):
+
+    def watch(module: Any, args: Any, output: Any) -> None:
+        alive.append(weakref.ref(output[0]))
+
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(watch)
+    with moe_trace.MoETracer(model) as tracer:
+        for _ in range(4):
             model(**token_batch())
         gc.collect()
-        assert [ref() for ref in alive] == [None] * 3
+        assert [ref() for ref in alive] == [None] * 4  # with it goes the graph of activations
+        assert len(tracer._recorder._pending) == kept
+        assert all(not pending.reading.logits_TE.requires_grad for pending in tracer._recorder._pending)
+    assert len(tracer._recorder._pending) == 0
     handle.remove()
 
 
