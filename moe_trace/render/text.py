@@ -96,8 +96,8 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
             row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
         row += [scaled(router.flops.router), scaled(router.flops.experts)]
         rows.append(row)
-    clocks = "host, and on the device span and busy" if on_device else "host"
-    return f"Routers (entropy in nats; latency of one call in µs: {clocks})\n" + table(headings, rows)
+    clocks = "on the host; device span and busy" if on_device else "on the host"
+    return f"Routers (entropy in nats; µs a call {clocks})\n" + table(headings, rows)
 
 
 def label(router: RouterSummary) -> str:
