@@ -29,7 +29,6 @@ def _table(routers: Sequence[RouterMetrics]) -> str:
         "k",
         "active",
         "CV",
-        "Gini",
         "conf",
         "p50 ms",
         "p95 ms",
