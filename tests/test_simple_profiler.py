@@ -72,7 +72,7 @@ CSV_COLUMNS = [
     "load_max_over_mean",
     "memory_mb",
     "timestamp",
-    "device",,
+    "device",
 ]
 
 
