@@ -241,7 +241,8 @@ def _progress_bar(wanted: bool | None, total: int) -> Iterator[Callable[[str], N
     console = Console(stderr=True)
     shown = wanted if wanted is not None else console.is_terminal or console.is_jupyter
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+    # Where nobody watches there is no bar to redraw: asked for, it is printed once, at the end.
+    with Progress(*columns, console=console, transient=console.is_terminal, disable=not shown) as bar:
         task = bar.add_task("", total=total)
         started = 0
 
@@ -251,3 +252,4 @@ def _progress_bar(wanted: bool | None, total: int) -> Iterator[Callable[[str], N
             started += 1
 
         yield advance
+        bar.update(task, completed=total)

@@ -104,6 +104,7 @@ class _TensorState:
         self._values = tensor.detach().to("cpu", copy=True) if tensor.device.type != "meta" else None
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
+        self._grad_data = None if self._grad is None else self._grad.data
         self._grad_values = None if self._grad is None else self._grad.detach().clone()
 
     @torch.no_grad()
@@ -113,9 +114,10 @@ class _TensorState:
             self._data.copy_(self._values)
         if self._tensor.is_leaf:
             self._tensor.requires_grad_(self._requires_grad)
-            self._tensor.grad = self._grad
-            if self._grad is not None and self._grad_values is not None:
+            if self._grad is not None and self._grad_data is not None and self._grad_values is not None:
+                self._grad.data = self._grad_data
                 self._grad.copy_(self._grad_values)
+            self._tensor.grad = self._grad
 
 
 def _configs(model: nn.Module) -> list[Any]:
