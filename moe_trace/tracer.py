@@ -141,6 +141,10 @@ class MoETracer:
         """End a step, where no attached profiler counts them."""
         self._explicit_step = self._step() + 1 if self._explicit_step is not None else 1
 
+    def count_steps_by_hand(self) -> None:
+        """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
+        self._explicit_step = self._step()
+
     def attach(self, prof: Any) -> None:
         """Merge the routing into whatever `prof.export_chrome_trace` writes, and count its steps.
 

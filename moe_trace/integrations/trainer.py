@@ -113,6 +113,7 @@ class MoETraceCallback(TrainerCallback):
         if self.folder is None:
             self._profiler = None
             self.tracer = MoETracer(model, **self._recording)
+            self.tracer.count_steps_by_hand()  # with gradient accumulation a step has several forwards
             self.tracer.start()
         else:
             self._profiler = profile(
