@@ -83,7 +83,16 @@ class Placement:
 
     host: dict[RangeKind, Span]
     device: dict[RangeKind, Span]
-    """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU."""
+    """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU.
+    That of the block reaches from the first to the last of its own kernels, its router's and its experts'."""
+
+
+def moe_span(spans: dict[RangeKind, Span]) -> Span:
+    """The whole MoE layer: its block, or from the router to the end of what follows."""
+    if "block" in spans:
+        return spans["block"]
+    start = spans["router"].start_us
+    return Span(start, max(span.end_us for span in spans.values()) - start)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moe_trace.reading.events import EventTable, to_ns
 from moe_trace.reading.launches import RangeThreads
-from moe_trace.schema import Placement, RangeKind, RoutingSample, Span
+from moe_trace.schema import Placement, RoutingSample, Span, moe_span
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,3 @@ def _bounds(placement: Placement) -> tuple[float, ...]:
         experts.start_us,
         experts.end_us,
     )
-
-
-def moe_span(spans: dict[RangeKind, Span]) -> Span:
-    """The whole MoE layer: its block, or from the router to the end of the experts."""
-    if "block" in spans:
-        return spans["block"]
-    start = spans["router"].start_us
-    return Span(start, max(span.end_us for span in spans.values()) - start)

@@ -74,16 +74,15 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
     Raises:
         TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
     """
-    with _opened(path) as source:
+    with open_trace_stream(path, progress) as stream:
         found = _Found(with_events=True)
-        stream = JsonStream(_counting(source, progress), str(path))
         for key in stream.walk():
             found.take(key, stream)
-    _require(path, found)
-    assert found.recording is not None and found.events is not None
+    _require_events(path, found)
+    assert found.events is not None
     return TraceFile(
         path=path,
-        recording=_decode(path, found.recording),
+        recording=take_recording(path, found.recording),
         events=found.events.build(),
         devices=_device_names(found.devices),
     )
@@ -101,14 +100,13 @@ def read_recording(path: str | Path) -> Recording:
     with _opened(path) as source:
         spliced = _spliced_recording(source.raw)
         if spliced is not None:
-            return _decode(path, spliced)
+            return take_recording(path, spliced)
         found = _Found(with_events=False)
         stream = JsonStream(_counting(source, None), str(path))
         for key in stream.walk():
             found.take(key, stream)
-    _require(path, found)
-    assert found.recording is not None
-    return _decode(path, found.recording)
+    _require_events(path, found)
+    return take_recording(path, found.recording)
 
 
 class _Found:
@@ -136,20 +134,25 @@ class _Found:
             stream.skip()
 
 
-def _require(path: Path, found: _Found) -> None:
+def _require_events(path: Path, found: _Found) -> None:
     if not found.has_events:
         raise TraceFileError(
             f"{path}: found JSON without `traceEvents`, expected a trace of torch.profiler; "
             "give the file that prof.export_chrome_trace wrote"
         )
-    if found.recording is None:
+
+
+def take_recording(path: Path, text: bytes | None) -> Recording:
+    """Decode the value of the `moe_trace` key.
+
+    Raises:
+        TraceFileError: there was no such key, or its value does not follow the schema.
+    """
+    if text is None:
         raise TraceFileError(
             f"{path}: found a trace without moe_trace data; record it with moe_trace.profile, or add the "
             "routing with moe_trace.merge_into(path, tracer.samples())"
         )
-
-
-def _decode(path: Path, text: bytes) -> Recording:
     try:
         payload = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -185,6 +188,17 @@ class _Source:
     plain: BinaryIO
     """The same, decompressed."""
     size: int
+
+
+@contextmanager
+def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[JsonStream]:
+    """A cursor over the trace's JSON.
+
+    Raises:
+        TraceFileError: the file cannot be opened or decompressed.
+    """
+    with _opened(path) as source:
+        yield JsonStream(_counting(source, progress), str(path))
 
 
 @contextmanager

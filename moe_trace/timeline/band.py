@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from moe_trace.loads import Load, describe_load
-from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
+from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span, moe_span
 
 Tracks = Sequence[Literal["band", "layers", "experts"]]
 Event = dict[str, Any]
@@ -17,7 +17,7 @@ LANES: tuple[RangeKind, ...] = ("router", "experts")
 
 
 @dataclass(frozen=True)
-class _Call:
+class PlacedCall:
     """A placed sample with what its events need."""
 
     sample: RoutingSample
@@ -29,11 +29,7 @@ class _Call:
     @property
     def moe(self) -> Span:
         """The whole MoE layer: its block, or from the router to the end of the experts."""
-        if "block" in self.spans:
-            return self.spans["block"]
-        start = self.spans["router"].start_us
-        end = max(span.end_us for span in self.spans.values())
-        return Span(start, end - start)
+        return moe_span(self.spans)
 
 
 def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks = ("band",)) -> list[Event]:
@@ -45,7 +41,8 @@ def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks =
             figure; `experts`: one stacked track of the assignments to all experts.
     """
     calls = sorted(
-        (_call(sample) for sample in samples if sample.placement is not None), key=lambda c: c.moe.start_us
+        (placed_call(sample) for sample in samples if sample.placement is not None),
+        key=lambda c: c.moe.start_us,
     )
     if not calls:
         return []
@@ -57,11 +54,12 @@ def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks =
     return events
 
 
-def _call(sample: RoutingSample) -> _Call:
+def placed_call(sample: RoutingSample) -> PlacedCall:
+    """A sample that has a placement, on the device's clock where it has spans there."""
     assert sample.placement is not None
     device = sample.placement.device
     on_device = "router" in device
-    return _Call(
+    return PlacedCall(
         sample,
         describe_load(sample.assignments),
         device if on_device else sample.placement.host,
@@ -83,19 +81,19 @@ def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
 # -- counters -----------------------------------------------------------------------------------------
 
 
-def _expert_tflops(call: _Call) -> float | None:
+def _expert_tflops(call: PlacedCall) -> float | None:
     experts = call.spans.get("experts")
     if experts is None or experts.duration_us <= 0 or not call.sample.expert_flops:
         return None
     return call.sample.expert_flops / experts.duration_us / 1e6
 
 
-def _skipped_share(call: _Call) -> float | None:
+def _skipped_share(call: PlacedCall) -> float | None:
     slots = call.sample.tokens * call.sample.top_k
     return 100 * call.sample.skipped / slots if call.sample.skipped else None
 
 
-FIGURES: dict[str, Callable[[_Call], float | None]] = {
+FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
     "load max÷mean": lambda call: call.load.max_over_mean,
     "router entropy (nats)": lambda call: call.sample.router_entropy,
     "active experts": lambda call: call.load.active_experts,
@@ -104,31 +102,31 @@ FIGURES: dict[str, Callable[[_Call], float | None]] = {
 }
 
 
-def _band_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+def _band_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
     """A step function over time: a layer's value from the start of its MoE layer, 0 from its end."""
-    for lane, members in enumerate(_without_overlap(calls, lambda call: call.moe)):
+    for lane, members in enumerate(without_overlap(calls, lambda call: call.moe)):
         for name, figure in FIGURES.items():
-            yield from _step_function(_numbered(name, lane), "value", figure, members, pid)
+            yield from _step_function(numbered(name, lane), "value", figure, members, pid)
 
 
-def _layer_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+def _layer_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
     for site in sorted({call.sample.site for call in calls}):
         of_site = [call for call in calls if call.sample.site == site]
-        for lane, members in enumerate(_without_overlap(of_site, lambda call: call.moe)):
+        for lane, members in enumerate(without_overlap(of_site, lambda call: call.moe)):
             for name, figure in FIGURES.items():
-                yield from _step_function(_numbered(f"{site} {name}", lane), "value", figure, members, pid)
+                yield from _step_function(numbered(f"{site} {name}", lane), "value", figure, members, pid)
 
 
-def _expert_counters(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
-    for lane, members in enumerate(_without_overlap(calls, lambda call: call.moe)):
-        name = _numbered("assignments by expert", lane)
+def _expert_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
+    for lane, members in enumerate(without_overlap(calls, lambda call: call.moe)):
+        name = numbered("assignments by expert", lane)
         for call in members:
             counts = {f"E{i:02d}": int(n) for i, n in enumerate(call.sample.assignments)}
             yield _counter(name, pid, call.moe.start_us, counts)
             yield _counter(name, pid, call.moe.end_us, dict.fromkeys(counts, 0))
 
 
-_TRACKS: dict[str, Callable[[Sequence[_Call], int], Iterator[Event]]] = {
+_TRACKS: dict[str, Callable[[Sequence[PlacedCall], int], Iterator[Event]]] = {
     "band": _band_counters,
     "layers": _layer_counters,
     "experts": _expert_counters,
@@ -136,7 +134,11 @@ _TRACKS: dict[str, Callable[[Sequence[_Call], int], Iterator[Event]]] = {
 
 
 def _step_function(
-    name: str, series: str, figure: Callable[[_Call], float | None], calls: Sequence[_Call], pid: int
+    name: str,
+    series: str,
+    figure: Callable[[PlacedCall], float | None],
+    calls: Sequence[PlacedCall],
+    pid: int,
 ) -> Iterator[Event]:
     for call in calls:
         value = figure(call)
@@ -152,12 +154,12 @@ def _counter(name: str, pid: int, time_us: float, values: Mapping[str, float]) -
 # -- lanes --------------------------------------------------------------------------------------------
 
 
-def _lane_events(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
+def _lane_events(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
     lanes = [(kind, lane, members) for kind in LANES for lane, members in enumerate(_lanes_of(calls, kind))]
     for tid, (kind, lane, members) in enumerate(lanes, start=1):
         start_us = members[0].spans[kind].start_us
         for name, args in (
-            ("thread_name", {"name": _numbered(kind, lane)}),
+            ("thread_name", {"name": numbered(kind, lane)}),
             ("thread_sort_index", {"sort_index": tid}),
         ):
             yield {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": tid, "args": args}
@@ -165,12 +167,12 @@ def _lane_events(calls: Sequence[_Call], pid: int) -> Iterator[Event]:
             yield _slice(call, kind, pid, tid)
 
 
-def _lanes_of(calls: Sequence[_Call], kind: RangeKind) -> list[list[_Call]]:
+def _lanes_of(calls: Sequence[PlacedCall], kind: RangeKind) -> list[list[PlacedCall]]:
     with_span = [call for call in calls if kind in call.spans]
-    return _without_overlap(with_span, lambda call: call.spans[kind])
+    return without_overlap(with_span, lambda call: call.spans[kind])
 
 
-def _slice(call: _Call, kind: RangeKind, pid: int, tid: int) -> Event:
+def _slice(call: PlacedCall, kind: RangeKind, pid: int, tid: int) -> Event:
     span = call.spans[kind]
     return {
         "ph": "X",
@@ -180,11 +182,12 @@ def _slice(call: _Call, kind: RangeKind, pid: int, tid: int) -> Event:
         "tid": tid,
         "ts": span.start_us,
         "dur": span.duration_us,
-        "args": _slice_args(call),
+        "args": slice_args(call),
     }
 
 
-def _slice_args(call: _Call) -> dict[str, Any]:
+def slice_args(call: PlacedCall) -> dict[str, Any]:
+    """What a click on a slice shows."""
     sample, load = call.sample, call.load
     return {
         "router": sample.name,
@@ -210,11 +213,12 @@ def _slice_args(call: _Call) -> dict[str, Any]:
     }
 
 
-def _numbered(name: str, lane: int) -> str:
+def numbered(name: str, lane: int) -> str:
+    """Names of the further lanes that overlapping spans need."""
     return name if lane == 0 else f"{name} ({lane + 1})"
 
 
-def _without_overlap(items: Sequence[_T], span_of: Callable[[_T], Span]) -> list[list[_T]]:
+def without_overlap(items: Sequence[_T], span_of: Callable[[_T], Span]) -> list[list[_T]]:
     """The items in as few lanes as possible, none of which holds two spans that overlap."""
     lanes: list[list[_T]] = []
     ends: list[float] = []

@@ -1,0 +1,63 @@
+"""`moe-trace check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from moe_trace.cli.reading import reading_progress
+from moe_trace.reading.check import Violation, check, read_checked
+from moe_trace.reading.trace_file import find_traces
+from moe_trace.render.tables import printable, wrapped
+
+_SHOWN = 5
+
+
+class CheckCommand:
+    """Check that a merged trace keeps its promises.
+
+    Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters stand in their
+    ranges, lanes don't cross. The exit status is 1 where a promise is broken.
+
+    Example: moe-trace check runs/demo
+    """
+
+    name = "check"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
+        parser.add_argument("--format", choices=("text", "json"), default="text")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Check each file; print what is kept and what is broken."""
+        results: dict[str, dict[str, list[Violation]]] = {}
+        for path in arguments.paths:
+            for file in find_traces(path):
+                with reading_progress() as progress:
+                    results[str(file)] = check(read_checked(file, progress))
+        if arguments.format == "json":
+            plain = {
+                file: {rule: [asdict(v) for v in found] for rule, found in rules.items()}
+                for file, rules in results.items()
+            }
+            print(json.dumps(plain, indent=1, ensure_ascii=False))
+        else:
+            for name, rules in results.items():
+                print("\n".join(_lines(name, rules)))
+        broken = any(found for rules in results.values() for found in rules.values())
+        return 1 if broken else 0
+
+
+def _lines(file: str, rules: dict[str, list[Violation]]) -> list[str]:
+    lines = [printable(file, 200)]
+    for rule, found in rules.items():
+        words = rule.replace("_", " ")
+        lines.append(
+            f"  {'ok    ' if not found else 'BROKEN'}  {words}" + (f": {len(found)}" if found else "")
+        )
+        lines += [wrapped(printable(f"{v.where}: {v.message}", 500)) for v in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            lines.append(wrapped(f"… and {len(found) - _SHOWN} more"))
+    return lines

@@ -1,0 +1,76 @@
+"""`moe-trace export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
+from moe_trace.files import write_text
+from moe_trace.reader import TraceSummary, read_summary
+
+SUFFIXES = {"csv": ".csv", "parquet": ".parquet", "perfetto": ".pftrace", "eplb": ".npy"}
+
+
+class ExportCommand:
+    """Write a trace's routing for other tools.
+
+    csv and parquet hold one row per router call with all of its figures; perfetto is a native trace for
+    ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for load balancers of
+    experts (.npy, or JSON where FILE ends in .json).
+
+    Example: moe-trace export runs/demo --to parquet --out calls.parquet
+    """
+
+    name = "export"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+        add("--to", required=True, choices=tuple(SUFFIXES))
+        add("--out", type=Path, metavar="FILE", help="default: PATH's name with another ending, here")
+        add("--force", action="store_true", help="replace FILE")
+        add_filters(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, then write one file."""
+        target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
+        refuse_to_replace(target, force=arguments.force)
+        with reading_progress() as progress:
+            summary = read_summary(
+                arguments.path,
+                chosen=chosen_filter(arguments),
+                peak=chosen_peak(arguments),
+                progress=progress,
+            )
+        _write(summary, arguments.to, target)
+        print(f"wrote {target}", file=sys.stderr)
+        return 0
+
+
+def _stem(path: str) -> str:
+    name = Path(path).resolve().name
+    for ending in (".gz", ".json", ".trace", ".pt"):
+        name = name.removesuffix(ending)
+    return name or "trace"
+
+
+def _write(summary: TraceSummary, form: str, target: Path) -> None:
+    if form == "csv":
+        from moe_trace.render.csv import render_csv
+
+        write_text(target, render_csv([summary]))
+    elif form == "parquet":
+        from moe_trace.reading.export import write_parquet
+
+        write_parquet([summary], target)
+    elif form == "eplb":
+        from moe_trace.reading.export import write_eplb
+
+        write_eplb(summary, target)
+    else:
+        from moe_trace.reading.perfetto import write_perfetto
+
+        write_perfetto(summary.samples, target, rank=summary.rank)

@@ -1,0 +1,314 @@
+"""The promises of a merged trace, as rules: small functions that yield what they found broken."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moe_trace.reading.events import EventTable, EventTableBuilder, Kind, to_ns
+from moe_trace.reading.stream import JsonStream, loads_lenient
+from moe_trace.reading.trace_file import Progress, open_trace_stream, take_recording
+from moe_trace.schema import BAND_PID, METADATA_KEY, RANGE_NAME, Recording, moe_span, range_name
+from moe_trace.timeline.band import LANES
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandEvent:
+    """A counter or slice that merging added."""
+
+    ph: str
+    name: str
+    track: tuple[Any, Any]
+    start_ns: int
+    duration_ns: int
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the rules look at."""
+
+    recording: Recording
+    events: EventTable
+    band: tuple[BandEvent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """A broken promise: the rule, where, and both sides."""
+
+    rule: str
+    where: str
+    message: str
+
+
+Rule = Callable[[Checked], Iterator[tuple[str, str]]]
+"""Yields (where, message)."""
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+class _RawEvent(msgspec.Struct, gc=False):
+    ph: str = ""
+    name: str = ""
+    pid: int | str | None = None
+    tid: int | str | None = None
+    ts: float = 0.0
+    dur: float = 0.0
+    args: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_raw_batch = msgspec.json.Decoder(list[_RawEvent]).decode
+
+
+def _raw_one(text: bytes) -> _RawEvent:
+    try:
+        value = loads_lenient(text)
+        kept = {key: value[key] for key in ("ph", "name", "pid", "tid", "ts", "dur") if key in value}
+        return msgspec.convert(kept, _RawEvent)
+    except (ValueError, TypeError, OverflowError):
+        return _RawEvent()
+
+
+def read_checked(path: Path, progress: Progress | None = None) -> Checked:
+    """Read a merged trace twice: its own events, and what merging added.
+
+    Raises:
+        TraceFileError: as `read_trace`.
+    """
+    recording = None
+    builder = EventTableBuilder()
+    with open_trace_stream(path, progress) as stream:
+        for key in stream.walk():
+            if key == "traceEvents":
+                builder.read(stream)
+            elif key == METADATA_KEY:
+                recording = stream.value()
+            else:
+                stream.skip()
+    decoded = take_recording(path, recording)
+    with open_trace_stream(path, progress) as stream:
+        band = tuple(_band_events(stream))
+    return Checked(recording=decoded, events=builder.build(), band=band)
+
+
+def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
+    for key in stream.walk():
+        if key != "traceEvents":
+            stream.skip()
+            continue
+        for batch in stream.batches(_raw_batch, _raw_one):
+            for event in batch:
+                if isinstance(event.pid, int) and event.pid >= BAND_PID and event.ph in "CX":
+                    yield _band_event(event)
+
+
+def _band_event(event: _RawEvent) -> BandEvent:
+    start_ns, duration_ns = to_ns(np.clip([event.ts, event.dur], -9e15, 9e15)).tolist()
+    value = None
+    if event.ph == "C":
+        arguments = msgspec.json.decode(event.args)
+        numbers = arguments.values() if isinstance(arguments, dict) else ()
+        value = sum(v for v in numbers if isinstance(v, (int, float)))
+    return BandEvent(
+        ph=event.ph,
+        name=event.name,
+        track=(event.pid, event.name if event.ph == "C" else event.tid),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        value=value,
+    )
+
+
+# -- rules --------------------------------------------------------------------------------------------
+
+
+def versions_known(checked: Checked) -> Iterator[tuple[str, str]]:
+    """The releases that wrote the file are release numbers; an unknown schema is refused on reading."""
+    for package, version in checked.recording.versions.items():
+        if not re.match(r"\d+\.\d+", version):
+            yield package, f"{version!r} is no version"
+
+
+def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Samples without a place are as many as the file says it lost."""
+    without = sum(sample.placement is None for sample in checked.recording.samples)
+    lost = checked.recording.lost.samples_without_range
+    if without != lost:
+        yield "lost", f"{without} samples have no range, but the file counts {lost}"
+
+
+def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Router ranges = samples with a place + ranges without a sample."""
+    events = checked.events
+    names = events.select(events.kind == Kind.RANGE).name
+    is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
+    ranges = int(np.array(is_router, dtype=bool)[names].sum()) if len(names) else 0
+    placed = sum(sample.placement is not None for sample in checked.recording.samples)
+    lost = checked.recording.lost.ranges_without_sample
+    if ranges != placed + lost:
+        yield "ranges", f"the trace has {ranges} router ranges, but {placed} samples and {lost} lost"
+
+
+def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Every host placement is a range of the trace, with its name and times."""
+    events = checked.events
+    ranges = events.select(events.kind == Kind.RANGE)
+    known = set(
+        zip(
+            (events.names[i] for i in ranges.name.tolist()),
+            ranges.start_ns.tolist(),
+            ranges.duration_ns.tolist(),
+            strict=True,
+        )
+    )
+    for sample in checked.recording.samples:
+        if sample.placement is None:
+            continue
+        for kind, span in sample.placement.host.items():
+            start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
+            if (range_name(kind, sample.site), start_ns, duration_ns) not in known:
+                yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"
+
+
+def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Assignments = tokens x k - skipped, as does the histogram of k."""
+    for sample in checked.recording.samples:
+        expected = sample.tokens * sample.top_k - sample.skipped
+        found = int(sample.assignments.sum())
+        if found != expected:
+            yield _call(sample), f"{found} assignments, expected tokens·k - skipped = {expected}"
+        by_k = int((sample.k_histogram * np.arange(len(sample.k_histogram))).sum())
+        if by_k != found:
+            yield _call(sample), f"the k histogram holds {by_k} slots, the experts {found}"
+        if int(sample.k_histogram.sum()) != sample.tokens:
+            yield _call(sample), f"the k histogram holds {sample.k_histogram.sum()} of {sample.tokens} tokens"
+
+
+def counts_are_possible(checked: Checked) -> Iterator[tuple[str, str]]:
+    """No negative count, no part larger than its whole, one entry an expert."""
+    sizes = {router.name: router.num_experts for router in checked.recording.routers}
+    for sample in checked.recording.samples:
+        if len(sample.assignments) != sizes[sample.name]:
+            yield _call(sample), f"{len(sample.assignments)} counts for {sizes[sample.name]} experts"
+        parts = (sample.skipped, sample.padding_assignments, sample.nonfinite_tokens, sample.tokens)
+        if min(parts) < 0 or sample.assignments.min(initial=0) < 0 or sample.k_histogram.min(initial=0) < 0:
+            yield _call(sample), "a count is negative"
+        if sample.padding_assignments > sample.assignments.sum() or sample.nonfinite_tokens > sample.tokens:
+            yield _call(sample), "a part is larger than its whole"
+
+
+def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
+    """0 <= entropy <= ln E, probabilities and confidence within [0, 1]."""
+    for sample in checked.recording.samples:
+        most = math.log(max(1, len(sample.assignments)))
+        bounds = {
+            "router_entropy": most,
+            "confidence": 1.0,
+            "top1_prob": 1.0,
+            "topk_mass": 1.0,
+            "z_loss": math.inf,
+        }
+        for name, high in bounds.items():
+            value = getattr(sample, name)
+            if value is not None and not -TOLERANCE <= value <= high + TOLERANCE:
+                yield _call(sample), f"{name} is {value}, expected 0 to {high:.4g}"
+
+
+def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Each counter event stands at the start or the end of a call's MoE layer."""
+    edges = set()
+    for sample in checked.recording.samples:
+        if sample.placement is not None:
+            device = sample.placement.device
+            span = moe_span(device if "router" in device else sample.placement.host)
+            edges.update(to_ns([span.start_us, span.end_us]).tolist())
+    for event in checked.band:
+        if event.ph == "C" and event.start_ns not in edges:
+            yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"
+
+
+def counters_return_to_zero(checked: Checked) -> Iterator[tuple[str, str]]:
+    """A counter's last event closes it."""
+    last: dict[Any, BandEvent] = {}
+    for event in checked.band:
+        if event.ph == "C" and (event.track not in last or event.start_ns >= last[event.track].start_ns):
+            last[event.track] = event
+    for event in last.values():
+        if event.value:
+            yield event.name, f"the counter ends at {event.value}, expected 0"
+
+
+def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Slices of one lane follow one another."""
+    lanes: dict[Any, list[BandEvent]] = defaultdict(list)
+    for event in checked.band:
+        if event.ph == "X":
+            lanes[event.track].append(event)
+    for lane in lanes.values():
+        lane.sort(key=lambda e: e.start_ns)
+        for one, two in itertools.pairwise(lane):
+            # A microsecond with three decimals does not always survive a float, so 1 ns is not a crossing.
+            if two.start_ns < one.start_ns + one.duration_ns - 1:
+                yield two.name, f"a slice starts at {two.start_ns / 1000:.3f} µs, inside {one.name}"
+
+
+def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Every placed call has its slices, and every slice its call."""
+    expected: defaultdict[tuple[str, int, int], int] = defaultdict(int)
+    for sample in checked.recording.samples:
+        if sample.placement is not None:
+            device = sample.placement.device
+            spans = device if "router" in device else sample.placement.host
+            for kind in LANES:
+                if kind in spans:
+                    start, duration = to_ns([spans[kind].start_us, spans[kind].duration_us]).tolist()
+                    expected[sample.site, start, duration] += 1
+    for event in checked.band:
+        if event.ph == "X":
+            expected[event.name, event.start_ns, event.duration_ns] -= 1
+    for (site, start, _), count in expected.items():
+        if count:
+            what = "has no slice in the band" if count > 0 else "is a slice of no call"
+            yield site, f"{start / 1000:.3f} µs {what}"
+
+
+RULES: tuple[Rule, ...] = (
+    versions_known,
+    samples_are_accounted_for,
+    ranges_are_accounted_for,
+    placements_are_ranges,
+    assignments_add_up,
+    counts_are_possible,
+    figures_are_in_range,
+    counters_stand_in_ranges,
+    counters_return_to_zero,
+    lanes_do_not_cross,
+    slices_are_the_calls,
+)
+
+
+def check(checked: Checked) -> dict[str, list[Violation]]:
+    """Violations by the name of the rule; every rule is there, kept or not."""
+    return {
+        rule.__name__: [
+            Violation(rule=rule.__name__, where=where, message=message) for where, message in rule(checked)
+        ]
+        for rule in RULES
+    }
+
+
+def _call(sample: Any) -> str:
+    return f"{sample.site} call {sample.call}"
