@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
     config = getattr(model, "config", None)
     first = next(model.parameters(), None)
     return {
-        "name": str(getattr(config, "name_or_path", "") or type(model).__name__),
+        "name": _name(model, str(getattr(config, "name_or_path", "") or "")),
         "class": type(model).__name__,
         "num_layers": _num_layers(config, sites),
         "num_moe_layers": len({site.name for site in sites}),
@@ -27,6 +28,13 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
         "hidden_size": getattr(config, "hidden_size", None),
         "experts_implementation": getattr(config, "_experts_implementation", None),
     }
+
+
+def _name(model: nn.Module, name_or_path: str) -> str:
+    """The hub id; the last part of a local path, since a trace travels; else the class."""
+    if os.path.isdir(name_or_path):
+        name_or_path = os.path.basename(os.path.abspath(name_or_path))
+    return name_or_path or type(model).__name__
 
 
 def _num_layers(config: Any, sites: Sequence[RouterSite]) -> int:

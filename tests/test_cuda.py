@@ -135,7 +135,8 @@ def test_device_spans_are_the_annotations_of_the_same_external_id(tmp_path: Path
     on_host = [e for e in events if e.get("cat") == "user_annotation"]
     on_device = {e["args"]["External id"]: e for e in events if e.get("cat") == "gpu_user_annotation"}
     for sample in prof.tracer.samples():
-        for kind in ("router", "experts", "block"):
+        assert sample.placement.device["block"].start_us == sample.placement.device["router"].start_us
+        for kind in ("router", "experts"):
             host = sample.placement.host[kind]
             event = next(
                 e for e in on_host if e["ts"] == host.start_us and e["name"] == f"moe.{kind}/{sample.site}"

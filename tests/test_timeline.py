@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity
 import moe_trace
 from models import tiny_olmoe, token_batch
 from moe_trace.schema import BAND_PID, Span
+from moe_trace.timeline.merge import merge_recording
 from moe_trace.timeline.place import place_samples
 from moe_trace.timeline.scan import RangeEvent, read_splice, scan_ranges
 
@@ -323,3 +324,33 @@ def test_device_spans_are_those_of_the_same_external_id() -> None:
     assert placement is not None
     assert placement.device == {"router": Span(120.0, 40.0)}
     assert placed.ranges_without_sample == 1
+
+
+H200 = sorted((Path(__file__).parent / "data" / "h200").glob("*.json.gz"))
+
+
+@pytest.mark.parametrize("trace_path", H200, ids=lambda p: p.name.split(".")[0])
+def test_real_gpu_trace_is_placed_by_external_id(trace_path: Path, tmp_path: Path) -> None:
+    """Merge a real H200 trace again, and look every device span up by brute force."""
+    from moe_trace.reader import read_recording
+
+    path = tmp_path / trace_path.name
+    shutil.copy(trace_path, path)
+    merged = merge_recording(path, [read_recording(path)])
+    assert merged.lost.samples_without_range == merged.lost.ranges_without_sample == 0
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    host = {(e["name"], e["ts"]): e for e in events if e.get("cat") == "user_annotation"}
+    device = {e["args"]["External id"]: e for e in events if e.get("cat") == "gpu_user_annotation"}
+    lanes = {(e["name"], e["ts"], e["dur"]) for e in events if e.get("pid") == BAND_PID and e["ph"] == "X"}
+    assert len(lanes) == 2 * len(merged.placed) > 0
+    for sample in merged.placed:
+        assert sample.placement is not None
+        for kind in ("router", "experts"):
+            own = host[f"moe.{kind}/{sample.site}", sample.placement.host[kind].start_us]
+            twin = device[own["args"]["External id"]]
+            assert sample.placement.device[kind] == Span(twin["ts"], twin["dur"])
+            assert (sample.site, twin["ts"], twin["dur"]) in lanes
+        spans = [sample.placement.device[kind] for kind in ("router", "experts")]
+        block = sample.placement.device["block"]
+        assert block.start_us == min(span.start_us for span in spans)
+        assert block.end_us == pytest.approx(max(span.end_us for span in spans), abs=1e-3)

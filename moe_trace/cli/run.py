@@ -73,11 +73,17 @@ def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
 
 
 def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
+    # Kineto writes a line to stderr whenever a profiler starts and stops; torch reads this when it loads.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from moe_trace.workload.runner import run
 
     terminal = console(sys.stderr)
+    if not terminal.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("starting", total=config.warmup + config.steps)

@@ -109,6 +109,9 @@ class _Timeline:
             events["experts"] = experts
         host = {kind: event.span for kind, event in events.items()}
         device = {kind: span for kind, event in events.items() if (span := self._device_span(event))}
+        if block is not None and device:
+            # Kineto gives a kernel to the innermost annotation only, so the block's own leaves these out.
+            device["block"] = _hull(list(device.values()))
         return Placement(host=host, device=device)
 
     def _experts_after(self, router: RangeEvent, block: RangeEvent | None) -> RangeEvent | None:
@@ -135,4 +138,5 @@ def _hull(spans: Sequence[Span]) -> Span:
     if len(spans) == 1:
         return spans[0]
     start = min(span.start_us for span in spans)
-    return Span(start, max(span.end_us for span in spans) - start)
+    # The sum of a start and a duration is no more exact than the clock, which counts nanoseconds.
+    return Span(start, round(max(span.end_us for span in spans) - start, 3))
