@@ -1,0 +1,93 @@
+"""`moe-trace diff`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.errors import UsageError
+from moe_trace.reader import TraceSummary, read_summary
+from moe_trace.reading.diff import METRICS, Change, Condition, compare, missing, parse_condition
+from moe_trace.render.diff import render_diff_csv, render_diff_text
+
+
+class DiffCommand:
+    """Say what changed between two traces, or two folders of traces.
+
+    Load, entropy, latency, phases and FLOP/s, with a bootstrap over calls, so that noise is not called a
+    change. With --fail-on the exit status is 1 where a real change is larger than a limit; a change that
+    too few calls (under 5) can't tell from noise counts as real. Metrics are of all layers together, or of
+    one: 'L03:router_entropy<-10%'.
+
+    Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
+    """
+
+    name = "diff"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("a", metavar="A", help="a trace or a folder of traces: before")
+        add("b", metavar="B", help="the same: after")
+        add("--format", choices=("text", "json", "csv"), default="text")
+        add(
+            "--fail-on",
+            action="append",
+            default=[],
+            metavar="'METRIC>+5%%'",
+            help=f"may be given several times; metrics: {', '.join(METRICS)}",
+        )
+        add("--all", action="store_true", help="show what did not change too")
+        add_filters(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Compare, print, and judge."""
+        conditions = [parse_condition(text) for text in arguments.fail_on]
+        sides = [_read(path, arguments) for path in (arguments.a, arguments.b)]
+        changes = compare(*sides)
+        unknown = [condition.text for condition in conditions if missing(condition, changes)]
+        if unknown:
+            raise UsageError(
+                f"--fail-on {', '.join(unknown)}: the two recordings have no such figure to compare"
+            )
+        failed = _failures(conditions, changes)
+        print(_render(arguments, changes, failed), end="")
+        for condition, change in failed:
+            size = (
+                f"{100 * change.relative:+.1f} %"
+                if change.relative is not None
+                else f"{change.difference:+g}"
+            )
+            print(f"moe-trace: failed on {condition.text}: {change.site} changed by {size}", file=sys.stderr)
+        return 1 if failed else 0
+
+
+def _read(path: str, arguments: argparse.Namespace) -> TraceSummary:
+    with reading_progress() as progress:
+        return read_summary(
+            path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
+        )
+
+
+def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:
+    return [(condition, change) for condition in conditions for change in changes if condition.fails(change)]
+
+
+def _render(
+    arguments: argparse.Namespace, changes: Sequence[Change], failed: Sequence[tuple[Condition, Change]]
+) -> str:
+    if arguments.format == "text":
+        return render_diff_text(changes, a=arguments.a, b=arguments.b, everything=arguments.all)
+    if arguments.format == "csv":
+        return render_diff_csv(changes)
+    plain = {
+        "a": arguments.a,
+        "b": arguments.b,
+        "changes": [{**asdict(c), "difference": c.difference, "relative": c.relative} for c in changes],
+        "failed": [condition.text for condition, _ in failed],
+    }
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
