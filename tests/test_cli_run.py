@@ -1,0 +1,158 @@
+"""`moe-trace run` and `routers` as a person uses them: one process each, no terminal."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = {
+    "model_type": "olmoe",
+    "architectures": ["OlmoeForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 128,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def moe_trace(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe_trace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def the_trace(folder: Path) -> dict[str, object]:
+    (path,) = folder.glob("*.pt.trace.json.gz")
+    return json.loads(gzip.decompress(path.read_bytes()))  # type: ignore[no-any-return]
+
+
+def test_demo_run_prints_figures_files_and_next_commands(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = moe_trace("run", "--steps", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if str(tmp_path) not in line)
+    for label in ("L00", "L01", "L02", "L03"):
+        assert len(re.findall(rf"^{label}\b", done.stdout, re.MULTILINE)) == 2
+    assert f"moe-trace report {out}" in done.stdout
+    report = moe_trace("report", out, "--format", "json")
+    figures = json.loads(report.stdout)
+    assert figures["schema_version"] == 1
+    assert figures["model"]["name"] == "demo"
+    assert [r["site"] for r in figures["routers"]] == ["L00", "L01", "L02", "L03"]
+    assert [r["calls"] for r in figures["routers"]] == [2] * 4
+    recorded = the_trace(out)["moe_trace"]["samples"]  # type: ignore[index]
+    for number, router in enumerate(figures["routers"]):
+        rows = [a for a, r in zip(recorded["assignments"], recorded["router"], strict=True) if r == number]
+        assert router["assignments"] == [sum(column) for column in zip(*rows, strict=True)]
+    assert list(out.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages"),
+    [("generate", {"prefill": 1, "decode": 3}), ("train", {"train": 1}), ("prefill", {"prefill": 1})],
+)
+def test_modes_on_a_config_with_random_weights(
+    config: Path, tmp_path: Path, mode: str, stages: dict[str, int]
+) -> None:
+    sizes = ("--batch", 2, "--seq-len", 16, "--max-new-tokens", 4, "--steps", 1, "--dtype", "float32")
+    done = moe_trace(
+        "run", "--model", config, "--random-weights", "--mode", mode, *sizes, "--out", tmp_path / "o"
+    )
+    assert done.returncode == 0, done.stderr
+    samples = the_trace(tmp_path / "o")["moe_trace"]["samples"]  # type: ignore[index]
+    first_layer = [s for s, r in zip(samples["stage"], samples["router"], strict=True) if r == 0]
+    assert {stage: first_layer.count(stage) for stage in set(first_layer)} == stages
+    assert samples["tokens"][0] == 32
+
+
+def test_layers_every_and_shapes(config: Path, tmp_path: Path) -> None:
+    options = ("--layers", "L01", "--every", 2, "--steps", 4, "--record-shapes", "--with-stack")
+    done = moe_trace("run", "--model", config, "--random-weights", *options, "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    trace = the_trace(tmp_path / "o")
+    assert trace["record_shapes"] == trace["with_stack"] == 1
+    assert trace["moe_trace"]["samples"]["step"] == [0, 2]  # type: ignore[index]
+    assert [r["site"] for r in trace["moe_trace"]["routers"]] == ["L01"]  # type: ignore[index]
+
+
+def test_full_folder_needs_force_which_touches_only_our_files(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    arguments = ("run", "--model", config, "--random-weights", "--steps", 1, "--out", out)
+    refused = moe_trace(*arguments)
+    assert refused.returncode == 6
+    assert "--force" in refused.stderr
+    assert [f.name for f in out.iterdir()] == ["notes.txt"]
+    for _ in range(2):
+        assert moe_trace(*arguments, "--force").returncode == 0
+    assert len(list(out.glob("*.pt.trace.json.gz"))) == 1
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "--model", "{config}"], 2, "add --random-weights"),
+        (["run", "--model", "{tmp}/nothing"], 7, "cannot load the model"),
+        (["run", "--steps", "0"], 2, "--steps must be at least 1"),
+        (["run", "--prompt", "a", "--prompts-file", "b"], 2, "not both"),
+        (["run", "--prompts-file", "{tmp}/none.txt", "--out", "{tmp}/o"], 2, "cannot be read as prompts"),
+        (["run", "--layers", "77", "--out", "{tmp}/o"], 2, "layers= names ['77']"),
+        (["run", "--out", "/proc/moe"], 6, "cannot be written"),
+        (["report", "{tmp}/none.json"], 5, "none.json"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    config: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = moe_trace(*(a.format(config=config, tmp=tmp_path) for a in arguments))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("moe-trace: error: ")
+
+
+@pytest.mark.parametrize("command", ["run", "routers", "report"])
+def test_help_has_an_example_that_parses(command: str) -> None:
+    done = moe_trace(command, "--help")
+    assert done.returncode == 0
+    assert re.search(rf"^Example: moe-trace {command} ", done.stdout, re.MULTILINE)
+
+
+def test_routers_lists_without_weights(config: Path) -> None:
+    done = moe_trace("routers", config)
+    assert done.returncode == 0, done.stderr
+    assert "2 routers" in done.stdout
+    assert "OlmoeTopKRouter" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+def test_routers_of_a_dense_model_says_what_was_found(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8})
+    )
+    done = moe_trace("routers", path)
+    assert done.returncode == 3
+    assert "found 0 routers in LlamaForCausalLM" in done.stderr
