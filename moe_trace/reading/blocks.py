@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.reading.events import EventTable, to_ns
+from moe_trace.reading.events import EventTable, bounds_ns
 from moe_trace.reading.launches import RangeThreads
-from moe_trace.schema import Placement, RoutingSample, Span, moe_span
+from moe_trace.schema import Placement, RoutingSample
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
         if thread is not None and sample.placement is not None:
             found.append((thread, _bounds(sample.placement), sample))
     found.sort(key=lambda row: (row[0], row[1][0]))
-    bounds = to_ns([row[1] for row in found]).reshape(len(found), 6)
+    bounds = np.array([row[1] for row in found], np.int64).reshape(len(found), 6)
     return Blocks(
         samples=tuple(row[2] for row in found),
         thread=np.array([row[0] for row in found], np.int64),
@@ -50,16 +50,14 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     )
 
 
-def _bounds(placement: Placement) -> tuple[float, ...]:
+def _bounds(placement: Placement) -> tuple[int, ...]:
     host = placement.host
-    router = host["router"]
-    block = moe_span(host)
-    experts = host.get("experts", Span(router.end_us, max(0.0, block.end_us - router.end_us)))
-    return (
-        block.start_us,
-        block.end_us,
-        router.start_us,
-        router.end_us,
-        experts.start_us,
-        experts.end_us,
-    )
+    router = bounds_ns(host["router"])
+    start, end = bounds_ns(host["block"]) if "block" in host else _hull(map(bounds_ns, host.values()))
+    experts = bounds_ns(host["experts"]) if "experts" in host else (router[1], max(router[1], end))
+    return (start, end, *router, *experts)
+
+
+def _hull(bounds: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    starts, ends = zip(*bounds, strict=True)
+    return min(starts), max(ends)

@@ -234,7 +234,7 @@ def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
         if sample.placement is not None:
             device = sample.placement.device
             span = moe_span(device if "router" in device else sample.placement.host)
-            edges.update(to_ns([span.start_us, span.end_us]).tolist())
+            edges.update(to_ns([span.start_us, span.end_us]).tolist())  # as merging computed them
     for event in checked.band:
         if event.ph == "C" and event.start_ns not in edges:
             yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"

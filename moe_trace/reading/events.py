@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.reading.stream import JsonStream, loads_lenient
+from moe_trace.schema import Span
 
 
 class Kind(IntEnum):
@@ -139,6 +140,12 @@ class EventTable:
 def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """Kineto writes whole nanoseconds as microseconds with three decimals; rounding gets them back."""
     return np.rint(np.asarray(time_us, np.float64) * 1000).astype(np.int64)
+
+
+def bounds_ns(span: Span) -> tuple[int, int]:
+    """Start and end; each part is rounded on its own, for their sum as a float may be a nanosecond off."""
+    start, duration = to_ns([span.start_us, span.duration_us]).tolist()
+    return start, start + duration
 
 
 class EventTableBuilder:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.reading.events import EventTable, Kind, to_ns
+from moe_trace.reading.events import EventTable, Kind, bounds_ns, to_ns
 from moe_trace.schema import RoutingSample, Span, range_name
 from moe_trace.summary import SampleKey
 
@@ -26,7 +26,7 @@ class Kernels:
         """Those that a thread launched inside a span."""
         first = int(np.searchsorted(self.launch_thread, thread, "left"))
         last = int(np.searchsorted(self.launch_thread, thread, "right"))
-        begin, end = to_ns([span.start_us, span.end_us])
+        begin, end = bounds_ns(span)
         launches = self.launch_ns[first:last]
         return slice(
             first + int(np.searchsorted(launches, begin, "left")),
