@@ -7,24 +7,68 @@ does in eager mode.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
+
+from moe_trace.contracts.forms import expert_matrices, expert_modules, int_attribute, unwrapped
+
+# Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
+_PACKED = (torch.uint8, torch.int8)
 
 
 def router_flops_per_token(router: nn.Module) -> int:
     """2 x the elements of the router's 2-D matrix weights (its own `weight`, or its inner Linears')."""
-    return 2 * sum(p.numel() for name, p in router.named_parameters() if _is_matrix(name, p))
+    return dense_flops_per_token(unwrapped(router))
 
 
-def expert_flops_per_slot(experts: nn.Module) -> int:
-    """2 x the matrix weights of one expert: the sum of `param[0].numel()` over the 3-D parameters."""
-    return 2 * sum(p[0].numel() for p in experts.parameters() if p.dim() == 3)
+def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int:
+    """2 x the matrix weights of one expert, summed over the modules that hold the experts' weights."""
+    return 2 * sum(_elements_of_one_expert(unwrapped(module), num_experts) for module in weights)
 
 
-def parameter_count(module: nn.Module | None) -> int:
-    """Number of parameters below the module; 0 for None."""
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+def dense_flops_per_token(module: nn.Module) -> int:
+    """2 x the matrix weights of a module that works on every token: linear layers, own 2-D and 3-D weights."""
+    return 2 * sum(_own_elements(part) for part in module.modules())
 
 
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    """Number of parameters below the modules, each counted once."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def _own_elements(module: nn.Module) -> int:
+    rows, columns = int_attribute(module, "out_features"), int_attribute(module, "in_features")
+    if rows and columns:  # also where the weight is packed
+        return rows * columns if "weight" in module._parameters else 0
     # Not "every 2-D parameter": some families keep a selection bias of shape [1, E].
-    return parameter.dim() == 2 and name.rsplit(".", 1)[-1] == "weight"
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return sum(p.numel() for name, p in own.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight"))
+
+
+def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:
+    modules = expert_modules(experts)
+    if modules:
+        return dense_flops_per_token(modules[0]) // 2
+    matrices = [p for _, p in expert_matrices(experts)]
+    if not matrices or any(p.dtype in _PACKED for p in matrices):
+        declared = _declared_elements(experts)
+        if declared:
+            return declared
+    if matrices:
+        return sum(p.shape[1] * p.shape[2] for p in matrices)
+    # All experts below each other in one matrix (DBRX), or one row each (Doge).
+    stacked = [
+        p for p in experts.parameters() if p.dim() == 2 and num_experts and not p.shape[0] % num_experts
+    ]
+    return sum(p.numel() for p in stacked) // max(num_experts, 1)
+
+
+def _declared_elements(experts: nn.Module) -> int:
+    """From the module's own word on its sizes, where its weights are packed or no longer tensors; else 0."""
+    hidden = int_attribute(experts, "hidden_dim", "hidden_size")
+    width = int_attribute(experts, "intermediate_dim", "intermediate_size")
+    gated = hasattr(experts, "gate_up_proj") or hasattr(experts, "gate_proj")
+    return hidden * width * (3 if gated else 2)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.contracts import Call, ContractMismatch
+from moe_trace.contracts import Call, ContractMismatch, Reading
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import CallRecord, Recorder
 from moe_trace.routers import RouterSite
@@ -94,6 +94,9 @@ class SiteHooks:
         self._context = context
         self._owner = owner
         self._clock = clock
+        self._read = site.read
+        self._fused: dict[int, tuple[Any, int]] | None = None if site.read_block is None else {}
+        """By thread: arguments and start (ns) of a block whose router has not been called yet."""
         self._expert_marks: dict[int, tuple[int, Any]] = {}
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._handles: list[RemovableHandle] = []
@@ -114,14 +117,16 @@ class SiteHooks:
 
     def _install(self, level: Level) -> None:
         site, handles = self.site, self._handles
-        if level == Level.RANGES and site.block is not None:
+        if site.block is not None and (level == Level.RANGES or site.read_block is not None):
             handles.append(site.block.register_forward_pre_hook(self._before_block))
             handles.append(site.block.register_forward_hook(self._after_block, always_call=True))
         handles.append(site.router.register_forward_pre_hook(self._before_router))
         handles.append(site.router.register_forward_hook(self._after_router, always_call=True))
+        if site.watched is not None:
+            handles.append(site.watched.register_forward_hook(self._after_watched))
         if site.experts is not None:
             handles.append(site.experts.register_forward_pre_hook(self._before_experts, with_kwargs=True))
-            if level == Level.RANGES or self._clock is not None:
+            if site.times_experts and (level == Level.RANGES or self._clock is not None):
                 handles.append(site.experts.register_forward_hook(self._after_experts, always_call=True))
 
     def _remove(self) -> None:
@@ -152,6 +157,8 @@ class SiteHooks:
     def _before_block(self, module: nn.Module, args: Any) -> None:
         if self._opens_ranges():
             self._ranges.open(self._names["block"])
+        if self._fused is not None:
+            self._fused[threading.get_ident()] = args, time.time_ns()
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
         thread = threading.get_ident()
@@ -159,12 +166,16 @@ class SiteHooks:
             self._open.pop(thread, None)
         elif thread in self._open:
             self._finish(thread)
+        elif self._fused is not None and thread in self._fused:
+            self._finish_fused(*self._fused.pop(thread), output)
         self._ranges.close(self._names["block"])
 
     def _before_router(self, module: nn.Module, args: Any) -> None:
         thread = threading.get_ident()
         if thread in self._open:
             self._finish(thread)
+        if self._fused is not None:
+            self._fused.pop(thread, None)
         if self._opens_ranges():
             self._ranges.open(self._names["router"])
         call = Call(router_args=args)
@@ -189,8 +200,13 @@ class SiteHooks:
         if self.site.experts is None:
             self._finish(thread)
 
+    def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
+        opened = self._open.get(threading.get_ident())
+        if opened is not None:
+            opened.call.watched_output = output
+
     def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self._opens_ranges():
+        if self.site.times_experts and self._opens_ranges():
             self._ranges.open(self._names["experts"])
         thread = threading.get_ident()
         opened = self._open.get(thread)
@@ -198,7 +214,7 @@ class SiteHooks:
             opened.call.experts_args = args
             opened.call.experts_kwargs = kwargs
             self._finish(thread)
-            if self._clock is not None and self.misread is None:
+            if self._clock is not None and self.misread is None and self.site.times_experts:
                 self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
 
     def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -213,10 +229,26 @@ class SiteHooks:
     def _finish(self, thread: int) -> None:
         opened = self._open.pop(thread)
         try:
-            reading = self.site.contract.read(opened.call)
+            reading = self._read(opened.call)
         except ContractMismatch as mismatch:
             self._switch_off(str(mismatch))
             return
+        if self._clock is not None:
+            self._clock.keep(self.site.name, self.calls, "router", opened.mark)
+        self._add(reading, opened.start_ns, opened.end_ns, opened.profiled)
+
+    def _finish_fused(self, args: Any, start_ns: int, output: Any) -> None:
+        """Record a call of a block that called neither its router nor its experts."""
+        assert self.site.read_block is not None
+        try:
+            reading = self.site.read_block(args, output)
+        except ContractMismatch as mismatch:
+            self._switch_off(str(mismatch))
+            return
+        # The router has no time of its own: the sample stands at the block's start.
+        self._add(reading, start_ns, start_ns, profiler_is_recording())
+
+    def _add(self, reading: Reading, start_ns: int, end_ns: int, profiled: bool) -> None:
         context = self._context()
         padding = context.padding_T
         tokens = reading.index_TK.shape[0]
@@ -227,14 +259,12 @@ class SiteHooks:
             step=context.step,
             phase="recompute" if recomputed else "forward",
             stage=context.stage,
-            start_ns=opened.start_ns,
-            end_ns=opened.end_ns,
+            start_ns=start_ns,
+            end_ns=end_ns,
             thread=threading.get_native_id(),
-            profiled=opened.profiled,
+            profiled=profiled,
             padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
         )
-        if self._clock is not None:
-            self._clock.keep(self.site.name, self.calls, "router", opened.mark)
         self.calls += 1
         self._recorder.add(record, reading)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_trace.contracts import Reading
 from moe_trace.ranges import profiler_is_recording
 from moe_trace.routers import RouterSite
-from moe_trace.schema import OWN_WORK_RANGE, Phase, RoutingSample, Stage
+from moe_trace.schema import OWN_WORK_RANGE, Phase, RouterInfo, RoutingSample, Stage
 from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
@@ -68,7 +68,8 @@ class _Batch:
     top_k: int
     tokens: int
     num_experts: int
-    has_logits: bool
+    classes: int
+    """Logits per token, which may be more than the experts; 0 without true logits."""
     ints: Any
     floats: Any
     copied: torch.cuda.Event | None = None
@@ -268,7 +269,7 @@ def _reduce_group(group: list[_Pending]) -> _Batch:
         top_k=top_k,
         tokens=tokens,
         num_experts=num_experts,
-        has_logits=logits is not None,
+        classes=0 if logits is None else logits.shape[-1],
         ints=stats.ints,
         floats=stats.floats,
     )
@@ -331,8 +332,8 @@ def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarra
     k_histogram = ints[experts + 2 : experts + 3 + k]
     padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
     info = record.site.info
-    computed = int(assignments.sum()) + zero_weight
-    means = _means(sums, finite, experts) if batch.has_logits else dict.fromkeys(_MEANS)
+    computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
+    means = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
     return RoutingSample(
         site=info.site,
         name=info.name,
@@ -347,7 +348,7 @@ def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarra
         skipped=zero_weight + out_of_range,
         computed_slots=computed,
         padding_assignments=padding,
-        nonfinite_tokens=batch.tokens - finite if batch.has_logits else 0,
+        nonfinite_tokens=batch.tokens - finite if batch.classes else 0,
         k_histogram=k_histogram,
         router_flops=info.router_flops_per_token * batch.tokens,
         expert_flops=info.expert_flops_per_slot * computed,
@@ -360,16 +361,23 @@ def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarra
     )
 
 
+def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:
+    """Rows that an expert multiplied: those of weight 0 too, those of identity experts not."""
+    if info.every_expert_computes:
+        return tokens * info.num_experts
+    return int(assignments[: len(assignments) - info.identity_experts].sum()) + zero_weight
+
+
 _MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
 
 
-def _means(sums: np.ndarray, finite: int, experts: int) -> dict[str, float | None]:
+def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | None]:
     if finite == 0:
         return dict.fromkeys(_MEANS)
     mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
     entropy = max(0.0, mean["entropy"])
     # With one expert there is nothing to be unsure of.
-    confidence = 1.0 - entropy / math.log(experts) if experts > 1 else 1.0
+    confidence = 1.0 - entropy / math.log(classes) if classes > 1 else 1.0
     return {
         "router_entropy": entropy,
         "confidence": confidence,

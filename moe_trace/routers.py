@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from moe_trace.contracts import CONTRACTS, Contract, Found
+from moe_trace.contracts import CONTRACTS, Call, Contract, Found, Reading
+from moe_trace.contracts.beside import describe_unread, projection_note, shared_modules, unread_experts
+from moe_trace.contracts.forms import unwrapped
 from moe_trace.errors import NoRoutersFound, UsageError
-from moe_trace.flops import expert_flops_per_slot, parameter_count, router_flops_per_token
+from moe_trace.flops import (
+    dense_flops_per_token,
+    expert_flops_per_slot,
+    parameter_count,
+    router_flops_per_token,
+)
 from moe_trace.schema import RouterInfo
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
@@ -26,6 +35,14 @@ class RouterSite:
     router: nn.Module
     experts: nn.Module | None
     block: nn.Module | None
+    read: Callable[[Call], Reading]
+    """One call of this router; see `Contract.read`."""
+    read_block: Callable[[tuple[Any, ...], Any], Reading] | None = None
+    """See `Found.read_block`."""
+    watched: nn.Module | None = None
+    """See `Found.watched`."""
+    times_experts: bool = True
+    """See `Found.times_experts`."""
 
     @property
     def site(self) -> str:
@@ -55,43 +72,78 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
         UsageError: `layers` selects none of those found, or names one that does not exist.
     """
     found = list(_walk(model))
+    unread = unread_experts(model, [item for _, _, item in found])
     if not found:
-        raise NoRoutersFound(_no_routers_message(model))
-    labels = _labels([path for path, _, _ in found])
-    sites = [
-        _site(path, label, contract, item)
-        for (path, contract, item), label in zip(found, labels, strict=True)
-    ]
-    return _select(sites, layers)
+        raise NoRoutersFound(_no_routers_message(model, unread))
+    if unread:
+        warnings.warn(
+            f"{len(unread)} modules look like routed experts and follow no known contract: "
+            f"{describe_unread(unread)}. Their routing is not recorded; moe_trace.register_contract "
+            "teaches one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _select(_sites(model, found), layers)
 
 
 def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
+    """(path of the module looked at, contract, what it found there), in the order of the modules."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for contract in CONTRACTS:
             for item in contract.find(module):
                 if id(item.router) not in seen:
                     seen.add(id(item.router))
-                    yield f"{path}.{item.router_path}".lstrip("."), contract, item
+                    yield path, contract, item
 
 
-def _site(path: str, label: tuple[str, int], contract: Contract, item: Found) -> RouterSite:
+def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
+    names = [f"{path}.{item.router_path}".lstrip(".") for path, _, item in found]
+    sites = []
+    counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
+    for (path, contract, item), name, label in zip(found, names, _labels(names), strict=True):
+        shared = shared_modules(model, path, item)
+        info = _info(name, label, contract, item, shared)
+        info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
+        counted.update(map(id, shared))
+        sites.append(
+            RouterSite(
+                info=info,
+                contract=contract,
+                router=item.router,
+                experts=item.experts,
+                block=item.block,
+                read=item.read or contract.read,
+                read_block=item.read_block,
+                watched=item.watched,
+                times_experts=item.times_experts,
+            )
+        )
+    return sites
+
+
+def _info(
+    name: str, label: tuple[str, int], contract: Contract, item: Found, shared: tuple[nn.Module, ...]
+) -> RouterInfo:
     site, layer = label
-    info = RouterInfo(
+    weights = item.weights or ((item.experts,) if item.experts is not None else ())
+    beside = projection_note(item, shared)
+    return RouterInfo(
         site=site,
-        name=path,
+        name=name,
         layer=layer,
-        router_class=type(item.router).__name__,
-        experts_class=type(item.experts).__name__ if item.experts is not None else None,
+        router_class=type(unwrapped(item.router)).__name__,
+        experts_class=type(unwrapped(weights[0])).__name__ if weights else None,
         contract=contract.name,
         num_experts=item.num_experts,
         top_k=item.top_k,
         router_flops_per_token=router_flops_per_token(item.router),
-        expert_flops_per_slot=expert_flops_per_slot(item.experts) if item.experts is not None else 0,
-        parameters={"router": parameter_count(item.router), "experts": parameter_count(item.experts)},
-    )
-    return RouterSite(
-        info=info, contract=contract, router=item.router, experts=item.experts, block=item.block
+        expert_flops_per_slot=expert_flops_per_slot(weights, item.num_experts),
+        shared_flops_per_token=sum(map(dense_flops_per_token, shared)),
+        parameters={"router": parameter_count([item.router]), "experts": parameter_count(weights)},
+        identity_experts=item.identity_experts,
+        every_expert_computes=item.every_expert_computes,
+        notes=item.notes if beside is None else (*item.notes, beside),
     )
 
 
@@ -110,7 +162,9 @@ def _labels(paths: list[str]) -> list[tuple[str, int]]:
 
 
 def _layer_index(path: str, default: int) -> int:
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    """The first number after `layers`, `blocks` and the like; else the first number of the path."""
+    after_name = re.findall(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)", path)
+    numbers = after_name or re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return int(numbers[0]) if numbers else default
 
 
@@ -144,10 +198,18 @@ def _select(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
     return chosen
 
 
-def _no_routers_message(model: nn.Module) -> str:
-    known = "; ".join(f"{c.name}: {c.description}" for c in CONTRACTS)
-    return (
-        f"found 0 routers in {type(model).__name__}; known contracts: {known}. "
-        "If it is a Mixture-of-Experts model, list what was looked at with `moe-trace routers MODEL`; "
-        "if it is a dense model there is nothing to trace"
-    )
+def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -> str:
+    known = "; ".join(f"{contract.name}: {contract.description}" for contract in CONTRACTS)
+    if unread:
+        advice = (
+            f"{len(unread)} modules look like routed experts and follow none of them: "
+            f"{describe_unread(unread)}. Teach it with moe_trace.register_contract, then check with "
+            "`moe-trace routers MODEL`"
+        )
+    else:
+        advice = (
+            "Nothing in it looks like routed experts: in a dense model there is nothing to trace. "
+            "`moe-trace routers MODEL` lists the routers of any other model, and "
+            "moe_trace.register_contract teaches one of your own"
+        )
+    return f"found 0 routers in {type(unwrapped(model)).__name__}; known contracts: {known}. {advice}"

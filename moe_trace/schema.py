@@ -61,6 +61,10 @@ class RouterInfo:
     """2 x the matrix weights of the always-on experts beside the routed ones."""
     parameters: dict[str, int] = field(default_factory=dict)
     """Parameter counts: `router`, `experts` (all routed), `shared`."""
+    identity_experts: int = 0
+    """How many of the E, the last ones, return their input: an assignment without FLOPs."""
+    every_expert_computes: bool = False
+    """Whether all E experts compute every token, whatever was chosen."""
     notes: tuple[str, ...] = ()
     """What a reader must know about the figures of this router."""
 

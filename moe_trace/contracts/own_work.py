@@ -1,0 +1,22 @@
+"""Mark the few device operations that some contracts need to read a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_trace.ranges import profiler_is_recording
+from moe_trace.schema import OWN_WORK_RANGE
+
+
+@contextmanager
+def own_work() -> Iterator[None]:
+    """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
+    with torch.no_grad():
+        if profiler_is_recording():
+            with torch.profiler.record_function(OWN_WORK_RANGE):
+                yield
+        else:
+            yield
