@@ -29,7 +29,7 @@ def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int
 
 
 def dense_flops_per_token(module: nn.Module) -> int:
-    """2 x the matrix weights of a module that works on every token: linear layers, own 2-D and 3-D weights."""
+    """2 x the matrix weights of a module that works on every token."""
     return 2 * sum(_own_elements(part) for part in module.modules())
 
 
@@ -60,10 +60,9 @@ def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:
     if matrices:
         return sum(p.shape[1] * p.shape[2] for p in matrices)
     # All experts below each other in one matrix (DBRX), or one row each (Doge).
-    stacked = [
-        p for p in experts.parameters() if p.dim() == 2 and num_experts and not p.shape[0] % num_experts
-    ]
-    return sum(p.numel() for p in stacked) // max(num_experts, 1)
+    rows = max(num_experts, 1)
+    stacked = [p for p in experts.parameters() if p.dim() == 2 and p.shape[0] % rows == 0]
+    return sum(p.numel() for p in stacked) // rows
 
 
 def _declared_elements(experts: nn.Module) -> int:

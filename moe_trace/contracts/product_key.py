@@ -7,6 +7,7 @@ no logit of an expert, so entropy, confidence and z-loss are left empty.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,13 +52,11 @@ def _reader(keys: int, *, normalised: bool) -> Callable[[Call], Reading]:
 
 def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> Reading:
     """The index that the embeddings were asked for; weights are the softmax of those experts' scores."""
-    index = call.experts_args[0] if call.experts_args else None
+    index: Any = call.experts_args[0] if call.experts_args else None
     scores = call.router_output
     require_2d("index", index, integer=True)
     if not isinstance(scores, Tensor) or scores.numel() != 2 * keys * index.shape[0]:
-        raise ContractMismatch(
-            f"expected scores of {keys} keys twice for each token, found {form_of(scores)}"
-        )
+        raise ContractMismatch(f"expected 2 x {keys} scores for each token, found {form_of(scores)}")
     with own_work():
         # As the family does: the halves are split by position in memory, not by the last dimension.
         x_TR, y_TR = scores.detach().view(2, index.shape[0], keys).unbind()

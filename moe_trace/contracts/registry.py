@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
-from moe_trace.contracts.contract import Call, Contract, Found, Reading
+from moe_trace.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
 from moe_trace.contracts.dense_scores import DENSE_SCORES
 from moe_trace.contracts.forms import expert_modules, expert_rows, int_attribute, unwrapped
 from moe_trace.contracts.one_hot import ONE_HOT
@@ -56,7 +57,7 @@ def register_contract(
         raise UsageError(f"a contract named {name!r} is already registered; the names taken are {taken}")
     if find is None:
         assert router is not None
-        find = _finder(router, experts, watch)
+        find = _RouterBesideExperts(router=router, experts=experts, watch=watch, read=read)
     contract = Contract(name=name, description=description or name, find=find, read=read)
     CONTRACTS.insert(0, contract)
     return contract
@@ -74,38 +75,51 @@ def unregister_contract(name: str) -> None:
     CONTRACTS.remove(known[0])
 
 
-def _finder(
-    router: type[nn.Module] | str, experts: str | None, watch: str | None
-) -> Callable[[nn.Module], list[Found]]:
-    def is_router(module: nn.Module) -> bool:
-        inner = unwrapped(module)
-        return type(inner).__name__ == router if isinstance(router, str) else isinstance(inner, router)
+@dataclass(frozen=True, kw_only=True)
+class _RouterBesideExperts:
+    """`find` of a contract that a user registered by the router's class."""
 
-    def find(block: nn.Module) -> list[Found]:
+    router: type[nn.Module] | str
+    experts: str | None
+    watch: str | None
+    read: Callable[[Call], Reading]
+
+    def __call__(self, block: nn.Module) -> list[Found]:
         children = dict(block.named_children())
-        beside = children.get(experts) if experts is not None else None
-        if experts is not None and beside is None:
+        if self.experts is not None and self.experts not in children:
             return []
         return [
-            _found(block, name, child, beside, watch) for name, child in children.items() if is_router(child)
+            self._found(block, name, children) for name, child in children.items() if self._is_router(child)
         ]
 
-    return find
+    def _is_router(self, module: nn.Module) -> bool:
+        inner = unwrapped(module)
+        if isinstance(self.router, str):
+            return type(inner).__name__ == self.router
+        return isinstance(inner, self.router)
 
+    def _found(self, block: nn.Module, name: str, children: dict[str, nn.Module]) -> Found:
+        router = unwrapped(children[name])
+        experts = children[self.experts] if self.experts is not None else None
+        inner = unwrapped(experts) if experts is not None else None
+        rows = 0 if inner is None else len(expert_modules(inner)) or max(expert_rows(inner), default=0)
+        told = int_attribute(router, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS) or rows
+        return Found(
+            router=children[name],
+            router_path=name,
+            experts=experts,
+            block=block,
+            num_experts=told,
+            top_k=int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K),
+            watched=router.get_submodule(self.watch) if self.watch is not None else None,
+            read=None if told else self._read_with_logits,
+        )
 
-def _found(
-    block: nn.Module, name: str, router: nn.Module, experts: nn.Module | None, watch: str | None
-) -> Found:
-    inner = unwrapped(router)
-    rows = 0
-    if experts is not None:
-        rows = len(expert_modules(unwrapped(experts))) or max(expert_rows(unwrapped(experts)), default=0)
-    return Found(
-        router=router,
-        router_path=name,
-        experts=experts,
-        block=block,
-        num_experts=int_attribute(inner, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS) or rows,
-        top_k=int_attribute(inner, *_TOP_K) or int_attribute(block, *_TOP_K),
-        watched=inner.get_submodule(watch) if watch is not None else None,
-    )
+    def _read_with_logits(self, call: Call) -> Reading:
+        reading = self.read(call)
+        if reading.logits_TE is None:
+            raise ContractMismatch(
+                "cannot tell the number of experts: give the router or its block an attribute "
+                "`num_experts`, or let `read` return logits [T, E]"
+            )
+        return reading

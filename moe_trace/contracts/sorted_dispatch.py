@@ -71,9 +71,7 @@ def read_sorted_dispatch(call: Call) -> Reading:
 def _check(positions_N: Any, weights_N: Any, logits_TE: Any) -> None:
     parts = (positions_N, weights_N, logits_TE)
     if not all(isinstance(part, Tensor) for part in parts) or logits_TE.dim() != 2:
-        raise ContractMismatch(
-            f"expected positions [N], weights [N] and logits [T, E], found {form_of(parts)}"
-        )
+        raise ContractMismatch(f"expected positions [N], weights [N], logits [T, E], found {form_of(parts)}")
     slots, tokens = positions_N.shape[0], logits_TE.shape[0]
     if positions_N.dim() != 1 or weights_N.shape != positions_N.shape or slots == 0 or slots % tokens:
         raise ContractMismatch(f"expected k rows for each of {tokens} tokens, found {form_of(parts)}")

@@ -31,7 +31,7 @@ ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"Router|Gat(e|ing)$|TopK")
 
 Rule = Callable[[nn.Module, nn.Module], dict[str, Any]]
-"""`rule(router, experts)` -> the fields of `Found` that a family sets differently; nothing if it is not one."""
+"""`rule(router, experts)` -> what a family sets differently in `Found`; nothing if it is none of it."""
 
 
 def is_topk_experts(module: nn.Module) -> bool:
