@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moe_trace.reading.events import EventTable, EventTableBuilder, Kind, to_ns
+from moe_trace.reading.events import EventTable, Kind, to_ns
 from moe_trace.reading.stream import JsonStream, loads_lenient
-from moe_trace.reading.trace_file import Progress, open_trace_stream, take_recording
-from moe_trace.schema import BAND_PID, METADATA_KEY, RANGE_NAME, Recording, moe_span, range_name
+from moe_trace.reading.trace_file import Progress, open_trace_stream, read_trace
+from moe_trace.schema import BAND_PID, RANGE_NAME, Recording, moe_span, range_name
 from moe_trace.timeline.band import LANES
 
 TOLERANCE = 1e-5
@@ -88,20 +88,10 @@ def read_checked(path: Path, progress: Progress | None = None) -> Checked:
     Raises:
         TraceFileError: as `read_trace`.
     """
-    recording = None
-    builder = EventTableBuilder()
-    with open_trace_stream(path, progress) as stream:
-        for key in stream.walk():
-            if key == "traceEvents":
-                builder.read(stream)
-            elif key == METADATA_KEY:
-                recording = stream.value()
-            else:
-                stream.skip()
-    decoded = take_recording(path, recording)
+    trace = read_trace(path, progress)
     with open_trace_stream(path, progress) as stream:
         band = tuple(_band_events(stream))
-    return Checked(recording=decoded, events=builder.build(), band=band)
+    return Checked(recording=trace.recording, events=trace.events, band=band)
 
 
 def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
@@ -116,12 +106,10 @@ def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
 
 
 def _band_event(event: _RawEvent) -> BandEvent:
-    start_ns, duration_ns = to_ns(np.clip([event.ts, event.dur], -9e15, 9e15)).tolist()
+    start_ns, duration_ns = to_ns([event.ts, event.dur]).tolist()
     value = None
     if event.ph == "C":
-        arguments = msgspec.json.decode(event.args)
-        numbers = arguments.values() if isinstance(arguments, dict) else ()
-        value = sum(v for v in numbers if isinstance(v, (int, float)))
+        value = _sum_of_numbers(bytes(event.args))
     return BandEvent(
         ph=event.ph,
         name=event.name,
@@ -130,6 +118,15 @@ def _band_event(event: _RawEvent) -> BandEvent:
         duration_ns=duration_ns,
         value=value,
     )
+
+
+def _sum_of_numbers(text: bytes) -> float:
+    try:
+        arguments = loads_lenient(text)
+    except ValueError:
+        return math.nan
+    numbers = arguments.values() if isinstance(arguments, dict) else ()
+    return sum(float(v) for v in numbers if isinstance(v, (int, float)) and abs(v) < 1e300)
 
 
 # -- rules --------------------------------------------------------------------------------------------

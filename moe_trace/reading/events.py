@@ -138,8 +138,12 @@ class EventTable:
 
 
 def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Kineto writes whole nanoseconds as microseconds with three decimals; rounding gets them back."""
-    return np.rint(np.asarray(time_us, np.float64) * 1000).astype(np.int64)
+    """Kineto writes whole nanoseconds as microseconds with three decimals; rounding gets them back.
+
+    NaN becomes 0, and what no clock shows the nearest time that 64 bits hold.
+    """
+    sane = np.nan_to_num(np.asarray(time_us, np.float64), nan=0.0, posinf=_TIME_MAX_US, neginf=-_TIME_MAX_US)
+    return np.rint(np.clip(sane, -_TIME_MAX_US, _TIME_MAX_US) * 1000).astype(np.int64)
 
 
 def bounds_ns(span: Span) -> tuple[int, int]:
@@ -208,8 +212,8 @@ class EventTableBuilder:
         )
 
 
-# Beyond 285 years the nanoseconds would no longer fit in 64 bits; NaN and infinity fail the test too.
-_TIME_MAX_US = 9e15
+# Beyond 126 years a start plus a duration, in nanoseconds, would no longer fit in 64 bits; NaN and infinity fail the test too.
+_TIME_MAX_US = 4e15
 _INT64 = range(-(2**63), 2**63)
 
 

@@ -20,7 +20,9 @@ from moe_trace.errors import TraceFileError
 BLOCK_BYTES = 4 * 2**20
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 _ERROR_AT = re.compile(r"trailing characters \(byte (\d+)\)")
+_REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _GUESSES = 4
+_COMMA = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+")
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
 _T = TypeVar("_T")
@@ -104,7 +106,7 @@ class JsonStream:
                 found = decode(text)
             except msgspec.ValidationError:
                 return None  # sound JSON perhaps, but not typed as expected
-            except (msgspec.DecodeError, RecursionError) as error:
+            except _REFUSALS as error:
                 found, cut = self._batch_before(text, error, decode, cut)
             if found:
                 self._at = cut
@@ -121,7 +123,7 @@ class JsonStream:
             return None, cut
         try:
             return decode(text[:bracket] + b"]"), self._at + bracket - 1
-        except (msgspec.DecodeError, RecursionError):
+        except _REFUSALS:
             return None, cut
 
     def _scanned_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
@@ -129,14 +131,20 @@ class JsonStream:
         text = self._data[self._at : ends[-1]]
         try:
             found = decode(b"[%b]" % text)
-        except (msgspec.DecodeError, RecursionError):
-            starts = [self._at, *ends[:-1]]
-            found = [
-                one(self._data[start:end].lstrip(b", \t\r\n"))
-                for start, end in zip(starts, ends, strict=True)
-            ]
+        except _REFUSALS:
+            found = [one(element) for element in self._elements(ends)]
         self._at = ends[-1]
         return found
+
+    def _elements(self, ends: list[int]) -> Iterator[bytes]:
+        start = self._at
+        for i, end in enumerate(ends):
+            between = _COMMA.match(self._data, start, end) if i else _SPACE.match(self._data, start, end)
+            if between is None:
+                self._at = start
+                raise self._broken("a comma")
+            yield self._data[between.end() : end]
+            start = end
 
     def _element_ends(self) -> list[int]:
         """Where the objects in the buffer end, up to the end of the array; at least one."""
@@ -194,9 +202,9 @@ class JsonStream:
         while True:
             match = _SCALAR.match(self._data, self._at)
             assert match is not None
-            if match.end() < len(self._data) or self._ended:
+            if match.end() < len(self._data):
                 break
-            self._grow()
+            self._grow()  # something must follow, if only the closing brace
         if not match.group():
             raise self._broken("a value")
         self._at = match.end()

@@ -82,7 +82,7 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
     assert found.events is not None
     return TraceFile(
         path=path,
-        recording=take_recording(path, found.recording),
+        recording=_take_recording(path, found.recording),
         events=found.events.build(),
         devices=_device_names(found.devices),
     )
@@ -100,13 +100,13 @@ def read_recording(path: str | Path) -> Recording:
     with _opened(path) as source:
         spliced = _spliced_recording(source.raw)
         if spliced is not None:
-            return take_recording(path, spliced)
+            return _take_recording(path, spliced)
         found = _Found(with_events=False)
         stream = JsonStream(_counting(source, None), str(path))
         for key in stream.walk():
             found.take(key, stream)
     _require_events(path, found)
-    return take_recording(path, found.recording)
+    return _take_recording(path, found.recording)
 
 
 class _Found:
@@ -142,7 +142,7 @@ def _require_events(path: Path, found: _Found) -> None:
         )
 
 
-def take_recording(path: Path, text: bytes | None) -> Recording:
+def _take_recording(path: Path, text: bytes | None) -> Recording:
     """Decode the value of the `moe_trace` key.
 
     Raises:
@@ -155,7 +155,7 @@ def take_recording(path: Path, text: bytes | None) -> Recording:
         )
     try:
         payload = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         try:
             payload = loads_lenient(text)
         except ValueError as error:
