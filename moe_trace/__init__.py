@@ -17,6 +17,8 @@ _HOME = {
     "tensorboard_trace_handler": "moe_trace.profiler",
     "MoETracer": "moe_trace.tracer",
     "find_routers": "moe_trace.routers",
+    "register_contract": "moe_trace.contracts",
+    "Reading": "moe_trace.contracts",
     "MoEProfiler": "moe_trace.simple",
     "SimpleBenchmark": "moe_trace.benchmark",
     "replace_router": "moe_trace.routing",
@@ -38,6 +40,7 @@ __all__ = [
     "MoETraceError",
     "MoETracer",
     "NoRoutersFound",
+    "Reading",
     "RouterSite",
     "RoutingSample",
     "SimpleBenchmark",
@@ -46,12 +49,14 @@ __all__ = [
     "merge_into",
     "profile",
     "read_summary",
+    "register_contract",
     "replace_router",
     "tensorboard_trace_handler",
 ]
 
 if TYPE_CHECKING:
     from moe_trace.benchmark import SimpleBenchmark
+    from moe_trace.contracts import Reading, register_contract
     from moe_trace.errors import MoETraceError, NoRoutersFound
     from moe_trace.integrations.trainer import MoETraceCallback
     from moe_trace.profiler import profile, tensorboard_trace_handler

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -22,7 +22,12 @@ from moe_trace.contracts import Call, ContractMismatch, Reading
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import CallRecord, Recorder
 from moe_trace.routers import RouterSite
-from moe_trace.schema import RangeKind, Stage, range_name
+from moe_trace.schema import RangeKind, RouterInfo, Stage, range_name
+
+_FUSED_NOTE = (
+    "its block ran fused, without calling router or experts: the decision was computed again from the "
+    "block's input and the router's weights, and the router has no latency of its own"
+)
 
 
 class Level(IntEnum):
@@ -89,6 +94,7 @@ class SiteHooks:
         self.calls = 0
         self.misread: str | None = None
         self.level = Level.OFF
+        self.fused_calls = 0
         self._recorder = recorder
         self._ranges = ranges
         self._context = context
@@ -101,6 +107,12 @@ class SiteHooks:
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._handles: list[RemovableHandle] = []
         self._open: dict[int, _OpenCall] = {}
+
+    @property
+    def info(self) -> RouterInfo:
+        """What is known of the router, with what only its calls could tell."""
+        info = self.site.info
+        return replace(info, notes=(*info.notes, _FUSED_NOTE)) if self.fused_calls else info
 
     def set_level(self, level: Level) -> None:
         """Install what `level` needs; cheap when nothing changes."""
@@ -246,6 +258,7 @@ class SiteHooks:
             self._switch_off(str(mismatch))
             return
         # The router has no time of its own: the sample stands at the block's start.
+        self.fused_calls += 1
         self._add(reading, start_ns, start_ns, profiler_is_recording())
 
     def _add(self, reading: Reading, start_ns: int, end_ns: int, profiled: bool) -> None:

@@ -214,7 +214,8 @@ def _mean_over_tokens(samples: Sequence[RoutingSample], figure: str) -> float | 
 def _latency(samples: Sequence[RoutingSample], busy_us: Mapping[SampleKey, float]) -> Latency:
     busy = [busy_us[s.name, s.call] for s in samples if (s.name, s.call) in busy_us]
     return Latency(
-        host=distribution(map(host_us, samples)),
+        # A fused block gives its router no time of its own.
+        host=distribution(us for us in map(host_us, samples) if us > 0),
         device_span=distribution(
             s.placement.device["router"].duration_us
             for s in samples
@@ -290,7 +291,16 @@ def _notes(recording: Recording) -> list[str]:
     nonfinite = sum(s.nonfinite_tokens for s in recording.samples)
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
-    return notes
+    return notes + _router_notes(recording.routers)
+
+
+def _router_notes(routers: Sequence[RouterInfo]) -> list[str]:
+    """What is special about routers, once for all that share it."""
+    sites: dict[str, list[str]] = {}
+    for router in routers:
+        for note in router.notes:
+            sites.setdefault(note, []).append(router.site)
+    return [f"{_first(names)}: {note}" for note, names in sites.items()]
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:

@@ -172,7 +172,7 @@ class MoETracer:
         return Recording(
             model=self._description,
             options=self._options,
-            routers=tuple(site.info for site in self.sites),
+            routers=tuple(hooks.info for hooks in self._hooks),
             samples=tuple(self.samples()),
             lost=self._losses(),
             rank=rank,

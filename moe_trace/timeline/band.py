@@ -58,7 +58,7 @@ def placed_call(sample: RoutingSample) -> PlacedCall:
     """A sample that has a placement, on the device's clock where it has spans there."""
     assert sample.placement is not None
     device = sample.placement.device
-    on_device = "router" in device
+    on_device = "router" in device or "block" in device
     return PlacedCall(
         sample,
         describe_load(sample.assignments),

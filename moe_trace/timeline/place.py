@@ -46,7 +46,8 @@ def place_samples(
             continue
         router = timeline.enclosing("router", sample, start_us)
         if router is None:
-            placed.append(replace(sample, placement=None))
+            fused = sample.host_end_ns == sample.host_start_ns
+            placed.append(replace(sample, placement=timeline.fused(sample, start_us) if fused else None))
             continue
         used.add(id(router))
         placed.append(replace(sample, placement=timeline.placement(router)))
@@ -113,6 +114,14 @@ class _Timeline:
             # Kineto gives a kernel to the innermost annotation only, so the block's own leaves these out.
             device["block"] = _hull(list(device.values()))
         return Placement(host=host, device=device)
+
+    def fused(self, sample: RoutingSample, time_us: float) -> Placement | None:
+        """The block alone, where neither router nor experts ran as modules and the router took no time."""
+        block = self.enclosing("block", sample, time_us)
+        if block is None:
+            return None
+        device = self._device_span(block)
+        return Placement(host={"block": block.span}, device={"block": device} if device else {})
 
     def _experts_after(self, router: RangeEvent, block: RangeEvent | None) -> RangeEvent | None:
         key: tuple[RangeKind, str, Any] = ("experts", router.site, router.tid)
