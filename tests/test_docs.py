@@ -1,0 +1,128 @@
+"""Every block of the guides runs as written; the notebook executes; links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
+# Their shell blocks run too, and they hold nothing but python, bash and text.
+GUIDES = {"quickstart.md", "olmoe.md", "metrics.md", "troubleshooting.md", "recipes.md"}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NEEDS = re.compile(r"^# needs: ([\w, ]+)$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document."""
+
+    language: str
+    code: str
+    line: int
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that the block needs and that are not installed."""
+        names = [name.strip() for found in NEEDS.findall(self.code) for name in found.split(",")]
+        return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def blocks_of(document: Path) -> list[Block]:
+    text = document.read_text("utf-8")
+    return [
+        Block(match[1], match[2], text.count("\n", 0, match.start()) + 2) for match in FENCE.finditer(text)
+    ]
+
+
+def as_script(document: Path, blocks: list[Block]) -> str:
+    """The Python blocks as one file, each on the lines on which it stands in the document."""
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def environment() -> dict[str, str]:
+    """Offline, with this package and its commands first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_run_one_after_the_other(document: Path, tmp_path: Path) -> None:
+    blocks = [block for block in blocks_of(document) if block.language == "python"]
+    if not blocks:
+        pytest.skip("holds no python block")
+    runnable = [block for block in blocks if not block.missing]
+    script = tmp_path / document.with_suffix(".py").name
+    script.write_text(as_script(document, runnable), "utf-8")
+    run([sys.executable, str(script)], tmp_path)
+    left_out = sorted({name for block in blocks for name in block.missing})
+    if left_out:
+        pytest.skip(f"all but the blocks that need {', '.join(left_out)} passed")
+
+
+@pytest.mark.parametrize("name", sorted(GUIDES))
+def test_shell_blocks_run(name: str, tmp_path: Path) -> None:
+    blocks = blocks_of(ROOT / "docs" / name)
+    assert {block.language for block in blocks} <= {"python", "bash", "text"}
+    shell = "".join(block.code for block in blocks if block.language == "bash")
+    if shell:
+        run(["bash", "-euo", "pipefail", "-c", shell], tmp_path)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in LINK.findall(document.read_text("utf-8")):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_guides_name_every_key_of_the_summary_and_column_of_the_rows() -> None:
+    from moe_trace.router_metrics import COLUMNS
+
+    text = (ROOT / "docs" / "metrics.md").read_text("utf-8")
+    known = set(re.findall(r"`([\w…]+)`", text))
+    prefixes = {"step", "layer", "name", "tokens", "device"}  # they say what they are
+    assert set(COLUMNS) - known - prefixes - {"latency_clock"} == set()
+
+
+def test_a_failing_block_fails() -> None:
+    """The runner itself: an assertion in the second block is found, on its own line."""
+    text = "```python\nx = 1\n```\n\nwords\n\n```python\nassert x == 2\n```\n"
+    document = Path("made_up.md")
+    blocks = [Block(m[1], m[2], text.count("\n", 0, m.start()) + 2) for m in FENCE.finditer(text)]
+    script = as_script(document, blocks)
+    with pytest.raises(AssertionError) as caught:
+        exec(compile(script, "made_up", "exec"), {})
+    assert caught.traceback[-1].lineno == 8 - 1
+
+
+def test_the_notebook_executes(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", extra_arguments=[])
+    client.create_kernel_manager()
+    assert client.km is not None
+    client.km.kernel_cmd = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    client.execute(cwd=str(tmp_path), env=environment())
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    printed = "".join(out.get("text", "") for cell in code for out in cell.outputs)
+    assert "L03" in printed and "two experts" in printed
