@@ -70,7 +70,8 @@ def count_per_row(ids_LN: Tensor, bins: int) -> Tensor:
     if rows > 1:
         offsets = torch.arange(0, rows * bins, bins, device=ids_LN.device).unsqueeze(-1)
         flat = (ids_LN + offsets).flatten()
-    if flat.device.type == "cpu":
+    # bincount's output has a size that depends on data, which no compiler can plan for.
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.bincount(flat, minlength=rows * bins).view(rows, bins)
     # bincount waits for the device; scatter_add_ with a fixed size does not.
     counts = torch.zeros(rows * bins, dtype=torch.int64, device=flat.device)
