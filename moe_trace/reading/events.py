@@ -212,7 +212,7 @@ class EventTableBuilder:
         )
 
 
-# Beyond 126 years a start plus a duration, in nanoseconds, would no longer fit in 64 bits; NaN and infinity fail the test too.
+# Beyond 126 years a start plus a duration in nanoseconds would not fit in 64 bits; NaN and infinity fail too.
 _TIME_MAX_US = 4e15
 _INT64 = range(-(2**63), 2**63)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ def _heading(summary: Summary) -> str:
         facts.append(f"{totals.skipped:,} skipped slots")
     if totals.padding_assignments:
         facts.append(f"{totals.padding_assignments:,} of padding")
-    lines = [name, ", ".join(facts)]
+    lines = [name, textwrap.fill(", ".join(facts), 80)]
     if summary.trace is not None:
         lines.insert(0, printable(summary.trace, 200))
     return "\n".join(lines)
