@@ -79,10 +79,10 @@ def _load_table(routers: Sequence[RouterSummary]) -> str:
 
 def _router_table(routers: Sequence[RouterSummary]) -> str:
     on_device = any(router.latency.device_span is not None for router in routers)
-    headings = ["layer", "entropy", "confidence", "host p50", "p95"]
+    headings = ["layer", "entropy", "confid.", "p50", "p95"]
     if on_device:
-        headings += ["span p50", "busy p50"]
-    headings += ["router FLOP", "experts FLOP"]
+        headings += ["span", "busy"]
+    headings += ["router", "experts"]
     rows = []
     for router in routers:
         latency = router.latency
@@ -97,13 +97,13 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
             row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
         row += [scaled(router.flops.router), scaled(router.flops.experts)]
         rows.append(row)
-    clocks = "on the host; device span and busy" if on_device else "on the host"
-    return f"Routers (entropy in nats; µs a call {clocks})\n" + table(headings, rows)
+    clocks = "host p50, p95, device span, busy" if on_device else "host p50, p95"
+    return f"Routers (entropy in nats; µs a call: {clocks}; FLOP)\n" + table(headings, rows)
 
 
 def label(router: RouterSummary) -> str:
     """The router's label, cut to a column."""
-    return printable(router.info.site, 16)
+    return printable(router.info.site, 12)
 
 
 def _figure(distribution: Distribution | None, name: str) -> float | None:
