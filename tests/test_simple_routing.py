@@ -444,3 +444,10 @@ def test_other_families(name: str) -> None:
 def first_tensor(output: Any) -> Tensor:
     found = next(value for value in output.values() if isinstance(value, Tensor))
     return found
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "llama4"])
+def test_routers_that_hand_no_weights_and_indices_are_refused(name: str) -> None:
+    model = next(f for key, f in BY_NAME.items() if key.split("/")[0] == name).build()
+    with pytest.raises(UsageError, match=r"hands no .weights, indices. to its experts"):
+        replace_router(model, keep)
