@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_trace.errors import MoETraceError, OutputError
 from moe_trace.files import whole_file
+from moe_trace.ranges import note_profiler
 from moe_trace.routers import LayerSelector
 from moe_trace.scalars import write_scalars
 from moe_trace.timeline.band import Tracks
@@ -81,6 +82,7 @@ class profile(torch.profiler.profile):
 
 def attach_tracer(prof: Any, tracer: MoETracer) -> None:
     """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached."""
+    note_profiler(prof)
     tracers = getattr(prof, _TRACERS, None)
     if tracers is not None:
         if tracer not in tracers:

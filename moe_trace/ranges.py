@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import record_function
 
+_all_threads = weakref.WeakSet[object]()  # profilers that record every thread
+
 
 def profiler_is_recording() -> bool:
     """Whether a torch profiler records the calling thread now."""
-    return bool(torch._C._autograd._profiler_enabled())
+    if torch._C._autograd._profiler_enabled():
+        return True
+    # A profiler of all threads is on for none of them in particular, not even for the one that started it.
+    return bool(_all_threads) and bool(torch.autograd.profiler._is_profiler_enabled)
+
+
+def note_profiler(prof: object) -> None:
+    """Learn from a profiler's configuration whether it records every thread."""
+    state = _config_state(getattr(prof, "experimental_config", None))
+    default, all_threads = (
+        _config_state(torch._C._profiler._ExperimentalConfig(profile_all_threads=on)) for on in (False, True)
+    )
+    where = [i for i, (a, b) in enumerate(zip(default, all_threads, strict=True)) if a != b]
+    if where and len(state) == len(default) and state[where[0]]:
+        _all_threads.add(prof)
+
+
+def _config_state(config: Any) -> tuple[Any, ...]:
+    """The configuration has no readable fields; its pickled state has."""
+    try:
+        return tuple(config.__getstate__())
+    except (AttributeError, TypeError):
+        return ()
 
 
 class OpenRanges:

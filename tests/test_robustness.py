@@ -226,6 +226,42 @@ def test_two_models_in_two_threads_do_not_mix() -> None:
         assert [s.assignments.tolist() for s in samples] == [c.assignments(experts) for c in calls]
 
 
+def test_profiler_of_all_threads_holds_the_routing_of_each(tmp_path: Path) -> None:
+    from torch._C._profiler import _ExperimentalConfig
+
+    models = [tiny_olmoe(seed=1, experts=8), tiny_olmoe(seed=2, experts=5)]
+    config = _ExperimentalConfig(profile_all_threads=True)
+    prof = torch.profiler.profile(activities=CPU, experimental_config=config)
+    tracers = [moe_trace.MoETracer(model) for model in models]
+    for tracer in tracers:
+        tracer.attach(prof)
+
+    def work(model: Any) -> None:
+        with torch.no_grad():
+            for _ in range(4):
+                model(**token_batch())
+
+    with prof, tracers[0], tracers[1]:
+        threads = [threading.Thread(target=work, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    recorded = json.loads(path.read_bytes())["moe_trace"]
+    assert recorded["lost"]["samples_without_range"] == recorded["lost"]["ranges_without_sample"] == 0
+    sizes = [len(a) for a in recorded["samples"]["assignments"]]
+    assert sizes.count(8) == sizes.count(5) == 4 * 3
+    assert len({(t, len(a)) for t, a in zip(*_columns(recorded, "thread", "assignments"), strict=True)}) == 2
+    for tracer in tracers:
+        assert all(s.placement is not None for s in tracer.samples())
+
+
+def _columns(recorded: Any, *names: str) -> list[Any]:
+    return [recorded["samples"][name] for name in names]
+
+
 def test_one_model_called_from_two_threads_loses_nothing() -> None:
     model = tiny_olmoe()
     barrier = threading.Barrier(2)
