@@ -139,8 +139,9 @@ def main() -> None:
             shutil.copyfileobj(source, target, 2**22)
         table = bench(path, packed, arguments.rounds, with_hta=not arguments.without_hta)
         heading = (
-            f"Trace: {path.stat().st_size / 1e6:.0f} MB, {len(recording.samples)} router calls, grown from a real "
-            f"H200 trace. {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"Trace: {path.stat().st_size / 1e6:.0f} MB, {len(recording.samples)} router calls, grown from a "
+            f"real H200 trace. {platform.machine()}, {os.cpu_count()} cores, "
+            f"Python {platform.python_version()}, "
             f"{time.strftime('%Y-%m-%d')}; medians of {arguments.rounds} rounds in turn, whole processes."
         )
     text = f"{heading}\n\n{table}\n"
@@ -170,7 +171,7 @@ def bench(path: Path, packed: Path, rounds: int, *, with_hta: bool) -> str:
     lines = ["| | seconds | peak MB | report (.json) in its terms |", "| --- | ---: | ---: | --- |"]
     for name in contestants:
         against = ""
-        if name != report:
+        if name not in (report, "python, nothing else"):
             against = (
                 f"{seconds[report] / seconds[name]:.2f} × time, {peaks[report] / peaks[name]:.2f} × memory"
             )

@@ -3,7 +3,8 @@
 Each call of a layer takes 100 µs on the host:
 
     block   0 .. 100   router 10 .. 30 (aten::linear 12 .. 20)
-                       experts 40 .. 90 (index 42 .. 46, mm 50 .. 60, silu 62 .. 66, mm 70 .. 80, sum 82 .. 86)
+                       experts 40 .. 90 (index 42 .. 46, mm 50 .. 60, silu 62 .. 66, mm 70 .. 80,
+                                         sum 82 .. 86)
 
 and every operator launches one kernel, 1000 µs later on the device, as long as the operator.
 """

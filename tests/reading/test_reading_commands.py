@@ -78,6 +78,18 @@ def test_text_reads_at_80_columns(name: str) -> None:
     assert "Phases forward" in out and "Findings" in out and "MoE is" in out
 
 
+def test_long_labels_and_large_numbers_fit_too(tmp_path: Path) -> None:
+    path = write_tiny(
+        tmp_path / "a.json",
+        sites=["encoder.L00.vision", "L01"],
+        counts=lambda layer, call: (10**8, 10**8, 0, 0),
+        stretch=lambda layer, call, op: 1e6,
+    )
+    code, out, _ = run("report", path)
+    body = out.splitlines()[1:]
+    assert code == 0 and max(map(len, body)) <= 80, max(body, key=len)
+
+
 def test_text_golden_figures() -> None:
     """The printed shares are recomputed from the JSON, so a wrong text cannot be blessed."""
     path = H200 / "prefill_grouped_mm.pt.trace.json.gz"
