@@ -89,21 +89,15 @@ def expert_heat_map(summary: Summary) -> Figure:
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.samples, routers, experts)
-    data = {
-        "type": "heatmap",
-        "z": overall,
-        "x": list(range(experts)),
-        "y": [safe(r.info.site) for r in routers],
-        "colorscale": "Viridis",
-        "zmin": 0,
-        "zmax": max([2.0, *(value for row in overall for value in row if value is not None)]),
-        "colorbar": {"title": {"text": "× mean"}, "thickness": 14},
-        "hovertemplate": "layer %{y}, expert %{x}: %{z:.2f}× the mean<extra></extra>",
-    }
+    highest = max([2.0, *(value for row in overall for value in row if value is not None)])
+    data = heat_map_trace(
+        overall, [r.info.site for r in routers], low=0.0, centre=1.0, high=highest, unit="× equal"
+    )
     return Figure(
         key="experts",
         title="Load of each expert",
-        caption="Assignments of each expert over the mean of its layer: 1 is even, 0 is unused.",
+        caption="Assignments of each expert over an equal share of its layer: 1× (pale) is even, more is "
+        "orange, less is blue, 0 is unused.",
         data=[data] if routers else [],
         layout={
             "xaxis": {"title": {"text": "expert"}},
@@ -114,6 +108,30 @@ def expert_heat_map(summary: Summary) -> Figure:
         headings=("layer", "tokens", "max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts"),
         rows=[_load_row(r) for r in routers],
     )
+
+
+# Blue below, orange above the centre: told apart with any kind of colour vision. A page may put other colours
+# in place of these five for its dark theme.
+DIVERGING = ("#2166AC", "#92C5DE", "#F5F5F5", "#FDB863", "#B35806")
+
+
+def heat_map_trace(
+    z: list[list[float | None]], sites: Sequence[str], *, low: float, centre: float, high: float, unit: str
+) -> Spec:
+    """Layers x experts on a diverging scale: both arms use all of their colours, however uneven they are."""
+    middle = (centre - low) / (high - low)
+    places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
+    return {
+        "type": "heatmap",
+        "z": z,
+        "x": list(range(max(map(len, z), default=0))),
+        "y": [safe(site) for site in sites],
+        "colorscale": [[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
+        "zmin": low,
+        "zmax": high,
+        "colorbar": {"title": {"text": unit}, "thickness": 14},
+        "hovertemplate": "layer %{y}, expert %{x}: %{z:.2f}× equal share<extra></extra>",
+    }
 
 
 def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
