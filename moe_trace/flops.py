@@ -20,7 +20,10 @@ _PACKED = (torch.uint8, torch.int8)
 
 def router_flops_per_token(router: nn.Module) -> int:
     """2 x the elements of the router's 2-D matrix weights (its own `weight`, or its inner Linears')."""
-    return dense_flops_per_token(unwrapped(router))
+    inner = unwrapped(router)
+    classes, hidden = int_attribute(inner, "num_experts"), int_attribute(inner, "hidden_dim", "hidden_size")
+    # FSDP 1 flattens the weights of what it wraps, so that only the module's own word is left.
+    return dense_flops_per_token(inner) or 2 * classes * hidden
 
 
 def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int:

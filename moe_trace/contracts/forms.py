@@ -12,7 +12,14 @@ from moe_trace.contracts.contract import ContractMismatch
 
 # Where wrappers keep the module that they stand for: PEFT, FSDP 1, DataParallel and DDP, torch.compile,
 # activation checkpointing.
-_WRAPPED = ("base_layer", "_fsdp_wrapped_module", "module", "_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPED = (
+    "base_layer",
+    "original_module",
+    "_fsdp_wrapped_module",
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)
 _ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
