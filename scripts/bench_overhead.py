@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import gzip
+import json
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,8 +220,6 @@ def idle(bench: Bench) -> None:
 
 def merge(bench: Bench) -> None:
     """Merging against Kineto's own export, on a trace of several steps."""
-    import tempfile
-
     from moe_trace.timeline.merge import merge_in_place
 
     step = prefill_step(bench) if bench.on_gpu else decode_step(bench)
@@ -237,7 +239,57 @@ def merge(bench: Bench) -> None:
     )
 
 
-WORKLOADS = {"prefill": prefill, "decode": decode, "idle": idle, "merge": merge}
+_MEMORY_SCRIPT = """
+import sys
+from pathlib import Path
+from moe_trace.reader import read_recording
+from moe_trace.timeline.merge import merge_in_place
+small, large = map(Path, sys.argv[1:])
+recording = read_recording(small)
+def status(field):
+    line = next(l for l in open("/proc/self/status") if l.startswith(field))
+    return int(line.split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = status("VmRSS")
+merge_in_place(large, [recording])
+print(status("VmHWM") - before)
+"""
+
+
+def merge_memory(bench: Bench) -> None:
+    """Peak memory of merging into a real H200 trace grown to 500 MB, in a process of its own (Linux)."""
+    source = Path(__file__).resolve().parents[1] / "tests/data/h200/prefill_grouped_mm.pt.trace.json.gz"
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "large.json"
+        grow_trace(gzip.decompress(source.read_bytes()), large, size=500 * 10**6)
+        command = [sys.executable, "-c", _MEMORY_SCRIPT, str(source), str(large)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=source.parents[3])
+        print(
+            f"  merging into {large.stat().st_size / 1e6:.0f} MB: {float(result.stdout):.1f} MiB more memory "
+            "at the peak (bound 64 MiB)"
+        )
+
+
+def grow_trace(trace: bytes, target: Path, size: int) -> None:
+    """Repeat a merged trace's events, without what merging added, until the file has about `size` bytes."""
+    splice = json.loads(trace)["moe_trace"]["splice"]
+    start = trace.index(b"[", trace.index(b'"traceEvents"')) + 1
+    events = trace[start : splice["events_offset"]]
+    rest = trace[splice["events_offset"] + splice["events_bytes"] : splice["key_offset"]]
+    with target.open("wb") as file:
+        file.write(trace[:start] + events)
+        for _ in range(size // len(events)):
+            file.write(b"," + events)
+        file.write(rest + trace[len(trace) - splice["suffix_bytes"] :])
+
+
+WORKLOADS = {
+    "prefill": prefill,
+    "decode": decode,
+    "idle": idle,
+    "merge": merge,
+    "merge_memory": merge_memory,
+}
 
 
 def markdown_row(row: Row) -> str:

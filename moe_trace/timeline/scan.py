@@ -64,22 +64,25 @@ def read_base_time_ns(file: BinaryIO) -> int:
 
 
 def scan_ranges(file: BinaryIO) -> Iterator[RangeEvent]:
-    """Our ranges in the order of the file, read in chunks."""
+    """Our ranges in the order of the file, read through one buffer of a fixed size."""
     needle = _needle(file)
     file.seek(0)
-    buffer, searched = b"", 0
-    while chunk := file.read(_CHUNK):
-        buffer += chunk
-        # An event that may go on in the next chunk is left for it.
-        limit = len(buffer) if len(chunk) < _CHUNK else max(searched, len(buffer) - _EVENT_MAX)
+    # What is kept of the block before: the bytes before a name, and a name's event cut by the block's end.
+    buffer = bytearray(2 * _EVENT_MAX + _CHUNK)
+    window = memoryview(buffer)
+    filled = searched = 0
+    while read := file.readinto(window[filled : filled + _CHUNK]):  # type: ignore[attr-defined]
+        filled += read
+        limit = filled if read < _CHUNK else max(searched, filled - _EVENT_MAX)
         position = buffer.find(needle, searched, limit)
         while position >= 0:
-            event = _event_around(buffer, position)
+            event = _event_around(buffer, position, filled)
             if event is not None:
                 yield event
             position = buffer.find(needle, position + len(needle), limit)
-        kept_from = max(0, limit - _EVENT_MAX)  # the bytes before a name may belong to its event
-        buffer, searched = buffer[kept_from:], limit - kept_from
+        kept_from = max(0, limit - _EVENT_MAX)
+        window[: filled - kept_from] = bytes(window[kept_from:filled])
+        filled, searched = filled - kept_from, limit - kept_from
 
 
 def _needle(file: BinaryIO) -> bytes:
@@ -93,22 +96,22 @@ def _needle(file: BinaryIO) -> bytes:
     return b'"' + prefix
 
 
-def _event_around(buffer: bytes, name_at: int) -> RangeEvent | None:
+def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | None:
     """Parse the event whose name starts at `name_at`: the nearest `{` before it that parses as an event."""
     start = name_at
     for _ in range(3):  # its own brace, or that of an `args` which stands before the name
         start = buffer.rfind(b"{", max(0, name_at - _EVENT_MAX), start)
         if start < 0:
             return None
-        event = _decode_at(buffer, start, name_at)
+        event = _decode_at(buffer, start, name_at, end)
         if event is not None and "ts" in event:
             return _range_event(event)
     return None
 
 
-def _decode_at(buffer: bytes, start: int, name_at: int) -> dict[str, Any] | None:
+def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[str, Any] | None:
     for length in (1024, _EVENT_MAX):  # nearly all of our events are short
-        text = buffer[start : name_at + length].decode("utf-8", "replace")
+        text = buffer[start : min(end, name_at + length)].decode("utf-8", "replace")
         try:
             return _DECODER.raw_decode(text)[0]
         except (ValueError, RecursionError):
