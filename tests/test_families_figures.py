@@ -77,7 +77,12 @@ def test_computed_slots_are_not_always_the_assignments(trait: str) -> None:
 def test_logit_figures_equal_numpy(family: Family) -> None:
     seen = recorded(family)
     for truth, logits in zip(seen.truths, seen.logits, strict=True):
-        assert_figures(seen.of(truth), logits.numpy())
+        sample = seen.of(truth)
+        assert_figures(sample, logits.numpy())
+        if "identity-experts" not in family.traits:  # on which no intervention is possible
+            probs_TE = logits.softmax(-1)
+            mass = sum(float(probs_TE[token, expert]) for token, expert in truth.pairs) / truth.tokens
+            assert sample.topk_mass == pytest.approx(mass, rel=1e-5)
 
 
 def assert_figures(sample: RoutingSample, logits_TE: np.ndarray, *, z_loss: bool = True) -> None:
