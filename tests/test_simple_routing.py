@@ -427,7 +427,7 @@ def test_other_families(name: str) -> None:
         assert torch.equal(first_tensor(family.run(model)), bare)
     received: list[tuple[Tensor, Tensor]] = []
     sites = moe_trace.find_routers(model)
-    with replace_router(model, skip_all):
+    with moe_trace.MoETracer(model) as tracer, replace_router(model, skip_all):
         handles = [
             site.experts.register_forward_pre_hook(lambda m, args: received.append((args[1], args[2])))
             for site in sites
@@ -437,6 +437,8 @@ def test_other_families(name: str) -> None:
     for handle in handles:
         handle.remove()
     assert received and all((i == 0).all() and (w == 0).all() for i, w in received)
+    # The tracer came first, and sees what the rule made of the choice all the same.
+    assert [s.skipped for s in tracer.samples()] == [i.numel() for i, _ in received]
     assert torch.isfinite(silenced).all() and not torch.equal(silenced, bare)
     assert torch.equal(first_tensor(family.run(model)), bare)
 
