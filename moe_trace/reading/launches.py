@@ -21,6 +21,8 @@ class Kernels:
     launch_ns: npt.NDArray[np.int64]
     start_ns: npt.NDArray[np.int64]
     duration_ns: npt.NDArray[np.int64]
+    name: npt.NDArray[np.int32]
+    """Index into the table's names."""
 
     def within(self, thread: int, span: Span) -> slice:
         """Those that a thread launched inside a span."""
@@ -50,6 +52,7 @@ def find_kernels(events: EventTable) -> Kernels:
         launch_ns=launches.start_ns[at],
         start_ns=device.start_ns[order],
         duration_ns=device.duration_ns[order],
+        name=device.name[order],
     )
 
 

@@ -23,7 +23,7 @@ Bound = Literal["memory", "arithmetic"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """One part of an MoE layer, forward calls only."""
+    """One part of an MoE layer: forward work, recomputed calls included."""
 
     flops: int
     work_us: float

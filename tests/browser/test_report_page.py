@@ -1,4 +1,4 @@
-"""The HTML report in a real Chromium without a network: it draws, takes keyboard and theme, asks for nothing."""
+"""The HTML report in a real Chromium, offline: it draws, takes keyboard and theme, and asks for nothing."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ TRACES = (
     "decode_grouped_mm",
     "train_grouped_mm",
 )
-CPU = ("eager", "grouped_mm", "batched_mm", "train")
+CPU = ("eager", "grouped_mm", "batched_mm", "python_export", "train", "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,21 @@ def cpu_traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cpu")
     ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     for name in CPU:
-        model, _ = load_demo_model(experts_implementation="grouped_mm" if name == "train" else name)
-        model.train(name == "train")
+        implementation = name if name in ("eager", "batched_mm") else "grouped_mm"
+        model, _ = load_demo_model(experts_implementation=implementation)
+        training = name in ("train", "checkpoint")
+        model.train(training)
+        if name == "checkpoint":
+            model.gradient_checkpointing_enable()
         with moe_trace.profile(model, activities=[ProfilerActivity.CPU]) as prof:
-            if name == "train":
+            if training:
                 model(ids, labels=ids).loss.backward()
             else:
                 with torch.no_grad():
                     model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        prof.export_chrome_trace(str(folder / f"{name}.json"))
+        prof.export_chrome_trace(
+            str(folder / f"{name}.json"), **({"use_python_export": True} if name == "python_export" else {})
+        )
     return folder
 
 
