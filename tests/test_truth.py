@@ -146,7 +146,8 @@ def test_zero_weights_and_foreign_indices_are_skipped() -> None:
 
     index = torch.tensor([[[0, 1], [-1, 2], [3, 7]]])
     weights = torch.tensor([[[0.5, 0.0], [0.5, 0.5], [0.5, 0.5]]])
-    ints = routing_stats(torch.zeros(1, 3, 4), weights, index, 4, torch.tensor([[True, False, False]])).ints[0]
+    padding = torch.tensor([[True, False, False]])
+    ints = routing_stats(torch.zeros(1, 3, 4), weights, index, 4, padding).ints[0]
     assert ints.tolist() == [1, 0, 1, 1, 1, 2, 0, 3, 0, 1, 3]
 
 

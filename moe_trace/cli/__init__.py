@@ -24,7 +24,7 @@ COMMANDS = {
     "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
     "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),
     "check": ("moe_trace.cli.check", "CheckCommand", "whether a merged trace keeps its promises"),
-    "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto traces, expert counts"),
+    "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),
 }
 
 
