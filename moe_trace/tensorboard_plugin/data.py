@@ -1,0 +1,367 @@
+"""What each view shows, as data: functions from a request's parameters to plain JSON. No HTTP in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from moe_trace.errors import MoETraceError
+from moe_trace.figures import TABLE_ROWS_MAX, expert_heat_map
+from moe_trace.figures_routing import difference_map, layer_figures, layer_summary
+from moe_trace.figures_time import time_figures
+from moe_trace.figures_timeline import timeline_figure
+from moe_trace.loads import describe_load
+from moe_trace.reading.analysis import TraceSummary
+from moe_trace.reading.diff import compare
+from moe_trace.reading.lanes import Clock, Lanes, Pieces, add_up, find_lanes, join_pieces
+from moe_trace.summary import RouterSummary
+from moe_trace.tensorboard_plugin.catalog import FRESH_S, Catalogs, Trace
+from moe_trace.tensorboard_plugin.definitions import DEFINITIONS
+from moe_trace.tensorboard_plugin.overview import overview
+from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key, number_text, plain_figure, plain_table
+from moe_trace.tensorboard_plugin.ranks import rank_digest, ranks
+from moe_trace.tensorboard_plugin.store import Store
+
+KERNELS_MAX = 100
+NAME_MAX = 400
+PIXELS = 1500
+"""Stretches of the timeline are told apart down to this part of the window."""
+Parameters = Mapping[str, str]
+
+
+class Dashboard:
+    """Answers the views' questions."""
+
+    def __init__(self, catalogs: Catalogs) -> None:
+        self.catalogs = catalogs
+        self.store = Store(Path(catalogs.logdir or "."))
+        self._views: dict[str, Callable[[Parameters], Plain]] = {
+            "runs": self.runs_impl,
+            "trace": self.trace_impl,
+            "overview": self.overview_impl,
+            "routing": self.routing_impl,
+            "heat": self.heat_impl,
+            "layer": self.layer_impl,
+            "time": self.time_impl,
+            "timeline": self.timeline_impl,
+            "kernels": self.kernels_impl,
+            "compare": self.compare_impl,
+            "ranks": self.ranks_impl,
+        }
+
+    def answer(self, view: str, parameters: Parameters) -> Plain:
+        """The data of a view; a trace that cannot be read is an answer too: `{"broken": reason}`.
+
+        Raises:
+            KeyError: no such run, trace, layer or step.
+            ValueError: a parameter has another form.
+        """
+        try:
+            return self._views[view](parameters)
+        except MoETraceError as error:
+            return {"broken": str(error)}
+
+    # -- which traces ---------------------------------------------------------------------------------
+
+    def runs_impl(self, parameters: Parameters) -> Plain:
+        """All runs and their traces, with what is known of each."""
+        catalog = self.catalogs.get(0.0 if parameters.get("fresh") else FRESH_S)
+        self.store.forget_old(catalog)
+        runs: dict[str, list[Plain]] = {}
+        for trace in catalog.traces.values():
+            runs.setdefault(trace.run, []).append(self._listed(trace))
+        for (run, name), reason in catalog.refused.items():
+            runs.setdefault(run, []).append(
+                {"trace": name, "label": name, "state": "broken", "reason": reason}
+            )
+        return {
+            "logdir": self.catalogs.logdir,
+            "runs": [{"run": run, "traces": traces} for run, traces in sorted(runs.items())],
+            "cut_off": catalog.cut_off,
+            "definitions": DEFINITIONS,
+        }
+
+    def trace_impl(self, parameters: Parameters) -> Plain:
+        """One trace, read if need be, so that the list can say what it is."""
+        trace = self._trace(parameters)
+        with suppress(MoETraceError):  # its reason is in the answer
+            self.store.summary(trace)
+        return self._listed(trace)
+
+    def _listed(self, trace: Trace) -> Plain:
+        found: Plain = {"trace": trace.name, "label": trace.label, "size_bytes": trace.size_bytes}
+        summary, reason = self.store.known(trace), self.store.reason(trace)
+        if summary is not None:
+            return {**found, "state": "ok", "rank": summary.rank}
+        return {**found, "state": "broken", "reason": reason} if reason else {**found, "state": "unread"}
+
+    def _trace(self, parameters: Parameters, suffix: str = "") -> Trace:
+        return self.catalogs.find(parameters.get("run" + suffix, ""), parameters.get("trace" + suffix, ""))
+
+    # -- views ----------------------------------------------------------------------------------------
+
+    def overview_impl(self, parameters: Parameters) -> Plain:
+        """Facts, cards and findings."""
+        return overview(self.store.summary(self._trace(parameters)))
+
+    def routing_impl(self, parameters: Parameters) -> Plain:
+        """The heat map over all steps, and which steps and layers there are."""
+        trace = self._trace(parameters)
+        summary = self.store.summary(trace)
+        figure = expert_heat_map(summary)
+        routers = _loaded(summary)
+        return {
+            "steps": self.store.derived(trace, "steps", _Counts).steps.tolist(),
+            "sites": [router.info.site for router in routers],
+            "map": plain_figure(figure) if figure.data else None,
+        }
+
+    def heat_impl(self, parameters: Parameters) -> Plain:
+        """The heat map's numbers and its table, of some steps."""
+        trace = self._trace(parameters)
+        counts = self.store.derived(trace, "steps", _Counts)
+        chosen = counts.between(*_step_range(parameters, counts.steps))
+        routers = _loaded(self.store.summary(trace))
+        rows = []
+        for router, load_E in zip(routers, chosen, strict=True):
+            load = describe_load(load_E)
+            busiest = int(load_E.argmax()) if load_E.any() else None
+            cells = (load.max_over_mean, load.cv, load.gini, load.entropy, busiest, len(load.dead_experts))
+            rows.append((router.info.site, int(load_E.sum()), *cells))
+        headings = (
+            "layer",
+            "assignments",
+            "max÷mean",
+            "CV",
+            "Gini",
+            "entropy",
+            "busiest expert",
+            "dead experts",
+        )
+        return {"z": [_relative(row, counts.width) for row in chosen], "table": plain_table(headings, rows)}
+
+    def layer_impl(self, parameters: Parameters) -> Plain:
+        """One layer: its load sorted and over time, its decisions, its lost slots."""
+        trace = self._trace(parameters)
+        summary = self.store.summary(trace)
+        routers = _loaded(summary)
+        index = next((i for i, r in enumerate(routers) if r.info.site == parameters.get("site")), None)
+        if index is None:
+            raise KeyError("layer of that name")
+        router = routers[index]
+        counts = self.store.derived(trace, "steps", _Counts)
+        first, last = _step_range(parameters, counts.steps)
+        one = self.store.derived(
+            trace, ("layer", router.info.name), lambda summary: layer_summary(summary, router)
+        )
+        label = (
+            "all steps" if (first, last) == (0, len(counts.steps) - 1) else _label(counts.steps, first, last)
+        )
+        found = layer_figures(one, counts.between(first, last)[index], label)
+        place = summary.routers.index(router)
+        return {
+            "site": router.info.site,
+            "facts": _layer_facts(router, place),
+            "figures": figures_by_key(found),
+        }
+
+    def time_impl(self, parameters: Parameters) -> Plain:
+        """Phases by both clocks, gaps, latencies."""
+        summary = self.store.summary(self._trace(parameters))
+        return {"figures": figures_by_key(time_figures(summary)), "has_phases": summary.phases is not None}
+
+    def timeline_impl(self, parameters: Parameters) -> Plain:
+        """One step's lanes and counters, within a window."""
+        lanes, steps, step, clock = self._lanes(parameters)
+        if step is None:
+            return {"steps": [], "figure": None}
+        pieces = lanes.of_step(step, clock)
+        origin, end = int(pieces.start_ns.min()), int(pieces.end_ns.max())
+        window = _window(parameters, origin, end)
+        segments = join_pieces(pieces.within(*window), (window[1] - window[0]) // PIXELS)
+        figure = timeline_figure(lanes, segments, step=step, clock=clock, origin_ns=origin, window_ns=window)
+        return {
+            "steps": steps,
+            "step": step,
+            "clock": clock,
+            "clocks": list(lanes.clocks()),
+            "length_us": (end - origin) / 1000,
+            "figure": plain_figure(figure) if figure.data else None,
+        }
+
+    def kernels_impl(self, parameters: Parameters) -> Plain:
+        """What ran in a window of one step, by name."""
+        lanes, _, step, clock = self._lanes(parameters)
+        if step is None:
+            return {"table": None}
+        pieces = lanes.of_step(step, clock)
+        pieces = pieces.within(*_window(parameters, int(pieces.start_ns.min()), int(pieces.end_ns.max())))
+        work = add_up(pieces, lanes)
+        total = sum(w.total_us for w in work)
+        rows = [
+            (
+                w.name[:NAME_MAX],
+                w.phase,
+                w.layers,
+                w.count,
+                w.total_us,
+                w.total_us / w.count,
+                w.total_us / total,
+            )
+            for w in work[:KERNELS_MAX]
+            if total
+        ]
+        what = "kernel" if clock == "device" else "operator"
+        headings = (what, "phase", "layers", "count", "total µs", "mean µs", "share")
+        table = {**plain_table(headings, rows), "more": max(0, len(work) - min(KERNELS_MAX, TABLE_ROWS_MAX))}
+        return {"table": table, "total_us": total, "count": len(pieces.block), "what": what}
+
+    def compare_impl(self, parameters: Parameters) -> Plain:
+        """B against A: difference map, and every metric with its interval."""
+        trace_a, trace_b = self._trace(parameters), self._trace(parameters, "_b")
+        a, b = self.store.summary(trace_a), self.store.summary(trace_b)
+        changes = self.store.derived(trace_a, ("changes", trace_b.key), lambda _: compare(a, b))
+        site = parameters.get("site") or "all"
+        rows = [
+            (c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict)
+            for c in changes
+            if c.site == site
+        ]
+        figure = difference_map(a, b)
+        headings = ("metric", "A", "B", "B − A", "relative", "interval from", "interval to", "verdict")
+        return {
+            "sites": list(dict.fromkeys(c.site for c in changes)),
+            "site": site,
+            "map": plain_figure(figure) if figure.data else None,
+            "table": plain_table(headings, rows),
+            "changed": sum(c.verdict == "changed" for c in changes),
+            "few_calls": any(c.verdict == "few calls" for c in changes),
+            "metrics": len(changes),
+        }
+
+    def ranks_impl(self, parameters: Parameters) -> Plain:
+        """The ranks of a run; traces that cannot be read are named."""
+        run = parameters.get("run", "")
+        traces = [t for t in self.catalogs.get(FRESH_S).traces.values() if t.run == run]
+        digests, broken = [], []
+        for trace in traces:
+            try:
+                digests.append(self.store.derived(trace, "rank", rank_digest))
+            except MoETraceError as error:
+                broken.append({"trace": trace.name, "reason": str(error)})
+        return {**ranks(digests), "traces": len(traces), "unreadable": broken}
+
+    # -- one step -------------------------------------------------------------------------------------
+
+    def _lanes(self, parameters: Parameters) -> tuple[Lanes, list[int], int | None, Clock]:
+        trace = self._trace(parameters)
+        summary = self.store.summary(trace)
+        lanes = self.store.derived(
+            trace, "lanes", lambda _: find_lanes(summary.samples, self.store.read_events(trace))
+        )
+        clocks = lanes.clocks()
+        clock: Clock = "host" if parameters.get("clock") == "host" else clocks[0]
+        pieces: Pieces = lanes.device if clock == "device" else lanes.host
+        steps = sorted({lanes.samples[b].step for b in np.unique(pieces.block).tolist()})
+        if not steps:
+            return lanes, steps, None, clock
+        step = _integer(parameters, "step", steps[0])
+        return lanes, steps, step if step in steps else steps[0], clock
+
+
+class _Counts:
+    """Running sums of the assignments over steps, so that any range of steps is one subtraction."""
+
+    def __init__(self, summary: TraceSummary) -> None:
+        routers = _loaded(summary)
+        forward = [s for s in summary.samples if s.phase == "forward"]
+        self.steps = np.array(sorted({s.step for s in forward}), dtype=np.int64)
+        self.sizes = [len(router.assignments) for router in routers]
+        self.width = max(self.sizes, default=0)
+        row_of = {router.info.name: i for i, router in enumerate(routers)}
+        place = {int(step): i for i, step in enumerate(self.steps)}
+        sums_SLE = np.zeros((len(self.steps) + 1, len(routers), self.width), dtype=np.int64)
+        for sample in forward:
+            row = row_of.get(sample.name)
+            if row is not None:
+                sums_SLE[place[sample.step] + 1, row, : len(sample.assignments)] += sample.assignments
+        self._sums = sums_SLE.cumsum(0)
+
+    def between(self, first: int, last: int) -> list[np.ndarray]:
+        """Assignments of each layer from the first to the last position, both included."""
+        chosen = self._sums[last + 1] - self._sums[first]
+        return [row[:size] for row, size in zip(chosen, self.sizes, strict=True)]
+
+
+def _loaded(summary: TraceSummary) -> list[RouterSummary]:
+    return [router for router in summary.routers if sum(router.assignments)]
+
+
+def _relative(load_E: np.ndarray, width: int) -> list[float | None]:
+    total = int(load_E.sum())
+    row: list[float | None] = [None] * width
+    if total:
+        row[: len(load_E)] = np.round(load_E * (len(load_E) / total), 4).tolist()
+    return row
+
+
+def _layer_facts(router: RouterSummary, place: int) -> list[Plain]:
+    load, decisions = router.load, router.decisions
+    numbers: Iterable[tuple[str, str, float | None]] = [
+        ("calls", "calls", router.calls),
+        ("tokens", "tokens", router.tokens),
+        ("max÷mean", "load.max_over_mean", load.max_over_mean),
+        ("CV", "load.cv", load.cv),
+        ("Gini", "load.gini", load.gini),
+        ("entropy", "load.entropy", load.entropy),
+        ("router entropy", "router.entropy_mean", decisions.entropy_mean),
+        ("router confidence", "router.confidence_mean", decisions.confidence_mean),
+        ("skipped", "skipped", router.skipped),
+        ("padding", "padding_assignments", router.padding_assignments),
+    ]
+    return [
+        {"label": label, "text": number_text(value), "value": value, "path": f"routers.{place}.{path}"}
+        for label, path, value in numbers
+        if value is not None
+    ]
+
+
+def _integer(parameters: Parameters, name: str, default: int) -> int:
+    text = parameters.get(name, "")
+    if not text:
+        return default
+    if not text.removeprefix("-").isdecimal() or len(text) > 18:
+        raise ValueError(f"found {name}={text[:40]!r}, expected a whole number")
+    return int(text)
+
+
+def _step_range(parameters: Parameters, steps: np.ndarray) -> tuple[int, int]:
+    """Positions in `steps`; all of them by default."""
+    last = len(steps) - 1
+    first_given, last_given = _integer(parameters, "from", 0), _integer(parameters, "to", last)
+    if not 0 <= first_given <= last_given <= last:
+        raise ValueError(f"found steps {first_given} to {last_given}, expected positions from 0 to {last}")
+    return first_given, last_given
+
+
+def _label(steps: np.ndarray, first: int, last: int) -> str:
+    return f"step {steps[first]}" if first == last else f"steps {steps[first]} to {steps[last]}"
+
+
+def _window(parameters: Parameters, origin_ns: int, end_ns: int) -> tuple[int, int]:
+    """From `start` to `end`, in µs since the origin, within the step."""
+    bounds = []
+    for name, default in (("start", 0.0), ("end", (end_ns - origin_ns) / 1000)):
+        text = parameters.get(name, "")
+        try:
+            value = float(text) if text else default
+        except ValueError:
+            raise ValueError(f"found {name}={text[:40]!r}, expected microseconds") from None
+        if not abs(value) < 1e12:
+            raise ValueError(f"found {name}={text[:40]!r}, expected microseconds")
+        bounds.append(origin_ns + round(value * 1000))
+    start, end = max(origin_ns, bounds[0]), min(end_ns, bounds[1])
+    return (start, end) if start < end else (origin_ns, end_ns)

@@ -1,0 +1,48 @@
+"""What each figure of the tab means, in one or two sentences; the page shows them beside its words."""
+
+from __future__ import annotations
+
+DEFINITIONS = {
+    "MoE of the device's work": "Kernel time launched inside the MoE blocks, forward and backward, over all "
+    "kernel time in the trace.",
+    "MoE of the host's work": "Time in operators inside the MoE blocks over all time in operators: the trace "
+    "has no kernels.",
+    "worst load max÷mean": "The busiest expert's assignments over the mean of its layer, for the layer where "
+    "that is largest. 1 is even; E is all on one expert.",
+    "dead experts": "Experts that got no assignment in any call of the trace, over all layers.",
+    "router confidence": "1 − H/ln E of the softmax of the router's logits, mean over tokens, then over "
+    "layers. 0 is undecided, 1 is certain.",
+    "expert FLOP/s": "FLOPs of the routed experts, by formula from the recorded counts, over the device busy "
+    "time of the experts phase (on a CPU: its time in operators).",
+    "steps": "Profiler steps that hold at least one recorded call.",
+    "calls": "Forward calls of the router.",
+    "tokens": "Router calls × their tokens: a token counts once for each MoE layer.",
+    "assignments": "(token, expert) pairs that the routers chose.",
+    "max÷mean": "The busiest expert's assignments over the mean of its layer: 1 is even.",
+    "CV": "Population standard deviation of the experts' assignments over their mean: 0 is even.",
+    "Gini": "0 for equal loads, (E − 1)/E when one expert takes all.",
+    "entropy": "Entropy of the experts' shares over ln E: 1 is even, 0 is all on one expert.",
+    "busiest expert": "The expert with the most assignments.",
+    "× equal share": "An expert's assignments over the mean of its layer: 1× is an equal share.",
+    "skipped": "Slots whose index is out of range, or whose weight is exactly 0.",
+    "padding": "Assignments made by padding tokens, as the model's attention mask tells.",
+    "router entropy": "Entropy of the softmax of the router's logits, in nats, mean over tokens: 0 is "
+    "certain, ln E is no preference at all.",
+    "router": "The router's own range: logits, softmax, top-k.",
+    "dispatch": "From the router to the first product of the experts: sort, gather, all-to-all.",
+    "experts": "From the experts' first product to their last, activation included.",
+    "combine": "After the experts' last product: weighting, scatter, sum, all-to-all.",
+    "shared": "Products outside router and routed experts: shared experts.",
+    "other": "The rest of the block.",
+    "gap": "Time of the block in which none of its kernels (on the host: no operator) ran.",
+    "host": "Time on the CPU thread that launches the work.",
+    "device busy": "Sum of the kernels launched inside the range.",
+    "device span": "From the range's first kernel to its last, gaps included.",
+    "p50": "Half of the calls are at most this long.",
+    "p95": "95 % of the calls are at most this long.",
+    "interval": "99 % bootstrap interval of B − A, over calls. A change counts if it leaves out 0.",
+    "verdict": "changed: the interval leaves out 0. noise: it does not. few calls: under 5 on a side, so it "
+    "cannot be told.",
+    "MoE work": "Device busy time of the MoE blocks, forward and backward (on a CPU: time in operators).",
+    "straggler": "The rank with the most MoE work. Where ranks wait for each other, the others wait for it.",
+}

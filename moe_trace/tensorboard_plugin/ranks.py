@@ -1,0 +1,175 @@
+"""The ranks of one run side by side, as far as their own traces tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_trace.figures import Figure, Spec, safe
+from moe_trace.reading.analysis import TraceSummary
+from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key
+
+
+def rank_digest(summary: TraceSummary) -> Plain:
+    """What the comparison needs of one trace, so that not all summaries must be kept at once."""
+    phases = summary.phases
+    work = {layer.site: _work_us(layer, phases.whole.on_device) for layer in phases.layers} if phases else {}
+    return {
+        "rank": summary.rank,
+        "tokens": summary.totals.tokens,
+        "assignments": summary.totals.assignments,
+        "calls": summary.totals.calls,
+        "on_device": bool(phases and phases.whole.on_device),
+        "moe_work_us": phases.whole.moe_work_us if phases else None,
+        "work_us": work,
+        "loads": {r.info.site: list(r.assignments) for r in summary.routers if sum(r.assignments)},
+    }
+
+
+def _work_us(layer: Any, on_device: bool) -> float:
+    return (layer.device_busy_us or 0.0) if on_device else layer.block_host_us - layer.host_gap_us
+
+
+def by_rank(digests: Sequence[Plain]) -> list[Plain]:
+    """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
+    rows: dict[int, Plain] = {}
+    for digest in digests:
+        row = rows.setdefault(
+            digest["rank"],
+            {
+                **digest,
+                "tokens": 0,
+                "assignments": 0,
+                "calls": 0,
+                "moe_work_us": 0.0,
+                "work_us": {},
+                "traces": 0,
+            },
+        )
+        row["traces"] += 1
+        for name in ("tokens", "assignments", "calls"):
+            row[name] += digest[name]
+        row["moe_work_us"] += digest["moe_work_us"] or 0.0
+        for site, us in digest["work_us"].items():
+            row["work_us"][site] = row["work_us"].get(site, 0.0) + us
+    return [rows[rank] for rank in sorted(rows)]
+
+
+def ranks(digests: Sequence[Plain]) -> Plain:
+    """Tables and figures of at least two ranks; of one, only how many there are."""
+    rows = by_rank(digests)
+    if len(rows) < 2:
+        return {"ranks": len(rows), "figures": {}}
+    slowest = max(rows, key=lambda row: row["moe_work_us"])
+    return {
+        "ranks": len(rows),
+        "same_load": len({str(sorted(d["loads"].items())) for d in digests}) == 1,
+        "straggler": _straggler(rows, slowest),
+        "figures": figures_by_key([load_per_rank(rows), work_per_rank(rows), work_map(rows)]),
+    }
+
+
+def _straggler(rows: Sequence[Plain], slowest: Plain) -> Plain | None:
+    mean = sum(row["moe_work_us"] for row in rows) / len(rows)
+    if not mean:
+        return None
+    return {
+        "rank": slowest["rank"],
+        "ratio": slowest["moe_work_us"] / mean,
+        "excess_us": slowest["moe_work_us"] - mean,
+    }
+
+
+def load_per_rank(rows: Sequence[Plain]) -> Figure:
+    """Tokens that each rank's routers saw."""
+    mean = sum(row["tokens"] for row in rows) / len(rows)
+    return Figure(
+        key="rank-load",
+        title="Load per rank",
+        caption="Router calls × tokens, as each rank's own routers saw them.",
+        data=[_bars([row["tokens"] for row in rows], rows, "#0072B2", "tokens")],
+        layout=_bar_layout("tokens"),
+        headings=("rank", "traces", "calls", "tokens", "÷ mean", "assignments"),
+        rows=[
+            (
+                f"rank {row['rank']}",
+                row["traces"],
+                row["calls"],
+                row["tokens"],
+                row["tokens"] / mean if mean else None,
+                row["assignments"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def work_per_rank(rows: Sequence[Plain]) -> Figure:
+    """MoE work of each rank."""
+    mean = sum(row["moe_work_us"] for row in rows) / len(rows)
+    clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
+    return Figure(
+        key="rank-work",
+        title="MoE work per rank",
+        caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace.",
+        data=[_bars([row["moe_work_us"] for row in rows], rows, "#009E73", "µs")] if mean else [],
+        layout=_bar_layout("µs"),
+        headings=("rank", "MoE work µs", "÷ mean"),
+        rows=[
+            (f"rank {row['rank']}", row["moe_work_us"], row["moe_work_us"] / mean if mean else None)
+            for row in rows
+        ],
+    )
+
+
+def work_map(rows: Sequence[Plain]) -> Figure:
+    """Layers x ranks: each rank's work over the mean of the ranks."""
+    sites = sorted({site for row in rows for site in row["work_us"]})
+    work = np.array([[row["work_us"].get(site, 0.0) for row in rows] for site in sites]).reshape(
+        -1, len(rows)
+    )
+    mean = work.mean(1, keepdims=True)
+    ratio = np.divide(work, mean, out=np.ones_like(work), where=mean > 0)
+    data = {
+        "type": "heatmap",
+        "z": [[round(float(v), 4) for v in row] for row in ratio],
+        "x": [f"rank {row['rank']}" for row in rows],
+        "y": [safe(site) for site in sites],
+        "colorscale": "Viridis",
+        "colorbar": {"title": {"text": "÷ mean"}, "thickness": 14},
+        "hovertemplate": "layer %{y}, %{x}: %{z:.2f} of the mean rank's work<extra></extra>",
+    }
+    return Figure(
+        key="rank-layers",
+        title="Forward work of each layer, rank by rank",
+        caption="Each rank's forward MoE work over the mean of all ranks; 1 is even.",
+        data=[data] if sites else [],
+        layout={
+            "xaxis": {"type": "category"},
+            "yaxis": {"autorange": "reversed", "type": "category"},
+            "height": 140 + 24 * len(sites),
+        },
+        headings=("layer", *(f"rank {row['rank']} µs" for row in rows)),
+        rows=[(site, *map(float, work[i])) for i, site in enumerate(sites)],
+    )
+
+
+def _bars(values: list[float], rows: Sequence[Plain], colour: str, unit: str) -> Spec:
+    return {
+        "type": "bar",
+        "x": [f"rank {row['rank']}" for row in rows],
+        "y": values,
+        "marker": {"color": colour},
+        "showlegend": False,
+        "hovertemplate": f"%{{x}}: %{{y:,}} {unit}<extra></extra>",
+    }
+
+
+def _bar_layout(unit: str) -> Spec:
+    return {
+        "xaxis": {"type": "category"},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+        "height": 280,
+    }

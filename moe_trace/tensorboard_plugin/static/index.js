@@ -1,0 +1,135 @@
+// The MoE tab. TensorBoard imports this module into an iframe of its own and calls render().
+
+import {connect, onNavigate, onTheme, readState, writeState} from "./host.js";
+import {repaint} from "./chart.js";
+import {clear, el} from "./dom.js";
+import {definitions, problem} from "./parts.js";
+import {ask, forget} from "./model.js";
+import {Picker} from "./picker.js";
+import {show as overview} from "./views/overview.js";
+import {show as routing} from "./views/routing.js";
+import {show as time} from "./views/time.js";
+import {show as timeline} from "./views/timeline.js";
+import {show as compare} from "./views/compare.js";
+import {show as ranks} from "./views/ranks.js";
+
+const VIEWS = {
+  overview: ["Overview", overview],
+  routing: ["Routing", routing],
+  time: ["Time", time],
+  timeline: ["Timeline", timeline],
+  compare: ["Compare", compare],
+  ranks: ["Ranks", ranks],
+};
+// What belongs to one trace, and means nothing in another.
+const OF_TRACE = ["from", "to", "site", "expert", "step", "clock", "start", "end"];
+
+class App {
+  constructor() {
+    this.state = readState();
+    this.turn = 0; // of the latest question; what an older one draws is thrown away
+    this.nav = el("nav", {"aria-label": "Views"});
+    this.main = el("main", {id: "main", tabindex: "-1"});
+    this.live = el("p", {role: "status", class: "visually-hidden"});
+    this.picker = new Picker((run, trace) => this.choose(run, trace));
+    document.body.append(
+      el("a", {class: "skip", href: "#main", onclick: (e) => this.skip(e)}, "Skip to the view"),
+      el("header", {}, this.nav, this.picker.element), this.main, this.live);
+  }
+
+  skip(event) {
+    event.preventDefault(); // a fragment would be resolved against the plugin's base address
+    this.main.focus();
+  }
+
+  // Reads the list of runs anew, and draws the view.
+  async refresh(fresh) {
+    let runs;
+    try {
+      runs = await ask("runs", fresh ? {fresh: 1} : {});
+    } catch (error) {
+      return clear(this.main).append(problem(error.message, () => this.refresh(true)));
+    }
+    if (runs.error) return clear(this.main).append(problem(runs.error));
+    Object.assign(definitions, runs.definitions);
+    const chosen = await this.picker.fill(runs, this.state);
+    if (chosen) Object.assign(this.state, chosen);
+    return this.draw();
+  }
+
+  choose(run, trace) {
+    const state = {...this.state, run, trace};
+    for (const name of OF_TRACE) delete state[name];
+    this.go(state, {whole: true});
+  }
+
+  // Changes the state; `quiet` leaves the page as it is, since the view has drawn the change itself.
+  go(changes, {quiet = false, whole = false} = {}) {
+    const before = this.state.view;
+    this.state = whole ? changes : {...this.state, ...changes};
+    for (const [name, value] of Object.entries(this.state)) if (value === undefined) delete this.state[name];
+    writeState(this.state, !quiet);
+    if (quiet) return undefined;
+    const moved = this.state.view !== before;
+    return this.draw().then(() => moved && this.main.focus({preventScroll: false}));
+  }
+
+  async draw() {
+    const turn = ++this.turn;
+    const name = VIEWS[this.state.view] ? this.state.view : "overview";
+    this.drawNav(name);
+    const [title, show] = VIEWS[name];
+    document.title = `MoE: ${title}`;
+    const place = el("div", {class: `view ${name}`});
+    clear(this.main).append(el("h1", {class: "visually-hidden"}, title), place);
+    if (!this.picker.hasTraces) return this.picker.explainEmpty(place);
+    const context = {
+      state: {...this.state, view: name},
+      runs: this.picker.runs,
+      go: (changes, options) => this.go(changes, options),
+      isCurrent: () => turn === this.turn,
+      ask: (view, parameters = {}) => ask(view, {run: this.state.run, trace: this.state.trace, ...parameters}),
+    };
+    try {
+      await show(place, context);
+    } catch (error) {
+      if (turn === this.turn) clear(place).append(problem(error.message, () => this.draw()));
+    }
+    if (turn === this.turn) {
+      this.live.textContent = `${title} is shown`;
+      this.main.dataset.ready = String(turn);
+    }
+  }
+
+  drawNav(current) {
+    const link = (name) => el("button", {
+      type: "button",
+      "data-view": name,
+      "aria-current": name === current ? "page" : undefined,
+      onclick: () => this.go({view: name}),
+    }, VIEWS[name][0]);
+    const focused = this.nav.contains(document.activeElement);
+    const names = Object.keys(VIEWS).filter((name) => name !== "ranks" || this.picker.manyTraces(this.state.run)
+      || current === "ranks");
+    clear(this.nav).append(...names.map(link));
+    if (focused) this.nav.querySelector("[aria-current]")?.focus();
+  }
+}
+
+// Called by TensorBoard.
+export async function render() {
+  document.documentElement.lang = "en";
+  await new Promise((done) => {
+    document.head.append(el("meta", {name: "viewport", content: "width=device-width, initial-scale=1"}),
+      el("link", {rel: "icon", href: "data:,"}),
+      el("link", {rel: "stylesheet", href: "static/style.css", onload: done, onerror: done}));
+  });
+  onTheme((theme) => {
+    document.documentElement.dataset.theme = theme;
+    repaint();
+  });
+  const app = new App();
+  connect({onReload: () => { forget(); app.refresh(true); }});
+  onNavigate((state) => { app.state = state; app.refresh(false); });
+  await app.refresh(false);
+}

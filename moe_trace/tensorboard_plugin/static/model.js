@@ -1,0 +1,52 @@
+// Asks the plugin's routes. Knows nothing of the page.
+
+const CACHE_MAX = 64;
+const kept = new Map();
+
+export function address(view, parameters) {
+  const known = Object.entries(parameters).filter(([, value]) => value !== undefined && value !== "");
+  const query = new URLSearchParams(known.map(([name, value]) => [name, String(value)])).toString();
+  return query ? `${view}?${query}` : view;
+}
+
+// The answer to a question; throws an Error whose message can be shown.
+export async function ask(view, parameters = {}) {
+  let answer;
+  try {
+    answer = await fetch(address(view, parameters), {headers: {Accept: "application/json"}});
+  } catch {
+    throw new Error("TensorBoard does not answer. Is it still running? Start it again, then try again.");
+  }
+  const isJson = (answer.headers.get("Content-Type") || "").startsWith("application/json");
+  const content = isJson ? await answer.json() : {error: `TensorBoard answered with status ${answer.status}`};
+  if (!answer.ok) throw new Error(content.error || `TensorBoard answered with status ${answer.status}`);
+  return content;
+}
+
+// The same, with the last answers kept: for what a slider asks again and again.
+export function askOnce(view, parameters) {
+  const key = address(view, parameters);
+  if (!kept.has(key)) {
+    const answer = ask(view, parameters);
+    answer.catch(() => kept.delete(key));
+    kept.set(key, answer);
+    if (kept.size > CACHE_MAX) kept.delete(kept.keys().next().value);
+  }
+  return kept.get(key);
+}
+
+// After a reload the files may have changed.
+export function forget() {
+  kept.clear();
+}
+
+// Lets only the latest question's answer through: a late one never overwrites a newer question.
+export class Latest {
+  #turn = 0;
+
+  async ask(question) {
+    const turn = ++this.#turn;
+    const answer = await question;
+    return turn === this.#turn ? answer : undefined;
+  }
+}

@@ -1,0 +1,110 @@
+// What several views are made of: words with a definition, facts, tables, figures, and the three states.
+
+import {draw} from "./chart.js";
+import {button, el, freshId} from "./dom.js";
+
+export const definitions = {};
+
+// Figures name the same thing with units, clocks and steps round it: "host p95 µs" is defined by its parts.
+function definitionOf(label) {
+  if (definitions[label]) return definitions[label];
+  const known = Object.keys(definitions).filter((word) => ` ${label} `.includes(` ${word} `));
+  return known.map((word) => `${word}: ${definitions[word]}`).join(" ");
+}
+
+// A label; where it has a definition, that is shown on hover and on focus.
+export function term(label) {
+  const words = definitionOf(label);
+  if (!words) return el("span", {}, label);
+  const id = freshId("tip");
+  const tip = el("span", {role: "tooltip", id, class: "tip"}, words);
+  const word = el("button", {type: "button", class: "term", "aria-describedby": id}, label);
+  const holder = el("span", {class: "defined"}, word, tip);
+  const place = () => placeTip(word, tip);
+  word.addEventListener("mouseenter", place);
+  word.addEventListener("focus", place);
+  word.addEventListener("keydown", (event) => { if (event.key === "Escape") word.blur(); });
+  return holder;
+}
+
+// Fixed to the window, since tables scroll and would cut it off.
+function placeTip(word, tip) {
+  const box = word.getBoundingClientRect();
+  const width = Math.min(320, window.innerWidth - 24);
+  tip.style.width = `${width}px`;
+  tip.style.left = `${Math.max(8, Math.min(box.left, window.innerWidth - width - 12))}px`;
+  const below = box.bottom + 6;
+  const fits = below + tip.offsetHeight < window.innerHeight;
+  tip.style.top = `${fits ? below : Math.max(4, box.top - tip.offsetHeight - 6)}px`;
+}
+
+// A number keeps its value and its place in the report's JSON.
+export function figureNumber(fact, tag = "dd") {
+  return el(tag, {"data-value": fact.value, "data-path": fact.path, "data-label": fact.label}, fact.text);
+}
+
+export function facts(list) {
+  return el("dl", {class: "facts"},
+    ...list.map((fact) => el("div", {}, el("dt", {}, term(fact.label)), figureNumber(fact))));
+}
+
+export function table(content, caption, {rowHead} = {}) {
+  const head = content.headings.map((heading) => el("th", {scope: "col"}, term(heading)));
+  const rows = content.rows.map((row) => el("tr", {}, ...row.map((cell, i) => {
+    const isNumber = Array.isArray(cell);
+    const text = isNumber ? cell[0] : cell;
+    const inside = i === 0 && rowHead ? rowHead(text) : text;
+    return el(i === 0 ? "th" : "td", {
+      scope: i === 0 ? "row" : undefined,
+      class: isNumber ? "number" : "text",
+      "data-value": isNumber ? cell[1] : undefined,
+      title: !isNumber && text.length > 40 ? text : undefined,
+    }, inside);
+  })));
+  const more = content.more ? el("p", {class: "soft"}, `… and ${content.more} more.`) : undefined;
+  return el("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": caption},
+    el("table", {}, el("caption", {class: "visually-hidden"}, caption),
+      el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)), more);
+}
+
+// A plot, its words, and the same as a table. `tools` stand between words and plot.
+export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) {
+  const id = freshId("figure");
+  const plot = el("div", {class: "plot", role: "img", "aria-label": `${spec.title}. ${spec.caption}`});
+  const caption = el("figcaption", {}, spec.caption);
+  const holder = el("div", {class: "table-holder"}, table(spec.table, `${spec.title}, table`, {rowHead}));
+  const card = el("figure", {"data-figure": spec.key, "aria-labelledby": id},
+    el("h2", {id}, spec.title), caption, ...tools, plot,
+    el("details", {open}, el("summary", {}, "The same as a table"), holder));
+  card.plot = plot;
+  card.drawn = draw(plot, spec, onclick);
+  card.setTable = (content) => holder.replaceChildren(table(content, `${spec.title}, table`, {rowHead}));
+  card.setCaption = (words) => { caption.textContent = words; };
+  return card;
+}
+
+// -- states -----------------------------------------------------------------------------------------------
+
+export function loading(words) {
+  return el("p", {class: "state loading", role: "status"}, el("span", {class: "spinner", "aria-hidden": "true"}),
+    words);
+}
+
+export function empty(words, advice, ...more) {
+  return el("div", {class: "state"}, el("p", {class: "lead"}, words), el("p", {class: "soft"}, ...advice), ...more);
+}
+
+export function problem(words, retry) {
+  return el("div", {class: "state problem", role: "alert"}, el("p", {class: "lead"}, "This view cannot be shown."),
+    el("p", {}, words), retry && button("Try again", retry));
+}
+
+// True, with the reason on the page, where the trace itself cannot be read.
+export function isBroken(place, answer) {
+  const words = answer.broken || answer.error;
+  if (!words) return false;
+  place.replaceChildren(el("div", {class: "state problem", role: "alert"},
+    el("p", {class: "lead"}, "This trace cannot be read."), el("p", {}, words),
+    el("p", {class: "soft"}, "Choose another trace above. TensorBoard's reload button reads this one again.")));
+  return true;
+}

@@ -1,0 +1,130 @@
+// Chooses the run and the trace, and lists the traces that cannot be read, each with its reason.
+
+import {clear, el, select} from "./dom.js";
+import {empty} from "./parts.js";
+import {ask} from "./model.js";
+
+// Larger traces are read when they are chosen, not just to tell whether they can be.
+const CHECKED_MAX_BYTES = 20 * 2 ** 20;
+
+export class Picker {
+  constructor(onChoose) {
+    this.onChoose = onChoose;
+    this.runs = [];
+    this.fields = el("div", {class: "fields"});
+    this.broken = el("details", {class: "broken", hidden: true});
+    this.element = el("div", {class: "picker"}, this.fields, this.broken);
+    this.turn = 0;
+  }
+
+  get hasTraces() {
+    return this.runs.some((run) => run.traces.some((trace) => trace.state !== "broken"));
+  }
+
+  manyTraces(name) {
+    return (this.runs.find((run) => run.run === name)?.traces.length ?? 0) > 1;
+  }
+
+  // Takes the list in; gives the run and the trace to show, {} without any.
+  async fill(answer, state) {
+    const turn = ++this.turn;
+    this.answer = answer;
+    this.runs = answer.runs;
+    this.chosen = await this.firstReadable(state);
+    if (turn === this.turn) {
+      this.draw();
+      this.check(turn);
+    }
+    return this.chosen;
+  }
+
+  // What the address names, though it be broken: its reason is then shown. Else the first that can be read.
+  async firstReadable(state) {
+    const run = this.runs.find((one) => one.run === state.run);
+    if (run?.traces.some((trace) => trace.trace === state.trace)) return {run: state.run, trace: state.trace};
+    for (const one of run ? [run, ...this.runs] : this.runs) {
+      for (const trace of one.traces) {
+        if (trace.state === "unread") Object.assign(trace, await ask("trace", {run: one.run, trace: trace.trace}));
+        if (trace.state === "ok") return {run: one.run, trace: trace.trace};
+      }
+    }
+    return {};
+  }
+
+  draw() {
+    const usable = this.runs.filter((run) => run.traces.some((trace) => trace.state !== "broken")
+      || run.run === this.chosen.run);
+    clear(this.fields);
+    if (usable.length) {
+      const run = usable.find((one) => one.run === this.chosen.run) ?? usable[0];
+      this.fields.append(
+        select("Run", usable.map((one) => [one.run, one.run]), run.run, (name) => this.chooseRun(name)),
+        select("Trace", run.traces.map((trace) => [trace.trace, traceLabel(trace)]), this.chosen.trace,
+          (name) => this.choose(run.run, name)));
+    }
+    this.drawBroken();
+  }
+
+  async chooseRun(name) {
+    const found = await this.firstReadable({run: name});
+    this.choose(found.run, found.trace);
+  }
+
+  choose(run, trace) {
+    this.chosen = {run, trace};
+    this.draw();
+    this.onChoose(run, trace);
+  }
+
+  drawBroken() {
+    const list = this.runs.flatMap((run) => run.traces.filter((trace) => trace.state === "broken")
+      .map((trace) => [`${run.run}/${trace.trace}`, trace.reason]));
+    this.broken.hidden = !list.length;
+    const count = `${list.length} ${list.length === 1 ? "file" : "files"} cannot be read`;
+    clear(this.broken).append(el("summary", {}, count), brokenList(list));
+  }
+
+  // One after the other, so that a folder of many traces does not keep TensorBoard from answering.
+  async check(turn) {
+    for (const run of this.runs) {
+      for (const trace of run.traces) {
+        if (turn !== this.turn) return;
+        if (trace.state !== "unread" || trace.size_bytes > CHECKED_MAX_BYTES) continue;
+        try {
+          Object.assign(trace, await ask("trace", {run: run.run, trace: trace.trace}));
+        } catch {
+          return; // TensorBoard has gone, or the file has: the next reload tells
+        }
+        if (trace.state === "broken" && turn === this.turn) this.draw();
+      }
+    }
+    if (turn === this.turn) this.element.dataset.checked = "true";
+  }
+
+  explainEmpty(place) {
+    const {logdir} = this.answer;
+    const list = this.runs.flatMap((run) => run.traces.map((trace) => [`${run.run}/${trace.trace}`, trace.reason]));
+    if (!logdir) {
+      place.append(empty("The MoE tab needs a log folder.",
+        ["Start TensorBoard with --logdir FOLDER (not --logdir_spec)."]));
+    } else if (list.length) {
+      place.append(empty("No trace here can be read.", ["Each file, and why:"], brokenList(list)));
+    } else {
+      place.append(empty("No trace was found below the log folder.", [
+        "Record one with ", el("code", {}, "moe-trace run --model demo --out FOLDER"), ", or with ",
+        el("code", {}, "moe_trace.tensorboard_trace_handler(FOLDER)"),
+        " in your own code. Files end in .pt.trace.json or .pt.trace.json.gz. Then press TensorBoard's reload button."],
+      el("p", {class: "soft path"}, logdir)));
+    }
+  }
+}
+
+function brokenList(list) {
+  return el("ul", {}, ...list.slice(0, 200).map(([name, reason]) =>
+    el("li", {}, el("b", {}, name), ": ", reason || "not read yet")));
+}
+
+function traceLabel(trace) {
+  const rank = trace.rank !== undefined ? ` (rank ${trace.rank})` : "";
+  return `${trace.label}${trace.state === "broken" ? " (cannot be read)" : rank}`;
+}

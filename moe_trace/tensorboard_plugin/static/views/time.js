@@ -1,0 +1,46 @@
+// Phases by two clocks, as times and as shares; gaps, directions, latencies.
+
+import {update} from "../chart.js";
+import {button, el} from "../dom.js";
+import {empty, figure, isBroken, loading} from "../parts.js";
+
+export async function show(place, {ask, isCurrent}) {
+  place.append(loading("Adding up kernels and operators."));
+  const answer = await ask("time");
+  if (!isCurrent() || isBroken(place, answer)) return;
+  const {figures} = answer;
+  const cards = [];
+  for (const direction of ["phases", "backward"]) {
+    const clocks = ["device", "host"].map((clock) => figures[`${direction}-${clock}`]).filter(Boolean);
+    cards.push(...clocks.map(stack));
+  }
+  const rest = ["gaps", "directions", "latency", "latencies"].map((key) => figures[key]).filter(Boolean);
+  cards.push(...rest.map((spec) => figure(spec)));
+  place.replaceChildren();
+  if (!answer.has_phases) {
+    place.append(empty("The trace has no MoE ranges, so there are no phases.",
+      ["Record it with moe_trace.profile, or attach the tracer to your profiler before it starts."]));
+  }
+  place.append(el("div", {class: "grid"}, ...cards));
+  await Promise.all(cards.map((card) => card.drawn));
+}
+
+// Stacked times, which a button turns into shares of the call.
+function stack(spec) {
+  let shares = false;
+  const toggle = button("As shares", async () => {
+    shares = !shares;
+    toggle.setAttribute("aria-pressed", String(shares));
+    await update(card.plot, (now) => ({
+      ...now,
+      layout: {
+        ...now.layout,
+        barnorm: shares ? "percent" : "",
+        yaxis: {...now.layout.yaxis, title: {text: shares ? "% of the call" : "µs a call"}},
+      },
+    }));
+    card.dataset.shares = String(shares);
+  }, {"aria-pressed": "false"});
+  const card = figure(spec, {tools: [el("div", {class: "tools"}, toggle)]});
+  return card;
+}
