@@ -5,6 +5,7 @@ Samples are written column by column: sixteen layers of a thousand steps share t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -28,6 +29,7 @@ from moe_trace.schema import (
 _SITE_FIELDS = ("site", "name", "layer")  # stored once, in the router table
 _ARRAYS = ("assignments", "k_histogram")
 _PLAIN = tuple(f.name for f in fields(RoutingSample) if f.name not in (*_SITE_FIELDS, *_ARRAYS, "placement"))
+_LATER: dict[str, Any] = {"aux_loss": None, "in_graph": False}  # columns that older files do not have
 
 
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
@@ -111,7 +113,15 @@ def _decode_placement(value: Any) -> Placement | None:
 
 def _decode_spans(value: list[Any]) -> dict[RangeKind, Span]:
     pairs = zip(RANGE_KINDS, value, strict=True)
-    return {kind: Span(float(pair[0]), float(pair[1])) for kind, pair in pairs if pair is not None}
+    return {kind: Span(_finite(pair[0]), _finite(pair[1])) for kind, pair in pairs if pair is not None}
+
+
+def _finite(value: Any) -> float:
+    """The recorder writes no NaN and no infinity; a file that has them was changed."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, found {number}")
+    return number
 
 
 class _PlainColumns(msgspec.Struct):
@@ -139,10 +149,14 @@ class _PlainColumns(msgspec.Struct):
     host_end_ns: int
     thread: int
     profiled: bool
+    aux_loss: float | None
+    in_graph: bool
 
 
 def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[RoutingSample]:
     names = ("router", *_PLAIN, *_ARRAYS, "placement")
+    missing = {name: [value] * len(columns["router"]) for name, value in _LATER.items() if name not in columns}
+    columns = columns | missing
     lengths = {len(columns[name]) for name in names}
     if len(lengths) > 1:
         raise ValueError(f"columns of different lengths: {sorted(lengths)}")
@@ -154,6 +168,8 @@ def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[Routi
         arrays: dict[str, Any] = {name: to_array(values.pop(name)) for name in _ARRAYS}
         placement = _decode_placement(values.pop("placement"))
         plain = msgspec.to_builtins(msgspec.convert(values, _PlainColumns))
+        for figure in filter(lambda value: isinstance(value, float), plain.values()):
+            _finite(figure)
         samples.append(
             RoutingSample(
                 site=router.site, name=router.name, layer=router.layer, placement=placement, **arrays, **plain

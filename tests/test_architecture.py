@@ -58,7 +58,7 @@ ALLOWED = {
     "summary": {"errors", "loads", "schema"},
     "router_metrics": {"errors", "loads", "schema"},
     "timeline": VOCABULARY | {"codec"},
-    "reading": READING - {"render", "figures"},
+    "reading": READING - {"figures"},  # render: for `_repr_html_` alone, when a notebook asks
     "reader": READING - {"render", "figures"},
     "figures": READING,
     "render": READING,

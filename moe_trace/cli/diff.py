@@ -13,6 +13,7 @@ from moe_trace.errors import UsageError
 from moe_trace.reader import TraceSummary, read_summary
 from moe_trace.reading.diff import METRICS, Change, Condition, compare, missing, parse_condition
 from moe_trace.render.diff import render_diff_csv, render_diff_text
+from moe_trace.render.json import without_nonfinite
 
 
 class DiffCommand:
@@ -90,4 +91,4 @@ def _render(
         "changes": [{**asdict(c), "difference": c.difference, "relative": c.relative} for c in changes],
         "failed": [condition.text for condition, _ in failed],
     }
-    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(without_nonfinite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 from moe_trace.errors import UsageError
 from moe_trace.figures import TABLE_ROWS_MAX, Cell, Figure, figures
 from moe_trace.reading.analysis import TraceSummary
+from moe_trace.render.json import without_nonfinite
 from moe_trace.render.tables import scaled, share
 from moe_trace.render.text_phases import shares_sentence
 
@@ -188,7 +189,7 @@ def _number(value: float | None) -> str:
 
 def _script_json(value: object) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(without_nonfinite(value), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

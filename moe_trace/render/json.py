@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,13 +15,26 @@ from moe_trace.summary import RouterSummary, Summary
 
 def render_json(summary: Summary) -> str:
     """Indented JSON text, without NaN or infinity."""
-    return json.dumps(to_plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(without_nonfinite(to_plain(summary)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def render_json_list(summaries: Sequence[Summary]) -> str:
     """Several reports as one JSON array."""
-    plain = [to_plain(summary) for summary in summaries]
+    plain = [without_nonfinite(to_plain(summary)) for summary in summaries]
     return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def without_nonfinite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity; absurd times in a broken file can make them: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nonfinite(inner) for inner in value]
+    return value
 
 
 def to_plain(summary: Summary) -> dict[str, Any]:

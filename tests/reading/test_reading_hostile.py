@@ -149,6 +149,7 @@ def test_any_value_replaced_by_an_odd_one(tmp_path: Path, merged: Quiet, data: s
     json.loads(render_json(summary), parse_constant=pytest.fail)
     render_csv([summary])
     assert "<img" not in render_fragment(summary)
+    render_page([summary])
     code, _, err = run("check", str(file))
     assert code in (0, 1) and not err
 
