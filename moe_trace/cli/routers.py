@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-
-from moe_trace.cli.console import console
+import sys
 
 
 class RoutersCommand:
     """List the routers of a model: what would be traced, without running it.
 
-    The model is built without weights, so that any size fits.
+    The model is built without weights, so that any size fits. Routers that differ in nothing but their layer
+    share a row; the legend below says what they are and how they are read.
 
     Example: moe-trace routers demo
     """
@@ -20,34 +20,20 @@ class RoutersCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
         parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json")
+        parser.add_argument("--format", choices=("text", "json"), default="text")
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Print one row per router."""
-        from rich.table import Table
-
+        """Print a row per group of equal routers, or all of them as JSON."""
+        from moe_trace.contracts import CONTRACTS
+        from moe_trace.render.routers import render_routers, render_routers_json
         from moe_trace.routers import find_routers
         from moe_trace.workload.models import load_model
 
         model, _ = load_model(arguments.model, device="meta", random_weights=True)
-        sites = find_routers(model)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("label", "module", "router class", "contract"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("experts", "k", "MFLOP/token"):
-            table.add_column(heading, justify="right")
-        for site in sites:
-            info = site.info
-            flops = info.router_flops_per_token + info.expert_flops_per_slot * info.top_k
-            table.add_row(
-                info.site,
-                info.name,
-                info.router_class,
-                info.contract,
-                str(info.num_experts),
-                str(info.top_k),
-                f"{flops / 1e6:.3g}",
-            )
-        out = console()
-        out.print(f"{type(model).__name__}: {len(sites)} routers")
-        out.print(table)
+        routers = [site.info for site in find_routers(model)]
+        if arguments.format == "json":
+            sys.stdout.write(render_routers_json(type(model).__name__, routers))
+        else:
+            contracts = {contract.name: contract.description for contract in CONTRACTS}
+            sys.stdout.write(render_routers(type(model).__name__, routers, contracts))
         return 0

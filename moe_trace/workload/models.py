@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def load_model(
         if random_weights:
             return _from_config(source, torch.device(device), dtype), _tokenizer(source)
         return _pretrained(source, torch.device(device), dtype), _tokenizer(source)
-    except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+    except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
         raise ModelError(
             f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
             "save_pretrained wrote, the id of a model on the hub (which needs the network), or a "
@@ -83,7 +84,7 @@ def _from_config(source: str, device: torch.device, dtype: torch.dtype | None) -
         values = json.loads(Path(source).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError("the config has no `model_type`")
-        config = transformers.AutoConfig.for_model(**values)
+        config = transformers.AutoConfig.from_pretrained(source)  # decodes what JSON cannot hold: infinity
     else:
         config = transformers.AutoConfig.from_pretrained(source)
     torch.manual_seed(0)
@@ -93,7 +94,7 @@ def _from_config(source: str, device: torch.device, dtype: torch.dtype | None) -
 
 
 def _model_class(config: Any) -> Any:
-    """The class that the config names, else the causal language model of its type, else its base model."""
+    """The class that the config names, else the first of its type that does most: generate, then encode."""
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
@@ -106,8 +107,33 @@ def _model_class(config: Any) -> Any:
         transformers.AutoModel,
     ):
         if type(config) in mapping._model_mapping:
-            return mapping._model_mapping[type(config)]
-    raise ValueError(f"transformers has no model for the config {type(config).__name__}")
+            found = mapping._model_mapping[type(config)]
+            # Some composite configs stand beside the class of their text model, which takes another config.
+            if found.config_class is type(config):
+                return found
+    part = _class_of_a_part(config)
+    if part is None:
+        raise ValueError(f"transformers has no model for the config {type(config).__name__}")
+    return part
+
+
+def _class_of_a_part(config: Any) -> Any:
+    """For the config of a part, such as a text model inside a composite one, which no auto class knows."""
+    import transformers
+
+    package, _, module_name = type(config).__module__.rpartition(".")
+    if not module_name.startswith("configuration_"):
+        return None
+    modeling = importlib.import_module(f"{package}.{module_name.replace('configuration_', 'modeling_')}")
+    fitting: list[Any] = [
+        value
+        for name, value in vars(modeling).items()
+        if isinstance(value, type)
+        and issubclass(value, transformers.PreTrainedModel)
+        and value.config_class is type(config)
+        and not name.endswith("PreTrainedModel")
+    ]
+    return max(fitting, key=lambda cls: (cls.can_generate(), "TextModel" in cls.__name__), default=None)
 
 
 def _tokenizer(source: str) -> Any:
