@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import moe_trace
 from moe_trace.routers import RouterSite
 
 
@@ -52,8 +53,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what is in the trace."""
-    found = {}
-    for package in ("moe_trace", "torch", "transformers"):
+    found = {"moe_trace": moe_trace.__version__}
+    for package in ("torch", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

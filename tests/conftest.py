@@ -12,6 +12,9 @@ from leak_watch import LeakWatch
 # Read when huggingface_hub is imported, so set before any test module is. The children of tests inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# The models are tiny: threads that wait for each other at every operator cost more than they save, and on a
+# busy machine several times the test's own time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

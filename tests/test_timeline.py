@@ -283,7 +283,9 @@ def test_every_and_warmup_hold_for_samples_and_ranges(
 
 
 @pytest.mark.parametrize(
-    "layers", [[1], ["L01"], ["model.layers.1.mlp.gate"], lambda site: site.layer == 1], ids=str
+    "layers",
+    [[1], ["L01"], ["model.layers.1.mlp.gate"], lambda site: site.layer == 1],
+    ids=["index", "label", "path", "predicate"],
 )
 def test_layers_hold_for_samples_and_ranges(tmp_path: Path, layers: Any) -> None:
     prof = profiled(tiny_olmoe(), layers=layers)
