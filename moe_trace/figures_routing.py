@@ -22,6 +22,8 @@ from moe_trace.reading.analysis import TraceSummary
 from moe_trace.schema import RoutingSample
 from moe_trace.summary import RouterSummary
 
+LAYER_FIGURE_PX = 270
+
 
 def layer_summary(summary: TraceSummary, router: RouterSummary) -> TraceSummary:
     """The same trace, as if it held that layer alone."""
@@ -45,7 +47,11 @@ def layer_figures(one: TraceSummary, counts_E: np.ndarray, label: str) -> list[F
         k_histogram(one),
         lost_slots_over_time(one.samples),
     ]
-    return [figure for figure in found if figure.data]
+    return [
+        replace(figure, layout={**figure.layout, "height": LAYER_FIGURE_PX})
+        for figure in found
+        if figure.data
+    ]
 
 
 def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
@@ -162,7 +168,8 @@ def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
     of_b = {router.info.name: router for router in b.routers}
     pairs = [(r, of_b[r.info.name]) for r in a.routers if r.info.name in of_b]
     pairs = [(x, y) for x, y in pairs if sum(x.assignments) and sum(y.assignments)]
-    experts = max((max(len(x.assignments), len(y.assignments)) for x, y in pairs), default=0)
+    pairs = [(x, y) for x, y in pairs if len(x.assignments) == len(y.assignments)]  # else of other models
+    experts = max((len(x.assignments) for x, _ in pairs), default=0)
     z = [_difference(x, y, experts) for x, y in pairs]
     reach = max([0.25, *(abs(v) for row in z for v in row if v is not None)])
     data = heat_map_trace(z, [x.info.site for x, _ in pairs], low=-reach, centre=0.0, high=reach, unit="×")

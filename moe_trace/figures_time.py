@@ -199,7 +199,7 @@ def latency_distribution(summary: TraceSummary) -> Figure:
         caption="Calls of all layers by their latency; the axis is logarithmic.",
         data=data,
         layout={
-            "xaxis": {"type": "log", "title": {"text": "µs"}, "exponentformat": "none"},
+            "xaxis": {"type": "log", "title": {"text": "µs"}, **_ticks(data)},
             "yaxis": {"title": {"text": "calls"}, "rangemode": "tozero"},
             "height": 300,
             "showlegend": len(data) > 1,
@@ -210,6 +210,16 @@ def latency_distribution(summary: TraceSummary) -> Figure:
             for name, (v, _) in known.items()
         ],
     )
+
+
+def _ticks(data: Sequence[Spec]) -> Spec:
+    """1, 2, 5, 10 ...: plotly's own ticks on a short logarithmic axis are hard to read."""
+    edges = [edge for spec in data for edge in (spec["x"][0], spec["x"][-1])]
+    if not edges:
+        return {}
+    values = [m * 10.0**e for e in range(-3, 9) for m in (1, 2, 5)]
+    values = [value for value in values if min(edges) <= value <= max(edges)]
+    return {"tickvals": values, "ticktext": [f"{value:g}" for value in values]} if len(values) > 1 else {}
 
 
 def _spans_us(summary: TraceSummary) -> np.ndarray:

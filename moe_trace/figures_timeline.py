@@ -29,7 +29,9 @@ def timeline_figure(
         *(_phase_bars(lanes, segments, phase, used, sites, origin_ns) for phase in used),
         *_counters(samples, clock, origin_ns, window_ns),
     ]
-    joined = f" Pieces closer than {segments.joined_ns / 1000:.2g} µs are drawn as one: zoom in to part them."
+    apart_us = segments.joined_ns / 1000
+    closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
+    joined = f" Pieces closer than {closer} µs are drawn as one: zoom in to part them."
     return Figure(
         key="timeline",
         title=f"Step {step}, {clock} time",
@@ -134,13 +136,13 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
         "hovermode": "closest",
         "legend": {"traceorder": "normal"},
         "xaxis": {
-            "title": {"text": "µs since the step's first MoE work"},
+            "title": {"text": "µs since the step's first MoE work", "standoff": 8},
             "range": [(t - origin_ns) / 1000 for t in window_ns],
             "exponentformat": "none",
             "anchor": f"y{len(counters) + 1}" if counters else "y",
         },
         "yaxis": {
-            "domain": [round(top, 4), 1],
+            "domain": [round(min(0.95, top + 14 / inner_px), 4), 1],
             "range": [len(sites) - 0.5, -0.5],
             "fixedrange": True,
             "tickvals": list(range(0, len(sites), every)),

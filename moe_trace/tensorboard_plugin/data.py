@@ -92,7 +92,12 @@ class Dashboard:
         return self._listed(trace)
 
     def _listed(self, trace: Trace) -> Plain:
-        found: Plain = {"trace": trace.name, "label": trace.label, "size_bytes": trace.size_bytes}
+        found: Plain = {
+            "trace": trace.name,
+            "label": trace.label,
+            "size_bytes": trace.size_bytes,
+            "version": f"{trace.mtime_ns}-{trace.size_bytes}",
+        }
         summary, reason = self.store.known(trace), self.store.reason(trace)
         if summary is not None:
             return {**found, "state": "ok", "rank": summary.rank}
@@ -116,6 +121,7 @@ class Dashboard:
         return {
             "steps": self.store.derived(trace, "steps", _Counts).steps.tolist(),
             "sites": [router.info.site for router in routers],
+            "worst": worst.info.site if (worst := summary.which_layer_is_most_uneven()) is not None else None,
             "map": plain_figure(figure) if figure.data else None,
         }
 

@@ -82,8 +82,17 @@ def cards(summary: TraceSummary) -> list[Plain]:
     return [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
 
 
-def _card(label: str, text: str, value: float | None, path: str | None, detail: str, view: str) -> Plain:
-    return {"label": label, "text": text, "value": value, "path": path, "detail": detail, "view": view}
+def _card(
+    label: str,
+    text: str,
+    value: float | None,
+    path: str | None,
+    detail: str,
+    view: str,
+    site: str | None = None,
+) -> Plain:
+    card: Plain = {"label": label, "text": text, "value": value, "path": path, "detail": detail}
+    return {**card, "view": view, "site": site}
 
 
 def _moe_share(summary: TraceSummary) -> Plain:
@@ -102,7 +111,8 @@ def _worst_load(summary: TraceSummary) -> Plain:
     value = worst.load.max_over_mean
     index = summary.routers.index(worst)
     path = f"routers.{index}.load.max_over_mean"
-    return _card("worst load max÷mean", f"{number(value)}×", value, path, f"in {worst.info.site}", "routing")
+    site = worst.info.site
+    return _card("worst load max÷mean", f"{number(value)}×", value, path, f"in {site}", "routing", site)
 
 
 def _dead(summary: TraceSummary) -> Plain:

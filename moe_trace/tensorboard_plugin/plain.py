@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_trace.figures import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.render.tables import share
 
 Plain = dict[str, Any]
 
@@ -26,17 +27,24 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Plai
     """Cells are texts, or [text, number]."""
     return {
         "headings": [heading.strip() for heading in headings],
-        "rows": [[plain_cell(cell) for cell in row] for row in rows[:TABLE_ROWS_MAX]],
+        "rows": [
+            [plain_cell(cell, heading) for cell, heading in zip(row, headings, strict=True)]
+            for row in rows[:TABLE_ROWS_MAX]
+        ],
         "more": max(0, len(rows) - TABLE_ROWS_MAX),
     }
 
 
-def plain_cell(cell: Cell) -> str | list[Any]:
+def plain_cell(cell: Cell, heading: str = "") -> str | list[Any]:
     """A number keeps its value beside its text, so that the page can be checked against the report."""
     if cell is None:
         return "-"
     if isinstance(cell, str):
         return cell
+    if heading.endswith("share") and not heading.startswith("×"):
+        return [share(cell), cell]
+    if heading == "relative":
+        return [f"{100 * cell:+.1f} %", cell]
     return [number_text(cell), cell]
 
 

@@ -5,6 +5,8 @@ import {el} from "./dom.js";
 // The five colours of moe_trace.figures.DIVERGING, and those that take their places on a dark ground.
 const DIVERGING = ["#2166AC", "#92C5DE", "#F5F5F5", "#FDB863", "#B35806"];
 const DIVERGING_DARK = ["#5AB0F2", "#24567F", "#2A3038", "#8A5213", "#FFA94D"];
+const BRIGHTER = {"#0072B2": "#4C9FE6", "#2166AC": "#5AB0F2", "#B35806": "#FFA94D", "#7A5195": "#B794D6",
+  "#009E73": "#22B88F"};
 const drawn = new Set();
 let bundle;
 
@@ -41,10 +43,22 @@ function themedLayout(layout) {
   return themed;
 }
 
+function brighter(colour) {
+  if (Array.isArray(colour)) return colour.map(brighter);
+  return BRIGHTER[colour] ?? (typeof colour === "string" ? colour.replace(/^(hsl\(.*, )50%\)$/, "$165%)") : colour);
+}
+
 function themedTrace(trace) {
-  if (!isDark() || !Array.isArray(trace.colorscale)) return trace;
-  const colour = (given) => DIVERGING_DARK[DIVERGING.indexOf(given)] ?? given;
-  return {...trace, colorscale: trace.colorscale.map(([place, given]) => [place, colour(given)])};
+  if (!isDark()) return trace;
+  const themed = {...trace};
+  for (const part of ["marker", "line"]) {
+    if (themed[part]?.color) themed[part] = {...themed[part], color: brighter(themed[part].color)};
+  }
+  if (Array.isArray(trace.colorscale)) {
+    const colour = (given) => DIVERGING_DARK[DIVERGING.indexOf(given)] ?? given;
+    themed.colorscale = trace.colorscale.map(([place, given]) => [place, colour(given)]);
+  }
+  return themed;
 }
 
 function paint(place) {

@@ -51,6 +51,11 @@ class App {
       return clear(this.main).append(problem(error.message, () => this.refresh(true)));
     }
     if (runs.error) return clear(this.main).append(problem(runs.error));
+    const versions = JSON.stringify(runs.runs.map((run) => [run.run, run.traces.map((t) => [t.trace, t.version])]));
+    // TensorBoard reloads every 30 s. Where no file has changed, nothing that the reader has opened is closed.
+    if (fresh && versions === this.versions) return undefined;
+    this.versions = versions;
+    forget();
     Object.assign(definitions, runs.definitions);
     const chosen = await this.picker.fill(runs, this.state);
     if (chosen) Object.assign(this.state, chosen);
@@ -129,7 +134,7 @@ export async function render() {
     repaint();
   });
   const app = new App();
-  connect({onReload: () => { forget(); app.refresh(true); }});
+  connect({onReload: () => app.refresh(true)});
   onNavigate((state) => { app.state = state; app.refresh(false); });
   await app.refresh(false);
 }

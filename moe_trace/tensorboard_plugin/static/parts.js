@@ -49,14 +49,16 @@ export function facts(list) {
 }
 
 export function table(content, caption, {rowHead} = {}) {
-  const head = content.headings.map((heading) => el("th", {scope: "col"}, term(heading)));
+  const isText = (i) => content.rows.some((row) => typeof row[i] === "string" && row[i] !== "-");
+  const head = content.headings.map((heading, i) =>
+    el("th", {scope: "col", class: isText(i) ? "text" : "number"}, term(heading)));
   const rows = content.rows.map((row) => el("tr", {}, ...row.map((cell, i) => {
     const isNumber = Array.isArray(cell);
     const text = isNumber ? cell[0] : cell;
     const inside = i === 0 && rowHead ? rowHead(text) : text;
     return el(i === 0 ? "th" : "td", {
       scope: i === 0 ? "row" : undefined,
-      class: isNumber ? "number" : "text",
+      class: isText(i) ? "text" : "number",
       "data-value": isNumber ? cell[1] : undefined,
       title: !isNumber && text.length > 40 ? text : undefined,
     }, inside);

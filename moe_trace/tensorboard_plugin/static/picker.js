@@ -59,7 +59,7 @@ export class Picker {
       const run = usable.find((one) => one.run === this.chosen.run) ?? usable[0];
       this.fields.append(
         select("Run", usable.map((one) => [one.run, one.run]), run.run, (name) => this.chooseRun(name)),
-        select("Trace", run.traces.map((trace) => [trace.trace, traceLabel(trace)]), this.chosen.trace,
+        select("Trace", run.traces.map((trace) => [trace.trace, traceLabel(trace, run)]), this.chosen.trace,
           (name) => this.choose(run.run, name)));
     }
     this.drawBroken();
@@ -95,10 +95,12 @@ export class Picker {
         } catch {
           return; // TensorBoard has gone, or the file has: the next reload tells
         }
-        if (trace.state === "broken" && turn === this.turn) this.draw();
+        if (trace.state === "broken" && turn === this.turn) this.drawBroken();
       }
     }
-    if (turn === this.turn) this.element.dataset.checked = "true";
+    if (turn !== this.turn) return;
+    if (!this.element.contains(document.activeElement)) this.draw(); // with the ranks that are known now
+    this.element.dataset.checked = "true";
   }
 
   explainEmpty(place) {
@@ -124,7 +126,8 @@ function brokenList(list) {
     el("li", {}, el("b", {}, name), ": ", reason || "not read yet")));
 }
 
-function traceLabel(trace) {
-  const rank = trace.rank !== undefined ? ` (rank ${trace.rank})` : "";
+function traceLabel(trace, run) {
+  const several = new Set(run.traces.map((one) => one.rank).filter((rank) => rank !== undefined)).size > 1;
+  const rank = several && trace.rank !== undefined ? ` (rank ${trace.rank})` : "";
   return `${trace.label}${trace.state === "broken" ? " (cannot be read)" : rank}`;
 }

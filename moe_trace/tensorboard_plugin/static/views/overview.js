@@ -23,7 +23,7 @@ export async function show(place, {ask, go, isCurrent, state}) {
 function card(content, go) {
   return el("div", {class: "card", "data-card": content.label}, el("p", {class: "label"}, term(content.label)),
     figureNumber(content, "p"), el("p", {class: "soft"}, content.detail),
-    button(`Show in ${TITLES[content.view]}`, () => go({view: content.view}), {class: "link"}));
+    button(`Show in ${TITLES[content.view]}`, () => go({view: content.view, site: content.site ?? undefined}), {class: "link"}));
 }
 
 function findings(answer, go) {

@@ -19,7 +19,8 @@ export async function show(place, context) {
   const view = new Routing(context, answer);
   place.replaceChildren(view.card, view.detail);
   if (view.isChosen) view.moved();
-  await Promise.all([view.card.drawn, context.state.site ? view.showLayer() : undefined]);
+  context.state.site ??= answer.worst ?? answer.sites[0]; // a page that opens on an empty half helps nobody
+  await Promise.all([view.card.drawn, view.showLayer()]);
 }
 
 class Routing {
@@ -27,6 +28,7 @@ class Routing {
     this.context = context;
     this.steps = answer.steps;
     this.sites = answer.sites;
+    this.worst = answer.worst ?? answer.sites[0];
     this.latest = new Latest();
     this.detail = el("section", {class: "detail", "aria-label": "One layer", tabindex: "-1"});
     this.latestLayer = new Latest();
@@ -37,7 +39,7 @@ class Routing {
     this.card = figure(answer.map, {
       tools: [this.controls()],
       onclick: (row, column) => this.choose(this.sites[row], column),
-      rowHead: (site) => button(site, () => this.choose(site)),
+      rowHead: (site) => button(site, () => this.choose(site), {class: "link"}),
     });
     this.card.id = "routing-map";
   }
@@ -60,12 +62,12 @@ class Routing {
     this.allButton = button("All steps", () => this.all());
     if (this.isChosen) this.width.value = this.to - this.from + 1;
     this.say();
-    return el("div", {class: "tools", hidden: last < 1},
+    return el("div", {class: last < 1 ? "tools one-step" : "tools"},
       this.allButton, this.playButton,
-      el("span", {class: "field grow"}, el("label", {for: slider}, "Step"), this.slider),
-      el("span", {class: "field"}, el("label", {for: width}, "summed over"), this.width, "steps"), this.output,
-      select("Layer", [["", "choose"], ...this.sites.map((site) => [site, site])], this.context.state.site ?? "",
-        (site) => site && this.choose(site)));
+      el("span", {class: "field grow"}, el("label", {for: slider}, "Step"), this.slider, this.output),
+      el("span", {class: "field"}, el("label", {for: width}, "Steps at a time"), this.width),
+      select("Layer", this.sites.map((site) => [site, site]),
+        this.context.state.site ?? this.worst, (site) => this.choose(site)));
   }
 
   say() {
