@@ -16,6 +16,9 @@ VOCABULARY = {"errors", "schema", "files", "loads"}
 READING = VOCABULARY | {
     "codec",
     "figures",
+    "figures_routing",
+    "figures_time",
+    "figures_timeline",
     "reader",
     "reading",
     "render",
@@ -47,7 +50,8 @@ ON_TOP = RECORDING | {
     "simple",
     "workload",
 }
-READING_COMMANDS = {"check", "diff", "export", "reading", "report"}
+READING_COMMANDS = {"check", "diff", "export", "reading", "report", "view"}
+FIGURES = {"figures", "figures_routing", "figures_time", "figures_timeline"}
 ALLOWED = {
     "errors": set(),
     "schema": set(),
@@ -58,9 +62,10 @@ ALLOWED = {
     "summary": {"errors", "loads", "schema"},
     "router_metrics": {"errors", "loads", "schema"},
     "timeline": VOCABULARY | {"codec"},
-    "reading": READING - {"figures"},  # render: for `_repr_html_` alone, when a notebook asks
-    "reader": READING - {"render", "figures"},
-    "figures": READING,
+    "reading": READING - FIGURES,  # render: for `_repr_html_` alone, when a notebook asks
+    "reader": READING - {"render"} - FIGURES,
+    **dict.fromkeys(FIGURES, READING),
+    "tensorboard_plugin": READING,
     "render": READING,
     "contracts": {"errors", "schema"},
     "flops": {"contracts", "schema"},
@@ -76,7 +81,7 @@ ALLOWED = {
     "profiler": RECORDING - {"stats", "flops"},
 }
 NO_TORCH = ["errors", "schema", "files", "loads", "codec", "summary", "timeline", "reading", "reader"]
-NO_TORCH += ["render", "figures", "router_metrics"]
+NO_TORCH += ["render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
 
 
 def part_of(path: Path) -> str:
@@ -114,7 +119,7 @@ def own_parts(modules: set[str]) -> set[str]:
 def violations(path: Path, source: str) -> set[str]:
     part = part_of(path)
     modules = imported_modules(source)
-    wrong = own_parts(modules) - ALLOWED.get(part, ON_TOP | {"cli", part}) - {part}
+    wrong = own_parts(modules) - ALLOWED.get(part, ON_TOP | {"cli", "tensorboard_plugin", part}) - {part}
     if part in NO_TORCH or (part == "cli" and path.stem in READING_COMMANDS):
         wrong |= {m for m in modules if m.split(".")[0] in ("torch", "transformers")}
     return wrong
