@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from moe_trace.contracts import Found
 from moe_trace.contracts.forms import expert_matrices, expert_modules, int_attribute, unwrapped
 
 # Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
@@ -34,6 +35,24 @@ def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int
 def dense_flops_per_token(module: nn.Module) -> int:
     """2 x the matrix weights of a module that works on every token."""
     return 2 * sum(_own_elements(part) for part in module.modules())
+
+
+def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
+    """Says what else in the block works on every token, such as the projections round latent experts."""
+    if found.block is None:
+        return None
+    counted = {id(m) for m in (found.router, found.experts, *(found.weights or ()), *shared)}
+    rest = {
+        name: flops
+        for name, child in found.block.named_children()
+        if id(child) not in counted and (flops := dense_flops_per_token(child))
+    }
+    if not rest:
+        return None
+    return (
+        f"{', '.join(rest)} work on every token too: {sum(rest.values()):,} FLOPs per token, "
+        "part of none of these figures"
+    )
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:

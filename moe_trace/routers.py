@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from moe_trace.contracts import CONTRACTS, Call, Contract, Found, Reading
-from moe_trace.contracts.beside import describe_unread, projection_note, shared_modules, unread_experts
+from moe_trace.contracts.beside import describe_unread, shared_modules, unread_experts
 from moe_trace.contracts.forms import unwrapped
 from moe_trace.errors import NoRoutersFound, UsageError
 from moe_trace.flops import (
     dense_flops_per_token,
     expert_flops_per_slot,
     parameter_count,
+    projection_note,
     router_flops_per_token,
 )
 from moe_trace.schema import RouterInfo

@@ -11,6 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.nn.functional import linear
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
@@ -18,6 +24,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 import moe_trace
 from families.configs import BY_NAME
 from families.family import Family
+from moe_trace.contracts import Call, Reading
 from moe_trace.errors import NoRoutersFound
 
 torch.set_num_threads(1)
@@ -354,3 +361,73 @@ def test_nothing_warns_about_a_model_that_is_understood() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         moe_trace.find_routers(BY_NAME["inkling/text"].build())  # its shared experts are 3-D weights too
+
+
+# --- reading must not wait for the device ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral/text",
+        "gemma4/text",
+        "deepseek_v4/text",
+        "zaya/text",
+        "longcat_flash/text",
+        "dbrx/text",
+        "switch_transformers/dropping",
+        "nllb_moe/seq2seq",
+        "llama4/text",
+        "jetmoe/text",
+        "doge/text",
+    ],
+)
+def test_reading_depends_on_no_value(name: str) -> None:
+    """Fake tensors have no values: whatever waits for one (`item`, `nonzero`, …) raises on them."""
+    family = BY_NAME[name]
+    model = family.build()
+    calls = calls_of(model, family)
+    assert calls
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for site, call, expected in calls:
+            reading = site.read(as_fake(mode, call))
+            assert reading.index_TK.shape == expected.index_TK.shape
+            assert isinstance(reading.index_TK, FakeTensor)
+
+
+def test_fake_tensors_notice_waiting() -> None:
+    with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):
+        mode.from_tensor(torch.ones(2)).sum().item()
+    with FakeTensorMode() as mode, pytest.raises(DynamicOutputShapeException):
+        mode.from_tensor(torch.ones(2)).nonzero()
+
+
+def calls_of(model: nn.Module, family: Family) -> list[tuple[moe_trace.RouterSite, Call, Reading]]:
+    """What the hooks of each router see in one forward, and what is read from it."""
+    tracer = moe_trace.MoETracer(model)
+    seen: list[tuple[moe_trace.RouterSite, Call, Reading]] = []
+    for hooks in tracer._hooks:
+
+        def keep(call: Call, site: moe_trace.RouterSite = hooks.site) -> Reading:
+            seen.append((site, call, site.read(call)))
+            return seen[-1][2]
+
+        hooks._read = keep
+    with tracer:
+        family.run(model)
+    return seen
+
+
+def as_fake(mode: FakeTensorMode, value: Any) -> Any:
+    """The same call with tensors that have shapes only."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value.detach())
+    if isinstance(value, tuple | list):
+        return type(value)(as_fake(mode, item) for item in value)
+    if isinstance(value, Call):
+        return Call(
+            router_output=as_fake(mode, value.router_output),
+            experts_args=as_fake(mode, value.experts_args),
+            watched_output=as_fake(mode, value.watched_output),
+        )
+    return value

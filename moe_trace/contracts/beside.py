@@ -1,15 +1,14 @@
-"""What stands beside the routed experts: shared experts, projections, and experts that nobody could read."""
+"""What stands beside the routed experts: shared experts, and experts that nobody could read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from moe_trace.contracts.contract import Found
 from moe_trace.contracts.forms import expert_matrices, expert_modules, forward_parameters, unwrapped
-from moe_trace.flops import dense_flops_per_token
 
 _ABOVE_THE_BLOCK = ("shared_mlp", "shared_experts")
 """Shared experts that some families keep one level above the block."""
@@ -28,24 +27,6 @@ def shared_modules(model: nn.Module, block_path: str, found: Found) -> tuple[nn.
         return tuple(inside)
     above = dict(model.get_submodule(block_path.rpartition(".")[0]).named_children())
     return (*inside, *(above[name] for name in _ABOVE_THE_BLOCK if name in above))
-
-
-def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
-    """Says what else in the block works on every token, such as the projections round latent experts."""
-    if found.block is None:
-        return None
-    counted = {id(m) for m in (found.router, found.experts, *(found.weights or ()), *shared)}
-    rest = {
-        name: flops
-        for name, child in found.block.named_children()
-        if id(child) not in counted and (flops := dense_flops_per_token(child))
-    }
-    if not rest:
-        return None
-    return (
-        f"{', '.join(rest)} work on every token too: {sum(rest.values()):,} FLOPs per token, "
-        "part of none of these figures"
-    )
 
 
 def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, nn.Module]]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-from moe_trace.ranges import profiler_is_recording
 from moe_trace.schema import OWN_WORK_RANGE
 
 
@@ -15,7 +14,8 @@ from moe_trace.schema import OWN_WORK_RANGE
 def own_work() -> Iterator[None]:
     """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
     with torch.no_grad():
-        if profiler_is_recording():
+        # A range would break the graph of whoever compiles the model.
+        if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
             with torch.profiler.record_function(OWN_WORK_RANGE):
                 yield
         else:

@@ -125,13 +125,13 @@ def _class_of_a_part(config: Any) -> Any:
     if not module_name.startswith("configuration_"):
         return None
     modeling = importlib.import_module(f"{package}.{module_name.replace('configuration_', 'modeling_')}")
-    fitting: list[Any] = [
-        value
-        for name, value in vars(modeling).items()
-        if isinstance(value, type)
-        and issubclass(value, transformers.PreTrainedModel)
-        and value.config_class is type(config)
-        and not name.endswith("PreTrainedModel")
+    classes: list[Any] = [value for value in vars(modeling).values() if isinstance(value, type)]
+    fitting = [
+        cls
+        for cls in classes
+        if issubclass(cls, transformers.PreTrainedModel)
+        and cls.config_class is type(config)
+        and not cls.__name__.endswith("PreTrainedModel")
     ]
     return max(fitting, key=lambda cls: (cls.can_generate(), "TextModel" in cls.__name__), default=None)
 
