@@ -145,8 +145,28 @@ RULES: tuple[Rule, ...] = (hash_router, probabilities, identity_experts, skip_cl
 
 def read_topk_experts(call: Call) -> Reading:
     """Index and weights as the experts received them: the true assignments. Logits from the router."""
-    output = call.router_output
+    output, given = call.router_output, call.experts_args
     logits = output[0] if isinstance(output, tuple) and output else output
+    if given is not None and len(given) == 3:
+        # The usual form, checked in the fewest steps: this runs in every call of every router.
+        index, weights = given[1], given[2]
+        try:
+            shape, logits_shape = index.shape, logits.shape
+            if (
+                shape == weights.shape
+                and len(shape) == len(logits_shape) == 2
+                and shape[0] == logits_shape[0]
+                and logits.is_floating_point()
+                and not index.is_floating_point()
+            ):
+                return Reading(index, weights, logits)
+        except AttributeError:
+            pass  # not tensors: said below
+    return _explain_or_read(call, logits)
+
+
+def _explain_or_read(call: Call, logits: Any) -> Reading:
+    """The same step by step, so that what does not fit can be named."""
     index, weights = _choice(call)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
         raise ContractMismatch(
