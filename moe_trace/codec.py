@@ -155,7 +155,9 @@ class _PlainColumns(msgspec.Struct):
 
 def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[RoutingSample]:
     names = ("router", *_PLAIN, *_ARRAYS, "placement")
-    missing = {name: [value] * len(columns["router"]) for name, value in _LATER.items() if name not in columns}
+    missing = {
+        name: [value] * len(columns["router"]) for name, value in _LATER.items() if name not in columns
+    }
     columns = columns | missing
     lengths = {len(columns[name]) for name in names}
     if len(lengths) > 1:

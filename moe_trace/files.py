@@ -22,12 +22,17 @@ def whole_file(target: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
-    target = Path(target)
+    target = Path(os.path.realpath(target))  # a link stays a link
     folder = None
     try:
+        if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
+            yield target
+            return
         folder = Path(tempfile.mkdtemp(prefix=".moe_trace-", dir=target.parent))
         temporary = folder / target.name
         yield temporary
+        if target.exists():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(

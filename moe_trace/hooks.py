@@ -15,14 +15,19 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.compiled import give_stable_id
 from moe_trace.contracts import Call, ContractMismatch, Reading
+from moe_trace.forwards import ForwardContext
+from moe_trace.graph_hooks import TracedSite
+from moe_trace.graph_recorder import SiteRings
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
-from moe_trace.recorder import CallRecord, Recorder
+from moe_trace.recorder import CallRecord, Recorder, let_graph_go
 from moe_trace.routers import RouterSite
-from moe_trace.schema import RangeKind, RouterInfo, Stage, range_name
+from moe_trace.schema import RangeKind, RouterInfo, range_name
 
 _FUSED_NOTE = (
     "its block ran fused, without calling router or experts: the decision was computed again from the "
@@ -38,15 +43,6 @@ class Level(IntEnum):
     """Router and experts: decisions and host times."""
     RANGES = 2
     """The block too, and ranges while a profiler records."""
-
-
-@dataclass(slots=True)
-class ForwardContext:
-    """What the model's own hooks know of the forward under way."""
-
-    step: int
-    stage: Stage
-    padding_T: Tensor | None = None
 
 
 class CallClock(Protocol):
@@ -77,6 +73,7 @@ class SiteHooks:
     Args:
         context: returns the calling thread's `ForwardContext`.
         owner: the tracer, for the claim on the router's ranges.
+        rings: where decisions go that are made inside compiled code or a CUDA graph.
         clock: times router and experts by another clock too.
     """
 
@@ -88,6 +85,7 @@ class SiteHooks:
         ranges: OpenRanges,
         context: Callable[[], ForwardContext],
         owner: object,
+        rings: SiteRings,
         clock: CallClock | None = None,
     ) -> None:
         self.site = site
@@ -95,6 +93,9 @@ class SiteHooks:
         self.misread: str | None = None
         self.level = Level.OFF
         self.fused_calls = 0
+        self.muted = False
+        """Hooked, because compiled code has the hooks in it, but not to be recorded now."""
+        self._traced = TracedSite(site, rings)
         self._recorder = recorder
         self._ranges = ranges
         self._context = context
@@ -114,6 +115,19 @@ class SiteHooks:
         info = self.site.info
         return replace(info, notes=(*info.notes, _FUSED_NOTE)) if self.fused_calls else info
 
+    @classmethod
+    def functions(cls) -> list[Callable[..., Any]]:
+        """All hooks that are ever put on a module."""
+        return [
+            cls._before_block,
+            cls._after_block,
+            cls._before_router,
+            cls._after_router,
+            cls._after_watched,
+            cls._before_experts,
+            cls._after_experts,
+        ]
+
     def set_level(self, level: Level) -> None:
         """Install what `level` needs; cheap when nothing changes."""
         if self.misread is not None:
@@ -126,6 +140,8 @@ class SiteHooks:
             return
         claim_ranges(self.site.router, self._owner)
         self._install(level)
+        for handle in self._handles:
+            give_stable_id(handle)
 
     def _install(self, level: Level) -> None:
         site, handles = self.site, self._handles
@@ -162,17 +178,25 @@ class SiteHooks:
     def _opens_ranges(self) -> bool:
         return (
             self.level == Level.RANGES
+            and not self.muted
             and profiler_is_recording()
             and owns_ranges(self.site.router, self._owner)
+            and self._context().recorded
         )
 
     def _before_block(self, module: nn.Module, args: Any) -> None:
+        if is_compiling():
+            self._traced.before_block()
+            return
         if self._opens_ranges():
             self._ranges.open(self._names["block"])
         if self._fused is not None:
             self._fused[threading.get_ident()] = args, time.time_ns()
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_compiling():
+            self._traced.after_block(args, output)
+            return
         thread = threading.get_ident()
         if output is None:
             self._open.pop(thread, None)
@@ -183,9 +207,13 @@ class SiteHooks:
         self._ranges.close(self._names["block"])
 
     def _before_router(self, module: nn.Module, args: Any) -> None:
+        if is_compiling():
+            self._traced.before_router(args)
+            return
+        if self.muted:
+            return
         thread = threading.get_ident()
-        if thread in self._open:
-            self._finish(thread)
+        self.finish()  # of a fused block that called its router before, but no experts
         if self._fused is not None:
             self._fused.pop(thread, None)
         if self._opens_ranges():
@@ -196,6 +224,9 @@ class SiteHooks:
             opened.mark = self._clock.start(args)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_compiling():
+            self._traced.after_router(output)
+            return
         thread = threading.get_ident()
         opened = self._open.get(thread)
         if opened is not None:
@@ -213,11 +244,19 @@ class SiteHooks:
             self._finish(thread)
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_compiling():
+            self._traced.after_watched(output)
+            return
         opened = self._open.get(threading.get_ident())
         if opened is not None:
             opened.call.watched_output = output
 
-    def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        # Without kwargs: taken off by another thread after torch had begun to call the module's hooks.
+        kwargs = kwargs or {}
+        if is_compiling():
+            self._traced.before_experts(args, kwargs)
+            return
         if self.site.times_experts and self._opens_ranges():
             self._ranges.open(self._names["experts"])
         thread = threading.get_ident()
@@ -230,6 +269,8 @@ class SiteHooks:
                 self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
 
     def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_compiling():
+            return
         call, mark = self._expert_marks.pop(threading.get_ident(), (0, None))
         if self._clock is not None and mark is not None and output is not None:
             self._clock.stop(mark)
@@ -262,7 +303,15 @@ class SiteHooks:
         self._add(reading, start_ns, start_ns, profiler_is_recording())
 
     def _add(self, reading: Reading, start_ns: int, end_ns: int, profiled: bool) -> None:
+        if reading.index_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+            with torch.no_grad():
+                self._traced.rings.write(reading)
+            return
         context = self._context()
+        if not context.recorded:
+            return
+        if not context.of_model:
+            let_graph_go(reading)  # no end of a forward will do it
         padding = context.padding_T
         tokens = reading.index_TK.shape[0]
         recomputed = torch._C._current_graph_task_id() != -1
@@ -277,6 +326,7 @@ class SiteHooks:
             thread=threading.get_native_id(),
             profiled=profiled,
             padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
+            order=(context.epoch, 0),
         )
         self.calls += 1
         self._recorder.add(record, reading)

@@ -149,8 +149,8 @@ def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
     except MoETraceError as error:
         warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
         return
-    for tracer in tracers:
-        tracer.accept(merged)
+    for tracer, placed in zip(tracers, merged.placed, strict=True):
+        tracer.accept(placed, merged.lost)
 
 
 def _nothing_recorded(tracer: MoETracer) -> str:

@@ -94,12 +94,13 @@ def claim_ranges(router: nn.Module, tracer: object) -> None:
 
 
 def owns_ranges(router: nn.Module, tracer: object) -> bool:
-    """Whether `tracer` opens this router's ranges."""
-    owner = _owners.get(router)
-    return owner is not None and owner() is tracer
+    """Whether `tracer` opens this router's ranges; it does from now on if no active tracer does."""
+    claim_ranges(router, tracer)
+    return _owners[router]() is tracer
 
 
 def release_ranges(router: nn.Module, tracer: object) -> None:
     """Give up the claim, if it is this tracer's."""
-    if owns_ranges(router, tracer):
+    owner = _owners.get(router)
+    if owner is not None and owner() is tracer:
         del _owners[router]

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
 _WAITING_BYTES_MAX = 2 * 2**20  # ... and beyond which a forward does not wait for the next ones
 _WAITING_CALLS_MAX = 1024
-_REDUCED_ELEMENTS_MAX = 2**24  # logits of one batch: bounds the scratch memory to about 3 x 64 MiB
+# Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
+# fits its cache takes half the time of one that does not.
+_REDUCED_ELEMENTS_MAX = {"cpu": 2**17, "cuda": 2**24}
 _SHIP_EVERY = 32
 
 
@@ -52,6 +55,9 @@ class CallRecord:
     profiled: bool
     padding_T: Tensor | None
     memory_bytes: int | None = None
+    order: tuple[int, int] = (0, 0)
+    """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
+    in_graph: bool = False
 
 
 @dataclass(slots=True)
@@ -93,6 +99,7 @@ class Recorder:
     def __init__(self, *, capacity: int) -> None:
         self.capacity = capacity
         self.overwritten = 0
+        self.unreduced = 0
         self.may_wait = True
         """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
         self._lock = threading.RLock()
@@ -102,12 +109,16 @@ class Recorder:
         self._on_device: list[_Batch] = []
         self._on_host: deque[_Batch] = deque()
         self._kept = 0
+        self._dropped: Counter[str] = Counter()
 
     def add(self, record: CallRecord, reading: Reading) -> None:
         """Keep references to the call's tensors; reduce early if too much would be kept alive."""
-        self._pending.append(_Pending(record, reading))
-        self._held_bytes += _held_bytes(reading)
-        if self._held_bytes > _HELD_BYTES_MAX:
+        pending, held = _Pending(record, reading), _held_bytes(reading)
+        with self._lock:  # another thread may be taking the list away
+            self._pending.append(pending)
+            self._held_bytes += held
+            full = self._held_bytes > _HELD_BYTES_MAX
+        if full:
             self.reduce()
 
     def end_forward(self) -> None:
@@ -123,7 +134,7 @@ class Recorder:
                 self.reduce()
                 return
             for item in fresh:
-                _let_graph_go(item.reading)
+                let_graph_go(item.reading)
             self._unfinished = len(self._pending)
 
     def reduce(self) -> None:
@@ -135,7 +146,21 @@ class Recorder:
             self._held_bytes = self._unfinished = 0
             with _own_work_range():
                 for group in _groups_of_one_shape(pending):
-                    self._store(_reduce_group(group))
+                    self._reduce_or_count(group)
+
+    def _reduce_or_count(self, group: list[_Pending]) -> None:
+        """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
+        try:
+            self._store(_reduce_group(group))
+        except Exception as error:
+            self.unreduced += len(group)
+            if self.unreduced == len(group):
+                warnings.warn(
+                    f"{len(group)} router calls of {group[0].record.site.name} could not be reduced "
+                    f"({type(error).__name__}: {error}); they are counted as lost, and the model runs on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _store(self, batch: _Batch) -> None:
         self._kept += len(batch.records)
@@ -147,11 +172,27 @@ class Recorder:
             self._on_host.append(batch)
         self._drop_oldest(self._kept - self.capacity)
 
+    def add_reduced(
+        self,
+        records: list[CallRecord],
+        ints: Tensor,
+        floats: Tensor,
+        *,
+        tokens: int,
+        top_k: int,
+        num_experts: int,
+        classes: int,
+    ) -> None:
+        """Keep calls whose figures are on the host already."""
+        with self._lock:
+            self._store(_Batch(records, top_k, tokens, num_experts, classes, ints, floats))
+
     def _drop_oldest(self, count: int) -> None:
         """Make room; batches stand in order of time, those still on the device last."""
         while count > 0:
             oldest = self._on_host[0] if self._on_host else self._on_device[0]
             dropped = min(count, len(oldest.records))
+            self._dropped.update(record.site.name for record in oldest.records[:dropped])
             oldest.drop(dropped)
             if not oldest.records:
                 self._on_host.popleft() if self._on_host else self._on_device.pop(0)
@@ -165,8 +206,8 @@ class Recorder:
             _unpin_if_copied(batch)
         for device, batches in _by_device_and_width(self._on_device):
             with torch.cuda.device(device), torch.no_grad():
-                ints = _copy_to_pinned(torch.cat([b.ints for b in batches]))
-                floats = _copy_to_pinned(torch.cat([b.floats for b in batches]))
+                ints = copy_to_pinned(torch.cat([b.ints for b in batches]))
+                floats = copy_to_pinned(torch.cat([b.floats for b in batches]))
                 copied = torch.cuda.Event()
                 copied.record()
             start = 0
@@ -181,8 +222,14 @@ class Recorder:
         with self._lock:
             self.reduce()
             self._ship()
-            samples = [sample for batch in self._on_host for sample in _samples(batch)]
-        return sorted(samples, key=lambda s: s.host_start_ns)
+            pairs = [
+                pair for batch in self._on_host for pair in zip(batch.records, _samples(batch), strict=True)
+            ]
+        pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
+        samples = [sample for _, sample in pairs]
+        if any(record.in_graph for record, _ in pairs):
+            return list(_renumbered(samples, self._dropped))
+        return samples
 
     def clear(self) -> None:
         """Forget everything recorded."""
@@ -192,6 +239,15 @@ class Recorder:
             self._on_device.clear()
             self._on_host.clear()
             self._held_bytes = self._kept = self.overwritten = 0
+
+
+def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator[RoutingSample]:
+    """Calls counted in order of time: those in graphs got their numbers when they were drained."""
+    calls = Counter(dropped)
+    for sample in samples:
+        call = calls[sample.name]
+        calls[sample.name] += 1
+        yield sample if sample.call == call else replace(sample, call=call)
 
 
 def _own_work_range() -> Any:
@@ -214,7 +270,7 @@ def _held_bytes(reading: Reading) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _let_graph_go(reading: Reading) -> None:
+def let_graph_go(reading: Reading) -> None:
     """Keep the values only: a tensor with a history would keep the forward's activations alive."""
     if reading.weights_TK.requires_grad:
         reading.weights_TK = reading.weights_TK.detach()
@@ -230,7 +286,8 @@ def _groups_of_one_shape(pending: Sequence[_Pending]) -> Iterator[list[_Pending]
     for group in groups.values():
         logits = group[0].reading.logits_TE
         elements = max(1, (logits if logits is not None else group[0].reading.index_TK).numel())
-        size = max(1, _REDUCED_ELEMENTS_MAX // elements)
+        limit = _REDUCED_ELEMENTS_MAX.get(group[0].reading.index_TK.device.type, 2**24)
+        size = max(1, limit // elements)
         for start in range(0, len(group), size):
             yield group[start : start + size]
 
@@ -260,7 +317,7 @@ def _reduce_group(group: list[_Pending]) -> _Batch:
         _stack([p.reading.weights_TK for p in group]),
         _stack([p.reading.index_TK for p in group]),
         num_experts,
-        None if padding is None else _stack([p.record.padding_T for p in group]),
+        None if padding is None else _padding([p.record.padding_T for p in group], first.reading.index_TK),
     )
     for item in group:
         item.record.padding_T = None
@@ -273,6 +330,11 @@ def _reduce_group(group: list[_Pending]) -> _Batch:
         ints=stats.ints,
         floats=stats.floats,
     )
+
+
+def _padding(masks: list[Any], like: Tensor) -> Tensor:
+    """The mask stands where the model's input is; with a device map its later layers are elsewhere."""
+    return _stack([mask.to(like.device, non_blocking=True) for mask in masks])
 
 
 def _stack(tensors: list[Any]) -> Tensor:
@@ -297,8 +359,10 @@ def _by_device_and_width(batches: list[_Batch]) -> Iterator[tuple[torch.device, 
         yield device, group
 
 
-def _copy_to_pinned(source: Tensor) -> Tensor:
-    target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+def copy_to_pinned(source: Tensor) -> Tensor:
+    """An asynchronous copy; complete once the current stream has passed it."""
+    # The device is named, because a default device set by the user would be taken otherwise.
+    target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return target.copy_(source, non_blocking=True)
 
 
@@ -312,8 +376,8 @@ def _to_numpy(batch: _Batch) -> None:
     if isinstance(batch.ints, Tensor):
         if batch.copied is not None:
             batch.copied.synchronize()
-        batch.ints = batch.ints.numpy().copy()
-        batch.floats = batch.floats.numpy().copy()
+        batch.ints = batch.ints.cpu().numpy().copy()
+        batch.floats = batch.floats.cpu().numpy().copy()
         batch.copied = None
 
 
@@ -357,8 +421,17 @@ def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarra
         host_end_ns=record.end_ns,
         thread=record.thread,
         profiled=record.profiled,
+        aux_loss=_aux_loss(batch, sums, finite),
+        in_graph=record.in_graph,
         **means,
     )
+
+
+def _aux_loss(batch: _Batch, sums: np.ndarray, finite: int) -> float | None:
+    """Load balancing loss of one call: E x sum of (slots / T) x (mean probability)."""
+    if batch.classes != batch.num_experts or finite == 0:
+        return None
+    return batch.num_experts * float(sums[FLOAT_FIELDS.index("load_x_prob")]) / (batch.tokens * finite)
 
 
 def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:

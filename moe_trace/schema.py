@@ -150,6 +150,13 @@ class RoutingSample:
     """Whether a profiler was recording."""
     placement: Placement | None = None
     """Set once the sample has been merged into a trace."""
+    aux_loss: float | None = None
+    """E x sum over experts of (share of tokens assigned, summed over the K slots) x (mean softmax
+    probability): Switch Transformer, arXiv:2101.03961, equations 4-6; 1.0 x K when balanced. None without
+    true logits over exactly E classes."""
+    in_graph: bool = False
+    """Whether it was made inside compiled code or a CUDA graph. Then the host clock did not see the router:
+    `host_start_ns` = `host_end_ns` is when the model's forward began, or 0 where the host saw no call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +169,10 @@ class Lost:
     """Router ranges in the trace for which no decision was kept."""
     overwritten: int = 0
     """Oldest samples dropped because `capacity` was reached."""
+    unreduced: int = 0
+    """Calls whose figures could not be computed, for want of memory for example."""
+    padding_unknown: int = 0
+    """Forwards with an attention mask that does not tell which tokens are padding (4-D, a static cache)."""
     misread: dict[str, str] = field(default_factory=dict)
     """Routers switched off because a call had an unexpected form: module path -> what was seen."""
     never_called: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torch import Tensor
 # exp() of anything below is 0; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
 _SMALLEST_EXPONENT = -1e4
 
-FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss")
+FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss", "load_x_prob")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class PackedStats:
     """[L, E + 2 + K + 1 + 2] int64: assignments, slots of weight 0, slots out of range, k histogram,
     padding assignments, tokens with finite logits."""
     floats: Tensor
-    """[L, 4] float32: sums over the finite tokens, in the order of `FLOAT_FIELDS`."""
+    """[L, 5] float32: sums over the finite tokens, in the order of `FLOAT_FIELDS`; the last is the sum over
+    experts of (slots that chose it) x (its softmax probability, summed over the finite tokens)."""
 
 
 def routing_stats(
@@ -45,15 +46,16 @@ def routing_stats(
     """
     slots_LN = _slot_ids(index_LTK, weights_LTK, num_experts).flatten(1)
     used_LTK = (slots_LN < num_experts).view_as(index_LTK)
+    counts_LX = count_per_row(slots_LN, num_experts + 2)
     ints = [
-        count_per_row(slots_LN, num_experts + 2),
+        counts_LX,
         _k_histogram(used_LTK),
         _padding_assignments(used_LTK, padding_LT),
     ]
     if logits_LTE is None:
         finite_L1, floats = _no_logits(index_LTK)
     else:
-        finite_L1, floats = _logit_sums(logits_LTE, index_LTK, used_LTK)
+        finite_L1, floats = _logit_sums(logits_LTE, index_LTK, used_LTK, counts_LX[:, :num_experts])
     return PackedStats(torch.cat([*ints, finite_L1], dim=-1), floats)
 
 
@@ -98,7 +100,9 @@ def _no_logits(index_LTK: Tensor) -> tuple[Tensor, Tensor]:
     return finite, torch.zeros((rows, len(FLOAT_FIELDS)), device=index_LTK.device)
 
 
-def _logit_sums(logits_LTE: Tensor, index_LTK: Tensor, used_LTK: Tensor) -> tuple[Tensor, Tensor]:
+def _logit_sums(
+    logits_LTE: Tensor, index_LTK: Tensor, used_LTK: Tensor, counts_LE: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sums over the tokens with finite logits, and their number.
 
     The largest logit m and the largest probability q give logsumexp = m - ln q.
@@ -119,7 +123,11 @@ def _logit_sums(logits_LTE: Tensor, index_LTK: Tensor, used_LTK: Tensor) -> tupl
         dim=-1,
     )
     finite_LT1 = logsumexp_LT.isfinite().unsqueeze(-1)
-    return finite_LT1.sum(1), figures.masked_fill_(~finite_LT1, 0.0).sum(1, dtype=torch.float32)
+    sums_LF = figures.masked_fill_(~finite_LT1, 0.0).sum(1, dtype=torch.float32)
+    prob_sum_LE = probs_LTE.masked_fill_(~finite_LT1, 0.0).sum(1, dtype=torch.float32)
+    experts = min(counts_LE.shape[-1], prob_sum_LE.shape[-1])
+    load_x_prob_L1 = (counts_LE[:, :experts] * prob_sum_LE[:, :experts]).sum(-1, keepdim=True)
+    return finite_LT1.sum(1), torch.cat([sums_LF, load_x_prob_L1], dim=-1)
 
 
 def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Tensor) -> Tensor:
@@ -130,4 +138,4 @@ def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Te
     if logits_LTE.device.type != "cpu":
         return torch.special.entr(probs_LTE).sum(-1)
     shifted_LTE = (logits_LTE.to(probs_LTE.dtype) - max_LT1).clamp_(min=_SMALLEST_EXPONENT)
-    return -(top1_LT.log() + torch.linalg.vecdot(probs_LTE, shifted_LTE))
+    return -(top1_LT.log() + (probs_LTE * shifted_LTE).sum(-1))

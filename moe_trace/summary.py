@@ -60,9 +60,12 @@ class Flops:
 
     router: int
     experts: int
+    shared: int = 0
+    """Of the always-on experts beside the routed ones; not part of the total."""
 
     @property
     def total(self) -> int:
+        """Of router and routed experts."""
         return self.router + self.experts
 
 
@@ -174,7 +177,9 @@ def _summarize_router(
         decisions=_decisions(forward, info.top_k),
         latency=_latency(samples, busy_us),
         flops=Flops(
-            router=sum(s.router_flops for s in samples), experts=sum(s.expert_flops for s in samples)
+            router=sum(s.router_flops for s in samples),
+            experts=sum(s.expert_flops for s in samples),
+            shared=info.shared_flops_per_token * sum(s.tokens for s in samples),
         ),
         memory_max_bytes=max(memory, default=None),
     )
@@ -281,6 +286,13 @@ def _notes(recording: Recording) -> list[str]:
         notes.append(f"{name} was switched off, because its call could not be read: {why}")
     if lost.overwritten:
         notes.append(f"{lost.overwritten} oldest router calls were dropped; raise capacity= or every=")
+    if lost.unreduced:
+        notes.append(f"{lost.unreduced} router calls could not be reduced; a warning said why when they were")
+    if lost.padding_unknown:
+        notes.append(
+            f"{lost.padding_unknown} forwards had an attention mask that does not tell padding (4-D, or of a "
+            "static cache): their padding counts as 0"
+        )
     if lost.samples_without_range:
         notes.append(
             f"{lost.samples_without_range} router calls have no range in the trace; the profiler dropped "

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Sequence
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.compiled import compiled_parts, is_capturing, run_hooks_in_python, warn_if_compiled_before
 from moe_trace.environment import describe_model, rank_and_world_size, versions
 from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.hooks import CallClock, ForwardContext, Level, SiteHooks
+from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs
+from moe_trace.graph_recorder import GraphRecorder, HostForward, Segment
+from moe_trace.graph_ring import STAGES
+from moe_trace.hooks import CallClock, Level, SiteHooks
 from moe_trace.ranges import OpenRanges, profiler_is_recording
 from moe_trace.recorder import Recorder
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage
 from moe_trace.summary import Summary, summarize
 from moe_trace.timeline.band import Tracks
-from moe_trace.timeline.merge import Merged, merge_recording
+from moe_trace.timeline.merge import merge_recording
 
 
 class MoETracer:
@@ -68,6 +71,15 @@ class MoETracer:
         self.forwards_seen = 0
         self.forwards_recorded = 0
         self._recorder = Recorder(capacity=capacity)
+        self._graphs = GraphRecorder(
+            self.sites,
+            self._recorder,
+            started=self._graph_started,
+            forwards=lambda: self.forwards_seen,
+            samples_step=self._samples_step,
+        )
+        self._keeps_hooks = False
+        """Compiled code has the hooks in it, so they stay on and are muted instead of removed."""
         self._ranges = OpenRanges()
         self._hooks = [
             SiteHooks(
@@ -76,13 +88,18 @@ class MoETracer:
                 ranges=self._ranges,
                 context=self._current_context,
                 owner=self,
+                rings=rings,
                 clock=clock,
             )
-            for site in self.sites
+            for site, rings in zip(self.sites, self._graphs.sites, strict=True)
         ]
         self._model_handles: list[RemovableHandle] = []
-        self._contexts: dict[int, ForwardContext] = {}
-        self._parameters = _forward_parameter_names(model)
+        self._forwards = ForwardStack()
+        self._inputs = ModelInputs(model)
+        self._wanted: dict[int, Level] = {}
+        """By thread inside the model: what its forward needs of the hooks, which all threads share."""
+        self._level_lock = threading.RLock()
+        self._padding_unknown = 0
         self._profiler: Any = None
         self._explicit_step: int | None = None
         self._next_forward = 0
@@ -106,6 +123,10 @@ class MoETracer:
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
+        run_hooks_in_python([MoETracer._before_model, MoETracer._after_model, *SiteHooks.functions()])
+        self._graphs.mark(Segment(step=0, profiled=False, sampled=False))  # what ran while it was off
+        if compiled_parts(self.model):
+            self._graph_started()
         self._model_handles = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._after_model, always_call=True),
@@ -115,16 +136,22 @@ class MoETracer:
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
+        self._mark_graphs()
+        warn_if_compiled_before(self)
         for handle in self._model_handles:
             handle.remove()
         self._model_handles = []
-        self._set_level(Level.OFF)
+        with self._level_lock:
+            self._wanted.clear()
+            for hooks in self._hooks:
+                hooks.set_level(Level.OFF)
         for hooks in self._hooks:
             hooks.finish()
         self._ranges.close_all()
-        self._contexts.clear()
-        self._recorder.reduce()
+        self._forwards.clear()
         self._active = False
+        if not is_capturing():
+            self._recorder.reduce()
 
     def __enter__(self) -> MoETracer:
         self.start()
@@ -139,7 +166,10 @@ class MoETracer:
 
     def step(self) -> None:
         """End a step, where no attached profiler counts them."""
-        self._explicit_step = self._step() + 1 if self._explicit_step is not None else 1
+        self._mark_graphs()
+        self._explicit_step = (
+            self._step() + 1 if self._explicit_step is not None else max(1, self._next_forward)
+        )
 
     def count_steps_by_hand(self) -> None:
         """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
@@ -160,6 +190,8 @@ class MoETracer:
 
     def samples(self) -> list[RoutingSample]:
         """One sample per recorded router call, in order of time. Waits for the device."""
+        self._mark_graphs()
+        self._graphs.drain()
         placements = self._placements
         return [
             replace(s, placement=placements[s.name, s.call]) if (s.name, s.call) in placements else s
@@ -186,24 +218,44 @@ class MoETracer:
 
     def merge_into(self, trace_path: str | Path) -> None:
         """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
-        self.accept(merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks))
+        merged = merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks)
+        self.accept(merged.placed[0], merged.lost)
 
-    def accept(self, merged: Merged) -> None:
-        """Remember where the samples were placed and what the trace lacked."""
-        names = {site.name for site in self.sites}
-        self.exported_samples = [sample for sample in merged.placed if sample.name in names]
-        for sample in self.exported_samples:
+    def accept(self, placed: list[RoutingSample], lost: Lost) -> None:
+        """Remember where the samples of one trace were placed, and what that trace lacked."""
+        self.exported_samples = placed
+        for sample in placed:
             if sample.placement is not None:
                 self._placements[sample.name, sample.call] = sample.placement
         self._lost = replace(
             self._lost,
-            samples_without_range=self._lost.samples_without_range + merged.lost.samples_without_range,
-            ranges_without_sample=self._lost.ranges_without_sample + merged.lost.ranges_without_sample,
+            samples_without_range=self._lost.samples_without_range + lost.samples_without_range,
+            ranges_without_sample=self._lost.ranges_without_sample + lost.ranges_without_sample,
         )
 
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
-        return {hooks.site.name: hooks.calls for hooks in self._hooks}
+        self._mark_graphs()
+        self._graphs.drain()
+        return {
+            hooks.site.name: hooks.calls + calls
+            for hooks, calls in zip(self._hooks, self._graphs.calls, strict=True)
+        }
+
+    @property
+    def called(self) -> bool:
+        """Whether any router was called, or compiled with its hooks."""
+        return self._graphs.writes or any(hooks.calls or hooks.misread for hooks in self._hooks)
+
+    @staticmethod
+    def recompile() -> None:
+        """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
+
+        For a tracer that was started after the first compiled call, and for models that shall run without
+        the recording that was compiled into them. The next call of everything compiled takes as long as its
+        first one did.
+        """
+        torch._dynamo.reset()
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""
@@ -213,9 +265,15 @@ class MoETracer:
     def _losses(self) -> Lost:
         return replace(
             self._lost,
-            overwritten=self._recorder.overwritten,
+            overwritten=self._recorder.overwritten + self._graphs.overwritten,
+            unreduced=self._recorder.unreduced,
+            padding_unknown=self._padding_unknown,
             misread={h.site.name: h.misread for h in self._hooks if h.misread is not None},
-            never_called=tuple(h.site.name for h in self._hooks if h.calls == 0 and h.misread is None),
+            never_called=tuple(
+                h.site.name
+                for h, in_graphs in zip(self._hooks, self._graphs.calls, strict=True)
+                if h.calls == 0 and in_graphs == 0 and h.misread is None
+            ),
         )
 
     # -- the model's own forward ----------------------------------------------------------------------
@@ -229,62 +287,80 @@ class MoETracer:
         return step >= self.warmup and (step - self.warmup) % self.every == 0
 
     def _set_level(self, level: Level) -> None:
+        if self._keeps_hooks:
+            for hooks in self._hooks:
+                hooks.muted = level == Level.OFF
+                hooks.set_level(max(level, hooks.level))
+            return
         for hooks in self._hooks:
             hooks.set_level(level)
 
+    def _graph_started(self) -> None:
+        """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
+        self._recorder.may_wait = False  # a graph's next replay overwrites the tensors that it returned
+        self._keeps_hooks = True
+        for hooks in self._hooks:
+            if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
+                hooks.set_level(Level.RANGES)
+
+    def _mark_graphs(self) -> None:
+        """All that graphs wrote since the last mark belongs to the step under way."""
+        if self._graphs.writes and self._active:
+            explicit = self._profiler is not None or self._explicit_step is not None
+            step = self._step() if explicit else None
+            sampled = step is None or self._samples_step(step)
+            self._graphs.mark(Segment(step, profiler_is_recording(), sampled))
+
     def _current_context(self) -> ForwardContext:
-        context = self._contexts.get(threading.get_ident())
+        context = self._forwards.current()
         if context is None:  # a submodule called on its own, or a replica's thread
             stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
-            context = ForwardContext(self._step(), stage)
+            step = self._step()
+            context = ForwardContext(step, stage, recorded=self._samples_step(step), of_model=False)
         return context
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or is_capturing():
+            self._graphs.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
+            return
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
+        self.abandon_calls()
         self._recorder.end_forward()  # recomputed calls of the backward before
         step = self._step()
         self._next_forward += 1
         self.forwards_seen += 1
-        if not self._samples_step(step):
-            self._set_level(Level.OFF)
+        sampled, profiled = self._samples_step(step), profiler_is_recording()
+        stage = self._inputs.stage(args, kwargs)
+        now_ns, thread = time.time_ns(), threading.get_native_id()
+        self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
+        context = ForwardContext(step, stage, epoch=self._graphs.epoch, recorded=sampled)
+        self._forwards.enter(context)
+        if not sampled:
+            self._want_level(Level.OFF)
             return
         self.forwards_recorded += 1
-        self._set_level(Level.RANGES if profiler_is_recording() else Level.RECORD)
-        self._contexts[threading.get_ident()] = self._describe_forward(step, args, kwargs)
+        self._want_level(Level.RANGES if profiled else Level.RECORD)
+        context.padding_T, unknown = self._inputs.padding(args, kwargs)
+        self._padding_unknown += unknown
+
+    def _want_level(self, level: Level) -> None:
+        """Hooks are shared: while several threads are in the model, the one that needs most has its way."""
+        with self._level_lock:
+            self._wanted[threading.get_ident()] = level
+            self._set_level(max(self._wanted.values()))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if output is None:
             self.abandon_calls()
         else:
             for hooks in self._hooks:
                 hooks.finish()
-        self._recorder.end_forward()
-
-    def _describe_forward(self, step: int, args: Any, kwargs: dict[str, Any]) -> ForwardContext:
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given.get("inputs_embeds")
-        length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        if torch.is_grad_enabled() and self.model.training:
-            stage: Stage = "train"
-        else:
-            stage = "decode" if length == 1 else "prefill"
-        return ForwardContext(step, stage, _padding(given.get("attention_mask"), length))
-
-
-def _padding(mask: Any, length: int | None) -> Tensor | None:
-    """[B * length] bool, True where the token is padding, from a 2-D mask that may cover a cache too."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or length is None or mask.shape[1] < length:
-        return None
-    return (mask[:, -length:] == 0).flatten()
-
-
-def _forward_parameter_names(model: nn.Module) -> Sequence[str]:
-    try:
-        return list(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        return []
+        if not is_capturing():
+            self._recorder.end_forward()
+        if self._forwards.leave():
+            self._wanted.pop(threading.get_ident(), None)
 
 
 def _describe_layers(layers: LayerSelector) -> Any:

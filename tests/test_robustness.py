@@ -256,6 +256,12 @@ def test_profiler_of_all_threads_holds_the_routing_of_each(tmp_path: Path) -> No
     assert len({(t, len(a)) for t, a in zip(*_columns(recorded, "thread", "assignments"), strict=True)}) == 2
     for tracer in tracers:
         assert all(s.placement is not None for s in tracer.samples())
+    # Models of one class have the same module paths, and are told apart all the same.
+    rows = moe_trace.read_summary(path).routers
+    assert len({row.info.name for row in rows}) == 6
+    for row, expected in zip(rows, [r for t in tracers for r in t.summary().routers], strict=True):
+        assert (row.assignments, row.calls) == (expected.assignments, expected.calls)
+        assert row.calls == 4
 
 
 def _columns(recorded: Any, *names: str) -> list[Any]:

@@ -344,8 +344,8 @@ def test_real_gpu_trace_is_placed_by_external_id(trace_path: Path, tmp_path: Pat
     host = {(e["name"], e["ts"]): e for e in events if e.get("cat") == "user_annotation"}
     device = {e["args"]["External id"]: e for e in events if e.get("cat") == "gpu_user_annotation"}
     lanes = {(e["name"], e["ts"], e["dur"]) for e in events if e.get("pid") == BAND_PID and e["ph"] == "X"}
-    assert len(lanes) == 2 * len(merged.placed) > 0
-    for sample in merged.placed:
+    assert len(lanes) == 2 * len(merged.placed[0]) > 0
+    for sample in merged.placed[0]:
         assert sample.placement is not None
         for kind in ("router", "experts"):
             own = host[f"moe.{kind}/{sample.site}", sample.placement.host[kind].start_us]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import gzip
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +17,11 @@ import msgspec
 from moe_trace.codec import encode_recording
 from moe_trace.errors import NothingRecorded, TraceFileError
 from moe_trace.files import whole_file
-from moe_trace.schema import METADATA_KEY, Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.timeline.band import Tracks, band_events
 from moe_trace.timeline.place import Placed, place_samples
 from moe_trace.timeline.scan import (
+    KEY_PREFIX,
     TraceTail,
     read_base_time_ns,
     read_splice,
@@ -35,7 +37,8 @@ _COPY_BYTES = 4 * 2**20
 class Merged:
     """What merging did: the samples of this trace with their placements, and what found no partner."""
 
-    placed: list[RoutingSample]
+    placed: list[list[RoutingSample]]
+    """By recording, in the order in which they were given."""
     lost: Lost
     """Only what this merge lost: samples without a range, ranges without a sample."""
 
@@ -119,7 +122,7 @@ def _decompress(path: Path, plain: Path) -> None:
     try:
         with gzip.open(path, "rb") as packed, plain.open("wb") as out:
             shutil.copyfileobj(packed, out, _COPY_BYTES)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TraceFileError(
             f"{path}: expected a gzip-compressed trace, but {error}; the file is truncated or of another "
             "kind - export it again"
@@ -137,15 +140,38 @@ def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Track
     with path.open("r+b") as file, _no_garbage_collection():
         _strip(file)
         tail = read_tail(file)
-        placed = _place(file, recordings, tail)
-        combined = _combine(recordings, placed)
+        named = _with_own_names(recordings)
+        placed = _place(file, named, tail)
+        combined = _combine(named, placed)
         events = band_events(combined.samples, rank=combined.rank, tracks=tracks)
         _splice(file, tail, b",\n".join(map(msgspec.json.encode, events)), combined)
     lost = Lost(
         samples_without_range=placed.samples_without_range,
         ranges_without_sample=placed.ranges_without_sample,
     )
-    return Merged(placed.samples, lost)
+    return Merged([_placed_of(one, own, placed) for one, own in zip(recordings, named, strict=True)], lost)
+
+
+def _with_own_names(recordings: Sequence[Recording]) -> list[Recording]:
+    """Recordings in which no two routers share a module path: models of one class have the same paths."""
+    names = [router.name for recording in recordings for router in recording.routers]
+    if len(set(names)) == len(names):
+        return list(recordings)
+    return [_prefixed(recording, f"model{i}.") for i, recording in enumerate(recordings)]
+
+
+def _prefixed(recording: Recording, prefix: str) -> Recording:
+    return replace(
+        recording,
+        routers=tuple(replace(router, name=prefix + router.name) for router in recording.routers),
+        samples=tuple(replace(sample, name=prefix + sample.name) for sample in recording.samples),
+    )
+
+
+def _placed_of(recording: Recording, named: Recording, placed: Placed) -> list[RoutingSample]:
+    """The placed samples of one recording, under the names that it gave them."""
+    original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
+    return [replace(s, name=original[s.name]) for s in placed.samples if s.name in original]
 
 
 @contextmanager
@@ -213,7 +239,7 @@ def _splice(file: BinaryIO, tail: TraceTail, events: bytes, recording: Recording
         file.seek(tail.events_end)
         file.write(addition)
         file.write(between)
-        file.write(f',\n"{METADATA_KEY}": '.encode())
+        file.write(KEY_PREFIX)
         file.write(encode_recording(recording, splice=splice))
         file.write(suffix)
         file.truncate()

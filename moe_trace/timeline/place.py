@@ -65,6 +65,7 @@ class _Timeline:
     def __init__(self, ranges: Iterable[RangeEvent]) -> None:
         self._by_thread: dict[tuple[RangeKind, str, Any], list[RangeEvent]] = defaultdict(list)
         self._threads: dict[tuple[RangeKind, str], set[Any]] = defaultdict(set)
+        self._seen: set[Any] = set()
         self._device: dict[Any, list[RangeEvent]] = defaultdict(list)
         self.routers: list[RangeEvent] = []
         for event in ranges:
@@ -79,13 +80,15 @@ class _Timeline:
             return
         self._by_thread[event.kind, event.site, event.tid].append(event)
         self._threads[event.kind, event.site].add(event.tid)
+        self._seen.add(event.tid)
         if event.kind == "router":
             self.routers.append(event)
 
     def enclosing(self, kind: RangeKind, sample: RoutingSample, time_us: float) -> RangeEvent | None:
         """The range of this sample's site that holds the time, on the sample's own thread if it has one."""
         threads = self._threads.get((kind, sample.site), set())
-        for thread in [sample.thread] if sample.thread in threads else sorted(threads, key=str):
+        # Another thread's range only in a trace that numbers its threads in another way altogether.
+        for thread in [sample.thread] if sample.thread in self._seen else sorted(threads, key=str):
             event = self._at(kind, sample.site, thread, time_us)
             if event is not None:
                 return event

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe_trace.errors import TraceFileError
-from moe_trace.schema import RANGE_NAME, RANGE_PREFIX, RangeKind, Span
+from moe_trace.schema import METADATA_KEY, RANGE_NAME, RANGE_PREFIX, RangeKind, Span
 
 _CHUNK = 4 * 2**20
 _EVENT_MAX = 64 * 2**10  # bytes of one event; ours are below 1 KiB
 _HEAD = 2**20
 _TAIL = 64 * 2**10
+_BASE_TIME = re.compile(rb'"baseTimeNanoseconds"\s*:\s*(\d+)')
 _SPLICE = re.compile(
     rb'"splice":\{"events_offset":(\d+),"events_bytes":(\d+),"key_offset":(\d+),"suffix_bytes":(\d+)\}\}'
 )
+KEY_PREFIX = f',\n"{METADATA_KEY}": '.encode()
 _DECODER = json.JSONDecoder()
 
 
@@ -59,7 +61,10 @@ def read_base_time_ns(file: BinaryIO) -> int:
             f"{file.name}: expected the Chrome trace JSON of torch.profiler, found {found!r}; "
             "give the .json or .json.gz file that prof.export_chrome_trace wrote"
         )
-    match = re.search(rb'"baseTimeNanoseconds"\s*:\s*(\d+)', head)
+    match = _BASE_TIME.search(head)
+    if match is None:  # other tools write their keys behind the events
+        file.seek(max(0, file.seek(0, 2) - _HEAD))
+        match = _BASE_TIME.search(file.read())
     return int(match.group(1)) if match else 0
 
 
@@ -90,10 +95,8 @@ def _needle(file: BinaryIO) -> bytes:
     file.seek(0)
     head = file.read(_HEAD)
     prefix = RANGE_PREFIX.encode()
-    for spelling in (b'"name": "', b'"name":"'):
-        if spelling in head:
-            return spelling + prefix
-    return b'"' + prefix
+    spelling = max((b'"name": "', b'"name":"'), key=head.count)
+    return (spelling if spelling in head else b'"') + prefix
 
 
 def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | None:
@@ -173,10 +176,16 @@ def _events_bracket(tail: bytes) -> int | None:
         except (ValueError, RecursionError):
             rest = None
         opened = tail[:position].rstrip()
-        if isinstance(rest, dict) and opened.endswith((b"}", b"[")):
+        if isinstance(rest, dict) and opened.endswith((b"}", b"[")) and not _is_another_array(opened):
             return position
         position = tail.rfind(b"]", 0, position)
     return None
+
+
+def _is_another_array(opened: bytes) -> bool:
+    """Whether the array that ends here began after the last event: a key of the top level behind them."""
+    start = max(opened.rfind(b'"ph"'), opened.rfind(b'"traceEvents"'))
+    return start >= 0 and re.search(rb'\]\s*,\s*"[^"]*"\s*:\s*\[', opened[start:]) is not None
 
 
 def _window(events: bytes) -> Span | None:
@@ -219,8 +228,22 @@ def read_splice(file: BinaryIO) -> Splice | None:
     if not found:
         return None
     splice = Splice(*map(int, found[-1]))
-    end = splice.events_offset + splice.events_bytes
-    return splice if end <= splice.key_offset < size - splice.suffix_bytes else None
+    if not _is_true(file, splice, size):
+        raise TraceFileError(
+            f"{file.name}: was merged by moe_trace and then changed by another tool, so that what was added "
+            "can no longer be told from the trace; merge into the original trace instead"
+        )
+    return splice
+
+
+def _is_true(file: BinaryIO, splice: Splice, size: int) -> bool:
+    """Whether our additions stand where the file says."""
+    if not splice.events_offset + splice.events_bytes <= splice.key_offset < size - splice.suffix_bytes:
+        return False
+    file.seek(splice.key_offset)
+    key_is_ours = file.read(len(KEY_PREFIX)) == KEY_PREFIX
+    file.seek(splice.events_offset)
+    return key_is_ours and (not splice.events_bytes or file.read(64).lstrip(b",\n").startswith(b'{"ph":"M"'))
 
 
 def trace_path_error(path: Path, error: OSError) -> TraceFileError:

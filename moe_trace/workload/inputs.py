@@ -18,7 +18,7 @@ _RANDOM_LENGTH = 128
 def read_prompts(path: Path) -> dict[str, str]:
     """Name -> text, from a JSON object or list of strings, or from a text file with a prompt per line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as prompts ({error})") from error
     if path.suffix != ".json":
@@ -62,14 +62,22 @@ def make_inputs(
         rows = batch or 1
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, _vocabulary(model), (rows, seq_len or _RANDOM_LENGTH), generator=generator)
-        return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+        return _for_model(model, ids.to(device), torch.ones_like(ids).to(device))
     rows = batch or len(texts)
     encoded = [_fit(tokenizer(texts[i % len(texts)])["input_ids"], seq_len) for i in range(rows)]
     length = max(map(len, encoded))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in encoded])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in encoded])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return _for_model(model, ids.to(device), mask.to(device))
+
+
+def _for_model(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """An encoder-decoder gets the same tokens for both halves."""
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
 
 
 def _fit(ids: list[int], length: int | None) -> list[int]:

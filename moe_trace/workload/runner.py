@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from moe_trace.errors import NothingRecorded, OutputError
+from moe_trace.errors import NothingRecorded, OutputError, UsageError
 from moe_trace.profiler import profile, tensorboard_trace_handler
 from moe_trace.summary import Summary
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import make_inputs, read_prompts
-from moe_trace.workload.models import choose_device, load_model
-from moe_trace.workload.steps import make_step
+from moe_trace.workload.models import ModelError, choose_device, load_model
+from moe_trace.workload.steps import Step, make_step
 
 OUTPUT_PATTERNS = ("*.pt.trace.json", "*.pt.trace.json.gz", "events.out.tfevents.*")
 Progress = Callable[[str, int, int], None]
@@ -40,13 +40,15 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
         OutputError: the folder holds files and `force` was not given, or cannot be written.
         NothingRecorded: no router was called in the recorded steps.
     """
-    _claim_folder(config)
+    earlier = _claim_folder(config)
     progress("loading the model", 0, config.warmup + config.steps)
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(
         config.model, device=device, dtype=_dtype(config, device), random_weights=config.random_weights
     )
+    if tokenizer is None and (config.prompt is not None or config.prompts_file is not None):
+        raise UsageError(f"{config.model} has no tokenizer, so prompts cannot be used; leave them out")
     inputs = make_inputs(
         model,
         tokenizer,
@@ -58,17 +60,29 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
     )
     step = make_step(model, inputs, mode=config.mode, max_new_tokens=config.max_new_tokens)
     total = config.warmup + config.steps
+    prof = _profiler(model, config, device)  # before the warm-up: it knows whether there is a router at all
     for done in range(config.warmup):
         progress("warming up", done, total)
-        step()
-    prof = _profiler(model, config, device)
+        _run(step, model)
     with prof:
         for done in range(config.steps):
             progress("recording", config.warmup + done, total)
-            step()
+            _run(step, model)
             prof.step()
         progress("writing the trace", total, total)
+    for file in earlier:  # only now: a run that fails leaves the one before it
+        file.unlink(missing_ok=True)
     return _result(prof, config)
+
+
+def _run(step: Step, model: torch.nn.Module) -> None:
+    try:
+        step()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{type(model).__name__} failed in its own forward: {str(error).splitlines()[0]}. Check --mode, "
+            "--seq-len, --dtype and the config"
+        ) from error
 
 
 def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -> profile:
@@ -98,8 +112,8 @@ def _result(prof: profile, config: RunConfig) -> RunResult:
     return RunResult(summary, traces[-1], files)
 
 
-def _claim_folder(config: RunConfig) -> None:
-    """Make the folder; with `force`, remove what an earlier run wrote into it, and nothing else."""
+def _claim_folder(config: RunConfig) -> list[Path]:
+    """Make the folder; returns what an earlier run wrote into it, which `force` allows to replace."""
     try:
         if config.out.exists() and not config.out.is_dir():
             raise OutputError(f"{config.out} is a file; give a folder with --out")
@@ -109,9 +123,8 @@ def _claim_folder(config: RunConfig) -> None:
                 f"{config.out} exists and is not empty; add --force to replace the run in it, "
                 "or choose another folder with --out"
             )
-        for file in earlier:
-            file.unlink()
         config.out.mkdir(parents=True, exist_ok=True)
+        return earlier
     except OSError as error:
         raise OutputError(
             f"{config.out}: cannot be written ({error.strerror}); choose another --out"
