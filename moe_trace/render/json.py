@@ -85,6 +85,7 @@ def _router(router: RouterSummary) -> dict[str, Any]:
         "flops": {
             "router": router.flops.router,
             "experts": router.flops.experts,
+            "shared": router.flops.shared,
             "total": router.flops.total,
         },
         "memory_max_bytes": router.memory_max_bytes,

@@ -49,7 +49,7 @@ def test_json_has_the_promised_keys(tmp_path: Path) -> None:
     clocks = first["latency_us"]
     assert set(clocks["host"]) == {"mean", "std", "min", "max", "p50", "p95", "p99", "total"}
     assert (clocks["host"]["p50"], clocks["device_span"]["p50"], clocks["device_busy"]["p50"]) == (20, 20, 8)
-    assert first["flops"] == {"router": 64 * 12, "experts": 24_000, "total": 24_768}
+    assert first["flops"] == {"router": 64 * 12, "experts": 24_000, "shared": 0, "total": 24_768}
     assert {"totals", "phases", "speed", "imbalance", "findings", "notes"} <= set(report)
 
 
