@@ -118,7 +118,8 @@ def is_free(port: int) -> bool:
 
 def start_tensorboard(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """In a process of its own, with its output going where ours goes."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST]
+    # -P: what happens to lie in the current folder must not stand in for an installed package.
+    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST]
     return subprocess.Popen([*command, "--port", str(port)])
 
 

@@ -89,7 +89,8 @@ def tensorboard(logdir: Path, scratch: Path, *flags: str) -> Iterator[str]:
     writes goes to `scratch`.
     """
     log = scratch / "tensorboard.log"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--load_fast=false"]
+    # -P: an old moe_trace.egg-info in the checkout would hide the entry points of the installed package.
+    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(logdir), "--load_fast=false"]
     command += ["--host=127.0.0.1", "--port=0", "--reload_interval=1", *flags]
     with log.open("wb") as output:
         # A session of its own: the profiler plugin starts processes to parse traces, and they must end too.
