@@ -16,6 +16,7 @@ _HOME = {
     "profile": "moe_trace.profiler",
     "tensorboard_trace_handler": "moe_trace.profiler",
     "MoETracer": "moe_trace.tracer",
+    "ScalarLogger": "moe_trace.scalar_logger",
     "find_routers": "moe_trace.routers",
     "register_contract": "moe_trace.contracts",
     "Reading": "moe_trace.contracts",
@@ -43,6 +44,7 @@ __all__ = [
     "Reading",
     "RouterSite",
     "RoutingSample",
+    "ScalarLogger",
     "SimpleBenchmark",
     "Summary",
     "find_routers",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from moe_trace.reader import read_summary
     from moe_trace.routers import RouterSite, find_routers
     from moe_trace.routing import replace_router
+    from moe_trace.scalar_logger import ScalarLogger
     from moe_trace.schema import RoutingSample
     from moe_trace.simple import MoEProfiler
     from moe_trace.summary import Summary

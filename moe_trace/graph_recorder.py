@@ -292,6 +292,14 @@ class GraphRecorder:
             self.ship()
             self._take()
 
+    def collect(self) -> None:
+        """Hand what was shipped to the recorder. Waits for the copies; may run on any thread."""
+        for shipped in list(self._shipped):
+            if shipped.copied is not None:
+                shipped.copied.synchronize()
+        with self._lock:
+            self._take()
+
     # -- attribution ----------------------------------------------------------------------------------
 
     def _take(self) -> None:

@@ -231,6 +231,22 @@ class Recorder:
             return list(_renumbered(samples, self._dropped))
         return samples
 
+    def take(self, *, reduce: bool = True) -> list[Any]:
+        """Remove all that is kept, without waiting for the device; `samples_of` turns it into samples."""
+        with self._lock:
+            if reduce:
+                self.reduce()
+                self._ship()
+            batches = list(self._on_host)
+            self._on_host.clear()
+            self._kept -= sum(len(batch.records) for batch in batches)
+        return batches
+
+    @staticmethod
+    def samples_of(batches: list[Any]) -> list[RoutingSample]:
+        """What `take` removed. Waits for the copies."""
+        return [sample for batch in batches for sample in _samples(batch)]
+
     def clear(self) -> None:
         """Forget everything recorded."""
         with self._lock:

@@ -10,7 +10,14 @@ from moe_trace.loads import describe_load
 from moe_trace.schema import RoutingSample
 
 # One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
-_GROUPS = ("load_max_over_mean", "load_cv", "router_entropy", "router_confidence", "skipped_share")
+_GROUPS = (
+    "load_max_over_mean",
+    "load_cv",
+    "router_entropy",
+    "router_confidence",
+    "skipped_share",
+    "aux_loss",
+)
 
 
 def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
@@ -50,6 +57,8 @@ def _figures(calls: Sequence[RoutingSample]) -> dict[str, float]:
         "router_confidence": _mean(calls, "confidence"),
         "skipped_share": sum(call.skipped for call in calls) / slots if slots else None,
     }
+    losses = [call.aux_loss for call in calls if call.aux_loss is not None]
+    found["aux_loss"] = sum(losses) / len(losses) if losses else None
     return {group: value for group in _GROUPS if (value := found[group]) is not None}
 
 

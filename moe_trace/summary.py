@@ -52,6 +52,8 @@ class Decisions:
     z_loss_mean: float | None
     k_mean: float | None
     k_histogram: tuple[int, ...]
+    aux_loss_mean: float | None = None
+    """Mean over calls of the load balancing loss (`RoutingSample.aux_loss`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,7 @@ def _decisions(samples: Sequence[RoutingSample], top_k: int) -> Decisions:
         z_loss_mean=_mean_over_tokens(samples, "z_loss"),
         k_mean=k_mean,
         k_histogram=tuple(histogram.tolist()),
+        aux_loss_mean=_mean_over_calls(samples, "aux_loss"),
     )
 
 
@@ -214,6 +217,11 @@ def _mean_over_tokens(samples: Sequence[RoutingSample], figure: str) -> float | 
     ]
     tokens = sum(weight for _, weight in weighted)
     return sum(value * weight for value, weight in weighted) / tokens if tokens else None
+
+
+def _mean_over_calls(samples: Sequence[RoutingSample], figure: str) -> float | None:
+    values = [value for s in samples if (value := getattr(s, figure)) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _latency(samples: Sequence[RoutingSample], busy_us: Mapping[SampleKey, float]) -> Latency:

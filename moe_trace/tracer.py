@@ -233,6 +233,23 @@ class MoETracer:
             ranges_without_sample=self._lost.ranges_without_sample + lost.ranges_without_sample,
         )
 
+    def samples_this_step(self) -> bool:
+        """Whether the step under way is recorded."""
+        return self._samples_step(self._step())
+
+    def take_batches(self) -> list[Any]:
+        """Remove what was recorded without waiting for the device; for `samples_of`, on any thread."""
+        if self._graphs.writes:
+            self._graphs.ship()
+        return self._recorder.take()
+
+    def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
+        """The samples that `take_batches` removed, and those of compiled code. Waits for the copies."""
+        if self._graphs.writes:
+            self._graphs.collect()
+            batches = batches + self._recorder.take(reduce=False)
+        return self._recorder.samples_of(batches)
+
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
         self._mark_graphs()

@@ -52,6 +52,7 @@ ON_TOP = RECORDING | {
     "integrations",
     "model_state",
     "routing",
+    "scalar_logger",
     "simple",
     "workload",
 }
