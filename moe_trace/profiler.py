@@ -89,6 +89,7 @@ def attach_tracer(prof: Any, tracer: MoETracer) -> None:
             tracers.append(tracer)
         return
     setattr(prof, _TRACERS, [tracer])
+    _mark_steps(prof)
     export = prof.export_chrome_trace
 
     @functools.wraps(export)
@@ -96,6 +97,21 @@ def attach_tracer(prof: Any, tracer: MoETracer) -> None:
         _export(lambda plain: export(plain, *args, **kwargs), Path(path), attached_tracers(prof))
 
     prof.export_chrome_trace = export_and_merge
+
+
+def _mark_steps(prof: Any) -> None:
+    """Forwards that run inside graphs are unseen by the host: at each step, tell the tracers how many."""
+    step = getattr(prof, "step", None)
+    if step is None:
+        return
+
+    @functools.wraps(step)
+    def mark_and_step(*args: Any, **kwargs: Any) -> Any:
+        for tracer in attached_tracers(prof):
+            tracer.mark_graphs()
+        return step(*args, **kwargs)
+
+    prof.step = mark_and_step
 
 
 def attached_tracers(prof: Any) -> Sequence[MoETracer]:

@@ -308,6 +308,12 @@ def _notes(recording: Recording) -> list[str]:
         )
     if lost.ranges_without_sample:
         notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
+    in_graphs = sum(s.in_graph for s in recording.samples)
+    if in_graphs:
+        notes.append(
+            f"{in_graphs} router calls were made inside compiled code or CUDA graphs: their decisions are "
+            "exact, but the routers have no time of their own there, and padding is not counted apart"
+        )
     nonfinite = sum(s.nonfinite_tokens for s in recording.samples)
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")

@@ -136,7 +136,7 @@ class MoETracer:
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
-        self._mark_graphs()
+        self.mark_graphs()
         warn_if_compiled_before(self)
         for handle in self._model_handles:
             handle.remove()
@@ -166,7 +166,7 @@ class MoETracer:
 
     def step(self) -> None:
         """End a step, where no attached profiler counts them."""
-        self._mark_graphs()
+        self.mark_graphs()
         self._explicit_step = (
             self._step() + 1 if self._explicit_step is not None else max(1, self._next_forward)
         )
@@ -190,7 +190,7 @@ class MoETracer:
 
     def samples(self) -> list[RoutingSample]:
         """One sample per recorded router call, in order of time. Waits for the device."""
-        self._mark_graphs()
+        self.mark_graphs()
         self._graphs.drain()
         placements = self._placements
         return [
@@ -252,7 +252,7 @@ class MoETracer:
 
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
-        self._mark_graphs()
+        self.mark_graphs()
         self._graphs.drain()
         return {
             hooks.site.name: hooks.calls + calls
@@ -320,7 +320,7 @@ class MoETracer:
             if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
                 hooks.set_level(Level.RANGES)
 
-    def _mark_graphs(self) -> None:
+    def mark_graphs(self) -> None:
         """All that graphs wrote since the last mark belongs to the step under way."""
         if self._graphs.writes and self._active:
             explicit = self._profiler is not None or self._explicit_step is not None

@@ -42,16 +42,20 @@ def place_samples(
     used: set[int] = set()
     for sample in samples:
         start_us = (sample.host_start_ns - base_time_ns) / 1000
-        if not sample.profiled or not _inside(start_us, window):
+        unseen = sample.in_graph and sample.host_start_ns == 0  # when it ran is not known, only that it did
+        if not sample.profiled or not (unseen or _inside(start_us, window)):
             continue
         router = timeline.enclosing("router", sample, start_us)
         if router is None:
+            if sample.in_graph:  # it has no range of its own, and lost none
+                placed.append(sample)
+                continue
             fused = sample.host_end_ns == sample.host_start_ns
             placed.append(replace(sample, placement=timeline.fused(sample, start_us) if fused else None))
             continue
         used.add(id(router))
         placed.append(replace(sample, placement=timeline.placement(router)))
-    without_range = sum(sample.placement is None for sample in placed)
+    without_range = sum(sample.placement is None and not sample.in_graph for sample in placed)
     return Placed(placed, without_range, len(timeline.routers) - len(used))
 
 

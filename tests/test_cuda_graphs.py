@@ -1,0 +1,183 @@
+"""CUDA graphs, by torch.compile and by hand: each replay is recorded, and graphs stay in use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity
+
+import moe_trace
+from models import tiny_olmoe, token_batch, watch_experts
+
+pytestmark = pytest.mark.cuda
+
+EXPERTS = 8
+BOTH = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gpu_model() -> Any:
+    model = tiny_olmoe(layers=2, hidden_size=64, intermediate_size=32).to("cuda", torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def ids(batch: int, length: int, seed: int) -> torch.Tensor:
+    return token_batch(batch, length, seed=seed)["input_ids"].cuda()
+
+
+def eager_counts(inputs: list[torch.Tensor]) -> list[list[int]]:
+    model = gpu_model()
+    with torch.no_grad(), watch_experts(model) as calls:
+        for tokens in inputs:
+            model(tokens, use_cache=False)
+    return [c.assignments(EXPERTS) for c in calls]
+
+
+def counts(tracer: moe_trace.MoETracer) -> list[list[int]]:
+    return [s.assignments.tolist() for s in sorted(tracer.samples(), key=lambda s: (s.call, s.layer))]
+
+
+@pytest.mark.parametrize("way", ["model", "layers"])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (4, 64)])
+@torch.no_grad()
+def test_reduce_overhead_keeps_its_graphs_and_records_every_call(
+    way: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = [ids(*shape, seed=i) for i in range(8)]
+    model = gpu_model()
+    options = {"mode": "reduce-overhead", "fullgraph": True}
+    with caplog.at_level(logging.INFO, "torch._inductor"), moe_trace.MoETracer(model) as tracer:
+        if way == "model":
+            forward = torch.compile(model, **options)
+        else:
+            for layer in model.model.layers:
+                layer.compile(**options)
+            forward = model
+        for tokens in inputs[:4]:
+            torch.compiler.cudagraph_mark_step_begin()
+            forward(tokens, use_cache=False)
+        with torch.profiler.profile(activities=BOTH) as prof:
+            for tokens in inputs[4:]:
+                torch.compiler.cudagraph_mark_step_begin()
+                forward(tokens, use_cache=False)
+            torch.cuda.synchronize()
+    assert counts(tracer) == eager_counts(inputs)
+    assert not [r for r in caplog.records if "skipping cudagraphs" in r.getMessage().lower()]
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    launches = [e for e in json.loads(path.read_bytes())["traceEvents"] if e["name"] == "cudaGraphLaunch"]
+    assert len(launches) == 4 * (1 if way == "model" else 2)
+
+
+@torch.no_grad()
+def test_compiled_decode_adds_no_synchronisation() -> None:
+    model = gpu_model()
+    tokens = ids(1, 1, seed=0)
+    with moe_trace.MoETracer(model) as tracer:
+        forward = torch.compile(model, mode="reduce-overhead")
+        for _ in range(5):
+            torch.compiler.cudagraph_mark_step_begin()
+            forward(tokens, use_cache=False)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2 * tracer._graphs._slots()):  # more than one shipment
+                torch.compiler.cudagraph_mark_step_begin()
+                forward(tokens, use_cache=False)
+                tracer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        slots = tracer._graphs._slots()
+    assert len(tracer.samples()) == 2 * (5 + 2 * slots)
+
+
+@torch.no_grad()
+def test_a_captured_graph_records_every_replay() -> None:
+    model = gpu_model()
+    static = ids(2, 8, seed=0)
+    inputs = [ids(2, 8, seed=i) for i in range(6)]
+    with moe_trace.MoETracer(model) as tracer:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(static, use_cache=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(static, use_cache=False)
+        for tokens in inputs:
+            static.copy_(tokens)
+            graph.replay()
+        torch.cuda.synchronize()
+    warm_up = eager_counts([inputs[0]] * 2)
+    assert counts(tracer) == warm_up + eager_counts(inputs)
+    assert [s.in_graph for s in tracer.samples() if s.layer == 0] == [False] * 2 + [True] * 6
+
+
+@torch.no_grad()
+def test_make_graphed_callables_records_every_replay() -> None:
+    """Modules with hooks of their own are refused by torch, so a block inside the model is graphed."""
+    model = gpu_model()
+    inputs = [ids(2, 8, seed=i) for i in range(4)]
+    with moe_trace.MoETracer(model) as tracer:
+        model(inputs[0], use_cache=False)
+        sample = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
+        for layer in model.model.layers:
+            layer.post_attention_layernorm = torch.cuda.make_graphed_callables(
+                layer.post_attention_layernorm, (sample,)
+            )
+        for tokens in inputs:
+            model(tokens, use_cache=False)
+    assert counts(tracer) == eager_counts([inputs[0], *inputs])
+
+
+def test_peak_memory_of_a_training_step_is_within_one_percent() -> None:
+    torch.manual_seed(0)
+    model = tiny_olmoe(layers=4, experts=16, hidden_size=512, intermediate_size=1024, vocab_size=8192)
+    model = model.to("cuda", torch.bfloat16).train()
+    model.set_experts_implementation("grouped_mm")
+    tokens = torch.randint(3, 8192, (8, 256), device="cuda")
+
+    def peak() -> int:
+        for _ in range(2):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            model.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    bare = peak()
+    with moe_trace.MoETracer(model):
+        traced = peak()
+    assert traced <= 1.01 * bare
+
+
+@torch.no_grad()
+def test_calls_on_another_stream_are_true() -> None:
+    model = gpu_model()
+    inputs = [ids(4, 32, seed=i) for i in range(20)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    with moe_trace.MoETracer(model) as tracer, warnings.catch_warnings():
+        for i, tokens in enumerate(inputs):
+            streams[i % 2].wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(streams[i % 2]):
+                model(tokens, use_cache=False)
+        torch.cuda.synchronize()
+    assert counts(tracer) == eager_counts(inputs)
