@@ -30,9 +30,12 @@ from moe_trace.ranges import profiler_is_recording
 from moe_trace.routers import RouterSite
 from moe_trace.schema import OWN_WORK_RANGE, Phase, RouterInfo, RoutingSample, Stage
 from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
+from moe_trace.streams import on_stream, stream_of_now
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
-_WAITING_BYTES_MAX = 2 * 2**20  # ... and beyond which a forward does not wait for the next ones
+# ... and beyond which a forward does not wait for the next ones. On a CPU the reduction would stop the model
+# for as long as it takes, so it waits while memory allows; a device works through it beside the host.
+_WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
 _WAITING_CALLS_MAX = 1024
 # Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
 # fits its cache takes half the time of one that does not.
@@ -64,6 +67,8 @@ class CallRecord:
 class _Pending:
     record: CallRecord
     reading: Reading
+    stream: int
+    """On which its tensors are made: elsewhere they might be read too early."""
 
 
 @dataclass(slots=True)
@@ -78,6 +83,7 @@ class _Batch:
     """Logits per token, which may be more than the experts; 0 without true logits."""
     ints: Any
     floats: Any
+    stream: int = 0
     copied: torch.cuda.Event | None = None
     samples: list[RoutingSample] | None = None
 
@@ -113,7 +119,7 @@ class Recorder:
 
     def add(self, record: CallRecord, reading: Reading) -> None:
         """Keep references to the call's tensors; reduce early if too much would be kept alive."""
-        pending, held = _Pending(record, reading), _held_bytes(reading)
+        pending, held = _Pending(record, reading, stream_of_now(reading.index_TK)), _held_bytes(reading)
         with self._lock:  # another thread may be taking the list away
             self._pending.append(pending)
             self._held_bytes += held
@@ -129,13 +135,17 @@ class Recorder:
                 memory = _allocated_bytes(fresh[0].reading.index_TK.device)
                 for item in fresh:
                     item.record.memory_bytes = memory
-            small = self._held_bytes <= _WAITING_BYTES_MAX and len(self._pending) <= _WAITING_CALLS_MAX
+            small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX
             if not (small and self.may_wait):
                 self.reduce()
                 return
             for item in fresh:
                 let_graph_go(item.reading)
             self._unfinished = len(self._pending)
+
+    def _waiting_bytes(self) -> int:
+        device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"
+        return _WAITING_BYTES_MAX.get(device, 0)
 
     def reduce(self) -> None:
         """Reduce all pending calls on their devices, without waiting for any."""
@@ -151,7 +161,8 @@ class Recorder:
     def _reduce_or_count(self, group: list[_Pending]) -> None:
         """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
         try:
-            self._store(_reduce_group(group))
+            with on_stream(group[0].reading.index_TK, group[0].stream):
+                self._store(_reduce_group(group))
         except Exception as error:
             self.unreduced += len(group)
             if self.unreduced == len(group):
@@ -205,7 +216,7 @@ class Recorder:
         for batch in self._on_host:
             _unpin_if_copied(batch)
         for device, batches in _by_device_and_width(self._on_device):
-            with torch.cuda.device(device), torch.no_grad():
+            with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
                 ints = copy_to_pinned(torch.cat([b.ints for b in batches]))
                 floats = copy_to_pinned(torch.cat([b.floats for b in batches]))
                 copied = torch.cuda.Event()
@@ -312,6 +323,7 @@ def _shape_key(item: _Pending) -> Any:
     reading = item.reading
     index, weights, logits = reading.index_TK, reading.weights_TK, reading.logits_TE
     return (
+        item.stream,
         index.shape,
         index.device,
         index.dtype,
@@ -345,6 +357,7 @@ def _reduce_group(group: list[_Pending]) -> _Batch:
         classes=0 if logits is None else logits.shape[-1],
         ints=stats.ints,
         floats=stats.floats,
+        stream=first.stream,
     )
 
 
@@ -370,8 +383,8 @@ def _allocated_bytes(device: torch.device) -> int | None:
 def _by_device_and_width(batches: list[_Batch]) -> Iterator[tuple[torch.device, list[_Batch]]]:
     groups: dict[Any, list[_Batch]] = {}
     for batch in batches:
-        groups.setdefault((batch.ints.device, batch.ints.shape[1]), []).append(batch)
-    for (device, _), group in groups.items():
+        groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
+    for (device, _, _), group in groups.items():
         yield device, group
 
 

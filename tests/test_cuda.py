@@ -160,7 +160,7 @@ def test_no_stream_is_waited_for_inside_a_range(tmp_path: Path) -> None:
     events = json.loads(path.read_bytes())["traceEvents"]
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("moe")]
     waits = [e for e in events if "Synchronize" in e.get("name", "")]
-    assert len(ranges) == 3 * 3 + 1
+    assert len(ranges) in (9, 10)  # with or without a reduction, which may wait for later forwards
     for wait in waits:
         assert not any(r["ts"] <= wait["ts"] <= r["ts"] + r["dur"] for r in ranges)
 

@@ -381,7 +381,9 @@ def test_router_outputs_are_let_go_unless_they_are_few(
     import gc
     import weakref
 
-    monkeypatch.setattr("moe_trace.recorder._WAITING_BYTES_MAX", waiting_bytes)
+    from moe_trace import recorder
+
+    monkeypatch.setitem(recorder._WAITING_BYTES_MAX, "cpu", waiting_bytes)
     model = tiny_olmoe(layers=1)
     alive: list[weakref.ref[torch.Tensor]] = []
 
