@@ -43,6 +43,7 @@ RECORDING = READING | {
     "routers",
     "scalars",
     "stats",
+    "streams",
     "tracer",
 }
 ON_TOP = RECORDING | {
@@ -77,10 +78,11 @@ ALLOWED = {
     "flops": {"contracts", "schema"},
     "routers": {"contracts", "errors", "flops", "schema"},
     "stats": set(),
+    "streams": set(),
     "ranges": set(),
     "environment": {"routers", "schema"},
     "device_clock": {"schema"},
-    "recorder": {"contracts", "ranges", "routers", "schema", "stats"},
+    "recorder": {"contracts", "ranges", "routers", "schema", "stats", "streams"},
     "compiled": set(),
     "graph_ring": {"contracts", "schema", "stats"},
     "graph_recorder": {"contracts", "graph_ring", "recorder", "routers", "schema"},
