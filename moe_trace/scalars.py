@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from moe_trace.load_image import load_picture, step_loads
 from moe_trace.loads import describe_load
 from moe_trace.schema import RoutingSample
 
@@ -19,9 +20,15 @@ _GROUPS = (
     "aux_loss",
 )
 
+IMAGE_TAG = "moe_load/layers_x_experts"
+IMAGES_MAX = 10  # TensorBoard shows no more of one tag, unless it is asked to
+
 
 def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
-    """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter."""
+    """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter.
+
+    And a picture of every expert's load, layers x experts, for some steps.
+    """
     if not samples:
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +36,8 @@ def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSampl
     with SummaryWriter(log_dir=str(folder)) as writer:
         for tag, value, step in scalar_points(samples):
             writer.add_scalar(tag, value, global_step=step)
+        for step, loads in step_loads(samples, IMAGES_MAX).items():
+            writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step, dataformats="HWC")
 
 
 def scalar_points(samples: Iterable[RoutingSample]) -> Iterator[tuple[str, float, int]]:

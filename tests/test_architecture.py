@@ -37,6 +37,7 @@ RECORDING = READING | {
     "graph_recorder",
     "graph_ring",
     "hooks",
+    "load_image",
     "profiler",
     "ranges",
     "recorder",
@@ -100,7 +101,8 @@ ALLOWED = {
         "schema",
     },
     "tracer": RECORDING - {"scalars", "stats", "flops"},
-    "scalars": {"loads", "schema"},
+    "scalars": {"load_image", "loads", "schema"},
+    "load_image": {"figures", "schema"},
     "profiler": RECORDING - {"stats", "flops"},
 }
 NO_TORCH = ["errors", "schema", "files", "loads", "codec", "summary", "timeline", "reading", "reader"]

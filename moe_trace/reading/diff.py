@@ -118,8 +118,11 @@ METRICS = (*(f"load_{name}" for name in LOADS), *MEANS, *QUANTILES)
 # -- comparing ----------------------------------------------------------------------------------------
 
 
-def compare(a: TraceSummary, b: TraceSummary) -> list[Change]:
+def compare(a: TraceSummary, b: TraceSummary, *, only: str | None = None) -> list[Change]:
     """Every metric that both sides have, for each router of both and for all together.
+
+    Args:
+        only: a router's label, or `all`: nothing else is computed.
 
     Raises:
         UsageError: no router is in both.
@@ -131,7 +134,8 @@ def compare(a: TraceSummary, b: TraceSummary) -> list[Change]:
     changes = []
     names = frozenset(info.name for info in shared)
     for site, chosen in [("all", names), *((info.site, frozenset([info.name])) for info in shared)]:
-        changes += _compare_sides(site, _side(a, chosen), _side(b, chosen))
+        if only is None or site == only:
+            changes += _compare_sides(site, _side(a, chosen), _side(b, chosen))
     return changes
 
 
@@ -217,7 +221,9 @@ def _load(side: _Side, name: str, rng: np.random.Generator) -> _Estimate:
         values.append(value)
         if len(loads) >= CALLS_MIN:
             times = rng.multinomial(len(loads), np.full(len(loads), 1 / len(loads)), RESAMPLES)
-            draws.append(_load_figures(times @ counts_NE, name))
+            # Floats multiply by BLAS, integers in a plain loop; sums this small are exact in both.
+            sums = times.astype(np.float64) @ counts_NE.astype(np.float64)
+            draws.append(_load_figures(sums, name))
     if not values:
         return None
     complete = len(draws) == len(values)

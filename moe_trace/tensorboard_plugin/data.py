@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ class Dashboard:
         """The heat map over all steps, and which steps and layers there are."""
         trace = self._trace(parameters)
         summary = self.store.summary(trace)
-        figure = expert_heat_map(summary)
+        figure = self.store.derived(trace, "map", lambda s: replace(expert_heat_map(s), frames=[]))
         routers = _loaded(summary)
         return {
             "steps": self.store.derived(trace, "steps", _Counts).steps.tolist(),
@@ -229,17 +230,17 @@ class Dashboard:
         """B against A: difference map, and every metric with its interval."""
         trace_a, trace_b = self._trace(parameters), self._trace(parameters, "_b")
         a, b = self.store.summary(trace_a), self.store.summary(trace_b)
-        changes = self.store.derived(trace_a, ("changes", trace_b.key), lambda _: compare(a, b))
-        site = parameters.get("site") or "all"
-        rows = [
-            (c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict)
-            for c in changes
-            if c.site == site
-        ]
+        names_b = {router.info.name for router in b.routers}
+        sites = ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
+        site = parameters.get("site") if parameters.get("site") in sites else "all"
+        changes = self.store.derived(
+            trace_a, ("changes", trace_b.key, site), lambda _: compare(a, b, only=site)
+        )
+        rows = [(c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict) for c in changes]
         figure = difference_map(a, b)
         headings = ("metric", "A", "B", "B − A", "relative", "interval from", "interval to", "verdict")
         return {
-            "sites": list(dict.fromkeys(c.site for c in changes)),
+            "sites": sites,
             "site": site,
             "map": plain_figure(figure) if figure.data else None,
             "table": plain_table(headings, rows),

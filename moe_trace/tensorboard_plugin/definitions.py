@@ -40,6 +40,12 @@ DEFINITIONS = {
     "device span": "From the range's first kernel to its last, gaps included.",
     "p50": "Half of the calls are at most this long.",
     "p95": "95 % of the calls are at most this long.",
+    "phase": "The part of the MoE call that a kernel or operator belongs to, by the structure of the "
+    "operators round it.",
+    "layers": "In how many MoE layers it ran.",
+    "count": "How many of them touch the range.",
+    "total µs": "Their time added up, not cut off where the range ends.",
+    "stretches": "How many parts are drawn; neighbours may be drawn as one.",
     "interval": "99 % bootstrap interval of B − A, over calls. A change counts if it leaves out 0.",
     "verdict": "changed: the interval leaves out 0. noise: it does not. few calls: under 5 on a side, so it "
     "cannot be told.",

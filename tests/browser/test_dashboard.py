@@ -44,6 +44,8 @@ class Board:
     logdir: Path
     demo: str
     """File name of the demo run's trace."""
+    rank_1: str
+    """That of the second rank's trace."""
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,12 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     (broken / f"{HOSTILE}.pt.trace.json").write_text("{")
     (broken / "foreign.pt.trace.json").write_text('{"traceEvents": []}')
     (broken / "half.pt.trace.json.gz").write_bytes((H200 / TRAIN).read_bytes()[:100_000])
-    demo = next(f.name for f in (logdir / "demo").iterdir() if ".pt.trace.json" in f.name)
+    demo, rank_1 = (
+        next(f.name for f in (logdir / run).glob(pattern))
+        for run, pattern in (("demo", "*.pt.trace.json*"), ("two_ranks", "rank1*.pt.trace.json*"))
+    )
     with tensorboard(logdir, tmp_path_factory.mktemp("scratch")) as url:
-        yield Board(url, logdir, demo)
+        yield Board(url, logdir, demo, rank_1)
 
 
 def record_two_ranks(folder: Path, store: Path) -> None:
@@ -89,7 +94,7 @@ def watch(page: Page) -> Iterator[Watch]:
 
 def runs_of(board: Board) -> dict[str, dict[str, str]]:
     return {
-        "demo": {"run": "demo", "trace": board.demo},
+        "demo": {"run": "demo", "trace": board.demo, "run_b": "two_ranks", "trace_b": board.rank_1},
         "h200": {"run": "h200_train", "trace": TRAIN},
         "two_ranks": {"run": "two_ranks"},
     }
@@ -294,14 +299,15 @@ def test_a_link_to_a_view_can_be_shared(page: Page, watch: Watch, board: Board, 
     frame = open_view(page, board.url, "overview", **runs_of(board)["demo"])
     frame.get_by_role("button", name="Routing", exact=True).click()
     wait_ready(frame, after=1)
-    frame.get_by_label("Layer").select_option("L03")
+    frame.get_by_label("Layer", exact=True).select_option("L03")
     frame.locator(".detail[data-site=L03]").wait_for()
     frame.get_by_label("Step", exact=True).fill("1")
     frame.locator("#routing-map[data-steps='1-1']").wait_for()
     shared = page.url
-    assert shared == address(
-        board.url, "routing", run="demo", trace=board.demo, **{"from": 1, "to": 1}, site="L03"
-    )
+    where = runs_of(board)["demo"]
+    b_side = {"run_b": where["run_b"], "trace_b": where["trace_b"]}
+    chosen = {"run": "demo", "trace": board.demo, "from": 1, "to": 1, "site": "L03", **b_side}
+    assert shared == address(board.url, "routing", **chosen)
     with offline_context(browser, Internet()) as other:
         second = other.new_page()
         second.goto(shared)

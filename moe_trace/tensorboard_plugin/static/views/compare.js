@@ -21,12 +21,14 @@ export async function show(place, context) {
   const answer = await context.ask("compare", {run_b, trace_b, site: context.state.site});
   if (!context.isCurrent() || isBroken(result, answer)) return;
   const cards = answer.map ? [figure(answer.map)] : [];
-  result.replaceChildren(...cards, metrics(answer, context));
+  const apart = el("p", {class: "panel"}, "No difference map: the two have different numbers of experts.");
+  result.replaceChildren(...(cards.length ? cards : [apart]), metrics(answer, context));
   await Promise.all(cards.map((card) => card.drawn));
 }
 
 function choices({runs, state}) {
-  return runs.flatMap((run) => run.traces
+  const ordered = [...runs].sort((a, b) => (b.run === state.run) - (a.run === state.run)); // other ranks first
+  return ordered.flatMap((run) => run.traces
     .filter((trace) => trace.state !== "broken" && !(run.run === state.run && trace.trace === state.trace))
     .map((trace) => [[run.run, trace.trace].join(SEPARATOR), `${run.run} / ${trace.label}`]));
 }
