@@ -25,12 +25,14 @@ def whole_file(target: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # a link stays a link
     folder = None
     try:
-        if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
-            yield target
-            return
-        folder = Path(tempfile.mkdtemp(prefix=".moe_trace-", dir=target.parent))
+        special = target.exists() and not target.is_file()
+        folder = Path(tempfile.mkdtemp(prefix=".moe_trace-", dir=None if special else target.parent))
         temporary = folder / target.name
         yield temporary
+        if special:  # a device or a pipe is written to, never replaced
+            with temporary.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            return
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)

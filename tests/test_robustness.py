@@ -159,6 +159,149 @@ def test_profiler_never_active_is_told_apart(tmp_path: Path) -> None:
     assert "moe_trace" not in json.loads(path.read_bytes())
 
 
+def test_trace_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    model = tiny_olmoe()
+    path = tmp_path / "trace.json"
+    with torch.no_grad(), torch.profiler.profile(activities=CPU) as other:
+        model(**token_batch())
+    other.export_chrome_trace(str(path))
+    before = path.read_bytes()
+    with torch.no_grad(), torch.profiler.profile(activities=CPU), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+    with pytest.raises(NothingRecorded, match="none of the samples was taken in the time"):
+        moe_trace.merge_into(path, tracer.samples())
+    assert path.read_bytes() == before
+
+
+def test_links_devices_and_modes_are_respected(tmp_path: Path) -> None:
+    model = tiny_olmoe(layers=1)
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    prof.export_chrome_trace(str(link))
+    assert link.is_symlink()
+    assert "moe_trace" in json.loads(real.read_bytes())
+    real.chmod(0o600)
+    prof.tracer.merge_into(link)
+    assert real.stat().st_mode & 0o777 == 0o600
+    pipe, received = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    prof.export_chrome_trace(str(pipe))
+    reader.join()
+    assert pipe.is_fifo()
+    assert "moe_trace" in json.loads(received[0])
+
+
+def test_changed_additions_are_refused(tmp_path: Path) -> None:
+    """Another tool saved the merged trace again: the offsets in it are no longer true."""
+    model = tiny_olmoe(layers=1)
+    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
+        model(**token_batch())
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    path.write_text(json.dumps(json.loads(path.read_bytes()), separators=(",", ":")))
+    before = path.read_bytes()
+    with pytest.raises(TraceFileError, match="changed by another tool"):
+        prof.tracer.merge_into(path)
+    assert path.read_bytes() == before
+
+
+def test_array_behind_the_events_is_not_taken_for_them(tmp_path: Path) -> None:
+    model = tiny_olmoe(layers=1)
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=CPU) as prof,
+        moe_trace.MoETracer(model) as tracer,
+    ):
+        model(**token_batch())
+    path = tmp_path / "trace.json"
+    prof.export_chrome_trace(str(path))
+    text = path.read_text().rstrip()
+    path.write_text(text[:-1] + ', "extra": [{"a": 1}]}')
+    moe_trace.merge_into(path, tracer.samples())
+    data = json.loads(path.read_bytes())
+    assert data["extra"] == [{"a": 1}]
+    assert any(e.get("pid", 0) == 9_000_000 for e in data["traceEvents"])
+
+
+def test_interrupted_call_is_not_finished_by_the_next_one() -> None:
+    """Ctrl-C in a notebook, caught while the tracer stays on."""
+    model = tiny_olmoe()
+    gate, experts = model.model.layers[0].mlp.gate, model.model.layers[1].mlp.experts
+    with torch.no_grad(), warnings.catch_warnings(), moe_trace.MoETracer(model) as tracer:
+        warnings.simplefilter("error")
+        for module in (gate, experts):
+            module.forward = _raiser(KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**token_batch())
+            del module.forward
+        with watch_experts(model) as calls:
+            model(**token_batch())
+    last = [s for s in tracer.samples() if s.step == 2]
+    assert [s.assignments.tolist() for s in last] == [c.assignments(8) for c in calls]
+    assert tracer.summary().lost.misread == {}
+
+
+def test_threads_with_different_needs_lose_nothing_and_are_left_clean() -> None:
+    """Every second step of two threads: one thread's idle step must not take the other's hooks off."""
+    model = tiny_olmoe(layers=2)
+    barrier = threading.Barrier(2)
+
+    def work() -> None:
+        barrier.wait()
+        with torch.no_grad():
+            for _ in range(60):
+                model(**token_batch(1, 4))
+
+    with warnings.catch_warnings(), moe_trace.MoETracer(model, every=2) as tracer:
+        warnings.simplefilter("error")
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    counts = [list(tracer.calls_by_router().values())]
+    assert counts == [[tracer.forwards_recorded] * 2]
+    assert tracer.summary().lost.misread == {}
+    assert hook_count(model) == 0
+
+
+def test_stopping_in_the_middle_of_another_threads_forward() -> None:
+    model = tiny_olmoe(layers=1)
+    inside, go_on = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def wait(module: Any, args: Any) -> None:
+        inside.set()
+        go_on.wait(20)
+
+    handle = model.model.layers[0].mlp.experts.register_forward_pre_hook(wait)
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                model(**token_batch())
+        except BaseException as error:
+            errors.append(error)
+
+    tracer = moe_trace.MoETracer(model)
+    tracer.start()
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(20)
+    tracer.stop()
+    go_on.set()
+    thread.join()
+    handle.remove()
+    assert errors == []
+    assert hook_count(model) == 0
+
+
 def test_ring_overflow_is_counted() -> None:
     model = tiny_olmoe()
     with torch.no_grad(), moe_trace.MoETracer(model, capacity=7) as tracer:

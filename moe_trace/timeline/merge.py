@@ -115,6 +115,11 @@ def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Trac
             with target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, _COPY_BYTES)
             merged = merge_in_place(target, recordings, tracks=tracks)
+        if not any(merged.placed):
+            raise NothingRecorded(
+                f"{path}: none of the samples was taken in the time that this trace covers; it was left as "
+                "it was - merge into the trace of the run that the samples come from"
+            )
     return merged
 
 

@@ -185,7 +185,7 @@ def _events_bracket(tail: bytes) -> int | None:
 def _is_another_array(opened: bytes) -> bool:
     """Whether the array that ends here began after the last event: a key of the top level behind them."""
     start = max(opened.rfind(b'"ph"'), opened.rfind(b'"traceEvents"'))
-    return start >= 0 and re.search(rb'\]\s*,\s*"[^"]*"\s*:\s*\[', opened[start:]) is not None
+    return start >= 0 and re.search(rb'\][^\[\]]*"[^"]*"\s*:\s*\[\s*\{', opened[start:]) is not None
 
 
 def _window(events: bytes) -> Span | None:
