@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""What moe_trace costs in compiled decode, in training, and always on; and what the usual ways cost.
+
+    python scripts/bench_graphs.py                      # a small model on the CPU
+    python scripts/bench_graphs.py --device cuda        # OLMoE-1B-7B's true shape, random weights
+    python scripts/bench_graphs.py --only scalars,usual --markdown table.md
+
+Pairs and ratios as in bench_overhead.py. Compiled code holds the hooks that were on when it was compiled,
+so bare and traced are two compilations of the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_overhead import Bench, Step, heading, hooked, markdown_row, nothing, prefill_step
+
+import moe_trace
+
+
+def compiled_decode(bench: Bench, batch: int) -> None:
+    """One token a sequence, whole model compiled with CUDA graphs (CPU: without), 0 tokens of cache."""
+    mode = "reduce-overhead" if bench.on_gpu else "default"
+    bench.model.set_experts_implementation("grouped_mm")
+    token = bench.tokens(batch, 1)
+    tracer = moe_trace.MoETracer(bench.model)
+
+    def compiled() -> Any:
+        # A function of its own for each, so that neither's code is in the other's cache.
+        namespace: dict[str, Any] = {"model": bench.model}
+        exec("def forward(tokens):\n    return model(tokens, use_cache=False).logits", namespace)
+        return torch.compile(namespace["forward"], mode=mode, fullgraph=True)
+
+    bare, traced, current = compiled(), compiled(), []
+
+    def stepping(forward: Any) -> Callable[[], Any]:
+        @contextmanager
+        def use() -> Iterator[None]:
+            current[:] = [forward]
+            yield
+
+        return use
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        current[0](token)
+
+    for forward in (bare, traced):
+        if forward is traced:
+            tracer.start()
+        current[:] = [forward]
+        for _ in range(4):  # compiled, warmed up, captured
+            step()
+    # The tracer stays on: code compiled before it has no hooks and does not see them; with the hooks off,
+    # the traced half would be compiled again without them.
+    before = len(tracer.samples())
+    name = f"compiled decode, batch {batch}, {'CUDA graphs' if bench.on_gpu else 'no CUDA graphs'}"
+    bench.compare(name, step, bare=stepping(bare), traced=stepping(traced), bound=1.01, repeat=50)
+    assert len(tracer.samples()) > before, "the traced half must record"
+    tracer.stop()
+    torch._dynamo.reset()
+
+
+def training_step(bench: Bench) -> Step:
+    rows, length = (8, 1024) if bench.on_gpu else (2, 64)
+    ids = bench.tokens(rows, length)
+    bench.model.train()
+    bench.model.gradient_checkpointing_enable()
+
+    def step() -> None:
+        bench.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        bench.model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def training(bench: Bench) -> None:
+    step = training_step(bench)
+    bench.compare("training step, checkpointing", step, bare=nothing, traced=hooked(bench), bound=1.005)
+    bench.model.eval()
+
+
+def scalars(bench: Bench) -> None:
+    """Every step's scalars to TensorBoard, always on."""
+    plain = training_step(bench)
+    logger: list[Any] = []
+
+    @contextmanager
+    def logging() -> Iterator[None]:
+        with tempfile.TemporaryDirectory() as folder, moe_trace.MoETracer(bench.model) as tracer:
+            with moe_trace.ScalarLogger(tracer, folder) as running:
+                logger[:] = [running]
+                yield
+                logger.clear()
+
+    def step() -> None:
+        plain()
+        if logger:
+            logger[0].step()
+
+    bench.compare(
+        "always-on scalars, training step", step, bare=nothing, traced=logging, bound=1.005, repeat=2
+    )
+    bench.model.eval()
+
+
+def usual(bench: Bench) -> None:
+    """The way it is usually done, for comparison: a hook that waits, and one that loops over the tokens."""
+
+    def counting(look: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
+        @contextmanager
+        def use() -> Iterator[None]:
+            handles = [
+                layer.mlp.experts.register_forward_pre_hook(lambda module, args: look(args[1]))
+                for layer in bench.model.model.layers
+            ]
+            yield
+            for handle in handles:
+                handle.remove()
+
+        return use
+
+    experts = bench.model.config.num_experts
+
+    def wait(index: torch.Tensor) -> Any:
+        return torch.bincount(index.cpu().flatten(), minlength=experts).tolist()
+
+    def loop(index: torch.Tensor) -> Any:
+        counts = [0] * experts
+        for token in index:
+            for expert in token:
+                counts[int(expert)] += 1
+        return counts
+
+    ids = bench.tokens(1, 128)
+
+    @torch.no_grad()
+    def short() -> None:
+        bench.model(ids, use_cache=False)
+
+    long = prefill_step(bench)
+    bench.compare(
+        "usual: .cpu() in the hook, long forward", long, bare=nothing, traced=counting(wait), bound=None
+    )
+    bench.compare(
+        "usual: .cpu() in the hook, 128 tokens", short, bare=nothing, traced=counting(wait), bound=None
+    )
+    bench.compare("usual: loop over 128 tokens", short, bare=nothing, traced=counting(loop), bound=None)
+    bench.compare("moe_trace, 128 tokens", short, bare=nothing, traced=hooked(bench), bound=None)
+
+
+WORKLOADS: dict[str, Callable[[Bench], None]] = {
+    "decode1": lambda bench: compiled_decode(bench, 1),
+    "decode64": lambda bench: compiled_decode(bench, 64),
+    "training": training,
+    "scalars": scalars,
+    "usual": usual,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, comma-separated")
+    parser.add_argument("--markdown", type=Path, help="write the table here too")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.device, arguments.pairs)
+    print(heading(bench), flush=True)
+    for name in arguments.only.split(","):
+        WORKLOADS[name](bench)
+    if arguments.markdown:
+        rows = "\n".join(map(markdown_row, bench.rows))
+        arguments.markdown.write_text(f"{heading(bench)}\n{rows}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
