@@ -10,3 +10,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 moe-trace run --model demo --steps 4 --out runs/demo --force "$@"
 moe-trace report runs/demo
+
+printf '\nSee it in TensorBoard, in the tab "MoE":\n  %s\n' ".venv/bin/moe-trace view runs/demo --open"
