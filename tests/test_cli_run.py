@@ -85,6 +85,27 @@ def test_modes_on_a_config_with_random_weights(
     assert samples["tokens"][0] == 32
 
 
+def test_several_lengths_and_named_texts_are_compared(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.json"
+    texts.write_text(
+        json.dumps({"prose": "In the beginning was the word.", "code": "def f(x): return x + 1"})
+    )
+    done = moe_trace(
+        "run", "--prompts-file", texts, "--seq-len", "16,32", "--steps", 1, "--out", tmp_path / "o"
+    )
+    assert done.returncode == 0, done.stderr
+    folders = ["code-16", "code-32", "prose-16", "prose-32"]
+    assert sorted(f.name for f in (tmp_path / "o").iterdir()) == folders
+    comparison = done.stdout.split("Comparison")[1]
+    for name, tokens in (("prose 16", 16), ("prose 32", 32), ("code 16", 16), ("code 32", 32)):
+        (row,) = re.findall(rf"^{name} +(\d+) .*$", comparison, re.MULTILINE)
+        assert int(row) == tokens
+    assert the_trace(tmp_path / "o" / "code-32")["moe_trace"]["samples"]["tokens"] == [32] * 4  # type: ignore[index]
+    lengths = moe_trace("run", "--seq-len", "8,24", "--batch", 1, "--steps", 1, "--out", tmp_path / "l")
+    assert lengths.returncode == 0, lengths.stderr
+    assert sorted(f.name for f in (tmp_path / "l").iterdir()) == ["seq-24", "seq-8"]
+
+
 def test_layers_every_and_shapes(config: Path, tmp_path: Path) -> None:
     options = ("--layers", "L01", "--every", 2, "--steps", 4, "--record-shapes", "--with-stack")
     done = moe_trace("run", "--model", config, "--random-weights", *options, "--out", tmp_path / "o")
@@ -116,6 +137,8 @@ def test_full_folder_needs_force_which_touches_only_our_files(config: Path, tmp_
         (["run", "--model", "{config}"], 2, "add --random-weights"),
         (["run", "--model", "{tmp}/nothing"], 7, "cannot load the model"),
         (["run", "--steps", "0"], 2, "--steps must be at least 1"),
+        (["run", "--seq-len", "32,zero"], 2, "expected whole numbers"),
+        (["run", "--device", "abc", "--out", "{tmp}/o"], 2, "expected auto, cpu or cuda"),
         (["run", "--prompt", "a", "--prompts-file", "b"], 2, "not both"),
         (["run", "--prompts-file", "{tmp}/none.txt", "--out", "{tmp}/o"], 2, "cannot be read as prompts"),
         (["run", "--layers", "77", "--out", "{tmp}/o"], 2, "layers= names ['77']"),

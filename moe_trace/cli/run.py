@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.console import console
+from moe_trace.errors import UsageError
 from moe_trace.workload.config import DTYPES, RunConfig
 
 
@@ -34,12 +35,17 @@ class RunCommand:
         )
         add("--random-weights", action="store_true", help="build the model from its config alone")
         add("--prompt", metavar="TEXT")
-        add("--prompts-file", type=Path, metavar="F", help="a prompt per line, or JSON: name -> text")
+        add(
+            "--prompts-file",
+            type=Path,
+            metavar="F",
+            help="a prompt per line; JSON name -> text: a run of each",
+        )
         add("--mode", choices=("prefill", "generate", "train"), default=d.mode)
         add("--steps", type=int, default=d.steps, metavar="N", help=f"recorded steps (default {d.steps})")
         add("--warmup", type=int, default=d.warmup, metavar="N", help=f"steps before (default {d.warmup})")
         add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
-        add("--seq-len", type=int, metavar="T", help="tokens per sequence (default: the longest prompt's)")
+        add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
         add("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="N", help="for --mode generate")
         add("--device", default=d.device, metavar="auto|cpu|cuda")
         add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
@@ -54,12 +60,22 @@ class RunCommand:
         """Record, then print figures, files and what to do next."""
         values = vars(arguments).copy()
         values["layers"] = parse_layers(values["layers"])
+        lengths = parse_lengths(values.pop("seq_len"))
         config = RunConfig(**values)
-        result = _run_with_progress(config)
+        from moe_trace.render.study import render_comparison
         from moe_trace.render.text import render_text
+        from moe_trace.workload.study import variants
 
-        print(render_text(result.summary))
-        _print_files(result.files)
+        runs = variants(config, lengths)
+        results = []
+        for name, one in runs:
+            result = _run_with_progress(one)
+            results.append((name, result.summary))
+            print(f"== {name}\n" if len(runs) > 1 else "", end="")
+            print(render_text(result.summary))
+            _print_files(result.files)
+        if len(runs) > 1:
+            print(f"\n{render_comparison(results)}", end="")
         _print_next(config.out, result.trace)
         return 0
 
@@ -70,6 +86,18 @@ def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     return tuple(int(part) if part.isdigit() else part for part in parts)
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...]:
+    """`32,128` -> (32, 128).
+
+    Raises:
+        UsageError: not whole numbers of at least 1.
+    """
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) >= 1 for part in parts) or (text is not None and not parts):
+        raise UsageError(f"--seq-len {text}: expected whole numbers of at least 1, separated by commas")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
