@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +15,27 @@ from moe_trace.figures_routing import difference_map, layer_figures, layer_summa
 from moe_trace.figures_time import time_figures
 from moe_trace.figures_timeline import timeline_figure
 from moe_trace.loads import describe_load
-from moe_trace.reading.analysis import TraceSummary
 from moe_trace.reading.diff import compare
 from moe_trace.reading.lanes import Clock, Lanes, Pieces, add_up, find_lanes, join_pieces
-from moe_trace.summary import RouterSummary
 from moe_trace.tensorboard_plugin.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.tensorboard_plugin.definitions import DEFINITIONS
 from moe_trace.tensorboard_plugin.overview import overview
-from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key, number_text, plain_figure, plain_table
+from moe_trace.tensorboard_plugin.parameters import Parameters, integer, step_range, time_window
+from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key, plain_figure, plain_table
 from moe_trace.tensorboard_plugin.ranks import rank_digest, ranks
+from moe_trace.tensorboard_plugin.routing import (
+    StepCounts,
+    equal_share_row,
+    layer_facts,
+    loaded_routers,
+    step_label,
+)
 from moe_trace.tensorboard_plugin.store import Store
 
 KERNELS_MAX = 100
 NAME_MAX = 400
 PIXELS = 1500
 """Stretches of the timeline are told apart down to this part of the window."""
-Parameters = Mapping[str, str]
 
 
 class Dashboard:
@@ -118,9 +123,9 @@ class Dashboard:
         trace = self._trace(parameters)
         summary = self.store.summary(trace)
         figure = self.store.derived(trace, "map", lambda s: replace(expert_heat_map(s), frames=[]))
-        routers = _loaded(summary)
+        routers = loaded_routers(summary)
         return {
-            "steps": self.store.derived(trace, "steps", _Counts).steps.tolist(),
+            "steps": self.store.derived(trace, "steps", StepCounts).steps.tolist(),
             "sites": [router.info.site for router in routers],
             "worst": worst.info.site if (worst := summary.which_layer_is_most_uneven()) is not None else None,
             "map": plain_figure(figure) if figure.data else None,
@@ -129,9 +134,9 @@ class Dashboard:
     def heat_impl(self, parameters: Parameters) -> Plain:
         """The heat map's numbers and its table, of some steps."""
         trace = self._trace(parameters)
-        counts = self.store.derived(trace, "steps", _Counts)
-        chosen = counts.between(*_step_range(parameters, counts.steps))
-        routers = _loaded(self.store.summary(trace))
+        counts = self.store.derived(trace, "steps", StepCounts)
+        chosen = counts.between(*step_range(parameters, counts.steps))
+        routers = loaded_routers(self.store.summary(trace))
         rows = []
         for router, load_E in zip(routers, chosen, strict=True):
             load = describe_load(load_E)
@@ -148,30 +153,35 @@ class Dashboard:
             "busiest expert",
             "dead experts",
         )
-        return {"z": [_relative(row, counts.width) for row in chosen], "table": plain_table(headings, rows)}
+        return {
+            "z": [equal_share_row(row, counts.width) for row in chosen],
+            "table": plain_table(headings, rows),
+        }
 
     def layer_impl(self, parameters: Parameters) -> Plain:
         """One layer: its load sorted and over time, its decisions, its lost slots."""
         trace = self._trace(parameters)
         summary = self.store.summary(trace)
-        routers = _loaded(summary)
+        routers = loaded_routers(summary)
         index = next((i for i, r in enumerate(routers) if r.info.site == parameters.get("site")), None)
         if index is None:
             raise KeyError("layer of that name")
         router = routers[index]
-        counts = self.store.derived(trace, "steps", _Counts)
-        first, last = _step_range(parameters, counts.steps)
+        counts = self.store.derived(trace, "steps", StepCounts)
+        first, last = step_range(parameters, counts.steps)
         one = self.store.derived(
             trace, ("layer", router.info.name), lambda summary: layer_summary(summary, router)
         )
         label = (
-            "all steps" if (first, last) == (0, len(counts.steps) - 1) else _label(counts.steps, first, last)
+            "all steps"
+            if (first, last) == (0, len(counts.steps) - 1)
+            else step_label(counts.steps, first, last)
         )
         found = layer_figures(one, counts.between(first, last)[index], label)
         place = summary.routers.index(router)
         return {
             "site": router.info.site,
-            "facts": _layer_facts(router, place),
+            "facts": layer_facts(router, place),
             "figures": figures_by_key(found),
         }
 
@@ -187,7 +197,7 @@ class Dashboard:
             return {"steps": [], "figure": None}
         pieces = lanes.of_step(step, clock)
         origin, end = int(pieces.start_ns.min()), int(pieces.end_ns.max())
-        window = _window(parameters, origin, end)
+        window = time_window(parameters, origin, end)
         segments = join_pieces(pieces.within(*window), (window[1] - window[0]) // PIXELS)
         figure = timeline_figure(lanes, segments, step=step, clock=clock, origin_ns=origin, window_ns=window)
         return {
@@ -205,7 +215,7 @@ class Dashboard:
         if step is None:
             return {"table": None}
         pieces = lanes.of_step(step, clock)
-        pieces = pieces.within(*_window(parameters, int(pieces.start_ns.min()), int(pieces.end_ns.max())))
+        pieces = pieces.within(*time_window(parameters, int(pieces.start_ns.min()), int(pieces.end_ns.max())))
         work = add_up(pieces, lanes)
         total = sum(w.total_us for w in work)
         rows = [
@@ -275,100 +285,5 @@ class Dashboard:
         steps = sorted({lanes.samples[b].step for b in np.unique(pieces.block).tolist()})
         if not steps:
             return lanes, steps, None, clock
-        step = _integer(parameters, "step", steps[0])
+        step = integer(parameters, "step", steps[0])
         return lanes, steps, step if step in steps else steps[0], clock
-
-
-class _Counts:
-    """Running sums of the assignments over steps, so that any range of steps is one subtraction."""
-
-    def __init__(self, summary: TraceSummary) -> None:
-        routers = _loaded(summary)
-        forward = [s for s in summary.samples if s.phase == "forward"]
-        self.steps = np.array(sorted({s.step for s in forward}), dtype=np.int64)
-        self.sizes = [len(router.assignments) for router in routers]
-        self.width = max(self.sizes, default=0)
-        row_of = {router.info.name: i for i, router in enumerate(routers)}
-        place = {int(step): i for i, step in enumerate(self.steps)}
-        sums_SLE = np.zeros((len(self.steps) + 1, len(routers), self.width), dtype=np.int64)
-        for sample in forward:
-            row = row_of.get(sample.name)
-            if row is not None:
-                sums_SLE[place[sample.step] + 1, row, : len(sample.assignments)] += sample.assignments
-        self._sums = sums_SLE.cumsum(0)
-
-    def between(self, first: int, last: int) -> list[np.ndarray]:
-        """Assignments of each layer from the first to the last position, both included."""
-        chosen = self._sums[last + 1] - self._sums[first]
-        return [row[:size] for row, size in zip(chosen, self.sizes, strict=True)]
-
-
-def _loaded(summary: TraceSummary) -> list[RouterSummary]:
-    return [router for router in summary.routers if sum(router.assignments)]
-
-
-def _relative(load_E: np.ndarray, width: int) -> list[float | None]:
-    total = int(load_E.sum())
-    row: list[float | None] = [None] * width
-    if total:
-        row[: len(load_E)] = np.round(load_E * (len(load_E) / total), 4).tolist()
-    return row
-
-
-def _layer_facts(router: RouterSummary, place: int) -> list[Plain]:
-    load, decisions = router.load, router.decisions
-    numbers: Iterable[tuple[str, str, float | None]] = [
-        ("calls", "calls", router.calls),
-        ("tokens", "tokens", router.tokens),
-        ("max÷mean", "load.max_over_mean", load.max_over_mean),
-        ("CV", "load.cv", load.cv),
-        ("Gini", "load.gini", load.gini),
-        ("entropy", "load.entropy", load.entropy),
-        ("router entropy", "router.entropy_mean", decisions.entropy_mean),
-        ("router confidence", "router.confidence_mean", decisions.confidence_mean),
-        ("skipped", "skipped", router.skipped),
-        ("padding", "padding_assignments", router.padding_assignments),
-    ]
-    return [
-        {"label": label, "text": number_text(value), "value": value, "path": f"routers.{place}.{path}"}
-        for label, path, value in numbers
-        if value is not None
-    ]
-
-
-def _integer(parameters: Parameters, name: str, default: int) -> int:
-    text = parameters.get(name, "")
-    if not text:
-        return default
-    if not text.removeprefix("-").isdecimal() or len(text) > 18:
-        raise ValueError(f"found {name}={text[:40]!r}, expected a whole number")
-    return int(text)
-
-
-def _step_range(parameters: Parameters, steps: np.ndarray) -> tuple[int, int]:
-    """Positions in `steps`; all of them by default."""
-    last = len(steps) - 1
-    first_given, last_given = _integer(parameters, "from", 0), _integer(parameters, "to", last)
-    if not 0 <= first_given <= last_given <= last:
-        raise ValueError(f"found steps {first_given} to {last_given}, expected positions from 0 to {last}")
-    return first_given, last_given
-
-
-def _label(steps: np.ndarray, first: int, last: int) -> str:
-    return f"step {steps[first]}" if first == last else f"steps {steps[first]} to {steps[last]}"
-
-
-def _window(parameters: Parameters, origin_ns: int, end_ns: int) -> tuple[int, int]:
-    """From `start` to `end`, in µs since the origin, within the step."""
-    bounds = []
-    for name, default in (("start", 0.0), ("end", (end_ns - origin_ns) / 1000)):
-        text = parameters.get(name, "")
-        try:
-            value = float(text) if text else default
-        except ValueError:
-            raise ValueError(f"found {name}={text[:40]!r}, expected microseconds") from None
-        if not abs(value) < 1e12:
-            raise ValueError(f"found {name}={text[:40]!r}, expected microseconds")
-        bounds.append(origin_ns + round(value * 1000))
-    start, end = max(origin_ns, bounds[0]), min(end_ns, bounds[1])
-    return (start, end) if start < end else (origin_ns, end_ns)
