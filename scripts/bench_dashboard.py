@@ -154,12 +154,15 @@ def report_browser(folder: Path, steps: int) -> int:
         frame = open_view(page, url, "overview")
         first_s = time.perf_counter() - start
         frame = open_view(page, url, "routing")
-        slowest_ms = max(frame.evaluate(SLIDE_SCRIPT, steps // 2 + i) for i in range(10))
+        times_ms = sorted(frame.evaluate(SLIDE_SCRIPT, steps // 2 + i) for i in range(21))
     print(
         f"{'first view in Chromium':32} {first_s:8.3f} s  from the address, TensorBoard's own page included"
     )
-    print(f"{'slider step in Chromium':32} {slowest_ms / 1000:8.3f} s  slowest of 10")
-    return int(first_s > VIEW_MAX_S or slowest_ms > 1000 * STEP_MAX_S)
+    middle_s = times_ms[10] / 1000
+    print(
+        f"{'slider step in Chromium':32} {middle_s:8.3f} s  median of 21, slowest {times_ms[-1] / 1000:.3f} s"
+    )
+    return int(first_s > VIEW_MAX_S or middle_s > STEP_MAX_S)
 
 
 SLIDE_SCRIPT = """(step) => new Promise((done) => {

@@ -77,10 +77,19 @@ export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) 
   const holder = el("div", {class: "table-holder"}, table(spec.table, `${spec.title}, table`, {rowHead}));
   const card = el("figure", {"data-figure": spec.key, "aria-labelledby": id},
     el("h2", {id}, spec.title), caption, ...tools, plot,
-    el("details", {open}, el("summary", {}, "The same as a table"), holder));
+    el("details", {open, ontoggle: () => card.fillTable()}, el("summary", {}, "The same as a table"), holder));
+  let latest; // of a table that is not seen, nothing is built: a slider changes it many times a second
+  card.fillTable = () => {
+    if (!latest || !holder.parentElement.open) return;
+    holder.replaceChildren(table(latest, `${spec.title}, table`, {rowHead}));
+    latest = undefined;
+  };
   card.plot = plot;
   card.drawn = draw(plot, spec, onclick);
-  card.setTable = (content) => holder.replaceChildren(table(content, `${spec.title}, table`, {rowHead}));
+  card.setTable = (content) => {
+    latest = content;
+    card.fillTable();
+  };
   card.setCaption = (words) => { caption.textContent = words; };
   return card;
 }

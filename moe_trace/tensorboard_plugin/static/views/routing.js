@@ -6,6 +6,7 @@ import {Latest, askOnce} from "../model.js";
 import {empty, facts, figure, isBroken, loading} from "../parts.js";
 
 const PLAY_MS = 250;
+const SETTLE_MS = 250;
 
 export async function show(place, context) {
   place.append(loading("Adding up who got which tokens."));
@@ -107,7 +108,13 @@ class Routing {
     await update(this.card.plot, (spec) => ({...spec, data: [{...spec.data[0], z: answer.z}]}));
     this.card.setTable(answer.table);
     this.card.dataset.steps = `${this.from}-${this.to}`;
-    if (this.site && !this.timer) this.showLayer();
+    if (!this.timer) this.settle();
+  }
+
+  // The layer follows when the slider rests: drawing it at each step would make the slider stick.
+  settle() {
+    clearTimeout(this.settling);
+    this.settling = setTimeout(() => { if (this.site && this.context.isCurrent()) this.showLayer(); }, SETTLE_MS);
   }
 
   range() {
@@ -132,7 +139,7 @@ class Routing {
     clearTimeout(this.timer);
     this.timer = undefined;
     this.playButton.textContent = "Play";
-    if (this.site) this.showLayer();
+    this.settle();
   }
 
   // -- one layer ------------------------------------------------------------------------------------------
@@ -153,15 +160,32 @@ class Routing {
     const answer = await this.latestLayer.ask(this.context.ask("layer", {site: this.site, ...this.range()}));
     if (!answer || !this.context.isCurrent() || isBroken(this.detail, answer)) return;
     const {sorted, ...others} = answer.figures;
+    if (sorted) sorted.title = `Load, sorted (${this.output.textContent})`;
+    if (sorted && this.sorted?.isConnected && this.detail.dataset.site === answer.site) return this.showSorted(sorted);
     clear(this.detail).append(el("h2", {class: "section"}, `Layer ${answer.site}, all steps`), facts(answer.facts));
+    this.sorted = undefined;
     if (sorted) {
-      sorted.title = `Load, sorted (${this.output.textContent})`;
-      this.detail.append(...oneExpert(sorted, this.context.state.expert), figure(sorted));
+      this.expert = oneExpert(sorted, this.context.state.expert);
+      this.sorted = figure(sorted);
+      this.detail.append(this.expert, this.sorted);
     }
     const cards = Object.values(others).map((spec) => figure(spec));
     this.detail.append(el("div", {class: "grid"}, ...cards));
     await Promise.all(cards.map((card) => card.drawn));
     this.detail.dataset.site = answer.site;
+    return undefined;
+  }
+
+  // Only the sorted load depends on the chosen steps: the layer's other figures stay as they are.
+  async showSorted(sorted) {
+    const expert = oneExpert(sorted, this.context.state.expert);
+    this.expert.replaceWith(expert);
+    this.expert = expert;
+    await this.sorted.drawn;
+    await update(this.sorted.plot, () => sorted);
+    this.sorted.querySelector("h2").textContent = sorted.title;
+    this.sorted.setTable(sorted.table);
+    this.sorted.setCaption(sorted.caption);
   }
 }
 
@@ -169,9 +193,9 @@ class Routing {
 function oneExpert(sorted, expert) {
   const [bars] = sorted.data;
   const place = expert === undefined ? -1 : bars.x.indexOf(String(expert));
-  if (place < 0) return [];
+  if (place < 0) return el("p", {hidden: true});
   bars.marker = {...bars.marker, line: {width: bars.x.map((_, i) => (i === place ? 2.5 : 0)), color: "#D81B60"}};
   const words = `Expert ${expert}: ${bars.customdata[place].toLocaleString("en")} assignments, `
     + `${bars.y[place].toPrecision(3)}× equal share, place ${place + 1} of ${bars.x.length}.`;
-  return [el("p", {class: "expert", role: "status"}, words)];
+  return el("p", {class: "expert", role: "status"}, words);
 }
