@@ -32,7 +32,14 @@ BAND = "MoE routing"
 WARMUP_STEPS, ACTIVE_STEPS = 1, 3
 COUNTERS = {"load max÷mean", "router entropy (nats)", "active experts", "expert TFLOP/s"}
 LANES = ["router", "experts"]
-FIGURES = ("load_max_over_mean", "load_cv", "router_entropy", "router_confidence", "skipped_share")
+FIGURES = (
+    "load_max_over_mean",
+    "load_cv",
+    "router_entropy",
+    "router_confidence",
+    "skipped_share",
+    "aux_loss",
+)
 
 
 @dataclass(frozen=True)
