@@ -15,6 +15,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # The models are tiny: threads that wait for each other at every operator cost more than they save, and on a
 # busy machine several times the test's own time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor's pool of compilers outlives the test that started it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,6 +19,7 @@ FIGURES = {
     "moe_router_entropy",
     "moe_router_confidence",
     "moe_skipped_share",
+    "moe_aux_loss",
 }
 
 

@@ -264,7 +264,7 @@ def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
 
 def _strip(file: BinaryIO) -> None:
     """Take out what an earlier merge added, which leaves exactly the bytes that Kineto wrote."""
-    splice = read_splice(file)
+    splice = read_splice(file, strict=True)
     if splice is None:
         return
     end = file.seek(0, 2)

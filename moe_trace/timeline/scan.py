@@ -220,8 +220,12 @@ class Splice:
     """Bytes of the original trace after the key."""
 
 
-def read_splice(file: BinaryIO) -> Splice | None:
-    """Where an earlier merge added to this file; None for a trace that was never merged."""
+def read_splice(file: BinaryIO, *, strict: bool = False) -> Splice | None:
+    """Where an earlier merge added to this file; None for a trace that was never merged.
+
+    Raises:
+        TraceFileError: with `strict`, for a merged trace that was changed since; None without.
+    """
     size = file.seek(0, 2)
     file.seek(max(0, size - _TAIL))
     found = _SPLICE.findall(file.read())
@@ -229,6 +233,8 @@ def read_splice(file: BinaryIO) -> Splice | None:
         return None
     splice = Splice(*map(int, found[-1]))
     if not _is_true(file, splice, size):
+        if not strict:
+            return None
         raise TraceFileError(
             f"{file.name}: was merged by moe_trace and then changed by another tool, so that what was added "
             "can no longer be told from the trace; merge into the original trace instead"

@@ -44,6 +44,7 @@ def test_json_has_the_promised_keys(tmp_path: Path) -> None:
     assert set(first["load"]) == {"max_over_mean", "cv", "gini", "entropy", "active_experts", "dead_experts"}
     assert first["load"]["max_over_mean"] == 1.5 and first["load"]["dead_experts"] == []
     means = {"entropy_mean", "confidence_mean", "top1_prob_mean", "topk_mass_mean", "z_loss_mean", "k_mean"}
+    means |= {"aux_loss_mean"}
     assert set(first["router"]) == {*means, "k_histogram"}
     assert first["router"]["entropy_mean"] == pytest.approx(1.01)
     clocks = first["latency_us"]
