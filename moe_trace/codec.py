@@ -18,6 +18,7 @@ from moe_trace.schema import (
     RANGE_KINDS,
     SCHEMA_VERSION,
     Lost,
+    Parallel,
     Placement,
     RangeKind,
     Recording,
@@ -27,9 +28,10 @@ from moe_trace.schema import (
 )
 
 _SITE_FIELDS = ("site", "name", "layer")  # stored once, in the router table
-_ARRAYS = ("assignments", "k_histogram")
+_ARRAYS = ("assignments", "k_histogram", "dispatched")
 _PLAIN = tuple(f.name for f in fields(RoutingSample) if f.name not in (*_SITE_FIELDS, *_ARRAYS, "placement"))
-_LATER: dict[str, Any] = {"aux_loss": None, "in_graph": False}  # columns that older files do not have
+# Columns that older files do not have.
+_LATER: dict[str, Any] = {"aux_loss": None, "in_graph": False, "dispatched": None, "slot_bytes": None}
 
 
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
@@ -38,7 +40,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     samples = recording.samples
     columns: dict[str, list[Any]] = {"router": [index[s.name] for s in samples]}
     columns |= {name: [getattr(s, name) for s in samples] for name in _PLAIN}
-    columns |= {name: [getattr(s, name).tolist() for s in samples] for name in _ARRAYS}
+    columns |= {name: [_encode_array(getattr(s, name)) for s in samples] for name in _ARRAYS}
     columns["placement"] = [_encode_placement(s.placement) for s in samples]
     payload = {
         "schema_version": SCHEMA_VERSION,
@@ -48,6 +50,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         "world_size": recording.world_size,
         "versions": recording.versions,
         "lost": asdict(recording.lost),
+        "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
         "samples": columns,
         **extra,
@@ -78,6 +81,7 @@ def decode_recording(payload: Any) -> Recording:
             rank=msgspec.convert(payload["rank"], int),
             world_size=msgspec.convert(payload["world_size"], int),
             versions=msgspec.convert(payload["versions"], dict[str, str]),
+            parallel=msgspec.convert(payload.get("parallel"), Parallel | None),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
         raise TraceFileError(
@@ -90,6 +94,10 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected an object, found {type(value).__name__}")
     return value
+
+
+def _encode_array(values: np.ndarray | None) -> list[int] | None:
+    return None if values is None else values.tolist()
 
 
 def _encode_placement(placement: Placement | None) -> list[Any] | None:
@@ -151,6 +159,7 @@ class _PlainColumns(msgspec.Struct):
     profiled: bool
     aux_loss: float | None
     in_graph: bool
+    slot_bytes: int | None
 
 
 def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[RoutingSample]:
@@ -162,12 +171,14 @@ def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[Routi
     lengths = {len(columns[name]) for name in names}
     if len(lengths) > 1:
         raise ValueError(f"columns of different lengths: {sorted(lengths)}")
-    to_array: Callable[[Any], np.ndarray] = _int_array
+    to_array: Callable[[Any], np.ndarray | None] = _int_array
     samples = []
     for row in zip(*(columns[name] for name in names), strict=True):
         values = dict(zip(names, row, strict=True))
         router = routers[msgspec.convert(values.pop("router"), int)]
         arrays: dict[str, Any] = {name: to_array(values.pop(name)) for name in _ARRAYS}
+        if arrays["assignments"] is None or arrays["k_histogram"] is None:
+            raise ValueError("expected a list of counts, found null")
         placement = _decode_placement(values.pop("placement"))
         plain = msgspec.to_builtins(msgspec.convert(values, _PlainColumns))
         for figure in filter(lambda value: isinstance(value, float), plain.values()):
@@ -180,8 +191,9 @@ def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[Routi
     return samples
 
 
-def _int_array(values: Any) -> np.ndarray:
-    return np.array(msgspec.convert(values, list[int]), dtype=np.int64)
+def _int_array(values: Any) -> np.ndarray | None:
+    numbers = msgspec.convert(values, list[int] | None)
+    return None if numbers is None else np.array(numbers, dtype=np.int64)
 
 
 def with_samples(recording: Recording, samples: tuple[RoutingSample, ...], lost: Lost) -> Recording:

@@ -67,6 +67,8 @@ class RouterInfo:
     """Whether all E experts compute every token, whatever was chosen."""
     notes: tuple[str, ...] = ()
     """What a reader must know about the figures of this router."""
+    held_experts: tuple[int, ...] | None = None
+    """Global ids of the experts whose weights this process computes with; None where it is all of them."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ class RoutingSample:
     in_graph: bool = False
     """Whether it was made inside compiled code or a CUDA graph. Then the host clock did not see the router:
     `host_start_ns` = `host_end_ns` is when the model's forward began, or 0 where the host saw no call."""
+    dispatched: npt.NDArray[np.int64] | None = None
+    """[E] slots that this process itself sends to each expert's rank, where that is less than `assignments`:
+    ranks that share their tokens (tensor parallelism) dispatch a slice each. None: all of `assignments`."""
+    slot_bytes: int | None = None
+    """Bytes of one token's hidden state as the experts receive it: what a dispatched slot moves, one way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +186,24 @@ class Lost:
     """Routers that were found but not called while the tracer was on."""
 
 
+ExpertExchange = Literal["all_to_all", "all_reduce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How one process of a distributed run takes part in it; ranks are global."""
+
+    mesh: dict[str, int]
+    """Sizes of what the run is split by, those of 1 left out: `dp_replicate`, `fsdp`, `tp`, `ep`, `pp`."""
+    token_ranks: tuple[int, ...]
+    """Ranks whose routers see the same tokens as this one's, itself among them, ascending: their counts are
+    one decision, to be counted once."""
+    expert_ranks: tuple[int, ...] = ()
+    """The expert-parallel group in the order of its shards; empty where every rank has all experts."""
+    expert_exchange: ExpertExchange | None = None
+    """How tokens reach their experts; None without expert parallelism."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recording:
     """All that was recorded about one model, or that one trace file holds."""
@@ -193,3 +218,5 @@ class Recording:
     rank: int = 0
     world_size: int = 1
     versions: dict[str, str] = field(default_factory=dict)
+    parallel: Parallel | None = None
+    """None where the process runs alone, or does not know."""
