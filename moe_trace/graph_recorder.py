@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_trace.call_record import CallRecord
 from moe_trace.contracts import Reading
 from moe_trace.graph_ring import (
     EXACT,
@@ -33,7 +34,7 @@ from moe_trace.graph_ring import (
     ring_kind,
     unpad,
 )
-from moe_trace.recorder import CallRecord, Recorder, copy_to_pinned
+from moe_trace.recorder import Recorder, copy_to_pinned
 from moe_trace.routers import RouterSite
 from moe_trace.schema import Stage
 

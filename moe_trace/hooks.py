@@ -19,13 +19,14 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.call_record import CallRecord, let_graph_go
 from moe_trace.compiled import give_stable_id
 from moe_trace.contracts import Call, ContractMismatch, Reading
 from moe_trace.forwards import ForwardContext
 from moe_trace.graph_hooks import TracedSite
 from moe_trace.graph_recorder import SiteRings
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
-from moe_trace.recorder import CallRecord, Recorder, let_graph_go
+from moe_trace.recorder import Recorder
 from moe_trace.routers import RouterSite
 from moe_trace.schema import RangeKind, RouterInfo, range_name
 

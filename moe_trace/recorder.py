@@ -13,23 +13,23 @@ a few KB, and one batch of kernels for 32 steps costs what one for a single step
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from moe_trace.batch import Batch
+from moe_trace.call_record import CallRecord, PendingCall
 from moe_trace.contracts import Reading
 from moe_trace.ranges import profiler_is_recording
-from moe_trace.routers import RouterSite
-from moe_trace.schema import OWN_WORK_RANGE, Phase, RouterInfo, RoutingSample, Stage
-from moe_trace.stats import FLOAT_FIELDS, PackedStats, routing_stats
+from moe_trace.reduction import groups_of_one_shape, reduce_group
+from moe_trace.schema import OWN_WORK_RANGE, RoutingSample
 from moe_trace.streams import on_stream, stream_of_now
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
@@ -37,62 +37,7 @@ _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is redu
 # for as long as it takes, so it waits while memory allows; a device works through it beside the host.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
 _WAITING_CALLS_MAX = 1024
-# Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
-# fits its cache takes half the time of one that does not.
-_REDUCED_ELEMENTS_MAX = {"cpu": 2**17, "cuda": 2**24}
 _SHIP_EVERY = 32
-
-
-@dataclass(slots=True)
-class CallRecord:
-    """One router call, before its figures are known."""
-
-    site: RouterSite
-    call: int
-    step: int
-    phase: Phase
-    stage: Stage
-    start_ns: int
-    end_ns: int
-    thread: int
-    profiled: bool
-    padding_T: Tensor | None
-    memory_bytes: int | None = None
-    order: tuple[int, int] = (0, 0)
-    """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
-    in_graph: bool = False
-
-
-@dataclass(slots=True)
-class _Pending:
-    record: CallRecord
-    reading: Reading
-    stream: int
-    """On which its tensors are made: elsewhere they might be read too early."""
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Calls reduced together; `stats` moves from the device to pinned memory to numpy."""
-
-    records: list[CallRecord]
-    top_k: int
-    tokens: int
-    num_experts: int
-    classes: int
-    """Logits per token, which may be more than the experts; 0 without true logits."""
-    ints: Any
-    floats: Any
-    stream: int = 0
-    copied: torch.cuda.Event | None = None
-    samples: list[RoutingSample] | None = None
-
-    def drop(self, count: int) -> None:
-        """Forget the first calls."""
-        del self.records[:count]
-        self.ints, self.floats = self.ints[count:], self.floats[count:]
-        if self.samples is not None:
-            del self.samples[:count]
 
 
 class Recorder:
@@ -109,20 +54,20 @@ class Recorder:
         self.may_wait = True
         """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
         self._lock = threading.RLock()
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingCall] = []
         self._unfinished = 0
         self._held_bytes = 0
-        self._on_device: list[_Batch] = []
-        self._on_host: deque[_Batch] = deque()
+        self._on_device: list[Batch] = []
+        self._on_host: deque[Batch] = deque()
         self._kept = 0
         self._dropped: Counter[str] = Counter()
 
     def add(self, record: CallRecord, reading: Reading) -> None:
         """Keep references to the call's tensors; reduce early if too much would be kept alive."""
-        pending, held = _Pending(record, reading, stream_of_now(reading.index_TK)), _held_bytes(reading)
+        pending = PendingCall(record, reading, stream_of_now(reading.index_TK))
         with self._lock:  # another thread may be taking the list away
             self._pending.append(pending)
-            self._held_bytes += held
+            self._held_bytes += pending.held_bytes
             full = self._held_bytes > _HELD_BYTES_MAX
         if full:
             self.reduce()
@@ -140,7 +85,7 @@ class Recorder:
                 self.reduce()
                 return
             for item in fresh:
-                let_graph_go(item.reading)
+                item.let_graph_go()
             self._unfinished = len(self._pending)
 
     def _waiting_bytes(self) -> int:
@@ -155,14 +100,14 @@ class Recorder:
             pending, self._pending = self._pending, []
             self._held_bytes = self._unfinished = 0
             with _own_work_range():
-                for group in _groups_of_one_shape(pending):
+                for group in groups_of_one_shape(pending):
                     self._reduce_or_count(group)
 
-    def _reduce_or_count(self, group: list[_Pending]) -> None:
+    def _reduce_or_count(self, group: list[PendingCall]) -> None:
         """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
         try:
             with on_stream(group[0].reading.index_TK, group[0].stream):
-                self._store(_reduce_group(group))
+                self._store(reduce_group(group))
         except Exception as error:
             self.unreduced += len(group)
             if self.unreduced == len(group):
@@ -173,7 +118,7 @@ class Recorder:
                     stacklevel=2,
                 )
 
-    def _store(self, batch: _Batch) -> None:
+    def _store(self, batch: Batch) -> None:
         self._kept += len(batch.records)
         if batch.ints.device.type == "cuda":
             self._on_device.append(batch)
@@ -196,7 +141,7 @@ class Recorder:
     ) -> None:
         """Keep calls whose figures are on the host already."""
         with self._lock:
-            self._store(_Batch(records, top_k, tokens, num_experts, classes, ints, floats))
+            self._store(Batch(records, top_k, tokens, num_experts, classes, ints, floats))
 
     def _drop_oldest(self, count: int) -> None:
         """Make room; batches stand in order of time, those still on the device last."""
@@ -214,7 +159,7 @@ class Recorder:
     def _ship(self) -> None:
         """Start the copies of all batches on a device to pinned host memory."""
         for batch in self._on_host:
-            _unpin_if_copied(batch)
+            batch.unpin_if_copied()
         for device, batches in _by_device_and_width(self._on_device):
             with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
                 ints = copy_to_pinned(torch.cat([b.ints for b in batches]))
@@ -234,7 +179,9 @@ class Recorder:
             self.reduce()
             self._ship()
             pairs = [
-                pair for batch in self._on_host for pair in zip(batch.records, _samples(batch), strict=True)
+                pair
+                for batch in self._on_host
+                for pair in zip(batch.records, batch.to_samples(), strict=True)
             ]
         pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
         samples = [sample for _, sample in pairs]
@@ -256,7 +203,7 @@ class Recorder:
     @staticmethod
     def samples_of(batches: list[Any]) -> list[RoutingSample]:
         """What `take` removed. Waits for the copies."""
-        return [sample for batch in batches for sample in _samples(batch)]
+        return [sample for batch in batches for sample in batch.to_samples()]
 
     def clear(self) -> None:
         """Forget everything recorded."""
@@ -277,97 +224,8 @@ def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator
         yield sample if sample.call == call else replace(sample, call=call)
 
 
-def _own_work_range() -> Any:
-    if profiler_is_recording():
-        return torch.profiler.record_function(OWN_WORK_RANGE)
-    return _NO_RANGE
-
-
-class _NoRange:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NO_RANGE = _NoRange()
-
-
-def _held_bytes(reading: Reading) -> int:
-    tensors = (reading.index_TK, reading.weights_TK, reading.logits_TE)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def let_graph_go(reading: Reading) -> None:
-    """Keep the values only: a tensor with a history would keep the forward's activations alive."""
-    if reading.weights_TK.requires_grad:
-        reading.weights_TK = reading.weights_TK.detach()
-    if reading.logits_TE is not None and reading.logits_TE.requires_grad:
-        reading.logits_TE = reading.logits_TE.detach()
-
-
-def _groups_of_one_shape(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
-    """Calls that one batch of kernels can take: same shapes, types and device."""
-    groups: dict[Any, list[_Pending]] = {}
-    for item in pending:
-        groups.setdefault(_shape_key(item), []).append(item)
-    for group in groups.values():
-        logits = group[0].reading.logits_TE
-        elements = max(1, (logits if logits is not None else group[0].reading.index_TK).numel())
-        limit = _REDUCED_ELEMENTS_MAX.get(group[0].reading.index_TK.device.type, 2**24)
-        size = max(1, limit // elements)
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _shape_key(item: _Pending) -> Any:
-    reading = item.reading
-    index, weights, logits = reading.index_TK, reading.weights_TK, reading.logits_TE
-    return (
-        item.stream,
-        index.shape,
-        index.device,
-        index.dtype,
-        weights.dtype,
-        None if logits is None else (logits.shape, logits.dtype),
-        item.record.site.info.num_experts,
-        item.record.padding_T is None,
-    )
-
-
-def _reduce_group(group: list[_Pending]) -> _Batch:
-    first = group[0]
-    logits = first.reading.logits_TE
-    tokens, top_k = first.reading.index_TK.shape
-    num_experts = first.record.site.info.num_experts or (logits.shape[-1] if logits is not None else 0)
-    padding = first.record.padding_T
-    stats: PackedStats = routing_stats(
-        None if logits is None else _stack([p.reading.logits_TE for p in group]),
-        _stack([p.reading.weights_TK for p in group]),
-        _stack([p.reading.index_TK for p in group]),
-        num_experts,
-        None if padding is None else _padding([p.record.padding_T for p in group], first.reading.index_TK),
-    )
-    for item in group:
-        item.record.padding_T = None
-    return _Batch(
-        records=[p.record for p in group],
-        top_k=top_k,
-        tokens=tokens,
-        num_experts=num_experts,
-        classes=0 if logits is None else logits.shape[-1],
-        ints=stats.ints,
-        floats=stats.floats,
-        stream=first.stream,
-    )
-
-
-def _padding(masks: list[Any], like: Tensor) -> Tensor:
-    """The mask stands where the model's input is; with a device map its later layers are elsewhere."""
-    return _stack([mask.to(like.device, non_blocking=True) for mask in masks])
-
-
-def _stack(tensors: list[Any]) -> Tensor:
-    return tensors[0].detach().unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+def _own_work_range() -> AbstractContextManager[Any]:
+    return torch.profiler.record_function(OWN_WORK_RANGE) if profiler_is_recording() else nullcontext()
 
 
 def _allocated_bytes(device: torch.device) -> int | None:
@@ -380,8 +238,8 @@ def _allocated_bytes(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
 
 
-def _by_device_and_width(batches: list[_Batch]) -> Iterator[tuple[torch.device, list[_Batch]]]:
-    groups: dict[Any, list[_Batch]] = {}
+def _by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:
+    groups: dict[Any, list[Batch]] = {}
     for batch in batches:
         groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
     for (device, _, _), group in groups.items():
@@ -393,97 +251,3 @@ def copy_to_pinned(source: Tensor) -> Tensor:
     # The device is named, because a default device set by the user would be taken otherwise.
     target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return target.copy_(source, non_blocking=True)
-
-
-def _unpin_if_copied(batch: _Batch) -> None:
-    """Move a finished copy out of pinned memory, which is scarce."""
-    if batch.copied is not None and batch.copied.query():
-        _to_numpy(batch)
-
-
-def _to_numpy(batch: _Batch) -> None:
-    if isinstance(batch.ints, Tensor):
-        if batch.copied is not None:
-            batch.copied.synchronize()
-        batch.ints = batch.ints.cpu().numpy().copy()
-        batch.floats = batch.floats.cpu().numpy().copy()
-        batch.copied = None
-
-
-def _samples(batch: _Batch) -> list[RoutingSample]:
-    if batch.samples is None:
-        _to_numpy(batch)
-        rows = zip(batch.records, batch.ints, batch.floats, strict=True)
-        batch.samples = [_sample(batch, record, ints, floats) for record, ints, floats in rows]
-    return batch.samples
-
-
-def _sample(batch: _Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
-    experts, k = batch.num_experts, batch.top_k
-    assignments = ints[:experts]
-    zero_weight, out_of_range = int(ints[experts]), int(ints[experts + 1])
-    k_histogram = ints[experts + 2 : experts + 3 + k]
-    padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
-    info = record.site.info
-    computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
-    means = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
-    return RoutingSample(
-        site=info.site,
-        name=info.name,
-        layer=info.layer,
-        call=record.call,
-        step=record.step,
-        phase=record.phase,
-        stage=record.stage,
-        tokens=batch.tokens,
-        top_k=k,
-        assignments=assignments,
-        skipped=zero_weight + out_of_range,
-        computed_slots=computed,
-        padding_assignments=padding,
-        nonfinite_tokens=batch.tokens - finite if batch.classes else 0,
-        k_histogram=k_histogram,
-        router_flops=info.router_flops_per_token * batch.tokens,
-        expert_flops=info.expert_flops_per_slot * computed,
-        memory_allocated_bytes=record.memory_bytes,
-        host_start_ns=record.start_ns,
-        host_end_ns=record.end_ns,
-        thread=record.thread,
-        profiled=record.profiled,
-        aux_loss=_aux_loss(batch, sums, finite),
-        in_graph=record.in_graph,
-        **means,
-    )
-
-
-def _aux_loss(batch: _Batch, sums: np.ndarray, finite: int) -> float | None:
-    """Load balancing loss of one call: E x sum of (slots / T) x (mean probability)."""
-    if batch.classes != batch.num_experts or finite == 0:
-        return None
-    return batch.num_experts * float(sums[FLOAT_FIELDS.index("load_x_prob")]) / (batch.tokens * finite)
-
-
-def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:
-    """Rows that an expert multiplied: those of weight 0 too, those of identity experts not."""
-    if info.every_expert_computes:
-        return tokens * info.num_experts
-    return int(assignments[: len(assignments) - info.identity_experts].sum()) + zero_weight
-
-
-_MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
-
-
-def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | None]:
-    if finite == 0:
-        return dict.fromkeys(_MEANS)
-    mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
-    entropy = max(0.0, mean["entropy"])
-    # With one expert there is nothing to be unsure of.
-    confidence = 1.0 - entropy / math.log(classes) if classes > 1 else 1.0
-    return {
-        "router_entropy": entropy,
-        "confidence": confidence,
-        "top1_prob": mean["top1_prob"],
-        "topk_mass": mean["topk_mass"],
-        "z_loss": mean["z_loss"],
-    }

@@ -17,6 +17,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor's pool of compilers outlives the test that started it.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Without a GPU our Triton kernels run in its interpreter, which it must know before it is imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

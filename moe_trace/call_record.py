@@ -1,0 +1,58 @@
+"""One router call on its way to its figures: what the hooks noted, and the tensors that it decided with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_trace.contracts import Reading
+from moe_trace.routers import RouterSite
+from moe_trace.schema import Phase, Stage
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One router call, before its figures are known."""
+
+    site: RouterSite
+    call: int
+    step: int
+    phase: Phase
+    stage: Stage
+    start_ns: int
+    end_ns: int
+    thread: int
+    profiled: bool
+    padding_T: Tensor | None
+    memory_bytes: int | None = None
+    order: tuple[int, int] = (0, 0)
+    """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
+    in_graph: bool = False
+
+
+@dataclass(slots=True)
+class PendingCall:
+    record: CallRecord
+    reading: Reading
+    stream: int
+    """On which its tensors are made: elsewhere they might be read too early."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it keeps alive."""
+        reading = self.reading
+        tensors = (reading.index_TK, reading.weights_TK, reading.logits_TE)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def let_graph_go(self) -> None:
+        """Keep the values only: a tensor with a history would keep the forward's activations alive."""
+        let_graph_go(self.reading)
+
+
+def let_graph_go(reading: Reading) -> None:
+    """Keep a reading's values only."""
+    if reading.weights_TK.requires_grad:
+        reading.weights_TK = reading.weights_TK.detach()
+    if reading.logits_TE is not None and reading.logits_TE.requires_grad:
+        reading.logits_TE = reading.logits_TE.detach()
