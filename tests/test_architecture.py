@@ -19,6 +19,7 @@ READING = VOCABULARY | {
     "figures_routing",
     "figures_time",
     "figures_timeline",
+    "placement",
     "reader",
     "reading",
     "render",
@@ -62,7 +63,7 @@ ON_TOP = RECORDING | {
     "simple",
     "workload",
 }
-READING_COMMANDS = {"check", "diff", "export", "reading", "report", "view"}
+READING_COMMANDS = {"check", "diff", "export", "placement", "reading", "report", "view"}
 FIGURES = {"figures", "figures_routing", "figures_time", "figures_timeline"}
 ALLOWED = {
     "errors": set(),
@@ -74,8 +75,9 @@ ALLOWED = {
     "summary": {"errors", "loads", "schema"},
     "router_metrics": {"errors", "loads", "schema"},
     "timeline": VOCABULARY | {"codec"},
-    "reading": READING - FIGURES,  # render: for `_repr_html_` alone, when a notebook asks
-    "reader": READING - {"render"} - FIGURES,
+    "placement": VOCABULARY | {"reader", "reading"},
+    "reading": READING - FIGURES - {"placement"},  # render: for `_repr_html_` alone, when a notebook asks
+    "reader": READING - {"placement", "render"} - FIGURES,
     **dict.fromkeys(FIGURES, READING),
     "tensorboard_plugin": READING,
     "render": READING,
@@ -115,7 +117,7 @@ ALLOWED = {
     "profiler": RECORDING - {"stats", "fused_stats", "flops"},
 }
 NO_TORCH = ["errors", "schema", "files", "loads", "codec", "summary", "timeline", "reading", "reader"]
-NO_TORCH += ["render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
+NO_TORCH += ["placement", "render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
 
 
 def part_of(path: Path) -> str:

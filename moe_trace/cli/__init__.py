@@ -26,6 +26,11 @@ COMMANDS = {
     "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),
     "check": ("moe_trace.cli.check", "CheckCommand", "whether a merged trace keeps its promises"),
     "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),
+    "placement": (
+        "moe_trace.cli.placement",
+        "PlacementCommand",
+        "what another placement of experts would give",
+    ),
 }
 
 

@@ -18,12 +18,18 @@ STAGES = ("prefill", "decode", "train")
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """The options that choose calls, and the device's peaks."""
+    add_choice(parser)
+    add = parser.add_argument
+    add("--peak-tflops", type=float, metavar="X", help="the device's peak, instead of the built-in table's")
+    add("--peak-gbps", type=float, metavar="X", help="its memory bandwidth in GB/s, likewise")
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that choose calls."""
     add = parser.add_argument
     add("--layer", metavar="3,L05", help="only these layers: indices, labels or module paths")
     add("--step", metavar="0,4-7", help="only these steps")
     add("--phase", choices=STAGES, help="only calls of this part of the model's work")
-    add("--peak-tflops", type=float, metavar="X", help="the device's peak, instead of the built-in table's")
-    add("--peak-gbps", type=float, metavar="X", help="its memory bandwidth in GB/s, likewise")
 
 
 def chosen_filter(arguments: argparse.Namespace) -> Filter:

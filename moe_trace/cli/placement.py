@@ -1,0 +1,97 @@
+"""`moe-trace placement`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_trace.cli.reading import add_choice, chosen_filter, parse_steps, refuse_to_replace
+from moe_trace.errors import UsageError
+from moe_trace.placement.counts import ExpertCounts
+from moe_trace.placement.map_file import write_map
+from moe_trace.placement.sources import read_counts
+from moe_trace.placement.split import WAYS, Split, split_by, split_named
+from moe_trace.placement.study import clusters_for, study_placement
+from moe_trace.render.placement import render_placement_json, render_placement_text
+
+MAX_RANKS = 65536
+
+
+class PlacementCommand:
+    """Say what another placement of the experts over ranks would give, from recorded counts alone.
+
+    Load per rank and all-to-all volume for contiguous placement (what runs by default), balanced placement,
+    and placement with second copies of hot experts, each judged on steps that it was not chosen on. PATH is
+    a trace, a folder of traces, or counts per expert (export --to eplb, or JSON with counts per text).
+
+    Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
+    """
+
+    name = "placement"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("path", metavar="PATH", help="a trace, a folder of traces, or a file of counts")
+        add("--ranks", default="8", metavar="8,16,64", help="numbers of ranks; each divides the experts")
+        add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over")
+        add("--replicas", type=int, default=1, metavar="R", help="slots a rank for second copies; default: 1")
+        add("--groups", type=int, metavar="G", help="groups of experts that stay on one node (group routing)")
+        add("--split", choices=WAYS, default="auto", help="what is held out; auto: every second step")
+        add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
+        add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
+        add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
+        add("--format", choices=("text", "json"), default="text")
+        add("--all", action="store_true", help="show every layer")
+        add("--out", type=Path, metavar="MAP.json", help="write the plans: which slot holds which expert")
+        add("--force", action="store_true", help="replace MAP.json")
+        add_choice(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, plan, judge, print; write the map."""
+        if arguments.out is not None:
+            refuse_to_replace(arguments.out, force=arguments.force)
+        ranks = _numbers(arguments.ranks)
+        options = clusters_for(
+            ranks, nodes=arguments.nodes, replicas=arguments.replicas, groups=arguments.groups
+        )
+        counts = read_counts(arguments.path, chosen=chosen_filter(arguments), slot_bytes=arguments.slot_bytes)
+        study = study_placement(counts, _split(counts, arguments), options)
+        if arguments.format == "json":
+            print(render_placement_json(study), end="")
+        else:
+            print(render_placement_text(study, every_layer=arguments.all), end="")
+        if arguments.out is not None:
+            write_map(study, arguments.out)
+            print(f"wrote {arguments.out}", file=sys.stderr)
+        return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and 1 <= int(part[:9]) <= MAX_RANKS for part in parts):
+        raise UsageError(f"found --ranks {text}, expected numbers from 1 to {MAX_RANKS} such as 8,16,64")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _split(counts: ExpertCounts, arguments: argparse.Namespace) -> Split:
+    if arguments.choose_on is None and arguments.judge_on is None:
+        return split_by(counts, arguments.split)
+    if arguments.split != "auto":
+        raise UsageError("found --split with --choose-on or --judge-on, expected one way to split; drop one")
+    choose, judge = (_labels(counts, text) for text in (arguments.choose_on, arguments.judge_on))
+    if choose is None:
+        choose = [label for label in counts.labels if label not in (judge or ())]
+    if judge is None:
+        judge = [label for label in counts.labels if label not in choose]
+    return split_named(counts, choose, judge)
+
+
+def _labels(counts: ExpertCounts, text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if counts.kind == "step" and not all(name in counts.labels for name in names):
+        return [str(step) for step in sorted(parse_steps(text))]
+    return names

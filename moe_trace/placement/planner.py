@@ -1,0 +1,126 @@
+"""Choose plans on some observations: contiguous, balanced, replicated, and replicated within nodes.
+
+Replication and the two levels follow the published description of DeepSeek's expert-parallel load balancer
+(EPLB): copy the hottest experts, pack copies in balance; with nodes, first pack experts (or groups of
+experts) onto nodes in balance, then copy and pack within each node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.errors import UsageError
+from moe_trace.placement.packing import by_bin, normalised, pack
+from moe_trace.placement.plan import Cluster, Floats, Ints, Plan, contiguous_plan, divisors
+from moe_trace.placement.refine import refine
+from moe_trace.placement.replication import as_items, replicate
+
+MAX_BLOCKS = 4
+"""Blocks of steps a plan is chosen on: it should hold in each of them, not only in their sum."""
+MAX_REPLICAS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the plans are for."""
+
+    cluster: Cluster
+    replicas: int = 1
+    """Slots a rank for second copies (DeepSeek-V3 prefills with one on each of 32 ranks)."""
+    groups: int | None = None
+    """Groups of neighbouring experts that stay on one node; None: each expert goes by itself."""
+
+
+def check_options(options: PlanOptions, num_experts: int) -> None:
+    """Refuse what cannot be laid out.
+
+    Raises:
+        UsageError: numbers that do not divide each other, or replicas out of range.
+    """
+    cluster, groups = options.cluster, options.groups
+    contiguous_plan(1, num_experts, cluster)
+    if not 1 <= options.replicas <= MAX_REPLICAS:
+        raise UsageError(
+            f"found --replicas {options.replicas}, expected 1 to {MAX_REPLICAS} slots a rank for second "
+            "copies; plans without copies are shown in any case"
+        )
+    if groups is None:
+        return
+    if groups < 1 or num_experts % groups or groups % cluster.nodes:
+        fitting = [g for g in range(1, num_experts + 1) if num_experts % g == 0 and g % cluster.nodes == 0]
+        raise UsageError(
+            f"found {groups} groups for {num_experts} experts on {cluster.nodes} nodes, expected groups of "
+            "one size and as many on every node; choose --groups from "
+            f"{', '.join(map(str, fitting)) or divisors(num_experts)}"
+        )
+
+
+def blocks_of(counts_SLE: Ints, most: int = MAX_BLOCKS) -> Floats:
+    """The observations in at most `most` blocks of neighbours, added up: [L, E, B]."""
+    parts = np.array_split(counts_SLE, min(len(counts_SLE), most))
+    return np.stack([part.sum(axis=0) for part in parts], axis=2).astype(np.float64)
+
+
+def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
+    """All plans, chosen on the blocks.
+
+    Raises:
+        UsageError: see `check_options`.
+    """
+    layers, experts, _ = blocks_LEB.shape
+    check_options(options, experts)
+    cluster = options.cluster
+    weights = normalised(blocks_LEB, cluster.ranks)
+    makers: dict[str, Callable[[Floats, PlanOptions], Ints]] = {
+        "balanced": _balanced,
+        "replicated": _replicated,
+    }
+    if cluster.nodes > 1:
+        makers["hierarchical"] = _hierarchical
+    made = {name: Plan(name, cluster, experts, make(weights, options)) for name, make in makers.items()}
+    return contiguous_plan(layers, experts, cluster), *made.values()
+
+
+def _balanced(weights: Floats, options: PlanOptions) -> Ints:
+    """No copies; a layer for which contiguous is no worse on the same blocks stays as it is."""
+    ranks = options.cluster.ranks
+    planned = refine(by_bin(pack(weights, ranks)), weights, ranks)
+    contiguous = np.tile(np.arange(weights.shape[1]), (len(weights), 1))
+    worse = _hottest(planned, weights, ranks) >= _hottest(contiguous, weights, ranks)
+    return np.where(worse[:, None], contiguous, planned)
+
+
+def _hottest(items_LI: Ints, weights: Floats, bins: int) -> Floats:
+    """Mean over blocks of the hottest bin's load, per layer."""
+    values = np.take_along_axis(weights, items_LI[:, :, None], axis=1)
+    loads = values.reshape(len(items_LI), bins, items_LI.shape[1] // bins, -1).sum(axis=2)
+    hottest: Floats = loads.max(axis=1).mean(axis=1)
+    return hottest
+
+
+def _replicated(weights: Floats, options: PlanOptions) -> Ints:
+    ranks = options.cluster.ranks
+    copies = replicate(weights, ranks * options.replicas, most=ranks)
+    owners, items = as_items(weights, copies)
+    order = refine(by_bin(pack(items, ranks, owners)), items, ranks, owners)
+    return np.take_along_axis(owners, order, axis=1)
+
+
+def _hierarchical(weights: Floats, options: PlanOptions) -> Ints:
+    """Groups onto nodes, then each node by itself: nodes become layers of their own."""
+    layers, experts, blocks = weights.shape
+    nodes = options.cluster.nodes
+    groups = options.groups or experts
+    if groups % nodes:  # experts that do not divide evenly stay in one pool, as in EPLB
+        return _replicated(weights, options)
+    size = experts // groups
+    group_weights = weights.reshape(layers, groups, size, blocks).sum(axis=2)
+    group_order = refine(by_bin(pack(group_weights, nodes)), group_weights, nodes)
+    experts_of = (group_order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, experts // nodes)
+    layer_of = np.repeat(np.arange(layers), nodes)[:, None]
+    within = PlanOptions(cluster=Cluster(options.cluster.ranks_per_node), replicas=options.replicas)
+    local = _replicated(weights[layer_of, experts_of], within)
+    return np.take_along_axis(experts_of, local, axis=1).reshape(layers, -1)

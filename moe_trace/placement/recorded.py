@@ -1,0 +1,145 @@
+"""Counts per expert out of traces: one observation a step, ranks of one run added up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_trace.errors import UsageError
+from moe_trace.placement.counts import ExpertCounts, Layer
+from moe_trace.reading.filters import Filter
+from moe_trace.reading.peaks import BYTES_OF
+from moe_trace.reading.trace_file import find_traces, read_recording
+from moe_trace.schema import Recording, RouterInfo, RoutingSample
+
+_StepKey = tuple[int, int]
+"""(how many files of the same rank came before, step)"""
+
+
+def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCounts:
+    """The load of a trace, or of all traces in a folder.
+
+    Ranks that share their tokens count once; recomputed calls, identity experts and skipped slots not at all.
+
+    Raises:
+        TraceFileError: a file cannot be read.
+        UsageError: nothing is left, or layers of different sizes.
+    """
+    recordings = [read_recording(file) for file in find_traces(path)]
+    return counts_of_recordings(recordings, str(path), chosen)
+
+
+def counts_of_recordings(
+    recordings: Sequence[Recording], source: str, chosen: Filter | None = None
+) -> ExpertCounts:
+    """The same, of recordings that were read already.
+
+    Raises:
+        UsageError: nothing is left, or layers of different sizes.
+    """
+    chosen = chosen or Filter()
+    routers = _routers(recordings, source, chosen)
+    index = {router.name: i for i, router in enumerate(routers)}
+    size = routers[0].num_experts - routers[0].identity_experts
+    steps: dict[_StepKey, np.ndarray] = {}
+    parts = _distinct(recordings)
+    for run, recording in parts:
+        for sample in recording.samples:
+            if sample.phase != "forward" or sample.name not in index or not chosen.takes_sample(sample):
+                continue
+            row = steps.setdefault((run, sample.step), np.zeros((len(routers), size), np.int64))
+            row[index[sample.name]] += sample.assignments[:size]
+    if not steps:
+        raise UsageError(
+            f"{source}: found no router call to plan by; choose other layers, steps or phases, or record some"
+        )
+    keys = sorted(steps)
+    several = len({run for run, _ in keys}) > 1
+    return ExpertCounts(
+        source=source,
+        model=str(recordings[0].model.get("name") or recordings[0].model.get("class") or "unnamed model"),
+        kind="step",
+        labels=tuple(f"{run}:{step}" if several else str(step) for run, step in keys),
+        layers=tuple(_layer(router, recordings) for router in routers),
+        counts_SLE=np.stack([steps[key] for key in keys]),
+        notes=_notes(recordings, parts),
+    )
+
+
+def _distinct(recordings: Iterable[Recording]) -> list[tuple[int, Recording]]:
+    """Recordings whose tokens no other one has, each with the number of its run in the folder."""
+    seen: Counter[int] = Counter()
+    numbered = []
+    for recording in recordings:
+        numbered.append((seen[recording.rank], recording))
+        seen[recording.rank] += 1
+    present = {(run, recording.rank) for run, recording in numbered}
+    return [(run, r) for run, r in numbered if _speaks(r, {rank for n, rank in present if n == run})]
+
+
+def _speaks(recording: Recording, present: set[int]) -> bool:
+    """Whether this rank is the first of those with the same tokens."""
+    if recording.parallel is None:
+        return True
+    return recording.rank == min((set(recording.parallel.token_ranks) & present) | {recording.rank})
+
+
+def _routers(recordings: Sequence[Recording], source: str, chosen: Filter) -> list[RouterInfo]:
+    known: dict[str, RouterInfo] = {}
+    for recording in recordings:
+        for router in filter(chosen.takes_router, recording.routers):
+            first = known.setdefault(router.name, router)
+            if first.num_experts != router.num_experts:
+                raise UsageError(
+                    f"{source}: the traces are of different models ({router.name} has {first.num_experts} "
+                    f"and {router.num_experts} experts); give one of the files"
+                )
+    routers = sorted(known.values(), key=lambda r: (r.layer, r.site))
+    sizes = sorted({router.num_experts - router.identity_experts for router in routers})
+    if len(sizes) != 1:
+        raise UsageError(
+            f"{source}: found layers of {', '.join(map(str, sizes)) or 'no'} experts, expected one number "
+            "for all; choose the layers with --layer"
+        )
+    return routers
+
+
+def _layer(router: RouterInfo, recordings: Sequence[Recording]) -> Layer:
+    return Layer(
+        site=router.site, name=router.name, layer=router.layer, slot_bytes=_slot_bytes(router, recordings)
+    )
+
+
+def _slot_bytes(router: RouterInfo, recordings: Sequence[Recording]) -> int | None:
+    """As recorded; else the model's hidden size times the size of its type."""
+
+    def recorded(sample: RoutingSample) -> bool:
+        return sample.name == router.name and sample.slot_bytes is not None
+
+    found = next((s.slot_bytes for r in recordings for s in r.samples if recorded(s)), None)
+    if found is not None:
+        return found
+    model = recordings[0].model
+    width, item = model.get("hidden_size"), BYTES_OF.get(str(model.get("dtype")))
+    return width * item if isinstance(width, int) and item is not None else None
+
+
+def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording]]) -> tuple[str, ...]:
+    notes = []
+    world = max(r.world_size for r in recordings)
+    ranks = {r.rank for r in recordings}
+    if len(ranks) < world and any(
+        r.parallel is None or len(r.parallel.token_ranks) < world for r in recordings
+    ):
+        notes.append(
+            f"the run had {world} ranks, and only {len(ranks)} are here: the others' tokens are missing"
+        )
+    if len(parts) < len(recordings):
+        notes.append(f"{len(recordings) - len(parts)} ranks saw tokens of others; those count once")
+    runs = {run for run, _ in parts}
+    if len(runs) > 1:
+        notes.append(f"{len(runs)} runs; each one's steps stand by themselves (run:step)")
+    return tuple(notes)
