@@ -16,7 +16,7 @@ from moe_trace.errors import UsageError
 from moe_trace.placement.packing import by_bin, normalised, pack
 from moe_trace.placement.plan import Cluster, Floats, Ints, Plan, contiguous_plan, divisors
 from moe_trace.placement.refine import refine
-from moe_trace.placement.replication import as_items, replicate
+from moe_trace.placement.replication import as_items, part_copies, replicate
 
 MAX_BLOCKS = 4
 """Blocks of steps a plan is chosen on: it should hold in each of them, not only in their sum."""
@@ -105,7 +105,8 @@ def _replicated(weights: Floats, options: PlanOptions) -> Ints:
     ranks = options.cluster.ranks
     copies = replicate(weights, ranks * options.replicas, most=ranks)
     owners, items = as_items(weights, copies)
-    order = refine(by_bin(pack(items, ranks, owners)), items, ranks, owners)
+    order = part_copies(by_bin(pack(items, ranks, owners)), items, ranks, owners)
+    order = refine(order, items, ranks, owners)
     return np.take_along_axis(owners, order, axis=1)
 
 

@@ -31,3 +31,34 @@ def as_items(weights_LEB: Floats, copies_LE: Ints) -> tuple[Ints, Floats]:
     owners = np.stack([np.repeat(np.arange(experts), row) for row in copies_LE])
     every = np.arange(layers)[:, None]
     return owners, weights_LEB[every, owners] / copies_LE[every, owners][:, :, None]
+
+
+def part_copies(items_LI: Ints, weights_LIB: Floats, bins: int, owners_LI: Ints) -> Ints:
+    """Orders by bin in which no bin holds two copies of an expert, wherever that can be had.
+
+    The last items of a packing find only the last bins open. A second copy is swapped with the item of the
+    most similar weight in a bin that can take it.
+    """
+    parted = items_LI.copy()
+    for layer, items in enumerate(parted):
+        owners = owners_LI[layer]
+        held = owners[items].reshape(bins, -1)
+        if (np.diff(np.sort(held, axis=1), axis=1) == 0).any():
+            _part(items, weights_LIB[layer].sum(axis=1), bins, owners)
+    return parted
+
+
+def _part(items: Ints, weight_I: Floats, bins: int, owners: Ints) -> None:
+    capacity = len(items) // bins
+    bin_of = np.arange(len(items)) // capacity
+    for slot in range(len(items)):
+        held = owners[items]
+        here = held[bin_of == bin_of[slot]]
+        if (here == held[slot]).sum() < 2:
+            continue
+        without = ~(held.reshape(bins, capacity) == held[slot]).any(axis=1)
+        fits = without[bin_of] & ~np.isin(held, here)
+        if fits.any():
+            apart = np.where(fits, np.abs(weight_I[items] - weight_I[items[slot]]), np.inf)
+            other = int(apart.argmin())
+            items[slot], items[other] = items[other], items[slot]

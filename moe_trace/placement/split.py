@@ -58,7 +58,7 @@ def _in_sample(counts: ExpertCounts) -> Split:
     every = tuple(range(number))
     by_itself = counts.kind == "text" and 1 < number <= MAX_FOLDS
     folds = tuple(Fold(every, (i,)) for i in every) if by_itself else (Fold(every, every),)
-    words = f"chosen and judged on {_many(counts.kind, number)}"
+    words = f"plans are chosen and judged on {_many(counts.kind, number)}"
     words += ", each judged by itself" if by_itself else ""
     return Split(folds, f"{words} (in-sample: nothing was held out)", in_sample=True)
 
@@ -71,17 +71,17 @@ def _each(counts: ExpertCounts) -> Split:
             "halves"
         )
     folds = tuple(Fold(tuple(j for j in range(number) if j != i), (i,)) for i in range(number))
-    return Split(folds, f"each {counts.kind} judged by plans chosen on all the others", in_sample=False)
+    return Split(folds, f"each {counts.kind} is judged by plans chosen on all the others", in_sample=False)
 
 
 def _two_parts(counts: ExpertCounts, way: Way) -> Split:
     every = tuple(range(len(counts.labels)))
     middle = len(every) // 2
     parts = (every[::2], every[1::2]) if way == "alternate" else (every[:middle], every[middle:])
-    names = "every second" if way == "alternate" else "half of the"
+    names = f"every second {counts.kind}" if way == "alternate" else f"half of the {counts.kind}s"
     words = (
-        f"chosen on {names} {counts.kind}{'' if way == 'alternate' else 's'} ({len(parts[0])}), judged on "
-        f"the others ({len(parts[1])}), and the other way round"
+        f"plans are chosen on {names} ({len(parts[0])}), judged on the others ({len(parts[1])}), and the "
+        "other way round"
     )
     return Split((Fold(*parts), Fold(parts[1], parts[0])), words, in_sample=False)
 
@@ -94,7 +94,7 @@ def split_named(counts: ExpertCounts, choose_on: Sequence[str], judge_on: Sequen
     """
     fold = Fold(_indices(counts, choose_on, "--choose-on"), _indices(counts, judge_on, "--judge-on"))
     shared = set(fold.chosen) & set(fold.judged)
-    words = f"chosen on {_names(counts, fold.chosen)}, judged on {_names(counts, fold.judged)}"
+    words = f"plans are chosen on {_names(counts, fold.chosen)}, judged on {_names(counts, fold.judged)}"
     if shared:
         words += f" (in-sample for {_names(counts, sorted(shared))})"
     return Split((fold,), words, in_sample=set(fold.judged) <= set(fold.chosen))

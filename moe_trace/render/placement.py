@@ -32,7 +32,11 @@ def _heading(study: PlacementStudy) -> str:
         f"{'s' * (len(counts.labels) != 1)}, {int(counts.counts_SLE.sum()):,} assignments"
     )
     lines = [printable(counts.source, 200), printable(counts.model), facts]
-    return "\n".join(lines) + "\n" + paragraph(printable(f"Plans {study.split.words}.", 1000))
+    return "\n".join(lines) + "\n" + paragraph(printable(_sentence(study.split.words), 1000))
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _overview(study: PlacementStudy) -> str:
@@ -114,7 +118,7 @@ def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) 
         shown = np.argsort(-contiguous, kind="stable")[:_LAYERS_SHOWN]
     headings = ["layer", "bound"]
     for plan in cluster.plans:
-        headings += [plan.name] if len(plan.all_layers_F) == 1 else [plan.name, "range"]
+        headings += [plan.name] if len(plan.all_layers_F) == 1 else [plan.name, "worst"]
     rows = []
     for i in shown:
         row = [
@@ -124,10 +128,14 @@ def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) 
         for plan in cluster.plans:
             row.append(fixed(_finite(_mean(plan.max_over_mean_FL)[i]), 3))
             if len(plan.all_layers_F) > 1:
-                row.append(_range(plan.max_over_mean_FL[:, i]))
+                row.append(fixed(_finite(_worst(plan.max_over_mean_FL[:, i])), 2))
         rows.append(row)
     nodes = f" on {size.nodes} nodes" if size.nodes > 1 else ""
-    title = f"{size.ranks} ranks{nodes}: max÷mean of a layer (bound: no plan without copies can be lower)"
+    folds = "mean over folds and worst fold; " if len(cluster.plans[0].all_layers_F) > 1 else ""
+    title = (
+        f"{size.ranks} ranks{nodes}, layer by layer\n"
+        f"(max÷mean, {folds}no plan without copies goes below the bound)"
+    )
     if len(shown) < len(order):
         title += f"\nThe {len(shown)} most uneven of {len(order)} layers; --all shows the others"
     return f"{title}\n{table(headings, rows)}"
@@ -177,6 +185,11 @@ def _mean_of(values_FL: Floats) -> float:
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _worst(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.max()) if known.size else float("nan")
 
 
 def _range(values: Floats) -> str:
