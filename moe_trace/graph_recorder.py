@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from moe_trace.call_record import CallRecord
 from moe_trace.contracts import Reading
+from moe_trace.graph_memory import is_capturing, keep_for_graphs, outside_graphs
 from moe_trace.graph_ring import (
     EXACT,
     STAGES,
@@ -137,6 +137,12 @@ class SiteRings:
         else:
             self.reduced.write_reduced(reading)  # type: ignore[union-attr]
 
+    def write_captured(self, reading: Reading) -> None:
+        """The same while a stream is captured into a graph, whose replays will write."""
+        with torch.no_grad():
+            self.write(reading)
+        keep_for_graphs([memory for ring in self.all() for memory in (ring.data, *ring.counter.memory)])
+
     def all(self) -> Iterator[GraphRing]:
         yield from (ring for ring in (self.small, self.medium, self.reduced) if ring is not None)
 
@@ -202,6 +208,12 @@ class GraphRecorder:
         for counter in self._counters:
             counter.start_in_graph(stage_code)
 
+    def start_captured(self, stage_code: int) -> None:
+        """The same while a stream is captured into a graph."""
+        with torch.no_grad():
+            self.start_in_graph(stage_code)
+        keep_for_graphs([memory for counter in self._counters for memory in counter.memory])
+
     def _allocate(self, site: SiteRings, kind: RingKind, top_k: int, classes: int) -> None:
         wanted = self._routers[self.sites.index(site)].info
         for other, router in zip(self.sites, self._routers, strict=True):
@@ -209,7 +221,7 @@ class GraphRecorder:
             alike = (router.info.num_experts, router.info.top_k) == (wanted.num_experts, wanted.top_k)
             if alike and getattr(other, kind) is None:
                 counter = self._counter(_device(router))
-                with _outside_graphs(counter.device):
+                with outside_graphs(counter.device):
                     ring = GraphRing(
                         kind,
                         num_experts=site.num_experts or classes,
@@ -225,7 +237,7 @@ class GraphRecorder:
         for counter in self._counters:
             if counter.device == device:
                 return counter
-        with _outside_graphs(device):
+        with outside_graphs(device):
             counter = ForwardCounter(device, forwards=self._forwards(), epoch=self.epoch)
         self._counters.append(counter)
         if self._latest is not None:  # the forward under way is the first that writes
@@ -254,7 +266,7 @@ class GraphRecorder:
 
     def mark(self, segment: Segment) -> None:
         """All forwards since the last mark belong to `segment`; nothing waits."""
-        if not self._counters or _capturing(self._counters[0].device):
+        if not self._counters or is_capturing(self._counters[0].device):
             return
         with self._lock:
             state, copied = _to_host([self._counters[0].forwards])
@@ -287,7 +299,7 @@ class GraphRecorder:
 
     def drain(self) -> None:
         """Hand every decision made so far to the recorder. Waits for the device."""
-        if not self._counters or _capturing(self._counters[0].device):
+        if not self._counters or is_capturing(self._counters[0].device):
             return
         with self._lock:
             self.ship()
@@ -426,26 +438,6 @@ def _device(site: RouterSite) -> torch.device:
 
 
 _CPU = torch.device("cpu")
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@contextmanager
-def _outside_graphs(device: torch.device) -> Iterator[None]:
-    """Allocate real memory that belongs to no graph, whatever is being traced or captured."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
-        if device.type != "cuda":
-            yield
-        elif torch.cuda.is_current_stream_capturing():
-            # What a capturing stream allocates belongs to the graph's pool.
-            with torch.cuda.stream(torch.cuda.Stream(device)):
-                yield
-        else:
-            yield
 
 
 def _to_host(tensors: Sequence[Tensor]) -> tuple[list[Any], torch.cuda.Event | None]:

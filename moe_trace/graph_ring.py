@@ -47,6 +47,11 @@ class ForwardCounter:
         torch._dynamo.mark_static_address(self.forwards)
         torch._dynamo.mark_static_address(self.code)
 
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """All that graphs write to."""
+        return self.forwards, self.code
+
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """Two launches, no copy from the host, so nothing waits."""
         self.forwards.add_(1)

@@ -305,8 +305,7 @@ class SiteHooks:
 
     def _add(self, reading: Reading, start_ns: int, end_ns: int, profiled: bool) -> None:
         if reading.index_TK.is_cuda and torch.cuda.is_current_stream_capturing():
-            with torch.no_grad():
-                self._traced.rings.write(reading)
+            self._traced.rings.write_captured(reading)
             return
         context = self._context()
         if not context.recorded:

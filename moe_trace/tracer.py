@@ -337,8 +337,11 @@ class MoETracer:
         return context
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or is_capturing():
+        if torch.compiler.is_compiling():
             self._graphs.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
+            return
+        if is_capturing():
+            self._graphs.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
         self.abandon_calls()

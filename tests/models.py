@@ -59,6 +59,40 @@ class ExpertsCall:
 
 
 @contextmanager
+def watch_compiled_experts(model: Any, tokens: int) -> Iterator[list[torch.Tensor]]:
+    """By layer: a buffer that the code round the experts copies the index into that they receive.
+
+    It becomes part of what is compiled or captured, so that it tells the decision of that very code: in half
+    precision Inductor rounds otherwise than eager code, and a token of two equal experts goes elsewhere.
+    """
+    device, top_k = model.device, model.config.num_experts_per_tok
+    buffers = [torch.full((tokens, top_k), -1, device=device) for _ in model.model.layers]
+
+    def copy_to(buffer: torch.Tensor) -> Any:
+        torch._dynamo.mark_static_address(buffer)
+
+        def hook(module: Any, args: Any) -> None:
+            buffer.copy_(args[1])
+
+        return hook
+
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(copy_to(buffer))
+        for layer, buffer in zip(model.model.layers, buffers, strict=True)
+    ]
+    try:
+        yield buffers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def counted(buffers: list[torch.Tensor], experts: int) -> list[list[int]]:
+    """Assignments by layer, from the buffers of `watch_compiled_experts`."""
+    return [np.bincount(buffer.cpu().numpy().ravel(), minlength=experts).tolist() for buffer in buffers]
+
+
+@contextmanager
 def watch_experts(model: Any) -> Iterator[list[ExpertsCall]]:
     """Record the arguments of every experts module with a pre-hook of the test's own."""
     calls: list[ExpertsCall] = []

@@ -12,7 +12,7 @@ import torch._dynamo as dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_trace
-from models import tiny_olmoe, token_batch, watch_experts
+from models import counted, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
 
 SHAPES = [(1, 1), (1, 1), (2, 12), (3, 40), (1, 1)]  # raw in two sizes, and reduced in the graph
 EXPERTS = 8
@@ -51,9 +51,9 @@ def eager_assignments(shapes: list[tuple[int, int]]) -> list[list[list[int]]]:
     return found
 
 
-def run(forward: Callable[..., Any], shapes: list[tuple[int, int]]) -> None:
+def run(forward: Callable[..., Any], shapes: list[tuple[int, int]], seed: int = 0) -> None:
     with torch.no_grad():
-        for i, (batch, length) in enumerate(shapes):
+        for i, (batch, length) in enumerate(shapes, start=seed):
             forward(**token_batch(batch, length, seed=i), use_cache=False)
 
 
@@ -114,6 +114,19 @@ def test_inductor_writes_the_same_for_a_whole_model() -> None:
     with moe_trace.MoETracer(model) as tracer:
         run(torch.compile(model, fullgraph=True), shapes)
     assert recorded(tracer) == eager_assignments(shapes)
+
+
+def test_half_precision_is_recorded_as_the_same_code_decided() -> None:
+    """Inductor rounds otherwise than eager code, so what its own experts receive is the truth."""
+    model = small_model().to(torch.bfloat16)
+    expected = []
+    with watch_compiled_experts(model, 256) as buffers, moe_trace.MoETracer(model) as tracer:
+        forward = compile_layers(model, fullgraph=True)
+        for seed in range(4):
+            run(forward, [(2, 128)], seed)
+            expected.append(counted(buffers, EXPERTS))
+    assert all(sum(layer) == 256 * 2 for call in expected for layer in call)
+    assert recorded(tracer) == expected
 
 
 def test_figures_from_a_graph_equal_those_of_the_eager_run() -> None:
