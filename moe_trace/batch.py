@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_trace.call_record import CallRecord
 from moe_trace.schema import RouterInfo, RoutingSample
+from moe_trace.sending import sent_counts
 from moe_trace.stats import FLOAT_FIELDS
 
 
@@ -94,6 +95,8 @@ def _sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray
         profiled=record.profiled,
         aux_loss=_aux_loss(batch, sums, finite),
         in_graph=record.in_graph,
+        dispatched=sent_counts(ints, record.sending, experts),
+        slot_bytes=None if record.sending is None else record.sending.slot_bytes,
         **means,
     )
 

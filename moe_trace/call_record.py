@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_trace.contracts import Reading
 from moe_trace.routers import RouterSite
 from moe_trace.schema import Phase, Stage
+from moe_trace.sending import Sending
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class CallRecord:
     order: tuple[int, int] = (0, 0)
     """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
     in_graph: bool = False
+    sending: Sending | None = None
+    """None where the process runs alone."""
 
 
 @dataclass(slots=True)

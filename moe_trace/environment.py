@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import moe_trace
+from moe_trace.contracts.forms import class_name
 from moe_trace.routers import RouterSite
 
 
@@ -20,7 +21,7 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
     first = next(model.parameters(), None)
     return {
         "name": _name(model, str(getattr(config, "name_or_path", "") or "")),
-        "class": type(model).__name__,
+        "class": class_name(model),
         "num_layers": _num_layers(config, sites),
         "num_moe_layers": len({site.name for site in sites}),
         "num_parameters": sum(p.numel() for p in model.parameters()),
@@ -35,7 +36,7 @@ def _name(model: nn.Module, name_or_path: str) -> str:
     """The hub id; the last part of a local path, since a trace travels; else the class."""
     if os.path.isdir(name_or_path):
         name_or_path = os.path.basename(os.path.abspath(name_or_path))
-    return name_or_path or type(model).__name__
+    return name_or_path or class_name(model)
 
 
 def _num_layers(config: Any, sites: Sequence[RouterSite]) -> int:

@@ -29,6 +29,7 @@ from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_
 from moe_trace.recorder import Recorder
 from moe_trace.routers import RouterSite
 from moe_trace.schema import RangeKind, RouterInfo, range_name
+from moe_trace.sending import Sending
 
 _FUSED_NOTE = (
     "its block ran fused, without calling router or experts: the decision was computed again from the "
@@ -76,6 +77,7 @@ class SiteHooks:
         owner: the tracer, for the claim on the router's ranges.
         rings: where decisions go that are made inside compiled code or a CUDA graph.
         clock: times router and experts by another clock too.
+        sending: tells from the arguments of the experts what the call moves between processes.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class SiteHooks:
         owner: object,
         rings: SiteRings,
         clock: CallClock | None = None,
+        sending: Callable[[Any], Sending | None] = lambda args: None,
     ) -> None:
         self.site = site
         self.calls = 0
@@ -102,6 +105,7 @@ class SiteHooks:
         self._context = context
         self._owner = owner
         self._clock = clock
+        self._sending = sending
         self._read = site.read
         self._fused: dict[int, tuple[Any, int]] | None = None if site.read_block is None else {}
         """By thread: arguments and start (ns) of a block whose router has not been called yet."""
@@ -289,7 +293,8 @@ class SiteHooks:
             return
         if self._clock is not None:
             self._clock.keep(self.site.name, self.calls, "router", opened.mark)
-        self._add(reading, opened.start_ns, opened.end_ns, opened.profiled)
+        sending = self._sending(opened.call.experts_args)
+        self._add(reading, opened.start_ns, opened.end_ns, opened.profiled, sending)
 
     def _finish_fused(self, args: Any, start_ns: int, output: Any) -> None:
         """Record a call of a block that called neither its router nor its experts."""
@@ -303,7 +308,14 @@ class SiteHooks:
         self.fused_calls += 1
         self._add(reading, start_ns, start_ns, profiler_is_recording())
 
-    def _add(self, reading: Reading, start_ns: int, end_ns: int, profiled: bool) -> None:
+    def _add(
+        self,
+        reading: Reading,
+        start_ns: int,
+        end_ns: int,
+        profiled: bool,
+        sending: Sending | None = None,
+    ) -> None:
         if reading.index_TK.is_cuda and torch.cuda.is_current_stream_capturing():
             self._traced.rings.write_captured(reading)
             return
@@ -327,6 +339,7 @@ class SiteHooks:
             profiled=profiled,
             padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
             order=(context.epoch, 0),
+            sending=sending,
         )
         self.calls += 1
         self._recorder.add(record, reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_trace.environment import rank_and_world_size
 from moe_trace.errors import MoETraceError, OutputError
 from moe_trace.files import whole_file
 from moe_trace.ranges import note_profiler
@@ -188,14 +190,20 @@ def tensorboard_trace_handler(
 
     Args:
         dir_name: TensorBoard's log folder; made if it is missing.
-        worker_name: unique for each process; `hostname_pid` by default.
+        worker_name: unique for each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
+            process group. Each rank then writes a trace of its own, and its scalars into `rank3` below.
         use_gzip: write `.pt.trace.json.gz`.
     """
-    write_trace = torch.profiler.tensorboard_trace_handler(str(dir_name), worker_name, use_gzip)
 
     def handle(prof: Any) -> None:
-        write_trace(prof)
+        # Only now: the process group may be younger than the handler.
+        rank, world_size = rank_and_world_size()
+        worker, scalars = worker_name, Path(dir_name)
+        if world_size > 1:
+            worker = worker_name or f"{socket.gethostname()}_{os.getpid()}.rank{rank}"
+            scalars /= f"rank{rank}"
+        torch.profiler.tensorboard_trace_handler(str(dir_name), worker, use_gzip)(prof)
         for tracer in attached_tracers(prof):
-            write_scalars(dir_name, tracer.exported_samples)
+            write_scalars(scalars, tracer.exported_samples)
 
     return handle

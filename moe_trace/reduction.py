@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_trace.batch import Batch
 from moe_trace.call_record import PendingCall
+from moe_trace.sending import append_sent_counts
 from moe_trace.stats import PackedStats, routing_stats
 
 # Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
@@ -44,6 +45,7 @@ def _shape_key(item: PendingCall) -> Any:
         None if logits is None else (logits.shape, logits.dtype),
         item.record.site.info.num_experts,
         item.record.padding_T is None,
+        item.record.sending,
     )
 
 
@@ -64,7 +66,9 @@ def reduce_group(group: list[PendingCall]) -> Batch:
         tokens=tokens,
         num_experts=num_experts,
         classes=0 if logits is None else logits.shape[-1],
-        ints=stats.ints,
+        ints=append_sent_counts(
+            stats.ints, first.record.sending, [p.reading.index_TK for p in group], num_experts
+        ),
         floats=stats.floats,
         stream=first.stream,
     )

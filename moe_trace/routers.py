@@ -6,14 +6,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from moe_trace.contracts import CONTRACTS, Call, Contract, Found, Reading
 from moe_trace.contracts.beside import describe_unread, shared_modules, unread_experts
-from moe_trace.contracts.forms import unwrapped
+from moe_trace.contracts.forms import class_name, unwrapped
 from moe_trace.errors import NoRoutersFound, UsageError
 from moe_trace.flops import (
     dense_flops_per_token,
@@ -22,6 +22,7 @@ from moe_trace.flops import (
     projection_note,
     router_flops_per_token,
 )
+from moe_trace.meshes import DataParallelDims, held_experts
 from moe_trace.schema import RouterInfo
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
@@ -100,11 +101,13 @@ def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
 
 def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
     names = [f"{path}.{item.router_path}".lstrip(".") for path, _, item in found]
+    data_parallel = DataParallelDims(model)
     sites = []
     counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
     for (path, contract, item), name, label in zip(found, names, _labels(names), strict=True):
         shared = shared_modules(model, path, item)
-        info = _info(name, label, contract, item, shared)
+        held = held_experts(_weights(item), item.num_experts, data_parallel)
+        info = replace(_info(name, label, contract, item, shared), held_experts=held)
         info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
         counted.update(map(id, shared))
         sites.append(
@@ -127,14 +130,14 @@ def _info(
     name: str, label: tuple[str, int], contract: Contract, item: Found, shared: tuple[nn.Module, ...]
 ) -> RouterInfo:
     site, layer = label
-    weights = item.weights or ((item.experts,) if item.experts is not None else ())
+    weights = _weights(item)
     beside = projection_note(item, shared)
     return RouterInfo(
         site=site,
         name=name,
         layer=layer,
-        router_class=type(unwrapped(item.router)).__name__,
-        experts_class=type(unwrapped(weights[0])).__name__ if weights else None,
+        router_class=class_name(unwrapped(item.router)),
+        experts_class=class_name(unwrapped(weights[0])) if weights else None,
         contract=contract.name,
         num_experts=item.num_experts,
         top_k=item.top_k,
@@ -146,6 +149,11 @@ def _info(
         every_expert_computes=item.every_expert_computes,
         notes=item.notes if beside is None else (*item.notes, beside),
     )
+
+
+def _weights(item: Found) -> tuple[nn.Module, ...]:
+    """The modules that hold the weights of the routed experts."""
+    return item.weights or ((item.experts,) if item.experts is not None else ())
 
 
 def _labels(paths: list[str]) -> list[tuple[str, int]]:

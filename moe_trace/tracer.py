@@ -14,16 +14,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.compiled import compiled_parts, is_capturing, run_hooks_in_python, warn_if_compiled_before
-from moe_trace.environment import describe_model, rank_and_world_size, versions
+from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
 from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs
 from moe_trace.graph_recorder import GraphRecorder, HostForward, Segment
 from moe_trace.graph_ring import STAGES
 from moe_trace.hooks import CallClock, Level, SiteHooks
+from moe_trace.parallel import ParallelModel
 from moe_trace.ranges import OpenRanges, profiler_is_recording
 from moe_trace.recorder import Recorder
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage
+from moe_trace.sending import Sending
 from moe_trace.summary import Summary, summarize
 from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
@@ -90,6 +92,7 @@ class MoETracer:
                 owner=self,
                 rings=rings,
                 clock=clock,
+                sending=self._sending,
             )
             for site, rings in zip(self.sites, self._graphs.sites, strict=True)
         ]
@@ -109,6 +112,7 @@ class MoETracer:
         self.exported_samples: list[RoutingSample] = []
         """The samples of the trace that was exported last."""
         self._description = describe_model(model, self.sites)
+        self._parallel = ParallelModel(model)
         self._options = {
             "layers": _describe_layers(layers),
             "every": every,
@@ -123,6 +127,7 @@ class MoETracer:
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
+        self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
         run_hooks_in_python([MoETracer._before_model, MoETracer._after_model, *SiteHooks.functions()])
         self._graphs.mark(Segment(step=0, profiled=False, sampled=False))  # what ran while it was off
         if compiled_parts(self.model):
@@ -200,16 +205,17 @@ class MoETracer:
 
     def recording(self) -> Recording:
         """Everything recorded, with the model's description and what was lost."""
-        rank, world_size = rank_and_world_size()
+        samples = tuple(self.samples())
         return Recording(
             model=self._description,
             options=self._options,
             routers=tuple(hooks.info for hooks in self._hooks),
-            samples=tuple(self.samples()),
+            samples=samples,
             lost=self._losses(),
-            rank=rank,
-            world_size=world_size,
+            rank=self._parallel.rank,
+            world_size=self._parallel.world_size,
             versions=versions(),
+            parallel=self._parallel.describe(samples),
         )
 
     def summary(self) -> Summary:
@@ -327,6 +333,9 @@ class MoETracer:
             step = self._step() if explicit else None
             sampled = step is None or self._samples_step(step)
             self._graphs.mark(Segment(step, profiler_is_recording(), sampled))
+
+    def _sending(self, experts_args: Any) -> Sending | None:
+        return self._parallel.sending(experts_args)
 
     def _current_context(self) -> ForwardContext:
         context = self._forwards.current()

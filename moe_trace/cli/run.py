@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from moe_trace.cli.console import console
 from moe_trace.errors import UsageError
-from moe_trace.workload.config import DTYPES, RunConfig
+from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
 
 
 class RunCommand:
@@ -53,6 +54,7 @@ class RunCommand:
         add("--every", type=int, default=d.every, metavar="N", help="record every n-th step")
         add("--record-shapes", action="store_true", help="as torch.profiler does")
         add("--with-stack", action="store_true", help="as torch.profiler does")
+        _add_split(parser)
         add("--out", type=Path, default=d.out, metavar="DIR", help=f"default: {d.out}")
         add("--force", action="store_true", help="replace an earlier run in the folder")
 
@@ -61,23 +63,56 @@ class RunCommand:
         values = vars(arguments).copy()
         values["layers"] = parse_layers(values["layers"])
         lengths = parse_lengths(values.pop("seq_len"))
+        values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
         config = RunConfig(**values)
         from moe_trace.render.study import render_comparison
         from moe_trace.render.text import render_text
         from moe_trace.workload.study import variants
+        from moe_trace.workload.team import LeaderFailed, RankFailed
 
         runs = variants(config, lengths)
         results = []
+        problems: tuple[str, ...] = ()
         for name, one in runs:
-            result = _run_with_progress(one)
+            try:
+                result = _run_with_progress(one)
+            except LeaderFailed as error:
+                return error.exit_code  # rank 0 has said it
+            if result.summary is None:  # rank 0 prints for all
+                continue
             results.append((name, result.summary))
             print(f"== {name}\n" if len(runs) > 1 else "", end="")
             print(render_text(result.summary))
             _print_files(result.files)
+            problems += result.problems
+        if not results:
+            return 0
         if len(runs) > 1:
             print(f"\n{render_comparison(results)}", end="")
         _print_next(config.out, result.trace)
+        if problems:
+            raise RankFailed(f"{'; '.join(problems)}. The figures above are those of the other ranks")
         return 0
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    d = Split()
+    group = parser.add_argument_group(
+        "several processes", "under `torchrun --nproc-per-node N -m moe_trace run ...`; each writes a trace"
+    )
+    add = group.add_argument
+    add("--fsdp", type=int, default=d.fsdp, metavar="N", help="processes with tokens of their own (FSDP 2)")
+    add("--tp", type=int, default=d.tp, metavar="N", help="processes that split matrices, on the same tokens")
+    add("--ep", type=int, default=d.ep, metavar="N", help="of those, how many deal out the experts")
+    add("--ep-implementation", choices=EP_IMPLEMENTATIONS, default=d.ep_implementation)
+    add("--ddp", action="store_true", help="the whole model in every process, tokens of its own")
+    add(
+        "--rank-timeout",
+        type=float,
+        default=RunConfig().rank_timeout,
+        metavar="S",
+        help=f"wait so long for a process (default {RunConfig().rank_timeout:g} s)",
+    )
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
@@ -108,12 +143,13 @@ def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # to
     from moe_trace.workload.runner import run
 
     terminal = console(sys.stderr)
-    if not terminal.is_terminal:
+    draws = terminal.is_terminal and os.environ.get("RANK", "0") == "0"
+    if not draws:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
     columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+    with Progress(*columns, console=terminal, transient=True, disable=not draws) as bar:
         task = bar.add_task("starting", total=config.warmup + config.steps)
         return run(
             config, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -33,6 +33,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of the module's class as its author wrote it: FSDP 2 puts a class of its own before it."""
+    if hasattr(module, "_get_fsdp_state"):
+        return type(module).__mro__[2].__name__
+    return type(module).__name__
+
+
 def takes_anything(module: nn.Module) -> bool:
     """Whether the module's forward passes on whatever it is called with."""
     return any(p.kind in _ANY_ARGUMENTS for p in _parameters(module))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,58 @@ from moe_trace.errors import UsageError
 
 Mode = Literal["prefill", "generate", "train"]
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+EP_IMPLEMENTATIONS = ("auto", "all_to_all", "all_reduce")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Over how many processes a run is split, and by what."""
+
+    fsdp: int = 1
+    """Processes with tokens of their own, which share the weights (FSDP 2)."""
+    tp: int = 1
+    """Processes that split the matrices and work on the same tokens."""
+    ep: int = 1
+    """Processes that deal out the experts; the same ones that `fsdp` x `tp` counts."""
+    ep_implementation: str = "auto"
+    ddp: bool = False
+    """Every process has the whole model, and tokens of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("fsdp", "tp", "ep"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1")
+        if self.ddp and self.needs_transformers:
+            raise UsageError("give --ddp, or --fsdp, --tp and --ep, not both")
+        if self.ep_implementation not in EP_IMPLEMENTATIONS:
+            raise UsageError(f"--ep-implementation: expected one of {', '.join(EP_IMPLEMENTATIONS)}")
+        if self.fsdp * self.tp % self.ep or (self.ep % self.tp and self.ep > 1):
+            raise UsageError(
+                f"--ep {self.ep} must divide --fsdp x --tp ({self.fsdp} x {self.tp}) and be a multiple of "
+                f"--tp: experts are dealt out to those same processes. Try --fsdp {self.ep} --ep {self.ep}"
+            )
+        if self.ep_implementation == "all_reduce" and self.ep not in (1, self.tp):
+            raise UsageError(
+                "--ep-implementation all_reduce needs all processes that share experts to have the same "
+                f"tokens: --tp {self.ep} --ep {self.ep}"
+            )
+
+    @property
+    def needs_transformers(self) -> bool:
+        """Whether transformers does the splitting."""
+        return self.fsdp * self.tp * self.ep > 1
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is more than one process."""
+        return self.ddp or self.needs_transformers
+
+    @property
+    def processes(self) -> int | None:
+        """How many are needed; None where any number will do."""
+        return None if self.ddp else self.fsdp * self.tp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +93,9 @@ class RunConfig:
     out: Path = Path("moe_trace_runs")
     force: bool = False
     seed: int = 0
+    split: Split = field(default_factory=Split)
+    rank_timeout: float = 120.0
+    """Seconds that rank 0 waits for the others' traces, and a collective for a process."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("every", 1), ("max_new_tokens", 1)):
@@ -50,6 +105,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.rank_timeout <= 0:
+            raise UsageError("--rank-timeout must be above 0")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
         if self.prompt is not None and self.prompts_file is not None:

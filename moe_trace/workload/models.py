@@ -39,7 +39,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(
-    source: str, *, device: torch.device | str, dtype: torch.dtype | None = None, random_weights: bool = False
+    source: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    random_weights: bool = False,
+    distributed_config: Any = None,
 ) -> tuple[nn.Module, Any]:
     """The model, in eval mode, and its tokenizer (None where there is none).
 
@@ -47,6 +52,7 @@ def load_model(
         source: `demo`, a hub id, a folder with weights, or the path of a config.json.
         device: where it is built; `meta` with `random_weights` builds no weights at all.
         random_weights: build from the config alone.
+        distributed_config: transformers' own, to load only this process's part of the weights.
 
     Raises:
         ModelError: it cannot be loaded; the message says what was tried.
@@ -55,7 +61,7 @@ def load_model(
     if source == "demo" and not random_weights:
         from moe_trace.demo import load_demo_model
 
-        return load_demo_model(device=str(device), dtype=dtype)
+        return load_demo_model(device, dtype, **_only_given(distributed_config=distributed_config))
     if source == "demo":
         from moe_trace.demo import demo_path
 
@@ -65,7 +71,8 @@ def load_model(
     try:
         if random_weights:
             return _from_config(source, torch.device(device), dtype), _tokenizer(source)
-        return _pretrained(source, torch.device(device), dtype), _tokenizer(source)
+        model = _pretrained(source, torch.device(device), dtype, distributed_config)
+        return model, _tokenizer(source)
     except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
         raise ModelError(
             f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
@@ -74,11 +81,18 @@ def load_model(
         ) from error
 
 
-def _pretrained(source: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _only_given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _pretrained(
+    source: str, device: torch.device, dtype: torch.dtype | None, distributed_config: Any
+) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source)
-    model = _model_class(config).from_pretrained(source, dtype=dtype or "auto")
+    split = _only_given(distributed_config=distributed_config)
+    model = _model_class(config).from_pretrained(source, dtype=dtype or "auto", **split)
     return model.to(device).eval()
 
 

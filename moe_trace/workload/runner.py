@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from moe_trace.errors import NothingRecorded, OutputError, UsageError
+from moe_trace.errors import MoETraceError, NothingRecorded, OutputError, UsageError
 from moe_trace.profiler import profile, tensorboard_trace_handler
 from moe_trace.summary import Summary
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
+from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process
 from moe_trace.workload.steps import Step, make_step
+from moe_trace.workload.team import LeaderFailed, RankFailed, Team, is_launched, joined, missing_files
 
-OUTPUT_PATTERNS = ("*.pt.trace.json", "*.pt.trace.json.gz", "events.out.tfevents.*")
+OUTPUT_PATTERNS = (
+    "*.pt.trace.json",
+    "*.pt.trace.json.gz",
+    "events.out.tfevents.*",
+    "rank*/events.out.tfevents.*",
+)
+_GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it
 Progress = Callable[[str, int, int], None]
 
 
@@ -25,13 +37,16 @@ Progress = Callable[[str, int, int], None]
 class RunResult:
     """What a run left behind."""
 
-    summary: Summary
+    summary: Summary | None
+    """Of all processes; None in those that are not rank 0."""
     trace: Path
     files: tuple[Path, ...]
+    problems: tuple[str, ...] = ()
+    """Ranks that left no file, a sentence each."""
 
 
 def run(config: RunConfig, progress: Progress = lambda what, done, total: None) -> RunResult:
-    """Load, warm up, record, write.
+    """Load, warm up, record, write. Under torchrun every process calls it.
 
     Args:
         progress: called with (what is being done, steps done, steps in all).
@@ -39,27 +54,42 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
     Raises:
         OutputError: the folder holds files and `force` was not given, or cannot be written.
         NothingRecorded: no router was called in the recorded steps.
+        UsageError: the processes, or this torch and transformers, do not fit what was asked for.
+        RankFailed: in rank 0, where this process or another one could not end the run.
     """
-    earlier = _claim_folder(config)
-    progress("loading the model", 0, config.warmup + config.steps)
     device = choose_device(config.device)
-    torch.manual_seed(config.seed)
-    model, tokenizer = load_model(
-        config.model, device=device, dtype=_dtype(config, device), random_weights=config.random_weights
-    )
-    if tokenizer is None and (config.prompt is not None or config.prompts_file is not None):
-        raise UsageError(f"{config.model} has no tokenizer, so prompts cannot be used; leave them out")
-    inputs = make_inputs(
-        model,
-        tokenizer,
-        _texts(config),
-        batch=config.batch,
-        seq_len=config.seq_len,
-        device=device,
-        seed=config.seed,
-    )
-    step = make_step(model, inputs, mode=config.mode, max_new_tokens=config.max_new_tokens)
+    if not config.split.is_split:
+        _refuse_several_processes()
+        trace, prof = _record(config, Team(), device, progress)
+        return _result(prof.tracer.summary(), trace, config)
+    require_support(config.split, device)
+    with joined(device.type, config.split.processes, config.rank_timeout) as team:
+        if device.type == "cuda":
+            device = torch.device("cuda", team.local_rank)
+        with _failures_told(team, config):
+            trace, _ = _record(config, team, device, progress)
+            team.tell("trace", {"file": trace.name, "host": socket.gethostname()})
+        if not team.leads:
+            return RunResult(None, trace, (trace,))
+        progress("waiting for the others", 1, 1)
+        return _result_of_all(team, trace, config)
+
+
+def _refuse_several_processes() -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if is_launched() and count != "1":
+        raise UsageError(
+            f"torchrun started {count} processes, and nothing says how they split the run: give --ddp, or "
+            "--fsdp, --tp and --ep"
+        )
+
+
+def _record(config: RunConfig, team: Team, device: torch.device, progress: Progress) -> tuple[Path, profile]:
+    earlier = _claim_folder(config, team)
     total = config.warmup + config.steps
+    progress("loading the model", 0, total)
+    torch.manual_seed(config.seed)
+    step, model = _prepare(config, team, device)
     prof = _profiler(model, config, device)  # before the warm-up: it knows whether there is a router at all
     for done in range(config.warmup):
         progress("warming up", done, total)
@@ -70,9 +100,51 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
             _run(step, model)
             prof.step()
         progress("writing the trace", total, total)
-    for file in earlier:  # only now: a run that fails leaves the one before it
+    if not prof.tracer.summary().totals.calls:
+        raise NothingRecorded(
+            f"found {len(prof.tracer.sites)} routers, but none was called in {config.steps} steps; "
+            f"check --layers and --every ({config.every})"
+        )
+    trace = _written(config, team, earlier)
+    for file in earlier if team.leads else []:  # only now: a run that fails leaves the one before it
         file.unlink(missing_ok=True)
-    return _result(prof, config)
+    return trace, prof
+
+
+def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step, torch.nn.Module]:
+    """The model, and a function that runs one step of it on this process's rows."""
+    how: dict[str, Any] = {
+        "device": device,
+        "dtype": _dtype(config, device),
+        "random_weights": config.random_weights,
+    }
+    if config.split.is_split:
+        model, tokenizer = load_split_model(config.model, config.split, team, **how)
+    else:
+        model, tokenizer = load_model(config.model, **how)
+    if tokenizer is None and (config.prompt is not None or config.prompts_file is not None):
+        raise UsageError(f"{config.model} has no tokenizer, so prompts cannot be used; leave them out")
+    texts = _texts(config)
+    inputs = make_inputs(
+        model,
+        tokenizer,
+        texts,
+        batch=config.batch or _even_rows(len(texts), config, team),
+        seq_len=config.seq_len,
+        device=device,
+        seed=config.seed,
+    )
+    if config.split.is_split:
+        inputs = rows_of_this_process(model, inputs, team)
+    return make_step(model, inputs, mode=config.mode, max_new_tokens=config.max_new_tokens), model
+
+
+def _even_rows(rows: int, config: RunConfig, team: Team) -> int | None:
+    """So many that each process with tokens of its own gets as many as the others."""
+    if not config.split.is_split:
+        return None
+    parts = team.world_size if config.split.ddp else config.split.fsdp
+    return -(-rows // parts) * parts
 
 
 def _run(step: Step, model: torch.nn.Module) -> None:
@@ -100,24 +172,75 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
     )
 
 
-def _result(prof: profile, config: RunConfig) -> RunResult:
-    summary = prof.tracer.summary()
-    if not summary.totals.calls:
-        raise NothingRecorded(
-            f"found {len(prof.tracer.sites)} routers, but none was called in {config.steps} steps; "
-            f"check --layers and --every ({config.every})"
-        )
-    files = tuple(sorted(f for pattern in OUTPUT_PATTERNS for f in config.out.glob(pattern)))
-    traces = [f for f in files if ".pt.trace.json" in f.name]
-    return RunResult(summary, traces[-1], files)
+@contextmanager
+def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
+    """A process that fails says so to the others; rank 0 then says what became of all of them."""
+    try:
+        yield
+    except (MoETraceError, RuntimeError, OSError, MemoryError) as error:
+        if not isinstance(error, RankFailed):
+            team.tell("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if not team.leads:
+            if isinstance(error, MoETraceError) and not isinstance(error, LeaderFailed):
+                error.args = (f"rank {team.rank}: {error}",)
+            raise
+        if isinstance(error, OutputError | UsageError | NothingRecorded):
+            raise
+        others = missing_files(team, config.out, _GIVE_UP_S)
+        kept = [file.name for file in _files(config) if ".pt.trace.json" in file.name]
+        raise RankFailed(
+            f"the run did not end. {'; '.join(others) or error}. "
+            f"Kept in {config.out}: {', '.join(sorted(kept)) or 'nothing'}"
+        ) from error
 
 
-def _claim_folder(config: RunConfig) -> list[Path]:
-    """Make the folder; returns what an earlier run wrote into it, which `force` allows to replace."""
+def _result_of_all(team: Team, trace: Path, config: RunConfig) -> RunResult:
+    """One summary of what all processes wrote; those that wrote nothing are named."""
+    from moe_trace.reader import read_summary
+
+    problems = tuple(missing_files(team, config.out, config.rank_timeout))
+    return _result(read_summary(config.out), trace, config, problems)
+
+
+def _result(summary: Summary, trace: Path, config: RunConfig, problems: tuple[str, ...] = ()) -> RunResult:
+    return RunResult(summary, trace, _files(config), problems)
+
+
+def _files(config: RunConfig) -> tuple[Path, ...]:
+    return tuple(sorted(f for pattern in OUTPUT_PATTERNS for f in config.out.glob(pattern)))
+
+
+def _written(config: RunConfig, team: Team, earlier: list[Path]) -> Path:
+    """The trace that this process wrote."""
+    name = f".rank{team.rank}." if team.store is not None else ""
+    known = {file.name for file in earlier}
+    traces = [f for f in _files(config) if ".pt.trace.json" in f.name and name in f.name]
+    return [f for f in traces if f.name not in known][-1]
+
+
+def _claim_folder(config: RunConfig, team: Team) -> list[Path]:
+    """Rank 0 makes the folder, and the others write into it too.
+
+    Returns what an earlier run wrote, which `force` allows to replace.
+    """
+    if not team.leads:
+        team.wait_for_leader("folder", config.rank_timeout)
+        config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
+        return list(_files(config))
+    try:
+        earlier = _claim(config)
+    except OutputError:
+        team.tell("folder", {"failed": True})
+        raise
+    team.tell("folder", {"failed": False})
+    return earlier
+
+
+def _claim(config: RunConfig) -> list[Path]:
     try:
         if config.out.exists() and not config.out.is_dir():
             raise OutputError(f"{config.out} is a file; give a folder with --out")
-        earlier = [f for pattern in OUTPUT_PATTERNS for f in config.out.glob(pattern)]
+        earlier = list(_files(config))
         if config.out.exists() and any(config.out.iterdir()) and not config.force:
             raise OutputError(
                 f"{config.out} exists and is not empty; add --force to replace the run in it, "

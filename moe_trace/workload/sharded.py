@@ -1,0 +1,137 @@
+"""Load a model split over processes, by transformers' own parallelism."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from moe_trace.demo import demo_path
+from moe_trace.errors import UsageError
+from moe_trace.workload.config import Split
+from moe_trace.workload.models import load_model
+from moe_trace.workload.team import Team
+
+
+def require_support(split: Split, device: torch.device) -> None:
+    """Say at once what this torch and transformers cannot do.
+
+    Raises:
+        UsageError: a part is missing; the message names it.
+    """
+    if not distributed.is_available():
+        raise UsageError("this torch is built without torch.distributed; a run cannot be split with it")
+    if not split.needs_transformers:
+        return
+    try:
+        import accelerate  # noqa: F401
+        from transformers import DistributedConfig
+    except ImportError as error:
+        raise UsageError(
+            f"--fsdp, --tp and --ep need transformers with DistributedConfig and accelerate ({error}): "
+            "pip install -U transformers accelerate"
+        ) from error
+    known = {field.name for field in fields(DistributedConfig)}
+    missing = {"fsdp_size", "tp_size", "ep_size", "ep_implementation"} - known
+    if missing:
+        import transformers
+
+        raise UsageError(
+            f"transformers {transformers.__version__} has a DistributedConfig without "
+            f"{', '.join(sorted(missing))}; --fsdp, --tp and --ep need 5.23 or later"
+        )
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type != device.type:
+        raise UsageError(
+            f"--device {device.type} with --fsdp, --tp or --ep: transformers splits over the accelerator "
+            f"that torch finds ({accelerator.type}); hide it (CUDA_VISIBLE_DEVICES=) or leave --device out"
+        )
+
+
+def load_split_model(
+    source: str,
+    split: Split,
+    team: Team,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    random_weights: bool,
+) -> tuple[nn.Module, Any]:
+    """This process's part of the model, in eval mode, and its tokenizer.
+
+    Random weights are the same on all processes, and the same as those of a run that is not split.
+
+    Raises:
+        ModelError: it cannot be loaded, or cannot be split like that.
+    """
+    if not split.needs_transformers:
+        model, tokenizer = load_model(source, device=device, dtype=dtype, random_weights=random_weights)
+        return nn.parallel.DistributedDataParallel(model), tokenizer
+    if not random_weights:
+        return load_model(source, device=device, dtype=dtype, distributed_config=_config(split))
+    with _random_weights_on_disk(source, team, dtype) as folder:
+        config = _config(split)
+        model, tokenizer = load_model(str(folder), device=device, dtype=dtype, distributed_config=config)
+    model.config.name_or_path = str(demo_path()) if source == "demo" else source  # type: ignore[union-attr]
+    return model, tokenizer
+
+
+def _config(split: Split) -> Any:
+    from transformers import DistributedConfig
+
+    try:
+        return DistributedConfig(
+            fsdp_size=split.fsdp,
+            tp_size=split.tp,
+            ep_size=split.ep,
+            ep_implementation=split.ep_implementation,
+        )
+    except ValueError as error:
+        raise UsageError(f"--fsdp {split.fsdp} --tp {split.tp} --ep {split.ep}: {error}") from error
+
+
+@contextmanager
+def _random_weights_on_disk(source: str, team: Team, dtype: torch.dtype | None) -> Iterator[Path]:
+    """Weights drawn by one process per machine, since only `from_pretrained` knows how to split."""
+    if team.local_rank != 0:
+        distributed.barrier()
+        yield Path(team.ask("weights", team.rank - team.local_rank))
+        distributed.barrier()
+        return
+    with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:
+        model, tokenizer = load_model(source, device="cpu", dtype=dtype, random_weights=True)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        team.tell("weights", folder)
+        distributed.barrier()
+        yield Path(folder)
+        distributed.barrier()
+
+
+def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
+    """The rows of the batch that are this process's: processes that split a model's tensors share theirs.
+
+    Raises:
+        UsageError: the rows cannot be shared out evenly.
+    """
+    part, parts = _data_rank(model, team)
+    rows = len(inputs["input_ids"])
+    if rows % parts:
+        raise UsageError(f"a batch of {rows} cannot be shared by {parts} processes evenly; set --batch")
+    share = rows // parts
+    return {name: value[part * share : (part + 1) * share] for name, value in inputs.items()}
+
+
+def _data_rank(model: nn.Module, team: Team) -> tuple[int, int]:
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is None:
+        return team.rank, team.world_size
+    mesh = manager.get_mesh("fsdp")
+    return mesh.get_local_rank(), mesh.size()

@@ -1,0 +1,187 @@
+"""The processes of one `moe-trace run` under torchrun: joining, agreeing, and waiting for each other's files.
+
+What is agreed goes through the rendezvous' key-value store, which serves also when a process has died; no
+collective is added to the steps that are recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+from moe_trace.errors import MoETraceError, UsageError
+
+_POLL_S = 0.05
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_runs = itertools.count()  # one process may do several, each with keys of its own in the store
+
+
+class RankFailed(MoETraceError):
+    """A process of the run died, failed, was late, or left no file; what the others wrote is kept."""
+
+    exit_code = 8
+
+
+class LeaderFailed(MoETraceError):
+    """Rank 0 could not go on, and has said why; the other processes end without a word."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """This process among those of the run; a run without torchrun is a team of one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    store: Any = field(default=None, repr=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process draws, prints and answers for the run."""
+        return self.rank == 0
+
+    def tell(self, what: str, value: object) -> None:
+        """Leave a JSON value for the others under this rank's name."""
+        if self.store is not None:
+            self.store.set(f"{what}/{self.rank}", json.dumps(value))
+
+    def ask(self, what: str, rank: int) -> Any:
+        """What a rank has told; None where it has not, yet."""
+        key = f"{what}/{rank}"
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def wait_for_leader(self, what: str, timeout_s: float) -> None:
+        """Wait until rank 0 told `what`.
+
+        Raises:
+            LeaderFailed: it failed, or did not within the time.
+        """
+        answer = _until(lambda: self.ask(what, 0), timeout_s)
+        if answer is None or answer.get("failed"):
+            raise LeaderFailed(f"rank 0 {'failed' if answer else f'did not answer in {timeout_s:g} s'}")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or something that sets its variables, started this process."""
+    return all(name in os.environ for name in _VARIABLES)
+
+
+@contextmanager
+def joined(device_type: str, expected: int | None, timeout_s: float) -> Iterator[Team]:
+    """Join the process group of torchrun, and leave it at the end.
+
+    Args:
+        device_type: `cuda` takes NCCL and the GPU of the local rank, `cpu` takes gloo.
+        expected: processes that the sizes given multiply to; None for any number.
+        timeout_s: how long a collective may wait for a process.
+
+    Raises:
+        UsageError: not started by torchrun, or with another number of processes.
+    """
+    if not is_launched():
+        raise UsageError(
+            f"this run is split over {expected or 'several'} processes and was started as one; start it with "
+            f"`torchrun --nproc-per-node {expected or 'N'} -m moe_trace run ...`"
+        )
+    rank, local_rank, world_size = (int(os.environ[name]) for name in _VARIABLES[:3])
+    if expected is not None and world_size != expected:
+        raise UsageError(
+            f"the sizes given need {expected} processes, and torchrun started {world_size}; change "
+            f"--nproc-per-node, or --fsdp, --tp and --ep (fsdp x tp = processes; ep splits the same ones)"
+        )
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"rank {rank} needs GPU {local_rank}, and torch finds {torch.cuda.device_count()}: start one "
+                "process per GPU (--nproc-per-node), or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    number = next(_runs)
+    store, _, _ = next(rendezvous("env://"))
+    distributed.init_process_group(
+        backend="nccl" if device_type == "cuda" else "gloo",
+        store=PrefixStore(f"group{number}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=torch.device("cuda", local_rank) if device_type == "cuda" else None,
+    )
+    team = Team(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        store=PrefixStore(f"moe_trace{number}", store),
+    )
+    with _stops_as_an_error(team):
+        yield team
+    distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
+
+
+@contextmanager
+def _stops_as_an_error(team: Team) -> Iterator[None]:
+    """When a process dies torchrun stops the others: rank 0 then still says who it was."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise RankFailed("torchrun stopped this process, because another one ended")
+
+    before = signal.signal(signal.SIGTERM, stop if team.leads else signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
+    """Wait for the files of all ranks; a sentence for each rank that left none in the folder.
+
+    Args:
+        timeout_s: for all of them together.
+    """
+    deadline = time.monotonic() + timeout_s
+    problems = []
+    for rank in range(team.world_size):
+        left = max(0.0, deadline - time.monotonic())
+        answer = _until(lambda rank=rank: _answer(team, rank), left)
+        if answer is None:
+            problems.append(
+                f"rank {rank} has written no trace within {timeout_s:g} s of rank 0 (it died, or is late)"
+            )
+        elif "failed" in answer:
+            problems.append(f"rank {rank} failed: {answer['failed']}")
+        elif not (folder / answer["file"]).exists():
+            problems.append(
+                f"rank {rank} wrote {answer['file']} on {answer['host']}, which is not in {folder} on "
+                f"{socket.gethostname()}: give --out a folder that all machines share"
+            )
+    return problems
+
+
+def _answer(team: Team, rank: int) -> Any:
+    failed = team.ask("failed", rank)
+    return team.ask("trace", rank) if failed is None else {"failed": failed}
+
+
+def _until(ask: Any, timeout_s: float) -> Any:
+    """The first answer that is not None; None when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = ask()
+        if answer is not None or time.monotonic() >= deadline:
+            return answer
+        time.sleep(_POLL_S)
