@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moe_trace.errors import TraceFileError
+from moe_trace.errors import SchemaError, TraceFileError
 from moe_trace.schema import (
     RANGE_KINDS,
     SCHEMA_VERSION,
@@ -62,11 +62,12 @@ def decode_recording(payload: Any) -> Recording:
     """The inverse of `encode_recording`, from parsed JSON.
 
     Raises:
-        TraceFileError: an unknown schema version, or fields of another form.
+        SchemaError: an unknown schema version.
+        TraceFileError: fields of another form.
     """
     version = payload.get("schema_version") if isinstance(payload, dict) else None
     if version != SCHEMA_VERSION:
-        raise TraceFileError(
+        raise SchemaError(
             f"found moe_trace data of schema version {version!r}, expected {SCHEMA_VERSION}; "
             "read it with the moe_trace release that wrote it"
         )

@@ -27,6 +27,10 @@ class TraceFileError(MoETraceError):
     exit_code = 5
 
 
+class SchemaError(TraceFileError):
+    """A trace holds moe_trace data of a schema version that this release does not know."""
+
+
 class OutputError(MoETraceError):
     """A file could not be written: it exists, the disk is full, or the folder is read-only."""
 

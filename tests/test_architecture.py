@@ -16,6 +16,7 @@ VOCABULARY = {"errors", "schema", "files", "loads"}
 READING = VOCABULARY | {
     "codec",
     "figures",
+    "figures_ranks",
     "figures_routing",
     "figures_time",
     "figures_timeline",
@@ -67,8 +68,8 @@ ON_TOP = RECORDING | {
     "simple",
     "workload",
 }
-READING_COMMANDS = {"check", "diff", "export", "placement", "reading", "report", "view"}
-FIGURES = {"figures", "figures_routing", "figures_time", "figures_timeline"}
+READING_COMMANDS = {"check", "diff", "export", "merge", "placement", "reading", "report", "view"}
+FIGURES = {"figures", "figures_ranks", "figures_routing", "figures_time", "figures_timeline"}
 ALLOWED = {
     "errors": set(),
     "schema": set(),

@@ -23,6 +23,7 @@ COMMANDS = {
     "routers": ("moe_trace.cli.routers", "RoutersCommand", "list what would be traced in a model"),
     "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
     "view": ("moe_trace.cli.view", "ViewCommand", "start TensorBoard on a folder and its MoE tab"),
+    "merge": ("moe_trace.cli.merge", "MergeCommand", "the traces of a run's ranks as one, on one clock"),
     "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),
     "check": ("moe_trace.cli.check", "CheckCommand", "whether a merged trace keeps its promises"),
     "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),

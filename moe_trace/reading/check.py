@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 
 from moe_trace.reading.events import EventTable, Kind, to_ns
+from moe_trace.reading.rank_rename import is_band
 from moe_trace.reading.stream import JsonStream, loads_lenient
 from moe_trace.reading.trace_file import Progress, open_trace_stream, read_trace
-from moe_trace.schema import BAND_PID, RANGE_NAME, Recording, moe_span, range_name
+from moe_trace.schema import RANGE_NAME, Recording, moe_span, range_name
 from moe_trace.timeline.band import LANES
 
 TOLERANCE = 1e-5
@@ -101,7 +102,7 @@ def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
             continue
         for batch in stream.batches(_raw_batch, _raw_one):
             for event in batch:
-                if isinstance(event.pid, int) and event.pid >= BAND_PID and event.ph in "CX":
+                if is_band(event.pid) and event.ph in "CX":
                     yield _band_event(event)
 
 

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.reading.comms import CommArgs, CommEvent, facts_of, is_comm
 from moe_trace.reading.stream import JsonStream, loads_lenient
 from moe_trace.schema import Span
 
@@ -52,7 +53,7 @@ _SLICES = {
 _FLOWS = {"s": Kind.FORWARD, "f": Kind.BACKWARD}
 
 
-class _Args(msgspec.Struct, gc=False):
+class _Args(CommArgs, gc=False):
     correlation: int | None = None
 
 
@@ -70,17 +71,23 @@ class _Event(msgspec.Struct, gc=False):
 
 _UNREADABLE = _Event(ph="unreadable")
 _decode_batch = msgspec.json.Decoder(list[_Event]).decode
+_decode_event = msgspec.json.Decoder(_Event).decode
 
 
 def _decode_one(text: bytes) -> _Event:
-    """An event that the fast way refuses, as far as it can be understood."""
+    """An event of a batch that the fast way refuses, as far as it can be understood."""
+    try:
+        return _decode_event(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
     try:
         value = loads_lenient(text)
-        return msgspec.convert(value, _Event)
-    except msgspec.ValidationError:
-        return _without_odd_fields(value)
     except (ValueError, OverflowError):
         return _UNREADABLE
+    try:
+        return _decode_event(msgspec.json.encode(value))  # the arguments stay JSON text
+    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError, TypeError):
+        return _without_odd_fields(value)
 
 
 def _without_odd_fields(value: Any) -> _Event:
@@ -90,7 +97,7 @@ def _without_odd_fields(value: Any) -> _Event:
     kept = {key: value[key] for key in ("ph", "cat", "name", "pid", "tid", "ts", "dur") if key in value}
     try:
         return msgspec.convert(kept, _Event)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, ValueError, OverflowError):
         return _UNREADABLE
 
 
@@ -113,6 +120,8 @@ class EventTable:
     """(process, thread) ids as the trace has them."""
     unreadable: int
     """Events that are not as the trace format says."""
+    comms: tuple[CommEvent, ...] = ()
+    """What says something of collectives, in the order of the file; not among the rows of a selection."""
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -161,6 +170,7 @@ class EventTableBuilder:
         self._threads: defaultdict[tuple[Any, Any], int] = defaultdict()
         self._threads.default_factory = self._threads.__len__
         self._parts: list[tuple[np.ndarray, ...]] = []
+        self._comms: list[CommEvent] = []
         self.unreadable = 0
         self.seen = 0
 
@@ -190,7 +200,19 @@ class EventTableBuilder:
             to_ns(np.where(sound, duration_us, 0.0)),
             np.array([_correlation(e) for e in slices] + [_flow_id(e) for e in flows], np.int64),
         )
+        self._take_comms(slices, columns, sound)
         self._parts.append(columns if sound.all() else tuple(column[sound] for column in columns))
+
+    def _take_comms(
+        self, slices: list[_Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
+    ) -> None:
+        """Keep what tells of collectives: few events, each with its arguments."""
+        for i, event in enumerate(slices):
+            if is_comm(event.name) and sound[i] and columns[0][i] in (Kind.OP, Kind.RANGE):
+                facts = facts_of(event.name, event.args)
+                if facts is not None:
+                    thread, start, duration = (int(columns[c][i]) for c in (2, 3, 4))
+                    self._comms.append(CommEvent(event.name, thread, start, start + duration, facts))
 
     def build(self) -> EventTable:
         """The table of everything that was added."""
@@ -209,6 +231,7 @@ class EventTableBuilder:
             tuple(self._names),
             tuple(self._threads),
             self.unreadable,
+            tuple(self._comms),
         )
 
 

@@ -5,40 +5,14 @@ A rule takes the `Evidence` and yields `Finding`s. Adding a rule is adding a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from moe_trace.reading.imbalance import ImbalanceCost
-from moe_trace.reading.layers import PhaseReport
-from moe_trace.reading.speed import SpeedReport
+from moe_trace.reading import rank_findings
+from moe_trace.reading.finding import Evidence, Finding, Rule
 from moe_trace.summary import RouterSummary
 
+__all__ = ["RULES", "Evidence", "Finding", "Rule", "find"]
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One sentence that says what was found, and one that says what to do."""
-
-    rule: str
-    site: str | None
-    value: float
-    threshold: float
-    sentence: str
-    advice: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What the rules look at."""
-
-    routers: Sequence[RouterSummary]
-    phases: PhaseReport | None
-    speed: SpeedReport | None
-    imbalance: Sequence[ImbalanceCost]
-    operators: frozenset[str]
-    """Names of the operators in the trace."""
-
-
-Rule = Callable[[Evidence], Iterator[Finding]]
 
 HOT_SHARE = 3.0
 ENOUGH_PER_EXPERT = 20
@@ -287,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     nonfinite,
     hot_expert,
     dead_experts,
+    *rank_findings.RULES,
     costly_imbalance,
     padding,
     skipped,

@@ -26,9 +26,12 @@ class Kernels:
 
     def within(self, thread: int, span: Span) -> slice:
         """Those that a thread launched inside a span."""
+        return self.within_ns(thread, *bounds_ns(span))
+
+    def within_ns(self, thread: int, begin: int, end: int) -> slice:
+        """The same between two times in nanoseconds, both included."""
         first = int(np.searchsorted(self.launch_thread, thread, "left"))
         last = int(np.searchsorted(self.launch_thread, thread, "right"))
-        begin, end = bounds_ns(span)
         launches = self.launch_ns[first:last]
         return slice(
             first + int(np.searchsorted(launches, begin, "left")),

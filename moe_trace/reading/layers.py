@@ -92,7 +92,7 @@ def surroundings(
 ) -> Surroundings:
     """The work of a trace, or of some of its profiler steps."""
     on_device = (events.kind == Kind.DEVICE).any()
-    ranges = _step_ranges(events)
+    ranges = step_ranges(events)
     if steps:
         ranges = {step: span for step, span in ranges.items() if step in steps}
     step_us = sum(end - start for start, end in ranges.values()) / 1000 if ranges else None
@@ -115,7 +115,8 @@ def surroundings(
     return Surroundings(int(durations[inside].sum()) / 1000, step_us)
 
 
-def _step_ranges(events: EventTable) -> dict[int, tuple[int, int]]:
+def step_ranges(events: EventTable) -> dict[int, tuple[int, int]]:
+    """Start and end in nanoseconds of the profiler's steps."""
     found = {}
     ranges = events.select(events.kind == Kind.RANGE)
     for name, start, end in zip(

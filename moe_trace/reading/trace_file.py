@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,8 @@ import msgspec
 from moe_trace.codec import decode_recording
 from moe_trace.errors import TraceFileError
 from moe_trace.reading.events import EventTable, EventTableBuilder
+from moe_trace.reading.head import KEYS, base_time, device_names, group_ranks, host_name
+from moe_trace.reading.rank_parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.reading.stream import JsonStream, loads_lenient
 from moe_trace.schema import METADATA_KEY, Recording
 from moe_trace.timeline.scan import read_splice, trace_path_error
@@ -42,6 +44,40 @@ class TraceFile:
     events: EventTable
     devices: tuple[str, ...]
     """Names of the accelerators, from `deviceProperties`."""
+    base_time_ns: int = 0
+    """What the events' times count from, on the host's clock."""
+    host_name: str | None = None
+    """None where the release of torch did not write it."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Ranks of the process groups with more than one member, from `distributedInfo`."""
+    head: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """JSON of the top-level keys before the events, and of those that this reader asks for."""
+    merged: MergedRanks | None = None
+    """The ranks in it, where several traces were merged into this one."""
+
+
+def split_ranks(trace: TraceFile) -> list[TraceFile]:
+    """A trace for each rank of a merged one; any other trace as it is.
+
+    Raises:
+        TraceFileError: the parts do not add up to the whole.
+    """
+    if trace.merged is None:
+        return [trace]
+    try:
+        recordings = rank_recordings(trace.recording, trace.merged)
+    except TraceFileError as error:
+        raise TraceFileError(f"{trace.path}: {error}") from error
+    return [
+        replace(
+            trace,
+            recording=recording,
+            events=events_of(trace.events, part.pids),
+            host_name=part.host_name,
+            groups=part.groups,
+        )
+        for recording, part in zip(recordings, trace.merged.parts, strict=True)
+    ]
 
 
 def find_traces(path: str | Path) -> list[Path]:
@@ -80,11 +116,17 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
             found.take(key, stream)
     _require_events(path, found)
     assert found.events is not None
+    recording, merged = _take_recording(path, found.recording)
     return TraceFile(
         path=path,
-        recording=_take_recording(path, found.recording),
+        recording=recording,
+        merged=merged,
         events=found.events.build(),
-        devices=_device_names(found.devices),
+        devices=device_names(found.values["deviceProperties"]),
+        base_time_ns=base_time(found.values["baseTimeNanoseconds"]),
+        host_name=host_name(found.values["host_name"]),
+        groups=group_ranks(found.values["distributedInfo"]),
+        head=found.head,
     )
 
 
@@ -100,13 +142,13 @@ def read_recording(path: str | Path) -> Recording:
     with _opened(path) as source:
         spliced = _spliced_recording(source.raw)
         if spliced is not None:
-            return _take_recording(path, spliced)
+            return _take_recording(path, spliced)[0]
         found = _Found(with_events=False)
         stream = JsonStream(_counting(source, None), str(path))
         for key in stream.walk():
             found.take(key, stream)
     _require_events(path, found)
-    return _take_recording(path, found.recording)
+    return _take_recording(path, found.recording)[0]
 
 
 class _Found:
@@ -116,7 +158,8 @@ class _Found:
         self.events = EventTableBuilder() if with_events else None
         self.has_events = False
         self.recording: bytes | None = None
-        self.devices: bytes = b"[]"
+        self.values = dict.fromkeys(KEYS, b"null")
+        self.head: dict[str, bytes] = {}
 
     def take(self, key: str, stream: JsonStream) -> None:
         if key == "traceEvents":
@@ -128,8 +171,10 @@ class _Found:
                     pass
         elif key == METADATA_KEY:
             self.recording = stream.value()
-        elif key == "deviceProperties":
-            self.devices = stream.value()
+        elif key in self.values or not self.has_events:
+            self.head[key] = stream.value()
+            if key in self.values:
+                self.values[key] = self.head[key]
         else:
             stream.skip()
 
@@ -142,7 +187,7 @@ def _require_events(path: Path, found: _Found) -> None:
         )
 
 
-def _take_recording(path: Path, text: bytes | None) -> Recording:
+def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRanks | None]:
     """Decode the value of the `moe_trace` key.
 
     Raises:
@@ -163,19 +208,9 @@ def _take_recording(path: Path, text: bytes | None) -> Recording:
                 f"{path}: the moe_trace data is not JSON ({error}); the file was changed after it was written"
             ) from error
     try:
-        return decode_recording(payload)
+        return decode_recording(payload), decode_merged(payload)
     except TraceFileError as error:
-        raise TraceFileError(f"{path}: {error}") from error
-
-
-def _device_names(text: bytes) -> tuple[str, ...]:
-    try:
-        devices = loads_lenient(text)
-    except ValueError:
-        return ()
-    if not isinstance(devices, list):
-        return ()
-    return tuple(str(d["name"]) for d in devices if isinstance(d, dict) and isinstance(d.get("name"), str))
+        raise type(error)(f"{path}: {error}") from error
 
 
 # -- bytes --------------------------------------------------------------------------------------------

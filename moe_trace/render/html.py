@@ -12,10 +12,12 @@ from pathlib import Path
 
 from moe_trace.errors import UsageError
 from moe_trace.figures import TABLE_ROWS_MAX, Cell, Figure, figures
+from moe_trace.figures_ranks import rank_figures
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.render.json import without_nonfinite
 from moe_trace.render.tables import scaled, share
 from moe_trace.render.text_phases import shares_sentence
+from moe_trace.render.text_ranks import rank_sentences
 
 _PAGE = Path(__file__).parent / "page"
 
@@ -26,7 +28,7 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
     Raises:
         UsageError: plotly is not installed.
     """
-    drawn = [(f"f{i}", summary, figures(summary)) for i, summary in enumerate(summaries)]
+    drawn = [(f"f{i}", summary, _all_figures(summary)) for i, summary in enumerate(summaries)]
     sections = "\n".join(_section(prefix, summary, found) for prefix, summary, found in drawn)
     specs = [
         {
@@ -68,6 +70,10 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
 """
 
 
+def _all_figures(summary: TraceSummary) -> list[Figure]:
+    return [*figures(summary), *(rank_figures(summary.ranks) if summary.ranks is not None else [])]
+
+
 # Nothing may come from outside; plotly writes style elements and draws on data: and blob: images.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -95,10 +101,18 @@ def _section(prefix: str, summary: TraceSummary, found: Iterable[Figure]) -> str
 <h2>Findings</h2>
 {_findings(summary)}
 {phases}
+{_ranks(summary)}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
 <h2>Figures</h2>
 {"".join(_figure(prefix, figure) for figure in found)}
 </section>"""
+
+
+def _ranks(summary: TraceSummary) -> str:
+    if summary.ranks is None:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
+    return f"<h2>Ranks</h2><ul>{items}</ul>"
 
 
 def _totals(summary: TraceSummary) -> str:

@@ -59,6 +59,8 @@ def to_plain(summary: Summary) -> dict[str, Any]:
             "imbalance": [asdict(cost) for cost in summary.imbalance],
             "findings": [asdict(finding) for finding in summary.findings],
         }
+        if summary.ranks is not None:
+            plain["ranks"] = asdict(summary.ranks)
     return plain
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.render.tables import fixed, number, printable, scaled, table, wrapped
 from moe_trace.render.text_phases import imbalance_lines, phase_parts, speed_part
+from moe_trace.render.text_ranks import rank_parts
 from moe_trace.summary import Distribution, RouterSummary, Summary
 
 _FINDINGS_A_RULE = 3
@@ -18,7 +19,8 @@ def render_text(summary: Summary) -> str:
     """The figures of each layer, what they add up to, and what to know before trusting them."""
     parts = [_heading(summary), _load_table(summary.routers), _router_table(summary.routers)]
     if isinstance(summary, TraceSummary):
-        parts += [*phase_parts(summary), *speed_part(summary), *imbalance_lines(summary), *_findings(summary)]
+        parts += [*phase_parts(summary), *speed_part(summary), *imbalance_lines(summary)]
+        parts += [*rank_parts(summary), *_findings(summary)]
     if summary.notes:
         parts.append("Notes\n" + "\n".join(wrapped(printable(note, 2000)) for note in summary.notes))
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,60 @@
+"""`moe-trace merge`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_trace.cli.reading import reading_progress, refuse_to_replace
+from moe_trace.errors import UsageError
+from moe_trace.reading.rank_merge import MergePlan, plan_merge
+from moe_trace.reading.rank_write import write_merged
+from moe_trace.render.tables import printable, wrapped
+from moe_trace.render.text_ranks import clock_lines
+
+
+class MergeCommand:
+    """Merge the traces of a run's ranks into one, with the ranks as processes on one clock.
+
+    Clocks are aligned by the collectives that the ranks share, and what is left is printed. Ranks that are
+    missing or cannot be read are named; the others are merged.
+
+    Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
+    """
+
+    name = "merge"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
+        add("--out", type=Path, required=True, metavar="FILE", help="a .json or .json.gz file")
+        add("--force", action="store_true", help="replace FILE")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read all traces, then write one."""
+        out = arguments.out
+        if not out.name.endswith((".json", ".json.gz")):
+            raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
+        refuse_to_replace(out, force=arguments.force)
+        with reading_progress() as progress:
+            plan = plan_merge(arguments.paths, out, progress)
+            merged = write_merged(plan, out, progress)
+        for warning in _warnings(plan):
+            print(f"moe-trace: warning: {warning}", file=sys.stderr)
+        ranks = ", ".join(str(part.rank) for part in merged.parts)
+        print(f"{out}: ranks {ranks} on one clock")
+        print("\n".join(wrapped(line) for line in clock_lines(merged.alignment)))
+        return 0
+
+
+def _warnings(plan: MergePlan) -> list[str]:
+    warnings = [f"{printable(file, 200)} was left out: {why}" for file, why in plan.left_out.items()]
+    if plan.missing:
+        world_size = max(trace.recording.world_size for trace in plan.ranks)
+        named = ", ".join(map(str, plan.missing))
+        warnings.append(
+            f"world_size is {world_size}, but {len(plan.ranks)} ranks were found; no trace of rank {named}"
+        )
+    return warnings
