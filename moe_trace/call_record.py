@@ -45,8 +45,9 @@ class PendingCall:
     def held_bytes(self) -> int:
         """Memory that it keeps alive."""
         reading = self.reading
-        tensors = (reading.index_TK, reading.weights_TK, reading.logits_TE)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        logits_TE = reading.logits_TE
+        held = reading.index_TK.nbytes + reading.weights_TK.nbytes
+        return held if logits_TE is None else held + logits_TE.nbytes
 
     def let_graph_go(self) -> None:
         """Keep the values only: a tensor with a history would keep the forward's activations alive."""

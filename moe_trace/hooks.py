@@ -6,17 +6,18 @@ cannot be read is switched off, warned about once, and counted.
 
 from __future__ import annotations
 
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from threading import get_ident, get_native_id
+from time import time_ns
 from typing import Any, Protocol
 
-import torch
 from torch import nn
+from torch._C import _current_graph_task_id as current_graph_task_id
 from torch.compiler import is_compiling
+from torch.cuda import is_current_stream_capturing
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.call_record import CallRecord, let_graph_go
@@ -63,9 +64,9 @@ class CallClock(Protocol):
 @dataclass(slots=True)
 class _OpenCall:
     call: Call
-    start_ns: int
-    end_ns: int
     profiled: bool
+    start_ns: int
+    end_ns: int = 0
     mark: Any = None
 
 
@@ -170,13 +171,13 @@ class SiteHooks:
 
     def finish(self) -> None:
         """Record the calling thread's call whose experts module was never reached (fused blocks)."""
-        opened = self._open.get(threading.get_ident())
+        opened = self._open.get(get_ident())
         if opened is not None and opened.call.router_output is not None:
-            self._finish(threading.get_ident())
+            self._finish(get_ident())
 
     def discard(self) -> None:
         """Forget the calling thread's call under way: its forward was interrupted."""
-        self._open.pop(threading.get_ident(), None)
+        self._open.pop(get_ident(), None)
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -196,13 +197,13 @@ class SiteHooks:
         if self._opens_ranges():
             self._ranges.open(self._names["block"])
         if self._fused is not None:
-            self._fused[threading.get_ident()] = args, time.time_ns()
+            self._fused[get_ident()] = args, time_ns()
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_compiling():
             self._traced.after_block(args, output)
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         if output is None:
             self._open.pop(thread, None)
         elif thread in self._open:
@@ -211,20 +212,24 @@ class SiteHooks:
             self._finish_fused(*self._fused.pop(thread), output)
         self._ranges.close(self._names["block"])
 
+    # The next three run in every call of every router, so they are written for the fewest steps.
+
     def _before_router(self, module: nn.Module, args: Any) -> None:
         if is_compiling():
             self._traced.before_router(args)
             return
         if self.muted:
             return
-        thread = threading.get_ident()
-        self.finish()  # of a fused block that called its router before, but no experts
+        thread = get_ident()
+        before = self._open.get(thread)
+        if before is not None and before.call.router_output is not None:
+            self._finish(thread)  # a fused block called its router before, but no experts
         if self._fused is not None:
             self._fused.pop(thread, None)
-        if self._opens_ranges():
+        profiled = profiler_is_recording()
+        if profiled and self._opens_ranges():
             self._ranges.open(self._names["router"])
-        call = Call(router_args=args)
-        opened = self._open[thread] = _OpenCall(call, time.time_ns(), 0, profiler_is_recording())
+        opened = self._open[thread] = _OpenCall(Call(args), profiled, time_ns())
         if self._clock is not None:
             opened.mark = self._clock.start(args)
 
@@ -232,13 +237,14 @@ class SiteHooks:
         if is_compiling():
             self._traced.after_router(output)
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         opened = self._open.get(thread)
         if opened is not None:
             if self._clock is not None:
                 self._clock.stop(opened.mark)
-            opened.end_ns = time.time_ns()
-        self._ranges.close(self._names["router"])
+            opened.end_ns = time_ns()
+        if self._ranges.stacks:
+            self._ranges.close(self._names["router"])
         if opened is None:
             return
         if output is None:  # the router raised, or a recomputation was cut short: no decision was made
@@ -252,23 +258,22 @@ class SiteHooks:
         if is_compiling():
             self._traced.after_watched(output)
             return
-        opened = self._open.get(threading.get_ident())
+        opened = self._open.get(get_ident())
         if opened is not None:
             opened.call.watched_output = output
 
     def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         # Without kwargs: taken off by another thread after torch had begun to call the module's hooks.
-        kwargs = kwargs or {}
         if is_compiling():
-            self._traced.before_experts(args, kwargs)
+            self._traced.before_experts(args, kwargs or {})
             return
-        if self.site.times_experts and self._opens_ranges():
+        if self.level == Level.RANGES and self.site.times_experts and self._opens_ranges():
             self._ranges.open(self._names["experts"])
-        thread = threading.get_ident()
+        thread = get_ident()
         opened = self._open.get(thread)
         if opened is not None:
             opened.call.experts_args = args
-            opened.call.experts_kwargs = kwargs
+            opened.call.experts_kwargs = kwargs or {}
             self._finish(thread)
             if self._clock is not None and self.misread is None and self.site.times_experts:
                 self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
@@ -276,7 +281,7 @@ class SiteHooks:
     def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_compiling():
             return
-        call, mark = self._expert_marks.pop(threading.get_ident(), (0, None))
+        call, mark = self._expert_marks.pop(get_ident(), (0, None))
         if self._clock is not None and mark is not None and output is not None:
             self._clock.stop(mark)
             self._clock.keep(self.site.name, call, "experts", mark)
@@ -316,7 +321,8 @@ class SiteHooks:
         profiled: bool,
         sending: Sending | None = None,
     ) -> None:
-        if reading.index_TK.is_cuda and torch.cuda.is_current_stream_capturing():
+        index_TK = reading.index_TK
+        if index_TK.is_cuda and is_current_stream_capturing():
             self._traced.rings.write_captured(reading)
             return
         context = self._context()
@@ -324,20 +330,20 @@ class SiteHooks:
             return
         if not context.of_model:
             let_graph_go(reading)  # no end of a forward will do it
-        padding = context.padding_T
-        tokens = reading.index_TK.shape[0]
-        recomputed = torch._C._current_graph_task_id() != -1
+        padding_T = context.padding_T
+        if padding_T is not None and padding_T.shape[0] != index_TK.shape[0]:
+            padding_T = None
         record = CallRecord(
-            site=self.site,
-            call=self.calls,
-            step=context.step,
-            phase="recompute" if recomputed else "forward",
-            stage=context.stage,
-            start_ns=start_ns,
-            end_ns=end_ns,
-            thread=threading.get_native_id(),
-            profiled=profiled,
-            padding_T=padding if padding is not None and padding.shape[0] == tokens else None,
+            self.site,
+            self.calls,
+            context.step,
+            "forward" if current_graph_task_id() == -1 else "recompute",
+            context.stage,
+            start_ns,
+            end_ns,
+            get_native_id(),
+            profiled,
+            padding_T,
             order=(context.epoch, 0),
             sending=sending,
         )

@@ -47,39 +47,41 @@ class OpenRanges:
     """The ranges that one tracer has open, per thread, innermost last."""
 
     def __init__(self) -> None:
-        self._stacks: dict[int, list[tuple[str, record_function]]] = {}
+        self.stacks: dict[int, list[tuple[str, record_function]]] = {}
+        """By thread; empty while no range is open, which is cheap to ask."""
 
     def open(self, name: str) -> None:
         """Open a range on the calling thread."""
         entry = record_function(name)
         entry.__enter__()
-        self._stacks.setdefault(threading.get_ident(), []).append((name, entry))
+        self.stacks.setdefault(threading.get_ident(), []).append((name, entry))
 
     def close(self, name: str) -> None:
         """Close the innermost open range of that name, and any that was left open inside it."""
-        stack = self._stacks.get(threading.get_ident())
+        stack = self.stacks.get(threading.get_ident())
         if not stack or all(name != opened for opened, _ in stack):
             return
-        while stack:
-            opened, entry = stack.pop()
+        innermost = None
+        while innermost != name:
+            innermost, entry = stack.pop()
             entry.__exit__(None, None, None)
-            if opened == name:
-                return
+        if not stack:
+            self.stacks.pop(threading.get_ident(), None)
 
     def close_thread(self) -> None:
         """Close what an interrupted forward left open on the calling thread."""
-        for _, entry in reversed(self._stacks.pop(threading.get_ident(), [])):
+        for _, entry in reversed(self.stacks.pop(threading.get_ident(), [])):
             entry.__exit__(None, None, None)
 
     def close_all(self) -> None:
         """Close everything, whichever thread opened it."""
-        while self._stacks:
-            _, stack = self._stacks.popitem()
+        while self.stacks:
+            _, stack = self.stacks.popitem()
             for _, entry in reversed(stack):
                 entry.__exit__(None, None, None)
 
     def __len__(self) -> int:
-        return sum(map(len, self._stacks.values()))
+        return sum(map(len, self.stacks.values()))
 
 
 # Two tracers on one model would open every range twice; the first to come opens them.
