@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from moe_trace.errors import UsageError
+from moe_trace.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.reading.filters import Filter
 from moe_trace.reading.peaks import BYTES_OF
-from moe_trace.reading.trace_file import find_traces, read_recording
+from moe_trace.reading.rank_load import RankRecords
+from moe_trace.reading.trace_file import find_traces, read_rank_recordings
 from moe_trace.schema import Recording, RouterInfo, RoutingSample
 
 _StepKey = tuple[int, int]
@@ -20,16 +22,50 @@ _StepKey = tuple[int, int]
 
 
 def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCounts:
-    """The load of a trace, or of all traces in a folder.
+    """The load of a trace, of a merged trace, or of all traces in a folder.
 
     Ranks that share their tokens count once; recomputed calls, identity experts and skipped slots not at all.
 
     Raises:
-        TraceFileError: a file cannot be read.
+        TraceFileError: no file can be read, or one cannot that is not a rank of a larger run.
         UsageError: nothing is left, or layers of different sizes.
     """
-    recordings = [read_recording(file) for file in find_traces(path)]
-    return counts_of_recordings(recordings, str(path), chosen)
+    recordings, notes = _read_all(find_traces(path))
+    counts = counts_of_recordings(recordings, str(path), chosen)
+    return replace(counts, notes=(*notes, *counts.notes))
+
+
+def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
+    """As reports do: a rank that died does not hide the others, and a merged trace does not count beside the
+    traces that it was made of.
+    """
+    single: list[Recording] = []
+    merged: list[tuple[Path, list[Recording]]] = []
+    broken: list[TraceFileError] = []
+    for file in files:
+        try:
+            recordings, is_merged = read_rank_recordings(file)
+        except SchemaError:
+            raise
+        except TraceFileError as error:
+            broken.append(error)
+            continue
+        if is_merged:
+            merged.append((file, recordings))
+        else:
+            single += recordings
+    notes = [f"one of the traces was left out: {error}" for error in broken]
+    ranks = {recording.rank for recording in single}
+    for file, recordings in merged:
+        if ranks.isdisjoint(recording.rank for recording in recordings):
+            single += recordings
+        else:
+            notes.append(
+                f"{file.name} was left out: it is merged from traces that are read here on their own"
+            )
+    if broken and all(recording.world_size == 1 for recording in single):
+        raise broken[0]
+    return single, notes
 
 
 def counts_of_recordings(
@@ -71,20 +107,16 @@ def counts_of_recordings(
 
 def _distinct(recordings: Iterable[Recording]) -> list[tuple[int, Recording]]:
     """Recordings whose tokens no other one has, each with the number of its run in the folder."""
+    runs: dict[int, dict[int, Recording]] = {}
     seen: Counter[int] = Counter()
-    numbered = []
     for recording in recordings:
-        numbered.append((seen[recording.rank], recording))
+        runs.setdefault(seen[recording.rank], {})[recording.rank] = recording
         seen[recording.rank] += 1
-    present = {(run, recording.rank) for run, recording in numbered}
-    return [(run, r) for run, r in numbered if _speaks(r, {rank for n, rank in present if n == run})]
-
-
-def _speaks(recording: Recording, present: set[int]) -> bool:
-    """Whether this rank is the first of those with the same tokens."""
-    if recording.parallel is None:
-        return True
-    return recording.rank == min((set(recording.parallel.token_ranks) & present) | {recording.rank})
+    return [
+        (number, by_rank[rank])
+        for number, by_rank in runs.items()
+        for rank in RankRecords(by_rank=by_rank).counting_ranks()
+    ]
 
 
 def _routers(recordings: Sequence[Recording], source: str, chosen: Filter) -> list[RouterInfo]:

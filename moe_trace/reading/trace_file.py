@@ -138,17 +138,35 @@ def read_recording(path: str | Path) -> Recording:
     Raises:
         TraceFileError: as `read_trace`.
     """
-    path = Path(path)
+    return _read_added(Path(path))[0]
+
+
+def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
+    """The same for each rank, and whether the file is a merged trace of several.
+
+    Raises:
+        TraceFileError: as `read_trace`, or the ranks do not add up to the whole.
+    """
+    recording, merged = _read_added(Path(path))
+    if merged is None:
+        return [recording], False
+    try:
+        return rank_recordings(recording, merged), True
+    except TraceFileError as error:
+        raise TraceFileError(f"{path}: {error}") from error
+
+
+def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
     with _opened(path) as source:
         spliced = _spliced_recording(source.raw)
         if spliced is not None:
-            return _take_recording(path, spliced)[0]
+            return _take_recording(path, spliced)
         found = _Found(with_events=False)
         stream = JsonStream(_counting(source, None), str(path))
         for key in stream.walk():
             found.take(key, stream)
     _require_events(path, found)
-    return _take_recording(path, found.recording)[0]
+    return _take_recording(path, found.recording)
 
 
 class _Found:

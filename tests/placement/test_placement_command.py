@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from moe_trace.placement.recorded import counts_of_recordings
 from moe_trace.reader import read_recording
 from moe_trace.schema import Parallel
 from tiny_trace import write_tiny
+
+RUN = Path(__file__).parents[1] / "data" / "gloo_ep2"
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -104,6 +107,25 @@ def test_ranks_with_the_same_tokens_count_once(tmp_path: Path) -> None:
     assert "only 1 are here" in half.notes[0]
     runs = counts_of_recordings([base, base], "x")
     assert runs.labels == ("0:0", "0:1", "1:0", "1:1") and runs.counts_SLE.sum() == 160
+
+
+def test_a_folder_of_ranks_counts_as_its_merged_trace(tmp_path: Path) -> None:
+    """Merged beside its parts it counts once; a rank whose file broke is named, the other is kept."""
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    whole = report(folder, "--ranks", "2")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["merge", str(folder), "--out", str(tmp_path / "merged.pt.trace.json")]) == 0
+    merged = report(tmp_path / "merged.pt.trace.json", "--ranks", "2")
+    assert merged["clusters"] == whole["clusters"]
+    assert np.sum(whole["clusters"][0]["plans"][0]["rank_loads"]) == 262_144
+    shutil.copy(tmp_path / "merged.pt.trace.json", folder)
+    both = report(folder, "--ranks", "2")
+    assert both["clusters"] == whole["clusters"] and "left out: it is merged" in both["notes"][0]
+    (folder / "merged.pt.trace.json").unlink()
+    (folder / "rank1.pt.trace.json.gz").write_bytes(b"")
+    half = report(folder, "--ranks", "2")
+    assert "one of the traces was left out" in half["notes"][0] and "rank1" in half["notes"][0]
+    assert np.sum(half["clusters"][0]["plans"][0]["rank_loads"]) == 131_072
 
 
 def test_recomputed_calls_and_identity_experts_are_no_load(tmp_path: Path) -> None:
