@@ -1,25 +1,18 @@
-#!/usr/bin/env python3
-"""What moe_trace costs in compiled decode, in training, and always on; and what the usual ways cost.
+"""Workloads of `bench_overhead.py`: compiled decode, training, always-on scalars, and the usual ways.
 
-    python scripts/bench_graphs.py                      # a small model on the CPU
-    python scripts/bench_graphs.py --device cuda        # OLMoE-1B-7B's true shape, random weights
-    python scripts/bench_graphs.py --only scalars,usual --markdown table.md
-
-Pairs and ratios as in bench_overhead.py. Compiled code holds the hooks that were on when it was compiled,
-so bare and traced are two compilations of the same weights.
+Compiled code holds the hooks that were on when it was compiled, so bare and traced are two compilations of
+the same weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_overhead import Bench, Step, heading, hooked, markdown_row, nothing, prefill_step
+from bench_pairs import Bench, Step, hooked, nothing, prefill_step
 
 import moe_trace
 
@@ -85,6 +78,7 @@ def training(bench: Bench) -> None:
     step = training_step(bench)
     bench.compare("training step, checkpointing", step, bare=nothing, traced=hooked(bench), bound=1.005)
     bench.model.eval()
+    bench.model.gradient_checkpointing_disable()
 
 
 def scalars(bench: Bench) -> None:
@@ -109,6 +103,7 @@ def scalars(bench: Bench) -> None:
         "always-on scalars, training step", step, bare=nothing, traced=logging, bound=1.005, repeat=2
     )
     bench.model.eval()
+    bench.model.gradient_checkpointing_disable()
 
 
 def usual(bench: Bench) -> None:
@@ -163,25 +158,3 @@ WORKLOADS: dict[str, Callable[[Bench], None]] = {
     "scalars": scalars,
     "usual": usual,
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, comma-separated")
-    parser.add_argument("--markdown", type=Path, help="write the table here too")
-    arguments = parser.parse_args()
-    bench = Bench(arguments.device, arguments.pairs)
-    print(heading(bench), flush=True)
-    for name in arguments.only.split(","):
-        WORKLOADS[name](bench)
-    if arguments.markdown:
-        rows = "\n".join(map(markdown_row, bench.rows))
-        arguments.markdown.write_text(f"{heading(bench)}\n{rows}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,91 @@
+"""Workloads of `bench_overhead.py`: eager forwards and decode steps, and the hooks alone."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import torch
+from bench_pairs import Bench, decode_step, hooked, nothing, plain_profiler, prefill_step, traced_profiler
+from torch import nn
+
+import moe_trace
+
+
+def prefill(bench: Bench) -> None:
+    step, name = prefill_step(bench), "8192-token forward" if bench.on_gpu else "512-token forward"
+    bench.compare(f"{name}, no profiler", step, bare=nothing, traced=hooked(bench), bound=1.002, repeat=3)
+    bench.compare(
+        f"{name}, profiler", step, bare=plain_profiler(bench), traced=traced_profiler(bench), bound=1.005
+    )
+
+
+def decode(bench: Bench) -> None:
+    step = decode_step(bench)
+    bench.compare(
+        "eager decode, no profiler",
+        step,
+        bare=nothing,
+        traced=hooked(bench),
+        bound=1.01,
+        repeat=6,
+        pairs=3 * bench.pairs,
+    )
+    bench.compare(
+        "eager decode, profiler",
+        step,
+        bare=plain_profiler(bench),
+        traced=traced_profiler(bench),
+        bound=1.03,
+        repeat=6,
+        pairs=2 * bench.pairs,
+    )
+
+
+class HooksAlone(nn.Module):
+    """As many routers as the model has, whose routers and experts return what they returned before."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        hidden = torch.randn(1, bench.model.config.hidden_size, device=bench.device, dtype=bench.model.dtype)
+        for layer in bench.model.model.layers:
+            block = copy.copy(layer.mlp)
+            block._modules = {name: copy.copy(module) for name, module in layer.mlp._modules.items()}
+            with torch.no_grad():
+                decision = block.gate(hidden)
+            block.gate.forward = lambda *_, decision=decision: decision
+            block.experts.forward = lambda states, *_: states
+            self.blocks.append(block)
+
+    def forward(self, hidden: torch.Tensor) -> None:
+        for block in self.blocks:
+            block(hidden)
+
+
+def hooks(bench: Bench) -> None:
+    """What the host pays per router call when everything else of the forward is taken out."""
+    model = HooksAlone(bench)
+    hidden = torch.randn(1, 1, bench.model.config.hidden_size, device=bench.device, dtype=bench.model.dtype)
+
+    @torch.no_grad()
+    def step() -> None:
+        model(hidden)
+
+    activities = bench.activities
+    ways = {
+        "recording": (nothing, lambda: moe_trace.MoETracer(model)),
+        "sampling off for the step (bound 2 us)": (nothing, lambda: moe_trace.MoETracer(model, warmup=10**9)),
+        "recording with ranges, under a profiler": (
+            lambda: torch.profiler.profile(activities=activities),
+            lambda: moe_trace.profile(model, activities=activities),
+        ),
+    }
+    for name, (bare, traced) in ways.items():
+        pairs = bench.pairs_of(step, bare=bare, traced=traced, repeat=100)
+        costs = [1e6 * (b - a) / len(model.blocks) for a, b in pairs]
+        low, middle, high = statistics.quantiles(costs, n=4)
+        bench.note(f"host time per router call, {name}: {middle:.1f} us (quartiles {low:.1f} ... {high:.1f})")
+
+
+WORKLOADS = {"prefill": prefill, "decode": decode, "hooks": hooks}

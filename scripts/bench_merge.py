@@ -1,0 +1,81 @@
+"""Workloads of `bench_overhead.py`: merging the recording into a trace, its time and its memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_pairs import Bench, decode_step, prefill_step, traced_profiler
+
+
+def merge(bench: Bench) -> None:
+    """Merging against Kineto's own export, on a trace of several steps."""
+    from moe_trace.timeline.merge import merge_in_place
+
+    step = prefill_step(bench) if bench.on_gpu else decode_step(bench)
+    prof = traced_profiler(bench)()
+    with prof:
+        for _ in range(40):
+            step()
+    recording = prof.tracer.recording()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        exported = bench.seconds(lambda: torch.profiler.profile.export_chrome_trace(prof, str(path)))
+        size = path.stat().st_size / 1e6
+        merged = sorted(bench.seconds(lambda: merge_in_place(path, [recording])) for _ in range(5))[2]
+    bench.note(
+        f"trace of {size:.0f} MB: Kineto's export {exported:.2f} s, merge {merged:.3f} s, "
+        f"{100 * merged / exported:.1f} % of it (bound 10 %)"
+    )
+
+
+_MEMORY_SCRIPT = """
+import sys
+from pathlib import Path
+from moe_trace.reader import read_recording
+from moe_trace.timeline.merge import merge_in_place
+small, large = map(Path, sys.argv[1:])
+recording = read_recording(small)
+def status(field):
+    line = next(l for l in open("/proc/self/status") if l.startswith(field))
+    return int(line.split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = status("VmRSS")
+merge_in_place(large, [recording])
+print(status("VmHWM") - before)
+"""
+
+
+def merge_memory(bench: Bench) -> None:
+    """Peak memory of merging into a real H200 trace grown to 500 MB, in a process of its own (Linux)."""
+    source = Path(__file__).resolve().parents[1] / "tests/data/h200/prefill_grouped_mm.pt.trace.json.gz"
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder) / "large.json"
+        grow_trace(gzip.decompress(source.read_bytes()), large, size=500 * 10**6)
+        command = [sys.executable, "-c", _MEMORY_SCRIPT, str(source), str(large)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=source.parents[3])
+        bench.note(
+            f"merging into {large.stat().st_size / 1e6:.0f} MB: {float(result.stdout):.1f} MiB more memory "
+            "at the peak (bound 64 MiB)"
+        )
+
+
+def grow_trace(trace: bytes, target: Path, size: int) -> None:
+    """Repeat a merged trace's events, without what merging added, until the file has about `size` bytes."""
+    splice = json.loads(trace)["moe_trace"]["splice"]
+    start = trace.index(b"[", trace.index(b'"traceEvents"')) + 1
+    events = trace[start : splice["events_offset"]]
+    rest = trace[splice["events_offset"] + splice["events_bytes"] : splice["key_offset"]]
+    with target.open("wb") as file:
+        file.write(trace[:start] + events)
+        for _ in range(size // len(events)):
+            file.write(b"," + events)
+        file.write(rest + trace[len(trace) - splice["suffix_bytes"] :])
+
+
+WORKLOADS = {"merge": merge, "merge_memory": merge_memory}

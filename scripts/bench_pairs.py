@@ -1,0 +1,206 @@
+"""Pairs of bare and traced steps within one run: what the benchmarks of the recording half share."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+import moe_trace
+
+Step = Callable[[], Any]
+TRUE_SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "vocab_size": 50304,
+    "max_position_embeddings": 16384,
+}
+SMALL_SHAPE = TRUE_SHAPE | {
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "vocab_size": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    workload: str
+    bare_ms: float
+    traced_ms: float
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    bound: float | None
+
+
+class Bench:
+    """The model and how to time a step on its device."""
+
+    def __init__(self, device: str, pairs: int) -> None:
+        self.device, self.pairs = device, pairs
+        self.on_gpu = device == "cuda"
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = OlmoeForCausalLM(OlmoeConfig(**(TRUE_SHAPE if self.on_gpu else SMALL_SHAPE)))
+        self.model.to(torch.bfloat16 if self.on_gpu else torch.float32).eval()
+        self.activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.on_gpu else [])
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """A figure that is no ratio of two steps."""
+        self.notes.append(text)
+        print(f"  {text}", flush=True)
+
+    def tokens(self, batch: int, length: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.vocab_size
+        return torch.randint(0, vocabulary, (batch, length), generator=generator).to(self.device)
+
+    def seconds(self, step: Step) -> float:
+        self.synchronize()
+        started = time.perf_counter()
+        step()
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def compare(
+        self,
+        workload: str,
+        step: Step,
+        *,
+        bare: Callable[[], Any],
+        traced: Callable[[], Any],
+        bound: float | None,
+        repeat: int = 1,
+        pairs: int | None = None,
+    ) -> None:
+        """A row: the median of the pairs' ratios, and their quartiles. Noisy workloads want more pairs."""
+        found = self.pairs_of(step, bare=bare, traced=traced, repeat=repeat, pairs=pairs)
+        ratios = sorted(b / a for a, b in found)
+        quartiles = statistics.quantiles(ratios, n=4)
+        row = Row(
+            workload,
+            1e3 * statistics.median(a for a, _ in found),
+            1e3 * statistics.median(b for _, b in found),
+            statistics.median(ratios),
+            quartiles[0],
+            quartiles[2],
+            len(found),
+            bound,
+        )
+        self.rows.append(row)
+        print(markdown_row(row), flush=True)
+
+    def pairs_of(
+        self,
+        step: Step,
+        *,
+        bare: Callable[[], Any],
+        traced: Callable[[], Any],
+        repeat: int,
+        pairs: int | None = None,
+    ) -> list[tuple[float, float]]:
+        """(bare, traced) seconds a step: `repeat` steps inside each context, one context after the other."""
+
+        def steps() -> None:
+            for _ in range(repeat):
+                step()
+
+        def one(context: Callable[[], Any]) -> float:
+            with context():
+                step()  # the first step inside a context pays for hooks being installed
+                return self.seconds(steps) / repeat
+
+        for context in (bare, traced):
+            one(context)
+        gc.collect()
+        gc.disable()
+        found = []
+        for i in range(pairs or self.pairs):
+            order = (bare, traced) if i % 2 == 0 else (traced, bare)
+            times = {context: one(context) for context in order}
+            found.append((times[bare], times[traced]))
+        gc.enable()
+        return found
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def plain_profiler(bench: Bench) -> Callable[[], Any]:
+    return lambda: torch.profiler.profile(activities=bench.activities)
+
+
+def traced_profiler(bench: Bench) -> Callable[[], Any]:
+    return lambda: moe_trace.profile(bench.model, activities=bench.activities)
+
+
+def hooked(bench: Bench, **arguments: Any) -> Callable[[], Any]:
+    return lambda: moe_trace.MoETracer(bench.model, **arguments)
+
+
+def prefill_step(bench: Bench) -> Step:
+    ids = bench.tokens(1, 8192) if bench.on_gpu else bench.tokens(1, 512)
+
+    @torch.no_grad()
+    def step() -> None:
+        bench.model(ids, logits_to_keep=1)
+
+    return step
+
+
+def decode_step(bench: Bench, batch: int = 1) -> Step:
+    """The cache grows by a token a step; pairs are neighbours, so both halves see the same growth."""
+    with torch.no_grad():
+        cache = bench.model(bench.tokens(batch, 128), use_cache=True).past_key_values
+    token = bench.tokens(batch, 1)
+
+    @torch.no_grad()
+    def step() -> None:
+        bench.model(token, past_key_values=cache)
+
+    return step
+
+
+def markdown_row(row: Row) -> str:
+    bound = f"{row.bound:.3f}" if row.bound else "-"
+    return (
+        f"| {row.workload} | {row.bare_ms:.3f} | {row.traced_ms:.3f} | **{row.ratio:.4f}** | "
+        f"{row.low:.4f} ... {row.high:.4f} | {row.pairs} | {bound} |"
+    )
+
+
+def heading(bench: Bench) -> str:
+    machine = torch.cuda.get_device_name() if bench.on_gpu else platform.processor() or platform.machine()
+    return (
+        f"{date.today()}, {machine}, torch {torch.__version__}\n\n"
+        "| workload | bare ms | traced ms | ratio | quartiles | pairs | bound |\n"
+        "|---|---|---|---|---|---|---|"
+    )
