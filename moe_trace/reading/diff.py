@@ -8,7 +8,6 @@ difference leaves out 0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,14 +15,14 @@ from typing import Literal
 import numpy as np
 
 from moe_trace.errors import UsageError
-from moe_trace.loads import describe_load
+from moe_trace.loads import Load, describe_load
 from moe_trace.reading.analysis import TraceSummary
+from moe_trace.reading.bootstrap import RESAMPLES, resampled_sums
 from moe_trace.reading.phases import CallTimes
 from moe_trace.reading.structure import EXPERTS, PHASES
 from moe_trace.schema import RoutingSample
 from moe_trace.summary import host_us
 
-RESAMPLES = 2000
 LEVEL = 0.99
 """Of a hundred metrics that did not change, one is called changed."""
 CALLS_MIN = 5
@@ -152,8 +151,9 @@ def _side(summary: TraceSummary, names: frozenset[str]) -> _Side:
 def _compare_sides(site: str, a: _Side, b: _Side) -> list[Change]:
     rng = np.random.default_rng(0)
     found = []
+    loads_a, loads_b = (_loads(side, rng) for side in (a, b))
     for name in LOADS:
-        found.append(_change(site, f"load_{name}", *(_load(side, name, rng) for side in (a, b))))
+        found.append(_change(site, f"load_{name}", loads_a[name], loads_b[name]))
     for name in MEANS:
         found.append(_change(site, name, *(_mean(side, name, rng) for side in (a, b))))
     for name, (values, q) in QUANTILES.items():
@@ -198,36 +198,52 @@ def _mean(side: _Side, name: str, rng: np.random.Generator) -> _Estimate:
     known = [(v, s.tokens - s.nonfinite_tokens) for s in side.samples if (v := getattr(s, name)) is not None]
     if not known:
         return None
-    values, weights = (np.array(column, np.float64) for column in zip(*known, strict=True))
+    values, weights = np.array(known, np.float64).T
     if not weights.sum():
         return None
     value = float((values * weights).sum() / weights.sum())
     if len(values) < CALLS_MIN:
         return value, None
-    times = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
-    total = times @ weights
-    return value, (times @ (values * weights)) / np.where(total > 0, total, 1)
+    total, weighted = resampled_sums(np.stack([weights, values * weights], axis=1), rng).T
+    return value, weighted / np.where(total > 0, total, 1)
 
 
-def _load(side: _Side, name: str, rng: np.random.Generator) -> _Estimate:
-    """A load figure of the summed counts, averaged over the layers; calls of a layer are resampled."""
-    values, draws = [], []
-    for layer in dict.fromkeys(s.name for s in side.samples):
-        loads = [s.assignments for s in side.samples if s.name == layer]
-        counts_NE = np.stack([np.pad(c, (0, max(map(len, loads)) - len(c))) for c in loads])
-        value = getattr(describe_load(counts_NE.sum(0)), name)
-        if value is None:
+def _loads(side: _Side, rng: np.random.Generator) -> dict[str, _Estimate]:
+    """Load figures of the summed counts, averaged over the layers; calls of a layer are resampled, and all
+    figures are of the same resamples.
+    """
+    by_layer: dict[str, list[np.ndarray]] = {}
+    for sample in side.samples:
+        by_layer.setdefault(sample.name, []).append(sample.assignments)
+    values: list[Load] = []
+    draws: dict[str, list[np.ndarray]] = {name: [] for name in LOADS}
+    for loads in by_layer.values():
+        counts_NE = _stacked(loads)
+        value = describe_load(counts_NE.sum(0))
+        if value.max_over_mean is None:  # no assignment: none of the figures exists
             continue
         values.append(value)
         if len(loads) >= CALLS_MIN:
-            times = rng.multinomial(len(loads), np.full(len(loads), 1 / len(loads)), RESAMPLES)
             # Floats multiply by BLAS, integers in a plain loop; sums this small are exact in both.
-            sums = times.astype(np.float64) @ counts_NE.astype(np.float64)
-            draws.append(_load_figures(sums, name))
+            sums = resampled_sums(counts_NE.astype(np.float64), rng)
+            for name in LOADS:
+                draws[name].append(_load_figures(sums, name))
     if not values:
-        return None
-    complete = len(draws) == len(values)
-    return float(np.mean(values)), np.mean(draws, axis=0) if complete else None
+        return dict.fromkeys(LOADS)
+    complete = len(draws[LOADS[0]]) == len(values)
+    return {
+        name: (
+            float(np.mean([getattr(value, name) for value in values])),
+            np.mean(draws[name], axis=0) if complete else None,
+        )
+        for name in LOADS
+    }
+
+
+def _stacked(loads: Sequence[np.ndarray]) -> np.ndarray:
+    """[N, E]; shorter ones end in zeros."""
+    experts = max(map(len, loads))
+    return np.stack([c if len(c) == experts else np.pad(c, (0, experts - len(c))) for c in loads])
 
 
 def _load_figures(counts_BE: np.ndarray, name: str) -> np.ndarray:
@@ -245,60 +261,3 @@ def _load_figures(counts_BE: np.ndarray, name: str) -> np.ndarray:
     shares = loads / loads.sum(1, keepdims=True)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     return -(shares * logs).sum(1) / np.log(n) if n > 1 else np.ones(len(loads))
-
-
-# -- conditions ---------------------------------------------------------------------------------------
-
-_CONDITION = re.compile(
-    r"(?:(?P<site>[^:<>]+):)?(?P<metric>\w+)(?P<sign>[<>])(?P<number>[+-]?\d+(?:\.\d+)?)(?P<percent>%?)"
-)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """`device_busy_p50>+5%`: fails where the change is real and larger."""
-
-    text: str
-    site: str
-    metric: str
-    above: bool
-    threshold: float
-    relative: bool
-
-    def fails(self, change: Change) -> bool:
-        """Whether this change is what the condition forbids; noise is not."""
-        if (change.site, change.metric) != (self.site, self.metric):
-            return False
-        if change.verdict not in ("changed", "few calls") or change.difference == 0:
-            return False
-        size = change.relative if self.relative else change.difference
-        if size is None:
-            size = float("inf") if change.difference > 0 else float("-inf")
-        return size > self.threshold if self.above else size < self.threshold
-
-
-def parse_condition(text: str) -> Condition:
-    """Read `[LAYER:]METRIC>+5%`, `METRIC<-0.1` and the like.
-
-    Raises:
-        UsageError: it has another form, or names an unknown metric.
-    """
-    match = _CONDITION.fullmatch(text.replace(" ", ""))
-    if match is None:
-        raise UsageError(f"found --fail-on {text!r}, expected a condition such as 'device_busy_p50>+5%'")
-    if match["metric"] not in METRICS:
-        raise UsageError(f"found the unknown metric {match['metric']!r}; known are {', '.join(METRICS)}")
-    relative = bool(match["percent"])
-    return Condition(
-        text=text,
-        site=match["site"] or "all",
-        metric=match["metric"],
-        above=match["sign"] == ">",
-        threshold=float(match["number"]) / (100 if relative else 1),
-        relative=relative,
-    )
-
-
-def missing(condition: Condition, changes: Sequence[Change]) -> bool:
-    """Whether neither side has what the condition asks about: a check that can never fail."""
-    return all((c.site, c.metric) != (condition.site, condition.metric) for c in changes)
