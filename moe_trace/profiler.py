@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_trace.contracts.forms import class_name
 from moe_trace.environment import rank_and_world_size
 from moe_trace.errors import MoETraceError, OutputError
 from moe_trace.files import whole_file
@@ -172,7 +173,7 @@ def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
 
 
 def _nothing_recorded(tracer: MoETracer) -> str:
-    found = f"found {len(tracer.sites)} routers in {type(tracer.model).__name__}, but recorded no call"
+    found = f"found {len(tracer.sites)} routers in {class_name(tracer.model)}, but recorded no call"
     if tracer.forwards_seen == 0:
         return f"{found}: the model was not run while the tracer was active"
     if tracer.forwards_recorded == 0:

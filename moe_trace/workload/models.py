@@ -70,9 +70,9 @@ def load_model(
         raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
     try:
         if random_weights:
-            return _from_config(source, torch.device(device), dtype), _tokenizer(source)
+            return _from_config(source, torch.device(device), dtype), load_tokenizer(source)
         model = _pretrained(source, torch.device(device), dtype, distributed_config)
-        return model, _tokenizer(source)
+        return model, load_tokenizer(source)
     except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
         raise ModelError(
             f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
@@ -155,7 +155,8 @@ def _class_of_a_part(config: Any) -> Any:
     return max(fitting, key=lambda cls: (cls.can_generate(), "TextModel" in cls.__name__), default=None)
 
 
-def _tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model; None where it has none."""
     import transformers
 
     if source.endswith(".json"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from moe_trace.contracts.forms import class_name
 from moe_trace.errors import MoETraceError, NothingRecorded, OutputError, UsageError
 from moe_trace.profiler import profile, tensorboard_trace_handler
 from moe_trace.summary import Summary
@@ -152,7 +153,7 @@ def _run(step: Step, model: torch.nn.Module) -> None:
         step()
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(
-            f"{type(model).__name__} failed in its own forward: {str(error).splitlines()[0]}. Check --mode, "
+            f"{class_name(model)} failed in its own forward: {str(error).splitlines()[0]}. Check --mode, "
             "--seq-len, --dtype and the config"
         ) from error
 
@@ -186,11 +187,14 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
             raise
         if isinstance(error, OutputError | UsageError | NothingRecorded):
             raise
+        team.stop.only_note()
         others = missing_files(team, config.out, _GIVE_UP_S)
+        if not others:  # the fault is this rank's own
+            raise
         kept = [file.name for file in _files(config) if ".pt.trace.json" in file.name]
         raise RankFailed(
-            f"the run did not end. {'; '.join(others) or error}. "
-            f"Kept in {config.out}: {', '.join(sorted(kept)) or 'nothing'}"
+            f"the run did not end: {'; '.join(others)}. In {config.out} is what was written until then: "
+            f"{', '.join(kept) or 'nothing'}"
         ) from error
 
 
@@ -198,6 +202,7 @@ def _result_of_all(team: Team, trace: Path, config: RunConfig) -> RunResult:
     """One summary of what all processes wrote; those that wrote nothing are named."""
     from moe_trace.reader import read_summary
 
+    team.stop.only_note()
     problems = tuple(missing_files(team, config.out, config.rank_timeout))
     return _result(read_summary(config.out), trace, config, problems)
 

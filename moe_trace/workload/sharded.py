@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, distributed, nn
 from moe_trace.demo import demo_path
 from moe_trace.errors import UsageError
 from moe_trace.workload.config import Split
-from moe_trace.workload.models import load_model
-from moe_trace.workload.team import Team
+from moe_trace.workload.models import load_model, load_tokenizer
+from moe_trace.workload.team import LeaderFailed, Team
+
+_DRAWING_S, _READING_S = 1800.0, 600.0  # large models take minutes
 
 
 def require_support(split: Split, device: torch.device) -> None:
@@ -77,9 +80,10 @@ def load_split_model(
         return load_model(source, device=device, dtype=dtype, distributed_config=_config(split))
     with _random_weights_on_disk(source, team, dtype) as folder:
         config = _config(split)
-        model, tokenizer = load_model(str(folder), device=device, dtype=dtype, distributed_config=config)
-    model.config.name_or_path = str(demo_path()) if source == "demo" else source  # type: ignore[union-attr]
-    return model, tokenizer
+        model, _ = load_model(str(folder), device=device, dtype=dtype, distributed_config=config)
+    origin = str(demo_path()) if source == "demo" else source
+    model.config.name_or_path = origin  # type: ignore[union-attr]
+    return model, load_tokenizer(origin)
 
 
 def _config(split: Split) -> Any:
@@ -98,21 +102,37 @@ def _config(split: Split) -> Any:
 
 @contextmanager
 def _random_weights_on_disk(source: str, team: Team, dtype: torch.dtype | None) -> Iterator[Path]:
-    """Weights drawn by one process per machine, since only `from_pretrained` knows how to split."""
+    """Weights drawn by one process per machine, since only `from_pretrained` knows how to split.
+
+    The folder goes when all processes of the machine have read it, or failed to.
+    """
     if team.local_rank != 0:
-        distributed.barrier()
-        yield Path(team.ask("weights", team.rank - team.local_rank))
-        distributed.barrier()
+        yield Path(_folder_of(team, team.rank - team.local_rank))
+        team.tell("read", True)
         return
     with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:
-        model, tokenizer = load_model(source, device="cpu", dtype=dtype, random_weights=True)
+        model, _ = load_model(source, device="cpu", dtype=dtype, random_weights=True)
         model.save_pretrained(folder)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        del model
         team.tell("weights", folder)
-        distributed.barrier()
-        yield Path(folder)
-        distributed.barrier()
+        try:
+            yield Path(folder)
+        finally:
+            for rank in range(team.rank + 1, team.rank + team.local_world_size):
+                team.wait(partial(_told_of, team, "read", rank), _READING_S)
+
+
+def _folder_of(team: Team, maker: int) -> str:
+    folder = team.wait(partial(_told_of, team, "weights", maker), _DRAWING_S)
+    if folder is None or team.ask("failed", maker):
+        raise LeaderFailed(f"rank {maker} could not draw the weights")
+    return str(folder)
+
+
+def _told_of(team: Team, what: str, rank: int) -> Any:
+    """What a rank told, or else why it failed."""
+    answer = team.ask(what, rank)
+    return team.ask("failed", rank) if answer is None else answer
 
 
 def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], team: Team) -> dict[str, Tensor]:

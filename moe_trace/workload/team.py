@@ -6,13 +6,14 @@ collective is added to the steps that are recorded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +27,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from moe_trace.errors import MoETraceError, UsageError
 
 _POLL_S = 0.05
+_STOPPING_S = 1.0
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _runs = itertools.count()  # one process may do several, each with keys of its own in the store
 
@@ -42,14 +44,39 @@ class LeaderFailed(MoETraceError):
     exit_code = 8
 
 
+class StopSignal:
+    """What torchrun's SIGTERM does to rank 0: when a process dies, torchrun stops the others.
+
+    The run is broken off by an error, so that the trace is still written and rank 0 can say who died. From
+    `only_note` on the signal only shortens the waiting for others.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._raises = True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """The signal's handler."""
+        self.asked = True
+        if self._raises:
+            self._raises = False
+            raise RankFailed("torchrun stopped this process, because another one ended")
+
+    def only_note(self) -> None:
+        """Do not raise any more."""
+        self._raises = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Team:
     """This process among those of the run; a run without torchrun is a team of one."""
 
     rank: int = 0
     local_rank: int = 0
+    local_world_size: int = 1
     world_size: int = 1
     store: Any = field(default=None, repr=False)
+    stop: StopSignal = field(default_factory=lambda: StopSignal())
 
     @property
     def leads(self) -> bool:
@@ -72,9 +99,20 @@ class Team:
         Raises:
             LeaderFailed: it failed, or did not within the time.
         """
-        answer = _until(lambda: self.ask(what, 0), timeout_s)
+        answer = self.wait(lambda: self.ask(what, 0), timeout_s)
         if answer is None or answer.get("failed"):
             raise LeaderFailed(f"rank 0 {'failed' if answer else f'did not answer in {timeout_s:g} s'}")
+
+    def wait(self, ask: Callable[[], Any], timeout_s: float) -> Any:
+        """The first answer that is not None; None when the time is up, or soon after a stop was asked for."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = ask()
+            if self.stop.asked:
+                deadline = min(deadline, time.monotonic() + _STOPPING_S)
+            if answer is not None or time.monotonic() >= deadline:
+                return answer
+            time.sleep(_POLL_S)
 
 
 def is_launched() -> bool:
@@ -125,22 +163,18 @@ def joined(device_type: str, expected: int | None, timeout_s: float) -> Iterator
     team = Team(
         rank=rank,
         local_rank=local_rank,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         world_size=world_size,
         store=PrefixStore(f"moe_trace{number}", store),
     )
-    with _stops_as_an_error(team):
+    with _listens(team):
         yield team
     distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
 
 
 @contextmanager
-def _stops_as_an_error(team: Team) -> Iterator[None]:
-    """When a process dies torchrun stops the others: rank 0 then still says who it was."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise RankFailed("torchrun stopped this process, because another one ended")
-
-    before = signal.signal(signal.SIGTERM, stop if team.leads else signal.SIG_DFL)
+def _listens(team: Team) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, team.stop if team.leads else signal.SIG_DFL)
     try:
         yield
     finally:
@@ -148,16 +182,16 @@ def _stops_as_an_error(team: Team) -> Iterator[None]:
 
 
 def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
-    """Wait for the files of all ranks; a sentence for each rank that left none in the folder.
+    """Wait for the files of the other ranks; a sentence for each that left none in the folder.
 
     Args:
         timeout_s: for all of them together.
     """
     deadline = time.monotonic() + timeout_s
     problems = []
-    for rank in range(team.world_size):
+    for rank in range(1, team.world_size):
         left = max(0.0, deadline - time.monotonic())
-        answer = _until(lambda rank=rank: _answer(team, rank), left)
+        answer = team.wait(functools.partial(_answer, team, rank), left)
         if answer is None:
             problems.append(
                 f"rank {rank} has written no trace within {timeout_s:g} s of rank 0 (it died, or is late)"
@@ -175,13 +209,3 @@ def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
 def _answer(team: Team, rank: int) -> Any:
     failed = team.ask("failed", rank)
     return team.ask("trace", rank) if failed is None else {"failed": failed}
-
-
-def _until(ask: Any, timeout_s: float) -> Any:
-    """The first answer that is not None; None when the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        answer = ask()
-        if answer is not None or time.monotonic() >= deadline:
-            return answer
-        time.sleep(_POLL_S)

@@ -1,0 +1,53 @@
+"""`moe-trace run` in which rank 1 has a fault: `faulty_run.py FAULT run ARGUMENTS...`, under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from moe_trace.cli import main
+from moe_trace.workload import runner
+from moe_trace.workload.team import Team
+
+LATE_S = 20.0
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("out of memory, says the fault of this test")
+
+
+def late(team: Team, what: str, value: object) -> None:
+    if what == "trace":
+        time.sleep(LATE_S)
+    team.store.set(f"{what}/{team.rank}", "null")
+
+
+def lose(self: Any, *arguments: Any, **options: Any) -> None:
+    """Says that it wrote a trace, and has removed it."""
+    for file in sys.argv[sys.argv.index("--out") + 1 :][:1]:
+        for trace in os.listdir(file):
+            if ".rank1." in trace:
+                os.unlink(os.path.join(file, trace))
+
+
+if __name__ == "__main__":
+    fault = sys.argv[1]
+    if os.environ["RANK"] == "1":
+        if fault == "die":
+            runner._run = die
+        elif fault == "fail":
+            make_step = runner.make_step
+            runner.make_step = lambda *a, **k: make_step(*a, **k) and fail
+        elif fault == "late":
+            Team.tell = late
+        elif fault == "lose":
+            tell = Team.tell
+            Team.tell = lambda team, what, value: (what == "trace" and lose(team), tell(team, what, value))[1]
+    sys.exit(main(sys.argv[2:]))
