@@ -38,6 +38,7 @@ class PlacementCommand:
         add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over")
         add("--replicas", type=int, default=1, metavar="R", help="slots a rank for second copies; default: 1")
         add("--groups", type=int, metavar="G", help="groups of experts that stay on one node (group routing)")
+        add("--hedge", action="store_true", help="copies: be even for inputs unlike the recorded ones, too")
         add("--split", choices=WAYS, default="auto", help="what is held out; auto: every second step")
         add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
         add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
@@ -54,7 +55,11 @@ class PlacementCommand:
             refuse_to_replace(arguments.out, force=arguments.force)
         ranks = _numbers(arguments.ranks)
         options = clusters_for(
-            ranks, nodes=arguments.nodes, replicas=arguments.replicas, groups=arguments.groups
+            ranks,
+            nodes=arguments.nodes,
+            replicas=arguments.replicas,
+            groups=arguments.groups,
+            hedge=arguments.hedge,
         )
         counts = read_counts(arguments.path, chosen=chosen_filter(arguments), slot_bytes=arguments.slot_bytes)
         study = study_placement(counts, _split(counts, arguments), options)

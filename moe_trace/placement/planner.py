@@ -7,7 +7,6 @@ experts) onto nodes in balance, then copy and pack within each node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +31,8 @@ class PlanOptions:
     """Slots a rank for second copies (DeepSeek-V3 prefills with one on each of 32 ranks)."""
     groups: int | None = None
     """Groups of neighbouring experts that stay on one node; None: each expert goes by itself."""
+    hedge: bool = False
+    """Whether plans with copies should also be even for an input that chooses all experts alike."""
 
 
 def check_options(options: PlanOptions, num_experts: int) -> None:
@@ -74,14 +75,18 @@ def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
     check_options(options, experts)
     cluster = options.cluster
     weights = normalised(blocks_LEB, cluster.ranks)
-    makers: dict[str, Callable[[Floats, PlanOptions], Ints]] = {
-        "balanced": _balanced,
-        "replicated": _replicated,
-    }
+    for_copies = _with_even_block(weights, cluster.ranks) if options.hedge else weights
+    orders = {"balanced": _balanced(weights, options), "replicated": _replicated(for_copies, options)}
     if cluster.nodes > 1:
-        makers["hierarchical"] = _hierarchical
-    made = {name: Plan(name, cluster, experts, make(weights, options)) for name, make in makers.items()}
+        orders["hierarchical"] = _hierarchical(for_copies, options)
+    made = {name: Plan(name, cluster, experts, order) for name, order in orders.items()}
     return contiguous_plan(layers, experts, cluster), *made.values()
+
+
+def _with_even_block(weights: Floats, ranks: int) -> Floats:
+    """One block more, in which all experts weigh the same. Without copies every plan is even in it."""
+    layers, experts, _ = weights.shape
+    return np.concatenate([weights, np.full((layers, experts, 1), ranks / experts)], axis=2)
 
 
 def _balanced(weights: Floats, options: PlanOptions) -> Ints:

@@ -111,9 +111,10 @@ def _over_folds(name: str, found: Sequence[tuple[Judgement, Volume]]) -> JudgedP
 
 
 def clusters_for(
-    ranks: Sequence[int], *, nodes: int, replicas: int, groups: int | None
+    ranks: Sequence[int], *, nodes: int, replicas: int, groups: int | None, hedge: bool = False
 ) -> tuple[PlanOptions, ...]:
     """The same options for several numbers of ranks."""
     return tuple(
-        PlanOptions(cluster=Cluster(number, nodes), replicas=replicas, groups=groups) for number in ranks
+        PlanOptions(cluster=Cluster(number, nodes), replicas=replicas, groups=groups, hedge=hedge)
+        for number in ranks
     )

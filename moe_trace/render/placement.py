@@ -238,6 +238,7 @@ def _plain_cluster(cluster: ClusterStudy) -> dict[str, Any]:
         "nodes": options.cluster.nodes,
         "replicas": options.replicas,
         "groups": options.groups,
+        "hedge": options.hedge,
         "least_without_copies": cluster.least_without_copies_FL.tolist(),
         "plans": [
             {

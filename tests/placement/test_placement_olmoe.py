@@ -83,6 +83,22 @@ def test_steps_as_blocks_hold_better_than_their_sum() -> None:
     assert np.mean(by_text) < np.mean(by_sum) - 0.1
 
 
+def test_a_hedge_costs_little_and_helps_on_texts_unlike_the_chosen_one() -> None:
+    """With 8 copy slots a rank, chosen on one text, judged on each of the others; and on its own."""
+    own, other = {}, {}
+    for hedge in (False, True):
+        options = PlanOptions(cluster=Cluster(8), replicas=8, hedge=hedge)
+        mine, theirs = [], []
+        for text in TEXTS:
+            names = [t for t in TEXTS if t != text]
+            for judged, found in ((text, mine), *((name, theirs) for name in names)):
+                split = split_named(COUNTS, [text], [judged])
+                found.append(figures(study_placement(COUNTS, split, [options]).clusters[0], "replicated"))
+        own[hedge], other[hedge] = np.mean(mine), np.mean(theirs)
+    assert own[True] < 1.002
+    assert other[True] < other[False] - 0.1
+
+
 def tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("placement_tables", ROOT / "scripts/placement_tables.py")
     assert spec is not None and spec.loader is not None

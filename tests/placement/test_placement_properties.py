@@ -34,7 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, PlanOptions]:
     counts = random.poisson(20 * random.lognormal(0, skew, shape[1:]), shape)
     counts[:, :, 0] += 1
     return counts.astype(np.int64), PlanOptions(
-        cluster=Cluster(ranks, nodes), replicas=draw(st.integers(1, 3))
+        cluster=Cluster(ranks, nodes), replicas=draw(st.integers(1, 3)), hedge=draw(st.booleans())
     )
 
 
