@@ -126,26 +126,28 @@ def check(folder: Path) -> tuple[str, bool]:
         share_LR = chosen.loads_LR / chosen.loads_LR.sum(axis=1, keepdims=True)
         for step in fold.judged:
             planned[step] = share_LR * measured_SLR[step].sum(axis=1, keepdims=True)
-    rows = []
-    for i, layer in enumerate(counts.layers):
-        moved = 1 - np.trace(measured_SLRR[:, i].sum(axis=0)) / measured_SLRR[:, i].sum()
-        error = np.abs(planned[:, i] - measured_SLR[:, i]) / measured_SLR[:, i].mean(axis=1, keepdims=True)
-        together = measured_SLR[:, i].sum(axis=0)
-        rows.append(
-            [
-                layer.site,
-                f"{together.max() / together.mean():.3f}",
-                f"{_even(planned[:, i]):.3f}",
-                f"{_even(measured_SLR[:, i]):.3f}",
-                f"{100 * error.mean():.1f} %",
-                f"{100 * error.max():.1f} %",
-                f"{100 * moved:.1f} %",
-                f"{100 * (ranks - 1) / ranks:.1f} %",
-            ]
-        )
+    rows = [[layer.site, *_row(measured_SLRR[:, i], planned[:, i])] for i, layer in enumerate(counts.layers)]
     headings = ("layer", "max÷mean", "planned", "a step", "error", "largest", "moved", "model")
     lines += ["", "other steps, in every step (error: of a rank's load, in parts of the mean load)"]
     return "\n".join([*lines, table(headings, rows)]) + "\n", not wrong.any()
+
+
+def _row(measured_SRR: np.ndarray, planned_SR: np.ndarray) -> list[str]:
+    """The figures of one layer."""
+    measured_SR = measured_SRR.sum(axis=2)
+    ranks = measured_SR.shape[1]
+    moved = 1 - np.trace(measured_SRR.sum(axis=0)) / measured_SRR.sum()
+    error = np.abs(planned_SR - measured_SR) / measured_SR.mean(axis=1, keepdims=True)
+    together = measured_SR.sum(axis=0)
+    return [
+        f"{together.max() / together.mean():.3f}",
+        f"{_even(planned_SR):.3f}",
+        f"{_even(measured_SR):.3f}",
+        f"{100 * error.mean():.1f} %",
+        f"{100 * error.max():.1f} %",
+        f"{100 * moved:.1f} %",
+        f"{100 * (ranks - 1) / ranks:.1f} %",
+    ]
 
 
 def _even(loads_SR: np.ndarray) -> float:
