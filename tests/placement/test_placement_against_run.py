@@ -63,3 +63,21 @@ def test_the_check_can_fail(script: ModuleType, tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(json.dumps(trace).encode()))
     text, exact = script.check(folder)
     assert not exact and "1 of 64 loads differ, the largest by 1 rows" in text
+
+
+def test_nccl_tells_the_same_in_its_own_words(script: ModuleType, tmp_path: Path) -> None:
+    """The same run as NCCL would write it: `record_param_comms`, with the split sizes as text."""
+    folder = shutil.copytree(RUN, tmp_path / "run")
+    for path in folder.iterdir():
+        trace = json.loads(gzip.decompress(path.read_bytes()))
+        for event in trace["traceEvents"]:
+            if event["name"] == "c10d::alltoall_base_":
+                whole = event["args"]["Input type"][0] == "long int"
+                event["args"] = {
+                    "Collective name": "all_to_all" if whole else "all_to_allv",
+                    "dtype": "Long" if whole else "Float",
+                    "Out split size": event["args"]["Concrete Inputs"][3],
+                }
+                event["name"] = "record_param_comms"
+        path.write_bytes(gzip.compress(json.dumps(trace).encode()))
+    assert np.array_equal(script.received_rows(folder), script.received_rows(RUN))
