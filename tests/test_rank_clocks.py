@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_without_shared_collectives_the_clocks_stay_and_it_is_said(tmp_path: Pat
     assert dict(report.alignment.offset_ns) == {0: 0, 1: 0}
     assert report.wait_us is None
     assert any("could not be aligned" in note for note in read_summary(tmp_path).notes)
+
+
+def test_groups_that_share_nothing_are_aligned_each_on_its_own(tmp_path: Path) -> None:
+    """Two expert groups: ranks 2 and 3 cannot be put on rank 0's clock, but on one with each other."""
+
+    def in_pairs(one: RankCalls) -> RankCalls:
+        group = ((0, 1), (2, 3))[one.rank // 2]
+        moved = (replace(c, facts=replace(c.facts, group=group)) for c in one.collectives)
+        return replace(one, collectives=tuple(moved))
+
+    found = aligned([in_pairs(one) for one in calls_of(tmp_path, Run(ranks=4))])
+    assert found.unaligned == (2, 3)
+    assert dict(found.offset_ns) == {0: 0, 1: 250_000, 2: 0, 3: 47_500}
+    assert found.early_after == 0
+    assert "ranks 2, 3 could not be aligned with that of rank 0" in found.notes[0]
 
 
 def test_different_numbers_of_calls_are_refused(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_the_dashboard_shows_it(merged: tuple[Path, Path]) -> None:
     for view in ("overview", "routing", "time", "timeline", "kernels", "ranks"):
         answer = board.answer(view, {"run": ".", "trace": merged[1].name})
         assert "broken" not in answer, (view, answer)
+    folder = Dashboard(Catalogs(str(merged[0])))
+    one, apart = board.answer("ranks", {"run": "."}), folder.answer("ranks", {"run": "."})
+    assert one["ranks"] == apart["ranks"] == len(list(merged[0].glob("rank*")))
+    assert one["together"] == apart["together"]
+    assert list(one["together"]["figures"]) == ["rank-sent", "rank-share", "rank-exchange", "rank-balance"]
 
 
 def test_hta_finds_the_kernels_of_both_ranks(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class Alignment:
     offset_ns: Mapping[int, int]
     """By rank: what is added to its times to get the reference's."""
     unaligned: tuple[int, ...]
-    """Ranks that share no matched collective with the reference: their clocks are as recorded."""
+    """Ranks that share no matched collective with the reference, not even through others. They are aligned
+    among themselves, where they share any; the first of them keeps its clock."""
     collectives: int
     """How many the estimate rests on."""
     same_host: bool
@@ -66,10 +67,10 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
     clocks = _clocks(ranks, usable)
     names = list(dict.fromkeys(clocks[rank] for rank in order))
     bounds, medians, weight = _between(usable, clocks, names)
-    offsets, reached = _estimate(medians, weight)
-    offsets = _within_bounds(offsets, bounds, reached)
+    offsets, first = _estimate(medians, weight)
+    offsets = _within_bounds(offsets, bounds, first)
     by_rank = {rank: int(np.rint(offsets[names.index(clocks[rank])])) for rank in order}
-    unaligned = tuple(rank for rank in order if not reached[names.index(clocks[rank])])
+    unaligned = tuple(rank for rank in order if first[names.index(clocks[rank])] != 0)
     none = dict.fromkeys(order, 0)
     return Alignment(
         reference=order[0],
@@ -81,17 +82,17 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
         after=_spread(usable, by_rank),
         early_before=count_early(usable, none),
         early_after=count_early(usable, by_rank),
-        notes=(*notes, *_unaligned_note(unaligned)),
+        notes=(*notes, *_unaligned_note(unaligned, order[0])),
     )
 
 
-def _unaligned_note(unaligned: Sequence[int]) -> list[str]:
+def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
     if not unaligned:
         return []
     named = ", ".join(map(str, unaligned))
     return [
-        f"the clocks of ranks {named} could not be aligned: they share no matched collective with the first; "
-        "waits between them and the others are not given"
+        f"the clocks of ranks {named} could not be aligned with that of rank {reference}: they share no "
+        "matched collective with it; their times stand beside its own as recorded"
     ]
 
 
@@ -171,21 +172,22 @@ def _between(
 
 def _estimate(
     medians: npt.NDArray[np.float64], weight: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Offsets from the first clock on, along the pairs that share most; and which clocks are reached."""
-    offsets, reached = np.zeros(len(medians)), np.zeros(len(medians), dtype=bool)
-    reached[0] = True
-    while True:
-        open_pairs = np.where(reached[:, None] & ~reached[None, :], weight, 0)
-        if not open_pairs.any():
-            return offsets, reached
-        a, b = np.unravel_index(int(open_pairs.argmax()), open_pairs.shape)
-        offsets[b] = offsets[a] + medians[a, b]
-        reached[b] = True
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Offsets along the pairs that share most; and for each clock the first that it hangs together with."""
+    offsets, first = np.zeros(len(medians)), np.full(len(medians), -1, np.int64)
+    for start in range(len(medians)):
+        if first[start] >= 0:
+            continue
+        first[start] = start
+        while (open_pairs := np.where((first == start)[:, None] & (first < 0)[None, :], weight, 0)).any():
+            a, b = np.unravel_index(int(open_pairs.argmax()), open_pairs.shape)
+            offsets[b] = offsets[a] + medians[a, b]
+            first[b] = start
+    return offsets, first
 
 
 def _within_bounds(
-    offsets: npt.NDArray[np.float64], bounds: npt.NDArray[np.float64], reached: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.float64], bounds: npt.NDArray[np.float64], first: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
     """The offsets moved until offset[b] - offset[a] <= bounds[a, b] for all pairs, the worst pair first."""
     offsets = offsets.copy()
@@ -196,4 +198,4 @@ def _within_bounds(
             break
         offsets[a] += excess[a, b] / 2
         offsets[b] -= excess[a, b] / 2
-    return np.where(reached, offsets - offsets[0], 0.0)
+    return offsets - offsets[first]

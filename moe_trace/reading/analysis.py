@@ -14,7 +14,7 @@ from moe_trace.reading.imbalance import ImbalanceCost, imbalance_costs
 from moe_trace.reading.layers import PhaseReport, report_phases
 from moe_trace.reading.peaks import find_peak
 from moe_trace.reading.phases import CallTimes
-from moe_trace.reading.ranks import RankReport, report_ranks
+from moe_trace.reading.ranks import RankInput, RankReport, report_ranks
 from moe_trace.reading.speed import SpeedReport, report_speed
 from moe_trace.reading.trace_file import Progress
 from moe_trace.schema import RoutingSample
@@ -38,6 +38,8 @@ class TraceSummary(Summary):
     """Device time of each router call."""
     ranks: RankReport | None = None
     """The ranks of the run together; None for a single one."""
+    rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
+    """What each rank brings to such a report, so that traces read one by one can be reported together."""
 
     def router(self, site: str) -> RouterSummary:
         """The router of that label or module path.
@@ -110,7 +112,8 @@ def analyse(
     recording = chosen.apply(recording)
     times = joined([r.times for r in reads])
     busy = {key: value for r in reads for key, value in r.busy_us.items()}
-    ranks = report_ranks(rank_inputs(reads), known=reads[0].alignment)
+    inputs = rank_inputs(reads)
+    ranks = report_ranks(inputs, known=reads[0].alignment)
     notes = [*notes_of(reads), *(ranks.notes if ranks is not None else ())]
     summary = summarize(recording, trace=label, device_busy_us=busy, notes=notes)
     devices = tuple(dict.fromkeys(device for r in reads for device in r.devices))
@@ -142,4 +145,5 @@ def analyse(
         times=times,
         busy_us=busy,
         ranks=ranks,
+        rank_inputs=tuple(inputs),
     )

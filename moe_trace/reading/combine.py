@@ -94,36 +94,52 @@ def _reads(
 
 def rank_inputs(reads: Sequence[Read]) -> list[RankInput]:
     """One for each rank; several traces of a rank follow one another."""
-    by_rank: dict[int, list[Read]] = {}
-    for read in reads:
-        by_rank.setdefault(read.recording.rank, []).append(read)
-    return [_rank_input(by_rank[rank]) for rank in sorted(by_rank)]
+    return join_inputs([_rank_input(read) for read in reads])
 
 
-def _rank_input(reads: Sequence[Read]) -> RankInput:
-    first = reads[0]
-    base = first.calls.base_time_ns
-    collectives = [
-        _moved(c, read.calls.base_time_ns - base) for read in reads for c in read.calls.collectives
+def _rank_input(read: Read) -> RankInput:
+    return RankInput(recording=read.taken, calls=read.calls, step_us=read.step_us, window_us=read.window_us)
+
+
+def join_inputs(inputs: Sequence[RankInput]) -> list[RankInput]:
+    """The inputs of each rank as one, in the order given."""
+    by_rank: dict[int, RankInput] = {}
+    for one in inputs:
+        before = by_rank.get(one.calls.rank)
+        by_rank[one.calls.rank] = one if before is None else _joined_inputs(before, one)
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
+    """Call numbers of `b` go on after those of `a`; its times count from the base of `a`."""
+    reached: dict[str, int] = {}
+    for sample in a.recording.samples:
+        reached[sample.name] = max(reached.get(sample.name, 0), sample.call + 1)
+    by_ns = b.calls.base_time_ns - a.calls.base_time_ns
+    moved = [
+        _moved(c, by_ns, c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)))
+        for c in b.calls.collectives
     ]
+    samples = [replace(s, call=s.call + reached.get(s.name, 0)) for s in b.recording.samples]
+    collectives = sorted((*a.calls.collectives, *moved), key=lambda c: c.host_ns)
     return RankInput(
-        recording=replace(first.taken, samples=tuple(s for r in reads for s in r.taken.samples)),
-        calls=replace(first.calls, collectives=tuple(sorted(collectives, key=lambda c: c.host_ns))),
-        step_us={step: us for read in reads for step, us in read.step_us.items()},
-        window_us=sum(read.window_us for read in reads),
+        recording=replace(a.recording, samples=(*a.recording.samples, *samples)),
+        calls=replace(a.calls, collectives=tuple(collectives)),
+        step_us={**a.step_us, **b.step_us},
+        window_us=a.window_us + b.window_us,
     )
 
 
-def _moved(collective: Collective, by_ns: int) -> Collective:
-    if not by_ns:
-        return collective
-
+def _moved(collective: Collective, by_ns: int, call: SampleKey | None) -> Collective:
     def moved(span: Nanoseconds) -> Nanoseconds:
         return span[0] + by_ns, span[1] + by_ns
 
     work = collective.work_ns
     return replace(
-        collective, host_ns=moved(collective.host_ns), work_ns=None if work is None else moved(work)
+        collective,
+        host_ns=moved(collective.host_ns),
+        work_ns=None if work is None else moved(work),
+        call=call,
     )
 
 

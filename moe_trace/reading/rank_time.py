@@ -97,8 +97,6 @@ def find_waits(
     """
     waits, own = [], {}
     for shared in matched:
-        if set(shared.ranks) & set(alignment.unaligned):
-            continue
         start, _ = on_one_clock(shared, alignment.offset_ns)
         wait_ns = start.max(axis=1, keepdims=True) - start
         last = start.argmax(axis=1)

@@ -22,7 +22,7 @@ from moe_trace.tensorboard_plugin.definitions import DEFINITIONS
 from moe_trace.tensorboard_plugin.overview import overview
 from moe_trace.tensorboard_plugin.parameters import Parameters, integer, step_range, time_window
 from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key, plain_figure, plain_table
-from moe_trace.tensorboard_plugin.ranks import rank_digest, ranks
+from moe_trace.tensorboard_plugin.ranks import rank_digest, ranks, run_report, together
 from moe_trace.tensorboard_plugin.routing import (
     StepCounts,
     equal_share_row,
@@ -263,13 +263,16 @@ class Dashboard:
         """The ranks of a run; traces that cannot be read are named."""
         run = parameters.get("run", "")
         traces = [t for t in self.catalogs.get(FRESH_S).traces.values() if t.run == run]
-        digests, broken = [], []
+        summaries, broken = [], []
         for trace in traces:
             try:
-                digests.append(self.store.derived(trace, "rank", rank_digest))
+                summaries.append(self.store.summary(trace))
             except MoETraceError as error:
                 broken.append({"trace": trace.name, "reason": str(error)})
-        return {**ranks(digests), "traces": len(traces), "unreadable": broken}
+        report = together(run_report(summaries))
+        found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None])
+        count = max(found["ranks"], report["ranks"] if report is not None else 0)
+        return {**found, "ranks": count, "together": report, "traces": len(traces), "unreadable": broken}
 
     # -- one step -------------------------------------------------------------------------------------
 

@@ -50,5 +50,13 @@ DEFINITIONS = {
     "verdict": "changed: the interval leaves out 0. noise: it does not. few calls: under 5 on a side, so it "
     "cannot be told.",
     "MoE work": "Device busy time of the MoE blocks, forward and backward (on a CPU: time in operators).",
+    "GB/s": "Bytes that leave the rank over the time of its collectives without waiting; 1 GB is 1e9 bytes.",
+    "bytes": "What went into the collectives, the rank's own part included.",
+    "bytes leaving": "What went into the collectives for other ranks.",
+    "wait µs": "From a rank's arrival at a collective to that of the last, on the aligned clock.",
+    "waited for": "The rank that arrived last, weighted by how long the others waited for it.",
+    "part": "counts: how many slots follow. dispatch: slots to their experts' ranks. combine: results back.",
+    "hot rank": "The rank whose experts get the most slots of the layer.",
+    "hot expert": "The busiest expert of that rank, and its share of the rank's slots.",
     "straggler": "The rank with the most MoE work. Where ranks wait for each other, the others wait for it.",
 }

@@ -1,4 +1,4 @@
-"""The ranks of one run side by side, as far as their own traces tell."""
+"""The ranks of one run: side by side by their own traces, and together where these share collectives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 
 from moe_trace.figures import Figure, Spec, safe
+from moe_trace.figures_ranks import rank_figures
 from moe_trace.reading.analysis import TraceSummary
+from moe_trace.reading.combine import join_inputs
+from moe_trace.reading.ranks import RankReport, report_ranks
+from moe_trace.render.text_ranks import rank_sentences
 from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key
 
 
@@ -25,6 +29,31 @@ def rank_digest(summary: TraceSummary) -> Plain:
         "moe_work_us": phases.whole.moe_work_us if phases else None,
         "work_us": work,
         "loads": {r.info.site: list(r.assignments) for r in summary.routers if sum(r.assignments)},
+    }
+
+
+def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
+    """The ranks together: of one trace for each rank, or of a trace that holds them merged.
+
+    None for a single rank, and for traces of different models.
+    """
+    single = [summary for summary in summaries if summary.ranks is None]
+    inputs = join_inputs([one for summary in single for one in summary.rank_inputs])
+    models = {tuple((r.info.name, r.info.num_experts) for r in summary.routers) for summary in single}
+    if len(inputs) > 1 and len(models) == 1:
+        return report_ranks(inputs)
+    return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
+
+
+def together(report: RankReport | None) -> Plain | None:
+    """The report as sentences and figures."""
+    if report is None:
+        return None
+    return {
+        "ranks": len(report.ranks),
+        "sentences": list(dict.fromkeys((*rank_sentences(report), *report.notes))),
+        "has_exchange": bool(report.exchanges),
+        "figures": figures_by_key(rank_figures(report)),
     }
 
 

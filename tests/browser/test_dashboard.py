@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Frame, Page, Route
 
+from tiny_ranks import LAYERS, Run, sent, write_ranks
+
 from .harness import SCREENSHOTS, Internet, offline_context, tensorboard, wait_until
 from .moe_tab import (
     VIEWS,
@@ -53,6 +55,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     logdir = tmp_path_factory.mktemp("logs")
     profile_demo_model(logdir / "demo")
     record_two_ranks(logdir / "two_ranks", tmp_path_factory.mktemp("store") / "store")
+    write_ranks(logdir / "four_ranks", Run(ranks=4))
     for run, name in (("h200_train", TRAIN), ("h200_prefill", PREFILL), (HOSTILE, TRAIN)):
         (logdir / run).mkdir()
         shutil.copy(H200 / name, logdir / run)
@@ -97,13 +100,14 @@ def runs_of(board: Board) -> dict[str, dict[str, str]]:
         "demo": {"run": "demo", "trace": board.demo, "run_b": "two_ranks", "trace_b": board.rank_1},
         "h200": {"run": "h200_train", "trace": TRAIN},
         "two_ranks": {"run": "two_ranks"},
+        "four_ranks": {"run": "four_ranks", "trace": "rank0.pt.trace.json"},
     }
 
 
 # -- every view draws ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["demo", "h200", "two_ranks"])
+@pytest.mark.parametrize("run", ["demo", "h200", "two_ranks", "four_ranks"])
 def test_every_view_draws_without_the_internet(page: Page, watch: Watch, board: Board, run: str) -> None:
     for view in VIEWS:
         frame = open_view(page, board.url, view, **runs_of(board)[run])
@@ -121,6 +125,28 @@ def test_ranks_are_told_apart(page: Page, watch: Watch, board: Board) -> None:
     assert rows[1]["tokens"] == 2 * rows[0]["tokens"]
     assert "different assignments" in frame.locator("main").inner_text()
     assert "Not shown" in frame.locator("main").inner_text(), "the all-to-all is not invented"
+
+
+def test_ranks_together_show_who_sends_and_who_waits(page: Page, watch: Watch, board: Board) -> None:
+    run = Run(ranks=4)
+    frame = open_view(page, board.url, "ranks", run="four_ranks")
+    assert undrawn_plots(frame) == []
+    for figure in frame.locator("details").all():
+        figure.evaluate("details => { details.open = true; }")
+    tables = shown_tables(frame)
+    for rank, row in enumerate(tables["rank-sent"]):
+        for to in range(4):
+            slots = (sent(run, rank, to, layer, call) for layer in range(LAYERS) for call in range(run.calls))
+            assert row[f"to rank {to}"] == sum(slots)
+    (one,) = (
+        r
+        for r in tables["rank-exchange"]
+        if (r["layer"], r["part"], r["rank"]) == ("L01", "combine", "rank 1")
+    )
+    assert (one["calls"], one["wait µs"]) == (3, 60)
+    assert [row["waited for"] for row in tables["rank-share"]] == ["rank 3", "rank 3"]
+    words = frame.locator("main").inner_text()
+    assert "rank 1 +250.000 µs" in words and "96 of 96 comparisons" in words
 
 
 def test_broken_traces_are_listed_with_their_reason(page: Page, watch: Watch, board: Board) -> None:

@@ -123,6 +123,7 @@ def profile(model: Any, traces: Path) -> moe_trace.profile:
     return moe_trace.profile(
         model,
         activities=[ProfilerActivity.CPU],
+        record_shapes=True,  # gloo's all-to-alls have their split sizes only then
         on_trace_ready=moe_trace.tensorboard_trace_handler(traces, use_gzip=True),
     )
 

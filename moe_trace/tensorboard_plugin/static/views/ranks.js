@@ -1,4 +1,4 @@
-// The ranks of a run, as far as their own traces tell.
+// The ranks of a run: together, where their traces share collectives, and side by side by their own traces.
 
 import {el} from "../dom.js";
 import {empty, figure, isBroken, loading, term} from "../parts.js";
@@ -13,25 +13,40 @@ export async function show(place, {ask, isCurrent}) {
     ...unreadable(answer));
     return;
   }
-  const cards = Object.values(answer.figures).map((spec) => figure(spec));
-  place.replaceChildren(summary(answer), ...unreadable(answer), el("div", {class: "grid"}, ...cards), allToAll());
-  await Promise.all(cards.map((card) => card.drawn));
+  const exchange = cardsOf(answer.together);
+  const own = cardsOf(answer);
+  place.replaceChildren(summary(answer), ...unreadable(answer), ...together(answer.together),
+    el("div", {class: "grid"}, ...exchange),
+    own.length ? el("h2", {class: "section"}, "Each rank by its own trace") : "",
+    el("div", {class: "grid"}, ...own));
+  await Promise.all([...exchange, ...own].map((card) => card.drawn));
+}
+
+function cardsOf(part) {
+  return Object.values(part?.figures ?? {}).map((spec) => figure(spec));
 }
 
 function summary(answer) {
-  const {straggler} = answer;
-  const words = straggler
-    ? [term("straggler"), `: rank ${straggler.rank} does `,
-      el("b", {"data-value": straggler.ratio}, `${straggler.ratio.toFixed(2)}×`), " the mean rank's MoE work, ",
-      el("b", {"data-value": straggler.excess_us}, `${Math.round(straggler.excess_us).toLocaleString("en")} µs`),
+  return el("section", {class: "panel"}, el("h2", {}, `${answer.ranks} ranks in ${traces(answer.traces)}`),
+    ...straggler(answer));
+}
+
+const traces = (count) => (count === 1 ? "one merged trace" : `${count} traces`);
+
+function straggler(answer) {
+  if (answer.same_load === undefined) return []; // a merged trace: no summary of each rank alone
+  const slowest = answer.straggler;
+  const words = slowest
+    ? [term("straggler"), `: rank ${slowest.rank} does `,
+      el("b", {"data-value": slowest.ratio}, `${slowest.ratio.toFixed(2)}×`), " the mean rank's MoE work, ",
+      el("b", {"data-value": slowest.excess_us}, `${Math.round(slowest.excess_us).toLocaleString("en")} µs`),
       " more than the mean."]
     : ["The traces have no MoE ranges, so no straggler can be named."];
   const same = answer.same_load
     ? "All ranks saw the same assignments: either they route the same tokens (all-reduce expert parallelism), or one "
       + "trace was copied. Their tokens must not be added up."
     : "The ranks saw different assignments: each routes tokens of its own.";
-  return el("section", {class: "panel"}, el("h2", {}, `${answer.ranks} ranks in ${answer.traces} traces`),
-    el("p", {}, ...words), el("p", {class: "soft"}, same));
+  return [el("p", {}, ...words), el("p", {class: "soft"}, same)];
 }
 
 function unreadable(answer) {
@@ -41,10 +56,11 @@ function unreadable(answer) {
     : [];
 }
 
-function allToAll() {
-  return el("section", {class: "panel"}, el("h2", {}, "All-to-all per layer"),
-    el("p", {}, "Not shown: the tab does not join the routing to the collectives yet, and the clocks of the ranks are "
-      + "not aligned. Which rank waits for which, and how many bytes move, cannot be read from here."),
-    el("p", {class: "soft"}, "The Timeline of each rank shows its dispatch and combine phases, which hold the "
-      + "all-to-all."));
+// Load, waiting, clocks and bytes, as the report says them.
+function together(report) {
+  if (!report) return [];
+  const missing = report.has_exchange ? [] : [el("p", {class: "soft"},
+    "Not shown: the traces hold no collective of the MoE layers, so bytes and waiting cannot be read from them.")];
+  return [el("section", {class: "panel"}, el("h2", {}, "The ranks together"),
+    el("ul", {}, ...report.sentences.map((words) => el("li", {}, words))), ...missing)];
 }
