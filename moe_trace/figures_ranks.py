@@ -12,6 +12,8 @@ from moe_trace.reading.rank_time import ExchangeTime
 from moe_trace.reading.ranks import LayerRanks, RankReport
 
 MATRIX_TABLE_MAX = 16
+STEPS_NAMED = 20
+CELLS_NAMED = 64
 _SENT = "%{y} to %{x}: %{z:,} slots"
 WAITING, MOVING = "#E69F00", "#0072B2"
 
@@ -34,7 +36,7 @@ def sent_matrix(report: RankReport) -> Figure:
         title="Slots sent from rank to rank",
         caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. A slot is a "
         "token with one of its experts; the diagonal stays at home. All layers and steps.",
-        data=[_heat_map(total.tolist(), columns, rows, "slots", _SENT)] if rows else [],
+        data=[_heat_map(total.tolist(), columns, rows, "slots", _SENT, "%{z:,}")] if rows else [],
         layout={
             "xaxis": {"type": "category", "title": {"text": "to"}},
             "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "from"}},
@@ -72,6 +74,7 @@ def share_map(report: RankReport) -> Figure:
                 [safe(site) for site in sites],
                 "÷ mean",
                 "layer %{y}, %{x}: %{z:.2f} of the mean rank's slots",
+                "%{z:.2f}",
             )
         ]
         if sites
@@ -182,8 +185,8 @@ def balance_over_steps(report: RankReport) -> Figure:
         _line(steps, [s.imbalance for s in report.steps], "load max÷mean", PHASE_COLOURS["experts"], "y")
     ]
     layout: Spec = {
-        "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"title": {"text": "load max÷mean"}},
+        "xaxis": {"title": {"text": "step"}, **({"type": "category"} if len(steps) <= STEPS_NAMED else {})},
+        "yaxis": {"title": {"text": "load max÷mean"}, "rangemode": "tozero"},
         "height": 300,
     }
     if any(step.wait_us is not None for step in report.steps):
@@ -191,6 +194,7 @@ def balance_over_steps(report: RankReport) -> Figure:
         layout["yaxis2"] = {
             "title": {"text": "wait µs"},
             "overlaying": "y",
+            "tickmode": "auto",
             "side": "right",
             "rangemode": "tozero",
             "showgrid": False,
@@ -212,7 +216,7 @@ def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, a
         "type": "scatter",
         "mode": "lines+markers",
         "name": name,
-        "x": list(x),
+        "x": list(map(str, x)) if len(x) <= STEPS_NAMED else list(x),
         "y": list(y),
         "yaxis": axis,
         "line": {"color": colour},
@@ -220,7 +224,7 @@ def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, a
     }
 
 
-def _heat_map(z: list[list[Any]], x: list[str], y: list[str], unit: str, hover: str) -> Spec:
+def _heat_map(z: list[list[Any]], x: list[str], y: list[str], unit: str, hover: str, number: str) -> Spec:
     return {
         "type": "heatmap",
         "z": z,
@@ -229,4 +233,5 @@ def _heat_map(z: list[list[Any]], x: list[str], y: list[str], unit: str, hover: 
         "colorscale": "Viridis",
         "colorbar": {"title": {"text": unit}, "thickness": 14},
         "hovertemplate": hover + "<extra></extra>",
+        **({"texttemplate": number} if len(x) * len(y) <= CELLS_NAMED else {}),
     }

@@ -123,7 +123,7 @@ def test_ranks_are_told_apart(page: Page, watch: Watch, board: Board) -> None:
     rows = shown_tables(frame)["rank-load"]
     assert [row["rank"] for row in rows] == ["rank 0", "rank 1"]
     assert rows[1]["tokens"] == 2 * rows[0]["tokens"]
-    assert "different assignments" in frame.locator("main").inner_text()
+    assert "each rank routes tokens of its own" in frame.locator("main").inner_text()
     assert "Not shown" in frame.locator("main").inner_text(), "the all-to-all is not invented"
 
 

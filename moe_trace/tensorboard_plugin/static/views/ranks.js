@@ -42,6 +42,7 @@ function straggler(answer) {
       el("b", {"data-value": slowest.excess_us}, `${Math.round(slowest.excess_us).toLocaleString("en")} µs`),
       " more than the mean."]
     : ["The traces have no MoE ranges, so no straggler can be named."];
+  if (answer.together) return [el("p", {}, ...words)]; // which says who routes whose tokens
   const same = answer.same_load
     ? "All ranks saw the same assignments: either they route the same tokens (all-reduce expert parallelism), or one "
       + "trace was copied. Their tokens must not be added up."
