@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,18 @@ def grown(events: list[dict[str, Any]], repeat: int) -> Iterator[bytes]:
         yield b"  " + text.replace(b"\n", b"\n  ")
 
 
-def write_big(path: Path, size_mb: int) -> Recording:
-    """Grow the source to a size and merge the routing into it."""
+def write_big(path: Path, size_mb: int, more: Sequence[dict[str, Any]] = (), **changes: Any) -> Recording:
+    """Grow the source to a size and merge the routing into it.
+
+    Args:
+        more: events beside the source's own, in every repetition.
+        changes: to the recording, e.g. its rank.
+    """
     trace = msgspec.json.decode(gzip.decompress(SOURCE.read_bytes()))
     recording = read_recording(SOURCE)
     plain = [e for e in trace["traceEvents"] if not (isinstance(e.get("pid"), int) and e["pid"] >= 9_000_000)]
     window = [e for e in plain if e.get("name") == "PyTorch Profiler (0)"]
-    events = [e for e in plain if e not in window]
+    events = [*(e for e in plain if e not in window), *more]
     samples = []
     repeat = 0
     with path.open("wb") as file:
@@ -105,7 +110,7 @@ def write_big(path: Path, size_mb: int) -> Recording:
                 )
             repeat += 1
         file.write(b"\n]}\n")
-    big = replace(recording, samples=tuple(samples))
+    big = replace(recording, samples=tuple(samples), **changes)
     merge_recording(path, [big])
     return big
 

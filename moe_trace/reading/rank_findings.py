@@ -15,7 +15,7 @@ EARLY_RECEIVES = 0.0
 
 _UNEQUAL_EXPERTS = (
     "The other ranks wait for it in the combine: place its busy experts apart, or replicate them; `moe-trace "
-    "export --to eplb` writes the counts that load balancers of experts read."
+    "placement` says what either would give."
 )
 _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches of equal size."
 

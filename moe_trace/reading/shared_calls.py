@@ -56,9 +56,9 @@ class _Key:
 def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str]]:
     """Match by group (its ranks, and its name where the trace has it) and kind, then by sequence number.
 
-    Where the trace has no sequence numbers (torch 2.13 writes none), by order within group and kind: all
-    members call a group's collectives in one order. A group whose members recorded different numbers of calls
-    is refused, for then the first call of one may be the second of another.
+    Where the trace has no sequence numbers (torch 2.11 and 2.13 write none), by order within group and kind:
+    all members call a group's collectives in one order. A group whose members recorded different numbers of
+    calls is refused, for then the first call of one may be the second of another.
 
     Returns:
         What matches, and a sentence for each group that was refused.
