@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import moe_trace
-from moe_trace.contracts.forms import class_name
+from moe_trace.contracts.forms import class_name, unwrapped
 from moe_trace.routers import RouterSite
 
 
 def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
-    """Name, class, sizes, type and device of the model."""
+    """Name, class, sizes, type and device of the model, seen through DDP and the like."""
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     first = next(model.parameters(), None)
     return {

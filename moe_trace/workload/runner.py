@@ -20,7 +20,7 @@ from moe_trace.summary import Summary
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
-from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process
+from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
 from moe_trace.workload.steps import Step, make_step
 from moe_trace.workload.team import LeaderFailed, RankFailed, Team, is_launched, joined, missing_files
 
@@ -137,6 +137,7 @@ def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step,
     )
     if config.split.is_split:
         inputs = rows_of_this_process(model, inputs, team)
+        model = wrapped(model, config.split, config.mode)
     return make_step(model, inputs, mode=config.mode, max_new_tokens=config.max_new_tokens), model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from moe_trace.demo import demo_path
 from moe_trace.errors import UsageError
-from moe_trace.workload.config import Split
+from moe_trace.workload.config import Mode, Split
 from moe_trace.workload.models import load_model, load_tokenizer
 from moe_trace.workload.team import LeaderFailed, Team
 
@@ -57,6 +57,13 @@ def require_support(split: Split, device: torch.device) -> None:
         )
 
 
+def wrapped(model: nn.Module, split: Split, mode: Mode) -> nn.Module:
+    """With `--ddp` in DistributedDataParallel, except to generate: it has no `generate` to call."""
+    if not split.ddp or mode == "generate":
+        return model
+    return nn.parallel.DistributedDataParallel(model)
+
+
 def load_split_model(
     source: str,
     split: Split,
@@ -66,7 +73,7 @@ def load_split_model(
     dtype: torch.dtype | None,
     random_weights: bool,
 ) -> tuple[nn.Module, Any]:
-    """This process's part of the model, in eval mode, and its tokenizer.
+    """This process's part of the model (all of it with `--ddp`), in eval mode, and its tokenizer.
 
     Random weights are the same on all processes, and the same as those of a run that is not split.
 
@@ -74,8 +81,7 @@ def load_split_model(
         ModelError: it cannot be loaded, or cannot be split like that.
     """
     if not split.needs_transformers:
-        model, tokenizer = load_model(source, device=device, dtype=dtype, random_weights=random_weights)
-        return nn.parallel.DistributedDataParallel(model), tokenizer
+        return load_model(source, device=device, dtype=dtype, random_weights=random_weights)
     if not random_weights:
         return load_model(source, device=device, dtype=dtype, distributed_config=_config(split))
     with _random_weights_on_disk(source, team, dtype) as folder:

@@ -141,6 +141,15 @@ def test_random_weights_are_those_of_the_single_process(tmp_path: Path) -> None:
         assert recording.model["name"] == expected.model["name"]
 
 
+def test_the_benchmark_runs_and_counts_no_collective_more() -> None:
+    script = TESTS.parent / "scripts" / "bench_ranks.py"
+    done = torchrun(2, script, "--pairs", 2, "--repeat", 1, "--length", 16)
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.strip().splitlines()[-1].strip("| ").split(" | ")
+    assert row[-2] == row[-1]
+    assert int(row[-1]) > 0
+
+
 # -- what is refused at once ---------------------------------------------------------------------------
 
 
