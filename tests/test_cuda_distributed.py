@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from distributed import checks
-from distributed.launching import ROOT, Ranks, environment, run_ranks
+from distributed.launching import ROOT, Ranks, environment, run_ranks, transformers_splits_experts
 from distributed.modes import TWO_RANKS, global_batch
 from models import tiny_olmoe
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 64, "intermediate_size": 32}  # grouped_mm wants rows of 16 bytes
 EXCHANGES = [
     ("ep_all_to_all", "inference"),
@@ -29,9 +28,7 @@ EXCHANGES = [
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-    pytest.mark.skipif(
-        not hasattr(transformers, "DistributedConfig"), reason="this transformers has no DistributedConfig"
-    ),
+    pytest.mark.skipif(not transformers_splits_experts(), reason="this transformers splits no experts"),
 ]
 
 

@@ -6,12 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
+
+
+def transformers_splits_experts() -> bool:
+    """Whether this transformers has the parallelism that the modes ask for (5.23 has)."""
+    import transformers
+
+    config = getattr(transformers, "DistributedConfig", None)
+    return config is not None and "ep_implementation" in {field.name for field in fields(config)}
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distributed import checks
-from distributed.launching import Ranks
+from distributed.launching import Ranks, transformers_splits_experts
 from distributed.modes import FOUR_RANKS, MODES, TWO_RANKS
 
 SHARDED_EXPERTS = ("ep_all_to_all", "ep_all_reduce", "ep_slices", "ep_auto")
@@ -31,11 +31,9 @@ MESHES = {
     "ep_wide": {"fsdp": 2, "tp": 2, "ep": 4},
 }
 
-transformers = pytest.importorskip("transformers")
-needs_modes = pytest.mark.skipif(
-    not hasattr(transformers, "DistributedConfig"), reason="this transformers has no DistributedConfig"
+pytestmark = pytest.mark.skipif(
+    not transformers_splits_experts(), reason="this transformers splits no experts"
 )
-pytestmark = needs_modes
 
 
 @pytest.mark.parametrize("mode", TWO_RANKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distributed.launching import TESTS, environment, torchrun
+from distributed.launching import TESTS, environment, torchrun, transformers_splits_experts
 from moe_trace.errors import UsageError
 from moe_trace.reader import read_recording
 from moe_trace.reading.trace_file import find_traces
@@ -22,9 +23,8 @@ from moe_trace.workload.team import RankFailed, Team, joined, missing_files
 SMALL = ("--steps", 1, "--warmup", 0, "--batch", 2, "--seq-len", 12)
 SPLIT = ("--fsdp", 2, "--ep", 2, "--ep-implementation", "all_to_all")
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(
-    not hasattr(transformers, "DistributedConfig"), reason="this transformers has no DistributedConfig"
+    not transformers_splits_experts(), reason="this transformers splits no experts"
 )
 
 
@@ -141,6 +141,18 @@ def test_random_weights_are_those_of_the_single_process(tmp_path: Path) -> None:
         assert recording.model["name"] == expected.model["name"]
 
 
+def test_the_commands_of_the_guide_run(tmp_path: Path) -> None:
+    text = (TESTS.parent / "docs" / "many_gpus.md").read_text("utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    variables = environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    command = ["bash", "-euo", "pipefail", "-c", "".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "(0, 1, 2, 3, 4, 5, 6, 7)" in done.stdout
+    assert len(list((tmp_path / "runs" / "train").glob("*.rank*.pt.trace.json.gz"))) == 2
+
+
 def test_the_benchmark_runs_and_counts_no_collective_more() -> None:
     script = TESTS.parent / "scripts" / "bench_ranks.py"
     done = torchrun(2, script, "--pairs", 2, "--repeat", 1, "--length", 16)
@@ -197,6 +209,7 @@ def test_a_transformers_without_expert_sizes_is_named(monkeypatch: pytest.Monkey
     from dataclasses import make_dataclass
 
     import torch
+    import transformers
 
     from moe_trace.workload.sharded import require_support
 
