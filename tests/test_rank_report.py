@@ -263,3 +263,35 @@ def test_waiting_is_a_finding_where_it_is_a_part_of_the_time(tmp_path: Path) -> 
     )  # fmt: skip
     (finding,) = waiting_ranks(evidence)
     assert "20 % of their time" in finding.sentence and "100 % of it for rank 1" in finding.sentence
+
+
+def test_what_torch_and_nccl_really_write() -> None:
+    """A block's collectives from an H100 (torch 2.11, NCCL 2.28, one rank), beside their kernels by hand."""
+    from moe_trace.reading.collectives import find_collectives, split_bytes
+    from moe_trace.reading.events import EventTableBuilder
+    from moe_trace.reading.launches import find_kernels
+    from moe_trace.reading.trace_file import open_trace_stream
+
+    builder = EventTableBuilder()
+    with open_trace_stream(Path(__file__).parent / "data" / "nccl_collectives.json") as stream:
+        for key in stream.walk():
+            builder.read(stream) if key == "traceEvents" else stream.skip()
+    events = builder.build()
+    found = find_collectives((), events, find_kernels(events))
+    kinds = ["all_to_all"] * 3 + ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    assert [c.facts.kind for c in found] == [*kinds, "broadcast", "barrier"], "waits are no collectives"
+    counts, dispatch, combine = found[:3]
+    assert (counts.facts.is_integer, counts.facts.split_in, counts.bytes_in) == (True, (), 64)
+    for hidden in (dispatch, combine):
+        assert hidden.facts.group == (0,)
+        assert hidden.bytes_in == 1024 * 256 * 2  # bfloat16
+        assert split_bytes(hidden, "in", 1) == split_bytes(hidden, "out", 1) == [1024 * 256 * 2]
+        assert hidden.on_device
+    raw = json.loads((Path(__file__).parent / "data" / "nccl_collectives.json").read_text())["traceEvents"]
+    kernels = [e for e in raw if e["name"].startswith("ncclDevKernel")]
+    with_kernels = [dispatch, combine, found[6]]
+    assert [c.work_ns for c in with_kernels] == [
+        (round(1000 * k["ts"]), round(1000 * k["ts"]) + round(1000 * k["dur"])) for k in kernels
+    ]
+    assert counts.work_ns is not None, "of one rank NCCL makes a copy instead of a kernel"
+    assert found[3].work_ns is None
