@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_trace.reading.events import to_ns
 from moe_trace.schema import BAND_PID
 
 Event = dict[str, Any]
@@ -24,6 +23,7 @@ _IDS = ("External id", "external id", "correlation", "Correlation id")
 _DEVICE_SORT_INDEX = 5_000_000
 """Kineto sorts devices from here on, processes by their id."""
 _ROWS_A_RANK = 1000
+_TIME_MAX_US = 4e15
 
 
 def is_band(pid: object) -> bool:
@@ -94,10 +94,12 @@ class Renamer:
 
     def shifted(self, time_us: float) -> float:
         """On the common clock."""
-        return (int(to_ns(time_us)) + self.shift_ns) / 1000
+        if not -_TIME_MAX_US < time_us < _TIME_MAX_US:  # no clock shows it, and no reader takes it
+            return time_us
+        return (round(time_us * 1000) + self.shift_ns) / 1000
 
     def _identity(self, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if type(value) is int:
             return value * self.ranks + self.place
         if isinstance(value, str) and value.isdecimal() and len(value) < 19:
             return str(int(value) * self.ranks + self.place)
