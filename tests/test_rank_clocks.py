@@ -149,9 +149,7 @@ def test_an_empty_part_bounds_nothing(tmp_path: Path) -> None:
     calls = calls_of(tmp_path, Run(counts=counts, offset_us=(0, 0)))
     matched, _ = match_calls(calls)
     (shared,) = matched
-    from moe_trace.reading.shared_calls import sends
-
-    parts = sends(shared)
+    parts = shared.sends
     assert parts.shape == (18, 2, 2)
     dispatch = [i for i, row in enumerate(shared.calls) if row[0].role == "dispatch"]
     assert parts[dispatch, 1, 0].all() and not parts[dispatch, 0, 1].any()

@@ -22,6 +22,7 @@ from moe_trace.render.json import to_plain
 from moe_trace.schema import BAND_PID
 from moe_trace.tensorboard_plugin.catalog import Catalogs
 from moe_trace.tensorboard_plugin.data import Dashboard
+from moe_trace.timeline.merge import merge_recording
 from tiny_ranks import Run, write_rank, write_ranks
 from tiny_trace import write_tiny
 
@@ -316,6 +317,15 @@ def test_a_merged_trace_is_refused(tmp_path: Path) -> None:
     out = merge(paths, tmp_path / "all.json")
     with pytest.raises(UsageError, match="holds several ranks already"):
         plan_merge([out, *paths], tmp_path / "again.json")
+
+
+def test_samples_cannot_be_merged_into_several_ranks(tmp_path: Path) -> None:
+    paths = write_ranks(tmp_path / "in", Run())
+    out = merge(paths, tmp_path / "all.json")
+    before = out.read_bytes()
+    with pytest.raises(TraceFileError, match="merged trace of several ranks"):
+        merge_recording(out, [read_recording(paths[0])])
+    assert out.read_bytes() == before
 
 
 def test_missing_ranks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.reading.shared_calls import RankCalls, SharedCalls, sends, synchronising
+from moe_trace.reading.shared_calls import RankCalls, SharedCalls, synchronising
 
 _ROUNDS = 10_000
 TOLERANCE_NS = 1
@@ -102,7 +102,7 @@ def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) ->
     for shared in synchronising(matched):
         start, end = on_one_clock(shared, offset_ns)
         # [C, sender, receiver]
-        early += int((sends(shared) & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)).sum())
+        early += int((shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)).sum())
     return early
 
 
@@ -140,9 +140,11 @@ def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[i
 
 def _early_between(shared: SharedCalls, members: set[int]) -> bool:
     mine = np.array([rank in members for rank in shared.ranks])
+    if mine.sum() < 2:
+        return False
     both = mine[:, None] & mine[None, :]
     early = shared.end_ns[:, None, :] < shared.start_ns[:, :, None] - TOLERANCE_NS
-    return bool((sends(shared) & both & early).any())
+    return bool((shared.sends & both & early).any())
 
 
 def _between(
@@ -153,7 +155,7 @@ def _between(
     bounds = np.full((count, count), np.inf)
     differences: defaultdict[tuple[int, int], list[npt.NDArray[np.int64]]] = defaultdict(list)
     for shared in usable:
-        sending = sends(shared)
+        sending = shared.sends
         place = [names.index(clocks[rank]) for rank in shared.ranks]
         for i, a in enumerate(place):
             for j, b in enumerate(place):

@@ -61,6 +61,7 @@ def check_bytes(
 ) -> BytesCheck:
     """Compare every dispatch and combine of the layers with the counts."""
     sent = {load.key: load.sent_RW for load in loads if load.sent_RW is not None}
+    rows = {rank: row for row, rank in enumerate(records.ranks)}
     equal = different = unknown = 0
     mismatches: list[ByteMismatch] = []
     for one in ranks:
@@ -70,13 +71,16 @@ def check_bytes(
             if found is None or collective.role not in ("dispatch", "combine") or not group:
                 continue
             for side in ("sent", "received"):
-                slots = _slots(records, sent.get(found[0]), one.rank, group, side)
+                slots = _slots(sent.get(found[0]), rows, one.rank, group, side)
                 both = _both(records.by_rank[one.rank], found[1], collective, slots, side)
                 if both is None:
                     unknown += 1
                     continue
+                if both[0] == both[1]:
+                    equal += 1
+                    continue
+                different += 1
                 wrong = [i for i, (want, have) in enumerate(zip(*both, strict=True)) if want != have]
-                equal, different = equal + (not wrong), different + bool(wrong)
                 mismatches += [
                     _mismatch(found[1], one.rank, collective, side, group[i], both[0][i], both[1][i])
                     for i in wrong[: max(0, SHOWN - len(mismatches))]
@@ -85,8 +89,8 @@ def check_bytes(
 
 
 def _slots(
-    records: RankRecords,
     sent_RW: npt.NDArray[np.int64] | None,
+    rows: Mapping[int, int],
     rank: int,
     group: Sequence[int],
     side: str,
@@ -94,12 +98,11 @@ def _slots(
     """[G] slots between this rank and each of its group; None where a rank of it was not recorded."""
     if sent_RW is None:
         return None
-    rows = {r: i for i, r in enumerate(records.ranks)}
     if side == "sent":
-        return [int(sent_RW[rows[rank], peer]) for peer in group]
+        return list(map(int, sent_RW[rows[rank], list(group)].tolist()))
     if any(peer not in rows for peer in group):
         return None
-    return [int(sent_RW[rows[peer], rank]) for peer in group]
+    return list(map(int, sent_RW[[rows[peer] for peer in group], rank].tolist()))
 
 
 def _both(

@@ -129,13 +129,14 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 held[key[0], group] = held_matrix(records, key[0], group)
         of_call = {group: held[key[0], group] for group in groups}
         first = samples[records.ranks[0]]
+        sent = _sent(records, samples, of_call)
         found.append(
             CallLoad(
                 key=key,
                 step=first.step,
                 site=first.site,
-                load_R=_load(records, samples, of_call),
-                sent_RW=_sent(records, samples, of_call),
+                load_R=_load(records, samples, of_call) if sent is None else _received(records, sent),
+                sent_RW=sent,
                 expert_E=_sum([samples[rank].assignments for rank in counting]),
             )
         )
@@ -161,8 +162,20 @@ def _sent(
         if of_group is None:
             return None
         slots = sent_slots(samples[rank])
-        sent[row, list(group)] = of_group[:, : len(slots)] @ slots[: of_group.shape[1]]
+        sent[row, list(group)] = _by_holder(of_group, slots)
     return sent
+
+
+def _received(records: RankRecords, sent_RW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.asarray(sent_RW.sum(0)[list(records.ranks)])
+
+
+def _by_holder(held_GE: npt.NDArray[np.int64], slots_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[G] slots of the experts that each rank holds; in float64, exact to 2**53, for its fast products."""
+    experts = min(held_GE.shape[1], len(slots_E))
+    return np.rint(held_GE[:, :experts].astype(np.float64) @ slots_E[:experts].astype(np.float64)).astype(
+        np.int64
+    )
 
 
 def _load(
@@ -170,16 +183,13 @@ def _load(
     samples: Mapping[int, RoutingSample],
     held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
 ) -> npt.NDArray[np.int64]:
-    sent = _sent(records, samples, held)
-    if sent is not None:
-        return sent.sum(0)[list(records.ranks)]
     load = np.zeros(len(records.ranks), np.int64)
     for row, rank in enumerate(records.ranks):
         group = records.parallel(rank).expert_ranks or (rank,)
         of_group, slots = held[group], samples[rank].assignments
         mine = _held_by(records, samples[rank].name, rank) if of_group is None else None
         if of_group is not None:
-            load[row] = of_group[group.index(rank), : len(slots)] @ slots[: of_group.shape[1]]
+            load[row] = _by_holder(of_group, slots)[group.index(rank)]
         elif mine is not None:
             load[row] = slots[[i for i in mine if i < len(slots)]].sum()
     return load

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,21 @@ class SharedCalls:
     start_ns: npt.NDArray[np.int64] = field(repr=False)
     """[C, R] when each rank arrived, on its own clock, counted from the epoch."""
     end_ns: npt.NDArray[np.int64] = field(repr=False)
+
+    @cached_property
+    def sends(self) -> npt.NDArray[np.bool_]:
+        """[C, R, R] whether the row's rank sends the column's anything: parts of an all-to-all may be empty."""
+        count = len(self.ranks)
+        found = np.ones((len(self.calls), count, count), dtype=bool)
+        if self.kind == "all_to_all":
+            place = [self.group.index(rank) for rank in self.ranks]
+            for c, row in enumerate(self.calls):
+                for r, collective in enumerate(row):
+                    split = collective.facts.split_in
+                    if split and len(split) == len(self.group):
+                        found[c, r] = np.array(split)[place] > 0
+        found[:, range(count), range(count)] = False
+        return found
 
 
 @dataclass(frozen=True)
@@ -144,21 +160,6 @@ def _shared(
 def _work(collective: Collective) -> Nanoseconds:
     assert collective.work_ns is not None
     return collective.work_ns
-
-
-def sends(shared: SharedCalls) -> npt.NDArray[np.bool_]:
-    """[C, R, R] whether the row's rank sends the column's anything: an all-to-all may have an empty part."""
-    count = len(shared.ranks)
-    found = np.ones((len(shared.calls), count, count), dtype=bool)
-    if shared.kind == "all_to_all":
-        place = [shared.group.index(rank) for rank in shared.ranks]
-        for c, row in enumerate(shared.calls):
-            for r, collective in enumerate(row):
-                split = collective.facts.split_in
-                if split and len(split) == len(shared.group):
-                    found[c, r] = [split[p] > 0 for p in place]
-    found[:, range(count), range(count)] = False
-    return found
 
 
 def synchronising(matched: Iterable[SharedCalls]) -> list[SharedCalls]:

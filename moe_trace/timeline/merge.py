@@ -267,6 +267,11 @@ def _strip(file: BinaryIO) -> None:
     splice = read_splice(file, strict=True)
     if splice is None:
         return
+    if splice.several_ranks:
+        raise TraceFileError(
+            f"{file.name}: found a merged trace of several ranks, expected that of one; merge the "
+            "samples into the rank's own trace, then the ranks again"
+        )
     end = file.seek(0, 2)
     file.seek(splice.events_offset + splice.events_bytes)
     between = file.read(splice.key_offset - splice.events_offset - splice.events_bytes)

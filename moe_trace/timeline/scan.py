@@ -20,6 +20,8 @@ _BASE_TIME = re.compile(rb'"baseTimeNanoseconds"\s*:\s*(\d+)')
 _SPLICE = re.compile(
     rb'"splice":\{"events_offset":(\d+),"events_bytes":(\d+),"key_offset":(\d+),"suffix_bytes":(\d+)\}\}'
 )
+# What stands in the data of merged ranks (`reading/rank_parts.py`), shortly before the offsets.
+_SEVERAL_RANKS = re.compile(rb'"missing":\[[\d,]*\],"left_out":\{')
 KEY_PREFIX = f',\n"{METADATA_KEY}": '.encode()
 _DECODER = json.JSONDecoder()
 # An annotation as Kineto writes it; any other layout is parsed as JSON, which takes ten times as long.
@@ -246,6 +248,8 @@ class Splice:
     key_offset: int
     suffix_bytes: int
     """Bytes of the original trace after the key."""
+    several_ranks: bool = False
+    """Whether the file is a merged trace of several ranks, whose events no longer stand apart."""
 
 
 def read_splice(file: BinaryIO, *, strict: bool = False) -> Splice | None:
@@ -256,10 +260,13 @@ def read_splice(file: BinaryIO, *, strict: bool = False) -> Splice | None:
     """
     size = file.seek(0, 2)
     file.seek(max(0, size - _TAIL))
-    found = _SPLICE.findall(file.read())
+    tail = file.read()
+    found = list(_SPLICE.finditer(tail))
     if not found:
         return None
-    splice = Splice(*map(int, found[-1]))
+    several = _SEVERAL_RANKS.search(tail[: found[-1].start()]) is not None
+    events_offset, events_bytes, key_offset, suffix_bytes = map(int, found[-1].groups())
+    splice = Splice(events_offset, events_bytes, key_offset, suffix_bytes, several)
     if not _is_true(file, splice, size):
         if not strict:
             return None
