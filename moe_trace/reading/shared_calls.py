@@ -48,7 +48,7 @@ class SharedCalls:
 
     @cached_property
     def sends(self) -> npt.NDArray[np.bool_]:
-        """[C, R, R] whether the row's rank sends the column's anything; an all-to-all may have empty parts."""
+        """[C, R, R] whether the row's rank sends the column's anything: all-to-alls may have empty parts."""
         count = len(self.ranks)
         found = np.ones((len(self.calls), count, count), dtype=bool)
         if self.kind == "all_to_all":
