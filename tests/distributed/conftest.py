@@ -22,7 +22,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(model_folder, tmp_path_factory.mktemp("two"), 2, TWO_RANKS)
+    return run_ranks(model_folder, tmp_path_factory.mktemp("two"), 2, (*TWO_RANKS, "mixed"))
 
 
 @pytest.fixture(scope="session")

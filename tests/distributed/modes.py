@@ -72,9 +72,18 @@ MODES = {
     "own_fsdp": Mode(wrap="fsdp"),
     "ddp": Mode(wrap="ddp"),
     "alone": Mode(),
+    # In bfloat16, whose choices are not those of the single process in float32.
+    "mixed": Mode(
+        {
+            "fsdp_size": 2,
+            "ep_size": 2,
+            "ep_implementation": "all_to_all",
+            "fsdp_mixed_precision": True,
+        }
+    ),
     # On four processes.
     "efsdp": Mode({"fsdp_size": 4, "ep_size": 2, "ep_implementation": "all_to_all"}),
     "ep_wide": Mode({"fsdp_size": 2, "tp_size": 2, "ep_size": 4, "ep_implementation": "all_to_all"}),
 }
-TWO_RANKS = tuple(name for name in MODES if name not in ("efsdp", "ep_wide"))
 FOUR_RANKS = ("efsdp", "ep_wide")
+TWO_RANKS = tuple(name for name in MODES if name not in (*FOUR_RANKS, "mixed"))

@@ -77,7 +77,7 @@ def test_a_rank_knows_its_part(mode: str, two_ranks: Ranks) -> None:
 
 def test_every_mode_is_in_one_of_the_two_groups() -> None:
     assert {*SHARED_TOKENS, *OWN_TOKENS} == set(TWO_RANKS)
-    assert set(MESHES) == set(MODES)
+    assert {*MESHES, "mixed"} == set(MODES)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,15 @@ def test_recorded_sent_and_received_are_one_matrix(
     notes = two_ranks.notes(mode)
     checks.check_exchange(notes, alone["counts"], part)
     checks.check_bytes(notes, part)
+
+
+def test_bytes_follow_the_type_that_the_experts_receive(two_ranks: Ranks) -> None:
+    """FSDP's mixed precision casts to bfloat16 between the block and its experts."""
+    notes = two_ranks.notes("mixed")
+    for part in ("inference", "training"):
+        assert {s["slot_bytes"] for one in notes for s in one[part]["samples"]} == {32 * 2}
+        checks.check_bytes(notes, part)
+    checks.check_untouched(notes)
 
 
 def test_slices_are_recorded_only_where_ranks_share_tokens(two_ranks: Ranks) -> None:

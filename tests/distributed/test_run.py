@@ -81,6 +81,21 @@ def test_the_report_reads_the_folder(split_run: tuple[Path, subprocess.Completed
     assert json.loads(done.stdout)["totals"]["tokens"] == 4 * 2 * 12
 
 
+def test_a_folder_that_is_not_empty_is_refused_by_rank_0_alone(
+    split_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = split_run
+    before = sorted(folder.iterdir())
+    done = torchrun(2, "-m", "moe_trace", "run", "--model", "demo", *SMALL, *SPLIT, "--out", folder)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert re.findall(r"moe-trace: error: .*", done.stderr) == [
+        f"moe-trace: error: {folder} exists and is not empty; add --force to replace the run in it, "
+        "or choose another folder with --out"
+    ]
+    assert sorted(folder.iterdir()) == before
+
+
 def faulty(fault: str, out: Path) -> subprocess.CompletedProcess[str]:
     script = TESTS / "distributed" / "faulty_run.py"
     split = ("--fsdp", 2, "--ep", 2, "--rank-timeout", 4)
