@@ -16,6 +16,7 @@ from moe_trace.reader import Filter, TraceSummary, read_summary
 from moe_trace.reading.ranks import RankReport
 from moe_trace.render.json import to_plain
 from moe_trace.render.text import render_text
+from moe_trace.schema import RoutingSample
 from tiny_ranks import LAYERS, SLOT_BYTES, Run, counts_array, sent, write_rank, write_ranks
 from tiny_trace import write_tiny
 
@@ -154,6 +155,41 @@ def test_ranks_that_route_the_same_tokens_count_once(tmp_path: Path) -> None:
         assert layer.load == (9, 21), "each rank computes the slots of the experts that it holds"
         assert layer.sent is None
     assert "count once" in render_text(summary)
+
+
+def test_a_forward_that_dispatches_nothing_is_computed_where_the_experts_are(tmp_path: Path) -> None:
+    """`auto` may reduce in one forward and exchange in the next: the first call here sends nothing."""
+
+    def change(rank: int, made: RoutingSample) -> RoutingSample:
+        return replace(made, dispatched=np.zeros(4, np.int64)) if made.call == 0 else made
+
+    run = Run(change_sample=change, with_collectives=False, counts=lambda rank, layer, call: (1, 2, 3, 4))
+    write_ranks(tmp_path, run)
+    for layer in report_of(read_summary(tmp_path)).layers:
+        assert layer.load == (3 + 2 * 6, 7 + 2 * 14)
+        assert layer.sent == ((2 * 3, 2 * 7), (2 * 3, 2 * 7))
+
+
+def test_ranks_that_dispatch_slices_of_their_tokens(tmp_path: Path) -> None:
+    def change(rank: int, made: RoutingSample) -> RoutingSample:
+        mine = np.array([(4, 0, 0, 2), (0, 2, 4, 2)][rank], np.int64)
+        return replace(made, assignments=np.array([4, 2, 4, 4]), dispatched=mine)
+
+    write_ranks(tmp_path, Run(change_sample=change, with_collectives=False, calls=1))
+    for layer in report_of(read_summary(tmp_path)).layers:
+        assert layer.sent == ((4, 2), (2, 6))
+        assert layer.load == (6, 8)
+
+
+def test_slots_that_may_or_may_not_travel_are_not_compared(tmp_path: Path) -> None:
+    """A slot of weight 0 is skipped by the count and computed by its expert: what moves is not known."""
+
+    def change(rank: int, made: RoutingSample) -> RoutingSample:
+        return replace(made, computed_slots=made.computed_slots + 1) if (rank, made.call) == (0, 1) else made
+
+    write_ranks(tmp_path, Run(change_sample=change))
+    check = report_of(read_summary(tmp_path)).bytes_check
+    assert (check.equal, check.different, check.unknown) == (32, 0, 16)
 
 
 def test_without_expert_parallelism_each_rank_computes_its_own_tokens(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class Run:
     sequence: bool = False
     exchange: str | None = "all_to_all"
     change_split: Callable[[int, int, int, str, list[int]], list[int]] = lambda r, layer, call, part, s: s
+    change_sample: Callable[[int, RoutingSample], RoutingSample] = lambda rank, made: made
     steps: bool = True
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
     world_size: int | None = None
@@ -139,13 +140,12 @@ def _events_and_samples(run: Run, rank: int) -> tuple[list[dict[str, Any]], list
             if run.with_collectives:
                 found += _collectives(run, rank, layer, call, start, identity + 50)
             made = sample(info, call, start, run.counts(rank, layer, call), slot_bytes=SLOT_BYTES)
-            samples.append(
-                replace(
-                    made,
-                    host_start_ns=made.host_start_ns - move_ns,
-                    host_end_ns=made.host_end_ns - move_ns,
-                )
+            made = replace(
+                made,
+                host_start_ns=made.host_start_ns - move_ns,
+                host_end_ns=made.host_end_ns - move_ns,
             )
+            samples.append(run.change_sample(rank, made))
         if run.steps:
             found.append(_slice("user_annotation", f"ProfilerStep#{call}", CALL_US * call - 50, 5000.0, 7, 7))
     return found, samples

@@ -112,6 +112,8 @@ class CallLoad:
     """[R, W] slots from each recorded rank (row) to each rank of the world; None without an all-to-all."""
     expert_E: npt.NDArray[np.int64]
     """[E] slots per expert, each token once."""
+    exact: bool = True
+    """Whether what each rank dispatched is known: a slot of weight 0 counts as skipped, but may travel."""
 
 
 def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
@@ -135,8 +137,12 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 key=key,
                 step=first.step,
                 site=first.site,
-                load_R=_load(records, samples, of_call) if sent is None else _received(records, sent),
+                # Where both ways are in use, a forward that sends nothing reduces over the ranks.
+                load_R=_load(records, samples, of_call)
+                if sent is None or not sent.any()
+                else _received(records, sent),
                 sent_RW=sent,
+                exact=all(map(_is_exact, samples.values())),
                 expert_E=_sum([samples[rank].assignments for rank in counting]),
             )
         )
@@ -146,6 +152,10 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
 def sent_slots(sample: RoutingSample) -> npt.NDArray[np.int64]:
     """[E] slots that the sample's own rank dispatches."""
     return sample.assignments if sample.dispatched is None else sample.dispatched
+
+
+def _is_exact(sample: RoutingSample) -> bool:
+    return sample.dispatched is not None or sample.computed_slots == int(sample.assignments.sum())
 
 
 def _sent(
