@@ -150,7 +150,7 @@ def main() -> int:
     )
     device = torch.device(arguments.device)
     require_support(split, device)
-    with joined(arguments.device, split.processes, 600.0) as team:
+    with joined(arguments.device, split.processes) as team:
         if arguments.device == "cuda":
             device = torch.device("cuda", team.local_rank)
         return measure(team, device, split, arguments)

@@ -111,7 +111,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=RunConfig().rank_timeout,
         metavar="S",
-        help=f"wait so long for a process (default {RunConfig().rank_timeout:g} s)",
+        help=f"rank 0 waits so long for the others' traces (default {RunConfig().rank_timeout:g} s)",
     )
 
 

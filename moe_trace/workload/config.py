@@ -95,7 +95,7 @@ class RunConfig:
     seed: int = 0
     split: Split = field(default_factory=Split)
     rank_timeout: float = 120.0
-    """Seconds that rank 0 waits for the others' traces, and a collective for a process."""
+    """Seconds that rank 0 waits for the others' traces."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("every", 1), ("max_new_tokens", 1)):

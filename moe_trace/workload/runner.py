@@ -30,6 +30,7 @@ OUTPUT_PATTERNS = (
     "events.out.tfevents.*",
     "rank*/events.out.tfevents.*",
 )
+_CLAIM_S = 300.0
 _GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +65,7 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
         trace, prof = _record(config, Team(), device, progress)
         return _result(prof.tracer.summary(), trace, config)
     require_support(config.split, device)
-    with joined(device.type, config.split.processes, config.rank_timeout) as team:
+    with joined(device.type, config.split.processes) as team:
         if device.type == "cuda":
             device = torch.device("cuda", team.local_rank)
         with _failures_told(team, config):
@@ -230,7 +231,7 @@ def _claim_folder(config: RunConfig, team: Team) -> list[Path]:
     Returns what an earlier run wrote, which `force` allows to replace.
     """
     if not team.leads:
-        team.wait_for_leader("folder", config.rank_timeout)
+        team.wait_for_leader("folder", _CLAIM_S)
         config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
         return list(_files(config))
     try:

@@ -28,6 +28,7 @@ from moe_trace.errors import MoETraceError, UsageError
 
 _POLL_S = 0.05
 _STOPPING_S = 1.0
+_COLLECTIVE_S = 7200.0  # processes may load large models for tens of minutes, and not evenly
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _runs = itertools.count()  # one process may do several, each with keys of its own in the store
 
@@ -121,13 +122,12 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined(device_type: str, expected: int | None, timeout_s: float) -> Iterator[Team]:
+def joined(device_type: str, expected: int | None) -> Iterator[Team]:
     """Join the process group of torchrun, and leave it at the end.
 
     Args:
         device_type: `cuda` takes NCCL and the GPU of the local rank, `cpu` takes gloo.
         expected: processes that the sizes given multiply to; None for any number.
-        timeout_s: how long a collective may wait for a process.
 
     Raises:
         UsageError: not started by torchrun, or with another number of processes.
@@ -157,7 +157,7 @@ def joined(device_type: str, expected: int | None, timeout_s: float) -> Iterator
         store=PrefixStore(f"group{number}", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=_COLLECTIVE_S),
         device_id=torch.device("cuda", local_rank) if device_type == "cuda" else None,
     )
     team = Team(

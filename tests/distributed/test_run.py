@@ -208,7 +208,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_number_of_processes_is_refused_before_joining(launched: None) -> None:
     with pytest.raises(UsageError, match="need 2 processes, and torchrun started 3"):
-        with joined("cpu", 2, 1.0):
+        with joined("cpu", 2):
             pass
 
 
