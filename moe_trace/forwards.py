@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class ForwardContext:
     """False for a step left out by `every` or `warmup`, whose hooks may be on for another thread's sake."""
     of_model: bool = True
     """False for a router called outside any forward of the model: through a submodule."""
+    thread: int = field(default_factory=threading.get_native_id)
+    """Native id of the thread that runs it."""
 
 
 class ForwardStack:

@@ -62,10 +62,13 @@ class CallClock(Protocol):
 
 
 @dataclass(slots=True)
-class _OpenCall:
-    call: Call
-    profiled: bool
-    start_ns: int
+class _OpenCall(Call):
+    """A call under way: what its contract reads, and when it ran."""
+
+    profiled: bool = False
+    ranged: bool = False
+    """Whether its range was opened."""
+    start_ns: int = 0
     end_ns: int = 0
     mark: Any = None
 
@@ -113,7 +116,7 @@ class SiteHooks:
         self._expert_marks: dict[int, tuple[int, Any]] = {}
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._handles: list[RemovableHandle] = []
-        self._open: dict[int, _OpenCall] = {}
+        self.open_calls: dict[int, _OpenCall] = {}
 
     @property
     def info(self) -> RouterInfo:
@@ -171,13 +174,13 @@ class SiteHooks:
 
     def finish(self) -> None:
         """Record the calling thread's call whose experts module was never reached (fused blocks)."""
-        opened = self._open.get(get_ident())
-        if opened is not None and opened.call.router_output is not None:
+        opened = self.open_calls.get(get_ident())
+        if opened is not None and opened.router_output is not None:
             self._finish(get_ident())
 
     def discard(self) -> None:
         """Forget the calling thread's call under way: its forward was interrupted."""
-        self._open.pop(get_ident(), None)
+        self.open_calls.pop(get_ident(), None)
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -205,8 +208,8 @@ class SiteHooks:
             return
         thread = get_ident()
         if output is None:
-            self._open.pop(thread, None)
-        elif thread in self._open:
+            self.open_calls.pop(thread, None)
+        elif thread in self.open_calls:
             self._finish(thread)
         elif self._fused is not None and thread in self._fused:
             self._finish_fused(*self._fused.pop(thread), output)
@@ -221,15 +224,17 @@ class SiteHooks:
         if self.muted:
             return
         thread = get_ident()
-        before = self._open.get(thread)
-        if before is not None and before.call.router_output is not None:
+        before = self.open_calls.get(thread)
+        if before is not None and before.router_output is not None:
             self._finish(thread)  # a fused block called its router before, but no experts
         if self._fused is not None:
             self._fused.pop(thread, None)
-        profiled = profiler_is_recording()
-        if profiled and self._opens_ranges():
+        opened = self.open_calls[thread] = _OpenCall(args)
+        opened.profiled = profiler_is_recording()
+        if opened.profiled and self._opens_ranges():
+            opened.ranged = True
             self._ranges.open(self._names["router"])
-        opened = self._open[thread] = _OpenCall(Call(args), profiled, time_ns())
+        opened.start_ns = time_ns()
         if self._clock is not None:
             opened.mark = self._clock.start(args)
 
@@ -238,7 +243,7 @@ class SiteHooks:
             self._traced.after_router(output)
             return
         thread = get_ident()
-        opened = self._open.get(thread)
+        opened = self.open_calls.get(thread)
         if opened is not None:
             if self._clock is not None:
                 self._clock.stop(opened.mark)
@@ -248,9 +253,9 @@ class SiteHooks:
         if opened is None:
             return
         if output is None:  # the router raised, or a recomputation was cut short: no decision was made
-            del self._open[thread]
+            del self.open_calls[thread]
             return
-        opened.call.router_output = output
+        opened.router_output = output
         if self.site.experts is None:
             self._finish(thread)
 
@@ -258,22 +263,22 @@ class SiteHooks:
         if is_compiling():
             self._traced.after_watched(output)
             return
-        opened = self._open.get(get_ident())
+        opened = self.open_calls.get(get_ident())
         if opened is not None:
-            opened.call.watched_output = output
+            opened.watched_output = output
 
     def _before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         # Without kwargs: taken off by another thread after torch had begun to call the module's hooks.
         if is_compiling():
             self._traced.before_experts(args, kwargs or {})
             return
-        if self.level == Level.RANGES and self.site.times_experts and self._opens_ranges():
-            self._ranges.open(self._names["experts"])
         thread = get_ident()
-        opened = self._open.get(thread)
+        opened = self.open_calls.get(thread)
         if opened is not None:
-            opened.call.experts_args = args
-            opened.call.experts_kwargs = kwargs or {}
+            if opened.ranged and self.site.times_experts:
+                self._ranges.open(self._names["experts"])
+            opened.experts_args = args
+            opened.experts_kwargs = kwargs or {}
             self._finish(thread)
             if self._clock is not None and self.misread is None and self.site.times_experts:
                 self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
@@ -290,15 +295,15 @@ class SiteHooks:
     # -- recording ------------------------------------------------------------------------------------
 
     def _finish(self, thread: int) -> None:
-        opened = self._open.pop(thread)
+        opened = self.open_calls.pop(thread)
         try:
-            reading = self._read(opened.call)
+            reading = self._read(opened)
         except ContractMismatch as mismatch:
             self._switch_off(str(mismatch))
             return
         if self._clock is not None:
             self._clock.keep(self.site.name, self.calls, "router", opened.mark)
-        sending = self._sending(opened.call.experts_args)
+        sending = self._sending(opened.experts_args)
         self._add(reading, opened.start_ns, opened.end_ns, opened.profiled, sending)
 
     def _finish_fused(self, args: Any, start_ns: int, output: Any) -> None:
@@ -333,15 +338,16 @@ class SiteHooks:
         padding_T = context.padding_T
         if padding_T is not None and padding_T.shape[0] != index_TK.shape[0]:
             padding_T = None
+        recomputed = current_graph_task_id() != -1
         record = CallRecord(
             self.site,
             self.calls,
             context.step,
-            "forward" if current_graph_task_id() == -1 else "recompute",
+            "recompute" if recomputed else "forward",
             context.stage,
             start_ns,
             end_ns,
-            get_native_id(),
+            get_native_id() if recomputed else context.thread,  # autograd has threads of its own
             profiled,
             padding_T,
             order=(context.epoch, 0),

@@ -75,16 +75,11 @@ class Recorder:
     def end_forward(self) -> None:
         """The model's forward is over: reduce it now, or let it wait for more if it is small."""
         with self._lock:
-            fresh = self._pending[self._unfinished :]
-            if fresh:
-                memory = _allocated_bytes(fresh[0].reading.index_TK.device)
-                for item in fresh:
-                    item.record.memory_bytes = memory
             small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX
             if not (small and self.may_wait):
                 self.reduce()
                 return
-            for item in fresh:
+            for item in self._pending[self._unfinished :]:
                 item.let_graph_go()
             self._unfinished = len(self._pending)
 
@@ -105,6 +100,9 @@ class Recorder:
 
     def _reduce_or_count(self, group: list[PendingCall]) -> None:
         """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
+        memory = _allocated_bytes(group[0].reading.index_TK.device)
+        for item in group:
+            item.record.memory_bytes = memory
         try:
             with on_stream(group[0].reading.index_TK, group[0].stream):
                 self._store(reduce_group(group))

@@ -142,7 +142,8 @@ class RoutingSample:
     router_flops: int
     expert_flops: int
     memory_allocated_bytes: int | None
-    """Device memory that torch's allocator held when this forward's decisions were reduced; None on a CPU."""
+    """Device memory that torch's allocator held when the call's figures were reduced, for small calls (decode
+    steps) some 60 forwards at a time; None on a CPU."""
     host_start_ns: int
     """`time.time_ns()` just inside the router's range."""
     host_end_ns: int

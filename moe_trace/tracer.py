@@ -101,6 +101,8 @@ class MoETracer:
         self._inputs = ModelInputs(model)
         self._wanted: dict[int, Level] = {}
         """By thread inside the model: what its forward needs of the hooks, which all threads share."""
+        self._level: Level | None = None
+        """What the hooks were set to last; None where they have to be asked one by one."""
         self._level_lock = threading.RLock()
         self._padding_unknown = 0
         self._profiler: Any = None
@@ -148,6 +150,7 @@ class MoETracer:
         self._model_handles = []
         with self._level_lock:
             self._wanted.clear()
+            self._level = None
             for hooks in self._hooks:
                 hooks.set_level(Level.OFF)
         for hooks in self._hooks:
@@ -283,7 +286,8 @@ class MoETracer:
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""
         for hooks in self._hooks:
-            hooks.discard()
+            if hooks.open_calls:
+                hooks.discard()
 
     def _losses(self) -> Lost:
         return replace(
@@ -310,6 +314,9 @@ class MoETracer:
         return step >= self.warmup and (step - self.warmup) % self.every == 0
 
     def _set_level(self, level: Level) -> None:
+        if level == self._level:
+            return
+        self._level = level
         if self._keeps_hooks:
             for hooks in self._hooks:
                 hooks.muted = level == Level.OFF
@@ -322,6 +329,7 @@ class MoETracer:
         """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
         self._recorder.may_wait = False  # a graph's next replay overwrites the tensors that it returned
         self._keeps_hooks = True
+        self._level = None
         for hooks in self._hooks:
             if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
                 hooks.set_level(Level.RANGES)
@@ -385,7 +393,8 @@ class MoETracer:
             self.abandon_calls()
         else:
             for hooks in self._hooks:
-                hooks.finish()
+                if hooks.open_calls:
+                    hooks.finish()
         if not is_capturing():
             self._recorder.end_forward()
         if self._forwards.leave():

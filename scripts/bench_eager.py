@@ -14,9 +14,14 @@ import moe_trace
 
 def prefill(bench: Bench) -> None:
     step, name = prefill_step(bench), "8192-token forward" if bench.on_gpu else "512-token forward"
-    bench.compare(f"{name}, no profiler", step, bare=nothing, traced=hooked(bench), bound=1.002, repeat=3)
+    bench.compare(f"{name}, no profiler", step, bare=nothing, traced=hooked(bench), bound=1.002, repeat=8)
     bench.compare(
-        f"{name}, profiler", step, bare=plain_profiler(bench), traced=traced_profiler(bench), bound=1.005
+        f"{name}, profiler",
+        step,
+        bare=plain_profiler(bench),
+        traced=traced_profiler(bench),
+        bound=1.005,
+        repeat=4,
     )
 
 

@@ -49,6 +49,8 @@ class Row:
     ratio: float
     low: float
     high: float
+    fastest: float
+    """Fastest traced step over fastest bare one: what is left when other work on the machine only adds."""
     pairs: int
     bound: float | None
 
@@ -110,6 +112,7 @@ class Bench:
             statistics.median(ratios),
             quartiles[0],
             quartiles[2],
+            min(b for _, b in found) / min(a for a, _ in found),
             len(found),
             bound,
         )
@@ -193,7 +196,7 @@ def markdown_row(row: Row) -> str:
     bound = f"{row.bound:.3f}" if row.bound else "-"
     return (
         f"| {row.workload} | {row.bare_ms:.3f} | {row.traced_ms:.3f} | **{row.ratio:.4f}** | "
-        f"{row.low:.4f} ... {row.high:.4f} | {row.pairs} | {bound} |"
+        f"{row.low:.4f} ... {row.high:.4f} | {row.fastest:.4f} | {row.pairs} | {bound} |"
     )
 
 
@@ -201,6 +204,6 @@ def heading(bench: Bench) -> str:
     machine = torch.cuda.get_device_name() if bench.on_gpu else platform.processor() or platform.machine()
     return (
         f"{date.today()}, {machine}, torch {torch.__version__}\n\n"
-        "| workload | bare ms | traced ms | ratio | quartiles | pairs | bound |\n"
-        "|---|---|---|---|---|---|---|"
+        "| workload | bare ms | traced ms | ratio | quartiles | fastest | pairs | bound |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
