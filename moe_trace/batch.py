@@ -95,6 +95,7 @@ def _sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray
         profiled=record.profiled,
         aux_loss=_aux_loss(batch, sums, finite),
         in_graph=record.in_graph,
+        graph_forward=record.graph_forward,
         dispatched=sent_counts(ints, record.sending, experts),
         slot_bytes=None if record.sending is None else record.sending.slot_bytes,
         **means,

@@ -30,6 +30,7 @@ class CallRecord:
     order: tuple[int, int] = (0, 0)
     """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
     in_graph: bool = False
+    graph_forward: int | None = None
     sending: Sending | None = None
     """None where the process runs alone."""
 

@@ -17,6 +17,8 @@ from moe_trace.errors import SchemaError, TraceFileError
 from moe_trace.schema import (
     RANGE_KINDS,
     SCHEMA_VERSION,
+    CapturedGraph,
+    GraphMark,
     Lost,
     Parallel,
     Placement,
@@ -31,7 +33,14 @@ _SITE_FIELDS = ("site", "name", "layer")  # stored once, in the router table
 _ARRAYS = ("assignments", "k_histogram", "dispatched")
 _PLAIN = tuple(f.name for f in fields(RoutingSample) if f.name not in (*_SITE_FIELDS, *_ARRAYS, "placement"))
 # Columns that older files do not have.
-_LATER: dict[str, Any] = {"aux_loss": None, "in_graph": False, "dispatched": None, "slot_bytes": None}
+_LATER: dict[str, Any] = {
+    "aux_loss": None,
+    "in_graph": False,
+    "dispatched": None,
+    "slot_bytes": None,
+    "graph_forward": None,
+}
+_FIRST_KINDS = 3  # of a placement; older files know no others
 
 
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
@@ -53,6 +62,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
         "samples": columns,
+        **_encode_graphs(recording),
         **extra,
     }
     return msgspec.json.encode(payload)
@@ -83,12 +93,35 @@ def decode_recording(payload: Any) -> Recording:
             world_size=msgspec.convert(payload["world_size"], int),
             versions=msgspec.convert(payload["versions"], dict[str, str]),
             parallel=msgspec.convert(payload.get("parallel"), Parallel | None),
+            **_decode_graphs(payload.get("graphs")),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
         raise TraceFileError(
             f"found moe_trace data that does not follow schema version {SCHEMA_VERSION} "
             f"({type(error).__name__}: {error}); the file was changed after it was written"
         ) from error
+
+
+def _encode_graphs(recording: Recording) -> dict[str, Any]:
+    """Nothing where no graph was recorded."""
+    graphs = {
+        "marks": [asdict(mark) for mark in recording.graph_marks],
+        "captured": [asdict(graph) for graph in recording.captured_graphs],
+        "annotated": recording.annotated_nodes,
+        "compiled": recording.graphs_compiled,
+    }
+    return {"graphs": graphs} if any(graphs.values()) else {}
+
+
+def _decode_graphs(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    return {
+        "graph_marks": msgspec.convert(value["marks"], tuple[GraphMark, ...]),
+        "captured_graphs": msgspec.convert(value["captured"], tuple[CapturedGraph, ...]),
+        "graphs_compiled": msgspec.convert(value["compiled"], bool),
+        "annotated_nodes": msgspec.convert(value["annotated"], dict[str, tuple[int, ...]]),
+    }
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -104,24 +137,31 @@ def _encode_array(values: np.ndarray | None) -> list[int] | None:
 def _encode_placement(placement: Placement | None) -> list[Any] | None:
     if placement is None:
         return None
-    return [_encode_spans(placement.host), _encode_spans(placement.device)]
+    spans: list[Any] = [_encode_spans(placement.host), _encode_spans(placement.device)]
+    return [*spans, placement.busy_us] if placement.busy_us else spans
 
 
 def _encode_spans(spans: dict[RangeKind, Span]) -> list[list[float] | None]:
-    return [
-        [spans[kind].start_us, spans[kind].duration_us] if kind in spans else None for kind in RANGE_KINDS
-    ]
+    """As older releases wrote them where there is nothing that these could not read."""
+    kinds = RANGE_KINDS if "graph" in spans else RANGE_KINDS[:_FIRST_KINDS]
+    return [[spans[kind].start_us, spans[kind].duration_us] if kind in spans else None for kind in kinds]
 
 
 def _decode_placement(value: Any) -> Placement | None:
     if value is None:
         return None
-    host, device = value
-    return Placement(host=_decode_spans(host), device=_decode_spans(device))
+    host, device, *busy = value
+    busy_us = msgspec.convert(busy[0] if busy else {}, dict[RangeKind, float])
+    return Placement(
+        host=_decode_spans(host),
+        device=_decode_spans(device),
+        busy_us={kind: _finite(number) for kind, number in busy_us.items()},
+    )
 
 
 def _decode_spans(value: list[Any]) -> dict[RangeKind, Span]:
-    pairs = zip(RANGE_KINDS, value, strict=True)
+    kinds = RANGE_KINDS if len(value) == len(RANGE_KINDS) else RANGE_KINDS[:_FIRST_KINDS]
+    pairs = zip(kinds, value, strict=True)
     return {kind: Span(_finite(pair[0]), _finite(pair[1])) for kind, pair in pairs if pair is not None}
 
 
@@ -160,6 +200,7 @@ class _PlainColumns(msgspec.Struct):
     profiled: bool
     aux_loss: float | None
     in_graph: bool
+    graph_forward: int | None
     slot_bytes: int | None
 
 

@@ -11,7 +11,8 @@ from moe_trace.loads import describe_load
 from moe_trace.reading.lanes import Clock, Lanes, Segments
 from moe_trace.reading.structure import PHASES
 from moe_trace.schema import RoutingSample
-from moe_trace.timeline.band import FIGURES, PlacedCall
+from moe_trace.timeline.band import FIGURES
+from moe_trace.timeline.replays import PlacedCall
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84
 COUNTED_MAX = 1500

@@ -70,7 +70,7 @@ class ModelInputs:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._positions = {name: i for i, name in enumerate(_parameter_names(model))}
-        config = getattr(_unwrapped(model), "config", None)
+        config = getattr(unwrapped(model), "config", None)
         self._encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
 
     def length(self, args: Any, kwargs: dict[str, Any]) -> int | None:
@@ -127,17 +127,17 @@ def _cached_tokens(cache: Any) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel, torch.compile and their like."""
     for name in ("_orig_mod", "module", "_fsdp_wrapped_module"):
         inner = model._modules.get(name)
         if inner is not None:
-            return _unwrapped(inner)
+            return unwrapped(inner)
     return model
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
     try:
-        return list(inspect.signature(_unwrapped(model).forward).parameters)
+        return list(inspect.signature(unwrapped(model).forward).parameters)
     except (TypeError, ValueError):
         return []

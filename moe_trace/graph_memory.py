@@ -9,15 +9,14 @@ allows it.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_RELAXED = 2  # cudaStreamCaptureModeRelaxed
+from moe_trace.cuda_driver import relaxed_capture_mode
+
 _STREAMS_OF_TORCH = 32  # in its pool, which hands them out in turn
 
 _written: dict[int, Tensor] = {}
@@ -26,6 +25,11 @@ _written: dict[int, Tensor] = {}
 def is_capturing(device: torch.device) -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def captures_now() -> bool:
+    """The same for whatever device is current; false as long as nothing has used a GPU."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -37,7 +41,7 @@ def outside_graphs(device: torch.device) -> Iterator[None]:
         if not is_capturing(device):
             yield
             return
-        with _relaxed_capture_mode(), torch.cuda.stream(_stream_beside(device)):
+        with relaxed_capture_mode(), torch.cuda.stream(_stream_beside(device)):
             yield
             # The graph's first replay may follow on any stream. Only a capture waits here, never a replay.
             torch.cuda.current_stream(device).synchronize()
@@ -60,38 +64,3 @@ def _stream_beside(device: torch.device) -> torch.cuda.Stream:
             if not torch.cuda.is_current_stream_capturing():
                 return stream
     return torch.cuda.Stream(device, priority=-1)  # of another pool
-
-
-@contextmanager
-def _relaxed_capture_mode() -> Iterator[None]:
-    """Let this thread allocate while a stream captures; it has the mode from before again afterwards.
-
-    Without CUDA's function for it nothing is changed: memory that torch's cache holds can still be had.
-    """
-    exchange = _exchange_function()
-    if exchange is None:
-        yield
-        return
-    mode = ctypes.c_int(_RELAXED)
-    exchanged = exchange(ctypes.byref(mode)) == 0  # now `mode` is the one from before
-    try:
-        yield
-    finally:
-        if exchanged:
-            exchange(ctypes.byref(mode))
-
-
-def _exchange_function() -> Callable[[Any], int] | None:
-    """`cudaThreadExchangeStreamCaptureMode` of the CUDA runtime that torch has loaded and gives no name."""
-    version = torch.version.cuda
-    if version is None:
-        return None
-    major = version.split(".")[0]
-    for name in (f"libcudart.so.{major}", f"libcudart.so.{version}", f"cudart64_{major}.dll"):
-        try:
-            function = ctypes.CDLL(name).cudaThreadExchangeStreamCaptureMode
-        except (OSError, AttributeError):
-            continue
-        function.argtypes, function.restype = [ctypes.POINTER(ctypes.c_int)], ctypes.c_int
-        return function
-    return None

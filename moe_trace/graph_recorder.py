@@ -11,6 +11,7 @@ not see, because its hook was compiled or is replayed, is only counted, by the d
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from moe_trace.call_record import CallRecord
 from moe_trace.contracts import Reading
-from moe_trace.graph_memory import is_capturing, keep_for_graphs, outside_graphs
+from moe_trace.graph_memory import captures_now, is_capturing, keep_for_graphs, outside_graphs
 from moe_trace.graph_ring import (
     EXACT,
     STAGES,
@@ -36,7 +37,7 @@ from moe_trace.graph_ring import (
 )
 from moe_trace.recorder import Recorder, copy_to_pinned
 from moe_trace.routers import RouterSite
-from moe_trace.schema import Stage
+from moe_trace.schema import GraphMark, Stage
 
 _REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
 
@@ -69,6 +70,10 @@ class _Mark:
     segment: Segment
     state: Tensor
     copied: torch.cuda.Event | None
+    start_ns: int
+    end_ns: int
+    seen: int
+    thread: int
 
     def passed(self) -> bool:
         return self.copied is None or self.copied.query()
@@ -78,6 +83,16 @@ class _Mark:
             self.copied.synchronize()
             self.copied = None
         return int(self.state)
+
+    def as_data(self) -> GraphMark:
+        """What placing needs of it. Waits for the copy."""
+        return GraphMark(
+            start_ns=self.start_ns,
+            end_ns=self.end_ns,
+            thread=self.thread,
+            forwards=self.forwards(),
+            seen=self.seen,
+        )
 
 
 @dataclass(slots=True)
@@ -109,11 +124,14 @@ class SiteRings:
         self.medium: GraphRing | None = None
         self.reduced: GraphRing | None = None
         self.misreads = False
+        self.traced = False
+        """Whether a compiler traced it, rather than a stream captured it."""
         self._allocate = allocate
 
     @torch._dynamo.assume_constant_result
     def prepare(self, kind: RingKind, top_k: int, classes: int) -> int:
         """Runs while tracing, never in the graph."""
+        self.traced |= not captures_now()
         if getattr(self, kind) is None:
             self._allocate(self, kind, top_k, classes)
         return 0
@@ -180,6 +198,8 @@ class GraphRecorder:
         self._latest: HostForward | None = None
         self._epochs: dict[int, HostForward] = {}
         self._marks: deque[_Mark] = deque(maxlen=_REMEMBERED)
+        self._profiled_marks: deque[_Mark] = deque(maxlen=_REMEMBERED)
+        """Those that stand in a trace."""
         self._shipped: deque[_Shipped] = deque()
         self._unshipped = 0
         self._shipped_at = 0
@@ -189,6 +209,16 @@ class GraphRecorder:
     def writes(self) -> bool:
         """Whether any graph writes into a ring."""
         return bool(self._counters)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a compiler made any of these graphs."""
+        return any(site.traced for site in self.sites)
+
+    def marks(self) -> tuple[GraphMark, ...]:
+        """The marks that were set while a profiler recorded. Waits for their copies."""
+        with self._lock:
+            return tuple(mark.as_data() for mark in self._profiled_marks)
 
     # -- while tracing or capturing -------------------------------------------------------------------
 
@@ -264,13 +294,22 @@ class GraphRecorder:
             for counter in self._counters:
                 counter.start_on_host(self.epoch, forward.stage)
 
-    def mark(self, segment: Segment) -> None:
-        """All forwards since the last mark belong to `segment`; nothing waits."""
+    def mark(self, segment: Segment, *, in_trace: bool) -> None:
+        """All forwards since the last mark belong to `segment`; nothing waits.
+
+        Args:
+            in_trace: a profiler records, so that the copy of the count will stand in its trace.
+        """
         if not self._counters or is_capturing(self._counters[0].device):
             return
         with self._lock:
+            start_ns = time.time_ns()
             state, copied = _to_host([self._counters[0].forwards])
-            self._marks.append(_Mark(segment, state[0], copied))
+            end_ns, thread = time.time_ns(), threading.get_native_id()
+            mark = _Mark(segment, state[0], copied, start_ns, end_ns, self._forwards(), thread)
+            self._marks.append(mark)
+            if in_trace:
+                self._profiled_marks.append(mark)
             passed = [mark for mark in self._marks if mark.copied is None or mark.passed()]
             known = passed[-1].forwards() if passed else 0
             if known - self._shipped_at >= max(1, self._slots() // 2):
@@ -378,7 +417,7 @@ class GraphRecorder:
     def _attribute_to_segment(
         self, record: CallRecord, epoch: int, forward: int, bounds: list[tuple[int, Segment]]
     ) -> bool:
-        record.order = (epoch, forward)
+        record.order, record.graph_forward = (epoch, forward), forward
         segment = next((s for end, s in bounds if forward <= end), None)
         if segment is None:
             return False

@@ -17,14 +17,15 @@ from typing import Any, Protocol
 from torch import nn
 from torch._C import _current_graph_task_id as current_graph_task_id
 from torch.compiler import is_compiling
-from torch.cuda import is_current_stream_capturing
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.call_record import CallRecord, let_graph_go
 from moe_trace.compiled import give_stable_id
 from moe_trace.contracts import Call, ContractMismatch, Reading
 from moe_trace.forwards import ForwardContext
+from moe_trace.graph_capture import CaptureNotes
 from moe_trace.graph_hooks import TracedSite
+from moe_trace.graph_memory import captures_now
 from moe_trace.graph_recorder import SiteRings
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import Recorder
@@ -71,6 +72,8 @@ class _OpenCall(Call):
     start_ns: int = 0
     end_ns: int = 0
     mark: Any = None
+    captured: bool = False
+    """In a CUDA graph, by hand."""
 
 
 class SiteHooks:
@@ -80,6 +83,7 @@ class SiteHooks:
         context: returns the calling thread's `ForwardContext`.
         owner: the tracer, for the claim on the router's ranges.
         rings: where decisions go that are made inside compiled code or a CUDA graph.
+        captures: notes where router and experts stand in a graph that is captured by hand.
         clock: times router and experts by another clock too.
         sending: tells from the arguments of the experts what the call moves between processes.
     """
@@ -93,6 +97,7 @@ class SiteHooks:
         context: Callable[[], ForwardContext],
         owner: object,
         rings: SiteRings,
+        captures: CaptureNotes,
         clock: CallClock | None = None,
         sending: Callable[[Any], Sending | None] = lambda args: None,
     ) -> None:
@@ -104,6 +109,7 @@ class SiteHooks:
         self.muted = False
         """Hooked, because compiled code has the hooks in it, but not to be recorded now."""
         self._traced = TracedSite(site, rings)
+        self._captures = captures
         self._recorder = recorder
         self._ranges = ranges
         self._context = context
@@ -114,6 +120,7 @@ class SiteHooks:
         self._fused: dict[int, tuple[Any, int]] | None = None if site.read_block is None else {}
         """By thread: arguments and start (ns) of a block whose router has not been called yet."""
         self._expert_marks: dict[int, tuple[int, Any]] = {}
+        self._captured_experts: set[int] = set()
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._handles: list[RemovableHandle] = []
         self.open_calls: dict[int, _OpenCall] = {}
@@ -237,6 +244,9 @@ class SiteHooks:
         opened.start_ns = time_ns()
         if self._clock is not None:
             opened.mark = self._clock.start(args)
+        if captures_now():
+            opened.captured = True
+            self._captures.begin(self.site.name, self.site.site, "router")
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_compiling():
@@ -245,6 +255,8 @@ class SiteHooks:
         thread = get_ident()
         opened = self.open_calls.get(thread)
         if opened is not None:
+            if opened.captured:
+                self._captures.end(self.site.name, "router")
             if self._clock is not None:
                 self._clock.stop(opened.mark)
             opened.end_ns = time_ns()
@@ -280,13 +292,20 @@ class SiteHooks:
             opened.experts_args = args
             opened.experts_kwargs = kwargs or {}
             self._finish(thread)
+            if opened.captured and self.site.times_experts:
+                self._captures.begin(self.site.name, self.site.site, "experts")
+                self._captured_experts.add(thread)
             if self._clock is not None and self.misread is None and self.site.times_experts:
                 self._expert_marks[thread] = (self.calls - 1, self._clock.start(args))
 
     def _after_experts(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_compiling():
             return
-        call, mark = self._expert_marks.pop(get_ident(), (0, None))
+        thread = get_ident()
+        if thread in self._captured_experts:
+            self._captured_experts.remove(thread)
+            self._captures.end(self.site.name, "experts")
+        call, mark = self._expert_marks.pop(thread, (0, None))
         if self._clock is not None and mark is not None and output is not None:
             self._clock.stop(mark)
             self._clock.keep(self.site.name, call, "experts", mark)
@@ -301,6 +320,9 @@ class SiteHooks:
         except ContractMismatch as mismatch:
             self._switch_off(str(mismatch))
             return
+        if opened.captured:
+            self._traced.rings.write_captured(reading)
+            return
         if self._clock is not None:
             self._clock.keep(self.site.name, self.calls, "router", opened.mark)
         sending = self._sending(opened.experts_args)
@@ -313,6 +335,9 @@ class SiteHooks:
             reading = self.site.read_block(args, output)
         except ContractMismatch as mismatch:
             self._switch_off(str(mismatch))
+            return
+        if captures_now():
+            self._traced.rings.write_captured(reading)
             return
         # The router has no time of its own: the sample stands at the block's start.
         self.fused_calls += 1
@@ -327,9 +352,6 @@ class SiteHooks:
         sending: Sending | None = None,
     ) -> None:
         index_TK = reading.index_TK
-        if index_TK.is_cuda and is_current_stream_capturing():
-            self._traced.rings.write_captured(reading)
-            return
         context = self._context()
         if not context.recorded:
             return

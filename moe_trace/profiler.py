@@ -18,7 +18,7 @@ from moe_trace.contracts.forms import class_name
 from moe_trace.environment import rank_and_world_size
 from moe_trace.errors import MoETraceError, OutputError
 from moe_trace.files import whole_file
-from moe_trace.ranges import note_profiler
+from moe_trace.ranges import note_profiler, profiler_is_recording
 from moe_trace.routers import LayerSelector
 from moe_trace.scalars import write_scalars
 from moe_trace.timeline.band import Tracks
@@ -90,9 +90,11 @@ def attach_tracer(prof: Any, tracer: MoETracer) -> None:
     if tracers is not None:
         if tracer not in tracers:
             tracers.append(tracer)
+            _mark_begin(prof)
         return
     setattr(prof, _TRACERS, [tracer])
     _mark_steps(prof)
+    _mark_begin(prof)
     export = prof.export_chrome_trace
 
     @functools.wraps(export)
@@ -103,18 +105,33 @@ def attach_tracer(prof: Any, tracer: MoETracer) -> None:
 
 
 def _mark_steps(prof: Any) -> None:
-    """Forwards that run inside graphs are unseen by the host: at each step, tell the tracers how many."""
-    step = getattr(prof, "step", None)
-    if step is None:
-        return
+    """Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where
+    a trace begins and ends."""
+    for name in ("start", "step", "stop"):
+        method = getattr(prof, name, None)
+        if method is not None:
+            setattr(prof, name, _marking(prof, method))
 
-    @functools.wraps(step)
-    def mark_and_step(*args: Any, **kwargs: Any) -> Any:
+
+def _marking(prof: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def mark_and_call(*args: Any, **kwargs: Any) -> Any:
+        recorded, action = profiler_is_recording(), getattr(prof, "current_action", None)
         for tracer in attached_tracers(prof):
             tracer.mark_graphs()
-        return step(*args, **kwargs)
+        result = method(*args, **kwargs)
+        if not recorded or action == torch.profiler.ProfilerAction.RECORD_AND_SAVE:
+            _mark_begin(prof)
+        return result
 
-    prof.step = mark_and_step
+    return mark_and_call
+
+
+def _mark_begin(prof: Any) -> None:
+    """What ran before a trace began is not part of it."""
+    if profiler_is_recording():
+        for tracer in attached_tracers(prof):
+            tracer.mark_graphs(profiled=False)
 
 
 def attached_tracers(prof: Any) -> Sequence[MoETracer]:

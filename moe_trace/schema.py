@@ -6,7 +6,9 @@ This module imports numpy and the standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,10 +18,12 @@ import numpy.typing as npt
 SCHEMA_VERSION = 1
 METADATA_KEY = "moe_trace"  # top-level key of the trace JSON
 
-RangeKind = Literal["router", "experts", "block"]
-RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block")
+RangeKind = Literal["router", "experts", "block", "graph"]
+RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
+"""`graph` stands round a forward of a model that has compiled parts; its label is the model's class."""
 RANGE_PREFIX = "moe."
-RANGE_NAME = re.compile(r"moe\.(router|experts|block)/(.+)", re.DOTALL)
+RANGE_NAME = re.compile(r"moe\.(router|experts|block|graph)/(.+)", re.DOTALL)
+GRAPH_LAUNCH = "cudaGraphLaunch"  # the runtime's call that replays a CUDA graph
 OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its cost is visible
 
 # Linux hands out process ids below 2**22, so no traced process can have this one; the rank is added to it.
@@ -91,14 +95,77 @@ class Placement:
     device: dict[RangeKind, Span]
     """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU.
     That of the block reaches from the first to the last of its own kernels, its router's and its experts'."""
+    busy_us: dict[RangeKind, float] = field(default_factory=dict)
+    """Sum of the kernels of a router, or of experts, inside a CUDA graph, where no range tells it."""
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether the call is placed with its graph: `graph` on the host is the launch of its graph where
+        one launch made it, else the range round the model's forward; on the device its kernels."""
+        return "graph" in self.host
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether the layer has a place of its own, rather than only one shared with its graph's others."""
+        return bool(({"router", "block"}) & (self.host.keys() | self.device.keys()))
 
 
 def moe_span(spans: dict[RangeKind, Span]) -> Span:
-    """The whole MoE layer: its block, or from the router to the end of what follows."""
+    """The whole MoE layer: its block, or from the router to the end of what follows; else its graph."""
     if "block" in spans:
         return spans["block"]
+    if "router" not in spans:
+        return spans["graph"]
     start = spans["router"].start_us
-    return Span(start, max(span.end_us for span in spans.values()) - start)
+    return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphMark:
+    """The device's count of forwards, copied to the host at the end of a step: which replays are whose."""
+
+    start_ns: int
+    """`time.time_ns()` before the copy was launched; the copy itself stands in the trace, on its stream."""
+    end_ns: int
+    thread: int
+    """Native id of the thread that launched it."""
+    forwards: int
+    """Forwards until then, whoever started them."""
+    seen: int
+    """Those of them that the host saw begin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphCall:
+    """Where the calls of one router or of its experts stand among the nodes of a captured graph."""
+
+    name: str
+    """Path of the router module."""
+    kind: RangeKind
+    first: int
+    last: int
+    """One past the last node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedGraph:
+    """A CUDA graph that was captured by hand, as far as the last MoE call in it.
+
+    Nodes are those that do work: kernels, copies, memsets. Only a plain chain tells which event of a replay
+    is which node.
+    """
+
+    nodes: int
+    digest: str
+    """Of the nodes' kinds, grids and blocks (`graph_digest`)."""
+    calls: tuple[GraphCall, ...]
+    problem: str | None = None
+    """Why the events of a replay cannot be told by their order; None where they can."""
+
+
+def graph_digest(nodes: Iterable[str]) -> str:
+    """Identity of a sequence of nodes, each `kernel X,Y,Z X,Y,Z` (grid, block), `memcpy` or `memset`."""
+    return hashlib.sha256("\n".join(nodes).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +230,8 @@ class RoutingSample:
     dispatched: npt.NDArray[np.int64] | None = None
     """[E] slots that this process itself sends to each expert's rank, where that is less than `assignments`:
     ranks that share their tokens (tensor parallelism) dispatch a slice each. None: all of `assignments`."""
+    graph_forward: int | None = None
+    """Which forward it belongs to, as the device counted them; where the host saw none begin."""
     slot_bytes: int | None = None
     """Bytes of one token's hidden state as the experts receive it: what a dispatched slot moves, one way."""
 
@@ -185,6 +254,10 @@ class Lost:
     """Routers switched off because a call had an unexpected form: module path -> what was seen."""
     never_called: tuple[str, ...] = ()
     """Routers that were found but not called while the tracer was on."""
+    unplaced: dict[str, int] = field(default_factory=dict)
+    """Profiled calls inside graphs whose place in the trace cannot be told: why -> how many."""
+    untimed: dict[str, int] = field(default_factory=dict)
+    """Calls inside graphs that have a place, but whose router has no latency: why -> how many."""
 
 
 ExpertExchange = Literal["all_to_all", "all_reduce"]
@@ -221,3 +294,11 @@ class Recording:
     versions: dict[str, str] = field(default_factory=dict)
     parallel: Parallel | None = None
     """None where the process runs alone, or does not know."""
+    graph_marks: tuple[GraphMark, ...] = ()
+    """Counts of forwards that only the device saw, in order of time."""
+    captured_graphs: tuple[CapturedGraph, ...] = ()
+    graphs_compiled: bool = False
+    """Whether torch.compile made graphs that record, beside those that were captured by hand."""
+    annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
+    `graph node id`."""

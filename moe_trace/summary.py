@@ -308,16 +308,30 @@ def _notes(recording: Recording) -> list[str]:
         )
     if lost.ranges_without_sample:
         notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
-    in_graphs = sum(s.in_graph for s in recording.samples)
-    if in_graphs:
-        notes.append(
-            f"{in_graphs} router calls were made inside compiled code or CUDA graphs: their decisions are "
-            "exact, but the routers have no time of their own there, and padding is not counted apart"
-        )
+    notes += _graph_notes(recording)
     nonfinite = sum(s.nonfinite_tokens for s in recording.samples)
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
     return notes + _router_notes(recording.routers)
+
+
+def _graph_notes(recording: Recording) -> list[str]:
+    """What is known of calls inside graphs, and why there is not more."""
+    samples, lost = [s for s in recording.samples if s.in_graph], recording.lost
+    if not samples:
+        return []
+    placements = [s.placement for s in samples if s.placement is not None]
+    timed = sum("router" in placement.device for placement in placements)
+    notes = [
+        f"{len(samples)} router calls were made inside compiled code or CUDA graphs: their decisions are "
+        f"exact, but padding is not counted apart; {len(placements)} have a place in the trace, that of "
+        f"their graph or forward, and {timed} a time of the router itself"
+    ]
+    notes += [
+        f"{count} router calls have no place in the trace: {why}" for why, count in lost.unplaced.items()
+    ]
+    notes += [f"{count} calls have no router latency: {why}" for why, count in lost.untimed.items()]
+    return notes
 
 
 def _router_notes(routers: Sequence[RouterInfo]) -> list[str]:

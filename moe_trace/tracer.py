@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,15 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from moe_trace.compiled import compiled_parts, is_capturing, run_hooks_in_python, warn_if_compiled_before
 from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs
+from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs, unwrapped
+from moe_trace.graph_capture import CaptureNotes
 from moe_trace.graph_recorder import GraphRecorder, HostForward, Segment
 from moe_trace.graph_ring import STAGES
 from moe_trace.hooks import CallClock, Level, SiteHooks
 from moe_trace.parallel import ParallelModel
-from moe_trace.ranges import OpenRanges, profiler_is_recording
+from moe_trace.ranges import OpenRanges, owns_ranges, profiler_is_recording
 from moe_trace.recorder import Recorder
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
-from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage
+from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage, range_name
 from moe_trace.sending import Sending
 from moe_trace.summary import Summary, summarize
 from moe_trace.timeline.band import Tracks
@@ -80,6 +82,8 @@ class MoETracer:
             forwards=lambda: self.forwards_seen,
             samples_step=self._samples_step,
         )
+        self._captures = CaptureNotes()
+        self._graph_range = range_name("graph", type(unwrapped(model)).__name__)
         self._keeps_hooks = False
         """Compiled code has the hooks in it, so they stay on and are muted instead of removed."""
         self._ranges = OpenRanges()
@@ -91,6 +95,7 @@ class MoETracer:
                 context=self._current_context,
                 owner=self,
                 rings=rings,
+                captures=self._captures,
                 clock=clock,
                 sending=self._sending,
             )
@@ -131,7 +136,9 @@ class MoETracer:
         self._active = True
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
         run_hooks_in_python([MoETracer._before_model, MoETracer._after_model, *SiteHooks.functions()])
-        self._graphs.mark(Segment(step=0, profiled=False, sampled=False))  # what ran while it was off
+        self._graphs.mark(
+            Segment(step=0, profiled=False, sampled=False), in_trace=False
+        )  # ran while it was off
         if compiled_parts(self.model):
             self._graph_started()
         self._model_handles = [
@@ -219,6 +226,10 @@ class MoETracer:
             world_size=self._parallel.world_size,
             versions=versions(),
             parallel=self._parallel.describe(samples),
+            graph_marks=self._graphs.marks(),
+            captured_graphs=self._captures.graphs(),
+            graphs_compiled=self._graphs.compiled,
+            annotated_nodes=self._captures.annotated_nodes(),
         )
 
     def summary(self) -> Summary:
@@ -240,6 +251,8 @@ class MoETracer:
             self._lost,
             samples_without_range=self._lost.samples_without_range + lost.samples_without_range,
             ranges_without_sample=self._lost.ranges_without_sample + lost.ranges_without_sample,
+            unplaced=dict(Counter(self._lost.unplaced) + Counter(lost.unplaced)),
+            untimed=dict(Counter(self._lost.untimed) + Counter(lost.untimed)),
         )
 
     def samples_this_step(self) -> bool:
@@ -334,13 +347,19 @@ class MoETracer:
             if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
                 hooks.set_level(Level.RANGES)
 
-    def mark_graphs(self) -> None:
-        """All that graphs wrote since the last mark belongs to the step under way."""
+    def mark_graphs(self, *, profiled: bool | None = None) -> None:
+        """All that graphs wrote since the last mark belongs to the step under way.
+
+        Args:
+            profiled: whether a profiler recorded it; None for whether one records now.
+        """
         if self._graphs.writes and self._active:
             explicit = self._profiler is not None or self._explicit_step is not None
             step = self._step() if explicit else None
             sampled = step is None or self._samples_step(step)
-            self._graphs.mark(Segment(step, profiler_is_recording(), sampled))
+            recording = profiler_is_recording()
+            segment = Segment(step, recording if profiled is None else profiled, sampled)
+            self._graphs.mark(segment, in_trace=recording)
 
     def _sending(self, experts_args: Any) -> Sending | None:
         return self._parallel.sending(experts_args)
@@ -358,6 +377,7 @@ class MoETracer:
             self._graphs.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         if is_capturing():
+            self._set_level(Level.RANGES)  # which tells where the experts end
             self._graphs.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
@@ -367,6 +387,8 @@ class MoETracer:
         self._next_forward += 1
         self.forwards_seen += 1
         sampled, profiled = self._samples_step(step), profiler_is_recording()
+        if profiled and sampled and (self._graphs.writes or self._keeps_hooks):
+            self._open_graph_range()
         stage = self._inputs.stage(args, kwargs)
         now_ns, thread = time.time_ns(), threading.get_native_id()
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
@@ -379,6 +401,11 @@ class MoETracer:
         self._want_level(Level.RANGES if profiled else Level.RECORD)
         context.padding_T, unknown = self._inputs.padding(args, kwargs)
         self._padding_unknown += unknown
+
+    def _open_graph_range(self) -> None:
+        """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
+        if owns_ranges(self.sites[0].router, self):
+            self._ranges.open(self._graph_range)
 
     def _want_level(self, level: Level) -> None:
         """Hooks are shared: while several threads are in the model, the one that needs most has its way."""
@@ -395,6 +422,8 @@ class MoETracer:
             for hooks in self._hooks:
                 if hooks.open_calls:
                     hooks.finish()
+        if self._ranges.stacks:
+            self._ranges.close(self._graph_range)
         if not is_capturing():
             self._recorder.end_forward()
         if self._forwards.leave():

@@ -14,12 +14,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from moe_trace.reading.check_graphs import expected_slices, graph_spans, named_spans, odd_times
 from moe_trace.reading.events import EventTable, Kind, to_ns
 from moe_trace.reading.rank_rename import is_band
 from moe_trace.reading.stream import JsonStream, loads_lenient
 from moe_trace.reading.trace_file import Progress, open_trace_stream, read_trace
 from moe_trace.schema import RANGE_NAME, Recording, moe_span, range_name
-from moe_trace.timeline.band import LANES
+from moe_trace.timeline.replays import spans_of
 
 TOLERANCE = 1e-5
 
@@ -142,10 +143,12 @@ def versions_known(checked: Checked) -> Iterator[tuple[str, str]]:
 
 def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     """Samples without a place are as many as the file says it lost."""
-    without = sum(sample.placement is None for sample in checked.recording.samples)
-    lost = checked.recording.lost.samples_without_range
-    if without != lost:
-        yield "lost", f"{without} samples have no range, but the file counts {lost}"
+    missing, lost = [s for s in checked.recording.samples if s.placement is None], checked.recording.lost
+    without, in_graphs = (sum(sample.in_graph is graph for sample in missing) for graph in (False, True))
+    if without != lost.samples_without_range:
+        yield "lost", f"{without} samples have no range, but the file counts {lost.samples_without_range}"
+    if lost.unplaced and in_graphs != sum(lost.unplaced.values()):
+        yield "lost", f"{in_graphs} samples of graphs have no place, but the file says why: {lost.unplaced}"
 
 
 def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
@@ -154,30 +157,24 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     names = events.select(events.kind == Kind.RANGE).name
     is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
     ranges = int(np.array(is_router, dtype=bool)[names].sum()) if len(names) else 0
-    placed = sum(sample.placement is not None for sample in checked.recording.samples)
+    placements = [s.placement for s in checked.recording.samples if s.placement is not None]
+    placed = sum("router" in placement.host for placement in placements)
     lost = checked.recording.lost.ranges_without_sample
     if ranges != placed + lost:
         yield "ranges", f"the trace has {ranges} router ranges, but {placed} samples and {lost} lost"
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times."""
-    events = checked.events
-    ranges = events.select(events.kind == Kind.RANGE)
-    known = set(
-        zip(
-            (events.names[i] for i in ranges.name.tolist()),
-            ranges.start_ns.tolist(),
-            ranges.duration_ns.tolist(),
-            strict=True,
-        )
-    )
+    """Every host placement is a range of the trace, with its name and times, or the launch of a graph."""
+    known = named_spans(checked.events)
+    graphs = graph_spans(known)
     for sample in checked.recording.samples:
         if sample.placement is None:
             continue
         for kind, span in sample.placement.host.items():
             start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
-            if (range_name(kind, sample.site), start_ns, duration_ns) not in known:
+            in_graph = kind == "graph" and (start_ns, duration_ns) in graphs
+            if not in_graph and (range_name(kind, sample.site), start_ns, duration_ns) not in known:
                 yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"
 
 
@@ -230,9 +227,9 @@ def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
     edges = set()
     for sample in checked.recording.samples:
         if sample.placement is not None:
-            device = sample.placement.device
-            span = moe_span(device if "router" in device else sample.placement.host)
-            edges.update(to_ns([span.start_us, span.end_us]).tolist())  # as merging computed them
+            spans, _ = spans_of(sample.placement)
+            for span in (moe_span(spans), spans.get("graph", moe_span(spans))):
+                edges.update(to_ns([span.start_us, span.end_us]).tolist())  # as merging computed them
     for event in checked.band:
         if event.ph == "C" and event.start_ns not in edges:
             yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"
@@ -264,16 +261,11 @@ def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every placed call has its slices, and every slice its call."""
+    """Every placed call has its slices, or shares that of its graph, and every slice its calls."""
     expected: defaultdict[tuple[str, int, int], int] = defaultdict(int)
-    for sample in checked.recording.samples:
-        if sample.placement is not None:
-            device = sample.placement.device
-            spans = device if "router" in device else sample.placement.host
-            for kind in LANES:
-                if kind in spans:
-                    start, duration = to_ns([spans[kind].start_us, spans[kind].duration_us]).tolist()
-                    expected[sample.site, start, duration] += 1
+    for name, span in expected_slices(checked.recording.samples):
+        start, duration = to_ns([span.start_us, span.duration_us]).tolist()
+        expected[name, start, duration] += 1
     for event in checked.band:
         if event.ph == "X":
             expected[event.name, event.start_ns, event.duration_ns] -= 1
@@ -281,6 +273,12 @@ def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
         if count:
             what = "has no slice in the band" if count > 0 else "is a slice of no call"
             yield site, f"{start / 1000:.3f} µs {what}"
+
+
+def times_are_inside_graphs(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Routers and experts inside a graph ran while the graph did."""
+    for sample in checked.recording.samples:
+        yield from ((_call(sample), message) for message in odd_times(sample))
 
 
 RULES: tuple[Rule, ...] = (
@@ -295,6 +293,7 @@ RULES: tuple[Rule, ...] = (
     counters_return_to_zero,
     lanes_do_not_cross,
     slices_are_the_calls,
+    times_are_inside_graphs,
 )
 
 

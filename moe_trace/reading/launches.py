@@ -82,13 +82,19 @@ class RangeThreads:
 def router_busy_us(
     samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
 ) -> dict[SampleKey, float]:
-    """Device time launched inside each router's host range; empty where the trace has no kernels."""
+    """Device time launched inside each router's host range; empty where the trace has no kernels.
+
+    Inside a CUDA graph there is no such range: what merging told of the router's nodes stands there.
+    """
     if not (events.kind == Kind.DEVICE).any():
         return {}
     threads = RangeThreads(events)
     total_ns = np.concatenate([[0], np.cumsum(kernels.duration_ns)])
     busy = {}
     for sample in samples:
+        if sample.placement is not None and "router" in sample.placement.busy_us:
+            busy[sample.name, sample.call] = sample.placement.busy_us["router"]
+            continue
         thread = threads.of(sample)
         if thread is not None and sample.placement is not None:
             inside = kernels.within(thread, sample.placement.host["router"])

@@ -15,8 +15,16 @@ import numpy as np
 from moe_trace.errors import UsageError
 from moe_trace.files import whole_file
 from moe_trace.reading.events import to_ns
-from moe_trace.schema import BAND_NAME, RangeKind, RoutingSample
-from moe_trace.timeline.band import FIGURES, PlacedCall, numbered, placed_call, slice_args, without_overlap
+from moe_trace.schema import BAND_NAME, RangeKind, RoutingSample, Span
+from moe_trace.timeline.band import FIGURES, numbered, slice_args, without_overlap
+from moe_trace.timeline.replays import (
+    REPLAY_FIGURES,
+    REPLAY_NAME,
+    PlacedCall,
+    find_replays,
+    placed_call,
+    replay_args,
+)
 
 _SEQUENCE = 1
 _UNITS = {
@@ -27,6 +35,10 @@ _UNITS = {
     "skipped slots (%)": ("%", None),
     "tokens": ("tokens", "UNIT_COUNT"),
     "memory": (None, "UNIT_SIZE_BYTES"),
+    "load max÷mean (graph: worst layer)": ("×", None),
+    "load max÷mean (graph: mean)": ("×", None),
+    "router entropy (nats) (graph: mean)": ("nats", None),
+    "active experts (graph: mean)": ("experts", "UNIT_COUNT"),
 }
 _FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
     **FIGURES,
@@ -57,9 +69,15 @@ def write_perfetto(samples: Sequence[RoutingSample], target: Path, *, rank: int 
         writer = _Writer(StreamingTraceProtoBuilder(file))
         parent = writer.track(f"{BAND_NAME} (rank {rank})")
         for kind in LANES:
-            _write_lanes(writer, parent, kind, [call for call in calls if kind in call.spans])
+            _write_lanes(writer, parent, kind, _slices(kind, calls))
         for name, figure in _FIGURES.items():
-            _write_counter(writer, parent, name, figure, calls)
+            _write_counter(
+                writer, parent, name, [(call.moe, figure(call)) for call in calls if call.of_layer]
+            )
+        replays = find_replays(calls)
+        _write_lanes(writer, parent, REPLAY_NAME, [(r.span, REPLAY_NAME, replay_args(r)) for r in replays])
+        for name, replay_figure in REPLAY_FIGURES.items():
+            _write_counter(writer, parent, name, [(r.span, replay_figure(r)) for r in replays])
 
 
 @dataclass
@@ -108,17 +126,25 @@ class _Writer:
         return packet
 
 
-def _write_lanes(writer: _Writer, parent: int, kind: RangeKind, calls: Sequence[PlacedCall]) -> None:
-    for lane, members in enumerate(without_overlap(calls, lambda call: call.spans[kind])):
-        track = writer.track(numbered(kind, lane), parent)
-        for call in members:
-            span = call.spans[kind]
+_Slice = tuple[Span, str, dict[str, Any]]
+"""Where it stands, its name, and what a click on it shows."""
+
+
+def _slices(kind: RangeKind, calls: Sequence[PlacedCall]) -> list[_Slice]:
+    with_span = [call for call in calls if kind in call.spans]
+    return [(call.spans[kind], call.sample.site, slice_args(call)) for call in with_span]
+
+
+def _write_lanes(writer: _Writer, parent: int, name: str, slices: Sequence[_Slice]) -> None:
+    for lane, members in enumerate(without_overlap(slices, lambda one: one[0])):
+        track = writer.track(numbered(name, lane), parent)
+        for span, title, arguments in members:
             begin = writer.event(track, span.start_us)
             begin.track_event.type = begin.track_event.TYPE_SLICE_BEGIN
-            begin.track_event.name = call.sample.site
+            begin.track_event.name = title
             begin.track_event.categories.append("moe_trace")
-            for name, value in slice_args(call).items():
-                _annotate(begin.track_event.debug_annotations.add(), name, value)
+            for key, value in arguments.items():
+                _annotate(begin.track_event.debug_annotations.add(), key, value)
             writer.write(begin)
             end = writer.event(track, span.end_us)
             end.track_event.type = end.track_event.TYPE_SLICE_END
@@ -141,20 +167,15 @@ def _annotate(annotation: Any, name: str, value: Any) -> None:
 
 
 def _write_counter(
-    writer: _Writer,
-    parent: int,
-    name: str,
-    figure: Callable[[PlacedCall], float | None],
-    calls: Sequence[PlacedCall],
+    writer: _Writer, parent: int, name: str, values: Sequence[tuple[Span, float | None]]
 ) -> None:
-    """A step function: each layer's value over its MoE block, 0 from its end."""
-    known = [(call, value) for call in calls if (value := figure(call)) is not None]
-    values = {id(call): value for call, value in known}
-    for lane, members in enumerate(without_overlap([call for call, _ in known], lambda call: call.moe)):
+    """A step function: a layer's value over its MoE block, a graph's over its replay, 0 from its end."""
+    known = [(span, value) for span, value in values if value is not None]
+    for lane, members in enumerate(without_overlap(known, lambda item: item[0])):
         track = writer.track(numbered(name, lane), parent, _UNITS[name])
-        for call in members:
-            for time_us, value in ((call.moe.start_us, values[id(call)]), (call.moe.end_us, 0.0)):
+        for span, value in members:
+            for time_us, level in ((span.start_us, value), (span.end_us, 0.0)):
                 packet = writer.event(track, time_us)
                 packet.track_event.type = packet.track_event.TYPE_COUNTER
-                packet.track_event.double_counter_value = float(value)
+                packet.track_event.double_counter_value = float(level)
                 writer.write(packet)

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from moe_trace.loads import Load, describe_load
-from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span, moe_span
+from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
+from moe_trace.timeline.replays import (
+    REPLAY_FIGURES,
+    REPLAY_NAME,
+    PlacedCall,
+    Replay,
+    find_replays,
+    placed_call,
+    replay_args,
+)
 
 Tracks = Sequence[Literal["band", "layers", "experts"]]
 Event = dict[str, Any]
 _T = TypeVar("_T")
 
 LANES: tuple[RangeKind, ...] = ("router", "experts")
-
-
-@dataclass(frozen=True)
-class PlacedCall:
-    """A placed sample with what its events need."""
-
-    sample: RoutingSample
-    load: Load
-    spans: dict[RangeKind, Span]
-    """Device spans where the call has any, else host spans."""
-    clock: Literal["device", "host"]
-
-    @property
-    def moe(self) -> Span:
-        """The whole MoE layer: its block, or from the router to the end of the experts."""
-        return moe_span(self.spans)
 
 
 def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks = ("band",)) -> list[Event]:
@@ -48,23 +39,14 @@ def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks =
         return []
     pid = BAND_PID + rank
     events = _process_events(pid, rank, calls[0].moe.start_us)
+    layers, replays = [call for call in calls if call.of_layer], find_replays(calls)
     for track in tracks:
-        events.extend(_TRACKS[track](calls, pid))
-    events.extend(_lane_events(calls, pid))
+        events.extend(_TRACKS[track](layers, pid))
+    events.extend(_replay_counters(replays, pid))
+    lanes = list(_lane_events(layers, pid))
+    events.extend(lanes)
+    events.extend(_replay_lanes(replays, pid, first_tid=1 + len({event["tid"] for event in lanes})))
     return events
-
-
-def placed_call(sample: RoutingSample) -> PlacedCall:
-    """A sample that has a placement, on the device's clock where it has spans there."""
-    assert sample.placement is not None
-    device = sample.placement.device
-    on_device = "router" in device or "block" in device
-    return PlacedCall(
-        sample,
-        describe_load(sample.assignments),
-        device if on_device else sample.placement.host,
-        "device" if on_device else "host",
-    )
 
 
 def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
@@ -126,6 +108,16 @@ def _expert_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
             yield _counter(name, pid, call.moe.end_us, dict.fromkeys(counts, 0))
 
 
+def _replay_counters(replays: Sequence[Replay], pid: int) -> Iterator[Event]:
+    for lane, members in enumerate(without_overlap(replays, lambda replay: replay.span)):
+        for name, figure in REPLAY_FIGURES.items():
+            for replay in members:
+                value = figure(replay)
+                if value is not None:
+                    yield _counter(numbered(name, lane), pid, replay.span.start_us, {"value": value})
+                    yield _counter(numbered(name, lane), pid, replay.span.end_us, {"value": 0})
+
+
 _TRACKS: dict[str, Callable[[Sequence[PlacedCall], int], Iterator[Event]]] = {
     "band": _band_counters,
     "layers": _layer_counters,
@@ -157,14 +149,23 @@ def _counter(name: str, pid: int, time_us: float, values: Mapping[str, float]) -
 def _lane_events(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
     lanes = [(kind, lane, members) for kind in LANES for lane, members in enumerate(_lanes_of(calls, kind))]
     for tid, (kind, lane, members) in enumerate(lanes, start=1):
-        start_us = members[0].spans[kind].start_us
-        for name, args in (
-            ("thread_name", {"name": numbered(kind, lane)}),
-            ("thread_sort_index", {"sort_index": tid}),
-        ):
-            yield {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": tid, "args": args}
+        yield from _lane_names(numbered(kind, lane), members[0].spans[kind].start_us, pid, tid)
         for call in members:
-            yield _slice(call, kind, pid, tid)
+            yield _slice(call.sample.site, call.spans[kind], slice_args(call), pid, tid)
+
+
+def _replay_lanes(replays: Sequence[Replay], pid: int, *, first_tid: int) -> Iterator[Event]:
+    lanes = without_overlap(replays, lambda replay: replay.span)
+    for lane, members in enumerate(lanes):
+        tid = first_tid + lane
+        yield from _lane_names(numbered(REPLAY_NAME, lane), members[0].span.start_us, pid, tid)
+        for replay in members:
+            yield _slice(REPLAY_NAME, replay.span, replay_args(replay), pid, tid)
+
+
+def _lane_names(name: str, start_us: float, pid: int, tid: int) -> Iterator[Event]:
+    for key, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
+        yield {"ph": "M", "name": key, "ts": start_us, "pid": pid, "tid": tid, "args": args}
 
 
 def _lanes_of(calls: Sequence[PlacedCall], kind: RangeKind) -> list[list[PlacedCall]]:
@@ -172,17 +173,16 @@ def _lanes_of(calls: Sequence[PlacedCall], kind: RangeKind) -> list[list[PlacedC
     return without_overlap(with_span, lambda call: call.spans[kind])
 
 
-def _slice(call: PlacedCall, kind: RangeKind, pid: int, tid: int) -> Event:
-    span = call.spans[kind]
+def _slice(name: str, span: Span, args: dict[str, Any], pid: int, tid: int) -> Event:
     return {
         "ph": "X",
         "cat": "moe_trace",
-        "name": call.sample.site,
+        "name": name,
         "pid": pid,
         "tid": tid,
         "ts": span.start_us,
         "dur": span.duration_us,
-        "args": slice_args(call),
+        "args": args,
     }
 
 
@@ -210,6 +210,7 @@ def slice_args(call: PlacedCall) -> dict[str, Any]:
         "router confidence": sample.confidence,
         "router FLOPs": sample.router_flops,
         "expert FLOPs": sample.expert_flops,
+        **({"in graph": True} if sample.in_graph else {}),
     }
 
 

@@ -19,6 +19,8 @@ from moe_trace.errors import NothingRecorded, TraceFileError
 from moe_trace.files import whole_file
 from moe_trace.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.timeline.band import Tracks, band_events
+from moe_trace.timeline.graphs import place_in_graphs
+from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.place import Placed, place_samples
 from moe_trace.timeline.scan import (
     KEY_PREFIX,
@@ -153,6 +155,8 @@ def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Track
     lost = Lost(
         samples_without_range=placed.samples_without_range,
         ranges_without_sample=placed.ranges_without_sample,
+        unplaced=placed.unplaced,
+        untimed=placed.untimed,
     )
     return Merged([_placed_of(one, own, placed) for one, own in zip(recordings, named, strict=True)], lost)
 
@@ -170,6 +174,10 @@ def _prefixed(recording: Recording, prefix: str) -> Recording:
         recording,
         routers=tuple(replace(router, name=prefix + router.name) for router in recording.routers),
         samples=tuple(replace(sample, name=prefix + sample.name) for sample in recording.samples),
+        captured_graphs=tuple(
+            replace(graph, calls=tuple(replace(call, name=prefix + call.name) for call in graph.calls))
+            for graph in recording.captured_graphs
+        ),
     )
 
 
@@ -195,10 +203,21 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _place(file: BinaryIO, recordings: Sequence[Recording], tail: TraceTail) -> Placed:
-    return place_samples(
+    ranges, base_time_ns = list(scan_ranges(file)), read_base_time_ns(file)
+    placed = place_samples(
         [sample for recording in recordings for sample in recording.samples],
-        list(scan_ranges(file)),
-        base_time_ns=read_base_time_ns(file),
+        ranges,
+        base_time_ns=base_time_ns,
+        window=tail.window,
+    )
+    if not any(sample.in_graph for sample in placed.samples):
+        return placed
+    return place_in_graphs(
+        placed,
+        recordings,
+        ranges=ranges,
+        launches=read_launches(file),
+        base_time_ns=base_time_ns,
         window=tail.window,
     )
 
@@ -210,6 +229,8 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         first.lost,
         samples_without_range=placed.samples_without_range,
         ranges_without_sample=placed.ranges_without_sample,
+        unplaced=placed.unplaced,
+        untimed=placed.untimed,
         overwritten=sum(r.lost.overwritten for r in recordings),
         misread={name: why for r in recordings for name, why in r.lost.misread.items()},
         never_called=tuple(name for r in recordings for name in r.lost.never_called),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_trace.schema import Placement, RangeKind, RoutingSample, Span
@@ -20,6 +20,10 @@ class Placed:
     """The profiled samples of this trace's window; `placement` is None where no range was found."""
     samples_without_range: int
     ranges_without_sample: int
+    unplaced: dict[str, int] = field(default_factory=dict)
+    """Calls inside graphs that have no place: why -> how many."""
+    untimed: dict[str, int] = field(default_factory=dict)
+    """Calls inside graphs that have one, but no latency of their router: why -> how many."""
 
 
 def place_samples(

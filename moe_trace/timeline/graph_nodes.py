@@ -1,0 +1,94 @@
+"""Which kernels of a graph's replay are a router's, and which its experts'.
+
+By the ids of their nodes, where the graph was captured with annotations. Else by their positions: while the
+graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
+plain chain the n-th event of a replay is the n-th node; the kinds, grids and blocks of all nodes up to the
+last noted one must be those of the replay.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_trace.schema import (
+    RANGE_NAME,
+    CapturedGraph,
+    GraphCall,
+    RangeKind,
+    Recording,
+    Span,
+    graph_digest,
+)
+from moe_trace.timeline.launches import DeviceWork, Launch, hull
+
+
+@dataclass(frozen=True)
+class NodeSpans:
+    """The device time of one router, or of its experts, in one replay."""
+
+    span: Span
+    busy_us: float
+    """Sum of its kernels, copies and memsets."""
+
+
+class NodeFinder:
+    """Finds routers and experts in the launches of graphs that one tracer knows."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._found: dict[int, dict[str, dict[RangeKind, NodeSpans]]] = {}
+
+    def of(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
+        """By module path of the router; empty for a launch of a graph that is not known."""
+        if launch.correlation not in self._found:
+            by_ids = _by_ids(launch, self._recording)
+            self._found[launch.correlation] = by_ids or _by_positions(launch, self._recording.captured_graphs)
+        return self._found[launch.correlation]
+
+
+def _by_ids(launch: Launch, recording: Recording) -> dict[str, dict[RangeKind, NodeSpans]]:
+    if not recording.annotated_nodes or not any(item.node_id for item in launch.work):
+        return {}
+    names = {router.site: router.name for router in recording.routers}
+    found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
+    for label, ids in recording.annotated_nodes.items():
+        match, wanted = RANGE_NAME.fullmatch(label), frozenset(ids)
+        work = [item for item in launch.work if item.node_id in wanted]
+        if work and match is not None and match.group(2) in names:
+            kind: RangeKind = match.group(1)  # type: ignore[assignment]
+            found[names[match.group(2)]][kind] = _spans_of(work)
+    return dict(found)
+
+
+def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> dict[str, dict[RangeKind, NodeSpans]]:
+    if len(launch.streams) != 1:
+        return {}
+    alike = {graph.calls for graph in graphs if _replays(launch, graph)}
+    if len(alike) != 1:  # none, or several that do not agree on where the calls are
+        return {}
+    calls = alike.pop()
+    often = Counter((call.name, call.kind) for call in calls)
+    found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
+    for call in calls:
+        work = _work_of(launch, call)
+        if work and often[call.name, call.kind] == 1:
+            found[call.name][call.kind] = _spans_of(work)
+    return dict(found)
+
+
+def _replays(launch: Launch, graph: CapturedGraph) -> bool:
+    if graph.problem is not None or not 0 < graph.nodes <= len(launch.work):
+        return False
+    return graph_digest(item.node for item in launch.work[: graph.nodes]) == graph.digest
+
+
+def _work_of(launch: Launch, call: GraphCall) -> list[DeviceWork]:
+    return launch.work[call.first : call.last]
+
+
+def _spans_of(work: Sequence[DeviceWork]) -> NodeSpans:
+    span = hull(item.span for item in work)
+    assert span is not None
+    return NodeSpans(span, round(sum(item.span.duration_us for item in work), 3))

@@ -1,0 +1,175 @@
+"""Launches of CUDA graphs in a trace, with what each made the device do: joined by their correlation.
+
+Only read when there are calls inside graphs to be placed. Like `scan.py`, a search of the bytes that parses
+no other event.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from moe_trace.schema import GRAPH_LAUNCH, Span
+
+_CHUNK = 4 * 2**20
+_EVENT_MAX = 64 * 2**10
+_HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
+# What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
+_OTHER_WRITERS = re.compile(rb'"cuLaunchKernel|index_put_kernel')
+_CORRELATION = re.compile(rb'"correlation"\s*:\s*(\d+)')
+_WORK = {
+    "kernel": "kernel",
+    "concurrent_kernel": "kernel",
+    "gpu_memcpy": "memcpy",
+    "gpu_memset": "memset",
+}
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """A kernel, copy or memset."""
+
+    node: str
+    """As `graph_digest` takes it."""
+    span: Span
+    stream: tuple[Any, Any]
+    """Process and thread of the trace, which are the device and its stream."""
+    node_id: int
+    """The `graph node id` that newer profilers write; 0 without."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of the runtime on the host, and its work on the device in order of time."""
+
+    name: str
+    span: Span
+    tid: Any
+    correlation: int
+    work: list[DeviceWork] = field(default_factory=list)
+
+    @property
+    def is_graph(self) -> bool:
+        return self.name == GRAPH_LAUNCH
+
+    @property
+    def streams(self) -> set[tuple[Any, Any]]:
+        return {item.stream for item in self.work}
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a trace tells of its graphs, by host time."""
+
+    graphs: list[Launch]
+    copies: list[Launch]
+    """Among them those that our marks made."""
+    driver_launches: list[tuple[Any, float]]
+    """Thread and time (us) of kernels that compiled code launched outside graphs."""
+    scatters_us: list[float]
+    """Starts on the device of scatters outside graphs."""
+
+
+def hull(spans: Iterable[Span]) -> Span | None:
+    """From the first start to the last end; None without spans."""
+    found = list(spans)
+    if not found:
+        return None
+    start = min(span.start_us for span in found)
+    # The sum of a start and a duration is no more exact than the clock, which counts nanoseconds.
+    return Span(start, round(max(span.end_us for span in found) - start, 3))
+
+
+def read_launches(file: BinaryIO) -> Launches:
+    """All graph launches of the trace with their work, and the copies among which are those of our marks."""
+    found = {
+        launch.correlation: launch
+        for event in _events_at(file, _HOST_NAMES)
+        if (launch := _launch(event)) is not None
+    }
+    table = Launches([], [], [], [])
+    if not any(launch.is_graph for launch in found.values()):
+        return table
+    for event in _events_at(file, _CORRELATION, frozenset(found)):
+        work = _device_work(event)
+        if work is not None:
+            found[event["args"]["correlation"]].work.append(work)
+    for launch in sorted(found.values(), key=lambda launch: launch.span.start_us):
+        launch.work.sort(key=lambda item: item.span.start_us)
+        (table.graphs if launch.is_graph else table.copies).append(launch)
+    _add_other_writers(file, table, frozenset(launch.correlation for launch in table.graphs))
+    return table
+
+
+def _add_other_writers(file: BinaryIO, table: Launches, graphs: frozenset[int]) -> None:
+    for event in _events_at(file, _OTHER_WRITERS):
+        if event.get("cat") == "cuda_driver":
+            table.driver_launches.append((event.get("tid"), float(event["ts"])))
+        elif event.get("cat") in _WORK and event["args"].get("correlation") not in graphs:
+            table.scatters_us.append(float(event["ts"]))
+
+
+def _events_at(
+    file: BinaryIO, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The events round each match, read through one buffer; with `wanted`, of these numbers alone."""
+    file.seek(0)
+    buffer, searched = b"", 0
+    while True:
+        block = file.read(_CHUNK)
+        buffer += block
+        limit = len(buffer) if len(block) < _CHUNK else len(buffer) - _EVENT_MAX
+        for match in pattern.finditer(buffer, searched):
+            if match.start() >= limit:
+                break
+            if wanted is None or int(match.group(1)) in wanted:
+                event = _event_round(buffer, match.start())
+                if event is not None:
+                    yield event
+        if len(block) < _CHUNK:
+            return
+        kept_from = max(0, limit - _EVENT_MAX)
+        buffer, searched = buffer[kept_from:], limit - kept_from
+
+
+def _event_round(buffer: bytes, position: int) -> dict[str, Any] | None:
+    """Kineto starts each event with its `ph`; names of kernels may hold braces of their own."""
+    phase = buffer.rfind(b'"ph"', max(0, position - _EVENT_MAX), position)
+    start = buffer.rfind(b"{", max(0, phase - 64), phase) if phase >= 0 else -1
+    if start < 0:
+        return None
+    for length in (2048, _EVENT_MAX):
+        try:
+            event = _DECODER.raw_decode(buffer[start : start + length].decode("utf-8", "replace"))[0]
+        except (ValueError, RecursionError):
+            continue
+        return event if isinstance(event.get("args"), dict) else None
+    return None
+
+
+def _launch(event: dict[str, Any]) -> Launch | None:
+    correlation = event["args"].get("correlation")
+    if event.get("ph") != "X" or event.get("cat") != "cuda_runtime" or not isinstance(correlation, int):
+        return None
+    return Launch(str(event.get("name")), _span(event), event.get("tid"), correlation)
+
+
+def _device_work(event: dict[str, Any]) -> DeviceWork | None:
+    kind, args = _WORK.get(str(event.get("cat"))), event["args"]
+    if kind is None or event.get("ph") != "X":
+        return None
+    node = kind
+    if kind == "kernel":
+        grid, block = (",".join(map(str, args.get(name) or ())) for name in ("grid", "block"))
+        node = f"kernel {grid} {block}"
+    node_id = args.get("graph node id")
+    stream = (event.get("pid"), event.get("tid"))
+    return DeviceWork(node, _span(event), stream, node_id if isinstance(node_id, int) else 0)
+
+
+def _span(event: dict[str, Any]) -> Span:
+    return Span(float(event["ts"]), float(event.get("dur", 0.0)))
