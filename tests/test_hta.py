@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from moe_trace.reading.trace_file import read_trace
+from moe_trace.timeline.merge import merge_recording
 from test_timeline import without_additions
 
 pytest.importorskip("hta")
 pd = pytest.importorskip("pandas")
 
-TRACES = Path(__file__).parent / "data" / "h200"
+DATA = Path(__file__).parent / "data"
+TRACES = ["h200/prefill_grouped_mm", "h200/train_grouped_mm", "h200_graphs/compiled_model"]
 
 
 def analysis(folder: Path) -> Any:
@@ -23,13 +26,15 @@ def analysis(folder: Path) -> Any:
     return TraceAnalysis(trace_dir=str(folder))
 
 
-@pytest.fixture(scope="module", params=["prefill_grouped_mm", "train_grouped_mm"])
+@pytest.fixture(scope="module", params=TRACES)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """(plain, merged) analyses of a real H200 trace."""
-    source = TRACES / f"{request.param}.pt.trace.json.gz"
+    source = tmp_path_factory.mktemp("source") / "trace.json.gz"
+    shutil.copy(DATA / f"{request.param}.pt.trace.json.gz", source)
+    merge_recording(source, [read_trace(source).recording])  # as this release merges
     folders = [tmp_path_factory.mktemp(name) for name in ("plain", "merged")]
     shutil.copy(source, folders[1] / "trace.json.gz")
-    unpacked = folders[0].parent / f"{request.param}.json"
+    unpacked = source.parent / "unpacked.json"
     unpacked.write_bytes(gzip.decompress(source.read_bytes()))
     (folders[0] / "trace.json.gz").write_bytes(gzip.compress(_with_rank(without_additions(unpacked))))
     merged = gzip.decompress(source.read_bytes())

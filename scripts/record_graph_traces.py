@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Record small GPU traces of compiled code and CUDA graphs: OLMoE-1B-7B's true shape, a few layers.
+
+    python scripts/record_graph_traces.py --out tests/data/h200_graphs
+
+Each is merged as `prof.export_chrome_trace` does, with a range `moe.graph/...` round each forward that the
+host sees. What was placed, and why other calls were not, is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record_gpu_traces import tokens, true_shape
+from transformers import OlmoeForCausalLM
+
+import moe_trace
+
+STEPS = 3
+BOTH = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+Replay = Callable[[], None]
+
+
+def compiled_model(model: OlmoeForCausalLM) -> Replay:
+    return _calls(torch.compile(model, mode="reduce-overhead", fullgraph=True))
+
+
+def compiled_layers(model: OlmoeForCausalLM) -> Replay:
+    for layer in model.model.layers:
+        layer.compile(mode="reduce-overhead", fullgraph=True)
+    return _calls(model)
+
+
+def _calls(forward: Any) -> Replay:
+    ids = tokens(1, 1)
+
+    def run() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        forward(ids, use_cache=False)
+
+    for _ in range(4):
+        run()
+    return run
+
+
+def by_hand(model: OlmoeForCausalLM) -> Replay:
+    """One forward captured into a graph; each replay is a step."""
+    ids = tokens(1, 16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model(ids, use_cache=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(ids, use_cache=False)
+    return graph.replay
+
+
+WORKLOADS: dict[str, Callable[[OlmoeForCausalLM], Replay]] = {
+    "compiled_model": compiled_model,
+    "compiled_layers": compiled_layers,
+    "by_hand": by_hand,
+}
+
+
+@torch.no_grad()
+def record(name: str, model: OlmoeForCausalLM, out: Path) -> None:
+    torch._dynamo.reset()
+    with moe_trace.MoETracer(model) as tracer:
+        run = WORKLOADS[name](model)
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=BOTH) as prof:
+            tracer.attach(prof)
+            for _ in range(STEPS):
+                run()
+                prof.step()
+            torch.cuda.synchronize()
+        target = out / f"{name}.pt.trace.json.gz"
+        prof.export_chrome_trace(str(target))
+        _print(target, tracer)
+    for layer in model.model.layers:
+        layer._compiled_call_impl = None
+
+
+def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
+    placements = [s.placement for s in tracer.exported_samples if s.placement is not None]
+    timed = sum("router" in placement.device for placement in placements)
+    recording = tracer.recording()
+    print(f"{target}: {target.stat().st_size / 1024:.0f} KiB")
+    print(f"  {len(tracer.exported_samples)} calls, {len(placements)} placed, {timed} routers timed")
+    for why, count in (*recording.lost.unplaced.items(), *recording.lost.untimed.items()):
+        print(f"  {count}: {why}")
+    for graph in recording.captured_graphs:
+        print(f"  captured: {graph.nodes} nodes, {len(graph.calls)} calls, problem: {graph.problem}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = OlmoeForCausalLM(true_shape(arguments.layers)).to(torch.bfloat16).eval()
+    model.set_experts_implementation("grouped_mm")
+    for name in arguments.only:
+        record(name, model, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
