@@ -76,10 +76,49 @@ def test_loss_gradients_and_counts(reentrant: bool | None, autocast: bool) -> No
 
 
 def test_anomaly_mode_changes_nothing() -> None:
-    model = train_model()
-    with moe_trace.MoETracer(model) as tracer, torch.autograd.detect_anomaly(check_nan=True):
-        loss_of(model).backward()
-    assert len(tracer.samples()) == 2
+    def run(model: Any) -> list[torch.Tensor]:
+        with torch.autograd.detect_anomaly(check_nan=True):
+            loss_of(model).backward()
+        return gradients(model)
+
+    bare, model = run(train_model()), train_model()
+    with watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        traced = run(model)
+    assert all(torch.equal(a, b) for a, b in zip(traced, bare, strict=True))
+    assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(EXPERTS) for c in calls]
+
+
+def test_compiled_training_with_evaluation_in_between() -> None:
+    """Accumulated gradients, inference mode and back: the rings take decisions in both."""
+
+    def run(model: Any) -> list[torch.Tensor]:
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+        for seed in (1, 2):
+            (loss_of(model, seed) / 2).backward()
+        model.eval()
+        with torch.inference_mode():
+            loss_of(model, 3)
+        model.train()
+        loss_of(model, 4).backward()
+        return gradients(model)
+
+    torch._dynamo.reset()
+    reference, expected = train_model(), []
+    for seed in (1, 2, 3, 4):
+        with watch_experts(reference) as calls, torch.no_grad():
+            loss_of(reference, seed)
+        expected += [c.assignments(EXPERTS) for c in calls]
+    bare, model = run(train_model()), train_model()
+    torch._dynamo.reset()
+    with moe_trace.MoETracer(model) as tracer:
+        traced = run(model)
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(traced, bare, strict=True))
+    samples = tracer.samples()
+    assert [s.assignments.tolist() for s in samples] == expected
+    assert [s.stage for s in samples if s.layer == 0] == ["train", "train", "prefill", "train"]
+    assert all(s.in_graph for s in samples)
 
 
 def test_batches_of_loader_workers() -> None:
