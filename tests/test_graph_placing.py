@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from moe_trace.reading.check import check, read_checked
 from moe_trace.reading.trace_file import read_trace
 from moe_trace.schema import Lost, Placement, Recording, Span
 from moe_trace.timeline import graphs
+from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
 from moe_trace.timeline.replays import REPLAY_FIGURES
 from test_timeline import without_additions
@@ -188,6 +190,24 @@ def test_another_thread_has_its_own_forwards(tmp_path: Path) -> None:
     samples = [made.seen(0, 1010), replace(made.seen(1, 1011), thread=8)]
     outcome = merged(tmp_path, events, made.recording(samples))
     assert [p.host["graph"] for p in placements(outcome) if p] == [Span(1000, 300), Span(900, 500)]
+
+
+def test_threads_are_told_apart_unless_the_trace_numbers_them_otherwise(tmp_path: Path) -> None:
+    events = made.forward_range(1000, 300, 5, device=None)
+    stranger = replace(made.seen(1, 1011), thread=8)
+    outcome = merged(tmp_path, events, made.recording([made.seen(0, 1010), stranger]))
+    assert outcome.lost.unplaced == {graphs.NO_RANGE: 1}
+    outcome = merged(tmp_path, events, made.recording([stranger]))
+    assert outcome.lost.unplaced == {}
+
+
+def test_launches_that_straddle_the_reading_blocks_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = gzip.decompress((H200 / "compiled_layers.pt.trace.json.gz").read_bytes())
+    expected = read_launches(io.BytesIO(plain))
+    assert [len(launch.work) for launch in expected.graphs] == [24] * 6
+    for block in (70_000, 65_537, 100_003):
+        monkeypatch.setattr("moe_trace.timeline.launches._CHUNK", block)
+        assert read_launches(io.BytesIO(plain)) == expected
 
 
 def test_a_graphed_layer_is_told_by_its_nodes(tmp_path: Path) -> None:

@@ -123,9 +123,10 @@ class _Places:
         clock: TraceClock,
     ) -> None:
         names = {router.name for router in recording.routers}
+        own = [sample for sample in samples if sample.name in names and sample.in_graph]
         self._replays = _Replays(recording, launches, clock)
-        self._forwards = _Forwards(ranges, self._replays)
-        self._segments = _Segments([s for s in samples if s.name in names], self._replays)
+        self._forwards = _Forwards(ranges, {sample.thread for sample in own}, self._replays)
+        self._segments = _Segments(own, self._replays)
 
     def of(self, sample: RoutingSample) -> Placement | str:
         """Its placement, or why it has none."""
@@ -175,8 +176,10 @@ class _Replays:
 class _Forwards:
     """The ranges round forwards, by thread, with the graphs launched inside each."""
 
-    def __init__(self, ranges: Sequence[RangeEvent], replays: _Replays) -> None:
+    def __init__(self, ranges: Sequence[RangeEvent], threads: set[int], replays: _Replays) -> None:
         self._replays = replays
+        # Another thread's range only in a trace that numbers its threads in another way altogether.
+        self._same_numbers = any(event.tid in threads for event in ranges if not event.on_device)
         self._ranges: dict[Any, list[RangeEvent]] = defaultdict(list)
         self._twins: dict[Any, list[Span]] = defaultdict(list)
         for event in ranges:
@@ -191,7 +194,7 @@ class _Forwards:
     def placement(self, sample: RoutingSample) -> _Found:
         """At the launch that made the call where that can be told, else the whole forward."""
         time_us = self._replays.clock.time_us(sample.host_start_ns)
-        threads = [sample.thread] if sample.thread in self._ranges else sorted(self._ranges, key=str)
+        threads = [sample.thread] if self._same_numbers else sorted(self._ranges, key=str)
         event = next((e for t in threads if (e := self._enclosing(t, time_us)) is not None), None)
         if event is None:
             return NO_RANGE
@@ -202,7 +205,7 @@ class _Forwards:
 
     def _enclosing(self, thread: Any, time_us: float) -> RangeEvent | None:
         """The innermost: the last to start of those that hold the time."""
-        events = self._ranges[thread]
+        events = self._ranges.get(thread, [])
         index = bisect_right(events, time_us, key=lambda event: event.span.start_us) - 1
         while index >= 0 and events[index].span.end_us < time_us:
             index -= 1
@@ -252,7 +255,7 @@ class _Segments:
     def __init__(self, samples: Sequence[RoutingSample], replays: _Replays) -> None:
         self._replays = replays
         self._found: dict[int, Launch | str] = {}
-        unseen = sorted({s.graph_forward for s in samples if s.in_graph and s.graph_forward is not None})
+        unseen = sorted({s.graph_forward for s in samples if s.graph_forward is not None})
         for before, after in itertools.pairwise(replays.recording.graph_marks):
             mine = [forward for forward in unseen if before.forwards < forward <= after.forwards]
             covers = replays.clock.covers

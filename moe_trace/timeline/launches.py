@@ -122,7 +122,7 @@ def _events_at(
     while True:
         block = file.read(_CHUNK)
         buffer += block
-        limit = len(buffer) if len(block) < _CHUNK else len(buffer) - _EVENT_MAX
+        limit = len(buffer) if len(block) < _CHUNK else max(searched, len(buffer) - _EVENT_MAX)
         for match in pattern.finditer(buffer, searched):
             if match.start() >= limit:
                 break
