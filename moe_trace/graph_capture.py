@@ -29,8 +29,8 @@ _ANNOTATION, _OWNER = "moe_trace", "moe_tracer"
 class _Capture:
     """One graph, as far as the last note."""
 
-    nodes: list[str] = field(default_factory=list)
-    """Those that do work."""
+    nodes: list[str | None] = field(default_factory=list)
+    """Those that do work: kernels by grid and block, None for copies and memsets."""
     calls: list[GraphCall] = field(default_factory=list)
     seen: int = 0
     """Nodes looked at."""
@@ -54,9 +54,9 @@ class _Capture:
         kind = cuda_driver.node_type(node)
         if kind == cuda_driver.KERNEL:
             grid, block = (",".join(map(str, shape)) for shape in cuda_driver.kernel_shape(node))
-            self.nodes.append(f"kernel {grid} {block}")
+            self.nodes.append(f"{grid} {block}")
         elif kind in (cuda_driver.MEMCPY, cuda_driver.MEMSET):
-            self.nodes.append("memcpy" if kind == cuda_driver.MEMCPY else "memset")
+            self.nodes.append(None)
         elif kind not in cuda_driver.WITHOUT_WORK:
             self.problem = f"the captured graph holds a node of type {kind}, whose kernels are not known"
         self.seen += 1
@@ -140,7 +140,11 @@ def _cannot_tell(error: DriverError) -> str:
 def _captured(capture: _Capture) -> CapturedGraph:
     nodes = capture.nodes[: max((call.last for call in capture.calls), default=0)]
     return CapturedGraph(
-        nodes=len(nodes), digest=graph_digest(nodes), calls=tuple(capture.calls), problem=capture.problem
+        nodes=len(nodes),
+        digest=graph_digest(node for node in nodes if node is not None),
+        calls=tuple(capture.calls),
+        copies=tuple(i for i, node in enumerate(nodes) if node is None),
+        problem=capture.problem,
     )
 
 

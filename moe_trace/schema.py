@@ -157,15 +157,17 @@ class CapturedGraph:
 
     nodes: int
     digest: str
-    """Of the nodes' kinds, grids and blocks (`graph_digest`)."""
+    """Of its kernels' grids and blocks (`graph_digest`)."""
     calls: tuple[GraphCall, ...]
+    copies: tuple[int, ...] = ()
+    """Which of the nodes are copies or memsets."""
     problem: str | None = None
     """Why the events of a replay cannot be told by their order; None where they can."""
 
 
-def graph_digest(nodes: Iterable[str]) -> str:
-    """Identity of a sequence of nodes, each `kernel X,Y,Z X,Y,Z` (grid, block), `memcpy` or `memset`."""
-    return hashlib.sha256("\n".join(nodes).encode()).hexdigest()[:32]
+def graph_digest(kernels: Iterable[str]) -> str:
+    """Identity of a sequence of kernels, each `X,Y,Z X,Y,Z`: its grid and block."""
+    return hashlib.sha256("\n".join(kernels).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, kw_only=True)

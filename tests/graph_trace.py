@@ -16,7 +16,7 @@ from moe_trace.schema import CapturedGraph, GraphCall, GraphMark, Lost, Recordin
 from tiny_trace import BASE_NS, router, sample
 
 GRIDS = (1, 2, 3, 4, 5, 6)
-NODES = [f"kernel {grid},1,1 128,1,1" for grid in GRIDS]
+NODES = [f"{grid},1,1 128,1,1" for grid in GRIDS]
 THREAD, STREAM = 7, 3
 NAME = router(0).name
 

@@ -400,7 +400,7 @@ def test_nodes_are_told_by_their_ids_whatever_their_order_and_stream(tmp_path: P
     [
         {"captured_graphs": (made.captured(made.NODES[1:]), BROKEN)},  # not these nodes
         {"captured_graphs": (made.captured(), made.captured(shift=1))},  # two that disagree
-        {"captured_graphs": (made.captured([*made.NODES, "memset"]),)},  # longer than the replay
+        {"captured_graphs": (made.captured([*made.NODES, "7,1,1 128,1,1"]),)},  # longer than the replay
     ],
     ids=["other nodes", "ambiguous", "longer"],
 )
@@ -416,6 +416,16 @@ def test_a_replay_on_several_streams_is_no_chain(tmp_path: Path) -> None:
     )
     outcome = merged(tmp_path, events, recording)
     assert outcome.lost.unplaced == {graphs.OTHER_STREAM: 1}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_memset_before_the_router_is_taken_into_account(tmp_path: Path, shown: bool) -> None:
+    """Node 1 of the capture is a memset, so the router's kernels are its nodes 2 and 3."""
+    graph = made.captured(shift=1)
+    graph = replace(graph, nodes=6, copies=(1,), calls=(replace(graph.calls[0], last=4),))
+    memset = made.event("gpu_memset", "Memset", 1110, 1, pid=0, tid=made.STREAM, correlation=1)
+    place = of_one_replay(tmp_path, with_replay() + [memset] * shown, captured_graphs=(graph,))
+    assert place.device["router"] == Span(1112, 22)
 
 
 def test_two_captures_that_agree_are_no_ambiguity(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 By the ids of their nodes, where the graph was captured with annotations. Else by their positions: while the
 graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
-plain chain the n-th event of a replay is the n-th node; the kinds, grids and blocks of all nodes up to the
-last noted one must be those of the replay.
+plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
+noted one must be those of the replay. Where the profiler does not show each copy and memset as such, the
+kernels alone are told.
 """
 
 from __future__ import annotations
@@ -65,27 +66,34 @@ def _by_ids(launch: Launch, recording: Recording) -> dict[str, dict[RangeKind, N
 def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> dict[str, dict[RangeKind, NodeSpans]]:
     if len(launch.streams) != 1:
         return {}
-    alike = {graph.calls for graph in graphs if _replays(launch, graph)}
+    alike = {(graph.calls, graph.copies): graph for graph in graphs if _replays(launch, graph)}
     if len(alike) != 1:  # none, or several that do not agree on where the calls are
         return {}
-    calls = alike.pop()
+    graph = next(iter(alike.values()))
+    calls = graph.calls
     often = Counter((call.name, call.kind) for call in calls)
     found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
     for call in calls:
-        work = _work_of(launch, call)
+        work = _work_of(launch, graph, call)
         if work and often[call.name, call.kind] == 1:
             found[call.name][call.kind] = _spans_of(work)
     return dict(found)
 
 
 def _replays(launch: Launch, graph: CapturedGraph) -> bool:
-    if graph.problem is not None or not 0 < graph.nodes <= len(launch.work):
+    count = graph.nodes - len(graph.copies)
+    kernels = [item.kernel for item in launch.work if item.kernel is not None]
+    if graph.problem is not None or not 0 < count <= len(kernels):
         return False
-    return graph_digest(item.node for item in launch.work[: graph.nodes]) == graph.digest
+    return graph_digest(kernels[:count]) == graph.digest
 
 
-def _work_of(launch: Launch, call: GraphCall) -> list[DeviceWork]:
-    return launch.work[call.first : call.last]
+def _work_of(launch: Launch, graph: CapturedGraph, call: GraphCall) -> list[DeviceWork]:
+    copies = [i for i, item in enumerate(launch.work[: graph.nodes]) if item.kernel is None]
+    if copies == list(graph.copies):
+        return launch.work[call.first : call.last]
+    first, last = (at - sum(copy < at for copy in graph.copies) for at in (call.first, call.last))
+    return [item for item in launch.work if item.kernel is not None][first:last]
 
 
 def _spans_of(work: Sequence[DeviceWork]) -> NodeSpans:

@@ -310,7 +310,7 @@ class _Segments:
             return UNKNOWN_GRAPH
         # Every forward is one of a graph that was captured by hand. Where all launches replay one and the
         # same graph, each made as many forwards as the others: one, if there are as many.
-        alike = len({tuple(item.node for item in launch.work) for launch in between}) == 1
+        alike = len({tuple(item.kernel for item in launch.work) for launch in between}) == 1
         return list(between) if alike and len(between) == count else OTHER_COUNT
 
     def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:

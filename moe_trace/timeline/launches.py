@@ -20,12 +20,8 @@ _HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
 # What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
 _OTHER_WRITERS = re.compile(rb'"cuLaunchKernel|index_put_kernel')
 _CORRELATION = re.compile(rb'"correlation"\s*:\s*(\d+)')
-_WORK = {
-    "kernel": "kernel",
-    "concurrent_kernel": "kernel",
-    "gpu_memcpy": "memcpy",
-    "gpu_memset": "memset",
-}
+_KERNELS = frozenset({"kernel", "concurrent_kernel"})
+_WORK = _KERNELS | {"gpu_memcpy", "gpu_memset"}
 _DECODER = json.JSONDecoder()
 
 
@@ -33,8 +29,8 @@ _DECODER = json.JSONDecoder()
 class DeviceWork:
     """A kernel, copy or memset."""
 
-    node: str
-    """As `graph_digest` takes it."""
+    kernel: str | None
+    """As `graph_digest` takes it; None for a copy or memset."""
     span: Span
     stream: tuple[Any, Any]
     """Process and thread of the trace, which are the device and its stream."""
@@ -159,16 +155,14 @@ def _launch(event: dict[str, Any]) -> Launch | None:
 
 
 def _device_work(event: dict[str, Any]) -> DeviceWork | None:
-    kind, args = _WORK.get(str(event.get("cat"))), event["args"]
-    if kind is None or event.get("ph") != "X":
+    category, args = event.get("cat"), event["args"]
+    if category not in _WORK or event.get("ph") != "X":
         return None
-    node = kind
-    if kind == "kernel":
-        grid, block = (",".join(map(str, args.get(name) or ())) for name in ("grid", "block"))
-        node = f"kernel {grid} {block}"
+    grid, block = (",".join(map(str, args.get(name) or ())) for name in ("grid", "block"))
+    kernel = f"{grid} {block}" if category in _KERNELS else None
     node_id = args.get("graph node id")
     stream = (event.get("pid"), event.get("tid"))
-    return DeviceWork(node, _span(event), stream, node_id if isinstance(node_id, int) else 0)
+    return DeviceWork(kernel, _span(event), stream, node_id if isinstance(node_id, int) else 0)
 
 
 def _span(event: dict[str, Any]) -> Span:
