@@ -472,3 +472,74 @@ def test_files_of_older_releases_are_read() -> None:
 
 def test_figures_of_replays_are_named_as_such() -> None:
     assert all("graph" in name for name in REPLAY_FIGURES)
+
+
+# -- readers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["compiled_model", "by hand"])
+def graphs_trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged trace whose calls are all in graphs: placed with their forward alone, or with routers."""
+    folder = tmp_path_factory.mktemp("graphs")
+    if request.param == "compiled_model":
+        path = folder / "a.pt.trace.json.gz"
+        path.write_bytes((H200 / "compiled_model.pt.trace.json.gz").read_bytes())
+        merge_recording(path, [read_trace(path).recording])
+        return path
+    path = made.write_trace(folder / "a.pt.trace.json", steps_of(1, 2))
+    samples = [made.unseen(i, 1 + i) for i in range(3)]
+    merge_recording(
+        path,
+        [made.recording(samples, graph_marks=marks_of(0, 1, 3), captured_graphs=(made.captured(),))],
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "{}"],
+        ["report", "{}"],
+        ["report", "{}", "--format", "json"],
+        ["report", "{}", "--html", "{}.html"],
+        ["report", "{}", "--step", "0"],
+        ["diff", "{}", "{}"],
+        ["export", "{}", "--to", "csv", "--out", "{}.csv"],
+        ["export", "{}", "--to", "eplb", "--out", "{}.json"],
+        ["export", "{}", "--to", "perfetto", "--out", "{}.pftrace"],
+        ["placement", "{}", "--ranks", "2"],
+    ],
+    ids=lambda command: " ".join(command).replace("{}", "").replace("  ", " ").strip(),
+)
+def test_every_command_reads_calls_inside_graphs(
+    graphs_trace: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moe_trace.cli import main
+
+    code = main([part.format(graphs_trace) for part in command])
+    assert code == 0, capsys.readouterr()
+
+
+def test_a_perfetto_trace_has_a_lane_of_replays(graphs_trace: Path, tmp_path: Path) -> None:
+    perfetto = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
+    from moe_trace.reading.perfetto import write_perfetto
+
+    recording = read_trace(graphs_trace).recording
+    write_perfetto(recording.samples, tmp_path / "a.pftrace")
+    trace = perfetto.Trace.FromString((tmp_path / "a.pftrace").read_bytes())
+    names = {
+        p.track_descriptor.uuid: p.track_descriptor.name
+        for p in trace.packet
+        if p.HasField("track_descriptor")
+    }
+    assert set(REPLAY_FIGURES) <= set(names.values())
+    begins = [
+        p
+        for p in trace.packet
+        if p.HasField("track_event") and p.track_event.type == perfetto.TrackEvent.TYPE_SLICE_BEGIN
+    ]
+    replays = [p.timestamp for p in begins if names[p.track_event.track_uuid] == "graph"]
+    starts = {s.placement.device["graph"].start_us for s in recording.samples if s.placement}
+    assert replays == sorted(round(start * 1000) for start in starts) and len(replays) == 3
+    timed = any(s.placement and "router" in s.placement.device for s in recording.samples)
+    assert ("router" in names.values()) is timed is ("load max÷mean" in names.values())
