@@ -556,7 +556,7 @@ def test_axe_finds_nothing_and_screenshots_are_kept(
         for width in SHOT_WIDTHS:
             for view in VIEWS:
                 page.set_viewport_size({"width": width, "height": 1000})
-                run = runs_of(board)["two_ranks" if view == "ranks" else "h200"]
+                run = runs_of(board)["four_ranks" if view == "ranks" else "h200"]
                 frame = open_view(page, board.url, view, **run)
                 assert frame.evaluate("() => document.documentElement.dataset.theme") == theme
                 assert accessibility_problems(frame) == [], f"{view} at {width} in {theme}"
