@@ -189,6 +189,19 @@ def test_the_dashboard_shows_it(merged: tuple[Path, Path]) -> None:
     assert list(one["together"]["figures"]) == ["rank-sent", "rank-share", "rank-exchange", "rank-balance"]
 
 
+def test_a_rank_that_waits_is_no_straggler(tmp_path: Path) -> None:
+    """NCCL's kernels run while they wait: rank 0 waits longest, so its kernels are the longest of all."""
+    write_ranks(tmp_path, Run(ranks=4))
+    answer = Dashboard(Catalogs(str(tmp_path))).answer("ranks", {"run": "."})
+    assert answer["without_waits"]
+    rows = answer["figures"]["rank-work"]["table"]["rows"]
+    work = [row[1][1] for row in rows]
+    # A call: the kernels of `tiny_trace` take 40 µs, counts 2, dispatch 6 and combine 13 once all have come. Two
+    # layers, three calls.
+    assert work == pytest.approx([6 * (40 + 2 + 6 + 13)] * 4)
+    assert answer["straggler"]["ratio"] == pytest.approx(1)
+
+
 def test_hta_finds_the_kernels_of_both_ranks(tmp_path: Path) -> None:
     """On real H200 kernels: each rank's work is there once, beside the other's."""
     pytest.importorskip("hta")

@@ -269,10 +269,10 @@ class Dashboard:
                 summaries.append(self.store.summary(trace))
             except MoETraceError as error:
                 broken.append({"trace": trace.name, "reason": str(error)})
-        report = together(run_report(summaries))
-        found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None])
-        count = max(found["ranks"], report["ranks"] if report is not None else 0)
-        return {**found, "ranks": count, "together": report, "traces": len(traces), "unreadable": broken}
+        report = run_report(summaries)
+        found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None], report)
+        found["ranks"] = max(found["ranks"], len(report.ranks) if report is not None else 0)
+        return {**found, "together": together(report), "traces": len(traces), "unreadable": broken}
 
     # -- one step -------------------------------------------------------------------------------------
 

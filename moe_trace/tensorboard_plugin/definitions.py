@@ -58,5 +58,6 @@ DEFINITIONS = {
     "part": "counts: how many slots follow. dispatch: slots to their experts' ranks. combine: results back.",
     "hot rank": "The rank whose experts get the most slots of the layer.",
     "hot expert": "The busiest expert of that rank, and its share of the rank's slots.",
-    "straggler": "The rank with the most MoE work. Where ranks wait for each other, the others wait for it.",
+    "straggler": "The rank with the most MoE work, without what its kernels waited for others where that is "
+    "known. The others wait for it.",
 }

@@ -86,9 +86,15 @@ def by_rank(digests: Sequence[Plain]) -> list[Plain]:
     return [rows[rank] for rank in sorted(rows)]
 
 
-def ranks(digests: Sequence[Plain]) -> Plain:
-    """Tables and figures of at least two ranks; of one, only how many there are."""
+def ranks(digests: Sequence[Plain], report: RankReport | None = None) -> Plain:
+    """Tables and figures of at least two ranks; of one, only how many there are.
+
+    Args:
+        report: of the same ranks together. NCCL's kernels also run while they wait for other ranks: that is
+            no work, or the rank that waits longest would pass for the straggler.
+    """
     rows = by_rank(digests)
+    without_waits = _take_waits_out(rows, report)
     if len(rows) < 2:
         return {"ranks": len(rows), "figures": {}}
     slowest = max(rows, key=lambda row: row["moe_work_us"])
@@ -96,8 +102,25 @@ def ranks(digests: Sequence[Plain]) -> Plain:
         "ranks": len(rows),
         "same_load": len({str(sorted(d["loads"].items())) for d in digests}) == 1,
         "straggler": _straggler(rows, slowest),
-        "figures": figures_by_key([load_per_rank(rows), work_per_rank(rows), work_map(rows)]),
+        "without_waits": without_waits,
+        "figures": figures_by_key(
+            [load_per_rank(rows), work_per_rank(rows, without_waits), work_map(rows, without_waits)]
+        ),
     }
+
+
+def _take_waits_out(rows: Sequence[Plain], report: RankReport | None) -> bool:
+    """Whether the waits of all ranks in their layers' kernels are known, and taken out of their work."""
+    exchanges = report.exchanges if report is not None else ()
+    if not exchanges or not all(one.on_device and one.wait_us is not None for one in exchanges):
+        return False
+    by_number = {row["rank"]: row for row in rows}
+    for one in exchanges:
+        row = by_number.get(one.rank)
+        if row is not None and one.site in row["work_us"]:
+            row["work_us"][one.site] -= one.wait_us
+            row["moe_work_us"] -= one.wait_us
+    return True
 
 
 def _straggler(rows: Sequence[Plain], slowest: Plain) -> Plain | None:
@@ -135,14 +158,19 @@ def load_per_rank(rows: Sequence[Plain]) -> Figure:
     )
 
 
-def work_per_rank(rows: Sequence[Plain]) -> Figure:
+def _waits_said(without_waits: bool) -> str:
+    return " Time spent waiting in collectives is left out." if without_waits else ""
+
+
+def work_per_rank(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
     """MoE work of each rank."""
     mean = sum(row["moe_work_us"] for row in rows) / len(rows)
     clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
     return Figure(
         key="rank-work",
         title="MoE work per rank",
-        caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace.",
+        caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace."
+        + _waits_said(without_waits),
         data=[_bars([row["moe_work_us"] for row in rows], rows, "#009E73", "µs")] if mean else [],
         layout=_bar_layout("µs"),
         headings=("rank", "MoE work µs", "÷ mean"),
@@ -153,7 +181,7 @@ def work_per_rank(rows: Sequence[Plain]) -> Figure:
     )
 
 
-def work_map(rows: Sequence[Plain]) -> Figure:
+def work_map(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
     """Layers x ranks: each rank's work over the mean of the ranks."""
     sites = sorted({site for row in rows for site in row["work_us"]})
     work = np.array([[row["work_us"].get(site, 0.0) for row in rows] for site in sites]).reshape(
@@ -173,7 +201,8 @@ def work_map(rows: Sequence[Plain]) -> Figure:
     return Figure(
         key="rank-layers",
         title="Forward work of each layer, rank by rank",
-        caption="Each rank's forward MoE work over the mean of all ranks; 1 is even.",
+        caption="Each rank's forward MoE work over the mean of all ranks; 1 is even."
+        + _waits_said(without_waits),
         data=[data] if sites else [],
         layout={
             "xaxis": {"type": "category"},
