@@ -196,7 +196,7 @@ def test_a_rank_that_waits_is_no_straggler(tmp_path: Path) -> None:
     assert answer["without_waits"]
     rows = answer["figures"]["rank-work"]["table"]["rows"]
     work = [row[1][1] for row in rows]
-    # A call: the kernels of `tiny_trace` take 40 µs, counts 2, dispatch 6 and combine 13 once all have come. Two
+    # A call: the kernels of `tiny_trace` take 40 µs, counts 2, dispatch 6, combine 13 once all have come. Two
     # layers, three calls.
     assert work == pytest.approx([6 * (40 + 2 + 6 + 13)] * 4)
     assert answer["straggler"]["ratio"] == pytest.approx(1)
