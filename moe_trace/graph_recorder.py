@@ -39,6 +39,7 @@ from moe_trace.recorder import Recorder, copy_to_pinned
 from moe_trace.routers import RouterSite
 from moe_trace.schema import GraphMark, Stage
 
+_MARKS_IN_TRACES = 10_000  # more steps than a trace can hold
 _REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
 
 
@@ -198,7 +199,7 @@ class GraphRecorder:
         self._latest: HostForward | None = None
         self._epochs: dict[int, HostForward] = {}
         self._marks: deque[_Mark] = deque(maxlen=_REMEMBERED)
-        self._profiled_marks: deque[_Mark] = deque(maxlen=_REMEMBERED)
+        self._profiled_marks: deque[_Mark] = deque(maxlen=_MARKS_IN_TRACES)
         """Those that stand in a trace."""
         self._shipped: deque[_Shipped] = deque()
         self._unshipped = 0

@@ -367,6 +367,24 @@ def test_samples_of_another_trace_of_the_run_are_left_out(tmp_path: Path) -> Non
     assert outcome.lost.unplaced == {}
 
 
+def test_two_tracers_count_their_own_forwards(tmp_path: Path) -> None:
+    """Models of one class have routers of one name; each has its own counter, copied at its own marks."""
+    other = [f"{grid},1,1 64,1,1" for grid in made.GRIDS[:5]]
+    small = made.replay(1250, 77)
+    for event in small[1:]:
+        event["args"]["block"] = [64, 1, 1]
+    events = [*steps_of(1), *small, *made.copy_of_mark(12, 9100), *made.copy_of_mark(9010, 9101)]
+    one = made.recording([made.unseen(0, 5)], graph_marks=marks_of(4, 5), captured_graphs=(made.captured(),))
+    marks = (made.mark(12, 30), made.mark(9010, 31))
+    two = made.recording([made.unseen(0, 31)], graph_marks=marks, captured_graphs=(made.captured(other),))
+    path = made.write_trace(tmp_path / "trace.json", events)
+    outcome = merge_recording(path, [one, two])
+    places = [samples[0].placement for samples in outcome.placed]
+    assert [p.device["router"].start_us for p in places if p] == [1112, 1362]
+    assert read_trace(path).recording.graph_marks == ()
+    assert {rule: broken for rule, broken in check(read_checked(path)).items() if broken} == {}
+
+
 # -- nodes --------------------------------------------------------------------------------------------
 
 
@@ -543,3 +561,19 @@ def test_a_perfetto_trace_has_a_lane_of_replays(graphs_trace: Path, tmp_path: Pa
     assert replays == sorted(round(start * 1000) for start in starts) and len(replays) == 3
     timed = any(s.placement and "router" in s.placement.device for s in recording.samples)
     assert ("router" in names.values()) is timed is ("load max÷mean" in names.values())
+
+
+@pytest.mark.parametrize(
+    "view", ["overview", "routing", "heat", "layer", "time", "timeline", "kernels", "compare", "ranks"]
+)
+def test_every_view_of_the_tab_answers(graphs_trace: Path, view: str) -> None:
+    from moe_trace.tensorboard_plugin.catalog import Catalogs
+    from moe_trace.tensorboard_plugin.data import Dashboard
+
+    dashboard = Dashboard(Catalogs(str(graphs_trace.parent)))
+    (run,) = dashboard.answer("runs", {})["runs"]
+    name = {"run": run["run"], "trace": graphs_trace.name}
+    other = {"run_b": run["run"], "trace_b": graphs_trace.name}
+    answer = dashboard.answer(view, {**name, **other, "site": "L00"})
+    assert "broken" not in answer and "error" not in answer
+    json.loads(json.dumps(answer), parse_constant=pytest.fail)

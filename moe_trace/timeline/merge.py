@@ -239,6 +239,8 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     if len(recordings) > 1:
         names = " + ".join(str(r.model.get("name")) for r in recordings)
         model = {**first.model, "name": names, "models": [r.model for r in recordings]}
+        # Each counts its own forwards, so that one list of marks could not tell whose they are.
+        first = replace(first, graph_marks=(), captured_graphs=(), graphs_compiled=False, annotated_nodes={})
     return replace(
         first,
         model=model,
