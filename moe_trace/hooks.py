@@ -29,6 +29,7 @@ from moe_trace.graph_memory import captures_now
 from moe_trace.graph_recorder import SiteRings
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import Recorder
+from moe_trace.retired import HoldsHooks, is_copy
 from moe_trace.routers import RouterSite
 from moe_trace.schema import RangeKind, RouterInfo, range_name
 from moe_trace.sending import Sending
@@ -76,7 +77,7 @@ class _OpenCall(Call):
     """In a CUDA graph, by hand."""
 
 
-class SiteHooks:
+class SiteHooks(HoldsHooks):
     """Install, run and remove the hooks of one site.
 
     Args:
@@ -204,6 +205,8 @@ class SiteHooks:
         if is_compiling():
             self._traced.before_block()
             return
+        if is_copy(module, self.site.block):
+            return
         if self._opens_ranges():
             self._ranges.open(self._names["block"])
         if self._fused is not None:
@@ -228,7 +231,7 @@ class SiteHooks:
         if is_compiling():
             self._traced.before_router(args)
             return
-        if self.muted:
+        if self.muted or is_copy(module, self.site.router):
             return
         thread = get_ident()
         before = self.open_calls.get(thread)

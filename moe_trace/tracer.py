@@ -25,6 +25,7 @@ from moe_trace.hooks import CallClock, Level, SiteHooks
 from moe_trace.parallel import ParallelModel
 from moe_trace.ranges import OpenRanges, owns_ranges, profiler_is_recording
 from moe_trace.recorder import Recorder
+from moe_trace.retired import HoldsHooks, is_copy
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage, range_name
 from moe_trace.sending import Sending
@@ -33,7 +34,7 @@ from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
 
 
-class MoETracer:
+class MoETracer(HoldsHooks):
     """Record what every router of a model decides, while active as a context manager.
 
     Args:
@@ -376,6 +377,8 @@ class MoETracer:
         if torch.compiler.is_compiling():
             self._graphs.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
             return
+        if is_copy(module, self.model):
+            return
         if is_capturing():
             self._set_level(Level.RANGES)  # which tells where the experts end
             self._graphs.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
@@ -414,7 +417,7 @@ class MoETracer:
             self._set_level(max(self._wanted.values()))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_copy(module, self.model):
             return
         if output is None:
             self.abandon_calls()

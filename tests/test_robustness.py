@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -555,3 +556,30 @@ def test_idle_steps_have_no_hook_on_any_router() -> None:
         model(**token_batch())
         assert time.perf_counter() > started
     assert {s.step for s in tracer.samples()} == {0}
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_copy_of_a_traced_model_is_another_model(profiled: bool) -> None:
+    model, batch = tiny_olmoe(), token_batch(2, 8)
+    context = moe_trace.profile(model) if profiled else moe_trace.MoETracer(model)
+    with torch.no_grad(), context as running:
+        tracer = running.tracer if profiled else running
+        model(**batch)
+        copied = copy.deepcopy(model)  # as averaged weights are made in the middle of training
+        expected = model(**batch).logits
+        assert torch.equal(copied(**batch).logits, expected)
+    assert [s.step for s in tracer.samples() if s.layer == 0] == ([0, 0] if profiled else [0, 1])
+    with moe_trace.MoETracer(copied) as own:
+        copied(**batch)
+    assert {s.call for s in own.samples()} == {0}
+    assert len(tracer.samples()) == 2 * len(tracer.sites)
+
+
+def test_a_traced_model_can_be_saved_whole(tmp_path: Path) -> None:
+    model, batch = tiny_olmoe(), token_batch(2, 8)
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        expected = model(**batch).logits
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(loaded(**batch).logits, expected)
+    assert len(tracer.samples()) == len(tracer.sites)

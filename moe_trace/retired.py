@@ -1,0 +1,53 @@
+"""What hooks become in a copy or a pickle of a traced model: it is another model, which is not recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Retired:
+    """Stands in a saved model for the hooks that were on; every hook of it does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+class HoldsHooks:
+    """For classes whose methods are put on modules as hooks.
+
+    `copy.deepcopy` of a module copies its hooks: they stay bound to the same object, which finds with
+    `is_copy` that they were called for another module, and takes them off it. A pickle gets hooks that do
+    nothing.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Retired, ()
+
+
+def is_copy(module: nn.Module, original: nn.Module | None) -> bool:
+    """Whether a hook was called for a copy of the module that it was put on; its replicas are none.
+
+    If so, all such hooks are taken off the copy and what is below it.
+    """
+    if module is original or getattr(module, "_is_replica", False):
+        return False
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [
+                k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), HoldsHooks)
+            ]:
+                del hooks[key]
+                part._forward_pre_hooks_with_kwargs.pop(key, None)
+                part._forward_hooks_with_kwargs.pop(key, None)
+                part._forward_hooks_always_called.pop(key, None)
+    return True
