@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,30 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(model_folder, tmp_path_factory.mktemp("two"), 2, (*TWO_RANKS, "mixed"))
+    return run_once(model_folder, tmp_path_factory, 2, (*TWO_RANKS, "mixed"))
 
 
 @pytest.fixture(scope="session")
 def four_ranks(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run_ranks(model_folder, tmp_path_factory.mktemp("four"), 4, FOUR_RANKS)
+    return run_once(model_folder, tmp_path_factory, 4, FOUR_RANKS)
+
+
+def run_once(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, world_size: int, modes: tuple[str, ...]
+) -> Ranks:
+    """One run for all workers of the test session: it takes a minute or two, and files go to any worker."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / f"{world_size}_ranks"
+    with (folder / f"{world_size}_ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "done").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            run_ranks(model, out, world_size, modes)
+            (out / "done").touch()
+    return Ranks(out, world_size)
 
 
 @pytest.fixture(scope="session")
