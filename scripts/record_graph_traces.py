@@ -33,6 +33,15 @@ def compiled_model(model: OlmoeForCausalLM) -> Replay:
     return _calls(torch.compile(model, mode="reduce-overhead", fullgraph=True))
 
 
+def compiled_function(model: OlmoeForCausalLM) -> Replay:
+    """A function that calls the model: even the model's own hooks are inside the graph."""
+
+    def next_logits(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        return model(ids, **options).logits
+
+    return _calls(torch.compile(next_logits, mode="reduce-overhead", fullgraph=True))
+
+
 def compiled_layers(model: OlmoeForCausalLM) -> Replay:
     for layer in model.model.layers:
         layer.compile(mode="reduce-overhead", fullgraph=True)
@@ -69,6 +78,7 @@ def by_hand(model: OlmoeForCausalLM) -> Replay:
 WORKLOADS: dict[str, Callable[[OlmoeForCausalLM], Replay]] = {
     "compiled_model": compiled_model,
     "compiled_layers": compiled_layers,
+    "compiled_function": compiled_function,
     "by_hand": by_hand,
 }
 
