@@ -3,8 +3,8 @@
 By the ids of their nodes, where the graph was captured with annotations. Else by their positions: while the
 graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
 plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
-noted one must be those of the replay. Where the profiler does not show each copy and memset as such, the
-kernels alone are told.
+noted one must be those of the replay. Where the profiler shows no copies and memsets, the kernels alone are
+told.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moe_trace.schema import (
     RANGE_NAME,
     CapturedGraph,
-    GraphCall,
     RangeKind,
     Recording,
     Span,
@@ -66,34 +66,37 @@ def _by_ids(launch: Launch, recording: Recording) -> dict[str, dict[RangeKind, N
 def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> dict[str, dict[RangeKind, NodeSpans]]:
     if len(launch.streams) != 1:
         return {}
-    alike = {(graph.calls, graph.copies): graph for graph in graphs if _replays(launch, graph)}
+    alike = {(graph.calls, graph.copies): events for graph in graphs if (events := _events_of(launch, graph))}
     if len(alike) != 1:  # none, or several that do not agree on where the calls are
         return {}
-    graph = next(iter(alike.values()))
-    calls = graph.calls
+    (calls, _), events = next(iter(alike.items()))
     often = Counter((call.name, call.kind) for call in calls)
     found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
     for call in calls:
-        work = _work_of(launch, graph, call)
+        work = [event for event in events[call.first : call.last] if event is not None]
         if work and often[call.name, call.kind] == 1:
             found[call.name][call.kind] = _spans_of(work)
     return dict(found)
 
 
-def _replays(launch: Launch, graph: CapturedGraph) -> bool:
-    count = graph.nodes - len(graph.copies)
-    kernels = [item.kernel for item in launch.work if item.kernel is not None]
-    if graph.problem is not None or not 0 < count <= len(kernels):
-        return False
-    return graph_digest(kernels[:count]) == graph.digest
+def _events_of(launch: Launch, graph: CapturedGraph) -> list[DeviceWork | None]:
+    """By node, up to the last noted: what ran, None for a copy that is not shown; empty for another graph."""
+    if graph.problem is not None:
+        return []
+    copies = frozenset(graph.copies)
+    # A copy between two places of the device runs as a kernel of the driver's own, `memcpy32_post`.
+    each: list[DeviceWork | None] = [*launch.work[: graph.nodes]]
+    kernels = iter([item for item in launch.work if item.kernel is not None])
+    without_copies = [None if at in copies else next(kernels, None) for at in range(graph.nodes)]
+    for events in (each, without_copies):
+        shapes = [_shape(event) for at, event in enumerate(events) if at not in copies]
+        if len(events) == graph.nodes and None not in shapes and graph_digest(shapes) == graph.digest:
+            return events
+    return []
 
 
-def _work_of(launch: Launch, graph: CapturedGraph, call: GraphCall) -> list[DeviceWork]:
-    copies = [i for i, item in enumerate(launch.work[: graph.nodes]) if item.kernel is None]
-    if copies == list(graph.copies):
-        return launch.work[call.first : call.last]
-    first, last = (at - sum(copy < at for copy in graph.copies) for at in (call.first, call.last))
-    return [item for item in launch.work if item.kernel is not None][first:last]
+def _shape(event: DeviceWork | None) -> Any:
+    return None if event is None else event.kernel
 
 
 def _spans_of(work: Sequence[DeviceWork]) -> NodeSpans:
