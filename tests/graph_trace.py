@@ -36,8 +36,9 @@ def replay(
     grids: Sequence[int] = GRIDS,
     streams: Sequence[int] = (),
     node_ids: Sequence[int] = (),
+    compiled: bool = False,
 ) -> list[Any]:
-    """The launch and the kernels of one replay."""
+    """The launch and the kernels of one replay; `compiled`: one of them is Inductor's, and scatters."""
     found = [event("cuda_runtime", "cudaGraphLaunch", time_us, 10, correlation=correlation)]
     for i, grid in enumerate(grids):
         args: dict[str, Any] = {"correlation": correlation, "grid": [grid, 1, 1], "block": [128, 1, 1]}
@@ -45,6 +46,8 @@ def replay(
             args["graph node id"] = node_ids[i]
         stream = streams[i] if streams else STREAM
         name = "void f<{lambda(int)#1}>(int)"  # braces, as C++ has them
+        if compiled and i == 1:
+            name = "triton_poi_fused_cat_index_put_7"
         found.append(event("kernel", name, time_us + 100 + 12 * i, 10, pid=0, tid=stream, **args))
     return found
 

@@ -297,6 +297,70 @@ def test_other_graphs_between_the_replays_are_told_apart_by_their_nodes(tmp_path
     assert [p.host["graph"].start_us for p in placements(outcome) if p] == [1000, 1500]
 
 
+def test_real_replays_of_a_compiled_function_are_told_by_the_count_of_the_device(tmp_path: Path) -> None:
+    """Even the model's hooks are inside: three steps, three launches, whose order the counter gives."""
+    path = tmp_path / "trace.json"
+    path.write_bytes(gzip.decompress((H200 / "compiled_function.pt.trace.json.gz").read_bytes()))
+    outcome = merge_recording(path, [read_trace(path).recording])
+    events = json.loads(path.read_bytes())["traceEvents"]
+    launches = sorted((e for e in events if e["name"] == "cudaGraphLaunch"), key=lambda e: e["ts"])
+    placed = sorted(outcome.placed[0], key=lambda sample: (sample.call, sample.layer))
+    assert len(launches) == 3 and [s.layer for s in placed] == [0, 1] * 3
+    assert all(sample.host_start_ns == 0 for sample in placed)
+    for i, sample in enumerate(placed):
+        launch = launches[i // 2]
+        work = [e for e in events if e.get("args", {}).get("correlation") == launch["args"]["correlation"]]
+        kernels = [e for e in work if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        assert sum("index_put" in e["name"] for e in kernels) >= 1
+        assert sample.placement is not None
+        assert sample.placement.host == {"graph": Span(launch["ts"], launch["dur"])}
+        assert sample.placement.device.keys() == {"graph"}
+        assert sample.placement.device["graph"].start_us == min(e["ts"] for e in kernels)
+    assert outcome.lost.unplaced == {} and outcome.lost.untimed == {graphs.FUSED: 6}
+    assert {rule: broken for rule, broken in check(read_checked(path)).items() if broken} == {}
+
+
+def compiled_steps(*replays: int) -> list[Any]:
+    """As `steps_of`, of graphs that torch.compile made."""
+    marks = [e for e in steps_of(*replays) if e["name"] != "cudaGraphLaunch" and e["cat"] != "kernel"]
+    launches = [
+        made.replay(10_000 * step + 1000 + 500 * i, 10 * step + i + 1, compiled=True)
+        for step, count in enumerate(replays)
+        for i in range(count)
+    ]
+    return marks + [event for replay in launches for event in replay]
+
+
+COMPILED = {"captured_graphs": (), "graphs_compiled": True}
+DRIVER = made.event("cuda_driver", "cuLaunchKernel", 1900, 2, correlation=9)
+LATE_SCATTER = made.event("kernel", "at::index_put_kernel", 1640, 3, pid=0, tid=made.STREAM, correlation=98)
+
+
+@pytest.mark.parametrize(
+    ("events", "count", "expected"),
+    [
+        (compiled_steps(2), 2, [1000, 1500]),
+        # A graph that scatters nothing, such as one that samples the next token, cannot have written.
+        (compiled_steps(2) + made.replay(1250, 77, grids=(8, 8, 8)), 2, [1000, 1500]),
+        (compiled_steps(2) + made.replay(1250, 77, grids=(8, 8, 8), compiled=True), 2, graphs.OTHER_COUNT),
+        (compiled_steps(2), 1, graphs.OTHER_COUNT),
+        ([*compiled_steps(2), DRIVER], 2, graphs.UNKNOWN_GRAPH),
+        ([*compiled_steps(2), LATE_SCATTER], 2, graphs.UNKNOWN_GRAPH),
+    ],
+    ids=["told", "another graph", "another that scatters", "count", "triton beside", "scatter beside"],
+)
+def test_replays_of_compiled_functions_are_told_or_refused(
+    tmp_path: Path, events: list[Any], count: int, expected: list[int] | str
+) -> None:
+    samples = [made.unseen(i, i + 1) for i in range(count)]
+    recording = made.recording(samples, graph_marks=marks_of(0, count), **COMPILED)
+    outcome = merged(tmp_path, events, recording)
+    if isinstance(expected, str):
+        assert outcome.lost.unplaced == {expected: count}
+    else:
+        assert [p.host["graph"].start_us for p in placements(outcome) if p] == expected
+
+
 BROKEN = made.captured(problem="the captured graph is no plain chain")
 
 

@@ -47,8 +47,8 @@ MIXED = (
     "between them"
 )
 UNKNOWN_GRAPH = (
-    "which launches wrote them cannot be told: the graph was made by torch.compile round a function that "
-    "calls the model; compile the model itself"
+    "which launches wrote them cannot be told: the graphs were made by torch.compile round a function that "
+    "calls the model, and something beside them may have written too; compile the model itself"
 )
 OTHER_TRACE = "they belong to another trace of the same run"
 UNKNOWN_NODES = (
@@ -294,24 +294,34 @@ class _Segments:
         streams = {self._stream(mark) for mark in (before, after)}
         if None in streams:
             return NO_MARK
-        writers = self._of_the_model(between, count)
+        writers = self._of_the_model(between, count, Span(start_us, end_us - start_us))
         if isinstance(writers, str):
             return writers
         if len(streams) > 1 or any(launch.streams != streams for launch in writers):
             return OTHER_STREAM
         return sorted(writers, key=lambda launch: launch.work[0].span.start_us)
 
-    def _of_the_model(self, between: Sequence[Launch], count: int) -> list[Launch] | str:
+    def _of_the_model(self, between: Sequence[Launch], count: int, segment: Span) -> list[Launch] | str:
         known = [launch for launch in between if self._replays.nodes.of(launch)]
         if known:
             return known if len(known) == count else OTHER_COUNT
         recording = self._replays.recording
+        able = list(between)
         if not recording.captured_graphs or recording.graphs_compiled:
-            return UNKNOWN_GRAPH
-        # Every forward is one of a graph that was captured by hand. Where all launches replay one and the
-        # same graph, each made as many forwards as the others: one, if there are as many.
-        alike = len({tuple(item.kernel for item in launch.work) for launch in between}) == 1
-        return list(between) if alike and len(between) == count else OTHER_COUNT
+            # Each decision is written by a scatter. Without one outside the graphs, all of them ran inside.
+            able = [launch for launch in between if launch.scatters]
+            last = hull([segment, *(item.span for launch in able for item in launch.work)])
+            if not able or last is None or self._writes_beside(last):
+                return UNKNOWN_GRAPH
+        # Where all launches replay one and the same graph, each made as many forwards as the others: one, if
+        # there are as many.
+        alike = len({tuple(item.kernel for item in launch.work) for launch in able}) == 1
+        return able if alike and len(able) == count else OTHER_COUNT
+
+    def _writes_beside(self, segment: Span) -> bool:
+        launches = self._replays.launches
+        times_us = [*(time_us for _, time_us in launches.driver_launches), *launches.scatters_us]
+        return any(segment.start_us <= time_us <= segment.end_us for time_us in times_us)
 
     def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:
         """The stream on which the mark's count was copied; None where the trace does not hold the copy."""

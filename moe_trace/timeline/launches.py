@@ -19,6 +19,7 @@ _EVENT_MAX = 64 * 2**10
 _HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
 # What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
 _OTHER_WRITERS = re.compile(rb'"cuLaunchKernel|index_put_kernel')
+_SCATTER = "index_put"  # in the names of Inductor's kernels as in those of torch's own
 _CORRELATION = re.compile(rb'"correlation"\s*:\s*(\d+)')
 _KERNELS = frozenset({"kernel", "concurrent_kernel"})
 _WORK = _KERNELS | {"gpu_memcpy", "gpu_memset"}
@@ -36,6 +37,8 @@ class DeviceWork:
     """Process and thread of the trace, which are the device and its stream."""
     node_id: int
     """The `graph node id` that newer profilers write; 0 without."""
+    scatters: bool = False
+    """Whether it scatters into a tensor, as every write into a ring does."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Launch:
     @property
     def is_graph(self) -> bool:
         return self.name == GRAPH_LAUNCH
+
+    @property
+    def scatters(self) -> bool:
+        """Whether it can have written a decision."""
+        return any(item.scatters for item in self.work)
 
     @property
     def streams(self) -> set[tuple[Any, Any]]:
@@ -162,7 +170,13 @@ def _device_work(event: dict[str, Any]) -> DeviceWork | None:
     kernel = f"{grid} {block}" if category in _KERNELS else None
     node_id = args.get("graph node id")
     stream = (event.get("pid"), event.get("tid"))
-    return DeviceWork(kernel, _span(event), stream, node_id if isinstance(node_id, int) else 0)
+    return DeviceWork(
+        kernel,
+        _span(event),
+        stream,
+        node_id if isinstance(node_id, int) else 0,
+        scatters=_SCATTER in str(event.get("name")),
+    )
 
 
 def _span(event: dict[str, Any]) -> Span:
