@@ -358,12 +358,17 @@ class SiteHooks(HoldsHooks):
         context = self._context()
         if not context.recorded:
             return
-        if not context.of_model:
+        recomputed = current_graph_task_id() != -1
+        if recomputed:
+            # Kept until the next forward, each recomputed layer's graph would be taken apart there, while the
+            # device waits for that forward's first kernel.
+            let_graph_go(reading)
+            self._recorder.end_with_backward()
+        elif not context.of_model:
             let_graph_go(reading)  # no end of a forward will do it
         padding_T = context.padding_T
         if padding_T is not None and padding_T.shape[0] != index_TK.shape[0]:
             padding_T = None
-        recomputed = current_graph_task_id() != -1
         record = CallRecord(
             self.site,
             self.calls,

@@ -56,6 +56,7 @@ class Recorder:
         self._lock = threading.RLock()
         self._pending: list[PendingCall] = []
         self._unfinished = 0
+        self._ends_with_backward = False
         self._held_bytes = 0
         self._on_device: list[Batch] = []
         self._on_host: deque[Batch] = deque()
@@ -75,6 +76,7 @@ class Recorder:
     def end_forward(self) -> None:
         """The model's forward is over: reduce it now, or let it wait for more if it is small."""
         with self._lock:
+            self._ends_with_backward = False
             small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX
             if not (small and self.may_wait):
                 self.reduce()
@@ -82,6 +84,12 @@ class Recorder:
             for item in self._pending[self._unfinished :]:
                 item.let_graph_go()
             self._unfinished = len(self._pending)
+
+    def end_with_backward(self) -> None:
+        """The calls of a recomputation are complete when the backward is, which this thread is in."""
+        if not self._ends_with_backward:
+            self._ends_with_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_forward)
 
     def _waiting_bytes(self) -> int:
         device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"

@@ -75,6 +75,28 @@ def test_loss_gradients_and_counts(reentrant: bool | None, autocast: bool) -> No
     assert load == sum(s.tokens for s in samples if s.phase == "forward")
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_calls_keep_no_graph_and_end_with_their_backward(reentrant: bool) -> None:
+    """Else the next forward would begin with taking the graphs apart, and with their reduction."""
+    model = train_model()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with moe_trace.MoETracer(model) as tracer:
+        for _ in range(2):
+            loss_of(model).backward()
+            pending = tracer._recorder._pending
+            recomputed = [item for item in pending if item.record.phase == "recompute"]
+            assert recomputed and not any(item.reading.weights_TK.requires_grad for item in recomputed)
+            assert tracer._recorder._unfinished == len(pending)
+        model.model.layers[0].register_full_backward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model).backward()
+        model.model.layers[0]._backward_hooks.clear()
+        loss_of(model).backward()
+        assert tracer._recorder._unfinished == len(tracer._recorder._pending)
+    phases = Counter(s.phase for s in tracer.samples())
+    assert phases["forward"] == 4 * len(tracer.sites) and phases["recompute"] >= 3 * len(tracer.sites)
+
+
 def test_anomaly_mode_changes_nothing() -> None:
     def run(model: Any) -> list[torch.Tensor]:
         with torch.autograd.detect_anomaly(check_nan=True):
