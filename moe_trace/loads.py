@@ -36,15 +36,24 @@ def describe_load(assignments: npt.ArrayLike) -> Load:
         return Load(
             max_over_mean=None, cv=None, gini=None, entropy=None, active_experts=active, dead_experts=dead
         )
-    mean = total / len(loads_E)
     return Load(
-        max_over_mean=float(loads_E.max() / mean),
-        cv=float(loads_E.std() / mean),
+        max_over_mean=max_over_mean(loads_E),
+        cv=coefficient_of_variation(loads_E),
         gini=gini(loads_E),
         entropy=normalised_entropy(loads_E),
         active_experts=active,
         dead_experts=dead,
     )
+
+
+def max_over_mean(loads_E: npt.NDArray[np.float64]) -> float:
+    """Largest load over the mean load; not all are 0."""
+    return float(loads_E.max() / loads_E.mean())
+
+
+def coefficient_of_variation(loads_E: npt.NDArray[np.float64]) -> float:
+    """Population standard deviation over the mean; not all are 0."""
+    return float(loads_E.std() / loads_E.mean())
 
 
 def gini(loads: Any) -> float:

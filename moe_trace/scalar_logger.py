@@ -9,7 +9,7 @@ import warnings
 from types import TracebackType
 from typing import Any
 
-from moe_trace.scalars import scalar_points
+from moe_trace.scalars import add_scalars
 from moe_trace.schema import RoutingSample
 from moe_trace.tracer import MoETracer
 
@@ -104,5 +104,4 @@ class ScalarLogger:
         newest = max((sample.step for sample in self._held), default=0)
         complete = [sample for sample in self._held if last_step or sample.step < newest]
         self._held = [sample for sample in self._held if not last_step and sample.step >= newest]
-        for tag, value, step in scalar_points(complete):
-            writer.add_scalar(tag, value, global_step=step)
+        add_scalars(writer, complete)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from moe_trace.load_image import load_picture, step_loads
-from moe_trace.loads import describe_load
+from moe_trace.loads import coefficient_of_variation, max_over_mean
 from moe_trace.schema import RoutingSample
 
 # One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
@@ -34,10 +38,18 @@ def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSampl
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(log_dir=str(folder)) as writer:
-        for tag, value, step in scalar_points(samples):
-            writer.add_scalar(tag, value, global_step=step)
+        add_scalars(writer, samples)
         for step, loads in step_loads(samples, IMAGES_MAX).items():
             writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step, dataformats="HWC")
+
+
+def add_scalars(writer: Any, samples: Iterable[RoutingSample]) -> None:
+    """One event a step: a tenth of the time of `add_scalar` for each, which holds Python's lock."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for step, points in itertools.groupby(scalar_points(samples), key=lambda point: point[2]):
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value, _ in points]
+        writer.file_writer.add_summary(Summary(value=values), step)
 
 
 def scalar_points(samples: Iterable[RoutingSample]) -> Iterator[tuple[str, float, int]]:
@@ -57,11 +69,12 @@ def scalar_points(samples: Iterable[RoutingSample]) -> Iterator[tuple[str, float
 
 
 def _figures(calls: Sequence[RoutingSample]) -> dict[str, float]:
-    load = describe_load(sum(call.assignments for call in calls))
+    loads_E = np.stack([call.assignments for call in calls]).sum(0, dtype=np.float64)
+    assigned = bool(loads_E.any())
     slots = sum(call.tokens * call.top_k for call in calls)
-    found = {
-        "load_max_over_mean": load.max_over_mean,
-        "load_cv": load.cv,
+    found: dict[str, float | None] = {
+        "load_max_over_mean": max_over_mean(loads_E) if assigned else None,
+        "load_cv": coefficient_of_variation(loads_E) if assigned else None,
         "router_entropy": _mean(calls, "router_entropy"),
         "router_confidence": _mean(calls, "confidence"),
         "skipped_share": sum(call.skipped for call in calls) / slots if slots else None,

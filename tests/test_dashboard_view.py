@@ -66,7 +66,7 @@ def test_view_says_that_tensorboard_is_missing(
 
 
 def test_view_finds_traces_in_folders_below() -> None:
-    assert len(require_traces(H200.parent).traces) == len(list(H200.glob("*.pt.trace.json.gz")))
+    assert len(require_traces(H200.parent).traces) == len(list(H200.parent.rglob("*.pt.trace.json.gz")))
 
 
 def test_view_starts_tensorboard_and_ends_it(tmp_path: Path) -> None:
