@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_trace.contracts import Call, ContractMismatch
-from moe_trace.graph_recorder import SiteRings
+from moe_trace.graph_rings import SiteRings
 from moe_trace.routers import RouterSite
 
 

@@ -26,7 +26,7 @@ from moe_trace.forwards import ForwardContext
 from moe_trace.graph_capture import CaptureNotes
 from moe_trace.graph_hooks import TracedSite
 from moe_trace.graph_memory import captures_now
-from moe_trace.graph_recorder import SiteRings
+from moe_trace.graph_rings import SiteRings
 from moe_trace.ranges import OpenRanges, claim_ranges, owns_ranges, profiler_is_recording, release_ranges
 from moe_trace.recorder import Recorder
 from moe_trace.retired import HoldsHooks, is_copy

@@ -27,6 +27,7 @@ from torch import Tensor
 from moe_trace.batch import Batch
 from moe_trace.call_record import CallRecord, PendingCall
 from moe_trace.contracts import Reading
+from moe_trace.pinned import copies_on_host
 from moe_trace.ranges import profiler_is_recording
 from moe_trace.reduction import groups_of_one_shape, reduce_group
 from moe_trace.schema import OWN_WORK_RANGE, RoutingSample
@@ -168,10 +169,8 @@ class Recorder:
             batch.unpin_if_copied()
         for device, batches in _by_device_and_width(self._on_device):
             with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
-                ints = copy_to_pinned(torch.cat([b.ints for b in batches]))
-                floats = copy_to_pinned(torch.cat([b.floats for b in batches]))
-                copied = torch.cuda.Event()
-                copied.record()
+                wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
+                (ints, floats), copied = copies_on_host(wide)
             start = 0
             for batch in batches:
                 rows = slice(start, start := start + len(batch.records))
@@ -250,10 +249,3 @@ def _by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, l
         groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
     for (device, _, _), group in groups.items():
         yield device, group
-
-
-def copy_to_pinned(source: Tensor) -> Tensor:
-    """An asynchronous copy; complete once the current stream has passed it."""
-    # The device is named, because a default device set by the user would be taken otherwise.
-    target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
-    return target.copy_(source, non_blocking=True)

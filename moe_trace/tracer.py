@@ -19,7 +19,8 @@ from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
 from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs, unwrapped
 from moe_trace.graph_capture import CaptureNotes
-from moe_trace.graph_recorder import GraphRecorder, HostForward, Segment
+from moe_trace.graph_forwards import HostForward, Segment
+from moe_trace.graph_recorder import GraphRecorder
 from moe_trace.graph_ring import STAGES
 from moe_trace.hooks import CallClock, Level, SiteHooks
 from moe_trace.parallel import ParallelModel
@@ -100,7 +101,7 @@ class MoETracer(HoldsHooks):
                 clock=clock,
                 sending=self._sending,
             )
-            for site, rings in zip(self.sites, self._graphs.sites, strict=True)
+            for site, rings in zip(self.sites, self._graphs.rings.sites, strict=True)
         ]
         self._model_handles: list[RemovableHandle] = []
         self._forwards = ForwardStack()
@@ -229,7 +230,7 @@ class MoETracer(HoldsHooks):
             parallel=self._parallel.describe(samples),
             graph_marks=self._graphs.marks(),
             captured_graphs=self._captures.graphs(),
-            graphs_compiled=self._graphs.compiled,
+            graphs_compiled=self._graphs.rings.compiled,
             annotated_nodes=self._captures.annotated_nodes(),
         )
 
@@ -375,13 +376,13 @@ class MoETracer(HoldsHooks):
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            self._graphs.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
+            self._graphs.rings.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         if is_copy(module, self.model):
             return
         if is_capturing():
             self._set_level(Level.RANGES)  # which tells where the experts end
-            self._graphs.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
+            self._graphs.rings.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
         self.abandon_calls()
@@ -395,7 +396,7 @@ class MoETracer(HoldsHooks):
         stage = self._inputs.stage(args, kwargs)
         now_ns, thread = time.time_ns(), threading.get_native_id()
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
-        context = ForwardContext(step, stage, epoch=self._graphs.epoch, recorded=sampled)
+        context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
         self._forwards.enter(context)
         if not sampled:
             self._want_level(Level.OFF)

@@ -247,7 +247,7 @@ def test_more_forwards_than_a_ring_has_slots(monkeypatch: pytest.MonkeyPatch) ->
     model = small_model()
     with moe_trace.MoETracer(model) as tracer:
         run(compile_layers(model, backend="aot_eager"), shapes)
-    slots = tracer._graphs._slots()
+    slots = tracer._graphs.rings.slots
     assert slots < 30
     assert len(recorded(tracer)) == 60
     assert tracer.recording().lost.overwritten == 0
@@ -270,7 +270,7 @@ def test_forwards_inside_a_larger_graph_are_counted_by_the_device(
             run(function, [(1, 3)])
             if steps:
                 tracer.step()
-    slots = tracer._graphs._slots()
+    slots = tracer._graphs.rings.slots
     assert 4 < slots < 30
     expected = 60 if steps else slots
     assert recorded(tracer) == eager_assignments([(1, 3)]) * expected

@@ -131,13 +131,13 @@ def test_compiled_decode_adds_no_synchronisation() -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(2 * tracer._graphs._slots()):  # more than one shipment
+            for _ in range(2 * tracer._graphs.rings.slots):  # more than one shipment
                 torch.compiler.cudagraph_mark_step_begin()
                 forward(tokens, use_cache=False)
                 tracer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        slots = tracer._graphs._slots()
+        slots = tracer._graphs.rings.slots
     assert len(tracer.samples()) == 2 * (5 + 2 * slots)
 
 
