@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.figures import PHASE_COLOURS, Cell, Figure, Spec, safe
+from moe_trace.figure import PHASE_COLOURS, Cell, Figure, Spec, safe
 from moe_trace.reading.rank_time import ExchangeTime
 from moe_trace.reading.ranks import LayerRanks, RankReport
 

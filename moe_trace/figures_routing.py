@@ -7,16 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.figures import (
-    POINTS_MAX,
-    Cell,
-    Figure,
-    entropy_over_time,
-    heat_map_trace,
-    k_histogram,
-    load_over_time,
-    safe,
-)
+from moe_trace.figure import POINTS_MAX, Cell, Figure, safe
+from moe_trace.figures_decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.figures_load import heat_map_trace
 from moe_trace.loads import describe_load
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.schema import RoutingSample

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from moe_trace.figures import PHASE_COLOURS, Figure, Spec, latency, safe
+from moe_trace.figure import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.figures_latency import latency
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.reading.layers import LayerPhases, PhaseReport
 from moe_trace.reading.structure import PHASES

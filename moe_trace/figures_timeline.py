@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_trace.figures import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.figure import PHASE_COLOURS, Figure, Spec, safe
 from moe_trace.loads import describe_load
 from moe_trace.reading.lanes import Clock, Lanes, Segments
 from moe_trace.reading.structure import PHASES

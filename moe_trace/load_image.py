@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.figures import DIVERGING
+from moe_trace.figure import DIVERGING
 from moe_trace.schema import RoutingSample
 
 CELL_PX, GAP_PX = 14, 1

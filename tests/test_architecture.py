@@ -15,7 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "moe_trace"
 VOCABULARY = {"errors", "schema", "files", "loads"}
 READING = VOCABULARY | {
     "codec",
+    "figure",
     "figures",
+    "figures_decisions",
+    "figures_latency",
+    "figures_load",
     "figures_ranks",
     "figures_routing",
     "figures_time",
@@ -76,7 +80,7 @@ ON_TOP = RECORDING | {
     "workload",
 }
 READING_COMMANDS = {"check", "diff", "export", "merge", "placement", "reading", "report", "view"}
-FIGURES = {"figures", "figures_ranks", "figures_routing", "figures_time", "figures_timeline"}
+FIGURES = {part for part in READING if part.startswith("figure")}
 ALLOWED = {
     "errors": set(),
     "schema": set(),
@@ -91,6 +95,7 @@ ALLOWED = {
     "reading": READING - FIGURES - {"placement"},  # render: for `_repr_html_` alone, when a notebook asks
     "reader": READING - {"placement", "render"} - FIGURES,
     **dict.fromkeys(FIGURES, READING),
+    "figure": set(),
     "tensorboard_plugin": READING,
     "render": READING,
     "contracts": {"errors", "schema"},
@@ -150,7 +155,7 @@ ALLOWED = {
     },
     "tracer": RECORDING - {"scalars", "stats", "fused_stats", "flops"},
     "scalars": {"load_image", "loads", "schema"},
-    "load_image": {"figures", "schema"},
+    "load_image": {"figure", "schema"},
     "profiler": RECORDING - {"stats", "fused_stats", "flops"},
 }
 NO_TORCH = ["errors", "schema", "files", "loads", "codec", "summary", "timeline", "reading", "reader"]

@@ -20,7 +20,7 @@ import pytest
 from moe_trace.cli import main
 from moe_trace.cli.view import choose_port, is_free, require_traces
 from moe_trace.errors import UsageError
-from moe_trace.figures import DIVERGING
+from moe_trace.figure import DIVERGING
 from moe_trace.load_image import CELL_PX, GAP_PX, colours, load_picture
 
 ROOT = Path(__file__).resolve().parents[1]

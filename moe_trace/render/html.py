@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from moe_trace.errors import UsageError
-from moe_trace.figures import TABLE_ROWS_MAX, Cell, Figure, figures
+from moe_trace.figure import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.figures import figures
 from moe_trace.figures_ranks import rank_figures
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.render.json import without_nonfinite

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_trace.errors import MoETraceError
-from moe_trace.figures import TABLE_ROWS_MAX, expert_heat_map
+from moe_trace.figure import TABLE_ROWS_MAX
+from moe_trace.figures_load import expert_heat_map
 from moe_trace.figures_routing import difference_map, layer_figures, layer_summary
 from moe_trace.figures_time import time_figures
 from moe_trace.figures_timeline import timeline_figure

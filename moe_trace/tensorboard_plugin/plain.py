@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_trace.figures import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.figure import TABLE_ROWS_MAX, Cell, Figure
 from moe_trace.render.tables import share
 
 Plain = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.figures import Figure, Spec, safe
+from moe_trace.figure import Figure, Spec, safe
 from moe_trace.figures_ranks import rank_figures
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.reading.combine import join_inputs
