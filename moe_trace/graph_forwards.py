@@ -110,8 +110,7 @@ class GraphForwards:
         if self._latest is None:
             return False
         self._by_epoch[self.epoch] = self._latest
-        if len(self._by_epoch) > REMEMBERED:
-            del self._by_epoch[next(iter(self._by_epoch))]
+        self._by_epoch.pop(self.epoch - REMEMBERED, None)
         return True
 
     def mark(self, segment: Segment, count: Tensor, *, in_trace: bool) -> int:
@@ -136,10 +135,9 @@ class GraphForwards:
 
     # -- asked when the decisions are drained ---------------------------------------------------------
 
-    @property
-    def seen_by_host(self) -> int:
-        """How many are remembered of those that the host saw begin."""
-        return len(self._by_epoch)
+    def seen_by_host(self, epoch: int) -> int:
+        """How many are remembered of those that the host saw begin, up to this epoch."""
+        return sum(begun <= epoch for begun in list(self._by_epoch))
 
     def marks(self) -> tuple[GraphMark, ...]:
         """The marks that were set while a profiler recorded. Waits for their copies."""
@@ -176,8 +174,14 @@ class GraphForwards:
         record.profiled = segment.profiled
         return segment.sampled and (segment.step is not None or self._samples_step(record.step))
 
-    def forget(self, oldest: int) -> None:
-        """The rows of all forwards up to `oldest` were drained."""
-        self._by_epoch = {epoch: seen for epoch, seen in self._by_epoch.items() if epoch == self.epoch}
+    def forget(self, oldest: int, epoch: int) -> None:
+        """The rows of all forwards up to `oldest` were drained, and of all epochs before `epoch`.
+
+        That is the epoch of the last shipment. On another thread newer forwards may have begun since, whose
+        rows are still to come, so what is remembered changes in place.
+        """
+        for begun in list(self._by_epoch):
+            if begun < epoch:
+                self._by_epoch.pop(begun, None)
         while self._marks and self._marks[0].forwards() < oldest:
             self._marks.popleft()

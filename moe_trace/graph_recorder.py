@@ -55,6 +55,8 @@ class GraphRecorder:
         self._unshipped = 0
         """Forwards that the host saw begin since the rings were shipped."""
         self._shipped_at = 0
+        self._shipped_epoch = 0
+        """The forward under way when the rings were shipped last."""
         self._drained = [0] * len(sites)
         """The last forward whose row was drained, by router."""
         self._written_over = 0
@@ -112,6 +114,7 @@ class GraphRecorder:
         by_shape = self.rings.by_shape()
         with self._lock, torch.no_grad():
             self._unshipped = 0
+            self._shipped_epoch = self.forwards.epoch
             for shape, indices in by_shape.items():
                 rings = [getattr(self.rings.sites[index], shape.kind) for index in indices]
                 self._shipped.append(ship(shape, indices, rings))
@@ -143,7 +146,7 @@ class GraphRecorder:
         self._shipped.clear()
         segments = self.forwards.segments()
         before, found = list(self._drained), [set[int]() for _ in self._routers]
-        seen_by_host = self.forwards.seen_by_host
+        seen_by_host = self.forwards.seen_by_host(self._shipped_epoch)
         in_order = sorted(
             ((forward, index, row, rows) for rows in new for index, row, forward in rows.each()),
             key=lambda item: item[:2],
@@ -156,7 +159,7 @@ class GraphRecorder:
             if forwards:
                 self._drained[index] = max(forwards)
                 self._count_lost(index, before[index], forwards, seen_by_host)
-        self.forwards.forget(min(self._drained))
+        self.forwards.forget(min(self._drained), self._shipped_epoch)
 
     def _store(
         self, rows: NewRows, index: int, row: int, forward: int, segments: list[tuple[int, Segment]]

@@ -38,6 +38,7 @@ _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is redu
 # for as long as it takes, so it waits while memory allows; a device works through it beside the host.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
 _WAITING_CALLS_MAX = 1024
+_PENDING_CALLS_MAX = 8 * _WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
 _SHIP_EVERY = 32
 
 
@@ -70,7 +71,7 @@ class Recorder:
         with self._lock:  # another thread may be taking the list away
             self._pending.append(pending)
             self._held_bytes += pending.held_bytes
-            full = self._held_bytes > _HELD_BYTES_MAX
+            full = self._held_bytes > _HELD_BYTES_MAX or len(self._pending) > _PENDING_CALLS_MAX
         if full:
             self.reduce()
 

@@ -35,11 +35,14 @@ class HoldsHooks:
 
 
 def is_copy(module: nn.Module, original: nn.Module | None) -> bool:
-    """Whether a hook was called for a copy of the module that it was put on; its replicas are none.
+    """Whether a hook was called for a copy of the module that it was put on.
 
+    Replicas are none, nor are shallow copies: what is below them, and their hooks, are the original's own.
     If so, all such hooks are taken off the copy and what is below it.
     """
     if module is original or getattr(module, "_is_replica", False):
+        return False
+    if original is not None and module._forward_hooks is original._forward_hooks:
         return False
     for part in module.modules():
         for hooks in (part._forward_pre_hooks, part._forward_hooks):

@@ -371,7 +371,13 @@ class MoETracer(HoldsHooks):
         if context is None:  # a submodule called on its own, or a replica's thread
             stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
             step = self._step()
-            context = ForwardContext(step, stage, recorded=self._samples_step(step), of_model=False)
+            context = ForwardContext(
+                step,
+                stage,
+                epoch=self._graphs.forwards.epoch,
+                recorded=self._samples_step(step),
+                of_model=False,
+            )
         return context
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -387,6 +393,11 @@ class MoETracer(HoldsHooks):
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
         self.abandon_calls()
         self._recorder.end_forward()  # recomputed calls of the backward before
+        if torch._C._current_graph_task_id() != -1 and (again := self._forwards.current()) is not None:
+            # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
+            self._forwards.enter(again)
+            self._want_level(self._level_needed(again.recorded))
+            return
         step = self._step()
         self._next_forward += 1
         self.forwards_seen += 1
@@ -398,13 +409,18 @@ class MoETracer(HoldsHooks):
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
         context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
         self._forwards.enter(context)
+        self._want_level(self._level_needed(sampled))
         if not sampled:
-            self._want_level(Level.OFF)
             return
         self.forwards_recorded += 1
-        self._want_level(Level.RANGES if profiled else Level.RECORD)
         context.padding_T, unknown = self._inputs.padding(args, kwargs)
         self._padding_unknown += unknown
+
+    @staticmethod
+    def _level_needed(sampled: bool) -> Level:
+        if not sampled:
+            return Level.OFF
+        return Level.RANGES if profiler_is_recording() else Level.RECORD
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""

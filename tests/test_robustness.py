@@ -575,6 +575,30 @@ def test_a_copy_of_a_traced_model_is_another_model(profiled: bool) -> None:
     assert len(tracer.samples()) == 2 * len(tracer.sites)
 
 
+def test_a_shallow_copy_shares_what_is_traced() -> None:
+    """Its hooks are the original's own: taking them off the copy would end the recording."""
+    model, batch = tiny_olmoe(), token_batch(2, 8)
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        model(**batch)
+        copy.copy(model)(**batch)
+        copy.copy(model.model.layers[0].mlp)(torch.randn(1, 4, 32))
+        model(**batch)
+    assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(8) for c in calls]
+
+
+def test_calls_outside_any_forward_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submodule called on its own: no end of a forward reduces what waits."""
+    monkeypatch.setattr("moe_trace.recorder._PENDING_CALLS_MAX", 20)
+    model = tiny_olmoe(layers=1)
+    hidden = torch.randn(1, 2, 32)
+    with torch.no_grad(), moe_trace.MoETracer(model, capacity=50) as tracer:
+        for _ in range(100):
+            model.model.layers[0].mlp(hidden)
+            assert len(tracer._recorder._pending) <= 20
+    assert len(tracer.samples()) == 50
+    assert tracer.recording().lost.overwritten == 50
+
+
 def test_a_traced_model_can_be_saved_whole(tmp_path: Path) -> None:
     model, batch = tiny_olmoe(), token_batch(2, 8)
     with torch.no_grad(), moe_trace.MoETracer(model) as tracer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import moe_trace
@@ -95,6 +96,28 @@ def test_recomputed_calls_keep_no_graph_and_end_with_their_backward(reentrant: b
         assert tracer._recorder._unfinished == len(tracer._recorder._pending)
     phases = Counter(s.phase for s in tracer.samples())
     assert phases["forward"] == 4 * len(tracer.sites) and phases["recompute"] >= 3 * len(tracer.sites)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_checkpointed_as_a_whole_counts_its_steps_once(reentrant: bool) -> None:
+    """The backward runs the model's own forward again: no step, and part of the one that it recomputes."""
+    model = train_model()
+    embed = model.get_input_embeddings()
+    with watch_experts(model) as calls, moe_trace.MoETracer(model, every=2) as tracer:
+        for seed in range(3):
+            hidden = embed(token_batch(2, 12, seed=seed)["input_ids"]).detach().requires_grad_()
+            logits = checkpoint(lambda x: model(inputs_embeds=x).logits, hidden, use_reentrant=reentrant)
+            logits.sum().backward()
+    samples = tracer.samples()
+    assert [(s.step, s.phase) for s in samples if s.layer == 0] == [
+        (0, "forward"),
+        (0, "recompute"),
+        (2, "forward"),
+        (2, "recompute"),
+    ]
+    assert tracer.forwards_seen == 3
+    counts = [c.assignments(EXPERTS) for c in calls]
+    assert [s.assignments.tolist() for s in samples] == counts[:4] + counts[8:]
 
 
 def test_anomaly_mode_changes_nothing() -> None:
@@ -199,6 +222,29 @@ def test_scalars_of_a_whole_run(tmp_path: Path, compiled: bool) -> None:
     assert len(found["moe_load_max_over_mean/L00"]) == 4
     assert all(math.isfinite(value) for _, value in found["moe_aux_loss/mean"])
     assert logger.steps_dropped == 0
+
+
+def test_scalars_of_compiled_steps_of_several_forwards() -> None:
+    """The writer empties the rings while the next step is under way: its forwards must stay known."""
+    torch._dynamo.reset()
+    model = train_model().eval()
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    with moe_trace.MoETracer(model) as tracer, torch.no_grad():
+        tracer.count_steps_by_hand()
+        written = []
+        loss_of(model)  # compiles
+        for _ in range(4):
+            loss_of(model)
+            tracer.step()
+            batches = tracer.take_batches()
+            loss_of(model)
+            loss_of(model)
+            written += tracer.samples_of(batches)  # as the writer's thread does, late
+        written += tracer.samples()
+    torch._dynamo.reset()
+    assert Counter(s.step for s in written) == {0: 4, 1: 6, 2: 6, 3: 6, 4: 4}
+    assert tracer.recording().lost.overwritten == 0
 
 
 def test_a_writer_that_fails_is_reported_and_stops_nothing(tmp_path: Path) -> None:
