@@ -40,6 +40,8 @@ _LATER: dict[str, Any] = {
     "slot_bytes": None,
     "graph_forward": None,
 }
+_RANKS_MAX = 1 << 20
+"""Of no run; a file that says more was changed, and would be counted through for ever."""
 _FIRST_KINDS = 3  # of a placement; older files know no others
 
 
@@ -83,16 +85,17 @@ def decode_recording(payload: Any) -> Recording:
         )
     try:
         routers = tuple(msgspec.convert(r, RouterInfo) for r in payload["routers"])
+        rank, world_size = (msgspec.convert(payload[key], int) for key in ("rank", "world_size"))
         return Recording(
             model=_mapping(payload["model"]),
             options=_mapping(payload["options"]),
             routers=routers,
             samples=tuple(_decode_samples(payload["samples"], routers)),
             lost=msgspec.convert(payload["lost"], Lost),
-            rank=msgspec.convert(payload["rank"], int),
-            world_size=msgspec.convert(payload["world_size"], int),
+            rank=_rank(rank),
+            world_size=_rank(world_size),
             versions=msgspec.convert(payload["versions"], dict[str, str]),
-            parallel=msgspec.convert(payload.get("parallel"), Parallel | None),
+            parallel=_decode_parallel(payload.get("parallel"), rank, max(rank + 1, world_size)),
             **_decode_graphs(payload.get("graphs")),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
@@ -122,6 +125,22 @@ def _decode_graphs(value: Any) -> dict[str, Any]:
         "graphs_compiled": msgspec.convert(value["compiled"], bool),
         "annotated_nodes": msgspec.convert(value["annotated"], dict[str, tuple[int, ...]]),
     }
+
+
+def _rank(value: int) -> int:
+    if not 0 <= value <= _RANKS_MAX:
+        raise ValueError(f"expected ranks from 0 to {_RANKS_MAX:,}, found {value}")
+    return value
+
+
+def _decode_parallel(value: Any, rank: int, world_size: int) -> Parallel | None:
+    """Groups hold the rank itself, each rank once, and no rank that the run does not have."""
+    parallel = msgspec.convert(value, Parallel | None)
+    for group in (parallel.token_ranks, parallel.expert_ranks) if parallel is not None else ():
+        wrong = rank not in group or len(set(group)) < len(group)
+        if group and (wrong or not all(0 <= other < world_size for other in group)):
+            raise ValueError(f"expected a group with rank {rank}, of {world_size} ranks, found {list(group)}")
+    return parallel
 
 
 def _mapping(value: Any) -> dict[str, Any]:

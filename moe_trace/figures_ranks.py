@@ -132,7 +132,7 @@ def exchange_bars(report: RankReport) -> Figure:
     clock = "kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
     return Figure(
         key="rank-exchange",
-        title="All-to-all of each layer",
+        title="Collectives of each layer",
         caption=f"Time of the collectives in the MoE layers, over all ranks and calls, by {clock}. Waiting: "
         "from a rank's arrival to that of the last. GB/s: bytes that leave the rank ÷ time without waiting.",
         data=[

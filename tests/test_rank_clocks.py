@@ -90,6 +90,13 @@ def test_one_name_of_two_hosts_is_not_believed(tmp_path: Path) -> None:
     assert not found.same_host
 
 
+def test_other_runs_of_one_host_are_not_matched(tmp_path: Path) -> None:
+    calls = calls_of(tmp_path, Run(hosts=("a", "a"), offset_us=(0, 123e6)))
+    matched, refused = match_calls(calls)
+    assert matched == []
+    assert refused and all("began its first" in line and "123" in line for line in refused)
+
+
 def test_ranks_of_a_host_move_together(tmp_path: Path) -> None:
     run = Run(ranks=4, offset_us=(0, 0, 900, 900), hosts=("a", "a", "b", "b"))
     found = aligned(calls_of(tmp_path, run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moe_trace.render.json import to_plain
 from moe_trace.schema import BAND_PID
 from moe_trace.tensorboard_plugin.catalog import Catalogs
 from moe_trace.tensorboard_plugin.data import Dashboard
+from moe_trace.tensorboard_plugin.ranks import rank_digest, ranks, run_report
 from moe_trace.timeline.merge import merge_recording
 from tiny_ranks import Run, write_rank, write_ranks
 from tiny_trace import write_tiny
@@ -202,6 +204,16 @@ def test_a_rank_that_waits_is_no_straggler(tmp_path: Path) -> None:
     assert answer["straggler"]["ratio"] == pytest.approx(1)
 
 
+def test_waits_that_cannot_be_taken_out_name_no_straggler(tmp_path: Path) -> None:
+    write_ranks(tmp_path, Run())
+    summaries = [read_summary(path) for path in sorted(tmp_path.iterdir())]
+    report = run_report(summaries)
+    assert report is not None
+    on_host = replace(report, exchanges=tuple(replace(one, on_device=False) for one in report.exchanges))
+    answer = ranks([rank_digest(summary) for summary in summaries], on_host)
+    assert (answer["straggler"], answer["waits_inside"]) == (None, True)
+
+
 def test_hta_finds_the_kernels_of_both_ranks(tmp_path: Path) -> None:
     """On real H200 kernels: each rank's work is there once, beside the other's."""
     pytest.importorskip("hta")
@@ -301,7 +313,7 @@ def test_the_same_rank_twice_is_refused(tmp_path: Path) -> None:
 def test_different_models_are_refused(tmp_path: Path) -> None:
     write_rank(tmp_path, Run(), 0)
     write_rank(tmp_path, Run(model={**Run().model, "num_layers": 3}), 1)
-    with pytest.raises(TraceFileError, match=r"different models \(num_layers 2 and 3\)"):
+    with pytest.raises(TraceFileError, match=r"different models: num_layers 2 and 3"):
         plan_merge([tmp_path], tmp_path / "out.json")
 
 
@@ -309,6 +321,23 @@ def test_runs_of_different_sizes_are_refused(tmp_path: Path) -> None:
     write_rank(tmp_path, Run(), 0)
     write_rank(tmp_path, Run(world_size=3), 1)
     with pytest.raises(TraceFileError, match="2 and 3 ranks"):
+        plan_merge([tmp_path], tmp_path / "out.json")
+
+
+def test_ranks_of_different_runs_are_refused(tmp_path: Path) -> None:
+    write_rank(tmp_path, Run(), 0)
+    write_rank(tmp_path, Run(exchange="all_reduce"), 1)
+    expected = r"rank 0 \(ep 2\) shares tokens with ranks \[0\], rank 1 \(ep 2\) with \[0, 1\]"
+    with pytest.raises(TraceFileError, match=expected):
+        plan_merge([tmp_path], tmp_path / "out.json")
+    with pytest.raises(TraceFileError, match=expected):
+        read_summary(tmp_path)
+
+
+def test_one_rank_beside_a_truncated_one_names_that(tmp_path: Path) -> None:
+    paths = write_ranks(tmp_path, Run())
+    paths[1].write_bytes(paths[1].read_bytes()[:9000])
+    with pytest.raises(UsageError, match=r"(?s)found 1 trace of one rank.*rank1.pt.trace.json was left out"):
         plan_merge([tmp_path], tmp_path / "out.json")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from moe_trace.cli import main
+from moe_trace.codec import decode_recording, encode_recording
 from moe_trace.errors import SchemaError, TraceFileError
-from moe_trace.reader import Filter, TraceSummary, read_summary
+from moe_trace.placement.recorded import counts_of_traces
+from moe_trace.reader import Filter, TraceSummary, read_recording, read_summary
 from moe_trace.reading.ranks import RankReport
 from moe_trace.render.json import to_plain
 from moe_trace.render.text import render_text
@@ -237,6 +240,48 @@ def test_different_models_are_refused(tmp_path: Path) -> None:
         read_summary(tmp_path)
 
 
+def test_a_trace_beside_its_copy_counts_once(tmp_path: Path) -> None:
+    paths = write_ranks(tmp_path, Run())
+    alone = read_summary(tmp_path)
+    packed = paths[1].with_name("unpacked-and-packed.pt.trace.json.gz")
+    packed.write_bytes(gzip.compress(paths[1].read_bytes()))
+    both = read_summary(tmp_path)
+    assert [r.assignments for r in both.routers] == [r.assignments for r in alone.routers]
+    assert report_of(both).layers == report_of(alone).layers
+    assert any(packed.name in note and "same calls" in note for note in both.notes)
+    counts, of_both = (counts_of_traces(path).counts_SLE for path in (paths[1], tmp_path))
+    assert of_both.sum() == sum(counts_of_traces(path).counts_SLE.sum() for path in paths) > counts.sum()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": -3},
+        {"rank": 10**9},
+        {"world_size": 10**9},
+        {"expert_ranks": (1, 5)},
+        {"expert_ranks": (0,)},
+        {"token_ranks": (1, 1)},
+    ],
+)
+def test_impossible_ranks_are_refused_in_words(tmp_path: Path, change: dict[str, Any]) -> None:
+    paths = write_ranks(tmp_path, Run())
+    recording = read_recording(paths[1])
+    assert recording.parallel is not None
+    groups = {name: value for name, value in change.items() if name.endswith("ranks")}
+    others = {name: value for name, value in change.items() if name not in groups}
+    changed = replace(recording, parallel=replace(recording.parallel, **groups), **others)
+    with pytest.raises(TraceFileError, match="changed after it was written"):
+        decode_recording(json.loads(encode_recording(changed)))
+
+
+def test_different_models_are_refused_by_their_width(tmp_path: Path) -> None:
+    write_rank(tmp_path, Run(), 0)
+    write_rank(tmp_path, Run(model={**Run().model, "hidden_size": 16}), 1)
+    with pytest.raises(TraceFileError, match=r"rank0.* and .*rank1.*different models: hidden_size 8 and 16"):
+        read_summary(tmp_path)
+
+
 def test_filters_choose_layers_and_steps(tmp_path: Path) -> None:
     run = Run()
     write_ranks(tmp_path, run)
@@ -254,7 +299,9 @@ def test_one_rank_says_nothing_of_ranks(tmp_path: Path, capsys: pytest.CaptureFi
     assert summary.ranks is None
     assert "ranks" not in to_plain(summary)
     assert main(["report", str(path)]) == 0
-    assert "Ranks" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Ranks" not in printed
+    assert "rank 0 alone, of 2" in printed
 
 
 def test_the_report_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.reading.filters import Filter
 from moe_trace.reading.peaks import BYTES_OF
 from moe_trace.reading.rank_load import RankRecords
+from moe_trace.reading.same_run import copies
 from moe_trace.reading.trace_file import find_traces, read_rank_recordings
 from moe_trace.schema import Recording, RouterInfo, RoutingSample
 
@@ -63,6 +64,10 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
             notes.append(
                 f"{file.name} was left out: it is merged from traces that are read here on their own"
             )
+    again = set(copies(single))
+    if again:
+        single = [recording for i, recording in enumerate(single) if i not in again]
+        notes.append(f"{len(again)} of the traces hold the same calls as others here, and were left out")
     if broken and all(recording.world_size == 1 for recording in single):
         raise broken[0]
     return single, notes

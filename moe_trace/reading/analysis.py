@@ -17,7 +17,7 @@ from moe_trace.reading.phases import CallTimes
 from moe_trace.reading.ranks import RankInput, RankReport, report_ranks
 from moe_trace.reading.speed import SpeedReport, report_speed
 from moe_trace.reading.trace_file import Progress
-from moe_trace.schema import RoutingSample
+from moe_trace.schema import Recording, RoutingSample
 from moe_trace.summary import RouterSummary, SampleKey, Summary, summarize
 
 
@@ -114,7 +114,7 @@ def analyse(
     busy = {key: value for r in reads for key, value in r.busy_us.items()}
     inputs = rank_inputs(reads)
     ranks = report_ranks(inputs, known=reads[0].alignment)
-    notes = [*notes_of(reads), *(ranks.notes if ranks is not None else ())]
+    notes = [*notes_of(reads), *(ranks.notes if ranks is not None else _alone(recording))]
     summary = summarize(recording, trace=label, device_busy_us=busy, notes=notes)
     devices = tuple(dict.fromkeys(device for r in reads for device in r.devices))
     phases = report_phases(times, all_around(reads), model_known=not chosen.stages)
@@ -147,3 +147,12 @@ def analyse(
         ranks=ranks,
         rank_inputs=tuple(inputs),
     )
+
+
+def _alone(recording: Recording) -> list[str]:
+    if recording.world_size < 2:
+        return []
+    return [
+        f"this is rank {recording.rank} alone, of {recording.world_size}: what the others computed is not in "
+        "these figures; give the folder with the traces of all ranks"
+    ]

@@ -18,10 +18,14 @@ from moe_trace.reading.layers import Surroundings, step_ranges, surroundings
 from moe_trace.reading.phases import CallTimes, Times, measure_calls
 from moe_trace.reading.rank_load import RankRecords
 from moe_trace.reading.ranks import RankInput
+from moe_trace.reading.same_run import copies, first_difference
 from moe_trace.reading.shared_calls import RankCalls
 from moe_trace.reading.trace_file import Progress, TraceFile, read_trace, split_ranks
 from moe_trace.schema import Lost, Recording, RouterInfo
 from moe_trace.summary import SampleKey
+
+_MERGED = "it is merged from traces that are read here on their own"
+_AGAIN = "it holds the same calls as another trace that is read here"
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,12 @@ def read_all(files: Sequence[Path], chosen: Filter, progress: Progress | None) -
 
 def _without_doubled(reads: Sequence[Read]) -> list[Read]:
     single = {read.recording.rank for read in reads if read.alignment is None}
-    doubled = {r.path for r in reads if r.alignment is not None and r.recording.rank in single}
-    kept = [read for read in reads if read.path not in doubled]
-    if doubled:
-        names = ", ".join(sorted(path.name for path in doubled))
-        note = f"{names} was left out: it is merged from traces that are read here on their own"
-        kept[0] = replace(kept[0], notes=(*kept[0].notes, note))
-    return kept
+    merged = {r.path: _MERGED for r in reads if r.alignment is not None and r.recording.rank in single}
+    others = [read for read in reads if read.path not in merged]
+    again = {others[i].path: _AGAIN for i in copies([read.recording for read in others])}
+    kept = [read for read in others if read.path not in again]
+    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted((merged | again).items()))
+    return [replace(kept[0], notes=(*kept[0].notes, *notes)), *kept[1:]]
 
 
 def _reads(
@@ -207,22 +210,23 @@ def combined(reads: Sequence[Read], label: str) -> Recording:
     """One recording of all; calls of ranks that route the same tokens count once, by the first of them.
 
     Raises:
-        TraceFileError: the traces are of different models.
+        TraceFileError: the traces are of different models or runs.
     """
     recordings = [read.recording for read in reads]
     first = recordings[0]
     if len(recordings) == 1:
         return first
     counting = RankRecords(by_rank={r.rank: r for r in reversed(recordings)}).counting_ranks()
+    found = first_difference(recordings)
+    if found is not None:
+        files = " and ".join(dict.fromkeys(reads[i].path.name for i in found[:2]))
+        raise TraceFileError(
+            f"{label}: {files} are not of one run ({found[2]}); give the files or the folder of one run"
+        )
     routers: dict[str, RouterInfo] = {}
     for recording in recordings:
         for router in recording.routers:
-            known = routers.setdefault(router.name, router)
-            if (known.num_experts, known.site) != (router.num_experts, router.site):
-                raise TraceFileError(
-                    f"{label}: the traces are of different models ({router.name} has {known.num_experts} and "
-                    f"{router.num_experts} experts); give one of the files"
-                )
+            routers.setdefault(router.name, router)
     return replace(
         first,
         routers=tuple(routers.values()),

@@ -10,9 +10,10 @@ from moe_trace.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.reading.align import Alignment, align
 from moe_trace.reading.collectives import find_collectives
 from moe_trace.reading.launches import find_kernels
+from moe_trace.reading.same_run import first_difference
 from moe_trace.reading.shared_calls import RankCalls, match_calls
 from moe_trace.reading.trace_file import Progress, TraceFile, find_traces, read_trace
-from moe_trace.schema import Recording, RouterInfo
+from moe_trace.schema import Recording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,32 +126,15 @@ def _refuse(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
                 "a rank; name the files of one run and one profiling cycle"
             )
     if len(ranks) < 2:
+        unread = "".join(f"\n{file} was left out: {why}" for file, why in left_out.items())
         raise UsageError(
             f"found {len(ranks)} trace of one rank, expected those of two ranks or more; give the folder "
-            "that all ranks wrote to, or each rank's file"
+            f"that all ranks wrote to, or each rank's file{unread}"
         )
-    for trace in ranks[1:]:
-        different = _difference(ranks[0].recording, trace.recording)
-        if different:
-            raise TraceFileError(
-                f"{ranks[0].path} and {trace.path} are of different models ({different}); "
-                "merge traces of one run"
-            )
-
-
-def _difference(a: Recording, b: Recording) -> str:
-    for key in ("class", "num_layers", "hidden_size", "dtype"):
-        if a.model.get(key) != b.model.get(key):
-            return f"{key} {a.model.get(key)!r} and {b.model.get(key)!r}"
-    routers = {router.name: _shape(router) for router in a.routers}
-    for router in b.routers:
-        mine, other = routers.get(router.name, _shape(router)), _shape(router)
-        if mine != other:
-            return f"{router.name} has {mine[1]} experts, top {mine[2]}, and {other[1]}, top {other[2]}"
-    if a.world_size != b.world_size:
-        return f"runs of {a.world_size} and {b.world_size} ranks"
-    return ""
-
-
-def _shape(router: RouterInfo) -> tuple[str, int, int]:
-    return router.site, router.num_experts, router.top_k
+    found = first_difference([trace.recording for trace in ranks])
+    if found is not None:
+        first, second, different = found
+        raise TraceFileError(
+            f"{ranks[first].path} and {ranks[second].path} are not of one run ({different}); "
+            "merge traces of one run"
+        )

@@ -18,6 +18,9 @@ SYNCHRONISING: frozenset[CommKind] = frozenset(
 )
 """No rank ends one of these before every rank that sends to it has begun."""
 
+APART_NS = 1_000_000_000
+"""Containers may share a host's name without its clock, but NTP keeps their clocks closer than that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankCalls:
@@ -87,6 +90,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
                 by_key.setdefault(key, {}).setdefault(one.rank, []).append(collective)
     base = {one.rank: one.base_time_ns for one in ranks}
     present = set(base)
+    hosts = {one.rank: one.host_name for one in ranks}
     matched, refused = [], []
     for key, calls in by_key.items():
         members = tuple(rank for rank in key.group if rank in present)
@@ -100,7 +104,12 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
                 f"numbers of calls ({counts}); record the same steps on all ranks"
             )
         elif rows:
-            matched.append(_shared(key, members, rows, base))
+            shared = _shared(key, members, rows, base)
+            apart = _apart(shared, hosts)
+            if apart:
+                refused.append(apart)
+            else:
+                matched.append(shared)
     return matched, refused
 
 
@@ -155,6 +164,21 @@ def _shared(
         start_ns=times(0),
         end_ns=times(1),
     )
+
+
+def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
+    """Says so where, on one host's clock, one rank had ended all of them long before another began."""
+    first, last = shared.start_ns.min(axis=0), shared.end_ns.max(axis=0)
+    for i, a in enumerate(shared.ranks):
+        for j, b in enumerate(shared.ranks):
+            gap_ns = int(first[j] - last[i])
+            if gap_ns > APART_NS and hosts[a] is not None and hosts[a] == hosts[b]:
+                return (
+                    f"{shared.kind} of the group {list(shared.group)} cannot be matched: rank {b} began its "
+                    f"first {gap_ns / 1e9:,.1f} s after rank {a} had ended its last, on the clock of host "
+                    f"{hosts[a]}; give the files of one run and one profiling cycle"
+                )
+    return ""
 
 
 def _work(collective: Collective) -> Nanoseconds:

@@ -78,7 +78,9 @@ def _over_time(report: RankReport) -> list[str]:
     known = [step.imbalance for step in report.steps if step.imbalance is not None]
     if not known:
         return []
-    return [f"Load max÷mean over ranks, by step: {min(known):.3f} to {max(known):.3f}."]
+    least, most = f"{min(known):.3f}", f"{max(known):.3f}"
+    steps = f"{least} in every step" if least == most else f"{least} to {most}, by step"
+    return [f"Load max÷mean over ranks: {steps}."]
 
 
 def clock_lines(alignment: Alignment) -> list[str]:

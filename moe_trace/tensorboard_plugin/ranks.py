@@ -12,6 +12,7 @@ from moe_trace.figures_ranks import rank_figures
 from moe_trace.reading.analysis import TraceSummary
 from moe_trace.reading.combine import join_inputs
 from moe_trace.reading.ranks import RankReport, report_ranks
+from moe_trace.reading.same_run import first_difference
 from moe_trace.render.text_ranks import rank_sentences
 from moe_trace.tensorboard_plugin.plain import Plain, figures_by_key
 
@@ -35,12 +36,11 @@ def rank_digest(summary: TraceSummary) -> Plain:
 def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
     """The ranks together: of one trace for each rank, or of a trace that holds them merged.
 
-    None for a single rank, and for traces of different models.
+    None for a single rank, and for traces of different models or runs.
     """
     single = [summary for summary in summaries if summary.ranks is None]
     inputs = join_inputs([one for summary in single for one in summary.rank_inputs])
-    models = {tuple((r.info.name, r.info.num_experts) for r in summary.routers) for summary in single}
-    if len(inputs) > 1 and len(models) == 1:
+    if len(inputs) > 1 and first_difference([one.recording for one in inputs]) is None:
         return report_ranks(inputs)
     return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
 
@@ -90,18 +90,21 @@ def ranks(digests: Sequence[Plain], report: RankReport | None = None) -> Plain:
     """Tables and figures of at least two ranks; of one, only how many there are.
 
     Args:
-        report: of the same ranks together. NCCL's kernels also run while they wait for other ranks: that is
-            no work, or the rank that waits longest would pass for the straggler.
+        report: of the same ranks together. Collectives also run while they wait for other ranks: that is no
+            work, or the rank that waits longest would pass for the straggler. Where it cannot be taken out
+            (gloo waits in operators of the host), no straggler is named.
     """
     rows = by_rank(digests)
     without_waits = _take_waits_out(rows, report)
     if len(rows) < 2:
         return {"ranks": len(rows), "figures": {}}
     slowest = max(rows, key=lambda row: row["moe_work_us"])
+    waits_inside = bool(report is not None and report.exchanges) and not without_waits
     return {
         "ranks": len(rows),
         "same_load": len({str(sorted(d["loads"].items())) for d in digests}) == 1,
-        "straggler": _straggler(rows, slowest),
+        "straggler": None if waits_inside else _straggler(rows, slowest),
+        "waits_inside": waits_inside,
         "without_waits": without_waits,
         "figures": figures_by_key(
             [load_per_rank(rows), work_per_rank(rows, without_waits), work_map(rows, without_waits)]
@@ -140,7 +143,7 @@ def load_per_rank(rows: Sequence[Plain]) -> Figure:
     return Figure(
         key="rank-load",
         title="Load per rank",
-        caption="Router calls × tokens, as each rank's own routers saw them.",
+        caption="Tokens that each rank's routers saw, once for every router call.",
         data=[_bars([row["tokens"] for row in rows], rows, "#0072B2", "tokens")],
         layout=_bar_layout("tokens"),
         headings=("rank", "traces", "calls", "tokens", "÷ mean", "assignments"),

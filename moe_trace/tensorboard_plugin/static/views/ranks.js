@@ -41,7 +41,9 @@ function straggler(answer) {
       el("b", {"data-value": slowest.ratio}, `${slowest.ratio.toFixed(2)}×`), " the mean rank's MoE work, ",
       el("b", {"data-value": slowest.excess_us}, `${Math.round(slowest.excess_us).toLocaleString("en")} µs`),
       " more than the mean."]
-    : ["The traces have no MoE ranges, so no straggler can be named."];
+    : [answer.waits_inside
+      ? "The MoE work of these traces has the waiting for other ranks in it, so it names no straggler."
+      : "The traces have no MoE ranges, so no straggler can be named."];
   if (answer.together) return [el("p", {}, ...words)]; // which says who routes whose tokens
   const same = answer.same_load
     ? "All ranks saw the same assignments: either they route the same tokens (all-reduce expert parallelism), or one "
