@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_trace.errors import UsageError
@@ -49,7 +49,18 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
             f"{counts.source}: found one {counts.kind}, expected two or more for --split {way}; record more, "
             "or use --split none, which judges in-sample"
         )
-    return _each(counts) if way == "each" else _two_parts(counts, way)
+    return _known(counts, _each(counts) if way == "each" else _two_parts(counts, way))
+
+
+def _known(counts: ExpertCounts, split: Split) -> Split:
+    """In-sample all the same where what is judged has the counts of what was chosen on: one batch repeated."""
+    rows = [counts.counts_SLE[i].tobytes() for i in range(len(counts.labels))]
+    for fold in split.folds:
+        seen = {rows[i] for i in fold.chosen}
+        if any(rows[i] not in seen for i in fold.judged):
+            return split
+    same = f"in-sample: the {counts.kind}s held out have the same counts as those chosen on"
+    return replace(split, words=f"{split.words} ({same})", in_sample=True)
 
 
 def _in_sample(counts: ExpertCounts) -> Split:

@@ -146,7 +146,7 @@ def _advice(study: PlacementStudy) -> list[str]:
     if study.split.in_sample:
         notes.append(
             "In-sample: the plans were judged on what they were chosen on, so other inputs will be less "
-            "even. Record two steps or more of the traffic you expect, or several texts."
+            "even. Record two steps or more, of different traffic that you expect, or several texts."
         )
     for cluster in study.clusters:
         size = cluster.options.cluster

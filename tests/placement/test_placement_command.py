@@ -81,6 +81,15 @@ def test_one_step_is_in_sample_and_says_so(tmp_path: Path) -> None:
     assert run(trace, "--ranks", "2", "--split", "halves")[0] == 2
 
 
+def test_a_batch_that_repeats_holds_nothing_out(tmp_path: Path) -> None:
+    trace = write_tiny(tmp_path / "a.json", calls=4, counts=lambda layer, call: (8, 8, 2, 2))
+    for split in ("alternate", "halves", "each"):
+        found = report(trace, "--ranks", "2", "--split", split)["split"]
+        assert found["in_sample"] is True and "same counts" in found["words"]
+    other = write_tiny(tmp_path / "b.json", calls=4, counts=lambda layer, call: (8, 8, 2, 2 + call // 3))
+    assert report(other, "--ranks", "2", "--split", "halves")["split"]["in_sample"] is False
+
+
 def test_steps_can_be_named(tmp_path: Path) -> None:
     trace = write_tiny(tmp_path / "a.json", calls=5, counts=uneven)
     found = report(trace, "--ranks", "2", "--choose-on", "0-2", "--judge-on", "3,4")
