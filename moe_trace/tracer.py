@@ -22,6 +22,7 @@ from moe_trace.graph_capture import CaptureNotes
 from moe_trace.graph_forwards import HostForward, Segment
 from moe_trace.graph_recorder import GraphRecorder
 from moe_trace.graph_ring import STAGES
+from moe_trace.hook_levels import HookLevels
 from moe_trace.hooks import CallClock, Level, SiteHooks
 from moe_trace.parallel import ParallelModel
 from moe_trace.ranges import OpenRanges, owns_ranges, profiler_is_recording
@@ -30,6 +31,7 @@ from moe_trace.retired import HoldsHooks, is_copy
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage, range_name
 from moe_trace.sending import Sending
+from moe_trace.steps import Steps
 from moe_trace.summary import Summary, summarize
 from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
@@ -73,21 +75,19 @@ class MoETracer(HoldsHooks):
             )
         self.model = model
         self.sites: list[RouterSite] = find_routers(model, layers=layers)
-        self.every, self.warmup, self.tracks = every, warmup, tracks
-        self.forwards_seen = 0
+        self.tracks = tracks
         self.forwards_recorded = 0
+        self._steps = Steps(every=every, warmup=warmup)
         self._recorder = Recorder(capacity=capacity)
         self._graphs = GraphRecorder(
             self.sites,
             self._recorder,
             started=self._graph_started,
-            forwards=lambda: self.forwards_seen,
-            samples_step=self._samples_step,
+            forwards=lambda: self._steps.forwards,
+            samples_step=self._steps.samples,
         )
         self._captures = CaptureNotes()
         self._graph_range = range_name("graph", type(unwrapped(model)).__name__)
-        self._keeps_hooks = False
-        """Compiled code has the hooks in it, so they stay on and are muted instead of removed."""
         self._ranges = OpenRanges()
         self._hooks = [
             SiteHooks(
@@ -103,18 +103,11 @@ class MoETracer(HoldsHooks):
             )
             for site, rings in zip(self.sites, self._graphs.rings.sites, strict=True)
         ]
+        self._levels = HookLevels(self._hooks)
         self._model_handles: list[RemovableHandle] = []
         self._forwards = ForwardStack()
         self._inputs = ModelInputs(model)
-        self._wanted: dict[int, Level] = {}
-        """By thread inside the model: what its forward needs of the hooks, which all threads share."""
-        self._level: Level | None = None
-        """What the hooks were set to last; None where they have to be asked one by one."""
-        self._level_lock = threading.RLock()
         self._padding_unknown = 0
-        self._profiler: Any = None
-        self._explicit_step: int | None = None
-        self._next_forward = 0
         self._active = False
         self._placements: dict[tuple[str, int], Placement] = {}
         self._lost = Lost()
@@ -128,6 +121,21 @@ class MoETracer(HoldsHooks):
             "warmup": warmup,
             "capacity": capacity,
         }
+
+    @property
+    def every(self) -> int:
+        """Every n-th step is recorded."""
+        return self._steps.every
+
+    @property
+    def warmup(self) -> int:
+        """Steps left out at the start."""
+        return self._steps.warmup
+
+    @property
+    def forwards_seen(self) -> int:
+        """Forwards of the model that the host has seen while the tracer was active."""
+        return self._steps.forwards
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -148,7 +156,7 @@ class MoETracer(HoldsHooks):
             self.model.register_forward_hook(self._after_model, always_call=True),
         ]
         # The model's own hook lowers this at its next forward; a caller of a submodule never gets there.
-        self._set_level(Level.RANGES if self._samples_step(self._step()) else Level.OFF)
+        self._levels.set(Level.RANGES if self.samples_this_step() else Level.OFF)
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
@@ -157,11 +165,7 @@ class MoETracer(HoldsHooks):
         for handle in self._model_handles:
             handle.remove()
         self._model_handles = []
-        with self._level_lock:
-            self._wanted.clear()
-            self._level = None
-            for hooks in self._hooks:
-                hooks.set_level(Level.OFF)
+        self._levels.take_off()
         for hooks in self._hooks:
             hooks.finish()
         self._ranges.close_all()
@@ -184,13 +188,11 @@ class MoETracer(HoldsHooks):
     def step(self) -> None:
         """End a step, where no attached profiler counts them."""
         self.mark_graphs()
-        self._explicit_step = (
-            self._step() + 1 if self._explicit_step is not None else max(1, self._next_forward)
-        )
+        self._steps.end()
 
     def count_steps_by_hand(self) -> None:
         """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
-        self._explicit_step = self._step()
+        self._steps.count_by_hand()
 
     def attach(self, prof: Any) -> None:
         """Merge the routing into whatever `prof.export_chrome_trace` writes, and count its steps.
@@ -200,7 +202,7 @@ class MoETracer(HoldsHooks):
         """
         from moe_trace.profiler import attach_tracer
 
-        self._profiler = prof
+        self._steps.profiler = prof
         attach_tracer(prof, self)
 
     # -- results --------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ class MoETracer(HoldsHooks):
 
     def samples_this_step(self) -> bool:
         """Whether the step under way is recorded."""
-        return self._samples_step(self._step())
+        return self._steps.samples(self._steps.now())
 
     def take_batches(self) -> list[Any]:
         """Remove what was recorded without waiting for the device; for `samples_of`, on any thread."""
@@ -320,34 +322,10 @@ class MoETracer(HoldsHooks):
 
     # -- the model's own forward ----------------------------------------------------------------------
 
-    def _step(self) -> int:
-        if self._profiler is not None:
-            return int(getattr(self._profiler, "step_num", 0))
-        return self._next_forward if self._explicit_step is None else self._explicit_step
-
-    def _samples_step(self, step: int) -> bool:
-        return step >= self.warmup and (step - self.warmup) % self.every == 0
-
-    def _set_level(self, level: Level) -> None:
-        if level == self._level:
-            return
-        self._level = level
-        if self._keeps_hooks:
-            for hooks in self._hooks:
-                hooks.muted = level == Level.OFF
-                hooks.set_level(max(level, hooks.level))
-            return
-        for hooks in self._hooks:
-            hooks.set_level(level)
-
     def _graph_started(self) -> None:
         """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
         self._recorder.may_wait = False  # a graph's next replay overwrites the tensors that it returned
-        self._keeps_hooks = True
-        self._level = None
-        for hooks in self._hooks:
-            if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
-                hooks.set_level(Level.RANGES)
+        self._levels.keep()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.
@@ -356,9 +334,8 @@ class MoETracer(HoldsHooks):
             profiled: whether a profiler recorded it; None for whether one records now.
         """
         if self._graphs.writes and self._active:
-            explicit = self._profiler is not None or self._explicit_step is not None
-            step = self._step() if explicit else None
-            sampled = step is None or self._samples_step(step)
+            step = None if self._steps.are_forwards else self._steps.now()
+            sampled = step is None or self._steps.samples(step)
             recording = profiler_is_recording()
             segment = Segment(step, recording if profiled is None else profiled, sampled)
             self._graphs.mark(segment, in_trace=recording)
@@ -370,12 +347,12 @@ class MoETracer(HoldsHooks):
         context = self._forwards.current()
         if context is None:  # a submodule called on its own, or a replica's thread
             stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
-            step = self._step()
+            step = self._steps.now()
             context = ForwardContext(
                 step,
                 stage,
                 epoch=self._graphs.forwards.epoch,
-                recorded=self._samples_step(step),
+                recorded=self._steps.samples(step),
                 of_model=False,
             )
         return context
@@ -387,7 +364,7 @@ class MoETracer(HoldsHooks):
         if is_copy(module, self.model):
             return
         if is_capturing():
-            self._set_level(Level.RANGES)  # which tells where the experts end
+            self._levels.set(Level.RANGES)  # which tells where the experts end
             self._graphs.rings.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
             return
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
@@ -396,20 +373,19 @@ class MoETracer(HoldsHooks):
         if torch._C._current_graph_task_id() != -1 and (again := self._forwards.current()) is not None:
             # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
             self._forwards.enter(again)
-            self._want_level(self._level_needed(again.recorded))
+            self._levels.want(self._level_needed(again.recorded))
             return
-        step = self._step()
-        self._next_forward += 1
-        self.forwards_seen += 1
-        sampled, profiled = self._samples_step(step), profiler_is_recording()
-        if profiled and sampled and (self._graphs.writes or self._keeps_hooks):
+        step = self._steps.now()
+        self._steps.forwards += 1
+        sampled, profiled = self._steps.samples(step), profiler_is_recording()
+        if profiled and sampled and (self._graphs.writes or self._levels.kept):
             self._open_graph_range()
         stage = self._inputs.stage(args, kwargs)
         now_ns, thread = time.time_ns(), threading.get_native_id()
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
         context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
         self._forwards.enter(context)
-        self._want_level(self._level_needed(sampled))
+        self._levels.want(self._level_needed(sampled))
         if not sampled:
             return
         self.forwards_recorded += 1
@@ -427,12 +403,6 @@ class MoETracer(HoldsHooks):
         if owns_ranges(self.sites[0].router, self):
             self._ranges.open(self._graph_range)
 
-    def _want_level(self, level: Level) -> None:
-        """Hooks are shared: while several threads are in the model, the one that needs most has its way."""
-        with self._level_lock:
-            self._wanted[threading.get_ident()] = level
-            self._set_level(max(self._wanted.values()))
-
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or is_copy(module, self.model):
             return
@@ -447,7 +417,7 @@ class MoETracer(HoldsHooks):
         if not is_capturing():
             self._recorder.end_forward()
         if self._forwards.leave():
-            self._wanted.pop(threading.get_ident(), None)
+            self._levels.leave()
 
 
 def _describe_layers(layers: LayerSelector) -> Any:
