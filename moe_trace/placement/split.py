@@ -53,7 +53,7 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
 
 
 def _known(counts: ExpertCounts, split: Split) -> Split:
-    """In-sample all the same where what is judged has the counts of what was chosen on: one batch repeated."""
+    """In-sample all the same where the judged counts are those chosen on: a batch that repeats."""
     rows = [counts.counts_SLE[i].tobytes() for i in range(len(counts.labels))]
     for fold in split.folds:
         seen = {rows[i] for i in fold.chosen}
