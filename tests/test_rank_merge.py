@@ -380,6 +380,13 @@ def test_missing_ranks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (report.ranks, report.missing) == ((0, 1, 3), (2,))
 
 
+def test_many_missing_ranks_are_a_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ranks(tmp_path / "in", Run(world_size=300))
+    assert main(["merge", str(tmp_path / "in"), "--out", str(tmp_path / "all.json")]) == 0
+    assert "no trace of rank 2-299\n" in capsys.readouterr().err
+    assert any("(rank 2-299)" in note for note in read_summary(tmp_path / "in").notes)
+
+
 def test_a_truncated_rank_is_named_and_the_others_are_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

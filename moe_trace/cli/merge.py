@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_trace.cli.reading import reading_progress, refuse_to_replace
 from moe_trace.errors import UsageError
+from moe_trace.reading.rank_load import rank_names
 from moe_trace.reading.rank_merge import MergePlan, plan_merge
 from moe_trace.reading.rank_write import write_merged
 from moe_trace.render.tables import printable, wrapped
@@ -53,7 +54,7 @@ def _warnings(plan: MergePlan) -> list[str]:
     warnings = [f"{printable(file, 200)} was left out: {why}" for file, why in plan.left_out.items()]
     if plan.missing:
         world_size = max(trace.recording.world_size for trace in plan.ranks)
-        named = ", ".join(map(str, plan.missing))
+        named = rank_names(plan.missing)
         warnings.append(
             f"world_size is {world_size}, but {len(plan.ranks)} ranks were found; no trace of rank {named}"
         )

@@ -10,7 +10,14 @@ import numpy as np
 
 from moe_trace.reading.align import Alignment, align
 from moe_trace.reading.rank_bytes import BytesCheck, check_bytes
-from moe_trace.reading.rank_load import CallLoad, RankRecords, find_loads, held_matrix, max_over_mean
+from moe_trace.reading.rank_load import (
+    CallLoad,
+    RankRecords,
+    find_loads,
+    held_matrix,
+    max_over_mean,
+    rank_names,
+)
 from moe_trace.reading.rank_time import (
     ExchangeTime,
     Wait,
@@ -164,7 +171,7 @@ def _held(records: RankRecords) -> dict[int, int | None]:
 def _notes(records: RankRecords, loads: Sequence[CallLoad]) -> list[str]:
     notes = []
     if records.missing:
-        named = ", ".join(map(str, records.missing))
+        named = rank_names(records.missing)
         notes.append(
             f"{len(records.missing)} of {records.world_size} ranks have no trace here (rank {named}): what "
             "they computed is not in these figures; look at their logs, and give their traces too"
