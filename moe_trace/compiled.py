@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from moe_trace.tracer import MoETracer
 
+_EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
 
 
@@ -72,6 +74,16 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(own.get("forward"), "_torchdynamo_orig_callable") or hasattr(
         own.get("__call__"), "_torchdynamo_orig_callable"
     )
+
+
+def called_through_compile() -> bool:
+    """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _EVAL_FRAME:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def something_was_compiled() -> bool:

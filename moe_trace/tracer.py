@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.compiled import compiled_parts, is_capturing, run_hooks_in_python, warn_if_compiled_before
+from moe_trace.compiled import (
+    called_through_compile,
+    compiled_parts,
+    is_capturing,
+    run_hooks_in_python,
+    warn_if_compiled_before,
+)
 from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
 from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs, unwrapped
@@ -385,12 +391,18 @@ class MoETracer(HoldsHooks):
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
         context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
         self._forwards.enter(context)
+        if not sampled and not self._levels.kept and self._is_compiled():
+            self._graph_started()  # code that is compiled in a step left out must hold the hooks too
         self._levels.want(self._level_needed(sampled))
         if not sampled:
             return
         self.forwards_recorded += 1
         context.padding_T, unknown = self._inputs.padding(args, kwargs)
         self._padding_unknown += unknown
+
+    def _is_compiled(self) -> bool:
+        first = self.forwards_seen == 1  # parts may have been compiled since the start
+        return called_through_compile() or (first and bool(compiled_parts(self.model)))
 
     @staticmethod
     def _level_needed(sampled: bool) -> Level:

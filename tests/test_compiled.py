@@ -312,6 +312,20 @@ def test_generate_with_a_static_cache_and_its_own_compilation() -> None:
 
 
 @pytest.mark.parametrize("way", ["model", "layers"])
+def test_warmup_leaves_the_hooks_in_code_compiled_during_it(way: str) -> None:
+    dynamo.reset()
+    batches = [token_batch(2, 12, seed=seed) for seed in range(4)]
+    expected = [[c.assignments(EXPERTS) for c in _watched(small_model(), batch)] for batch in batches]
+    model = small_model()
+    with torch.no_grad(), moe_trace.MoETracer(model, warmup=1, every=2) as tracer:
+        run = WAYS[way](model, backend="aot_eager")
+        for batch in batches:
+            run(**batch)
+    assert recorded(tracer) == expected[1::2]
+    assert [s.step for s in tracer.samples() if s.layer == 0] == [1, 3]
+
+
+@pytest.mark.parametrize("way", ["model", "layers"])
 def test_loss_and_gradients_are_equal_with_and_without(way: str) -> None:
     def train(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         dynamo.reset()
