@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,11 +79,11 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def called_through_compile() -> bool:
     """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == _EVAL_FRAME:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 
