@@ -73,4 +73,5 @@ def _write(summary: TraceSummary, form: str, target: Path) -> None:
     else:
         from moe_trace.reading.perfetto import write_perfetto
 
-        write_perfetto(summary.samples, target, rank=summary.rank)
+        split = summary.experts_are_split
+        write_perfetto(summary.samples, target, rank=summary.rank, experts_are_split=split)

@@ -40,6 +40,8 @@ class TraceSummary(Summary):
     """The ranks of the run together; None for a single one."""
     rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
     """What each rank brings to such a report, so that traces read one by one can be reported together."""
+    experts_are_split: bool = False
+    """Whether each rank computes other slots than its routers assigned, or parts of them."""
 
     def router(self, site: str) -> RouterSummary:
         """The router of that label or module path.
@@ -114,7 +116,12 @@ def analyse(
     busy = {key: value for r in reads for key, value in r.busy_us.items()}
     inputs = rank_inputs(reads)
     ranks = report_ranks(inputs, known=reads[0].alignment)
-    notes = [*notes_of(reads), *(ranks.notes if ranks is not None else _alone(recording))]
+    split = any(r.recording.experts_are_split for r in reads)
+    notes = [
+        *notes_of(reads),
+        *(_SPLIT if split else ()),
+        *(ranks.notes if ranks is not None else _alone(recording)),
+    ]
     summary = summarize(recording, trace=label, device_busy_us=busy, notes=notes)
     devices = tuple(dict.fromkeys(device for r in reads for device in r.devices))
     phases = report_phases(times, all_around(reads), model_known=not chosen.stages)
@@ -122,7 +129,7 @@ def analyse(
     top = find_peak(
         devices, dtype if isinstance(dtype, str) else None, tflops=peak.tflops, gb_per_s=peak.gb_per_s
     )
-    speed = report_speed(times, recording.routers, recording.model, top, devices)
+    speed = report_speed(times, recording.routers, recording.model, top, devices, experts_are_split=split)
     imbalance = imbalance_costs(times, recording.routers)
     operators = frozenset().union(*(r.operators for r in reads))
     return TraceSummary(
@@ -146,7 +153,14 @@ def analyse(
         busy_us=busy,
         ranks=ranks,
         rank_inputs=tuple(inputs),
+        experts_are_split=split,
     )
+
+
+_SPLIT = (
+    "experts are split over ranks: a rank computes other slots than its routers assigned, so no speed of its "
+    "experts is given",
+)
 
 
 def _alone(recording: Recording) -> list[str]:

@@ -48,14 +48,20 @@ _FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
 LANES: tuple[RangeKind, ...] = ("block", "router", "experts")
 
 
-def write_perfetto(samples: Sequence[RoutingSample], target: Path, *, rank: int = 0) -> None:
+def write_perfetto(
+    samples: Sequence[RoutingSample], target: Path, *, rank: int = 0, experts_are_split: bool = False
+) -> None:
     """Write the calls that have their place in the trace.
+
+    Args:
+        experts_are_split: see `Recording.experts_are_split`; their FLOP/s are left out then.
 
     Raises:
         UsageError: the perfetto package is not installed, or no call has a place.
     """
     calls = sorted(
-        (placed_call(s) for s in samples if s.placement is not None), key=lambda call: call.moe.start_us
+        (placed_call(s, experts_are_split=experts_are_split) for s in samples if s.placement is not None),
+        key=lambda call: call.moe.start_us,
     )
     if not calls:
         raise UsageError("no call has its ranges in the trace, so there is nothing to put on a timeline")

@@ -8,7 +8,7 @@ so the arithmetic intensity given here is an upper bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -67,12 +67,19 @@ def report_speed(
     model: dict[str, Any],
     peak: Peak,
     devices: Sequence[str],
+    *,
+    experts_are_split: bool = False,
 ) -> SpeedReport | None:
-    """None where no call has ranges in the trace."""
+    """None where no call has ranges in the trace.
+
+    Args:
+        experts_are_split: see `Recording.experts_are_split`; what the experts did in their time is not known
+            then, and their speed is None.
+    """
     if not times.samples:
         return None
     dtype = model.get("dtype")
-    measure = _Measure(times, peak, _item_bytes(dtype), _width(model))
+    measure = _Measure(times, peak, _item_bytes(dtype), _width(model), experts_are_split)
     layers = []
     for router in routers:
         rows = [i for i, s in enumerate(times.samples) if s.name == router.name]
@@ -111,6 +118,7 @@ class _Measure:
     peak: Peak
     item_bytes: int | None
     width: int | None
+    experts_are_split: bool
 
     def router(self, rows: Sequence[int], router: RouterInfo) -> Rate:
         samples = [self.times.samples[i] for i in rows]
@@ -126,7 +134,12 @@ class _Measure:
         items = None
         if self.width is not None:
             items = sum(expert_items(s, routers[s.name], self.width) for s in samples)
-        return self._rate(sum(s.expert_flops for s in samples), rows, EXPERTS, items)
+        rate = self._rate(sum(s.expert_flops for s in samples), rows, EXPERTS, items)
+        if self.experts_are_split:
+            return replace(
+                rate, flops_per_s=None, share_of_peak=None, least_bytes=None, intensity=None, bound=None
+            )
+        return rate
 
     def _rate(self, flops: int, rows: Sequence[int], phase: int, items: int | None) -> Rate:
         work_ns = int(self.times.work_ns(self.times.forward)[rows, phase].sum())

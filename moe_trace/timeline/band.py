@@ -23,16 +23,24 @@ _T = TypeVar("_T")
 LANES: tuple[RangeKind, ...] = ("router", "experts")
 
 
-def band_events(samples: Iterable[RoutingSample], *, rank: int, tracks: Tracks = ("band",)) -> list[Event]:
+def band_events(
+    samples: Iterable[RoutingSample],
+    *,
+    rank: int,
+    tracks: Tracks = ("band",),
+    experts_are_split: bool = False,
+) -> list[Event]:
     """Chrome trace events for the samples that were placed.
 
     Args:
         rank: names the band's process and is added to its id.
         tracks: `band`: one counter track a figure, for all layers; `layers`: a track per layer and
             figure; `experts`: one stacked track of the assignments to all experts.
+        experts_are_split: see `Recording.experts_are_split`; their FLOP/s are left out then.
     """
+    placed = (sample for sample in samples if sample.placement is not None)
     calls = sorted(
-        (placed_call(sample) for sample in samples if sample.placement is not None),
+        (placed_call(sample, experts_are_split=experts_are_split) for sample in placed),
         key=lambda c: c.moe.start_us,
     )
     if not calls:
@@ -65,7 +73,7 @@ def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
 
 def _expert_tflops(call: PlacedCall) -> float | None:
     experts = call.spans.get("experts")
-    if experts is None or experts.duration_us <= 0 or not call.sample.expert_flops:
+    if experts is None or experts.duration_us <= 0 or not call.sample.expert_flops or call.experts_are_split:
         return None
     return call.sample.expert_flops / experts.duration_us / 1e6
 

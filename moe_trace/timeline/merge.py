@@ -150,7 +150,12 @@ def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Track
         named = _with_own_names(recordings)
         placed = _place(file, named, tail)
         combined = _combine(named, placed)
-        events = band_events(combined.samples, rank=combined.rank, tracks=tracks)
+        events = band_events(
+            combined.samples,
+            rank=combined.rank,
+            tracks=tracks,
+            experts_are_split=combined.experts_are_split,
+        )
         _splice(file, tail, b",\n".join(map(msgspec.json.encode, events)), combined)
     lost = Lost(
         samples_without_range=placed.samples_without_range,

@@ -24,6 +24,8 @@ class PlacedCall:
     spans: dict[RangeKind, Span]
     """Device spans where the call has any, else host spans."""
     clock: Literal["device", "host"]
+    experts_are_split: bool = False
+    """See `Recording.experts_are_split`."""
 
     @property
     def moe(self) -> Span:
@@ -36,11 +38,11 @@ class PlacedCall:
         return "router" in self.spans or "block" in self.spans
 
 
-def placed_call(sample: RoutingSample) -> PlacedCall:
+def placed_call(sample: RoutingSample, *, experts_are_split: bool = False) -> PlacedCall:
     """A sample that has a placement, on the device's clock where it has spans there."""
     assert sample.placement is not None
     spans, clock = spans_of(sample.placement)
-    return PlacedCall(sample, describe_load(sample.assignments), spans, clock)
+    return PlacedCall(sample, describe_load(sample.assignments), spans, clock, experts_are_split)
 
 
 def spans_of(placement: Placement) -> tuple[dict[RangeKind, Span], Literal["device", "host"]]:

@@ -81,6 +81,24 @@ def test_counts_of_the_folder_are_those_of_the_single_process(
             assert sum(layer.load) == sum(expected[layer.site]), "each slot is computed once"
 
 
+@pytest.mark.parametrize(("mode", "split"), [("ep_all_to_all", True), ("tp", True), ("ddp", False)])
+def test_experts_have_a_speed_only_where_a_rank_computes_its_own_slots(
+    mode: str, split: bool, two_ranks: Ranks
+) -> None:
+    """Else the whole batch's FLOPs would stand over the time of a part of the work."""
+    summary = read_summary(two_ranks.traces(mode))
+    assert summary.speed is not None and summary.experts_are_split is split
+    for layer in summary.speed.layers:
+        assert layer.router.flops_per_s is not None and layer.experts.flops > 0
+        assert (layer.experts.flops_per_s is None) is split
+    for file in two_ranks.traces(mode).glob("*.gz"):
+        counters = {
+            e["name"] for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] if e["ph"] == "C"
+        }
+        assert "load max÷mean" in counters
+        assert ("expert TFLOP/s" not in counters) is split
+
+
 @pytest.mark.parametrize("mode", EXCHANGING)
 def test_after_alignment_no_receive_ends_before_its_send(mode: str, ranks_of: Any, tmp_path: Path) -> None:
     """Clocks that were moved apart by hand come together again, to within what the ranks end apart."""
