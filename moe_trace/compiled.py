@@ -93,6 +93,18 @@ def something_was_compiled() -> bool:
     return dynamo is not None and dynamo.counters["frames"].get("ok", 0) > 0
 
 
+def warn_of_silent_forwards(count: int) -> None:
+    """Say loudly that compiled code ran without hooks beside code that has them."""
+    warnings.warn(
+        f"no router call was seen in {count} forwards, and code was compiled in this process: code that was "
+        "compiled while the tracer was off, or for another model of the same class, has no hooks in it and "
+        "may be used again. Call tracer.recompile() after starting the tracer; where two models of a class are "
+        "compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before either is",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
 def warn_if_compiled_before(tracer: MoETracer) -> None:
     """Say loudly that hooks which were put on after the first compiled call are not in the compiled code."""
     if tracer.called or not something_was_compiled():

@@ -256,6 +256,9 @@ class Lost:
     """Routers switched off because a call had an unexpected form: module path -> what was seen."""
     never_called: tuple[str, ...] = ()
     """Routers that were found but not called while the tracer was on."""
+    silent_forwards: int = 0
+    """Forwards that were to be recorded and in which no router call was seen, where code was compiled: at
+    least so many ran without the hooks, or without any MoE layer."""
     unplaced: dict[str, int] = field(default_factory=dict)
     """Profiled calls inside graphs whose place in the trace cannot be told: why -> how many."""
     untimed: dict[str, int] = field(default_factory=dict)

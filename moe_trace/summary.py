@@ -294,6 +294,12 @@ def _notes(recording: Recording) -> list[str]:
         notes.append(f"{name} was switched off, because its call could not be read: {why}")
     if lost.overwritten:
         notes.append(f"{lost.overwritten} oldest router calls were dropped; raise capacity= or every=")
+    if lost.silent_forwards:
+        notes.append(
+            f"in {lost.silent_forwards} forwards no router call was seen: their compiled code has no hooks, "
+            "or they ran no MoE layer; start the tracer before anything is compiled, or call "
+            "tracer.recompile()"
+        )
     if lost.unreduced:
         notes.append(f"{lost.unreduced} router calls could not be reduced; a warning said why when they were")
     if lost.padding_unknown:

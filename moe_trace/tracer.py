@@ -19,7 +19,9 @@ from moe_trace.compiled import (
     compiled_parts,
     is_capturing,
     run_hooks_in_python,
+    something_was_compiled,
     warn_if_compiled_before,
+    warn_of_silent_forwards,
 )
 from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
@@ -312,7 +314,18 @@ class MoETracer(HoldsHooks):
             if hooks.open_calls:
                 hooks.discard()
 
+    def _silent_forwards(self) -> int:
+        """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
+        if not something_was_compiled():
+            return 0
+        calls = max(h.calls + c for h, c in zip(self._hooks, self._graphs.calls, strict=True))
+        return max(0, self.forwards_recorded - calls - self._graphs.overwritten)
+
     def _losses(self) -> Lost:
+        silent = self._silent_forwards()
+        if silent and not self._lost.silent_forwards:
+            warn_of_silent_forwards(silent)
+        self._lost = replace(self._lost, silent_forwards=silent)
         return replace(
             self._lost,
             overwritten=self._recorder.overwritten + self._graphs.overwritten,

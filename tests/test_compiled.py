@@ -351,3 +351,26 @@ def _watched(model: Any, batch: dict[str, torch.Tensor]) -> list[Any]:
     with torch.no_grad(), watch_experts(model) as calls:
         model(**batch)
     return calls
+
+
+@torch.no_grad()
+def test_forwards_of_code_without_hooks_are_counted_and_told() -> None:
+    """Dynamo does not ask whether hooks came after it had compiled: that code would run on in silence."""
+    model, batch = small_model(), token_batch(2, 12)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch)
+    with moe_trace.MoETracer(model) as tracer:
+        model(**batch)
+        compiled(**batch)
+        compiled(**batch)
+    with pytest.warns(RuntimeWarning, match=r"no router call was seen in 2 forwards.*recompile"):
+        lost = tracer.recording().lost
+    assert lost.silent_forwards == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert any("in 2 forwards no router call was seen" in note for note in tracer.summary().notes)
+    with moe_trace.MoETracer(model) as whole:
+        whole.recompile()
+        model(**batch)
+        compiled(**batch)
+    assert whole.recording().lost.silent_forwards == 0

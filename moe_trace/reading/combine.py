@@ -15,13 +15,14 @@ from moe_trace.reading.events import EventTable, Kind
 from moe_trace.reading.filters import Filter
 from moe_trace.reading.launches import find_kernels, router_busy_us
 from moe_trace.reading.layers import Surroundings, step_ranges, surroundings
+from moe_trace.reading.losses import add_losses
 from moe_trace.reading.phases import CallTimes, Times, measure_calls
 from moe_trace.reading.rank_load import RankRecords
 from moe_trace.reading.ranks import RankInput
 from moe_trace.reading.same_run import copies, first_difference
 from moe_trace.reading.shared_calls import RankCalls
 from moe_trace.reading.trace_file import Progress, TraceFile, read_trace, split_ranks
-from moe_trace.schema import Lost, Recording, RouterInfo
+from moe_trace.schema import Recording, RouterInfo
 from moe_trace.summary import SampleKey
 
 _MERGED = "it is merged from traces that are read here on their own"
@@ -231,18 +232,7 @@ def combined(reads: Sequence[Read], label: str) -> Recording:
         first,
         routers=tuple(routers.values()),
         samples=tuple(s for r in recordings if r.rank in counting for s in r.samples),
-        lost=_lost([r.lost for r in recordings], {s.name for r in recordings for s in r.samples}),
-    )
-
-
-def _lost(losses: Sequence[Lost], called: set[str]) -> Lost:
-    never = dict.fromkeys(name for lost in losses for name in lost.never_called if name not in called)
-    return Lost(
-        samples_without_range=sum(lost.samples_without_range for lost in losses),
-        ranges_without_sample=sum(lost.ranges_without_sample for lost in losses),
-        overwritten=sum(lost.overwritten for lost in losses),
-        misread={name: why for lost in losses for name, why in lost.misread.items()},
-        never_called=tuple(never),
+        lost=add_losses([r.lost for r in recordings], {s.name for r in recordings for s in r.samples}),
     )
 
 

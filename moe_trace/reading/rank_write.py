@@ -16,12 +16,13 @@ import msgspec
 from moe_trace.codec import encode_recording
 from moe_trace.errors import NothingRecorded
 from moe_trace.files import whole_file
+from moe_trace.reading.losses import add_losses
 from moe_trace.reading.rank_merge import MergePlan, RankTrace
 from moe_trace.reading.rank_parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
 from moe_trace.reading.rank_rename import Event, Pids, Renamer
 from moe_trace.reading.stream import JsonStream, loads_lenient
 from moe_trace.reading.trace_file import Progress, open_trace_stream
-from moe_trace.schema import METADATA_KEY, Lost, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.timeline.scan import KEY_PREFIX
 
 _OWN_KEYS = {"traceEvents", METADATA_KEY, "traceName", "baseTimeNanoseconds", "deviceProperties"}
@@ -213,7 +214,7 @@ def joined_recording(plan: MergePlan) -> Recording:
         first,
         routers=tuple(joined_routers(plan)),
         samples=tuple(samples),
-        lost=_lost(plan, {sample.name for sample in samples}),
+        lost=add_losses([trace.recording.lost for trace in plan.ranks], {sample.name for sample in samples}),
         parallel=None,
     )
 
@@ -238,14 +239,3 @@ def _moved(sample: RoutingSample, call: int, shift_ns: int, offset_ns: int) -> R
 
 def _shifted(span: Span, shift_ns: int) -> Span:
     return Span((round(span.start_us * 1000) + shift_ns) / 1000, span.duration_us)
-
-
-def _lost(plan: MergePlan, called: set[str]) -> Lost:
-    losses = [trace.recording.lost for trace in plan.ranks]
-    names = ("samples_without_range", "ranges_without_sample", "overwritten", "unreduced", "padding_unknown")
-    never = dict.fromkeys(name for lost in losses for name in lost.never_called if name not in called)
-    return Lost(
-        **{name: sum(getattr(lost, name) for lost in losses) for name in names},
-        misread={name: why for lost in losses for name, why in lost.misread.items()},
-        never_called=tuple(never),
-    )

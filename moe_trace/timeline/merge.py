@@ -237,6 +237,7 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         unplaced=placed.unplaced,
         untimed=placed.untimed,
         overwritten=sum(r.lost.overwritten for r in recordings),
+        silent_forwards=sum(r.lost.silent_forwards for r in recordings),
         misread={name: why for r in recordings for name, why in r.lost.misread.items()},
         never_called=tuple(name for r in recordings for name in r.lost.never_called),
     )
