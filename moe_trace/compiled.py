@@ -98,8 +98,8 @@ def warn_of_silent_forwards(count: int) -> None:
     warnings.warn(
         f"no router call was seen in {count} forwards, and code was compiled in this process: code that was "
         "compiled while the tracer was off, or for another model of the same class, has no hooks in it and "
-        "may be used again. Call tracer.recompile() after starting the tracer; where two models of a class are "
-        "compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before either is",
+        "may be used again. Call tracer.recompile() after starting the tracer; where two models of a class "
+        "are compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before either is",
         RuntimeWarning,
         stacklevel=4,
     )
