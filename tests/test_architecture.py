@@ -30,6 +30,7 @@ READING = VOCABULARY | {
     "render",
     "router_metrics",
     "summary",
+    "summary_notes",
     "timeline",
 }
 RECORDING = READING | {
@@ -90,7 +91,8 @@ ALLOWED = {
     "files": {"errors"},
     "loads": set(),
     "codec": {"errors", "schema"},
-    "summary": {"errors", "loads", "schema"},
+    "summary": {"errors", "loads", "schema", "summary_notes"},
+    "summary_notes": {"schema"},
     "router_metrics": {"errors", "loads", "schema"},
     "timeline": VOCABULARY | {"codec"},
     "placement": VOCABULARY | {"reader", "reading"},
@@ -162,8 +164,19 @@ ALLOWED = {
     "load_image": {"figure", "schema"},
     "profiler": RECORDING - {"stats", "fused_stats", "flops"},
 }
-NO_TORCH = ["errors", "schema", "files", "loads", "codec", "summary", "timeline", "reading", "reader"]
-NO_TORCH += ["placement", "render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
+NO_TORCH = [
+    "errors",
+    "schema",
+    "files",
+    "loads",
+    "codec",
+    "summary",
+    "summary_notes",
+    "timeline",
+    "reading",
+    "reader",
+]
+NO_TORCH += ["summary_notes", "placement", "render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
 
 
 def part_of(path: Path) -> str:
