@@ -77,6 +77,9 @@ class Recorder:
 
     def end_forward(self) -> None:
         """The model's forward is over: reduce it now, or let it wait for more if it is small."""
+        if not self._pending:  # as in every forward that is not recorded
+            self._ends_with_backward = False
+            return
         with self._lock:
             self._ends_with_backward = False
             small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX

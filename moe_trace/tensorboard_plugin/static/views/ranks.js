@@ -31,12 +31,16 @@ function summary(answer) {
     ...straggler(answer));
 }
 
+const EVEN = 1.01; // below it, the slowest rank is no news
+
 const traces = (count) => (count === 1 ? "one merged trace" : `${count} traces`);
 
 function straggler(answer) {
   if (answer.same_load === undefined) return []; // a merged trace: no summary of each rank alone
   const slowest = answer.straggler;
-  const words = slowest
+  const words = slowest && slowest.ratio < EVEN
+    ? ["Every rank does the same MoE work, to within 1 %: there is no ", term("straggler"), "."]
+    : slowest
     ? [term("straggler"), `: rank ${slowest.rank} does `,
       el("b", {"data-value": slowest.ratio}, `${slowest.ratio.toFixed(2)}×`), " the mean rank's MoE work, ",
       el("b", {"data-value": slowest.excess_us}, `${Math.round(slowest.excess_us).toLocaleString("en")} µs`),
