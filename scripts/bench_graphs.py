@@ -17,45 +17,55 @@ from bench_pairs import Bench, Step, hooked, nothing, prefill_step
 import moe_trace
 
 
-def compiled_decode(bench: Bench, batch: int) -> None:
+class CompiledDecode:
     """One token a sequence, whole model compiled with CUDA graphs (CPU: without), 0 tokens of cache."""
-    mode = "reduce-overhead" if bench.on_gpu else "default"
-    bench.model.set_experts_implementation("grouped_mm")
-    token = bench.tokens(batch, 1)
-    tracer = moe_trace.MoETracer(bench.model)
 
-    def compiled() -> Any:
+    def __init__(self, bench: Bench, batch: int) -> None:
+        self._model, self._token = bench.model, bench.tokens(batch, 1)
+        self._mode = "reduce-overhead" if bench.on_gpu else "default"
+        self._forward: Any = None
+        bench.model.set_experts_implementation("grouped_mm")
+
+    def compiled(self) -> Any:
+        """Compiled, warmed up and captured, with the hooks that are on now."""
         # A function of its own for each, so that neither's code is in the other's cache.
-        namespace: dict[str, Any] = {"model": bench.model}
+        namespace: dict[str, Any] = {"model": self._model}
         exec("def forward(tokens):\n    return model(tokens, use_cache=False).logits", namespace)
-        return torch.compile(namespace["forward"], mode=mode, fullgraph=True)
+        forward = torch.compile(namespace["forward"], mode=self._mode, fullgraph=True)
+        with self.using(forward)():
+            for _ in range(4):
+                self.step()
+        return forward
 
-    bare, traced, current = compiled(), compiled(), []
+    def using(self, forward: Any) -> Callable[[], Any]:
+        """A context in which `step` runs it."""
 
-    def stepping(forward: Any) -> Callable[[], Any]:
         @contextmanager
         def use() -> Iterator[None]:
-            current[:] = [forward]
+            self._forward = forward
             yield
 
         return use
 
     @torch.no_grad()
-    def step() -> None:
+    def step(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        current[0](token)
+        self._forward(self._token)
 
-    for forward in (bare, traced):
-        if forward is traced:
-            tracer.start()
-        current[:] = [forward]
-        for _ in range(4):  # compiled, warmed up, captured
-            step()
+
+def compiled_decode(bench: Bench, batch: int) -> None:
+    decode = CompiledDecode(bench, batch)
+    tracer = moe_trace.MoETracer(bench.model)
+    bare = decode.compiled()
+    tracer.start()
+    traced = decode.compiled()
     # The tracer stays on: code compiled before it has no hooks and does not see them; with the hooks off,
     # the traced half would be compiled again without them.
     before = len(tracer.samples())
     name = f"compiled decode, batch {batch}, {'CUDA graphs' if bench.on_gpu else 'no CUDA graphs'}"
-    bench.compare(name, step, bare=stepping(bare), traced=stepping(traced), bound=1.01, repeat=50)
+    bench.compare(
+        name, decode.step, bare=decode.using(bare), traced=decode.using(traced), bound=1.01, repeat=50
+    )
     assert len(tracer.samples()) > before, "the traced half must record"
     tracer.stop()
     torch._dynamo.reset()

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Where the time of a compiled decode step goes, kernel by kernel, with the tracer and without.
+
+    python scripts/profile_replays.py --out replays            # needs a GPU
+    python scripts/profile_replays.py --out replays --batch 64
+
+Compiles the model of `bench_overhead.py` three times: bare, bare again, traced. The second bare one is the
+control: what two compilations of the same code differ by is not the tracer's cost. Writes one file for each,
+the kernels of a replay in their order with the medians of their times, and prints what they sum up to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from bench_graphs import CompiledDecode
+from bench_pairs import Bench
+
+import moe_trace
+
+REPLAYS = 20
+
+
+def kernels(forward: Any, step: Any, file: Path) -> list[list[dict[str, Any]]]:
+    """The kernels of each replay, in the order in which they ran."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with forward(), torch.profiler.profile(activities=activities) as prof:
+        for _ in range(REPLAYS):
+            step()
+        torch.cuda.synchronize()
+    prof.export_chrome_trace(str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    on_device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    replays: dict[int, list[dict[str, Any]]] = {}
+    launches = {e["args"]["correlation"] for e in events if e.get("name") == "cudaGraphLaunch"}
+    for event in sorted(on_device, key=lambda e: e["ts"]):
+        if event["args"]["correlation"] in launches:
+            replays.setdefault(event["args"]["correlation"], []).append(event)
+    return list(replays.values())
+
+
+def describe(replays: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
+    """Totals, and a line for each kernel."""
+    lengths = {len(replay) for replay in replays}
+    spans = [replay[-1]["ts"] + replay[-1]["dur"] - replay[0]["ts"] for replay in replays]
+    busy = [sum(e["dur"] for e in replay) for replay in replays]
+    lines = []
+    for together in zip(*(replay for replay in replays if len(replay) == max(lengths)), strict=True):
+        duration = statistics.median(e["dur"] for e in together)
+        lines.append(f"{duration:8.2f} {together[0]['name'][:110]}")
+    return (
+        f"{sorted(lengths)} kernels, span {statistics.median(spans):.1f} us, "
+        f"busy {statistics.median(busy):.1f} us",
+        lines,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the lists")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=10)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench("cuda", arguments.pairs)
+    decode = CompiledDecode(bench, arguments.batch)
+    bare, again = decode.compiled(), decode.compiled()
+    with moe_trace.MoETracer(bench.model):
+        traced = decode.compiled()
+        ways = {"bare": bare, "again": again, "traced": traced}
+        for name, forward in ways.items():
+            trace = arguments.out / f"{name}.json"
+            totals, lines = describe(kernels(decode.using(forward), decode.step, trace))
+            (arguments.out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            trace.unlink()
+            print(f"{name}: {totals}", flush=True)
+        for name, forward in (("again", again), ("traced", traced)):
+            bench.compare(
+                f"{name} against bare", decode.step, bare=decode.using(bare), traced=decode.using(forward),
+                bound=None, repeat=50,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
