@@ -57,10 +57,9 @@ class ForwardCounter:
         self.forwards.add_(1)
         self.code.fill_((epoch << 8) | (STAGES.index(stage) << 1))
 
-    def start_in_graph(self, stage_code: int) -> None:
-        """Traced or captured."""
+    def start_in_graph(self) -> None:
+        """Traced or captured; the code of such a forward is known by then, and needs no memory."""
         self.forwards.add_(1)
-        self.code.copy_((self.code & ~255) | (stage_code << 1) | 1)
 
 
 @dataclass(frozen=True)
@@ -123,16 +122,15 @@ class GraphRing:
         # CUDA graphs may write to it and copy nothing.
         torch._dynamo.mark_static_address(self.data)
 
-    def write_raw(self, reading: Reading) -> None:
-        """Copy a call as it is; plain tensor work only."""
+    def raw(self, reading: Reading) -> Tensor:
+        """What `put` writes of a call as it is, [T * (2 K + C)]; plain tensor work only."""
         parts = [reading.index_TK, reading.weights_TK]
         if reading.logits_TE is not None:
             parts.append(reading.logits_TE)
-        body = torch.cat([part.detach().float() for part in parts], dim=-1)
-        self._put(torch.cat([self._header(reading), body.flatten()]))
+        return _side_by_side([part.detach().float() for part in parts]).flatten()
 
-    def write_reduced(self, reading: Reading) -> None:
-        """Reduce a call and write its figures; plain tensor work only."""
+    def reduced(self, reading: Reading) -> Tensor:
+        """What `put` writes of a call that is reduced first; plain tensor work only."""
         logits = reading.logits_TE
         stats = routing_stats(
             None if logits is None else logits.detach().unsqueeze(0),
@@ -141,24 +139,43 @@ class GraphRing:
             self.num_experts,
             None,
         )
-        self._put(torch.cat([self._header(reading), stats.ints[0].float(), stats.floats[0]]))
+        return torch.cat([stats.ints[0].float(), stats.floats[0]])
 
-    def _header(self, reading: Reading) -> Tensor:
+    def put(self, body: Tensor, tokens: int, code: int | None) -> None:
+        """Write the row of a call into the slot of the forward under way.
+
+        Args:
+            code: of the forward, where it is known while tracing; None for what the counter has.
+        """
         forwards, epoch_and_code = self.counter.forwards, self.counter.code
-        return torch.stack(
-            [
-                forwards % EXACT,
-                (epoch_and_code >> 8) % EXACT,
-                epoch_and_code & 255,
-                torch.full_like(forwards, reading.index_TK.shape[0]),
-            ]
-        ).float()
-
-    def _put(self, row: Tensor) -> None:
+        header = [
+            forwards % EXACT,
+            (epoch_and_code >> 8) % EXACT,
+            epoch_and_code & 255 if code is None else torch.full_like(forwards, code),
+            torch.full_like(forwards, tokens),
+        ]
+        row = _side_by_side([*(number.float().view(1) for number in header), body])
         # One scatter into the flat buffer: a view of it would make functionalisation copy the whole ring.
         slot = self.counter.forwards % self.slots
         where = slot * self.width + torch.arange(row.shape[0], device=row.device)
         self.data.index_put_((where,), row)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat(parts, dim=-1)`.
+
+    While compiling, in a form that every compiler makes a part of the kernel that uses it; what becomes of
+    `cat` depends on its version, its device, and on who else reads the parts.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.cat(list(parts), dim=-1)
+    width, start, joined = sum(part.shape[-1] for part in parts), 0, None
+    for part in parts:
+        padded = torch.nn.functional.pad(part, (start, width - start - part.shape[-1]))
+        joined = padded if joined is None else joined + padded
+        start += part.shape[-1]
+    assert joined is not None
+    return joined
 
 
 def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:

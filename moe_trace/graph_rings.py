@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from moe_trace.contracts import Reading
 from moe_trace.graph_forwards import GraphForwards
@@ -20,6 +21,45 @@ from moe_trace.schema import Stage
 _CPU = torch.device("cpu")
 
 
+class ForwardInGraph:
+    """The model's forward that is being traced or captured; outside of one, its routers write at once.
+
+    A compiler makes one kernel of all routers' writes when they stand together at the end of the forward, and
+    one for every second router where they stand apart.
+    """
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        self._waiting: list[tuple[GraphRing, Tensor, int]] | None = None
+
+    def start(self, stage_code: int, *, together: bool) -> None:
+        """The model's forward begins.
+
+        Args:
+            together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
+                cannot leave a layer that is checkpointed.
+        """
+        self._code = stage_code << 1 | 1
+        self._waiting = [] if together else None
+
+    def write(self, ring: GraphRing, body: Tensor, tokens: int) -> None:
+        """Write a row, now or at the end."""
+        if self._waiting is None:
+            ring.put(body, tokens, self._code)
+        else:
+            self._waiting.append((ring, body, tokens))
+
+    def end(self) -> None:
+        """The model's forward is over."""
+        for ring, body, tokens in self._waiting or ():
+            ring.put(body, tokens, self._code)
+        self.forget()
+
+    def forget(self) -> None:
+        """The forward that began last was interrupted, if it never ended."""
+        self._code = self._waiting = None
+
+
 class SiteRings:
     """The rings of one router; each is made when a call that needs it is traced or captured.
 
@@ -27,8 +67,14 @@ class SiteRings:
     all routers of a model, so that layers may share their compiled code.
     """
 
-    def __init__(self, num_experts: int, allocate: Callable[[SiteRings, RingKind, int, int], None]) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        forward: ForwardInGraph,
+        allocate: Callable[[SiteRings, RingKind, int, int], None],
+    ) -> None:
         self.num_experts = num_experts
+        self._forward = forward
         self.small: GraphRing | None = None
         self.medium: GraphRing | None = None
         self.reduced: GraphRing | None = None
@@ -57,12 +103,10 @@ class SiteRings:
         classes = 0 if reading.logits_TE is None else reading.logits_TE.shape[-1]
         kind = ring_kind(tokens)
         self.prepare(kind, top_k, classes)
-        if kind == "small":
-            self.small.write_raw(reading)  # type: ignore[union-attr]
-        elif kind == "medium":
-            self.medium.write_raw(reading)  # type: ignore[union-attr]
-        else:
-            self.reduced.write_reduced(reading)  # type: ignore[union-attr]
+        ring = self.small if kind == "small" else self.medium if kind == "medium" else self.reduced
+        assert ring is not None  # `prepare` made it
+        body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
+        self._forward.write(ring, body, tokens)
 
     def write_captured(self, reading: Reading) -> None:
         """The same while a stream is captured into a graph, whose replays will write."""
@@ -92,7 +136,8 @@ class ModelRings:
         started: Callable[[], None],
         counting: Callable[[int], None],
     ) -> None:
-        self.sites = [SiteRings(router.info.num_experts, self._allocate) for router in routers]
+        self.forward = ForwardInGraph()
+        self.sites = [SiteRings(router.info.num_experts, self.forward, self._allocate) for router in routers]
         self.counters: list[ForwardCounter] = []
         self._routers = list(routers)
         self._forwards = forwards
@@ -131,16 +176,24 @@ class ModelRings:
         """The model's forward begins, inside a graph."""
         self.prepare()
         for counter in self.counters:
-            counter.start_in_graph(stage_code)
+            counter.start_in_graph()
+        self.forward.start(stage_code, together=not torch.is_grad_enabled())
+
+    def end_in_graph(self) -> None:
+        """The model's forward is over, inside a graph or behind one that was broken off."""
+        with torch.no_grad():
+            self.forward.end()
 
     def start_captured(self, stage_code: int) -> None:
         """The same while a stream is captured into a graph."""
         with torch.no_grad():
             self.start_in_graph(stage_code)
+        self.forward.start(stage_code, together=False)  # nobody makes one kernel of what is captured
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """The same where the model's hook runs eagerly."""
+        self.forward.forget()
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)

@@ -429,8 +429,12 @@ class MoETracer(HoldsHooks):
             self._ranges.open(self._graph_range)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or is_copy(module, self.model):
+        if torch.compiler.is_compiling():
+            self._graphs.rings.end_in_graph()
             return
+        if is_copy(module, self.model):
+            return
+        self._graphs.rings.end_in_graph()
         if output is None:
             self.abandon_calls()
         else:

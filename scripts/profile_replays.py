@@ -5,7 +5,7 @@
     python scripts/profile_replays.py --out replays --batch 64
 
 Compiles the model of `bench_overhead.py` three times: bare, bare again, traced. The second bare one is the
-control: what two compilations of the same code differ by is not the tracer's cost. Writes one file for each,
+control: what two graphs of the same code differ by is not the tracer's cost. Writes one file for each,
 the kernels of a replay in their order with the medians of their times, and prints what they sum up to.
 """
 
@@ -25,7 +25,7 @@ from bench_pairs import Bench
 
 import moe_trace
 
-REPLAYS = 20
+REPLAYS = CompiledDecode.STEPS
 
 
 def kernels(forward: Any, step: Any, file: Path) -> list[list[dict[str, Any]]]:
@@ -86,7 +86,7 @@ def main() -> None:
         for name, forward in (("again", again), ("traced", traced)):
             bench.compare(
                 f"{name} against bare", decode.step, bare=decode.using(bare), traced=decode.using(forward),
-                bound=None, repeat=50,
+                bound=None, repeat=decode.STEPS,
             )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
+import torch._inductor.config as inductor_config
+import torch._inductor.metrics as inductor_metrics
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_trace
@@ -114,6 +116,50 @@ def test_inductor_writes_the_same_for_a_whole_model() -> None:
     with moe_trace.MoETracer(model) as tracer:
         run(torch.compile(model, fullgraph=True), shapes)
     assert recorded(tracer) == eager_assignments(shapes)
+
+
+class BreaksTheGraph(torch.nn.Module):
+    """A module whose call the compiler cannot take into one graph with what stands before it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        torch._dynamo.graph_break()
+        return self.inner(hidden)
+
+
+def test_a_forward_of_several_graphs_loses_nothing() -> None:
+    shapes = [(1, 1), (3, 40), (1, 1)]
+    model = small_model()
+    model.model.norm = BreaksTheGraph(model.model.norm)  # after the last router: the forward ends elsewhere
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm = BreaksTheGraph(layer.post_attention_layernorm)
+    with moe_trace.MoETracer(model) as tracer:
+        run(torch.compile(model, backend="aot_eager"), shapes)
+    assert recorded(tracer) == eager_assignments(shapes)
+    assert all(s.in_graph for s in tracer.samples())
+
+
+def test_the_writes_of_all_routers_are_one_kernel() -> None:
+    """Each kernel costs a replayed decode step more than what it does, so their number is the cost."""
+    olmoe = tiny_olmoe(layers=3)
+    olmoe.set_experts_implementation("grouped_mm")
+    model = torch.nn.Sequential(*(layer.mlp for layer in olmoe.model.layers)).eval()
+    hidden = torch.randn(1, 1, olmoe.config.hidden_size)
+
+    def kernels() -> int:
+        dynamo.reset()
+        inductor_metrics.reset()
+        with inductor_config.patch(force_disable_caches=True), torch.no_grad():
+            torch.compile(model, fullgraph=True)(hidden)
+        return inductor_metrics.generated_kernel_count
+
+    bare = kernels()
+    with moe_trace.MoETracer(model) as tracer:
+        assert bare < kernels() <= bare + 3  # the rows, and the count of forwards
+    assert [s.tokens for s in tracer.samples()] == [1] * 3
 
 
 def test_half_precision_is_recorded_as_the_same_code_decided() -> None:
