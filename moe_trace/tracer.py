@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,32 +10,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from moe_trace.compiled import (
-    called_through_compile,
-    compiled_parts,
     is_capturing,
-    run_hooks_in_python,
     something_was_compiled,
     warn_if_compiled_before,
     warn_of_silent_forwards,
 )
 from moe_trace.environment import describe_model, versions
 from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.forwards import ForwardContext, ForwardStack, ModelInputs, unwrapped
 from moe_trace.graph_capture import CaptureNotes
-from moe_trace.graph_forwards import HostForward, Segment
+from moe_trace.graph_forwards import Segment
 from moe_trace.graph_recorder import GraphRecorder
-from moe_trace.graph_ring import STAGES
-from moe_trace.hook_levels import HookLevels
-from moe_trace.hooks import CallClock, Level, SiteHooks
+from moe_trace.hooks import CallClock
+from moe_trace.model_hooks import ModelHooks
 from moe_trace.parallel import ParallelModel
-from moe_trace.ranges import OpenRanges, owns_ranges, profiler_is_recording
+from moe_trace.ranges import profiler_is_recording
 from moe_trace.recorder import Recorder
-from moe_trace.retired import HoldsHooks, is_copy
+from moe_trace.retired import HoldsHooks
 from moe_trace.routers import LayerSelector, RouterSite, find_routers
-from moe_trace.schema import Lost, Placement, Recording, RoutingSample, Stage, range_name
+from moe_trace.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.sending import Sending
 from moe_trace.steps import Steps
 from moe_trace.summary import Summary, summarize
@@ -84,7 +76,6 @@ class MoETracer(HoldsHooks):
         self.model = model
         self.sites: list[RouterSite] = find_routers(model, layers=layers)
         self.tracks = tracks
-        self.forwards_recorded = 0
         self._steps = Steps(every=every, warmup=warmup)
         self._recorder = Recorder(capacity=capacity)
         self._graphs = GraphRecorder(
@@ -95,27 +86,16 @@ class MoETracer(HoldsHooks):
             samples_step=self._steps.samples,
         )
         self._captures = CaptureNotes()
-        self._graph_range = range_name("graph", type(unwrapped(model)).__name__)
-        self._ranges = OpenRanges()
-        self._hooks = [
-            SiteHooks(
-                site,
-                recorder=self._recorder,
-                ranges=self._ranges,
-                context=self._current_context,
-                owner=self,
-                rings=rings,
-                captures=self._captures,
-                clock=clock,
-                sending=self._sending,
-            )
-            for site, rings in zip(self.sites, self._graphs.rings.sites, strict=True)
-        ]
-        self._levels = HookLevels(self._hooks)
-        self._model_handles: list[RemovableHandle] = []
-        self._forwards = ForwardStack()
-        self._inputs = ModelInputs(model)
-        self._padding_unknown = 0
+        self._hooks = ModelHooks(
+            model,
+            self.sites,
+            steps=self._steps,
+            recorder=self._recorder,
+            graphs=self._graphs,
+            captures=self._captures,
+            clock=clock,
+            sending=self._sending,
+        )
         self._active = False
         self._placements: dict[tuple[str, int], Placement] = {}
         self._lost = Lost()
@@ -145,6 +125,11 @@ class MoETracer(HoldsHooks):
         """Forwards of the model that the host has seen while the tracer was active."""
         return self._steps.forwards
 
+    @property
+    def forwards_recorded(self) -> int:
+        """Those of them that belong to a recorded step."""
+        return self._hooks.forwards_recorded
+
     # -- life -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -153,31 +138,16 @@ class MoETracer(HoldsHooks):
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
-        run_hooks_in_python([MoETracer._before_model, MoETracer._after_model, *SiteHooks.functions()])
         self._graphs.mark(
             Segment(step=0, profiled=False, sampled=False), in_trace=False
         )  # ran while it was off
-        if compiled_parts(self.model):
-            self._graph_started()
-        self._model_handles = [
-            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True),
-            self.model.register_forward_hook(self._after_model, always_call=True),
-        ]
-        # The model's own hook lowers this at its next forward; a caller of a submodule never gets there.
-        self._levels.set(Level.RANGES if self.samples_this_step() else Level.OFF)
+        self._hooks.put_on(recording=self.samples_this_step())
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
         self.mark_graphs()
         warn_if_compiled_before(self)
-        for handle in self._model_handles:
-            handle.remove()
-        self._model_handles = []
-        self._levels.take_off()
-        for hooks in self._hooks:
-            hooks.finish()
-        self._ranges.close_all()
-        self._forwards.clear()
+        self._hooks.take_off()
         self._active = False
         if not is_capturing():
             self._recorder.reduce()
@@ -231,7 +201,7 @@ class MoETracer(HoldsHooks):
         return Recording(
             model=self._description,
             options=self._options,
-            routers=tuple(hooks.info for hooks in self._hooks),
+            routers=tuple(hooks.info for hooks in self._hooks.routers),
             samples=samples,
             lost=self._losses(),
             rank=self._parallel.rank,
@@ -290,13 +260,13 @@ class MoETracer(HoldsHooks):
         self._graphs.drain()
         return {
             hooks.site.name: hooks.calls + calls
-            for hooks, calls in zip(self._hooks, self._graphs.calls, strict=True)
+            for hooks, calls in zip(self._hooks.routers, self._graphs.calls, strict=True)
         }
 
     @property
     def called(self) -> bool:
         """Whether any router was called, or compiled with its hooks."""
-        return self._graphs.writes or any(hooks.calls or hooks.misread for hooks in self._hooks)
+        return self._graphs.writes or any(hooks.calls or hooks.misread for hooks in self._hooks.routers)
 
     @staticmethod
     def recompile() -> None:
@@ -310,15 +280,13 @@ class MoETracer(HoldsHooks):
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""
-        for hooks in self._hooks:
-            if hooks.open_calls:
-                hooks.discard()
+        self._hooks.abandon_calls()
 
     def _silent_forwards(self) -> int:
         """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
         if not something_was_compiled():
             return 0
-        calls = max(h.calls + c for h, c in zip(self._hooks, self._graphs.calls, strict=True))
+        calls = max(h.calls + c for h, c in zip(self._hooks.routers, self._graphs.calls, strict=True))
         return max(0, self.forwards_recorded - calls - self._graphs.overwritten)
 
     def _losses(self) -> Lost:
@@ -330,21 +298,19 @@ class MoETracer(HoldsHooks):
             self._lost,
             overwritten=self._recorder.overwritten + self._graphs.overwritten,
             unreduced=self._recorder.unreduced,
-            padding_unknown=self._padding_unknown,
-            misread={h.site.name: h.misread for h in self._hooks if h.misread is not None},
+            padding_unknown=self._hooks.padding_unknown,
+            misread={h.site.name: h.misread for h in self._hooks.routers if h.misread is not None},
             never_called=tuple(
                 h.site.name
-                for h, in_graphs in zip(self._hooks, self._graphs.calls, strict=True)
+                for h, in_graphs in zip(self._hooks.routers, self._graphs.calls, strict=True)
                 if h.calls == 0 and in_graphs == 0 and h.misread is None
             ),
         )
 
-    # -- the model's own forward ----------------------------------------------------------------------
+    # -- graphs ---------------------------------------------------------------------------------------
 
     def _graph_started(self) -> None:
-        """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
-        self._recorder.may_wait = False  # a graph's next replay overwrites the tensors that it returned
-        self._levels.keep()
+        self._hooks.graph_started()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.
@@ -361,92 +327,6 @@ class MoETracer(HoldsHooks):
 
     def _sending(self, experts_args: Any) -> Sending | None:
         return self._parallel.sending(experts_args)
-
-    def _current_context(self) -> ForwardContext:
-        context = self._forwards.current()
-        if context is None:  # a submodule called on its own, or a replica's thread
-            stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
-            step = self._steps.now()
-            context = ForwardContext(
-                step,
-                stage,
-                epoch=self._graphs.forwards.epoch,
-                recorded=self._steps.samples(step),
-                of_model=False,
-            )
-        return context
-
-    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            self._graphs.rings.start_in_graph(STAGES.index(self._inputs.stage(args, kwargs)))
-            return
-        if is_copy(module, self.model):
-            return
-        if is_capturing():
-            self._levels.set(Level.RANGES)  # which tells where the experts end
-            self._graphs.rings.start_captured(STAGES.index(self._inputs.stage(args, kwargs)))
-            return
-        self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
-        self.abandon_calls()
-        self._recorder.end_forward()  # recomputed calls of the backward before
-        if torch._C._current_graph_task_id() != -1 and (again := self._forwards.current()) is not None:
-            # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
-            self._forwards.enter(again)
-            self._levels.want(self._level_needed(again.recorded))
-            return
-        step = self._steps.now()
-        self._steps.forwards += 1
-        sampled, profiled = self._steps.samples(step), profiler_is_recording()
-        if profiled and sampled and (self._graphs.writes or self._levels.kept):
-            self._open_graph_range()
-        stage = self._inputs.stage(args, kwargs)
-        now_ns, thread = time.time_ns(), threading.get_native_id()
-        self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
-        context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
-        self._forwards.enter(context)
-        if not sampled and not self._levels.kept and self._is_compiled():
-            self._graph_started()  # code that is compiled in a step left out must hold the hooks too
-        self._levels.want(self._level_needed(sampled))
-        if not sampled:
-            return
-        self.forwards_recorded += 1
-        context.padding_T, unknown = self._inputs.padding(args, kwargs)
-        self._padding_unknown += unknown
-
-    def _is_compiled(self) -> bool:
-        first = self.forwards_seen == 1  # parts may have been compiled since the start
-        return called_through_compile() or (first and bool(compiled_parts(self.model)))
-
-    @staticmethod
-    def _level_needed(sampled: bool) -> Level:
-        if not sampled:
-            return Level.OFF
-        return Level.RANGES if profiler_is_recording() else Level.RECORD
-
-    def _open_graph_range(self) -> None:
-        """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
-        if owns_ranges(self.sites[0].router, self):
-            self._ranges.open(self._graph_range)
-
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._graphs.rings.end_in_graph()
-            return
-        if is_copy(module, self.model):
-            return
-        self._graphs.rings.end_in_graph()
-        if output is None:
-            self.abandon_calls()
-        else:
-            for hooks in self._hooks:
-                if hooks.open_calls:
-                    hooks.finish()
-        if self._ranges.stacks:
-            self._ranges.close(self._graph_range)
-        if not is_capturing():
-            self._recorder.end_forward()
-        if self._forwards.leave():
-            self._levels.leave()
 
 
 def _describe_layers(layers: LayerSelector) -> Any:

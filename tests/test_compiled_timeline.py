@@ -180,4 +180,4 @@ def test_a_forward_that_raises_closes_its_range() -> None:
         with torch.profiler.profile():
             with pytest.raises(TypeError):
                 model(**token_batch(2, 12), no_such_argument_of_the_model=1, labels="x")
-            assert len(tracer._ranges) == 0
+            assert len(tracer._hooks._ranges) == 0

@@ -57,7 +57,7 @@ def test_exception_inside_the_forward(error: type[BaseException], where: str, tm
         model(**token_batch())
     del target.forward
     assert hook_count(model) == before
-    assert len(prof.tracer._ranges) == 0
+    assert len(prof.tracer._hooks._ranges) == 0
     per_layer = [s.layer for s in prof.tracer.samples()]
     # Samples so far are kept; the interrupted layer has one only if its router had decided by then.
     assert per_layer == [0, 1, 2, 0, 1] if where == "experts" else [0, 1, 2, 0]
