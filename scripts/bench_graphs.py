@@ -34,11 +34,15 @@ class CompiledDecode:
         self._forward: Any = None
         bench.model.set_experts_implementation("grouped_mm")
 
-    def compiled(self) -> Any:
-        """Compiled, warmed up and captured, with the hooks that are on now."""
+    def compiled(self, also: str = "") -> Any:
+        """Compiled, warmed up and captured, with the hooks that are on now.
+
+        Args:
+            also: what the function returns beside the logits, as code.
+        """
         # A function of its own for each, so that neither's code is in the other's cache.
         namespace: dict[str, Any] = {"model": self._model}
-        exec("def forward(tokens):\n    return model(tokens, use_cache=False).logits", namespace)
+        exec(f"def forward(tokens):\n    return model(tokens, use_cache=False).logits{also}", namespace)
         forward = torch.compile(namespace["forward"], mode=self._mode, fullgraph=True)
         with self.using(forward)():
             for _ in range(4):

@@ -4,9 +4,11 @@
     python scripts/profile_replays.py --out replays            # needs a GPU
     python scripts/profile_replays.py --out replays --batch 64
 
-Compiles the model of `bench_overhead.py` three times: bare, bare again, traced. The second bare one is the
-control: what two graphs of the same code differ by is not the tracer's cost. Writes one file for each,
-the kernels of a replay in their order with the medians of their times, and prints what they sum up to.
+Compiles the model of `bench_overhead.py` bare, traced, and as two controls: bare again, and bare with one
+small output more ("moved"), which moves the memory of all that follows. What bare and the controls differ by
+is not the tracer's cost. Writes one file for each, the kernels of a replay in their order with the medians of
+their times, and prints their sums: of all, and of the kernel that takes the most (of OLMoE, the experts'
+grouped product).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +54,14 @@ def describe(replays: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
     lengths = {len(replay) for replay in replays}
     spans = [replay[-1]["ts"] + replay[-1]["dur"] - replay[0]["ts"] for replay in replays]
     busy = [sum(e["dur"] for e in replay) for replay in replays]
-    lines = []
+    lines, sums = [], Counter[str]()
     for together in zip(*(replay for replay in replays if len(replay) == max(lengths)), strict=True):
-        duration = statistics.median(e["dur"] for e in together)
-        lines.append(f"{duration:8.2f} {together[0]['name'][:110]}")
+        name, duration = together[0]["name"], statistics.median(e["dur"] for e in together)
+        lines.append(f"{duration:8.2f} {name[:110]}")
+        sums[name] += duration
     return (
         f"{sorted(lengths)} kernels, span {statistics.median(spans):.1f} us, "
-        f"busy {statistics.median(busy):.1f} us",
+        f"busy {statistics.median(busy):.1f} us, of which the largest {max(sums.values()):.1f} us",
         lines,
     )
 
@@ -73,21 +77,23 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     bench = Bench("cuda", arguments.pairs)
     decode = CompiledDecode(bench, arguments.batch)
-    bare, again = decode.compiled(), decode.compiled()
+    ways = {
+        "bare": decode.compiled(),
+        "again": decode.compiled(),
+        "moved": decode.compiled(also=", (tokens + 1).float()"),
+    }
     with moe_trace.MoETracer(bench.model):
-        traced = decode.compiled()
-        ways = {"bare": bare, "again": again, "traced": traced}
+        ways["traced"] = decode.compiled()
         for name, forward in ways.items():
             trace = arguments.out / f"{name}.json"
             totals, lines = describe(kernels(decode.using(forward), decode.step, trace))
             (arguments.out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             trace.unlink()
             print(f"{name}: {totals}", flush=True)
-        for name, forward in (("again", again), ("traced", traced)):
-            bench.compare(
-                f"{name} against bare", decode.step, bare=decode.using(bare), traced=decode.using(forward),
-                bound=None, repeat=decode.STEPS,
-            )  # fmt: skip
+        bare = decode.using(ways.pop("bare"))
+        for name, forward in ways.items():
+            traced = decode.using(forward)
+            bench.compare(name, decode.step, bare=bare, traced=traced, bound=None, repeat=decode.STEPS)
 
 
 if __name__ == "__main__":
