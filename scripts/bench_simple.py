@@ -95,7 +95,7 @@ def _hooks_and_reduction_ms(model: Any, ids: Tensor) -> tuple[float, float]:
     """Time spent in our own functions during one forward: exact, where a difference of forwards is noise."""
     profiler = MoEProfiler(model)
     spent = {"hooks": 0.0, "reduce": 0.0}
-    for hooks in profiler.tracer._hooks:
+    for hooks in profiler.tracer._hooks.routers:
         for name in ("_before_router", "_after_router", "_before_experts", "_after_experts"):
             setattr(hooks, name, _clocked(getattr(hooks, name), spent, "hooks"))
     recorder = profiler.tracer._recorder

@@ -263,7 +263,7 @@ def calls_of(model: nn.Module, family: Family) -> list[tuple[moe_trace.RouterSit
     """What the hooks of each router see in one forward, and what is read from it."""
     tracer = moe_trace.MoETracer(model)
     seen: list[tuple[moe_trace.RouterSite, Call, Reading]] = []
-    for hooks in tracer._hooks:
+    for hooks in tracer._hooks.routers:
 
         def keep(call: Call, site: moe_trace.RouterSite = hooks.site) -> Reading:
             seen.append((site, call, site.read(call)))
