@@ -97,10 +97,13 @@ def _record(config: RunConfig, team: Team, device: torch.device, progress: Progr
         progress("warming up", done, total)
         _run(step, model)
     with prof:
-        for done in range(config.steps):
-            progress("recording", config.warmup + done, total)
-            _run(step, model)
-            prof.step()
+        try:
+            for done in range(config.steps):
+                progress("recording", config.warmup + done, total)
+                _run(step, model)
+                prof.step()
+        finally:
+            team.stop.only_note()  # torchrun's signal must not break off the writing of what was recorded
         progress("writing the trace", total, total)
     if not prof.tracer.summary().totals.calls:
         raise NothingRecorded(
