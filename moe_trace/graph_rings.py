@@ -56,7 +56,7 @@ class ForwardInGraph:
         self.forget()
 
     def forget(self) -> None:
-        """The forward that began last was interrupted, if it never ended."""
+        """No forward is under way; what one left that was interrupted is dropped."""
         self._code = self._waiting = None
 
 
@@ -136,8 +136,8 @@ class ModelRings:
         started: Callable[[], None],
         counting: Callable[[int], None],
     ) -> None:
-        self.forward = ForwardInGraph()
-        self.sites = [SiteRings(router.info.num_experts, self.forward, self._allocate) for router in routers]
+        self._forward = ForwardInGraph()
+        self.sites = [SiteRings(router.info.num_experts, self._forward, self._allocate) for router in routers]
         self.counters: list[ForwardCounter] = []
         self._routers = list(routers)
         self._forwards = forwards
@@ -177,23 +177,23 @@ class ModelRings:
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()
-        self.forward.start(stage_code, together=not torch.is_grad_enabled())
+        self._forward.start(stage_code, together=not torch.is_grad_enabled())
 
     def end_in_graph(self) -> None:
         """The model's forward is over, inside a graph or behind one that was broken off."""
         with torch.no_grad():
-            self.forward.end()
+            self._forward.end()
 
     def start_captured(self, stage_code: int) -> None:
         """The same while a stream is captured into a graph."""
         with torch.no_grad():
             self.start_in_graph(stage_code)
-        self.forward.start(stage_code, together=False)  # nobody makes one kernel of what is captured
+        self._forward.start(stage_code, together=False)  # nobody makes one kernel of what is captured
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """The same where the model's hook runs eagerly."""
-        self.forward.forget()
+        self._forward.forget()
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)

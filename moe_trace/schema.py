@@ -299,14 +299,6 @@ class Recording:
     versions: dict[str, str] = field(default_factory=dict)
     parallel: Parallel | None = None
     """None where the process runs alone, or does not know."""
-
-    @property
-    def experts_are_split(self) -> bool:
-        """Whether this process computes other slots than its routers assigned, or a part of each: the time of
-        its experts is then not that of its calls' FLOPs."""
-        parallel = self.parallel
-        return parallel is not None and (bool(parallel.expert_ranks) or parallel.mesh.get("tp", 1) > 1)
-
     graph_marks: tuple[GraphMark, ...] = ()
     """Counts of forwards that only the device saw, in order of time."""
     captured_graphs: tuple[CapturedGraph, ...] = ()
@@ -315,3 +307,10 @@ class Recording:
     annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
     `graph node id`."""
+
+    @property
+    def experts_are_split(self) -> bool:
+        """Whether this process computes other slots than its routers assigned, or a part of each: the time of
+        its experts is then not that of its calls' FLOPs."""
+        parallel = self.parallel
+        return parallel is not None and (bool(parallel.expert_ranks) or parallel.mesh.get("tp", 1) > 1)

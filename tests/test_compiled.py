@@ -144,7 +144,7 @@ def test_a_forward_of_several_graphs_loses_nothing() -> None:
 
 def test_the_writes_of_all_routers_are_one_kernel() -> None:
     """Each kernel costs a replayed decode step more than what it does, so their number is the cost."""
-    olmoe = tiny_olmoe(layers=3)
+    olmoe = tiny_olmoe(layers=6)
     olmoe.set_experts_implementation("grouped_mm")
     model = torch.nn.Sequential(*(layer.mlp for layer in olmoe.model.layers)).eval()
     hidden = torch.randn(1, 1, olmoe.config.hidden_size)
@@ -158,8 +158,8 @@ def test_the_writes_of_all_routers_are_one_kernel() -> None:
 
     bare = kernels()
     with moe_trace.MoETracer(model) as tracer:
-        assert bare < kernels() <= bare + 3  # the rows, and the count of forwards
-    assert [s.tokens for s in tracer.samples()] == [1] * 3
+        assert kernels() == bare + 2  # the rows, and the count of forwards; 3 where routers write at once
+    assert [s.tokens for s in tracer.samples()] == [1] * 6
 
 
 def test_half_precision_is_recorded_as_the_same_code_decided() -> None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from distributed.launching import TESTS, environment, torchrun, transformers_splits_experts
 from moe_trace.errors import UsageError
+from moe_trace.profiler import tensorboard_trace_handler
 from moe_trace.reader import read_recording
 from moe_trace.reading.trace_file import find_traces
 from moe_trace.schema import Recording
+from moe_trace.workload import runner
 from moe_trace.workload.config import RunConfig, Split
+from moe_trace.workload.models import ModelError
 from moe_trace.workload.team import RankFailed, Team, joined, missing_files
 
 SMALL = ("--steps", 1, "--warmup", 0, "--batch", 2, "--seq-len", 12)
@@ -117,6 +125,40 @@ def test_a_rank_that_ends_early_is_named_and_the_rest_is_kept(fault: str, said: 
     (kept,) = (tmp_path / "run").glob("*.rank0.*.pt.trace.json.gz")
     assert kept.name in done.stderr
     assert not list((tmp_path / "run").glob(".moe_trace-*")), "something half-written is left"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torchruns_signal_does_not_break_off_the_writing(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a rank dies, the signal comes whenever it comes: here when the writing of the trace begins."""
+    team, out = Team(), tmp_path / "run"
+    before = signal.signal(signal.SIGTERM, team.stop)
+
+    def handler(*arguments: Any, **options: Any) -> Callable[[Any], None]:
+        write = tensorboard_trace_handler(*arguments, **options)
+
+        def signalled(prof: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            write(prof)
+
+        return signalled
+
+    def fail() -> None:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(runner, "tensorboard_trace_handler", handler)
+    if fails:
+        make_step = runner.make_step
+        monkeypatch.setattr(runner, "make_step", lambda *a, **k: make_step(*a, **k) and fail)
+    config = RunConfig(out=out, steps=1, warmup=0, batch=1, seq_len=8)
+    try:
+        with pytest.raises(ModelError, match="closed by peer") if fails else nullcontext():
+            runner._record(config, team, torch.device("cpu"), lambda what, done, total: None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert team.stop.asked
+    assert len(list(out.glob("*.pt.trace.json.gz"))) == 1
 
 
 @pytest.mark.parametrize("fault", ["late", "lose"])
