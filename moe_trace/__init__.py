@@ -13,26 +13,26 @@ __version__ = "0.1.0"
 
 _HOME = {
     # recording (needs torch)
-    "profile": "moe_trace.profiler",
-    "tensorboard_trace_handler": "moe_trace.profiler",
-    "MoETracer": "moe_trace.tracer",
-    "ScalarLogger": "moe_trace.scalar_logger",
-    "find_routers": "moe_trace.routers",
-    "register_contract": "moe_trace.contracts",
-    "Reading": "moe_trace.contracts",
-    "MoEProfiler": "moe_trace.simple",
-    "SimpleBenchmark": "moe_trace.benchmark",
+    "profile": "moe_trace.record.profiler",
+    "tensorboard_trace_handler": "moe_trace.record.profiler",
+    "MoETracer": "moe_trace.record.tracer",
+    "ScalarLogger": "moe_trace.integrations.scalar_logger",
+    "find_routers": "moe_trace.find.routers",
+    "register_contract": "moe_trace.find.contracts",
+    "Reading": "moe_trace.find.contracts",
+    "MoEProfiler": "moe_trace.simple.profiler",
+    "SimpleBenchmark": "moe_trace.simple.benchmark",
     "replace_router": "moe_trace.routing",
     "MoETraceCallback": "moe_trace.integrations.trainer",
-    "RouterSite": "moe_trace.routers",
+    "RouterSite": "moe_trace.find.routers",
     # files (no torch)
     "merge_into": "moe_trace.timeline.merge",
-    "read_summary": "moe_trace.reader",
-    "Summary": "moe_trace.summary",
-    "RoutingSample": "moe_trace.schema",
+    "read_summary": "moe_trace.read.reader",
+    "Summary": "moe_trace.data.summary",
+    "RoutingSample": "moe_trace.data.schema",
     # errors
-    "MoETraceError": "moe_trace.errors",
-    "NoRoutersFound": "moe_trace.errors",
+    "MoETraceError": "moe_trace.data.errors",
+    "NoRoutersFound": "moe_trace.data.errors",
 }
 
 __all__ = [
@@ -57,20 +57,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moe_trace.benchmark import SimpleBenchmark
-    from moe_trace.contracts import Reading, register_contract
-    from moe_trace.errors import MoETraceError, NoRoutersFound
+    from moe_trace.data.errors import MoETraceError, NoRoutersFound
+    from moe_trace.data.schema import RoutingSample
+    from moe_trace.data.summary import Summary
+    from moe_trace.find.contracts import Reading, register_contract
+    from moe_trace.find.routers import RouterSite, find_routers
+    from moe_trace.integrations.scalar_logger import ScalarLogger
     from moe_trace.integrations.trainer import MoETraceCallback
-    from moe_trace.profiler import profile, tensorboard_trace_handler
-    from moe_trace.reader import read_summary
-    from moe_trace.routers import RouterSite, find_routers
+    from moe_trace.read.reader import read_summary
+    from moe_trace.record.profiler import profile, tensorboard_trace_handler
+    from moe_trace.record.tracer import MoETracer
     from moe_trace.routing import replace_router
-    from moe_trace.scalar_logger import ScalarLogger
-    from moe_trace.schema import RoutingSample
-    from moe_trace.simple import MoEProfiler
-    from moe_trace.summary import Summary
+    from moe_trace.simple.benchmark import SimpleBenchmark
+    from moe_trace.simple.profiler import MoEProfiler
     from moe_trace.timeline.merge import merge_into
-    from moe_trace.tracer import MoETracer
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import numpy as np
 from werkzeug.test import Client
 
-from moe_trace.schema import Lost, Recording, RouterInfo, RoutingSample
-from moe_trace.tensorboard_plugin.plugin import MoEPlugin
+from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.show.tensorboard.plugin import MoEPlugin
 from moe_trace.timeline.merge import merge_recording
 
 TOP_K, TOKENS, CALL_US = 8, 4096, 100

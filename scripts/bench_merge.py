@@ -37,7 +37,7 @@ def merge(bench: Bench) -> None:
 _MEMORY_SCRIPT = """
 import sys
 from pathlib import Path
-from moe_trace.reader import read_recording
+from moe_trace.read.reader import read_recording
 from moe_trace.timeline.merge import merge_in_place
 small, large = map(Path, sys.argv[1:])
 recording = read_recording(small)

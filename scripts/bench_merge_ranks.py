@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from bench_read import SOURCE, Run, measure, write_big  # noqa: E402
 
-from moe_trace.reader import read_summary  # noqa: E402
-from moe_trace.schema import Parallel  # noqa: E402
+from moe_trace.data.schema import Parallel  # noqa: E402
+from moe_trace.read.reader import read_summary  # noqa: E402
 
 RANKS = 2
 CLOCK_OFF_US = 1234.5

@@ -26,8 +26,8 @@ def take(event):
 PROGRAMS = {
     "msgspec, typed, in batches (what we use)": (
         "msgspec",
-        "from moe_trace.reading.events import _decode_batch, _decode_one\n"
-        "from moe_trace.reading.stream import JsonStream\n"
+        "from moe_trace.read.file.events import _decode_batch, _decode_one\n"
+        "from moe_trace.read.file.stream import JsonStream\n"
         "stream = JsonStream(open(path, 'rb').read, path)\n"
         "for key in stream.walk():\n"
         "    if key == 'traceEvents':\n"
@@ -36,7 +36,7 @@ PROGRAMS = {
     ),
     "msgspec, typed, whole file": (
         "msgspec",
-        "import msgspec\nfrom moe_trace.reading.events import _Event\n"
+        "import msgspec\nfrom moe_trace.read.file.events import _Event\n"
         "class Trace(msgspec.Struct):\n    traceEvents: list[_Event]\n"
         "msgspec.json.decode(open(path, 'rb').read(), type=Trace)\n",
     ),

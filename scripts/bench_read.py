@@ -28,8 +28,8 @@ import msgspec
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from moe_trace.reader import read_recording  # noqa: E402
-from moe_trace.schema import Recording  # noqa: E402
+from moe_trace.data.schema import Recording  # noqa: E402
+from moe_trace.read.reader import read_recording  # noqa: E402
 from moe_trace.timeline.merge import merge_recording  # noqa: E402
 
 SOURCE = ROOT / "tests" / "data" / "h200" / "prefill_grouped_mm.pt.trace.json.gz"
@@ -38,7 +38,7 @@ STRIDE_ID = 10_000_000
 BARE = """
 import sys
 import msgspec
-from moe_trace.reading.events import _Event
+from moe_trace.read.file.events import _Event
 class Trace(msgspec.Struct):
     traceEvents: list[_Event]
 msgspec.json.decode(open(sys.argv[1], "rb").read(), type=Trace)

@@ -22,7 +22,6 @@ import torch
 
 from moe_trace import MoEProfiler, replace_router
 from moe_trace.demo import DEMO_PROMPTS, load_demo_model
-from moe_trace.render.tables import table
 from moe_trace.routing import (
     Renormalise,
     RoutingRule,
@@ -31,6 +30,7 @@ from moe_trace.routing import (
     drop_over_capacity,
     top_k,
 )
+from moe_trace.show.tables import table
 
 HEADINGS = ("rule", "rest", "k", "computed", "skipped", "loss", "change", *DEMO_PROMPTS)
 

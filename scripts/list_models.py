@@ -30,9 +30,9 @@ import moe_trace
 from families.configs import FAMILIES
 from families.dense import LOOKALIKES
 from families.family import Family, find_model_class
-from moe_trace.contracts import CONTRACTS
-from moe_trace.render.tables import scaled
-from moe_trace.schema import RouterInfo
+from moe_trace.data.schema import RouterInfo
+from moe_trace.find.contracts import CONTRACTS
+from moe_trace.show.tables import scaled
 
 DOCUMENT = REPOSITORY / "docs" / "models.md"
 

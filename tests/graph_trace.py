@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_trace.schema import CapturedGraph, GraphCall, GraphMark, Lost, Recording, RoutingSample, graph_digest
+from moe_trace.data.schema import (
+    CapturedGraph,
+    GraphCall,
+    GraphMark,
+    Lost,
+    Recording,
+    RoutingSample,
+    graph_digest,
+)
 from tiny_trace import BASE_NS, router, sample
 
 GRIDS = (1, 2, 3, 4, 5, 6)

@@ -9,192 +9,25 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "moe_trace"
+from paths import ROOT
 
-# What each part may import of moe_trace. Parts that are not listed may import nothing of it.
-VOCABULARY = {"errors", "schema", "files", "loads"}
-READING = VOCABULARY | {
-    "codec",
-    "figure",
-    "figures",
-    "figures_decisions",
-    "figures_latency",
-    "figures_load",
-    "figures_ranks",
-    "figures_routing",
-    "figures_time",
-    "figures_timeline",
-    "placement",
-    "reader",
-    "reading",
-    "render",
-    "router_metrics",
-    "summary",
-    "summary_notes",
-    "timeline",
-}
-RECORDING = READING | {
-    "batch",
-    "call_record",
-    "contracts",
-    "compiled",
-    "cuda_driver",
-    "device_clock",
-    "environment",
-    "flops",
-    "forwards",
-    "fused_stats",
-    "graph_capture",
-    "graph_forwards",
-    "graph_hooks",
-    "graph_memory",
-    "graph_recorder",
-    "graph_ring",
-    "graph_rings",
-    "graph_shipment",
-    "hook_levels",
-    "hooks",
-    "load_image",
-    "meshes",
-    "model_hooks",
-    "parallel",
-    "pinned",
-    "profiler",
-    "ranges",
-    "recorder",
-    "reduction",
-    "retired",
-    "routers",
-    "scalars",
-    "sending",
-    "stats",
-    "steps",
-    "streams",
-    "tracer",
-}
-ON_TOP = RECORDING | {
-    "benchmark",
-    "comparison",
-    "demo",
-    "integrations",
-    "model_state",
-    "routing",
-    "scalar_logger",
-    "simple",
-    "workload",
+PACKAGE = ROOT / "moe_trace"
+
+# What the files of each folder may import of the others. A folder that is not listed may import all.
+ALLOWED = {
+    "data": set(),
+    "find": {"data"},
+    "timeline": {"data"},
+    "record": {"find", "data", "timeline", "integrations"},
+    "read": {"data", "timeline", "show"},
+    "placement": {"read", "data"},
+    "show": {"read", "placement", "data", "timeline", "simple"},
+    "simple": {"record", "find", "data", "show"},
+    "routing": {"record", "find", "data", "simple"},
 }
 READING_COMMANDS = {"check", "diff", "export", "merge", "placement", "reading", "report", "view"}
-FIGURES = {part for part in READING if part.startswith("figure")}
-ALLOWED = {
-    "errors": set(),
-    "schema": set(),
-    "demo": set(),
-    "files": {"errors"},
-    "loads": set(),
-    "codec": {"errors", "schema"},
-    "summary": {"errors", "loads", "schema", "summary_notes"},
-    "summary_notes": {"schema"},
-    "router_metrics": {"errors", "loads", "schema"},
-    "timeline": VOCABULARY | {"codec"},
-    "placement": VOCABULARY | {"reader", "reading"},
-    "reading": READING - FIGURES - {"placement"},  # render: for `_repr_html_` alone, when a notebook asks
-    "reader": READING - {"placement", "render"} - FIGURES,
-    **dict.fromkeys(FIGURES, READING),
-    "figure": set(),
-    "tensorboard_plugin": READING,
-    "render": READING,
-    "contracts": {"errors", "schema"},
-    "flops": {"contracts", "schema"},
-    "routers": {"contracts", "errors", "flops", "meshes", "schema"},
-    "meshes": {"contracts"},
-    "parallel": {"contracts", "environment", "meshes", "schema", "sending"},
-    "sending": {"stats"},
-    "stats": set(),
-    "steps": set(),
-    "streams": set(),
-    "ranges": set(),
-    "retired": set(),
-    "environment": {"contracts", "routers", "schema"},
-    "device_clock": {"schema"},
-    "call_record": {"contracts", "routers", "schema", "sending"},
-    "batch": {"call_record", "schema", "sending", "stats"},
-    "fused_stats": {"stats"},
-    "reduction": {"batch", "call_record", "fused_stats", "sending", "stats"},
-    "pinned": set(),
-    "recorder": {"batch", "call_record", "contracts", "pinned", "ranges", "reduction", "schema", "streams"},
-    "compiled": set(),
-    "graph_ring": {"contracts", "schema", "stats"},
-    "cuda_driver": set(),
-    "graph_memory": {"cuda_driver"},
-    "graph_capture": {"cuda_driver", "schema"},
-    "graph_forwards": {"call_record", "graph_ring", "pinned", "schema"},
-    "graph_rings": {"contracts", "graph_forwards", "graph_memory", "graph_ring", "routers", "schema"},
-    "graph_shipment": {"graph_ring", "pinned"},
-    "graph_recorder": {
-        "call_record",
-        "graph_forwards",
-        "graph_memory",
-        "graph_ring",
-        "graph_rings",
-        "graph_shipment",
-        "recorder",
-        "routers",
-        "schema",
-    },
-    "graph_hooks": {"contracts", "graph_rings", "routers"},
-    "forwards": {"schema"},
-    "hooks": {
-        "graph_capture",
-        "graph_memory",
-        "call_record",
-        "compiled",
-        "contracts",
-        "forwards",
-        "graph_hooks",
-        "graph_rings",
-        "ranges",
-        "recorder",
-        "retired",
-        "routers",
-        "schema",
-        "sending",
-    },
-    "hook_levels": {"hooks"},
-    "model_hooks": {
-        "compiled",
-        "forwards",
-        "graph_capture",
-        "graph_forwards",
-        "graph_recorder",
-        "graph_ring",
-        "hook_levels",
-        "hooks",
-        "ranges",
-        "recorder",
-        "retired",
-        "routers",
-        "schema",
-        "sending",
-        "steps",
-    },
-    "tracer": RECORDING - {"scalars", "stats", "fused_stats", "flops"},
-    "scalars": {"load_image", "loads", "schema"},
-    "load_image": {"figure", "schema"},
-    "profiler": RECORDING - {"stats", "fused_stats", "flops"},
-}
-NO_TORCH = [
-    "errors",
-    "schema",
-    "files",
-    "loads",
-    "codec",
-    "summary",
-    "summary_notes",
-    "timeline",
-    "reading",
-    "reader",
-]
-NO_TORCH += ["summary_notes", "placement", "render", *sorted(FIGURES), "router_metrics", "tensorboard_plugin"]
+NO_TORCH = {"data", "timeline", "read", "placement", "show"}
+ON_TOP = {part.name.removesuffix(".py") for part in PACKAGE.iterdir()}
 
 
 def part_of(path: Path) -> str:
@@ -232,7 +65,7 @@ def own_parts(modules: set[str]) -> set[str]:
 def violations(path: Path, source: str) -> set[str]:
     part = part_of(path)
     modules = imported_modules(source)
-    wrong = own_parts(modules) - ALLOWED.get(part, ON_TOP | {"cli", "tensorboard_plugin", part}) - {part}
+    wrong = own_parts(modules) - ALLOWED.get(part, ON_TOP) - {part}
     if part in NO_TORCH or (part == "cli" and path.stem in READING_COMMANDS):
         wrong |= {m for m in modules if m.split(".")[0] in ("torch", "transformers")}
     return wrong
@@ -246,11 +79,11 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("loads.py", "import torch", {"torch"}),
-        ("render/text.py", "def f():\n    from torch import nn", {"torch", "torch.nn"}),
-        ("schema.py", "from moe_trace.tracer import MoETracer", {"tracer"}),
-        ("timeline/merge.py", "import moe_trace.reader", {"reader"}),
-        ("stats.py", "from moe_trace import hooks", {"hooks"}),
+        ("data/loads.py", "import torch", {"torch"}),
+        ("show/text.py", "def f():\n    from torch import nn", {"torch", "torch.nn"}),
+        ("data/schema.py", "from moe_trace.record.tracer import MoETracer", {"record"}),
+        ("timeline/merge.py", "import moe_trace.read.reader", {"read"}),
+        ("record/reduce/stats.py", "from moe_trace import cli", {"cli"}),
     ],
 )
 def test_the_test_of_imports_can_fail(name: str, source: str, found: set[str]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from pathlib import Path
 
 import pytest
 
 from leak_watch import JOIN_GRACE_S, LeakWatch, new_threads, origin
+from paths import TESTS
 
 pytest_plugins = ["pytester"]
-TESTS = Path(__file__).parent
 
 CARELESS_TESTS = """
 import functools
@@ -30,7 +29,7 @@ class Hooks:
         return None
 
 
-hook.__module__ = Hooks.pre_hook.__module__ = "moe_trace.hooks"
+hook.__module__ = Hooks.pre_hook.__module__ = "moe_trace.record.hooks.site"
 
 
 def foreign_hook(module, args, output):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
 # Their shell blocks run too, and they hold nothing but python, bash and text.
 GUIDES = {"quickstart.md", "olmoe.md", "metrics.md", "troubleshooting.md", "recipes.md"}
@@ -92,7 +93,7 @@ def test_links_lead_to_files(document: Path) -> None:
 
 
 def test_the_guides_name_every_key_of_the_summary_and_column_of_the_rows() -> None:
-    from moe_trace.router_metrics import COLUMNS
+    from moe_trace.simple.metrics import COLUMNS
 
     text = (ROOT / "docs" / "metrics.md").read_text("utf-8")
     known = set(re.findall(r"`([\w…]+)`", text))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.schema import Lost, Parallel, Recording, RoutingSample
+from moe_trace.data.schema import Lost, Parallel, Recording, RoutingSample
 from moe_trace.timeline.merge import merge_recording
 from tiny_trace import BASE_NS, EXPERTS, LAYERS, events, router, sample
 

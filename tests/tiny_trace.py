@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.schema import Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.timeline.merge import merge_recording
 
 OPS = (

@@ -17,7 +17,7 @@ from families.configs import FAMILIES
 from families.family import Family
 from families.flops_oracle import CallFlops, count_flops
 from families.oracle import Intervention, Truth
-from moe_trace.schema import RouterInfo, RoutingSample
+from moe_trace.data.schema import RouterInfo, RoutingSample
 
 ROUTED = [family for family in FAMILIES if "no-router" not in family.traits]
 HONEST = [family for family in ROUTED if "defect" not in family.traits]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moe_trace.errors import MoETraceError
+from moe_trace.data.errors import MoETraceError
 
 # name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
 # never imports torch.

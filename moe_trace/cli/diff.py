@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
-from moe_trace.errors import UsageError
-from moe_trace.reader import TraceSummary, read_summary
-from moe_trace.reading.conditions import Condition, missing, parse_condition
-from moe_trace.reading.diff import METRICS, Change, compare
-from moe_trace.render.diff import render_diff_csv, render_diff_text
-from moe_trace.render.json import without_nonfinite
+from moe_trace.data.errors import UsageError
+from moe_trace.read.conditions import Condition, missing, parse_condition
+from moe_trace.read.diff import METRICS, Change, compare
+from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.show.diff import render_diff_csv, render_diff_text
+from moe_trace.show.json import without_nonfinite
 
 
 class DiffCommand:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
-from moe_trace.files import write_text
-from moe_trace.reader import TraceSummary, read_summary
+from moe_trace.data.files import write_text
+from moe_trace.read.reader import TraceSummary, read_summary
 
 SUFFIXES = {"csv": ".csv", "parquet": ".parquet", "perfetto": ".pftrace", "eplb": ".npy"}
 
@@ -59,19 +59,19 @@ def _stem(path: str) -> str:
 
 def _write(summary: TraceSummary, form: str, target: Path) -> None:
     if form == "csv":
-        from moe_trace.render.csv import render_csv
+        from moe_trace.show.csv import render_csv
 
         write_text(target, render_csv([summary]))
     elif form == "parquet":
-        from moe_trace.reading.export import write_parquet
+        from moe_trace.read.export import write_parquet
 
         write_parquet([summary], target)
     elif form == "eplb":
-        from moe_trace.reading.export import write_eplb
+        from moe_trace.read.export import write_eplb
 
         write_eplb(summary, target)
     else:
-        from moe_trace.reading.perfetto import write_perfetto
+        from moe_trace.read.perfetto import write_perfetto
 
         split = summary.experts_are_split
         write_perfetto(summary.samples, target, rank=summary.rank, experts_are_split=split)

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.reading import reading_progress, refuse_to_replace
-from moe_trace.errors import UsageError
-from moe_trace.reading.rank_load import rank_names
-from moe_trace.reading.rank_merge import MergePlan, plan_merge
-from moe_trace.reading.rank_write import write_merged
-from moe_trace.render.tables import printable, wrapped
-from moe_trace.render.text_ranks import clock_lines
+from moe_trace.data.errors import UsageError
+from moe_trace.read.ranks.load import rank_names
+from moe_trace.read.ranks.merge import MergePlan, plan_merge
+from moe_trace.read.ranks.write import write_merged
+from moe_trace.show.tables import printable, wrapped
+from moe_trace.show.text_ranks import clock_lines
 
 
 class MergeCommand:

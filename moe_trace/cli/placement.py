@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.reading import add_choice, chosen_filter, parse_steps, refuse_to_replace
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map
 from moe_trace.placement.sources import read_counts
 from moe_trace.placement.split import WAYS, Split, split_by, split_named
 from moe_trace.placement.study import clusters_for, study_placement
-from moe_trace.render.placement import render_placement_json, render_placement_text
+from moe_trace.show.placement import render_placement_json, render_placement_text
 
 MAX_RANKS = 65536
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_trace.errors import OutputError, UsageError
-from moe_trace.reading.analysis import PeakOverride
-from moe_trace.reading.filters import Filter
-from moe_trace.reading.trace_file import Progress
+from moe_trace.data.errors import OutputError, UsageError
+from moe_trace.read.analysis import PeakOverride
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.trace_file import Progress
 
 STAGES = ("prefill", "decode", "train")
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
-from moe_trace.files import write_text
-from moe_trace.reader import TraceSummary, read_summary
+from moe_trace.data.files import write_text
+from moe_trace.read.reader import TraceSummary, read_summary
 
 
 class ReportCommand:
@@ -47,7 +47,7 @@ class ReportCommand:
                     )
                 )
         if arguments.html is not None:
-            from moe_trace.render.html import render_page
+            from moe_trace.show.html import render_page
 
             write_text(arguments.html, render_page(summaries))
             print(f"wrote {arguments.html}", file=sys.stderr)
@@ -58,13 +58,13 @@ class ReportCommand:
 
 def _render(summaries: list[TraceSummary], form: str) -> str:
     if form == "json":
-        from moe_trace.render.json import render_json, render_json_list
+        from moe_trace.show.json import render_json, render_json_list
 
         return render_json(summaries[0]) if len(summaries) == 1 else render_json_list(summaries)
     if form == "csv":
-        from moe_trace.render.csv import render_csv
+        from moe_trace.show.csv import render_csv
 
         return render_csv(summaries)
-    from moe_trace.render.text import render_text
+    from moe_trace.show.text import render_text
 
     return "\n".join(render_text(summary) for summary in summaries)

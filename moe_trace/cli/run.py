@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from moe_trace.cli.console import console
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
 
 
@@ -65,8 +65,8 @@ class RunCommand:
         lengths = parse_lengths(values.pop("seq_len"))
         values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
         config = RunConfig(**values)
-        from moe_trace.render.study import render_comparison
-        from moe_trace.render.text import render_text
+        from moe_trace.show.study import render_comparison
+        from moe_trace.show.text import render_text
         from moe_trace.workload.study import variants
         from moe_trace.workload.team import LeaderFailed, RankFailed
 

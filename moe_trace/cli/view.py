@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.tensorboard_plugin.catalog import Catalog, find_catalog
+from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.show.tensorboard.catalog import Catalog, find_catalog
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 6006

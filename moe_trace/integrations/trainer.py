@@ -14,11 +14,11 @@ from torch.profiler import ProfilerAction
 from torch.profiler import schedule as make_schedule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_trace.profiler import profile, tensorboard_trace_handler
-from moe_trace.routers import LayerSelector
-from moe_trace.scalars import scalar_points
-from moe_trace.schema import RoutingSample
-from moe_trace.tracer import MoETracer
+from moe_trace.data.schema import RoutingSample
+from moe_trace.find.routers import LayerSelector
+from moe_trace.integrations.scalars import scalar_points
+from moe_trace.record.profiler import profile, tensorboard_trace_handler
+from moe_trace.record.tracer import MoETracer
 
 Schedule = Callable[[int], ProfilerAction]
 

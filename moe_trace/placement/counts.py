@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 
 Kind = Literal["step", "text"]
 MAX_EXPERTS = 8192

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from moe_trace.errors import TraceFileError
-from moe_trace.files import whole_file
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.files import whole_file
 from moe_trace.placement.plan import Plan
 from moe_trace.placement.study import PlacementStudy
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.placement.packing import by_bin, normalised, pack
 from moe_trace.placement.plan import Cluster, Floats, Ints, Plan, contiguous_plan, divisors
 from moe_trace.placement.refine import refine

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_trace.errors import SchemaError, TraceFileError, UsageError
+from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
+from moe_trace.data.schema import Recording, RouterInfo, RoutingSample
 from moe_trace.placement.counts import ExpertCounts, Layer
-from moe_trace.reading.filters import Filter
-from moe_trace.reading.peaks import BYTES_OF
-from moe_trace.reading.rank_load import RankRecords
-from moe_trace.reading.same_run import copies
-from moe_trace.reading.trace_file import find_traces, read_rank_recordings
-from moe_trace.schema import Recording, RouterInfo, RoutingSample
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.trace_file import find_traces, read_rank_recordings
+from moe_trace.read.ranks.load import RankRecords
+from moe_trace.read.ranks.same_run import copies
+from moe_trace.read.time.peaks import BYTES_OF
 
 _StepKey = tuple[int, int]
 """(how many files of the same rank came before, step)"""

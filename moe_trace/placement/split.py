@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 
 Way = Literal["auto", "alternate", "halves", "each", "none"]

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_trace.errors import MoETraceError, UsageError
-from moe_trace.routers import LayerSelector, RouterSite, find_routers
+from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 
 RoutingRule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`rule(router_logits [T, E], weights [T, K], indices [T, K], hidden_states [T, D])

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.routing.replace import SKIP, RoutingRule
 
 

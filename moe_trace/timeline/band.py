@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from moe_trace.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
+from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
 from moe_trace.timeline.replays import (
     REPLAY_FIGURES,
     REPLAY_NAME,

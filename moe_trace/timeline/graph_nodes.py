@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_trace.schema import (
+from moe_trace.data.schema import (
     RANGE_NAME,
     CapturedGraph,
     RangeKind,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe_trace.schema import GraphMark, Placement, RangeKind, Recording, RoutingSample, Span
+from moe_trace.data.schema import GraphMark, Placement, RangeKind, Recording, RoutingSample, Span
 from moe_trace.timeline.graph_nodes import NodeFinder, NodeSpans
 from moe_trace.timeline.launches import Launch, Launches, hull
 from moe_trace.timeline.place import Placed

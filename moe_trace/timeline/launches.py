@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from moe_trace.schema import GRAPH_LAUNCH, Span
+from moe_trace.data.schema import GRAPH_LAUNCH, Span
 
 _CHUNK = 4 * 2**20
 _EVENT_MAX = 64 * 2**10

@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 import msgspec
 
-from moe_trace.codec import encode_recording
-from moe_trace.errors import NothingRecorded, TraceFileError
-from moe_trace.files import whole_file
-from moe_trace.schema import Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.data.codec import encode_recording
+from moe_trace.data.errors import NothingRecorded, TraceFileError
+from moe_trace.data.files import whole_file
+from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.timeline.band import Tracks, band_events
 from moe_trace.timeline.graphs import place_in_graphs
 from moe_trace.timeline.launches import read_launches

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_trace.schema import Placement, RangeKind, RoutingSample, Span
+from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
 from moe_trace.timeline.scan import RangeEvent
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe_trace.loads import Load, describe_load
-from moe_trace.schema import Placement, RangeKind, RoutingSample, Span, moe_span
+from moe_trace.data.loads import Load, describe_load
+from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span, moe_span
 
 REPLAY_NAME = "graph"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_trace.errors import TraceFileError
-from moe_trace.schema import METADATA_KEY, RANGE_NAME, RANGE_PREFIX, RangeKind, Span
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.schema import METADATA_KEY, RANGE_NAME, RANGE_PREFIX, RangeKind, Span
 
 _CHUNK = 2**20  # read and searched while it is in the processor's cache
 _EVENT_MAX = 64 * 2**10  # bytes of one event; ours are below 1 KiB
@@ -20,7 +20,7 @@ _BASE_TIME = re.compile(rb'"baseTimeNanoseconds"\s*:\s*(\d+)')
 _SPLICE = re.compile(
     rb'"splice":\{"events_offset":(\d+),"events_bytes":(\d+),"key_offset":(\d+),"suffix_bytes":(\d+)\}\}'
 )
-# What stands in the data of merged ranks (`reading/rank_parts.py`), shortly before the offsets.
+# What stands in the data of merged ranks (`read/ranks/parts.py`), shortly before the offsets.
 _SEVERAL_RANKS = re.compile(rb'"missing":\[[\d,]*\],"left_out":\{')
 KEY_PREFIX = f',\n"{METADATA_KEY}": '.encode()
 _DECODER = json.JSONDecoder()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 
 Mode = Literal["prefill", "generate", "train"]
 DTYPES = ("float32", "bfloat16", "float16")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 
 _RANDOM_LENGTH = 128
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_trace.errors import MoETraceError, UsageError
+from moe_trace.data.errors import MoETraceError, UsageError
 
 
 class ModelError(MoETraceError):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from moe_trace.contracts.forms import class_name
-from moe_trace.errors import MoETraceError, NothingRecorded, OutputError, UsageError
-from moe_trace.profiler import profile, tensorboard_trace_handler
-from moe_trace.summary import Summary
+from moe_trace.data.errors import MoETraceError, NothingRecorded, OutputError, UsageError
+from moe_trace.data.summary import Summary
+from moe_trace.find.contracts.forms import class_name
+from moe_trace.record.profiler import profile, tensorboard_trace_handler
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
@@ -205,7 +205,7 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
 
 def _result_of_all(team: Team, trace: Path, config: RunConfig) -> RunResult:
     """One summary of what all processes wrote; those that wrote nothing are named."""
-    from moe_trace.reader import read_summary
+    from moe_trace.read.reader import read_summary
 
     team.stop.only_note()
     problems = tuple(missing_files(team, config.out, config.rank_timeout))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from moe_trace.data.errors import UsageError
 from moe_trace.demo import demo_path
-from moe_trace.errors import UsageError
 from moe_trace.workload.config import Mode, Split
 from moe_trace.workload.models import load_model, load_tokenizer
 from moe_trace.workload.team import LeaderFailed, Team

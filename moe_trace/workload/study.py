@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import read_prompts
 

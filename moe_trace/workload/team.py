@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-from moe_trace.errors import MoETraceError, UsageError
+from moe_trace.data.errors import MoETraceError, UsageError
 
 _POLL_S = 0.05
 _STOPPING_S = 1.0

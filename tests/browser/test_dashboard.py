@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Frame, Page, Route
 
+from paths import DATA
 from tiny_ranks import LAYERS, Run, sent, write_ranks
 
 from .harness import SCREENSHOTS, Internet, offline_context, tensorboard, wait_until
@@ -34,7 +35,7 @@ from .test_tensorboard import profile_demo_model
 
 pytestmark = pytest.mark.browser
 
-H200 = Path(__file__).parents[1] / "data" / "h200"
+H200 = DATA / "h200"
 TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
 HOSTILE = "<img src=x onerror=alert(1)>"
 SHOT_WIDTHS = (1400, 900)

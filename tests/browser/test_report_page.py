@@ -10,13 +10,14 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from moe_trace.cli import main
+from paths import DATA
 from tiny_trace import write_tiny
 
 from .harness import SCREENSHOTS
 
 pytestmark = pytest.mark.browser
 
-H200 = Path(__file__).parents[1] / "data" / "h200" / "train_grouped_mm.pt.trace.json.gz"
+H200 = DATA / "h200" / "train_grouped_mm.pt.trace.json.gz"
 EVIL = "</script><img src=x onerror=window.owned=1>"
 KEYS = ("experts", "load", "entropy", "latency", "phases", "phases-backward", "k")
 

@@ -23,8 +23,9 @@ def transformers_splits_experts() -> bool:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a child: offline, on one thread, finding the package and what tests share."""
-    path = os.pathsep.join(map(str, (ROOT, TESTS)))
+    """Of a child: offline, on one thread, finding the package, and keeping what the parent was given."""
+    given = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(ROOT), str(TESTS), *([given] if given else [])])
     values = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KINETO_LOG_LEVEL": "6"}
     return os.environ | values | changes
 

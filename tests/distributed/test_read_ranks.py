@@ -11,12 +11,12 @@ import pytest
 
 from distributed.launching import Ranks
 from distributed.modes import FOUR_RANKS, TWO_RANKS
-from moe_trace.reader import read_summary
-from moe_trace.reading.check import check, read_checked
-from moe_trace.reading.rank_merge import plan_merge
-from moe_trace.reading.rank_write import write_merged
-from moe_trace.reading.ranks import RankReport
-from moe_trace.render.json import to_plain
+from moe_trace.read.check import check, read_checked
+from moe_trace.read.ranks.merge import plan_merge
+from moe_trace.read.ranks.ranks import RankReport
+from moe_trace.read.ranks.write import write_merged
+from moe_trace.read.reader import read_summary
+from moe_trace.show.json import to_plain
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(

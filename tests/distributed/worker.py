@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 
 import moe_trace
 from distributed.modes import MODES, Mode, global_batch
-from moe_trace.schema import RoutingSample
+from moe_trace.data.schema import RoutingSample
 
 COLLECTIVES = ("gloo:", "nccl:", "c10d::", "_c10d_functional::", "record_param_comms")
 

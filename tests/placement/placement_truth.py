@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
 from moe_trace.placement.plan import Cluster, Plan
+from paths import DATA
 
-COUNTS_FILE = Path(__file__).parents[1] / "data" / "olmoe_expert_counts.json"
+COUNTS_FILE = DATA / "olmoe_expert_counts.json"
 
 
 def best_makespan(loads: Sequence[int], bins: int, capacity: int | None = None) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from moe_trace.placement.recorded import counts_of_traces
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "data" / "gloo_ep2"
 
 

@@ -16,14 +16,15 @@ import pytest
 from placement_truth import COUNTS_FILE
 
 from moe_trace.cli import main
-from moe_trace.errors import TraceFileError
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.schema import Parallel
 from moe_trace.placement.map_file import read_map
 from moe_trace.placement.recorded import counts_of_recordings
-from moe_trace.reader import read_recording
-from moe_trace.schema import Parallel
+from moe_trace.read.reader import read_recording
+from paths import DATA
 from tiny_trace import write_tiny
 
-RUN = Path(__file__).parents[1] / "data" / "gloo_ep2"
+RUN = DATA / "gloo_ep2"
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

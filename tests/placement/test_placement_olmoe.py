@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -15,8 +14,8 @@ from moe_trace.placement.planner import PlanOptions
 from moe_trace.placement.sources import read_counts
 from moe_trace.placement.split import split_by, split_named
 from moe_trace.placement.study import ClusterStudy, study_placement
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = read_counts(COUNTS_FILE)
 TEXTS = COUNTS.labels
 

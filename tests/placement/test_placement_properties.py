@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placement_truth import best_makespan, rank_loads, walk_slots
 
-from moe_trace.errors import UsageError
+from moe_trace.data.errors import UsageError
 from moe_trace.placement.evaluation import judge, least_without_copies
 from moe_trace.placement.packing import by_bin, normalised, pack
 from moe_trace.placement.plan import Cluster, Plan, contiguous_plan

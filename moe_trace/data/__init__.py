@@ -1,0 +1,1 @@
+"""The vocabulary of both halves: records, their encoding, summaries, errors and files. No torch."""

@@ -1,0 +1,52 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_trace.data.errors import OutputError
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; it becomes `target` on success and vanishes on failure.
+
+    The temporary file has the target's own name, in a hidden folder beside it: writers that put their
+    path into the file then write the right name, and the final rename stays within one file system.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    target = Path(os.path.realpath(target))  # a link stays a link
+    folder = None
+    try:
+        special = target.exists() and not target.is_file()
+        folder = Path(tempfile.mkdtemp(prefix=".moe_trace-", dir=None if special else target.parent))
+        temporary = folder / target.name
+        yield temporary
+        if special:  # a device or a pipe is written to, never replaced
+            with temporary.open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            return
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror or error}); nothing was left half-written. "
+            "Free some space or choose another folder"
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,316 @@
+"""The one vocabulary: record types, names in the trace, units and the schema version.
+
+Everything that crosses from the recording half (torch) to the reading half (no torch) is defined here.
+This module imports numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "moe_trace"  # top-level key of the trace JSON
+
+RangeKind = Literal["router", "experts", "block", "graph"]
+RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
+"""`graph` stands round a forward of a model that has compiled parts; its label is the model's class."""
+RANGE_PREFIX = "moe."
+RANGE_NAME = re.compile(r"moe\.(router|experts|block|graph)/(.+)", re.DOTALL)
+GRAPH_LAUNCH = "cudaGraphLaunch"  # the runtime's call that replays a CUDA graph
+OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its cost is visible
+
+# Linux hands out process ids below 2**22, so no traced process can have this one; the rank is added to it.
+BAND_PID = 9_000_000
+BAND_NAME = "MoE routing"
+BAND_SORT_INDEX = -1_000_000  # above the CPU and GPU rows
+
+Phase = Literal["forward", "recompute"]
+Stage = Literal["prefill", "decode", "train"]
+
+
+def range_name(kind: RangeKind, site: str) -> str:
+    """`moe.router/L03`: stable per layer, so that `key_averages()` groups by it."""
+    return f"{RANGE_PREFIX}{kind}/{site}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterInfo:
+    """What is known of a router without running it; plain data, written to the trace."""
+
+    site: str
+    """Label in the trace, e.g. `L03` or `L03.text`."""
+    name: str
+    """Path of the router module in the model."""
+    layer: int
+    router_class: str
+    experts_class: str | None
+    contract: str
+    """How a call of this router is read (see `moe_trace.find.contracts`)."""
+    num_experts: int
+    """E: classes of the router's decision (identity experts included)."""
+    top_k: int
+    """K: slots per token; 0 where it is only known once the router has run."""
+    router_flops_per_token: int
+    """2 x the router's matrix weights."""
+    expert_flops_per_slot: int
+    """2 x the matrix weights of one routed expert (all three matrices where it is gated)."""
+    shared_flops_per_token: int = 0
+    """2 x the matrix weights of the always-on experts beside the routed ones."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Parameter counts: `router`, `experts` (all routed), `shared`."""
+    identity_experts: int = 0
+    """How many of the E, the last ones, return their input: an assignment without FLOPs."""
+    every_expert_computes: bool = False
+    """Whether all E experts compute every token, whatever was chosen."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know about the figures of this router."""
+    held_experts: tuple[int, ...] | None = None
+    """Global ids of the experts whose weights this process computes with; None where it is all of them."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """An interval on the trace's clock, in microseconds."""
+
+    start_us: float
+    duration_us: float
+
+    @property
+    def end_us(self) -> float:
+        return self.start_us + self.duration_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one router call stands in the trace: spans by range kind, on the host and on the device."""
+
+    host: dict[RangeKind, Span]
+    device: dict[RangeKind, Span]
+    """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU.
+    That of the block reaches from the first to the last of its own kernels, its router's and its experts'."""
+    busy_us: dict[RangeKind, float] = field(default_factory=dict)
+    """Sum of the kernels of a router, or of experts, inside a CUDA graph, where no range tells it."""
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether the call is placed with its graph: `graph` on the host is the launch of its graph where
+        one launch made it, else the range round the model's forward; on the device its kernels."""
+        return "graph" in self.host
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether the layer has a place of its own, rather than only one shared with its graph's others."""
+        return bool(({"router", "block"}) & (self.host.keys() | self.device.keys()))
+
+
+def moe_span(spans: dict[RangeKind, Span]) -> Span:
+    """The whole MoE layer: its block, or from the router to the end of what follows; else its graph."""
+    if "block" in spans:
+        return spans["block"]
+    if "router" not in spans:
+        return spans["graph"]
+    start = spans["router"].start_us
+    return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphMark:
+    """The device's count of forwards, copied to the host at the end of a step: which replays are whose."""
+
+    start_ns: int
+    """`time.time_ns()` before the copy was launched; the copy itself stands in the trace, on its stream."""
+    end_ns: int
+    thread: int
+    """Native id of the thread that launched it."""
+    forwards: int
+    """Forwards until then, whoever started them."""
+    seen: int
+    """Those of them that the host saw begin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphCall:
+    """Where the calls of one router or of its experts stand among the nodes of a captured graph."""
+
+    name: str
+    """Path of the router module."""
+    kind: RangeKind
+    first: int
+    last: int
+    """One past the last node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedGraph:
+    """A CUDA graph that was captured by hand, as far as the last MoE call in it.
+
+    Nodes are those that do work: kernels, copies, memsets. Only a plain chain tells which event of a replay
+    is which node.
+    """
+
+    nodes: int
+    digest: str
+    """Of its kernels' grids and blocks (`graph_digest`)."""
+    calls: tuple[GraphCall, ...]
+    copies: tuple[int, ...] = ()
+    """Which of the nodes are copies or memsets."""
+    problem: str | None = None
+    """Why the events of a replay cannot be told by their order; None where they can."""
+
+
+def graph_digest(kernels: Iterable[str]) -> str:
+    """Identity of a sequence of kernels, each `X,Y,Z X,Y,Z`: its grid and block."""
+    return hashlib.sha256("\n".join(kernels).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSample:
+    """What one router decided in one call. E experts, K slots per token, T tokens."""
+
+    site: str
+    name: str
+    layer: int
+    call: int
+    """0, 1, 2 ... per router, over the calls that were recorded."""
+    step: int
+    phase: Phase
+    """`recompute` when gradient checkpointing ran the forward again; never added to the load."""
+    stage: Stage
+    tokens: int
+    """T: rows that the router saw, padding included."""
+    top_k: int
+    assignments: npt.NDArray[np.int64]
+    """[E] slots that chose each expert; sums to tokens * top_k - skipped."""
+    skipped: int
+    """Slots with an index outside [0, E) or a weight of exactly 0."""
+    computed_slots: int
+    """Slots whose expert really ran (a slot of weight 0 is computed all the same): the base of FLOPs."""
+    padding_assignments: int
+    """Assignments made by padding tokens (the model's 2-D attention mask tells); part of `assignments`."""
+    nonfinite_tokens: int
+    """Tokens whose logits hold NaN or infinity; left out of the means below."""
+    router_entropy: float | None
+    """Mean over tokens of the entropy of softmax(logits), in nats, 0 ... ln E; None without true logits."""
+    confidence: float | None
+    """1 - router_entropy / ln E."""
+    top1_prob: float | None
+    """Mean over tokens of the largest softmax probability."""
+    topk_mass: float | None
+    """Mean over tokens of the softmax probability of the chosen experts, before any renormalisation."""
+    z_loss: float | None
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
+    k_histogram: npt.NDArray[np.int64]
+    """[K + 1] tokens by the number of slots that they really used."""
+    router_flops: int
+    expert_flops: int
+    memory_allocated_bytes: int | None
+    """Device memory that torch's allocator held when the call's figures were reduced, for small calls (decode
+    steps) some 60 forwards at a time; None on a CPU."""
+    host_start_ns: int
+    """`time.time_ns()` just inside the router's range."""
+    host_end_ns: int
+    thread: int
+    """Native id of the thread that ran the router."""
+    profiled: bool
+    """Whether a profiler was recording."""
+    placement: Placement | None = None
+    """Set once the sample has been merged into a trace."""
+    aux_loss: float | None = None
+    """E x sum over experts of (share of tokens assigned, summed over the K slots) x (mean softmax
+    probability): Switch Transformer, arXiv:2101.03961, equations 4-6; 1.0 x K when balanced. None without
+    true logits over exactly E classes."""
+    in_graph: bool = False
+    """Whether it was made inside compiled code or a CUDA graph. Then the host clock did not see the router:
+    `host_start_ns` = `host_end_ns` is when the model's forward began, or 0 where the host saw no call."""
+    dispatched: npt.NDArray[np.int64] | None = None
+    """[E] slots that this process itself sends to each expert's rank, where that is less than `assignments`:
+    ranks that share their tokens (tensor parallelism) dispatch a slice each. None: all of `assignments`."""
+    graph_forward: int | None = None
+    """Which forward it belongs to, as the device counted them; where the host saw none begin."""
+    slot_bytes: int | None = None
+    """Bytes of one token's hidden state as the experts receive it: what a dispatched slot moves, one way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What did not make it, so that each stage accounts for all that it took in."""
+
+    samples_without_range: int = 0
+    """Profiled samples for which the trace holds no range (Kineto drops events when its buffer is full)."""
+    ranges_without_sample: int = 0
+    """Router ranges in the trace for which no decision was kept."""
+    overwritten: int = 0
+    """Oldest samples dropped because `capacity` was reached."""
+    unreduced: int = 0
+    """Calls whose figures could not be computed, for want of memory for example."""
+    padding_unknown: int = 0
+    """Forwards with an attention mask that does not tell which tokens are padding (4-D, a static cache)."""
+    misread: dict[str, str] = field(default_factory=dict)
+    """Routers switched off because a call had an unexpected form: module path -> what was seen."""
+    never_called: tuple[str, ...] = ()
+    """Routers that were found but not called while the tracer was on."""
+    silent_forwards: int = 0
+    """Forwards that were to be recorded and in which no router call was seen, where code was compiled: at
+    least so many ran without the hooks, or without any MoE layer."""
+    unplaced: dict[str, int] = field(default_factory=dict)
+    """Profiled calls inside graphs whose place in the trace cannot be told: why -> how many."""
+    untimed: dict[str, int] = field(default_factory=dict)
+    """Calls inside graphs that have a place, but whose router has no latency: why -> how many."""
+
+
+ExpertExchange = Literal["all_to_all", "all_reduce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How one process of a distributed run takes part in it; ranks are global."""
+
+    mesh: dict[str, int]
+    """Sizes of what the run is split by, those of 1 left out: `dp_replicate`, `fsdp`, `tp`, `ep`, `pp`."""
+    token_ranks: tuple[int, ...]
+    """Ranks whose routers see the same tokens as this one's, itself among them, ascending: their counts are
+    one decision, to be counted once."""
+    expert_ranks: tuple[int, ...] = ()
+    """The expert-parallel group in the order of its shards; empty where every rank has all experts."""
+    expert_exchange: ExpertExchange | None = None
+    """How tokens reach their experts; None without expert parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """All that was recorded about one model, or that one trace file holds."""
+
+    model: dict[str, Any]
+    """`name`, `class`, `num_layers`, `num_parameters`, `dtype`, `device`."""
+    options: dict[str, Any]
+    """`layers`, `every`, `warmup`, `capacity` as the tracer had them."""
+    routers: tuple[RouterInfo, ...]
+    samples: tuple[RoutingSample, ...]
+    lost: Lost
+    rank: int = 0
+    world_size: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    parallel: Parallel | None = None
+    """None where the process runs alone, or does not know."""
+    graph_marks: tuple[GraphMark, ...] = ()
+    """Counts of forwards that only the device saw, in order of time."""
+    captured_graphs: tuple[CapturedGraph, ...] = ()
+    graphs_compiled: bool = False
+    """Whether torch.compile made graphs that record, beside those that were captured by hand."""
+    annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
+    `graph node id`."""
+
+    @property
+    def experts_are_split(self) -> bool:
+        """Whether this process computes other slots than its routers assigned, or a part of each: the time of
+        its experts is then not that of its calls' FLOPs."""
+        parallel = self.parallel
+        return parallel is not None and (bool(parallel.expert_ranks) or parallel.mesh.get("tp", 1) > 1)

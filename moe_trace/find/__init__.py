@@ -1,0 +1,1 @@
+"""Finding the routers of a model, and what each of them returns."""

@@ -1,0 +1,71 @@
+"""What stands beside the routed experts: shared experts, and experts that nobody could read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from moe_trace.find.contracts.contract import Found
+from moe_trace.find.contracts.forms import expert_matrices, expert_modules, forward_parameters, unwrapped
+
+_ABOVE_THE_BLOCK = ("shared_mlp", "shared_experts")
+"""Shared experts that some families keep one level above the block."""
+_EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
+
+
+def shared_modules(model: nn.Module, block_path: str, found: Found) -> tuple[nn.Module, ...]:
+    """The always-on modules beside the routed experts: the contract's own word, else those named `shared`."""
+    if found.shared is not None:
+        return found.shared
+    children = model.get_submodule(block_path).named_children()
+    inside = [
+        child for name, child in children if "shared" in name and child not in (found.router, found.experts)
+    ]
+    if not block_path:
+        return tuple(inside)
+    above = dict(model.get_submodule(block_path.rpartition(".")[0]).named_children())
+    return (*inside, *(above[name] for name in _ABOVE_THE_BLOCK if name in above))
+
+
+def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, nn.Module]]:
+    """(path, module) of what looks like routed experts, outermost only, and no contract reads.
+
+    By structure and name together: a module called experts or MoE, by its name or its class, that holds
+    3-D weights [E, ., .] or a list of modules of one kind.
+    """
+    known = {id(part) for item in found for part in _parts(item)}
+    unread: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{other}.") for other, _ in unread)
+        if not inside and id(module) not in known and _looks_like_experts(path, module):
+            unread.append((path, module))
+    return unread
+
+
+def _parts(found: Found) -> Iterator[nn.Module]:
+    for module in (found.block, found.experts, *(found.weights or ()), *(found.shared or ())):
+        if module is not None:
+            yield from module.modules()
+
+
+def _looks_like_experts(path: str, module: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    if not (_EXPERT_NAME.search(name) or _EXPERT_NAME.search(type(module).__name__)):
+        return False
+    if any("." not in name and p.shape[0] > 1 for name, p in expert_matrices(module)):
+        return True
+    children = expert_modules(module)
+    return len(children) > 1 and len({type(child) for child in children}) == 1
+
+
+def describe_unread(unread: Sequence[tuple[str, nn.Module]]) -> str:
+    """`model.layers.0.moe.experts (MyExperts, called as (x, plan))`, the first few of them."""
+    shown = [
+        f"{path or 'the model'} ({type(module).__name__}, "
+        f"called as ({', '.join(forward_parameters(unwrapped(module)))}))"
+        for path, module in unread[:3]
+    ]
+    more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+    return "; ".join(shown) + more

@@ -1,0 +1,88 @@
+"""What a contract is: how a kind of router is told from its modules, and how one of its calls is read.
+
+Shape suffixes: T tokens, E experts, K slots per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_trace.data.errors import MoETraceError
+
+
+class ContractMismatch(MoETraceError):
+    """A call of a router has another form than its contract expects."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What the hooks saw in one call of a router; `None` for a module that was not called."""
+
+    router_args: tuple[Any, ...] | None = None
+    router_output: Any = None
+    experts_args: tuple[Any, ...] | None = None
+    experts_kwargs: dict[str, Any] = field(default_factory=dict)
+    watched_output: Any = None
+    """What `Found.watched` returned."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """The decision in one call. None of its tensors may have been computed by waiting for the device."""
+
+    index_TK: Tensor
+    """Integer expert ids; a value outside [0, E) is a skipped slot, for which no expert runs."""
+    weights_TK: Tensor
+    """What scales each slot's output; exactly 0 means a skipped slot, which is computed all the same."""
+    logits_TE: Tensor | None
+    """The router's true logits (their softmax is its distribution), or None where the family has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The modules of one router, as a contract sees them. Paths are relative to the module looked at."""
+
+    router: nn.Module
+    router_path: str
+    experts: nn.Module | None
+    """The module whose call ends the decision; its input is the reading's, its time the experts'."""
+    block: nn.Module | None
+    """What holds router and experts; None where it is never called as a module."""
+    num_experts: int
+    """E: classes of the decision, identity experts included; 0 where only a call can tell."""
+    top_k: int
+    """K; 0 where only a call can tell."""
+    read: Callable[[Call], Reading] | None = None
+    """How the calls of this very router are read, where its contract knows more than one way."""
+    read_block: Callable[[tuple[Any, ...], Any], Reading] | None = None
+    """`read_block(arguments, output)` of a call of the block in which the router was not called."""
+    watched: nn.Module | None = None
+    """A module inside the router whose output `read` needs."""
+    times_experts: bool = True
+    """False where `experts` is hooked for its input alone: it is not where the experts compute."""
+    weights: tuple[nn.Module, ...] | None = None
+    """Modules that hold the weights of the routed experts; None means `experts`."""
+    shared: tuple[nn.Module, ...] | None = None
+    """Modules that work on every token beside the routed experts; None means: found by name."""
+    identity_experts: int = 0
+    """How many of the E, the last ones, are identities: an assignment without FLOPs."""
+    every_expert_computes: bool = False
+    """Whether all E experts compute every token, whatever was chosen."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know about the figures of this router."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """One way in which routers and experts speak to each other."""
+
+    name: str
+    description: str
+    find: Callable[[nn.Module], list[Found]]
+    """The routers that stand at one module of a model, which is mostly the block that holds them."""
+    read: Callable[[Call], Reading]
+    """One call of such a router. Runs inside the user's forward: it must not wait for the device."""

@@ -1,0 +1,83 @@
+"""dense-scores: `router -> (scores [T, E], logits [T, E])`, scores 0 where not chosen (Llama 4).
+
+The block scales the input of every expert by its scores and runs all of them: E x T rows of FLOPs, whatever
+was chosen. The experts receive nothing that tells a decision, so it is read from the router alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.forms import (
+    expert_modules,
+    expert_rows,
+    form_of,
+    forward_parameters,
+    int_attribute,
+    unwrapped,
+)
+from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.topk_experts import router_beside
+
+_NOTE = "every expert computes every token, scaled by 0 where it was not chosen: FLOPs are those of all"
+
+
+def find_dense_scores(block: nn.Module) -> list[Found]:
+    """A block of experts that take hidden states alone and a linear router that knows its top-k."""
+    children = dict(block.named_children())
+    experts = children.pop("experts", None)
+    if experts is None or len(forward_parameters(unwrapped(experts))) != 1:
+        return []
+    inner = unwrapped(experts)
+    num_experts = max([len(expert_modules(inner)), *expert_rows(inner)])
+    router_name = router_beside(children)
+    if router_name is None or num_experts < 2:
+        return []
+    router = unwrapped(children[router_name])
+    top_k = int_attribute(router, "top_k")
+    if not isinstance(router, nn.Linear) or not top_k:
+        return []
+    return [
+        Found(
+            router=children[router_name],
+            router_path=router_name,
+            experts=experts,
+            block=block,
+            num_experts=num_experts,
+            top_k=top_k,
+            read=_reader(top_k),
+            every_expert_computes=True,
+            notes=(_NOTE,),
+        )
+    ]
+
+
+def _reader(top_k: int) -> Callable[[Call], Reading]:
+    return lambda call: read_dense_scores(call, top_k)
+
+
+def read_dense_scores(call: Call, top_k: int = 1) -> Reading:
+    """The k largest scores of each token; a score that underflowed to 0 chose nothing."""
+    output = call.router_output
+    parts = output if isinstance(output, tuple) else ()
+    if len(parts) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in parts):
+        raise ContractMismatch(
+            f"expected the router to return (scores [T, E], logits [T, E]), found {form_of(output)}"
+        )
+    scores_TE, logits_TE = parts
+    if scores_TE.shape != logits_TE.shape:
+        raise ContractMismatch(f"expected scores and logits of one shape, found {form_of(output)}")
+    with own_work():
+        weights_TK, index_TK = scores_TE.topk(top_k, dim=-1)
+    return Reading(index_TK, weights_TK, logits_TE)
+
+
+DENSE_SCORES = Contract(
+    name="dense-scores",
+    description="router -> (scores over all experts, logits); experts(hidden_states scaled by the scores)",
+    find=find_dense_scores,
+    read=read_dense_scores,
+)

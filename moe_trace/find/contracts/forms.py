@@ -1,0 +1,106 @@
+"""Look at modules and values without running anything: signatures, wrappers, sizes, forms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_trace.find.contracts.contract import ContractMismatch
+
+# Where wrappers keep the module that they stand for: PEFT, FSDP 1, DataParallel and DDP, torch.compile,
+# activation checkpointing.
+_WRAPPED = (
+    "base_layer",
+    "original_module",
+    "_fsdp_wrapped_module",
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that pass their arguments on; the module itself where there is none."""
+    while takes_anything(module):
+        inner = [child for name in _WRAPPED if (child := module._modules.get(name)) is not None]
+        if not inner:
+            return module
+        module = inner[0]
+    return module
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of the module's class as its author wrote it: FSDP 2 puts a class of its own before it."""
+    if hasattr(module, "_get_fsdp_state"):
+        return type(module).__mro__[2].__name__
+    return type(module).__name__
+
+
+def takes_anything(module: nn.Module) -> bool:
+    """Whether the module's forward passes on whatever it is called with."""
+    return any(p.kind in _ANY_ARGUMENTS for p in _parameters(module))
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of the class's forward after self; empty where they cannot be told.
+
+    The class and not the instance: expert parallelism replaces `module.forward` by a wrapper.
+    """
+    return [parameter.name for parameter in _parameters(module)]
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+
+
+def int_attribute(module: Any, *names: str) -> int:
+    """The first of these attributes that is a positive integer; 0 if none is."""
+    for name in names:
+        value = getattr(module, name, 0)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
+
+
+def expert_matrices(experts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The 3-D weights [E, ., .] below a module, without the scales of quantised ones."""
+    for name, parameter in experts.named_parameters():
+        if parameter.dim() == 3 and "scale" not in name.rsplit(".", 1)[-1]:
+            yield name, parameter
+
+
+def expert_rows(experts: nn.Module) -> list[int]:
+    """The first dimension of every 3-D weight, smallest first: experts with weights of that kind."""
+    return sorted({parameter.shape[0] for _, parameter in expert_matrices(experts)})
+
+
+def expert_modules(experts: nn.Module) -> list[nn.Module]:
+    """The children that are one expert each, where experts are kept in a list or a dict of modules."""
+    if not isinstance(experts, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        return []
+    return [child for child in experts.children() if any(True for _ in child.parameters())]
+
+
+def require_2d(what: str, value: Any, *, integer: bool = False) -> None:
+    """Raise `ContractMismatch` unless `value` is a 2-D tensor, of integers or of floats."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        raise ContractMismatch(f"expected {what} to be a 2-D tensor, found {form_of(value)}")
+    if value.is_floating_point() is integer:
+        kind = "integers" if integer else "floating-point numbers"
+        raise ContractMismatch(f"expected {what} to be {kind}, found {form_of(value)}")
+
+
+def form_of(value: Any) -> str:
+    """A value's type and shape, in words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)} ({', '.join(form_of(item) for item in value)})"
+    return f"{type(value).__name__}"

@@ -1,0 +1,116 @@
+"""one-hot: `experts(hidden_states, mask over all experts, weights)` (Switch Transformers, NLLB-MoE).
+
+The router returns (mask, weights, logits). A row of zeros is a token that the capacity left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.forms import (
+    expert_modules,
+    form_of,
+    forward_parameters,
+    int_attribute,
+    unwrapped,
+)
+from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.topk_experts import router_beside
+
+_MASK_ARGUMENT = "router_mask"  # NLLB's name; Switch's `selected_experts` means an index elsewhere
+_NLLB_NOTE = (
+    "recorded as declared by the router; transformers runs other experts: it applies one_hot to a mask of 0 "
+    "and 1, so that experts 0 and 1 compute every row, and FLOPs are those of the declared routing"
+)
+
+
+def is_one_hot_experts(module: nn.Module) -> bool:
+    """Experts kept as a dict of modules that take a mask, or any that call their argument a mask."""
+    experts = unwrapped(module)
+    parameters = forward_parameters(experts)
+    if len(parameters) < 3:
+        return False
+    is_dict = isinstance(experts, nn.ModuleDict) and parameters[1] == "selected_experts"
+    return parameters[1] == _MASK_ARGUMENT or is_dict
+
+
+def find_one_hot(block: nn.Module) -> list[Found]:
+    """A block of a router and such experts."""
+    children = dict(block.named_children())
+    names = [name for name, child in children.items() if is_one_hot_experts(child)]
+    if len(names) != 1:
+        return []
+    experts = children.pop(names[0])
+    router_name = router_beside(children)
+    if router_name is None:
+        return []
+    router, inner = unwrapped(children[router_name]), unwrapped(experts)
+    masks_again = _applies_one_hot_to_mask(inner)
+    return [
+        Found(
+            router=children[router_name],
+            router_path=router_name,
+            experts=experts,
+            block=block,
+            num_experts=int_attribute(router, "num_experts") or len(expert_modules(inner)),
+            top_k=2 if forward_parameters(inner)[1] == _MASK_ARGUMENT else 1,
+            notes=(_NLLB_NOTE,) if masks_again else (),
+        )
+    ]
+
+
+def _applies_one_hot_to_mask(experts: nn.Module) -> bool:
+    """Whether this transformers has the defect, so that the note goes away with it."""
+    try:
+        return f"one_hot({_MASK_ARGUMENT}" in inspect.getsource(type(experts).forward)
+    except (OSError, TypeError):
+        return False
+
+
+def read_one_hot(call: Call) -> Reading:
+    """Switch: the one expert of each row of the mask. NLLB: the two non-zeros of each row of the weights."""
+    logits, mask, weights = _parts(call)
+    experts = logits.shape[-1]
+    with own_work():
+        if weights.shape[-1] == 1:
+            mask_TE = mask.reshape(-1, experts)
+            index = mask_TE.argmax(-1, keepdim=True).masked_fill(~mask_TE.any(-1, keepdim=True), experts)
+        else:
+            # The mask is of the first choice only; both choices are where the dense weights are not 0.
+            weights, index = weights.topk(2, dim=-1)
+            index = index.masked_fill(weights == 0, experts)
+    return Reading(index, weights, logits.reshape(-1, experts))
+
+
+def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [.., E], mask [.., E], weights [T, 1 or E]) of the call."""
+    output = call.router_output
+    given = (*(call.experts_args or ()), *call.experts_kwargs.values())
+    mask, weights = (given[1], given[2]) if len(given) >= 3 else (None, None)
+    logits = output[2] if isinstance(output, tuple) and len(output) >= 3 else None
+    if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
+        raise ContractMismatch(
+            "expected the router to return (mask, weights, logits) and experts(hidden, mask, weights), "
+            f"found {form_of(output)} and {form_of(given)}"
+        )
+    experts = logits.shape[-1]
+    if mask.dtype not in (torch.int64, torch.bool) or mask.shape[-1] != experts or weights.dim() != 2:
+        raise ContractMismatch(
+            f"expected a mask [T, {experts}] of integers and weights [T, 1] or [T, {experts}], "
+            f"found {form_of(mask)} and {form_of(weights)}"
+        )
+    if weights.shape[-1] not in (1, experts):
+        raise ContractMismatch(f"expected weights [T, 1] or [T, {experts}], found {form_of(weights)}")
+    return logits, mask, weights
+
+
+ONE_HOT = Contract(
+    name="one-hot",
+    description="router -> (mask, weights, logits); experts(hidden_states, mask over all experts, weights)",
+    find=find_one_hot,
+    read=read_one_hot,
+)

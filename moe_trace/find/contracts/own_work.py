@@ -1,0 +1,22 @@
+"""Mark the few device operations that some contracts need to read a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_trace.data.schema import OWN_WORK_RANGE
+
+
+@contextmanager
+def own_work() -> Iterator[None]:
+    """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
+    with torch.no_grad():
+        # A range would break the graph of whoever compiles the model.
+        if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
+            with torch.profiler.record_function(OWN_WORK_RANGE):
+                yield
+        else:
+            yield

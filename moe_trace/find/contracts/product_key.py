@@ -1,0 +1,75 @@
+"""product-key: experts are rows of two embeddings, found by the sum of two keys (Doge).
+
+One linear layer gives two halves of sqrt(E) scores; expert `i * sqrt(E) + j` scores `x[i] + y[j]`. There is
+no logit of an expert, so entropy, confidence and z-loss are left empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.forms import form_of, int_attribute, require_2d
+from moe_trace.find.contracts.own_work import own_work
+
+_PARTS = ("router_gate", "up_embed", "down_embed")
+_SHARED = ("gate_proj", "up_proj", "down_proj")
+_NOTE = (
+    "chosen by the sum of two halves of sqrt(E) keys: there are no logits of the experts, so entropy, "
+    "confidence and z-loss are empty"
+)
+
+
+def find_product_key(block: nn.Module) -> list[Found]:
+    """A block with a key layer and two embeddings of experts."""
+    children = dict(block.named_children())
+    keys = int_attribute(block, "num_keys")
+    if not keys or any(name not in children for name in _PARTS):
+        return []
+    return [
+        Found(
+            router=children["router_gate"],
+            router_path="router_gate",
+            experts=children["up_embed"],
+            block=block,
+            num_experts=int_attribute(block, "num_experts"),
+            top_k=int_attribute(block, "top_k"),
+            read=_reader(keys, normalised=bool(getattr(block, "norm_topk_prob", False))),
+            times_experts=False,
+            weights=(children["down_embed"], children["up_embed"]),
+            shared=tuple(children[name] for name in _SHARED if name in children),
+            notes=(_NOTE,),
+        )
+    ]
+
+
+def _reader(keys: int, *, normalised: bool) -> Callable[[Call], Reading]:
+    return lambda call: read_product_key(call, keys, normalised=normalised)
+
+
+def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> Reading:
+    """The index that the embeddings were asked for; weights are the softmax of those experts' scores."""
+    index: Any = call.experts_args[0] if call.experts_args else None
+    scores = call.router_output
+    require_2d("index", index, integer=True)
+    if not isinstance(scores, Tensor) or scores.numel() != 2 * keys * index.shape[0]:
+        raise ContractMismatch(f"expected 2 x {keys} scores for each token, found {form_of(scores)}")
+    with own_work():
+        # As the family does: the halves are split by position in memory, not by the last dimension.
+        x_TR, y_TR = scores.detach().view(2, index.shape[0], keys).unbind()
+        summed_TK = x_TR.gather(-1, index // keys) + y_TR.gather(-1, index % keys)
+        weights_TK = summed_TK.softmax(-1)
+        if normalised:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Reading(index, weights_TK, None)
+
+
+PRODUCT_KEY = Contract(
+    name="product-key",
+    description="router_gate -> two halves of keys; up_embed(index), down_embed(index)",
+    find=find_product_key,
+    read=read_product_key,
+)

@@ -1,0 +1,95 @@
+"""Floating-point operations of routers and experts, by formula.
+
+`torch.utils.flop_counter` counts 0 for `aten::_grouped_mm`, transformers' default for experts, so FLOPs
+come from the shapes of the real weights: 2 per multiply-add, biases and norms excluded, as the counter
+does in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from moe_trace.find.contracts import Found
+from moe_trace.find.contracts.forms import expert_matrices, expert_modules, int_attribute, unwrapped
+
+# Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
+_PACKED = (torch.uint8, torch.int8)
+
+
+def router_flops_per_token(router: nn.Module) -> int:
+    """2 x the elements of the router's 2-D matrix weights (its own `weight`, or its inner Linears')."""
+    inner = unwrapped(router)
+    classes, hidden = int_attribute(inner, "num_experts"), int_attribute(inner, "hidden_dim", "hidden_size")
+    # FSDP 1 flattens the weights of what it wraps, so that only the module's own word is left.
+    return dense_flops_per_token(inner) or 2 * classes * hidden
+
+
+def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int:
+    """2 x the matrix weights of one expert, summed over the modules that hold the experts' weights."""
+    return 2 * sum(_elements_of_one_expert(unwrapped(module), num_experts) for module in weights)
+
+
+def dense_flops_per_token(module: nn.Module) -> int:
+    """2 x the matrix weights of a module that works on every token."""
+    return 2 * sum(_own_elements(part) for part in module.modules())
+
+
+def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
+    """Says what else in the block works on every token, such as the projections round latent experts."""
+    if found.block is None:
+        return None
+    counted = {id(m) for m in (found.router, found.experts, *(found.weights or ()), *shared)}
+    rest = {
+        name: flops
+        for name, child in found.block.named_children()
+        if id(child) not in counted and (flops := dense_flops_per_token(child))
+    }
+    if not rest:
+        return None
+    return (
+        f"{', '.join(rest)} work on every token too: {sum(rest.values()):,} FLOPs per token, "
+        "part of none of these figures"
+    )
+
+
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    """Number of parameters below the modules, each counted once."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    return sum(parameter.numel() for parameter in parameters.values())
+
+
+def _own_elements(module: nn.Module) -> int:
+    rows, columns = int_attribute(module, "out_features"), int_attribute(module, "in_features")
+    if rows and columns:  # also where the weight is packed
+        return rows * columns if "weight" in module._parameters else 0
+    # Not "every 2-D parameter": some families keep a selection bias of shape [1, E].
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    return sum(p.numel() for name, p in own.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight"))
+
+
+def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:
+    modules = expert_modules(experts)
+    if modules:
+        return dense_flops_per_token(modules[0]) // 2
+    matrices = [p for _, p in expert_matrices(experts)]
+    if not matrices or any(p.dtype in _PACKED for p in matrices):
+        declared = _declared_elements(experts)
+        if declared:
+            return declared
+    if matrices:
+        return sum(p.shape[1] * p.shape[2] for p in matrices)
+    # All experts below each other in one matrix (DBRX), or one row each (Doge).
+    rows = max(num_experts, 1)
+    stacked = [p for p in experts.parameters() if p.dim() == 2 and p.shape[0] % rows == 0]
+    return sum(p.numel() for p in stacked) // rows
+
+
+def _declared_elements(experts: nn.Module) -> int:
+    """From the module's own word on its sizes, where its weights are packed or no longer tensors; else 0."""
+    hidden = int_attribute(experts, "hidden_dim", "hidden_size")
+    width = int_attribute(experts, "intermediate_dim", "intermediate_size")
+    gated = hasattr(experts, "gate_up_proj") or hasattr(experts, "gate_proj")
+    return hidden * width * (3 if gated else 2)

@@ -1,0 +1,224 @@
+"""Find the Mixture-of-Experts routers of a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from moe_trace.data.errors import NoRoutersFound, UsageError
+from moe_trace.data.schema import RouterInfo
+from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, Reading
+from moe_trace.find.contracts.beside import describe_unread, shared_modules, unread_experts
+from moe_trace.find.contracts.forms import class_name, unwrapped
+from moe_trace.find.flops import (
+    dense_flops_per_token,
+    expert_flops_per_slot,
+    parameter_count,
+    projection_note,
+    router_flops_per_token,
+)
+from moe_trace.find.meshes import DataParallelDims, held_experts
+
+LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSite:
+    """One router, with the modules that hooks go on and the contract that reads its calls."""
+
+    info: RouterInfo
+    contract: Contract
+    router: nn.Module
+    experts: nn.Module | None
+    block: nn.Module | None
+    read: Callable[[Call], Reading]
+    """One call of this router; see `Contract.read`."""
+    read_block: Callable[[tuple[Any, ...], Any], Reading] | None = None
+    """See `Found.read_block`."""
+    watched: nn.Module | None = None
+    """See `Found.watched`."""
+    times_experts: bool = True
+    """See `Found.times_experts`."""
+
+    @property
+    def site(self) -> str:
+        """Label in the trace, e.g. `L03`."""
+        return self.info.site
+
+    @property
+    def name(self) -> str:
+        """Path of the router module in the model, e.g. `model.layers.3.mlp.gate`."""
+        return self.info.name
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer, from the module path."""
+        return self.info.layer
+
+
+def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[RouterSite]:
+    """The routers of `model` in the order of its modules.
+
+    Args:
+        layers: which of them: layer indices (`[0, 3]`), labels or module paths (`["L03"]`), or a
+            predicate on the `RouterSite`. None takes all.
+
+    Raises:
+        NoRoutersFound: the model holds none that a known contract reads.
+        UsageError: `layers` selects none of those found, or names one that does not exist.
+    """
+    found = list(_walk(model))
+    unread = unread_experts(model, [item for _, _, item in found])
+    if not found:
+        raise NoRoutersFound(_no_routers_message(model, unread))
+    if unread:
+        warnings.warn(
+            f"{len(unread)} modules look like routed experts and follow no known contract: "
+            f"{describe_unread(unread)}. Their routing is not recorded; moe_trace.register_contract "
+            "teaches one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _select(_sites(model, found), layers)
+
+
+def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
+    """(path of the module looked at, contract, what it found there), in the order of the modules."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for contract in CONTRACTS:
+            for item in contract.find(module):
+                if id(item.router) not in seen:
+                    seen.add(id(item.router))
+                    yield path, contract, item
+
+
+def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
+    names = [f"{path}.{item.router_path}".lstrip(".") for path, _, item in found]
+    data_parallel = DataParallelDims(model)
+    sites = []
+    counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
+    for (path, contract, item), name, label in zip(found, names, _labels(names), strict=True):
+        shared = shared_modules(model, path, item)
+        held = held_experts(_weights(item), item.num_experts, data_parallel)
+        info = replace(_info(name, label, contract, item, shared), held_experts=held)
+        info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
+        counted.update(map(id, shared))
+        sites.append(
+            RouterSite(
+                info=info,
+                contract=contract,
+                router=item.router,
+                experts=item.experts,
+                block=item.block,
+                read=item.read or contract.read,
+                read_block=item.read_block,
+                watched=item.watched,
+                times_experts=item.times_experts,
+            )
+        )
+    return sites
+
+
+def _info(
+    name: str, label: tuple[str, int], contract: Contract, item: Found, shared: tuple[nn.Module, ...]
+) -> RouterInfo:
+    site, layer = label
+    weights = _weights(item)
+    beside = projection_note(item, shared)
+    return RouterInfo(
+        site=site,
+        name=name,
+        layer=layer,
+        router_class=class_name(unwrapped(item.router)),
+        experts_class=class_name(unwrapped(weights[0])) if weights else None,
+        contract=contract.name,
+        num_experts=item.num_experts,
+        top_k=item.top_k,
+        router_flops_per_token=router_flops_per_token(item.router),
+        expert_flops_per_slot=expert_flops_per_slot(weights, item.num_experts),
+        shared_flops_per_token=sum(map(dense_flops_per_token, shared)),
+        parameters={"router": parameter_count([item.router]), "experts": parameter_count(weights)},
+        identity_experts=item.identity_experts,
+        every_expert_computes=item.every_expert_computes,
+        notes=item.notes if beside is None else (*item.notes, beside),
+    )
+
+
+def _weights(item: Found) -> tuple[nn.Module, ...]:
+    """The modules that hold the weights of the routed experts."""
+    return item.weights or ((item.experts,) if item.experts is not None else ())
+
+
+def _labels(paths: list[str]) -> list[tuple[str, int]]:
+    """(label, layer) of each path: `L03`, or `L03.text` where a layer index holds several routers."""
+    layers = [_layer_index(path, default=i) for i, path in enumerate(paths)]
+    crowded = {layer for layer, count in Counter(layers).items() if count > 1}
+    labels = []
+    for path, layer in zip(paths, layers, strict=True):
+        label = f"L{layer:02d}"
+        if layer in crowded:
+            peers = [p for p, other in zip(paths, layers, strict=True) if other == layer and p != path]
+            label += f".{_distinguishing_part(path, peers)}"
+        labels.append((label, layer))
+    return labels
+
+
+def _layer_index(path: str, default: int) -> int:
+    """The first number after `layers`, `blocks` and the like; else the first number of the path."""
+    after_name = re.findall(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)", path)
+    numbers = after_name or re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(numbers[0]) if numbers else default
+
+
+def _distinguishing_part(path: str, peers: list[str]) -> str:
+    """The shortest run of path components, from the first that differs, which no peer shares."""
+    parts = path.split(".")
+    others = [peer.split(".") for peer in peers]
+    first = next((i for i in range(len(parts)) if any(parts[i : i + 1] != o[i : i + 1] for o in others)), 0)
+    for end in range(first + 1, len(parts) + 1):
+        if all(parts[first:end] != other[first:end] for other in others):
+            return ".".join(part.removesuffix("_moe").removesuffix("_model") for part in parts[first:end])
+    return path
+
+
+def _select(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
+    if layers is None:
+        return sites
+    if callable(layers):
+        chosen = [site for site in sites if layers(site)]
+    else:
+        wanted = set(layers)
+        unknown = wanted - {key for site in sites for key in (site.layer, site.site, site.name)}
+        if unknown:
+            raise UsageError(
+                f"layers= names {sorted(map(str, unknown))}, but the routers found are "
+                f"{', '.join(f'{s.site} ({s.name})' for s in sites)}; give layer indices, labels or paths"
+            )
+        chosen = [site for site in sites if wanted & {site.layer, site.site, site.name}]
+    if not chosen:
+        raise UsageError(f"layers= selects none of the {len(sites)} routers found; pass None for all")
+    return chosen
+
+
+def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -> str:
+    known = "; ".join(f"{contract.name}: {contract.description}" for contract in CONTRACTS)
+    if unread:
+        advice = (
+            f"{len(unread)} modules look like routed experts and follow none of them: "
+            f"{describe_unread(unread)}. Teach it with moe_trace.register_contract, then check with "
+            "`moe-trace routers MODEL`"
+        )
+    else:
+        advice = (
+            "Nothing in it looks like routed experts: in a dense model there is nothing to trace. "
+            "`moe-trace routers MODEL` lists the routers of any other model, and "
+            "moe_trace.register_contract teaches one of your own"
+        )
+    return f"found 0 routers in {type(unwrapped(model)).__name__}; known contracts: {known}. {advice}"

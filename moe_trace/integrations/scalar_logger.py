@@ -1,0 +1,107 @@
+"""Routing figures as TensorBoard scalars during a whole training run, without a profiler."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import warnings
+from types import TracebackType
+from typing import Any
+
+from moe_trace.data.schema import RoutingSample
+from moe_trace.integrations.scalars import add_scalars
+from moe_trace.record.tracer import MoETracer
+
+_WAITING = 64  # hand-overs that may wait for the writer; each is some KB a router
+
+
+class ScalarLogger:
+    """Write load, entropy and auxiliary loss of every recorded step, from a thread of its own.
+
+        with MoETracer(model, every=100) as tracer, ScalarLogger(tracer, "runs/moe") as logger:
+            for batch in batches:
+                ...                 # forward, backward, optimizer
+                logger.step()       # instead of tracer.step()
+
+    `step` costs the training thread one batch of kernels and one asynchronous copy, in recorded steps only;
+    it waits for nothing. What has been written is forgotten, so a run of any length takes no more memory:
+    `tracer.samples()` holds only what is still on its way.
+
+    Args:
+        tracer: decides by its `every` and `warmup` which steps are recorded.
+        folder: TensorBoard's log folder; made if it is missing.
+    """
+
+    def __init__(self, tracer: MoETracer, folder: str | os.PathLike[str]) -> None:
+        self.steps_dropped = 0
+        """Hand-overs left out because the writer could not keep up."""
+        self._tracer = tracer
+        self._folder = os.fspath(folder)
+        self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._error: BaseException | None = None
+        self._held: list[RoutingSample] = []
+        self._writer = threading.Thread(target=self._write_all, name="moe_trace scalars", daemon=True)
+        tracer.count_steps_by_hand()
+        self._writer.start()
+
+    def step(self) -> None:
+        """End a step: hand what it recorded to the writer."""
+        recorded = self._tracer.samples_this_step()
+        self._tracer.step()
+        if not recorded:
+            return
+        batches = self._tracer.take_batches()
+        try:
+            self._queue.put_nowait(batches)
+        except queue.Full:
+            self.steps_dropped += 1
+
+    def close(self) -> None:
+        """Write what is left, and end the thread. Warns if something could not be written."""
+        if not self._writer.is_alive():
+            return
+        self._queue.put(self._tracer.take_batches())
+        self._queue.put(None)
+        self._writer.join()
+        if self._error is not None:
+            warnings.warn(
+                f"scalars in {self._folder} are incomplete: {self._error}", RuntimeWarning, stacklevel=2
+            )
+        if self.steps_dropped:
+            warnings.warn(
+                f"{self.steps_dropped} steps were left out of {self._folder}: the writer could not keep up; "
+                "raise every=",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> ScalarLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_all(self) -> None:
+        """The writer's thread: waits for each copy, then writes; a failure must not stop the training."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(log_dir=self._folder) as writer:
+                while (batches := self._queue.get()) is not None:
+                    self._held += self._tracer.samples_of(batches)
+                    self._write(writer, last_step=False)
+                self._write(writer, last_step=True)
+        except Exception as error:
+            self._error = error
+            while self._queue.get() is not None:
+                self.steps_dropped += 1
+
+    def _write(self, writer: Any, *, last_step: bool) -> None:
+        """Every step that is complete: one is, when a later one has begun."""
+        newest = max((sample.step for sample in self._held), default=0)
+        complete = [sample for sample in self._held if last_step or sample.step < newest]
+        self._held = [sample for sample in self._held if not last_step and sample.step >= newest]
+        add_scalars(writer, complete)

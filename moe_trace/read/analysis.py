@@ -1,0 +1,172 @@
+"""One or several traces together: a summary with phases, speed, the cost of imbalance and findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_trace.data.schema import Recording, RoutingSample
+from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.findings import Evidence, Finding, find
+from moe_trace.read.ranks.combine import all_around, combined, joined, notes_of, rank_inputs, read_all
+from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
+from moe_trace.read.time.imbalance import ImbalanceCost, imbalance_costs
+from moe_trace.read.time.layers import PhaseReport, report_phases
+from moe_trace.read.time.peaks import find_peak
+from moe_trace.read.time.phases import CallTimes
+from moe_trace.read.time.speed import SpeedReport, report_speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSummary(Summary):
+    """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
+
+    files: tuple[str, ...]
+    phases: PhaseReport | None
+    """None where no call has its ranges in the trace."""
+    speed: SpeedReport | None
+    imbalance: tuple[ImbalanceCost, ...]
+    findings: tuple[Finding, ...]
+    samples: tuple[RoutingSample, ...] = field(repr=False)
+    """Every call, in the order of the trace."""
+    times: CallTimes | None = field(repr=False)
+    busy_us: Mapping[SampleKey, float] = field(repr=False)
+    """Device time of each router call."""
+    ranks: RankReport | None = None
+    """The ranks of the run together; None for a single one."""
+    rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
+    """What each rank brings to such a report, so that traces read one by one can be reported together."""
+    experts_are_split: bool = False
+    """Whether each rank computes other slots than its routers assigned, or parts of them."""
+
+    def router(self, site: str) -> RouterSummary:
+        """The router of that label or module path.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for router in self.routers:
+            if site in (router.info.site, router.info.name):
+                return router
+        raise KeyError(f"no router {site!r}; there are {[r.info.site for r in self.routers]}")
+
+    def which_layer_is_most_uneven(self) -> RouterSummary | None:
+        """The router with the largest load max÷mean; None where nothing was assigned."""
+        loaded = [r for r in self.routers if r.load.max_over_mean is not None]
+        return max(loaded, key=lambda r: r.load.max_over_mean or 0.0, default=None)
+
+    def which_experts_are_dead(self) -> dict[str, tuple[int, ...]]:
+        """Label -> ids of the experts that no token chose."""
+        return {r.info.site: r.load.dead_experts for r in self.routers if r.load.dead_experts}
+
+    def how_much_of_the_model_is_moe(self) -> float | None:
+        """Share of all work in the trace; None where the trace does not tell."""
+        return self.phases.whole.moe_share_of_model if self.phases is not None else None
+
+    def to_dataframe(self) -> Any:
+        """One row per router call, as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        from moe_trace.read.file.rows import call_rows
+
+        return pandas.DataFrame(call_rows(self))
+
+    def _repr_html_(self) -> str:
+        from moe_trace.show.html import render_fragment
+
+        return render_fragment(self)
+
+
+@dataclass(frozen=True)
+class PeakOverride:
+    """What the user knows better than the table of devices."""
+
+    tflops: float | None = None
+    gb_per_s: float | None = None
+
+
+def analyse(
+    files: Sequence[Path],
+    *,
+    label: str,
+    chosen: Filter | None = None,
+    peak: PeakOverride | None = None,
+    progress: Progress | None = None,
+) -> TraceSummary:
+    """Read the traces one after another and answer for all of them together.
+
+    Raises:
+        TraceFileError: a file cannot be read, or the files are of different models.
+        UsageError: the filters leave nothing.
+    """
+    chosen, peak = chosen or Filter(), peak or PeakOverride()
+    reads = read_all(files, chosen, progress)
+    recording = combined(reads, label)
+    # Each file may lack what the filters ask for, but not all of them.
+    recording = chosen.apply(recording)
+    times = joined([r.times for r in reads])
+    busy = {key: value for r in reads for key, value in r.busy_us.items()}
+    inputs = rank_inputs(reads)
+    ranks = report_ranks(inputs, known=reads[0].alignment)
+    split = any(r.recording.experts_are_split for r in reads)
+    notes = [
+        *notes_of(reads),
+        *(_SPLIT if split else ()),
+        *(ranks.notes if ranks is not None else _alone(recording)),
+    ]
+    summary = summarize(recording, trace=label, device_busy_us=busy, notes=notes)
+    devices = tuple(dict.fromkeys(device for r in reads for device in r.devices))
+    phases = report_phases(times, all_around(reads), model_known=not chosen.stages)
+    dtype = recording.model.get("dtype")
+    top = find_peak(
+        devices, dtype if isinstance(dtype, str) else None, tflops=peak.tflops, gb_per_s=peak.gb_per_s
+    )
+    speed = report_speed(times, recording.routers, recording.model, top, devices, experts_are_split=split)
+    imbalance = imbalance_costs(times, recording.routers)
+    operators = frozenset().union(*(r.operators for r in reads))
+    return TraceSummary(
+        **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
+        files=tuple(str(file) for file in files),
+        phases=phases,
+        speed=speed,
+        imbalance=imbalance,
+        findings=find(
+            Evidence(
+                routers=summary.routers,
+                phases=phases,
+                speed=speed,
+                imbalance=imbalance,
+                operators=operators,
+                ranks=ranks,
+            )
+        ),
+        samples=recording.samples,
+        times=times,
+        busy_us=busy,
+        ranks=ranks,
+        rank_inputs=tuple(inputs),
+        experts_are_split=split,
+    )
+
+
+_SPLIT = (
+    "experts are split over ranks: a rank computes other slots than its routers assigned, so no speed of its "
+    "experts is given",
+)
+
+
+def _alone(recording: Recording) -> list[str]:
+    if recording.world_size < 2:
+        return []
+    return [
+        f"this is rank {recording.rank} alone, of {recording.world_size}: what the others computed is not in "
+        "these figures; give the folder with the traces of all ranks"
+    ]

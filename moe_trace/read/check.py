@@ -1,0 +1,311 @@
+"""The promises of a merged trace, as rules: small functions that yield what they found broken."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moe_trace.data.schema import RANGE_NAME, Recording, moe_span, range_name
+from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
+from moe_trace.read.file.events import EventTable, Kind, to_ns
+from moe_trace.read.file.stream import JsonStream, loads_lenient
+from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace
+from moe_trace.read.ranks.rename import is_band
+from moe_trace.timeline.replays import spans_of
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandEvent:
+    """A counter or slice that merging added."""
+
+    ph: str
+    name: str
+    track: tuple[Any, Any]
+    start_ns: int
+    duration_ns: int
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the rules look at."""
+
+    recording: Recording
+    events: EventTable
+    band: tuple[BandEvent, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """A broken promise: the rule, where, and both sides."""
+
+    rule: str
+    where: str
+    message: str
+
+
+Rule = Callable[[Checked], Iterator[tuple[str, str]]]
+"""Yields (where, message)."""
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+class _RawEvent(msgspec.Struct, gc=False):
+    ph: str = ""
+    name: str = ""
+    pid: int | str | None = None
+    tid: int | str | None = None
+    ts: float = 0.0
+    dur: float = 0.0
+    args: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_raw_batch = msgspec.json.Decoder(list[_RawEvent]).decode
+
+
+def _raw_one(text: bytes) -> _RawEvent:
+    try:
+        value = loads_lenient(text)
+        kept = {key: value[key] for key in ("ph", "name", "pid", "tid", "ts", "dur") if key in value}
+        return msgspec.convert(kept, _RawEvent)
+    except (ValueError, TypeError, OverflowError):
+        return _RawEvent()
+
+
+def read_checked(path: Path, progress: Progress | None = None) -> Checked:
+    """Read a merged trace twice: its own events, and what merging added.
+
+    Raises:
+        TraceFileError: as `read_trace`.
+    """
+    trace = read_trace(path, progress)
+    with open_trace_stream(path, progress) as stream:
+        band = tuple(_band_events(stream))
+    return Checked(recording=trace.recording, events=trace.events, band=band)
+
+
+def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
+    for key in stream.walk():
+        if key != "traceEvents":
+            stream.skip()
+            continue
+        for batch in stream.batches(_raw_batch, _raw_one):
+            for event in batch:
+                if is_band(event.pid) and event.ph in "CX":
+                    yield _band_event(event)
+
+
+def _band_event(event: _RawEvent) -> BandEvent:
+    start_ns, duration_ns = to_ns([event.ts, event.dur]).tolist()
+    value = None
+    if event.ph == "C":
+        value = _sum_of_numbers(bytes(event.args))
+    return BandEvent(
+        ph=event.ph,
+        name=event.name,
+        track=(event.pid, event.name if event.ph == "C" else event.tid),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        value=value,
+    )
+
+
+def _sum_of_numbers(text: bytes) -> float:
+    try:
+        arguments = loads_lenient(text)
+    except ValueError:
+        return math.nan
+    numbers = arguments.values() if isinstance(arguments, dict) else ()
+    return sum(float(v) for v in numbers if isinstance(v, (int, float)) and abs(v) < 1e300)
+
+
+# -- rules --------------------------------------------------------------------------------------------
+
+
+def versions_known(checked: Checked) -> Iterator[tuple[str, str]]:
+    """The releases that wrote the file are release numbers; an unknown schema is refused on reading."""
+    for package, version in checked.recording.versions.items():
+        if not re.match(r"\d+\.\d+", version):
+            yield package, f"{version!r} is no version"
+
+
+def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Samples without a place are as many as the file says it lost."""
+    missing, lost = [s for s in checked.recording.samples if s.placement is None], checked.recording.lost
+    without, in_graphs = (sum(sample.in_graph is graph for sample in missing) for graph in (False, True))
+    if without != lost.samples_without_range:
+        yield "lost", f"{without} samples have no range, but the file counts {lost.samples_without_range}"
+    if lost.unplaced and in_graphs != sum(lost.unplaced.values()):
+        yield "lost", f"{in_graphs} samples of graphs have no place, but the file says why: {lost.unplaced}"
+
+
+def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Router ranges = samples with a place + ranges without a sample."""
+    events = checked.events
+    names = events.select(events.kind == Kind.RANGE).name
+    is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
+    ranges = int(np.array(is_router, dtype=bool)[names].sum()) if len(names) else 0
+    placements = [s.placement for s in checked.recording.samples if s.placement is not None]
+    placed = sum("router" in placement.host for placement in placements)
+    lost = checked.recording.lost.ranges_without_sample
+    if ranges != placed + lost:
+        yield "ranges", f"the trace has {ranges} router ranges, but {placed} samples and {lost} lost"
+
+
+def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Every host placement is a range of the trace, with its name and times, or the launch of a graph."""
+    known = named_spans(checked.events)
+    graphs = graph_spans(known)
+    for sample in checked.recording.samples:
+        if sample.placement is None:
+            continue
+        for kind, span in sample.placement.host.items():
+            start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
+            in_graph = kind == "graph" and (start_ns, duration_ns) in graphs
+            if not in_graph and (range_name(kind, sample.site), start_ns, duration_ns) not in known:
+                yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"
+
+
+def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Assignments = tokens x k - skipped, as does the histogram of k."""
+    for sample in checked.recording.samples:
+        expected = sample.tokens * sample.top_k - sample.skipped
+        found = int(sample.assignments.sum())
+        if found != expected:
+            yield _call(sample), f"{found} assignments, expected tokens·k - skipped = {expected}"
+        by_k = int((sample.k_histogram * np.arange(len(sample.k_histogram))).sum())
+        if by_k != found:
+            yield _call(sample), f"the k histogram holds {by_k} slots, the experts {found}"
+        if int(sample.k_histogram.sum()) != sample.tokens:
+            yield _call(sample), f"the k histogram holds {sample.k_histogram.sum()} of {sample.tokens} tokens"
+
+
+def counts_are_possible(checked: Checked) -> Iterator[tuple[str, str]]:
+    """No negative count, no part larger than its whole, one entry an expert."""
+    sizes = {router.name: router.num_experts for router in checked.recording.routers}
+    for sample in checked.recording.samples:
+        if len(sample.assignments) != sizes[sample.name]:
+            yield _call(sample), f"{len(sample.assignments)} counts for {sizes[sample.name]} experts"
+        parts = (sample.skipped, sample.padding_assignments, sample.nonfinite_tokens, sample.tokens)
+        if min(parts) < 0 or sample.assignments.min(initial=0) < 0 or sample.k_histogram.min(initial=0) < 0:
+            yield _call(sample), "a count is negative"
+        if sample.padding_assignments > sample.assignments.sum() or sample.nonfinite_tokens > sample.tokens:
+            yield _call(sample), "a part is larger than its whole"
+
+
+def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
+    """0 <= entropy <= ln E, probabilities and confidence within [0, 1]."""
+    for sample in checked.recording.samples:
+        most = math.log(max(1, len(sample.assignments)))
+        bounds = {
+            "router_entropy": most,
+            "confidence": 1.0,
+            "top1_prob": 1.0,
+            "topk_mass": 1.0,
+            "z_loss": math.inf,
+        }
+        for name, high in bounds.items():
+            value = getattr(sample, name)
+            if value is not None and not -TOLERANCE <= value <= high + TOLERANCE:
+                yield _call(sample), f"{name} is {value}, expected 0 to {high:.4g}"
+
+
+def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Each counter event stands at the start or the end of a call's MoE layer."""
+    edges = set()
+    for sample in checked.recording.samples:
+        if sample.placement is not None:
+            spans, _ = spans_of(sample.placement)
+            for span in (moe_span(spans), spans.get("graph", moe_span(spans))):
+                edges.update(to_ns([span.start_us, span.end_us]).tolist())  # as merging computed them
+    for event in checked.band:
+        if event.ph == "C" and event.start_ns not in edges:
+            yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"
+
+
+def counters_return_to_zero(checked: Checked) -> Iterator[tuple[str, str]]:
+    """A counter's last event closes it."""
+    last: dict[Any, BandEvent] = {}
+    for event in checked.band:
+        if event.ph == "C" and (event.track not in last or event.start_ns >= last[event.track].start_ns):
+            last[event.track] = event
+    for event in last.values():
+        if event.value:
+            yield event.name, f"the counter ends at {event.value}, expected 0"
+
+
+def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Slices of one lane follow one another."""
+    lanes: dict[Any, list[BandEvent]] = defaultdict(list)
+    for event in checked.band:
+        if event.ph == "X":
+            lanes[event.track].append(event)
+    for lane in lanes.values():
+        lane.sort(key=lambda e: e.start_ns)
+        for one, two in itertools.pairwise(lane):
+            # A microsecond with three decimals does not always survive a float, so 1 ns is not a crossing.
+            if two.start_ns < one.start_ns + one.duration_ns - 1:
+                yield two.name, f"a slice starts at {two.start_ns / 1000:.3f} µs, inside {one.name}"
+
+
+def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Every placed call has its slices, or shares that of its graph, and every slice its calls."""
+    expected: defaultdict[tuple[str, int, int], int] = defaultdict(int)
+    for name, span in expected_slices(checked.recording.samples):
+        start, duration = to_ns([span.start_us, span.duration_us]).tolist()
+        expected[name, start, duration] += 1
+    for event in checked.band:
+        if event.ph == "X":
+            expected[event.name, event.start_ns, event.duration_ns] -= 1
+    for (site, start, _), count in expected.items():
+        if count:
+            what = "has no slice in the band" if count > 0 else "is a slice of no call"
+            yield site, f"{start / 1000:.3f} µs {what}"
+
+
+def times_are_inside_graphs(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Routers and experts inside a graph ran while the graph did."""
+    for sample in checked.recording.samples:
+        yield from ((_call(sample), message) for message in odd_times(sample))
+
+
+RULES: tuple[Rule, ...] = (
+    versions_known,
+    samples_are_accounted_for,
+    ranges_are_accounted_for,
+    placements_are_ranges,
+    assignments_add_up,
+    counts_are_possible,
+    figures_are_in_range,
+    counters_stand_in_ranges,
+    counters_return_to_zero,
+    lanes_do_not_cross,
+    slices_are_the_calls,
+    times_are_inside_graphs,
+)
+
+
+def check(checked: Checked) -> dict[str, list[Violation]]:
+    """Violations by the name of the rule; every rule is there, kept or not."""
+    return {
+        rule.__name__: [
+            Violation(rule=rule.__name__, where=where, message=message) for where, message in rule(checked)
+        ]
+        for rule in RULES
+    }
+
+
+def _call(sample: Any) -> str:
+    return f"{sample.site} call {sample.call}"

@@ -1,0 +1,64 @@
+"""What a comparison must not find: conditions such as `device_busy_p50>+5%`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_trace.data.errors import UsageError
+from moe_trace.read.diff import METRICS, Change
+
+_CONDITION = re.compile(
+    r"(?:(?P<site>[^:<>]+):)?(?P<metric>\w+)(?P<sign>[<>])(?P<number>[+-]?\d+(?:\.\d+)?)(?P<percent>%?)"
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`device_busy_p50>+5%`: fails where the change is real and larger."""
+
+    text: str
+    site: str
+    metric: str
+    above: bool
+    threshold: float
+    relative: bool
+
+    def fails(self, change: Change) -> bool:
+        """Whether this change is what the condition forbids; noise is not."""
+        if (change.site, change.metric) != (self.site, self.metric):
+            return False
+        if change.verdict not in ("changed", "few calls") or change.difference == 0:
+            return False
+        size = change.relative if self.relative else change.difference
+        if size is None:
+            size = float("inf") if change.difference > 0 else float("-inf")
+        return size > self.threshold if self.above else size < self.threshold
+
+
+def parse_condition(text: str) -> Condition:
+    """Read `[LAYER:]METRIC>+5%`, `METRIC<-0.1` and the like.
+
+    Raises:
+        UsageError: it has another form, or names an unknown metric.
+    """
+    match = _CONDITION.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise UsageError(f"found --fail-on {text!r}, expected a condition such as 'device_busy_p50>+5%'")
+    if match["metric"] not in METRICS:
+        raise UsageError(f"found the unknown metric {match['metric']!r}; known are {', '.join(METRICS)}")
+    relative = bool(match["percent"])
+    return Condition(
+        text=text,
+        site=match["site"] or "all",
+        metric=match["metric"],
+        above=match["sign"] == ">",
+        threshold=float(match["number"]) / (100 if relative else 1),
+        relative=relative,
+    )
+
+
+def missing(condition: Condition, changes: Sequence[Change]) -> bool:
+    """Whether neither side has what the condition asks about: a check that can never fail."""
+    return all((c.site, c.metric) != (condition.site, condition.metric) for c in changes)

@@ -1,0 +1,83 @@
+"""Counts in the form that load balancers of experts take, and rows as Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.errors import UsageError
+from moe_trace.data.files import whole_file, write_text
+from moe_trace.data.summary import Summary
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.file.rows import call_rows
+
+
+def expert_counts(summary: Summary) -> np.ndarray:
+    """[layers, experts] int64 assignments, layers in the model's order.
+
+    The `weight` argument of `rebalance_experts` in DeepSeek's expert-parallel load balancer (EPLB), which
+    calls experts "logical experts".
+
+    Raises:
+        UsageError: the layers have different numbers of experts.
+    """
+    routers = sorted(summary.routers, key=lambda r: (r.info.layer, r.info.site))
+    sizes = {len(router.assignments) for router in routers}
+    if len(sizes) != 1:
+        raise UsageError(
+            f"found layers of {', '.join(map(str, sorted(sizes))) or 'no'} experts, expected one number for "
+            "all; choose the layers with --layer"
+        )
+    return np.array([router.assignments for router in routers], dtype=np.int64)
+
+
+def write_eplb(summary: Summary, target: Path) -> None:
+    """`.npy`: the array. Any other name: the same as JSON, with the layers' names beside it."""
+    counts = expert_counts(summary)
+    if target.suffix == ".npy":
+        with whole_file(target) as temporary, temporary.open("wb") as file:
+            np.save(file, counts, allow_pickle=False)
+        return
+    routers = sorted(summary.routers, key=lambda r: (r.info.layer, r.info.site))
+    layers = [{"site": r.info.site, "name": r.info.name, "layer": r.info.layer} for r in routers]
+    write_text(target, json.dumps({"layers": layers, "counts": counts.tolist()}, ensure_ascii=False) + "\n")
+
+
+def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
+    """One row per call; counts per expert as lists; the same columns and types in every file.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(
+            "Parquet needs pyarrow, which is not installed; run: pip install 'moe_trace[export]'"
+        ) from error
+    rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s)]
+    names = list(rows[0]) if rows else []
+    schema = pyarrow.schema([(name, _arrow_type(pyarrow, name)) for name in names])
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
+    with whole_file(target) as temporary:
+        parquet.write_table(table, temporary)
+
+
+_TEXTS = ("trace", "site", "name", "phase", "stage")
+_LISTS = ("assignments", "k_histogram")
+_FLOATS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
+
+
+def _arrow_type(pyarrow: Any, name: str) -> Any:
+    if name in _TEXTS:
+        return pyarrow.string()
+    if name in _LISTS:
+        return pyarrow.list_(pyarrow.int64())
+    if name in _FLOATS or name.startswith("load_") or name.endswith("_us"):
+        return pyarrow.float64()
+    return pyarrow.int64()

@@ -1,0 +1,1 @@
+"""Reading trace files: JSON, events, kernels and their launches."""

@@ -1,0 +1,48 @@
+"""What the top-level keys of a trace say beside its events: devices, the clock's base, process groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_trace.read.file.stream import loads_lenient
+
+KEYS = ("deviceProperties", "baseTimeNanoseconds", "host_name", "distributedInfo")
+
+
+def device_names(text: bytes) -> tuple[str, ...]:
+    try:
+        devices = loads_lenient(text)
+    except ValueError:
+        return ()
+    if not isinstance(devices, list):
+        return ()
+    return tuple(str(d["name"]) for d in devices if isinstance(d, dict) and isinstance(d.get("name"), str))
+
+
+def _lenient(text: bytes) -> Any:
+    try:
+        return loads_lenient(text)
+    except ValueError:
+        return None
+
+
+def base_time(text: bytes) -> int:
+    value = _lenient(text)
+    return value if type(value) is int and abs(value) < 2**62 else 0
+
+
+def host_name(text: bytes) -> str | None:
+    value = _lenient(text)
+    return value if isinstance(value, str) and value else None
+
+
+def group_ranks(text: bytes) -> tuple[tuple[int, ...], ...]:
+    """Each set of ranks once, in the order of the file."""
+    info = _lenient(text)
+    groups = info.get("pg_config") if isinstance(info, dict) else None
+    found = []
+    for group in groups if isinstance(groups, list) else []:
+        ranks = group.get("ranks") if isinstance(group, dict) else None
+        if isinstance(ranks, list) and len(ranks) > 1 and all(type(r) is int for r in ranks):
+            found.append(tuple(ranks))
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,102 @@
+"""Which kernels were launched inside which host interval: joined by the correlation of launch and kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import RoutingSample, Span, range_name
+from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.events import EventTable, Kind, bounds_ns, to_ns
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels, copies and memsets whose launch the trace holds, sorted by thread and time of the launch."""
+
+    launch_thread: npt.NDArray[np.int32]
+    launch_ns: npt.NDArray[np.int64]
+    start_ns: npt.NDArray[np.int64]
+    duration_ns: npt.NDArray[np.int64]
+    name: npt.NDArray[np.int32]
+    """Index into the table's names."""
+
+    def within(self, thread: int, span: Span) -> slice:
+        """Those that a thread launched inside a span."""
+        return self.within_ns(thread, *bounds_ns(span))
+
+    def within_ns(self, thread: int, begin: int, end: int) -> slice:
+        """The same between two times in nanoseconds, both included."""
+        first = int(np.searchsorted(self.launch_thread, thread, "left"))
+        last = int(np.searchsorted(self.launch_thread, thread, "right"))
+        launches = self.launch_ns[first:last]
+        return slice(
+            first + int(np.searchsorted(launches, begin, "left")),
+            first + int(np.searchsorted(launches, end, "right")),
+        )
+
+
+def find_kernels(events: EventTable) -> Kernels:
+    """Join each kernel with its launch."""
+    launches = events.select((events.kind == Kind.LAUNCH) & (events.link >= 0))
+    launches = launches.select(np.argsort(launches.link, kind="stable"))
+    device = events.select((events.kind == Kind.DEVICE) & (events.link >= 0))
+    at = np.searchsorted(launches.link, device.link)
+    known = at < len(launches)
+    known[known] = launches.link[at[known]] == device.link[known]
+    device, at = device.select(known), at[known]
+    order = np.lexsort((device.start_ns, launches.start_ns[at], launches.thread[at]))
+    at = at[order]
+    return Kernels(
+        launch_thread=launches.thread[at],
+        launch_ns=launches.start_ns[at],
+        start_ns=device.start_ns[order],
+        duration_ns=device.duration_ns[order],
+        name=device.name[order],
+    )
+
+
+class RangeThreads:
+    """The thread (an index of the table) on which a range of ours was recorded."""
+
+    def __init__(self, events: EventTable) -> None:
+        ours = events.select(events.kind == Kind.RANGE)
+        self._thread = {
+            (events.names[name], start): thread
+            for name, start, thread in zip(
+                ours.name.tolist(), ours.start_ns.tolist(), ours.thread.tolist(), strict=True
+            )
+        }
+
+    def of(self, sample: RoutingSample) -> int | None:
+        """None where the trace no longer holds the range."""
+        if sample.placement is None or "router" not in sample.placement.host:
+            return None
+        start_ns = int(to_ns(sample.placement.host["router"].start_us))
+        return self._thread.get((range_name("router", sample.site), start_ns))
+
+
+def router_busy_us(
+    samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
+) -> dict[SampleKey, float]:
+    """Device time launched inside each router's host range; empty where the trace has no kernels.
+
+    Inside a CUDA graph there is no such range: what merging told of the router's nodes stands there.
+    """
+    if not (events.kind == Kind.DEVICE).any():
+        return {}
+    threads = RangeThreads(events)
+    total_ns = np.concatenate([[0], np.cumsum(kernels.duration_ns)])
+    busy = {}
+    for sample in samples:
+        if sample.placement is not None and "router" in sample.placement.busy_us:
+            busy[sample.name, sample.call] = sample.placement.busy_us["router"]
+            continue
+        thread = threads.of(sample)
+        if thread is not None and sample.placement is not None:
+            inside = kernels.within(thread, sample.placement.host["router"])
+            busy[sample.name, sample.call] = float(total_ns[inside.stop] - total_ns[inside.start]) / 1000
+    return busy

@@ -1,0 +1,309 @@
+"""Open a trace, plain or gzip, and take out of it what questions about routing need."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from moe_trace.data.codec import decode_recording
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.schema import METADATA_KEY, Recording
+from moe_trace.read.file.events import EventTable, EventTableBuilder
+from moe_trace.read.file.head import KEYS, base_time, device_names, group_ranks, host_name
+from moe_trace.read.file.stream import JsonStream, loads_lenient
+from moe_trace.read.ranks.parts import MergedRanks, decode_merged, events_of, rank_recordings
+from moe_trace.timeline.scan import read_splice, trace_path_error
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of the file read so far, and its size."""
+
+TRACE_SUFFIXES = (".json", ".json.gz")
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class _Anything(msgspec.Struct, gc=False):
+    """An event that is only passed over: its text is checked, nothing of it is built."""
+
+
+_pass_over = msgspec.json.Decoder(list[_Anything]).decode
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """What one trace holds."""
+
+    path: Path
+    recording: Recording
+    events: EventTable
+    devices: tuple[str, ...]
+    """Names of the accelerators, from `deviceProperties`."""
+    base_time_ns: int = 0
+    """What the events' times count from, on the host's clock."""
+    host_name: str | None = None
+    """None where the release of torch did not write it."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Ranks of the process groups with more than one member, from `distributedInfo`."""
+    head: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """JSON of the top-level keys before the events, and of those that this reader asks for."""
+    merged: MergedRanks | None = None
+    """The ranks in it, where several traces were merged into this one."""
+
+
+def split_ranks(trace: TraceFile) -> list[TraceFile]:
+    """A trace for each rank of a merged one; any other trace as it is.
+
+    Raises:
+        TraceFileError: the parts do not add up to the whole.
+    """
+    if trace.merged is None:
+        return [trace]
+    try:
+        recordings = rank_recordings(trace.recording, trace.merged)
+    except TraceFileError as error:
+        raise TraceFileError(f"{trace.path}: {error}") from error
+    return [
+        replace(
+            trace,
+            recording=recording,
+            events=events_of(trace.events, part.pids),
+            host_name=part.host_name,
+            groups=part.groups,
+        )
+        for recording, part in zip(recordings, trace.merged.parts, strict=True)
+    ]
+
+
+def find_traces(path: str | Path) -> list[Path]:
+    """The trace itself, or the traces below a folder, by name.
+
+    Raises:
+        TraceFileError: nothing is there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    traces = sorted(
+        file
+        for file in path.rglob("*")
+        if file.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES)) and file.is_file()
+    )
+    if not traces:  # names that somebody chose
+        traces = sorted(f for f in path.iterdir() if f.name.endswith(TRACE_SUFFIXES) and f.is_file())
+    if not traces:
+        raise TraceFileError(
+            f"{path}: found no trace (*.json, *.json.gz) in this folder; record one with "
+            f"`moe-trace run --out {path}`, or give the file itself"
+        )
+    return traces
+
+
+def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
+    """Read a merged trace in one pass.
+
+    Raises:
+        TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
+    """
+    with open_trace_stream(path, progress) as stream:
+        found = _Found(with_events=True)
+        for key in stream.walk():
+            found.take(key, stream)
+    _require_events(path, found)
+    assert found.events is not None
+    recording, merged = _take_recording(path, found.recording)
+    return TraceFile(
+        path=path,
+        recording=recording,
+        merged=merged,
+        events=found.events.build(),
+        devices=device_names(found.values["deviceProperties"]),
+        base_time_ns=base_time(found.values["baseTimeNanoseconds"]),
+        host_name=host_name(found.values["host_name"]),
+        groups=group_ranks(found.values["distributedInfo"]),
+        head=found.head,
+    )
+
+
+def read_recording(path: str | Path) -> Recording:
+    """What moe_trace added to one trace file, without looking at the trace's own events.
+
+    In a plain `.json` as moe_trace wrote it this reads only the end of the file, whatever its size.
+
+    Raises:
+        TraceFileError: as `read_trace`.
+    """
+    return _read_added(Path(path))[0]
+
+
+def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
+    """The same for each rank, and whether the file is a merged trace of several.
+
+    Raises:
+        TraceFileError: as `read_trace`, or the ranks do not add up to the whole.
+    """
+    recording, merged = _read_added(Path(path))
+    if merged is None:
+        return [recording], False
+    try:
+        return rank_recordings(recording, merged), True
+    except TraceFileError as error:
+        raise TraceFileError(f"{path}: {error}") from error
+
+
+def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
+    with _opened(path) as source:
+        spliced = _spliced_recording(source.raw)
+        if spliced is not None:
+            return _take_recording(path, spliced)
+        found = _Found(with_events=False)
+        stream = JsonStream(_counting(source, None), str(path))
+        for key in stream.walk():
+            found.take(key, stream)
+    _require_events(path, found)
+    return _take_recording(path, found.recording)
+
+
+class _Found:
+    """The top-level values of interest, as they come by."""
+
+    def __init__(self, *, with_events: bool) -> None:
+        self.events = EventTableBuilder() if with_events else None
+        self.has_events = False
+        self.recording: bytes | None = None
+        self.values = dict.fromkeys(KEYS, b"null")
+        self.head: dict[str, bytes] = {}
+
+    def take(self, key: str, stream: JsonStream) -> None:
+        if key == "traceEvents":
+            self.has_events = True
+            if self.events is not None:
+                self.events.read(stream)
+            else:
+                for _ in stream.batches(_pass_over, lambda text: _Anything()):
+                    pass
+        elif key == METADATA_KEY:
+            self.recording = stream.value()
+        elif key in self.values or not self.has_events:
+            self.head[key] = stream.value()
+            if key in self.values:
+                self.values[key] = self.head[key]
+        else:
+            stream.skip()
+
+
+def _require_events(path: Path, found: _Found) -> None:
+    if not found.has_events:
+        raise TraceFileError(
+            f"{path}: found JSON without `traceEvents`, expected a trace of torch.profiler; "
+            "give the file that prof.export_chrome_trace wrote"
+        )
+
+
+def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRanks | None]:
+    """Decode the value of the `moe_trace` key.
+
+    Raises:
+        TraceFileError: there was no such key, or its value does not follow the schema.
+    """
+    if text is None:
+        raise TraceFileError(
+            f"{path}: found a trace without moe_trace data; record it with moe_trace.profile, or add the "
+            "routing with moe_trace.merge_into(path, tracer.samples())"
+        )
+    try:
+        payload = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            payload = loads_lenient(text)
+        except ValueError as error:
+            raise TraceFileError(
+                f"{path}: the moe_trace data is not JSON ({error}); the file was changed after it was written"
+            ) from error
+    try:
+        return decode_recording(payload), decode_merged(payload)
+    except TraceFileError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+# -- bytes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    raw: BinaryIO
+    """The file itself."""
+    plain: BinaryIO
+    """The same, decompressed."""
+    size: int
+
+
+@contextmanager
+def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[JsonStream]:
+    """A cursor over the trace's JSON.
+
+    Raises:
+        TraceFileError: the file cannot be opened or decompressed.
+    """
+    with _opened(path) as source:
+        yield JsonStream(_counting(source, progress), str(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise trace_path_error(path, error) from error
+    with raw:
+        packed = raw.read(2) == _GZIP_MAGIC
+        raw.seek(0)
+        size = path.stat().st_size
+        try:
+            if packed:
+                with gzip.open(raw, "rb") as plain:
+                    yield _Source(raw, plain, size)  # type: ignore[arg-type]
+            else:
+                yield _Source(raw, raw, size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise TraceFileError(
+                f"{path}: the gzip data is broken ({error}); the file is truncated or was changed - "
+                "export it again"
+            ) from error
+        except OSError as error:
+            raise trace_path_error(path, error) from error
+
+
+def _counting(source: _Source, progress: Progress | None) -> Callable[[int], bytes]:
+    if progress is None:
+        return source.plain.read
+
+    def read(size: int) -> bytes:
+        block = source.plain.read(size)
+        progress(source.raw.tell(), source.size)
+        return block
+
+    return read
+
+
+def _spliced_recording(file: BinaryIO) -> bytes | None:
+    """The recording's JSON by the offsets that merging left at the end of a plain file."""
+    if file.read(2) == _GZIP_MAGIC:
+        file.seek(0)
+        return None
+    splice = read_splice(file)
+    text = None
+    if splice is not None:
+        size = file.seek(0, 2)
+        file.seek(splice.key_offset)
+        added = file.read(size - splice.suffix_bytes - splice.key_offset)
+        key, _, value = added.partition(b":")
+        if key.strip(b", \t\r\n") == f'"{METADATA_KEY}"'.encode():
+            text = value.strip()
+    file.seek(0)
+    return text

@@ -1,0 +1,1 @@
+"""Several ranks together: collectives, clocks, loads, and one merged trace."""

@@ -1,0 +1,203 @@
+"""Put the clocks of several ranks on one: an offset per rank, from collectives that the ranks share.
+
+A synchronising collective ends at about the same time on all ranks of its group. The offset of a clock is the
+median, over those collectives, of the reference clock's end minus its own. Then causality: no rank ends a
+collective before a rank that sends to it has begun, which bounds the difference of any two offsets from both
+sides; an estimate outside the bounds is moved to the nearest offsets that keep them. What is left is printed:
+how far apart, after alignment, the ranks end what they end together.
+
+Ranks whose traces name the same host share a clock, and it is not shifted, unless that breaks causality.
+One offset per rank cannot follow clocks that drift: NTP keeps them to some microseconds a second.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls, synchronising
+
+_ROUNDS = 10_000
+TOLERANCE_NS = 1
+"""Offsets are whole nanoseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far apart the ranks end the collectives that they share, in microseconds."""
+
+    median_us: float
+    p95_us: float
+    max_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How the ranks' clocks stand to each other."""
+
+    reference: int
+    """The rank whose clock is kept."""
+    offset_ns: Mapping[int, int]
+    """By rank: what is added to its times to get the reference's."""
+    unaligned: tuple[int, ...]
+    """Ranks that share no matched collective with the reference, not even through others. They are aligned
+    among themselves, where they share any; the first of them keeps its clock."""
+    collectives: int
+    """How many the estimate rests on."""
+    same_host: bool
+    """Whether all ranks share one host's clock, which was kept."""
+    before: Spread | None
+    after: Spread | None
+    """The residual; None where nothing is shared."""
+    early_before: int
+    """Receives that end before their send began, as recorded."""
+    early_after: int
+    """The same after alignment: 0, unless the clocks drift more than the collectives take."""
+    notes: tuple[str, ...] = ()
+
+
+def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Sequence[str] = ()) -> Alignment:
+    """Estimate one offset a rank."""
+    usable = synchronising(matched)
+    order = sorted(one.rank for one in ranks)
+    clocks = _clocks(ranks, usable)
+    names = list(dict.fromkeys(clocks[rank] for rank in order))
+    bounds, medians, weight = _between(usable, clocks, names)
+    offsets, first = _estimate(medians, weight)
+    offsets = _within_bounds(offsets, bounds, first)
+    by_rank = {rank: int(np.rint(offsets[names.index(clocks[rank])])) for rank in order}
+    unaligned = tuple(rank for rank in order if first[names.index(clocks[rank])] != 0)
+    none = dict.fromkeys(order, 0)
+    return Alignment(
+        reference=order[0],
+        offset_ns=by_rank,
+        unaligned=unaligned,
+        collectives=sum(len(shared.calls) for shared in usable),
+        same_host=len(names) == 1 and len(order) > 1,
+        before=_spread(usable, none),
+        after=_spread(usable, by_rank),
+        early_before=count_early(usable, none),
+        early_after=count_early(usable, by_rank),
+        notes=(*notes, *_unaligned_note(unaligned, order[0])),
+    )
+
+
+def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
+    if not unaligned:
+        return []
+    named = ", ".join(map(str, unaligned))
+    return [
+        f"the clocks of ranks {named} could not be aligned with that of rank {reference}: they share no "
+        "matched collective with it; their times stand beside its own as recorded"
+    ]
+
+
+def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:
+    """Pairs of ranks in a collective where the receiver ends before its sender begins."""
+    early = 0
+    for shared in synchronising(matched):
+        start, end = on_one_clock(shared, offset_ns)
+        # [C, sender, receiver]
+        early += int((shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)).sum())
+    return early
+
+
+def on_one_clock(
+    shared: SharedCalls, offset_ns: Mapping[int, int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """[C, R] starts and ends with the offsets added."""
+    offsets = np.array([offset_ns[rank] for rank in shared.ranks], np.int64)
+    return shared.start_ns + offsets, shared.end_ns + offsets
+
+
+def _spread(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> Spread | None:
+    spreads = [np.ptp(on_one_clock(shared, offset_ns)[1], axis=1) for shared in matched]
+    if not spreads:
+        return None
+    all_us = np.concatenate(spreads) / 1000
+    median, p95 = np.percentile(all_us, (50, 95))
+    return Spread(median_us=float(median), p95_us=float(p95), max_us=float(all_us.max()))
+
+
+# -- clocks ----------------------------------------------------------------------------------------------
+
+
+def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[int, str]:
+    """Rank -> the clock that it reads: that of its host, where the ranks of that name keep causality so."""
+    hosts: defaultdict[str, list[int]] = defaultdict(list)
+    for one in ranks:
+        hosts[f"host {one.host_name}" if one.host_name else f"rank {one.rank}"].append(one.rank)
+    clocks: dict[int, str] = {}
+    for host, members in hosts.items():
+        keeps = not any(_early_between(shared, set(members)) for shared in usable)
+        clocks |= {rank: host if keeps else f"rank {rank}" for rank in members}
+    return clocks
+
+
+def _early_between(shared: SharedCalls, members: set[int]) -> bool:
+    mine = np.array([rank in members for rank in shared.ranks])
+    if mine.sum() < 2:
+        return False
+    both = mine[:, None] & mine[None, :]
+    early = shared.end_ns[:, None, :] < shared.start_ns[:, :, None] - TOLERANCE_NS
+    return bool((shared.sends & both & early).any())
+
+
+def _between(
+    usable: Sequence[SharedCalls], clocks: Mapping[int, str], names: Sequence[str]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """[N, N] for N clocks: the largest allowed offset[b] - offset[a]; median of end[a] - end[b]; count."""
+    count = len(names)
+    bounds = np.full((count, count), np.inf)
+    differences: defaultdict[tuple[int, int], list[npt.NDArray[np.int64]]] = defaultdict(list)
+    for shared in usable:
+        sending = shared.sends
+        place = [names.index(clocks[rank]) for rank in shared.ranks]
+        for i, a in enumerate(place):
+            for j, b in enumerate(place):
+                if a == b:
+                    continue
+                room = (shared.end_ns[:, i] - shared.start_ns[:, j])[sending[:, j, i]]
+                if len(room):
+                    bounds[a, b] = min(bounds[a, b], float(room.min()))
+                differences[a, b].append(shared.end_ns[:, i] - shared.end_ns[:, j])
+    medians, weight = np.zeros((count, count)), np.zeros((count, count), np.int64)
+    for (a, b), parts in differences.items():
+        every = np.concatenate(parts)
+        medians[a, b], weight[a, b] = float(np.median(every)), len(every)
+    return bounds, medians, weight
+
+
+def _estimate(
+    medians: npt.NDArray[np.float64], weight: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Offsets along the pairs that share most; and for each clock the first that it hangs together with."""
+    offsets, first = np.zeros(len(medians)), np.full(len(medians), -1, np.int64)
+    for start in range(len(medians)):
+        if first[start] >= 0:
+            continue
+        first[start] = start
+        while (open_pairs := np.where((first == start)[:, None] & (first < 0)[None, :], weight, 0)).any():
+            a, b = np.unravel_index(int(open_pairs.argmax()), open_pairs.shape)
+            offsets[b] = offsets[a] + medians[a, b]
+            first[b] = start
+    return offsets, first
+
+
+def _within_bounds(
+    offsets: npt.NDArray[np.float64], bounds: npt.NDArray[np.float64], first: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """The offsets moved until offset[b] - offset[a] <= bounds[a, b] for all pairs, the worst pair first."""
+    offsets = offsets.copy()
+    for _ in range(_ROUNDS):
+        excess = offsets[None, :] - offsets[:, None] - bounds
+        a, b = np.unravel_index(int(excess.argmax()), excess.shape)
+        if excess[a, b] <= TOLERANCE_NS / 4:
+            break
+        offsets[a] += excess[a, b] / 2
+        offsets[b] -= excess[a, b] / 2
+    return offsets - offsets[first]

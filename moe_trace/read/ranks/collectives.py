@@ -1,0 +1,212 @@
+"""The collectives of one trace, joined to the MoE layers that called them.
+
+Who belongs to what:
+
+    layer    a collective called inside a block's range, on the block's own thread
+    kernels  those launched inside `record_param_comms`, on its thread
+    gloo     `c10d::` operators and `gloo:` ranges of one kind are queued first in, first out, so the n-th
+             operator belongs to the n-th range. Kineto gives them no common id; the pairs are taken only if
+             there are as many ranges as operators and no range starts before its operator.
+    role     of an all-to-all in a layer: whole numbers are counts; what comes before the experts' first
+             product is the dispatch, what comes after it the combine. Without element types (gloo without
+             `record_shapes`) the last one before the product is the dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.events import EventTable
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.ranks.comms import GLOO, PARAMETERS, CommEvent, CommFacts
+from moe_trace.read.time.blocks import Blocks, find_blocks
+from moe_trace.read.time.structure import COMBINE, EXPERTS, Steps, find_steps
+
+Role = Literal["counts", "dispatch", "combine"]
+ROLES: tuple[Role, ...] = ("counts", "dispatch", "combine")
+Nanoseconds = tuple[int, int]
+"""Start and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One call of a collective, times in nanoseconds on the trace's clock."""
+
+    facts: CommFacts
+    host_ns: Nanoseconds
+    """The call, on the thread that made it."""
+    work_ns: Nanoseconds | None
+    """First to last of its kernels, or the time on the backend's own thread; None where neither is known.
+    It begins when this rank arrives and ends when it has all that it waits for."""
+    on_device: bool
+    call: SampleKey | None = None
+    """The router call in whose block it was called."""
+    role: Role | None = None
+
+    @property
+    def bytes_in(self) -> int | None:
+        """Bytes that go into it, this rank's own part included."""
+        return _bytes(self.facts.elements_in, self.facts.item_bytes)
+
+    @property
+    def bytes_out(self) -> int | None:
+        """Bytes that come out of it, this rank's own part included."""
+        return _bytes(self.facts.elements_out, self.facts.item_bytes)
+
+    @property
+    def time_ns(self) -> int:
+        """How long it took: its work, or the call where the work is not known."""
+        start, end = self.work_ns or self.host_ns
+        return end - start
+
+
+def _bytes(elements: int | None, item_bytes: int | None) -> int | None:
+    return elements * item_bytes if elements is not None and item_bytes is not None else None
+
+
+def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: int) -> list[int] | None:
+    """Bytes for each of the group's `parts` ranks; None where the trace does not tell."""
+    facts = collective.facts
+    rows = facts.split_in if direction == "in" else facts.split_out
+    elements = facts.elements_in if direction == "in" else facts.elements_out
+    item = facts.item_bytes
+    if rows is None or elements is None or item is None or (rows and len(rows) != parts) or parts < 1:
+        return None
+    if not rows:
+        return [elements // parts * item] * parts
+    total = sum(rows)
+    return [elements // total * row * item for row in rows] if total else [0] * parts
+
+
+def find_collectives(
+    samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
+) -> tuple[Collective, ...]:
+    """All collectives of a trace by the time of their call; none, at no cost, where it has none."""
+    if not events.comms:
+        return ()
+    called = [c for c in events.comms if c.name == PARAMETERS]
+    if called:
+        found = [_with_kernels(event, events, kernels) for event in called]
+    else:
+        called = [c for c in events.comms if not c.name.startswith(GLOO)]
+        called.sort(key=lambda c: c.start_ns)
+        work = _gloo_work(called, [c for c in events.comms if c.name.startswith(GLOO)])
+        found = [_of_operator(event, work.get(i)) for i, event in enumerate(called)]
+    threads = np.array([event.thread for event in called], np.int64)
+    blocks = find_blocks(samples, events)
+    return _in_layers(found, threads, blocks, find_steps(events, blocks))
+
+
+def _of_operator(event: CommEvent, work: CommEvent | None) -> Collective:
+    return Collective(
+        facts=event.facts,
+        host_ns=(event.start_ns, event.end_ns),
+        work_ns=None if work is None else (work.start_ns, work.end_ns),
+        on_device=False,
+    )
+
+
+def _with_kernels(event: CommEvent, events: EventTable, kernels: Kernels) -> Collective:
+    rows = kernels.within_ns(event.thread, event.start_ns, event.end_ns)
+    start, end = kernels.start_ns[rows], kernels.start_ns[rows] + kernels.duration_ns[rows]
+    nccl = np.array([events.names[n].startswith("nccl") for n in kernels.name[rows].tolist()], dtype=bool)
+    if nccl.any():  # beside them stand copies into and out of its buffers
+        start, end = start[nccl], end[nccl]
+    return Collective(
+        facts=event.facts,
+        host_ns=(event.start_ns, event.end_ns),
+        work_ns=(int(start.min()), int(end.max())) if len(start) else None,
+        on_device=bool(len(start)),
+    )
+
+
+def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict[int, CommEvent]:
+    """Index of the operator -> the range of its work."""
+    found: dict[int, CommEvent] = {}
+    for kind in {event.facts.kind for event in ranges}:
+        operators = [i for i, event in enumerate(called) if event.facts.kind == kind]
+        work = sorted((r for r in ranges if r.facts.kind == kind), key=lambda r: r.start_ns)
+        pairs = list(zip(operators, work, strict=False))
+        if len(operators) == len(work) and all(w.start_ns >= called[i].start_ns for i, w in pairs):
+            found |= dict(pairs)
+    return found
+
+
+# -- layers ----------------------------------------------------------------------------------------------
+
+
+def _in_layers(
+    found: Sequence[Collective], threads: npt.NDArray[np.int64], blocks: Blocks, steps: Steps
+) -> tuple[Collective, ...]:
+    starts = np.array([c.host_ns[0] for c in found], np.int64)
+    block = _enclosing(threads, starts, blocks)
+    phase = _phases(steps, threads, starts)
+    members: dict[int, list[int]] = {}
+    for i, b in enumerate(block.tolist()):
+        if b >= 0:
+            members.setdefault(b, []).append(i)
+    changed = list(found)
+    for b, indices in members.items():
+        sample = blocks.samples[b]
+        indices.sort(key=lambda i: found[i].host_ns[0])
+        exchanges = [i for i in indices if found[i].facts.kind == "all_to_all"]
+        roles = _roles([found[i].facts for i in exchanges], [int(phase[i]) for i in exchanges])
+        role_of = dict(zip(exchanges, roles, strict=True))
+        for i in indices:
+            changed[i] = _joined(found[i], (sample.name, sample.call), role_of.get(i))
+    changed.sort(key=lambda c: c.host_ns)
+    return tuple(changed)
+
+
+def _joined(collective: Collective, call: SampleKey, role: Role | None) -> Collective:
+    return Collective(
+        facts=collective.facts,
+        host_ns=collective.host_ns,
+        work_ns=collective.work_ns,
+        on_device=collective.on_device,
+        call=call,
+        role=role,
+    )
+
+
+def _enclosing(
+    threads: npt.NDArray[np.int64], time_ns: npt.NDArray[np.int64], blocks: Blocks
+) -> npt.NDArray[np.int64]:
+    """The block round each (thread, time), or -1."""
+    found = np.full(len(time_ns), -1, np.int64)
+    for thread in np.unique(blocks.thread):
+        low, high = np.searchsorted(blocks.thread, [thread, thread + 1])
+        mine = np.flatnonzero(threads == thread)
+        row = low + np.searchsorted(blocks.start_ns[low:high], time_ns[mine], "right") - 1
+        inside = (row >= low) & (time_ns[mine] <= blocks.end_ns[row])
+        found[mine[inside]] = row[inside]
+    return found
+
+
+def _phases(
+    steps: Steps, threads: npt.NDArray[np.int64], time_ns: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    step = steps.at(threads, time_ns)
+    return np.where(step >= 0, steps.phase[step], -1) if len(steps.phase) else np.full(len(step), -1)
+
+
+def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:
+    """What the all-to-alls of one layer are for, in the order of their calls."""
+    late = [phase in (COMBINE, EXPERTS) for phase in phases]
+    if not any(late) and len(facts) > 1:  # no product was seen between them
+        late[-1] = True
+    roles: list[Role | None] = []
+    for i, fact in enumerate(facts):
+        followed = any(not late[k] and not facts[k].is_integer for k in range(i + 1, len(facts)))
+        if fact.is_integer or (fact.is_integer is None and not late[i] and followed):
+            roles.append("counts")
+        else:
+            roles.append("combine" if late[i] else "dispatch")
+    return roles

@@ -1,0 +1,286 @@
+"""Several traces taken together: each reduced on its own, then added up rank by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.launches import find_kernels, router_busy_us
+from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
+from moe_trace.read.ranks.align import Alignment
+from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
+from moe_trace.read.ranks.load import RankRecords
+from moe_trace.read.ranks.losses import add_losses
+from moe_trace.read.ranks.ranks import RankInput
+from moe_trace.read.ranks.same_run import copies, first_difference
+from moe_trace.read.ranks.shared_calls import RankCalls
+from moe_trace.read.time.layers import Surroundings, step_ranges, surroundings
+from moe_trace.read.time.phases import CallTimes, Times, measure_calls
+
+_MERGED = "it is merged from traces that are read here on their own"
+_AGAIN = "it holds the same calls as another trace that is read here"
+
+
+@dataclass(frozen=True)
+class Read:
+    """One trace, or one rank of it, reduced so far that the events of the next can take its memory."""
+
+    path: Path
+    recording: Recording
+    """All of its calls."""
+    taken: Recording
+    """With the routers and calls that the filters leave."""
+    times: CallTimes
+    busy_us: dict[SampleKey, float]
+    around: Surroundings
+    devices: tuple[str, ...]
+    operators: frozenset[str]
+    unreadable: int
+    calls: RankCalls
+    step_us: dict[int, float]
+    window_us: float
+    alignment: Alignment | None
+    """Of a merged trace: how its clocks were aligned."""
+    notes: tuple[str, ...]
+
+
+def read_all(files: Sequence[Path], chosen: Filter, progress: Progress | None) -> list[Read]:
+    """Read the files one after another; a merged trace gives a `Read` for each of its ranks.
+
+    A merged trace beside the traces that it was made of is left out: it says the same again. So is a trace
+    that cannot be read, where others of the same run can: a rank that died must not hide the others.
+
+    Raises:
+        TraceFileError: a file cannot be read, and no other is of a run of several ranks.
+    """
+    numbers: dict[str, int] = {}
+    reads: list[Read] = []
+    broken: list[TraceFileError] = []
+    for file in files:
+        try:
+            reads += _reads(file, chosen, numbers, several=len(files) > 1, progress=progress)
+        except SchemaError:
+            raise
+        except TraceFileError as error:
+            broken.append(error)
+    if broken and all(read.recording.world_size == 1 for read in reads):
+        raise broken[0]
+    reads = _without_doubled(reads)
+    notes = tuple(f"one of the traces was left out: {error}" for error in broken)
+    return [replace(reads[0], notes=(*reads[0].notes, *notes)), *reads[1:]]
+
+
+def _without_doubled(reads: Sequence[Read]) -> list[Read]:
+    single = {read.recording.rank for read in reads if read.alignment is None}
+    merged = {r.path: _MERGED for r in reads if r.alignment is not None and r.recording.rank in single}
+    others = [read for read in reads if read.path not in merged]
+    again = {others[i].path: _AGAIN for i in copies([read.recording for read in others])}
+    kept = [read for read in others if read.path not in again]
+    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted((merged | again).items()))
+    return [replace(kept[0], notes=(*kept[0].notes, *notes)), *kept[1:]]
+
+
+def _reads(
+    file: Path, chosen: Filter, numbers: dict[str, int], *, several: bool, progress: Progress | None
+) -> Iterator[Read]:
+    trace = read_trace(file, progress)
+    for part in split_ranks(trace):
+        yield _reduce(part, chosen, numbers, renumber=several or trace.merged is not None)
+
+
+def rank_inputs(reads: Sequence[Read]) -> list[RankInput]:
+    """One for each rank; several traces of a rank follow one another."""
+    return join_inputs([_rank_input(read) for read in reads])
+
+
+def _rank_input(read: Read) -> RankInput:
+    return RankInput(recording=read.taken, calls=read.calls, step_us=read.step_us, window_us=read.window_us)
+
+
+def join_inputs(inputs: Sequence[RankInput]) -> list[RankInput]:
+    """The inputs of each rank as one, in the order given."""
+    by_rank: dict[int, RankInput] = {}
+    for one in inputs:
+        before = by_rank.get(one.calls.rank)
+        by_rank[one.calls.rank] = one if before is None else _joined_inputs(before, one)
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
+    """Call numbers of `b` go on after those of `a`; its times count from the base of `a`."""
+    reached: dict[str, int] = {}
+    for sample in a.recording.samples:
+        reached[sample.name] = max(reached.get(sample.name, 0), sample.call + 1)
+    by_ns = b.calls.base_time_ns - a.calls.base_time_ns
+    moved = [
+        _moved(c, by_ns, c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)))
+        for c in b.calls.collectives
+    ]
+    samples = [replace(s, call=s.call + reached.get(s.name, 0)) for s in b.recording.samples]
+    collectives = sorted((*a.calls.collectives, *moved), key=lambda c: c.host_ns)
+    return RankInput(
+        recording=replace(a.recording, samples=(*a.recording.samples, *samples)),
+        calls=replace(a.calls, collectives=tuple(collectives)),
+        step_us={**a.step_us, **b.step_us},
+        window_us=a.window_us + b.window_us,
+    )
+
+
+def _moved(collective: Collective, by_ns: int, call: SampleKey | None) -> Collective:
+    def moved(span: Nanoseconds) -> Nanoseconds:
+        return span[0] + by_ns, span[1] + by_ns
+
+    work = collective.work_ns
+    return replace(
+        collective,
+        host_ns=moved(collective.host_ns),
+        work_ns=None if work is None else moved(work),
+        call=call,
+    )
+
+
+def _reduce(trace: TraceFile, chosen: Filter, calls: dict[str, int], *, renumber: bool) -> Read:
+    recording = trace.recording
+    if renumber:
+        recording = _renumbered(recording, calls)
+    taken = recording
+    if chosen:
+        routers = tuple(r for r in recording.routers if chosen.takes_router(r))
+        names = {r.name for r in routers}
+        samples = tuple(s for s in recording.samples if s.name in names and chosen.takes_sample(s))
+        taken = replace(recording, routers=routers, samples=samples)
+    kernels = find_kernels(trace.events)
+    collectives = find_collectives(taken.samples, trace.events, kernels)
+    return Read(
+        path=trace.path,
+        recording=recording,
+        taken=taken,
+        times=measure_calls(taken.samples, trace.events, kernels),
+        busy_us=router_busy_us(taken.samples, trace.events, kernels),
+        around=surroundings(trace.events, kernels, steps=chosen.steps),
+        devices=trace.devices,
+        operators=frozenset(trace.events.names),
+        unreadable=trace.events.unreadable,
+        calls=RankCalls(
+            rank=recording.rank,
+            base_time_ns=trace.base_time_ns,
+            host_name=trace.host_name,
+            collectives=collectives,
+            groups=trace.groups,
+            parallel=recording.parallel,
+        ),
+        step_us=_step_us(trace, chosen),
+        window_us=_window_us(trace.events) if not chosen else 0.0,
+        alignment=trace.merged.alignment if trace.merged is not None else None,
+        notes=trace.merged.notes if trace.merged is not None else (),
+    )
+
+
+def _step_us(trace: TraceFile, chosen: Filter) -> dict[int, float]:
+    return {
+        step: (end - start) / 1000
+        for step, (start, end) in step_ranges(trace.events).items()
+        if not chosen.steps or step in chosen.steps
+    }
+
+
+def _window_us(events: EventTable) -> float:
+    host = events.select((events.kind == Kind.OP) | (events.kind == Kind.RANGE))
+    return float(host.end_ns.max() - host.start_ns.min()) / 1000 if len(host) else 0.0
+
+
+def _renumbered(recording: Recording, calls: dict[str, int]) -> Recording:
+    """Call numbers that go on from the files before: each file's own may start again at 0."""
+    samples = []
+    for sample in recording.samples:
+        number = calls.get(sample.name, 0)
+        calls[sample.name] = number + 1
+        samples.append(replace(sample, call=number))
+    return replace(recording, samples=tuple(samples))
+
+
+def combined(reads: Sequence[Read], label: str) -> Recording:
+    """One recording of all; calls of ranks that route the same tokens count once, by the first of them.
+
+    Raises:
+        TraceFileError: the traces are of different models or runs.
+    """
+    recordings = [read.recording for read in reads]
+    first = recordings[0]
+    if len(recordings) == 1:
+        return first
+    counting = RankRecords(by_rank={r.rank: r for r in reversed(recordings)}).counting_ranks()
+    found = first_difference(recordings)
+    if found is not None:
+        files = " and ".join(dict.fromkeys(reads[i].path.name for i in found[:2]))
+        raise TraceFileError(
+            f"{label}: {files} are not of one run ({found[2]}); give the files or the folder of one run"
+        )
+    routers: dict[str, RouterInfo] = {}
+    for recording in recordings:
+        for router in recording.routers:
+            routers.setdefault(router.name, router)
+    return replace(
+        first,
+        routers=tuple(routers.values()),
+        samples=tuple(s for r in recordings if r.rank in counting for s in r.samples),
+        lost=add_losses([r.lost for r in recordings], {s.name for r in recordings for s in r.samples}),
+    )
+
+
+def joined(parts: Sequence[CallTimes]) -> CallTimes:
+    """The times of all calls."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns", "device_overlap_ns")
+    backward = [p.backward for p in parts]
+    return CallTimes(
+        samples=tuple(s for p in parts for s in p.samples),
+        forward=_joined_times([p.forward for p in parts]),
+        backward=None
+        if all(b is None for b in backward)
+        else _joined_times([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
+        on_device=any(p.on_device for p in parts),
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in columns},
+    )
+
+
+def _joined_times(parts: Sequence[Times]) -> Times:
+    names = Times.__dataclass_fields__
+    return Times(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+
+
+def _no_times(part: CallTimes) -> Times:
+    return Times(**{name: np.zeros_like(part.forward.host_ns) for name in Times.__dataclass_fields__})
+
+
+def all_around(reads: Sequence[Read]) -> Surroundings:
+    """Work and time of all traces."""
+    work = [r.around.model_work_us for r in reads]
+    steps = [r.around.step_us for r in reads]
+    return Surroundings(
+        None if any(w is None for w in work) else sum(w for w in work if w is not None),
+        None if any(s is None for s in steps) else sum(s for s in steps if s is not None),
+    )
+
+
+def notes_of(reads: Sequence[Read]) -> list[str]:
+    """What a reader must know of the traces."""
+    notes = []
+    unreadable = sum(r.unreadable for r in reads)
+    if unreadable:
+        notes.append(
+            f"{unreadable} events of the trace could not be read (odd times or broken text) and are left out"
+        )
+    placed = sum(len(r.times.samples) for r in reads)
+    if not placed and any(r.recording.samples for r in reads):
+        notes.append("no call has its ranges in the trace, so there are no phases and no device times")
+    return [*notes, *dict.fromkeys(note for read in reads for note in read.notes)]

@@ -1,0 +1,229 @@
+"""What each rank computes and sends, from the recorded counts alone.
+
+Axes: R ranks, E experts. A slot is one (token, expert) pair. Ranks that route the same tokens make one
+decision, which is counted once; each rank computes the slots of the experts that it holds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import ExpertExchange, Parallel, Recording, RoutingSample
+
+CallKey = tuple[str, int]
+"""(module path of the router, the how-many-th recorded call of it on each rank)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecords:
+    """The recordings of a run's ranks, one each."""
+
+    by_rank: Mapping[int, Recording]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks that there is a recording of, ascending."""
+        return tuple(sorted(self.by_rank))
+
+    @property
+    def world_size(self) -> int:
+        """As the recordings say; at least the ranks that there are."""
+        sizes = [r.world_size for r in self.by_rank.values()]
+        return max([*sizes, max(self.ranks) + 1])
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks without a recording."""
+        return tuple(rank for rank in range(self.world_size) if rank not in self.by_rank)
+
+    def parallel(self, rank: int) -> Parallel:
+        """How a rank takes part; on its own, where it does not say."""
+        return self.by_rank[rank].parallel or Parallel(mesh={}, token_ranks=(rank,))
+
+    def counting_ranks(self) -> tuple[int, ...]:
+        """One rank of each set that routes the same tokens: the first whose recording there is."""
+        present = set(self.by_rank)
+        return tuple(r for r in self.ranks if min(present & {r, *self.parallel(r).token_ranks}) == r)
+
+    def exchange(self) -> ExpertExchange | None:
+        """How tokens reach their experts."""
+        found = {self.parallel(rank).expert_exchange for rank in self.ranks} - {None}
+        return found.pop() if len(found) == 1 else None
+
+
+def rank_names(ranks: Sequence[int]) -> str:
+    """Ascending ranks in words: neighbours as a range, so that a thousand stay readable."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], rank]
+        else:
+            runs.append([rank])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
+    """The forward calls by their number; the n-th call of a router is one call on all ranks."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    found = {}
+    for sample in recording.samples:
+        if sample.phase == "forward":
+            found[sample.name, counts[sample.name]] = sample
+            counts[sample.name] += 1
+    return found
+
+
+def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> npt.NDArray[np.int64] | None:
+    """[G, E] 1 where a rank of the group holds an expert.
+
+    A rank without a recording holds what no other of its group does; None where two are missing.
+    """
+    experts = max(_experts(records, name, rank) for rank in records.ranks)
+    held = np.zeros((len(group), experts), np.int64)
+    for row, rank in enumerate(group):
+        ids = _held_by(records, name, rank)
+        if ids is not None:
+            held[row, [i for i in ids if 0 <= i < experts]] = 1
+    unknown = [row for row, rank in enumerate(group) if rank not in records.by_rank]
+    if len(unknown) > 1:
+        return None
+    for row in unknown:
+        held[row] = held.sum(0) == 0
+    return held
+
+
+def _experts(records: RankRecords, name: str, rank: int) -> int:
+    return max((r.num_experts for r in records.by_rank[rank].routers if r.name == name), default=0)
+
+
+def _held_by(records: RankRecords, name: str, rank: int) -> Sequence[int] | None:
+    if rank not in records.by_rank:
+        return None
+    for router in records.by_rank[rank].routers:
+        if router.name == name:
+            return range(router.num_experts) if router.held_experts is None else router.held_experts
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallLoad:
+    """One router call on all ranks together."""
+
+    key: CallKey
+    step: int
+    site: str
+    load_R: npt.NDArray[np.int64]
+    """[R] slots that each rank's experts compute."""
+    sent_RW: npt.NDArray[np.int64] | None = field(repr=False)
+    """[R, W] slots from each recorded rank (row) to each rank of the world; None without an all-to-all."""
+    expert_E: npt.NDArray[np.int64]
+    """[E] slots per expert, each token once."""
+    exact: bool = True
+    """Whether what each rank dispatched is known: a slot of weight 0 counts as skipped, but may travel."""
+
+
+def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
+    """Every call that all recorded ranks made, in the order of the first rank."""
+    tables = {rank: calls_by_key(records.by_rank[rank]) for rank in records.ranks}
+    common = [k for k in tables[records.ranks[0]] if all(k in table for table in tables.values())]
+    counting = records.counting_ranks()
+    held: dict[tuple[str, tuple[int, ...]], npt.NDArray[np.int64] | None] = {}
+    found = []
+    for key in common:
+        samples = {rank: table[key] for rank, table in tables.items()}
+        groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
+        for group in groups:
+            if (key[0], group) not in held:
+                held[key[0], group] = held_matrix(records, key[0], group)
+        of_call = {group: held[key[0], group] for group in groups}
+        first = samples[records.ranks[0]]
+        sent = _sent(records, samples, of_call)
+        found.append(
+            CallLoad(
+                key=key,
+                step=first.step,
+                site=first.site,
+                # Where both ways are in use, a forward that sends nothing reduces over the ranks.
+                load_R=_load(records, samples, of_call)
+                if sent is None or not sent.any()
+                else _received(records, sent),
+                sent_RW=sent,
+                exact=all(map(_is_exact, samples.values())),
+                expert_E=_sum([samples[rank].assignments for rank in counting]),
+            )
+        )
+    return tuple(found)
+
+
+def sent_slots(sample: RoutingSample) -> npt.NDArray[np.int64]:
+    """[E] slots that the sample's own rank dispatches."""
+    return sample.assignments if sample.dispatched is None else sample.dispatched
+
+
+def _is_exact(sample: RoutingSample) -> bool:
+    return sample.dispatched is not None or sample.computed_slots == int(sample.assignments.sum())
+
+
+def _sent(
+    records: RankRecords,
+    samples: Mapping[int, RoutingSample],
+    held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
+) -> npt.NDArray[np.int64] | None:
+    if records.exchange() != "all_to_all":
+        return None
+    sent = np.zeros((len(records.ranks), records.world_size), np.int64)
+    for row, rank in enumerate(records.ranks):
+        group = records.parallel(rank).expert_ranks or (rank,)
+        of_group = held[group]
+        if of_group is None:
+            return None
+        slots = sent_slots(samples[rank])
+        sent[row, list(group)] = _by_holder(of_group, slots)
+    return sent
+
+
+def _received(records: RankRecords, sent_RW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.asarray(sent_RW.sum(0)[list(records.ranks)])
+
+
+def _by_holder(held_GE: npt.NDArray[np.int64], slots_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[G] slots of the experts that each rank holds; in float64, exact to 2**53, for its fast products."""
+    experts = min(held_GE.shape[1], len(slots_E))
+    return np.rint(held_GE[:, :experts].astype(np.float64) @ slots_E[:experts].astype(np.float64)).astype(
+        np.int64
+    )
+
+
+def _load(
+    records: RankRecords,
+    samples: Mapping[int, RoutingSample],
+    held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
+) -> npt.NDArray[np.int64]:
+    load = np.zeros(len(records.ranks), np.int64)
+    for row, rank in enumerate(records.ranks):
+        group = records.parallel(rank).expert_ranks or (rank,)
+        of_group, slots = held[group], samples[rank].assignments
+        mine = _held_by(records, samples[rank].name, rank) if of_group is None else None
+        if of_group is not None:
+            load[row] = _by_holder(of_group, slots)[group.index(rank)]
+        elif mine is not None:
+            load[row] = slots[[i for i in mine if i < len(slots)]].sum()
+    return load
+
+
+def _sum(arrays: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    total = np.zeros(max(map(len, arrays)), np.int64)
+    for array in arrays:
+        total[: len(array)] += array
+    return total
+
+
+def max_over_mean(load_R: npt.ArrayLike) -> float | None:
+    """Largest over mean; None where all are 0."""
+    load = np.asarray(load_R, np.float64)
+    return float(load.max() / load.mean()) if load.size and load.sum() > 0 else None

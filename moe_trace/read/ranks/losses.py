@@ -1,0 +1,28 @@
+"""What several traces of one run lost, taken together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+
+from moe_trace.data.schema import Lost
+
+_COUNTS = tuple(field.name for field in fields(Lost) if isinstance(field.default, int))
+
+
+def add_losses(losses: Sequence[Lost], called: Collection[str]) -> Lost:
+    """The sum; a router is never called only if it was called in none of the traces.
+
+    Args:
+        called: module paths of the routers that were.
+    """
+    never = dict.fromkeys(name for lost in losses for name in lost.never_called if name not in called)
+    counts: dict[str, int] = {name: sum(getattr(lost, name) for lost in losses) for name in _COUNTS}
+    return Lost(
+        misread={name: why for lost in losses for name, why in lost.misread.items()},
+        never_called=tuple(never),
+        unplaced=dict(sum((Counter(lost.unplaced) for lost in losses), Counter())),
+        untimed=dict(sum((Counter(lost.untimed) for lost in losses), Counter())),
+        **counts,
+    )

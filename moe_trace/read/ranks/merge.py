@@ -1,0 +1,140 @@
+"""Choose the traces of a run's ranks that can be merged, and put their clocks on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
+from moe_trace.data.schema import Recording
+from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.trace_file import Progress, TraceFile, find_traces, read_trace
+from moe_trace.read.ranks.align import Alignment, align
+from moe_trace.read.ranks.collectives import find_collectives
+from moe_trace.read.ranks.same_run import first_difference
+from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTrace:
+    """One rank's trace, without its events."""
+
+    path: Path
+    recording: Recording
+    calls: RankCalls = field(repr=False)
+    head: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """What will be merged."""
+
+    ranks: tuple[RankTrace, ...]
+    """By rank, ascending."""
+    base_time_ns: int
+    """What the merged trace counts from: the earliest of the ranks'."""
+    alignment: Alignment
+    missing: tuple[int, ...]
+    left_out: dict[str, str]
+    """File -> why it cannot be read."""
+
+    def shift_ns(self, rank: RankTrace) -> int:
+        """What is added to the rank's times."""
+        base = rank.calls.base_time_ns - self.base_time_ns
+        return base + self.alignment.offset_ns[rank.calls.rank]
+
+
+def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None = None) -> MergePlan:
+    """Read what the merge needs to know of every trace, one after another.
+
+    Raises:
+        UsageError: fewer than two ranks, one rank twice, or a trace that is merged already.
+        SchemaError: a trace of a schema version that this release does not know.
+        TraceFileError: the traces are of different models, or none can be read.
+    """
+    found, left_out = [], {}
+    for path in _files(paths, out):
+        try:
+            trace = _read(path, progress)
+        except SchemaError:
+            raise
+        except TraceFileError as error:
+            left_out[path.name] = str(error).removeprefix(f"{path}: ")
+            continue
+        if trace is not None:
+            found.append(trace)
+        elif path in map(Path, paths):
+            raise UsageError(f"{path} holds several ranks already; give the traces that the ranks wrote")
+    ranks = tuple(sorted(found, key=lambda trace: trace.calls.rank))
+    _refuse(ranks, left_out)
+    calls = [trace.calls for trace in ranks]
+    present = {one.rank for one in calls}
+    world_size = max(trace.recording.world_size for trace in ranks)
+    return MergePlan(
+        ranks=ranks,
+        base_time_ns=min(one.base_time_ns for one in calls),
+        alignment=align(calls, *match_calls(calls)),
+        missing=tuple(rank for rank in range(world_size) if rank not in present),
+        left_out=left_out,
+    )
+
+
+def _files(paths: Sequence[str | Path], out: Path) -> list[Path]:
+    """The traces of the folders and files, without the one that will be written."""
+    files = [file for path in paths for file in find_traces(path)]
+    target = out.resolve()
+    return [file for file in dict.fromkeys(files) if file.resolve() != target]
+
+
+def _read(path: Path, progress: Progress | None) -> RankTrace | None:
+    """None for a trace that was merged of several ranks."""
+    trace = read_trace(path, progress)
+    if trace.merged is not None:
+        return None
+    return RankTrace(
+        path=path,
+        recording=trace.recording,
+        calls=rank_calls(trace),
+        head=dict(trace.head),
+    )
+
+
+def rank_calls(trace: TraceFile) -> RankCalls:
+    """The collectives of one rank's trace."""
+    recording = trace.recording
+    return RankCalls(
+        rank=recording.rank,
+        base_time_ns=trace.base_time_ns,
+        host_name=trace.host_name,
+        collectives=find_collectives(recording.samples, trace.events, find_kernels(trace.events)),
+        groups=trace.groups,
+        parallel=recording.parallel,
+    )
+
+
+def _refuse(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
+    if not ranks and left_out:
+        file, why = next(iter(left_out.items()))
+        raise TraceFileError(f"{file}: {why}")
+    by_rank: dict[int, RankTrace] = {}
+    for trace in ranks:
+        other = by_rank.setdefault(trace.calls.rank, trace)
+        if other is not trace:
+            raise UsageError(
+                f"found rank {trace.calls.rank} twice, in {other.path} and {trace.path}, expected one trace "
+                "a rank; name the files of one run and one profiling cycle"
+            )
+    if len(ranks) < 2:
+        unread = "".join(f"\n{file} was left out: {why}" for file, why in left_out.items())
+        raise UsageError(
+            f"found {len(ranks)} trace of one rank, expected those of two ranks or more; give the folder "
+            f"that all ranks wrote to, or each rank's file{unread}"
+        )
+    found = first_difference([trace.recording for trace in ranks])
+    if found is not None:
+        first, second, different = found
+        raise TraceFileError(
+            f"{ranks[first].path} and {ranks[second].path} are not of one run ({different}); "
+            "merge traces of one run"
+        )

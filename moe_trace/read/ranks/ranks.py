@@ -1,0 +1,278 @@
+"""The ranks of a run together: who computes what, who sends what to whom, who waits for whom."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_trace.data.schema import Recording
+from moe_trace.read.ranks.align import Alignment, align
+from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
+from moe_trace.read.ranks.load import (
+    CallLoad,
+    RankRecords,
+    find_loads,
+    held_matrix,
+    max_over_mean,
+    rank_names,
+)
+from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
+from moe_trace.read.ranks.time import (
+    ExchangeTime,
+    Wait,
+    account,
+    exchange_times,
+    find_waits,
+    sample_index,
+    total_wait_us,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRanks:
+    """One layer over the ranks; slots over all calls."""
+
+    site: str
+    name: str
+    load: tuple[int, ...]
+    """Slots that each rank's experts computed, in the order of `RankReport.ranks`."""
+    max_over_mean: float | None
+    """Of the load: 1 is even, R is all on one rank."""
+    sent: tuple[tuple[int, ...], ...] | None
+    """[R][W] slots from each recorded rank to each rank of the world, itself included; None without an
+    all-to-all."""
+    wait_us: float | None
+    """Time lost in waiting, over all ranks and collectives of the layer."""
+    waited_for: int | None
+    """The rank that the others waited for longest."""
+    hot_rank: int | None
+    """The rank with the largest load."""
+    hot_expert: int | None
+    """Its busiest expert."""
+    hot_expert_share: float | None
+    """That expert's part of the rank's load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRanks:
+    """One step over the ranks."""
+
+    step: int
+    load: tuple[int, ...]
+    """Slots over all layers."""
+    imbalance: float | None
+    """Sum over layers of the largest rank's load / sum over layers of the mean rank's: ranks wait for the
+    busiest in every layer."""
+    wait_us: float | None
+    share: float | None
+    """Of the ranks' time in this step; None without `prof.step()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """A run of several ranks."""
+
+    ranks: tuple[int, ...]
+    world_size: int
+    missing: tuple[int, ...]
+    mesh: Mapping[str, int]
+    exchange: str | None
+    token_sets: tuple[tuple[int, ...], ...]
+    """Ranks that route the same tokens, whose counts are one decision."""
+    held: Mapping[int, int | None]
+    """Experts that each rank holds in its first layer; None where it is all of them."""
+    layers: tuple[LayerRanks, ...]
+    steps: tuple[StepRanks, ...]
+    exchanges: tuple[ExchangeTime, ...]
+    wait_us: float | None
+    wait_share: float | None
+    """Of the ranks' time in the profiler's steps; without `prof.step()`, of that of their whole traces."""
+    waited_for_us: Mapping[int, float]
+    """By rank: the time that others spent waiting for it."""
+    bytes_check: BytesCheck
+    alignment: Alignment
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInput:
+    """What one rank's traces say."""
+
+    recording: Recording
+    calls: RankCalls
+    step_us: Mapping[int, float]
+    """Duration of the profiler's steps."""
+    window_us: float = 0.0
+    """From the trace's first event on the host to its last."""
+
+
+def report_ranks(
+    inputs: Sequence[RankInput], *, known: Alignment | None = None, notes: Sequence[str] = ()
+) -> RankReport | None:
+    """None for a single rank.
+
+    Args:
+        known: how the times were aligned when these ranks were merged into one trace.
+    """
+    by_rank = {one.calls.rank: one for one in inputs}
+    if len(by_rank) < 2:
+        return None
+    records = RankRecords(by_rank={rank: one.recording for rank, one in by_rank.items()})
+    calls = [by_rank[rank].calls for rank in records.ranks]
+    matched, refused = match_calls(calls)
+    alignment = known if known is not None else align(calls, matched, refused)
+    shifts = alignment if known is None else replace(known, offset_ns=dict.fromkeys(records.ranks, 0))
+    index = {rank: sample_index(rank, one.recording) for rank, one in by_rank.items()}
+    waits, own = find_waits(matched, shifts, index)
+    loads = find_loads(records)
+    step_us = {rank: by_rank[rank].step_us for rank in records.ranks}
+    lost_us = total_wait_us(waits) if waits else None
+    whole_us = _whole_us(step_us, {load.step for load in loads})
+    if whole_us is None and all(one.window_us for one in inputs):
+        whole_us = sum(one.window_us for one in inputs)
+    first = records.parallel(records.ranks[0])
+    return RankReport(
+        ranks=records.ranks,
+        world_size=records.world_size,
+        missing=records.missing,
+        mesh=first.mesh,
+        exchange=records.exchange(),
+        token_sets=_token_sets(records),
+        held=_held(records),
+        layers=_layers(records, loads, waits),
+        steps=_steps(records, loads, waits, step_us),
+        exchanges=exchange_times(calls, index, own),
+        wait_us=lost_us,
+        wait_share=lost_us / whole_us if lost_us is not None and whole_us else None,
+        waited_for_us=account(waits, records.ranks) if waits else {},
+        bytes_check=check_bytes(records, calls, loads, index),
+        alignment=alignment,
+        notes=(*_notes(records, loads), *alignment.notes, *notes),
+    )
+
+
+def _token_sets(records: RankRecords) -> tuple[tuple[int, ...], ...]:
+    sets = (tuple(sorted({rank, *records.parallel(rank).token_ranks})) for rank in records.ranks)
+    return tuple(dict.fromkeys(sets))
+
+
+def _held(records: RankRecords) -> dict[int, int | None]:
+    found: dict[int, int | None] = {}
+    for rank in records.ranks:
+        routers = records.by_rank[rank].routers
+        held = routers[0].held_experts if routers else None
+        found[rank] = None if held is None else len(held)
+    return found
+
+
+def _notes(records: RankRecords, loads: Sequence[CallLoad]) -> list[str]:
+    notes = []
+    if records.missing:
+        named = rank_names(records.missing)
+        notes.append(
+            f"{len(records.missing)} of {records.world_size} ranks have no trace here (rank {named}): what "
+            "they computed is not in these figures; look at their logs, and give their traces too"
+        )
+    if any(recording.parallel is None for recording in records.by_rank.values()):
+        notes.append(
+            "the traces do not say which ranks route the same tokens; each rank's counts are added up as if "
+            "its tokens were its own"
+        )
+    if not loads and any(r.samples for r in records.by_rank.values()):
+        notes.append("no router call was recorded on all ranks, so they cannot be compared call by call")
+    return notes
+
+
+# -- layers and steps ------------------------------------------------------------------------------------
+
+
+def _layers(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait]) -> tuple[LayerRanks, ...]:
+    by_name: defaultdict[str, list[CallLoad]] = defaultdict(list)
+    for load in loads:
+        by_name[load.key[0]].append(load)
+    by_site: defaultdict[str, list[Wait]] = defaultdict(list)
+    for wait in waits:
+        by_site[wait.site].append(wait)
+    routers = records.by_rank[records.ranks[0]].routers
+    return tuple(
+        _layer(records, by_name[router.name], by_site.get(router.site, []))
+        for router in routers
+        if by_name[router.name]
+    )
+
+
+def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait]) -> LayerRanks:
+    load_R = np.sum([load.load_R for load in loads], axis=0)
+    parts = [load.sent_RW for load in loads]
+    sent = None if any(p is None for p in parts) else np.sum([p for p in parts if p is not None], axis=0)
+    hot = records.ranks[int(load_R.argmax())] if load_R.any() else None
+    expert, expert_share = _hot_expert(records, loads, hot, int(load_R.max()))
+    blame = account(waits, records.ranks)
+    return LayerRanks(
+        site=loads[0].site,
+        name=loads[0].key[0],
+        load=tuple(load_R.tolist()),
+        max_over_mean=max_over_mean(load_R),
+        sent=None if sent is None else tuple(tuple(row) for row in sent.tolist()),
+        wait_us=total_wait_us(waits) if waits else None,
+        waited_for=max(blame, key=blame.__getitem__) if any(blame.values()) else None,
+        hot_rank=hot,
+        hot_expert=expert,
+        hot_expert_share=expert_share,
+    )
+
+
+def _hot_expert(
+    records: RankRecords, loads: Sequence[CallLoad], hot: int | None, total: int
+) -> tuple[int | None, float | None]:
+    """The busiest expert that the rank holds, by the tokens of all ranks, and its part of the rank's load."""
+    if hot is None:
+        return None, None
+    group = records.parallel(hot).expert_ranks or (hot,)
+    held = held_matrix(records, loads[0].key[0], group)
+    experts = np.sum([load.expert_E for load in loads], axis=0)
+    if held is None or not total:
+        return None, None
+    mine = held[group.index(hot), : len(experts)] * experts
+    busiest = int(mine.argmax())
+    return (busiest, float(mine[busiest] / mine.sum())) if mine.any() else (None, None)
+
+
+def _steps(
+    records: RankRecords,
+    loads: Sequence[CallLoad],
+    waits: Sequence[Wait],
+    step_us: Mapping[int, Mapping[int, float]],
+) -> tuple[StepRanks, ...]:
+    by_step: defaultdict[int, list[CallLoad]] = defaultdict(list)
+    for load in loads:
+        by_step[load.step].append(load)
+    lost: defaultdict[int, float] = defaultdict(float)
+    for wait in waits:
+        lost[wait.step] += wait.lost_us
+    found = []
+    for step, members in sorted(by_step.items()):
+        load_NR = np.array([load.load_R for load in members], np.int64)
+        mean = float(load_NR.mean(axis=1).sum())
+        wait_us = lost.get(step) if waits else None
+        whole_us = _whole_us(step_us, {step})
+        found.append(
+            StepRanks(
+                step=step,
+                load=tuple(load_NR.sum(axis=0).tolist()),
+                imbalance=float(load_NR.max(axis=1).sum()) / mean if mean else None,
+                wait_us=wait_us,
+                share=wait_us / whole_us if wait_us is not None and whole_us else None,
+            )
+        )
+    return tuple(found)
+
+
+def _whole_us(step_us: Mapping[int, Mapping[int, float]], steps: set[int]) -> float | None:
+    """Time of all ranks in those steps; None where a rank's trace lacks one of them."""
+    if not steps or any(step not in of_rank for of_rank in step_us.values() for step in steps):
+        return None
+    return sum(of_rank[step] for of_rank in step_us.values() for step in steps)

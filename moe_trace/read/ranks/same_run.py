@@ -1,0 +1,88 @@
+"""Whether recordings can belong together: one model, one run, and no call twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.data.schema import Recording, RouterInfo
+
+MODEL_KEYS = ("class", "num_layers", "hidden_size", "dtype")
+
+
+def first_difference(recordings: Sequence[Recording]) -> tuple[int, int, str] | None:
+    """Indices of two recordings that are not of one run, and what differs; None where all agree."""
+    by_rank: dict[int, int] = {}
+    for i, recording in enumerate(recordings):
+        earlier = [0, by_rank.setdefault(recording.rank, i)]
+        earlier += [by_rank[rank] for rank in sorted(_peers(recording)) if rank in by_rank]
+        for j in dict.fromkeys(earlier):
+            different = difference(recordings[j], recording) if i != j else ""
+            if different:
+                return j, i, different
+    return None
+
+
+def difference(a: Recording, b: Recording) -> str:
+    """What says that two recordings are not of one run; empty where nothing does."""
+    for key in MODEL_KEYS:
+        if a.model.get(key) != b.model.get(key):
+            return f"different models: {key} {a.model.get(key)!r} and {b.model.get(key)!r}"
+    routers = {router.name: _shape(router) for router in a.routers}
+    for router in b.routers:
+        mine, other = routers.get(router.name, _shape(router)), _shape(router)
+        if mine != other:
+            return (
+                f"different models: {router.name} has {mine[1]} experts, top {mine[2]}, "
+                f"and {other[1]}, top {other[2]}"
+            )
+    if a.world_size != b.world_size:
+        return f"runs of {a.world_size} and {b.world_size} ranks"
+    return _other_groups(a, b)
+
+
+def _shape(router: RouterInfo) -> tuple[str, int, int]:
+    return router.site, router.num_experts, router.top_k
+
+
+def _peers(recording: Recording) -> set[int]:
+    parallel = recording.parallel
+    return set() if parallel is None else {*parallel.token_ranks, *parallel.expert_ranks}
+
+
+def _other_groups(a: Recording, b: Recording) -> str:
+    """Ranks of one run name the same groups: who is in mine has me in its own."""
+    if a.parallel is None or b.parallel is None:
+        return ""
+    if a.rank == b.rank and a.parallel.mesh != b.parallel.mesh:
+        return f"runs over different meshes, {_mesh(a)} and {_mesh(b)}"
+    groups = {
+        "tokens": (a.parallel.token_ranks, b.parallel.token_ranks),
+        "experts": (a.parallel.expert_ranks, b.parallel.expert_ranks),
+    }
+    for what, (mine, other) in groups.items():
+        if (b.rank in mine or a.rank in other) and set(mine) != set(other):
+            return (
+                f"different runs: rank {a.rank} ({_mesh(a)}) shares {what} with ranks {list(mine)}, "
+                f"rank {b.rank} ({_mesh(b)}) with {list(other)}"
+            )
+    return ""
+
+
+def _mesh(recording: Recording) -> str:
+    mesh = recording.parallel.mesh if recording.parallel is not None else {}
+    return " × ".join(f"{name} {size}" for name, size in mesh.items()) or "no mesh"
+
+
+def copies(recordings: Sequence[Recording]) -> list[int]:
+    """Indices of recordings that repeat the calls of one before: the same file twice, or unpacked beside it.
+
+    A rank makes its calls one after another, so two of its recordings never start at one nanosecond.
+    """
+    seen: set[tuple[int, tuple[tuple[str, int], ...]]] = set()
+    found = []
+    for i, recording in enumerate(recordings):
+        key = (recording.rank, tuple((s.site, s.host_start_ns) for s in recording.samples))
+        if key in seen and any(start_ns for _, start_ns in key[1]):
+            found.append(i)
+        seen.add(key)
+    return found

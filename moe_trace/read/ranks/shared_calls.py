@@ -1,0 +1,191 @@
+"""Which collective of one rank is which of another: calls of the ranks of a group, matched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import Parallel
+from moe_trace.read.ranks.collectives import Collective, Nanoseconds
+from moe_trace.read.ranks.comms import CommKind
+
+SYNCHRONISING: frozenset[CommKind] = frozenset(
+    {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}
+)
+"""No rank ends one of these before every rank that sends to it has begun."""
+
+APART_NS = 1_000_000_000
+"""Containers may share a host's name without its clock, but NTP keeps their clocks closer than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCalls:
+    """The collectives of one rank, as its own trace has them."""
+
+    rank: int
+    base_time_ns: int
+    host_name: str | None
+    collectives: tuple[Collective, ...] = field(repr=False)
+    groups: tuple[tuple[int, ...], ...] = ()
+    parallel: Parallel | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedCalls:
+    """C calls of one kind that the R ranks of a group made together; row c is the c-th of them."""
+
+    kind: CommKind
+    group: tuple[int, ...]
+    """All members, also those without a trace."""
+    ranks: tuple[int, ...]
+    """The members whose traces there are: the columns."""
+    calls: tuple[tuple[Collective, ...], ...] = field(repr=False)
+    """[C][R]"""
+    start_ns: npt.NDArray[np.int64] = field(repr=False)
+    """[C, R] when each rank arrived, on its own clock, counted from the epoch."""
+    end_ns: npt.NDArray[np.int64] = field(repr=False)
+
+    @cached_property
+    def sends(self) -> npt.NDArray[np.bool_]:
+        """[C, R, R] whether the row's rank sends the column's anything: all-to-alls may have empty parts."""
+        count = len(self.ranks)
+        found = np.ones((len(self.calls), count, count), dtype=bool)
+        if self.kind == "all_to_all":
+            place = [self.group.index(rank) for rank in self.ranks]
+            for c, row in enumerate(self.calls):
+                for r, collective in enumerate(row):
+                    split = collective.facts.split_in
+                    if split and len(split) == len(self.group):
+                        found[c, r] = np.array(split)[place] > 0
+        found[:, range(count), range(count)] = False
+        return found
+
+
+@dataclass(frozen=True)
+class _Key:
+    name: str
+    group: tuple[int, ...]
+    kind: CommKind
+
+
+def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str]]:
+    """Match by group (its ranks, and its name where the trace has it) and kind, then by sequence number.
+
+    Where the trace has no sequence numbers (torch 2.11 and 2.13 write none), by order within group and kind:
+    all members call a group's collectives in one order. A group whose members recorded different numbers of
+    calls is refused, for then the first call of one may be the second of another.
+
+    Returns:
+        What matches, and a sentence for each group that was refused.
+    """
+    by_key: dict[_Key, dict[int, list[Collective]]] = {}
+    for one in ranks:
+        for collective in one.collectives:
+            key = _key(collective, one)
+            if key is not None and collective.work_ns is not None:
+                by_key.setdefault(key, {}).setdefault(one.rank, []).append(collective)
+    base = {one.rank: one.base_time_ns for one in ranks}
+    present = set(base)
+    hosts = {one.rank: one.host_name for one in ranks}
+    matched, refused = [], []
+    for key, calls in by_key.items():
+        members = tuple(rank for rank in key.group if rank in present)
+        if len(members) < 2:
+            continue
+        rows = _by_sequence(calls, members) or _by_order(calls, members)
+        if rows is None:
+            counts = ", ".join(f"rank {rank}: {len(calls.get(rank, ()))}" for rank in members)
+            refused.append(
+                f"{key.kind} of the group {list(key.group)} cannot be matched: the ranks recorded different "
+                f"numbers of calls ({counts}); record the same steps on all ranks"
+            )
+        elif rows:
+            shared = _shared(key, members, rows, base)
+            apart = _apart(shared, hosts)
+            if apart:
+                refused.append(apart)
+            else:
+                matched.append(shared)
+    return matched, refused
+
+
+def _key(collective: Collective, of: RankCalls) -> _Key | None:
+    facts = collective.facts
+    group = facts.group
+    if group is None and collective.role is not None and of.parallel is not None:
+        group = of.parallel.expert_ranks or None
+    if group is None and len(of.groups) == 1:
+        (group,) = of.groups
+    if group is None or len(group) < 2 or of.rank not in group:
+        return None
+    return _Key(facts.group_name or "", group, facts.kind)
+
+
+def _by_sequence(
+    calls: dict[int, list[Collective]], members: Sequence[int]
+) -> list[tuple[Collective, ...]] | None:
+    """None where a call has no number, or two have the same."""
+    tables = []
+    for rank in members:
+        table = {c.facts.sequence: c for c in calls.get(rank, ())}
+        if None in table or len(table) != len(calls.get(rank, ())) or not table:
+            return None
+        tables.append(table)
+    common = sorted(set.intersection(*(set(t) for t in tables)))  # type: ignore[type-var]
+    return [tuple(table[number] for table in tables) for number in common]
+
+
+def _by_order(
+    calls: dict[int, list[Collective]], members: Sequence[int]
+) -> list[tuple[Collective, ...]] | None:
+    lists = [calls.get(rank, []) for rank in members]
+    if len({len(found) for found in lists}) != 1:
+        return None
+    return list(zip(*lists, strict=True))
+
+
+def _shared(
+    key: _Key, members: tuple[int, ...], rows: list[tuple[Collective, ...]], base: dict[int, int]
+) -> SharedCalls:
+    def times(side: int) -> npt.NDArray[np.int64]:
+        return np.array(
+            [[_work(c)[side] + base[r] for c, r in zip(row, members, strict=True)] for row in rows], np.int64
+        ).reshape(len(rows), len(members))
+
+    return SharedCalls(
+        kind=key.kind,
+        group=key.group,
+        ranks=members,
+        calls=tuple(rows),
+        start_ns=times(0),
+        end_ns=times(1),
+    )
+
+
+def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
+    """Says so where, on one host's clock, one rank had ended all of them long before another began."""
+    first, last = shared.start_ns.min(axis=0), shared.end_ns.max(axis=0)
+    for i, a in enumerate(shared.ranks):
+        for j, b in enumerate(shared.ranks):
+            gap_ns = int(first[j] - last[i])
+            if gap_ns > APART_NS and hosts[a] is not None and hosts[a] == hosts[b]:
+                return (
+                    f"{shared.kind} of the group {list(shared.group)} cannot be matched: rank {b} began its "
+                    f"first {gap_ns / 1e9:,.1f} s after rank {a} had ended its last, on the clock of host "
+                    f"{hosts[a]}; give the files of one run and one profiling cycle"
+                )
+    return ""
+
+
+def _work(collective: Collective) -> Nanoseconds:
+    assert collective.work_ns is not None
+    return collective.work_ns
+
+
+def synchronising(matched: Iterable[SharedCalls]) -> list[SharedCalls]:
+    """Those whose ends tell how the clocks stand to each other."""
+    return [shared for shared in matched if shared.kind in SYNCHRONISING]

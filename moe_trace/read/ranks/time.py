@@ -1,0 +1,192 @@
+"""What the collectives of the MoE layers cost each rank: bytes, time, bandwidth, and waiting for the last.
+
+wait        last arrival of the group - own arrival, on the aligned clock
+bandwidth   bytes that leave the rank / (time of the collective - wait); 1 GB is 1e9 bytes
+lost        sum of the waits over ranks; all of it is put to the account of the rank that came last
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_trace.data.schema import Recording, RoutingSample
+from moe_trace.data.summary import SampleKey
+from moe_trace.read.ranks.align import Alignment, on_one_clock
+from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
+from moe_trace.read.ranks.load import CallKey
+from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeTime:
+    """One kind of collective of one layer on one rank, over all its calls."""
+
+    site: str
+    part: str
+    """`counts`, `dispatch`, `combine`, or the collective's kind where it is no all-to-all."""
+    rank: int
+    calls: int
+    bytes_in: int | None
+    """That went into the collectives, the rank's own part included; None where the trace does not tell."""
+    bytes_leaving: int | None
+    """Of those, what went to other ranks."""
+    time_us: float
+    wait_us: float | None
+    """None where the ranks' clocks or calls could not be matched."""
+    gb_per_s: float | None
+    on_device: bool
+    """Whether the time is that of kernels; else of the backend's thread, or of the call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """One collective of a layer, on all ranks of its group."""
+
+    site: str
+    step: int
+    part: str
+    wait_us: Mapping[int, float]
+    last_rank: int
+
+    @property
+    def lost_us(self) -> float:
+        """Over the ranks of the group."""
+        return sum(self.wait_us.values())
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The router calls of one rank, found from a collective's `call`."""
+
+    rank: int
+    by_call: Mapping[SampleKey, tuple[CallKey, RoutingSample]] = field(repr=False)
+
+    def of(self, collective: Collective) -> tuple[CallKey, RoutingSample] | None:
+        """None outside the layers, and for calls that a filter left out."""
+        return self.by_call.get(collective.call) if collective.call is not None else None
+
+
+def sample_index(rank: int, recording: Recording) -> SampleIndex:
+    """From a call's own number to its number among the forward calls of its router."""
+    found: dict[tuple[str, int], tuple[CallKey, RoutingSample]] = {}
+    counts: dict[str, int] = {}
+    for sample in recording.samples:
+        if sample.phase == "forward":
+            number = counts.get(sample.name, 0)
+            counts[sample.name] = number + 1
+            found[sample.name, sample.call] = ((sample.name, number), sample)
+    return SampleIndex(rank, found)
+
+
+def part_of(collective: Collective) -> str:
+    """What the collective is for, in its layer."""
+    return collective.role or collective.facts.kind
+
+
+def find_waits(
+    matched: Sequence[SharedCalls], alignment: Alignment, index: Mapping[int, SampleIndex]
+) -> tuple[tuple[Wait, ...], dict[tuple[int, int], int]]:
+    """The waits of all layers' collectives.
+
+    Returns:
+        The waits, and by (rank, call on the host's clock) each rank's own in nanoseconds.
+    """
+    waits, own = [], {}
+    for shared in matched:
+        start, _ = on_one_clock(shared, alignment.offset_ns)
+        wait_ns = start.max(axis=1, keepdims=True) - start
+        last = start.argmax(axis=1)
+        for row, collectives in enumerate(shared.calls):
+            found = index[shared.ranks[0]].of(collectives[0])
+            if found is None:
+                continue
+            mine = wait_ns[row].tolist()
+            for rank, collective, ns in zip(shared.ranks, collectives, mine, strict=True):
+                own[rank, id(collective)] = ns
+            waits.append(
+                Wait(
+                    site=found[1].site,
+                    step=found[1].step,
+                    part=part_of(collectives[0]),
+                    wait_us={rank: ns / 1000 for rank, ns in zip(shared.ranks, mine, strict=True)},
+                    last_rank=shared.ranks[int(last[row])],
+                )
+            )
+    return tuple(waits), own
+
+
+def exchange_times(
+    ranks: Sequence[RankCalls], index: Mapping[int, SampleIndex], own_wait: Mapping[tuple[int, int], int]
+) -> tuple[ExchangeTime, ...]:
+    """By layer, part and rank, in the order of the layers."""
+    groups: defaultdict[tuple[int, str, str, int], list[Collective]] = defaultdict(list)
+    for one in ranks:
+        for collective in one.collectives:
+            found = index[one.rank].of(collective)
+            if found is not None:
+                sample = found[1]
+                groups[sample.layer, sample.site, part_of(collective), one.rank].append(collective)
+    sizes = {one.rank: len(one.parallel.expert_ranks) if one.parallel else 0 for one in ranks}
+    ordered = sorted(groups, key=lambda k: (k[0], k[1], _part_order(k[2]), k[3]))
+    return tuple(_time(key, groups[key], sizes[key[3]], ranks, own_wait) for key in ordered)
+
+
+def _part_order(part: str) -> tuple[int, str]:
+    return (list(ROLES).index(part) if part in ROLES else len(ROLES), part)
+
+
+def _time(
+    key: tuple[int, str, str, int],
+    calls: Sequence[Collective],
+    size: int,
+    ranks: Sequence[RankCalls],
+    own_wait: Mapping[tuple[int, int], int],
+) -> ExchangeTime:
+    _, site, part, rank = key
+    waits = [own_wait[rank, id(c)] for c in calls if (rank, id(c)) in own_wait]
+    known = len(waits) == len(calls)
+    time_ns, wait_ns = sum(c.time_ns for c in calls), sum(waits)
+    group = next(one for one in ranks if one.rank == rank)
+    leaving = [_leaving(c, rank, group, size) for c in calls]
+    sent = None if any(b is None for b in leaving) else sum(b for b in leaving if b is not None)
+    inside = [c.bytes_in for c in calls]
+    moving_ns = time_ns - wait_ns if known else time_ns
+    return ExchangeTime(
+        site=site,
+        part=part,
+        rank=rank,
+        calls=len(calls),
+        bytes_in=None if any(b is None for b in inside) else sum(b for b in inside if b is not None),
+        bytes_leaving=sent,
+        time_us=time_ns / 1000,
+        wait_us=wait_ns / 1000 if known else None,
+        gb_per_s=sent / moving_ns if sent is not None and moving_ns > 0 else None,
+        on_device=all(c.on_device for c in calls),
+    )
+
+
+def _leaving(collective: Collective, rank: int, of: RankCalls, size: int) -> int | None:
+    if collective.facts.kind != "all_to_all":
+        return collective.bytes_in
+    group = collective.facts.group or (of.parallel.expert_ranks if of.parallel is not None else ())
+    split = split_bytes(collective, "in", len(group) or size)
+    if split is None or rank not in group:
+        return None
+    return sum(split) - split[group.index(rank)]
+
+
+def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:
+    """By rank: the time that others spent waiting for it, in microseconds."""
+    blame = dict.fromkeys(ranks, 0.0)
+    for wait in waits:
+        blame[wait.last_rank] += wait.lost_us
+    return blame
+
+
+def total_wait_us(waits: Sequence[Wait]) -> float:
+    """Over all collectives and ranks."""
+    return float(np.sum([wait.lost_us for wait in waits])) if waits else 0.0

@@ -1,0 +1,241 @@
+"""Write the traces of several ranks as one, event by event: memory does not grow with their size."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import msgspec
+
+from moe_trace.data.codec import encode_recording
+from moe_trace.data.errors import NothingRecorded
+from moe_trace.data.files import whole_file
+from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.read.file.stream import JsonStream, loads_lenient
+from moe_trace.read.file.trace_file import Progress, open_trace_stream
+from moe_trace.read.ranks.losses import add_losses
+from moe_trace.read.ranks.merge import MergePlan, RankTrace
+from moe_trace.read.ranks.parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
+from moe_trace.read.ranks.rename import Event, Pids, Renamer
+from moe_trace.timeline.scan import KEY_PREFIX
+
+_OWN_KEYS = {"traceEvents", METADATA_KEY, "traceName", "baseTimeNanoseconds", "deviceProperties"}
+_LEVEL = 6
+_UNREADABLE: Event = {}
+
+
+def write_merged(plan: MergePlan, out: Path, progress: Progress | None = None) -> MergedRanks:
+    """Write the merged trace, whole or not at all; plain or gzip by its name.
+
+    The same input gives the same bytes.
+
+    Raises:
+        NothingRecorded: no rank recorded a call.
+        OutputError: the file cannot be written.
+        TraceFileError: a trace changed since it was planned.
+    """
+    if not any(trace.recording.samples for trace in plan.ranks):
+        raise NothingRecorded("none of the ranks recorded a router call; there is nothing to merge")
+    with whole_file(out) as temporary, _opened(temporary) as file:
+        return _Writer(plan, file, progress).write(out.name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with path.open("wb") as raw:
+        if path.suffix != ".gz":
+            yield raw
+            return
+        # Without name and time in the header, the same trace gives the same bytes.
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=_LEVEL, fileobj=raw, mtime=0) as packed:
+            yield cast(BinaryIO, packed)
+
+
+class _Writer:
+    """One pass over the ranks' files."""
+
+    def __init__(self, plan: MergePlan, file: BinaryIO, progress: Progress | None) -> None:
+        self._plan = plan
+        self._file = file
+        self._progress = progress
+        self._at = 0
+        self._first_event = True
+        self._pids = Pids()
+        self._after: dict[str, bytes] = {}
+        self._unreadable: defaultdict[int, int] = defaultdict(int)
+
+    def write(self, name: str) -> MergedRanks:
+        """The whole file."""
+        self._put(b"{\n")
+        for key, value in self._head(name).items():
+            self._put(b"%b: %b,\n" % (json.dumps(key).encode(), value))
+        self._put(b'"traceEvents": [')
+        for place, trace in enumerate(self._plan.ranks):
+            self._put_events(trace, place)
+        events_end = self._at
+        self._put(b"\n]")
+        for key, value in self._after.items():
+            self._put(b",\n%b: %b" % (json.dumps(key).encode(), value))
+        merged = self._merged()
+        splice = {"events_offset": events_end, "events_bytes": 0, "key_offset": self._at, "suffix_bytes": 3}
+        self._put(KEY_PREFIX)
+        extra: dict[str, Any] = {RANKS_KEY: encode_merged(merged), "splice": splice}
+        self._put(encode_recording(joined_recording(self._plan), **extra))
+        self._put(b"\n}\n")
+        return merged
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._at += len(data)
+
+    def _head(self, name: str) -> dict[str, bytes]:
+        """The first rank's top-level keys; the devices of all."""
+        kept = {k: v for k, v in self._plan.ranks[0].head.items() if k not in _OWN_KEYS}
+        devices: list[Any] = []
+        for trace in self._plan.ranks:
+            found = _value(trace.head.get("deviceProperties", b"[]"))
+            devices += [d for d in found if d not in devices] if isinstance(found, list) else []
+        return {
+            **kept,
+            "deviceProperties": json.dumps(devices).encode(),
+            "baseTimeNanoseconds": str(self._plan.base_time_ns).encode(),
+            "traceName": json.dumps(name).encode(),
+        }
+
+    def _put_events(self, trace: RankTrace, place: int) -> None:
+        renamer = Renamer(
+            rank=trace.calls.rank,
+            place=place,
+            ranks=len(self._plan.ranks),
+            shift_ns=self._plan.shift_ns(trace),
+            pids=self._pids,
+        )
+        with open_trace_stream(trace.path, self._progress) as stream:
+            seen = False
+            for key in stream.walk():
+                if key == "traceEvents":
+                    seen = True
+                    self._put_batches(stream, renamer)
+                elif seen and place == 0 and key not in _OWN_KEYS and key not in trace.head:
+                    self._after[key] = stream.value()
+                else:
+                    stream.skip()
+
+    def _put_batches(self, stream: JsonStream, renamer: Renamer) -> None:
+        for batch in stream.batches(_decode, _decode_one):
+            lines = [_encode(renamer.rename(event)) for event in batch if event is not _UNREADABLE]
+            self._unreadable[renamer.rank] += len(batch) - len(lines)
+            if lines:
+                self._put((b"\n" if self._first_event else b",\n") + b",\n".join(lines))
+                self._first_event = False
+
+    def _merged(self) -> MergedRanks:
+        names = [router.name for router in joined_routers(self._plan)]
+        left_out = dict(self._plan.left_out)
+        for rank, count in self._unreadable.items():
+            if count:
+                left_out[f"rank {rank}"] = f"{count} of its events could not be read"
+        return MergedRanks(
+            parts=tuple(self._part(trace, names) for trace in self._plan.ranks),
+            alignment=self._plan.alignment,
+            missing=self._plan.missing,
+            left_out=left_out,
+        )
+
+    def _part(self, trace: RankTrace, names: list[str]) -> RankPart:
+        held = {router.name: router.held_experts for router in trace.recording.routers}
+        return RankPart(
+            rank=trace.calls.rank,
+            file=trace.path.name,
+            samples=len(trace.recording.samples),
+            pids=self._pids.of_rank(trace.calls.rank),
+            lost=trace.recording.lost,
+            parallel=trace.recording.parallel,
+            held=tuple(held.get(name) for name in names),
+            host_name=trace.calls.host_name,
+            groups=trace.calls.groups,
+            versions=trace.recording.versions,
+        )
+
+
+# -- events ----------------------------------------------------------------------------------------------
+
+_decode = msgspec.json.Decoder(list[dict[str, Any]]).decode
+
+
+def _decode_one(text: bytes) -> Event:
+    value = _value(text)
+    return value if isinstance(value, dict) else _UNREADABLE
+
+
+def _value(text: bytes) -> Any:
+    try:
+        return loads_lenient(text)
+    except ValueError:
+        return None
+
+
+def _encode(event: Event) -> bytes:
+    try:
+        return msgspec.json.encode(event)
+    except (UnicodeEncodeError, OverflowError, ValueError, RecursionError):  # only json writes what it read
+        return json.dumps(event).encode()
+
+
+# -- the recording ---------------------------------------------------------------------------------------
+
+
+def joined_routers(plan: MergePlan) -> list[RouterInfo]:
+    """The routers of all ranks; which rank holds which experts stands in the parts."""
+    found: dict[str, RouterInfo] = {}
+    for trace in plan.ranks:
+        for router in trace.recording.routers:
+            found.setdefault(router.name, replace(router, held_experts=None))
+    return list(found.values())
+
+
+def joined_recording(plan: MergePlan) -> Recording:
+    """The calls of all ranks, rank after rank, on the common clock, with call numbers that go on."""
+    first = plan.ranks[0].recording
+    numbers: defaultdict[str, int] = defaultdict(int)
+    samples = []
+    for trace in plan.ranks:
+        shift, offset = plan.shift_ns(trace), plan.alignment.offset_ns[trace.calls.rank]
+        for sample in trace.recording.samples:
+            samples.append(_moved(sample, numbers[sample.name], shift, offset))
+            numbers[sample.name] += 1
+    return replace(
+        first,
+        routers=tuple(joined_routers(plan)),
+        samples=tuple(samples),
+        lost=add_losses([trace.recording.lost for trace in plan.ranks], {sample.name for sample in samples}),
+        parallel=None,
+    )
+
+
+def _moved(sample: RoutingSample, call: int, shift_ns: int, offset_ns: int) -> RoutingSample:
+    placement = sample.placement
+    if placement is not None and shift_ns:
+        placement = replace(
+            placement,
+            host={kind: _shifted(span, shift_ns) for kind, span in placement.host.items()},
+            device={kind: _shifted(span, shift_ns) for kind, span in placement.device.items()},
+        )
+    unseen = sample.host_start_ns == 0  # compiled code that the host did not see
+    return replace(
+        sample,
+        call=call,
+        placement=placement,
+        host_start_ns=0 if unseen else sample.host_start_ns + offset_ns,
+        host_end_ns=sample.host_end_ns if unseen else sample.host_end_ns + offset_ns,
+    )
+
+
+def _shifted(span: Span, shift_ns: int) -> Span:
+    return Span((round(span.start_us * 1000) + shift_ns) / 1000, span.duration_us)

@@ -1,0 +1,1 @@
+"""Where the time goes: blocks, phases, speed, the price of imbalance."""

@@ -1,0 +1,187 @@
+"""One step of a trace as pieces of work: which layer and phase, when, on which clock, under what name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import RoutingSample
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.time.blocks import find_blocks
+from moe_trace.read.time.structure import PHASES, Steps, find_steps
+
+IntArray = npt.NDArray[np.int64]
+Clock = Literal["device", "host"]
+SEGMENTS_MAX = 4000
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """N kernels (device) or outermost operators (host) inside MoE blocks, by start. [N] arrays."""
+
+    block: IntArray
+    """Index of the call in `Lanes.samples`."""
+    phase: IntArray
+    start_ns: IntArray
+    end_ns: IntArray
+    name: IntArray
+    """Index into `Lanes.names`."""
+
+    def select(self, mask: npt.NDArray) -> Pieces:
+        """The pieces of a mask or an index."""
+        return Pieces(
+            self.block[mask], self.phase[mask], self.start_ns[mask], self.end_ns[mask], self.name[mask]
+        )
+
+    def within(self, start_ns: int, end_ns: int) -> Pieces:
+        """Those that touch an interval."""
+        return self.select((self.end_ns >= start_ns) & (self.start_ns <= end_ns))
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The forward work of all MoE calls that have ranges in the trace."""
+
+    samples: tuple[RoutingSample, ...]
+    device: Pieces
+    """Empty where the trace has no kernels."""
+    host: Pieces
+    names: tuple[str, ...]
+
+    def clocks(self) -> tuple[Clock, ...]:
+        """The device first, where it has any work."""
+        return ("device", "host") if len(self.device.block) else ("host",)
+
+    def of_step(self, step: int, clock: Clock) -> Pieces:
+        """The pieces of one profiler step."""
+        mine = np.array([s.step == step for s in self.samples], dtype=bool)
+        pieces = self.device if clock == "device" else self.host
+        return pieces.select(mine[pieces.block]) if len(mine) else pieces
+
+
+@dataclass(frozen=True)
+class Segments:
+    """S stretches of one phase of one call, whose pieces follow each other closely. [S] arrays."""
+
+    block: IntArray
+    phase: IntArray
+    start_ns: IntArray
+    end_ns: IntArray
+    pieces: IntArray
+    """How many pieces each is made of."""
+    joined_ns: int
+    """Pieces closer than this were drawn together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """All pieces of one name in one phase."""
+
+    name: str
+    phase: str
+    count: int
+    total_us: float
+    layers: int
+
+
+def find_lanes(samples: Sequence[RoutingSample], events: EventTable) -> Lanes:
+    """Join kernels and operators with the MoE calls that they belong to."""
+    blocks = find_blocks(samples, events)
+    steps = find_steps(events, blocks)
+    return Lanes(
+        samples=blocks.samples,
+        device=_device_pieces(events, steps),
+        host=_host_pieces(events, steps),
+        names=events.names,
+    )
+
+
+def _device_pieces(events: EventTable, steps: Steps) -> Pieces:
+    kernels = find_kernels(events)
+    launched = steps.at(kernels.launch_thread, kernels.launch_ns)
+    known = np.flatnonzero(launched >= 0)
+    known = known[np.argsort(kernels.start_ns[known], kind="stable")]
+    step, start = launched[known], kernels.start_ns[known]
+    name = kernels.name[known].astype(np.int64)
+    return Pieces(steps.block[step], steps.phase[step], start, start + kernels.duration_ns[known], name)
+
+
+def _host_pieces(events: EventTable, steps: Steps) -> Pieces:
+    order = np.argsort(steps.start_ns, kind="stable")
+    thread, start = steps.thread[order], steps.start_ns[order]
+    return Pieces(
+        steps.block[order], steps.phase[order], start, steps.end_ns[order], _names_at(events, thread, start)
+    )
+
+
+def _names_at(events: EventTable, thread: IntArray, start_ns: IntArray) -> IntArray:
+    """Names of the longest operator or launch that starts there."""
+    host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
+    host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
+    if not len(host):
+        return np.zeros(0, dtype=np.int64)
+    origin = int(host.start_ns.min())
+    stride = int(host.start_ns.max()) - origin + 1
+    keys = host.start_ns - origin + host.thread.astype(np.int64) * stride
+    return host.name[np.searchsorted(keys, start_ns - origin + thread * stride)].astype(np.int64)
+
+
+def join_pieces(pieces: Pieces, closer_than_ns: int) -> Segments:
+    """Take neighbours of one call and phase together; wider, if there are more than `SEGMENTS_MAX`."""
+    while True:
+        found = _joined(pieces, closer_than_ns)
+        if len(found.block) <= SEGMENTS_MAX:
+            return found
+        closer_than_ns = max(1, 2 * closer_than_ns)
+
+
+def _joined(pieces: Pieces, closer_than_ns: int) -> Segments:
+    group = pieces.block * len(PHASES) + pieces.phase
+    order = np.lexsort((pieces.start_ns, group))
+    group, start, end = group[order], pieces.start_ns[order], pieces.end_ns[order]
+    if not len(group):
+        none = np.zeros(0, dtype=np.int64)
+        return Segments(none, none, none, none, none, closer_than_ns)
+    # One running maximum for all groups: each is moved behind all before it.
+    rank = np.cumsum(np.concatenate([[0], group[1:] != group[:-1]]))
+    stride = int(end.max() - start.min()) + closer_than_ns + 1
+    moved = rank * stride - int(start.min())
+    reach = np.maximum.accumulate(end + moved)
+    first = np.concatenate([[True], (start + moved)[1:] > reach[:-1] + closer_than_ns])
+    first[1:] |= group[1:] != group[:-1]
+    begins = np.flatnonzero(first)
+    ends = np.concatenate([begins[1:], [len(group)]])
+    return Segments(
+        block=group[begins] // len(PHASES),
+        phase=group[begins] % len(PHASES),
+        start_ns=start[begins],
+        end_ns=(reach - moved)[ends - 1],
+        pieces=ends - begins,
+        joined_ns=closer_than_ns,
+    )
+
+
+def add_up(pieces: Pieces, lanes: Lanes) -> list[Work]:
+    """Time by name and phase, the longest first."""
+    if not len(pieces.block):
+        return []
+    layer = np.array([s.layer for s in lanes.samples], dtype=np.int64)[pieces.block]
+    keys, inverse = np.unique(pieces.name * len(PHASES) + pieces.phase, return_inverse=True)
+    total = np.bincount(inverse, weights=(pieces.end_ns - pieces.start_ns).astype(np.float64))
+    count = np.bincount(inverse)
+    found = [
+        Work(
+            name=lanes.names[int(key) // len(PHASES)],
+            phase=PHASES[int(key) % len(PHASES)],
+            count=int(count[i]),
+            total_us=float(total[i]) / 1000,
+            layers=len(np.unique(layer[inverse == i])),
+        )
+        for i, key in enumerate(keys)
+    ]
+    return sorted(found, key=lambda work: -work.total_us)

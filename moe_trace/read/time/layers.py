@@ -1,0 +1,218 @@
+"""Phases added up per layer and over all layers, as shares of MoE, of the step and of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.time.phases import CallTimes, IntArray, Times
+from moe_trace.read.time.structure import PHASES, outermost_slices
+
+STEP_RANGE = "ProfilerStep#"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseTime:
+    """One phase over all calls of a layer, in microseconds."""
+
+    host_us: float
+    """Time in operators."""
+    device_busy_us: float | None
+    """Sum of its kernels; None on a CPU."""
+    device_span_us: float | None
+    """First to last kernel of the phase, summed over calls."""
+    kernels: int
+    share_of_moe: float | None
+    """Of the forward or backward work of all MoE layers."""
+    share_of_model: float | None
+    """Of all device work in the trace (on a CPU: of all time in operators)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPhases:
+    """One router's MoE layer over all its calls, in microseconds.
+
+    `block_host_us` = the phases' `host_us` + `host_gap_us`; `device_span_us` = the phases'
+    `device_busy_us` + `device_gap_us` - `device_overlap_us`.
+    """
+
+    site: str
+    """`all` for the sum over layers."""
+    name: str | None
+    calls: int
+    block_host_us: float
+    host_gap_us: float
+    device_span_us: float | None
+    device_busy_us: float | None
+    device_gap_us: float | None
+    device_overlap_us: float | None
+    forward: dict[str, PhaseTime]
+    backward: dict[str, PhaseTime] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What the MoE layers are part of. Work is device busy time, on a CPU time in operators."""
+
+    on_device: bool
+    moe_work_us: float
+    """Forward and backward."""
+    model_work_us: float | None
+    """None where the filters cannot be applied to the rest of the model."""
+    step_us: float | None
+    """Host time of the profiler's steps; None without `prof.step()`."""
+    moe_share_of_model: float | None
+    moe_share_of_step: float | None
+    """Host time of the blocks (forward) over that of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseReport:
+    """Where the time of the MoE layers goes."""
+
+    layers: tuple[LayerPhases, ...]
+    total: LayerPhases
+    whole: Whole
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Work and time of the whole trace, which the shares are of."""
+
+    model_work_us: float | None
+    step_us: float | None
+
+
+def surroundings(
+    events: EventTable, kernels: Kernels, *, steps: frozenset[int] = frozenset()
+) -> Surroundings:
+    """The work of a trace, or of some of its profiler steps."""
+    on_device = (events.kind == Kind.DEVICE).any()
+    ranges = step_ranges(events)
+    if steps:
+        ranges = {step: span for step, span in ranges.items() if step in steps}
+    step_us = sum(end - start for start, end in ranges.values()) / 1000 if ranges else None
+    if not steps:
+        if on_device:
+            work = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
+        else:
+            work = int(outermost_slices(events.select(events.kind == Kind.OP)).duration_ns.sum())
+        return Surroundings(work / 1000, step_us)
+    if not ranges:
+        return Surroundings(None, None)
+    if on_device:
+        starts, durations = kernels.launch_ns, kernels.duration_ns
+    else:
+        ops = outermost_slices(events.select(events.kind == Kind.OP))
+        starts, durations = ops.start_ns, ops.duration_ns
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, end in ranges.values():
+        inside |= (starts >= start) & (starts < end)
+    return Surroundings(int(durations[inside].sum()) / 1000, step_us)
+
+
+def step_ranges(events: EventTable) -> dict[int, tuple[int, int]]:
+    """Start and end in nanoseconds of the profiler's steps."""
+    found = {}
+    ranges = events.select(events.kind == Kind.RANGE)
+    for name, start, end in zip(
+        ranges.name.tolist(), ranges.start_ns.tolist(), ranges.end_ns.tolist(), strict=True
+    ):
+        text = events.names[name]
+        number = text.removeprefix(STEP_RANGE)
+        if text.startswith(STEP_RANGE) and number.isdecimal() and len(number) < 19:
+            found[int(number)] = (start, end)
+    return found
+
+
+def report_phases(times: CallTimes, around: Surroundings, *, model_known: bool = True) -> PhaseReport | None:
+    """Add the calls up; None where no call has ranges in the trace.
+
+    Args:
+        model_known: False where the calls are filtered in a way that the rest of the model is not.
+    """
+    if not times.samples:
+        return None
+    forward_ns = int(times.work_ns(times.forward).sum())
+    backward_ns = int(times.work_ns(times.backward).sum()) if times.backward is not None else 0
+    model_us = around.model_work_us if model_known else None
+    denominators = _Denominators(forward_ns / 1000, backward_ns / 1000, model_us)
+    names = list(dict.fromkeys(s.name for s in sorted(times.samples, key=lambda s: (s.layer, s.site))))
+    rows_of = {name: [i for i, s in enumerate(times.samples) if s.name == name] for name in names}
+    layers = [
+        _layer(times, rows, times.samples[rows[0]].site, name, denominators) for name, rows in rows_of.items()
+    ]
+    work_us = (forward_ns + backward_ns) / 1000
+    block_us = int(times.block_host_ns.sum()) / 1000
+    return PhaseReport(
+        layers=tuple(layers),
+        total=_layer(times, list(range(len(times.samples))), "all", None, denominators),
+        whole=Whole(
+            on_device=times.on_device,
+            moe_work_us=work_us,
+            model_work_us=model_us,
+            step_us=around.step_us if model_known else None,
+            moe_share_of_model=_ratio(work_us, model_us),
+            moe_share_of_step=_ratio(block_us, around.step_us) if model_known else None,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Denominators:
+    forward_us: float
+    backward_us: float
+    model_us: float | None
+
+
+def _layer(
+    times: CallTimes, rows: Sequence[int], site: str, name: str | None, of: _Denominators
+) -> LayerPhases:
+    device = times.on_device
+
+    def total(column: IntArray) -> float:
+        return int(column[rows].sum()) / 1000
+
+    backward = None
+    if times.backward is not None:
+        backward = _phases(times.backward, rows, device, of.backward_us, of.model_us)
+    return LayerPhases(
+        site=site,
+        name=name,
+        calls=len(rows),
+        block_host_us=total(times.block_host_ns),
+        host_gap_us=total(times.host_gap_ns),
+        device_span_us=total(times.device_span_ns) if device else None,
+        device_busy_us=total(times.forward.busy_ns) if device else None,
+        device_gap_us=total(times.device_gap_ns) if device else None,
+        device_overlap_us=total(times.device_overlap_ns) if device else None,
+        forward=_phases(times.forward, rows, device, of.forward_us, of.model_us),
+        backward=backward,
+    )
+
+
+def _phases(
+    times: Times, rows: Sequence[int], device: bool, moe_us: float, model_us: float | None
+) -> dict[str, PhaseTime]:
+    host, busy = times.host_ns[rows].sum(0), times.busy_ns[rows].sum(0)
+    span, kernels = times.span_ns[rows].sum(0), times.kernels[rows].sum(0)
+    work = busy if device else host
+    return {
+        phase: PhaseTime(
+            host_us=int(host[i]) / 1000,
+            device_busy_us=int(busy[i]) / 1000 if device else None,
+            device_span_us=int(span[i]) / 1000 if device else None,
+            kernels=int(kernels[i]),
+            share_of_moe=_ratio(int(work[i]) / 1000, moe_us),
+            share_of_model=_ratio(int(work[i]) / 1000, model_us),
+        )
+        for i, phase in enumerate(PHASES)
+    }
+
+
+def _ratio(part: float, whole: float | None) -> float | None:
+    return part / whole if whole else None

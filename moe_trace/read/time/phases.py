@@ -1,0 +1,189 @@
+"""How long each phase of each MoE call took, on the host and on the device, forward and backward.
+
+Sums conserve, in whole nanoseconds:
+
+    host     phases + gap = block
+    device   phases + gap - overlap = span, from the first kernel of the block to its last
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import RoutingSample
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.time.blocks import find_blocks
+from moe_trace.read.time.structure import PHASES, Steps, find_steps
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Times:
+    """B calls x P phases, nanoseconds; `PHASES` names the columns."""
+
+    host_ns: IntArray
+    """[B, P] sum of the outermost operators and launches."""
+    busy_ns: IntArray
+    """[B, P] sum of the kernels, copies and memsets launched in the phase."""
+    span_ns: IntArray
+    """[B, P] from the phase's first kernel to its last; 0 without kernels."""
+    kernels: IntArray
+    """[B, P] how many."""
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """The times of B calls; the row of each array is the call's."""
+
+    samples: tuple[RoutingSample, ...]
+    forward: Times
+    backward: Times | None
+    """By Kineto's forward-backward links; None where the trace has none."""
+    block_host_ns: IntArray
+    """[B] duration of the block on the host."""
+    host_gap_ns: IntArray
+    """[B] host time in no operator: Python, and our own hooks."""
+    device_span_ns: IntArray
+    """[B] from the block's first kernel to its last."""
+    device_gap_ns: IntArray
+    """[B] time of the span in which none of the block's kernels ran."""
+    device_overlap_ns: IntArray
+    """[B] time that several of its kernels shared."""
+    on_device: bool
+    """Whether the trace has kernels; without, the operators' own times are the work."""
+
+    def work_ns(self, times: Times) -> IntArray:
+        """[B, P] what was worked: device busy time where there is a device, else time in operators."""
+        return times.busy_ns if self.on_device else times.host_ns
+
+
+def measure_calls(samples: tuple[RoutingSample, ...], events: EventTable, kernels: Kernels) -> CallTimes:
+    """Times of every sample that has its ranges in the trace."""
+    blocks = find_blocks(samples, events)
+    steps = find_steps(events, blocks)
+    launched = steps.at(kernels.launch_thread, kernels.launch_ns)
+    host_ns = _sums(len(blocks), steps.block, steps.phase, steps.end_ns - steps.start_ns)
+    block_host_ns = blocks.end_ns - blocks.start_ns
+    forward = _device_times(len(blocks), steps, kernels, launched, host_ns)
+    busy = launched >= 0
+    span_ns, union_ns = _span_and_union(
+        len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
+    )
+    return CallTimes(
+        samples=blocks.samples,
+        forward=forward,
+        backward=_backward(len(blocks), steps, events, kernels),
+        block_host_ns=block_host_ns,
+        host_gap_ns=block_host_ns - host_ns.sum(1),
+        device_span_ns=span_ns,
+        device_gap_ns=span_ns - union_ns,
+        device_overlap_ns=forward.busy_ns.sum(1) - union_ns,
+        on_device=bool((events.kind == Kind.DEVICE).any()),
+    )
+
+
+def _sums(rows: int, row: IntArray, phase: IntArray, values: IntArray) -> IntArray:
+    table = np.zeros((rows, len(PHASES)), dtype=np.int64)
+    np.add.at(table, (row, phase), values)
+    return table
+
+
+def _device_times(rows: int, steps: Steps, kernels: Kernels, step: IntArray, host_ns: IntArray) -> Times:
+    """Times of the kernels whose step is known (`step` is -1 for the others)."""
+    known = step >= 0
+    row, phase = steps.block[step[known]], steps.phase[step[known]]
+    start, duration = kernels.start_ns[known], kernels.duration_ns[known]
+    first = np.full((rows, len(PHASES)), np.iinfo(np.int64).max)
+    last = np.zeros((rows, len(PHASES)), dtype=np.int64)
+    np.minimum.at(first, (row, phase), start)
+    np.maximum.at(last, (row, phase), start + duration)
+    count = _sums(rows, row, phase, np.ones_like(start))
+    return Times(
+        host_ns=host_ns,
+        busy_ns=_sums(rows, row, phase, duration),
+        span_ns=np.where(count > 0, last - np.where(count > 0, first, 0), 0),
+        kernels=count,
+    )
+
+
+def _span_and_union(
+    rows: int, row: IntArray, start: IntArray, duration: IntArray
+) -> tuple[IntArray, IntArray]:
+    """[B] first start to last end, and the time covered by at least one interval."""
+    span, union = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    if not len(row):
+        return span, union
+    order = np.lexsort((start, row))
+    row, start, end = row[order], start[order], (start + duration)[order]
+    stride = int(end.max()) - int(start.min()) + 1
+    moved = row * stride - int(start.min())
+    reach = np.maximum.accumulate(end + moved)
+    before = np.concatenate([start[:1] + moved[:1], reach[:-1]])
+    covered = np.maximum(0, end + moved - np.maximum(start + moved, before))
+    np.add.at(union, row, covered)
+    firsts = np.flatnonzero(np.concatenate([[True], row[1:] != row[:-1]]))
+    lasts = np.concatenate([firsts[1:], [len(row)]]) - 1
+    span[row[firsts]] = (reach - moved)[lasts] - start[firsts]
+    return span, union
+
+
+# -- backward -----------------------------------------------------------------------------------------
+
+
+def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> Times | None:
+    """Times of the backward nodes whose forward operator lies in a block, by the forward operator's phase."""
+    forward = events.select(events.kind == Kind.FORWARD)
+    backward = events.select(events.kind == Kind.BACKWARD)
+    if not len(forward) or not len(backward):
+        return None
+    forward = forward.select(np.argsort(forward.link, kind="stable"))
+    at = np.searchsorted(forward.link, backward.link)
+    at[at == len(forward)] = 0
+    linked = (forward.link[at] == backward.link) & (backward.link >= 0)
+    backward, at = backward.select(linked), at[linked]
+    step = steps.at(forward.thread[at], forward.start_ns[at])
+    backward, step = backward.select(step >= 0), step[step >= 0]
+    nodes = _node_intervals(events, backward)
+    order = np.lexsort((nodes.start_ns, nodes.thread))
+    nodes, step = nodes.select(order), step[order]
+    as_steps = Steps(
+        block=steps.block[step],
+        phase=steps.phase[step],
+        thread=nodes.thread.astype(np.int64),
+        start_ns=nodes.start_ns,
+        end_ns=nodes.end_ns,
+    )
+    host_ns = _sums(rows, as_steps.block, as_steps.phase, nodes.duration_ns)
+    launched = as_steps.at(kernels.launch_thread, kernels.launch_ns)
+    return _device_times(rows, as_steps, kernels, launched, host_ns)
+
+
+def _node_intervals(events: EventTable, backward: EventTable) -> EventTable:
+    """The backward nodes as slices: a flow ends at the start of its node, the longest operator there."""
+    ops = events.select(events.kind == Kind.OP)
+    ops = ops.select(np.lexsort((-ops.duration_ns, ops.start_ns, ops.thread)))
+    origin = int(min(ops.start_ns.min(initial=0), backward.start_ns.min(initial=0)))
+    stride = int(max(ops.start_ns.max(initial=0), backward.start_ns.max(initial=0))) - origin + 1
+    key = ops.start_ns - origin + ops.thread.astype(np.int64) * stride
+    wanted = backward.start_ns - origin + backward.thread.astype(np.int64) * stride
+    at = np.searchsorted(key, wanted)
+    found = at < len(ops)
+    found[found] = key[at[found]] == wanted[found]
+    duration = np.zeros(len(backward), dtype=np.int64)
+    duration[found] = ops.duration_ns[at[found]]
+    return EventTable(
+        backward.kind,
+        backward.name,
+        backward.thread,
+        backward.start_ns,
+        duration,
+        backward.link,
+        backward.names,
+        backward.threads,
+        backward.unreadable,
+    )

@@ -1,0 +1,167 @@
+"""Work joined with time: achieved FLOP/s, share of the peak, and whether memory or arithmetic binds.
+
+FLOPs are the recorder's, by formula from the real weights. Bytes are the least that must move once: the
+weights of the experts that were hit, and each slot's hidden state in and out. The true traffic is larger,
+so the arithmetic intensity given here is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_trace.data.schema import RouterInfo, RoutingSample
+from moe_trace.read.time.peaks import BYTES_OF, Peak
+from moe_trace.read.time.phases import CallTimes
+from moe_trace.read.time.structure import EXPERTS, ROUTER
+
+Bound = Literal["memory", "arithmetic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """One part of an MoE layer: forward work, recomputed calls included."""
+
+    flops: int
+    work_us: float
+    """Device busy time of the part's phase; on a CPU its time in operators."""
+    flops_per_s: float | None
+    share_of_peak: float | None
+    least_bytes: int | None
+    """None where the model's type or width is not known."""
+    intensity: float | None
+    """FLOP per byte, at most."""
+    bound: Bound | None
+    """Left or right of the roofline's ridge; None where the device's peaks are not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpeed:
+    """Router and expert products of one layer."""
+
+    site: str
+    name: str
+    router: Rate
+    experts: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedReport:
+    """Speeds of all layers, and the peaks that they are compared with."""
+
+    device: str | None
+    dtype: str | None
+    peak_flops_per_s: float | None
+    peak_bytes_per_s: float | None
+    layers: tuple[LayerSpeed, ...]
+    experts: Rate
+    """Over all layers."""
+
+
+def report_speed(
+    times: CallTimes,
+    routers: Sequence[RouterInfo],
+    model: dict[str, Any],
+    peak: Peak,
+    devices: Sequence[str],
+    *,
+    experts_are_split: bool = False,
+) -> SpeedReport | None:
+    """None where no call has ranges in the trace.
+
+    Args:
+        experts_are_split: see `Recording.experts_are_split`; what the experts did in their time is not known
+            then, and their speed is None.
+    """
+    if not times.samples:
+        return None
+    dtype = model.get("dtype")
+    measure = _Measure(times, peak, _item_bytes(dtype), _width(model), experts_are_split)
+    layers = []
+    for router in routers:
+        rows = [i for i, s in enumerate(times.samples) if s.name == router.name]
+        if rows:
+            layers.append(
+                LayerSpeed(
+                    site=router.site,
+                    name=router.name,
+                    router=measure.router(rows, router),
+                    experts=measure.experts(rows, {router.name: router}),
+                )
+            )
+    everything = list(range(len(times.samples)))
+    return SpeedReport(
+        device=devices[0] if devices else None,
+        dtype=dtype if isinstance(dtype, str) else None,
+        peak_flops_per_s=peak.flops_per_s,
+        peak_bytes_per_s=peak.bytes_per_s,
+        layers=tuple(layers),
+        experts=measure.experts(everything, {r.name: r for r in routers}),
+    )
+
+
+def _item_bytes(dtype: Any) -> int | None:
+    return BYTES_OF.get(dtype) if isinstance(dtype, str) else None
+
+
+def _width(model: dict[str, Any]) -> int | None:
+    width = model.get("hidden_size")
+    return width if isinstance(width, int) and not isinstance(width, bool) and width > 0 else None
+
+
+@dataclass(frozen=True)
+class _Measure:
+    times: CallTimes
+    peak: Peak
+    item_bytes: int | None
+    width: int | None
+    experts_are_split: bool
+
+    def router(self, rows: Sequence[int], router: RouterInfo) -> Rate:
+        samples = [self.times.samples[i] for i in rows]
+        tokens = sum(s.tokens for s in samples)
+        items = None
+        if self.width is not None:
+            weights = len(samples) * (router.router_flops_per_token // 2)
+            items = weights + tokens * (self.width + router.num_experts)
+        return self._rate(sum(s.router_flops for s in samples), rows, ROUTER, items)
+
+    def experts(self, rows: Sequence[int], routers: dict[str, RouterInfo]) -> Rate:
+        samples = [self.times.samples[i] for i in rows]
+        items = None
+        if self.width is not None:
+            items = sum(expert_items(s, routers[s.name], self.width) for s in samples)
+        rate = self._rate(sum(s.expert_flops for s in samples), rows, EXPERTS, items)
+        if self.experts_are_split:
+            return replace(
+                rate, flops_per_s=None, share_of_peak=None, least_bytes=None, intensity=None, bound=None
+            )
+        return rate
+
+    def _rate(self, flops: int, rows: Sequence[int], phase: int, items: int | None) -> Rate:
+        work_ns = int(self.times.work_ns(self.times.forward)[rows, phase].sum())
+        per_s = flops / work_ns * 1e9 if work_ns and flops else None
+        peak = self.peak
+        least = items * self.item_bytes if items is not None and self.item_bytes is not None else None
+        intensity = flops / least if least and flops else None
+        bound: Bound | None = None
+        if intensity is not None and peak.flops_per_s is not None and peak.bytes_per_s is not None:
+            bound = "memory" if intensity < peak.flops_per_s / peak.bytes_per_s else "arithmetic"
+        return Rate(
+            flops=flops,
+            work_us=work_ns / 1000,
+            flops_per_s=per_s,
+            share_of_peak=per_s / peak.flops_per_s if per_s and peak.flops_per_s else None,
+            least_bytes=least,
+            intensity=intensity,
+            bound=bound,
+        )
+
+
+def expert_items(sample: RoutingSample, router: RouterInfo, width: int) -> int:
+    """Numbers that a call of the experts must move: weights of the experts hit, each slot in and out."""
+    hit = int(np.count_nonzero(sample.assignments))
+    return hit * (router.expert_flops_per_slot // 2) + 2 * sample.computed_slots * width

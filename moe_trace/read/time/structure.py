@@ -1,0 +1,205 @@
+"""Tell the phases of an MoE layer apart by the structure of the operators inside its ranges.
+
+Not by the names of kernels, which differ with every device and version, but by what the operators are to
+each other: the experts' matrix products are the landmarks.
+
+    router     the router's own range
+    dispatch   in the experts: what comes before the first product (sort, gather, all-to-all), and gathers
+               of rows or weights between products
+    experts    from product to product: the products and the activation between them
+    combine    what comes after the last product (weighting, scatter, sum, all-to-all)
+    shared     products outside the router and the experts, and what stands between them: shared experts
+    other      the rest of the block
+
+A loop over experts repeats dispatch, experts and combine within one call. A stretch between two products is
+such a seam if it writes results back (index_add_, scatter, index_put_): up to the last such write it is
+combine, after it dispatch for the next expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.time.blocks import Blocks
+
+Phase = Literal["router", "dispatch", "experts", "combine", "shared", "other"]
+PHASES: tuple[Phase, ...] = ("router", "dispatch", "experts", "combine", "shared", "other")
+ROUTER, DISPATCH, EXPERTS, COMBINE, SHARED, OTHER = range(len(PHASES))
+
+
+def _aten(*names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names)
+
+
+# fmt: off
+PRODUCTS = _aten(
+    "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum", "mkldnn_linear", "_grouped_mm",
+    "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_int_mm",
+    "_weight_int4pack_mm", "_weight_int8pack_mm",
+)
+GATHERS = _aten("index", "index_select", "gather", "take", "take_along_dim")
+WRITES = _aten(
+    "index_add", "index_add_", "index_put", "index_put_", "_index_put_impl_", "index_copy", "index_copy_",
+    "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Steps:
+    """I outermost operators and launches inside blocks, sorted by thread and time. [I] arrays."""
+
+    block: npt.NDArray[np.int64]
+    phase: npt.NDArray[np.int64]
+    """Index into `PHASES`."""
+    thread: npt.NDArray[np.int64]
+    start_ns: npt.NDArray[np.int64]
+    end_ns: npt.NDArray[np.int64]
+
+    def at(self, thread: npt.NDArray, time_ns: npt.NDArray) -> npt.NDArray[np.int64]:
+        """For each (thread, time) the step that it falls into, or -1."""
+        found = np.full(len(time_ns), -1, dtype=np.int64)
+        for one in np.unique(self.thread):
+            low, high = np.searchsorted(self.thread, [one, one + 1])
+            mine = np.flatnonzero(thread == one)
+            step = low + np.searchsorted(self.start_ns[low:high], time_ns[mine], "right") - 1
+            inside = (step >= low) & (time_ns[mine] <= self.end_ns[step])
+            found[mine[inside]] = step[inside]
+        return found
+
+
+def find_steps(events: EventTable, blocks: Blocks) -> Steps:
+    """The outermost operators and launches of each block, with their phases."""
+    host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
+    host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
+    block = _enclosing_block(host, blocks)
+    inside = block >= 0
+    host, block = host.select(inside), block[inside]
+    outermost = _outermost(host, block)
+    step = np.cumsum(outermost) - 1
+    phase = _phases(
+        blocks,
+        block=block[outermost],
+        start_ns=host.start_ns[outermost],
+        products=_holding(host, step, PRODUCTS),
+        gathers=_named(host, GATHERS)[outermost],
+        writes=_holding(host, step, WRITES),
+    )
+    return Steps(
+        block=block[outermost],
+        phase=phase,
+        thread=host.thread[outermost].astype(np.int64),
+        start_ns=host.start_ns[outermost],
+        end_ns=host.end_ns[outermost],
+    )
+
+
+def _enclosing_block(host: EventTable, blocks: Blocks) -> npt.NDArray[np.int64]:
+    found = np.full(len(host), -1, dtype=np.int64)
+    for thread in np.unique(blocks.thread):
+        low, high = np.searchsorted(blocks.thread, [thread, thread + 1])
+        first, last = np.searchsorted(host.thread, [thread, thread + 1])
+        block = low + np.searchsorted(blocks.start_ns[low:high], host.start_ns[first:last], "right") - 1
+        fits = (block >= low) & (host.end_ns[first:last] <= blocks.end_ns[block])
+        found[first:last] = np.where(fits, block, -1)
+    return found
+
+
+def _outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
+    """Whether no other row of the same block holds the row; rows are sorted by start, longest first."""
+    if not len(host):
+        return np.zeros(0, dtype=bool)
+    # One running maximum for all blocks: each is moved behind all before it.
+    origin = int(host.start_ns.min())
+    stride = int(host.end_ns.max()) - origin + 1
+    starts = host.start_ns - origin + block * stride
+    ends = np.maximum.accumulate(host.end_ns - origin + block * stride)
+    outermost = np.ones(len(host), dtype=bool)
+    outermost[1:] = starts[1:] >= ends[:-1]
+    return outermost
+
+
+def outermost_slices(slices: EventTable) -> EventTable:
+    """The slices that no other slice of their thread holds."""
+    ordered = slices.select(np.lexsort((-slices.duration_ns, slices.start_ns, slices.thread)))
+    return ordered.select(_outermost(ordered, ordered.thread.astype(np.int64)))
+
+
+def _named(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:
+    wanted = np.array([name in names for name in host.names], dtype=bool)
+    return wanted[host.name] if len(wanted) else np.zeros(len(host), dtype=bool)
+
+
+def _holding(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.NDArray[np.bool_]:
+    """Whether the outermost row, or a row inside it, has one of the names."""
+    holding = np.zeros(int(step[-1]) + 1 if len(step) else 0, dtype=bool)
+    holding[step[_named(host, names)]] = True
+    return holding
+
+
+def _phases(
+    blocks: Blocks,
+    *,
+    block: npt.NDArray,
+    start_ns: npt.NDArray,
+    products: npt.NDArray[np.bool_],
+    gathers: npt.NDArray[np.bool_],
+    writes: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.int64]:
+    router, experts = blocks.router_ns[block], blocks.experts_ns[block]
+    in_router = (start_ns >= router[:, 0]) & (start_ns < router[:, 1])
+    in_experts = ~in_router & (start_ns >= experts[:, 0]) & (start_ns < experts[:, 1])
+    phase = np.full(len(block), OTHER, dtype=np.int64)
+    phase[in_router] = ROUTER
+    rows = np.flatnonzero(in_experts)
+    phase[rows] = _in_experts(block[rows], products[rows], gathers[rows], writes[rows])
+    rows = np.flatnonzero(~in_router & ~in_experts)
+    before = (start_ns < router[:, 0]).astype(np.int64) + (start_ns < experts[:, 0])
+    stretch = (block * 3 + before)[rows]
+    _, stretch = np.unique(stretch, return_inverse=True)
+    first, last = _first_and_last(stretch, products[rows])
+    position = np.arange(len(rows))
+    phase[rows[(position >= first[stretch]) & (position <= last[stretch])]] = SHARED
+    return phase
+
+
+def _in_experts(
+    block: npt.NDArray,
+    products: npt.NDArray[np.bool_],
+    gathers: npt.NDArray[np.bool_],
+    writes: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.int64]:
+    if not len(block):
+        return np.zeros(0, dtype=np.int64)
+    _, call = np.unique(block, return_inverse=True)
+    position = np.arange(len(block))
+    first, last = _first_and_last(call, products)
+    known = np.bincount(call[products], minlength=len(first)) > 0
+    phase = np.full(len(block), EXPERTS, dtype=np.int64)
+    phase[known[call] & (position < first[call])] = DISPATCH
+    phase[known[call] & (position > last[call])] = COMBINE
+    between = known[call] & ~products & (position > first[call]) & (position < last[call])
+    # The stretches between products are told apart by how many products came before.
+    stretch = np.cumsum(products)
+    last_write = np.full(int(stretch[-1]) + 1, -1, dtype=np.int64)
+    np.maximum.at(last_write, stretch[between & writes], position[between & writes])
+    seam = between & (last_write[stretch] >= 0)
+    phase[seam] = np.where(position <= last_write[stretch], COMBINE, DISPATCH)[seam]
+    phase[between & ~seam & gathers] = DISPATCH
+    return phase
+
+
+def _first_and_last(group: npt.NDArray, marked: npt.NDArray[np.bool_]) -> tuple[npt.NDArray, npt.NDArray]:
+    """Positions of the first and last marked row of each group; an empty interval where there is none."""
+    groups = int(group.max()) + 1 if len(group) else 0
+    position = np.flatnonzero(marked)
+    first = np.full(groups, len(group), dtype=np.int64)
+    last = np.full(groups, -1, dtype=np.int64)
+    np.minimum.at(first, group[position], position)
+    np.maximum.at(last, group[position], position)
+    return first, last

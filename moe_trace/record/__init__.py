@@ -1,0 +1,1 @@
+"""Recording: from forward hooks to samples. The only half that needs torch."""

@@ -1,0 +1,135 @@
+"""Router calls that were reduced together, on their way from the device to `RoutingSample`s."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_trace.data.schema import RouterInfo, RoutingSample
+from moe_trace.record.call import CallRecord
+from moe_trace.record.parallel.sending import sent_counts
+from moe_trace.record.reduce.stats import FLOAT_FIELDS
+
+
+@dataclass(slots=True)
+class Batch:
+    """Calls reduced together; the figures move from the device to pinned memory to numpy."""
+
+    records: list[CallRecord]
+    top_k: int
+    tokens: int
+    num_experts: int
+    classes: int
+    """Logits per token, which may be more than the experts; 0 without true logits."""
+    ints: Any
+    floats: Any
+    stream: int = 0
+    copied: torch.cuda.Event | None = None
+    samples: list[RoutingSample] | None = None
+
+    def drop(self, count: int) -> None:
+        """Forget the first calls."""
+        del self.records[:count]
+        self.ints, self.floats = self.ints[count:], self.floats[count:]
+        if self.samples is not None:
+            del self.samples[:count]
+
+    def to_samples(self) -> list[RoutingSample]:
+        """One sample per call. Waits for the copy."""
+        if self.samples is None:
+            self._to_numpy()
+            rows = zip(self.records, self.ints, self.floats, strict=True)
+            self.samples = [_sample(self, record, ints, floats) for record, ints, floats in rows]
+        return self.samples
+
+    def unpin_if_copied(self) -> None:
+        """Move a finished copy out of pinned memory, which is scarce."""
+        if self.copied is not None and self.copied.query():
+            self._to_numpy()
+
+    def _to_numpy(self) -> None:
+        if isinstance(self.ints, Tensor):
+            if self.copied is not None:
+                self.copied.synchronize()
+            self.ints = self.ints.cpu().numpy().copy()
+            self.floats = self.floats.cpu().numpy().copy()
+            self.copied = None
+
+
+def _sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
+    experts, k = batch.num_experts, batch.top_k
+    assignments = ints[:experts]
+    zero_weight, out_of_range = int(ints[experts]), int(ints[experts + 1])
+    k_histogram = ints[experts + 2 : experts + 3 + k]
+    padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
+    info = record.site.info
+    computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
+    means = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
+    return RoutingSample(
+        site=info.site,
+        name=info.name,
+        layer=info.layer,
+        call=record.call,
+        step=record.step,
+        phase=record.phase,
+        stage=record.stage,
+        tokens=batch.tokens,
+        top_k=k,
+        assignments=assignments,
+        skipped=zero_weight + out_of_range,
+        computed_slots=computed,
+        padding_assignments=padding,
+        nonfinite_tokens=batch.tokens - finite if batch.classes else 0,
+        k_histogram=k_histogram,
+        router_flops=info.router_flops_per_token * batch.tokens,
+        expert_flops=info.expert_flops_per_slot * computed,
+        memory_allocated_bytes=record.memory_bytes,
+        host_start_ns=record.start_ns,
+        host_end_ns=record.end_ns,
+        thread=record.thread,
+        profiled=record.profiled,
+        aux_loss=_aux_loss(batch, sums, finite),
+        in_graph=record.in_graph,
+        graph_forward=record.graph_forward,
+        dispatched=sent_counts(ints, record.sending, experts),
+        slot_bytes=None if record.sending is None else record.sending.slot_bytes,
+        **means,
+    )
+
+
+def _aux_loss(batch: Batch, sums: np.ndarray, finite: int) -> float | None:
+    """Load balancing loss of one call: E x sum of (slots / T) x (mean probability)."""
+    if batch.classes != batch.num_experts or finite == 0:
+        return None
+    return batch.num_experts * float(sums[FLOAT_FIELDS.index("load_x_prob")]) / (batch.tokens * finite)
+
+
+def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:
+    """Rows that an expert multiplied: those of weight 0 too, those of identity experts not."""
+    if info.every_expert_computes:
+        return tokens * info.num_experts
+    return int(assignments[: len(assignments) - info.identity_experts].sum()) + zero_weight
+
+
+_MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
+
+
+def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | None]:
+    if finite == 0:
+        return dict.fromkeys(_MEANS)
+    mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
+    entropy = max(0.0, mean["entropy"])
+    # With one expert there is nothing to be unsure of.
+    confidence = 1.0 - entropy / math.log(classes) if classes > 1 else 1.0
+    return {
+        "router_entropy": entropy,
+        "confidence": confidence,
+        "top1_prob": mean["top1_prob"],
+        "topk_mass": mean["topk_mass"],
+        "z_loss": mean["z_loss"],
+    }

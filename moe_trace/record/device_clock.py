@@ -1,0 +1,136 @@
+"""Time modules on the device without a profiler: CUDA events from a pool, read when the run is over.
+
+On a CPU, where a module is done when it returns, the host's clock tells the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_trace.data.schema import RangeKind
+
+ClockName = Literal["host", "cuda_event"]
+
+# Unread pairs of events kept at most; beyond it, pairs that the device has passed are read early, which
+# does not wait for it. A pair costs under 1 KB.
+_UNREAD_PAIRS_MAX = 2**16
+
+
+@dataclass(slots=True)
+class Mark:
+    """One timed call of a module; times in milliseconds once `clock` has been decided."""
+
+    device: torch.device
+    start_ns: int
+    end_ns: int = 0
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+
+@dataclass(slots=True)
+class CallTimes:
+    """How long one router call took; None where it was not timed."""
+
+    device: str
+    clock: ClockName
+    router_ms: float | None = None
+    experts_ms: float | None = None
+
+
+class DeviceClock:
+    """A `CallClock`: never waits for the device until `read`.
+
+    The time between two CUDA events is what passed on the stream between them: kernels and the gaps while
+    the device waited for the host to launch the next one.
+
+    Args:
+        capacity: router calls whose times are kept; beyond it the oldest are dropped.
+    """
+
+    def __init__(self, *, capacity: int = 100_000) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._free: dict[torch.device, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        self._unread: deque[tuple[CallTimes, RangeKind, Mark]] = deque()
+        self._times: dict[tuple[str, int], CallTimes] = {}
+
+    def start(self, args: tuple[Any, ...]) -> Mark:
+        """Begin to time a module that was called with `args`, on the device of its first tensor."""
+        device = _device(args)
+        mark = Mark(device, time.perf_counter_ns())
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            mark.events = self._take(device)
+            mark.events[0].record(torch.cuda.current_stream(device))
+        return mark
+
+    def stop(self, mark: Mark) -> None:
+        """The module has returned."""
+        mark.end_ns = time.perf_counter_ns()
+        if mark.events is not None:
+            mark.events[1].record(torch.cuda.current_stream(mark.device))
+
+    def keep(self, name: str, call: int, kind: RangeKind, mark: Mark) -> None:
+        """File the mark under its router call."""
+        clock: ClockName = "cuda_event" if mark.events is not None else "host"
+        with self._lock:
+            times = self._times.get((name, call))
+            if times is None:
+                times = self._times[name, call] = CallTimes(str(mark.device), clock)
+                while len(self._times) > self._capacity:
+                    del self._times[next(iter(self._times))]
+            if mark.events is None:
+                _file(times, kind, (mark.end_ns - mark.start_ns) / 1e6)
+            else:
+                self._unread.append((times, kind, mark))
+
+    def read(self) -> dict[tuple[str, int], CallTimes]:
+        """(module path of the router, call) -> times. Waits for the device."""
+        with self._lock:
+            while self._unread:
+                self._read_oldest()
+            return dict(self._times)
+
+    def _take(self, device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            if not free and len(self._unread) >= _UNREAD_PAIRS_MAX:
+                while self._unread and _passed(self._unread[0][2]):
+                    self._read_oldest()
+            if free:
+                return free.pop()
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def _read_oldest(self) -> None:
+        times, kind, mark = self._unread.popleft()
+        if mark.events is None:  # for the type checker: only marks with events wait to be read
+            return
+        begin, end = mark.events
+        end.synchronize()
+        _file(times, kind, begin.elapsed_time(end))
+        self._free.setdefault(mark.device, []).append(mark.events)
+        mark.events = None
+
+
+def _passed(mark: Mark) -> bool:
+    return mark.events is None or mark.events[1].query()
+
+
+def _file(times: CallTimes, kind: RangeKind, milliseconds: float) -> None:
+    if kind == "router":
+        times.router_ms = milliseconds
+    else:
+        times.experts_ms = milliseconds
+
+
+def _device(args: Iterable[Any]) -> torch.device:
+    for value in args:
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")

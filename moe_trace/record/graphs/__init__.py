@@ -1,0 +1,1 @@
+"""Recording inside compiled code and CUDA graphs."""

@@ -1,0 +1,120 @@
+"""Which parts of a model are compiled, and what to say where the tracer came too late."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from moe_trace.record.tracer import MoETracer
+
+_EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
+_FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def run_hooks_in_python(functions: Iterable[Callable[..., Any]]) -> None:
+    """Keep dynamo from compiling these hooks as graphs of their own.
+
+    It does so where it begins at a module's forward and not at the call round it, as `torch.compile(model)`
+    does. A hook that is inlined into a larger graph is still traced. (`torch.compiler.disable` would break
+    that graph.) Without torch's private function for it they are compiled, which is slower and no less true.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+        for function in functions:
+            eval_frame.set_code_exec_strategy(function.__code__, skip)
+    except (ImportError, AttributeError):
+        return
+
+
+def give_stable_id(handle: RemovableHandle) -> None:
+    """Rename a hook in its module to the first free of a few fixed ids.
+
+    Dynamo compiles the ids of hooks into its guards: with torch's running numbers, layers could not share
+    their code, and hooks that are taken off and put on again would be compiled again.
+    """
+    try:
+        dicts = [handle.hooks_dict_ref(), *(ref() for ref in handle.extra_dict_ref)]
+    except AttributeError:  # another torch keeps its handles differently: only compile time is lost
+        return
+    hooks = dicts[0]
+    stable = next(i for i in range(_FIRST_STABLE_ID, _FIRST_STABLE_ID + len(hooks) + 1) if i not in hooks)
+    for entries in dicts:
+        if handle.id in entries:
+            entries[stable] = entries.pop(handle.id)
+    handle.id = stable
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Paths of the modules that torch.compile was applied to, as far as the modules themselves tell.
+
+    `compiled = torch.compile(model)` leaves `model` as it is: only `compiled` tells.
+    """
+    return [name or type(model).__name__ for name, module in model.named_modules() if _is_compiled(module)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    own: dict[str, Any] = module.__dict__
+    if own.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules:
+        return True
+    return hasattr(own.get("forward"), "_torchdynamo_orig_callable") or hasattr(
+        own.get("__call__"), "_torchdynamo_orig_callable"
+    )
+
+
+def called_through_compile() -> bool:
+    """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _EVAL_FRAME:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def something_was_compiled() -> bool:
+    """Whether dynamo has compiled any code in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["frames"].get("ok", 0) > 0
+
+
+def warn_of_silent_forwards(count: int) -> None:
+    """Say loudly that compiled code ran without hooks beside code that has them."""
+    warnings.warn(
+        f"no router call was seen in {count} forwards, and code was compiled in this process: code that was "
+        "compiled while the tracer was off, or for another model of the same class, has no hooks in it and "
+        "may be used again. Call tracer.recompile() after starting the tracer; where two models of a class "
+        "are compiled, set torch._dynamo.config.skip_nnmodule_hook_guards = False before either is",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def warn_if_compiled_before(tracer: MoETracer) -> None:
+    """Say loudly that hooks which were put on after the first compiled call are not in the compiled code."""
+    if tracer.called or not something_was_compiled():
+        return
+    parts = compiled_parts(tracer.model)
+    which = f"{parts[0]} is compiled" if parts else "compiled code ran in this process"
+    warnings.warn(
+        f"no router call of {type(tracer.model).__name__} was recorded, and {which}: code that was compiled "
+        "before the tracer was on has no hooks in it. Start the tracer before the first compiled call, or "
+        "call tracer.recompile() after starting it, and run the model again",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,207 @@
+"""Decisions that were made inside compiled code and CUDA graphs: from the rings to the recorder.
+
+    write    plain tensor work that becomes part of the graph                  graph_ring.py, graph_rings.py
+    ship     all rings reduced in one batch of kernels, copied asynchronously  graph_shipment.py
+    drain    wait; attribute each row to its forward and step; hand it over    graph_forwards.py
+
+This module says when: rings are shipped before one of them is full.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe_trace.data.schema import GraphMark
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.call import CallRecord
+from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, HostForward, Segment
+from moe_trace.record.graphs.memory import is_capturing
+from moe_trace.record.graphs.ring import STAGES, unpad
+from moe_trace.record.graphs.rings import ModelRings
+from moe_trace.record.graphs.shipment import NewRows, Shipment, ship
+from moe_trace.record.recorder import Recorder
+
+
+class GraphRecorder:
+    """Ships the rings of a model in time, and hands what they held to its recorder.
+
+    Args:
+        started: called while tracing or capturing, whenever a graph takes up the hooks.
+        forwards: returns how many forwards the host has seen.
+        samples_step: whether the decisions of a step are wanted.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[RouterSite],
+        recorder: Recorder,
+        *,
+        started: Callable[[], None],
+        forwards: Callable[[], int],
+        samples_step: Callable[[int], bool],
+    ) -> None:
+        self.forwards = GraphForwards(forwards, samples_step)
+        self.rings = ModelRings(sites, self.forwards, started=started, counting=self._counting)
+        self.calls = [0] * len(sites)
+        """Calls drained so far, by router."""
+        self._routers = list(sites)
+        self._recorder = recorder
+        self._lock = threading.RLock()
+        self._shipped: deque[Shipment] = deque()
+        self._unshipped = 0
+        """Forwards that the host saw begin since the rings were shipped."""
+        self._shipped_at = 0
+        self._shipped_epoch = 0
+        """The forward under way when the rings were shipped last."""
+        self._drained = [0] * len(sites)
+        """The last forward whose row was drained, by router."""
+        self._written_over = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether any graph writes into a ring."""
+        return bool(self.rings.counters)
+
+    @property
+    def overwritten(self) -> int:
+        """Decisions that were lost."""
+        return self._written_over + self.forwards.forgotten
+
+    def marks(self) -> tuple[GraphMark, ...]:
+        """The marks that were set while a profiler recorded. Waits for their copies."""
+        with self._lock:
+            return self.forwards.marks()
+
+    def _counting(self, before: int) -> None:
+        """A counter was made; the first forward that it counts is the one after `before`."""
+        self._drained = [before] * len(self._routers)
+        if self.forwards.remember():
+            self._unshipped = 1
+
+    # -- in the forward's time ------------------------------------------------------------------------
+
+    def start_on_host(self, forward: HostForward) -> None:
+        """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full."""
+        self.forwards.begin(forward)
+        if not self.writes:
+            return
+        self.forwards.remember()
+        if self._unshipped >= self.rings.slots:
+            self.ship()
+        self._unshipped += 1
+        self.rings.start_on_host(self.forwards.epoch, forward.stage)
+
+    def mark(self, segment: Segment, *, in_trace: bool) -> None:
+        """All forwards since the last mark belong to `segment`; nothing waits.
+
+        Args:
+            in_trace: a profiler records, so that the copy of the count will stand in its trace.
+        """
+        if not self._may_read():
+            return
+        with self._lock:
+            known = self.forwards.mark(segment, self.rings.counters[0].forwards, in_trace=in_trace)
+            if known - self._shipped_at >= max(1, self.rings.slots // 2):
+                self._shipped_at = known
+                self.ship()
+
+    def ship(self) -> None:
+        """Reduce all rings and start their copies to the host; nothing waits."""
+        by_shape = self.rings.by_shape()
+        with self._lock, torch.no_grad():
+            self._unshipped = 0
+            self._shipped_epoch = self.forwards.epoch
+            for shape, indices in by_shape.items():
+                rings = [getattr(self.rings.sites[index], shape.kind) for index in indices]
+                self._shipped.append(ship(shape, indices, rings))
+            if sum(shipped.rows for shipped in self._shipped) > self._recorder.capacity + REMEMBERED:
+                self._take()  # the recorder keeps to its capacity, and counts what it drops
+
+    # -- when samples are wanted ----------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Hand every decision made so far to the recorder. Waits for the device."""
+        if not self._may_read():
+            return
+        with self._lock:
+            self.ship()
+            self._take()
+
+    def collect(self) -> None:
+        """Hand what was shipped to the recorder. Waits for the copies; may run on any thread."""
+        for shipped in list(self._shipped):
+            shipped.wait()
+        with self._lock:
+            self._take()
+
+    def _may_read(self) -> bool:
+        return self.writes and not is_capturing(self.rings.counters[0].device)
+
+    def _take(self) -> None:
+        new = [NewRows(shipped, self._drained) for shipped in self._shipped]
+        self._shipped.clear()
+        segments = self.forwards.segments()
+        before, found = list(self._drained), [set[int]() for _ in self._routers]
+        seen_by_host = self.forwards.seen_by_host(self._shipped_epoch)
+        in_order = sorted(
+            ((forward, index, row, rows) for rows in new for index, row, forward in rows.each()),
+            key=lambda item: item[:2],
+        )
+        for forward, index, row, rows in in_order:
+            if forward not in found[index]:  # else shipped twice
+                found[index].add(forward)
+                self._store(rows, index, row, forward, segments)
+        for index, forwards in enumerate(found):
+            if forwards:
+                self._drained[index] = max(forwards)
+                self._count_lost(index, before[index], forwards, seen_by_host)
+        self.forwards.forget(min(self._drained), self._shipped_epoch)
+
+    def _store(
+        self, rows: NewRows, index: int, row: int, forward: int, segments: list[tuple[int, Segment]]
+    ) -> None:
+        header = rows.headers[row]
+        epoch, code, tokens = self.forwards.full_epoch(int(header[1])), int(header[2]), int(header[3])
+        record = CallRecord(
+            site=self._routers[index],
+            call=self.calls[index],
+            step=0,
+            phase="forward",
+            stage=STAGES[(code >> 1) & 3],
+            start_ns=0,
+            end_ns=0,
+            thread=0,
+            profiled=False,
+            padding_T=None,
+            in_graph=True,
+            order=(epoch, 0),
+        )
+        if code & 1:
+            record.order = (epoch, forward)
+            wanted = self.forwards.attribute_to_segment(record, forward, segments)
+        else:
+            wanted = self.forwards.attribute_to_host(record, epoch)
+        if wanted:
+            self.calls[index] += 1
+            ints, shape = rows.ints[row : row + 1].clone(), rows.shape
+            unpad(shape, ints, tokens)
+            self._recorder.add_reduced(
+                [record],
+                ints=ints,
+                floats=rows.floats[row : row + 1],
+                tokens=tokens,
+                top_k=shape.top_k,
+                num_experts=shape.num_experts,
+                classes=shape.classes,
+            )
+
+    def _count_lost(self, index: int, last: int, forwards: set[int], seen_by_host: int) -> None:
+        """Rows written over before anybody shipped them; the host's forwards are shipped in time."""
+        span = max(forwards) - last
+        slots = min(ring.slots for ring in self.rings.sites[index].all())
+        if span > slots:
+            self._written_over += max(0, span - len(forwards) - seen_by_host)

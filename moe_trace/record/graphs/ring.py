@@ -1,0 +1,212 @@
+"""Static device buffers that compiled code and CUDA graphs write decisions into.
+
+Python does not run when a graph is replayed, so neither references nor the host's clock are to be had
+there. What can be had is plain tensor work that becomes part of the graph: each router copies its decision
+into its own ring, at the slot that the device itself counts.
+
+A row of a ring is float32: [forward number, epoch, code, tokens, ...]. Small calls are copied raw, which
+Inductor makes one kernel of, and reduced together later; large ones are reduced inside the graph, so that a
+row has one width. Shape suffixes: S sites, T tokens, E experts, K slots per token, C logits per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_trace.data.schema import Stage
+from moe_trace.find.contracts import Reading
+from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
+
+HEADER = 4
+EXACT = 2**24  # integers below this are exact in float32
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
+
+RingKind = Literal["small", "medium", "reduced"]
+_TOKENS: dict[RingKind, int] = {"small": 4, "medium": 64}  # calls of up to so many tokens are copied raw
+_BYTES = 16 * 2**20  # of each kind of ring, over all sites
+_SLOTS: dict[RingKind, int] = {"small": 1024, "medium": 1024, "reduced": 256}  # at most; forwards
+
+
+class ForwardCounter:
+    """Counts forwards on the device, whoever starts them: an eager hook, compiled code, a graph's replay.
+
+    `forwards` counts them; `code` is epoch << 8 | stage << 1 | counted inside a graph. The host starts an
+    epoch with each forward that it sees, and keeps that forward's times under it. Both have no dimension:
+    a compiler that takes sizes for symbols would compare theirs with those of the batch.
+    """
+
+    def __init__(self, device: torch.device, *, forwards: int, epoch: int) -> None:
+        self.device = device
+        self.forwards = torch.full((), forwards, dtype=torch.int64, device=device)
+        self.code = torch.full((), epoch << 8, dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.forwards)
+        torch._dynamo.mark_static_address(self.code)
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """All that graphs write to."""
+        return self.forwards, self.code
+
+    def start_on_host(self, epoch: int, stage: Stage) -> None:
+        """Two launches, no copy from the host, so nothing waits."""
+        self.forwards.add_(1)
+        self.code.fill_((epoch << 8) | (STAGES.index(stage) << 1))
+
+    def start_in_graph(self) -> None:
+        """Traced or captured; the code of such a forward is known by then, and needs no memory."""
+        self.forwards.add_(1)
+
+
+@dataclass(frozen=True)
+class RingShape:
+    """What rings must have in common to be reduced together."""
+
+    num_experts: int
+    top_k: int
+    classes: int
+    """C; 0 where the router has no true logits."""
+    kind: RingKind
+    slots: int
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Floats of a row."""
+        if self.kind == "reduced":
+            return HEADER + self.ints_width + len(FLOAT_FIELDS)
+        return HEADER + _TOKENS[self.kind] * self.token_width
+
+    @property
+    def token_width(self) -> int:
+        return 2 * self.top_k + self.classes
+
+    @property
+    def ints_width(self) -> int:
+        return self.num_experts + 2 + self.top_k + 1 + 2
+
+
+def ring_kind(tokens: int) -> RingKind:
+    """Where a call of so many tokens is written."""
+    return "small" if tokens <= _TOKENS["small"] else "medium" if tokens <= _TOKENS["medium"] else "reduced"
+
+
+class GraphRing:
+    """One ring of one router: `data` is flat, [slots * width].
+
+    Args:
+        sites: number of routers that share the memory bound.
+    """
+
+    def __init__(
+        self,
+        kind: RingKind,
+        *,
+        num_experts: int,
+        top_k: int,
+        classes: int,
+        sites: int,
+        counter: ForwardCounter,
+    ) -> None:
+        one = RingShape(num_experts, top_k, classes, kind, 1, counter.device)
+        slots = max(1, min(_SLOTS[kind], _BYTES // (4 * one.width * sites)))
+        self.shape = RingShape(num_experts, top_k, classes, kind, slots, counter.device)
+        self.width, self.slots = self.shape.width, slots
+        self.num_experts = num_experts
+        self.counter = counter
+        self.data = torch.zeros(slots * self.width, device=counter.device)
+        # CUDA graphs may write to it and copy nothing.
+        torch._dynamo.mark_static_address(self.data)
+
+    def raw(self, reading: Reading) -> Tensor:
+        """What `put` writes of a call as it is, [T * (2 K + C)]; plain tensor work only."""
+        parts = [reading.index_TK, reading.weights_TK]
+        if reading.logits_TE is not None:
+            parts.append(reading.logits_TE)
+        return _side_by_side([part.detach().float() for part in parts]).flatten()
+
+    def reduced(self, reading: Reading) -> Tensor:
+        """What `put` writes of a call that is reduced first; plain tensor work only."""
+        logits = reading.logits_TE
+        stats = routing_stats(
+            None if logits is None else logits.detach().unsqueeze(0),
+            reading.weights_TK.detach().unsqueeze(0),
+            reading.index_TK.unsqueeze(0),
+            self.num_experts,
+            None,
+        )
+        return torch.cat([stats.ints[0].float(), stats.floats[0]])
+
+    def put(self, body: Tensor, tokens: int, code: int | None) -> None:
+        """Write the row of a call into the slot of the forward under way.
+
+        Args:
+            code: of the forward, where it is known while tracing; None for what the counter has.
+        """
+        forwards, epoch_and_code = self.counter.forwards, self.counter.code
+        header = [
+            forwards % EXACT,
+            (epoch_and_code >> 8) % EXACT,
+            epoch_and_code & 255 if code is None else torch.full_like(forwards, code),
+            torch.full_like(forwards, tokens),
+        ]
+        row = _side_by_side([*(number.float().view(1) for number in header), body])
+        # One scatter into the flat buffer: a view of it would make functionalisation copy the whole ring.
+        slot = self.counter.forwards % self.slots
+        where = slot * self.width + torch.arange(row.shape[0], device=row.device)
+        self.data.index_put_((where,), row)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat(parts, dim=-1)`.
+
+    While compiling, in a form that every compiler makes a part of the kernel that uses it; what becomes of
+    `cat` depends on its version, its device, and on who else reads the parts.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.cat(list(parts), dim=-1)
+    width, start, joined = sum(part.shape[-1] for part in parts), 0, None
+    for part in parts:
+        padded = torch.nn.functional.pad(part, (start, width - start - part.shape[-1]))
+        joined = padded if joined is None else joined + padded
+        start += part.shape[-1]
+    assert joined is not None
+    return joined
+
+
+def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
+    """(headers [S * slots, 4], figures) of rings of one shape, site by site; nothing waits.
+
+    The figures of raw calls count the rows that a call did not fill as tokens whose slots are all out of
+    range; `unpad` takes them off again.
+    """
+    shape = rings[0].shape
+    rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
+    headers, body = rows[:, :HEADER], rows[:, HEADER:]
+    if shape.kind == "reduced":
+        ints, floats = body.split([shape.ints_width, len(FLOAT_FIELDS)], dim=-1)
+        return headers, PackedStats(ints.round().long(), floats)
+    tokens_LTW = body.view(len(rows), _TOKENS[shape.kind], shape.token_width)
+    index, weights, logits = tokens_LTW.split([shape.top_k, shape.top_k, shape.classes], dim=-1)
+    unused = torch.arange(tokens_LTW.shape[1], device=rows.device) >= headers[:, 3:4]
+    unused_LT1 = unused.unsqueeze(-1)
+    return headers, routing_stats(
+        logits.masked_fill(unused_LT1, torch.nan) if shape.classes else None,
+        weights.masked_fill(unused_LT1, 1.0),
+        index.round().long().masked_fill(unused_LT1, -1),
+        shape.num_experts,
+        None,
+    )
+
+
+def unpad(shape: RingShape, ints: Tensor, tokens: int) -> None:
+    """Take the rows that a call of `tokens` tokens did not fill off its integer figures, in place."""
+    if shape.kind == "reduced":
+        return
+    unused = _TOKENS[shape.kind] - tokens
+    ints[..., shape.num_experts + 1] -= unused * shape.top_k  # out of range
+    ints[..., shape.num_experts + 2] -= unused  # tokens that used no slot

@@ -1,0 +1,237 @@
+"""The rings of a model's routers, and the counters of its forwards: made while a graph is traced or captured.
+
+What is compiled or captured here becomes part of other people's graphs: tensor work alone (`graph_ring.py`).
+All rest runs once, while the graph is being made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_trace.data.schema import Stage
+from moe_trace.find.contracts import Reading
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.graphs.forwards import GraphForwards
+from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
+from moe_trace.record.graphs.ring import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
+
+_CPU = torch.device("cpu")
+
+
+class ForwardInGraph:
+    """The model's forward that is being traced or captured; outside of one, its routers write at once.
+
+    A compiler makes one kernel of all routers' writes when they stand together at the end of the forward, and
+    one for every second router where they stand apart.
+    """
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        self._waiting: list[tuple[GraphRing, Tensor, int]] | None = None
+
+    def start(self, stage_code: int, *, together: bool) -> None:
+        """The model's forward begins.
+
+        Args:
+            together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
+                cannot leave a layer that is checkpointed.
+        """
+        self._code = stage_code << 1 | 1
+        self._waiting = [] if together else None
+
+    def write(self, ring: GraphRing, body: Tensor, tokens: int) -> None:
+        """Write a row, now or at the end."""
+        if self._waiting is None:
+            ring.put(body, tokens, self._code)
+        else:
+            self._waiting.append((ring, body, tokens))
+
+    def end(self) -> None:
+        """The model's forward is over."""
+        for ring, body, tokens in self._waiting or ():
+            ring.put(body, tokens, self._code)
+        self.forget()
+
+    def forget(self) -> None:
+        """No forward is under way; what one left that was interrupted is dropped."""
+        self._code = self._waiting = None
+
+
+class SiteRings:
+    """The rings of one router; each is made when a call that needs it is traced or captured.
+
+    `write` runs inside other people's graphs: nothing but tensor work, and attributes that are the same for
+    all routers of a model, so that layers may share their compiled code.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        forward: ForwardInGraph,
+        allocate: Callable[[SiteRings, RingKind, int, int], None],
+    ) -> None:
+        self.num_experts = num_experts
+        self._forward = forward
+        self.small: GraphRing | None = None
+        self.medium: GraphRing | None = None
+        self.reduced: GraphRing | None = None
+        self.misreads = False
+        self.traced = False
+        """Whether a compiler traced it, rather than a stream captured it."""
+        self._allocate = allocate
+
+    @torch._dynamo.assume_constant_result
+    def prepare(self, kind: RingKind, top_k: int, classes: int) -> int:
+        """Runs while tracing, never in the graph."""
+        self.traced |= not captures_now()
+        if getattr(self, kind) is None:
+            self._allocate(self, kind, top_k, classes)
+        return 0
+
+    @torch._dynamo.assume_constant_result
+    def misread(self) -> int:
+        """A call has another form than its contract expects; runs while tracing, never in the graph."""
+        self.misreads = True
+        return 0
+
+    def write(self, reading: Reading) -> None:
+        """Put a decision into the slot of the forward under way."""
+        tokens, top_k = reading.index_TK.shape
+        classes = 0 if reading.logits_TE is None else reading.logits_TE.shape[-1]
+        kind = ring_kind(tokens)
+        self.prepare(kind, top_k, classes)
+        ring = self.small if kind == "small" else self.medium if kind == "medium" else self.reduced
+        assert ring is not None  # `prepare` made it
+        body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
+        self._forward.write(ring, body, tokens)
+
+    def write_captured(self, reading: Reading) -> None:
+        """The same while a stream is captured into a graph, whose replays will write."""
+        with torch.no_grad():
+            self.write(reading)
+        keep_for_graphs([memory for ring in self.all() for memory in (ring.data, *ring.counter.memory)])
+
+    def all(self) -> Iterator[GraphRing]:
+        yield from (ring for ring in (self.small, self.medium, self.reduced) if ring is not None)
+
+
+class ModelRings:
+    """The rings of all routers of a model, and a counter of its forwards for each device.
+
+    Args:
+        routers: one `SiteRings` is made for each.
+        forwards: what the host knows of the model's forwards.
+        started: called while tracing or capturing, whenever a graph takes up the hooks.
+        counting: called when a counter was made, with the number of the last forward that it does not count.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[RouterSite],
+        forwards: GraphForwards,
+        *,
+        started: Callable[[], None],
+        counting: Callable[[int], None],
+    ) -> None:
+        self._forward = ForwardInGraph()
+        self.sites = [SiteRings(router.info.num_experts, self._forward, self._allocate) for router in routers]
+        self.counters: list[ForwardCounter] = []
+        self._routers = list(routers)
+        self._forwards = forwards
+        self._started = started
+        self._counting = counting
+
+    @property
+    def slots(self) -> int:
+        """Forwards after which the first slot of some ring is written again."""
+        return min((ring.slots for site in self.sites for ring in site.all()), default=1)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a compiler made any of the graphs that write here."""
+        return any(site.traced for site in self.sites)
+
+    def by_shape(self) -> dict[RingShape, list[int]]:
+        """The routers that have a ring of each shape."""
+        found: dict[RingShape, list[int]] = {}
+        for index, site in enumerate(self.sites):
+            for ring in site.all():
+                found.setdefault(ring.shape, []).append(index)
+        return found
+
+    @torch._dynamo.assume_constant_result
+    def prepare(self) -> int:
+        """Make the counters; runs while tracing, never in the graph."""
+        if not self.counters:
+            for device in {_device(site): None for site in self._routers}:
+                self._counter(device)
+            self._counting(self._forwards.seen())  # the one under way is counted by the graph itself
+        self._started()
+        return 0
+
+    def start_in_graph(self, stage_code: int) -> None:
+        """The model's forward begins, inside a graph."""
+        self.prepare()
+        for counter in self.counters:
+            counter.start_in_graph()
+        self._forward.start(stage_code, together=not torch.is_grad_enabled())
+
+    def end_in_graph(self) -> None:
+        """The model's forward is over, inside a graph or behind one that was broken off."""
+        with torch.no_grad():
+            self._forward.end()
+
+    def start_captured(self, stage_code: int) -> None:
+        """The same while a stream is captured into a graph."""
+        with torch.no_grad():
+            self.start_in_graph(stage_code)
+        self._forward.start(stage_code, together=False)  # nobody makes one kernel of what is captured
+        keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
+
+    def start_on_host(self, epoch: int, stage: Stage) -> None:
+        """The same where the model's hook runs eagerly."""
+        self._forward.forget()
+        with torch.no_grad():
+            for counter in self.counters:
+                counter.start_on_host(epoch, stage)
+
+    def _allocate(self, site: SiteRings, kind: RingKind, top_k: int, classes: int) -> None:
+        wanted = self._routers[self.sites.index(site)].info
+        for other, router in zip(self.sites, self._routers, strict=True):
+            # All routers of a kind at once: a layer whose ring appears later could not share their code.
+            alike = (router.info.num_experts, router.info.top_k) == (wanted.num_experts, wanted.top_k)
+            if alike and getattr(other, kind) is None:
+                counter = self._counter(_device(router))
+                with outside_graphs(counter.device):
+                    ring = GraphRing(
+                        kind,
+                        num_experts=site.num_experts or classes,
+                        top_k=top_k,
+                        classes=classes,
+                        sites=len(self.sites),
+                        counter=counter,
+                    )
+                setattr(other, kind, ring)
+        self._started()
+
+    def _counter(self, device: torch.device) -> ForwardCounter:
+        for counter in self.counters:
+            if counter.device == device:
+                return counter
+        seen = self._forwards.seen()
+        with outside_graphs(device):
+            counter = ForwardCounter(device, forwards=seen, epoch=self._forwards.epoch)
+        self.counters.append(counter)
+        self._counting(seen - 1)  # the forward under way is the first that writes
+        return counter
+
+
+def _device(site: RouterSite) -> torch.device:
+    """Where the router's weights are, which is where its decision is made."""
+    for tensor in (*site.router.parameters(), *site.router.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU

@@ -1,0 +1,1 @@
+"""The forward hooks on routers, experts, blocks and the model."""

@@ -1,0 +1,58 @@
+"""How much is hooked now on the routers of a model, whose hooks all threads inside the model share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from moe_trace.record.hooks.site import Level, SiteHooks
+
+
+class HookLevels:
+    """Puts the hooks of all routers on and off, as the forwards under way need them."""
+
+    def __init__(self, hooks: Sequence[SiteHooks]) -> None:
+        self.kept = False
+        """Compiled code has the hooks in it, so they stay on and are muted instead of removed."""
+        self._hooks = hooks
+        self._wanted: dict[int, Level] = {}
+        """By thread inside the model: what its forward needs."""
+        self._level: Level | None = None
+        """What the hooks were set to last; None where they have to be asked one by one."""
+        self._lock = threading.RLock()
+
+    def set(self, level: Level) -> None:
+        """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
+        if level == self._level:
+            return
+        self._level = level
+        for hooks in self._hooks:
+            if self.kept:
+                hooks.muted = level == Level.OFF
+            hooks.set_level(max(level, hooks.level) if self.kept else level)
+
+    def want(self, level: Level) -> None:
+        """The calling thread's forward needs `level`; of all threads, the one that needs most wins."""
+        with self._lock:
+            self._wanted[threading.get_ident()] = level
+            self.set(max(self._wanted.values()))
+
+    def leave(self) -> None:
+        """The calling thread is in no forward any more; hooks change when the next one begins."""
+        self._wanted.pop(threading.get_ident(), None)
+
+    def keep(self) -> None:
+        """Compiled or captured code has the hooks in it from now on. Runs while it is being traced."""
+        self.kept = True
+        self._level = None
+        for hooks in self._hooks:
+            if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
+                hooks.set_level(Level.RANGES)
+
+    def take_off(self) -> None:
+        """Take all hooks off, whoever wants them."""
+        with self._lock:
+            self._wanted.clear()
+            self._level = None
+            for hooks in self._hooks:
+                hooks.set_level(Level.OFF)

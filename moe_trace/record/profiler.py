@@ -1,0 +1,227 @@
+"""`moe_trace.profile`: torch.profiler.profile with the routing of a model in every trace it writes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_trace.data.errors import MoETraceError, OutputError
+from moe_trace.data.files import whole_file
+from moe_trace.find.contracts.forms import class_name
+from moe_trace.find.routers import LayerSelector
+from moe_trace.integrations.scalars import write_scalars
+from moe_trace.record.environment import rank_and_world_size
+from moe_trace.record.hooks.ranges import note_profiler, profiler_is_recording
+from moe_trace.record.tracer import MoETracer
+from moe_trace.timeline.band import Tracks
+from moe_trace.timeline.merge import compress, merge_in_place
+
+_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
+
+
+class profile(torch.profiler.profile):
+    """Drop-in for `torch.profiler.profile` that also records the routing of `model`.
+
+    Args:
+        model: holds the routers.
+        layers, every, warmup, capacity, tracks: see `MoETracer`.
+        profiler_arguments: every argument of `torch.profiler.profile`, unchanged.
+
+    `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` give the figures.
+
+    Raises:
+        NoRoutersFound: the model holds no router that a known contract reads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerSelector = None,
+        every: int = 1,
+        warmup: int = 0,
+        capacity: int = 100_000,
+        tracks: Tracks = ("band",),
+        **profiler_arguments: Any,
+    ) -> None:
+        super().__init__(**profiler_arguments)
+        self.tracer = MoETracer(
+            model, layers=layers, every=every, warmup=warmup, capacity=capacity, tracks=tracks
+        )
+        self.tracer.attach(self)
+
+    def start(self) -> None:
+        """Put the hooks on and start profiling."""
+        self.tracer.start()
+        try:
+            super().start()
+        except BaseException:
+            self.tracer.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop profiling, which calls `on_trace_ready`, and take the hooks off."""
+        try:
+            super().stop()
+        finally:
+            self.tracer.stop()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.tracer.abandon_calls()
+        super().__exit__(kind, error, trace)
+
+
+def attach_tracer(prof: Any, tracer: MoETracer) -> None:
+    """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached."""
+    note_profiler(prof)
+    tracers = getattr(prof, _TRACERS, None)
+    if tracers is not None:
+        if tracer not in tracers:
+            tracers.append(tracer)
+            _mark_begin(prof)
+        return
+    setattr(prof, _TRACERS, [tracer])
+    _mark_steps(prof)
+    _mark_begin(prof)
+    export = prof.export_chrome_trace
+
+    @functools.wraps(export)
+    def export_and_merge(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        _export(lambda plain: export(plain, *args, **kwargs), Path(path), attached_tracers(prof))
+
+    prof.export_chrome_trace = export_and_merge
+
+
+def _mark_steps(prof: Any) -> None:
+    """Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where
+    a trace begins and ends."""
+    for name in ("start", "step", "stop"):
+        method = getattr(prof, name, None)
+        if method is not None:
+            setattr(prof, name, _marking(prof, method))
+
+
+def _marking(prof: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def mark_and_call(*args: Any, **kwargs: Any) -> Any:
+        recorded, action = profiler_is_recording(), getattr(prof, "current_action", None)
+        for tracer in attached_tracers(prof):
+            tracer.mark_graphs()
+        result = method(*args, **kwargs)
+        if not recorded or action == torch.profiler.ProfilerAction.RECORD_AND_SAVE:
+            _mark_begin(prof)
+        return result
+
+    return mark_and_call
+
+
+def _mark_begin(prof: Any) -> None:
+    """What ran before a trace began is not part of it."""
+    if profiler_is_recording():
+        for tracer in attached_tracers(prof):
+            tracer.mark_graphs(profiled=False)
+
+
+def attached_tracers(prof: Any) -> Sequence[MoETracer]:
+    """The tracers attached to a profiler."""
+    return tuple(getattr(prof, _TRACERS, ()))
+
+
+def _export(export: Callable[[str], None], path: Path, tracers: Sequence[MoETracer]) -> None:
+    failure: OSError | None = None
+    with whole_file(path) as target:
+        plain = target.with_suffix("") if path.suffix == ".gz" else target
+        export(str(plain))
+        _require_complete(plain, path)
+        try:
+            _merge_or_warn(plain, tracers)
+        except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
+            failure = error
+        if plain != target:
+            compress(plain, target)
+            plain.unlink()
+    if failure is not None:
+        raise OutputError(
+            f"{path}: the trace was written, but the routing could not be added ({failure.strerror}); "
+            "free some space, then call moe_trace.merge_into(path, tracer.samples())"
+        ) from failure
+
+
+def _require_complete(plain: Path, path: Path) -> None:
+    """Kineto only logs a failed write, so the file itself must tell."""
+    size = plain.stat().st_size if plain.exists() else 0
+    if size:
+        with plain.open("rb") as file:
+            first = file.read(1)
+            file.seek(max(0, size - 64))
+            last = file.read().rstrip()[-1:]
+        if first != b"{" or last == b"}":
+            return
+    raise OutputError(
+        f"{path}: the profiler wrote {'an incomplete trace' if size else 'nothing'}; is the disk full? "
+        "Nothing was left half-written: free some space or choose another folder"
+    )
+
+
+def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
+    """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
+    for tracer in tracers:
+        if not any(tracer.calls_by_router().values()):
+            warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=6)
+    try:
+        merged = merge_in_place(plain, [t.recording() for t in tracers], tracks=tracers[0].tracks)
+    except MoETraceError as error:
+        warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
+        return
+    for tracer, placed in zip(tracers, merged.placed, strict=True):
+        tracer.accept(placed, merged.lost)
+
+
+def _nothing_recorded(tracer: MoETracer) -> str:
+    found = f"found {len(tracer.sites)} routers in {class_name(tracer.model)}, but recorded no call"
+    if tracer.forwards_seen == 0:
+        return f"{found}: the model was not run while the tracer was active"
+    if tracer.forwards_recorded == 0:
+        return (
+            f"{found}: every={tracer.every} and warmup={tracer.warmup} left out all of the "
+            f"{tracer.forwards_seen} forwards; lower them, or run more steps"
+        )
+    return f"{found} in {tracer.forwards_recorded} forwards: its MoE layers did not run through their modules"
+
+
+def tensorboard_trace_handler(
+    dir_name: str | os.PathLike[str], worker_name: str | None = None, use_gzip: bool = False
+) -> Callable[[Any], None]:
+    """An `on_trace_ready` that writes the merged trace and TensorBoard scalars into one folder.
+
+    Args:
+        dir_name: TensorBoard's log folder; made if it is missing.
+        worker_name: unique for each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
+            process group. Each rank then writes a trace of its own, and its scalars into `rank3` below.
+        use_gzip: write `.pt.trace.json.gz`.
+    """
+
+    def handle(prof: Any) -> None:
+        # Only now: the process group may be younger than the handler.
+        rank, world_size = rank_and_world_size()
+        worker, scalars = worker_name, Path(dir_name)
+        if world_size > 1:
+            worker = worker_name or f"{socket.gethostname()}_{os.getpid()}.rank{rank}"
+            scalars /= f"rank{rank}"
+        torch.profiler.tensorboard_trace_handler(str(dir_name), worker, use_gzip)(prof)
+        for tracer in attached_tracers(prof):
+            write_scalars(scalars, tracer.exported_samples)
+
+    return handle

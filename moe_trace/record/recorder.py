@@ -1,0 +1,255 @@
+"""Keep what the hooks saw until it can be reduced, in batches, on the device; bring it to the host late.
+
+Nothing here waits for the device until `drain`. The way of one router call:
+
+    add      references to the router's own tensors, nothing computed            (in the hook)
+    reduce   many calls in one batch of kernels -> two small tensors             (after a forward)
+    ship     many small tensors -> pinned host memory, asynchronously            (every `_SHIP_EVERY` batches)
+    drain    wait for what is under way; build `RoutingSample`s                  (when somebody asks)
+
+A large forward is reduced when it ends. Small ones (decode steps) wait for each other: their tensors are
+a few KB, and one batch of kernels for 32 steps costs what one for a single step would.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
+from moe_trace.find.contracts import Reading
+from moe_trace.record.batch import Batch
+from moe_trace.record.call import CallRecord, PendingCall
+from moe_trace.record.hooks.ranges import profiler_is_recording
+from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.reduce.reduction import groups_of_one_shape, reduce_group
+from moe_trace.record.reduce.streams import on_stream, stream_of_now
+
+_HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
+# ... and beyond which a forward does not wait for the next ones. On a CPU the reduction would stop the model
+# for as long as it takes, so it waits while memory allows; a device works through it beside the host.
+_WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
+_WAITING_CALLS_MAX = 1024
+_PENDING_CALLS_MAX = 8 * _WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
+_SHIP_EVERY = 32
+
+
+class Recorder:
+    """Bounded store of the calls of one tracer. Any thread may add; reductions are serialised.
+
+    Args:
+        capacity: router calls kept; beyond it the oldest are dropped and counted in `overwritten`.
+    """
+
+    def __init__(self, *, capacity: int) -> None:
+        self.capacity = capacity
+        self.overwritten = 0
+        self.unreduced = 0
+        self.may_wait = True
+        """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
+        self._lock = threading.RLock()
+        self._pending: list[PendingCall] = []
+        self._unfinished = 0
+        self._ends_with_backward = False
+        self._held_bytes = 0
+        self._on_device: list[Batch] = []
+        self._on_host: deque[Batch] = deque()
+        self._kept = 0
+        self._dropped: Counter[str] = Counter()
+
+    def add(self, record: CallRecord, reading: Reading) -> None:
+        """Keep references to the call's tensors; reduce early if too much would be kept alive."""
+        pending = PendingCall(record, reading, stream_of_now(reading.index_TK))
+        with self._lock:  # another thread may be taking the list away
+            self._pending.append(pending)
+            self._held_bytes += pending.held_bytes
+            full = self._held_bytes > _HELD_BYTES_MAX or len(self._pending) > _PENDING_CALLS_MAX
+        if full:
+            self.reduce()
+
+    def end_forward(self) -> None:
+        """The model's forward is over: reduce it now, or let it wait for more if it is small."""
+        if not self._pending:  # as in every forward that is not recorded
+            self._ends_with_backward = False
+            return
+        with self._lock:
+            self._ends_with_backward = False
+            small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX
+            if not (small and self.may_wait):
+                self.reduce()
+                return
+            for item in self._pending[self._unfinished :]:
+                item.let_graph_go()
+            self._unfinished = len(self._pending)
+
+    def end_with_backward(self) -> None:
+        """The calls of a recomputation are complete when the backward is, which this thread is in."""
+        if not self._ends_with_backward:
+            self._ends_with_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_forward)
+
+    def _waiting_bytes(self) -> int:
+        device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"
+        return _WAITING_BYTES_MAX.get(device, 0)
+
+    def reduce(self) -> None:
+        """Reduce all pending calls on their devices, without waiting for any."""
+        if not self._pending:
+            return
+        with self._lock, torch.no_grad():
+            pending, self._pending = self._pending, []
+            self._held_bytes = self._unfinished = 0
+            with _own_work_range():
+                for group in groups_of_one_shape(pending):
+                    self._reduce_or_count(group)
+
+    def _reduce_or_count(self, group: list[PendingCall]) -> None:
+        """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
+        memory = _allocated_bytes(group[0].reading.index_TK.device)
+        for item in group:
+            item.record.memory_bytes = memory
+        try:
+            with on_stream(group[0].reading.index_TK, group[0].stream):
+                self._store(reduce_group(group))
+        except Exception as error:
+            self.unreduced += len(group)
+            if self.unreduced == len(group):
+                warnings.warn(
+                    f"{len(group)} router calls of {group[0].record.site.name} could not be reduced "
+                    f"({type(error).__name__}: {error}); they are counted as lost, and the model runs on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _store(self, batch: Batch) -> None:
+        self._kept += len(batch.records)
+        if batch.ints.device.type == "cuda":
+            self._on_device.append(batch)
+            if len(self._on_device) >= _SHIP_EVERY:
+                self._ship()
+        else:
+            self._on_host.append(batch)
+        self._drop_oldest(self._kept - self.capacity)
+
+    def add_reduced(
+        self,
+        records: list[CallRecord],
+        ints: Tensor,
+        floats: Tensor,
+        *,
+        tokens: int,
+        top_k: int,
+        num_experts: int,
+        classes: int,
+    ) -> None:
+        """Keep calls whose figures are on the host already."""
+        with self._lock:
+            self._store(Batch(records, top_k, tokens, num_experts, classes, ints, floats))
+
+    def _drop_oldest(self, count: int) -> None:
+        """Make room; batches stand in order of time, those still on the device last."""
+        while count > 0:
+            oldest = self._on_host[0] if self._on_host else self._on_device[0]
+            dropped = min(count, len(oldest.records))
+            self._dropped.update(record.site.name for record in oldest.records[:dropped])
+            oldest.drop(dropped)
+            if not oldest.records:
+                self._on_host.popleft() if self._on_host else self._on_device.pop(0)
+            count -= dropped
+            self._kept -= dropped
+            self.overwritten += dropped
+
+    def _ship(self) -> None:
+        """Start the copies of all batches on a device to pinned host memory."""
+        for batch in self._on_host:
+            batch.unpin_if_copied()
+        for device, batches in _by_device_and_width(self._on_device):
+            with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
+                wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
+                (ints, floats), copied = copies_on_host(wide)
+            start = 0
+            for batch in batches:
+                rows = slice(start, start := start + len(batch.records))
+                batch.ints, batch.floats, batch.copied = ints[rows], floats[rows], copied
+        self._on_host.extend(self._on_device)
+        self._on_device.clear()
+
+    def drain(self) -> list[RoutingSample]:
+        """All samples kept so far, oldest first. Waits for the device; nothing is removed."""
+        with self._lock:
+            self.reduce()
+            self._ship()
+            pairs = [
+                pair
+                for batch in self._on_host
+                for pair in zip(batch.records, batch.to_samples(), strict=True)
+            ]
+        pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
+        samples = [sample for _, sample in pairs]
+        if any(record.in_graph for record, _ in pairs):
+            return list(_renumbered(samples, self._dropped))
+        return samples
+
+    def take(self, *, reduce: bool = True) -> list[Any]:
+        """Remove all that is kept, without waiting for the device; `samples_of` turns it into samples."""
+        with self._lock:
+            if reduce:
+                self.reduce()
+                self._ship()
+            batches = list(self._on_host)
+            self._on_host.clear()
+            self._kept -= sum(len(batch.records) for batch in batches)
+        return batches
+
+    @staticmethod
+    def samples_of(batches: list[Any]) -> list[RoutingSample]:
+        """What `take` removed. Waits for the copies."""
+        return [sample for batch in batches for sample in batch.to_samples()]
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        with self._lock:
+            self._pending.clear()
+            self._unfinished = 0
+            self._on_device.clear()
+            self._on_host.clear()
+            self._held_bytes = self._kept = self.overwritten = 0
+
+
+def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator[RoutingSample]:
+    """Calls counted in order of time: those in graphs got their numbers when they were drained."""
+    calls = Counter(dropped)
+    for sample in samples:
+        call = calls[sample.name]
+        calls[sample.name] += 1
+        yield sample if sample.call == call else replace(sample, call=call)
+
+
+def _own_work_range() -> AbstractContextManager[Any]:
+    return torch.profiler.record_function(OWN_WORK_RANGE) if profiler_is_recording() else nullcontext()
+
+
+def _allocated_bytes(device: torch.device) -> int | None:
+    """As `torch.cuda.memory_allocated`, which spends over 100 us on flattening figures that nobody reads."""
+    if device.type != "cuda":
+        return None
+    try:
+        return int(torch._C._cuda_memoryStats(device.index)["allocated_bytes"]["all"]["current"])
+    except (AttributeError, KeyError, TypeError):  # private, so it may change
+        return torch.cuda.memory_allocated(device)
+
+
+def _by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:
+    groups: dict[Any, list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
+    for (device, _, _), group in groups.items():
+        yield device, group

@@ -1,0 +1,1 @@
+"""From router outputs to figures, on the device."""

@@ -1,0 +1,335 @@
+"""`MoETracer`: hooks on a model's routers while it is active, and what they recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
+from moe_trace.data.summary import Summary, summarize
+from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
+from moe_trace.record.environment import describe_model, versions
+from moe_trace.record.graphs.capture import CaptureNotes
+from moe_trace.record.graphs.compiled import (
+    is_capturing,
+    something_was_compiled,
+    warn_if_compiled_before,
+    warn_of_silent_forwards,
+)
+from moe_trace.record.graphs.forwards import Segment
+from moe_trace.record.graphs.recorder import GraphRecorder
+from moe_trace.record.hooks.copies import HoldsHooks
+from moe_trace.record.hooks.model import ModelHooks
+from moe_trace.record.hooks.ranges import profiler_is_recording
+from moe_trace.record.hooks.site import CallClock
+from moe_trace.record.parallel.process import ParallelModel
+from moe_trace.record.parallel.sending import Sending
+from moe_trace.record.recorder import Recorder
+from moe_trace.record.steps import Steps
+from moe_trace.timeline.band import Tracks
+from moe_trace.timeline.merge import merge_recording
+
+
+class MoETracer(HoldsHooks):
+    """Record what every router of a model decides, while active as a context manager.
+
+    Args:
+        model: any module that holds Mixture-of-Experts routers, wrappers included.
+        layers: which routers: layer indices, labels, module paths, or a predicate on `RouterSite`.
+        every: record every n-th step.
+        warmup: steps to leave out at the start.
+        capacity: router calls kept; beyond it the oldest are dropped and counted.
+        tracks: counter tracks of the trace: the compact band, per layer, per expert.
+        clock: times each router and its experts by another clock too, such as `DeviceClock`.
+
+    A step is a profiler step where a profiler is attached (`prof.step()`). Without one, a step is one
+    forward of `model`, until `step()` is called; from then on steps are counted by `step()` alone.
+
+    Raises:
+        NoRoutersFound: the model holds no router that a known contract reads.
+        UsageError: arguments out of range, or `layers` selects nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerSelector = None,
+        every: int = 1,
+        warmup: int = 0,
+        capacity: int = 100_000,
+        tracks: Tracks = ("band",),
+        clock: CallClock | None = None,
+    ) -> None:
+        if every < 1 or warmup < 0 or capacity < 1:
+            raise UsageError(
+                f"expected every >= 1, warmup >= 0 and capacity >= 1, "
+                f"found every={every}, warmup={warmup}, capacity={capacity}"
+            )
+        self.model = model
+        self.sites: list[RouterSite] = find_routers(model, layers=layers)
+        self.tracks = tracks
+        self._steps = Steps(every=every, warmup=warmup)
+        self._recorder = Recorder(capacity=capacity)
+        self._graphs = GraphRecorder(
+            self.sites,
+            self._recorder,
+            started=self._graph_started,
+            forwards=lambda: self._steps.forwards,
+            samples_step=self._steps.samples,
+        )
+        self._captures = CaptureNotes()
+        self._hooks = ModelHooks(
+            model,
+            self.sites,
+            steps=self._steps,
+            recorder=self._recorder,
+            graphs=self._graphs,
+            captures=self._captures,
+            clock=clock,
+            sending=self._sending,
+        )
+        self._active = False
+        self._placements: dict[tuple[str, int], Placement] = {}
+        self._lost = Lost()
+        self.exported_samples: list[RoutingSample] = []
+        """The samples of the trace that was exported last."""
+        self._description = describe_model(model, self.sites)
+        self._parallel = ParallelModel(model)
+        self._options = {
+            "layers": _describe_layers(layers),
+            "every": every,
+            "warmup": warmup,
+            "capacity": capacity,
+        }
+
+    @property
+    def every(self) -> int:
+        """Every n-th step is recorded."""
+        return self._steps.every
+
+    @property
+    def warmup(self) -> int:
+        """Steps left out at the start."""
+        return self._steps.warmup
+
+    @property
+    def forwards_seen(self) -> int:
+        """Forwards of the model that the host has seen while the tracer was active."""
+        return self._steps.forwards
+
+    @property
+    def forwards_recorded(self) -> int:
+        """Those of them that belong to a recorded step."""
+        return self._hooks.forwards_recorded
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Put the hooks on. Samples of earlier activations are kept."""
+        if self._active:
+            raise MoETraceError("this MoETracer is already active; leave it before entering it again")
+        self._active = True
+        self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
+        self._graphs.mark(
+            Segment(step=0, profiled=False, sampled=False), in_trace=False
+        )  # ran while it was off
+        self._hooks.put_on(recording=self.samples_this_step())
+
+    def stop(self) -> None:
+        """Take the hooks off and close every range; what was recorded is kept."""
+        self.mark_graphs()
+        warn_if_compiled_before(self)
+        self._hooks.take_off()
+        self._active = False
+        if not is_capturing():
+            self._recorder.reduce()
+
+    def __enter__(self) -> MoETracer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abandon_calls()
+        self.stop()
+
+    def step(self) -> None:
+        """End a step, where no attached profiler counts them."""
+        self.mark_graphs()
+        self._steps.end()
+
+    def count_steps_by_hand(self) -> None:
+        """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
+        self._steps.count_by_hand()
+
+    def attach(self, prof: Any) -> None:
+        """Merge the routing into whatever `prof.export_chrome_trace` writes, and count its steps.
+
+        Args:
+            prof: a `torch.profiler.profile` (or another object with `export_chrome_trace(path, ...)`).
+        """
+        from moe_trace.record.profiler import attach_tracer
+
+        self._steps.profiler = prof
+        attach_tracer(prof, self)
+
+    # -- results --------------------------------------------------------------------------------------
+
+    def samples(self) -> list[RoutingSample]:
+        """One sample per recorded router call, in order of time. Waits for the device."""
+        self.mark_graphs()
+        self._graphs.drain()
+        placements = self._placements
+        return [
+            replace(s, placement=placements[s.name, s.call]) if (s.name, s.call) in placements else s
+            for s in self._recorder.drain()
+        ]
+
+    def recording(self) -> Recording:
+        """Everything recorded, with the model's description and what was lost."""
+        samples = tuple(self.samples())
+        return Recording(
+            model=self._description,
+            options=self._options,
+            routers=tuple(hooks.info for hooks in self._hooks.routers),
+            samples=samples,
+            lost=self._losses(),
+            rank=self._parallel.rank,
+            world_size=self._parallel.world_size,
+            versions=versions(),
+            parallel=self._parallel.describe(samples),
+            graph_marks=self._graphs.marks(),
+            captured_graphs=self._captures.graphs(),
+            graphs_compiled=self._graphs.rings.compiled,
+            annotated_nodes=self._captures.annotated_nodes(),
+        )
+
+    def summary(self) -> Summary:
+        """The figures per router; latencies come from the trace where it has been written, else the clock."""
+        return summarize(self.recording())
+
+    def merge_into(self, trace_path: str | Path) -> None:
+        """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
+        merged = merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks)
+        self.accept(merged.placed[0], merged.lost)
+
+    def accept(self, placed: list[RoutingSample], lost: Lost) -> None:
+        """Remember where the samples of one trace were placed, and what that trace lacked."""
+        self.exported_samples = placed
+        for sample in placed:
+            if sample.placement is not None:
+                self._placements[sample.name, sample.call] = sample.placement
+        self._lost = replace(
+            self._lost,
+            samples_without_range=self._lost.samples_without_range + lost.samples_without_range,
+            ranges_without_sample=self._lost.ranges_without_sample + lost.ranges_without_sample,
+            unplaced=dict(Counter(self._lost.unplaced) + Counter(lost.unplaced)),
+            untimed=dict(Counter(self._lost.untimed) + Counter(lost.untimed)),
+        )
+
+    def samples_this_step(self) -> bool:
+        """Whether the step under way is recorded."""
+        return self._steps.samples(self._steps.now())
+
+    def take_batches(self) -> list[Any]:
+        """Remove what was recorded without waiting for the device; for `samples_of`, on any thread."""
+        if self._graphs.writes:
+            self._graphs.ship()
+        return self._recorder.take()
+
+    def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
+        """The samples that `take_batches` removed, and those of compiled code. Waits for the copies."""
+        if self._graphs.writes:
+            self._graphs.collect()
+            batches = batches + self._recorder.take(reduce=False)
+        return self._recorder.samples_of(batches)
+
+    def calls_by_router(self) -> dict[str, int]:
+        """Recorded calls by module path of the router."""
+        self.mark_graphs()
+        self._graphs.drain()
+        return {
+            hooks.site.name: hooks.calls + calls
+            for hooks, calls in zip(self._hooks.routers, self._graphs.calls, strict=True)
+        }
+
+    @property
+    def called(self) -> bool:
+        """Whether any router was called, or compiled with its hooks."""
+        return self._graphs.writes or any(hooks.calls or hooks.misread for hooks in self._hooks.routers)
+
+    @staticmethod
+    def recompile() -> None:
+        """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
+
+        For a tracer that was started after the first compiled call, and for models that shall run without
+        the recording that was compiled into them. The next call of everything compiled takes as long as its
+        first one did.
+        """
+        torch._dynamo.reset()
+
+    def abandon_calls(self) -> None:
+        """Forget router calls that an exception interrupted on this thread."""
+        self._hooks.abandon_calls()
+
+    def _silent_forwards(self) -> int:
+        """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
+        if not something_was_compiled():
+            return 0
+        calls = max(h.calls + c for h, c in zip(self._hooks.routers, self._graphs.calls, strict=True))
+        return max(0, self.forwards_recorded - calls - self._graphs.overwritten)
+
+    def _losses(self) -> Lost:
+        silent = self._silent_forwards()
+        if silent and not self._lost.silent_forwards:
+            warn_of_silent_forwards(silent)
+        self._lost = replace(self._lost, silent_forwards=silent)
+        return replace(
+            self._lost,
+            overwritten=self._recorder.overwritten + self._graphs.overwritten,
+            unreduced=self._recorder.unreduced,
+            padding_unknown=self._hooks.padding_unknown,
+            misread={h.site.name: h.misread for h in self._hooks.routers if h.misread is not None},
+            never_called=tuple(
+                h.site.name
+                for h, in_graphs in zip(self._hooks.routers, self._graphs.calls, strict=True)
+                if h.calls == 0 and in_graphs == 0 and h.misread is None
+            ),
+        )
+
+    # -- graphs ---------------------------------------------------------------------------------------
+
+    def _graph_started(self) -> None:
+        self._hooks.graph_started()
+
+    def mark_graphs(self, *, profiled: bool | None = None) -> None:
+        """All that graphs wrote since the last mark belongs to the step under way.
+
+        Args:
+            profiled: whether a profiler recorded it; None for whether one records now.
+        """
+        if self._graphs.writes and self._active:
+            step = None if self._steps.are_forwards else self._steps.now()
+            sampled = step is None or self._steps.samples(step)
+            recording = profiler_is_recording()
+            segment = Segment(step, recording if profiled is None else profiled, sampled)
+            self._graphs.mark(segment, in_trace=recording)
+
+    def _sending(self, experts_args: Any) -> Sending | None:
+        return self._parallel.sending(experts_args)
+
+
+def _describe_layers(layers: LayerSelector) -> Any:
+    if layers is None:
+        return None
+    return getattr(layers, "__name__", "predicate") if callable(layers) else list(layers)

@@ -1,0 +1,20 @@
+"""All figures of one summary, in the order of the report."""
+
+from __future__ import annotations
+
+from moe_trace.data.summary import Summary
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.show.figures.figure import Figure
+from moe_trace.show.figures.latency import latency, phase_figures
+from moe_trace.show.figures.load import expert_heat_map
+
+
+def figures(summary: Summary) -> list[Figure]:
+    """All figures that the summary has data for."""
+    found = [expert_heat_map(summary)]
+    if isinstance(summary, TraceSummary):
+        found += [load_over_time(summary), entropy_over_time(summary), latency(summary)]
+        found += phase_figures(summary.phases) if summary.phases is not None else []
+    found.append(k_histogram(summary))
+    return [figure for figure in found if figure.data]

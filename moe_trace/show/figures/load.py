@@ -1,0 +1,115 @@
+"""The figure of load: what each expert of each layer receives, over all steps and step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import RouterSummary, Summary
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.figure import DIVERGING, Cell, Figure, Frame, Spec, safe
+
+STEPS_MAX = 60  # frames of the heat map; more steps are taken together
+
+
+def expert_heat_map(summary: Summary) -> Figure:
+    """Layers x experts: each expert's assignments over the mean of its layer."""
+    routers = [r for r in summary.routers if sum(r.assignments)]
+    experts = max((len(r.assignments) for r in routers), default=0)
+    overall = [_relative(np.array(r.assignments), experts) for r in routers]
+    frames = [Frame(label="all steps", z=overall)]
+    if isinstance(summary, TraceSummary):
+        frames += _step_frames(summary.samples, routers, experts)
+    highest = max([2.0, *(value for row in overall for value in row if value is not None)])
+    data = heat_map_trace(
+        overall, [r.info.site for r in routers], low=0.0, centre=1.0, high=highest, unit="× equal"
+    )
+    return Figure(
+        key="experts",
+        title="Load of each expert",
+        caption="Assignments of each expert over an equal share of its layer: 1× (pale) is even, more is "
+        "orange, less is blue, 0 is unused.",
+        data=[data] if routers else [],
+        layout={
+            "xaxis": {"title": {"text": "expert"}},
+            "yaxis": {"autorange": "reversed", "type": "category"},
+            "height": 140 + 24 * len(routers),
+        },
+        frames=frames if len(frames) > 2 else [],
+        headings=("layer", "tokens", "max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts"),
+        rows=[_load_row(r) for r in routers],
+    )
+
+
+def heat_map_trace(
+    z: list[list[float | None]], sites: Sequence[str], *, low: float, centre: float, high: float, unit: str
+) -> Spec:
+    """Layers x experts on a diverging scale: both arms use all of their colours, however uneven they are."""
+    middle = (centre - low) / (high - low)
+    places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
+    return {
+        "type": "heatmap",
+        "z": z,
+        "x": list(range(max(map(len, z), default=0))),
+        "y": [safe(site) for site in sites],
+        "colorscale": [[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
+        "zmin": low,
+        "zmax": high,
+        "colorbar": {"title": {"text": unit}, "thickness": 14},
+        "hovertemplate": "layer %{y}, expert %{x}: %{z:.2f}× equal share<extra></extra>",
+    }
+
+
+def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
+    load = router.load
+    busiest = max(range(len(router.assignments)), key=router.assignments.__getitem__)
+    return (
+        router.info.site,
+        router.tokens,
+        load.max_over_mean,
+        load.cv,
+        load.gini,
+        load.entropy,
+        busiest,
+        len(load.dead_experts),
+    )
+
+
+def _relative(counts: np.ndarray, experts: int) -> list[float | None]:
+    total = int(counts.sum())
+    row: list[float | None] = [None] * experts
+    if total:
+        row[: len(counts)] = [round(float(c) * len(counts) / total, 4) for c in counts]
+    return row
+
+
+def _step_frames(
+    samples: Sequence[RoutingSample], routers: Sequence[RouterSummary], experts: int
+) -> list[Frame]:
+    steps = sorted({s.step for s in samples})
+    groups = np.array_split(np.array(steps), min(len(steps), STEPS_MAX)) if steps else []
+    group_of = {int(step): i for i, group in enumerate(groups) for step in group}
+    row_of = {router.info.name: i for i, router in enumerate(routers)}
+    counts = np.zeros((len(groups), len(routers), experts), dtype=np.int64)
+    for sample in samples:
+        row = row_of.get(sample.name)
+        if row is not None and sample.phase == "forward":
+            counts[group_of[sample.step], row, : len(sample.assignments)] += sample.assignments
+    sizes = [len(router.assignments) for router in routers]
+    return [
+        Frame(
+            label=_step_label(group),
+            z=[
+                [*_relative(row[:size], size), *[None] * (experts - size)]
+                for row, size in zip(counts[i], sizes, strict=True)
+            ],
+        )
+        for i, group in enumerate(groups)
+    ]
+
+
+def _step_label(group: np.ndarray) -> str:
+    first, last = int(group[0]), int(group[-1])
+    return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -1,0 +1,237 @@
+"""Figures of a run of several ranks: who sends to whom, who computes what, what the exchange costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_trace.read.ranks.ranks import LayerRanks, RankReport
+from moe_trace.read.ranks.time import ExchangeTime
+from moe_trace.show.figures.figure import PHASE_COLOURS, Cell, Figure, Spec, safe
+
+MATRIX_TABLE_MAX = 16
+STEPS_NAMED = 20
+CELLS_NAMED = 64
+_SENT = "%{y} to %{x}: %{z:,} slots"
+WAITING, MOVING = "#E69F00", "#0072B2"
+
+
+def rank_figures(report: RankReport) -> list[Figure]:
+    """All figures that the report has data for."""
+    found = [sent_matrix(report), share_map(report), exchange_bars(report), balance_over_steps(report)]
+    return [figure for figure in found if figure.data]
+
+
+def sent_matrix(report: RankReport) -> Figure:
+    """Ranks x ranks: slots that the row's rank sends to the column's, over all layers."""
+    layers = [layer.sent for layer in report.layers if layer.sent is not None]
+    total = np.sum(layers, axis=0) if layers else np.zeros((0, 0), np.int64)
+    columns = [f"rank {rank}" for rank in range(total.shape[1])]
+    rows = [f"rank {rank}" for rank in report.ranks] if layers else []
+    headings, table = _matrix_table(report, total)
+    return Figure(
+        key="rank-sent",
+        title="Slots sent from rank to rank",
+        caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. A slot is a "
+        "token with one of its experts; the diagonal stays at home. All layers and steps.",
+        data=[_heat_map(total.tolist(), columns, rows, "slots", _SENT, "%{z:,}")] if rows else [],
+        layout={
+            "xaxis": {"type": "category", "title": {"text": "to"}},
+            "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "from"}},
+            "height": 160 + min(640, 36 * len(rows)),
+        },
+        headings=headings,
+        rows=table,
+    )
+
+
+def _matrix_table(report: RankReport, total: np.ndarray) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+    rows: list[tuple[Cell, ...]] = []
+    if total.shape[1] <= MATRIX_TABLE_MAX:
+        for rank, row in zip(report.ranks, total.tolist(), strict=False):
+            rows.append((f"rank {rank}", *row, sum(row)))
+        return ("from", *(f"to rank {to}" for to in range(total.shape[1])), "all"), rows
+    for rank, row in zip(report.ranks, total.tolist(), strict=False):
+        most = int(np.argmax(row))
+        rows.append((f"rank {rank}", sum(row), row[rank], f"rank {most}", row[most]))
+    return ("from", "all", "to itself", "most to", "slots"), rows
+
+
+def share_map(report: RankReport) -> Figure:
+    """Layers x ranks: each rank's slots over the mean rank's."""
+    sites = [layer.site for layer in report.layers]
+    return Figure(
+        key="rank-share",
+        title="Slots that each rank computes",
+        caption="Over the mean of the ranks, layer by layer: 1 is even. The largest of a row is what the "
+        "others wait for.",
+        data=[
+            _heat_map(
+                [_over_mean(layer.load) for layer in report.layers],
+                [f"rank {rank}" for rank in report.ranks],
+                [safe(site) for site in sites],
+                "÷ mean",
+                "layer %{y}, %{x}: %{z:.2f} of the mean rank's slots",
+                "%{z:.2f}",
+            )
+        ]
+        if sites
+        else [],
+        layout={
+            "xaxis": {"type": "category"},
+            "yaxis": {"type": "category", "autorange": "reversed"},
+            "height": 140 + 24 * len(sites),
+        },
+        headings=(
+            "layer",
+            *(("least", "most") if len(report.ranks) > MATRIX_TABLE_MAX else _names(report)),
+            "max÷mean",
+            "hot rank",
+            "hot expert",
+            "share",
+            "wait µs",
+            "waited for",
+        ),
+        rows=[_layer_row(layer, report) for layer in report.layers],
+    )
+
+
+def _names(report: RankReport) -> tuple[str, ...]:
+    return tuple(f"rank {rank}" for rank in report.ranks)
+
+
+def _layer_row(layer: LayerRanks, report: RankReport) -> tuple[Cell, ...]:
+    few = len(report.ranks) <= MATRIX_TABLE_MAX
+    loads = layer.load if few else (min(layer.load), max(layer.load))
+    return (
+        layer.site,
+        *loads,
+        layer.max_over_mean,
+        None if layer.hot_rank is None else f"rank {layer.hot_rank}",
+        None if layer.hot_expert is None else str(layer.hot_expert),
+        layer.hot_expert_share,
+        layer.wait_us,
+        None if layer.waited_for is None else f"rank {layer.waited_for}",
+    )
+
+
+def _over_mean(load: Sequence[int]) -> list[float]:
+    mean = sum(load) / len(load)
+    return [round(value / mean, 4) if mean else 1.0 for value in load]
+
+
+def exchange_bars(report: RankReport) -> Figure:
+    """Layers: time of the collectives over all ranks, waiting apart."""
+    sites = list(dict.fromkeys(one.site for one in report.exchanges))
+    waits = [_total(report.exchanges, site, waiting=True) for site in sites]
+    moving = [_total(report.exchanges, site, waiting=False) for site in sites]
+    known = any(one.wait_us is not None for one in report.exchanges)
+    names = (("waiting for the last rank", waits, WAITING),) if known else ()
+    clock = "kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
+    return Figure(
+        key="rank-exchange",
+        title="Collectives of each layer",
+        caption=f"Time of the collectives in the MoE layers, over all ranks and calls, by {clock}. Waiting: "
+        "from a rank's arrival to that of the last. GB/s: bytes that leave the rank ÷ time without waiting.",
+        data=[
+            {
+                "type": "bar",
+                "name": name,
+                "x": [safe(site) for site in sites],
+                "y": values,
+                "marker": {"color": colour},
+                "hovertemplate": f"%{{x}}: %{{y:,.1f}} µs {name}<extra></extra>",
+            }
+            for name, values, colour in (("moving", moving, MOVING), *names)
+        ]
+        if sites
+        else [],
+        layout={
+            "barmode": "stack",
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "µs"}, "rangemode": "tozero"},
+            "height": 320,
+        },
+        headings=("layer", "part", "rank", "calls", "bytes", "bytes leaving", "time µs", "wait µs", "GB/s"),
+        rows=[
+            (
+                one.site,
+                one.part,
+                f"rank {one.rank}",
+                one.calls,
+                one.bytes_in,
+                one.bytes_leaving,
+                one.time_us,
+                one.wait_us,
+                one.gb_per_s,
+            )
+            for one in report.exchanges
+        ],
+    )
+
+
+def _total(exchanges: Sequence[ExchangeTime], site: str, *, waiting: bool) -> float:
+    mine = [one for one in exchanges if one.site == site]
+    wait_us = sum(one.wait_us or 0.0 for one in mine)
+    return round(wait_us if waiting else sum(one.time_us for one in mine) - wait_us, 3)
+
+
+def balance_over_steps(report: RankReport) -> Figure:
+    """Steps: how uneven the ranks' load is, and what the waiting costs."""
+    steps = [step.step for step in report.steps]
+    data: list[Spec] = [
+        _line(steps, [s.imbalance for s in report.steps], "load max÷mean", PHASE_COLOURS["experts"], "y")
+    ]
+    layout: Spec = {
+        "xaxis": {"title": {"text": "step"}, **({"type": "category"} if len(steps) <= STEPS_NAMED else {})},
+        "yaxis": {"title": {"text": "load max÷mean"}, "rangemode": "tozero"},
+        "height": 300,
+    }
+    if any(step.wait_us is not None for step in report.steps):
+        data.append(_line(steps, [s.wait_us for s in report.steps], "wait µs", WAITING, "y2"))
+        layout["yaxis2"] = {
+            "title": {"text": "wait µs"},
+            "overlaying": "y",
+            "tickmode": "auto",
+            "side": "right",
+            "rangemode": "tozero",
+            "showgrid": False,
+        }
+    return Figure(
+        key="rank-balance",
+        title="Balance of the ranks, step by step",
+        caption="Load: sum over layers of the busiest rank's slots ÷ that of the mean rank's; 1 is even. "
+        "Wait: time that all ranks lose waiting for the last, in the MoE layers' collectives.",
+        data=data if steps else [],
+        layout=layout,
+        headings=("step", "load max÷mean", "wait µs", "share"),
+        rows=[(str(step.step), step.imbalance, step.wait_us, step.share) for step in report.steps],
+    )
+
+
+def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, axis: str) -> Spec:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": list(map(str, x)) if len(x) <= STEPS_NAMED else list(x),
+        "y": list(y),
+        "yaxis": axis,
+        "line": {"color": colour},
+        "hovertemplate": f"step %{{x}}: %{{y:.4g}} {name}<extra></extra>",
+    }
+
+
+def _heat_map(z: list[list[Any]], x: list[str], y: list[str], unit: str, hover: str, number: str) -> Spec:
+    return {
+        "type": "heatmap",
+        "z": z,
+        "x": x,
+        "y": y,
+        "colorscale": "Viridis",
+        "colorbar": {"title": {"text": unit}, "thickness": 14},
+        "hovertemplate": hover + "<extra></extra>",
+        **({"texttemplate": number} if len(x) * len(y) <= CELLS_NAMED else {}),
+    }

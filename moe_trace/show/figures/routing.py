@@ -1,0 +1,206 @@
+"""Figures of chosen steps, of one layer, and of two recordings against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_trace.data.loads import describe_load
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import RouterSummary
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.show.figures.figure import POINTS_MAX, Cell, Figure, safe
+from moe_trace.show.figures.load import heat_map_trace
+
+LAYER_FIGURE_PX = 270
+
+
+def layer_summary(summary: TraceSummary, router: RouterSummary) -> TraceSummary:
+    """The same trace, as if it held that layer alone."""
+    samples = tuple(s for s in summary.samples if s.name == router.info.name)
+    return replace(summary, routers=(router,), samples=samples, phases=None)
+
+
+def layer_figures(one: TraceSummary, counts_E: np.ndarray, label: str) -> list[Figure]:
+    """Load sorted and over time, entropy, confidence, slots used, skipped and padding of one layer.
+
+    Args:
+        one: from `layer_summary`.
+        counts_E: assignments of the chosen steps.
+        label: names those steps.
+    """
+    found = [
+        sorted_load(one.routers[0].info.site, counts_E, label),
+        load_over_time(one),
+        entropy_over_time(one),
+        confidence_over_time(one.samples),
+        k_histogram(one),
+        lost_slots_over_time(one.samples),
+    ]
+    return [
+        replace(figure, layout={**figure.layout, "height": LAYER_FIGURE_PX})
+        for figure in found
+        if figure.data
+    ]
+
+
+def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
+    """The experts of one layer from the busiest to the least used, over an equal share."""
+    total = int(counts_E.sum())
+    order = np.argsort(-counts_E, kind="stable")
+    ratios = [float(counts_E[e]) * len(counts_E) / total if total else 0.0 for e in order]
+    data = [
+        {
+            "type": "bar",
+            "x": [str(int(e)) for e in order],
+            "y": [round(r, 4) for r in ratios],
+            "customdata": [int(counts_E[e]) for e in order],
+            "marker": {"color": ["#B35806" if r > 1 else "#2166AC" for r in ratios]},
+            "hovertemplate": "expert %{x}: %{customdata:,} assignments, %{y:.2f}× equal share<extra></extra>",
+            "showlegend": False,
+        }
+    ]
+    return Figure(
+        key="sorted",
+        title=f"Load of {safe(site)}, sorted",
+        caption=f"Assignments of each expert over an equal share, busiest first; {label}.",
+        data=data if total else [],
+        layout={
+            "xaxis": {"type": "category", "title": {"text": "expert"}, "nticks": 32},
+            "yaxis": {"title": {"text": "× equal share"}, "rangemode": "tozero"},
+            "shapes": [_equal_share_line()],
+            "height": 300,
+        },
+        headings=("expert", "assignments", "× equal share"),
+        rows=[(int(e), int(counts_E[e]), ratio) for e, ratio in zip(order, ratios, strict=True)],
+    )
+
+
+def _equal_share_line() -> dict[str, object]:
+    line = {"color": "#888888", "width": 1, "dash": "dot"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": line}
+
+
+def confidence_over_time(samples: Sequence[RoutingSample]) -> Figure:
+    """1 − H/ln E of each call."""
+    forward = [s for s in samples if s.phase == "forward" and s.confidence is not None]
+    return _lines(
+        forward,
+        key="confidence",
+        title="Router confidence over time",
+        caption="1 − H/ln E, one point a call: 0 is undecided, 1 is certain.",
+        axis="confidence",
+        series={"confidence": [float(s.confidence or 0.0) for s in forward]},
+    )
+
+
+def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
+    """Slots that were skipped, and assignments that padding made, of each call."""
+    forward = [s for s in samples if s.phase == "forward"]
+    return _lines(
+        forward,
+        key="slots",
+        title="Skipped and padding slots over time",
+        caption="Slots without an expert, and assignments made by padding tokens, one point a call.",
+        axis="slots",
+        series={
+            "skipped": [s.skipped for s in forward],
+            "padding": [s.padding_assignments for s in forward],
+        },
+    )
+
+
+_COLOURS = ("#0072B2", "#E69F00")
+
+
+def _lines(
+    samples: Sequence[RoutingSample],
+    *,
+    key: str,
+    title: str,
+    caption: str,
+    axis: str,
+    series: Mapping[str, Sequence[float]],
+) -> Figure:
+    origin = min((s.host_start_ns for s in samples), default=0)
+    stride = max(1, -(-len(samples) // POINTS_MAX))
+    times_ms = [round((s.host_start_ns - origin) / 1e6, 3) for s in samples][::stride]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if len(times_ms) <= 40 else "lines",
+            "name": name,
+            "x": times_ms,
+            "y": [round(value, 5) for value in values[::stride]],
+            "line": {"width": 1.5, "color": colour},
+            "marker": {"size": 4},
+        }
+        for (name, values), colour in zip(series.items(), _COLOURS, strict=False)
+    ]
+    return Figure(
+        key=key,
+        title=title,
+        caption=caption,
+        data=data if samples else [],
+        layout={
+            "xaxis": {"title": {"text": "ms since the first call"}},
+            "yaxis": {"title": {"text": axis}, "rangemode": "tozero"},
+            "height": 260,
+            "showlegend": len(data) > 1,
+        },
+        headings=("figure", "calls", "lowest", "mean", "highest"),
+        rows=[(n, len(v), min(v), float(np.mean(v)), max(v)) for n, v in series.items() if v],
+    )
+
+
+def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
+    """B − A of each expert's load over an equal share, for the layers of both."""
+    of_b = {router.info.name: router for router in b.routers}
+    pairs = [(r, of_b[r.info.name]) for r in a.routers if r.info.name in of_b]
+    pairs = [(x, y) for x, y in pairs if sum(x.assignments) and sum(y.assignments)]
+    pairs = [(x, y) for x, y in pairs if len(x.assignments) == len(y.assignments)]  # else of other models
+    experts = max((len(x.assignments) for x, _ in pairs), default=0)
+    z = [_difference(x, y, experts) for x, y in pairs]
+    reach = max([0.25, *(abs(v) for row in z for v in row if v is not None)])
+    data = heat_map_trace(z, [x.info.site for x, _ in pairs], low=-reach, centre=0.0, high=reach, unit="×")
+    data["hovertemplate"] = "layer %{y}, expert %{x}: %{z:+.2f}× equal share<extra></extra>"
+    return Figure(
+        key="difference",
+        title="Load of each expert, B − A",
+        caption="How much more (orange) or less (blue) of an equal share each expert gets in B.",
+        data=[data] if pairs else [],
+        layout={
+            "xaxis": {"title": {"text": "expert"}},
+            "yaxis": {"autorange": "reversed", "type": "category"},
+            "height": 140 + 24 * len(pairs),
+        },
+        headings=(
+            "layer",
+            "max÷mean A",
+            "max÷mean B",
+            "largest rise",
+            "of expert",
+            "largest fall",
+            "of expert ",
+        ),
+        rows=[_difference_row(pair, row) for pair, row in zip(pairs, z, strict=True)],
+    )
+
+
+def _difference(a: RouterSummary, b: RouterSummary, experts: int) -> list[float | None]:
+    shares = []
+    for router in (a, b):
+        counts = np.zeros(experts)
+        counts[: len(router.assignments)] = router.assignments
+        shares.append(counts * len(router.assignments) / counts.sum())
+    return [round(float(v), 4) for v in shares[1] - shares[0]]
+
+
+def _difference_row(pair: tuple[RouterSummary, RouterSummary], row: list[float | None]) -> tuple[Cell, ...]:
+    values = np.array(row, dtype=np.float64)
+    loads = [describe_load(router.assignments).max_over_mean for router in pair]
+    up, down = int(values.argmax()), int(values.argmin())
+    return (pair[0].info.site, *loads, float(values[up]), up, float(values[down]), down)

@@ -1,0 +1,241 @@
+"""Figures of time: phases by both clocks, latency distribution, launch gaps, forward against backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from moe_trace.data.summary import host_us
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.time.layers import LayerPhases, PhaseReport
+from moe_trace.read.time.structure import PHASES
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.show.figures.latency import latency
+
+Clock = Literal["device", "host"]
+BINS = 48
+HOST, SPAN, BUSY = "#0072B2", "#E69F00", "#009E73"
+
+
+def time_figures(summary: TraceSummary) -> list[Figure]:
+    """All that the trace has data for; phases come once per clock."""
+    report = summary.phases
+    found = []
+    if report is not None:
+        clocks: tuple[Clock, ...] = ("device", "host") if report.whole.on_device else ("host",)
+        for backward in (False, True) if report.total.backward is not None else (False,):
+            found += [phase_stack(report, clock, backward=backward) for clock in clocks]
+        found.append(launch_gaps(report))
+        if report.total.backward is not None:
+            found.append(forward_and_backward(report))
+    found += [latency(summary), latency_distribution(summary)]
+    return [figure for figure in found if figure.data]
+
+
+def phase_stack(report: PhaseReport, clock: Clock, *, backward: bool) -> Figure:
+    """Stacked bars: mean time of each phase of one call, per layer."""
+    rows = [_phase_us(layer, clock, backward=backward) for layer in report.layers]
+    names = [name for name in (*PHASES, "gap") if any(row.get(name) for row in rows)]
+    direction = "backward" if backward else "forward"
+    of = "kernels" if clock == "device" else "operators"
+    return Figure(
+        key=f"{'backward' if backward else 'phases'}-{clock}",
+        title=f"Phases of an MoE call, {direction}, {clock} time",
+        caption=f"Mean time in {of} of one call."
+        + ("" if backward else f" A gap is time of the block in which none of its {of} ran."),
+        data=[_phase_bar(name, report.layers, rows) for name in names],
+        layout={
+            "barmode": "stack",
+            "legend": {"traceorder": "normal"},
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "µs a call"}},
+            "height": 340,
+        },
+        headings=("layer", "calls", *(f"{name} µs" for name in names)),
+        rows=[
+            (layer.site, layer.calls, *(row[name] for name in names))
+            for layer, row in zip(report.layers, rows, strict=True)
+        ],
+    )
+
+
+def _phase_bar(name: str, layers: Sequence[LayerPhases], rows: Sequence[dict[str, float]]) -> Spec:
+    return {
+        "type": "bar",
+        "name": name,
+        "x": [safe(layer.site) for layer in layers],
+        "y": [round(row[name], 3) for row in rows],
+        "marker": {"color": PHASE_COLOURS[name]},
+        "hovertemplate": f"%{{x}} {name}: %{{y:.1f}}<extra></extra>",
+    }
+
+
+def _phase_us(layer: LayerPhases, clock: Clock, *, backward: bool) -> dict[str, float]:
+    times = layer.backward if backward else layer.forward
+    found: dict[str, float] = {}
+    for phase in PHASES:
+        time = times[phase] if times is not None else None
+        us = 0.0 if time is None else (time.device_busy_us or 0.0) if clock == "device" else time.host_us
+        found[phase] = us / layer.calls
+    if not backward:
+        found["gap"] = _gap_and_whole(layer, clock)[0] / layer.calls
+    return found
+
+
+def _gap_and_whole(layer: LayerPhases, clock: Clock) -> tuple[float, float]:
+    if clock == "device":
+        return layer.device_gap_us or 0.0, layer.device_span_us or 0.0
+    return layer.host_gap_us, layer.block_host_us
+
+
+def launch_gaps(report: PhaseReport) -> Figure:
+    """The share of each block in which nothing of it ran, by both clocks."""
+    clocks: tuple[Clock, ...] = ("device", "host") if report.whole.on_device else ("host",)
+    data: list[Spec] = []
+    columns = []
+    for clock in clocks:
+        pairs = [_gap_and_whole(layer, clock) for layer in report.layers]
+        shares = [gap / whole if whole else 0.0 for gap, whole in pairs]
+        columns.append(
+            [(gap / layer.calls, share) for (gap, _), layer, share in _zip3(pairs, report, shares)]
+        )
+        data.append(
+            {
+                "type": "bar",
+                "name": clock,
+                "x": [safe(layer.site) for layer in report.layers],
+                "y": [round(share, 5) for share in shares],
+                "marker": {"color": BUSY if clock == "device" else HOST},
+                "hovertemplate": f"%{{x}} {clock}: %{{y:.1%}} of the block<extra></extra>",
+            }
+        )
+    return Figure(
+        key="gaps",
+        title="Launch gaps",
+        caption="Share of the block's time in which none of its kernels (device) or operators (host) ran. "
+        "Large device gaps: the host launches more slowly than the device works.",
+        data=data,
+        layout={
+            "barmode": "group",
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "share of the block"}, "tickformat": ".0%", "rangemode": "tozero"},
+            "height": 300,
+            "showlegend": len(data) > 1,
+        },
+        headings=("layer", *(f"{c} gap {unit}" for c in clocks for unit in ("µs", "share"))),
+        rows=[
+            (layer.site, *(value for column in columns for value in column[i]))
+            for i, layer in enumerate(report.layers)
+        ],
+    )
+
+
+def _zip3(
+    pairs: list[tuple[float, float]], report: PhaseReport, shares: list[float]
+) -> list[tuple[tuple[float, float], LayerPhases, float]]:
+    return list(zip(pairs, report.layers, shares, strict=True))
+
+
+def forward_and_backward(report: PhaseReport) -> Figure:
+    """Work of each layer's call, forward beside backward."""
+    device = report.whole.on_device
+    clock: Clock = "device" if device else "host"
+    forward, backward = (
+        [
+            sum(v for k, v in _phase_us(layer, clock, backward=back).items() if k != "gap")
+            for layer in report.layers
+        ]
+        for back in (False, True)
+    )
+    sides = (("forward", forward, HOST), ("backward", backward, SPAN))
+    return Figure(
+        key="directions",
+        title="Forward against backward",
+        caption=f"Mean {'kernel' if device else 'operator'} time of one call. Backward nodes are found by "
+        "the profiler's forward-backward links; the backward of matrix products costs twice their forward.",
+        data=[
+            {
+                "type": "bar",
+                "name": name,
+                "x": [safe(layer.site) for layer in report.layers],
+                "y": [round(value, 3) for value in values],
+                "marker": {"color": colour},
+                "hovertemplate": f"%{{x}} {name}: %{{y:.1f}} µs<extra></extra>",
+            }
+            for name, values, colour in sides
+        ],
+        layout={
+            "barmode": "group",
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "µs a call"}},
+            "height": 300,
+        },
+        headings=("layer", "forward µs", "backward µs", "backward÷forward"),
+        rows=[
+            (layer.site, f, b, b / f if f else None)
+            for layer, f, b in zip(report.layers, forward, backward, strict=True)
+        ],
+    )
+
+
+def latency_distribution(summary: TraceSummary) -> Figure:
+    """How many router calls took how long, by three clocks."""
+    clocks = {
+        "host": (np.array([host_us(s) for s in summary.samples]), HOST),
+        "device span": (_spans_us(summary), SPAN),
+        "device busy": (np.array(list(summary.busy_us.values())), BUSY),
+    }
+    known = {name: (values, colour) for name, (values, colour) in clocks.items() if (values > 0).any()}
+    data: list[Spec] = []
+    if known:
+        everything = np.concatenate([values[values > 0] for values, _ in known.values()])
+        low, high = float(everything.min()), float(everything.max())
+        edges = np.geomspace(low * 0.999, high * 1.001, BINS + 1)
+        data = [_histogram(name, values, colour, edges) for name, (values, colour) in known.items()]
+    return Figure(
+        key="latencies",
+        title="Router latency, distribution over calls",
+        caption="Calls of all layers by their latency; the axis is logarithmic.",
+        data=data,
+        layout={
+            "xaxis": {"type": "log", "title": {"text": "µs"}, **_ticks(data)},
+            "yaxis": {"title": {"text": "calls"}, "rangemode": "tozero"},
+            "height": 300,
+            "showlegend": len(data) > 1,
+        },
+        headings=("clock", "calls", "lowest µs", "p50 µs", "p95 µs", "highest µs"),
+        rows=[
+            (name, len(v), float(v.min()), *(float(p) for p in np.percentile(v, (50, 95))), float(v.max()))
+            for name, (v, _) in known.items()
+        ],
+    )
+
+
+def _ticks(data: Sequence[Spec]) -> Spec:
+    """1, 2, 5, 10 ...: plotly's own ticks on a short logarithmic axis are hard to read."""
+    edges = [edge for spec in data for edge in (spec["x"][0], spec["x"][-1])]
+    if not edges:
+        return {}
+    values = [m * 10.0**e for e in range(-3, 9) for m in (1, 2, 5)]
+    values = [value for value in values if min(edges) <= value <= max(edges)]
+    return {"tickvals": values, "ticktext": [f"{value:g}" for value in values]} if len(values) > 1 else {}
+
+
+def _spans_us(summary: TraceSummary) -> np.ndarray:
+    placements = [s.placement.device.get("router") for s in summary.samples if s.placement is not None]
+    return np.array([span.duration_us for span in placements if span is not None])
+
+
+def _histogram(name: str, values: np.ndarray, colour: str, edges: np.ndarray) -> Spec:
+    counts, _ = np.histogram(values, edges)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [round(float(edge), 4) for edge in edges],
+        "y": [*counts.tolist(), 0],
+        "line": {"shape": "hv", "width": 2, "color": colour},
+        "hovertemplate": f"{name}: %{{y}} calls from %{{x:.1f}} µs<extra></extra>",
+    }

@@ -1,0 +1,192 @@
+"""One step on a true time axis: a band per layer, a line per phase within it, counters below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_trace.data.loads import describe_load
+from moe_trace.data.schema import RoutingSample
+from moe_trace.read.time.lanes import Clock, Lanes, Segments
+from moe_trace.read.time.structure import PHASES
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.timeline.band import FIGURES
+from moe_trace.timeline.replays import PlacedCall
+
+BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84
+COUNTED_MAX = 1500
+COUNTER_COLOUR = "#7A5195"
+
+
+def timeline_figure(
+    lanes: Lanes, segments: Segments, *, step: int, clock: Clock, origin_ns: int, window_ns: tuple[int, int]
+) -> Figure:
+    """Lanes and counters of one step; times in µs since `origin_ns`, drawn from `window_ns` on."""
+    samples = [lanes.samples[i] for i in sorted(set(segments.block.tolist()))]
+    sites = [s.site for s in sorted({s.site: s for s in samples}.values(), key=lambda s: (s.layer, s.site))]
+    used = [p for p in range(len(PHASES)) if (segments.phase == p).any()]
+    data = [
+        *(_phase_bars(lanes, segments, phase, used, sites, origin_ns) for phase in used),
+        *_counters(samples, clock, origin_ns, window_ns),
+    ]
+    apart_us = segments.joined_ns / 1000
+    closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
+    joined = f" Pieces closer than {closer} µs are drawn as one: zoom in to part them."
+    return Figure(
+        key="timeline",
+        title=f"Step {step}, {clock} time",
+        caption=f"A band per layer and in it a line per phase, by {_unit(clock)}s. Drag to move, scroll or "
+        f"pinch to zoom." + (joined if segments.joined_ns else ""),
+        data=data if used else [],
+        layout=_layout(sites, data, origin_ns, window_ns),
+        headings=("layer", "phase", "stretches", f"{_unit(clock)}s", "first starts µs", "last ends µs"),
+        rows=_rows(lanes, segments, sites, origin_ns),
+    )
+
+
+def _unit(clock: Clock) -> str:
+    return "kernel" if clock == "device" else "operator"
+
+
+def _phase_bars(
+    lanes: Lanes, segments: Segments, phase: int, used: Sequence[int], sites: Sequence[str], origin_ns: int
+) -> Spec:
+    mine = np.flatnonzero(segments.phase == phase)
+    height = 0.8 / len(used)
+    offset = -0.4 + height * (used.index(phase) + 0.5)
+    row_of = {site: i for i, site in enumerate(sites)}
+    calls = [lanes.samples[b] for b in segments.block[mine].tolist()]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": PHASES[phase],
+        "base": _us(segments.start_ns[mine] - origin_ns),
+        "x": _us(segments.end_ns[mine] - segments.start_ns[mine]),
+        "y": [round(row_of[s.site] + offset, 4) for s in calls],
+        "width": round(height * 0.92, 4),
+        "customdata": [
+            [safe(s.site), s.call, s.tokens, int(n)]
+            for s, n in zip(calls, segments.pieces[mine], strict=True)
+        ],
+        "marker": {"color": PHASE_COLOURS[PHASES[phase]], "line": {"width": 0}},
+        "hovertemplate": f"%{{customdata[0]}} {PHASES[phase]}, call %{{customdata[1]}}: %{{x:.2f}} µs from "
+        "%{base:.2f} µs<br>%{customdata[2]} tokens, %{customdata[3]} pieces<extra></extra>",
+    }
+
+
+def _us(time_ns: np.ndarray) -> list[float]:
+    return [ns / 1000 for ns in time_ns.tolist()]
+
+
+def _counters(
+    samples: Sequence[RoutingSample], clock: Clock, origin_ns: int, window_ns: tuple[int, int]
+) -> list[Spec]:
+    calls = [call for s in samples if (call := _placed(s, clock)) is not None]
+    low, high = window_ns[0] / 1000, window_ns[1] / 1000
+    calls = [call for call in calls if call.moe.end_us >= low and call.moe.start_us <= high]
+    calls.sort(key=lambda call: call.moe.start_us)
+    calls = calls[:: max(1, -(-len(calls) // COUNTED_MAX))]
+    found: list[Spec] = []
+    for name, figure in FIGURES.items():
+        points = [(c, v) for c in calls if (v := figure(c)) is not None]
+        if any(value for _, value in points):
+            found.append(_counter(name, points, origin_ns, f"y{len(found) + 2}"))
+    return found
+
+
+def _placed(sample: RoutingSample, clock: Clock) -> PlacedCall | None:
+    placement = sample.placement
+    spans = None if placement is None else placement.device if clock == "device" else placement.host
+    if not spans or "router" not in spans:
+        return None
+    return PlacedCall(sample, describe_load(sample.assignments), spans, clock)
+
+
+def _counter(name: str, points: Sequence[tuple[PlacedCall, float]], origin_ns: int, axis: str) -> Spec:
+    """A step function: the layer's value from the start of its MoE block, 0 from its end."""
+    times, values = [], []
+    for call, value in points:
+        times += [call.moe.start_us - origin_ns / 1000, call.moe.end_us - origin_ns / 1000]
+        values += [round(float(value), 4), 0]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": [round(time, 3) for time in times],
+        "y": values,
+        "yaxis": axis,
+        "line": {"shape": "hv", "width": 1.2, "color": COUNTER_COLOUR},
+        "fill": "tozeroy",
+        "showlegend": False,
+        "hovertemplate": f"{name}: %{{y:.3~f}}<extra></extra>",
+    }
+
+
+def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_ns: tuple[int, int]) -> Spec:
+    counters = [spec for spec in data if spec["type"] == "scatter"]
+    band_px = max(BAND_MIN_PX, min(BAND_PX, LANES_MAX_PX // max(1, len(sites))))
+    lanes_px = max(120, band_px * len(sites))
+    inner_px = lanes_px + COUNTER_PX * len(counters)
+    top = COUNTER_PX * len(counters) / inner_px
+    every = max(1, -(-len(sites) // 40))
+    layout: Spec = {
+        "barmode": "overlay",
+        "dragmode": "pan",
+        "height": inner_px + 110,
+        "hovermode": "closest",
+        "legend": {"traceorder": "normal"},
+        "xaxis": {
+            "title": {"text": "µs since the step's first MoE work", "standoff": 8},
+            "range": [(t - origin_ns) / 1000 for t in window_ns],
+            "exponentformat": "none",
+            "anchor": f"y{len(counters) + 1}" if counters else "y",
+        },
+        "yaxis": {
+            "domain": [round(min(0.95, top + 14 / inner_px), 4), 1],
+            "range": [len(sites) - 0.5, -0.5],
+            "fixedrange": True,
+            "tickvals": list(range(0, len(sites), every)),
+            "ticktext": [safe(site) for site in sites[::every]],
+        },
+    }
+    for i, spec in enumerate(counters):
+        high = top * (1 - i / len(counters))
+        layout[f"yaxis{i + 2}"] = {
+            "domain": [
+                round(high - top / len(counters) * 0.72, 4),
+                round(high - top / len(counters) * 0.14, 4),
+            ],
+            "fixedrange": True,
+            "nticks": 3,
+            "rangemode": "tozero",
+        }
+        layout.setdefault("annotations", []).append(
+            {
+                "text": spec["name"],
+                "x": 0,
+                "xref": "paper",
+                "xanchor": "left",
+                "y": round(high - top / len(counters) * 0.13, 4),
+                "yref": "paper",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 12},
+            }
+        )
+    return layout
+
+
+def _rows(
+    lanes: Lanes, segments: Segments, sites: Sequence[str], origin_ns: int
+) -> list[tuple[str | int | float, ...]]:
+    site_of = np.array([lanes.samples[b].site for b in segments.block.tolist()])
+    rows: list[tuple[str | int | float, ...]] = []
+    for site in sites:
+        for phase, name in enumerate(PHASES):
+            mine = np.flatnonzero((site_of == site) & (segments.phase == phase))
+            if len(mine):
+                first = float(segments.start_ns[mine].min() - origin_ns) / 1000
+                last = float(segments.end_ns[mine].max() - origin_ns) / 1000
+                rows.append((site, name, len(mine), int(segments.pieces[mine].sum()), first, last))
+    return rows

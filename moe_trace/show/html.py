@@ -1,0 +1,219 @@
+"""A summary as one self-contained page that works offline, and as a fragment for notebooks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+from moe_trace.data.errors import UsageError
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.all_figures import figures
+from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.show.figures.ranks import rank_figures
+from moe_trace.show.json import without_nonfinite
+from moe_trace.show.tables import scaled, share
+from moe_trace.show.text_phases import shares_sentence
+from moe_trace.show.text_ranks import rank_sentences
+
+_PAGE = Path(__file__).parent / "page"
+
+
+def render_page(summaries: Sequence[TraceSummary]) -> str:
+    """The whole page; plotly's own bundle is inside.
+
+    Raises:
+        UsageError: plotly is not installed.
+    """
+    drawn = [(f"f{i}", summary, _all_figures(summary)) for i, summary in enumerate(summaries)]
+    sections = "\n".join(_section(prefix, summary, found) for prefix, summary, found in drawn)
+    specs = [
+        {
+            "id": f"{prefix}-{figure.key}",
+            "data": figure.data,
+            "layout": figure.layout,
+            "frames": [asdict(frame) for frame in figure.frames],
+        }
+        for prefix, _, found in drawn
+        for figure in found
+    ]
+    title = escape(_title(summaries[0])) if len(summaries) == 1 else f"{len(summaries)} traces"
+    return f"""<!DOCTYPE html>
+<html lang="en" data-theme="light">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{title} - moe_trace</title>
+<link rel="icon" href="data:,">
+<style>
+{(_PAGE / "report.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the findings</a>
+<header>
+<h1>{title}</h1>
+<button id="theme" type="button">Dark theme</button>
+</header>
+<main id="main">
+{sections}
+</main>
+<script>{_plotly()}</script>
+<script type="application/json" id="figures">{_script_json(specs)}</script>
+<script>
+{(_PAGE / "report.js").read_text(encoding="utf-8")}</script>
+</body>
+</html>
+"""
+
+
+def _all_figures(summary: TraceSummary) -> list[Figure]:
+    return [*figures(summary), *(rank_figures(summary.ranks) if summary.ranks is not None else [])]
+
+
+# Nothing may come from outside; plotly writes style elements and draws on data: and blob: images.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def render_fragment(summary: TraceSummary) -> str:
+    """Totals, findings and the table of layers, without scripts: what a notebook shows."""
+    found = [figure for figure in figures(summary) if figure.key in ("experts", "latency", "phases")]
+    tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{_table(f)}" for f in found)
+    return f"<div><h3>{escape(_title(summary))}</h3>{_totals(summary)}{_findings(summary)}{tables}</div>"
+
+
+def _title(summary: TraceSummary) -> str:
+    return str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
+
+
+def _section(prefix: str, summary: TraceSummary, found: Iterable[Figure]) -> str:
+    phases = f"<p>{escape(shares_sentence(summary.phases))}</p>" if summary.phases is not None else ""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
+    return f"""<section aria-label="{escape(str(summary.trace))}">
+<p class="path">{escape(str(summary.trace))}</p>
+{_totals(summary)}
+<h2>Findings</h2>
+{_findings(summary)}
+{phases}
+{_ranks(summary)}
+{f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
+<h2>Figures</h2>
+{"".join(_figure(prefix, figure) for figure in found)}
+</section>"""
+
+
+def _ranks(summary: TraceSummary) -> str:
+    if summary.ranks is None:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
+    return f"<h2>Ranks</h2><ul>{items}</ul>"
+
+
+def _totals(summary: TraceSummary) -> str:
+    totals, speed, phases = summary.totals, summary.speed, summary.phases
+    facts = [
+        ("routers", f"{totals.routers:,}"),
+        ("calls", f"{totals.calls:,}"),
+        ("routed tokens", f"{totals.tokens:,}"),
+        ("mean load max÷mean", _number(totals.load_max_over_mean_mean)),
+        ("expert FLOP", scaled(totals.flops_experts)),
+    ]
+    if phases is not None and phases.whole.moe_share_of_model is not None:
+        facts.append(("MoE of the model's work", share(phases.whole.moe_share_of_model)))
+    if speed is not None and speed.experts.flops_per_s is not None:
+        facts.append(("experts", scaled(speed.experts.flops_per_s, "FLOP/s")))
+    if speed is not None and speed.experts.share_of_peak is not None:
+        facts.append(("of the device's peak", share(speed.experts.share_of_peak)))
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="totals">{items}</dl>'
+
+
+def _findings(summary: TraceSummary) -> str:
+    if not summary.findings:
+        return '<p class="soft">No rule found anything to look at.</p>'
+    items = "\n".join(
+        f'<li>{_marked(f.sentence)} <span class="advice">{_marked(f.advice)}</span></li>'
+        for f in summary.findings
+    )
+    return f'<ul class="findings">{items}</ul>'
+
+
+def _marked(text: str) -> str:
+    """Escaped, with what stands between backquotes as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def _figure(prefix: str, figure: Figure) -> str:
+    key = f"{prefix}-{figure.key}"
+    return f"""<figure aria-labelledby="{key}-title">
+<h3 id="{key}-title">{escape(figure.title)}</h3>
+<figcaption id="{key}-caption">{escape(figure.caption)}</figcaption>
+{_slider(key, figure)}
+<div class="plot" id="{key}" role="img" aria-labelledby="{key}-title" aria-describedby="{key}-caption"></div>
+<details><summary>The same as a table</summary><div class="scroll" tabindex="0" role="region"
+ aria-label="{escape(figure.title)}, table">{_table(figure)}</div></details>
+</figure>
+"""
+
+
+def _slider(key: str, figure: Figure) -> str:
+    if not figure.frames:
+        return ""
+    first = escape(figure.frames[0].label)
+    return (
+        f'<div class="slider"><label for="{key}-step">Step</label>'
+        f'<input type="range" id="{key}-step" min="0" max="{len(figure.frames) - 1}" value="0" step="1" '
+        f'aria-valuetext="{first}"><output id="{key}-label" for="{key}-step">{first}</output></div>'
+    )
+
+
+def _table(figure: Figure) -> str:
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in figure.headings)
+    body = "\n".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{escape(_cell(cell))}</th>' if i == 0 else f"<td>{escape(_cell(cell))}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in figure.rows[:TABLE_ROWS_MAX]
+    )
+    more = len(figure.rows) - TABLE_ROWS_MAX
+    rest = f'<p class="soft">… and {more} more layers.</p>' if more > 0 else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _script_json(value: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(without_nonfinite(value), ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _plotly() -> str:
+    """The bundle out of the installed package, without importing the package."""
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise UsageError("the HTML report needs plotly's bundle; run: pip install 'moe_trace[report]'")
+    bundle = Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    return bundle.read_text(encoding="utf-8").replace("</script", "<\\/script")

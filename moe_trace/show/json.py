@@ -1,0 +1,94 @@
+"""A summary as JSON. Keys are added over time, never renamed (docs/reading.md lists them)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moe_trace.data.schema import SCHEMA_VERSION
+from moe_trace.data.summary import RouterSummary, Summary
+from moe_trace.read.analysis import TraceSummary
+
+
+def render_json(summary: Summary) -> str:
+    """Indented JSON text, without NaN or infinity."""
+    return (
+        json.dumps(without_nonfinite(to_plain(summary)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def render_json_list(summaries: Sequence[Summary]) -> str:
+    """Several reports as one JSON array."""
+    plain = [without_nonfinite(to_plain(summary)) for summary in summaries]
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def without_nonfinite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity; absurd times in a broken file can make them: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nonfinite(inner) for inner in value]
+    return value
+
+
+def to_plain(summary: Summary) -> dict[str, Any]:
+    """The summary as dicts, lists, strings and numbers."""
+    plain = {
+        "schema_version": SCHEMA_VERSION,
+        "trace": summary.trace,
+        "model": dict(summary.model),
+        "options": dict(summary.options),
+        "rank": summary.rank,
+        "versions": dict(summary.versions),
+        "lost": asdict(summary.lost),
+        "routers": [_router(router) for router in summary.routers],
+        "totals": asdict(summary.totals),
+        "notes": list(summary.notes),
+    }
+    if isinstance(summary, TraceSummary):
+        plain |= {
+            "files": list(summary.files),
+            "phases": asdict(summary.phases) if summary.phases is not None else None,
+            "speed": asdict(summary.speed) if summary.speed is not None else None,
+            "imbalance": [asdict(cost) for cost in summary.imbalance],
+            "findings": [asdict(finding) for finding in summary.findings],
+        }
+        if summary.ranks is not None:
+            plain["ranks"] = asdict(summary.ranks)
+    return plain
+
+
+def _router(router: RouterSummary) -> dict[str, Any]:
+    info, decisions = router.info, router.decisions
+    return {
+        "site": info.site,
+        "name": info.name,
+        "layer": info.layer,
+        "num_experts": info.num_experts,
+        "top_k": info.top_k,
+        "router_class": info.router_class,
+        "experts_class": info.experts_class,
+        "calls": router.calls,
+        "recomputed_calls": router.recomputed_calls,
+        "tokens": router.tokens,
+        "assignments": list(router.assignments),
+        "skipped": router.skipped,
+        "padding_assignments": router.padding_assignments,
+        "nonfinite_tokens": router.nonfinite_tokens,
+        "load": asdict(router.load),
+        "router": asdict(decisions),
+        "latency_us": asdict(router.latency),
+        "flops": {
+            "router": router.flops.router,
+            "experts": router.flops.experts,
+            "shared": router.flops.shared,
+            "total": router.flops.total,
+        },
+        "memory_max_bytes": router.memory_max_bytes,
+    }

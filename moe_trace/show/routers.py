@@ -1,0 +1,132 @@
+"""The routers of a model as text: a row for each group of equal ones, and a legend."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from moe_trace.data.schema import RouterInfo
+from moe_trace.show.tables import WIDTH, printable, scaled, table
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number
+
+
+def render_routers_json(model: str, routers: Sequence[RouterInfo]) -> str:
+    """All that is known of each router, as indented JSON."""
+    plain = {"model": {"class": model}, "routers": [asdict(router) for router in routers]}
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[str, str]) -> str:
+    """Text of 80 columns.
+
+    Args:
+        model: class of the model.
+        contracts: contract -> how router and experts speak to each other, in a line.
+    """
+    groups = group_routers(routers)
+    names = [chr(ord("A") + i) if i < 26 else f"Z{i}" for i in range(len(groups))]
+    plural = "router" if len(routers) == 1 else "routers"
+    parts = [f"{printable(model)}: {len(routers)} {plural}", _table(names, groups)]
+    parts += [_legend(name, group) for name, group in zip(names, groups, strict=True)]
+    used = dict.fromkeys(router.contract for router in routers)
+    parts.append("Contracts\n" + "\n".join(_entry("", f"{name}: {contracts.get(name, '')}") for name in used))
+    return "\n\n".join(parts) + "\n"
+
+
+def group_routers(routers: Sequence[RouterInfo]) -> list[list[RouterInfo]]:
+    """Routers that differ in nothing but their layer, in the order in which they were found."""
+    groups: dict[object, list[RouterInfo]] = {}
+    for router in routers:
+        facts = {key: value for key, value in asdict(router).items() if key not in ("site", "name", "layer")}
+        groups.setdefault((_NUMBER.sub("#", router.name), repr(facts)), []).append(router)
+    return list(groups.values())
+
+
+def _table(names: Sequence[str], groups: Sequence[Sequence[RouterInfo]]) -> str:
+    """Two lines a group: the parameters of one router and what belongs to it, and the FLOPs of one token."""
+    rows = []
+    for name, group in zip(names, groups, strict=True):
+        info = group[0]
+        size = [name, runs([router.layer for router in group]), str(info.num_experts), str(info.top_k or "-")]
+        rows += _two_lines(size, [info])
+    everything = [router for group in groups for router in group]
+    if len(everything) > 1:
+        # No sum of FLOPs: a token of an image never meets the experts of text.
+        rows.append(_two_lines(["all", "", "", ""], everything)[0])
+    headings = ("", "layers", "E", "k", "", "router", "experts", "shared experts")
+    return table(headings, rows, left=2)
+
+
+def _two_lines(first: list[str], routers: Sequence[RouterInfo]) -> list[list[str]]:
+    parameters = [sum(r.parameters.get(part, 0) for r in routers) for part in ("router", "experts", "shared")]
+    flops = [
+        sum(router.router_flops_per_token for router in routers),
+        sum(map(expert_flops_per_token, routers)),
+        sum(router.shared_flops_per_token for router in routers),
+    ]
+    return [
+        [*first, "parameters", *(scaled(value) if value else "-" for value in parameters)],
+        ["", "", "", "", "FLOP/token", *(scaled(value) if value else "-" for value in flops)],
+    ]
+
+
+def expert_flops_per_token(info: RouterInfo) -> int:
+    """Of the routed experts, for a token that uses all its slots on experts that compute."""
+    slots = info.num_experts if info.every_expert_computes else info.top_k
+    return info.expert_flops_per_slot * slots
+
+
+def _legend(name: str, group: Sequence[RouterInfo]) -> str:
+    info = group[0]
+    labels = group[0].site if len(group) == 1 else f"{group[0].site} … {group[-1].site}"
+    lines = [
+        _entry(
+            name, f"{labels}: {info.router_class} -> {info.experts_class or 'no module'}, {info.contract}"
+        ),
+        _entry("", compact_path([router.name for router in group])),
+    ]
+    return "\n".join([*lines, *(_entry("", note) for note in info.notes)])
+
+
+def _entry(label: str, text: str) -> str:
+    """A label and its text, wrapped beside it."""
+    return textwrap.fill(
+        printable(text, 2000),
+        WIDTH,
+        initial_indent=label.ljust(3),
+        subsequent_indent="   ",
+        break_on_hyphens=False,
+    )
+
+
+def compact_path(paths: Sequence[str]) -> str:
+    """`model.layers.{0-31}.mlp.gate` for paths that differ in one number; else the first and the last."""
+    numbers = [[int(number) for number in _NUMBER.findall(path)] for path in paths]
+    varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+    if not varying:
+        return paths[0]
+    if len(varying) > 1:
+        return f"{paths[0]} … {paths[-1]}"
+    where = list(_NUMBER.finditer(paths[0]))[varying[0]]
+    span = runs([row[varying[0]] for row in numbers])
+    return f"{paths[0][: where.start()]}{{{span}}}{paths[0][where.end() :]}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """`0-2,5,7-9`; `1-47 step 2` for an even spacing."""
+    ordered = sorted(set(numbers))
+    steps = {b - a for a, b in itertools.pairwise(ordered)}
+    if len(ordered) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{ordered[0]}-{ordered[-1]} step {steps.pop()}"
+    parts: list[list[int]] = []
+    for number in ordered:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

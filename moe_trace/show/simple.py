@@ -1,0 +1,59 @@
+"""The table that `MoEProfiler.print_summary` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from moe_trace.show.tables import fixed, number, printable, scaled, table, wrapped
+from moe_trace.simple.metrics import RouterMetrics
+
+
+def render_metrics(model_name: str, metrics: Mapping[str, RouterMetrics], notes: Sequence[str]) -> str:
+    """A line per router that was called, and every note; text of at most 80 columns a line."""
+    called = [router for router in metrics.values() if router.samples]
+    parts = [printable(model_name)]
+    if called:
+        parts.append(_table(called))
+        parts.append(_explain({row.latency_clock for router in called for row in router.rows}))
+    if notes:
+        parts.append("Notes\n" + "\n".join(wrapped(printable(note, 2000)) for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(routers: Sequence[RouterMetrics]) -> str:
+    headings = (
+        "layer",
+        "calls",
+        "tokens",
+        "k",
+        "active",
+        "CV",
+        "conf",
+        "p50 ms",
+        "p95 ms",
+        "FLOP/token",
+    )
+    return table(headings, [_row(router) for router in routers])
+
+
+def _row(router: RouterMetrics) -> list[str]:
+    figures = router.get_summary()
+    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    return [
+        printable(router.info.site, 16),
+        f"{len(router.samples):,}",
+        f"{int(figures['total_tokens']):,}",
+        fixed(known["k_mean"], 2),
+        f"{fixed(known['active_experts_mean'], 1)}/{router.info.num_experts or '?'}",
+        fixed(known["expert_load_cv"], 3),
+        fixed(known["router_confidence_mean"], 3),
+        number(known["latency_p50_ms"]),
+        number(known["latency_p95_ms"]),
+        scaled(known["flops_total_mean"]),
+    ]
+
+
+def _explain(clocks: set[str]) -> str:
+    told = {"host": "the host's clock", "cuda_event": "CUDA events on the stream"}
+    return f"Latency of one call of the router, by {' and '.join(told[c] for c in sorted(clocks))}."

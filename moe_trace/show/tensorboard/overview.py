@@ -1,0 +1,142 @@
+"""The Overview: facts, cards, and the report's findings, worst first, each with the view that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.findings import RULES, Finding
+from moe_trace.show.tables import number, scaled, share
+from moe_trace.show.tensorboard.plain import Plain, number_text
+from moe_trace.show.text_phases import shares_sentence
+
+FINDINGS_MAX = 200
+VIEW_OF_RULE = {
+    "moving_tokens": "time",
+    "router_waits": "time",
+    "launch_gaps": "time",
+    "far_from_peak": "time",
+    "uncounted_flops": "time",
+    "costly_imbalance": "time",
+}
+"""Every other rule is about the routing."""
+
+
+def overview(summary: TraceSummary) -> Plain:
+    """What the first page shows of one trace."""
+    found = worst_first(summary.findings)
+    return {
+        "facts": facts(summary),
+        "cards": cards(summary),
+        "findings": [_finding(finding) for finding in found[:FINDINGS_MAX]],
+        "more_findings": max(0, len(found) - FINDINGS_MAX),
+        "notes": list(summary.notes),
+        "phases": shares_sentence(summary.phases) if summary.phases is not None else None,
+    }
+
+
+def worst_first(findings: Sequence[Finding]) -> list[Finding]:
+    """By the order of the rules, the gravest first; within a rule the largest value first."""
+    rank = {rule.__name__: i for i, rule in enumerate(RULES)}
+    return sorted(findings, key=lambda f: (rank.get(f.rule, len(rank)), -f.value))
+
+
+def _finding(finding: Finding) -> Plain:
+    return {
+        "rule": finding.rule,
+        "site": finding.site,
+        "sentence": finding.sentence,
+        "advice": finding.advice,
+        "view": VIEW_OF_RULE.get(finding.rule, "routing"),
+    }
+
+
+def facts(summary: TraceSummary) -> list[Plain]:
+    """What was recorded: texts, and numbers with their place in the report's JSON."""
+    model, totals, speed = summary.model, summary.totals, summary.speed
+    device = speed.device if speed is not None and speed.device else model.get("device")
+    plain = [
+        ("model", model.get("name") or model.get("class") or "unnamed"),
+        ("device", device or "unknown"),
+        ("type", model.get("dtype") or "unknown"),
+    ]
+    counted = [
+        ("MoE layers", "totals.routers", totals.routers),
+        ("steps", "totals.steps", totals.steps),
+        ("calls", "totals.calls", totals.calls),
+        ("tokens", "totals.tokens", totals.tokens),
+        ("assignments", "totals.assignments", totals.assignments),
+        ("skipped", "totals.skipped", totals.skipped),
+        ("padding", "totals.padding_assignments", totals.padding_assignments),
+    ]
+    found: list[Plain] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
+    found += [
+        {"label": label, "text": number_text(value), "value": value, "path": path}
+        for label, path, value in counted
+    ]
+    return found
+
+
+def cards(summary: TraceSummary) -> list[Plain]:
+    """The five figures to look at first; None where the trace does not tell."""
+    return [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
+
+
+def _card(
+    label: str,
+    text: str,
+    value: float | None,
+    path: str | None,
+    detail: str,
+    view: str,
+    site: str | None = None,
+) -> Plain:
+    card: Plain = {"label": label, "text": text, "value": value, "path": path, "detail": detail}
+    return {**card, "view": view, "site": site}
+
+
+def _moe_share(summary: TraceSummary) -> Plain:
+    whole = summary.phases.whole if summary.phases is not None else None
+    value = whole.moe_share_of_model if whole is not None else None
+    on_device = whole is not None and whole.on_device
+    label = "MoE of the device's work" if on_device else "MoE of the host's work"
+    detail = "of all kernel time" if on_device else "of all time in operators"
+    return _card(label, share(value), value, "phases.whole.moe_share_of_model", detail, "time")
+
+
+def _worst_load(summary: TraceSummary) -> Plain:
+    worst = summary.which_layer_is_most_uneven()
+    if worst is None:
+        return _card("worst load max÷mean", "-", None, None, "no assignment was recorded", "routing")
+    value = worst.load.max_over_mean
+    index = summary.routers.index(worst)
+    path = f"routers.{index}.load.max_over_mean"
+    site = worst.info.site
+    return _card("worst load max÷mean", f"{number(value)}×", value, path, f"in {site}", "routing", site)
+
+
+def _dead(summary: TraceSummary) -> Plain:
+    dead = summary.which_experts_are_dead()
+    total = sum(map(len, dead.values()))
+    experts = sum(len(router.assignments) for router in summary.routers)
+    detail = f"of {experts:,}, in {len(dead)} of {len(summary.routers)} layers"
+    return _card("dead experts", number_text(total), total, None, detail, "routing")
+
+
+def _confidence(summary: TraceSummary) -> Plain:
+    known = [(c, r.info.site) for r in summary.routers if (c := r.decisions.confidence_mean) is not None]
+    if not known:
+        return _card("router confidence", "-", None, None, "the trace has no logits", "routing")
+    mean = sum(c for c, _ in known) / len(known)
+    lowest, site = min(known)
+    return _card(
+        "router confidence", number(mean), mean, None, f"lowest {number(lowest)} in {site}", "routing"
+    )
+
+
+def _speed(summary: TraceSummary) -> Plain:
+    rate = summary.speed.experts if summary.speed is not None else None
+    value = rate.flops_per_s if rate is not None else None
+    peak = rate.share_of_peak if rate is not None else None
+    detail = f"{share(peak)} of the device's peak" if peak is not None else "the device's peak is not known"
+    return _card("expert FLOP/s", scaled(value, "FLOP/s"), value, "speed.experts.flops_per_s", detail, "time")

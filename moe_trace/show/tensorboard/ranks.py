@@ -1,0 +1,236 @@
+"""The ranks of one run: side by side by their own traces, and together where these share collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.ranks.combine import join_inputs
+from moe_trace.read.ranks.ranks import RankReport, report_ranks
+from moe_trace.read.ranks.same_run import first_difference
+from moe_trace.show.figures.figure import Figure, Spec, safe
+from moe_trace.show.figures.ranks import rank_figures
+from moe_trace.show.tensorboard.plain import Plain, figures_by_key
+from moe_trace.show.text_ranks import rank_sentences
+
+
+def rank_digest(summary: TraceSummary) -> Plain:
+    """What the comparison needs of one trace, so that not all summaries must be kept at once."""
+    phases = summary.phases
+    work = {layer.site: _work_us(layer, phases.whole.on_device) for layer in phases.layers} if phases else {}
+    return {
+        "rank": summary.rank,
+        "tokens": summary.totals.tokens,
+        "assignments": summary.totals.assignments,
+        "calls": summary.totals.calls,
+        "on_device": bool(phases and phases.whole.on_device),
+        "moe_work_us": phases.whole.moe_work_us if phases else None,
+        "work_us": work,
+        "loads": {r.info.site: list(r.assignments) for r in summary.routers if sum(r.assignments)},
+    }
+
+
+def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
+    """The ranks together: of one trace for each rank, or of a trace that holds them merged.
+
+    None for a single rank, and for traces of different models or runs.
+    """
+    single = [summary for summary in summaries if summary.ranks is None]
+    inputs = join_inputs([one for summary in single for one in summary.rank_inputs])
+    if len(inputs) > 1 and first_difference([one.recording for one in inputs]) is None:
+        return report_ranks(inputs)
+    return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
+
+
+def together(report: RankReport | None) -> Plain | None:
+    """The report as sentences and figures."""
+    if report is None:
+        return None
+    return {
+        "ranks": len(report.ranks),
+        "sentences": list(dict.fromkeys((*rank_sentences(report), *report.notes))),
+        "has_exchange": bool(report.exchanges),
+        "figures": figures_by_key(rank_figures(report)),
+    }
+
+
+def _work_us(layer: Any, on_device: bool) -> float:
+    return (layer.device_busy_us or 0.0) if on_device else layer.block_host_us - layer.host_gap_us
+
+
+def by_rank(digests: Sequence[Plain]) -> list[Plain]:
+    """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
+    rows: dict[int, Plain] = {}
+    for digest in digests:
+        row = rows.setdefault(
+            digest["rank"],
+            {
+                **digest,
+                "tokens": 0,
+                "assignments": 0,
+                "calls": 0,
+                "moe_work_us": 0.0,
+                "work_us": {},
+                "traces": 0,
+            },
+        )
+        row["traces"] += 1
+        for name in ("tokens", "assignments", "calls"):
+            row[name] += digest[name]
+        row["moe_work_us"] += digest["moe_work_us"] or 0.0
+        for site, us in digest["work_us"].items():
+            row["work_us"][site] = row["work_us"].get(site, 0.0) + us
+    return [rows[rank] for rank in sorted(rows)]
+
+
+def ranks(digests: Sequence[Plain], report: RankReport | None = None) -> Plain:
+    """Tables and figures of at least two ranks; of one, only how many there are.
+
+    Args:
+        report: of the same ranks together. Collectives also run while they wait for other ranks: that is no
+            work, or the rank that waits longest would pass for the straggler. Where it cannot be taken out
+            (gloo waits in operators of the host), no straggler is named.
+    """
+    rows = by_rank(digests)
+    without_waits = _take_waits_out(rows, report)
+    if len(rows) < 2:
+        return {"ranks": len(rows), "figures": {}}
+    slowest = max(rows, key=lambda row: row["moe_work_us"])
+    waits_inside = bool(report is not None and report.exchanges) and not without_waits
+    return {
+        "ranks": len(rows),
+        "same_load": len({str(sorted(d["loads"].items())) for d in digests}) == 1,
+        "straggler": None if waits_inside else _straggler(rows, slowest),
+        "waits_inside": waits_inside,
+        "without_waits": without_waits,
+        "figures": figures_by_key(
+            [load_per_rank(rows), work_per_rank(rows, without_waits), work_map(rows, without_waits)]
+        ),
+    }
+
+
+def _take_waits_out(rows: Sequence[Plain], report: RankReport | None) -> bool:
+    """Whether the waits of all ranks in their layers' kernels are known, and taken out of their work."""
+    exchanges = report.exchanges if report is not None else ()
+    if not exchanges or not all(one.on_device and one.wait_us is not None for one in exchanges):
+        return False
+    by_number = {row["rank"]: row for row in rows}
+    for one in exchanges:
+        row = by_number.get(one.rank)
+        if row is not None and one.site in row["work_us"]:
+            row["work_us"][one.site] -= one.wait_us
+            row["moe_work_us"] -= one.wait_us
+    return True
+
+
+def _straggler(rows: Sequence[Plain], slowest: Plain) -> Plain | None:
+    mean = sum(row["moe_work_us"] for row in rows) / len(rows)
+    if not mean:
+        return None
+    return {
+        "rank": slowest["rank"],
+        "ratio": slowest["moe_work_us"] / mean,
+        "excess_us": slowest["moe_work_us"] - mean,
+    }
+
+
+def load_per_rank(rows: Sequence[Plain]) -> Figure:
+    """Tokens that each rank's routers saw."""
+    mean = sum(row["tokens"] for row in rows) / len(rows)
+    return Figure(
+        key="rank-load",
+        title="Load per rank",
+        caption="Tokens that each rank's routers saw, once for every router call.",
+        data=[_bars([row["tokens"] for row in rows], rows, "#0072B2", "tokens")],
+        layout=_bar_layout("tokens"),
+        headings=("rank", "traces", "calls", "tokens", "÷ mean", "assignments"),
+        rows=[
+            (
+                f"rank {row['rank']}",
+                row["traces"],
+                row["calls"],
+                row["tokens"],
+                row["tokens"] / mean if mean else None,
+                row["assignments"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def _waits_said(without_waits: bool) -> str:
+    return " Time spent waiting in collectives is left out." if without_waits else ""
+
+
+def work_per_rank(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
+    """MoE work of each rank."""
+    mean = sum(row["moe_work_us"] for row in rows) / len(rows)
+    clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
+    return Figure(
+        key="rank-work",
+        title="MoE work per rank",
+        caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace."
+        + _waits_said(without_waits),
+        data=[_bars([row["moe_work_us"] for row in rows], rows, "#009E73", "µs")] if mean else [],
+        layout=_bar_layout("µs"),
+        headings=("rank", "MoE work µs", "÷ mean"),
+        rows=[
+            (f"rank {row['rank']}", row["moe_work_us"], row["moe_work_us"] / mean if mean else None)
+            for row in rows
+        ],
+    )
+
+
+def work_map(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
+    """Layers x ranks: each rank's work over the mean of the ranks."""
+    sites = sorted({site for row in rows for site in row["work_us"]})
+    work = np.array([[row["work_us"].get(site, 0.0) for row in rows] for site in sites]).reshape(
+        -1, len(rows)
+    )
+    mean = work.mean(1, keepdims=True)
+    ratio = np.divide(work, mean, out=np.ones_like(work), where=mean > 0)
+    data = {
+        "type": "heatmap",
+        "z": [[round(float(v), 4) for v in row] for row in ratio],
+        "x": [f"rank {row['rank']}" for row in rows],
+        "y": [safe(site) for site in sites],
+        "colorscale": "Viridis",
+        "colorbar": {"title": {"text": "÷ mean"}, "thickness": 14},
+        "hovertemplate": "layer %{y}, %{x}: %{z:.2f} of the mean rank's work<extra></extra>",
+    }
+    return Figure(
+        key="rank-layers",
+        title="Forward work of each layer, rank by rank",
+        caption="Each rank's forward MoE work over the mean of all ranks; 1 is even."
+        + _waits_said(without_waits),
+        data=[data] if sites else [],
+        layout={
+            "xaxis": {"type": "category"},
+            "yaxis": {"autorange": "reversed", "type": "category"},
+            "height": 140 + 24 * len(sites),
+        },
+        headings=("layer", *(f"rank {row['rank']} µs" for row in rows)),
+        rows=[(site, *map(float, work[i])) for i, site in enumerate(sites)],
+    )
+
+
+def _bars(values: list[float], rows: Sequence[Plain], colour: str, unit: str) -> Spec:
+    return {
+        "type": "bar",
+        "x": [f"rank {row['rank']}" for row in rows],
+        "y": values,
+        "marker": {"color": colour},
+        "showlegend": False,
+        "hovertemplate": f"%{{x}}: %{{y:,}} {unit}<extra></extra>",
+    }
+
+
+def _bar_layout(unit: str) -> Spec:
+    return {
+        "xaxis": {"type": "category"},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+        "height": 280,
+    }

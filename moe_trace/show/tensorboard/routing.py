@@ -1,0 +1,76 @@
+"""Counts of any range of steps, and the facts of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from moe_trace.data.summary import RouterSummary
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.tensorboard.plain import Plain, number_text
+
+
+class StepCounts:
+    """Running sums of the assignments over steps, so that any range of steps is one subtraction."""
+
+    def __init__(self, summary: TraceSummary) -> None:
+        routers = loaded_routers(summary)
+        forward = [s for s in summary.samples if s.phase == "forward"]
+        self.steps = np.array(sorted({s.step for s in forward}), dtype=np.int64)
+        self.sizes = [len(router.assignments) for router in routers]
+        self.width = max(self.sizes, default=0)
+        row_of = {router.info.name: i for i, router in enumerate(routers)}
+        place = {int(step): i for i, step in enumerate(self.steps)}
+        sums_SLE = np.zeros((len(self.steps) + 1, len(routers), self.width), dtype=np.int64)
+        for sample in forward:
+            row = row_of.get(sample.name)
+            if row is not None:
+                sums_SLE[place[sample.step] + 1, row, : len(sample.assignments)] += sample.assignments
+        self._sums = sums_SLE.cumsum(0)
+
+    def between(self, first: int, last: int) -> list[np.ndarray]:
+        """Assignments of each layer from the first to the last position, both included."""
+        chosen = self._sums[last + 1] - self._sums[first]
+        return [row[:size] for row, size in zip(chosen, self.sizes, strict=True)]
+
+
+def loaded_routers(summary: TraceSummary) -> list[RouterSummary]:
+    """Those that assigned anything."""
+    return [router for router in summary.routers if sum(router.assignments)]
+
+
+def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
+    """Multiples of an equal share, None beyond the layer's own experts."""
+    total = int(load_E.sum())
+    row: list[float | None] = [None] * width
+    if total:
+        row[: len(load_E)] = np.round(load_E * (len(load_E) / total), 4).tolist()
+    return row
+
+
+def layer_facts(router: RouterSummary, place: int) -> list[Plain]:
+    """Its figures over all steps, with their place in the report's JSON."""
+    load, decisions = router.load, router.decisions
+    numbers: Iterable[tuple[str, str, float | None]] = [
+        ("calls", "calls", router.calls),
+        ("tokens", "tokens", router.tokens),
+        ("max÷mean", "load.max_over_mean", load.max_over_mean),
+        ("CV", "load.cv", load.cv),
+        ("Gini", "load.gini", load.gini),
+        ("entropy", "load.entropy", load.entropy),
+        ("router entropy", "router.entropy_mean", decisions.entropy_mean),
+        ("router confidence", "router.confidence_mean", decisions.confidence_mean),
+        ("skipped", "skipped", router.skipped),
+        ("padding", "padding_assignments", router.padding_assignments),
+    ]
+    return [
+        {"label": label, "text": number_text(value), "value": value, "path": f"routers.{place}.{path}"}
+        for label, path, value in numbers
+        if value is not None
+    ]
+
+
+def step_label(steps: np.ndarray, first: int, last: int) -> str:
+    """`step 3`, `steps 3 to 5`."""
+    return f"step {steps[first]}" if first == last else f"steps {steps[first]} to {steps[last]}"

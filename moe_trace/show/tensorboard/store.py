@@ -1,0 +1,135 @@
+"""What was read from the traces, kept while their files stay the same, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe_trace.data.errors import MoETraceError, TraceFileError
+from moe_trace.read.analysis import TraceSummary, analyse
+from moe_trace.read.file.events import EventTable
+from moe_trace.read.file.trace_file import read_trace
+from moe_trace.show.tensorboard.catalog import OUTSIDE, Catalog, Trace, is_below
+
+SUMMARIES_MAX_BYTES = 512 * 2**20
+DERIVED_MAX = 32
+"""Answers kept beside each summary: under the 2 MB of a view, or arrays smaller than the summary."""
+REASONS_MAX = 4096
+
+_T = TypeVar("_T")
+_Key = tuple[str, int, int]
+
+
+@dataclass
+class _Kept:
+    summary: TraceSummary
+    size_bytes: int
+    derived: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+
+
+class Store:
+    """Reads one trace at a time; threads that ask for the same one wait for one reading."""
+
+    def __init__(self, logdir: Path, *, max_bytes: int = SUMMARIES_MAX_BYTES) -> None:
+        self._root = logdir.resolve()
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._reasons: OrderedDict[_Key, str] = OrderedDict()
+        self._reading = threading.RLock()
+        self.reads = 0
+        """Traces read so far, for tests of the cache."""
+
+    def reason(self, trace: Trace) -> str | None:
+        """Why the trace could not be read; None if it could, or was not tried."""
+        return self._reasons.get(trace.key)
+
+    def known(self, trace: Trace) -> TraceSummary | None:
+        """The summary, if it is at hand."""
+        kept = self._kept.get(trace.key)
+        return kept.summary if kept is not None else None
+
+    def summary(self, trace: Trace) -> TraceSummary:
+        """What the trace says, read now or earlier.
+
+        Raises:
+            TraceFileError: it cannot be read.
+        """
+        return self._keep(trace).summary
+
+    def derived(self, trace: Trace, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:
+        """Something computed from the summary, kept as long as the summary is."""
+        kept = self._keep(trace)
+        with self._reading:
+            if what not in kept.derived:
+                kept.derived[what] = compute(kept.summary)
+                while len(kept.derived) > DERIVED_MAX:
+                    kept.derived.popitem(last=False)
+            else:
+                kept.derived.move_to_end(what)
+            found: _T = kept.derived[what]
+            return found
+
+    def read_events(self, trace: Trace) -> EventTable:
+        """The trace's own events, which are too large to be kept: keep what you make of them.
+
+        Raises:
+            TraceFileError: it cannot be read.
+        """
+        with self._reading:
+            return self._read(trace, lambda: read_trace(trace.path).events)
+
+    def forget_old(self, catalog: Catalog) -> None:
+        """Drop what was read from files that have changed or gone."""
+        current = {trace.key for trace in catalog.traces.values()}
+        with self._reading:
+            for key in [key for key in self._kept if key not in current]:
+                del self._kept[key]
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def _keep(self, trace: Trace) -> _Kept:
+        with self._reading:
+            kept = self._kept.get(trace.key)
+            if kept is None:
+                summary = self._read(trace, lambda: analyse([trace.path], label=str(trace.path)))
+                kept = self._kept[trace.key] = _Kept(summary, _size_bytes(summary))
+                self._shrink()
+            self._kept.move_to_end(trace.key)
+            return kept
+
+    def _read(self, trace: Trace, read: Callable[[], _T]) -> _T:
+        known = self._reasons.get(trace.key)
+        if known is not None:
+            raise TraceFileError(known)
+        if not is_below(trace.path, self._root):  # changed since the folder was looked through
+            raise TraceFileError(OUTSIDE)
+        self.reads += 1
+        try:
+            return read()
+        except MoETraceError as error:
+            self._remember(trace, str(error).removeprefix(f"{trace.path}: "))
+        except MemoryError:
+            self._remember(trace, "too large for the memory of this machine")
+        except Exception as error:  # a hostile file must not take the tab down with it
+            self._remember(trace, f"cannot be read ({type(error).__name__}: {error})")
+        raise TraceFileError(self._reasons[trace.key])
+
+    def _remember(self, trace: Trace, reason: str) -> None:
+        self._reasons[trace.key] = reason[:1000]
+        while len(self._reasons) > REASONS_MAX:
+            self._reasons.popitem(last=False)
+
+    def _shrink(self) -> None:
+        """Drop what was not asked for longest; the newest stays, however large it is."""
+        while len(self._kept) > 1 and sum(k.size_bytes for k in self._kept.values()) > self._max_bytes:
+            self._kept.popitem(last=False)
+
+
+def _size_bytes(summary: TraceSummary) -> int:
+    """About what the summary takes: a sample is some 2.5 kB of objects beside its arrays (measured)."""
+    arrays = sum(s.assignments.nbytes + s.k_histogram.nbytes for s in summary.samples)
+    return 2**20 + arrays * 2 + 2500 * len(summary.samples)

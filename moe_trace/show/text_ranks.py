@@ -1,0 +1,191 @@
+"""The ranks of a run as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.ranks.align import Alignment, Spread
+from moe_trace.read.ranks.ranks import LayerRanks, RankReport
+from moe_trace.read.ranks.time import ExchangeTime
+from moe_trace.show.tables import fixed, number, printable, scaled, share, table, wrapped
+
+COLUMNS_MAX = 4
+MATRIX_MAX = 8
+
+
+def rank_parts(summary: TraceSummary) -> list[str]:
+    """Load, all-to-all and waiting; nothing for a single rank."""
+    report = summary.ranks
+    if report is None:
+        return []
+    parts = ["Ranks\n" + "\n".join(wrapped(line) for line in rank_sentences(report))]
+    if report.layers:
+        parts.append(_load_table(report))
+    if report.exchanges:
+        parts.append(_exchange_table(report))
+    matrix = _matrix(report)
+    return [*parts, matrix] if matrix else parts
+
+
+def rank_sentences(report: RankReport) -> list[str]:
+    """What the ranks are, how their clocks stand, what they wait, and whether the bytes are right."""
+    return [
+        _who(report),
+        *clock_lines(report.alignment),
+        *_waiting(report),
+        *_bytes(report),
+        *_over_time(report),
+    ]
+
+
+def _who(report: RankReport) -> str:
+    mesh = " × ".join(f"{name} {size}" for name, size in report.mesh.items())
+    shared = [s for s in report.token_sets if len(s) > 1]
+    tokens = "each rank routes tokens of its own"
+    if shared:
+        sets = " and ".join("(" + ", ".join(map(str, s)) + ")" for s in shared)
+        tokens = f"ranks {sets} route the same tokens, which count once"
+    exchange = f", experts by {report.exchange}" if report.exchange else ""
+    found = f"{len(report.ranks)} of {report.world_size} ranks"
+    return f"{found}{f' ({mesh}{exchange})' if mesh else ''}: {tokens}."
+
+
+def _waiting(report: RankReport) -> list[str]:
+    if report.wait_us is None or not any(report.waited_for_us.values()):
+        return []
+    last = max(report.waited_for_us, key=report.waited_for_us.__getitem__)
+    part = f" ({share(report.wait_share)} of their time)" if report.wait_share is not None else ""
+    return [
+        f"The ranks wait {number(report.wait_us / 1000)} ms{part} in the MoE layers' collectives, "
+        f"{share(report.waited_for_us[last] / report.wait_us)} of it for rank {last}."
+    ]
+
+
+def _bytes(report: RankReport) -> list[str]:
+    check = report.bytes_check
+    compared = check.equal + check.different
+    if compared:
+        unknown = f"; {check.unknown} could not be compared" if check.unknown else ""
+        equal = f"{check.equal} of {compared} comparisons"
+        return [f"All-to-all bytes equal what the counts say in {equal}{unknown}."]
+    if check.unknown:
+        return ["The traces have no split sizes to compare with the counts; on gloo record_shapes adds them."]
+    return []
+
+
+def _over_time(report: RankReport) -> list[str]:
+    known = [step.imbalance for step in report.steps if step.imbalance is not None]
+    if not known:
+        return []
+    least, most = f"{min(known):.3f}", f"{max(known):.3f}"
+    steps = f"{least} in every step" if least == most else f"{least} to {most}, by step"
+    return [f"Load max÷mean over ranks: {steps}."]
+
+
+def clock_lines(alignment: Alignment) -> list[str]:
+    """How the clocks were aligned, and what is left."""
+    lines = [_method(alignment)]
+    if alignment.after is not None:
+        before = f" ({alignment.early_before} before alignment)" if alignment.early_before else ""
+        lines.append(
+            f"The ranks end a shared collective {_spread(alignment.after)} apart (the residual); "
+            f"{alignment.early_after} receives end before their send began{before}."
+        )
+    return [*lines, *alignment.notes]
+
+
+def _method(alignment: Alignment) -> str:
+    if alignment.after is None:
+        return "The clocks are as recorded: the ranks share no collective that could align them."
+    if alignment.same_host:
+        return (
+            f"The ranks share one host's clock, which was kept; {alignment.collectives} shared collectives "
+            "agree with it."
+        )
+    moved = [
+        f"rank {rank} {offset / 1000:+,.3f} µs"
+        for rank, offset in alignment.offset_ns.items()
+        if rank != alignment.reference and rank not in alignment.unaligned
+    ]
+    shown = ", ".join(moved[:COLUMNS_MAX]) + (", …" if len(moved) > COLUMNS_MAX else "")
+    by = f"{alignment.collectives} shared collectives"
+    return f"Clocks aligned to rank {alignment.reference} by {by}: {shown}."
+
+
+def _spread(spread: Spread) -> str:
+    return (
+        f"{number(spread.median_us)} µs (median), {number(spread.p95_us)} µs (95 %), "
+        f"{number(spread.max_us)} µs (most)"
+    )
+
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+def _load_table(report: RankReport) -> str:
+    few = len(report.ranks) <= COLUMNS_MAX
+    loads = [f"rank {rank}" for rank in report.ranks] if few else ["least", "mean", "most"]
+    headings = ["layer", *loads, "max÷mean", "hot expert", "wait ms", "for rank"]
+    rows = [_load_row(layer, few=few) for layer in report.layers]
+    return "Slots that each rank computes, and time lost in waiting\n" + table(headings, rows)
+
+
+def _load_row(layer: LayerRanks, *, few: bool) -> list[str]:
+    mean = sum(layer.load) / len(layer.load)
+    loads = layer.load if few else (min(layer.load), round(mean), max(layer.load))
+    expert = "-"
+    if layer.hot_expert is not None:
+        expert = f"{layer.hot_expert} ({share(layer.hot_expert_share)})"
+    return [
+        printable(layer.site, 12),
+        *(f"{load:,}" for load in loads),
+        fixed(layer.max_over_mean, 3),
+        expert,
+        "-" if layer.wait_us is None else number(layer.wait_us / 1000),
+        "-" if layer.waited_for is None else str(layer.waited_for),
+    ]
+
+
+def _exchange_table(report: RankReport) -> str:
+    """Over all ranks: each figure is a sum, the bandwidth that of a mean rank."""
+    groups: dict[tuple[str, str], list[ExchangeTime]] = {}
+    for one in report.exchanges:
+        groups.setdefault((one.site, one.part), []).append(one)
+    rows = [[printable(site, 12), part, *_exchange_cells(of)] for (site, part), of in groups.items()]
+    clock = "their kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
+    headings = ("layer", "part", "calls", "bytes", "leaving", "time ms", "wait ms", "GB/s")
+    title = (
+        f"Collectives of the MoE layers, all ranks together (time of {clock};\n"
+        "leaving: bytes to other ranks; GB/s: those ÷ time without waiting)\n"
+    )
+    return title + table(headings, rows, left=2)
+
+
+def _exchange_cells(members: Sequence[ExchangeTime]) -> list[str]:
+    def total(values: Sequence[float | None]) -> float | None:
+        return None if any(v is None for v in values) else sum(v for v in values if v is not None)
+
+    time_us = sum(one.time_us for one in members)
+    wait_us, leaving = total([o.wait_us for o in members]), total([o.bytes_leaving for o in members])
+    moving_us = time_us - (wait_us or 0.0)
+    return [
+        f"{sum(one.calls for one in members):,}",
+        scaled(total([one.bytes_in for one in members]), "B"),
+        scaled(leaving, "B"),
+        number(time_us / 1000),
+        "-" if wait_us is None else number(wait_us / 1000),
+        "-" if leaving is None or moving_us <= 0 else number(leaving / moving_us / 1000),
+    ]
+
+
+def _matrix(report: RankReport) -> str:
+    layers = [layer.sent for layer in report.layers if layer.sent is not None]
+    if not layers or len(layers) != len(report.layers) or report.world_size > MATRIX_MAX:
+        return ""
+    rows = []
+    for row, rank in enumerate(report.ranks):
+        sums = [sum(layer[row][to] for layer in layers) for to in range(report.world_size)]
+        rows.append([f"rank {rank}", *(f"{n:,}" for n in sums), f"{sum(sums):,}"])
+    headings = ("from", *(f"to {to}" for to in range(report.world_size)), "all")
+    return "Slots sent, over all layers\n" + table(headings, rows)

@@ -1,0 +1,1 @@
+"""The start/stop interface: MoEProfiler, SimpleBenchmark, CSV."""

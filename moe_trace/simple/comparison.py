@@ -1,0 +1,278 @@
+"""Measurements of several configurations, and how they compare. No torch.
+
+Rounds are interleaved (every configuration once a round), so what drifts, such as the clock of the chip,
+hits all alike; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.errors import UsageError
+from moe_trace.data.files import write_text
+from moe_trace.show.tables import fixed, number, printable, scaled, table
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One configuration on one text, once."""
+
+    config: str
+    text: str
+    tokens: int
+    latency_ms: float
+    """Wall time of the forward, device included, without any hook of ours."""
+    router_ms: float
+    """All routers of one hooked forward, by the clock of the device."""
+    experts_ms: float
+    flops_per_token: float
+    """Routers and routed experts."""
+    load_max_over_mean: float
+    """Mean over layers."""
+    router_confidence: float
+    """Mean over layers."""
+    k_mean: float
+    skipped_share: float
+    """Of all slots."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A figure over rounds, and against the first configuration."""
+
+    median: float
+    low: float
+    """Smallest of the rounds."""
+    high: float
+    """Largest of the rounds."""
+    ratio: float
+    """Median over rounds of the round's figure over the first configuration's; NaN where that is 0."""
+    ratio_low: float
+    """Interval of that median by order statistics: no shape is assumed. NaN with a single round."""
+    ratio_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedConfig:
+    """One line of the table."""
+
+    config: str
+    text: str
+    """Name of the text, or `all`."""
+    rounds: int
+    tokens: int
+    """Of one round."""
+    tokens_per_s: Timed
+    latency_ms: Timed
+    """Of a forward, the mean over the texts."""
+    router_ms: Timed
+    experts_ms: Timed
+    flops_per_token: Timed
+    load_max_over_mean: Timed
+    router_confidence: Timed
+    k_mean: Timed
+    skipped_share: Timed
+
+
+_FIGURES = tuple(field.name for field in fields(ComparedConfig))[4:]
+
+
+class Comparison:
+    """A table: iterate over its rows (dicts), take a column by name, or turn it into pandas, CSV or text."""
+
+    def __init__(self, lines: Sequence[ComparedConfig], coverage: float) -> None:
+        self.lines = tuple(lines)
+        self.interval_coverage = coverage
+        """Probability that the interval of a ratio holds its true median, if rounds are independent."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict per configuration: the medians, `_min`, `_max`, `_ratio`, `_ratio_low`, `_ratio_high`."""
+        return [_row(line) for line in self.lines]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.rows[0]) if self.lines else []
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return [row[column] for row in self.rows]
+
+    def to_df(self) -> Any:
+        """The rows as a `pandas.DataFrame`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError("to_df() needs pandas: `pip install pandas`, or use rows or to_csv()") from error
+        return pandas.DataFrame(self.rows)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV, whole or not at all; an unknown figure is an empty cell."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+        write_text(Path(path), text.getvalue())
+
+    def __str__(self) -> str:
+        return _render(self)
+
+
+def compare(measurements: Sequence[Sequence[Measurement]], *, by_text: bool = False) -> Comparison:
+    """Reduce rounds of measurements to a line per configuration, or per configuration and text.
+
+    Args:
+        measurements: one sequence a round, each with every configuration.
+    """
+    keys = list(dict.fromkeys(_key(m, by_text) for m in measurements[0]))
+    rounds = [_round_figures(taken, by_text) for taken in measurements]
+    lines = []
+    for config, text in keys:
+        first = next(key for key in keys if key[1] == text)
+        lines.append(_compare_one(config, text, first, rounds))
+    return Comparison(lines, interval(np.arange(len(rounds)))[2])
+
+
+def interval(values: Any) -> tuple[float, float, float]:
+    """(low, high, coverage) of the median, by order statistics: the narrowest pair that covers 95 %.
+
+    With fewer than six values no pair does, and the widest is given with the coverage that it has:
+    1 - 2 x Binomial(n, 1/2)(X < r) for the r-th smallest and r-th largest (David and Nagaraja, Order
+    Statistics, section 7.1).
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(ordered)
+    if n < 2:
+        return math.nan, math.nan, 0.0
+    coverage, best = 1 - 2 * 0.5**n, 1
+    tail = 0.5**n
+    for rank in range(2, n // 2 + 1):
+        tail += math.comb(n, rank - 1) * 0.5**n
+        if 1 - 2 * tail < CONFIDENCE:
+            break
+        coverage, best = 1 - 2 * tail, rank
+    return float(ordered[best - 1]), float(ordered[n - best]), coverage
+
+
+_Key = tuple[str, str]
+
+
+def _key(measurement: Measurement, by_text: bool) -> _Key:
+    return measurement.config, measurement.text if by_text else "all"
+
+
+def _round_figures(taken: Sequence[Measurement], by_text: bool) -> dict[_Key, dict[str, float]]:
+    groups: dict[_Key, list[Measurement]] = {}
+    for measurement in taken:
+        groups.setdefault(_key(measurement, by_text), []).append(measurement)
+    return {key: _figures(group) for key, group in groups.items()}
+
+
+def _figures(group: Sequence[Measurement]) -> dict[str, float]:
+    """Times are means over the texts; the other figures are means over tokens."""
+    tokens = sum(m.tokens for m in group)
+    seconds = sum(m.latency_ms for m in group) / 1000
+    timed = {
+        name: sum(getattr(m, name) for m in group) / len(group)
+        for name in ("latency_ms", "router_ms", "experts_ms")
+    }
+    counted = {
+        name: sum(getattr(m, name) * m.tokens for m in group) / tokens
+        for name in ("flops_per_token", "load_max_over_mean", "router_confidence", "k_mean", "skipped_share")
+    }
+    return {"tokens": tokens, "tokens_per_s": tokens / seconds, **timed, **counted}
+
+
+def _compare_one(
+    config: str, text: str, first: _Key, rounds: Sequence[dict[_Key, dict[str, float]]]
+) -> ComparedConfig:
+    def timed(name: str) -> Timed:
+        values = np.array([r[config, text][name] for r in rounds])
+        base = np.array([r[first][name] for r in rounds])
+        ratios = values / np.where(base == 0, np.nan, base)
+        low, high, _ = interval(ratios)
+        return Timed(
+            median=float(np.median(values)),
+            low=float(values.min()),
+            high=float(values.max()),
+            ratio=float(np.median(ratios)),
+            ratio_low=low,
+            ratio_high=high,
+        )
+
+    tokens = int(rounds[0][config, text]["tokens"])
+    figures = {name: timed(name) for name in _FIGURES}
+    return ComparedConfig(config=config, text=text, rounds=len(rounds), tokens=tokens, **figures)
+
+
+def _row(line: ComparedConfig) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "config": line.config,
+        "text": line.text,
+        "rounds": line.rounds,
+        "tokens": line.tokens,
+    }
+    for name in _FIGURES:
+        value: Timed = getattr(line, name)
+        row[name] = value.median
+        row[f"{name}_min"] = value.low
+        row[f"{name}_max"] = value.high
+        row[f"{name}_ratio"] = value.ratio
+        row[f"{name}_ratio_low"] = value.ratio_low
+        row[f"{name}_ratio_high"] = value.ratio_high
+    return row
+
+
+def _render(comparison: Comparison) -> str:
+    by_text = any(line.text != "all" for line in comparison.lines)
+    headings = ["config", *(["text"] if by_text else []), "tokens/s", "× first", "latency ms", "router ms"]
+    headings += ["experts ms", "FLOP/token", "load", "conf", "k"]
+    rows = [_cells(line, by_text) for line in comparison.lines]
+    if not rows:
+        return "no configuration was run"
+    rounds = comparison.lines[0].rounds
+    explain = (
+        f"Medians of {rounds} interleaved {'round' if rounds == 1 else 'rounds'}; × first: tokens/s over the "
+        f"first configuration's, with its {comparison.interval_coverage:.0%} interval."
+    )
+    return table(headings, rows, left=2 if by_text else 1) + "\n" + explain
+
+
+def _cells(line: ComparedConfig, by_text: bool) -> list[str]:
+    speed = line.tokens_per_s
+    span = "" if math.isnan(speed.ratio_low) else f" ({speed.ratio_low:.2f}-{speed.ratio_high:.2f})"
+    return [
+        printable(line.config, 24),
+        *([printable(line.text, 16)] if by_text else []),
+        f"{speed.median:,.0f}",
+        f"{speed.ratio:.2f}{span}",
+        number(line.latency_ms.median),
+        number(line.router_ms.median),
+        number(line.experts_ms.median),
+        scaled(line.flops_per_token.median),
+        fixed(line.load_max_over_mean.median, 2),
+        fixed(line.router_confidence.median, 3),
+        fixed(line.k_mean.median, 2),
+    ]

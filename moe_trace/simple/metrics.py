@@ -1,0 +1,247 @@
+"""Figures of the simple interface: one row per router call, and a flat dict of numbers per router. No torch.
+
+A figure that is not known is NaN, never 0 and never a sentence: memory on a CPU, confidence of a router
+without true logits, everything of a router that was not called.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.loads import describe_load
+from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
+
+NAN = float("nan")
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRow:
+    """One call of one router; the fields are the columns of the CSV, in this order."""
+
+    step: int
+    layer: int
+    name: str
+    tokens: int
+    flops_total: int
+    """Of the whole call: router and routed experts."""
+    flops_router: int
+    flops_expert: int
+    active_experts: int
+    """Experts that got at least one assignment."""
+    k_avg: float
+    """Assignments per token."""
+    latency_ms: float
+    """Of the router, by `latency_clock`."""
+    router_conf: float
+    load_max_over_mean: float
+    memory_mb: float
+    """MiB that torch's allocator held on the device; NaN on a CPU."""
+    timestamp: float
+    """Unix time in seconds when the router was called."""
+    device: str
+    latency_clock: str
+    """`cuda_event` (what passed on the stream) or `host`."""
+    experts_ms: float
+    """Of the experts module, by the same clock."""
+    phase: Phase
+    """`recompute` when gradient checkpointing ran the forward again; it counts in no load."""
+
+
+COLUMNS = tuple(field.name for field in fields(CallRow))
+
+
+@dataclass(frozen=True)
+class RouterMetrics:
+    """All recorded calls of one router."""
+
+    info: RouterInfo
+    samples: tuple[RoutingSample, ...]
+    """As `MoETracer.samples()` gives them."""
+    rows: tuple[CallRow, ...]
+    """One per sample, in the same order."""
+
+    def get_summary(self) -> dict[str, float]:
+        """Numbers over all calls; NaN where there is nothing to tell. Standard deviations are population's.
+
+        - `flops_total_mean`, `_std`, `_p50`, `_p95`, `_p99`, `flops_router_mean`, `flops_expert_mean`:
+          FLOPs **per token**, distributed over calls; a gated expert counts with its three matrices.
+          `flops_total`, `flops_router`, `flops_expert`: the sums over all calls.
+        - `latency_mean_ms`, `_std_`, `_min_`, `_max_`, `_p50_`, `_p95_`, `_p99_`: of a call of the router,
+          in milliseconds, recomputed calls included.
+        - `active_experts_mean`, `_std`: experts with an assignment, over calls.
+        - `k_mean`, `_std`, `_min`, `_max`: experts that a token really used, over tokens.
+        - `expert_load_mean`, `_std`: assignments per expert, over experts, all calls together; `_cv` is
+          their ratio, `_gini` 0 for an even load, `_entropy` 1 for an even load.
+        - `router_confidence_mean`, `_std`: 1 - H / ln E, the mean over tokens; the deviation is that of the
+          calls' means, weighted by tokens.
+        - `memory_mean_mb`, `memory_max_mb`: MiB on the device, over calls; NaN on a CPU.
+        - `total_steps`, `total_tokens`: steps with a call, and tokens over all calls.
+        """
+        forward = [s for s in self.samples if s.phase == "forward"]
+        return {
+            **_flops(self.samples),
+            **_latency([row.latency_ms for row in self.rows]),
+            **_spread("active_experts", [float(np.count_nonzero(s.assignments)) for s in forward]),
+            **_k(forward),
+            **_load(forward),
+            **_confidence(forward),
+            **_memory([row.memory_mb for row in self.rows]),
+            "total_steps": len({s.step for s in forward}),
+            "total_tokens": sum(s.tokens for s in forward),
+        }
+
+
+def call_row(
+    sample: RoutingSample, *, device: str, clock: str, latency_ms: float, experts_ms: float
+) -> CallRow:
+    """The row of one sample, with the times that it was given."""
+    load = describe_load(sample.assignments)
+    return CallRow(
+        step=sample.step,
+        layer=sample.layer,
+        name=sample.name,
+        tokens=sample.tokens,
+        flops_total=sample.router_flops + sample.expert_flops,
+        flops_router=sample.router_flops,
+        flops_expert=sample.expert_flops,
+        active_experts=load.active_experts,
+        k_avg=int(sample.assignments.sum()) / sample.tokens if sample.tokens else NAN,
+        latency_ms=latency_ms,
+        router_conf=_number(sample.confidence),
+        load_max_over_mean=_number(load.max_over_mean),
+        memory_mb=_number(sample.memory_allocated_bytes) / MIB,
+        timestamp=sample.host_start_ns / 1e9,
+        device=device,
+        latency_clock=clock,
+        experts_ms=experts_ms,
+        phase=sample.phase,
+    )
+
+
+def rows_to_csv(rows: Iterable[CallRow]) -> str:
+    """The rows as CSV text with a heading; an unknown figure is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if _is_nan(value) else value for name, value in asdict(row).items()})
+    return text.getvalue()
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _number(value: float | None) -> float:
+    return NAN if value is None else float(value)
+
+
+def _flops(samples: Sequence[RoutingSample]) -> dict[str, float]:
+    used = [s for s in samples if s.tokens]
+    router = _array([s.router_flops / s.tokens for s in used])
+    expert = _array([s.expert_flops / s.tokens for s in used])
+    total = router + expert
+    p50, p95, p99 = _percentiles(total)
+    return {
+        **_spread("flops_total", total),
+        "flops_total_p50": p50,
+        "flops_total_p95": p95,
+        "flops_total_p99": p99,
+        "flops_router_mean": _mean(router),
+        "flops_expert_mean": _mean(expert),
+        "flops_total": sum(s.router_flops + s.expert_flops for s in samples),
+        "flops_router": sum(s.router_flops for s in samples),
+        "flops_expert": sum(s.expert_flops for s in samples),
+    }
+
+
+def _latency(milliseconds: Sequence[float]) -> dict[str, float]:
+    known = _known(milliseconds)
+    p50, p95, p99 = _percentiles(known)
+    return {
+        "latency_mean_ms": _mean(known),
+        "latency_std_ms": float(known.std()) if known.size else NAN,
+        "latency_min_ms": float(known.min()) if known.size else NAN,
+        "latency_max_ms": float(known.max()) if known.size else NAN,
+        "latency_p50_ms": p50,
+        "latency_p95_ms": p95,
+        "latency_p99_ms": p99,
+    }
+
+
+def _k(samples: Sequence[RoutingSample]) -> dict[str, float]:
+    """From the histograms: the figure is a token's, not a call's."""
+    longest = max((len(s.k_histogram) for s in samples), default=0)
+    tokens_K = np.zeros(longest, dtype=np.int64)
+    for sample in samples:
+        tokens_K[: len(sample.k_histogram)] += sample.k_histogram
+    if not tokens_K.sum():
+        return dict.fromkeys(("k_mean", "k_std", "k_min", "k_max"), NAN)
+    k = np.arange(longest)
+    mean = float(np.average(k, weights=tokens_K))
+    seen = np.flatnonzero(tokens_K)
+    return {
+        "k_mean": mean,
+        "k_std": math.sqrt(float(np.average((k - mean) ** 2, weights=tokens_K))),
+        "k_min": int(seen[0]),
+        "k_max": int(seen[-1]),
+    }
+
+
+def _load(samples: Sequence[RoutingSample]) -> dict[str, float]:
+    loads_E = np.sum([s.assignments for s in samples], axis=0) if samples else np.zeros(0)
+    load = describe_load(loads_E)
+    return {
+        **_spread("expert_load", loads_E),
+        "expert_load_cv": _number(load.cv),
+        "expert_load_gini": _number(load.gini),
+        "expert_load_entropy": _number(load.entropy),
+    }
+
+
+def _confidence(samples: Sequence[RoutingSample]) -> dict[str, float]:
+    weighted = [(s.confidence, s.tokens - s.nonfinite_tokens) for s in samples if s.confidence is not None]
+    values, tokens = _array([v for v, _ in weighted]), _array([t for _, t in weighted])
+    if not tokens.sum():
+        return {"router_confidence_mean": NAN, "router_confidence_std": NAN}
+    mean = float(np.average(values, weights=tokens))
+    deviation = math.sqrt(float(np.average((values - mean) ** 2, weights=tokens)))
+    return {"router_confidence_mean": mean, "router_confidence_std": deviation}
+
+
+def _memory(mebibytes: Sequence[float]) -> dict[str, float]:
+    known = _known(mebibytes)
+    return {"memory_mean_mb": _mean(known), "memory_max_mb": float(known.max()) if known.size else NAN}
+
+
+def _spread(name: str, values: npt.ArrayLike) -> dict[str, float]:
+    array = _array(values)
+    return {f"{name}_mean": _mean(array), f"{name}_std": float(array.std()) if array.size else NAN}
+
+
+def _array(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _known(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    array = _array(values)
+    return array[~np.isnan(array)]
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    return float(values.mean()) if values.size else NAN
+
+
+def _percentiles(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    if not values.size:
+        return NAN, NAN, NAN
+    p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
+    return p50, p95, p99

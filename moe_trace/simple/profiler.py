@@ -1,0 +1,224 @@
+"""`MoEProfiler`: start, run the model, stop, read the figures; no torch profiler is needed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from moe_trace.data.errors import NothingRecorded, UsageError
+from moe_trace.data.files import write_text
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import host_us
+from moe_trace.find.routers import LayerSelector
+from moe_trace.record.device_clock import CallTimes, DeviceClock
+from moe_trace.record.tracer import MoETracer
+from moe_trace.show.simple import render_metrics
+from moe_trace.simple.metrics import COLUMNS, NAN, CallRow, RouterMetrics, call_row, rows_to_csv
+
+__all__ = ["MoEProfiler", "RouterMetrics"]
+
+
+class MoEProfiler:
+    """Record what every router of a model decides between `start()` and `stop()`.
+
+    Hooks are on the model only in between; the model computes the same bits with them. Nothing waits for
+    the device until figures are asked for. A step is one forward of `model` (so one generated token is one
+    step), or what `step()` ends once it has been called.
+
+    Args:
+        model: any module that holds Mixture-of-Experts routers.
+        layers: which routers: layer indices, labels, module paths, or a predicate; None takes all.
+        warmup_steps: steps to leave out at the start.
+        sampling_rate: record every n-th step after that.
+        capacity: router calls kept; beyond it the oldest are dropped, and the summary says so.
+
+    Raises:
+        NoRoutersFound: the model holds no router that a known contract reads.
+        UsageError: arguments out of range, or `layers` selects nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: LayerSelector = None,
+        warmup_steps: int = 0,
+        sampling_rate: int = 1,
+        capacity: int = 100_000,
+    ) -> None:
+        _require_count("warmup_steps", warmup_steps, least=0)
+        _require_count("sampling_rate", sampling_rate, least=1)
+        self._clock = DeviceClock(capacity=capacity)
+        self.tracer = MoETracer(
+            model,
+            layers=layers,
+            every=sampling_rate,
+            warmup=warmup_steps,
+            capacity=capacity,
+            clock=self._clock,
+        )
+        """The `MoETracer` that does the work."""
+        self._devices = {site.name: _device_of(site.router) for site in self.tracer.sites}
+        self._remover: weakref.finalize[..., MoEProfiler] | None = None
+        self._ever_started = False
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Put the hooks on. A second measurement adds to the first; a running one goes on, with a warning."""
+        if self._remover is not None:
+            warnings.warn(
+                "MoEProfiler.start() was called while it was running: the measurement goes on. "
+                "Call stop() first, and make a new MoEProfiler to begin from zero",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        self.tracer.start()
+        # A profiler dropped without stop(), as when a notebook cell runs again, takes its hooks along.
+        self._remover = weakref.finalize(self, self.tracer.stop)
+        self._remover.atexit = False
+        self._ever_started = True
+
+    def stop(self) -> None:
+        """Take the hooks off; warns if nothing was recorded. Once stopped, stopping again does nothing."""
+        if self._remover is None:
+            if not self._ever_started:
+                warnings.warn(
+                    "MoEProfiler.stop() was called without start(): nothing was measured",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return
+        self._remover()
+        self._remover = None
+        nothing = self._nothing_recorded()
+        if nothing is not None:
+            warnings.warn(nothing, RuntimeWarning, stacklevel=2)
+
+    def __enter__(self) -> MoEProfiler:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.tracer.abandon_calls()
+        self.stop()
+
+    def step(self) -> None:
+        """End a step by hand; from the first call on, forwards are no steps any more."""
+        self.tracer.step()
+
+    # -- results --------------------------------------------------------------------------------------
+
+    def get_metrics(self) -> dict[str, RouterMetrics]:
+        """Module path of the router -> its figures, in the order of the layers. Waits for the device."""
+        by_router: dict[str, list[RoutingSample]] = {site.name: [] for site in self.tracer.sites}
+        for sample in self.tracer.samples():
+            by_router[sample.name].append(sample)
+        times = self._clock.read()
+        return {
+            site.name: RouterMetrics(
+                site.info,
+                tuple(by_router[site.name]),
+                tuple(self._row(s, times.get((s.name, s.call))) for s in by_router[site.name]),
+            )
+            for site in self.tracer.sites
+        }
+
+    def rows(self) -> list[CallRow]:
+        """One row per call and layer, in order of time."""
+        rows = [row for metrics in self.get_metrics().values() for row in metrics.rows]
+        return sorted(rows, key=lambda row: row.timestamp)
+
+    def to_df(self) -> Any:
+        """The rows as a `pandas.DataFrame`.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UsageError(
+                "to_df() needs pandas: `pip install pandas`, or use rows() or save_csv()"
+            ) from error
+        return pandas.DataFrame(self.rows(), columns=list(COLUMNS))
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV, whole or not at all; a file that exists is replaced. Needs no pandas.
+
+        Raises:
+            NothingRecorded: there is no row; the message says why and what to change.
+            OutputError: the file cannot be written.
+        """
+        rows = self.rows()
+        if not rows:
+            raise NothingRecorded(f"{os.fspath(path)} was not written: {self._nothing_recorded()}")
+        write_text(Path(path), rows_to_csv(rows))
+
+    def print_summary(self) -> None:
+        """Print a line per layer; or, where nothing was recorded, why, and what to change."""
+        print(render_metrics(type(self.tracer.model).__name__, self.get_metrics(), self.notes()), end="")
+
+    def notes(self) -> list[str]:
+        """What to know before trusting the figures; empty when there is nothing to say."""
+        nothing = self._nothing_recorded()
+        return [nothing] if nothing is not None else list(self.tracer.summary().notes)
+
+    def _row(self, sample: RoutingSample, times: CallTimes | None) -> CallRow:
+        on_device = times is not None and times.clock == "cuda_event"
+        router_ms = times.router_ms if on_device and times is not None else host_us(sample) / 1000
+        return call_row(
+            sample,
+            device=times.device if times is not None else self._devices[sample.name],
+            clock="cuda_event" if on_device else "host",
+            latency_ms=NAN if router_ms is None else router_ms,
+            experts_ms=NAN if times is None or times.experts_ms is None else times.experts_ms,
+        )
+
+    def _nothing_recorded(self) -> str | None:
+        """Why no router call was recorded, and what to change; None if any was."""
+        tracer = self.tracer
+        if any(tracer.calls_by_router().values()):
+            return None
+        found = f"found {len(tracer.sites)} routers in {type(tracer.model).__name__}, but recorded no call"
+        misread = tracer.recording().lost.misread
+        if not self._ever_started:
+            return f"{found}: start() was never called; call it before running the model"
+        if misread:
+            return f"{found}: a router could not be read ({next(iter(misread.values()))})"
+        if tracer.forwards_seen == 0:
+            return (
+                f"{found}: the model was not run between start() and stop(); run the very object that was "
+                "given to MoEProfiler"
+            )
+        if tracer.forwards_recorded == 0:
+            return (
+                f"{found}: warmup_steps={tracer.warmup} and sampling_rate={tracer.every} left out all of "
+                f"the {tracer.forwards_seen} forwards; lower them, or run more steps"
+            )
+        return (
+            f"{found} in {tracer.forwards_recorded} forwards: no router module was called. The layers did "
+            "not run, a fused kernel or torch.compile went past them (start before compiling), or layers= "
+            "chose others"
+        )
+
+
+def _device_of(router: nn.Module) -> str:
+    parameter = next(router.parameters(), None)
+    return str(parameter.device) if parameter is not None else "cpu"
+
+
+def _require_count(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        advice = "; to record a tenth of the steps, give 10" if name == "sampling_rate" else ""
+        raise UsageError(f"expected {name} to be a whole number of at least {least}, found {value!r}{advice}")

@@ -1,0 +1,9 @@
+"""Where things stand in the checkout, for tests at any depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+DATA = TESTS / "data"

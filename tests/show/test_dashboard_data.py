@@ -1,0 +1,424 @@
+"""The MoE tab's data and routes, without a browser."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from werkzeug.test import Client
+
+from moe_trace.read.file.events import Kind
+from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.reader import read_summary
+from moe_trace.read.time.lanes import add_up, find_lanes, join_pieces
+from moe_trace.show.json import to_plain
+from moe_trace.show.tensorboard import store as store_module
+from moe_trace.show.tensorboard.catalog import Catalogs, find_catalog
+from moe_trace.show.tensorboard.data import Dashboard
+from moe_trace.show.tensorboard.overview import VIEW_OF_RULE, worst_first
+from moe_trace.show.tensorboard.plugin import STATIC, VIEWS, MoEPlugin
+from paths import DATA
+
+H200 = DATA / "h200"
+TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
+EAGER = "prefill_eager.pt.trace.json.gz"
+PAYLOAD_MAX = 2_000_000
+
+
+@pytest.fixture
+def logdir(tmp_path: Path) -> Path:
+    for run, name in (("train", TRAIN), ("prefill", PREFILL), ("prefill/eager", EAGER)):
+        folder = tmp_path / "logs" / run
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(H200 / name, folder)
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def dashboard(logdir: Path) -> Dashboard:
+    return Dashboard(Catalogs(str(logdir)))
+
+
+@pytest.fixture
+def client(logdir: Path) -> Client:
+    return client_of(logdir)
+
+
+def client_of(logdir: Path | str) -> Client:
+    """All routes of the plugin, as TensorBoard mounts them."""
+    plugin = MoEPlugin(SimpleNamespace(logdir=str(logdir)))  # type: ignore[arg-type]
+    apps = plugin.get_plugin_apps()
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Any:
+        path = environ["PATH_INFO"]
+        route = next((r for r in apps if r == path), "/static/*" if path.startswith("/static/") else None)
+        assert route is not None, f"TensorBoard knows no such route: {path}"
+        return apps[route](environ, start_response)
+
+    return Client(serve)
+
+
+TRACE = {"run": "train", "trace": TRAIN}
+
+
+# -- which traces --------------------------------------------------------------------------------------
+
+
+def test_runs_are_folders_and_traces_are_files(dashboard: Dashboard) -> None:
+    runs = {run["run"]: [t["trace"] for t in run["traces"]] for run in dashboard.answer("runs", {})["runs"]}
+    assert runs == {"prefill": [PREFILL], "prefill/eager": [EAGER], "train": [TRAIN]}
+
+
+def test_unreadable_traces_are_listed_with_their_reason_and_hurt_nothing(logdir: Path) -> None:
+    bad = logdir / "bad"
+    bad.mkdir()
+    (bad / "empty.pt.trace.json").write_bytes(b"")
+    (bad / "foreign.pt.trace.json").write_text('{"traceEvents": []}')
+    (bad / "half.pt.trace.json.gz").write_bytes((H200 / TRAIN).read_bytes()[:100_000])
+    (bad / "notjson.pt.trace.json").write_text("hello")
+    (bad / "notes.txt").write_text("no trace")
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    names = ["empty", "foreign", "half", "notjson"]
+    files = {n: f"{n}.pt.trace.json" + (".gz" if n == "half" else "") for n in names}
+    states = {n: dashboard.answer("trace", {"run": "bad", "trace": files[n]}) for n in names}
+    assert {n: s["state"] for n, s in states.items()} == dict.fromkeys(names, "broken")
+    assert "empty file" in states["empty"]["reason"]
+    assert "without moe_trace data" in states["foreign"]["reason"]
+    assert "truncated" in states["half"]["reason"]
+    assert str(logdir) not in "".join(s["reason"] for s in states.values()), "reasons name no folder twice"
+    assert "broken" in dashboard.answer("overview", {"run": "bad", "trace": files["half"]})
+    assert dashboard.answer("overview", TRACE)["facts"][0]["text"] == "OlmoeForCausalLM"
+
+
+def test_a_trace_is_read_once_until_its_file_changes(logdir: Path) -> None:
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    for view in ("overview", "routing", "time", "ranks"):
+        dashboard.answer(view, TRACE)
+    assert dashboard.store.reads == 1
+    shutil.copy(H200 / PREFILL, logdir / "train" / TRAIN)
+    assert dashboard.answer("overview", TRACE)["facts"][4]["value"] == 3, "the new file's steps"
+    assert dashboard.store.reads == 2
+
+
+def test_a_half_written_trace_is_read_again_when_it_has_grown(tmp_path: Path) -> None:
+    whole = (H200 / TRAIN).read_bytes()
+    (tmp_path / TRAIN).write_bytes(whole[:-1000])
+    dashboard = Dashboard(Catalogs(str(tmp_path)))
+    here = {"run": ".", "trace": TRAIN}
+    assert dashboard.answer("trace", here)["state"] == "broken"
+    (tmp_path / TRAIN).write_bytes(whole)
+    assert dashboard.answer("trace", here)["state"] == "ok"
+
+
+def test_memory_is_bounded(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SUMMARIES_MAX_BYTES", 1)
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    dashboard.store = store_module.Store(logdir, max_bytes=1)
+    for run, name in (("train", TRAIN), ("prefill", PREFILL), ("prefill/eager", EAGER)):
+        dashboard.answer("overview", {"run": run, "trace": name})
+        assert len(dashboard.store._kept) == 1
+    dashboard.answer("overview", TRACE)
+    assert dashboard.store.reads == 4
+
+
+def test_a_new_run_appears(dashboard: Dashboard, logdir: Path) -> None:
+    dashboard.answer("runs", {})
+    (logdir / "later").mkdir()
+    shutil.copy(H200 / TRAIN, logdir / "later")
+    assert "later" in {r["run"] for r in dashboard.answer("runs", {"fresh": "1"})["runs"]}
+
+
+# -- security ------------------------------------------------------------------------------------------
+
+
+def test_links_that_leave_the_log_folder_are_refused(logdir: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    shutil.copy(H200 / TRAIN, secret / TRAIN)
+    (logdir / "file").mkdir()
+    (logdir / "file" / "link.pt.trace.json.gz").symlink_to(secret / TRAIN)
+    (logdir / "folder").symlink_to(secret)
+    (logdir / "inside.pt.trace.json.gz").symlink_to(logdir / "train" / TRAIN)
+    catalog = find_catalog(logdir)
+    assert ("file", "link.pt.trace.json.gz") in catalog.refused
+    assert (".", "folder/") in catalog.refused
+    assert (".", "inside.pt.trace.json.gz") in catalog.traces
+    client = client_of(logdir)
+    for run, name in (("file", "link.pt.trace.json.gz"), ("folder", TRAIN)):
+        query = urllib.parse.urlencode({"run": run, "trace": name})
+        assert client.get(f"/download?{query}").status_code == 404
+        assert client.get(f"/overview?{query}").status_code == 404
+
+
+def test_a_file_that_becomes_a_link_after_it_was_listed_is_not_served(logdir: Path, tmp_path: Path) -> None:
+    client = client_of(logdir)
+    client.get("/runs")
+    secret = tmp_path / "secret.json"
+    secret.write_text("secret")
+    (logdir / "train" / TRAIN).unlink()
+    (logdir / "train" / TRAIN).symlink_to(secret)
+    for view in ("download", "overview"):
+        assert client.get(f"/{view}?run=train&trace={TRAIN}").data != b"secret"
+    assert client.get(f"/download?run=train&trace={TRAIN}").status_code == 404
+
+
+EVIL = [
+    "../../etc/passwd",
+    "..%2f..%2fetc%2fpasswd",
+    "%2e%2e/%2e%2e/etc/passwd",
+    "%252e%252e%252fetc%252fpasswd",
+    "/etc/passwd",
+    "//etc/passwd",
+    "..\\..\\etc\\passwd",
+    "....//....//etc/passwd",
+    "train/../train",
+    "./train",
+    "train/",
+    "passwd%00.pt.trace.json",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+@pytest.mark.parametrize("view", ["download", "overview", "timeline"])
+def test_no_path_leads_out(client: Client, logdir: Path, view: str, evil: str) -> None:
+    (logdir.parent / "outside.pt.trace.json").write_text("{}")
+    for query in (f"run={evil}&trace={TRAIN}", f"run=train&trace={evil}", f"run={evil}&trace=passwd"):
+        answer = client.get(f"/{view}?{query}")
+        assert answer.status_code == 404
+        assert b"root:" not in answer.data
+
+
+@pytest.mark.parametrize(
+    "evil", [*EVIL, "../plugin.py", "..%2fplugin.py", "views/../../plugin.py", "", "views"]
+)
+def test_static_serves_its_own_files_only(client: Client, evil: str) -> None:
+    answer = client.get(f"/static/{evil}")
+    assert answer.status_code == 404
+    assert client.get("/static/index.js").status_code == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
+def test_only_get_is_answered(client: Client, method: str) -> None:
+    for path in (*(f"/{view}" for view in VIEWS), "/download", "/static/index.js", "/plotly.min.js"):
+        answer = client.open(path, method=method)
+        assert answer.status_code == 405
+        assert answer.headers["Allow"] == "GET"
+
+
+def test_headers_satisfy_tensorboard(client: Client) -> None:
+    query = f"run=train&trace={TRAIN}"
+    for path in ("/runs", f"/overview?{query}", f"/download?{query}", "/static/style.css", "/plotly.min.js"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "html" not in answer.headers["Content-Type"]
+
+
+def test_download_is_the_file_itself(client: Client) -> None:
+    answer = client.get(f"/download?run=train&trace={TRAIN}")
+    assert answer.data == (H200 / TRAIN).read_bytes()
+    assert answer.headers["Content-Disposition"] == f'attachment; filename="{TRAIN}"'
+
+
+@pytest.mark.parametrize("name", ["step", "from", "to", "start", "end"])
+@pytest.mark.parametrize("value", ["x", "1e400", "nan", "9" * 30, "<b>", "-5"])
+def test_odd_parameters_are_refused_or_harmless(client: Client, name: str, value: str) -> None:
+    query = urllib.parse.urlencode({**TRACE, name: value, "site": "L00"})
+    for view in ("heat", "layer", "timeline", "kernels"):
+        answer = client.get(f"/{view}?{query}")
+        assert answer.status_code in (200, 400)
+        assert answer.headers["Content-Type"].startswith("application/json")
+
+
+def test_the_page_has_no_inline_script_and_writes_no_html() -> None:
+    for path in STATIC.rglob("*.js"):
+        source = path.read_text(encoding="utf-8")
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+        ):
+            assert word not in source, f"{path.name} uses {word}"
+        assert "http://" not in source
+        assert "https://" not in source
+
+
+# -- figures -------------------------------------------------------------------------------------------
+
+
+def test_findings_are_those_of_the_report_worst_first() -> None:
+    summary = read_summary(H200 / PREFILL)
+    ordered = worst_first(summary.findings)
+    assert sorted(f.sentence for f in ordered) == sorted(f.sentence for f in summary.findings)
+    assert [f.rule for f in ordered][:3] == ["hot_expert", "hot_expert", "dead_experts"]
+    assert ordered[0].value > ordered[1].value
+    assert set(VIEW_OF_RULE.values()) == {"time"}
+
+
+def test_any_range_of_steps_adds_up(dashboard: Dashboard) -> None:
+    query = {"run": "prefill", "trace": PREFILL}
+    summary = read_summary(H200 / PREFILL)
+    whole = dashboard.answer("heat", query)
+    for router, row in zip(summary.routers, whole["z"], strict=True):
+        counts = np.array(router.assignments)
+        np.testing.assert_allclose(row, counts * len(counts) / counts.sum(), atol=1e-4)
+    for position, step in enumerate(dashboard.answer("routing", query)["steps"]):
+        one = dashboard.answer("heat", {**query, "from": str(position), "to": str(position)})
+        for router, cells in zip(summary.routers, one["table"]["rows"], strict=True):
+            mine = [s for s in summary.samples if s.step == step and s.name == router.info.name]
+            assert cells[1][1] == sum(int(s.assignments.sum()) for s in mine)
+
+
+def test_kernels_of_a_step_are_those_of_the_report(dashboard: Dashboard) -> None:
+    for path in (H200 / TRAIN, H200 / EAGER):
+        summary = read_summary(path)
+        lanes = find_lanes(summary.samples, read_trace(path).events)
+        assert summary.phases is not None
+        total_us = sum(work.total_us for work in add_up(lanes.device, lanes))
+        assert total_us == pytest.approx(summary.phases.total.device_busy_us, rel=1e-12)
+        host_us = sum(work.total_us for work in add_up(lanes.host, lanes))
+        block, gap = summary.phases.total.block_host_us, summary.phases.total.host_gap_us
+        assert host_us == pytest.approx(block - gap, rel=1e-12)
+
+
+def test_kernels_of_a_range_equal_a_count_by_hand(dashboard: Dashboard) -> None:
+    events = json.loads(gzip.decompress((H200 / TRAIN).read_bytes()))["traceEvents"]
+    here = dashboard.answer("kernels", {**TRACE, "step": "1", "start": "100", "end": "900"})
+    step = dashboard.answer("timeline", {**TRACE, "step": "1"})
+    kernels = {
+        (e["ts"], e["dur"], e["name"])
+        for e in events
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    }
+    summary = read_summary(H200 / TRAIN)
+    lanes = find_lanes(summary.samples, read_trace(H200 / TRAIN).events)
+    mine = lanes.of_step(1, "device")
+    origin_us = mine.start_ns.min() / 1000
+    assert step["length_us"] == pytest.approx((mine.end_ns.max() - mine.start_ns.min()) / 1000)
+    spans = [s.placement.device["block"] for s in summary.samples if s.step == 1 and s.placement]
+    inside = [
+        (ts, dur, name)
+        for ts, dur, name in kernels
+        if ts + dur >= origin_us + 100 - 1e-6
+        and ts <= origin_us + 900 + 1e-6
+        and any(span.start_us - 1e-6 <= ts and ts + dur <= span.end_us + 1e-6 for span in spans)
+    ]
+    assert here["count"] == len(inside) > 5
+    assert here["total_us"] == pytest.approx(sum(dur for _, dur, _ in inside))
+
+
+def test_joined_stretches_lose_no_piece() -> None:
+    summary = read_summary(H200 / EAGER)
+    lanes = find_lanes(summary.samples, read_trace(H200 / EAGER).events)
+    apart = join_pieces(lanes.device, 0)
+    together = join_pieces(lanes.device, 10**9)
+    assert apart.pieces.sum() == together.pieces.sum() == len(lanes.device.block)
+    assert len(together.block) == len(set(zip(lanes.device.block, lanes.device.phase, strict=True)))
+    assert len(apart.block) > len(together.block)
+    assert together.start_ns.min() == apart.start_ns.min()
+    assert together.end_ns.max() == apart.end_ns.max()
+
+
+def test_every_view_is_small_and_valid_json(client: Client) -> None:
+    query = urllib.parse.urlencode({**TRACE, "site": "L01", "run_b": "prefill", "trace_b": PREFILL})
+    for view in VIEWS:
+        answer = client.get(f"/{view}?{query}")
+        assert answer.status_code == 200, view
+        assert len(answer.data) < PAYLOAD_MAX
+        content = json.loads(answer.data, parse_constant=pytest.fail)
+        assert "broken" not in content
+        assert "error" not in content
+
+
+def test_overview_numbers_stand_in_the_report(dashboard: Dashboard) -> None:
+    plain = to_plain(read_summary(H200 / TRAIN))
+    answer = dashboard.answer("overview", TRACE)
+    with_path = [n for n in (*answer["cards"], *answer["facts"]) if n.get("path")]
+    assert len(with_path) == 10
+    for number in with_path:
+        value: Any = plain
+        for part in number["path"].split("."):
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        assert number["value"] == value, number["path"]
+
+
+# -- TensorBoard round it ------------------------------------------------------------------------------
+
+
+def test_the_plugin_loads_without_torch_numpy_and_the_rest() -> None:
+    """A package that is missing must not end the user's TensorBoard; the tab says what is missing."""
+    script = """
+import sys
+for name in ("torch", "numpy", "msgspec", "plotly", "transformers"):
+    sys.modules[name] = None
+import moe_trace.show.tensorboard.plugin as module
+from types import SimpleNamespace
+from werkzeug.test import Client
+plugin = module.MoEPlugin(SimpleNamespace(logdir=sys.argv[1]))
+assert plugin.is_active()
+apps = plugin.get_plugin_apps()
+answer = Client(apps["/runs"]).get("/runs")
+assert answer.status_code == 200 and "missing" in answer.json["error"], answer.data
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(H200)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_for_the_tab_loads_no_torch() -> None:
+    script = """
+import sys
+from moe_trace.show.tensorboard.catalog import Catalogs
+from moe_trace.show.tensorboard.data import Dashboard
+answer = Dashboard(Catalogs(sys.argv[1])).answer("overview", {"run": ".", "trace": sys.argv[2]})
+assert answer["cards"], answer
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(H200), TRAIN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("logdir_given", ["", "gs://bucket/logs", "no/such/folder"])
+def test_without_a_local_folder_the_tab_is_inactive_and_says_so(logdir_given: str) -> None:
+    plugin = MoEPlugin(SimpleNamespace(logdir=logdir_given))  # type: ignore[arg-type]
+    assert not plugin.is_active()
+    answer = client_of(logdir_given).get("/runs").json
+    assert answer is not None
+    assert answer["runs"] == []
+
+
+def test_a_missing_plotly_is_said(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_trace.show.tensorboard.plugin.find_spec", lambda name: None)
+    answer = client.get("/plotly.min.js")
+    assert answer.status_code == 404
+    assert b"pip install" in answer.data
+
+
+def test_a_fault_of_ours_is_an_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("by hand")
+
+    monkeypatch.setattr(Dashboard, "answer", fail)
+    answer = client.get("/overview")
+    assert answer.status_code == 500
+    assert "by hand" in json.loads(answer.data)["error"]
+
+
+def test_lanes_have_no_device_without_kernels() -> None:
+    """A CPU trace, made from the H200 one by leaving its kernels out."""
+    trace = read_trace(H200 / TRAIN)
+    events = trace.events.select(trace.events.kind != Kind.DEVICE)
+    lanes = find_lanes(trace.recording.samples, events)
+    assert lanes.clocks() == ("host",)
+    assert len(lanes.host.block) > 0
