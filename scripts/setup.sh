@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 VENV_PYTHON=.venv/bin/python
 STAMP=.venv/.moe_trace_setup
-EXTRAS=test,report,export
+EXTRAS=test,report,export,docs
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$@"; exit 1; }

@@ -127,3 +127,18 @@ def test_the_notebook_executes(tmp_path: Path) -> None:
     assert all(cell.execution_count for cell in code)
     printed = "".join(out.get("text", "") for cell in code for out in cell.outputs)
     assert "L03" in printed and "two experts" in printed
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    run([*build, "--config-file", str(ROOT / ".mkdocs.yml"), "--site-dir", str(site)], ROOT)
+    pages = sorted(site.glob("*.html"))
+    assert {page.stem for page in pages} >= {path.stem for path in (ROOT / "docs").glob("*.md")}
+    script = r"""<(?:script|img|iframe)[^>]*\bsrc=["']?https?:"""
+    loaded = re.compile(script + r"""|<link[^>]*rel=["']?stylesheet[^>]*https?:""")
+    assert not [page.name for page in pages if loaded.search(page.read_text("utf-8"))]
+
+
+def test_the_page_of_commands_is_what_help_prints() -> None:
+    run([sys.executable, str(ROOT / "scripts" / "list_commands.py"), "--check"], ROOT)

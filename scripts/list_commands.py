@@ -1,0 +1,56 @@
+"""Write docs/cli.md: every command of `moe-trace` with its options, as its own `--help` says them.
+
+python scripts/list_commands.py            writes the page
+python scripts/list_commands.py --check    says whether it is up to date (exit 1: it is not)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "cli.md"
+HEAD = """# The command line
+
+`moe-trace COMMAND [options]`. The commands that read traces need neither torch nor the model. This page is
+what `moe-trace COMMAND --help` prints, written by `scripts/list_commands.py`.
+
+"""
+
+
+def page() -> str:
+    """The whole page. The width is fixed, so that it is the same on every terminal."""
+    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+    from moe_trace.cli import COMMANDS, _parser
+
+    parts = [HEAD, "| command | what it does |\n|---|---|\n"]
+    parts += [f"| [{name}](#{name}) | {line} |\n" for name, (_, _, line) in COMMANDS.items()]
+    for name in COMMANDS:
+        parser = _parser(name)[0]
+        actions = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parts.append(f"\n## {name}\n\n```text\n{actions.choices[name].format_help().rstrip()}\n```\n")
+    return "".join(parts)
+
+
+def main() -> int:
+    """Write or compare; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only")
+    arguments = parser.parse_args()
+    text = page()
+    if not arguments.check:
+        PAGE.write_text(text, "utf-8")
+        return 0
+    if PAGE.read_text("utf-8") == text:
+        return 0
+    print(f"{PAGE.relative_to(ROOT)} is out of date: python scripts/list_commands.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
