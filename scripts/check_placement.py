@@ -29,13 +29,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from moe_trace.data.tables import table  # noqa: E402
 from moe_trace.placement.evaluation import judge  # noqa: E402
 from moe_trace.placement.plan import Cluster, contiguous_plan  # noqa: E402
 from moe_trace.placement.recorded import counts_of_traces  # noqa: E402
 from moe_trace.placement.split import split_by  # noqa: E402
 from moe_trace.read.file.trace_file import find_traces  # noqa: E402
 from moe_trace.read.reader import read_recording  # noqa: E402
-from moe_trace.show.tables import table  # noqa: E402
 
 OPERATOR = "c10d::alltoall_base_"
 PARAMETERS = "record_param_comms"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moe_trace import MoEProfiler, replace_router
+from moe_trace.data.tables import table
 from moe_trace.demo import DEMO_PROMPTS, load_demo_model
 from moe_trace.routing import (
     Renormalise,
@@ -30,7 +31,6 @@ from moe_trace.routing import (
     drop_over_capacity,
     top_k,
 )
-from moe_trace.show.tables import table
 
 HEADINGS = ("rule", "rest", "k", "computed", "skipped", "loss", "change", *DEMO_PROMPTS)
 

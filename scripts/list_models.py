@@ -31,8 +31,8 @@ from families.configs import FAMILIES
 from families.dense import LOOKALIKES
 from families.family import Family, find_model_class
 from moe_trace.data.schema import RouterInfo
+from moe_trace.data.tables import scaled
 from moe_trace.find.contracts import CONTRACTS
-from moe_trace.show.tables import scaled
 
 DOCUMENT = REPOSITORY / "docs" / "models.md"
 

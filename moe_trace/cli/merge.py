@@ -8,10 +8,10 @@ from pathlib import Path
 
 from moe_trace.cli.reading import reading_progress, refuse_to_replace
 from moe_trace.data.errors import UsageError
+from moe_trace.data.tables import printable, wrapped
 from moe_trace.read.ranks.load import rank_names
 from moe_trace.read.ranks.merge import MergePlan, plan_merge
 from moe_trace.read.ranks.write import write_merged
-from moe_trace.show.tables import printable, wrapped
 from moe_trace.show.text_ranks import clock_lines
 
 

@@ -11,7 +11,7 @@ from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
-from moe_trace.read.findings import Evidence, Finding, find
+from moe_trace.read.findings.rules import Evidence, Finding, find
 from moe_trace.read.ranks.combine import all_around, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
 from moe_trace.read.time.imbalance import ImbalanceCost, imbalance_costs
@@ -75,7 +75,7 @@ class TraceSummary(Summary):
         """
         import pandas
 
-        from moe_trace.read.file.rows import call_rows
+        from moe_trace.read.rows import call_rows
 
         return pandas.DataFrame(call_rows(self))
 

@@ -13,7 +13,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.data.files import whole_file, write_text
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.rows import call_rows
+from moe_trace.read.rows import call_rows
 
 
 def expert_counts(summary: Summary) -> np.ndarray:

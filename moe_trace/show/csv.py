@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.rows import call_rows
+from moe_trace.read.rows import call_rows
 
 
 def render_csv(summaries: Sequence[TraceSummary]) -> str:

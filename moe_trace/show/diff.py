@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
+from moe_trace.data.tables import number, paragraph, printable, table
 from moe_trace.read.diff import Change
-from moe_trace.show.tables import number, paragraph, printable, table
 
 
 def render_diff_text(changes: Sequence[Change], *, a: str, b: str, everything: bool = False) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.schema import SCHEMA_VERSION
+from moe_trace.data.tables import fixed, paragraph, printable, scaled, table, wrapped
 from moe_trace.placement.plan import Floats
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
 from moe_trace.show.json import without_nonfinite
-from moe_trace.show.tables import fixed, paragraph, printable, scaled, table, wrapped
 
 _LAYERS_SHOWN = 12
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
+from moe_trace.data.tables import fixed, number, printable, scaled, table, wrapped
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.tables import fixed, number, printable, scaled, table, wrapped
 from moe_trace.show.text_phases import imbalance_lines, phase_parts, speed_part
 from moe_trace.show.text_ranks import rank_parts
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moe_trace.data.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import LayerPhases, PhaseReport, PhaseTime
 from moe_trace.read.time.structure import PHASES
-from moe_trace.show.tables import number, paragraph, printable, scaled, share, table
 
 
 def phase_parts(summary: TraceSummary) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.tables import fixed, number, printable, scaled, share, table, wrapped
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.ranks.align import Alignment, Spread
 from moe_trace.read.ranks.ranks import LayerRanks, RankReport
 from moe_trace.read.ranks.time import ExchangeTime
-from moe_trace.show.tables import fixed, number, printable, scaled, share, table, wrapped
 
 COLUMNS_MAX = 4
 MATRIX_MAX = 8

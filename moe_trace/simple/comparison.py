@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_trace.data.errors import UsageError
 from moe_trace.data.files import write_text
-from moe_trace.show.tables import fixed, number, printable, scaled, table
+from moe_trace.data.tables import fixed, number, printable, scaled, table
 
 CONFIDENCE = 0.95
 

@@ -20,7 +20,7 @@ _BASE_TIME = re.compile(rb'"baseTimeNanoseconds"\s*:\s*(\d+)')
 _SPLICE = re.compile(
     rb'"splice":\{"events_offset":(\d+),"events_bytes":(\d+),"key_offset":(\d+),"suffix_bytes":(\d+)\}\}'
 )
-# What stands in the data of merged ranks (`read/ranks/parts.py`), shortly before the offsets.
+# What stands in the data of merged ranks (`read/file/parts.py`), shortly before the offsets.
 _SEVERAL_RANKS = re.compile(rb'"missing":\[[\d,]*\],"left_out":\{')
 KEY_PREFIX = f',\n"{METADATA_KEY}": '.encode()
 _DECODER = json.JSONDecoder()

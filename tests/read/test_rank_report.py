@@ -338,8 +338,8 @@ def test_waiting_is_a_finding_where_it_is_a_part_of_the_time(tmp_path: Path) -> 
     few = {f.rule for f in read_summary(tmp_path).findings}
     assert "waiting_ranks" not in few  # 0.3 % of the steps
     report = report_of(read_summary(tmp_path))
-    from moe_trace.read.finding import Evidence
-    from moe_trace.read.ranks.findings import waiting_ranks
+    from moe_trace.read.findings.finding import Evidence
+    from moe_trace.read.findings.ranks import waiting_ranks
 
     evidence = Evidence(
         routers=(), phases=None, speed=None, imbalance=(), operators=frozenset(),

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import Span
+from moe_trace.read.file.comms import CommArgs, CommEvent, facts_of, is_comm
 from moe_trace.read.file.stream import JsonStream, loads_lenient
-from moe_trace.read.ranks.comms import CommArgs, CommEvent, facts_of, is_comm
 
 
 class Kind(IntEnum):

@@ -17,8 +17,8 @@ from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, Recording
 from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.head import KEYS, base_time, device_names, group_ranks, host_name
+from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.stream import JsonStream, loads_lenient
-from moe_trace.read.ranks.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.timeline.scan import read_splice, trace_path_error
 
 Progress = Callable[[int, int], None]

@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.comms import GLOO, PARAMETERS, CommEvent, CommFacts
 from moe_trace.read.file.events import EventTable
 from moe_trace.read.file.launches import Kernels
-from moe_trace.read.ranks.comms import GLOO, PARAMETERS, CommEvent, CommFacts
 from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.structure import COMBINE, EXPERTS, Steps, find_steps
 

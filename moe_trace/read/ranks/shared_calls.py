@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import Parallel
+from moe_trace.read.file.comms import CommKind
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds
-from moe_trace.read.ranks.comms import CommKind
 
 SYNCHRONISING: frozenset[CommKind] = frozenset(
     {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.findings import RULES, Finding
-from moe_trace.show.tables import number, scaled, share
+from moe_trace.read.findings.rules import RULES, Finding
 from moe_trace.show.tensorboard.plain import Plain, number_text
 from moe_trace.show.text_phases import shares_sentence
 

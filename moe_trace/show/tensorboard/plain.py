@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from moe_trace.data.tables import share
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
-from moe_trace.show.tables import share
 
 Plain = dict[str, Any]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moe_trace.data.summary import RouterSummary
-from moe_trace.read.finding import Evidence, Finding, Rule
-from moe_trace.read.ranks import findings as rank_findings
+from moe_trace.read.findings import ranks as rank_findings
+from moe_trace.read.findings.finding import Evidence, Finding, Rule
 
 __all__ = ["RULES", "Evidence", "Finding", "Rule", "find"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.finding import Evidence, Finding
+from moe_trace.read.findings.finding import Evidence, Finding
 
 HOT_RANK = 1.25
 ENOUGH_PER_RANK = 20

@@ -1,0 +1,1 @@
+"""What stands out in a trace, and what to do about it."""
