@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from moe_trace.data.notebook import register_renderers
+from moe_trace.data.version import __version__ as __version__
 
 _HOME = {
     # recording (needs torch)
     "profile": "moe_trace.record.profiler",
-    "tensorboard_trace_handler": "moe_trace.record.profiler",
+    "tensorboard_trace_handler": "moe_trace.integrations.handler",
     "MoETracer": "moe_trace.record.tracer",
     "ScalarLogger": "moe_trace.integrations.scalar_logger",
     "find_routers": "moe_trace.find.routers",
@@ -27,6 +28,7 @@ _HOME = {
     "RouterSite": "moe_trace.find.routers",
     # files (no torch)
     "merge_into": "moe_trace.timeline.merge",
+    "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
     "Summary": "moe_trace.data.summary",
     "RoutingSample": "moe_trace.data.schema",
@@ -34,6 +36,8 @@ _HOME = {
     "MoETraceError": "moe_trace.data.errors",
     "NoRoutersFound": "moe_trace.data.errors",
 }
+
+register_renderers({"moe_trace.read.analysis.TraceSummary": "moe_trace.show.html.render_fragment"})
 
 __all__ = [
     "MoEProfiler",
@@ -50,6 +54,7 @@ __all__ = [
     "find_routers",
     "merge_into",
     "profile",
+    "read_recording",
     "read_summary",
     "register_contract",
     "replace_router",
@@ -62,10 +67,11 @@ if TYPE_CHECKING:
     from moe_trace.data.summary import Summary
     from moe_trace.find.contracts import Reading, register_contract
     from moe_trace.find.routers import RouterSite, find_routers
+    from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger
     from moe_trace.integrations.trainer import MoETraceCallback
-    from moe_trace.read.reader import read_summary
-    from moe_trace.record.profiler import profile, tensorboard_trace_handler
+    from moe_trace.read.reader import read_recording, read_summary
+    from moe_trace.record.profiler import profile
     from moe_trace.record.tracer import MoETracer
     from moe_trace.routing import replace_router
     from moe_trace.simple.benchmark import SimpleBenchmark

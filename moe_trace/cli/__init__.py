@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.data.errors import MoETraceError
+from moe_trace.data.version import __version__
 
 # name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
 # never imports torch.
@@ -58,14 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    import moe_trace
-
     parser = argparse.ArgumentParser(
         prog="moe-trace",
         description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
         epilog="Example: moe-trace run --model demo --out runs/demo",
     )
-    parser.add_argument("--version", action="version", version=f"moe-trace {moe_trace.__version__}")
+    parser.add_argument("--version", action="version", version=f"moe-trace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     command = None
     for name, (module, class_name, line) in COMMANDS.items():

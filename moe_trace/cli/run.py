@@ -140,14 +140,13 @@ def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # to
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from moe_trace.workload.models import hide_progress_bars
     from moe_trace.workload.runner import run
 
     terminal = console(sys.stderr)
     draws = terminal.is_terminal and os.environ.get("RANK", "0") == "0"
     if not draws:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+        hide_progress_bars()
     columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal, transient=True, disable=not draws) as bar:
         task = bar.add_task("starting", total=config.warmup + config.steps)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
-from moe_trace.show.figures.figure import DIVERGING
 
 CELL_PX, GAP_PX = 14, 1
 TOP = 4.0

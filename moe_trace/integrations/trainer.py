@@ -16,8 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moe_trace.data.schema import RoutingSample
 from moe_trace.find.routers import LayerSelector
+from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.integrations.scalars import scalar_points
-from moe_trace.record.profiler import profile, tensorboard_trace_handler
+from moe_trace.record.profiler import profile
 from moe_trace.record.tracer import MoETracer
 
 Schedule = Callable[[int], ProfilerAction]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_trace.data.notebook import ShownInNotebooks
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
@@ -14,6 +15,7 @@ from moe_trace.read.file.trace_file import Progress
 from moe_trace.read.findings.rules import Evidence, Finding, find
 from moe_trace.read.ranks.combine import all_around, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
+from moe_trace.read.rows import call_rows
 from moe_trace.read.time.imbalance import ImbalanceCost, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.peaks import find_peak
@@ -22,7 +24,7 @@ from moe_trace.read.time.speed import SpeedReport, report_speed
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceSummary(Summary):
+class TraceSummary(Summary, ShownInNotebooks):
     """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
 
     files: tuple[str, ...]
@@ -75,14 +77,7 @@ class TraceSummary(Summary):
         """
         import pandas
 
-        from moe_trace.read.rows import call_rows
-
-        return pandas.DataFrame(call_rows(self))
-
-    def _repr_html_(self) -> str:
-        from moe_trace.show.html import render_fragment
-
-        return render_fragment(self)
+        return pandas.DataFrame(call_rows(self.samples, self.times, self.busy_us))
 
 
 @dataclass(frozen=True)

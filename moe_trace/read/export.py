@@ -60,7 +60,7 @@ def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
         raise UsageError(
             "Parquet needs pyarrow, which is not installed; run: pip install 'moe_trace[export]'"
         ) from error
-    rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s)]
+    rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s.samples, s.times, s.busy_us)]
     names = list(rows[0]) if rows else []
     schema = pyarrow.schema([(name, _arrow_type(pyarrow, name)) for name in names])
     table = pyarrow.Table.from_pylist(rows, schema=schema)

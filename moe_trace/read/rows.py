@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moe_trace.data.loads import describe_load
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
-from moe_trace.data.summary import host_us
+from moe_trace.data.summary import SampleKey, host_us
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.structure import PHASES
-
-if TYPE_CHECKING:
-    from moe_trace.read.analysis import TraceSummary
 
 _COUNTS = (
     "call",
@@ -35,14 +33,19 @@ _COUNTS = (
 )
 
 
-def call_rows(summary: TraceSummary) -> list[dict[str, Any]]:
+def call_rows(
+    samples: Sequence[RoutingSample], times: CallTimes | None, busy_us: Mapping[SampleKey, float]
+) -> list[dict[str, Any]]:
     """Flat rows with the same keys throughout; times in microseconds; lists for counts per expert."""
-    times = summary.times
     index = {(s.name, s.call): i for i, s in enumerate(times.samples)} if times is not None else {}
-    return [_row(sample, summary, index.get((sample.name, sample.call))) for sample in summary.samples]
+    rows = []
+    for sample in samples:
+        key = (sample.name, sample.call)
+        rows.append(_row(sample, busy_us.get(key)) | _phase_columns(times, index.get(key)) | _lists(sample))
+    return rows
 
 
-def _row(sample: RoutingSample, summary: TraceSummary, index: int | None) -> dict[str, Any]:
+def _row(sample: RoutingSample, busy_us: float | None) -> dict[str, Any]:
     load = describe_load(sample.assignments)
     row: dict[str, Any] = {"site": sample.site, "name": sample.name, "layer": sample.layer}
     row |= {name: getattr(sample, name) for name in _COUNTS}
@@ -53,7 +56,7 @@ def _row(sample: RoutingSample, summary: TraceSummary, index: int | None) -> dic
         "load_entropy": load.entropy,
         "active_experts": load.active_experts,
         "router_host_us": host_us(sample),
-        "router_device_busy_us": summary.busy_us.get((sample.name, sample.call)),
+        "router_device_busy_us": busy_us,
     }
     placement = sample.placement
     for kind in RANGE_KINDS:
@@ -63,10 +66,11 @@ def _row(sample: RoutingSample, summary: TraceSummary, index: int | None) -> dic
         row[f"{kind}_range_us"] = host.duration_us if host is not None else None
         row[f"{kind}_device_start_us"] = device.start_us if device is not None else None
         row[f"{kind}_device_span_us"] = device.duration_us if device is not None else None
-    row |= _phase_columns(summary.times, index)
-    row["assignments"] = sample.assignments.tolist()
-    row["k_histogram"] = sample.k_histogram.tolist()
     return row
+
+
+def _lists(sample: RoutingSample) -> dict[str, Any]:
+    return {"assignments": sample.assignments.tolist(), "k_histogram": sample.k_histogram.tolist()}
 
 
 def _phase_columns(times: CallTimes | None, index: int | None) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import moe_trace
+from moe_trace.data.version import __version__
 from moe_trace.find.contracts.forms import class_name, unwrapped
 from moe_trace.find.routers import RouterSite
 
@@ -55,7 +55,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what is in the trace."""
-    found = {"moe_trace": moe_trace.__version__}
+    found = {"moe_trace": __version__}
     for package in ("torch", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)

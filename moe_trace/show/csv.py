@@ -13,7 +13,7 @@ from moe_trace.read.rows import call_rows
 
 def render_csv(summaries: Sequence[TraceSummary]) -> str:
     """RFC 4180 with a heading; empty fields where a figure is not known."""
-    rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s)]
+    rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s.samples, s.times, s.busy_us)]
     out = io.StringIO()
     if rows:
         writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")

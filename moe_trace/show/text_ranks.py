@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_trace.data.tables import fixed, number, printable, scaled, share, table, wrapped
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.ranks.align import Alignment, Spread
+from moe_trace.read.file.parts import Alignment, Spread
 from moe_trace.read.ranks.ranks import LayerRanks, RankReport
 from moe_trace.read.ranks.time import ExchangeTime
 

@@ -169,3 +169,10 @@ def load_tokenizer(source: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def hide_progress_bars() -> None:
+    """Those that transformers draws while it loads weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity
 from moe_trace.data.errors import MoETraceError, NothingRecorded, OutputError, UsageError
 from moe_trace.data.summary import Summary
 from moe_trace.find.contracts.forms import class_name
-from moe_trace.record.profiler import profile, tensorboard_trace_handler
+from moe_trace.integrations.handler import tensorboard_trace_handler
+from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model

@@ -20,9 +20,9 @@ import torch
 from distributed.launching import TESTS, environment, torchrun, transformers_splits_experts
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording
+from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.read.file.trace_file import find_traces
 from moe_trace.read.reader import read_recording
-from moe_trace.record.profiler import tensorboard_trace_handler
 from moe_trace.workload import runner
 from moe_trace.workload.config import RunConfig, Split
 from moe_trace.workload.models import ModelError

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_trace.read.file.parts import Alignment
 from moe_trace.read.file.trace_file import read_trace
-from moe_trace.read.ranks.align import Alignment, align, count_early
+from moe_trace.read.ranks.align import align, count_early
 from moe_trace.read.ranks.merge import rank_calls
 from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
 from moe_trace.read.reader import read_summary

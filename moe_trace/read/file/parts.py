@@ -7,7 +7,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,42 @@ import numpy as np
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import Lost, Parallel, Recording
 from moe_trace.read.file.events import EventTable
-from moe_trace.read.ranks.align import Alignment
 
 RANKS_KEY = "ranks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far apart the ranks end the collectives that they share, in microseconds."""
+
+    median_us: float
+    p95_us: float
+    max_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How the ranks' clocks stand to each other."""
+
+    reference: int
+    """The rank whose clock is kept."""
+    offset_ns: Mapping[int, int]
+    """By rank: what is added to its times to get the reference's."""
+    unaligned: tuple[int, ...]
+    """Ranks that share no matched collective with the reference, not even through others. They are aligned
+    among themselves, where they share any; the first of them keeps its clock."""
+    collectives: int
+    """How many the estimate rests on."""
+    same_host: bool
+    """Whether all ranks share one host's clock, which was kept."""
+    before: Spread | None
+    after: Spread | None
+    """The residual; None where nothing is shared."""
+    early_before: int
+    """Receives that end before their send began, as recorded."""
+    early_after: int
+    """The same after alignment: 0, unless the clocks drift more than the collectives take."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,50 +14,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.read.file.parts import Alignment, Spread
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls, synchronising
 
 _ROUNDS = 10_000
 TOLERANCE_NS = 1
 """Offsets are whole nanoseconds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How far apart the ranks end the collectives that they share, in microseconds."""
-
-    median_us: float
-    p95_us: float
-    max_us: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """How the ranks' clocks stand to each other."""
-
-    reference: int
-    """The rank whose clock is kept."""
-    offset_ns: Mapping[int, int]
-    """By rank: what is added to its times to get the reference's."""
-    unaligned: tuple[int, ...]
-    """Ranks that share no matched collective with the reference, not even through others. They are aligned
-    among themselves, where they share any; the first of them keeps its clock."""
-    collectives: int
-    """How many the estimate rests on."""
-    same_host: bool
-    """Whether all ranks share one host's clock, which was kept."""
-    before: Spread | None
-    after: Spread | None
-    """The residual; None where nothing is shared."""
-    early_before: int
-    """Receives that end before their send began, as recorded."""
-    early_after: int
-    """The same after alignment: 0, unless the clocks drift more than the collectives take."""
-    notes: tuple[str, ...] = ()
 
 
 def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Sequence[str] = ()) -> Alignment:

@@ -14,8 +14,8 @@ from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import find_kernels, router_busy_us
+from moe_trace.read.file.parts import Alignment
 from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
-from moe_trace.read.ranks.align import Alignment
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
 from moe_trace.read.ranks.load import RankRecords
 from moe_trace.read.ranks.losses import add_losses

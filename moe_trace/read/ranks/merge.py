@@ -9,8 +9,9 @@ from pathlib import Path
 from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording
 from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.parts import Alignment
 from moe_trace.read.file.trace_file import Progress, TraceFile, find_traces, read_trace
-from moe_trace.read.ranks.align import Alignment, align
+from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.collectives import find_collectives
 from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.read.ranks.shared_calls import RankCalls, match_calls

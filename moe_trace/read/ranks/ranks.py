@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_trace.data.schema import Recording
-from moe_trace.read.ranks.align import Alignment, align
+from moe_trace.read.file.parts import Alignment
+from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
 from moe_trace.read.ranks.load import (
     CallLoad,

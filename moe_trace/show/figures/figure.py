@@ -28,10 +28,6 @@ PHASE_COLOURS = {
     "gap": "rgba(128,128,128,0.25)",
 }
 
-# Blue below, orange above the centre: told apart with any kind of colour vision. A page may put other colours
-# in place of these five for its dark theme.
-DIVERGING = ("#2166AC", "#92C5DE", "#F5F5F5", "#FDB863", "#B35806")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.figure import DIVERGING, Cell, Figure, Frame, Spec, safe
+from moe_trace.show.figures.figure import Cell, Figure, Frame, Spec, safe
 
 STEPS_MAX = 60  # frames of the heat map; more steps are taken together
 

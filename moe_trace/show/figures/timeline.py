@@ -6,16 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_trace.data.loads import describe_load
-from moe_trace.data.schema import RoutingSample
+from moe_trace.data.schema import Span
+from moe_trace.read.time.counters import counter_tracks
 from moe_trace.read.time.lanes import Clock, Lanes, Segments
 from moe_trace.read.time.structure import PHASES
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
-from moe_trace.timeline.band import FIGURES
-from moe_trace.timeline.replays import PlacedCall
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84
-COUNTED_MAX = 1500
 COUNTER_COLOUR = "#7A5195"
 
 
@@ -28,7 +25,10 @@ def timeline_figure(
     used = [p for p in range(len(PHASES)) if (segments.phase == p).any()]
     data = [
         *(_phase_bars(lanes, segments, phase, used, sites, origin_ns) for phase in used),
-        *_counters(samples, clock, origin_ns, window_ns),
+        *(
+            _counter(name, points, origin_ns, f"y{i + 2}")
+            for i, (name, points) in enumerate(counter_tracks(samples, clock, window_ns))
+        ),
     ]
     apart_us = segments.joined_ns / 1000
     closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
@@ -79,36 +79,12 @@ def _us(time_ns: np.ndarray) -> list[float]:
     return [ns / 1000 for ns in time_ns.tolist()]
 
 
-def _counters(
-    samples: Sequence[RoutingSample], clock: Clock, origin_ns: int, window_ns: tuple[int, int]
-) -> list[Spec]:
-    calls = [call for s in samples if (call := _placed(s, clock)) is not None]
-    low, high = window_ns[0] / 1000, window_ns[1] / 1000
-    calls = [call for call in calls if call.moe.end_us >= low and call.moe.start_us <= high]
-    calls.sort(key=lambda call: call.moe.start_us)
-    calls = calls[:: max(1, -(-len(calls) // COUNTED_MAX))]
-    found: list[Spec] = []
-    for name, figure in FIGURES.items():
-        points = [(c, v) for c in calls if (v := figure(c)) is not None]
-        if any(value for _, value in points):
-            found.append(_counter(name, points, origin_ns, f"y{len(found) + 2}"))
-    return found
-
-
-def _placed(sample: RoutingSample, clock: Clock) -> PlacedCall | None:
-    placement = sample.placement
-    spans = None if placement is None else placement.device if clock == "device" else placement.host
-    if not spans or "router" not in spans:
-        return None
-    return PlacedCall(sample, describe_load(sample.assignments), spans, clock)
-
-
-def _counter(name: str, points: Sequence[tuple[PlacedCall, float]], origin_ns: int, axis: str) -> Spec:
+def _counter(name: str, points: Sequence[tuple[Span, float]], origin_ns: int, axis: str) -> Spec:
     """A step function: the layer's value from the start of its MoE block, 0 from its end."""
     times, values = [], []
-    for call, value in points:
-        times += [call.moe.start_us - origin_ns / 1000, call.moe.end_us - origin_ns / 1000]
-        values += [round(float(value), 4), 0]
+    for span, value in points:
+        times += [span.start_us - origin_ns / 1000, span.end_us - origin_ns / 1000]
+        values += [round(value, 4), 0]
     return {
         "type": "scatter",
         "mode": "lines",
