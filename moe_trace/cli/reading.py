@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_trace.data.errors import OutputError, UsageError
+from moe_trace.data.schema import STAGES
 from moe_trace.read.analysis import PeakOverride
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
-
-STAGES = ("prefill", "decode", "train")
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,13 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--layer", metavar="3,L05", help="only these layers: indices, labels or module paths")
     add("--step", metavar="0,4-7", help="only these steps")
-    add("--phase", choices=STAGES, help="only calls of this part of the model's work")
+    add(
+        "--stage",
+        "--phase",
+        dest="stage",
+        choices=STAGES,
+        help="only calls of this stage of the model's work; --phase is the older name",
+    )
 
 
 def chosen_filter(arguments: argparse.Namespace) -> Filter:
@@ -37,7 +42,7 @@ def chosen_filter(arguments: argparse.Namespace) -> Filter:
     layers = frozenset(part.strip() for part in (arguments.layer or "").split(",") if part.strip())
     # `03` and `3` are one layer index.
     layers = frozenset(str(int(part)) if part.isdecimal() else part for part in layers)
-    stages = frozenset([arguments.phase]) if arguments.phase else frozenset()
+    stages = frozenset([arguments.stage]) if arguments.stage else frozenset()
     return Filter(layers=layers, steps=parse_steps(arguments.step), stages=stages)
 
 

@@ -33,6 +33,7 @@ BAND_SORT_INDEX = -1_000_000  # above the CPU and GPU rows
 
 Phase = Literal["forward", "recompute"]
 Stage = Literal["prefill", "decode", "train"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
 
 
 def range_name(kind: RangeKind, site: str) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moe_trace.data.notebook import ShownInNotebooks
-from moe_trace.data.schema import Recording, RoutingSample
+from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
 from moe_trace.read.findings.rules import Evidence, Finding, find
-from moe_trace.read.ranks.combine import all_around, combined, joined, notes_of, rank_inputs, read_all
+from moe_trace.read.ranks.combine import Read, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
 from moe_trace.read.rows import call_rows
 from moe_trace.read.time.imbalance import ImbalanceCost, imbalance_costs
@@ -21,6 +21,7 @@ from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.peaks import find_peak
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.speed import SpeedReport, report_speed
+from moe_trace.read.time.surroundings import add_surroundings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,17 @@ class TraceSummary(Summary, ShownInNotebooks):
     """What each rank brings to such a report, so that traces read one by one can be reported together."""
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
+    stage: Stage | None = None
+    """That of all calls; None where they are of several."""
+    stages: Mapping[Stage, TraceSummary] = field(default_factory=dict, repr=False)
+    """Where the calls are of several stages: each on its own, as a filter by stage would give it. What is
+    given for all of them together then averages calls that have little in common."""
+
+    def by_stage(self) -> dict[Stage, TraceSummary]:
+        """Each stage on its own, in the order prefill, decode, train; a single one is the summary itself."""
+        if self.stages:
+            return dict(self.stages)
+        return {self.stage: self} if self.stage is not None else {}
 
     def router(self, site: str) -> RouterSummary:
         """The router of that label or module path.
@@ -96,60 +108,93 @@ def analyse(
     peak: PeakOverride | None = None,
     progress: Progress | None = None,
 ) -> TraceSummary:
-    """Read the traces one after another and answer for all of them together.
+    """Read the traces one after another and answer for all of them together, and for each stage apart.
 
     Raises:
         TraceFileError: a file cannot be read, or the files are of different models.
         UsageError: the filters leave nothing.
     """
-    chosen, peak = chosen or Filter(), peak or PeakOverride()
-    reads = read_all(files, chosen, progress)
-    recording = combined(reads, label)
-    # Each file may lack what the filters ask for, but not all of them.
-    recording = chosen.apply(recording)
-    times = joined([r.times for r in reads])
-    busy = {key: value for r in reads for key, value in r.busy_us.items()}
-    inputs = rank_inputs(reads)
-    ranks = report_ranks(inputs, known=reads[0].alignment)
-    split = any(r.recording.experts_are_split for r in reads)
-    notes = [
-        *notes_of(reads),
-        *(_SPLIT if split else ()),
-        *(ranks.notes if ranks is not None else _alone(recording)),
-    ]
-    summary = summarize(recording, trace=label, device_busy_us=busy, notes=notes)
-    devices = tuple(dict.fromkeys(device for r in reads for device in r.devices))
-    phases = report_phases(times, all_around(reads), model_known=not chosen.stages)
-    dtype = recording.model.get("dtype")
-    top = find_peak(
-        devices, dtype if isinstance(dtype, str) else None, tflops=peak.tflops, gb_per_s=peak.gb_per_s
-    )
-    speed = report_speed(times, recording.routers, recording.model, top, devices, experts_are_split=split)
-    imbalance = imbalance_costs(times, recording.routers)
-    operators = frozenset().union(*(r.operators for r in reads))
-    return TraceSummary(
-        **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
-        files=tuple(str(file) for file in files),
-        phases=phases,
-        speed=speed,
-        imbalance=imbalance,
-        findings=find(
-            Evidence(
-                routers=summary.routers,
-                phases=phases,
-                speed=speed,
-                imbalance=imbalance,
-                operators=operators,
-                ranks=ranks,
-            )
-        ),
-        samples=recording.samples,
-        times=times,
-        busy_us=busy,
-        ranks=ranks,
-        rank_inputs=tuple(inputs),
-        experts_are_split=split,
-    )
+    chosen = chosen or Filter()
+    reads = read_all(files, progress)
+    traces = _Traces(reads, combined(reads, label), label, peak or PeakOverride())
+    whole = traces.answer(chosen)
+    if whole.stage is not None:
+        return whole
+    there = {sample.stage for sample in whole.samples}
+    stages = {
+        stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in STAGES if stage in there
+    }
+    return replace(whole, stages=stages)
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """All that was read; the answer to any question is a filter away."""
+
+    reads: Sequence[Read]
+    recording: Recording
+    label: str
+    peak: PeakOverride
+
+    def answer(self, chosen: Filter) -> TraceSummary:
+        """What the chosen calls say.
+
+        Raises:
+            UsageError: there are none.
+        """
+        # Each file may lack what the filters ask for, but not all of them.
+        recording = chosen.apply(self.recording)
+        reads = [read.narrow(chosen) for read in self.reads]
+        times = joined([r.times for r in reads])
+        busy = {key: value for r in reads for key, value in r.busy_us.items()}
+        inputs = rank_inputs(reads)
+        ranks = report_ranks(inputs, known=reads[0].alignment)
+        split = any(r.recording.experts_are_split for r in reads)
+        stages = {sample.stage for sample in recording.samples}
+        notes = [
+            *notes_of(reads),
+            *(_SPLIT if split else ()),
+            *(ranks.notes if ranks is not None else _alone(recording)),
+        ]
+        summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
+        phases = report_phases(times, add_surroundings([r.work.of(chosen) for r in reads]))
+        speed = self._speed(times, recording)
+        imbalance = imbalance_costs(times, recording.routers)
+        evidence = Evidence(
+            routers=summary.routers,
+            phases=phases,
+            speed=speed,
+            imbalance=imbalance,
+            operators=frozenset().union(*(r.operators for r in reads)),
+            ranks=ranks,
+        )
+        return TraceSummary(
+            **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
+            files=tuple(str(read.path) for read in reads),
+            stage=stages.pop() if len(stages) == 1 else None,
+            phases=phases,
+            speed=speed,
+            imbalance=imbalance,
+            findings=find(evidence),
+            samples=recording.samples,
+            times=times,
+            busy_us=busy,
+            ranks=ranks,
+            rank_inputs=tuple(inputs),
+            experts_are_split=split,
+        )
+
+    def _speed(self, times: CallTimes, recording: Recording) -> SpeedReport | None:
+        devices = tuple(dict.fromkeys(device for r in self.reads for device in r.devices))
+        dtype = recording.model.get("dtype")
+        peak = find_peak(
+            devices,
+            dtype if isinstance(dtype, str) else None,
+            tflops=self.peak.tflops,
+            gb_per_s=self.peak.gb_per_s,
+        )
+        split = any(r.recording.experts_are_split for r in self.reads)
+        return report_speed(times, recording.routers, recording.model, peak, devices, experts_are_split=split)
 
 
 _SPLIT = (

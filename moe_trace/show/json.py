@@ -39,7 +39,7 @@ def without_nonfinite(value: Any) -> Any:
 
 def to_plain(summary: Summary) -> dict[str, Any]:
     """The summary as dicts, lists, strings and numbers."""
-    plain = {
+    plain: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "trace": summary.trace,
         "model": dict(summary.model),
@@ -47,13 +47,24 @@ def to_plain(summary: Summary) -> dict[str, Any]:
         "rank": summary.rank,
         "versions": dict(summary.versions),
         "lost": asdict(summary.lost),
-        "routers": [_router(router) for router in summary.routers],
-        "totals": asdict(summary.totals),
+        **_figures(summary),
         "notes": list(summary.notes),
     }
     if isinstance(summary, TraceSummary):
+        plain["files"] = list(summary.files)
+        plain["stage"] = summary.stage
+        plain["stages"] = {stage: _figures(part) for stage, part in summary.stages.items()}
+    return plain
+
+
+def _figures(summary: Summary) -> dict[str, Any]:
+    """What differs from stage to stage."""
+    plain: dict[str, Any] = {
+        "routers": [_router(router) for router in summary.routers],
+        "totals": asdict(summary.totals),
+    }
+    if isinstance(summary, TraceSummary):
         plain |= {
-            "files": list(summary.files),
             "phases": asdict(summary.phases) if summary.phases is not None else None,
             "speed": asdict(summary.speed) if summary.speed is not None else None,
             "imbalance": [asdict(cost) for cost in summary.imbalance],

@@ -27,9 +27,20 @@ class Filter:
 
     def takes_sample(self, sample: RoutingSample) -> bool:
         """Whether the call is of a selected step and stage."""
-        return (not self.steps or sample.step in self.steps) and (
-            not self.stages or sample.stage in self.stages
-        )
+        return self.takes_time(sample.step, sample.stage)
+
+    def takes_time(self, step: int, stage: Stage) -> bool:
+        """Whether the filter selects that stage of that step."""
+        return (not self.steps or step in self.steps) and (not self.stages or stage in self.stages)
+
+    def narrow(self, recording: Recording) -> Recording:
+        """The recording with the selected routers and calls, of which there may be none."""
+        if not self:
+            return recording
+        routers = tuple(r for r in recording.routers if self.takes_router(r))
+        names = {router.name for router in routers}
+        samples = tuple(s for s in recording.samples if s.name in names and self.takes_sample(s))
+        return replace(recording, routers=routers, samples=samples)
 
     def apply(self, recording: Recording) -> Recording:
         """The recording with the selected routers and calls.
@@ -37,16 +48,14 @@ class Filter:
         Raises:
             UsageError: nothing is left.
         """
-        routers = tuple(r for r in recording.routers if self.takes_router(r))
-        names = {router.name for router in routers}
-        samples = tuple(s for s in recording.samples if s.name in names and self.takes_sample(s))
-        if self and not samples:
+        narrowed = self.narrow(recording)
+        if self and not narrowed.samples:
             raise UsageError(
                 f"no call is left after the filters; the trace has layers {_list(recording)}, steps "
-                f"{_ranges(s.step for s in recording.samples)} and phases "
+                f"{_ranges(s.step for s in recording.samples)} and stages "
                 f"{', '.join(sorted({s.stage for s in recording.samples})) or 'none'}"
             )
-        return replace(recording, routers=routers, samples=samples)
+        return narrowed
 
 
 def _list(recording: Recording) -> str:

@@ -22,8 +22,8 @@ from moe_trace.read.ranks.losses import add_losses
 from moe_trace.read.ranks.ranks import RankInput
 from moe_trace.read.ranks.same_run import copies, first_difference
 from moe_trace.read.ranks.shared_calls import RankCalls
-from moe_trace.read.time.layers import Surroundings, step_ranges, surroundings
 from moe_trace.read.time.phases import CallTimes, Times, measure_calls
+from moe_trace.read.time.surroundings import TraceWork, step_ranges, trace_work
 
 _MERGED = "it is merged from traces that are read here on their own"
 _AGAIN = "it holds the same calls as another trace that is read here"
@@ -35,12 +35,9 @@ class Read:
 
     path: Path
     recording: Recording
-    """All of its calls."""
-    taken: Recording
-    """With the routers and calls that the filters leave."""
     times: CallTimes
     busy_us: dict[SampleKey, float]
-    around: Surroundings
+    work: TraceWork
     devices: tuple[str, ...]
     operators: frozenset[str]
     unreadable: int
@@ -51,8 +48,30 @@ class Read:
     """Of a merged trace: how its clocks were aligned."""
     notes: tuple[str, ...]
 
+    def narrow(self, chosen: Filter) -> Read:
+        """What is left of it by the filters; all other figures follow from that."""
+        if not chosen:
+            return self
+        recording = chosen.narrow(self.recording)
+        taken = {(s.name, s.call) for s in recording.samples}
+        rows = [i for i, s in enumerate(self.times.samples) if (s.name, s.call) in taken]
+        collectives = tuple(
+            c if c.call is None or c.call in taken else replace(c, call=None, role=None)
+            for c in self.calls.collectives
+        )
+        steps = chosen.steps
+        return replace(
+            self,
+            recording=recording,
+            times=self.times.select(np.array(rows, np.int64)),
+            busy_us={key: us for key, us in self.busy_us.items() if key in taken},
+            calls=replace(self.calls, collectives=collectives),
+            step_us={step: us for step, us in self.step_us.items() if not steps or step in steps},
+            window_us=0.0,
+        )
 
-def read_all(files: Sequence[Path], chosen: Filter, progress: Progress | None) -> list[Read]:
+
+def read_all(files: Sequence[Path], progress: Progress | None) -> list[Read]:
     """Read the files one after another; a merged trace gives a `Read` for each of its ranks.
 
     A merged trace beside the traces that it was made of is left out: it says the same again. So is a trace
@@ -66,7 +85,7 @@ def read_all(files: Sequence[Path], chosen: Filter, progress: Progress | None) -
     broken: list[TraceFileError] = []
     for file in files:
         try:
-            reads += _reads(file, chosen, numbers, several=len(files) > 1, progress=progress)
+            reads += _reads(file, numbers, several=len(files) > 1, progress=progress)
         except SchemaError:
             raise
         except TraceFileError as error:
@@ -89,11 +108,11 @@ def _without_doubled(reads: Sequence[Read]) -> list[Read]:
 
 
 def _reads(
-    file: Path, chosen: Filter, numbers: dict[str, int], *, several: bool, progress: Progress | None
+    file: Path, numbers: dict[str, int], *, several: bool, progress: Progress | None
 ) -> Iterator[Read]:
     trace = read_trace(file, progress)
     for part in split_ranks(trace):
-        yield _reduce(part, chosen, numbers, renumber=several or trace.merged is not None)
+        yield _reduce(part, numbers, renumber=several or trace.merged is not None)
 
 
 def rank_inputs(reads: Sequence[Read]) -> list[RankInput]:
@@ -102,7 +121,9 @@ def rank_inputs(reads: Sequence[Read]) -> list[RankInput]:
 
 
 def _rank_input(read: Read) -> RankInput:
-    return RankInput(recording=read.taken, calls=read.calls, step_us=read.step_us, window_us=read.window_us)
+    return RankInput(
+        recording=read.recording, calls=read.calls, step_us=read.step_us, window_us=read.window_us
+    )
 
 
 def join_inputs(inputs: Sequence[RankInput]) -> list[RankInput]:
@@ -147,25 +168,18 @@ def _moved(collective: Collective, by_ns: int, call: SampleKey | None) -> Collec
     )
 
 
-def _reduce(trace: TraceFile, chosen: Filter, calls: dict[str, int], *, renumber: bool) -> Read:
+def _reduce(trace: TraceFile, calls: dict[str, int], *, renumber: bool) -> Read:
     recording = trace.recording
     if renumber:
         recording = _renumbered(recording, calls)
-    taken = recording
-    if chosen:
-        routers = tuple(r for r in recording.routers if chosen.takes_router(r))
-        names = {r.name for r in routers}
-        samples = tuple(s for s in recording.samples if s.name in names and chosen.takes_sample(s))
-        taken = replace(recording, routers=routers, samples=samples)
+    samples = recording.samples
     kernels = find_kernels(trace.events)
-    collectives = find_collectives(taken.samples, trace.events, kernels)
     return Read(
         path=trace.path,
         recording=recording,
-        taken=taken,
-        times=measure_calls(taken.samples, trace.events, kernels),
-        busy_us=router_busy_us(taken.samples, trace.events, kernels),
-        around=surroundings(trace.events, kernels, steps=chosen.steps),
+        times=measure_calls(samples, trace.events, kernels),
+        busy_us=router_busy_us(samples, trace.events, kernels),
+        work=trace_work(samples, trace.events, kernels),
         devices=trace.devices,
         operators=frozenset(trace.events.names),
         unreadable=trace.events.unreadable,
@@ -173,23 +187,15 @@ def _reduce(trace: TraceFile, chosen: Filter, calls: dict[str, int], *, renumber
             rank=recording.rank,
             base_time_ns=trace.base_time_ns,
             host_name=trace.host_name,
-            collectives=collectives,
+            collectives=find_collectives(samples, trace.events, kernels),
             groups=trace.groups,
             parallel=recording.parallel,
         ),
-        step_us=_step_us(trace, chosen),
-        window_us=_window_us(trace.events) if not chosen else 0.0,
+        step_us={step: (end - start) / 1000 for step, (start, end) in step_ranges(trace.events).items()},
+        window_us=_window_us(trace.events),
         alignment=trace.merged.alignment if trace.merged is not None else None,
         notes=trace.merged.notes if trace.merged is not None else (),
     )
-
-
-def _step_us(trace: TraceFile, chosen: Filter) -> dict[int, float]:
-    return {
-        step: (end - start) / 1000
-        for step, (start, end) in step_ranges(trace.events).items()
-        if not chosen.steps or step in chosen.steps
-    }
 
 
 def _window_us(events: EventTable) -> float:
@@ -260,16 +266,6 @@ def _joined_times(parts: Sequence[Times]) -> Times:
 
 def _no_times(part: CallTimes) -> Times:
     return Times(**{name: np.zeros_like(part.forward.host_ns) for name in Times.__dataclass_fields__})
-
-
-def all_around(reads: Sequence[Read]) -> Surroundings:
-    """Work and time of all traces."""
-    work = [r.around.model_work_us for r in reads]
-    steps = [r.around.step_us for r in reads]
-    return Surroundings(
-        None if any(w is None for w in work) else sum(w for w in work if w is not None),
-        None if any(s is None for s in steps) else sum(s for s in steps if s is not None),
-    )
 
 
 def notes_of(reads: Sequence[Read]) -> list[str]:

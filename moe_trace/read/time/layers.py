@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
-from moe_trace.read.time.structure import PHASES, outermost_slices
-
-STEP_RANGE = "ProfilerStep#"
+from moe_trace.read.time.structure import PHASES
+from moe_trace.read.time.surroundings import Surroundings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,7 @@ class Whole:
     moe_work_us: float
     """Forward and backward."""
     model_work_us: float | None
-    """None where the filters cannot be applied to the rest of the model."""
+    """None where the rest of the model cannot be told apart by the chosen steps and stages."""
     step_us: float | None
     """Host time of the profiler's steps; None without `prof.step()`."""
     moe_share_of_model: float | None
@@ -79,67 +74,13 @@ class PhaseReport:
     whole: Whole
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """Work and time of the whole trace, which the shares are of."""
-
-    model_work_us: float | None
-    step_us: float | None
-
-
-def surroundings(
-    events: EventTable, kernels: Kernels, *, steps: frozenset[int] = frozenset()
-) -> Surroundings:
-    """The work of a trace, or of some of its profiler steps."""
-    on_device = (events.kind == Kind.DEVICE).any()
-    ranges = step_ranges(events)
-    if steps:
-        ranges = {step: span for step, span in ranges.items() if step in steps}
-    step_us = sum(end - start for start, end in ranges.values()) / 1000 if ranges else None
-    if not steps:
-        if on_device:
-            work = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
-        else:
-            work = int(outermost_slices(events.select(events.kind == Kind.OP)).duration_ns.sum())
-        return Surroundings(work / 1000, step_us)
-    if not ranges:
-        return Surroundings(None, None)
-    if on_device:
-        starts, durations = kernels.launch_ns, kernels.duration_ns
-    else:
-        ops = outermost_slices(events.select(events.kind == Kind.OP))
-        starts, durations = ops.start_ns, ops.duration_ns
-    inside = np.zeros(len(starts), dtype=bool)
-    for start, end in ranges.values():
-        inside |= (starts >= start) & (starts < end)
-    return Surroundings(int(durations[inside].sum()) / 1000, step_us)
-
-
-def step_ranges(events: EventTable) -> dict[int, tuple[int, int]]:
-    """Start and end in nanoseconds of the profiler's steps."""
-    found = {}
-    ranges = events.select(events.kind == Kind.RANGE)
-    for name, start, end in zip(
-        ranges.name.tolist(), ranges.start_ns.tolist(), ranges.end_ns.tolist(), strict=True
-    ):
-        text = events.names[name]
-        number = text.removeprefix(STEP_RANGE)
-        if text.startswith(STEP_RANGE) and number.isdecimal() and len(number) < 19:
-            found[int(number)] = (start, end)
-    return found
-
-
-def report_phases(times: CallTimes, around: Surroundings, *, model_known: bool = True) -> PhaseReport | None:
-    """Add the calls up; None where no call has ranges in the trace.
-
-    Args:
-        model_known: False where the calls are filtered in a way that the rest of the model is not.
-    """
+def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
+    """Add the calls up; None where no call has ranges in the trace."""
     if not times.samples:
         return None
     forward_ns = int(times.work_ns(times.forward).sum())
     backward_ns = int(times.work_ns(times.backward).sum()) if times.backward is not None else 0
-    model_us = around.model_work_us if model_known else None
+    model_us = around.model_work_us
     denominators = _Denominators(forward_ns / 1000, backward_ns / 1000, model_us)
     names = list(dict.fromkeys(s.name for s in sorted(times.samples, key=lambda s: (s.layer, s.site))))
     rows_of = {name: [i for i, s in enumerate(times.samples) if s.name == name] for name in names}
@@ -155,9 +96,9 @@ def report_phases(times: CallTimes, around: Surroundings, *, model_known: bool =
             on_device=times.on_device,
             moe_work_us=work_us,
             model_work_us=model_us,
-            step_us=around.step_us if model_known else None,
+            step_us=around.step_us,
             moe_share_of_model=_ratio(work_us, model_us),
-            moe_share_of_step=_ratio(block_us, around.step_us) if model_known else None,
+            moe_share_of_step=_ratio(block_us, around.step_us),
         ),
     )
 

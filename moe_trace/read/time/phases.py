@@ -35,6 +35,14 @@ class Times:
     kernels: IntArray
     """[B, P] how many."""
 
+    def select(self, rows: npt.NDArray) -> Times:
+        """Those calls."""
+        return Times(self.host_ns[rows], self.busy_ns[rows], self.span_ns[rows], self.kernels[rows])
+
+    def unless_empty(self) -> Times | None:
+        """None where nothing ran."""
+        return self if self.host_ns.any() else None
+
 
 @dataclass(frozen=True)
 class CallTimes:
@@ -43,7 +51,7 @@ class CallTimes:
     samples: tuple[RoutingSample, ...]
     forward: Times
     backward: Times | None
-    """By Kineto's forward-backward links; None where the trace has none."""
+    """By Kineto's forward-backward links; None where none of them leads into these calls."""
     block_host_ns: IntArray
     """[B] duration of the block on the host."""
     host_gap_ns: IntArray
@@ -60,6 +68,20 @@ class CallTimes:
     def work_ns(self, times: Times) -> IntArray:
         """[B, P] what was worked: device busy time where there is a device, else time in operators."""
         return times.busy_ns if self.on_device else times.host_ns
+
+    def select(self, rows: npt.NDArray[np.int64]) -> CallTimes:
+        """Those calls, in the order of `rows`."""
+        return CallTimes(
+            samples=tuple(self.samples[row] for row in rows.tolist()),
+            forward=self.forward.select(rows),
+            backward=None if self.backward is None else self.backward.select(rows).unless_empty(),
+            block_host_ns=self.block_host_ns[rows],
+            host_gap_ns=self.host_gap_ns[rows],
+            device_span_ns=self.device_span_ns[rows],
+            device_gap_ns=self.device_gap_ns[rows],
+            device_overlap_ns=self.device_overlap_ns[rows],
+            on_device=self.on_device,
+        )
 
 
 def measure_calls(samples: tuple[RoutingSample, ...], events: EventTable, kernels: Kernels) -> CallTimes:
@@ -160,7 +182,7 @@ def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> 
     )
     host_ns = _sums(rows, as_steps.block, as_steps.phase, nodes.duration_ns)
     launched = as_steps.at(kernels.launch_thread, kernels.launch_ns)
-    return _device_times(rows, as_steps, kernels, launched, host_ns)
+    return _device_times(rows, as_steps, kernels, launched, host_ns).unless_empty()
 
 
 def _node_intervals(events: EventTable, backward: EventTable) -> EventTable:

@@ -1,0 +1,216 @@
+"""The work and time that MoE is a share of: of the whole trace, and apart for each step and stage.
+
+Which work belongs to which stage:
+
+    profiler step with calls of one stage    all that was launched inside the step
+    steps or stages within one profiler      cut between two forwards, at the first `aten::embedding` between
+    step, or without any                     the last MoE layer of one and the first of the next: the head and
+                                             the sampling belong to the forward before, as does a backward
+
+Work is what was launched in that time, by any thread: device busy time, on a CPU time in operators.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.data.schema import RoutingSample, Stage
+from moe_trace.read.file.events import EventTable, Kind, bounds_ns
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.time.phases import IntArray
+from moe_trace.read.time.structure import outermost_slices
+
+STEP_RANGE = "ProfilerStep#"
+FORWARD_BEGINS = "aten::embedding"
+
+Key = tuple[int, Stage]
+"""Step and stage."""
+Bounds = tuple[int, int]
+"""Start and end in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Work and time of the whole trace, or of a part of it, which the shares are of; None: not known."""
+
+    model_work_us: float | None
+    step_us: float | None
+    """Host time of the profiler's steps."""
+
+
+NOTHING = Surroundings(0.0, None)
+
+
+@dataclass(frozen=True)
+class TraceWork:
+    """The work of one trace, as a whole and by step and stage."""
+
+    whole: Surroundings
+    parts: Mapping[Key, Surroundings]
+    """Of the steps and stages whose time can be told apart."""
+    calls: frozenset[Key]
+    """All that have calls in the recording."""
+
+    def of(self, chosen: Filter) -> Surroundings:
+        """Of the chosen steps and stages; filters by layer leave it as it is."""
+        taken = {key for key in self.calls if chosen.takes_time(*key)}
+        if taken == self.calls:
+            return self.whole
+        if not taken <= self.parts.keys():
+            return Surroundings(None, None)
+        return add_surroundings([self.parts[key] for key in taken])
+
+
+def add_surroundings(parts: Sequence[Surroundings]) -> Surroundings:
+    """Their sum; what one of them does not know, the sum does not."""
+    if not parts:
+        return NOTHING
+    work = [part.model_work_us for part in parts]
+    steps = [part.step_us for part in parts]
+    return Surroundings(
+        None if None in work else sum(w for w in work if w is not None),
+        None if None in steps else sum(s for s in steps if s is not None),
+    )
+
+
+def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> TraceWork:
+    """The work of a trace and of its parts."""
+    steps = step_ranges(events)
+    if (events.kind == Kind.DEVICE).any():
+        all_ns = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
+        work = _Work.sort(kernels.launch_ns, kernels.duration_ns)
+    else:
+        ops = outermost_slices(events.select(events.kind == Kind.OP))
+        all_ns = int(ops.duration_ns.sum())
+        work = _Work.sort(ops.start_ns, ops.duration_ns)
+    step_us = sum(end - start for start, end in steps.values()) / 1000 if steps else None
+    return TraceWork(
+        whole=Surroundings(all_ns / 1000, step_us),
+        parts={
+            key: Surroundings(
+                sum(work.between(*window) for window in windows) / 1000,
+                sum(end - start for start, end in windows) / 1000 if steps else None,
+            )
+            for key, windows in find_windows(samples, events, steps).items()
+        },
+        calls=frozenset((s.step, s.stage) for s in samples),
+    )
+
+
+def step_ranges(events: EventTable) -> dict[int, Bounds]:
+    """Start and end in nanoseconds of the profiler's steps."""
+    found = {}
+    ranges = events.select(events.kind == Kind.RANGE)
+    for name, start, end in zip(
+        ranges.name.tolist(), ranges.start_ns.tolist(), ranges.end_ns.tolist(), strict=True
+    ):
+        text = events.names[name]
+        number = text.removeprefix(STEP_RANGE)
+        if text.startswith(STEP_RANGE) and number.isdecimal() and len(number) < 19:
+            found[int(number)] = (start, end)
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Pieces of work by the time at which they were launched."""
+
+    launch_ns: IntArray
+    before_ns: IntArray
+    """[N + 1] work of all earlier pieces."""
+
+    @classmethod
+    def sort(cls, launch_ns: IntArray, duration_ns: IntArray) -> _Work:
+        order = np.argsort(launch_ns, kind="stable")
+        return cls(launch_ns[order], np.concatenate([[0], np.cumsum(duration_ns[order])]))
+
+    def between(self, start_ns: int, end_ns: int) -> int:
+        first, last = np.searchsorted(self.launch_ns, [start_ns, end_ns], "left")
+        return int(self.before_ns[last] - self.before_ns[first])
+
+
+# -- windows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Calls of one step and stage that follow one another."""
+
+    key: Key
+    start_ns: int
+    end_ns: int
+    starts_itself: bool
+    """Whether `start_ns` is the start of the whole forward, rather than that of its first MoE layer."""
+
+
+def find_windows(
+    samples: Sequence[RoutingSample], events: EventTable, steps: Mapping[int, Bounds]
+) -> dict[Key, list[Bounds]]:
+    """The stretches of host time of each step and stage, without those that cannot be told apart."""
+    forwards = _forwards(samples)
+    ranges = [(start, end) for start, end in steps.values()] or [_everything(events)]
+    begins = _starts_of(events, FORWARD_BEGINS)
+    found: dict[Key, list[Bounds]] = {}
+    unknown = {(s.step, s.stage) for s in samples} - {forward.key for forward in forwards}
+    for start, end in ranges:
+        inside = [f for f in forwards if start <= f.start_ns < end]
+        windows = _split(inside, (start, end), begins)
+        for forward in inside:
+            if windows is None:
+                unknown.add(forward.key)
+        for key, window in windows or ():
+            found.setdefault(key, []).append(window)
+    outside = {f.key for f in forwards if not any(s <= f.start_ns < e for s, e in ranges)}
+    return {key: windows for key, windows in found.items() if key not in unknown | outside}
+
+
+def _split(forwards: Sequence[_Forward], bounds: Bounds, begins: IntArray) -> list[tuple[Key, Bounds]] | None:
+    """One window a forward, which together fill the bounds; None where a cut is not known."""
+    if not forwards:
+        return []
+    cuts = [bounds[0]]
+    for before, after in itertools.pairwise(forwards):
+        at = int(np.searchsorted(begins, before.end_ns, "left"))
+        if at < len(begins) and begins[at] < after.start_ns:
+            cuts.append(int(begins[at]))
+        elif after.starts_itself and before.end_ns <= after.start_ns:
+            cuts.append(after.start_ns)
+        else:
+            return None
+    ends = [*cuts[1:], bounds[1]]
+    return [(forward.key, (cut, end)) for forward, cut, end in zip(forwards, cuts, ends, strict=True)]
+
+
+def _forwards(samples: Iterable[RoutingSample]) -> list[_Forward]:
+    calls = []
+    for sample in samples:
+        if sample.placement is not None and sample.placement.host:
+            bounds = [bounds_ns(span) for span in sample.placement.host.values()]
+            start, end = min(b[0] for b in bounds), max(b[1] for b in bounds)
+            calls.append(_Forward((sample.step, sample.stage), start, end, "graph" in sample.placement.host))
+    calls.sort(key=lambda call: call.start_ns)
+    found: list[_Forward] = []
+    for call in calls:
+        if found and found[-1].key == call.key:
+            last = found[-1]
+            found[-1] = _Forward(last.key, last.start_ns, max(last.end_ns, call.end_ns), last.starts_itself)
+        else:
+            found.append(call)
+    return found
+
+
+def _everything(events: EventTable) -> Bounds:
+    host = events.select(events.kind != Kind.DEVICE)
+    return int(host.start_ns.min(initial=0)), int(host.end_ns.max(initial=0)) + 1
+
+
+def _starts_of(events: EventTable, name: str) -> IntArray:
+    if name not in events.names:
+        return np.zeros(0, np.int64)
+    rows = (events.kind == Kind.OP) & (events.name == events.names.index(name))
+    return np.sort(events.start_ns[rows])
