@@ -157,31 +157,31 @@ class _Traces:
             *(ranks.notes if ranks is not None else _alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
-        phases = report_phases(times, add_surroundings([r.work.of(chosen) for r in reads]))
-        speed = self._speed(times, recording)
-        imbalance = imbalance_costs(times, recording.routers)
-        evidence = Evidence(
-            routers=summary.routers,
-            phases=phases,
-            speed=speed,
-            imbalance=imbalance,
-            operators=frozenset().union(*(r.operators for r in reads)),
-            ranks=ranks,
-        )
-        return TraceSummary(
+        answered = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
             stage=stages.pop() if len(stages) == 1 else None,
-            phases=phases,
-            speed=speed,
-            imbalance=imbalance,
-            findings=find(evidence),
+            phases=report_phases(times, add_surroundings([r.work.of(chosen) for r in reads])),
+            speed=self._speed(times, recording),
+            imbalance=imbalance_costs(times, recording.routers),
+            findings=(),
             samples=recording.samples,
             times=times,
             busy_us=busy,
             ranks=ranks,
             rank_inputs=tuple(inputs),
             experts_are_split=split,
+        )
+        return replace(answered, findings=find(self._evidence(answered)))
+
+    def _evidence(self, answered: TraceSummary) -> Evidence:
+        return Evidence(
+            routers=answered.routers,
+            phases=answered.phases,
+            speed=answered.speed,
+            imbalance=answered.imbalance,
+            operators=frozenset().union(*(r.operators for r in self.reads)),
+            ranks=answered.ranks,
         )
 
     def _speed(self, times: CallTimes, recording: Recording) -> SpeedReport | None:
