@@ -29,7 +29,6 @@ KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = {
 }
 KNOWN_TOO_LONG = {
     "data/schema.py",
-    "read/analysis.py:analyse",
     "read/check.py",
     "read/file/trace_file.py",
     "read/ranks/ranks.py:report_ranks",
