@@ -11,20 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = {
-    "model_type": "olmoe",
-    "architectures": ["OlmoeForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 128,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+from model_config import CONFIG
 
 
 def moe_trace(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from distributed.launching import TESTS, environment, torchrun, transformers_splits_experts
+from model_config import CONFIG
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording
 from moe_trace.integrations.handler import tensorboard_trace_handler
@@ -171,8 +172,6 @@ def test_a_rank_without_a_file_is_named_beside_the_others_figures(fault: str, tm
 
 
 def test_experts_that_cannot_be_dealt_out_evenly(tmp_path: Path) -> None:
-    from test_cli_run import CONFIG
-
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG | {"num_experts": 7}))
     options = ("--random-weights", "--fsdp", 2, "--ep", 2, "--out", tmp_path / "run")
@@ -183,8 +182,6 @@ def test_experts_that_cannot_be_dealt_out_evenly(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_those_of_the_single_process(tmp_path: Path) -> None:
-    from test_cli_run import CONFIG
-
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
     run = ("run", "--model", path, "--random-weights", *SMALL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch._inductor.metrics as inductor_metrics
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_trace
+from compiled_models import WAYS, compile_layers, run, small_model
 from models import counted, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
 
 SHAPES = [(1, 1), (1, 1), (2, 12), (3, 40), (1, 1)]  # raw in two sizes, and reduced in the graph
@@ -37,12 +38,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_model() -> Any:
-    model = tiny_olmoe(layers=2)
-    model.set_experts_implementation("grouped_mm")  # eager experts loop over data, which breaks graphs
-    return model
-
-
 def eager_assignments(shapes: list[tuple[int, int]]) -> list[list[list[int]]]:
     """[call][layer][expert], as the experts of an eager run received them."""
     model, found = small_model(), []
@@ -53,38 +48,12 @@ def eager_assignments(shapes: list[tuple[int, int]]) -> list[list[list[int]]]:
     return found
 
 
-def run(forward: Callable[..., Any], shapes: list[tuple[int, int]], seed: int = 0) -> None:
-    with torch.no_grad():
-        for i, (batch, length) in enumerate(shapes, start=seed):
-            forward(**token_batch(batch, length, seed=i), use_cache=False)
-
-
 def recorded(tracer: moe_trace.MoETracer) -> list[list[list[int]]]:
     """[call][layer][expert] from the samples, in the order of their calls."""
     samples = sorted(tracer.samples(), key=lambda s: (s.call, s.layer))
     layers = len(tracer.sites)
     counts = [s.assignments.tolist() for s in samples]
     return [counts[i : i + layers] for i in range(0, len(counts), layers)]
-
-
-def compile_layers(model: Any, **options: Any) -> Any:
-    for layer in model.model.layers:
-        layer.compile(**options)
-    return model
-
-
-def compile_layer_forwards(model: Any, **options: Any) -> Any:
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, **options)
-    return model
-
-
-def compile_inner(model: Any, **options: Any) -> Any:
-    model.model.compile(**options)
-    return model
-
-
-WAYS = {"model": torch.compile, "model.model": compile_inner, "layers": compile_layers}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,19 +7,17 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
 
 import moe_trace
-from models import counted, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
+from graph_models import BOTH, WAYS, gpu_model, ids, run
+from models import counted, tiny_olmoe, watch_compiled_experts, watch_experts
 
 pytestmark = pytest.mark.cuda
 
 EXPERTS = 8
-BOTH = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +25,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def gpu_model(dtype: torch.dtype = torch.bfloat16) -> Any:
-    model = tiny_olmoe(layers=2, hidden_size=64, intermediate_size=32).to("cuda", dtype)
-    # The grouped product exists in bfloat16 alone; the batched one is as free of loops over data.
-    model.set_experts_implementation("grouped_mm" if dtype == torch.bfloat16 else "batched_mm")
-    return model
-
-
-def ids(batch: int, length: int, seed: int) -> torch.Tensor:
-    return token_batch(batch, length, seed=seed)["input_ids"].cuda()
 
 
 def eager_counts(inputs: list[torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> list[list[int]]:
@@ -50,24 +37,6 @@ def eager_counts(inputs: list[torch.Tensor], dtype: torch.dtype = torch.bfloat16
 
 def counts(tracer: moe_trace.MoETracer) -> list[list[int]]:
     return [s.assignments.tolist() for s in sorted(tracer.samples(), key=lambda s: (s.call, s.layer))]
-
-
-def compile_model(model: Any, **options: Any) -> Any:
-    return torch.compile(model, **options)
-
-
-def compile_layers(model: Any, **options: Any) -> Any:
-    for layer in model.model.layers:
-        layer.compile(**options)
-    return model
-
-
-WAYS = {"model": compile_model, "layers": compile_layers}
-
-
-def run(forward: Any, tokens: torch.Tensor) -> None:
-    torch.compiler.cudagraph_mark_step_begin()
-    forward(tokens, use_cache=False)
 
 
 @pytest.mark.parametrize("way", WAYS)

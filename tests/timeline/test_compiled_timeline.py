@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
-from test_compiled import WAYS, run, small_model
-from test_timeline import without_additions
 
 import moe_trace
+from compiled_models import WAYS, run, small_model
 from models import token_batch
 from moe_trace.read.check import check, read_checked
 from moe_trace.timeline import graphs
+from spliced import without_additions
 
 SHAPE = [(2, 12)]
 

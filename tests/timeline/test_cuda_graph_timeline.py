@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_graphs import BOTH, WAYS, gpu_model, ids, run
 
 import moe_trace
+from graph_models import BOTH, WAYS, gpu_model, ids, run
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.check import check, read_checked
 

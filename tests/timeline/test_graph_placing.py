@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_timeline import without_additions
 
 import graph_trace as made
 from moe_trace.data.codec import decode_recording, encode_recording
@@ -24,6 +23,7 @@ from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
 from moe_trace.timeline.replays import REPLAY_FIGURES
 from paths import DATA
+from spliced import without_additions
 
 H200 = DATA / "h200_graphs"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_timeline import without_additions
 
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.timeline.merge import merge_recording
 from paths import DATA
+from spliced import without_additions
 
 pytest.importorskip("hta")
 pd = pytest.importorskip("pandas")

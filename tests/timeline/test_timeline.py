@@ -22,6 +22,7 @@ from moe_trace.timeline.merge import merge_recording
 from moe_trace.timeline.place import place_samples
 from moe_trace.timeline.scan import RangeEvent, read_splice, scan_ranges
 from paths import DATA
+from spliced import without_additions
 
 CPU = [ProfilerActivity.CPU]
 
@@ -41,15 +42,6 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     prof = profiled(tiny_olmoe())
     prof.export_chrome_trace(str(path))
     return path, prof.tracer.samples()
-
-
-def without_additions(path: Path) -> bytes:
-    """The original bytes, by the offsets that the file itself tells."""
-    data = path.read_bytes()
-    splice = json.loads(data)["moe_trace"]["splice"]
-    events_end = splice["events_offset"] + splice["events_bytes"]
-    suffix = data[len(data) - splice["suffix_bytes"] :]
-    return data[: splice["events_offset"]] + data[events_end : splice["key_offset"]] + suffix
 
 
 def host_ranges(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
