@@ -46,7 +46,7 @@ def describe_load(assignments: npt.ArrayLike) -> Load:
     )
 
 
-def max_over_mean(loads_E: npt.NDArray[np.float64]) -> float:
+def max_over_mean(loads_E: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> float:
     """Largest load over the mean load; not all are 0."""
     return float(loads_E.max() / loads_E.mean())
 

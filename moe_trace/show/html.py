@@ -21,6 +21,7 @@ from moe_trace.show.text_phases import shares_sentence
 from moe_trace.show.text_ranks import rank_sentences
 
 _PAGE = Path(__file__).parent / "page"
+_THEME = Path(__file__).parent / "tensorboard" / "static" / "theme.js"
 
 
 def render_page(summaries: Sequence[TraceSummary]) -> str:
@@ -64,7 +65,8 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
 </main>
 <script>{_plotly()}</script>
 <script type="application/json" id="figures">{_script_json(specs)}</script>
-<script>
+<script type="module">
+{_THEME.read_text(encoding="utf-8")}
 {(_PAGE / "report.js").read_text(encoding="utf-8")}</script>
 </body>
 </html>

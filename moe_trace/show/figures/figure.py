@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 Cell = str | int | float | None
 Spec = dict[str, Any]
 
-POINTS_MAX = 2000  # per line
 TABLE_ROWS_MAX = 200
+ROW_PX, ROW_MIN_PX, ROWS_MAX_PX = 24, 9, 620  # of heat maps with a row a layer
 
 # Okabe and Ito's palette, told apart by readers with any kind of colour vision, on light and dark.
 PHASE_COLOURS = {
@@ -27,6 +29,8 @@ PHASE_COLOURS = {
     "other": "#999999",
     "gap": "rgba(128,128,128,0.25)",
 }
+LINES = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
+BAND, INNER_BAND = "rgba(128,128,128,0.22)", "rgba(128,128,128,0.45)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,39 @@ def safe(name: object) -> str:
     return html.escape(str(name)[:80])
 
 
-def layer_colour(index: int, count: int) -> str:
-    """From blue over green to orange along the depth of the model, all readable on light and dark."""
-    hue = 220 - 190 * index / max(1, count - 1)
-    return f"hsl({hue:.0f}, 65%, 50%)"
+def colour_cap(values: Sequence[float] | np.ndarray, *, least: float = 0.0) -> float:
+    """Where a colour scale ends: beyond four times the upper quartile all are equally dark, so that one value
+    far off does not make all others look alike."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return least
+    return float(min(known.max(), max(least, 4 * np.percentile(known, 75))))
+
+
+def cap_said(cap: float, values: Sequence[float] | np.ndarray) -> str:
+    """For the caption; nothing where the scale reaches the highest value."""
+    return f" The colour ends at {cap:.3g}: what is higher looks the same." if cap < np.nanmax(values) else ""
+
+
+def rows_px(rows: int) -> int:
+    """Height of a heat map with a row a layer: lower rows where there are many, so that it fits a screen."""
+    return rows * max(ROW_MIN_PX, min(ROW_PX, ROWS_MAX_PX // max(1, rows)))
+
+
+def layer_columns() -> Spec:
+    """The horizontal axis of figures with a bar a layer; names are left out where they would not fit."""
+    return {"type": "category", "nticks": 32}
+
+
+def layers_axis(labels: Sequence[str]) -> Spec:
+    """The vertical axis of such a heat map, the first layer on top; as many names as there is room for."""
+    every = max(1, -(-15 * len(labels) // max(1, rows_px(len(labels)))))
+    shown = list(labels[::every])
+    return {
+        "autorange": "reversed",
+        "type": "category",
+        "tickmode": "array",
+        "tickvals": shown,
+        "ticktext": shown,
+    }

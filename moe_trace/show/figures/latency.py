@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import LayerPhases, PhaseReport
 from moe_trace.read.time.structure import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, safe
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, layer_columns, safe
 
 
 def latency(summary: TraceSummary) -> Figure:
@@ -54,7 +54,7 @@ def latency(summary: TraceSummary) -> Figure:
         data=data,
         layout={
             "barmode": "group",
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs"}, "rangemode": "tozero"},
             "height": 360,
         },
@@ -111,7 +111,7 @@ def _phase_figure(report: PhaseReport, *, key: str, title: str, caption: str, ba
         layout={
             "barmode": "stack",
             "legend": {"traceorder": "normal"},
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs a call"}},
             "height": 360,
         },

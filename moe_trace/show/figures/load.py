@@ -10,9 +10,20 @@ from moe_trace.data.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.figure import Cell, Figure, Frame, Spec, safe
+from moe_trace.show.figures.figure import (
+    Cell,
+    Figure,
+    Frame,
+    Spec,
+    cap_said,
+    colour_cap,
+    layers_axis,
+    rows_px,
+    safe,
+)
 
-STEPS_MAX = 60  # frames of the heat map; more steps are taken together
+FRAMES_MAX = 60  # of the heat map's slider; more steps are taken together
+FRAMES_CELLS_MAX = 250_000  # of all frames: with 61 layers x 256 experts a frame has 15,616
 
 
 def expert_heat_map(summary: Summary) -> Figure:
@@ -23,7 +34,8 @@ def expert_heat_map(summary: Summary) -> Figure:
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.samples, routers, experts)
-    highest = max([2.0, *(value for row in overall for value in row if value is not None)])
+    known = [value for row in overall for value in row if value is not None]
+    highest = max(2.0, colour_cap(known, least=4.0))
     data = heat_map_trace(
         overall, [r.info.site for r in routers], low=0.0, centre=1.0, high=highest, unit="× equal"
     )
@@ -31,12 +43,12 @@ def expert_heat_map(summary: Summary) -> Figure:
         key="experts",
         title="Load of each expert",
         caption="Assignments of each expert over an equal share of its layer: 1× (pale) is even, more is "
-        "orange, less is blue, 0 is unused.",
+        "orange, less is blue, 0 is unused." + (cap_said(highest, known) if known else ""),
         data=[data] if routers else [],
         layout={
             "xaxis": {"title": {"text": "expert"}},
-            "yaxis": {"autorange": "reversed", "type": "category"},
-            "height": 140 + 24 * len(routers),
+            "yaxis": layers_axis([safe(r.info.site) for r in routers]),
+            "height": 120 + rows_px(len(routers)),
         },
         frames=frames if len(frames) > 2 else [],
         headings=("layer", "tokens", "max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts"),
@@ -90,7 +102,8 @@ def _step_frames(
     samples: Sequence[RoutingSample], routers: Sequence[RouterSummary], experts: int
 ) -> list[Frame]:
     steps = sorted({s.step for s in samples})
-    groups = np.array_split(np.array(steps), min(len(steps), STEPS_MAX)) if steps else []
+    most = min(FRAMES_MAX, max(1, FRAMES_CELLS_MAX // max(1, len(routers) * experts)))
+    groups = np.array_split(np.array(steps), min(len(steps), most)) if steps else []
     group_of = {int(step): i for i, group in enumerate(groups) for step in group}
     row_of = {router.info.name: i for i, router in enumerate(routers)}
     counts = np.zeros((len(groups), len(routers), experts), dtype=np.int64)

@@ -9,7 +9,16 @@ import numpy as np
 
 from moe_trace.read.ranks.ranks import LayerRanks, RankReport
 from moe_trace.read.ranks.time import ExchangeTime
-from moe_trace.show.figures.figure import PHASE_COLOURS, Cell, Figure, Spec, safe
+from moe_trace.show.figures.figure import (
+    PHASE_COLOURS,
+    Cell,
+    Figure,
+    Spec,
+    layer_columns,
+    layers_axis,
+    rows_px,
+    safe,
+)
 
 MATRIX_TABLE_MAX = 16
 STEPS_NAMED = 20
@@ -81,8 +90,8 @@ def share_map(report: RankReport) -> Figure:
         else [],
         layout={
             "xaxis": {"type": "category"},
-            "yaxis": {"type": "category", "autorange": "reversed"},
-            "height": 140 + 24 * len(sites),
+            "yaxis": layers_axis([safe(site) for site in sites]),
+            "height": 120 + rows_px(len(sites)),
         },
         headings=(
             "layer",
@@ -150,7 +159,7 @@ def exchange_bars(report: RankReport) -> Figure:
         else [],
         layout={
             "barmode": "stack",
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs"}, "rangemode": "tozero"},
             "height": 320,
         },

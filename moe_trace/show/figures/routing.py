@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +11,11 @@ from moe_trace.data.loads import describe_load
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
-from moe_trace.show.figures.figure import POINTS_MAX, Cell, Figure, safe
+from moe_trace.show.figures.figure import Cell, Figure, layers_axis, rows_px, safe
 from moe_trace.show.figures.load import heat_map_trace
+from moe_trace.show.figures.over_calls import Metric, over_calls
 
 LAYER_FIGURE_PX = 270
 
@@ -86,74 +88,36 @@ def _equal_share_line() -> dict[str, object]:
 
 def confidence_over_time(samples: Sequence[RoutingSample]) -> Figure:
     """1 − H/ln E of each call."""
-    forward = [s for s in samples if s.phase == "forward" and s.confidence is not None]
-    return _lines(
-        forward,
+    metric = Metric(
         key="confidence",
         title="Router confidence over time",
-        caption="1 − H/ln E, one point a call: 0 is undecided, 1 is certain.",
-        axis="confidence",
-        series={"confidence": [float(s.confidence or 0.0) for s in forward]},
+        unit="confidence",
+        caption="1 − H/ln E, call by call: 0 is undecided, 1 is certain.",
+        worst="lowest",
     )
+    return over_calls(call_grid(samples, lambda sample: sample.confidence), metric)
 
 
 def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
-    """Slots that were skipped, and assignments that padding made, of each call."""
-    forward = [s for s in samples if s.phase == "forward"]
-    return _lines(
-        forward,
+    """Slots of one layer that were skipped, and assignments that padding made, where there are any."""
+    lost = {
+        "skipped": call_grid(samples, lambda sample: sample.skipped),
+        "padding": call_grid(samples, lambda sample: sample.padding_assignments),
+    }
+    known = {name: grid for name, grid in lost.items() if grid is not None and grid.values_LC.any()}
+    grid = None
+    if known:
+        values = np.concatenate([one.values_LC for one in known.values()])
+        grid = replace(next(iter(known.values())), sites=tuple(known), values_LC=values)
+    metric = Metric(
         key="slots",
         title="Skipped and padding slots over time",
-        caption="Slots without an expert, and assignments made by padding tokens, one point a call.",
-        axis="slots",
-        series={
-            "skipped": [s.skipped for s in forward],
-            "padding": [s.padding_assignments for s in forward],
-        },
+        unit="slots",
+        caption="Slots without an expert, and assignments made by padding tokens, call by call.",
+        worst="highest",
+        row="slots",
     )
-
-
-_COLOURS = ("#0072B2", "#E69F00")
-
-
-def _lines(
-    samples: Sequence[RoutingSample],
-    *,
-    key: str,
-    title: str,
-    caption: str,
-    axis: str,
-    series: Mapping[str, Sequence[float]],
-) -> Figure:
-    origin = min((s.host_start_ns for s in samples), default=0)
-    stride = max(1, -(-len(samples) // POINTS_MAX))
-    times_ms = [round((s.host_start_ns - origin) / 1e6, 3) for s in samples][::stride]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if len(times_ms) <= 40 else "lines",
-            "name": name,
-            "x": times_ms,
-            "y": [round(value, 5) for value in values[::stride]],
-            "line": {"width": 1.5, "color": colour},
-            "marker": {"size": 4},
-        }
-        for (name, values), colour in zip(series.items(), _COLOURS, strict=False)
-    ]
-    return Figure(
-        key=key,
-        title=title,
-        caption=caption,
-        data=data if samples else [],
-        layout={
-            "xaxis": {"title": {"text": "ms since the first call"}},
-            "yaxis": {"title": {"text": axis}, "rangemode": "tozero"},
-            "height": 260,
-            "showlegend": len(data) > 1,
-        },
-        headings=("figure", "calls", "lowest", "mean", "highest"),
-        rows=[(n, len(v), min(v), float(np.mean(v)), max(v)) for n, v in series.items() if v],
-    )
+    return over_calls(grid, metric)
 
 
 def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
@@ -174,8 +138,8 @@ def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
         data=[data] if pairs else [],
         layout={
             "xaxis": {"title": {"text": "expert"}},
-            "yaxis": {"autorange": "reversed", "type": "category"},
-            "height": 140 + 24 * len(pairs),
+            "yaxis": layers_axis([safe(x.info.site) for x, _ in pairs]),
+            "height": 120 + rows_px(len(pairs)),
         },
         headings=(
             "layer",

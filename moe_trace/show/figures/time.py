@@ -11,7 +11,7 @@ from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import LayerPhases, PhaseReport
 from moe_trace.read.time.structure import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
 from moe_trace.show.figures.latency import latency
 
 Clock = Literal["device", "host"]
@@ -49,7 +49,7 @@ def phase_stack(report: PhaseReport, clock: Clock, *, backward: bool) -> Figure:
         layout={
             "barmode": "stack",
             "legend": {"traceorder": "normal"},
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs a call"}},
             "height": 340,
         },
@@ -119,7 +119,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
         data=data,
         layout={
             "barmode": "group",
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "share of the block"}, "tickformat": ".0%", "rangemode": "tozero"},
             "height": 300,
             "showlegend": len(data) > 1,
@@ -168,7 +168,7 @@ def forward_and_backward(report: PhaseReport) -> Figure:
         ],
         layout={
             "barmode": "group",
-            "xaxis": {"type": "category"},
+            "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs a call"}},
             "height": 300,
         },

@@ -11,7 +11,7 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.ranks.combine import join_inputs
 from moe_trace.read.ranks.ranks import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
-from moe_trace.show.figures.figure import Figure, Spec, safe
+from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.tensorboard.plain import Plain, figures_by_key
 from moe_trace.show.text_ranks import rank_sentences
@@ -209,8 +209,8 @@ def work_map(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
         data=[data] if sites else [],
         layout={
             "xaxis": {"type": "category"},
-            "yaxis": {"autorange": "reversed", "type": "category"},
-            "height": 140 + 24 * len(sites),
+            "yaxis": layers_axis([safe(site) for site in sites]),
+            "height": 120 + rows_px(len(sites)),
         },
         headings=("layer", *(f"rank {row['rank']} µs" for row in rows)),
         rows=[(site, *map(float, work[i])) for i, site in enumerate(sites)],

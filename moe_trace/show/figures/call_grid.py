@@ -1,0 +1,120 @@
+"""One metric of every forward call as a grid: a row per layer, a column per forward of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import RoutingSample
+
+CELLS_MAX = 20_000  # of one figure, so that its size does not grow with the run
+COLUMNS_MAX = 400  # more cannot be told apart on a screen
+TICKS_MAX = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallGrid:
+    """L layers x C forwards; NaN where a layer has no value."""
+
+    sites: tuple[str, ...]
+    """In the order of the model."""
+    steps_C: npt.NDArray[np.int64]
+    nth_C: npt.NDArray[np.int64]
+    """0, 1, ... within the step: which of the step's forwards a column is."""
+    values_LC: npt.NDArray[np.float64]
+
+    def means_L(self) -> npt.NDArray[np.float64]:
+        """Mean over the calls of each layer."""
+        return np.asarray(np.nanmean(self.values_LC, axis=1))
+
+
+def call_grid(
+    samples: Sequence[RoutingSample], metric: Callable[[RoutingSample], float | None]
+) -> CallGrid | None:
+    """The grid of all forward calls that have a value; None if there are none.
+
+    A column is the n-th call of each layer in a step: layers are compared where they ran in the same forward.
+    """
+    known = [(s, v) for s in samples if s.phase == "forward" and (v := metric(s)) is not None]
+    if not known:
+        return None
+    seen: dict[tuple[str, int], int] = {}
+    cells: dict[tuple[int, int, str], float] = {}
+    for sample, value in known:
+        nth = seen.get((sample.site, sample.step), 0)
+        seen[sample.site, sample.step] = nth + 1
+        cells[sample.step, nth, sample.site] = value
+    layers = {s.site: s.layer for s, _ in known}
+    sites = sorted(layers, key=lambda site: (layers[site], site))
+    columns = sorted({(step, nth) for step, nth, _ in cells})
+    row, column = ({key: i for i, key in enumerate(keys)} for keys in (sites, columns))
+    values_LC = np.full((len(sites), len(columns)), np.nan)
+    for (step, nth, site), value in cells.items():
+        values_LC[row[site], column[step, nth]] = value
+    steps_C, nth_C = np.array(columns, dtype=np.int64).T
+    return CallGrid(sites=tuple(sites), steps_C=steps_C, nth_C=nth_C, values_LC=values_LC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Neighbouring forwards taken together, so that a figure has at most `CELLS_MAX` cells."""
+
+    labels: list[str]
+    """One per group: `12`, `12-15`, or `12, forward 3` where a step has several."""
+    ticks: dict[str, str]
+    """Which labels stand on the axis, and as what."""
+    title: str
+    """Of the axis: what the labels count."""
+    values_LB: npt.NDArray[np.float64]
+    """Mean over the forwards of each group."""
+
+
+def grouped_columns(grid: CallGrid) -> Columns:
+    """The grid with neighbouring columns averaged where there are too many to be drawn."""
+    count = len(grid.steps_C)
+    most = max(1, min(COLUMNS_MAX, CELLS_MAX // len(grid.sites)))
+    groups = np.array_split(np.arange(count), min(count, most))
+    starts = [int(group[0]) for group in groups]
+    known_LC = ~np.isnan(grid.values_LC)
+    sums_LB = np.add.reduceat(np.where(known_LC, grid.values_LC, 0.0), starts, axis=1)
+    counts_LB = np.add.reduceat(known_LC, starts, axis=1, dtype=np.int64)
+    values_LB = np.divide(sums_LB, counts_LB, out=np.full_like(sums_LB, np.nan), where=counts_LB > 0)
+    title, labels = _labels(grid, groups)
+    return Columns(labels=labels, ticks=_ticks(grid, groups, labels), title=title, values_LB=values_LB)
+
+
+def _labels(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]]) -> tuple[str, list[str]]:
+    steps, nth = grid.steps_C.tolist(), grid.nth_C.tolist()
+    if not any(nth):
+        names = list(map(str, steps))
+    elif len(set(steps)) == 1:
+        names = list(map(str, nth))
+    else:
+        names = [f"{step}, forward {n}" for step, n in zip(steps, nth, strict=True)]
+    title = "step" if len(set(steps)) > 1 or not any(nth) else f"forward of step {steps[0]}"
+    return title, [names[g[0]] if len(g) == 1 else f"{names[g[0]]}\N{EN DASH}{names[g[-1]]}" for g in groups]
+
+
+def _ticks(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]], labels: Sequence[str]) -> dict[str, str]:
+    """Round numbers of steps, or of forwards where there is one step; each at the group that reaches it."""
+    several = len(np.unique(grid.steps_C)) > 1
+    counted = grid.steps_C if several or not grid.nth_C.any() else grid.nth_C
+    first, last = int(counted.min()), int(counted.max())
+    every = _round_up(max(1, (last - first) // TICKS_MAX))
+    found: dict[str, str] = {}
+    reached = first - 1
+    for group, label in zip(groups, labels, strict=True):
+        value = int(counted[group[-1]]) // every * every
+        if value > reached or (not found and value >= first):
+            found[label] = str(value)
+            reached = value
+    return found
+
+
+def _round_up(value: int) -> int:
+    """The next of 1, 2, 5, 10, 20, 50 ..."""
+    power = 10 ** (len(str(value)) - 1)
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= value)

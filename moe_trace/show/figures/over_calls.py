@@ -1,0 +1,211 @@
+"""How a metric of every layer changes from forward to forward, for any number of layers and forwards.
+
+A few layers are lines. More are a heat map of layers x forwards, and below it how the layers spread: the
+median, the quarters and the extremes, with the layers that stand out by name. A single forward is bars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.show.figures.call_grid import CallGrid, Columns, grouped_columns
+from moe_trace.show.figures.figure import (
+    BAND,
+    INNER_BAND,
+    LINES,
+    Cell,
+    Figure,
+    Spec,
+    cap_said,
+    colour_cap,
+    layer_columns,
+    layers_axis,
+    rows_px,
+    safe,
+)
+
+LINES_MAX = 4  # layers that can be told apart as lines
+NAMED = 3
+BAND_PX, GAP_PX = 190, 56
+Extreme = Literal["highest", "lowest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What is drawn."""
+
+    key: str
+    title: str
+    unit: str
+    caption: str
+    worst: Extreme
+    """Which layers are named: those with the highest mean, or the lowest."""
+    row: str = "layer"
+    """What the grid has a row for."""
+
+
+def over_calls(grid: CallGrid | None, metric: Metric) -> Figure:
+    """The figure that suits the number of layers and forwards; without data where there is no grid."""
+    data: list[Spec] = []
+    layout: Spec = {}
+    note = ""
+    if grid is not None:
+        columns = grouped_columns(grid)
+        if len(columns.labels) == 1:
+            data, layout = _bars(grid, columns, metric)
+        elif len(grid.sites) <= LINES_MAX:
+            data, layout = _lines(grid, columns, metric)
+        else:
+            data, layout = _map_and_spread(grid, columns, metric)
+            note = cap_said(data[0]["zmax"], columns.values_LB)
+    return Figure(
+        key=metric.key,
+        title=metric.title,
+        caption=metric.caption + note,
+        data=data,
+        layout=layout,
+        headings=(metric.row, "calls", "lowest", "mean", "highest"),
+        rows=_rows(grid) if grid is not None else [],
+    )
+
+
+def _rows(grid: CallGrid) -> list[tuple[Cell, ...]]:
+    return [
+        (site, int((~np.isnan(row)).sum()), float(np.nanmin(row)), float(mean), float(np.nanmax(row)))
+        for site, row, mean in zip(grid.sites, grid.values_LC, grid.means_L(), strict=True)
+    ]
+
+
+def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[int]:
+    """Rows of the layers whose mean stands out most, worst first."""
+    means_L = grid.means_L()
+    return [int(i) for i in np.argsort(-means_L if extreme == "highest" else means_L, kind="stable")[:most]]
+
+
+def _bars(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
+    worst = set(worst_layers(grid, metric.worst))
+    data: Spec = {
+        "type": "bar",
+        "x": [safe(site) for site in grid.sites],
+        "y": _plain(columns.values_LB[:, 0]),
+        "marker": {"color": [LINES[0] if i in worst else BAND for i in range(len(grid.sites))]},
+        "hovertemplate": f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>",
+    }
+    return [data], {
+        "xaxis": layer_columns(),
+        "yaxis": {"title": {"text": metric.unit}, "rangemode": "tozero"},
+        "height": 280,
+        "showlegend": False,
+    }
+
+
+def _lines(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
+    data = [
+        _line(safe(site), columns, columns.values_LB[i], metric, colour)
+        for i, (site, colour) in enumerate(zip(grid.sites, LINES, strict=False))
+    ]
+    return data, {
+        "xaxis": _forwards_axis(columns),
+        "yaxis": {"title": {"text": metric.unit}, "rangemode": "tozero"},
+        "height": 320,
+        "showlegend": len(data) > 1,
+    }
+
+
+def _map_and_spread(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
+    map_px = rows_px(len(grid.sites))
+    share = BAND_PX / (BAND_PX + GAP_PX + map_px)
+    heat_map: Spec = {
+        "type": "heatmap",
+        "x": columns.labels,
+        "y": [safe(site) for site in grid.sites],
+        "z": [_plain(row) for row in columns.values_LB],
+        "yaxis": "y2",
+        "colorscale": "Viridis",
+        "zmin": float(np.nanmin(columns.values_LB)),
+        "zmax": colour_cap(columns.values_LB),
+        "colorbar": {"title": {"text": metric.unit}, "thickness": 14, "len": 1 - share, "y": (1 + share) / 2},
+        "hovertemplate": f"%{{y}}, {columns.title} %{{x}}: %{{z:.3f}} {metric.unit}<extra></extra>",
+    }
+    layout: Spec = {
+        "xaxis": {**_forwards_axis(columns), "anchor": "y"},
+        "yaxis": {"title": {"text": metric.unit}, "domain": [0, round(share, 4)]},
+        "yaxis2": {
+            **layers_axis([safe(site) for site in grid.sites]),
+            "domain": [round(share + GAP_PX / (BAND_PX + GAP_PX + map_px), 4), 1],
+        },
+        "legend": {"y": round(share, 4), "yanchor": "bottom", "traceorder": "normal"},
+        "height": 90 + BAND_PX + GAP_PX + map_px,
+        "hovermode": "closest",
+    }
+    return [heat_map, *_spread(columns, metric), *_named(grid, columns, metric)], layout
+
+
+def _spread(columns: Columns, metric: Metric) -> list[Spec]:
+    """Extremes, quarters and median over the layers, as two bands and a line."""
+    with np.errstate(invalid="ignore"):
+        low, q1, median, q3, high = np.nanpercentile(columns.values_LB, (0, 25, 50, 75, 100), axis=0)
+    bands: list[Spec] = []
+    for name, bottom, top, fill in (
+        ("all layers", low, high, BAND),
+        ("middle half of the layers", q1, q3, INNER_BAND),
+    ):
+        common = {
+            "type": "scatter",
+            "mode": "lines",
+            "x": columns.labels,
+            "line": {"width": 0, "color": fill},
+            "hoverinfo": "skip",
+            "legendgroup": name,
+        }
+        bands.append({**common, "name": name, "y": _plain(bottom), "showlegend": False})
+        bands.append({**common, "name": name, "y": _plain(top), "fill": "tonexty", "fillcolor": fill})
+    middle = _line("median layer", columns, median, metric, "#888888")
+    return [*bands, {**middle, "line": {"width": 2, "color": "#888888", "dash": "dot"}}]
+
+
+def _named(grid: CallGrid, columns: Columns, metric: Metric) -> list[Spec]:
+    means_L = grid.means_L()
+    return [
+        _line(
+            f"{safe(grid.sites[i])} ({metric.worst if n == 0 else 'next'}, mean {means_L[i]:.3g})",
+            columns,
+            columns.values_LB[i],
+            metric,
+            LINES[n],
+        )
+        for n, i in enumerate(worst_layers(grid, metric.worst))
+    ]
+
+
+def _line(name: str, columns: Columns, values: npt.NDArray[np.float64], metric: Metric, colour: str) -> Spec:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(columns.labels) <= 40 else "lines",
+        "name": name,
+        "x": columns.labels,
+        "y": _plain(values),
+        "line": {"width": 1.5, "color": colour},
+        "marker": {"size": 4},
+        "hovertemplate": f"{name}, {columns.title} %{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>",
+    }
+
+
+def _forwards_axis(columns: Columns) -> Spec:
+    return {
+        "type": "category",
+        "title": {"text": columns.title},
+        "tickmode": "array",
+        "tickvals": list(columns.ticks),
+        "ticktext": list(columns.ticks.values()),
+        "tickangle": 0,
+    }
+
+
+def _plain(values: Sequence[float] | npt.NDArray[np.float64]) -> list[float | None]:
+    return [None if np.isnan(v) else float(f"{v:.4g}") for v in np.asarray(values, dtype=np.float64).tolist()]
