@@ -35,7 +35,6 @@ KNOWN_TOO_LONG = {
     "record/hooks/site.py",
     "record/tracer.py",
     "record/tracer.py:__init__",
-    "show/figures/decisions.py:_over_time",
     "show/figures/latency.py:latency",
     "show/figures/ranks.py:exchange_bars",
     "show/figures/timeline.py:_layout",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
@@ -30,17 +30,18 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
     Raises:
         UsageError: plotly is not installed.
     """
-    drawn = [(f"f{i}", summary, _all_figures(summary)) for i, summary in enumerate(summaries)]
-    sections = "\n".join(_section(prefix, summary, found) for prefix, summary, found in drawn)
+    drawn = [_parts(f"f{i}", summary) for i, summary in enumerate(summaries)]
+    sections = "\n".join(map(_section, summaries, drawn))
     specs = [
         {
-            "id": f"{prefix}-{figure.key}",
+            "id": f"{part.prefix}-{figure.key}",
             "data": figure.data,
             "layout": figure.layout,
             "frames": [asdict(frame) for frame in figure.frames],
         }
-        for prefix, _, found in drawn
-        for figure in found
+        for parts in drawn
+        for part in parts
+        for figure in part.figures
     ]
     title = escape(_title(summaries[0])) if len(summaries) == 1 else f"{len(summaries)} traces"
     return f"""<!DOCTYPE html>
@@ -73,8 +74,33 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
 """
 
 
-def _all_figures(summary: TraceSummary) -> list[Figure]:
-    return [*figures(summary), *(rank_figures(summary.ranks) if summary.ranks is not None else [])]
+@dataclass(frozen=True)
+class _Part:
+    """One stage of a trace, all of a trace of a single stage, or its ranks together."""
+
+    prefix: str
+    """Of the ids of its figures."""
+    heading: str
+    """Empty where there is no other."""
+    words: str
+    """What stands above the figures, as HTML."""
+    figures: list[Figure]
+
+
+def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
+    """Each stage under its name; a single one under none."""
+    return {str(stage): part for stage, part in summary.stages.items()} or {"": summary}
+
+
+def _parts(prefix: str, summary: TraceSummary) -> list[_Part]:
+    parts = [
+        _Part("-".join(filter(None, (prefix, stage))), stage.capitalize(), _answers(part), figures(part))
+        for stage, part in _by_stage(summary).items()
+    ]
+    if summary.ranks is not None:
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
+        parts.append(_Part(prefix, "Ranks", f"<ul>{items}</ul>", rank_figures(summary.ranks)))
+    return parts
 
 
 # Nothing may come from outside; plotly writes style elements and draws on data: and blob: images.
@@ -86,36 +112,39 @@ _POLICY = (
 
 def render_fragment(summary: TraceSummary) -> str:
     """Totals, findings and the table of layers, without scripts: what a notebook shows."""
-    found = [figure for figure in figures(summary) if figure.key in ("experts", "latency", "phases")]
-    tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{_table(f)}" for f in found)
-    return f"<div><h3>{escape(_title(summary))}</h3>{_totals(summary)}{_findings(summary)}{tables}</div>"
+    shown = []
+    for stage, part in _by_stage(summary).items():
+        found = [figure for figure in figures(part) if figure.key in ("experts", "latency", "phases")]
+        tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{_table(f)}" for f in found)
+        heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
+        shown.append(f"{heading}{_totals(part)}{_findings(part)}{tables}")
+    return f"<div><h3>{escape(_title(summary))}</h3>{''.join(shown)}</div>"
 
 
 def _title(summary: TraceSummary) -> str:
     return str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
 
 
-def _section(prefix: str, summary: TraceSummary, found: Iterable[Figure]) -> str:
-    phases = f"<p>{escape(shares_sentence(summary.phases))}</p>" if summary.phases is not None else ""
+def _section(summary: TraceSummary, parts: Sequence[_Part]) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
     return f"""<section aria-label="{escape(str(summary.trace))}">
 <p class="path">{escape(str(summary.trace))}</p>
-{_totals(summary)}
-<h2>Findings</h2>
-{_findings(summary)}
-{phases}
-{_ranks(summary)}
+{"".join(map(_part, parts))}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
-<h2>Figures</h2>
-{"".join(_figure(prefix, figure) for figure in found)}
 </section>"""
 
 
-def _ranks(summary: TraceSummary) -> str:
-    if summary.ranks is None:
-        return ""
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
-    return f"<h2>Ranks</h2><ul>{items}</ul>"
+def _part(part: _Part) -> str:
+    heading = f'<h2 class="part">{part.heading}</h2>' if part.heading else ""
+    return f"{heading}{part.words}\n{''.join(_figure(part.prefix, figure) for figure in part.figures)}"
+
+
+def _answers(summary: TraceSummary) -> str:
+    phases = f"<p>{escape(shares_sentence(summary.phases))}</p>" if summary.phases is not None else ""
+    return f"""{_totals(summary)}
+<h3>Findings</h3>
+{_findings(summary)}
+{phases}"""
 
 
 def _totals(summary: TraceSummary) -> str:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.browser
 
 H200 = DATA / "h200" / "train_grouped_mm.pt.trace.json.gz"
 EVIL = "</script><img src=x onerror=window.owned=1>"
-KEYS = ("experts", "load", "entropy", "latency", "phases", "phases-backward", "k")
+KEYS = ("experts", "load", "entropy", "latency", "phases", "phases-backward")
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +64,17 @@ def test_draws_offline_without_a_complaint(browser: Browser, report: Path, theme
 
 
 def test_slider_obeys_the_keyboard(browser: Browser, tmp_path: Path) -> None:
-    trace = write_tiny(tmp_path / "a.json", counts=lambda layer, call: (8 - call, call, 0, 0))
+    trace = write_tiny(tmp_path / "a.json", counts=lambda layer, call: (8 - call, call, 0, 0), calls=3)
     assert main(["report", str(trace), "--html", str(tmp_path / "a.html")]) == 0
     page, problems = open_page(browser, tmp_path / "a.html", width=1400)
-    slider = page.locator("#f0-experts-step")
-    shown = "document.getElementById('f0-experts').data[0].z[0]"
-    assert page.evaluate(shown) == [3.5, 0.5, 0, 0]
+    slider = page.locator("#f0-decode-experts-step")
+    shown = "document.getElementById('f0-decode-experts').data[0].z[0]"
+    assert page.evaluate(shown) == [3.25, 0.75, 0, 0]
     slider.focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#f0-experts-label").text_content() == "step 0"
-    assert slider.get_attribute("aria-valuetext") == "step 0"
-    assert page.evaluate(shown) == [4, 0, 0, 0]
+    assert page.locator("#f0-decode-experts-label").text_content() == "step 1"
+    assert slider.get_attribute("aria-valuetext") == "step 1"
+    assert page.evaluate(shown) == [3.5, 0.5, 0, 0]
     page.keyboard.press("End")
     assert page.evaluate(shown) == [3, 1, 0, 0]
     assert problems == []
@@ -120,7 +120,7 @@ def test_hostile_names_stay_text(browser: Browser, tmp_path: Path) -> None:
     assert page.evaluate("window.owned") is None
     assert page.locator("img, a[href^=javascript]").count() == 0
     assert EVIL in (page.locator("h1").text_content() or "")
-    drawn = page.locator("#f0-experts .ytick text").all_text_contents()
+    drawn = page.locator("#f0-prefill-experts .ytick text").all_text_contents()
     assert any("<a href" in text for text in drawn), "the name is drawn as it is, not as a link"
     assert problems == []
     page.context.close()

@@ -63,7 +63,7 @@ class Columns:
     """Neighbouring forwards taken together, so that a figure has at most `CELLS_MAX` cells."""
 
     labels: list[str]
-    """One per group: `12`, `12-15`, or `12, forward 3` where a step has several."""
+    """One per group: `12`, `12 to 15`, or `12, forward 3` where a step has several."""
     ticks: dict[str, str]
     """Which labels stand on the axis, and as what."""
     title: str
@@ -95,7 +95,7 @@ def _labels(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]]) -> tuple[st
     else:
         names = [f"{step}, forward {n}" for step, n in zip(steps, nth, strict=True)]
     title = "step" if len(set(steps)) > 1 or not any(nth) else f"forward of step {steps[0]}"
-    return title, [names[g[0]] if len(g) == 1 else f"{names[g[0]]}\N{EN DASH}{names[g[-1]]}" for g in groups]
+    return title, [names[g[0]] if len(g) == 1 else f"{names[g[0]]} to {names[g[-1]]}" for g in groups]
 
 
 def _ticks(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]], labels: Sequence[str]) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _ticks(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]], labels: Sequ
     several = len(np.unique(grid.steps_C)) > 1
     counted = grid.steps_C if several or not grid.nth_C.any() else grid.nth_C
     first, last = int(counted.min()), int(counted.max())
-    every = _round_up(max(1, (last - first) // TICKS_MAX))
+    every = _round_up(max(1, -(-(last - first) // TICKS_MAX)))
     found: dict[str, str] = {}
     reached = first - 1
     for group, label in zip(groups, labels, strict=True):

@@ -15,7 +15,7 @@ def load_over_time(summary: TraceSummary) -> Figure:
     """Load max÷mean of each call."""
     metric = Metric(
         key="load",
-        title="Load max÷mean over time",
+        title="Load max÷mean",
         unit="max÷mean",
         caption="The busiest expert's assignments over the mean, call by call. Short calls (decoding) are "
         "uneven by chance: one token cannot reach all experts.",
@@ -32,7 +32,7 @@ def entropy_over_time(summary: TraceSummary) -> Figure:
     """Router entropy of each call."""
     metric = Metric(
         key="entropy",
-        title="Router entropy over time",
+        title="Router entropy",
         unit="nats",
         caption="How undecided the router is, in nats: 0 is certain, ln E is no preference at all.",
         worst="lowest",

@@ -53,25 +53,32 @@ def over_calls(grid: CallGrid | None, metric: Metric) -> Figure:
     """The figure that suits the number of layers and forwards; without data where there is no grid."""
     data: list[Spec] = []
     layout: Spec = {}
-    note = ""
+    title, notes = f"{metric.title} over time", []
     if grid is not None:
         columns = grouped_columns(grid)
         if len(columns.labels) == 1:
             data, layout = _bars(grid, columns, metric)
+            title = f"{metric.title} of each {metric.row}"
         elif len(grid.sites) <= LINES_MAX:
             data, layout = _lines(grid, columns, metric)
         else:
             data, layout = _map_and_spread(grid, columns, metric)
-            note = cap_said(data[0]["zmax"], columns.values_LB)
+            notes.append(cap_said(data[0]["zmax"], columns.values_LB))
+        notes.append(_constant_said(grid))
     return Figure(
         key=metric.key,
-        title=metric.title,
-        caption=metric.caption + note,
+        title=title,
+        caption=metric.caption + "".join(notes),
         data=data,
         layout=layout,
         headings=(metric.row, "calls", "lowest", "mean", "highest"),
         rows=_rows(grid) if grid is not None else [],
     )
+
+
+def _constant_said(grid: CallGrid) -> str:
+    low, high = float(np.nanmin(grid.values_LC)), float(np.nanmax(grid.values_LC))
+    return f" Every call of every layer has {low:.4g}." if low == high and len(grid.sites) > 1 else ""
 
 
 def _rows(grid: CallGrid) -> list[tuple[Cell, ...]]:
@@ -82,8 +89,10 @@ def _rows(grid: CallGrid) -> list[tuple[Cell, ...]]:
 
 
 def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[int]:
-    """Rows of the layers whose mean stands out most, worst first."""
+    """Rows of the layers whose mean stands out most, worst first; none where all have the same."""
     means_L = grid.means_L()
+    if np.ptp(means_L) == 0:
+        return []
     return [int(i) for i in np.argsort(-means_L if extreme == "highest" else means_L, kind="stable")[:most]]
 
 
@@ -153,7 +162,7 @@ def _spread(columns: Columns, metric: Metric) -> list[Spec]:
     bands: list[Spec] = []
     for name, bottom, top, fill in (
         ("all layers", low, high, BAND),
-        ("middle half of the layers", q1, q3, INNER_BAND),
+        ("middle half", q1, q3, INNER_BAND),
     ):
         common = {
             "type": "scatter",

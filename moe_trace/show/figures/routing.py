@@ -90,7 +90,7 @@ def confidence_over_time(samples: Sequence[RoutingSample]) -> Figure:
     """1 − H/ln E of each call."""
     metric = Metric(
         key="confidence",
-        title="Router confidence over time",
+        title="Router confidence",
         unit="confidence",
         caption="1 − H/ln E, call by call: 0 is undecided, 1 is certain.",
         worst="lowest",
@@ -111,7 +111,7 @@ def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
         grid = replace(next(iter(known.values())), sites=tuple(known), values_LC=values)
     metric = Metric(
         key="slots",
-        title="Skipped and padding slots over time",
+        title="Skipped and padding slots",
         unit="slots",
         caption="Slots without an expert, and assignments made by padding tokens, call by call.",
         worst="highest",
