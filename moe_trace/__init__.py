@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_trace.data.notebook import register_renderers
+from moe_trace.data.display.notebook import register_renderers
 from moe_trace.data.version import __version__ as __version__
 
 _HOME = {

@@ -51,6 +51,7 @@ def write_trace(path: Path, calls: int) -> None:
     """A trace without events of its own, and a recording of `calls` placed calls."""
     from moe_trace.data.codec import encode_recording
     from moe_trace.data.schema import Lost, Placement, Recording, RouterInfo, RoutingSample, Span
+    from moe_trace.timeline.scan import KEY_PREFIX
 
     experts, k, layers, tokens = 64, 8, 16, 512
     random = np.random.default_rng(0)
@@ -109,15 +110,19 @@ def write_trace(path: Path, calls: int) -> None:
                 slot_bytes=4096,
             )
         )
-    recording = Recording(model={"name": "m"}, options={}, routers=routers, samples=tuple(samples), lost=Lost())
-    path.write_bytes(b'{"traceEvents": [], "moe_trace": ' + encode_recording(recording) + b"}")
+    recording = Recording(
+        model={"name": "m"}, options={}, routers=routers, samples=tuple(samples), lost=Lost()
+    )
+    head, suffix = b'{"traceEvents": [\n]', b"\n}"
+    splice = {"events_offset": len(head) - 2, "events_bytes": 0, "key_offset": len(head), "suffix_bytes": 2}
+    path.write_bytes(head + KEY_PREFIX + encode_recording(recording, splice=splice) + suffix)
 
 
 def measure(folder: Path, trace: Path, what: str) -> dict[str, float]:
     """What a fresh process with the package of that folder needs."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, str(trace), what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
 

@@ -6,14 +6,16 @@ Samples are written column by column: sixteen layers of a thousand steps share t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from moe_trace.data.calls import DEFAULTS, LISTS, NUMBERS, OPTIONAL, CallTable, RouterKey, column_of, kind_of
 from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.data.lists import CountLists
+from moe_trace.data.places import SIDES, Places, Side
 from moe_trace.data.schema import (
     RANGE_KINDS,
     SCHEMA_VERSION,
@@ -29,17 +31,8 @@ from moe_trace.data.schema import (
     Span,
 )
 
-_SITE_FIELDS = ("site", "name", "layer")  # stored once, in the router table
-_ARRAYS = ("assignments", "k_histogram", "dispatched")
-_PLAIN = tuple(f.name for f in fields(RoutingSample) if f.name not in (*_SITE_FIELDS, *_ARRAYS, "placement"))
-# Columns that older files do not have.
-_LATER: dict[str, Any] = {
-    "aux_loss": None,
-    "in_graph": False,
-    "dispatched": None,
-    "slot_bytes": None,
-    "graph_forward": None,
-}
+SAMPLES_KEY = "samples"
+"""The one large value, which is decoded straight into columns."""
 _RANKS_MAX = 1 << 20
 """Of no run; a file that says more was changed, and would be counted through for ever."""
 _FIRST_KINDS = 3  # of a placement; older files know no others
@@ -48,11 +41,12 @@ _FIRST_KINDS = 3  # of a placement; older files know no others
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
     """One line of JSON; `extra` keys are added at its top level."""
     index = {router.name: i for i, router in enumerate(recording.routers)}
-    samples = recording.samples
-    columns: dict[str, list[Any]] = {"router": [index[s.name] for s in samples]}
-    columns |= {name: [getattr(s, name) for s in samples] for name in _PLAIN}
-    columns |= {name: [_encode_array(getattr(s, name)) for s in samples] for name in _ARRAYS}
-    columns["placement"] = [_encode_placement(s.placement) for s in samples]
+    calls = recording.calls
+    by_key = np.array([index[key.name] for key in calls.keys], np.int64)
+    columns: dict[str, Any] = {"router": by_key[calls.router].tolist()}
+    columns |= {name: calls.values(name) for name in NUMBERS}
+    columns |= {name: calls.lists[name].to_lists() for name in LISTS}
+    columns["placement"] = [_encode_placement(p) for p in calls.places.to_placements()]
     payload = {
         "schema_version": SCHEMA_VERSION,
         "model": recording.model,
@@ -63,7 +57,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         "lost": asdict(recording.lost),
         "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
-        "samples": columns,
+        SAMPLES_KEY: columns,
         **_encode_graphs(recording),
         **extra,
     }
@@ -71,7 +65,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
 
 
 def decode_recording(payload: Any) -> Recording:
-    """The inverse of `encode_recording`, from parsed JSON.
+    """The inverse of `encode_recording`, from parsed JSON, in which the samples may be `msgspec.Raw`.
 
     Raises:
         SchemaError: an unknown schema version.
@@ -90,7 +84,7 @@ def decode_recording(payload: Any) -> Recording:
             model=_mapping(payload["model"]),
             options=_mapping(payload["options"]),
             routers=routers,
-            samples=tuple(_decode_samples(payload["samples"], routers)),
+            samples=_decode_calls(payload[SAMPLES_KEY], routers),
             lost=msgspec.convert(payload["lost"], Lost),
             rank=_rank(rank),
             world_size=_rank(world_size),
@@ -98,7 +92,7 @@ def decode_recording(payload: Any) -> Recording:
             parallel=_decode_parallel(payload.get("parallel"), rank, max(rank + 1, world_size)),
             **_decode_graphs(payload.get("graphs")),
         )
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.DecodeError) as error:
         raise TraceFileError(
             f"found moe_trace data that does not follow schema version {SCHEMA_VERSION} "
             f"({type(error).__name__}: {error}); the file was changed after it was written"
@@ -149,10 +143,6 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _encode_array(values: np.ndarray | None) -> list[int] | None:
-    return None if values is None else values.tolist()
-
-
 def _encode_placement(placement: Placement | None) -> list[Any] | None:
     if placement is None:
         return None
@@ -166,95 +156,89 @@ def _encode_spans(spans: dict[RangeKind, Span]) -> list[list[float] | None]:
     return [[spans[kind].start_us, spans[kind].duration_us] if kind in spans else None for kind in kinds]
 
 
-def _decode_placement(value: Any) -> Placement | None:
-    if value is None:
-        return None
-    host, device, *busy = value
-    busy_us = msgspec.convert(busy[0] if busy else {}, dict[RangeKind, float])
-    return Placement(
-        host=_decode_spans(host),
-        device=_decode_spans(device),
-        busy_us={kind: _finite(number) for kind, number in busy_us.items()},
+_Spans = list[tuple[float, float] | None]
+
+
+class _Placement(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A placement as the file has it: spans by kind, None where there is none."""
+
+    host: _Spans
+    device: _Spans
+    busy_us: dict[RangeKind, float] = {}
+
+
+def _cells(name: str) -> Any:
+    cell: Any = list[int] if name in LISTS else kind_of(name)
+    return list[cell | None] if name in OPTIONAL else list[cell]
+
+
+# Typed, so that a hostile file cannot smuggle in other values; fields that came later may be missing.
+_Columns = msgspec.defstruct(
+    "_Columns",
+    [
+        ("router", list[int]),
+        ("placement", list[_Placement | None]),
+        *((name, _cells(name)) for name in (*NUMBERS, *LISTS) if name not in DEFAULTS),
+        *((name, _cells(name) | None, None) for name in (*NUMBERS, *LISTS) if name in DEFAULTS),
+    ],
+    gc=False,
+)
+
+
+def _decode_calls(value: Any, routers: tuple[RouterInfo, ...]) -> CallTable:
+    raw = isinstance(value, msgspec.Raw)
+    columns: Any = msgspec.json.decode(value, type=_Columns) if raw else msgspec.convert(value, _Columns)
+    router = np.array(columns.router, np.int64)
+    if len(router) and not 0 <= int(router.min()) <= int(router.max()) < len(routers):
+        raise ValueError(f"expected routers from 0 to {len(routers) - 1}, found others")
+    cells = {name: getattr(columns, name) for name in (*NUMBERS, *LISTS, "placement")}
+    cells |= {name: [DEFAULTS[name]] * len(router) for name, values in cells.items() if values is None}
+    lengths = {len(router), *map(len, cells.values())}
+    if len(lengths) > 1:
+        raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+    numbers = {name: column_of(name, cells[name]) for name in NUMBERS}
+    for name, column in numbers.items():
+        if kind_of(name) is float:
+            _require_finite(column, [value is not None for value in cells[name]])
+    return CallTable(
+        tuple(RouterKey(r.site, r.name, r.layer) for r in routers),
+        router,
+        numbers,
+        {name: CountLists.of(cells[name]) for name in LISTS},
+        _decode_places(cells["placement"]),
     )
 
 
-def _decode_spans(value: list[Any]) -> dict[RangeKind, Span]:
-    kinds = RANGE_KINDS if len(value) == len(RANGE_KINDS) else RANGE_KINDS[:_FIRST_KINDS]
-    pairs = zip(kinds, value, strict=True)
-    return {kind: Span(_finite(pair[0]), _finite(pair[1])) for kind, pair in pairs if pair is not None}
+def _decode_places(rows: list[_Placement | None]) -> Places:
+    spans: dict[tuple[Side, RangeKind], np.ndarray] = {}
+    absent = (math.nan, math.nan)
+    for side in SIDES:
+        found: list[Any] = [() if row is None else getattr(row, side) for row in rows]
+        if {len(kinds) for kinds in found} - {0, _FIRST_KINDS, len(RANGE_KINDS)}:
+            raise ValueError(f"expected the spans of {_FIRST_KINDS} or {len(RANGE_KINDS)} kinds of ranges")
+        for i, kind in enumerate(RANGE_KINDS):
+            pairs = [kinds[i] if len(kinds) > i else None for kinds in found]
+            if any(pairs):
+                spans[side, kind] = np.array([pair or absent for pair in pairs], np.float64)
+                _require_finite(spans[side, kind], [pair is not None for pair in pairs])
+    busy = [row.busy_us if row is not None else {} for row in rows]
+    placed = np.array([row is not None for row in rows], bool)
+    return Places(placed, spans, _decode_busy(busy) if any(busy) else {})
 
 
-def _finite(value: Any) -> float:
+def _decode_busy(rows: list[dict[RangeKind, float]]) -> dict[RangeKind, np.ndarray]:
+    found = {}
+    for kind in RANGE_KINDS:
+        if any(kind in row for row in rows):
+            found[kind] = np.array([row.get(kind, math.nan) for row in rows], np.float64)
+            _require_finite(found[kind], [kind in row for row in rows])
+    return found
+
+
+def _require_finite(column: np.ndarray, there: list[bool]) -> None:
     """The recorder writes no NaN and no infinity; a file that has them was changed."""
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, found {number}")
-    return number
-
-
-class _PlainColumns(msgspec.Struct):
-    """The types of one row; msgspec checks them, so that a hostile file cannot smuggle in others."""
-
-    call: int
-    step: int
-    phase: str
-    stage: str
-    tokens: int
-    top_k: int
-    skipped: int
-    computed_slots: int
-    padding_assignments: int
-    nonfinite_tokens: int
-    router_entropy: float | None
-    confidence: float | None
-    top1_prob: float | None
-    topk_mass: float | None
-    z_loss: float | None
-    router_flops: int
-    expert_flops: int
-    memory_allocated_bytes: int | None
-    host_start_ns: int
-    host_end_ns: int
-    thread: int
-    profiled: bool
-    aux_loss: float | None
-    in_graph: bool
-    graph_forward: int | None
-    slot_bytes: int | None
-
-
-def _decode_samples(columns: Any, routers: tuple[RouterInfo, ...]) -> list[RoutingSample]:
-    names = ("router", *_PLAIN, *_ARRAYS, "placement")
-    missing = {
-        name: [value] * len(columns["router"]) for name, value in _LATER.items() if name not in columns
-    }
-    columns = columns | missing
-    lengths = {len(columns[name]) for name in names}
-    if len(lengths) > 1:
-        raise ValueError(f"columns of different lengths: {sorted(lengths)}")
-    to_array: Callable[[Any], np.ndarray | None] = _int_array
-    samples = []
-    for row in zip(*(columns[name] for name in names), strict=True):
-        values = dict(zip(names, row, strict=True))
-        router = routers[msgspec.convert(values.pop("router"), int)]
-        arrays: dict[str, Any] = {name: to_array(values.pop(name)) for name in _ARRAYS}
-        if arrays["assignments"] is None or arrays["k_histogram"] is None:
-            raise ValueError("expected a list of counts, found null")
-        placement = _decode_placement(values.pop("placement"))
-        plain = msgspec.to_builtins(msgspec.convert(values, _PlainColumns))
-        for figure in filter(lambda value: isinstance(value, float), plain.values()):
-            _finite(figure)
-        samples.append(
-            RoutingSample(
-                site=router.site, name=router.name, layer=router.layer, placement=placement, **arrays, **plain
-            )
-        )
-    return samples
-
-
-def _int_array(values: Any) -> np.ndarray | None:
-    numbers = msgspec.convert(values, list[int] | None)
-    return None if numbers is None else np.array(numbers, dtype=np.int64)
+    if not np.isfinite(column[there]).all():
+        raise ValueError("expected finite numbers, found others")
 
 
 def with_samples(recording: Recording, samples: tuple[RoutingSample, ...], lost: Lost) -> Recording:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+from moe_trace.data.calls import CallTable
+from moe_trace.data.sample import RANGE_KINDS as RANGE_KINDS
+from moe_trace.data.sample import STAGES as STAGES
+from moe_trace.data.sample import Phase as Phase
+from moe_trace.data.sample import Placement as Placement
+from moe_trace.data.sample import RangeKind as RangeKind
+from moe_trace.data.sample import RoutingSample as RoutingSample
+from moe_trace.data.sample import Span as Span
+from moe_trace.data.sample import Stage as Stage
+from moe_trace.data.sample import moe_span as moe_span
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "moe_trace"  # top-level key of the trace JSON
 
-RangeKind = Literal["router", "experts", "block", "graph"]
-RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
-"""`graph` stands round a forward of a model that has compiled parts; its label is the model's class."""
 RANGE_PREFIX = "moe."
 RANGE_NAME = re.compile(r"moe\.(router|experts|block|graph)/(.+)", re.DOTALL)
 GRAPH_LAUNCH = "cudaGraphLaunch"  # the runtime's call that replays a CUDA graph
@@ -30,10 +35,6 @@ OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its
 BAND_PID = 9_000_000
 BAND_NAME = "MoE routing"
 BAND_SORT_INDEX = -1_000_000  # above the CPU and GPU rows
-
-Phase = Literal["forward", "recompute"]
-Stage = Literal["prefill", "decode", "train"]
-STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
 
 
 def range_name(kind: RangeKind, site: str) -> str:
@@ -74,51 +75,6 @@ class RouterInfo:
     """What a reader must know about the figures of this router."""
     held_experts: tuple[int, ...] | None = None
     """Global ids of the experts whose weights this process computes with; None where it is all of them."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """An interval on the trace's clock, in microseconds."""
-
-    start_us: float
-    duration_us: float
-
-    @property
-    def end_us(self) -> float:
-        return self.start_us + self.duration_us
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where one router call stands in the trace: spans by range kind, on the host and on the device."""
-
-    host: dict[RangeKind, Span]
-    device: dict[RangeKind, Span]
-    """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU.
-    That of the block reaches from the first to the last of its own kernels, its router's and its experts'."""
-    busy_us: dict[RangeKind, float] = field(default_factory=dict)
-    """Sum of the kernels of a router, or of experts, inside a CUDA graph, where no range tells it."""
-
-    @property
-    def in_graph(self) -> bool:
-        """Whether the call is placed with its graph: `graph` on the host is the launch of its graph where
-        one launch made it, else the range round the model's forward; on the device its kernels."""
-        return "graph" in self.host
-
-    @property
-    def of_layer(self) -> bool:
-        """Whether the layer has a place of its own, rather than only one shared with its graph's others."""
-        return bool(({"router", "block"}) & (self.host.keys() | self.device.keys()))
-
-
-def moe_span(spans: dict[RangeKind, Span]) -> Span:
-    """The whole MoE layer: its block, or from the router to the end of what follows; else its graph."""
-    if "block" in spans:
-        return spans["block"]
-    if "router" not in spans:
-        return spans["graph"]
-    start = spans["router"].start_us
-    return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,74 +125,6 @@ class CapturedGraph:
 def graph_digest(kernels: Iterable[str]) -> str:
     """Identity of a sequence of kernels, each `X,Y,Z X,Y,Z`: its grid and block."""
     return hashlib.sha256("\n".join(kernels).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingSample:
-    """What one router decided in one call. E experts, K slots per token, T tokens."""
-
-    site: str
-    name: str
-    layer: int
-    call: int
-    """0, 1, 2 ... per router, over the calls that were recorded."""
-    step: int
-    phase: Phase
-    """`recompute` when gradient checkpointing ran the forward again; never added to the load."""
-    stage: Stage
-    tokens: int
-    """T: rows that the router saw, padding included."""
-    top_k: int
-    assignments: npt.NDArray[np.int64]
-    """[E] slots that chose each expert; sums to tokens * top_k - skipped."""
-    skipped: int
-    """Slots with an index outside [0, E) or a weight of exactly 0."""
-    computed_slots: int
-    """Slots whose expert really ran (a slot of weight 0 is computed all the same): the base of FLOPs."""
-    padding_assignments: int
-    """Assignments made by padding tokens (the model's 2-D attention mask tells); part of `assignments`."""
-    nonfinite_tokens: int
-    """Tokens whose logits hold NaN or infinity; left out of the means below."""
-    router_entropy: float | None
-    """Mean over tokens of the entropy of softmax(logits), in nats, 0 ... ln E; None without true logits."""
-    confidence: float | None
-    """1 - router_entropy / ln E."""
-    top1_prob: float | None
-    """Mean over tokens of the largest softmax probability."""
-    topk_mass: float | None
-    """Mean over tokens of the softmax probability of the chosen experts, before any renormalisation."""
-    z_loss: float | None
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
-    k_histogram: npt.NDArray[np.int64]
-    """[K + 1] tokens by the number of slots that they really used."""
-    router_flops: int
-    expert_flops: int
-    memory_allocated_bytes: int | None
-    """Device memory that torch's allocator held when the call's figures were reduced, for small calls (decode
-    steps) some 60 forwards at a time; None on a CPU."""
-    host_start_ns: int
-    """`time.time_ns()` just inside the router's range."""
-    host_end_ns: int
-    thread: int
-    """Native id of the thread that ran the router."""
-    profiled: bool
-    """Whether a profiler was recording."""
-    placement: Placement | None = None
-    """Set once the sample has been merged into a trace."""
-    aux_loss: float | None = None
-    """E x sum over experts of (share of tokens assigned, summed over the K slots) x (mean softmax
-    probability): Switch Transformer, arXiv:2101.03961, equations 4-6; 1.0 x K when balanced. None without
-    true logits over exactly E classes."""
-    in_graph: bool = False
-    """Whether it was made inside compiled code or a CUDA graph. Then the host clock did not see the router:
-    `host_start_ns` = `host_end_ns` is when the model's forward began, or 0 where the host saw no call."""
-    dispatched: npt.NDArray[np.int64] | None = None
-    """[E] slots that this process itself sends to each expert's rank, where that is less than `assignments`:
-    ranks that share their tokens (tensor parallelism) dispatch a slice each. None: all of `assignments`."""
-    graph_forward: int | None = None
-    """Which forward it belongs to, as the device counted them; where the host saw none begin."""
-    slot_bytes: int | None = None
-    """Bytes of one token's hidden state as the experts receive it: what a dispatched slot moves, one way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +181,8 @@ class Recording:
     options: dict[str, Any]
     """`layers`, `every`, `warmup`, `capacity` as the tracer had them."""
     routers: tuple[RouterInfo, ...]
-    samples: tuple[RoutingSample, ...]
+    samples: Sequence[RoutingSample]
+    """Any sequence of them is kept as a `CallTable`."""
     lost: Lost
     rank: int = 0
     world_size: int = 1
@@ -308,6 +197,15 @@ class Recording:
     annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
     `graph node id`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", CallTable.of(self.samples))
+
+    @property
+    def calls(self) -> CallTable:
+        """The samples by column."""
+        assert isinstance(self.samples, CallTable)
+        return self.samples
 
     @property
     def experts_are_split(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.calls import CallTable, mean_over_calls, mean_over_tokens
 from moe_trace.data.loads import Load, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.data.summary_notes import notes_of
@@ -141,11 +142,9 @@ def summarize(
         device_busy_us: kernel time inside each router range, where a trace was read for it.
         notes: added to the summary's own.
     """
-    by_router: dict[str, list[RoutingSample]] = {router.name: [] for router in recording.routers}
-    for sample in recording.samples:
-        by_router[sample.name].append(sample)
+    calls = recording.calls
     routers = tuple(
-        _summarize_router(router, by_router[router.name], device_busy_us or {})
+        _summarize_router(router, calls.take(calls.of_router(router.name)), device_busy_us or {})
         for router in recording.routers
     )
     return Summary(
@@ -156,85 +155,61 @@ def summarize(
         versions=recording.versions,
         lost=recording.lost,
         routers=routers,
-        totals=_totals(routers, recording.samples),
+        totals=_totals(routers, calls),
         notes=(*notes_of(recording), *notes),
     )
 
 
 def _summarize_router(
-    info: RouterInfo, samples: Sequence[RoutingSample], busy_us: Mapping[SampleKey, float]
+    info: RouterInfo, calls: CallTable, busy_us: Mapping[SampleKey, float]
 ) -> RouterSummary:
-    forward = [s for s in samples if s.phase == "forward"]
-    assignments = _sum_arrays([s.assignments for s in forward], info.num_experts)
-    memory = [s.memory_allocated_bytes for s in samples if s.memory_allocated_bytes is not None]
+    forward = calls.take(calls.forward)
+    assignments = forward.assignments.summed(least=info.num_experts)
+    memory = [held for held in calls.values("memory_allocated_bytes") if held is not None]
     return RouterSummary(
         info=info,
         calls=len(forward),
-        recomputed_calls=len(samples) - len(forward),
-        tokens=sum(s.tokens for s in forward),
+        recomputed_calls=len(calls) - len(forward),
+        tokens=forward.total("tokens"),
         assignments=tuple(assignments.tolist()),
-        skipped=sum(s.skipped for s in forward),
-        padding_assignments=sum(s.padding_assignments for s in forward),
-        nonfinite_tokens=sum(s.nonfinite_tokens for s in forward),
+        skipped=forward.total("skipped"),
+        padding_assignments=forward.total("padding_assignments"),
+        nonfinite_tokens=forward.total("nonfinite_tokens"),
         load=describe_load(assignments),
         decisions=_decisions(forward, info.top_k),
-        latency=_latency(samples, busy_us),
+        latency=_latency(calls, busy_us),
         flops=Flops(
-            router=sum(s.router_flops for s in samples),
-            experts=sum(s.expert_flops for s in samples),
-            shared=info.shared_flops_per_token * sum(s.tokens for s in samples),
+            router=calls.total("router_flops"),
+            experts=calls.total("expert_flops"),
+            shared=info.shared_flops_per_token * calls.total("tokens"),
         ),
         memory_max_bytes=max(memory, default=None),
     )
 
 
-def _sum_arrays(arrays: Sequence[np.ndarray], least: int) -> np.ndarray:
-    total = np.zeros(max([least, *map(len, arrays)]), dtype=np.int64)
-    for array in arrays:
-        total[: len(array)] += array
-    return total
-
-
-def _decisions(samples: Sequence[RoutingSample], top_k: int) -> Decisions:
-    histogram = _sum_arrays([s.k_histogram for s in samples], top_k + 1)
+def _decisions(calls: CallTable, top_k: int) -> Decisions:
+    histogram = calls.lists["k_histogram"].summed(least=top_k + 1)
     tokens = int(histogram.sum())
     k_mean = float((histogram * np.arange(len(histogram))).sum() / tokens) if tokens else None
     return Decisions(
-        entropy_mean=_mean_over_tokens(samples, "router_entropy"),
-        confidence_mean=_mean_over_tokens(samples, "confidence"),
-        top1_prob_mean=_mean_over_tokens(samples, "top1_prob"),
-        topk_mass_mean=_mean_over_tokens(samples, "topk_mass"),
-        z_loss_mean=_mean_over_tokens(samples, "z_loss"),
+        entropy_mean=mean_over_tokens(calls, "router_entropy"),
+        confidence_mean=mean_over_tokens(calls, "confidence"),
+        top1_prob_mean=mean_over_tokens(calls, "top1_prob"),
+        topk_mass_mean=mean_over_tokens(calls, "topk_mass"),
+        z_loss_mean=mean_over_tokens(calls, "z_loss"),
         k_mean=k_mean,
         k_histogram=tuple(histogram.tolist()),
-        aux_loss_mean=_mean_over_calls(samples, "aux_loss"),
+        aux_loss_mean=mean_over_calls(calls, "aux_loss"),
     )
 
 
-def _mean_over_tokens(samples: Sequence[RoutingSample], figure: str) -> float | None:
-    """Each call's mean weighted by the tokens that went into it."""
-    weighted = [
-        (value, s.tokens - s.nonfinite_tokens) for s in samples if (value := getattr(s, figure)) is not None
-    ]
-    tokens = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / tokens if tokens else None
-
-
-def _mean_over_calls(samples: Sequence[RoutingSample], figure: str) -> float | None:
-    values = [value for s in samples if (value := getattr(s, figure)) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _latency(samples: Sequence[RoutingSample], busy_us: Mapping[SampleKey, float]) -> Latency:
-    busy = [busy_us[s.name, s.call] for s in samples if (s.name, s.call) in busy_us]
+def _latency(calls: CallTable, busy_us: Mapping[SampleKey, float]) -> Latency:
+    host, device = calls.host_us(), calls.duration_us("device", "router")
+    busy = [busy_us[key] for key in calls.call_keys() if key in busy_us]
     return Latency(
         # A fused block gives its router no time of its own.
-        host=distribution(us for us in map(host_us, samples) if us > 0),
-        device_span=distribution(
-            s.placement.device["router"].duration_us
-            for s in samples
-            if s.placement is not None and "router" in s.placement.device
-        ),
+        host=distribution(host[host > 0]),
+        device_span=distribution(device[~np.isnan(device)]),
         device_busy=distribution(busy),
     )
 
@@ -264,13 +239,13 @@ def distribution(values: Iterable[float]) -> Distribution | None:
     )
 
 
-def _totals(routers: Sequence[RouterSummary], samples: Sequence[RoutingSample]) -> Totals:
+def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
     loads = [r.load.max_over_mean for r in routers if r.load.max_over_mean is not None]
     host = [r.latency.host.total for r in routers if r.latency.host is not None]
     return Totals(
         routers=len(routers),
         calls=sum(r.calls for r in routers),
-        steps=len({s.step for s in samples}),
+        steps=len(np.unique(calls.step)),
         tokens=sum(r.tokens for r in routers),
         assignments=sum(sum(r.assignments) for r in routers),
         skipped=sum(r.skipped for r in routers),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from moe_trace.data.schema import Recording, RouterInfo
 
 
@@ -40,7 +42,7 @@ def notes_of(recording: Recording) -> list[str]:
     if lost.ranges_without_sample:
         notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
     notes += _graph_notes(recording)
-    nonfinite = sum(s.nonfinite_tokens for s in recording.samples)
+    nonfinite = recording.calls.total("nonfinite_tokens")
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
     return notes + _router_notes(recording.routers)
@@ -48,14 +50,14 @@ def notes_of(recording: Recording) -> list[str]:
 
 def _graph_notes(recording: Recording) -> list[str]:
     """What is known of calls inside graphs, and why there is not more."""
-    samples, lost = [s for s in recording.samples if s.in_graph], recording.lost
-    if not samples:
+    calls, lost = recording.calls.take(recording.calls.in_graph), recording.lost
+    if not len(calls):
         return []
-    placements = [s.placement for s in samples if s.placement is not None]
-    timed = sum("router" in placement.device for placement in placements)
+    placed = np.count_nonzero(calls.places.placed)
+    timed = np.count_nonzero(~np.isnan(calls.duration_us("device", "router")))
     notes = [
-        f"{len(samples)} router calls were made inside compiled code or CUDA graphs: their decisions are "
-        f"exact, but padding is not counted apart; {len(placements)} have a place in the trace, that of "
+        f"{len(calls)} router calls were made inside compiled code or CUDA graphs: their decisions are "
+        f"exact, but padding is not counted apart; {placed} have a place in the trace, that of "
         f"their graph or forward, and {timed} a time of the router itself"
     ]
     notes += [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.colours import DIVERGING
+from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
 
 CELL_PX, GAP_PX = 14, 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_trace.data.notebook import ShownInNotebooks
+from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
@@ -34,7 +34,7 @@ class TraceSummary(Summary, ShownInNotebooks):
     speed: SpeedReport | None
     imbalance: tuple[ImbalanceCost, ...]
     findings: tuple[Finding, ...]
-    samples: tuple[RoutingSample, ...] = field(repr=False)
+    samples: Sequence[RoutingSample] = field(repr=False)
     """Every call, in the order of the trace."""
     times: CallTimes | None = field(repr=False)
     busy_us: Mapping[SampleKey, float] = field(repr=False)

@@ -161,6 +161,12 @@ def bounds_ns(span: Span) -> tuple[int, int]:
     return start, start + duration
 
 
+def spans_ns(spans: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The same for `[N, 2]` starts and durations."""
+    ns = to_ns(spans)
+    return np.stack([ns[:, 0], ns[:, 0] + ns[:, 1]], axis=1)
+
+
 class EventTableBuilder:
     """Takes the batches of a stream one after another."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording, RouterInfo, RoutingSample, Stage
 
@@ -39,8 +41,11 @@ class Filter:
             return recording
         routers = tuple(r for r in recording.routers if self.takes_router(r))
         names = {router.name for router in routers}
-        samples = tuple(s for s in recording.samples if s.name in names and self.takes_sample(s))
-        return replace(recording, routers=routers, samples=samples)
+        calls = recording.calls
+        chosen = [key.name in names for key in calls.keys]
+        times = zip(calls.router.tolist(), calls.step.tolist(), calls.stage.tolist(), strict=True)
+        rows = [i for i, (r, *time) in enumerate(times) if chosen[r] and self.takes_time(*time)]
+        return replace(recording, routers=routers, samples=calls.take(np.array(rows, np.int64)))
 
     def apply(self, recording: Recording) -> Recording:
         """The recording with the selected routers and calls.
@@ -52,8 +57,8 @@ class Filter:
         if self and not narrowed.samples:
             raise UsageError(
                 f"no call is left after the filters; the trace has layers {_list(recording)}, steps "
-                f"{_ranges(s.step for s in recording.samples)} and stages "
-                f"{', '.join(sorted({s.stage for s in recording.samples})) or 'none'}"
+                f"{_ranges(recording.calls.step.tolist())} and stages "
+                f"{', '.join(sorted(set(recording.calls.stage.tolist()))) or 'none'}"
             )
         return narrowed
 

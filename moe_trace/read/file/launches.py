@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample, Span, range_name
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.file.events import EventTable, Kind, bounds_ns, to_ns
+from moe_trace.read.file.events import EventTable, Kind, bounds_ns, spans_ns, to_ns
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ class RangeThreads:
             )
         }
 
-    def of(self, sample: RoutingSample) -> int | None:
-        """None where the trace no longer holds the range."""
-        if sample.placement is None or "router" not in sample.placement.host:
-            return None
-        start_ns = int(to_ns(sample.placement.host["router"].start_us))
-        return self._thread.get((range_name("router", sample.site), start_ns))
+    def of(self, calls: CallTable) -> npt.NDArray[np.int64]:
+        """[N] of each call's router; -1 where the trace does not hold the range."""
+        spans = calls.places.span("host", "router")
+        names = [range_name("router", key.site) for key in calls.keys]
+        starts = zip(calls.router.tolist(), to_ns(spans[:, 0]).tolist(), strict=True)
+        threads = [self._thread.get((names[router], start), -1) for router, start in starts]
+        return np.where(np.isnan(spans[:, 0]), -1, np.array(threads, np.int64))
 
 
 def router_busy_us(
@@ -88,15 +90,15 @@ def router_busy_us(
     """
     if not (events.kind == Kind.DEVICE).any():
         return {}
-    threads = RangeThreads(events)
+    calls = CallTable.of(samples)
+    threads, told = RangeThreads(events).of(calls), calls.places.busy("router").tolist()
+    bounds = spans_ns(calls.places.span("host", "router")).tolist()
     total_ns = np.concatenate([[0], np.cumsum(kernels.duration_ns)])
     busy = {}
-    for sample in samples:
-        if sample.placement is not None and "router" in sample.placement.busy_us:
-            busy[sample.name, sample.call] = sample.placement.busy_us["router"]
-            continue
-        thread = threads.of(sample)
-        if thread is not None and sample.placement is not None:
-            inside = kernels.within(thread, sample.placement.host["router"])
-            busy[sample.name, sample.call] = float(total_ns[inside.stop] - total_ns[inside.start]) / 1000
+    for key, us, thread, (begin, end) in zip(calls.call_keys(), told, threads.tolist(), bounds, strict=True):
+        if us == us:
+            busy[key] = us
+        elif thread >= 0:
+            inside = kernels.within_ns(thread, begin, end)
+            busy[key] = float(total_ns[inside.stop] - total_ns[inside.start]) / 1000
     return busy

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from moe_trace.data.codec import decode_recording
+from moe_trace.data.codec import SAMPLES_KEY, decode_recording
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, Recording
 from moe_trace.read.file.events import EventTable, EventTableBuilder
@@ -217,7 +217,8 @@ def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRa
             "routing with moe_trace.merge_into(path, tracer.samples())"
         )
     try:
-        payload = msgspec.json.decode(text)
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        payload = {key: v if key == SAMPLES_KEY else msgspec.json.decode(v) for key, v in raw.items()}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         try:
             payload = loads_lenient(text)

@@ -152,15 +152,14 @@ def _in_layers(
     for i, b in enumerate(block.tolist()):
         if b >= 0:
             members.setdefault(b, []).append(i)
-    changed = list(found)
+    changed, calls = list(found), blocks.samples.call_keys()
     for b, indices in members.items():
-        sample = blocks.samples[b]
         indices.sort(key=lambda i: found[i].host_ns[0])
         exchanges = [i for i in indices if found[i].facts.kind == "all_to_all"]
         roles = _roles([found[i].facts for i in exchanges], [int(phase[i]) for i in exchanges])
         role_of = dict(zip(exchanges, roles, strict=True))
         for i in indices:
-            changed[i] = _joined(found[i], (sample.name, sample.call), role_of.get(i))
+            changed[i] = _joined(found[i], calls[b], role_of.get(i))
     changed.sort(key=lambda c: c.host_ns)
     return tuple(changed)
 

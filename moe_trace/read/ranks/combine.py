@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.summary import SampleKey
@@ -53,8 +54,8 @@ class Read:
         if not chosen:
             return self
         recording = chosen.narrow(self.recording)
-        taken = {(s.name, s.call) for s in recording.samples}
-        rows = [i for i, s in enumerate(self.times.samples) if (s.name, s.call) in taken]
+        taken = set(recording.calls.call_keys())
+        rows = [i for i, key in enumerate(self.times.samples.call_keys()) if key in taken]
         collectives = tuple(
             c if c.call is None or c.call in taken else replace(c, call=None, role=None)
             for c in self.calls.collectives
@@ -138,17 +139,19 @@ def join_inputs(inputs: Sequence[RankInput]) -> list[RankInput]:
 def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
     """Call numbers of `b` go on after those of `a`; its times count from the base of `a`."""
     reached: dict[str, int] = {}
-    for sample in a.recording.samples:
-        reached[sample.name] = max(reached.get(sample.name, 0), sample.call + 1)
+    for name, call in a.recording.calls.call_keys():
+        reached[name] = max(reached.get(name, 0), call + 1)
     by_ns = b.calls.base_time_ns - a.calls.base_time_ns
     moved = [
         _moved(c, by_ns, c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)))
         for c in b.calls.collectives
     ]
-    samples = [replace(s, call=s.call + reached.get(s.name, 0)) for s in b.recording.samples]
+    calls = b.recording.calls
+    numbers = calls.call + np.array([reached.get(name, 0) for name in calls.name.tolist()], np.int64)
+    samples = [a.recording.calls, calls.with_numbers(call=numbers)]
     collectives = sorted((*a.calls.collectives, *moved), key=lambda c: c.host_ns)
     return RankInput(
-        recording=replace(a.recording, samples=(*a.recording.samples, *samples)),
+        recording=replace(a.recording, samples=CallTable.concatenated(samples)),
         calls=replace(a.calls, collectives=tuple(collectives)),
         step_us={**a.step_us, **b.step_us},
         window_us=a.window_us + b.window_us,
@@ -205,12 +208,11 @@ def _window_us(events: EventTable) -> float:
 
 def _renumbered(recording: Recording, calls: dict[str, int]) -> Recording:
     """Call numbers that go on from the files before: each file's own may start again at 0."""
-    samples = []
-    for sample in recording.samples:
-        number = calls.get(sample.name, 0)
-        calls[sample.name] = number + 1
-        samples.append(replace(sample, call=number))
-    return replace(recording, samples=tuple(samples))
+    numbers = []
+    for name in recording.calls.name.tolist():
+        numbers.append(calls.get(name, 0))
+        calls[name] = numbers[-1] + 1
+    return replace(recording, samples=recording.calls.with_numbers(call=np.array(numbers, np.int64)))
 
 
 def combined(reads: Sequence[Read], label: str) -> Recording:
@@ -230,6 +232,7 @@ def combined(reads: Sequence[Read], label: str) -> Recording:
         raise TraceFileError(
             f"{label}: {files} are not of one run ({found[2]}); give the files or the folder of one run"
         )
+    called = {name for recording in recordings for name in recording.calls.name.tolist()}
     routers: dict[str, RouterInfo] = {}
     for recording in recordings:
         for router in recording.routers:
@@ -237,8 +240,8 @@ def combined(reads: Sequence[Read], label: str) -> Recording:
     return replace(
         first,
         routers=tuple(routers.values()),
-        samples=tuple(s for r in recordings if r.rank in counting for s in r.samples),
-        lost=add_losses([r.lost for r in recordings], {s.name for r in recordings for s in r.samples}),
+        samples=CallTable.concatenated([r.calls for r in recordings if r.rank in counting]),
+        lost=add_losses([r.lost for r in recordings], called),
     )
 
 
@@ -249,7 +252,7 @@ def joined(parts: Sequence[CallTimes]) -> CallTimes:
     columns = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns", "device_overlap_ns")
     backward = [p.backward for p in parts]
     return CallTimes(
-        samples=tuple(s for p in parts for s in p.samples),
+        samples=CallTable.concatenated([p.samples for p in parts]),
         forward=_joined_times([p.forward for p in parts]),
         backward=None
         if all(b is None for b in backward)

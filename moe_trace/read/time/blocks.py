@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.schema import Placement, RoutingSample
-from moe_trace.read.file.events import EventTable, bounds_ns
+from moe_trace.data.calls import CallTable
+from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample
+from moe_trace.read.file.events import EventTable, spans_ns
 from moe_trace.read.file.launches import RangeThreads
 
 
@@ -17,7 +18,7 @@ from moe_trace.read.file.launches import RangeThreads
 class Blocks:
     """B calls that have ranges in the trace, sorted by thread and time. [B] arrays, nanoseconds."""
 
-    samples: tuple[RoutingSample, ...]
+    samples: CallTable
     thread: npt.NDArray[np.int64]
     start_ns: npt.NDArray[np.int64]
     end_ns: npt.NDArray[np.int64]
@@ -32,32 +33,38 @@ class Blocks:
 
 def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     """The samples whose ranges the trace holds."""
-    threads = RangeThreads(events)
-    found = []
-    for sample in samples:
-        thread = threads.of(sample)
-        if thread is not None and sample.placement is not None:
-            found.append((thread, _bounds(sample.placement), sample))
-    found.sort(key=lambda row: (row[0], row[1][0]))
-    bounds = np.array([row[1] for row in found], np.int64).reshape(len(found), 6)
+    calls = CallTable.of(samples)
+    thread = RangeThreads(events).of(calls)
+    calls, thread = calls.take(thread >= 0), thread[thread >= 0]
+    router = spans_ns(calls.places.span("host", "router"))
+    hull = host_bounds_ns(calls)
+    block, has_block = _host_ns(calls, "block")
+    start, end = np.where(has_block, block.T, hull.T)
+    experts, has_experts = _host_ns(calls, "experts")
+    after = np.stack([router[:, 1], np.maximum(router[:, 1], end)], axis=1)
+    experts = np.where(has_experts[:, None], experts, after)
+    order = np.lexsort((start, thread))
     return Blocks(
-        samples=tuple(row[2] for row in found),
-        thread=np.array([row[0] for row in found], np.int64),
-        start_ns=bounds[:, 0],
-        end_ns=bounds[:, 1],
-        router_ns=bounds[:, 2:4],
-        experts_ns=bounds[:, 4:6],
+        samples=calls.take(order),
+        thread=thread[order],
+        start_ns=start[order],
+        end_ns=end[order],
+        router_ns=router[order],
+        experts_ns=experts[order],
     )
 
 
-def _bounds(placement: Placement) -> tuple[int, ...]:
-    host = placement.host
-    router = bounds_ns(host["router"])
-    start, end = bounds_ns(host["block"]) if "block" in host else _hull(map(bounds_ns, host.values()))
-    experts = bounds_ns(host["experts"]) if "experts" in host else (router[1], max(router[1], end))
-    return (start, end, *router, *experts)
+def host_bounds_ns(calls: CallTable) -> npt.NDArray[np.int64]:
+    """[N, 2] from the first start to the last end of all ranges of a call that has any on the host."""
+    low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    starts, ends = np.full(len(calls), low), np.full(len(calls), high)
+    for kind in RANGE_KINDS:
+        bounds, there = _host_ns(calls, kind)
+        starts = np.where(there, np.minimum(starts, bounds[:, 0]), starts)
+        ends = np.where(there, np.maximum(ends, bounds[:, 1]), ends)
+    return np.stack([starts, ends], axis=1)
 
 
-def _hull(bounds: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    starts, ends = zip(*bounds, strict=True)
-    return min(starts), max(ends)
+def _host_ns(calls: CallTable, kind: RangeKind) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    spans = calls.places.span("host", kind)
+    return spans_ns(spans), ~np.isnan(spans[:, 0])

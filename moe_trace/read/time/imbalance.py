@@ -51,11 +51,11 @@ def imbalance_costs(times: CallTimes, routers: Sequence[RouterInfo]) -> tuple[Im
     work_us = times.work_ns(times.forward)[:, EXPERTS] / 1000
     found = []
     for router in routers:
-        rows = [i for i, s in enumerate(times.samples) if s.name == router.name]
-        if rows:
-            loads = [times.samples[i].assignments for i in rows]
-            slots = np.array([load.sum() for load in loads], np.float64)
-            excess = np.array([load.max(initial=0) - load.sum() / max(1, len(load)) for load in loads])
+        rows = np.flatnonzero(times.samples.of_router(router.name))
+        if len(rows):
+            loads = times.samples.assignments.take(rows)
+            slots = loads.totals().astype(np.float64)
+            excess = loads.largest() - slots / np.maximum(1, loads.sizes)
             found.append(_cost(router, work_us[rows], slots, excess))
     return tuple(found)
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import find_kernels
@@ -47,7 +48,7 @@ class Pieces:
 class Lanes:
     """The forward work of all MoE calls that have ranges in the trace."""
 
-    samples: tuple[RoutingSample, ...]
+    samples: CallTable
     device: Pieces
     """Empty where the trace has no kernels."""
     host: Pieces
@@ -59,7 +60,7 @@ class Lanes:
 
     def of_step(self, step: int, clock: Clock) -> Pieces:
         """The pieces of one profiler step."""
-        mine = np.array([s.step == step for s in self.samples], dtype=bool)
+        mine = self.samples.step == step
         pieces = self.device if clock == "device" else self.host
         return pieces.select(mine[pieces.block]) if len(mine) else pieces
 
@@ -170,7 +171,7 @@ def add_up(pieces: Pieces, lanes: Lanes) -> list[Work]:
     """Time by name and phase, the longest first."""
     if not len(pieces.block):
         return []
-    layer = np.array([s.layer for s in lanes.samples], dtype=np.int64)[pieces.block]
+    layer = lanes.samples.layer[pieces.block]
     keys, inverse = np.unique(pieces.name * len(PHASES) + pieces.phase, return_inverse=True)
     total = np.bincount(inverse, weights=(pieces.end_ns - pieces.start_ns).astype(np.float64))
     count = np.bincount(inverse)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
 from moe_trace.read.time.structure import PHASES
@@ -76,22 +77,22 @@ class PhaseReport:
 
 def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
     """Add the calls up; None where no call has ranges in the trace."""
-    if not times.samples:
+    if not len(times.samples):
         return None
     forward_ns = int(times.work_ns(times.forward).sum())
     backward_ns = int(times.work_ns(times.backward).sum()) if times.backward is not None else 0
     model_us = around.model_work_us
     denominators = _Denominators(forward_ns / 1000, backward_ns / 1000, model_us)
-    names = list(dict.fromkeys(s.name for s in sorted(times.samples, key=lambda s: (s.layer, s.site))))
-    rows_of = {name: [i for i, s in enumerate(times.samples) if s.name == name] for name in names}
+    keys = [times.samples.keys[router] for router in np.unique(times.samples.router).tolist()]
     layers = [
-        _layer(times, rows, times.samples[rows[0]].site, name, denominators) for name, rows in rows_of.items()
+        _layer(times, np.flatnonzero(times.samples.of_router(key.name)), key.site, key.name, denominators)
+        for key in sorted(keys, key=lambda key: (key.layer, key.site))
     ]
     work_us = (forward_ns + backward_ns) / 1000
     block_us = int(times.block_host_ns.sum()) / 1000
     return PhaseReport(
         layers=tuple(layers),
-        total=_layer(times, list(range(len(times.samples))), "all", None, denominators),
+        total=_layer(times, np.arange(len(times.samples)), "all", None, denominators),
         whole=Whole(
             on_device=times.on_device,
             moe_work_us=work_us,
@@ -110,9 +111,7 @@ class _Denominators:
     model_us: float | None
 
 
-def _layer(
-    times: CallTimes, rows: Sequence[int], site: str, name: str | None, of: _Denominators
-) -> LayerPhases:
+def _layer(times: CallTimes, rows: IntArray, site: str, name: str | None, of: _Denominators) -> LayerPhases:
     device = times.on_device
 
     def total(column: IntArray) -> float:
@@ -137,7 +136,7 @@ def _layer(
 
 
 def _phases(
-    times: Times, rows: Sequence[int], device: bool, moe_us: float, model_us: float | None
+    times: Times, rows: IntArray, device: bool, moe_us: float, model_us: float | None
 ) -> dict[str, PhaseTime]:
     host, busy = times.host_ns[rows].sum(0), times.busy_ns[rows].sum(0)
     span, kernels = times.span_ns[rows].sum(0), times.kernels[rows].sum(0)

@@ -8,11 +8,13 @@ Sums conserve, in whole nanoseconds:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import Kernels
@@ -48,7 +50,7 @@ class Times:
 class CallTimes:
     """The times of B calls; the row of each array is the call's."""
 
-    samples: tuple[RoutingSample, ...]
+    samples: CallTable
     forward: Times
     backward: Times | None
     """By Kineto's forward-backward links; None where none of them leads into these calls."""
@@ -72,7 +74,7 @@ class CallTimes:
     def select(self, rows: npt.NDArray[np.int64]) -> CallTimes:
         """Those calls, in the order of `rows`."""
         return CallTimes(
-            samples=tuple(self.samples[row] for row in rows.tolist()),
+            samples=self.samples.take(rows),
             forward=self.forward.select(rows),
             backward=None if self.backward is None else self.backward.select(rows).unless_empty(),
             block_host_ns=self.block_host_ns[rows],
@@ -84,7 +86,7 @@ class CallTimes:
         )
 
 
-def measure_calls(samples: tuple[RoutingSample, ...], events: EventTable, kernels: Kernels) -> CallTimes:
+def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> CallTimes:
     """Times of every sample that has its ranges in the trace."""
     blocks = find_blocks(samples, events)
     steps = find_steps(events, blocks)

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_trace.data.schema import RouterInfo, RoutingSample
+from moe_trace.data.calls import CallTable
+from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
-from moe_trace.read.time.phases import CallTimes
+from moe_trace.read.time.phases import CallTimes, IntArray
 from moe_trace.read.time.structure import EXPERTS, ROUTER
 
 Bound = Literal["memory", "arithmetic"]
@@ -76,14 +77,14 @@ def report_speed(
         experts_are_split: see `Recording.experts_are_split`; what the experts did in their time is not known
             then, and their speed is None.
     """
-    if not times.samples:
+    if not len(times.samples):
         return None
     dtype = model.get("dtype")
     measure = _Measure(times, peak, _item_bytes(dtype), _width(model), experts_are_split)
     layers = []
     for router in routers:
-        rows = [i for i, s in enumerate(times.samples) if s.name == router.name]
-        if rows:
+        rows = np.flatnonzero(times.samples.of_router(router.name))
+        if len(rows):
             layers.append(
                 LayerSpeed(
                     site=router.site,
@@ -92,7 +93,7 @@ def report_speed(
                     experts=measure.experts(rows, {router.name: router}),
                 )
             )
-    everything = list(range(len(times.samples)))
+    everything = np.arange(len(times.samples))
     return SpeedReport(
         device=devices[0] if devices else None,
         dtype=dtype if isinstance(dtype, str) else None,
@@ -120,28 +121,25 @@ class _Measure:
     width: int | None
     experts_are_split: bool
 
-    def router(self, rows: Sequence[int], router: RouterInfo) -> Rate:
-        samples = [self.times.samples[i] for i in rows]
-        tokens = sum(s.tokens for s in samples)
+    def router(self, rows: IntArray, router: RouterInfo) -> Rate:
+        calls = self.times.samples.take(rows)
         items = None
         if self.width is not None:
-            weights = len(samples) * (router.router_flops_per_token // 2)
-            items = weights + tokens * (self.width + router.num_experts)
-        return self._rate(sum(s.router_flops for s in samples), rows, ROUTER, items)
+            weights = len(calls) * (router.router_flops_per_token // 2)
+            items = weights + calls.total("tokens") * (self.width + router.num_experts)
+        return self._rate(calls.total("router_flops"), rows, ROUTER, items)
 
-    def experts(self, rows: Sequence[int], routers: dict[str, RouterInfo]) -> Rate:
-        samples = [self.times.samples[i] for i in rows]
-        items = None
-        if self.width is not None:
-            items = sum(expert_items(s, routers[s.name], self.width) for s in samples)
-        rate = self._rate(sum(s.expert_flops for s in samples), rows, EXPERTS, items)
+    def experts(self, rows: IntArray, routers: dict[str, RouterInfo]) -> Rate:
+        calls = self.times.samples.take(rows)
+        items = expert_items(calls, routers, self.width) if self.width is not None else None
+        rate = self._rate(calls.total("expert_flops"), rows, EXPERTS, items)
         if self.experts_are_split:
             return replace(
                 rate, flops_per_s=None, share_of_peak=None, least_bytes=None, intensity=None, bound=None
             )
         return rate
 
-    def _rate(self, flops: int, rows: Sequence[int], phase: int, items: int | None) -> Rate:
+    def _rate(self, flops: int, rows: IntArray, phase: int, items: int | None) -> Rate:
         work_ns = int(self.times.work_ns(self.times.forward)[rows, phase].sum())
         per_s = flops / work_ns * 1e9 if work_ns and flops else None
         peak = self.peak
@@ -161,7 +159,12 @@ class _Measure:
         )
 
 
-def expert_items(sample: RoutingSample, router: RouterInfo, width: int) -> int:
-    """Numbers that a call of the experts must move: weights of the experts hit, each slot in and out."""
-    hit = int(np.count_nonzero(sample.assignments))
-    return hit * (router.expert_flops_per_slot // 2) + 2 * sample.computed_slots * width
+def expert_items(calls: CallTable, routers: dict[str, RouterInfo], width: int) -> int:
+    """Numbers that calls of the experts must move: weights of the experts hit, each slot in and out."""
+    hit = np.bincount(calls.router, weights=calls.assignments.used(), minlength=len(calls.keys)).tolist()
+    weights = sum(
+        int(n) * (routers[key.name].expert_flops_per_slot // 2)
+        for key, n in zip(calls.keys, hit, strict=True)
+        if n
+    )
+    return weights + 2 * calls.total("computed_slots") * width

@@ -13,15 +13,17 @@ Work is what was launched in that time, by any thread: device busy time, on a CP
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample, Stage
-from moe_trace.read.file.events import EventTable, Kind, bounds_ns
+from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import Kernels
+from moe_trace.read.time.blocks import host_bounds_ns
 from moe_trace.read.time.phases import IntArray
 from moe_trace.read.time.structure import outermost_slices
 
@@ -98,7 +100,7 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
             )
             for key, windows in find_windows(samples, events, steps).items()
         },
-        calls=frozenset((s.step, s.stage) for s in samples),
+        calls=frozenset(_keys(CallTable.of(samples))),
     )
 
 
@@ -156,7 +158,7 @@ def find_windows(
     ranges = [(start, end) for start, end in steps.values()] or [_everything(events)]
     begins = _starts_of(events, FORWARD_BEGINS)
     found: dict[Key, list[Bounds]] = {}
-    unknown = {(s.step, s.stage) for s in samples} - {forward.key for forward in forwards}
+    unknown = set(_keys(CallTable.of(samples))) - {forward.key for forward in forwards}
     for start, end in ranges:
         inside = [f for f in forwards if start <= f.start_ns < end]
         windows = _split(inside, (start, end), begins)
@@ -186,14 +188,19 @@ def _split(forwards: Sequence[_Forward], bounds: Bounds, begins: IntArray) -> li
     return [(forward.key, (cut, end)) for forward, cut, end in zip(forwards, cuts, ends, strict=True)]
 
 
-def _forwards(samples: Iterable[RoutingSample]) -> list[_Forward]:
-    calls = []
-    for sample in samples:
-        if sample.placement is not None and sample.placement.host:
-            bounds = [bounds_ns(span) for span in sample.placement.host.values()]
-            start, end = min(b[0] for b in bounds), max(b[1] for b in bounds)
-            calls.append(_Forward((sample.step, sample.stage), start, end, "graph" in sample.placement.host))
-    calls.sort(key=lambda call: call.start_ns)
+def _keys(calls: CallTable) -> list[Key]:
+    return list(zip(calls.step.tolist(), calls.stage.tolist(), strict=True))
+
+
+def _forwards(samples: Sequence[RoutingSample]) -> list[_Forward]:
+    table = CallTable.of(samples)
+    bounds = host_bounds_ns(table)
+    order = np.argsort(bounds[:, 0], kind="stable")
+    order = order[bounds[order, 0] <= bounds[order, 1]]
+    table = table.take(order)
+    in_graph = ~np.isnan(table.duration_us("host", "graph"))
+    rows = zip(_keys(table), bounds[order].tolist(), in_graph.tolist(), strict=True)
+    calls = [_Forward(key, start, end, graph) for key, (start, end), graph in rows]
     found: list[_Forward] = []
     for call in calls:
         if found and found[-1].key == call.key:

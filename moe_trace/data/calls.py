@@ -1,0 +1,223 @@
+"""The table of router calls: every field of `RoutingSample` as a column, and the rows as a view of it.
+
+All that is read from a trace, and all that asks it questions, goes by columns. N calls, R routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.lists import CountLists
+from moe_trace.data.places import Places, Side
+from moe_trace.data.sample import RangeKind, RoutingSample
+
+IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+NONE = np.iinfo(np.int64).min
+"""Stands for None in a column of whole numbers."""
+_CHUNK = 4096
+
+
+class RouterKey(NamedTuple):
+    """What a call says of its router."""
+
+    site: str
+    name: str
+    layer: int
+
+
+_TYPES = {f.name: str(f.type) for f in fields(RoutingSample)}
+_KINDS = {"int": int, "int | None": int, "float | None": float, "bool": bool, "Phase": str, "Stage": str}
+NUMBERS = tuple(name for name, kind in _TYPES.items() if kind in _KINDS and name not in RouterKey._fields)
+"""Fields with one value a call."""
+OPTIONAL = frozenset(name for name, kind in _TYPES.items() if kind.endswith("| None"))
+LISTS = tuple(name for name, kind in _TYPES.items() if "NDArray" in kind)
+"""Fields with a list of counts a call."""
+DEFAULTS = {f.name: f.default for f in fields(RoutingSample) if f.default is not MISSING}
+"""Fields that came later, which older files lack."""
+
+
+def kind_of(name: str) -> type:
+    """`int`, `float`, `bool` or `str`: what the cells of that column are."""
+    return _KINDS[_TYPES[name]]
+
+
+def column_of(name: str, values: Sequence[Any]) -> npt.NDArray:
+    """A column from plain values; None becomes NaN or `NONE`.
+
+    Raises:
+        OverflowError: a number does not fit 64 bits.
+    """
+    kind = kind_of(name)
+    if kind is str:
+        return np.array(values, dtype="U") if len(values) else np.array([], dtype="U1")
+    if name in OPTIONAL:
+        missing = np.nan if kind is float else NONE
+        values = [missing if value is None else value for value in values]
+    return np.array(values, dtype={int: np.int64, float: np.float64, bool: np.bool_}[kind])
+
+
+@dataclass(frozen=True, eq=False)
+class CallTable(Sequence[RoutingSample]):
+    """N router calls. A sequence of `RoutingSample`s, each made when it is asked for."""
+
+    keys: tuple[RouterKey, ...]
+    router: IntArray
+    """[N] index into `keys`."""
+    numbers: Mapping[str, npt.NDArray]
+    """[N] by field: see `NUMBERS`."""
+    lists: Mapping[str, CountLists]
+    places: Places
+
+    @staticmethod
+    def of(samples: Sequence[RoutingSample]) -> CallTable:
+        """From rows; a table is given back as it is."""
+        if isinstance(samples, CallTable):
+            return samples
+        keys: dict[RouterKey, int] = {}
+        index = [keys.setdefault(RouterKey(s.site, s.name, s.layer), len(keys)) for s in samples]
+        return CallTable(
+            tuple(keys),
+            np.array(index, np.int64),
+            {name: column_of(name, [getattr(s, name) for s in samples]) for name in NUMBERS},
+            {name: CountLists.of([getattr(s, name) for s in samples]) for name in LISTS},
+            Places.of([s.placement for s in samples]),
+        )
+
+    @staticmethod
+    def concatenated(tables: Sequence[CallTable]) -> CallTable:
+        """All calls of all tables, in their order."""
+        if len(tables) == 1:
+            return tables[0]
+        if not tables:
+            return CallTable.of(())
+        keys: dict[RouterKey, int] = {}
+        router = []
+        for table in tables:
+            index = np.array([keys.setdefault(key, len(keys)) for key in table.keys], np.int64)
+            router.append(index[table.router])
+        return CallTable(
+            tuple(keys),
+            np.concatenate(router),
+            {name: np.concatenate([t.numbers[name] for t in tables]) for name in NUMBERS},
+            {name: CountLists.concatenated([t.lists[name] for t in tables]) for name in LISTS},
+            Places.concatenated([t.places for t in tables]),
+        )
+
+    # -- columns --------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> npt.NDArray:
+        """A column by its field's name, such as `calls.tokens` or `calls.site`."""
+        if name in RouterKey._fields:
+            kind = np.int64 if name == "layer" else object
+            return np.array([getattr(key, name) for key in self.keys], dtype=kind)[self.router]
+        if name in NUMBERS:
+            return self.numbers[name]
+        raise AttributeError(f"CallTable has no column {name!r}")
+
+    @property
+    def forward(self) -> Mask:
+        """[N] whether the call counts in the load: it is no recomputation."""
+        return self.numbers["phase"] == "forward"
+
+    @property
+    def assignments(self) -> CountLists:
+        """[N][E] as `RoutingSample.assignments`."""
+        return self.lists["assignments"]
+
+    def duration_us(self, side: Side, kind: RangeKind) -> npt.NDArray[np.float64]:
+        """[N] of the range of that kind; NaN where the call has none."""
+        return self.places.span(side, kind)[:, 1]
+
+    def host_us(self) -> npt.NDArray[np.float64]:
+        """[N] host time of each call: its router's range in the trace, or the clock between its hooks."""
+        ranged = self.duration_us("host", "router")
+        between = (self.numbers["host_end_ns"] - self.numbers["host_start_ns"]) / 1000
+        return np.where(np.isnan(ranged), between, ranged)
+
+    def call_keys(self) -> list[tuple[str, int]]:
+        """[N] (module path of the router, number of its call)."""
+        names = [key.name for key in self.keys]
+        return [(names[r], call) for r, call in zip(self.router.tolist(), self.call.tolist(), strict=True)]
+
+    def total(self, name: str) -> int:
+        """The sum of a column of whole numbers, exact however large."""
+        return sum(self.numbers[name].tolist())
+
+    def of_router(self, name: str) -> Mask:
+        """[N] whether the call is of the router with that module path."""
+        return np.isin(self.router, [i for i, key in enumerate(self.keys) if key.name == name])
+
+    # -- rows -----------------------------------------------------------------------------------------
+
+    def take(self, rows: IntArray | Mask | slice) -> CallTable:
+        """The table of those rows."""
+        index = np.arange(len(self))[rows]
+        return CallTable(
+            self.keys,
+            self.router[index],
+            {name: column[index] for name, column in self.numbers.items()},
+            {name: column.take(index) for name, column in self.lists.items()},
+            self.places.take(index),
+        )
+
+    def with_numbers(self, **columns: npt.NDArray) -> CallTable:
+        """The same calls with other columns."""
+        return CallTable(self.keys, self.router, {**self.numbers, **columns}, self.lists, self.places)
+
+    def __len__(self) -> int:
+        return len(self.router)
+
+    @overload
+    def __getitem__(self, index: int) -> RoutingSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> CallTable: ...
+    def __getitem__(self, index: int | slice) -> RoutingSample | CallTable:
+        if isinstance(index, slice):
+            return self.take(index)
+        row = range(len(self))[index]
+        return next(self.take(slice(row, row + 1))._rows())
+
+    def __iter__(self) -> Iterator[RoutingSample]:
+        for start in range(0, len(self), _CHUNK):
+            part = self if len(self) <= _CHUNK else self.take(slice(start, start + _CHUNK))
+            yield from part._rows()
+
+    def _rows(self) -> Iterator[RoutingSample]:
+        columns = {name: self.values(name) for name in NUMBERS}
+        columns |= {name: self.lists[name].rows() for name in LISTS}
+        columns["placement"] = self.places.to_placements()
+        names = tuple(columns)
+        routers = [self.keys[i] for i in self.router.tolist()]
+        for key, row in zip(routers, zip(*columns.values(), strict=True), strict=True):
+            yield RoutingSample(**key._asdict(), **dict(zip(names, row, strict=True)))
+
+    def values(self, name: str) -> list[Any]:
+        """A column as plain values, None where the call does not tell."""
+        column = self.numbers[name].tolist()
+        if name not in OPTIONAL:
+            return column
+        if kind_of(name) is float:
+            return [None if value != value else value for value in column]
+        return [None if value == NONE else value for value in column]
+
+
+def mean_over_tokens(calls: CallTable, figure: str) -> float | None:
+    """Each call's mean weighted by the tokens that went into it; None where no call tells it."""
+    values = calls.numbers[figure]
+    known = ~np.isnan(values)
+    weights = (calls.tokens - calls.nonfinite_tokens)[known]
+    total = int(weights.sum())
+    return float(values[known] @ weights) / total if total else None
+
+
+def mean_over_calls(calls: CallTable, figure: str) -> float | None:
+    """Of the calls that tell it; None where none does."""
+    known = calls.numbers[figure][~np.isnan(calls.numbers[figure])]
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,1 @@
+"""What renderers share: colours, and who draws what in a notebook."""

@@ -1,0 +1,116 @@
+"""Where calls stand in a trace, by column: the start and duration of each kind of range, host and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.sample import RANGE_KINDS, Placement, RangeKind, Span
+
+Side = Literal["host", "device"]
+SIDES: tuple[Side, ...] = ("host", "device")
+Floats = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """N placements by column; kinds that no call has are left out."""
+
+    placed: npt.NDArray[np.bool_]
+    """[N] whether the call has a placement at all."""
+    spans: Mapping[tuple[Side, RangeKind], Floats] = field(default_factory=dict)
+    """[N, 2] start and duration in microseconds; NaN where the call lacks the range."""
+    busy_us: Mapping[RangeKind, Floats] = field(default_factory=dict)
+    """[N] NaN where it is not told."""
+
+    @staticmethod
+    def of(placements: Sequence[Placement | None]) -> Places:
+        """From records."""
+        spans: dict[tuple[Side, RangeKind], Floats] = {}
+        busy: dict[RangeKind, Floats] = {}
+        for row, placement in enumerate(placements):
+            if placement is None:
+                continue
+            sides: tuple[tuple[Side, dict[RangeKind, Span]], ...]
+            sides = (("host", placement.host), ("device", placement.device))
+            for side, found in sides:
+                for kind, span in found.items():
+                    column = spans.get((side, kind))
+                    if column is None:
+                        column = spans[side, kind] = np.full((len(placements), 2), np.nan)
+                    column[row] = span.start_us, span.duration_us
+            for kind, us in placement.busy_us.items():
+                busy.setdefault(kind, np.full(len(placements), np.nan))[row] = us
+        placed = np.fromiter((p is not None for p in placements), bool, len(placements))
+        return Places(placed, spans, busy)
+
+    @staticmethod
+    def concatenated(parts: Sequence[Places]) -> Places:
+        """All rows of all parts."""
+        return Places(
+            np.concatenate([part.placed for part in parts]),
+            {key: np.concatenate([p.span(*key) for p in parts]) for key in _keys(p.spans for p in parts)},
+            {kind: np.concatenate([p.busy(kind) for p in parts]) for kind in _keys(p.busy_us for p in parts)},
+        )
+
+    def __len__(self) -> int:
+        return len(self.placed)
+
+    def span(self, side: Side, kind: RangeKind) -> Floats:
+        """[N, 2] start and duration; NaN where there is none."""
+        found = self.spans.get((side, kind))
+        return np.full((len(self), 2), np.nan) if found is None else found
+
+    def busy(self, kind: RangeKind) -> Floats:
+        """[N] as told; NaN where it is not."""
+        found = self.busy_us.get(kind)
+        return np.full(len(self), np.nan) if found is None else found
+
+    def take(self, index: IntArray) -> Places:
+        """The rows of an index."""
+        return self._mapped(lambda column: column[index])
+
+    def _mapped(self, change: Callable[[npt.NDArray], npt.NDArray]) -> Places:
+        return Places(
+            change(self.placed),
+            {key: change(column) for key, column in self.spans.items()},
+            {kind: change(column) for kind, column in self.busy_us.items()},
+        )
+
+    def to_placements(self) -> list[Placement | None]:
+        """As records."""
+        spans = {key: _spans(column) for key, column in self.spans.items()}
+        busy = {kind: column.tolist() for kind, column in self.busy_us.items()}
+        return [
+            Placement(
+                host=_row(spans, "host", i),
+                device=_row(spans, "device", i),
+                busy_us={kind: column[i] for kind, column in busy.items() if column[i] == column[i]},
+            )
+            if placed
+            else None
+            for i, placed in enumerate(self.placed.tolist())
+        ]
+
+
+def _keys(mappings: Iterator[Mapping]) -> list:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _spans(column: Floats) -> list[Span | None]:
+    return [None if start != start else Span(start, duration) for start, duration in column.tolist()]
+
+
+def _row(
+    spans: Mapping[tuple[Side, RangeKind], list[Span | None]], side: Side, index: int
+) -> dict[RangeKind, Span]:
+    return {
+        kind: span
+        for kind in RANGE_KINDS
+        if (side, kind) in spans and (span := spans[side, kind][index]) is not None
+    }
