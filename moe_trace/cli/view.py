@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -12,10 +15,12 @@ import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
+from urllib.parse import quote
 from urllib.request import urlopen
 
 from moe_trace.data.errors import MoETraceError, UsageError
 from moe_trace.show.tensorboard.catalog import Catalog, find_catalog
+from moe_trace.show.viewer import TraceServer, find_trace_viewer
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 6006
@@ -24,10 +29,11 @@ POLL_S = 0.2
 
 
 class ViewCommand:
-    """Start TensorBoard on a folder of traces, and print the address of its MoE tab.
+    """Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Both need no internet.
 
-    The tab needs no internet. TensorBoard answers on this machine only; from another one, forward the port:
-    ssh -L 6006:localhost:6006 HOST. Ctrl-C ends it.
+    A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler carries; without that
+    package, or with --tab, in the MoE tab. This machine alone is answered; from another one, forward the
+    port: ssh -L 6006:localhost:6006 HOST. Ctrl-C ends it.
 
     Example: moe-trace view runs --port 6007 --open
     """
@@ -37,46 +43,105 @@ class ViewCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
         add = parser.add_argument
-        add("folder", type=Path, metavar="DIR", help="a folder with traces in it, or in folders below it")
+        add(
+            "path",
+            type=Path,
+            metavar="DIR|TRACE",
+            help="a folder with traces in it or below it, or one trace",
+        )
+        add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
         add(
             "--port",
             type=int,
             default=None,
             help=f"{DEFAULT_PORT} by default; the next free one if it is taken",
         )
-        add("--open", action="store_true", help="open the tab in a browser")
+        add("--open", action="store_true", help="open the page in a browser")
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Check what can be checked before, start TensorBoard, wait for its end."""
-        for package, what in (("tensorboard", "tensorboard"), ("plotly", "the charts of the tab (plotly)")):
-            if importlib.util.find_spec(package) is None:
-                raise MoETraceError(f"{what} is not installed; run: pip install {package}")
-        require_traces(arguments.folder)
-        port = choose_port(arguments.port)
-        address = f"http://localhost:{port}/#moe"
-        process = start_tensorboard(arguments.folder, port)
+        """Check what can be checked before, start a server, wait for its end."""
+        path: Path = arguments.path
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")
+        viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
+        # Whatever started this may end it by a signal: the server must end too.
+        signal.signal(signal.SIGTERM, _end_by_signal)
         try:
-            wait_until_it_answers(process, port)
-            print(f"the MoE tab of {arguments.folder}: {address}\nCtrl-C ends TensorBoard", flush=True)
-            if arguments.open and not webbrowser.open(address):
-                print("moe-trace: found no browser to open; open the address yourself", file=sys.stderr)
-            return process.wait()
+            if viewer is not None:
+                return show_timeline(path, viewer, choose_port(arguments.port), arguments.open)
+            return show_tab(path, arguments.port, arguments.open)
         except KeyboardInterrupt:
             return 0
-        finally:
-            end(process)
+
+
+def _end_by_signal(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
+def show_timeline(trace: Path, viewer: Path, port: int, to_open: bool) -> int:
+    """One trace in chrome://tracing's viewer, until Ctrl-C."""
+    require_trace(trace)
+    with TraceServer(trace, viewer, host=HOST, port=port) as server:
+        say_address(f"the timeline of {trace}", server.address, to_open)
+        print(f"its figures: moe-trace view {shlex.quote(str(trace))} --tab", flush=True)
+        server.serve_forever()
+    return 0
+
+
+def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
+    """A folder, or one trace of it, in TensorBoard's MoE tab, until Ctrl-C."""
+    for package, what in (("tensorboard", "tensorboard"), ("plotly", "the charts of the tab (plotly)")):
+        if importlib.util.find_spec(package) is None:
+            raise MoETraceError(f"{what} is not installed; run: pip install {package}")
+    folder = path if path.is_dir() else path.absolute().parent
+    catalog = require_traces(folder)
+    shown = "" if path.is_dir() else f"&p.moe.run=.&p.moe.trace={quote(path.name)}"
+    if shown and path.name not in {trace.name for trace in catalog.traces.values() if trace.run == "."}:
+        raise UsageError(
+            f"{path}: TensorBoard shows files named *.pt.trace.json or *.pt.trace.json.gz; rename it, or "
+            "leave --tab out"
+        )
+    port = choose_port(wanted_port)
+    process = start_tensorboard(folder, port)
+    try:
+        wait_until_it_answers(process, port)
+        say_address(f"the MoE tab of {path}", f"http://localhost:{port}/#moe{shown}", to_open)
+        return process.wait()
+    finally:
+        end(process)
+
+
+def say_address(what: str, address: str, to_open: bool) -> None:
+    """Print it, and open it in a browser if that is wanted and possible."""
+    print(f"{what}: {address}\nCtrl-C ends it", flush=True)
+    if to_open and not webbrowser.open(address):
+        print("moe-trace: found no browser to open; open the address yourself", file=sys.stderr)
+
+
+def require_trace(path: Path) -> None:
+    """Raises:
+    UsageError: what can be seen at once says that it is no trace.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            if start == b"\x1f\x8b":
+                with gzip.open(path) as unpacked:
+                    start = unpacked.read(64)
+            else:
+                start += file.read(62)
+    except (OSError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+        raise UsageError(f"{path} is no trace: found {start[:20]!r}, expected JSON (also as .gz)")
 
 
 def require_traces(folder: Path) -> Catalog:
     """What lies below the folder.
 
     Raises:
-        UsageError: it is missing, no folder, or holds no trace.
+        UsageError: it holds no trace.
     """
-    if not folder.exists():
-        raise UsageError(f"{folder} does not exist; record a run with `moe-trace run --out {folder}`")
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is a file; give the folder that it is in: moe-trace view {folder.parent}")
     catalog = find_catalog(folder)
     if not catalog.traces:
         raise UsageError(

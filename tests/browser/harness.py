@@ -28,9 +28,12 @@ from urllib.request import urlopen
 
 from playwright.sync_api import Browser, BrowserContext, Request, Route, sync_playwright
 
+import moe_trace.show.viewer
+
 T = TypeVar("T")
 
 VENDOR = Path(__file__).parent / "vendor"
+POLYFILL = Path(moe_trace.show.viewer.__file__).with_name("webcomponents.min.js")
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = (
@@ -143,7 +146,7 @@ class Internet:
 
     def __init__(self) -> None:
         self.refused: list[str] = []
-        polyfill = (VENDOR / "webcomponents.min.js").read_text()
+        polyfill = POLYFILL.read_text()
         self._scripts = {"/webcomponents.min.js": polyfill, "/charts/loader.js": CHARTS_STUB}
 
     @staticmethod

@@ -11,6 +11,9 @@ import sys
 import time
 import venv
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,7 +38,7 @@ def test_view_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_text("")
     for path, words in (
         (tmp_path / "none", "does not exist"),
-        (file, "is a file"),
+        (file, "is no trace"),
         (tmp_path, "found no run"),
     ):
         assert main(["view", str(path)]) == 2
@@ -69,25 +72,68 @@ def test_view_finds_traces_in_folders_below() -> None:
     assert len(require_traces(H200.parent).traces) == len(list(H200.parent.rglob("*.pt.trace.json.gz")))
 
 
-def test_view_starts_tensorboard_and_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["", "train_grouped_mm.pt.trace.json.gz"])
+def test_view_starts_tensorboard_and_ends_it(tmp_path: Path, number: signal.Signals, name: str) -> None:
+    with running_view(tmp_path / "log", H200 / name, *(["--tab"] if name else [])) as (process, port, log):
+        wait_for(lambda: f"http://localhost:{port}/#moe" in log.read_text(), log)
+        assert (f"&p.moe.run=.&p.moe.trace={name}" in log.read_text()) == bool(name)
+        with urlopen(f"http://127.0.0.1:{port}/data/plugin/moe/runs", timeout=30) as answer:
+            assert b"train_grouped_mm" in answer.read()
+        process.send_signal(number)
+        assert process.wait(30) == (0 if number is signal.SIGINT else 128 + number)
+    assert is_free(port), "TensorBoard has ended too"
+
+
+@contextmanager
+def running_view(log: Path, *arguments: object) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path / "log"
-    command = [sys.executable, "-P", "-m", "moe_trace", "view", str(H200), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "moe_trace", "view", *map(str, arguments), "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
-        wait_for(lambda: f"http://localhost:{port}/#moe" in log.read_text(), log)
-        with urlopen(f"http://127.0.0.1:{port}/data/plugin/moe/runs", timeout=30) as answer:
-            assert b"train_grouped_mm" in answer.read()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        yield process, port, log
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    assert is_free(port), "TensorBoard has ended too"
+
+
+def test_a_single_trace_is_served_with_its_viewer_and_nothing_else(tmp_path: Path) -> None:
+    trace = H200 / "train_grouped_mm.pt.trace.json.gz"
+    with running_view(tmp_path / "log", trace) as (process, port, log):
+        wait_for(lambda: f"http://localhost:{port}/?trace={trace.name}" in log.read_text(), log)
+
+        def ask(path: str, host: str = "localhost") -> tuple[int, bytes, str | None]:
+            connection = HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", path, headers={"Host": f"{host}:{port}"})
+            answer = connection.getresponse()
+            return answer.status, answer.read(), answer.getheader("Content-Encoding")
+
+        assert ask("/trace.json") == (200, trace.read_bytes(), "gzip")
+        for page in ("/?trace=x", "/trace_viewer_full.html", "/webcomponents.min.js"):
+            assert ask(page)[0] == 200 and ask(page)[2] is None, page
+        for evil in ("/../setup.cfg", "/index.html", "//etc/passwd", "/trace.json/"):
+            assert ask(evil)[0] == 404, evil
+        assert ask("/trace.json", "evil.example")[0] == 404, "a name that was made to point here"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_without_torch_tb_profiler_a_single_trace_opens_in_the_tab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if "torch_tb" in name else find(name, *a)
+    )
+    trace = tmp_path / "a.json"
+    trace.write_text('{"traceEvents": []}')
+    (tmp_path / "b.pt.trace.json").write_text('{"traceEvents": []}')
+    assert main(["view", str(trace)]) == 2
+    assert "rename it" in capsys.readouterr().err
 
 
 def wait_for(true: object, log: Path, timeout_s: float = 90.0) -> None:

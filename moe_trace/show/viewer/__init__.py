@@ -1,0 +1,80 @@
+"""One trace in chrome://tracing's viewer, served on this machine without the internet.
+
+The viewer itself is the one that torch-tb-profiler carries. chrome://tracing is switched off by default in
+today's Chromium, and Perfetto's page has to be loaded from the internet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+_HERE = Path(__file__).parent
+_VIEWER = "trace_viewer_full.html"
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def find_trace_viewer() -> Path | None:
+    """The viewer's page in the installed torch-tb-profiler, which is not imported; None without it."""
+    spec = importlib.util.find_spec("torch_tb_profiler")
+    if spec is None or spec.origin is None:
+        return None
+    page = Path(spec.origin).parent / "static" / _VIEWER
+    return page if page.is_file() else None
+
+
+class TraceServer(ThreadingHTTPServer):
+    """Answers for the viewer's three files and the trace; everything else is not found.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, trace: Path, viewer: Path, *, host: str, port: int) -> None:
+        self.trace = trace
+        self.files = {
+            "/": (_HERE / "index.html", "text/html; charset=utf-8"),
+            "/webcomponents.min.js": (_HERE / "webcomponents.min.js", "text/javascript"),
+            f"/{_VIEWER}": (viewer, "text/html; charset=utf-8"),
+            "/trace.json": (trace, "application/json"),
+        }
+        super().__init__((host, port), _Handler)
+
+    @property
+    def address(self) -> str:
+        """What to open in a browser."""
+        return f"http://localhost:{self.server_address[1]}/?trace={quote(self.trace.name)}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: TraceServer
+
+    def do_GET(self) -> None:
+        """One of the four files."""
+        # A page elsewhere that makes its own name point to this machine must not read the trace.
+        asked = (self.headers.get("Host") or "").rpartition(":")[0]
+        found = self.server.files.get(urlsplit(self.path).path)
+        if asked not in ("localhost", "127.0.0.1") or found is None:
+            return self.send_error(HTTPStatus.NOT_FOUND)
+        path, kind = found
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return self.send_error(HTTPStatus.NOT_FOUND, "the file has gone")
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        if content[:2] == _GZIP_MAGIC:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.wfile.write(content)
+        return None
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Quiet: the address is all that a user needs to see."""
