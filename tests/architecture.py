@@ -10,6 +10,7 @@ an arrow from `read/` to `read/file/` forbids one back.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePosixPath
@@ -44,7 +45,8 @@ FUNCTION_LINES_MAX = 40
 PUBLIC_METHODS_MAX = 12
 
 
-def imported(source: str) -> set[str]:
+@functools.cache
+def imported(source: str) -> frozenset[str]:
     """Dotted names that the source imports anywhere; of `from a import b` both `a` and `a.b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -53,7 +55,7 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return found
+    return frozenset(found)
 
 
 def file_arrows(sources: Sources) -> set[Arrow]:

@@ -221,3 +221,20 @@ def mean_over_calls(calls: CallTable, figure: str) -> float | None:
     """Of the calls that tell it; None where none does."""
     known = calls.numbers[figure][~np.isnan(calls.numbers[figure])]
     return float(known.mean()) if len(known) else None
+
+
+def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> tuple[IntArray, IntArray]:
+    """[S] the steps of the forward calls, and `[S, L, E]` the assignments of those routers in each.
+
+    Args:
+        names: module paths of the L routers.
+        least: E is the longest list of counts, and at least this.
+    """
+    forward = np.flatnonzero(calls.forward)
+    steps, step = np.unique(calls.step[forward], return_inverse=True)
+    row = {name: i for i, name in enumerate(names)}
+    layer = np.array([row.get(key.name, -1) for key in calls.keys], np.int64)[calls.router[forward]]
+    there = layer >= 0
+    group = step[there] * len(names) + layer[there]
+    loads = calls.assignments.take(forward[there]).summed_by(group, len(steps) * len(names), least=least)
+    return steps, loads.reshape(len(steps), len(names), loads.shape[1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.calls import CallTable, load_by_step
 from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
 
@@ -46,17 +47,14 @@ def colours(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
 
 def step_loads(samples: Sequence[RoutingSample], steps_max: int) -> dict[int, list[npt.NDArray[np.int64]]]:
     """Step -> assignments of each layer in it, for at most that many steps, spread over the recording."""
-    forward = [s for s in samples if s.phase == "forward"]
-    steps = sorted({s.step for s in forward})
-    chosen = {steps[int(i)] for i in np.linspace(0, len(steps) - 1, min(steps_max, len(steps)))}
-    sizes: dict[tuple[int, str], int] = {}
-    for s in forward:
-        sizes[s.layer, s.site] = max(sizes.get((s.layer, s.site), 0), len(s.assignments))
-    found = {
-        step: {site: np.zeros(n, dtype=np.int64) for (_, site), n in sorted(sizes.items())}
-        for step in sorted(chosen)
+    calls = CallTable.of(samples)
+    calls = calls.take(calls.forward)
+    used = [calls.keys[router] for router in np.unique(calls.router).tolist()]
+    keys = sorted(used, key=lambda key: (key.layer, key.site))
+    steps, loads_SLE = load_by_step(calls, [key.name for key in keys])
+    sizes = [int(calls.assignments.sizes[calls.of_router(key.name)].max()) for key in keys]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(steps_max, len(steps))).astype(np.int64))
+    return {
+        int(steps[i]): [load_E[:size] for load_E, size in zip(loads_SLE[i], sizes, strict=True)]
+        for i in chosen
     }
-    for s in forward:
-        if s.step in found:
-            found[s.step][s.site][: len(s.assignments)] += s.assignments
-    return {step: list(loads.values()) for step, loads in found.items()}

@@ -5,29 +5,24 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from moe_trace.data.loads import coefficient_of_variation, max_over_mean
+from moe_trace.data.calls import CallTable, load_by_step
 from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.load_image import load_picture, step_loads
 
-# One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
-_GROUPS = (
-    "load_max_over_mean",
-    "load_cv",
-    "router_entropy",
-    "router_confidence",
-    "skipped_share",
-    "aux_loss",
-)
+IntArray = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 IMAGE_TAG = "moe_load/layers_x_experts"
 IMAGES_MAX = 10  # TensorBoard shows no more of one tag, unless it is asked to
 
 
+# One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
 def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
     """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter.
 
@@ -43,7 +38,7 @@ def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSampl
             writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step, dataformats="HWC")
 
 
-def add_scalars(writer: Any, samples: Iterable[RoutingSample]) -> None:
+def add_scalars(writer: Any, samples: Sequence[RoutingSample]) -> None:
     """One event a step: a tenth of the time of `add_scalar` for each, which holds Python's lock."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -52,43 +47,52 @@ def add_scalars(writer: Any, samples: Iterable[RoutingSample]) -> None:
         writer.file_writer.add_summary(Summary(value=values), step)
 
 
-def scalar_points(samples: Iterable[RoutingSample]) -> Iterator[tuple[str, float, int]]:
+def scalar_points(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, float, int]]:
     """(tag, value, step): per step and router, all calls of the step taken together, and their mean."""
-    steps: dict[int, dict[str, list[RoutingSample]]] = defaultdict(lambda: defaultdict(list))
-    for sample in samples:
-        if sample.phase == "forward":
-            steps[sample.step][sample.site].append(sample)
-    for step, sites in sorted(steps.items()):
+    calls = CallTable.of(samples)
+    keys = sorted(calls.keys)
+    steps, figures = _figures(calls, [key.name for key in keys])
+    for i, step in enumerate(steps.tolist()):
         values: dict[str, list[float]] = defaultdict(list)
-        for site, calls in sorted(sites.items()):
-            for group, value in _figures(calls).items():
-                values[group].append(value)
-                yield f"moe_{group}/{site}", value, step
+        for layer, key in enumerate(keys):
+            for group, table_SL in figures.items():
+                value = float(table_SL[i, layer])
+                if value == value:
+                    values[group].append(value)
+                    yield f"moe_{group}/{key.site}", value, step
         for group, numbers in values.items():
             yield f"moe_{group}/mean", sum(numbers) / len(numbers), step
 
 
-def _figures(calls: Sequence[RoutingSample]) -> dict[str, float]:
-    loads_E = np.stack([call.assignments for call in calls]).sum(0, dtype=np.float64)
-    assigned = bool(loads_E.any())
-    slots = sum(call.tokens * call.top_k for call in calls)
-    found: dict[str, float | None] = {
-        "load_max_over_mean": max_over_mean(loads_E) if assigned else None,
-        "load_cv": coefficient_of_variation(loads_E) if assigned else None,
-        "router_entropy": _mean(calls, "router_entropy"),
-        "router_confidence": _mean(calls, "confidence"),
-        "skipped_share": sum(call.skipped for call in calls) / slots if slots else None,
-    }
-    losses = [call.aux_loss for call in calls if call.aux_loss is not None]
-    found["aux_loss"] = sum(losses) / len(losses) if losses else None
-    return {group: value for group in _GROUPS if (value := found[group]) is not None}
+def _figures(calls: CallTable, names: Sequence[str]) -> tuple[IntArray, dict[str, Floats]]:
+    """[S] steps, and `[S, L]` by figure; NaN where a step does not tell it."""
+    steps, loads_SLE = load_by_step(calls, names)
+    calls = calls.take(calls.forward)
+    row = {name: i for i, name in enumerate(names)}
+    layer = np.array([row[key.name] for key in calls.keys], np.int64)[calls.router]
+    step = np.searchsorted(steps, calls.step)
 
+    def total(values: npt.NDArray) -> Floats:
+        found: Floats = np.zeros((len(steps), len(names)))
+        np.add.at(found, (step, layer), values)
+        return found
 
-def _mean(calls: Sequence[RoutingSample], figure: str) -> float | None:
-    weighted = [
-        (value, call.tokens - call.nonfinite_tokens)
-        for call in calls
-        if (value := getattr(call, figure)) is not None
-    ]
-    tokens = sum(weight for _, weight in weighted)
-    return sum(value * weight for value, weight in weighted) / tokens if tokens else None
+    def mean(figure: str, weight: npt.NDArray) -> Floats:
+        known = ~np.isnan(calls.numbers[figure])
+        return total(np.where(known, calls.numbers[figure] * weight, 0)) / total(weight * known)
+
+    experts_L = np.zeros(len(names), np.int64)
+    np.maximum.at(experts_L, layer, calls.assignments.sizes)
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where nothing is known
+        mean_SL = loads_SLE.sum(2) / experts_L
+        there_LE = np.arange(loads_SLE.shape[2]) < experts_L[:, None]
+        variance_SL = ((loads_SLE - mean_SL[..., None]) ** 2 * there_LE).sum(2) / experts_L
+        tokens = calls.tokens - calls.nonfinite_tokens
+        return steps, {
+            "load_max_over_mean": loads_SLE.max(2, initial=0) / mean_SL,
+            "load_cv": np.sqrt(variance_SL) / mean_SL,
+            "router_entropy": mean("router_entropy", tokens),
+            "router_confidence": mean("confidence", tokens),
+            "skipped_share": total(calls.skipped) / total(calls.tokens * calls.top_k),
+            "aux_loss": mean("aux_loss", np.ones(len(calls))),
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -170,7 +170,7 @@ class MoETraceCallback(TrainerCallback):
             )
 
 
-def _means(samples: Iterable[RoutingSample], *, per_layer: bool) -> dict[str, float]:
+def _means(samples: Sequence[RoutingSample], *, per_layer: bool) -> dict[str, float]:
     """Name in the logs -> mean over the steps."""
     values: dict[str, list[float]] = defaultdict(list)
     for tag, value, _ in scalar_points(samples):

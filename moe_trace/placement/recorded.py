@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_trace.data.calls import NONE, load_by_step
 from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
-from moe_trace.data.schema import Recording, RouterInfo, RoutingSample
+from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import find_traces, read_rank_recordings
@@ -83,16 +84,15 @@ def counts_of_recordings(
     """
     chosen = chosen or Filter()
     routers = _routers(recordings, source, chosen)
-    index = {router.name: i for i, router in enumerate(routers)}
     size = routers[0].num_experts - routers[0].identity_experts
+    names = [router.name for router in routers]
     steps: dict[_StepKey, np.ndarray] = {}
     parts = _distinct(recordings)
     for run, recording in parts:
-        for sample in recording.samples:
-            if sample.phase != "forward" or sample.name not in index or not chosen.takes_sample(sample):
-                continue
-            row = steps.setdefault((run, sample.step), np.zeros((len(routers), size), np.int64))
-            row[index[sample.name]] += sample.assignments[:size]
+        calls = chosen.narrow(recording).calls
+        for step, counts_LE in zip(*load_by_step(calls, names, least=size), strict=True):
+            row = steps.setdefault((run, int(step)), np.zeros((len(routers), size), np.int64))
+            row += counts_LE[:, :size]
     if not steps:
         raise UsageError(
             f"{source}: found no router call to plan by; choose other layers, steps or phases, or record some"
@@ -152,13 +152,11 @@ def _layer(router: RouterInfo, recordings: Sequence[Recording]) -> Layer:
 
 def _slot_bytes(router: RouterInfo, recordings: Sequence[Recording]) -> int | None:
     """As recorded; else the model's hidden size times the size of its type."""
-
-    def recorded(sample: RoutingSample) -> bool:
-        return sample.name == router.name and sample.slot_bytes is not None
-
-    found = next((s.slot_bytes for r in recordings for s in r.samples if recorded(s)), None)
-    if found is not None:
-        return found
+    for recording in recordings:
+        calls = recording.calls
+        known = np.flatnonzero(calls.of_router(router.name) & (calls.slot_bytes != NONE))
+        if len(known):
+            return int(calls.slot_bytes[known[0]])
     model = recordings[0].model
     width, item = model.get("hidden_size"), BYTES_OF.get(str(model.get("dtype")))
     return width * item if isinstance(width, int) and item is not None else None

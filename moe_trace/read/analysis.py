@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moe_trace.data.calls import CallTable
 from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
@@ -56,6 +57,11 @@ class TraceSummary(Summary, ShownInNotebooks):
         if self.stages:
             return dict(self.stages)
         return {self.stage: self} if self.stage is not None else {}
+
+    @property
+    def calls(self) -> CallTable:
+        """The samples by column."""
+        return CallTable.of(self.samples)
 
     def router(self, site: str) -> RouterSummary:
         """The router of that label or module path.
@@ -120,7 +126,7 @@ def analyse(
     whole = traces.answer(chosen)
     if whole.stage is not None:
         return whole
-    there = {sample.stage for sample in whole.samples}
+    there = set(whole.calls.stage.tolist())
     stages = {
         stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in STAGES if stage in there
     }
@@ -150,7 +156,7 @@ class _Traces:
         inputs = rank_inputs(reads)
         ranks = report_ranks(inputs, known=reads[0].alignment)
         split = any(r.recording.experts_are_split for r in reads)
-        stages = {sample.stage for sample in recording.samples}
+        stages = set(recording.calls.stage.tolist())
         notes = [
             *notes_of(reads),
             *(_SPLIT if split else ()),

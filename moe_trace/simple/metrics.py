@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.calls import CallTable, mean_over_tokens
 from moe_trace.data.loads import describe_load
 from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
 
@@ -85,17 +86,18 @@ class RouterMetrics:
         - `memory_mean_mb`, `memory_max_mb`: MiB on the device, over calls; NaN on a CPU.
         - `total_steps`, `total_tokens`: steps with a call, and tokens over all calls.
         """
-        forward = [s for s in self.samples if s.phase == "forward"]
+        calls = CallTable.of(self.samples)
+        forward = calls.take(calls.forward)
         return {
-            **_flops(self.samples),
+            **_flops(calls),
             **_latency([row.latency_ms for row in self.rows]),
-            **_spread("active_experts", [float(np.count_nonzero(s.assignments)) for s in forward]),
+            **_spread("active_experts", forward.assignments.used()),
             **_k(forward),
             **_load(forward),
             **_confidence(forward),
             **_memory([row.memory_mb for row in self.rows]),
-            "total_steps": len({s.step for s in forward}),
-            "total_tokens": sum(s.tokens for s in forward),
+            "total_steps": len(np.unique(forward.step)),
+            "total_tokens": forward.total("tokens"),
         }
 
 
@@ -144,10 +146,9 @@ def _number(value: float | None) -> float:
     return NAN if value is None else float(value)
 
 
-def _flops(samples: Sequence[RoutingSample]) -> dict[str, float]:
-    used = [s for s in samples if s.tokens]
-    router = _array([s.router_flops / s.tokens for s in used])
-    expert = _array([s.expert_flops / s.tokens for s in used])
+def _flops(calls: CallTable) -> dict[str, float]:
+    used = calls.take(calls.tokens > 0)
+    router, expert = used.router_flops / used.tokens, used.expert_flops / used.tokens
     total = router + expert
     p50, p95, p99 = _percentiles(total)
     return {
@@ -157,9 +158,9 @@ def _flops(samples: Sequence[RoutingSample]) -> dict[str, float]:
         "flops_total_p99": p99,
         "flops_router_mean": _mean(router),
         "flops_expert_mean": _mean(expert),
-        "flops_total": sum(s.router_flops + s.expert_flops for s in samples),
-        "flops_router": sum(s.router_flops for s in samples),
-        "flops_expert": sum(s.expert_flops for s in samples),
+        "flops_total": calls.total("router_flops") + calls.total("expert_flops"),
+        "flops_router": calls.total("router_flops"),
+        "flops_expert": calls.total("expert_flops"),
     }
 
 
@@ -177,15 +178,12 @@ def _latency(milliseconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _k(samples: Sequence[RoutingSample]) -> dict[str, float]:
+def _k(calls: CallTable) -> dict[str, float]:
     """From the histograms: the figure is a token's, not a call's."""
-    longest = max((len(s.k_histogram) for s in samples), default=0)
-    tokens_K = np.zeros(longest, dtype=np.int64)
-    for sample in samples:
-        tokens_K[: len(sample.k_histogram)] += sample.k_histogram
+    tokens_K = calls.lists["k_histogram"].summed()
     if not tokens_K.sum():
         return dict.fromkeys(("k_mean", "k_std", "k_min", "k_max"), NAN)
-    k = np.arange(longest)
+    k = np.arange(len(tokens_K))
     mean = float(np.average(k, weights=tokens_K))
     seen = np.flatnonzero(tokens_K)
     return {
@@ -196,8 +194,8 @@ def _k(samples: Sequence[RoutingSample]) -> dict[str, float]:
     }
 
 
-def _load(samples: Sequence[RoutingSample]) -> dict[str, float]:
-    loads_E = np.sum([s.assignments for s in samples], axis=0) if samples else np.zeros(0)
+def _load(calls: CallTable) -> dict[str, float]:
+    loads_E = calls.assignments.summed()
     load = describe_load(loads_E)
     return {
         **_spread("expert_load", loads_E),
@@ -207,12 +205,12 @@ def _load(samples: Sequence[RoutingSample]) -> dict[str, float]:
     }
 
 
-def _confidence(samples: Sequence[RoutingSample]) -> dict[str, float]:
-    weighted = [(s.confidence, s.tokens - s.nonfinite_tokens) for s in samples if s.confidence is not None]
-    values, tokens = _array([v for v, _ in weighted]), _array([t for _, t in weighted])
-    if not tokens.sum():
+def _confidence(calls: CallTable) -> dict[str, float]:
+    mean = mean_over_tokens(calls, "confidence")
+    if mean is None:
         return {"router_confidence_mean": NAN, "router_confidence_std": NAN}
-    mean = float(np.average(values, weights=tokens))
+    calls = calls.take(~np.isnan(calls.confidence))
+    values, tokens = calls.confidence, calls.tokens - calls.nonfinite_tokens
     deviation = math.sqrt(float(np.average((values - mean) ** 2, weights=tokens)))
     return {"router_confidence_mean": mean, "router_confidence_std": deviation}
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.calls import CallTable, load_by_step
 from moe_trace.data.display.colours import DIVERGING
-from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.figure import (
@@ -33,7 +33,7 @@ def expert_heat_map(summary: Summary) -> Figure:
     overall = [_relative(np.array(r.assignments), experts) for r in routers]
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
-        frames += _step_frames(summary.samples, routers, experts)
+        frames += _step_frames(summary.calls, routers, experts)
     known = [value for row in overall for value in row if value is not None]
     highest = max(2.0, colour_cap(known, least=4.0))
     data = heat_map_trace(
@@ -98,29 +98,20 @@ def _relative(counts: np.ndarray, experts: int) -> list[float | None]:
     return row
 
 
-def _step_frames(
-    samples: Sequence[RoutingSample], routers: Sequence[RouterSummary], experts: int
-) -> list[Frame]:
-    steps = sorted({s.step for s in samples})
+def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: int) -> list[Frame]:
+    steps, counts_SLE = load_by_step(calls, [router.info.name for router in routers], least=experts)
     most = min(FRAMES_MAX, max(1, FRAMES_CELLS_MAX // max(1, len(routers) * experts)))
-    groups = np.array_split(np.array(steps), min(len(steps), most)) if steps else []
-    group_of = {int(step): i for i, group in enumerate(groups) for step in group}
-    row_of = {router.info.name: i for i, router in enumerate(routers)}
-    counts = np.zeros((len(groups), len(routers), experts), dtype=np.int64)
-    for sample in samples:
-        row = row_of.get(sample.name)
-        if row is not None and sample.phase == "forward":
-            counts[group_of[sample.step], row, : len(sample.assignments)] += sample.assignments
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), most)) if len(steps) else []
     sizes = [len(router.assignments) for router in routers]
     return [
         Frame(
-            label=_step_label(group),
+            label=_step_label(steps[part]),
             z=[
                 [*_relative(row[:size], size), *[None] * (experts - size)]
-                for row, size in zip(counts[i], sizes, strict=True)
+                for row, size in zip(counts_SLE[part].sum(0), sizes, strict=True)
             ],
         )
-        for i, group in enumerate(groups)
+        for part in parts
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from moe_trace.data.calls import load_by_step
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.tensorboard.plain import Plain, number_text
@@ -16,18 +17,12 @@ class StepCounts:
 
     def __init__(self, summary: TraceSummary) -> None:
         routers = loaded_routers(summary)
-        forward = [s for s in summary.samples if s.phase == "forward"]
-        self.steps = np.array(sorted({s.step for s in forward}), dtype=np.int64)
         self.sizes = [len(router.assignments) for router in routers]
         self.width = max(self.sizes, default=0)
-        row_of = {router.info.name: i for i, router in enumerate(routers)}
-        place = {int(step): i for i, step in enumerate(self.steps)}
-        sums_SLE = np.zeros((len(self.steps) + 1, len(routers), self.width), dtype=np.int64)
-        for sample in forward:
-            row = row_of.get(sample.name)
-            if row is not None:
-                sums_SLE[place[sample.step] + 1, row, : len(sample.assignments)] += sample.assignments
-        self._sums = sums_SLE.cumsum(0)
+        names = [router.info.name for router in routers]
+        self.steps, counts_SLE = load_by_step(summary.calls, names, least=self.width)
+        nothing = np.zeros((1, *counts_SLE.shape[1:]), np.int64)
+        self._sums = np.concatenate([nothing, counts_SLE]).cumsum(0)
 
     def between(self, first: int, last: int) -> list[np.ndarray]:
         """Assignments of each layer from the first to the last position, both included."""
