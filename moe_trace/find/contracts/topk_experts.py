@@ -7,6 +7,7 @@ the logits alone.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ from moe_trace.find.contracts.fused_block import fused_block_reader
 INDEX_ARGUMENTS = frozenset({"top_k_index", "router_indices", "selected_experts"})
 ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"Router|Gat(e|ing)$|TopK")
+# `x = F.softmax(x, ...)` in the code of a router that returns `x` first.
+_SOFTMAXED = re.compile(r"\b(\w+) = [\w.]*softmax\(\s*\1\b.*\breturn \1\b", re.DOTALL)
 
 Rule = Callable[[nn.Module, nn.Module], dict[str, Any]]
 """`rule(router, experts)` -> what a family sets differently in `Found`; nothing if it is none of it."""
@@ -115,6 +118,25 @@ def probabilities(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
     return {"watched": router.get_submodule("proj"), "read": read_watched_logits, "notes": (note,)}
 
 
+def softmaxed_logits(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
+    """OLMoE, Mixtral, Qwen and others before transformers 5.6 overwrite their logits with probabilities.
+
+    What they return has lost the logits' scale: no z-loss can be told, and a softmax of it is no distribution
+    of the router's. Told from the code, since it depends on the version and on whose copy the router is.
+    """
+    try:
+        source = inspect.getsource(type(router).forward)
+    except (OSError, TypeError):
+        return {}
+    if not _SOFTMAXED.search(source):
+        return {}
+    note = (
+        "the router returns probabilities where its logits are expected, as transformers did before 5.6: "
+        "router entropy, confidence and z-loss are absent; the counts do not need them"
+    )
+    return {"read": read_without_logits, "notes": (note,)}
+
+
 def identity_experts(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
     """LongCat-Flash: the last indices are experts without weights, which return their input."""
     rows = expert_rows(experts)
@@ -137,7 +159,7 @@ def skip_class(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
     return {"notes": (note,)}
 
 
-RULES: tuple[Rule, ...] = (hash_router, probabilities, identity_experts, skip_class)
+RULES: tuple[Rule, ...] = (hash_router, probabilities, softmaxed_logits, identity_experts, skip_class)
 
 
 # -- reading -------------------------------------------------------------------------------------------

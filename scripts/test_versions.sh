@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the truth-first tests (tests/versions) on other versions of transformers and torch than the pinned ones,
+# each in an environment of its own that is kept in .versions/ and lies on top of .venv:
+#   scripts/test_versions.sh                 all, and writes the table docs/versions.md
+#   scripts/test_versions.sh --ci            the newest transformers and the oldest that setup.cfg admits
+#   scripts/test_versions.sh transformers==5.6.0 'torch==2.14.1 transformers==5.24.0'
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+exec .venv/bin/python scripts/test_versions.py "$@"
