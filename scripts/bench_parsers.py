@@ -26,18 +26,18 @@ def take(event):
 PROGRAMS = {
     "msgspec, typed, in batches (what we use)": (
         "msgspec",
-        "from moe_trace.read.file.events import _decode_batch, _decode_one\n"
+        "from moe_trace.read.file.decoding import decode_batch, decode_one\n"
         "from moe_trace.read.file.stream import JsonStream\n"
         "stream = JsonStream(open(path, 'rb').read, path)\n"
         "for key in stream.walk():\n"
         "    if key == 'traceEvents':\n"
-        "        for batch in stream.batches(_decode_batch, _decode_one): pass\n"
+        "        for batch in stream.batches(decode_batch, decode_one): pass\n"
         "    else: stream.skip()\n",
     ),
     "msgspec, typed, whole file": (
         "msgspec",
-        "import msgspec\nfrom moe_trace.read.file.events import _Event\n"
-        "class Trace(msgspec.Struct):\n    traceEvents: list[_Event]\n"
+        "import msgspec\nfrom moe_trace.read.file.decoding import Event\n"
+        "class Trace(msgspec.Struct):\n    traceEvents: list[Event]\n"
         "msgspec.json.decode(open(path, 'rb').read(), type=Trace)\n",
     ),
     "msgspec, untyped": ("msgspec", "import msgspec\nmsgspec.json.decode(open(path, 'rb').read())\n"),

@@ -38,9 +38,9 @@ STRIDE_ID = 10_000_000
 BARE = """
 import sys
 import msgspec
-from moe_trace.read.file.events import _Event
+from moe_trace.read.file.decoding import Event
 class Trace(msgspec.Struct):
-    traceEvents: list[_Event]
+    traceEvents: list[Event]
 msgspec.json.decode(open(sys.argv[1], "rb").read(), type=Trace)
 """
 HTA = """

@@ -8,42 +8,20 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from moe_trace.data.schema import RANGE_NAME, Recording, moe_span, range_name
+from moe_trace.data.schema import RANGE_NAME, moe_span, range_name
 from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
-from moe_trace.read.file.events import EventTable, Kind, to_ns
-from moe_trace.read.file.stream import JsonStream, loads_lenient
-from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace
-from moe_trace.read.ranks.rename import is_band
+from moe_trace.read.checked import BandEvent, Checked, read_checked
+from moe_trace.read.file.coverage import Coverage, loss_sentence
+from moe_trace.read.file.events import Kind, to_ns
 from moe_trace.timeline.replays import spans_of
 
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class BandEvent:
-    """A counter or slice that merging added."""
-
-    ph: str
-    name: str
-    track: tuple[Any, Any]
-    start_ns: int
-    duration_ns: int
-    value: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What the rules look at."""
-
-    recording: Recording
-    events: EventTable
-    band: tuple[BandEvent, ...]
+NEARLY_ALL = 0.99
+"""A profiler that starts and stops beside a running device loses the ends of what is under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,80 +33,10 @@ class Violation:
     message: str
 
 
+__all__ = ["RULES", "Checked", "Violation", "check", "read_checked"]
+
 Rule = Callable[[Checked], Iterator[tuple[str, str]]]
 """Yields (where, message)."""
-
-
-# -- reading ------------------------------------------------------------------------------------------
-
-
-class _RawEvent(msgspec.Struct, gc=False):
-    ph: str = ""
-    name: str = ""
-    pid: int | str | None = None
-    tid: int | str | None = None
-    ts: float = 0.0
-    dur: float = 0.0
-    args: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_raw_batch = msgspec.json.Decoder(list[_RawEvent]).decode
-
-
-def _raw_one(text: bytes) -> _RawEvent:
-    try:
-        value = loads_lenient(text)
-        kept = {key: value[key] for key in ("ph", "name", "pid", "tid", "ts", "dur") if key in value}
-        return msgspec.convert(kept, _RawEvent)
-    except (ValueError, TypeError, OverflowError):
-        return _RawEvent()
-
-
-def read_checked(path: Path, progress: Progress | None = None) -> Checked:
-    """Read a merged trace twice: its own events, and what merging added.
-
-    Raises:
-        TraceFileError: as `read_trace`.
-    """
-    trace = read_trace(path, progress)
-    with open_trace_stream(path, progress) as stream:
-        band = tuple(_band_events(stream))
-    return Checked(recording=trace.recording, events=trace.events, band=band)
-
-
-def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
-    for key in stream.walk():
-        if key != "traceEvents":
-            stream.skip()
-            continue
-        for batch in stream.batches(_raw_batch, _raw_one):
-            for event in batch:
-                if is_band(event.pid) and event.ph in "CX":
-                    yield _band_event(event)
-
-
-def _band_event(event: _RawEvent) -> BandEvent:
-    start_ns, duration_ns = to_ns([event.ts, event.dur]).tolist()
-    value = None
-    if event.ph == "C":
-        value = _sum_of_numbers(bytes(event.args))
-    return BandEvent(
-        ph=event.ph,
-        name=event.name,
-        track=(event.pid, event.name if event.ph == "C" else event.tid),
-        start_ns=start_ns,
-        duration_ns=duration_ns,
-        value=value,
-    )
-
-
-def _sum_of_numbers(text: bytes) -> float:
-    try:
-        arguments = loads_lenient(text)
-    except ValueError:
-        return math.nan
-    numbers = arguments.values() if isinstance(arguments, dict) else ()
-    return sum(float(v) for v in numbers if isinstance(v, (int, float)) and abs(v) < 1e300)
 
 
 # -- rules --------------------------------------------------------------------------------------------
@@ -281,6 +189,39 @@ def times_are_inside_graphs(checked: Checked) -> Iterator[tuple[str, str]]:
         yield from ((_call(sample), message) for message in odd_times(sample))
 
 
+def events_can_be_read(checked: Checked) -> Iterator[tuple[str, str]]:
+    """No event is broken, and none has a time that no clock showed."""
+    if checked.events.unreadable:
+        yield "events", f"{checked.events.unreadable} events could not be read"
+
+
+def ranges_hold_operators(checked: Checked) -> Iterator[tuple[str, str]]:
+    """The calls' ranges are in the trace, on the thread of the operators."""
+    yield from _loss(checked, "calls")
+
+
+def kernels_have_launches(checked: Checked) -> Iterator[tuple[str, str]]:
+    """What ran on a device was launched by a call that the trace holds."""
+    yield from _loss(checked, "kernels")
+
+
+def launches_have_kernels(checked: Checked) -> Iterator[tuple[str, str]]:
+    """What was launched inside an MoE layer ran on a device."""
+    yield from _loss(checked, "launches")
+
+
+def flows_have_both_ends(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Each backward node is linked to its forward operator."""
+    yield from _loss(checked, "backward")
+
+
+def _loss(checked: Checked, name: str) -> Iterator[tuple[str, str]]:
+    coverage: Coverage = getattr(checked.coverage, name)
+    sentence = loss_sentence(name, coverage)
+    if sentence is not None and (coverage.share or 0.0) < NEARLY_ALL:
+        yield "trace", sentence
+
+
 RULES: tuple[Rule, ...] = (
     versions_known,
     samples_are_accounted_for,
@@ -294,6 +235,11 @@ RULES: tuple[Rule, ...] = (
     lanes_do_not_cross,
     slices_are_the_calls,
     times_are_inside_graphs,
+    events_can_be_read,
+    ranges_hold_operators,
+    kernels_have_launches,
+    launches_have_kernels,
+    flows_have_both_ends,
 )
 
 

@@ -73,7 +73,8 @@ def _work(phase: int) -> Values:
     def values(side: _Side) -> np.ndarray:
         if side.times is None or not len(side.rows):
             return np.zeros(0)
-        return side.times.work_ns(side.times.forward)[side.rows, phase] / 1000
+        work_ns = side.times.work_ns(side.times.forward)
+        return np.zeros(0) if work_ns is None else work_ns[side.rows, phase] / 1000
 
     return values
 
@@ -86,6 +87,8 @@ def _span(side: _Side) -> np.ndarray:
 def _block(side: _Side) -> np.ndarray:
     if side.times is None or not len(side.rows):
         return np.zeros(0)
+    if side.times.on_device and not side.times.device_known:
+        return np.zeros(0)
     column = side.times.device_span_ns if side.times.on_device else side.times.block_host_ns
     return column[side.rows] / 1000
 
@@ -93,7 +96,10 @@ def _block(side: _Side) -> np.ndarray:
 def _flops_per_s(side: _Side) -> np.ndarray:
     if side.times is None or not len(side.rows):
         return np.zeros(0)
-    work_ns = side.times.work_ns(side.times.forward)[side.rows, EXPERTS]
+    worked = side.times.work_ns(side.times.forward)
+    if worked is None:
+        return np.zeros(0)
+    work_ns = worked[side.rows, EXPERTS]
     flops = np.array([side.times.samples[row].expert_flops for row in side.rows], np.float64)
     known = (work_ns > 0) & (flops > 0)
     return flops[known] / work_ns[known] * 1e9

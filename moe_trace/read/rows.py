@@ -75,7 +75,7 @@ def _lists(sample: RoutingSample) -> dict[str, Any]:
 
 def _phase_columns(times: CallTimes | None, index: int | None) -> dict[str, float | None]:
     row: dict[str, float | None] = {}
-    device = times is not None and times.on_device
+    device = times is not None and times.device_known
     sources = {
         "host_us": times.forward.host_ns if times else None,
         "device_us": times.forward.busy_ns if times and device else None,

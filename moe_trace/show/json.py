@@ -53,8 +53,18 @@ def to_plain(summary: Summary) -> dict[str, Any]:
     if isinstance(summary, TraceSummary):
         plain["files"] = list(summary.files)
         plain["stage"] = summary.stage
+        plain["coverage"] = _coverage(summary)
         plain["stages"] = {stage: _figures(part) for stage, part in summary.stages.items()}
     return plain
+
+
+def _coverage(summary: TraceSummary) -> dict[str, Any]:
+    if summary.times is None:
+        return {}
+    return {
+        name: {"joined": c.joined, "total": c.total, "share": c.share, "known": c.known}
+        for name, c in summary.times.coverage.items()
+    }
 
 
 def _figures(summary: Summary) -> dict[str, Any]:

@@ -8,17 +8,17 @@ The parser is msgspec with typed structs: it builds no Python object for the fie
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import Span
-from moe_trace.read.file.comms import CommArgs, CommEvent, facts_of, is_comm
-from moe_trace.read.file.stream import JsonStream, loads_lenient
+from moe_trace.read.file.comms import CommEvent, facts_of, is_comm
+from moe_trace.read.file.decoding import UNREADABLE, Event, Links, decode_batch, decode_one, times_us
+from moe_trace.read.file.stream import JsonStream
 
 
 class Kind(IntEnum):
@@ -38,67 +38,31 @@ class Kind(IntEnum):
     """The end of a forward-backward flow, at a backward node; `link` is the flow's id."""
 
 
-_SLICES = {
+_KINDS = {
     "cpu_op": Kind.OP,
     "user_annotation": Kind.RANGE,
     "kernel": Kind.DEVICE,
     "concurrent_kernel": Kind.DEVICE,
     "gpu_memcpy": Kind.DEVICE,
     "gpu_memset": Kind.DEVICE,
-    "cuda_runtime": Kind.LAUNCH,
-    "cuda_driver": Kind.LAUNCH,
-    "xpu_runtime": Kind.LAUNCH,
-    "xpu_driver": Kind.LAUNCH,
+    "mtia_ccp_events": Kind.DEVICE,
+    "hpu_op": Kind.LAUNCH,
 }
+_LAUNCHING = ("_runtime", "_driver")
+_CATEGORIES_MAX = 1000
 _FLOWS = {"s": Kind.FORWARD, "f": Kind.BACKWARD}
 
 
-class _Args(CommArgs, gc=False):
-    correlation: int | None = None
+class _KindOf(dict[str | None, Kind | None]):
+    """Category -> kind. Every backend of Kineto names its host calls `<device>_runtime` and `_driver`."""
 
-
-class _Event(msgspec.Struct, gc=False):
-    ph: str = ""
-    cat: str | None = None
-    name: str = ""
-    pid: int | str | None = None
-    tid: int | str | None = None
-    ts: float = 0.0
-    dur: float = 0.0
-    id: int | str | None = None
-    args: _Args | None = None
-
-
-_UNREADABLE = _Event(ph="unreadable")
-_decode_batch = msgspec.json.Decoder(list[_Event]).decode
-_decode_event = msgspec.json.Decoder(_Event).decode
-
-
-def _decode_one(text: bytes) -> _Event:
-    """An event of a batch that the fast way refuses, as far as it can be understood."""
-    try:
-        return _decode_event(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass
-    try:
-        value = loads_lenient(text)
-    except (ValueError, OverflowError):
-        return _UNREADABLE
-    try:
-        return _decode_event(msgspec.json.encode(value))  # the arguments stay JSON text
-    except (msgspec.DecodeError, ValueError, OverflowError, RecursionError, TypeError):
-        return _without_odd_fields(value)
-
-
-def _without_odd_fields(value: Any) -> _Event:
-    """Other tools put what they like into `id` and `args`; an event is only lost if its time is odd."""
-    if not isinstance(value, dict):
-        return _UNREADABLE
-    kept = {key: value[key] for key in ("ph", "cat", "name", "pid", "tid", "ts", "dur") if key in value}
-    try:
-        return msgspec.convert(kept, _Event)
-    except (msgspec.ValidationError, ValueError, OverflowError):
-        return _UNREADABLE
+    def __missing__(self, category: str | None) -> Kind | None:
+        kind = _KINDS.get(category or "")
+        if kind is None and category is not None and category.endswith(_LAUNCHING):
+            kind = Kind.LAUNCH
+        if len(self) < _CATEGORIES_MAX:
+            self[category] = kind
+        return kind
 
 
 @dataclass(frozen=True)
@@ -122,6 +86,8 @@ class EventTable:
     """Events that are not as the trace format says."""
     comms: tuple[CommEvent, ...] = ()
     """What says something of collectives, in the order of the file; not among the rows of a selection."""
+    processes: int = 1
+    """How many processes' events the file holds; those of one are here."""
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -177,40 +143,44 @@ class EventTableBuilder:
         self._threads.default_factory = self._threads.__len__
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._comms: list[CommEvent] = []
+        self._kind_of = _KindOf()
+        self._links = Links()
         self.unreadable = 0
         self.seen = 0
 
     def read(self, stream: JsonStream) -> None:
         """Take `traceEvents`, at which the stream stands."""
-        for batch in stream.batches(_decode_batch, _decode_one):
+        for batch in stream.batches(decode_batch, decode_one):
             self.add(batch)
 
-    def add(self, events: list[_Event]) -> None:
+    def add(self, events: list[Event]) -> None:
         """Take some events; keep those that the table is about."""
         self.seen += len(events)
-        slices = [e for e in events if e.cat in _SLICES and e.ph == "X"]
+        kind_of, link_of = self._kind_of, self._links.of
+        slices = [e for e in events if e.ph == "X" and kind_of[e.cat] is not None]
         flows = [e for e in events if e.cat == "fwdbwd" and e.ph in _FLOWS]
-        self.unreadable += sum(e is _UNREADABLE for e in events)
+        self.unreadable += sum(e is UNREADABLE for e in events)
         names, threads = self._names, self._threads
-        kinds = [_SLICES[e.cat] for e in slices] + [_FLOWS[e.ph] for e in flows]  # type: ignore[index]
+        kinds = [kind_of[e.cat] for e in slices] + [_FLOWS[e.ph] for e in flows]
         both = slices + flows
-        start_us = np.array([e.ts for e in both], np.float64)
-        duration_us = np.array([e.dur for e in both], np.float64)
+        start_us = _array([e.ts for e in both])
+        duration_us = _array([e.dur for e in slices] + [0.0] * len(flows))
         sound = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
         self.unreadable += int((~sound).sum())
+        links = [link_of(e.args.correlation if e.args is not None else None) for e in slices]
         columns = (
             np.array(kinds, np.uint8),
             np.array([names[e.name] for e in both], np.int32),
             np.array([threads[e.pid, e.tid] for e in both], np.int32),
             to_ns(np.where(sound, start_us, 0.0)),
             to_ns(np.where(sound, duration_us, 0.0)),
-            np.array([_correlation(e) for e in slices] + [_flow_id(e) for e in flows], np.int64),
+            np.array([*links, *(link_of(e.id) for e in flows)], np.int64),
         )
         self._take_comms(slices, columns, sound)
         self._parts.append(columns if sound.all() else tuple(column[sound] for column in columns))
 
     def _take_comms(
-        self, slices: list[_Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
+        self, slices: list[Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
     ) -> None:
         """Keep what tells of collectives: few events, each with its arguments."""
         for i, event in enumerate(slices):
@@ -221,13 +191,13 @@ class EventTableBuilder:
                     self._comms.append(CommEvent(event.name, thread, start, start + duration, facts))
 
     def build(self) -> EventTable:
-        """The table of everything that was added."""
+        """The table of everything that was added, without events whose time is far from all others."""
         if not self._parts:
             self.add([])
         kind, name, thread, start, duration, link = (
             np.concatenate([part[i] for part in self._parts]) for i in range(6)
         )
-        return EventTable(
+        table = EventTable(
             kind,
             name,
             thread,
@@ -239,20 +209,44 @@ class EventTableBuilder:
             self.unreadable,
             tuple(self._comms),
         )
+        first, last = main_stretch(start)
+        inside = (start >= first) & (start <= last)
+        if inside.all():
+            return table
+        return replace(
+            table.select(inside),
+            unreadable=self.unreadable + int((~inside).sum()),
+            comms=tuple(c for c in self._comms if first <= c.start_ns <= last),
+        )
+
+
+def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """First and last start of the recording. Fewer than one event in a hundred, an hour or more away from all
+    others, have times that no clock showed (`ts: 0` among times since an epoch): they lie outside.
+    """
+    if not len(start_ns):
+        return 0, 0
+    first, last = int(start_ns.min()), int(start_ns.max())
+    if last - first <= _APART_NS:
+        return first, last
+    ordered = np.sort(start_ns)
+    cuts = np.flatnonzero(np.diff(ordered) > _APART_NS) + 1
+    bounds = np.concatenate([[0], cuts, [len(ordered)]])
+    largest = int(np.diff(bounds).argmax())
+    low, high = int(bounds[largest]), int(bounds[largest + 1])
+    if len(ordered) - (high - low) > max(1, _STRAYS_MAX * len(ordered)):
+        return first, last
+    return int(ordered[low]), int(ordered[high - 1])
+
+
+def _array(times: list[float | str]) -> npt.NDArray[np.float64]:
+    try:
+        return np.array(times, np.float64)
+    except ValueError:  # text that is no number
+        return np.array(times_us(times), np.float64)
 
 
 # Beyond 126 years a start plus a duration in nanoseconds would not fit in 64 bits; NaN and infinity fail too.
 _TIME_MAX_US = 4e15
-_INT64 = range(-(2**63), 2**63)
-
-
-def _correlation(event: _Event) -> int:
-    value = event.args.correlation if event.args is not None else None
-    return value if value is not None and value in _INT64 else -1
-
-
-def _flow_id(event: _Event) -> int:
-    value = event.id
-    if isinstance(value, str):
-        return int(value) if value.isdecimal() and len(value) < 19 else -1
-    return value if value is not None and value in _INT64 else -1
+_APART_NS = 3600 * 10**9
+_STRAYS_MAX = 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,13 @@ import numpy.typing as npt
 from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample, Span, range_name
 from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.coverage import Coverage
+from moe_trace.read.file.decoding import NO_LINK
 from moe_trace.read.file.events import EventTable, Kind, bounds_ns, spans_ns, to_ns
+
+_EARLY_NS = 10**6
+"""More than the clocks of host and device differ."""
+_FEW = 0.01
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,9 @@ class Kernels:
     duration_ns: npt.NDArray[np.int64]
     name: npt.NDArray[np.int32]
     """Index into the table's names."""
+    link: npt.NDArray[np.int64]
+    coverage: Coverage
+    """How many kernels of the trace these are."""
 
     def within(self, thread: int, span: Span) -> slice:
         """Those that a thread launched inside a span."""
@@ -41,14 +50,22 @@ class Kernels:
 
 
 def find_kernels(events: EventTable) -> Kernels:
-    """Join each kernel with its launch."""
-    launches = events.select((events.kind == Kind.LAUNCH) & (events.link >= 0))
+    """Join each kernel with its launch, by the correlation that both carry; the events are of one process.
+
+    A kernel that begins before its launch is not joined, where it is one of few: no clock showed its time.
+    Where many do, the device's clock stands apart from the host's, which the join does not ask.
+    """
+    launches = events.select((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
     launches = launches.select(np.argsort(launches.link, kind="stable"))
-    device = events.select((events.kind == Kind.DEVICE) & (events.link >= 0))
-    at = np.searchsorted(launches.link, device.link)
-    known = at < len(launches)
-    known[known] = launches.link[at[known]] == device.link[known]
-    device, at = device.select(known), at[known]
+    every = events.select(events.kind == Kind.DEVICE)
+    at = np.searchsorted(launches.link, every.link)
+    known = (at < len(launches)) & (every.link != NO_LINK)
+    known[known] = launches.link[at[known]] == every.link[known]
+    early = known.copy()
+    early[known] = every.start_ns[known] < launches.start_ns[at[known]] - _EARLY_NS
+    if early.sum() <= max(1, _FEW * len(every)):
+        known &= ~early
+    device, at = every.select(known), at[known]
     order = np.lexsort((device.start_ns, launches.start_ns[at], launches.thread[at]))
     at = at[order]
     return Kernels(
@@ -57,6 +74,13 @@ def find_kernels(events: EventTable) -> Kernels:
         start_ns=device.start_ns[order],
         duration_ns=device.duration_ns[order],
         name=device.name[order],
+        link=device.link[order],
+        coverage=Coverage(
+            joined=len(device),
+            total=len(every),
+            joined_ns=int(device.duration_ns.sum()),
+            total_ns=int(every.duration_ns.sum()),
+        ),
     )
 
 
@@ -82,11 +106,14 @@ class RangeThreads:
 
 
 def router_busy_us(
-    samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
+    samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels, joined: Collection[SampleKey]
 ) -> dict[SampleKey, float]:
     """Device time launched inside each router's host range; empty where the trace has no kernels.
 
     Inside a CUDA graph there is no such range: what merging told of the router's nodes stands there.
+
+    Args:
+        joined: the calls whose kernels are known.
     """
     if not (events.kind == Kind.DEVICE).any():
         return {}
@@ -98,7 +125,7 @@ def router_busy_us(
     for key, us, thread, (begin, end) in zip(calls.call_keys(), told, threads.tolist(), bounds, strict=True):
         if us == us:
             busy[key] = us
-        elif thread >= 0:
+        elif thread >= 0 and key in joined:
             inside = kernels.within_ns(thread, begin, end)
             busy[key] = float(total_ns[inside.stop] - total_ns[inside.start]) / 1000
     return busy

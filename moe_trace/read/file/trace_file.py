@@ -18,6 +18,7 @@ from moe_trace.data.schema import METADATA_KEY, Recording
 from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.head import KEYS, base_time, device_names, group_ranks, host_name
 from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
+from moe_trace.read.file.processes import events_of_recording
 from moe_trace.read.file.stream import JsonStream, loads_lenient
 from moe_trace.timeline.scan import read_splice, trace_path_error
 
@@ -63,7 +64,7 @@ def split_ranks(trace: TraceFile) -> list[TraceFile]:
         TraceFileError: the parts do not add up to the whole.
     """
     if trace.merged is None:
-        return [trace]
+        return [replace(trace, events=events_of_recording(trace.events, trace.recording.samples))]
     try:
         recordings = rank_recordings(trace.recording, trace.merged)
     except TraceFileError as error:

@@ -12,6 +12,7 @@ from moe_trace.data.calls import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import find_kernels, router_busy_us
@@ -42,6 +43,7 @@ class Read:
     devices: tuple[str, ...]
     operators: frozenset[str]
     unreadable: int
+    processes: int
     calls: RankCalls
     step_us: dict[int, float]
     window_us: float
@@ -177,15 +179,18 @@ def _reduce(trace: TraceFile, calls: dict[str, int], *, renumber: bool) -> Read:
         recording = _renumbered(recording, calls)
     samples = recording.samples
     kernels = find_kernels(trace.events)
+    times = measure_calls(samples, trace.events, kernels)
+    joined = set(times.samples.call_keys() if times.device_known else ())
     return Read(
         path=trace.path,
         recording=recording,
-        times=measure_calls(samples, trace.events, kernels),
-        busy_us=router_busy_us(samples, trace.events, kernels),
+        times=times,
+        busy_us=router_busy_us(samples, trace.events, kernels, joined),
         work=trace_work(samples, trace.events, kernels),
         devices=trace.devices,
         operators=frozenset(trace.events.names),
         unreadable=trace.events.unreadable,
+        processes=trace.events.processes,
         calls=RankCalls(
             rank=recording.rank,
             base_time_ns=trace.base_time_ns,
@@ -258,6 +263,7 @@ def joined(parts: Sequence[CallTimes]) -> CallTimes:
         if all(b is None for b in backward)
         else _joined_times([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
         on_device=any(p.on_device for p in parts),
+        coverage=sum((p.coverage for p in parts), TimeCoverage()),
         **{name: np.concatenate([getattr(p, name) for p in parts]) for name in columns},
     )
 
@@ -279,6 +285,13 @@ def notes_of(reads: Sequence[Read]) -> list[str]:
         notes.append(
             f"{unreadable} events of the trace could not be read (odd times or broken text) and are left out"
         )
+    notes += [
+        f"{r.path.name} holds the events of {r.processes} processes, put together by another tool: these "
+        "figures are of the one whose router calls were recorded; give each rank's own trace"
+        for r in reads
+        if r.processes > 1
+    ]
+    notes += coverage_notes([r.times.coverage for r in reads])
     placed = sum(len(r.times.samples) for r in reads)
     if not placed and any(r.recording.samples for r in reads):
         notes.append("no call has its ranges in the trace, so there are no phases and no device times")

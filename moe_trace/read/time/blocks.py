@@ -30,6 +30,17 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def select(self, mask: npt.NDArray[np.bool_]) -> Blocks:
+        """Those of a mask."""
+        return Blocks(
+            samples=self.samples.take(mask),
+            thread=self.thread[mask],
+            start_ns=self.start_ns[mask],
+            end_ns=self.end_ns[mask],
+            router_ns=self.router_ns[mask],
+            experts_ns=self.experts_ns[mask],
+        )
+
 
 def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     """The samples whose ranges the trace holds."""

@@ -19,6 +19,7 @@ from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.structure import EXPERTS
 
 CALLS_MIN = 8
+_UNKNOWN = "the device's times are not known"
 LEVER_MIN = 0.25
 """Least range of the excess over its mean: the fit reaches from there to 0."""
 
@@ -48,7 +49,7 @@ class ImbalanceCost:
 
 def imbalance_costs(times: CallTimes, routers: Sequence[RouterInfo]) -> tuple[ImbalanceCost, ...]:
     """One answer a layer that has calls in the trace."""
-    work_us = times.work_ns(times.forward)[:, EXPERTS] / 1000
+    work_ns = times.work_ns(times.forward)
     found = []
     for router in routers:
         rows = np.flatnonzero(times.samples.of_router(router.name))
@@ -56,26 +57,33 @@ def imbalance_costs(times: CallTimes, routers: Sequence[RouterInfo]) -> tuple[Im
             loads = times.samples.assignments.take(rows)
             slots = loads.totals().astype(np.float64)
             excess = loads.largest() - slots / np.maximum(1, loads.sizes)
-            found.append(_cost(router, work_us[rows], slots, excess))
+            if work_ns is None:
+                found.append(_answer(router, "cannot tell", _UNKNOWN, np.zeros(0), len(rows)))
+            else:
+                found.append(_cost(router, work_ns[rows, EXPERTS] / 1000, slots, excess))
     return tuple(found)
 
 
 def _cost(router: RouterInfo, time_us: np.ndarray, slots: np.ndarray, excess: np.ndarray) -> ImbalanceCost:
-    reason = _cannot_tell(slots, excess)
+    calls, reason = len(time_us), _cannot_tell(slots, excess)
     fit = None if reason else _fit(time_us, slots, excess)
     if fit is None:
         reason = reason or "the load grows with the number of tokens alone"
-        return _answer(router, "cannot tell", reason, time_us)
+        return _answer(router, "cannot tell", reason, time_us, calls)
     slope, error = fit
     cost = slope * excess.mean()
     reach = error * excess.mean()
     if cost - reach <= 0 <= cost + reach:
-        return _answer(router, "no effect seen", "", time_us, cost, reach)
+        return _answer(router, "no effect seen", "", time_us, calls, cost, reach)
     if cost < 0:
         return _answer(
-            router, "cannot tell", "calls with a more even load took longer: something else varies", time_us
+            router,
+            "cannot tell",
+            "calls with a more even load took longer: something else varies",
+            time_us,
+            calls,
         )
-    return _answer(router, "costs", "", time_us, cost, reach)
+    return _answer(router, "costs", "", time_us, calls, cost, reach)
 
 
 def _cannot_tell(slots: np.ndarray, excess: np.ndarray) -> str:
@@ -113,6 +121,7 @@ def _answer(
     verdict: Literal["costs", "no effect seen", "cannot tell"],
     reason: str,
     time_us: np.ndarray,
+    calls: int,
     cost: float | None = None,
     reach: float | None = None,
 ) -> ImbalanceCost:
@@ -123,7 +132,7 @@ def _answer(
         name=router.name,
         verdict=verdict,
         reason=reason,
-        calls=len(time_us),
+        calls=calls,
         measured_us=measured,
         equal_load_us=measured - cost if known else None,  # type: ignore[operator]
         cost_us=float(cost) if known else None,  # type: ignore[arg-type]

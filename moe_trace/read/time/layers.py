@@ -21,7 +21,8 @@ class PhaseTime:
     """Sum of its kernels; None on a CPU."""
     device_span_us: float | None
     """First to last kernel of the phase, summed over calls."""
-    kernels: int
+    kernels: int | None
+    """None on a device whose times are not known."""
     share_of_moe: float | None
     """Of the forward or backward work of all MoE layers."""
     share_of_model: float | None
@@ -55,8 +56,9 @@ class Whole:
     """What the MoE layers are part of. Work is device busy time, on a CPU time in operators."""
 
     on_device: bool
-    moe_work_us: float
-    """Forward and backward."""
+    """Whether these are device times; False too where a device's times are not known."""
+    moe_work_us: float | None
+    """Forward and backward; None where the device's times are not known."""
     model_work_us: float | None
     """None where the rest of the model cannot be told apart by the chosen steps and stages."""
     step_us: float | None
@@ -79,22 +81,24 @@ def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
     """Add the calls up; None where no call has ranges in the trace."""
     if not len(times.samples):
         return None
-    forward_ns = int(times.work_ns(times.forward).sum())
-    backward_ns = int(times.work_ns(times.backward).sum()) if times.backward is not None else 0
-    model_us = around.model_work_us
-    denominators = _Denominators(forward_ns / 1000, backward_ns / 1000, model_us)
+    forward_us = _work_us(times, times.forward)
+    backward_us: float | None = 0.0 if times.coverage.backward.known else None
+    if times.backward is not None:
+        backward_us = _work_us(times, times.backward)
+    model_us = around.model_work_us if forward_us is not None else None
+    denominators = _Denominators(forward_us, backward_us, model_us)
     keys = [times.samples.keys[router] for router in np.unique(times.samples.router).tolist()]
     layers = [
         _layer(times, np.flatnonzero(times.samples.of_router(key.name)), key.site, key.name, denominators)
         for key in sorted(keys, key=lambda key: (key.layer, key.site))
     ]
-    work_us = (forward_ns + backward_ns) / 1000
+    work_us = None if forward_us is None or backward_us is None else forward_us + backward_us
     block_us = int(times.block_host_ns.sum()) / 1000
     return PhaseReport(
         layers=tuple(layers),
         total=_layer(times, np.arange(len(times.samples)), "all", None, denominators),
         whole=Whole(
-            on_device=times.on_device,
+            on_device=times.device_known,
             moe_work_us=work_us,
             model_work_us=model_us,
             step_us=around.step_us,
@@ -106,20 +110,20 @@ def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
 
 @dataclass(frozen=True)
 class _Denominators:
-    forward_us: float
-    backward_us: float
+    forward_us: float | None
+    backward_us: float | None
     model_us: float | None
 
 
 def _layer(times: CallTimes, rows: IntArray, site: str, name: str | None, of: _Denominators) -> LayerPhases:
-    device = times.on_device
+    device, known = times.device_known, times.device_known or not times.on_device
 
     def total(column: IntArray) -> float:
         return int(column[rows].sum()) / 1000
 
     backward = None
     if times.backward is not None:
-        backward = _phases(times.backward, rows, device, of.backward_us, of.model_us)
+        backward = _phases(times.backward, rows, device, known, of.backward_us, of.model_us)
     return LayerPhases(
         site=site,
         name=name,
@@ -130,13 +134,18 @@ def _layer(times: CallTimes, rows: IntArray, site: str, name: str | None, of: _D
         device_busy_us=total(times.forward.busy_ns) if device else None,
         device_gap_us=total(times.device_gap_ns) if device else None,
         device_overlap_us=total(times.device_overlap_ns) if device else None,
-        forward=_phases(times.forward, rows, device, of.forward_us, of.model_us),
+        forward=_phases(times.forward, rows, device, known, of.forward_us, of.model_us),
         backward=backward,
     )
 
 
 def _phases(
-    times: Times, rows: IntArray, device: bool, moe_us: float, model_us: float | None
+    times: Times,
+    rows: IntArray,
+    device: bool,
+    known: bool,
+    moe_us: float | None,
+    model_us: float | None,
 ) -> dict[str, PhaseTime]:
     host, busy = times.host_ns[rows].sum(0), times.busy_ns[rows].sum(0)
     span, kernels = times.span_ns[rows].sum(0), times.kernels[rows].sum(0)
@@ -146,7 +155,7 @@ def _phases(
             host_us=int(host[i]) / 1000,
             device_busy_us=int(busy[i]) / 1000 if device else None,
             device_span_us=int(span[i]) / 1000 if device else None,
-            kernels=int(kernels[i]),
+            kernels=int(kernels[i]) if known else None,
             share_of_moe=_ratio(int(work[i]) / 1000, moe_us),
             share_of_model=_ratio(int(work[i]) / 1000, model_us),
         )
@@ -154,5 +163,10 @@ def _phases(
     }
 
 
-def _ratio(part: float, whole: float | None) -> float | None:
-    return part / whole if whole else None
+def _work_us(times: CallTimes, part: Times) -> float | None:
+    work_ns = times.work_ns(part)
+    return None if work_ns is None else int(work_ns.sum()) / 1000
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

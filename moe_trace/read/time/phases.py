@@ -9,13 +9,15 @@ Sums conserve, in whole nanoseconds:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls import CallTable
 from moe_trace.data.schema import RoutingSample
+from moe_trace.read.file.coverage import Coverage, TimeCoverage
+from moe_trace.read.file.decoding import NO_LINK
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import find_blocks
@@ -65,11 +67,23 @@ class CallTimes:
     device_overlap_ns: IntArray
     """[B] time that several of its kernels shared."""
     on_device: bool
-    """Whether the trace has kernels; without, the operators' own times are the work."""
+    """Whether the work was done on a device; without, the operators' own times are the work."""
+    coverage: TimeCoverage
+    """What could be joined, of the whole trace."""
 
-    def work_ns(self, times: Times) -> IntArray:
-        """[B, P] what was worked: device busy time where there is a device, else time in operators."""
-        return times.busy_ns if self.on_device else times.host_ns
+    @property
+    def device_known(self) -> bool:
+        """Whether there are device times, and enough of the kernels could be joined to give them."""
+        return self.on_device and self.coverage.device_known
+
+    def work_ns(self, times: Times) -> IntArray | None:
+        """[B, P] what was worked: device busy time where there is a device, else time in operators.
+
+        None where the device's times are not known.
+        """
+        if not self.on_device:
+            return times.host_ns
+        return times.busy_ns if self.device_known else None
 
     def select(self, rows: npt.NDArray[np.int64]) -> CallTimes:
         """Those calls, in the order of `rows`."""
@@ -83,13 +97,21 @@ class CallTimes:
             device_gap_ns=self.device_gap_ns[rows],
             device_overlap_ns=self.device_overlap_ns[rows],
             on_device=self.on_device,
+            coverage=self.coverage,
         )
 
 
 def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every sample that has its ranges in the trace."""
+    """Times of every sample that has its ranges in the trace, and operators inside them.
+
+    Ranges without any operator stand on another thread than the work (a tool moved them), and tell nothing.
+    """
     blocks = find_blocks(samples, events)
     steps = find_steps(events, blocks)
+    filled = np.isin(np.arange(len(blocks)), steps.block)
+    if not filled.all():
+        blocks = blocks.select(filled)
+        steps = find_steps(events, blocks)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     host_ns = _sums(len(blocks), steps.block, steps.phase, steps.end_ns - steps.start_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
@@ -98,17 +120,37 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
     span_ns, union_ns = _span_and_union(
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
     )
+    backward, linked = _backward(len(blocks), steps, events, kernels)
+    places = CallTable.of(samples).places
+    ranged = ~np.isnan(places.span("host", "router")[:, 0])
+    launches = _launches(steps, events, kernels)
+    device = (events.kind == Kind.DEVICE).any() or launches.total
     return CallTimes(
         samples=blocks.samples,
         forward=forward,
-        backward=_backward(len(blocks), steps, events, kernels),
+        backward=backward if linked.known else None,
         block_host_ns=block_host_ns,
         host_gap_ns=block_host_ns - host_ns.sum(1),
         device_span_ns=span_ns,
         device_gap_ns=span_ns - union_ns,
         device_overlap_ns=forward.busy_ns.sum(1) - union_ns,
-        on_device=bool((events.kind == Kind.DEVICE).any()),
+        on_device=bool(device or (ranged & ~np.isnan(places.span("device", "router")[:, 0])).any()),
+        coverage=TimeCoverage(
+            kernels=kernels.coverage,
+            launches=launches,
+            calls=Coverage(joined=len(blocks), total=int(ranged.sum())),
+            backward=linked,
+        ),
     )
+
+
+def _launches(steps: Steps, events: EventTable, kernels: Kernels) -> Coverage:
+    """How many of the launches of kernels in the steps have a kernel."""
+    launching = np.array(["kernel" in (n := name.lower()) and "launch" in n for name in events.names], bool)
+    rows = np.flatnonzero((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
+    rows = rows[launching[events.name[rows]]]
+    rows = rows[steps.at(events.thread[rows], events.start_ns[rows]) >= 0]
+    return Coverage(joined=int(np.isin(events.link[rows], kernels.link).sum()), total=len(rows))
 
 
 def _sums(rows: int, row: IntArray, phase: IntArray, values: IntArray) -> IntArray:
@@ -159,20 +201,24 @@ def _span_and_union(
 # -- backward -----------------------------------------------------------------------------------------
 
 
-def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> Times | None:
-    """Times of the backward nodes whose forward operator lies in a block, by the forward operator's phase."""
+def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> tuple[Times | None, Coverage]:
+    """Times of the backward nodes whose forward operator lies in a block, by the forward operator's phase.
+
+    And how many of all backward nodes could be joined with their forward operator.
+    """
     forward = events.select(events.kind == Kind.FORWARD)
     backward = events.select(events.kind == Kind.BACKWARD)
-    if not len(forward) or not len(backward):
-        return None
+    if not len(backward):
+        return None, Coverage()
     forward = forward.select(np.argsort(forward.link, kind="stable"))
     at = np.searchsorted(forward.link, backward.link)
-    at[at == len(forward)] = 0
-    linked = (forward.link[at] == backward.link) & (backward.link >= 0)
-    backward, at = backward.select(linked), at[linked]
+    linked = (at < len(forward)) & (backward.link != NO_LINK)
+    linked[linked] = forward.link[at[linked]] == backward.link[linked]
+    nodes, found = _node_intervals(events, backward)
+    coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
+    nodes, at = nodes.select(linked), at[linked]
     step = steps.at(forward.thread[at], forward.start_ns[at])
-    backward, step = backward.select(step >= 0), step[step >= 0]
-    nodes = _node_intervals(events, backward)
+    nodes, step = nodes.select(step >= 0), step[step >= 0]
     order = np.lexsort((nodes.start_ns, nodes.thread))
     nodes, step = nodes.select(order), step[order]
     as_steps = Steps(
@@ -184,11 +230,13 @@ def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> 
     )
     host_ns = _sums(rows, as_steps.block, as_steps.phase, nodes.duration_ns)
     launched = as_steps.at(kernels.launch_thread, kernels.launch_ns)
-    return _device_times(rows, as_steps, kernels, launched, host_ns).unless_empty()
+    return _device_times(rows, as_steps, kernels, launched, host_ns).unless_empty(), coverage
 
 
-def _node_intervals(events: EventTable, backward: EventTable) -> EventTable:
-    """The backward nodes as slices: a flow ends at the start of its node, the longest operator there."""
+def _node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
+    """The backward nodes as slices, and which were found: a flow ends at the start of its node, the longest
+    operator there.
+    """
     ops = events.select(events.kind == Kind.OP)
     ops = ops.select(np.lexsort((-ops.duration_ns, ops.start_ns, ops.thread)))
     origin = int(min(ops.start_ns.min(initial=0), backward.start_ns.min(initial=0)))
@@ -200,14 +248,4 @@ def _node_intervals(events: EventTable, backward: EventTable) -> EventTable:
     found[found] = key[at[found]] == wanted[found]
     duration = np.zeros(len(backward), dtype=np.int64)
     duration[found] = ops.duration_ns[at[found]]
-    return EventTable(
-        backward.kind,
-        backward.name,
-        backward.thread,
-        backward.start_ns,
-        duration,
-        backward.link,
-        backward.names,
-        backward.threads,
-        backward.unreadable,
-    )
+    return replace(backward, duration_ns=duration), found

@@ -27,8 +27,8 @@ class Rate:
     """One part of an MoE layer: forward work, recomputed calls included."""
 
     flops: int
-    work_us: float
-    """Device busy time of the part's phase; on a CPU its time in operators."""
+    work_us: float | None
+    """Device busy time of the part's phase, None if it is not known; on a CPU its time in operators."""
     flops_per_s: float | None
     share_of_peak: float | None
     least_bytes: int | None
@@ -140,7 +140,8 @@ class _Measure:
         return rate
 
     def _rate(self, flops: int, rows: IntArray, phase: int, items: int | None) -> Rate:
-        work_ns = int(self.times.work_ns(self.times.forward)[rows, phase].sum())
+        worked = self.times.work_ns(self.times.forward)
+        work_ns = None if worked is None else int(worked[rows, phase].sum())
         per_s = flops / work_ns * 1e9 if work_ns and flops else None
         peak = self.peak
         least = items * self.item_bytes if items is not None and self.item_bytes is not None else None
@@ -150,7 +151,7 @@ class _Measure:
             bound = "memory" if intensity < peak.flops_per_s / peak.bytes_per_s else "arithmetic"
         return Rate(
             flops=flops,
-            work_us=work_ns / 1000,
+            work_us=None if work_ns is None else work_ns / 1000,
             flops_per_s=per_s,
             share_of_peak=per_s / peak.flops_per_s if per_s and peak.flops_per_s else None,
             least_bytes=least,

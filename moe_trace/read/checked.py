@@ -1,0 +1,116 @@
+"""What the checks of a trace look at: recording and events, what merging added, what could be joined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moe_trace.data.schema import Recording
+from moe_trace.read.file.coverage import TimeCoverage
+from moe_trace.read.file.events import EventTable, to_ns
+from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.stream import JsonStream, loads_lenient
+from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace, split_ranks
+from moe_trace.read.ranks.rename import is_band
+from moe_trace.read.time.phases import measure_calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandEvent:
+    """A counter or slice that merging added."""
+
+    ph: str
+    name: str
+    track: tuple[Any, Any]
+    start_ns: int
+    duration_ns: int
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the rules look at."""
+
+    recording: Recording
+    events: EventTable
+    coverage: TimeCoverage
+    """Of all ranks in the file."""
+    band: tuple[BandEvent, ...]
+
+
+class _RawEvent(msgspec.Struct, gc=False):
+    ph: str = ""
+    name: str = ""
+    pid: int | str | None = None
+    tid: int | str | None = None
+    ts: float = 0.0
+    dur: float = 0.0
+    args: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_raw_batch = msgspec.json.Decoder(list[_RawEvent]).decode
+
+
+def _raw_one(text: bytes) -> _RawEvent:
+    try:
+        value = loads_lenient(text)
+        kept = {key: value[key] for key in ("ph", "name", "pid", "tid", "ts", "dur") if key in value}
+        return msgspec.convert(kept, _RawEvent)
+    except (ValueError, TypeError, OverflowError):
+        return _RawEvent()
+
+
+def read_checked(path: Path, progress: Progress | None = None) -> Checked:
+    """Read a merged trace twice: its own events, and what merging added.
+
+    Raises:
+        TraceFileError: as `read_trace`.
+    """
+    trace = read_trace(path, progress)
+    with open_trace_stream(path, progress) as stream:
+        band = tuple(_band_events(stream))
+    coverage = TimeCoverage()
+    for part in split_ranks(trace):
+        kernels = find_kernels(part.events)
+        coverage += measure_calls(part.recording.samples, part.events, kernels).coverage
+    return Checked(recording=trace.recording, events=trace.events, coverage=coverage, band=band)
+
+
+def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
+    for key in stream.walk():
+        if key != "traceEvents":
+            stream.skip()
+            continue
+        for batch in stream.batches(_raw_batch, _raw_one):
+            for event in batch:
+                if is_band(event.pid) and event.ph in "CX":
+                    yield _band_event(event)
+
+
+def _band_event(event: _RawEvent) -> BandEvent:
+    start_ns, duration_ns = to_ns([event.ts, event.dur]).tolist()
+    value = None
+    if event.ph == "C":
+        value = _sum_of_numbers(bytes(event.args))
+    return BandEvent(
+        ph=event.ph,
+        name=event.name,
+        track=(event.pid, event.name if event.ph == "C" else event.tid),
+        start_ns=start_ns,
+        duration_ns=duration_ns,
+        value=value,
+    )
+
+
+def _sum_of_numbers(text: bytes) -> float:
+    try:
+        arguments = loads_lenient(text)
+    except ValueError:
+        return math.nan
+    numbers = arguments.values() if isinstance(arguments, dict) else ()
+    return sum(float(v) for v in numbers if isinstance(v, (int, float)) and abs(v) < 1e300)

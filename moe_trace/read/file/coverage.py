@@ -1,0 +1,102 @@
+"""How much of what a figure adds up could be joined: the third state beside known and zero.
+
+A kernel whose launch the trace does not hold belongs to no layer that we could name. A sum without it is
+a lower bound, and is shown with its coverage; where less than `KNOWN_MIN` could be joined it is not given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+KNOWN_MIN = 0.9
+"""Least share that must be joined for a sum to be given, by number and by time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """How many things of one kind were joined to what they belong to."""
+
+    joined: int = 0
+    total: int = 0
+    joined_ns: int = 0
+    total_ns: int = 0
+    """Their time, where they have any."""
+
+    def __add__(self, other: Coverage) -> Coverage:
+        return Coverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def share(self) -> float | None:
+        """The smaller of the shares by number and by time; None where there was nothing to join."""
+        if not self.total:
+            return None
+        by_time = self.joined_ns / self.total_ns if self.total_ns else 1.0
+        return min(self.joined / self.total, by_time)
+
+    @property
+    def known(self) -> bool:
+        """Whether a sum over the joined is near enough to that over all."""
+        return self.share is None or self.share >= KNOWN_MIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeCoverage:
+    """What the times of a trace's router calls rest on."""
+
+    kernels: Coverage = Coverage()
+    """Kernels, copies and memsets whose launch the trace holds."""
+    launches: Coverage = Coverage()
+    """Launches of kernels inside MoE layers whose kernel the trace holds."""
+    calls: Coverage = Coverage()
+    """Router calls whose ranges the trace holds, with operators inside."""
+    backward: Coverage = Coverage()
+    """Backward nodes whose forward operator the trace holds."""
+
+    def __add__(self, other: TimeCoverage) -> TimeCoverage:
+        return TimeCoverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def device_known(self) -> bool:
+        """Whether device times can be given."""
+        return self.kernels.known and self.launches.known and self.calls.known
+
+    def items(self) -> list[tuple[str, Coverage]]:
+        """(name, coverage), in the order of the fields."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+_LOSSES = {
+    "kernels": ("kernels, copies and memsets have a launch", "device times"),
+    "launches": ("kernel launches inside MoE layers have a kernel", "device times"),
+    "calls": ("router calls have their ranges in the trace, with operators inside", "device times"),
+    "backward": ("backward nodes have a forward operator", "backward times"),
+}
+
+
+def loss_sentence(name: str, coverage: Coverage) -> str | None:
+    """What was not joined, in words; None where nothing was lost."""
+    share = coverage.share
+    if share is None or share >= 1:
+        return None
+    what, figures = _LOSSES[name]
+    by_time = (
+        f" ({_percent(coverage.joined_ns / coverage.total_ns)} of their time)" if coverage.total_ns else ""
+    )
+    return f"{_percent(coverage.joined / coverage.total)} of the {coverage.total:,} {what}{by_time}" + (
+        f": {figures} leave out the others"
+        if coverage.known
+        else f": {figures} are not given, for less than {100 * KNOWN_MIN:.0f} % could be joined"
+    )
+
+
+def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
+    """One sentence for each kind of loss."""
+    whole = sum(parts, TimeCoverage())
+    return [text for name, coverage in whole.items() if (text := loss_sentence(name, coverage)) is not None]
+
+
+def _percent(share: float) -> str:
+    """Never 100 % for what is not all, nor 0 % for what is not nothing."""
+    text = f"{100 * share:.0f}" if share == 1 or 0.01 <= share <= 0.99 else f"{100 * share:.2g}"
+    return f"{'99.9' if share < 1 and float(text) == 100 else text} %"
