@@ -20,7 +20,7 @@ from moe_trace.read.file.coverage import Coverage, TimeCoverage
 from moe_trace.read.file.decoding import NO_LINK
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import Kernels
-from moe_trace.read.time.blocks import find_blocks
+from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.structure import PHASES, Steps, find_steps
 
 IntArray = npt.NDArray[np.int64]
@@ -102,16 +102,8 @@ class CallTimes:
 
 
 def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every sample that has its ranges in the trace, and operators inside them.
-
-    Ranges without any operator stand on another thread than the work (a tool moved them), and tell nothing.
-    """
-    blocks = find_blocks(samples, events)
-    steps = find_steps(events, blocks)
-    filled = np.isin(np.arange(len(blocks)), steps.block)
-    if not filled.all():
-        blocks = blocks.select(filled)
-        steps = find_steps(events, blocks)
+    """Times of every sample that has its ranges in the trace, and operators inside them."""
+    blocks, steps = _filled(find_blocks(samples, events), events)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     host_ns = _sums(len(blocks), steps.block, steps.phase, steps.end_ns - steps.start_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
@@ -142,6 +134,16 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
             backward=linked,
         ),
     )
+
+
+def _filled(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
+    """Without ranges that hold no operator: they stand on another thread than the work, and tell nothing."""
+    steps = find_steps(events, blocks)
+    filled = np.isin(np.arange(len(blocks)), steps.block)
+    if filled.all():
+        return blocks, steps
+    blocks = blocks.select(filled)
+    return blocks, find_steps(events, blocks)
 
 
 def _launches(steps: Steps, events: EventTable, kernels: Kernels) -> Coverage:
