@@ -28,7 +28,6 @@ KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = {
     ("record/parallel", "record/reduce"),
 }
 KNOWN_TOO_LONG = {
-    "read/check.py",
     "read/file/trace_file.py",
     "read/ranks/ranks.py:report_ranks",
     "record/hooks/site.py",
