@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from moe_trace.data.schema import RoutingSample
-from moe_trace.integrations.scalars import add_scalars
+from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
 _WAITING = 64  # hand-overs that may wait for the writer; each is some KB a router
@@ -38,6 +38,7 @@ class ScalarLogger:
         """Hand-overs left out because the writer could not keep up."""
         self._tracer = tracer
         self._folder = os.fspath(folder)
+        self._make_writer = load_writer()
         self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
         self._held: list[RoutingSample] = []
@@ -87,9 +88,7 @@ class ScalarLogger:
     def _write_all(self) -> None:
         """The writer's thread: waits for each copy, then writes; a failure must not stop the training."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with SummaryWriter(log_dir=self._folder) as writer:
+            with self._make_writer(log_dir=self._folder) as writer:
                 while (batches := self._queue.get()) is not None:
                     self._held += self._tracer.samples_of(batches)
                     self._write(writer, last_step=False)

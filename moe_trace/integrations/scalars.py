@@ -22,7 +22,13 @@ IMAGE_TAG = "moe_load/layers_x_experts"
 IMAGES_MAX = 10  # TensorBoard shows no more of one tag, unless it is asked to
 
 
-# One figure is one group of TensorBoard's scalar dashboard, with the layers and their mean inside.
+def load_writer() -> Any:
+    """torch's `SummaryWriter`. The first import takes a second or two: before a training step, not in one."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter
+
+
 def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
     """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter.
 
@@ -30,9 +36,7 @@ def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSampl
     """
     if not samples:
         return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(log_dir=str(folder)) as writer:
+    with load_writer()(log_dir=str(folder)) as writer:
         add_scalars(writer, samples)
         for step, loads in step_loads(samples, IMAGES_MAX).items():
             writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step, dataformats="HWC")

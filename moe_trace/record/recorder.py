@@ -4,7 +4,7 @@ Nothing here waits for the device until `drain`. The way of one router call:
 
     add      references to the router's own tensors, nothing computed            (in the hook)
     reduce   many calls in one batch of kernels -> two small tensors             (after a forward)
-    ship     many small tensors -> pinned host memory, asynchronously            (every `_SHIP_EVERY` batches)
+    ship     many small tensors -> pinned host memory, asynchronously            (every `SHIP_EVERY` batches)
     drain    wait for what is under way; build `RoutingSample`s                  (when somebody asks)
 
 A large forward is reduced when it ends. Small ones (decode steps) wait for each other: their tensors are
@@ -37,9 +37,9 @@ _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is redu
 # ... and beyond which a forward does not wait for the next ones. On a CPU the reduction would stop the model
 # for as long as it takes, so it waits while memory allows; a device works through it beside the host.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
-_WAITING_CALLS_MAX = 1024
-_PENDING_CALLS_MAX = 8 * _WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
-_SHIP_EVERY = 32
+WAITING_CALLS_MAX = 1024
+_PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
+SHIP_EVERY = 32
 
 
 class Recorder:
@@ -82,7 +82,7 @@ class Recorder:
             return
         with self._lock:
             self._ends_with_backward = False
-            small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= _WAITING_CALLS_MAX
+            small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= WAITING_CALLS_MAX
             if not (small and self.may_wait):
                 self.reduce()
                 return
@@ -133,7 +133,7 @@ class Recorder:
         self._kept += len(batch.records)
         if batch.ints.device.type == "cuda":
             self._on_device.append(batch)
-            if len(self._on_device) >= _SHIP_EVERY:
+            if len(self._on_device) >= SHIP_EVERY:
                 self._ship()
         else:
             self._on_host.append(batch)

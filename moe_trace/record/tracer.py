@@ -32,6 +32,7 @@ from moe_trace.record.hooks.site import CallClock
 from moe_trace.record.parallel.process import ParallelModel
 from moe_trace.record.parallel.sending import Sending
 from moe_trace.record.recorder import Recorder
+from moe_trace.record.rehearsal import rehearse
 from moe_trace.record.steps import Steps
 from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
@@ -133,10 +134,16 @@ class MoETracer(HoldsHooks):
     # -- life -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put the hooks on. Samples of earlier activations are kept."""
+        """Put the hooks on. Samples of earlier activations are kept.
+
+        On a GPU the first start in a process takes seconds, so that no step does: kernels are compiled and
+        memory is allocated here. Start the tracer before the profiler where both are started by hand; in a
+        profiler that records already, this is left out, and figures are reduced by slower kernels.
+        """
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
+        rehearse(self.sites)
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
         self._graphs.mark(
             Segment(step=0, profiled=False, sampled=False), in_trace=False

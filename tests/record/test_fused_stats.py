@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_trace.find.contracts import Reading
+from moe_trace.record.reduce.kernels import FusedKernels
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, routing_stats
 
 triton = pytest.importorskip(
@@ -121,10 +124,80 @@ def test_tensors_that_are_not_contiguous(fused: ModuleType) -> None:
 
 def test_what_does_not_fit_is_told(fused: ModuleType) -> None:
     index, weights = torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
-    assert fused.fits(torch.zeros(4, 8), weights, index, 8)
-    assert not fused.fits(torch.zeros(4, 8, dtype=torch.float64), weights, index, 8)  # float64 stays float64
-    assert not fused.fits(torch.zeros(4, 4096), weights, index, 4096)
-    assert not fused.fits(None, weights[:0], index[:0], 8)
+    assert fused.fits(torch.zeros(4, 8), weights, index)
+    assert not fused.fits(torch.zeros(4, 8, dtype=torch.float64), weights, index)  # float64 stays float64
+    assert not fused.fits(None, weights, index.short())
+    assert not fused.fits(None, weights[:0], index[:0])
+    assert fused.blocks(64, 8, 64) == fused.blocks(64, 8, 0)
+    assert fused.blocks(4096, 2, 4096) is None
+
+
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_every_type_of_weights_and_ids(fused: ModuleType, weights: torch.dtype, index: torch.dtype) -> None:
+    calls = Calls(5, calls=2, tokens=40, experts=8, top_k=3, classes=8, dtype=torch.float16)
+    calls.weights = [tensor.to(weights) for tensor in calls.weights]
+    calls.weights[0][0] = torch.tensor([-0.0, torch.nan, torch.finfo(weights).tiny])  # zero, and not zero
+    calls.index = [tensor.to(index) for tensor in calls.index]
+    compare(fused, calls)
+
+
+@pytest.mark.cuda
+def test_nothing_is_compiled_for_another_number_of_tokens_or_type(fused: ModuleType) -> None:
+    """Triton compiles for arguments that are 1 or multiples of 16, unless it is told not to."""
+    compare(fused, Calls(6, calls=2, tokens=5, experts=64, top_k=8, classes=64, dtype=torch.float32))
+    compiled = sum(len(cache[0]) for cache in _caches(fused))
+    for tokens, calls in ((1, 1), (16, 1), (33, 16), (2048, 3)):
+        for dtype in LOGIT_TYPES:
+            compare(fused, Calls(6, calls, tokens, experts=64, top_k=8, classes=64, dtype=dtype))
+        compare(fused, Calls(6, calls, tokens, experts=64, top_k=8, classes=0, dtype=dtype))
+    assert sum(len(cache[0]) for cache in _caches(fused)) == compiled > 0
+
+
+def _caches(fused: ModuleType) -> list[Any]:
+    kernels = (fused._sum_chunks, fused._add_chunks)
+    return [cache for kernel in kernels for cache in kernel.device_caches.values()]
+
+
+# -- when they are used ----------------------------------------------------------------------------------
+
+
+def reading(calls: Calls) -> Reading:
+    return Reading(
+        calls.index[0].to(DEVICE),
+        calls.weights[0].to(DEVICE),
+        calls.on(calls.logits)[0] if calls.classes else None,
+    )
+
+
+def test_kernels_are_used_only_once_they_were_made_ready() -> None:
+    kernels, device = FusedKernels(), torch.zeros(0, device=DEVICE).device
+    calls = Calls(7, calls=1, tokens=20, experts=8, top_k=2, classes=8, dtype=torch.bfloat16)
+    assert kernels.ready_for(reading(calls), 8) is None
+    kernels.prepare(device, num_experts=8, top_k=2)
+    assert kernels.ready_for(reading(calls), 8) is not None
+    calls.logits = [tensor.double() for tensor in calls.logits]
+    assert kernels.ready_for(reading(calls), 8) is None, "a type that they do not know"
+    more = Calls(7, calls=1, tokens=20, experts=40, top_k=2, classes=40, dtype=torch.bfloat16)
+    assert kernels.ready_for(reading(more), 40) is None, "of other blocks, which would be compiled in a step"
+
+
+def test_failures_on_one_device_are_bounded_and_leave_others_alone() -> None:
+    kernels, device = FusedKernels(), torch.zeros(0, device=DEVICE).device
+    other = torch.device("cuda", 7)
+    calls = Calls(8, calls=1, tokens=20, experts=8, top_k=2, classes=8, dtype=torch.bfloat16)
+    kernels.prepare(device, num_experts=8, top_k=2)
+    with pytest.warns(RuntimeWarning, match=r"do not run on cuda:7.*RuntimeError: no compiler"):
+        for _ in range(5):
+            kernels.failed(other, RuntimeError("no compiler"))
+    assert kernels.ready_for(reading(calls), 8) is not None
+    with pytest.warns(RuntimeWarning, match="do not run on"):
+        kernels.failed(device, RuntimeError("launch failed"))
+    assert kernels.ready_for(reading(calls), 8) is not None, "one failure may be an accident"
+    for _ in range(2):
+        kernels.failed(device, RuntimeError("launch failed"))
+    kernels.prepare(device, num_experts=8, top_k=2)
+    assert kernels.ready_for(reading(calls), 8) is None
 
 
 def test_the_comparison_can_fail(fused: ModuleType) -> None:

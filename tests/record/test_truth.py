@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
@@ -218,3 +220,33 @@ def test_recomputed_calls_are_marked_and_not_added_to_the_load() -> None:
     for router in tracer.summary().routers:
         assert sum(router.assignments) == batch["input_ids"].numel() * 2
         assert (router.calls, router.recomputed_calls) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_stage_is_told_by_the_cache_under_its_old_name_and_its_new(name: str) -> None:
+    """transformers 5.24 renamed the argument."""
+    model = tiny_olmoe()
+    inner = model.forward
+    model.forward = {  # the name that this installation's model has is not the one under test
+        "cache": lambda input_ids, attention_mask=None, cache=None: inner(
+            input_ids, attention_mask=attention_mask, **{_cache_name(inner): cache}
+        ),
+        "past_key_values": lambda input_ids, attention_mask=None, past_key_values=None: inner(
+            input_ids, attention_mask=attention_mask, **{_cache_name(inner): past_key_values}
+        ),
+    }[name]
+    ids = token_batch(2, 7)["input_ids"]
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        cache = DynamicCache(config=model.config)
+        model(ids, attention_mask=mask[:, :7], **{name: cache})
+        model(ids[:, :1], attention_mask=mask, **{name: cache})
+    recording = tracer.recording()
+    first_layer = [s for s in recording.samples if s.layer == 0]
+    assert [(s.stage, s.padding_assignments) for s in first_layer] == [("prefill", 6), ("decode", 0)]
+    assert recording.lost.padding_unknown == 0
+
+
+def _cache_name(forward: Any) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
 
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
 
 @dataclass(slots=True)
 class ForwardContext:
@@ -90,7 +92,7 @@ class ModelInputs:
             return "train"
         if self.length(args, kwargs) != 1:
             return "prefill"
-        cached = _cached_tokens(self._given(args, kwargs, "past_key_values"))
+        cached = _cached_tokens(self._cache(args, kwargs))
         return "prefill" if cached == 0 else "decode"
 
     def padding(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
@@ -104,10 +106,18 @@ class ModelInputs:
             return None, False
         if self._encoder_decoder or length is None or not isinstance(mask, Tensor) or mask.dim() != 2:
             return None, True
-        cached = _cached_tokens(self._given(args, kwargs, "past_key_values"))
+        cached = _cached_tokens(self._cache(args, kwargs))
         if mask.shape[1] != length and mask.shape[1] != length + (cached or 0):
             return None, True
         return (mask[:, -length:] == 0).flatten(), False
+
+    def _cache(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The keys and values of earlier tokens; models keep the old name until transformers 5.40."""
+        for name in _CACHE_NAMES:
+            cache = self._given(args, kwargs, name)
+            if cache is not None:
+                return cache
+        return None
 
     def _given(self, args: Any, kwargs: dict[str, Any], name: str) -> Any:
         if name in kwargs:

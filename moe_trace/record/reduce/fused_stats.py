@@ -3,11 +3,15 @@
 The first reads each call's tensors where they are, through a table of their addresses, and writes the sums of
 a chunk of tokens; the second adds up the chunks, always in the same order, so that equal inputs give equal
 figures. Nothing is copied, nothing waits. Shape suffixes as in `stats`, and C logits per token.
+
+Only the sizes of blocks are compiled in, which follow from a router's experts and slots: another number of
+tokens, type or layout is an argument, so that whatever a forward brings, nothing is compiled for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +26,45 @@ _ELEMENTS = 2048  # of one block of tokens x experts, which stays in registers
 _COLUMNS_MAX = 1024
 _CHUNKS_MAX = 64
 _PROGRAMS = 1024  # some waves of a GPU's multiprocessors
-_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int64: tl.int64,
-    torch.int32: tl.int32,
-}
-_LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # all are reduced in float32
+_WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INDEX_TYPES = (torch.int64, torch.int32)
+# By the number that the kernel knows each type by; 0 for none. All are reduced in float32.
+_LOGIT_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def fits(logits_TE: Tensor | None, weights_TK: Tensor, index_TK: Tensor, num_experts: int) -> bool:
-    """Whether calls like this one can be reduced here."""
-    classes = 0 if logits_TE is None else logits_TE.shape[-1]
+class Blocks(NamedTuple):
+    """Sizes of the kernels' blocks: all that is compiled into them."""
+
+    BLOCK_T: int
+    BLOCK_E: int
+    BLOCK_S: int
+    BLOCK_K: int
+    BLOCK_X: int
+    BLOCK_I: int
+
+
+def blocks(num_experts: int, top_k: int, classes: int) -> Blocks | None:
+    """The blocks for E experts, K slots and C logits; None where they would not fit into registers."""
+    if not 0 < max(classes, num_experts, top_k + 1) <= _COLUMNS_MAX:
+        return None
+    block_e = triton.next_power_of_2(max(classes, num_experts))
+    return Blocks(
+        BLOCK_T=max(1, _ELEMENTS // block_e),
+        BLOCK_E=block_e,
+        BLOCK_S=triton.next_power_of_2(top_k),
+        BLOCK_K=triton.next_power_of_2(top_k + 1),
+        BLOCK_X=triton.next_power_of_2(num_experts + 3),
+        BLOCK_I=triton.next_power_of_2(num_experts + 2 + top_k + 1 + 2),
+    )
+
+
+def fits(logits_TE: Tensor | None, weights_TK: Tensor, index_TK: Tensor) -> bool:
+    """Whether the kernels know the types of calls like this one."""
     return (
         index_TK.numel() > 0
-        and weights_TK.dtype in _TYPES
-        and index_TK.dtype in _TYPES
+        and weights_TK.dtype in _WEIGHT_TYPES
+        and index_TK.dtype in _INDEX_TYPES
         and (logits_TE is None or logits_TE.dtype in _LOGIT_TYPES)
-        and max(classes, num_experts, index_TK.shape[-1] + 1) <= _COLUMNS_MAX
     )
 
 
@@ -52,7 +75,7 @@ def fused_routing_stats(
     num_experts: int,
     padding: Sequence[Tensor] | None,
 ) -> PackedStats:
-    """Reduce L calls of one shape, type and device, for which `fits` holds.
+    """Reduce L calls of one shape, type and device, for which `fits` and `blocks` hold.
 
     Args:
         logits: L tensors [T, C], or None where the routers have no true logits.
@@ -65,6 +88,8 @@ def fused_routing_stats(
     device, calls = kinds[1][0].device, len(index)
     tokens, top_k = index[0].shape
     classes = logits[0].shape[-1] if logits else 0
+    sizes = blocks(num_experts, top_k, classes)
+    assert sizes is not None
     chunks = max(1, min(_CHUNKS_MAX, _PROGRAMS // calls, triton.cdiv(tokens, 32)))
     columns = num_experts + 2 + top_k + 1 + 2
     addresses = _to_device([[tensor.data_ptr() for tensor in kind] for kind in kinds], device)
@@ -72,24 +97,25 @@ def fused_routing_stats(
     parts_f = torch.empty((calls, chunks, _SUMS + classes), dtype=torch.float32, device=device)
     ints = torch.empty((calls, columns), dtype=torch.int64, device=device)
     floats = torch.empty((calls, _SUMS + 1), dtype=torch.float32, device=device)
-    block_e = triton.next_power_of_2(max(classes, num_experts))
-    sizes = (tokens, num_experts, classes, top_k)
     _sum_chunks[(chunks, calls)](
         addresses,
         parts_i,
         parts_f,
         calls,
-        *sizes,
+        tokens,
+        num_experts,
+        classes,
+        top_k,
         triton.cdiv(tokens, chunks),
-        WEIGHT=_TYPES[weights[0].dtype],
-        INDEX=_TYPES[index[0].dtype],
-        LOGIT=_TYPES[logits[0].dtype] if logits else None,
-        PADDING=padding is not None,
-        BLOCK_T=max(1, _ELEMENTS // block_e),
-        BLOCK_E=block_e,
-        BLOCK_S=triton.next_power_of_2(top_k),
-        BLOCK_K=triton.next_power_of_2(top_k + 1),
-        BLOCK_X=triton.next_power_of_2(num_experts + 3),
+        weights[0].element_size(),
+        index[0].element_size(),
+        _LOGIT_TYPES[logits[0].dtype] if logits else 0,
+        int(padding is not None),
+        BLOCK_T=sizes.BLOCK_T,
+        BLOCK_E=sizes.BLOCK_E,
+        BLOCK_S=sizes.BLOCK_S,
+        BLOCK_K=sizes.BLOCK_K,
+        BLOCK_X=sizes.BLOCK_X,
     )
     _add_chunks[(calls,)](
         parts_i,
@@ -97,9 +123,11 @@ def fused_routing_stats(
         ints,
         floats,
         chunks,
-        *sizes,
-        BLOCK_E=block_e,
-        BLOCK_I=triton.next_power_of_2(columns),
+        num_experts,
+        classes,
+        top_k,
+        BLOCK_E=sizes.BLOCK_E,
+        BLOCK_I=sizes.BLOCK_I,
         SUMS=_SUMS,
     )
     return PackedStats(ints, floats)
@@ -115,8 +143,51 @@ def _to_device(rows: list[list[int]], device: torch.device) -> Tensor:
     return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
+# Triton compiles anew for an argument that is 1, or a multiple of 16, unless it is told not to.
+_COUNTS = ("calls", "tokens", "num_experts", "classes", "top_k")
+_KINDS = ("chunk_tokens", "weight_bytes", "index_bytes", "logit_kind", "has_padding")
+
+
 @triton.jit
-def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its own way
+def _load_ids(address, index_bytes, offsets, mask):  # type: ignore[no-untyped-def]  # Triton's own annotations
+    if index_bytes == 8:
+        ids = tl.load(address.to(tl.pointer_type(tl.int64)) + offsets, mask=mask, other=0)
+    else:
+        ids = tl.load(address.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0).to(tl.int64)
+    return ids
+
+
+@triton.jit
+def _load_is_zero(address, weight_bytes, offsets, mask):  # type: ignore[no-untyped-def]
+    """Whether floats are 0 or -0, of whatever type: all bits but the sign's are."""
+    if weight_bytes == 8:
+        is_zero = (tl.load(address.to(tl.pointer_type(tl.int64)) + offsets, mask=mask, other=0) << 1) == 0
+    else:
+        if weight_bytes == 4:
+            is_zero = (tl.load(address.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0) << 1) == 0
+        else:
+            halves = tl.load(address.to(tl.pointer_type(tl.int16)) + offsets, mask=mask, other=0)
+            is_zero = (halves.to(tl.int32) & 0x7FFF) == 0
+    return is_zero
+
+
+@triton.jit
+def _load_logits(address, logit_kind, offsets, mask):  # type: ignore[no-untyped-def]
+    low = -float("inf")
+    if logit_kind == 1:
+        logits = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=low)
+    else:
+        if logit_kind == 2:
+            narrow = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=low)
+            logits = narrow.to(tl.float32)
+        else:
+            half = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask, other=low)
+            logits = half.to(tl.float32)
+    return logits
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, *_KINDS])
+def _sum_chunks(  # type: ignore[no-untyped-def]
     addresses,
     parts_i,
     parts_f,
@@ -126,10 +197,10 @@ def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its
     classes,
     top_k,
     chunk_tokens,
-    WEIGHT: tl.constexpr,
-    INDEX: tl.constexpr,
-    LOGIT: tl.constexpr,
-    PADDING: tl.constexpr,
+    weight_bytes,
+    index_bytes,
+    logit_kind,
+    has_padding,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -137,8 +208,8 @@ def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its
     BLOCK_X: tl.constexpr,
 ):
     chunk, call = tl.program_id(0), tl.program_id(1)
-    weights = tl.load(addresses + call).to(tl.pointer_type(WEIGHT))
-    index = tl.load(addresses + calls + call).to(tl.pointer_type(INDEX))
+    weights, index = tl.load(addresses + call), tl.load(addresses + calls + call)
+    logits, mask = tl.load(addresses + 2 * calls + call), tl.load(addresses + 3 * calls + call)
     experts_E, slots_K, bins_K = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
     ids_X = tl.arange(0, BLOCK_X)
     counts_X = tl.zeros([BLOCK_X], tl.int32)
@@ -156,26 +227,24 @@ def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its
         live_T = rows_T < end
         slot_TK = rows_T[:, None] * top_k + slots_K[None, :]
         exists_TK = live_T[:, None] & (slots_K < top_k)[None, :]
-        id_TK = tl.load(index + slot_TK, mask=exists_TK, other=0)
-        weight_TK = tl.load(weights + slot_TK, mask=exists_TK, other=0.0)
+        id_TK = _load_ids(index, index_bytes, slot_TK, exists_TK)
+        is_zero_TK = _load_is_zero(weights, weight_bytes, slot_TK, exists_TK)
         outside_TK = (id_TK < 0) | (id_TK >= num_experts)
-        id_TK = tl.where(outside_TK, num_experts + 1, tl.where(weight_TK == 0.0, num_experts, id_TK))
+        id_TK = tl.where(outside_TK, num_experts + 1, tl.where(is_zero_TK, num_experts, id_TK))
         id_TK = tl.where(exists_TK, id_TK, num_experts + 2).to(tl.int32)  # the last bin is not kept
         counts_X += tl.histogram(tl.reshape(id_TK, [BLOCK_T * BLOCK_S]), BLOCK_X)
         is_used_TK = id_TK < num_experts
         used_T = tl.sum(is_used_TK.to(tl.int32), 1)
         is_count_TK = live_T[:, None] & (used_T[:, None] == bins_K[None, :])
         histogram_TK += is_count_TK.to(tl.int32)
-        if PADDING:
-            mask = tl.load(addresses + 3 * calls + call).to(tl.pointer_type(tl.int8))
-            is_padding_T = tl.load(mask + rows_T, mask=live_T, other=0) != 0
+        if has_padding != 0:
+            mask_T = tl.load(mask.to(tl.pointer_type(tl.int8)) + rows_T, mask=live_T, other=0)
+            is_padding_T = mask_T != 0
             padding_T += tl.where(is_padding_T, used_T, 0)
-        if LOGIT is not None:
-            logits = tl.load(addresses + 2 * calls + call).to(tl.pointer_type(LOGIT))
+        if logit_kind != 0:
             exists_TE = live_T[:, None] & (experts_E < classes)[None, :]
-            logits_TE = tl.load(
-                logits + rows_T[:, None] * classes + experts_E[None, :], mask=exists_TE, other=-float("inf")
-            ).to(tl.float32)
+            logit_TE = rows_T[:, None] * classes + experts_E[None, :]
+            logits_TE = _load_logits(logits, logit_kind, logit_TE, exists_TE)
             max_T = tl.max(logits_TE, 1)
             shifted_TE = logits_TE - max_T[:, None]
             exp_TE = tl.where(exists_TE, tl.exp(shifted_TE), 0.0)
@@ -194,11 +263,10 @@ def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its
             finite_T += good_T.to(tl.int32)
             # Read once more, from the cache: that is quicker than picking them out of the block.
             class_TK = tl.minimum(id_TK, classes - 1)
-            chosen_TK = tl.load(
-                logits + rows_T[:, None] * classes + class_TK, mask=is_used_TK, other=-float("inf")
-            ).to(tl.float32)
-            chosen_TK = tl.exp(chosen_TK - max_T[:, None]) * share_T[:, None]
-            mass_TK += tl.where(is_used_TK & good_T[:, None], chosen_TK, 0.0)
+            chosen_TK = rows_T[:, None] * classes + class_TK
+            picked_TK = _load_logits(logits, logit_kind, chosen_TK, is_used_TK)
+            picked_TK = tl.exp(picked_TK - max_T[:, None]) * share_T[:, None]
+            mass_TK += tl.where(is_used_TK & good_T[:, None], picked_TK, 0.0)
     row = call * tl.num_programs(0) + chunk
     out_i = parts_i + row * (num_experts + top_k + 5)
     tl.store(out_i + ids_X, counts_X, mask=ids_X < num_experts + 2)
@@ -213,14 +281,13 @@ def _sum_chunks(  # type: ignore[no-untyped-def]  # Triton reads annotations its
     tl.store(out_f + 4 + experts_E, tl.sum(probs_TE, 0), mask=experts_E < classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "num_experts", "classes", "top_k"])
 def _add_chunks(  # type: ignore[no-untyped-def]
     parts_i,
     parts_f,
     ints,
     floats,
     chunks,
-    tokens,
     num_experts,
     classes,
     top_k,

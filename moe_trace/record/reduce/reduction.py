@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import Tensor
 from moe_trace.record.batch import Batch
 from moe_trace.record.call import PendingCall
 from moe_trace.record.parallel.sending import append_sent_counts
+from moe_trace.record.reduce.kernels import FUSED
 from moe_trace.record.reduce.stats import PackedStats, routing_stats
+from moe_trace.record.reduce.streams import on_device
 
 # Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
 # fits its cache takes half the time of one that does not.
@@ -88,20 +89,16 @@ def _by_operators(group: list[PendingCall], num_experts: int) -> PackedStats:
 
 
 def _fused(group: list[PendingCall], num_experts: int) -> PackedStats | None:
-    """With the fused kernels, on a GPU that Triton knows; None where they cannot be used."""
-    global _fused_works
+    """With the fused kernels; None where they are not ready, or cannot be used."""
     reading = group[0].reading
-    logits, weights, index = reading.logits_TE, reading.weights_TK, reading.index_TK
-    if not (_fused_works and index.is_cuda):
+    fused = FUSED.ready_for(reading, num_experts)
+    if fused is None:
         return None
+    device = reading.index_TK.device
     try:
-        from moe_trace.record.reduce.fused_stats import fits, fused_routing_stats
-
-        if not fits(logits, weights, index, num_experts):
-            return None
-        with torch.cuda.device(index.device):
-            return fused_routing_stats(
-                None if logits is None else [_of(p.reading.logits_TE) for p in group],
+        with on_device(device):
+            stats: PackedStats = fused.fused_routing_stats(
+                None if reading.logits_TE is None else [_of(p.reading.logits_TE) for p in group],
                 [p.reading.weights_TK for p in group],
                 [p.reading.index_TK for p in group],
                 num_experts,
@@ -109,18 +106,10 @@ def _fused(group: list[PendingCall], num_experts: int) -> PackedStats | None:
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton is missing, too old, or lacks the C compiler that it calls
-        _fused_works = False
-        warnings.warn(
-            "the fused kernels of moe_trace cannot be built here, so figures are reduced by some 45 small "
-            f"ones, which cost more of the device ({type(error).__name__}: {str(error).strip()[:200]})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    except Exception as error:
+        FUSED.failed(device, error)
         return None
-
-
-_fused_works = True
+    return stats
 
 
 def _masks(group: list[PendingCall]) -> list[Tensor]:

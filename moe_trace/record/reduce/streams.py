@@ -21,6 +21,11 @@ def stream_of_now(tensor: Tensor) -> int:
     return int(_RAW_STREAM(tensor.device.index))
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one; nothing to do for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def on_stream(tensor: Tensor, stream: int) -> AbstractContextManager[Any]:
     """Make `stream` the current one on the tensor's device; nothing to do where it is already."""
     if stream_of_now(tensor) == stream:

@@ -1,0 +1,103 @@
+"""Recording rehearsed on made-up calls, so that a step pays for nothing that happens only once.
+
+The first use of anything on a GPU takes long: kernels are compiled or loaded, pinned memory is allocated. So
+all of it is used once when a tracer starts, before a profiler records: once for each kind of router in a
+process, through the recorder's own way.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_trace.find.contracts import Reading
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.call import CallRecord
+from moe_trace.record.graphs.memory import is_capturing
+from moe_trace.record.hooks.ranges import profiler_is_recording
+from moe_trace.record.recorder import SHIP_EVERY, WAITING_CALLS_MAX, Recorder
+from moe_trace.record.reduce.kernels import FUSED
+from moe_trace.record.reduce.stats import routing_stats
+
+_TOKENS = 512
+
+_Kind = tuple[torch.device, torch.dtype, int, int]  # of routers: their weights', experts, slots
+_rehearsed: set[_Kind] = set()
+
+
+def rehearse(sites: Sequence[RouterSite]) -> None:
+    """Run what recording calls of these routers will run; nothing on a CPU, and nothing for the second time.
+
+    Not while a profiler records: its trace would hold it. What is not ready then is reduced by torch's
+    operators.
+    """
+    if not torch.cuda.is_available() or profiler_is_recording():
+        return
+    kinds: dict[_Kind, list[RouterSite]] = defaultdict(list)
+    for site in sites:
+        weight = next(site.router.parameters(), None)
+        if weight is not None and weight.is_cuda and site.info.num_experts and site.info.top_k:
+            kinds[weight.device, weight.dtype, site.info.num_experts, site.info.top_k].append(site)
+    for kind, alike in kinds.items():
+        if kind not in _rehearsed and not is_capturing(kind[0]):
+            _rehearsed.add(kind)
+            _rehearse(*kind, alike)
+
+
+@torch.no_grad()
+def _rehearse(
+    device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int, sites: list[RouterSite]
+) -> None:
+    FUSED.prepare(device, num_experts, top_k)
+    try:
+        recorder = Recorder(capacity=SHIP_EVERY * len(sites) + 2 * WAITING_CALLS_MAX)
+        forward = _reading(device, dtype, _TOKENS, num_experts, top_k)
+        for _ in range(SHIP_EVERY):  # so that they are shipped too
+            _add(recorder, sites, forward)
+        decode = _reading(device, dtype, 1, num_experts, top_k)
+        _add(recorder, (sites * (WAITING_CALLS_MAX // len(sites) + 1))[:WAITING_CALLS_MAX], decode)
+        _reduce_as_rings_do(len(sites), _reading(device, torch.float32, 4, num_experts, top_k), num_experts)
+        _wait_for(device)
+    except RuntimeError:  # out of memory, or an operator that this device lacks: the model's step will tell
+        return
+
+
+def _wait_for(device: torch.device) -> None:
+    """Else kernels might end within the user's trace."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            done = torch.cuda.Event()
+            done.record()
+        done.synchronize()
+
+
+def _reading(device: torch.device, dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) -> Reading:
+    return Reading(
+        index_TK=torch.zeros((tokens, top_k), dtype=torch.int64, device=device),
+        weights_TK=torch.ones((tokens, top_k), dtype=dtype, device=device),
+        logits_TE=torch.zeros((tokens, num_experts), dtype=dtype, device=device),
+    )
+
+
+def _add(recorder: Recorder, sites: Sequence[RouterSite], reading: Reading) -> None:
+    for site in sites:
+        record = CallRecord(site, 0, 0, "forward", "prefill", 0, 0, 0, profiled=False, padding_T=None)
+        recorder.add(record, reading)
+    recorder.reduce()
+
+
+def _reduce_as_rings_do(rings: int, reading: Reading, num_experts: int) -> None:
+    def stacked(tensor: Tensor | None) -> Tensor:
+        assert tensor is not None
+        return torch.stack([tensor] * rings)
+
+    routing_stats(
+        stacked(reading.logits_TE),
+        stacked(reading.weights_TK),
+        stacked(reading.index_TK),
+        num_experts,
+        None,
+    )
