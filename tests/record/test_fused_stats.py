@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_trace.find.contracts import Reading
+from moe_trace.record.reduce.blocks import block_sizes
 from moe_trace.record.reduce.kernels import FusedKernels
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, routing_stats
 
@@ -128,8 +129,8 @@ def test_what_does_not_fit_is_told(fused: ModuleType) -> None:
     assert not fused.fits(torch.zeros(4, 8, dtype=torch.float64), weights, index)  # float64 stays float64
     assert not fused.fits(None, weights, index.short())
     assert not fused.fits(None, weights[:0], index[:0])
-    assert fused.blocks(64, 8, 64) == fused.blocks(64, 8, 0)
-    assert fused.blocks(4096, 2, 4096) is None
+    assert block_sizes(64, 8, 64) == block_sizes(64, 8, 0)
+    assert block_sizes(4096, 2, 4096) is None
 
 
 @pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

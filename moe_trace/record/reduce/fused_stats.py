@@ -11,7 +11,6 @@ tokens, type or layout is an argument, so that whatever a forward brings, nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,43 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_trace.record.reduce.blocks import block_sizes
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats
 
 _SUMS = len(FLOAT_FIELDS) - 1  # the last field is made of the others
-_ELEMENTS = 2048  # of one block of tokens x experts, which stays in registers
-_COLUMNS_MAX = 1024
 _CHUNKS_MAX = 64
 _PROGRAMS = 1024  # some waves of a GPU's multiprocessors
 _WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX_TYPES = (torch.int64, torch.int32)
 # By the number that the kernel knows each type by; 0 for none. All are reduced in float32.
 _LOGIT_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-class Blocks(NamedTuple):
-    """Sizes of the kernels' blocks: all that is compiled into them."""
-
-    BLOCK_T: int
-    BLOCK_E: int
-    BLOCK_S: int
-    BLOCK_K: int
-    BLOCK_X: int
-    BLOCK_I: int
-
-
-def blocks(num_experts: int, top_k: int, classes: int) -> Blocks | None:
-    """The blocks for E experts, K slots and C logits; None where they would not fit into registers."""
-    if not 0 < max(classes, num_experts, top_k + 1) <= _COLUMNS_MAX:
-        return None
-    block_e = triton.next_power_of_2(max(classes, num_experts))
-    return Blocks(
-        BLOCK_T=max(1, _ELEMENTS // block_e),
-        BLOCK_E=block_e,
-        BLOCK_S=triton.next_power_of_2(top_k),
-        BLOCK_K=triton.next_power_of_2(top_k + 1),
-        BLOCK_X=triton.next_power_of_2(num_experts + 3),
-        BLOCK_I=triton.next_power_of_2(num_experts + 2 + top_k + 1 + 2),
-    )
 
 
 def fits(logits_TE: Tensor | None, weights_TK: Tensor, index_TK: Tensor) -> bool:
@@ -75,7 +47,7 @@ def fused_routing_stats(
     num_experts: int,
     padding: Sequence[Tensor] | None,
 ) -> PackedStats:
-    """Reduce L calls of one shape, type and device, for which `fits` and `blocks` hold.
+    """Reduce L calls of one shape, type and device, for which `fits` holds and there are `block_sizes`.
 
     Args:
         logits: L tensors [T, C], or None where the routers have no true logits.
@@ -88,7 +60,7 @@ def fused_routing_stats(
     device, calls = kinds[1][0].device, len(index)
     tokens, top_k = index[0].shape
     classes = logits[0].shape[-1] if logits else 0
-    sizes = blocks(num_experts, top_k, classes)
+    sizes = block_sizes(num_experts, top_k, classes)
     assert sizes is not None
     chunks = max(1, min(_CHUNKS_MAX, _PROGRAMS // calls, triton.cdiv(tokens, 32)))
     columns = num_experts + 2 + top_k + 1 + 2

@@ -9,11 +9,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from moe_trace.find.contracts import Reading
+from moe_trace.record.reduce.blocks import Blocks, block_sizes
 from moe_trace.record.reduce.streams import on_device
 
 _FAILURES_MAX = 3  # of one device, after which it is not tried again
@@ -24,7 +24,7 @@ class FusedKernels:
 
     def __init__(self) -> None:
         self._module: ModuleType | None = None
-        self._ready: dict[torch.device, set[Any]] = defaultdict(set)
+        self._ready: dict[torch.device, set[Blocks]] = defaultdict(set)
         self._failures: Counter[torch.device] = Counter()
 
     def prepare(self, device: torch.device, num_experts: int, top_k: int) -> None:
@@ -32,11 +32,11 @@ class FusedKernels:
         if self._failures[device] >= _FAILURES_MAX:
             return
         try:
-            from moe_trace.record.reduce import fused_stats
-
-            blocks = fused_stats.blocks(num_experts, top_k, num_experts)
+            blocks = block_sizes(num_experts, top_k, num_experts)
             if blocks is None or blocks in self._ready[device]:
                 return
+            from moe_trace.record.reduce import fused_stats
+
             logits = torch.zeros((1, num_experts), device=device)
             weights = torch.ones((1, top_k), device=device)
             index = torch.zeros((1, top_k), dtype=torch.int64, device=device)
@@ -53,7 +53,7 @@ class FusedKernels:
             return None
         logits, index = reading.logits_TE, reading.index_TK
         classes = 0 if logits is None else logits.shape[-1]
-        blocks = self._module.blocks(num_experts, index.shape[-1], classes)
+        blocks = block_sizes(num_experts, index.shape[-1], classes)
         if blocks not in self._ready[index.device] or not self._module.fits(
             logits, reading.weights_TK, index
         ):

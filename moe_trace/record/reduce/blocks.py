@@ -1,0 +1,38 @@
+"""Sizes of the blocks that the fused kernels are compiled for: a router's experts and slots decide."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_ELEMENTS = 2048  # of one block of tokens x experts, which stays in registers
+_COLUMNS_MAX = 1024
+
+
+class Blocks(NamedTuple):
+    """Sizes of the kernels' blocks: all that is compiled into them."""
+
+    BLOCK_T: int
+    BLOCK_E: int
+    BLOCK_S: int
+    BLOCK_K: int
+    BLOCK_X: int
+    BLOCK_I: int
+
+
+def block_sizes(num_experts: int, top_k: int, classes: int) -> Blocks | None:
+    """The blocks for E experts, K slots and C logits; None where they would not fit into registers."""
+    if not 0 < max(classes, num_experts, top_k + 1) <= _COLUMNS_MAX:
+        return None
+    block_e = _next_power_of_2(max(classes, num_experts))
+    return Blocks(
+        BLOCK_T=max(1, _ELEMENTS // block_e),
+        BLOCK_E=block_e,
+        BLOCK_S=_next_power_of_2(top_k),
+        BLOCK_K=_next_power_of_2(top_k + 1),
+        BLOCK_X=_next_power_of_2(num_experts + 3),
+        BLOCK_I=_next_power_of_2(num_experts + 2 + top_k + 1 + 2),
+    )
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
