@@ -30,6 +30,8 @@ _HOME = {
     "merge_into": "moe_trace.timeline.merge",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
+    "compare": "moe_trace.read.diff",
+    "Comparison": "moe_trace.read.diff",
     "Summary": "moe_trace.data.summary",
     "RoutingSample": "moe_trace.data.schema",
     # errors
@@ -40,6 +42,7 @@ _HOME = {
 register_renderers({"moe_trace.read.analysis.TraceSummary": "moe_trace.show.html.render_fragment"})
 
 __all__ = [
+    "Comparison",
     "MoEProfiler",
     "MoETraceCallback",
     "MoETraceError",
@@ -51,6 +54,7 @@ __all__ = [
     "ScalarLogger",
     "SimpleBenchmark",
     "Summary",
+    "compare",
     "find_routers",
     "merge_into",
     "profile",

@@ -6,14 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
 from moe_trace.data.errors import UsageError
-from moe_trace.read.conditions import Condition, missing, parse_condition
-from moe_trace.read.diff import METRICS, Change, compare
+from moe_trace.read.diff import Change, Comparison, compare
+from moe_trace.read.diff.conditions import Condition, missing, parse_condition
+from moe_trace.read.diff.metrics import METRICS
 from moe_trace.read.reader import TraceSummary, read_summary
-from moe_trace.show.diff import render_diff_csv, render_diff_text
+from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text
 from moe_trace.show.json import without_nonfinite
 
 
@@ -40,7 +40,7 @@ class DiffCommand:
             "--fail-on",
             action="append",
             default=[],
-            metavar="'METRIC>+5%%'",
+            metavar="'METRIC>+5%'",
             help=f"may be given several times; metrics: {', '.join(METRICS)}",
         )
         add("--all", action="store_true", help="show what did not change too")
@@ -50,21 +50,23 @@ class DiffCommand:
         """Compare, print, and judge."""
         conditions = [parse_condition(text) for text in arguments.fail_on]
         sides = [_read(path, arguments) for path in (arguments.a, arguments.b)]
-        changes = compare(*sides)
+        comparison = compare(*sides)
+        changes = comparison.changes
         unknown = [condition.text for condition in conditions if missing(condition, changes)]
         if unknown:
             raise UsageError(
                 f"--fail-on {', '.join(unknown)}: the two recordings have no such figure to compare"
             )
         failed = _failures(conditions, changes)
-        print(_render(arguments, changes, failed), end="")
+        print(_render(arguments, comparison, failed), end="")
         for condition, change in failed:
             size = (
                 f"{100 * change.relative:+.1f} %"
                 if change.relative is not None
                 else f"{change.difference:+g}"
             )
-            print(f"moe-trace: failed on {condition.text}: {change.site} changed by {size}", file=sys.stderr)
+            where = f"{change.site}, {change.stage},"
+            print(f"moe-trace: failed on {condition.text}: {where} changed by {size}", file=sys.stderr)
         return 1 if failed else 0
 
 
@@ -76,20 +78,18 @@ def _read(path: str, arguments: argparse.Namespace) -> TraceSummary:
 
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:
-    return [(condition, change) for condition in conditions for change in changes if condition.fails(change)]
+    """A stage of too few calls is judged only where no other stage can be."""
+    told = {(change.site, change.metric) for change in changes if change.verdict != "few calls"}
+    judged = [c for c in changes if c.verdict != "few calls" or (c.site, c.metric) not in told]
+    return [(condition, change) for condition in conditions for change in judged if condition.fails(change)]
 
 
 def _render(
-    arguments: argparse.Namespace, changes: Sequence[Change], failed: Sequence[tuple[Condition, Change]]
+    arguments: argparse.Namespace, comparison: Comparison, failed: Sequence[tuple[Condition, Change]]
 ) -> str:
     if arguments.format == "text":
-        return render_diff_text(changes, a=arguments.a, b=arguments.b, everything=arguments.all)
+        return render_diff_text(comparison, everything=arguments.all)
     if arguments.format == "csv":
-        return render_diff_csv(changes)
-    plain = {
-        "a": arguments.a,
-        "b": arguments.b,
-        "changes": [{**asdict(c), "difference": c.difference, "relative": c.relative} for c in changes],
-        "failed": [condition.text for condition, _ in failed],
-    }
+        return render_diff_csv(comparison)
+    plain = {**plain_diff(comparison), "failed": [condition.text for condition, _ in failed]}
     return json.dumps(without_nonfinite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,31 +1,166 @@
-"""A comparison of two recordings as text and CSV."""
+"""A comparison of two recordings as text, CSV and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from moe_trace.data.tables import number, paragraph, printable, table
-from moe_trace.read.diff import Change
+from moe_trace.data.display.csv import csv_text
+from moe_trace.data.tables import fixed, number, paragraph, printable, share, table
+from moe_trace.read.diff import Change, Comparison
+from moe_trace.read.diff.routing import ExpertShift, RoutingChange
+
+_LAYERS_SHOWN = 8
+_VALUE_WIDTH = 24
 
 
-def render_diff_text(changes: Sequence[Change], *, a: str, b: str, everything: bool = False) -> str:
-    """The changes of all layers together, and what changed in single layers."""
-    parts = [f"A  {printable(a, 200)}\nB  {printable(b, 200)}"]
-    together = [c for c in changes if c.site == "all"]
-    parts.append("All layers (latencies and phases in µs; 99 % interval of the change)\n" + _table(together))
-    single = [c for c in changes if c.site != "all" and (everything or c.verdict == "changed")]
-    for site in dict.fromkeys(change.site for change in single):
-        rows = [change for change in single if change.site == site]
-        parts.append(f"{printable(site, 40)}\n{_table(rows)}")
-    if not single:
-        parts.append("No single layer changed beyond noise.")
-    if any(c.verdict == "few calls" for c in changes):
-        parts.append(
-            paragraph("Few calls: under 5 on a side, noise cannot be told from change; record more.")
-        )
+def render_diff_text(comparison: Comparison, *, everything: bool = False) -> str:
+    """The answer in a sentence, then set-up, routing and figures, with what is behind each."""
+    parts = [
+        f"A  {printable(comparison.a, 200)}\nB  {printable(comparison.b, 200)}",
+        paragraph(headline(comparison)),
+        _setup_part(comparison),
+    ]
+    for stage in dict.fromkeys(r.stage for r in comparison.routing):
+        parts.append(_routing_part([r for r in comparison.routing if r.stage == stage], stage, everything))
+    for stage in dict.fromkeys(c.stage for c in comparison.changes):
+        parts += _figure_parts([c for c in comparison.changes if c.stage == stage], stage, everything)
+    parts += [paragraph(printable(note, 500)) for note in comparison.notes]
     return "\n\n".join(parts) + "\n"
+
+
+# -- the answer ---------------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison) -> str:
+    """`Changed: set-up (dtype); routing of 3 of 16 layers, most in L02 (0.12); experts +5.1 %.`"""
+    found = []
+    if comparison.setup:
+        found.append(f"set-up ({', '.join(printable(c.fact, 40) for c in comparison.setup[:4])})")
+    moved = comparison.changed_routing
+    if moved:
+        most = max(moved, key=lambda r: r.total_variation - r.chance)
+        layers = len({r.site for r in comparison.routing})
+        found.append(
+            f"routing of {len({r.site for r in moved})} of {layers} layers, most in "
+            f"{printable(most.site, 20)} "
+            f"({share(most.total_variation)} of its assignments moved, {share(most.chance)} by chance)"
+        )
+    together = [c for c in comparison.changed_metrics if c.site == "all"]
+    for change in sorted(together, key=lambda c: -abs(c.relative or 0))[:3]:
+        found.append(f"{words(change.metric)} {_size(change)}, {change.stage}")
+    single = {c.site for c in comparison.changed_metrics} - {"all"}
+    if single and not together:
+        found.append(f"figures of {', '.join(sorted(single)[:4])}")
+    if found:
+        return f"Changed: {'; '.join(found)}."
+    untold = any(c.verdict == "few calls" for c in comparison.changes)
+    if untold:
+        return (
+            "The set-up is the same, and no layer routes differently beyond chance. Too few steps to tell "
+            "more."
+        )
+    if not comparison.changes:
+        return "The set-up is the same."
+    return "Unchanged: the same set-up, and no difference in routing or figures beyond noise."
+
+
+_WORDS = {
+    "host": "router on the host",
+    "device_span": "router's device span",
+    "device_busy": "router's kernels",
+    "block": "MoE block",
+    "experts_flops": "experts' FLOP/s",
+    "load_max_over_mean": "load max÷mean",
+    "load_cv": "load CV",
+    "load_gini": "load Gini",
+    "load_entropy": "load entropy",
+    "router_entropy": "router entropy",
+    "confidence": "router confidence",
+}
+
+
+def words(metric: str) -> str:
+    """`experts_p50` -> `experts`, `experts_share` -> `experts' share of the block`."""
+    if metric in _WORDS:
+        return _WORDS[metric]
+    if metric.endswith("_share"):
+        return f"{metric.removesuffix('_share')}'s share of the block's work"
+    base, _, quantile = metric.rpartition("_")
+    return _WORDS.get(base, base) + ("" if quantile == "p50" else f" ({quantile})")
+
+
+def _size(change: Change) -> str:
+    return f"{100 * change.relative:+.1f} %" if change.relative is not None else f"{change.difference:+.3g}"
+
+
+# -- sections -----------------------------------------------------------------------------------------
+
+
+def _setup_part(comparison: Comparison) -> str:
+    if not comparison.setup:
+        return "Set-up: no difference recorded."
+    rows = [
+        [printable(v, _VALUE_WIDTH) for v in (change.fact, change.a, change.b)] for change in comparison.setup
+    ]
+    return "Set-up\n" + table(("differs", "A", "B"), rows, left=3)
+
+
+def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool) -> str:
+    moved = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
+    shown = list(routing) if everything else moved[:_LAYERS_SHOWN]
+    unit = "steps dealt anew" if routing[0].chance_from == "steps" else "tokens drawn, few steps"
+    title = (
+        f"Routing, {stage} (moved: part of a layer's assignments that went to other experts, "
+        f"total variation; chance: what 99 of 100 comparisons of the same thing stay under, {unit})"
+    )
+    if all(r.same_counts for r in routing):
+        return paragraph(f"Routing, {stage}: the same counts in every call of every layer.")
+    if not shown:
+        most = max(routing, key=lambda r: r.total_variation - r.chance)
+        return paragraph(
+            f"Routing, {stage}: no layer moved beyond chance; nearest to it is {printable(most.site, 20)} "
+            f"with {share(most.total_variation)} of its assignments, where chance alone reaches "
+            f"{share(most.chance)}."
+        )
+    rows = [
+        [
+            printable(r.site, 12),
+            fixed(r.total_variation, 3),
+            fixed(r.chance, 3),
+            "changed" if r.changed else "chance",
+            _experts(r.gained),
+            _experts(r.lost),
+        ]
+        for r in shown
+    ]
+    parts = [paragraph(title), table(("layer", "moved", "chance", "verdict", "gained", "lost"), rows)]
+    if len(shown) < len(moved):
+        parts.append(f"… and {len(moved) - len(shown)} more layers; --all shows them.")
+    if routing[0].same_counts and moved:
+        parts.append(
+            paragraph(
+                f"{printable(routing[0].site, 20)} routes every call alike, so both read the same text: what "
+                f"differs begins at {printable(next(r.site for r in routing if not r.same_counts), 20)}."
+            )
+        )
+    return "\n".join(parts)
+
+
+def _experts(shifts: Sequence[ExpertShift]) -> str:
+    return ", ".join(f"{s.expert} {100 * (s.share_b - s.share_a):+.1f}" for s in shifts[:2]) or "-"
+
+
+def _figure_parts(changes: Sequence[Change], stage: str, everything: bool) -> list[str]:
+    together = [c for c in changes if c.site == "all"]
+    title = f"Figures of all layers, {stage} (µs a call; interval: 99 % for all rows together)"
+    parts = [f"{paragraph(title)}\n{_table(together)}"] if together else []
+    single = [c for c in changes if c.site != "all" and (everything or c.verdict == "changed")]
+    for site in dict.fromkeys(c.site for c in single):
+        rows = [c for c in single if c.site == site]
+        parts.append(f"{printable(site, 40)}, {stage}\n{_table(rows)}")
+    return parts
 
 
 def _table(changes: Sequence[Change]) -> str:
@@ -39,7 +174,6 @@ def _table(changes: Sequence[Change]) -> str:
             change.verdict,
         ]
         for change in changes
-        if change.a or change.b
     ]
     return table(("metric", "A", "B", "change", "interval", "verdict"), rows)
 
@@ -50,6 +184,8 @@ def _interval(change: Change) -> str:
     if not change.a:
         return f"{_value(change.low)} to {_value(change.high)}"
     low, high = (100 * value / abs(change.a) for value in (change.low, change.high))
+    if max(abs(low), abs(high)) >= 1000:
+        return "over ±1000 %"
     return f"{low:+.1f} to {high:+.1f} %"
 
 
@@ -61,11 +197,25 @@ def _value(value: float | None) -> str:
     return number(value)
 
 
-def render_diff_csv(changes: Sequence[Change]) -> str:
+# -- data ---------------------------------------------------------------------------------------------
+
+
+def render_diff_csv(comparison: Comparison) -> str:
     """One row per layer and metric."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict"))
-    for c in changes:
-        writer.writerow((c.site, c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict))
-    return out.getvalue()
+    keys = ("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict", "stage")
+    return csv_text(keys, ([getattr(change, key) for key in keys] for change in comparison.changes))
+
+
+def plain_diff(comparison: Comparison) -> dict[str, Any]:
+    """As JSON holds it."""
+    return {
+        "a": comparison.a,
+        "b": comparison.b,
+        "unchanged": comparison.unchanged,
+        "setup": [asdict(change) for change in comparison.setup],
+        "routing": [asdict(change) for change in comparison.routing],
+        "changes": [
+            {**asdict(c), "difference": c.difference, "relative": c.relative} for c in comparison.changes
+        ],
+        "notes": list(comparison.notes),
+    }

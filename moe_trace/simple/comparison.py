@@ -6,8 +6,6 @@ hits all alike; ratios are taken within a round.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.display.csv import csv_text
 from moe_trace.data.errors import UsageError
 from moe_trace.data.files import write_text
 from moe_trace.data.tables import fixed, number, printable, scaled, table
@@ -129,12 +128,7 @@ class Comparison:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV, whole or not at all; an unknown figure is an empty cell."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-        write_text(Path(path), text.getvalue())
+        write_text(Path(path), csv_text(self.columns, ([row[c] for c in self.columns] for row in self.rows)))
 
     def __str__(self) -> str:
         return _render(self)

@@ -6,16 +6,15 @@ without true logits, everything of a router that was not called.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls import CallTable, mean_over_tokens
+from moe_trace.data.display.csv import csv_text
 from moe_trace.data.loads import describe_load
 from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
 
@@ -130,16 +129,7 @@ def call_row(
 
 def rows_to_csv(rows: Iterable[CallRow]) -> str:
     """The rows as CSV text with a heading; an unknown figure is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: "" if _is_nan(value) else value for name, value in asdict(row).items()})
-    return text.getvalue()
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return csv_text(COLUMNS, ([getattr(row, name) for name in COLUMNS] for row in rows))
 
 
 def _number(value: float | None) -> float:

@@ -245,7 +245,7 @@ class Dashboard:
         sites = ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
         site = parameters.get("site") if parameters.get("site") in sites else "all"
         changes = self.store.derived(
-            trace_a, ("changes", trace_b.key, site), lambda _: compare(a, b, only=site)
+            trace_a, ("changes", trace_b.key, site), lambda _: compare(a, b, only=site).changes
         )
         rows = [(c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict) for c in changes]
         figure = difference_map(a, b)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_trace.data.errors import UsageError
-from moe_trace.read.diff import METRICS, Change
+from moe_trace.read.diff.comparison import Change
+from moe_trace.read.diff.metrics import METRICS
 
 _CONDITION = re.compile(
     r"(?:(?P<site>[^:<>]+):)?(?P<metric>\w+)(?P<sign>[<>])(?P<number>[+-]?\d+(?:\.\d+)?)(?P<percent>%?)"

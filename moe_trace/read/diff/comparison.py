@@ -1,0 +1,163 @@
+"""What changed between two recordings: set-up, routing, time; real changes told apart from noise.
+
+Stages are compared apart, and layers are strata (`metrics.py`). A figure changed if its interval leaves out
+0. The intervals of all figures of all layers hold together with 99 %, and so do those of single layers, and
+so does the routing (`routing.py`): of a hundred comparisons of the same thing about three name a change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.diff.metrics import Side, estimates, side_of
+from moe_trace.read.diff.resampling import UNITS_MIN, Estimate, interval
+from moe_trace.read.diff.routing import RoutingChange, Shared, compare_routing
+from moe_trace.read.diff.setup import SetupChange, clock_problem, setup_changes
+
+LEVEL = 0.99
+Verdict = Literal["same", "changed", "noise", "few calls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One metric of one layer (`all` for all layers) in A and in B."""
+
+    site: str
+    metric: str
+    a: float
+    b: float
+    low: float | None
+    """Interval of b - a, of 99 % for all metrics together; None with too few steps."""
+    high: float | None
+    verdict: Verdict
+    stage: str
+
+    @property
+    def difference(self) -> float:
+        """b - a."""
+        return self.b - self.a
+
+    @property
+    def relative(self) -> float | None:
+        """(b - a) / a."""
+        return self.difference / abs(self.a) if self.a else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(ShownInNotebooks):
+    """Two recordings, A and B."""
+
+    a: str
+    b: str
+    setup: tuple[SetupChange, ...]
+    routing: tuple[RoutingChange, ...]
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+    """What could not be compared, and why."""
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing differs beyond noise; too few steps to tell is not a change."""
+        return not (self.setup or self.changed_routing or self.changed_metrics)
+
+    @property
+    def changed_routing(self) -> tuple[RoutingChange, ...]:
+        """Layers whose distribution over experts moved beyond chance."""
+        return tuple(change for change in self.routing if change.changed)
+
+    @property
+    def changed_metrics(self) -> tuple[Change, ...]:
+        """Metrics that changed beyond noise."""
+        return tuple(change for change in self.changes if change.verdict == "changed")
+
+
+def compare(a: TraceSummary, b: TraceSummary, *, only: str | None = None) -> Comparison:
+    """Compare B with A, each stage of the model's work for itself.
+
+    Args:
+        only: a router's label, or `all`: no other metrics are computed.
+    """
+    routers = _shared_routers(a, b)
+    problem = clock_problem(a, b)
+    notes = [problem] if problem else []
+    if not routers:
+        notes.append(
+            "The two recordings share no router: they are of different models, and only the set-up can be "
+            "compared."
+        )
+    stages_b = b.by_stage()
+    shared = [(stage, part, stages_b[stage]) for stage, part in a.by_stage().items() if stage in stages_b]
+    if routers and not shared:
+        notes.append("The two recordings share no stage, so neither routing nor time can be compared.")
+    routing: list[RoutingChange] = []
+    changes: list[Change] = []
+    for stage, *parts in shared if routers else ():
+        sides = [side_of(part, with_times=problem is None) for part in parts]
+        called = [r for r in routers if all(s.rows(n) for s, n in zip(sides, r[1:], strict=True))]
+        routing += compare_routing(sides[0], sides[1], called, stage)
+        changes += _metric_changes(sides, called, stage, only, stages=len(shared))
+        fewest = min(side.units for side in sides)
+        if fewest < UNITS_MIN:
+            notes.append(
+                f"{stage}: {fewest} {'forward' if fewest == 1 else 'forwards'} on a side, under {UNITS_MIN}: "
+                "no interval can be given; record more."
+            )
+    return Comparison(
+        a=a.trace or "A",
+        b=b.trace or "B",
+        setup=setup_changes(a, b),
+        routing=tuple(routing),
+        changes=tuple(changes),
+        notes=tuple(notes),
+    )
+
+
+def _shared_routers(a: TraceSummary, b: TraceSummary) -> list[Shared]:
+    """By module path, or by label where no path is in both."""
+    paths_b = {router.info.name for router in b.routers}
+    found = [(r.info.site, r.info.name, r.info.name) for r in a.routers if r.info.name in paths_b]
+    if found:
+        return found
+    labels_b = {router.info.site: router.info.name for router in b.routers}
+    return [(r.info.site, r.info.name, labels_b[r.info.site]) for r in a.routers if r.info.site in labels_b]
+
+
+def _metric_changes(
+    sides: Sequence[Side],
+    routers: Sequence[Shared],
+    stage: str,
+    only: str | None,
+    *,
+    stages: int,
+) -> Iterator[Change]:
+    found_a = estimates(sides[0], [a for _, a, _ in routers])
+    found_b = estimates(sides[1], [b for _, _, b in routers])
+    metrics = [metric for metric in found_a if metric in found_b]
+    compared = len(metrics)
+    for i, site in enumerate(("all", *(site for site, _, _ in routers))):
+        if only is not None and site != only:
+            continue
+        family = compared * stages * (1 if site == "all" else len(routers))
+        for metric in metrics:
+            a, b = found_a[metric][i], found_b[metric][i]
+            if a is not None and b is not None and (a.value or b.value):
+                yield _change(site, metric, stage, a, b, 1 - (1 - LEVEL) / family)
+
+
+def _change(site: str, metric: str, stage: str, a: Estimate, b: Estimate, level: float) -> Change:
+    bounds = interval(a, b, level)
+    low, high = bounds if bounds is not None else (None, None)
+    verdict: Verdict
+    if a.value == b.value:
+        verdict = "same"
+    elif low is None or high is None:
+        verdict = "few calls"
+    else:
+        verdict = "noise" if low <= 0 <= high else "changed"
+    return Change(
+        site=site, metric=metric, a=a.value, b=b.value, low=low, high=high, verdict=verdict, stage=stage
+    )

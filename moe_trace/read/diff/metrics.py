@@ -1,0 +1,238 @@
+"""The figures that are compared, each with its error. One layer is a stratum: figures of all layers are the
+mean of the layers' own, so that no layer's spread passes for noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.data.loads import describe_load
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import host_us
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
+from moe_trace.read.time.structure import EXPERTS, PHASES
+
+FLOOR_DEVICE, FLOOR_HOST = 0.005, 0.05
+"""Relative standard deviation of a time between runs of the same thing, beyond what the steps of a run show:
+another placement in memory, another clock rate, other work on the machine (docs/reading.md)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The forward calls of one stage of one recording, by router."""
+
+    samples: tuple[RoutingSample, ...]
+    unit: Ints
+    """[N] the step, or stretch of steps, of each call."""
+    units: int
+    drawn: Ints
+    """[RESAMPLES, units]: one set of resamples for all figures."""
+    columns: dict[str, Floats]
+    """Time of each call by metric, [N]; NaN where it is not known."""
+    floors: dict[str, float]
+
+    def rows(self, name: str) -> list[int]:
+        """Which calls are of this router."""
+        return [i for i, sample in enumerate(self.samples) if sample.name == name]
+
+
+# -- times --------------------------------------------------------------------------------------------
+
+Columns = Callable[[TraceSummary, Sequence[RoutingSample]], dict[str, Floats]]
+QUANTILES = {
+    "host_p50": 0.5,
+    "host_p95": 0.95,
+    "device_span_p50": 0.5,
+    "device_busy_p50": 0.5,
+    "device_busy_p95": 0.95,
+    "block_p50": 0.5,
+    **{f"{phase}_p50": 0.5 for phase in PHASES},
+    **{f"{phase}_share": 0.5 for phase in PHASES},
+    "experts_flops_p50": 0.5,
+}
+MEANS = ("router_entropy", "confidence")
+LOADS = ("max_over_mean", "cv", "gini", "entropy")
+METRICS = (*(f"load_{name}" for name in LOADS), *MEANS, *QUANTILES)
+_UNITS_FOR_P95 = 20
+
+
+def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
+    """What is compared of one recording's stage."""
+    samples = tuple(s for s in summary.samples if s.phase == "forward")
+    unit, units = units_of(_forwards(samples))
+    columns = _times(summary, samples) if with_times else {}
+    on_device = summary.times is not None and summary.times.on_device
+    floors = {}
+    for metric in columns:
+        host = metric.startswith("host") or not on_device
+        floors[metric] = 0.0 if metric.endswith("_share") else FLOOR_HOST if host else FLOOR_DEVICE
+    return Side(samples, unit, units, draw(max(1, units)), columns, floors)
+
+
+def _forwards(samples: Sequence[RoutingSample]) -> list[int]:
+    """The forward of each call: every router's own count where all were called as often, else the step."""
+    calls: dict[str, int] = {}
+    order = []
+    for sample in samples:
+        order.append(calls.setdefault(sample.name, 0))
+        calls[sample.name] += 1
+    return order if len(set(calls.values())) == 1 else [s.step for s in samples]
+
+
+def _times(summary: TraceSummary, samples: Sequence[RoutingSample]) -> dict[str, Floats]:
+    spans = [None if s.placement is None else s.placement.device.get("router") for s in samples]
+    busy = np.array([summary.busy_us.get((s.name, s.call), np.nan) for s in samples])
+    host = np.array([host_us(s) for s in samples])
+    host[host <= 0] = np.nan  # a call inside a graph has no time of its own on the host
+    columns = {
+        "host_p50": host,
+        "host_p95": host,
+        "device_span_p50": np.array([np.nan if span is None else span.duration_us for span in spans]),
+        "device_busy_p50": busy,
+        "device_busy_p95": busy,
+    }
+    times = summary.times
+    if times is None:
+        return columns
+    row_of = {(s.name, s.call): i for i, s in enumerate(times.samples)}
+    rows = np.array([row_of.get((s.name, s.call), -1) for s in samples])
+    known = rows >= 0
+
+    def placed(values: np.ndarray) -> Floats:
+        column = np.full((len(samples), *values.shape[1:]), np.nan)
+        column[known] = values[rows[known]]
+        return column
+
+    work_ns = times.work_ns(times.forward)
+    if work_ns is None:  # kernels that no launch ties to a phase
+        return columns
+    work_us = placed(work_ns / 1000)
+    columns["block_p50"] = placed((times.device_span_ns if times.on_device else times.block_host_ns) / 1000)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i, phase in enumerate(PHASES):
+            columns[f"{phase}_p50"] = work_us[:, i]
+            columns[f"{phase}_share"] = work_us[:, i] / work_us.sum(1)
+        flops = np.array([s.expert_flops or np.nan for s in samples], np.float64)
+        rate = flops / work_us[:, EXPERTS] * 1e6
+    columns["experts_flops_p50"] = np.where(np.isfinite(rate), rate, np.nan)
+    return columns
+
+
+# -- estimates ----------------------------------------------------------------------------------------
+
+
+def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | None]]:
+    """Metric -> its estimate for all routers together, then for each; None without data."""
+    found: dict[str, list[Estimate | None]] = {}
+    rows = [side.rows(name) for name in routers]
+    for metric in QUANTILES:
+        if metric in side.columns:
+            parts = [_quantile(side, metric, own) for own in rows]
+            found[metric] = _with_all(parts, side.floors[metric])
+    for metric in MEANS:
+        found[metric] = _with_all([_mean(side, metric, own) for own in rows])
+    loads = [_loads(side, own) for own in rows]
+    for metric in LOADS:
+        found[f"load_{metric}"] = _with_all([own[metric] for own in loads])
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One router's figure, its resamples and its value in each unit."""
+
+    value: float
+    draws: Floats
+    series: Floats
+
+
+def _with_all(parts: Sequence[_Part | None], floor: float = 0.0) -> list[Estimate | None]:
+    known = [part for part in parts if part is not None]
+    together = None
+    if known and len(known) == len(parts):  # a mean over other layers would be another figure
+        columns = (np.mean([getattr(p, f) for p in known], axis=0) for f in ("value", "draws", "series"))
+        together = _Part(*columns)
+    return [
+        None if p is None else estimate(float(p.value), p.draws, p.series, floor=floor)
+        for p in (together, *parts)
+    ]
+
+
+def _quantile(side: Side, metric: str, rows: Sequence[int]) -> _Part | None:
+    q = QUANTILES[metric]
+    values, unit = side.columns[metric][rows], side.unit[rows]
+    values, unit = values[~np.isnan(values)], unit[~np.isnan(values)]
+    series = _by_unit(values, unit, side.units)
+    if series is None or not values.any() or (q > 0.5 and side.units < _UNITS_FOR_P95):
+        return None
+    return _Part(float(np.quantile(values, q)), np.quantile(series[side.drawn], q, axis=1), series)
+
+
+def _by_unit(values: Floats, unit: Ints, units: int) -> Floats | None:
+    """Median of each unit; None where one has no value."""
+    order = np.lexsort((values, unit))
+    counts = np.bincount(unit, minlength=units)
+    if not len(values) or not counts.all():
+        return None
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    ordered = values[order]
+    return (ordered[starts + (counts - 1) // 2] + ordered[starts + counts // 2]) / 2
+
+
+def _mean(side: Side, name: str, rows: Sequence[int]) -> _Part | None:
+    table = np.zeros((side.units, 2))
+    for i in rows:
+        sample = side.samples[i]
+        value = getattr(sample, name)
+        if value is not None:
+            weight = sample.tokens - sample.nonfinite_tokens
+            table[side.unit[i]] += (weight, weight * value)
+    if not table[:, 0].all() or not len(rows):
+        return None
+    sums = resampled_sums(table, side.drawn)
+    return _Part(
+        float(table[:, 1].sum() / table[:, 0].sum()), sums[:, 1] / sums[:, 0], table[:, 1] / table[:, 0]
+    )
+
+
+def counts_by_unit(side: Side, rows: Sequence[int]) -> Floats:
+    """[units, E] assignments of one router."""
+    experts = max((len(side.samples[i].assignments) for i in rows), default=1)
+    counts_UE = np.zeros((side.units, experts))
+    for i in rows:
+        assignments = side.samples[i].assignments
+        counts_UE[side.unit[i], : len(assignments)] += assignments
+    return counts_UE
+
+
+def _loads(side: Side, rows: Sequence[int]) -> dict[str, _Part | None]:
+    counts_UE = counts_by_unit(side, rows)
+    value = describe_load(counts_UE.sum(0))
+    if value.max_over_mean is None:  # no assignment: none of the figures exists
+        return dict.fromkeys(LOADS)
+    sums = resampled_sums(counts_UE, side.drawn)
+    return {
+        name: _Part(getattr(value, name), load_figures(sums, name), load_figures(counts_UE, name))
+        for name in LOADS
+    }
+
+
+def load_figures(counts_BE: Floats, name: str) -> Floats:
+    """[B] the figures of `describe_load` for many loads at once."""
+    loads = np.where(counts_BE.sum(1, keepdims=True) > 0, counts_BE, 1).astype(np.float64)
+    n = loads.shape[1]
+    mean = loads.mean(1)
+    if name == "max_over_mean":
+        return loads.max(1) / mean
+    if name == "cv":
+        return loads.std(1) / mean
+    if name == "gini":
+        ranks = 2 * np.arange(1, n + 1) - n - 1
+        return (np.sort(loads, axis=1) * ranks).sum(1) / (n * loads.sum(1))
+    shares = loads / loads.sum(1, keepdims=True)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return -(shares * logs).sum(1) / np.log(n) if n > 1 else np.ones(len(loads))

@@ -1,0 +1,152 @@
+"""How far apart two recordings route: per layer, the distance of the experts' shares and its chance level.
+
+The distance is the total variation, half the sum of absolute differences of shares: the part of the
+assignments that would have to move to make one distribution the other. What it would be by chance comes
+from a permutation test: the steps of both sides are dealt anew to A and B, all layers at once, and a layer
+differs if its distance, in standard deviations of its own permutations, beats the largest of all layers in
+99 % of the permutations (Westfall and Young 1993: of a hundred comparisons of the same thing, one names a
+layer).
+
+With too few steps to permute, assignments are drawn from the shares of both sides together as if tokens were
+independent. Tokens of one text are not: `DESIGN_EFFECT` times fewer are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Literal
+
+import numpy as np
+
+from moe_trace.read.diff.metrics import Side, counts_by_unit
+from moe_trace.read.diff.resampling import Floats
+
+LEVEL = 0.99
+PERMUTATIONS = 999
+DESIGN_EFFECT = 4.0
+_SPLITS_MIN = 200  # fewer ways to deal the steps could never reach the level
+_EXPERTS_NAMED = 3
+Shared = tuple[str, str, str]
+"""A router of both: its label, its module path in A, its module path in B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertShift:
+    """One expert's share of its layer's assignments in A and in B."""
+
+    expert: int
+    share_a: float
+    share_b: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingChange:
+    """One layer's distributions over experts, compared."""
+
+    site: str
+    stage: str
+    total_variation: float
+    """From 0 (the same shares) to 1 (no expert in common)."""
+    chance: float
+    """What chance alone stays under in 99 of 100 comparisons of the same thing."""
+    chance_from: Literal["steps", "tokens"]
+    """Whether steps were dealt anew, or tokens were drawn as if independent."""
+    changed: bool
+    gained: tuple[ExpertShift, ...]
+    """The experts that gained most, largest gain first."""
+    lost: tuple[ExpertShift, ...]
+    same_counts: bool
+    """Whether every call of B assigned as many tokens to each expert as the same call of A."""
+
+
+def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> tuple[RoutingChange, ...]:
+    """One answer for each router with assignments on both sides."""
+    chosen, tables = [], []
+    for router in routers:
+        counts = [counts_by_unit(side, side.rows(n)) for side, n in zip((a, b), router[1:], strict=True)]
+        if counts[0].shape[1] == counts[1].shape[1] and all(c.any() for c in counts):
+            chosen.append(router)
+            tables.append(counts)
+    if not chosen:
+        return ()
+    observed = np.array([_distance(ca.sum(0), cb.sum(0)) for ca, cb in tables])
+    permuted = comb(a.units + b.units, a.units) >= _SPLITS_MIN
+    by_chance_PL = (_permuted if permuted else _drawn)(tables)
+    mean, spread = by_chance_PL.mean(0), by_chance_PL.std(0)
+    spread = np.where(spread > 0, spread, np.inf)
+    largest = ((by_chance_PL - mean) / spread).max(1)
+    limit = mean + np.where(np.isfinite(spread), spread, 0) * float(np.quantile(largest, LEVEL))
+    return tuple(
+        RoutingChange(
+            site=site,
+            stage=stage,
+            total_variation=float(observed[i]),
+            chance=min(1.0, float(limit[i])),
+            chance_from="steps" if permuted else "tokens",
+            changed=bool(observed[i] > limit[i] + 1e-12),
+            same_counts=_same_counts(a, b, names),
+            **_shifts(*(c.sum(0) for c in tables[i])),
+        )
+        for i, (site, *names) in enumerate(chosen)
+    )
+
+
+def _distance(a: Floats, b: Floats) -> float:
+    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+
+
+def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
+    """[P, L] distances with the units dealt anew, the same way for all layers."""
+    units_a, units_b = (len(side) for side in tables[0])
+    rng = np.random.default_rng(0)
+    order = rng.permuted(np.tile(np.arange(units_a + units_b), (PERMUTATIONS, 1)), axis=1)
+    in_a = (order < units_a).astype(np.float64)
+    return np.stack([_distances(in_a, np.concatenate(counts)) for counts in tables], axis=1)
+
+
+def _distances(in_a_PU: Floats, counts_UE: Floats) -> Floats:
+    shares = []
+    for chosen in (in_a_PU, 1 - in_a_PU):
+        sums = chosen @ counts_UE
+        shares.append(sums / np.maximum(sums.sum(1, keepdims=True), 1))
+    return np.abs(shares[0] - shares[1]).sum(1) / 2
+
+
+def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
+    """[P, L] distances of tokens drawn from the shares of both sides together."""
+    rng = np.random.default_rng(0)
+    columns = []
+    for counts in tables:
+        sums = [side.sum(0) for side in counts]
+        both = sum(sums)
+        drawn = [
+            rng.multinomial(max(1, round(side.sum() / DESIGN_EFFECT)), both / both.sum(), PERMUTATIONS)
+            for side in sums
+        ]
+        shares = [d / d.sum(1, keepdims=True) for d in drawn]
+        columns.append(np.abs(shares[0] - shares[1]).sum(1) / 2)
+    return np.stack(columns, axis=1)
+
+
+def _shifts(a: Floats, b: Floats) -> dict[str, tuple[ExpertShift, ...]]:
+    share_a, share_b = a / a.sum(), b / b.sum()
+    order = np.argsort(share_b - share_a, kind="stable")
+
+    def named(experts: Sequence[int], sign: int) -> tuple[ExpertShift, ...]:
+        return tuple(
+            ExpertShift(expert=int(e), share_a=float(share_a[e]), share_b=float(share_b[e]))
+            for e in experts[:_EXPERTS_NAMED]
+            if sign * (share_b[e] - share_a[e]) > 0
+        )
+
+    return {"gained": named(order[::-1].tolist(), 1), "lost": named(order.tolist(), -1)}
+
+
+def _same_counts(a: Side, b: Side, names: Sequence[str]) -> bool:
+    calls = [
+        [side.samples[i].assignments for i in side.rows(name)]
+        for side, name in zip((a, b), names, strict=True)
+    ]
+    return len(calls[0]) == len(calls[1]) and all(np.array_equal(x, y) for x, y in zip(*calls, strict=True))

@@ -1,0 +1,104 @@
+"""What two recordings were made of and with, where that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_trace.read.analysis import TraceSummary
+
+NOT_RECORDED = "not recorded"
+_MODEL_KEYS = {
+    "name": "model",
+    "class": "model class",
+    "num_layers": "layers",
+    "num_moe_layers": "MoE layers",
+    "num_parameters": "parameters",
+    "hidden_size": "hidden size",
+    "dtype": "dtype",
+    "device": "device of the weights",
+    "experts_implementation": "experts implementation",
+    "attention_implementation": "attention implementation",
+    "training": "training mode",
+}
+WORK_TOLERANCE = 0.1
+"""Calls whose tokens differ by less are of one size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupChange:
+    """A fact of the set-up that differs."""
+
+    fact: str
+    a: str
+    b: str
+
+
+def setup_changes(a: TraceSummary, b: TraceSummary) -> tuple[SetupChange, ...]:
+    """Every fact that differs, what matters most first; facts that one file lacks are said to be missing."""
+    facts_a, facts_b = dict(_facts(a)), dict(_facts(b))
+    found = []
+    for fact in dict.fromkeys([*facts_a, *facts_b]):
+        value_a, value_b = facts_a.get(fact), facts_b.get(fact)
+        if value_a == value_b or (fact.startswith("config.") and None in (value_a, value_b)):
+            continue  # configs of older recordings are not in the file, and classes name their own keys
+        found.append(SetupChange(fact=fact, a=_told(value_a), b=_told(value_b)))
+    return (*found, *_work(a, b))
+
+
+def clock_problem(a: TraceSummary, b: TraceSummary) -> str | None:
+    """Why the times of two recordings cannot be compared; None where they can."""
+    clocks = ["none" if s.times is None else "device" if s.times.on_device else "host" for s in (a, b)]
+    if clocks[0] == clocks[1] or "none" in clocks:
+        return None
+    return (
+        f"Times are not compared: those of A are {clocks[0]} time and those of B {clocks[1]} time. "
+        "Record both with the same activities, on the same kind of device."
+    )
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return NOT_RECORDED
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
+    model = summary.model
+    for key, words in _MODEL_KEYS.items():
+        if model.get(key) is not None:
+            yield words, model[key]
+    yield "device", summary.speed.device if summary.speed is not None else None
+    for words, attribute in (("experts", "num_experts"), ("top-k", "top_k"), ("read as", "contract")):
+        yield words, _of_all({str(getattr(r.info, attribute)) for r in summary.routers})
+    config = model.get("config")
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield f"config.{key}", value
+    yield "ranks", max(1, len(summary.rank_inputs))
+    for package, version in summary.versions.items():
+        yield f"version of {package}", version
+    for option in ("layers", "every", "warmup"):
+        yield f"tracer's {option}", str(summary.options.get(option))
+    yield "stages", ", ".join(summary.by_stage()) or "none"
+    yield "in a CUDA graph or compiled", any(s.in_graph for s in summary.samples)
+
+
+def _of_all(values: set[str]) -> str | None:
+    return " and ".join(sorted(values)[:4]) or None
+
+
+def _work(a: TraceSummary, b: TraceSummary) -> Iterator[SetupChange]:
+    stages_b = b.by_stage()
+    for stage, part in a.by_stage().items():
+        if stage in stages_b:
+            sizes = [_tokens(part), _tokens(stages_b[stage])]
+            if max(sizes) > (1 + WORK_TOLERANCE) * min(sizes):
+                yield SetupChange(fact=f"tokens a call, {stage}", a=f"{sizes[0]:,.0f}", b=f"{sizes[1]:,.0f}")
+
+
+def _tokens(summary: TraceSummary) -> float:
+    return float(np.mean([s.tokens for s in summary.samples])) if summary.samples else 0.0

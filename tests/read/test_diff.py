@@ -1,0 +1,161 @@
+"""What `compare` says: the set-up first, then the routing against chance, then time on one clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_trace.data.display.csv import csv_text
+from moe_trace.read.diff import compare
+from moe_trace.read.diff.metrics import Side, draw
+from moe_trace.read.diff.routing import compare_routing
+from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.show.diff import headline, render_diff_csv, render_diff_text
+from paths import DATA
+from tiny_trace import write_tiny
+
+H200 = DATA / "h200"
+Edit = Callable[[dict[str, Any]], None]
+
+
+def summary_of(path: Path, edit: Edit | None = None, **arguments: Any) -> TraceSummary:
+    write_tiny(path, **arguments)
+    if edit is not None:
+        trace = json.loads(path.read_text())
+        edit(trace["moe_trace"])
+        path.write_text(json.dumps(trace))
+    return read_summary(path)
+
+
+# -- the set-up ---------------------------------------------------------------------------------------
+
+
+def test_another_implementation_is_the_first_thing_said() -> None:
+    a, b = (read_summary(H200 / f"prefill_{how}.pt.trace.json.gz") for how in ("eager", "grouped_mm"))
+    found = compare(a, b)
+    assert [(c.fact, c.a, c.b) for c in found.setup] == [
+        ("experts implementation", "eager", "grouped_mm"),
+    ] or found.setup[0].fact == "experts implementation"
+    text = render_diff_text(found)
+    assert text.index("experts implementation") < text.index("Routing") < text.index("Figures")
+    assert max(len(line) for line in text.splitlines()[2:]) <= 80
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "fact"),
+    [
+        ("model", "dtype", "float16", "dtype"),
+        ("model", "name", "another", "model"),
+        ("model", "experts_implementation", "eager", "experts implementation"),
+        ("versions", "torch", "9.9", "version of torch"),
+        ("options", "every", 7, "tracer's every"),
+    ],
+)
+def test_each_fact_of_the_set_up(tmp_path: Path, where: str, key: str, value: object, fact: str) -> None:
+    def edit(payload: dict[str, Any]) -> None:
+        payload[where][key] = value
+
+    found = compare(summary_of(tmp_path / "a.json"), summary_of(tmp_path / "b.json", edit))
+    assert fact in {c.fact for c in found.setup} and not found.unchanged
+    assert fact in headline(found)
+
+
+def test_the_same_file_is_unchanged(tmp_path: Path) -> None:
+    a = summary_of(tmp_path / "a.json", calls=8)
+    found = compare(a, a)
+    assert found.unchanged and not found.setup and all(r.same_counts for r in found.routing)
+    assert headline(found).startswith("Unchanged")
+
+
+def test_another_clock_is_not_compared() -> None:
+    a = read_summary(H200 / "prefill_eager.pt.trace.json.gz")
+    assert a.times is not None
+    stages = {stage: replace(s, times=_on_host(s)) for stage, s in a.stages.items()}
+    b = replace(a, times=_on_host(a), stages=stages)
+    found = compare(a, b)
+    assert "host time" in found.notes[0]
+    assert not {c.metric for c in found.changes} & {"experts_p50", "host_p50", "experts_share"}
+    assert {c.metric for c in found.changes} >= {"load_cv", "router_entropy"}
+
+
+def _on_host(summary: TraceSummary) -> Any:
+    assert summary.times is not None
+    return replace(summary.times, on_device=False)
+
+
+# -- routing ------------------------------------------------------------------------------------------
+
+
+class _Calls:
+    def __init__(self, shares: np.ndarray, rng: np.random.Generator, units: int) -> None:
+        self.counts = rng.multinomial(400, shares, units)
+
+
+def _side(calls: dict[str, _Calls]) -> Side:
+    from types import SimpleNamespace
+
+    samples, unit = [], []
+    for name, own in calls.items():
+        for i, counts in enumerate(own.counts):
+            samples.append(SimpleNamespace(name=name, assignments=counts))
+            unit.append(i)
+    units = max(unit) + 1
+    return Side(tuple(samples), np.array(unit), units, draw(units), {}, {})  # type: ignore[arg-type]
+
+
+def _routing(seed: int, *, moved: float = 0.0, units: int = 8) -> Any:
+    rng = np.random.default_rng(seed)
+    even = np.full(16, 1 / 16)
+    other = even + moved * np.where(np.arange(16) < 8, 1, -1) / 16
+    layers = [f"l{i}" for i in range(6)]
+    a = _side({n: _Calls(even, rng, units) for n in layers})
+    b = _side({n: _Calls(other if n == "l3" else even, rng, units) for n in layers})
+    return compare_routing(a, b, [(n, n, n) for n in layers], "prefill")
+
+
+def test_the_moved_layer_is_named_and_only_it() -> None:
+    found = _routing(0, moved=0.2)
+    assert [r.site for r in found if r.changed] == ["l3"]
+    l3 = found[3]
+    assert l3.total_variation == pytest.approx(0.1, abs=0.03) and l3.total_variation > l3.chance
+    assert all(s.expert < 8 and s.share_b > s.share_a for s in l3.gained)
+    assert all(s.expert >= 8 and s.share_b < s.share_a for s in l3.lost)
+
+
+def test_of_a_hundred_comparisons_of_the_same_few_name_a_layer() -> None:
+    assert sum(any(r.changed for r in _routing(seed)) for seed in range(1, 101)) <= 5
+
+
+def test_few_forwards_fall_back_to_tokens() -> None:
+    found = _routing(0, moved=0.9, units=1)
+    assert {r.chance_from for r in found} == {"tokens"} and found[3].changed
+    assert not any(r.changed for r in _routing(1, units=1))
+
+
+def test_another_model_is_said_to_be_one(tmp_path: Path) -> None:
+    def rename(payload: dict[str, Any]) -> None:
+        text = json.dumps(payload).replace("L0", "X0").replace("model.layers", "encoder.blocks")
+        payload.clear()
+        payload.update(json.loads(text))
+
+    a = read_summary(H200 / "prefill_eager.pt.trace.json.gz")
+    found = compare(a, summary_of(tmp_path / "b.json", rename))
+    assert found.setup and not found.routing and not found.changes
+    assert "share no router" in found.notes[-1] and "Changed: set-up" in render_diff_text(found)
+
+
+# -- CSV ----------------------------------------------------------------------------------------------
+
+
+def test_one_guard_against_formulas(tmp_path: Path) -> None:
+    assert csv_text(["=a", "b"], [["+1+1", None], ["@x", [1, 2]], [-1.5, float("nan")]]) == (
+        "'=a,b\n'+1+1,\n'@x,1 2\n-1.5,\n"
+    )
+    a = summary_of(tmp_path / "a.json")
+    assert render_diff_csv(compare(a, a)).startswith("site,metric,a,b,difference,relative,low,high,verdict")
