@@ -1,12 +1,41 @@
-"""How evenly assignments spread over experts."""
+"""How evenly assignments spread over experts, what spread is possible at all, and what is chance.
+
+Uniform routing: each token t chooses k_t different experts of E, all sets alike, tokens independent of each
+other. With the loads n_e, their mean m, a_t = k_t (E - k_t), and the spread Q = sum over experts of (n_e -
+m)^2:
+
+    mean of Q       sum_t a_t / E
+    variance of Q   2 ((sum_t a_t)^2 - sum_t a_t^2) / (E^2 (E - 1))
+
+Both are exact, for any number of tokens: sum n_e^2 = sum_t k_t + 2 sum_{t<u} |S_t and S_u|; the overlap of
+two random sets is hypergeometric with mean k_t k_u / E and variance a_t a_u / (E^2 (E - 1)), and the
+overlaps of different pairs are uncorrelated. One token gives the same Q whatever it chooses, so it says
+nothing. Where the sets are expected to overlap in fewer than 200 experts, the p-value comes from simulating
+uniform routing (fixed seed); beyond that from the chi-square of this mean and variance, by Wilson and
+Hilferty's cube root (PNAS 17:684, 1931), with which simulations agree there.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+TIE = 1e-9
+"""Relative difference below which figures of two layers are one."""
+SIGNIFICANT = 0.001
+"""Largest p-value that is called more than chance: with tens of layers, one in fifty reports is wrong."""
+OVERLAPS_MIN = 200
+DRAWS_MAX = 10_000
+KEYS_MAX = 10_000_000
+"""Random numbers that a simulation may draw."""
+ENOUGH_PER_EXPERT = 20
+"""Least mean load at which an expert without a token is called dead; uniform routing misses it in e^-20."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +43,7 @@ class Load:
     """Figures of one router's load; None where there was no assignment."""
 
     max_over_mean: float | None
-    """Largest expert's assignments over the mean: 1 is even, E is all on one."""
+    """Largest expert's assignments over the mean: 1 is even, E / K has every token on one."""
     cv: float | None
     """Population standard deviation over the mean."""
     gini: float | None
@@ -23,7 +52,7 @@ class Load:
     """Entropy of the shares over ln E: 1 is even, 0 is all on one."""
     active_experts: int
     dead_experts: tuple[int, ...]
-    """Ids of the experts that got no assignment."""
+    """Ids of the experts that got no assignment; whether that says anything, `Chance.tells_dead` tells."""
 
 
 def describe_load(assignments: npt.ArrayLike) -> Load:
@@ -71,3 +100,105 @@ def normalised_entropy(loads: Any) -> float:
         return 1.0
     shares = values[values > 0] / values.sum()
     return max(0.0, float(-(shares * np.log(shares)).sum() / np.log(len(values))))
+
+
+# -- chance ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chance:
+    """What a router's load is compared with; None where it is not known."""
+
+    floor: float | None
+    """Least possible max÷mean: 1, or more where there are fewer assignments than experts."""
+    ceiling: float | None
+    """Largest possible max÷mean, E / K: no expert gets more than all tokens. E where a token's slots may fall
+    on one expert."""
+    cv: float | None
+    """Root of the mean squared CV that uniform routing of the same tokens has."""
+    cv_beyond: float | None
+    """sqrt(CV^2 - that^2), 0 where chance gives as much: the CV of the router's own preferences, whatever the
+    number of tokens."""
+    p_value: float | None
+    """How often uniform routing is at least as uneven; None where all routings of so few tokens are."""
+    tells_dead: bool
+    """Whether there were enough assignments to call an expert without any dead."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the load is more uneven than chance."""
+        return self.p_value is not None and self.p_value < SIGNIFICANT
+
+
+def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> Chance:
+    """Compare `[E]` assignments with what is possible and what is chance.
+
+    Args:
+        k_histogram: [K + 1] tokens by the number of slots that they really used.
+    """
+    loads_E = np.asarray(assignments, dtype=np.float64)
+    tokens_K = np.asarray(k_histogram, dtype=np.float64)
+    experts, slots = len(loads_E), float(loads_E.sum())
+    choices_K = np.arange(len(tokens_K))
+    tells_dead = experts > 0 and slots >= ENOUGH_PER_EXPERT * experts
+    tokens = float(tokens_K[1:].sum())
+    if not slots:
+        return Chance(floor=None, ceiling=None, cv=None, cv_beyond=None, p_value=None, tells_dead=tells_dead)
+    if float((choices_K * tokens_K).sum()) != slots or loads_E.max() > tokens:
+        # Several slots of a token may fall on one expert: then each slot chooses by itself.
+        tokens_K, choices_K, tokens = np.array([0.0, slots]), np.arange(2), slots
+    mean = slots / experts
+    spread_K = choices_K * (experts - choices_K)
+    total = float((spread_K * tokens_K).sum())
+    expected = total / experts
+    variance = 0.0
+    if experts > 1:
+        pairs = total**2 - float((spread_K.astype(np.float64) ** 2 * tokens_K).sum())
+        variance = 2 * pairs / (experts**2 * (experts - 1))
+    found = float(((loads_E - mean) ** 2).sum())
+    cv_squared, chance_squared = (q / experts / mean**2 for q in (found, expected))
+    return Chance(
+        floor=math.ceil(mean) / mean,
+        ceiling=tokens / mean,
+        cv=math.sqrt(chance_squared),
+        cv_beyond=math.sqrt(max(0.0, cv_squared - chance_squared)),
+        p_value=_p_value(found, expected, variance, experts, tuple(tokens_K.astype(int).tolist())),
+        tells_dead=tells_dead,
+    )
+
+
+def most_uneven(chances: Sequence[Chance]) -> list[int]:
+    """Positions of the loads that are most uneven beyond chance (`cv_beyond`): several where they tie, none
+    where no load is more uneven than uniform routing of the same tokens."""
+    beyond = [chance.cv_beyond or 0.0 if chance.is_real else 0.0 for chance in chances]
+    most = max(beyond, default=0.0)
+    return [i for i, value in enumerate(beyond) if value > 0 and value >= most * (1 - TIE)]
+
+
+def _p_value(
+    found: float, expected: float, variance: float, experts: int, tokens_K: tuple[int, ...]
+) -> float | None:
+    """How often uniform routing spreads at least as much."""
+    if variance <= 1e-9 * expected**2:
+        return None
+    tokens, slots = sum(tokens_K), sum(k * n for k, n in enumerate(tokens_K))
+    if slots**2 * (tokens - 1) / tokens / experts / 2 < OVERLAPS_MIN:
+        drawn = _simulated(experts, tokens_K)
+        return float((1 + (drawn >= found * (1 - 1e-9)).sum()) / (1 + len(drawn)))
+    width = variance / (9 * expected**2)  # 2 / (9 degrees of freedom)
+    z = ((found / expected) ** (1 / 3) - (1 - width)) / math.sqrt(width)
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@functools.lru_cache(maxsize=16)
+def _simulated(experts: int, tokens_K: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """[draws] Q of uniform routing."""
+    random = np.random.default_rng(0)
+    choices_T = np.repeat(np.arange(len(tokens_K)), tokens_K)
+    draws = max(1, min(DRAWS_MAX, KEYS_MAX // (experts * len(choices_T))))
+    loads_DE = np.zeros((draws, experts))
+    for choices in choices_T:
+        keys_DE = random.random((draws, experts))
+        if choices < experts:
+            loads_DE += keys_DE < np.partition(keys_DE, choices, axis=1)[:, choices : choices + 1]
+    return ((loads_DE - loads_DE.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls import CallTable, mean_over_calls, mean_over_tokens
-from moe_trace.data.loads import Load, describe_load
+from moe_trace.data.loads import Chance, Load, describe_chance, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.data.summary_notes import notes_of
 
@@ -66,6 +66,8 @@ class Flops:
     experts: int
     shared: int = 0
     """Of the always-on experts beside the routed ones; not part of the total."""
+    recomputed: int = 0
+    """The part of the total that recomputed calls made."""
 
     @property
     def total(self) -> int:
@@ -75,10 +77,11 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSummary:
-    """One router over all its recorded calls. Recomputed calls count in latency, never in the load."""
+    """One router over all its recorded calls; those that checkpointing ran again are counted apart."""
 
     info: RouterInfo
     calls: int
+    """Forward calls: what load, decisions and latency are of."""
     recomputed_calls: int
     tokens: int
     assignments: tuple[int, ...]
@@ -86,9 +89,14 @@ class RouterSummary:
     padding_assignments: int
     nonfinite_tokens: int
     load: Load
+    chance: Chance
     decisions: Decisions
     latency: Latency
+    """Of the forward calls."""
+    recompute_latency: Latency
+    """Of the recomputed calls."""
     flops: Flops
+    """Of forward and recomputed calls."""
     memory_max_bytes: int | None
 
 
@@ -105,9 +113,11 @@ class Totals:
     skipped: int
     padding_assignments: int
     nonfinite_tokens: int
+    recomputed_calls: int
     load_max_over_mean_mean: float | None
     """Mean over routers of each one's load max÷mean."""
     router_host_us: float | None
+    """Of forward and recomputed calls."""
     flops_router: int
     flops_experts: int
 
@@ -165,23 +175,28 @@ def _summarize_router(
 ) -> RouterSummary:
     forward = calls.take(calls.forward)
     assignments = forward.assignments.summed(least=info.num_experts)
+    again = calls.take(~calls.forward)
+    tokens_K = forward.lists["k_histogram"].summed(least=info.top_k + 1)
     memory = [held for held in calls.values("memory_allocated_bytes") if held is not None]
     return RouterSummary(
         info=info,
         calls=len(forward),
-        recomputed_calls=len(calls) - len(forward),
+        recomputed_calls=len(again),
         tokens=forward.total("tokens"),
         assignments=tuple(assignments.tolist()),
         skipped=forward.total("skipped"),
         padding_assignments=forward.total("padding_assignments"),
         nonfinite_tokens=forward.total("nonfinite_tokens"),
         load=describe_load(assignments),
+        chance=describe_chance(assignments, tokens_K),
         decisions=_decisions(forward, info.top_k),
-        latency=_latency(calls, busy_us),
+        latency=_latency(forward, busy_us),
+        recompute_latency=_latency(again, busy_us),
         flops=Flops(
             router=calls.total("router_flops"),
             experts=calls.total("expert_flops"),
             shared=info.shared_flops_per_token * calls.total("tokens"),
+            recomputed=again.total("router_flops") + again.total("expert_flops"),
         ),
         memory_max_bytes=max(memory, default=None),
     )
@@ -241,7 +256,8 @@ def distribution(values: Iterable[float]) -> Distribution | None:
 
 def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
     loads = [r.load.max_over_mean for r in routers if r.load.max_over_mean is not None]
-    host = [r.latency.host.total for r in routers if r.latency.host is not None]
+    both = [one.host for r in routers for one in (r.latency, r.recompute_latency)]
+    host = [distribution.total for distribution in both if distribution is not None]
     return Totals(
         routers=len(routers),
         calls=sum(r.calls for r in routers),
@@ -251,6 +267,7 @@ def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
         skipped=sum(r.skipped for r in routers),
         padding_assignments=sum(r.padding_assignments for r in routers),
         nonfinite_tokens=sum(r.nonfinite_tokens for r in routers),
+        recomputed_calls=sum(r.recomputed_calls for r in routers),
         load_max_over_mean_mean=sum(loads) / len(loads) if loads else None,
         router_host_us=sum(host) if host else None,
         flops_router=sum(r.flops.router for r in routers),

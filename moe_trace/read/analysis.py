@@ -9,15 +9,16 @@ from typing import Any
 
 from moe_trace.data.calls import CallTable
 from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.data.loads import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
-from moe_trace.read.findings.rules import Evidence, Finding, find
+from moe_trace.read.findings.rules import Evidence, Finding, find, find_apart
 from moe_trace.read.ranks.combine import Read, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
 from moe_trace.read.rows import call_rows
-from moe_trace.read.time.imbalance import ImbalanceCost, imbalance_costs
+from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.peaks import find_peak
 from moe_trace.read.time.phases import CallTimes
@@ -34,6 +35,8 @@ class TraceSummary(Summary, ShownInNotebooks):
     """None where no call has its ranges in the trace."""
     speed: SpeedReport | None
     imbalance: tuple[ImbalanceCost, ...]
+    load_models: tuple[LoadModel, ...]
+    """How the experts' time follows the load: what `imbalance` rests on."""
     findings: tuple[Finding, ...]
     samples: Sequence[RoutingSample] = field(repr=False)
     """Every call, in the order of the trace."""
@@ -75,13 +78,18 @@ class TraceSummary(Summary, ShownInNotebooks):
         raise KeyError(f"no router {site!r}; there are {[r.info.site for r in self.routers]}")
 
     def which_layer_is_most_uneven(self) -> RouterSummary | None:
-        """The router with the largest load max÷mean; None where nothing was assigned."""
-        loaded = [r for r in self.routers if r.load.max_over_mean is not None]
-        return max(loaded, key=lambda r: r.load.max_over_mean or 0.0, default=None)
+        """The router whose load is unevenest beyond chance (`Chance.cv_beyond`), the first of those that tie;
+        None where no load is more uneven than uniform routing of the same tokens."""
+        worst = most_uneven([router.chance for router in self.routers])
+        return self.routers[worst[0]] if worst else None
 
     def which_experts_are_dead(self) -> dict[str, tuple[int, ...]]:
-        """Label -> ids of the experts that no token chose."""
-        return {r.info.site: r.load.dead_experts for r in self.routers if r.load.dead_experts}
+        """Label -> ids of the experts that no token chose, where there were enough tokens to say so."""
+        return {
+            r.info.site: r.load.dead_experts
+            for r in self.routers
+            if r.load.dead_experts and r.chance.tells_dead
+        }
 
     def how_much_of_the_model_is_moe(self) -> float | None:
         """Share of all work in the trace; None where the trace does not tell."""
@@ -130,7 +138,8 @@ def analyse(
     stages = {
         stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in STAGES if stage in there
     }
-    return replace(whole, stages=stages)
+    findings = find_apart(traces.evidence(whole), {stage: part.findings for stage, part in stages.items()})
+    return replace(whole, stages=stages, findings=findings)
 
 
 @dataclass(frozen=True)
@@ -163,13 +172,15 @@ class _Traces:
             *(ranks.notes if ranks is not None else _alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
+        imbalance = imbalance_costs(times, recording.routers, experts_are_split=split)
         answered = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
             stage=stages.pop() if len(stages) == 1 else None,
             phases=report_phases(times, add_surroundings([r.work.of(chosen) for r in reads])),
             speed=self._speed(times, recording),
-            imbalance=imbalance_costs(times, recording.routers),
+            imbalance=imbalance.layers,
+            load_models=imbalance.models,
             findings=(),
             samples=recording.samples,
             times=times,
@@ -178,9 +189,10 @@ class _Traces:
             rank_inputs=tuple(inputs),
             experts_are_split=split,
         )
-        return replace(answered, findings=find(self._evidence(answered)))
+        return replace(answered, findings=find(self.evidence(answered)))
 
-    def _evidence(self, answered: TraceSummary) -> Evidence:
+    def evidence(self, answered: TraceSummary) -> Evidence:
+        """What the rules of findings look at."""
         return Evidence(
             routers=answered.routers,
             phases=answered.phases,
@@ -188,6 +200,9 @@ class _Traces:
             imbalance=answered.imbalance,
             operators=frozenset().union(*(r.operators for r in self.reads)),
             ranks=answered.ranks,
+            load_models=answered.load_models,
+            model=answered.model,
+            stage=answered.stage,
         )
 
     def _speed(self, times: CallTimes, recording: Recording) -> SpeedReport | None:

@@ -31,7 +31,7 @@ _UNITS = {
     "load max÷mean": ("×", None),
     "router entropy (nats)": ("nats", None),
     "active experts": ("experts", "UNIT_COUNT"),
-    "expert TFLOP/s": ("TFLOP/s", None),
+    "expert TFLOP/s (with gaps)": ("TFLOP/s", None),
     "skipped slots (%)": ("%", None),
     "tokens": ("tokens", "UNIT_COUNT"),
     "memory": (None, "UNIT_SIZE_BYTES"),

@@ -78,6 +78,7 @@ def _figures(summary: Summary) -> dict[str, Any]:
             "phases": asdict(summary.phases) if summary.phases is not None else None,
             "speed": asdict(summary.speed) if summary.speed is not None else None,
             "imbalance": [asdict(cost) for cost in summary.imbalance],
+            "load_models": [asdict(model) for model in summary.load_models],
             "findings": [asdict(finding) for finding in summary.findings],
         }
         if summary.ranks is not None:
@@ -103,13 +104,16 @@ def _router(router: RouterSummary) -> dict[str, Any]:
         "padding_assignments": router.padding_assignments,
         "nonfinite_tokens": router.nonfinite_tokens,
         "load": asdict(router.load),
+        "chance": asdict(router.chance),
         "router": asdict(decisions),
         "latency_us": asdict(router.latency),
+        "recompute_latency_us": asdict(router.recompute_latency),
         "flops": {
             "router": router.flops.router,
             "experts": router.flops.experts,
             "shared": router.flops.shared,
             "total": router.flops.total,
         },
+        "recomputed_flops": router.flops.recomputed,
         "memory_max_bytes": router.memory_max_bytes,
     }

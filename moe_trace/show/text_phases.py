@@ -1,31 +1,30 @@
-"""Phases, speed and the cost of imbalance as text."""
+"""Phases and speed as text."""
 
 from __future__ import annotations
 
 from moe_trace.data.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import LayerPhases, PhaseReport, PhaseTime
+from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport, PhaseTime
 from moe_trace.read.time.structure import PHASES
+
+_COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
 
 
 def phase_parts(summary: TraceSummary) -> list[str]:
-    """Where the time goes: a table forward, one backward if there is any, and the shares in a sentence."""
+    """Where the time goes: a table for each pass, and the shares in a sentence."""
     report = summary.phases
     if report is None:
         return []
+    return [*(_pass_part(report, part) for part in report.passes()), shares_sentence(report)]
+
+
+def _pass_part(report: PhaseReport, part: Pass) -> str:
     clock = "device" if report.whole.on_device else "host"
-    parts = [
-        f"Phases forward, {clock} time of one call in µs (gap: no {_worker(report)} ran)\n"
-        + _forward_table(report)
-    ]
-    if report.total.backward is not None:
-        parts.append(f"Phases backward, {clock} time of one call in µs\n" + _backward_table(report))
-    parts.append(shares_sentence(report))
-    return parts
-
-
-def _worker(report: PhaseReport) -> str:
-    return "kernel" if report.whole.on_device else "operator"
+    worker = "kernel" if report.whole.on_device else "operator"
+    gap = "" if part == "backward" else f" (gap: no {worker} ran)"
+    noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
+    title = f"Phases {part}, {clock} time in µs, mean of {report.total.count(part):,} {noun}{gap}"
+    return f"{title}\n{_pass_table(report, part)}"
 
 
 def phase_us(phase: PhaseTime, report: PhaseReport) -> float:
@@ -34,66 +33,69 @@ def phase_us(phase: PhaseTime, report: PhaseReport) -> float:
     return busy if report.whole.on_device and busy is not None else phase.host_us
 
 
-def gap_and_block(layer: LayerPhases) -> tuple[float, float]:
+def gap_and_block(layer: BlockTime) -> tuple[float, float]:
     """Gap and whole of the block: on the device where there is one, else on the host."""
     if layer.device_span_us is not None and layer.device_gap_us is not None:
         return layer.device_gap_us, layer.device_span_us
     return layer.host_gap_us, layer.block_host_us
 
 
-def _forward_table(report: PhaseReport) -> str:
+def _pass_table(report: PhaseReport, part: Pass) -> str:
     phases = _used(report)
+    last = ("all",) if part == "backward" else ("gap", "block")
     rows = []
     for layer in (*report.layers, report.total):
-        gap, block = gap_and_block(layer)
-        values = [phase_us(layer.forward[p], report) for p in phases]
-        rows.append([printable(layer.site, 12), *(number(v / layer.calls) for v in (*values, gap, block))])
-    total_gap, total_block = gap_and_block(report.total)
-    shares = [phase_us(report.total.forward[p], report) for p in phases]
-    rows.append(
-        ["share", *(share(v / total_block if total_block else None) for v in (*shares, total_gap)), ""]
-    )
-    return table(["layer", *phases, "gap", "block"], rows)
+        count = layer.count(part)
+        if count:
+            means = [number(value / count) for value in _values(report, layer, part)]
+            rows.append([printable(layer.site, 12), *means])
+    totals = _values(report, report.total, part)
+    rows.append(["a step", *(number(value / report.steps) for value in totals)])
+    rows.append(["total ms", *(number(value / 1000) for value in totals)])
+    rows.append(["share", *(share(v / totals[-1] if totals[-1] else None) for v in totals[:-1]), ""])
+    return table(["layer", *phases, *last], rows)
 
 
-def _backward_table(report: PhaseReport) -> str:
-    phases = _used(report)
-    rows = []
-    for layer in (*report.layers, report.total):
-        if layer.backward is not None:
-            values = [phase_us(layer.backward[p], report) for p in phases]
-            cells = (number(v / layer.calls) for v in (*values, sum(values)))
-            rows.append([printable(layer.site, 12), *cells])
-    return table(["layer", *phases, "all"], rows)
+def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
+    """The phases of a pass, then gap and block, of which the backward has its sum only."""
+    times = layer.phases_of(part) or {}
+    values = [phase_us(times[phase], report) if phase in times else 0.0 for phase in _used(report)]
+    if part == "backward":
+        return [*values, sum(values)]
+    block = layer.recompute if part == "recompute" else layer
+    return [*values, *(gap_and_block(block) if block is not None else (0.0, 0.0))]
 
 
 def _used(report: PhaseReport) -> list[str]:
-    """Leave out the columns of phases that no layer has."""
-    used: list[str] = []
-    for phase in PHASES:
-        both = (report.total.forward, report.total.backward or {})
-        if any(phase_us(times[phase], report) for times in both if phase in times):
-            used.append(phase)
-    return used
+    """Leave out the columns of phases that no pass has."""
+    passes = [report.total.phases_of(part) or {} for part in report.passes()]
+    return [
+        phase for phase in PHASES if any(phase_us(times[phase], report) for times in passes if phase in times)
+    ]
 
 
 def shares_sentence(report: PhaseReport) -> str:
-    """`MoE is 71 % of device time; the router 0.9 %; dispatch and combine 23 %.`"""
+    """`MoE is 71 % of the model's device time. Of MoE's device time: router 0.9 %, …`"""
     clock = "device time" if report.whole.on_device else "time in operators"
-    forward, backward = report.total.forward, report.total.backward
+    passes = {part: report.total.phases_of(part) for part in report.passes()}
     work = report.whole.moe_work_us
 
-    def part(*names: str) -> str:
-        us = sum(phase_us(forward[n], report) for n in names)
-        us += sum(phase_us(backward[n], report) for n in names) if backward is not None else 0.0
-        return share(us / work if work else None)
+    def us(*names: str) -> float:
+        return sum(phase_us(times[n], report) for times in passes.values() if times for n in names)
 
     whole = report.whole.moe_share_of_model
     lines = [f"MoE is {share(whole)} of the model's {clock}." if whole is not None else ""]
-    lines.append(
-        f"Of MoE's {clock}: router {part('router')}, dispatch and combine {part('dispatch', 'combine')}, "
-        f"experts {part('experts')}."
-    )
+    by_phase = (("router",), ("dispatch", "combine"), ("experts",))
+    parts = [f"{' and '.join(names)} {share(us(*names) / work if work else None)}" for names in by_phase]
+    lines.append(f"Of MoE's {clock}: {', '.join(parts)}.")
+    if len(passes) > 1:
+        sums = [sum(phase_us(time, report) for time in (times or {}).values()) for times in passes.values()]
+        shares = [share(value / work if work else None) for value in sums]
+        parts = [f"{part} {value}" for part, value in zip(passes, shares, strict=True)]
+        lines.append(f"By pass: {', '.join(parts)}.")
+    if work is not None:
+        tokens = f", {number(work / report.tokens)} µs a token" if report.tokens else ""
+        lines.append(f"That is {number(work / report.steps / 1000)} ms a step{tokens}.")
     if report.whole.moe_share_of_step is not None:
         lines.append(
             f"On the host MoE blocks take {share(report.whole.moe_share_of_step)} of the profiler's steps."
@@ -112,46 +114,20 @@ def speed_part(summary: TraceSummary) -> list[str]:
             printable(layer.site, 12),
             scaled(layer.router.flops_per_s),
             scaled(layer.experts.flops_per_s),
+            scaled(layer.experts.flops_per_s_with_gaps),
             share(layer.experts.share_of_peak) if known else "-",
             number(layer.experts.intensity),
             layer.experts.bound or "-",
         ]
         for layer in speed.layers
     ]
-    headings = ("layer", "router FLOP/s", "experts FLOP/s", "of peak", "FLOP/byte", "bound by")
+    headings = ("layer", "router", "experts", "with gaps", "of peak", "FLOP/byte", "bound by")
     device = printable(speed.device or "no device in the trace", 40)
     peak = f"peak {scaled(speed.peak_flops_per_s, 'FLOP/s')}" if known else "peak unknown"
     bandwidth = speed.peak_bytes_per_s
     memory = f", {scaled(bandwidth, 'B/s')}" if bandwidth is not None else ""
     return [
         f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory})\n"
-        + table(headings, rows)
+        "FLOP/s of the router's and the experts' phase without gaps, and of the experts'\n"
+        "range with gaps\n" + table(headings, rows)
     ]
-
-
-def imbalance_lines(summary: TraceSummary) -> list[str]:
-    """What uneven load costs, where the calls can tell."""
-    if not summary.imbalance:
-        return []
-    told = [cost for cost in summary.imbalance if cost.verdict != "cannot tell"]
-    parts = []
-    if told:
-        rows = [
-            [
-                printable(cost.site, 12),
-                number(cost.measured_us),
-                number(cost.equal_load_us),
-                number(cost.cost_us),
-                f"{number(cost.low_us)} to {number(cost.high_us)}",
-                cost.verdict,
-            ]
-            for cost in told
-        ]
-        headings = ("layer", "measured", "equal load", "cost", "95 % interval", "verdict")
-        parts.append("Cost of imbalance (experts' time of one call in µs)\n" + table(headings, rows))
-    untold = [cost for cost in summary.imbalance if cost.verdict == "cannot tell"]
-    if untold:
-        reasons = "; ".join(dict.fromkeys(cost.reason for cost in untold))
-        where = "any layer" if not told else f"{len(untold)} layers"
-        parts.append(paragraph(f"Cost of imbalance: cannot tell for {where} ({reasons})."))
-    return ["\n\n".join(parts)]

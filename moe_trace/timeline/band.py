@@ -87,7 +87,7 @@ FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
     "load max÷mean": lambda call: call.load.max_over_mean,
     "router entropy (nats)": lambda call: call.sample.router_entropy,
     "active experts": lambda call: call.load.active_experts,
-    "expert TFLOP/s": _expert_tflops,
+    "expert TFLOP/s (with gaps)": _expert_tflops,
     "skipped slots (%)": _skipped_share,
 }
 

@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls import CallTable
 from moe_trace.data.loads import Load, describe_load
+from moe_trace.data.places import Side
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span, moe_span
 
 REPLAY_NAME = "graph"
@@ -51,6 +56,21 @@ def spans_of(placement: Placement) -> tuple[dict[RangeKind, Span], Literal["devi
     if "router" in device or "block" in device or (placement.in_graph and "graph" in device):
         return device, "device"
     return placement.host, "host"
+
+
+def experts_range_us(calls: CallTable) -> npt.NDArray[np.float64]:
+    """[N] duration of each call's experts, dispatch, combine and gaps included; NaN where they have no place.
+
+    On the clock that the band draws (`spans_of`).
+    """
+
+    def there(side: Side, kind: RangeKind) -> npt.NDArray[np.bool_]:
+        return ~np.isnan(calls.duration_us(side, kind))
+
+    in_graph = there("host", "graph") & there("device", "graph")
+    on_device = there("device", "router") | there("device", "block") | in_graph
+    device, host = (calls.duration_us(side, "experts") for side in ("device", "host"))
+    return np.where(on_device, device, host)
 
 
 @dataclass(frozen=True)

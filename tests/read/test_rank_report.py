@@ -328,7 +328,7 @@ def test_findings_name_the_rank_and_the_expert(tmp_path: Path) -> None:
 
     write_ranks(tmp_path, Run(counts=counts))
     found = [f for f in read_summary(tmp_path).findings if f.rule == "hot_rank"]
-    assert [f.site for f in found] == ["L01"]
+    assert {(f.stage, f.sites) for f in found} == {("prefill", ("L01",)), ("decode", ("L01",))}
     assert found[0].value == pytest.approx(42 / 23)
     assert "rank 1 computes 1.83×" in found[0].sentence and "expert, 3, takes 95 %" in found[0].sentence
 

@@ -320,8 +320,10 @@ def test_findings_of_the_load(tmp_path: Path) -> None:
     found = rules(path)
     assert found["hot_expert"]["value"] == pytest.approx(3.8)
     assert "expert 2 gets 3.8× its share" in found["hot_expert"]["sentence"]
-    assert found["dead_experts"]["sentence"].endswith("1 expert got no token in 3 calls (0).")
-    assert found["padding"]["sentence"] == "20 % of assignments are padding."
+    assert found["hot_expert"]["sites"] == ["L00", "L01"]
+    assert "2 experts in 2 layers got no token" in found["dead_experts"]["sentence"]
+    assert "L00 1 of 4 (0), L01 1 of 4 (0)" in found["dead_experts"]["sentence"]
+    assert "20 % of assignments are padding (threshold 10 %)" in found["padding"]["sentence"]
     assert {"undecided_router", "collapsed_router", "nonfinite"} <= set(found)
     assert all(f["advice"] and f["sentence"] and "threshold" in f for f in found.values())
 

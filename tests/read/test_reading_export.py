@@ -106,7 +106,7 @@ def test_perfetto_tracks_parents_and_units(tmp_path: Path) -> None:
         "load max÷mean": ("×", unspecified),
         "router entropy (nats)": ("nats", unspecified),
         "active experts": ("experts", CounterDescriptor.UNIT_COUNT),
-        "expert TFLOP/s": ("TFLOP/s", unspecified),
+        "expert TFLOP/s (with gaps)": ("TFLOP/s", unspecified),
         "tokens": ("tokens", CounterDescriptor.UNIT_COUNT),
         "memory": ("", CounterDescriptor.UNIT_SIZE_BYTES),
     }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from moe_trace.data.schema import Stage
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.ranks.ranks import RankReport
-from moe_trace.read.time.imbalance import ImbalanceCost
+from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 from moe_trace.read.time.layers import PhaseReport
 from moe_trace.read.time.speed import SpeedReport
+
+FINDINGS_SHOWN = 8
+"""How many a page shows; the JSON has all."""
+LAYERS_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +24,23 @@ class Finding:
 
     rule: str
     site: str | None
+    """The layer with the worst value; None where it is about no single layer."""
     value: float
+    """The worst."""
     threshold: float
     sentence: str
     advice: str
+    sites: tuple[str, ...] = ()
+    """All layers it holds for, worst first."""
+    cost_us: float | None = None
+    """Time that it takes over the whole recording, where the trace tells."""
+    stage: Stage | None = None
+    """The calls that it is about; None where the recording has one stage only, or for the run as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What the rules look at."""
+    """What the rules look at: the calls of one stage."""
 
     routers: Sequence[RouterSummary]
     phases: PhaseReport | None
@@ -36,6 +50,45 @@ class Evidence:
     """Names of the operators in the trace."""
     ranks: RankReport | None = None
     """None for a single rank."""
+    load_models: Sequence[LoadModel] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    stage: Stage | None = None
+
+    @property
+    def experts_are_apart(self) -> bool:
+        """Whether the run has its experts on several ranks."""
+        return self.ranks is not None and self.ranks.exchange is not None
+
+    @property
+    def implementation(self) -> str | None:
+        """How the model computes its experts, as it says itself."""
+        name = self.model.get("experts_implementation")
+        return name if isinstance(name, str) else None
 
 
 Rule = Callable[[Evidence], Iterator[Finding]]
+
+
+def in_one_line(layers: Sequence[tuple[str, str]]) -> str:
+    """`L04 8.0×, L05 7.9×, L08 7.9× and 12 more layers`, from (site, figure), worst first."""
+    named = ", ".join(f"{site} {figure}".rstrip() for site, figure in layers[:LAYERS_NAMED])
+    more = len(layers) - LAYERS_NAMED
+    return named if more <= 0 else f"{named} and {count(more, 'more layer')}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 expert`, `2 experts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def percent(part: float) -> str:
+    """A share for a sentence: no decimals, or one where it is under 10 % and no whole number."""
+    value = 100 * part
+    return f"{value:.0f} %" if value >= 9.5 or abs(value - round(value)) < 0.05 <= value else f"{value:.1f} %"
+
+
+def duration(us: float) -> str:
+    """`340 µs`, `12.4 ms`."""
+    if abs(us) >= 1e6:
+        return f"{us / 1e6:.3g} s"
+    return f"{us / 1e3:.3g} ms" if abs(us) >= 1e3 else f"{us:.3g} µs"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.findings.finding import Evidence, Finding
+from moe_trace.read.findings.finding import Evidence, Finding, in_one_line, percent
+from moe_trace.read.ranks.ranks import LayerRanks
 
 HOT_RANK = 1.25
 ENOUGH_PER_RANK = 20
@@ -23,23 +24,37 @@ _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches
 def hot_rank(evidence: Evidence) -> Iterator[Finding]:
     """A rank whose experts get more than their share of a layer's slots."""
     report = evidence.ranks
-    for layer in report.layers if report is not None else ():
-        ratio, total = layer.max_over_mean, sum(layer.load)
-        if ratio is None or ratio < HOT_RANK or total < ENOUGH_PER_RANK * len(layer.load):
-            continue
-        expert = ""
-        if layer.hot_expert is not None and layer.hot_expert_share is not None:
-            share = f"{100 * layer.hot_expert_share:.0f} %"
-            expert = f"; its busiest expert, {layer.hot_expert}, takes {share} of that"
-        yield Finding(
-            rule="hot_rank",
-            site=layer.site,
-            value=ratio,
-            threshold=HOT_RANK,
-            sentence=f"{layer.site}: rank {layer.hot_rank} computes {ratio:.2f}× the mean rank's share of "
-            f"{total:,} slots{expert}.",
-            advice=_UNEQUAL_EXPERTS if report is not None and report.exchange else _UNEQUAL_TOKENS,
-        )
+    found = [
+        (layer.max_over_mean, layer)
+        for layer in (report.layers if report is not None else ())
+        if layer.max_over_mean is not None
+        and layer.max_over_mean >= HOT_RANK
+        and sum(layer.load) >= ENOUGH_PER_RANK * len(layer.load)
+    ]
+    if not found or report is None:
+        return
+    found.sort(key=lambda pair: -pair[0])
+    ratio, worst = found[0]
+    others = [(layer.site, f"rank {layer.hot_rank} {of:.2f}×") for of, layer in found[1:]]
+    yield Finding(
+        rule="hot_rank",
+        site=worst.site,
+        sites=tuple(layer.site for _, layer in found),
+        value=ratio,
+        threshold=HOT_RANK,
+        cost_us=sum(layer.wait_us or 0.0 for _, layer in found) or None,
+        sentence=f"{worst.site}: rank {worst.hot_rank} computes {ratio:.2f}× the mean rank's share of "
+        f"{sum(worst.load):,} slots (threshold {HOT_RANK}×){_expert(worst)}"
+        + (f"; also {in_one_line(others)}." if others else "."),
+        advice=_UNEQUAL_EXPERTS if report.exchange else _UNEQUAL_TOKENS,
+    )
+
+
+def _expert(layer: LayerRanks) -> str:
+    """Its busiest expert, and that one's part of its load."""
+    if layer.hot_expert is None or layer.hot_expert_share is None:
+        return ""
+    return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"
 
 
 def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
@@ -56,8 +71,9 @@ def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
         site=None,
         value=report.wait_share,
         threshold=WAIT_SHARE,
+        cost_us=report.wait_us,
         sentence=f"Ranks spend {100 * report.wait_share:.0f} % of their time waiting in the MoE layers' "
-        f"collectives, {100 * part:.0f} % of it for rank {last}.",
+        f"collectives (threshold {percent(WAIT_SHARE)}), {100 * part:.0f} % of it for rank {last}.",
         advice="Waits before the dispatch come from unequal tokens or attention, waits before the combine "
         "from unequal experts: compare the parts in the table of collectives.",
     )
@@ -99,4 +115,5 @@ def clocks_disagree(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-RULES = (bytes_differ, hot_rank, waiting_ranks, clocks_disagree)
+RULES = (hot_rank, waiting_ranks)
+RUN_RULES = (bytes_differ, clocks_disagree)

@@ -1,13 +1,16 @@
-"""What an uneven load costs: expert time at the load that was measured against time at equal load.
+"""What an uneven load costs here: the experts' time against that of the most even load in the trace.
 
-From the trace's own calls of a layer, by least squares: time = a + b·slots + c·excess, where excess is the
-busiest expert's slots over the mean expert's. At equal load the excess is 0, so c·mean(excess) is the cost.
-Where the loads hardly vary, or there are too few calls, the fit would be a guess: then the answer is that
-it cannot be told.
+On one device a call's experts take as long as their weights take to come from memory, which follows the
+number of *active experts*, and as their products take, which follows the *busiest expert* where the
+products run group by group. An uneven load has fewer active experts and a busier busiest one, so it may
+cost time or save it: what it does here is fitted on the trace's calls and checked on held-out ones (`fit`).
+The cost is the fitted difference to the most even load that the trace has for as many slots, so nothing is
+extrapolated. Where the loads hardly vary, or explain little of the time of unseen calls, it cannot be told.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +18,20 @@ from typing import Literal
 import numpy as np
 
 from moe_trace.data.schema import RouterInfo
+from moe_trace.read.time.fit import CALLS_MIN, Array, Calls, Comparison, Fit, fit_load
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.structure import EXPERTS
 
-CALLS_MIN = 8
+Verdict = Literal["costs", "saves", "no effect seen", "cannot tell"]
+R2_MIN = 0.3
+"""Least part of the time of held-out calls that the load must explain."""
+VARY_MIN = 0.05
+"""Least range of a load figure, per slot, over its mean."""
+WIDE = 0.25
+"""An interval wider than this part of the time says nothing."""
+
 _UNKNOWN = "the device's times are not known"
-LEVER_MIN = 0.25
-"""Least range of the excess over its mean: the fit reaches from there to 0."""
+ACTIVE, BUSIEST = "active experts", "slots of the busiest expert"
 
 # Two-sided 97.5 % points of Student's t by degrees of freedom; beyond the table the next lower entry holds.
 _T_975 = {
@@ -32,110 +42,220 @@ _T_975 = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImbalanceCost:
-    """One layer's answer, in microseconds per call; the interval is of 95 %."""
+    """One layer's answer, in microseconds of a forward call; the interval is of 95 %. Below 0 the uneven load
+    saves time."""
 
     site: str
     name: str
-    verdict: Literal["costs", "no effect seen", "cannot tell"]
+    verdict: Verdict
     reason: str
-    """Why it cannot be told; empty otherwise."""
+    """Why it cannot be told, and what to record; empty otherwise."""
     calls: int
     measured_us: float | None
     equal_load_us: float | None
+    """Expected at the most even load that the trace has for as many slots."""
     cost_us: float | None
     low_us: float | None
     high_us: float | None
 
 
-def imbalance_costs(times: CallTimes, routers: Sequence[RouterInfo]) -> tuple[ImbalanceCost, ...]:
-    """One answer a layer that has calls in the trace."""
-    work_ns = times.work_ns(times.forward)
-    found = []
+@dataclass(frozen=True, kw_only=True)
+class LoadModel:
+    """How the experts' time follows the load, over layers that are alike."""
+
+    sites: tuple[str, ...]
+    verdict: Verdict
+    reason: str
+    calls: int
+    comparison: Comparison | None
+    """What calls were compared with (`fit`); None where nothing was fitted."""
+    us_per_unit: dict[str, float]
+    """Figure of the load -> microseconds for each more of it."""
+    held_out_r2: float | None
+    """Part of the variation in time that the fit predicts in calls that it has not seen."""
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """The answers for all layers, and the models behind them."""
+
+    models: tuple[LoadModel, ...]
+    layers: tuple[ImbalanceCost, ...]
+
+
+def imbalance_costs(
+    times: CallTimes, routers: Sequence[RouterInfo], *, experts_are_split: bool = False
+) -> Imbalance:
+    """One answer a layer that has forward calls in the trace.
+
+    Args:
+        experts_are_split: see `Recording.experts_are_split`; the time of a rank's experts is then not that of
+            its routers' loads.
+    """
+    alike: dict[tuple[int, ...], list[RouterInfo]] = {}
     for router in routers:
-        rows = np.flatnonzero(times.samples.of_router(router.name))
-        if len(rows):
-            loads = times.samples.assignments.take(rows)
-            slots = loads.totals().astype(np.float64)
-            excess = loads.largest() - slots / np.maximum(1, loads.sizes)
-            if work_ns is None:
-                found.append(_answer(router, "cannot tell", _UNKNOWN, np.zeros(0), len(rows)))
-            else:
-                found.append(_cost(router, work_ns[rows, EXPERTS] / 1000, slots, excess))
-    return tuple(found)
+        shape = (router.num_experts, router.top_k, router.expert_flops_per_slot)
+        alike.setdefault(shape, []).append(router)
+    models: list[LoadModel] = []
+    layers: dict[str, ImbalanceCost] = {}
+    for group in alike.values():
+        rows = _Rows.of(times, group)
+        if len(rows.calls.time_us):
+            model, costs = rows.answer(experts_are_split)
+            models.append(model)
+            layers |= {cost.name: cost for cost in costs}
+    return Imbalance(tuple(models), tuple(layers[r.name] for r in routers if r.name in layers))
 
 
-def _cost(router: RouterInfo, time_us: np.ndarray, slots: np.ndarray, excess: np.ndarray) -> ImbalanceCost:
-    calls, reason = len(time_us), _cannot_tell(slots, excess)
-    fit = None if reason else _fit(time_us, slots, excess)
-    if fit is None:
-        reason = reason or "the load grows with the number of tokens alone"
-        return _answer(router, "cannot tell", reason, time_us, calls)
-    slope, error = fit
-    cost = slope * excess.mean()
-    reach = error * excess.mean()
-    if cost - reach <= 0 <= cost + reach:
-        return _answer(router, "no effect seen", "", time_us, calls, cost, reach)
-    if cost < 0:
-        return _answer(
-            router,
-            "cannot tell",
-            "calls with a more even load took longer: something else varies",
-            time_us,
-            calls,
+@dataclass(frozen=True)
+class _Rows:
+    """The forward calls of layers that are alike."""
+
+    routers: tuple[RouterInfo, ...]
+    calls: Calls
+    even: dict[str, Array]
+    """[N] the figures of the most even load with as many slots."""
+
+    @classmethod
+    def of(cls, times: CallTimes, routers: Sequence[RouterInfo]) -> _Rows:
+        number = {router.name: i for i, router in enumerate(routers)}
+        of_key = np.array([number.get(key.name, -1) for key in times.samples.keys], np.int64)
+        rows = np.flatnonzero(times.samples.forward & (of_key[times.samples.router] >= 0))
+        table = times.samples.take(rows)
+        loads = table.assignments
+        slots = loads.totals().astype(np.float64)
+        figures = {
+            ACTIVE: loads.used().astype(np.float64),
+            BUSIEST: loads.largest().astype(np.float64),
+        }
+        _, forward = np.unique(table.call, return_inverse=True)
+        work_ns = times.work_ns(times.forward)
+        calls = Calls(
+            time_us=work_ns[rows, EXPERTS] / 1000 if work_ns is not None else np.full(len(rows), np.nan),
+            slots=slots,
+            forward=forward.astype(np.int64),
+            layer=of_key[table.router],
+            figures=figures,
         )
-    return _answer(router, "costs", "", time_us, calls, cost, reach)
+        even = _most_even(slots, np.array([0.0 if row is None else row.std() for row in loads.rows()]))
+        return cls(tuple(routers), calls, {name: values[even] for name, values in figures.items()})
+
+    def answer(self, experts_are_split: bool) -> tuple[LoadModel, list[ImbalanceCost]]:
+        """The model, and what follows for each layer."""
+        unknown = bool(np.isnan(self.calls.time_us).any())
+        reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._cannot_tell()
+        fit = None if reason else fit_load(self.calls)
+        reason = reason or _reason_of(fit, self.calls)
+        if fit is not None and not reason:
+            reason = self._wide(fit)
+        used = fit if fit is not None and not reason else None
+        costs = [self._layer(i, used, reason) for i in np.unique(self.calls.layer).tolist()]
+        verdicts = {cost.verdict for cost in costs}
+        model = LoadModel(
+            sites=tuple(cost.site for cost in costs),
+            verdict=next(v for v in ("costs", "saves", "no effect seen", "cannot tell") if v in verdicts),
+            reason=reason,
+            calls=len(self.calls.time_us),
+            comparison=fit.comparison if fit is not None else None,
+            us_per_unit=dict(zip(fit.figures, fit.slopes.tolist(), strict=True)) if fit is not None else {},
+            held_out_r2=fit.held_out_r2 if fit is not None else None,
+        )
+        return model, costs
+
+    def _cannot_tell(self) -> str:
+        calls, forwards = self.calls, len(np.unique(self.calls.forward))
+        layers = len(np.unique(calls.layer))
+        if forwards < CALLS_MIN and (layers < 2 or (layers - 1) * forwards < CALLS_MIN):
+            return f"{forwards} calls; a fit needs {CALLS_MIN}: record more steps"
+        experts = self.routers[0].num_experts
+        if not (calls.figures[BUSIEST] * experts - calls.slots).any():
+            return "the load was equal in every call: record text of several kinds"
+        relative = [values / np.maximum(1, calls.slots) for values in calls.figures.values()]
+        vary = max(float(np.ptp(values) / values.mean()) for values in relative)
+        if vary >= VARY_MIN:
+            return ""
+        if np.ptp(calls.slots) > 0:
+            return _TOKENS_ALONE
+        return f"the loads vary by {100 * vary:.0f} % only: record more tokens a step, of several texts"
+
+    def _wide(self, fit: Fit) -> str:
+        reach = max(self._reach(fit, i) for i in np.unique(self.calls.layer).tolist())
+        if reach > WIDE * self.calls.time_us.mean():
+            return (
+                f"the interval is ±{100 * reach / self.calls.time_us.mean():.0f} % of the experts' time: "
+                "record more steps"
+            )
+        return ""
+
+    def _difference(self, fit: Fit, layer: int) -> Array:
+        """[figures] mean of load - most even load, over the layer's calls."""
+        mine = self.calls.layer == layer
+        return np.array([(self.calls.figures[f] - self.even[f])[mine].mean() for f in fit.figures])
+
+    def _reach(self, fit: Fit, layer: int) -> float:
+        """Half the 95 % interval of a layer's cost."""
+        difference = self._difference(fit, layer)
+        t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
+        return float(t * np.sqrt(difference @ fit.covariance @ difference))
+
+    def _layer(self, layer: int, fit: Fit | None, reason: str) -> ImbalanceCost:
+        router, mine = self.routers[layer], self.calls.layer == layer
+        measured = float(self.calls.time_us[mine].mean())
+        cost = reach = None
+        verdict: Verdict = "cannot tell"
+        if fit is not None:
+            cost, reach = float(self._difference(fit, layer) @ fit.slopes), self._reach(fit, layer)
+            sure = fit.held_out_r2 >= R2_MIN and not cost - reach <= 0 <= cost + reach
+            verdict = "no effect seen" if not sure else "costs" if cost > 0 else "saves"
+            if not self._difference(fit, layer).any():
+                reason = "it has the most even load of the trace"
+        known = cost is not None and reach is not None
+        return ImbalanceCost(
+            site=router.site,
+            name=router.name,
+            verdict=verdict,
+            reason=reason,
+            calls=int(mine.sum()),
+            measured_us=measured if math.isfinite(measured) else None,
+            equal_load_us=measured - cost if known else None,  # type: ignore[operator]
+            cost_us=cost,
+            low_us=cost - reach if known else None,  # type: ignore[operator]
+            high_us=cost + reach if known else None,  # type: ignore[operator]
+        )
 
 
-def _cannot_tell(slots: np.ndarray, excess: np.ndarray) -> str:
-    if len(slots) < CALLS_MIN:
-        return f"{len(slots)} calls; a fit needs {CALLS_MIN}"
-    mean = excess.mean()
-    if mean <= 0:
-        return "the load was equal in every call"
-    if np.ptp(excess) < LEVER_MIN * mean:
+_SPLIT = (
+    "the experts are spread over ranks, each of which computes other slots than its routers assigned; give "
+    "the traces of all ranks"
+)
+_TOKENS_ALONE = "the load grows with the number of tokens alone: record steps of one size"
+
+
+def _most_even(slots: Array, spread: Array) -> np.ndarray:
+    """For each call the row of the most even one with as many slots."""
+    even = np.arange(len(slots))
+    for number in np.unique(slots):
+        rows = np.flatnonzero(slots == number)
+        even[rows] = rows[np.argmin(spread[rows])]
+    return even
+
+
+def _reason_of(fit: Fit | None, calls: Calls) -> str:
+    """Why the fit does not tell."""
+    if fit is None:
+        if np.ptp(calls.slots) > 0:
+            return _TOKENS_ALONE
+        return "the load varies only together with the step: record steps in another order"
+    t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
+    sure = np.abs(fit.slopes) > t * np.sqrt(np.diag(fit.covariance))
+    if not sure.any():
+        return ""
+    if (sure & (fit.slopes < 0)).any():
+        name = fit.figures[int(np.argmax(sure & (fit.slopes < 0)))]
+        return f"calls with more {name} took less time: something else varies; record one kind of step"
+    if fit.held_out_r2 < R2_MIN:
         return (
-            f"the loads vary by {100 * np.ptp(excess) / mean:.0f} % only; a fit needs {100 * LEVER_MIN:.0f} %"
+            f"the load explains {100 * max(0.0, fit.held_out_r2):.0f} % of the variation in time of held-out "
+            f"calls, and a cost needs {100 * R2_MIN:.0f} %: record more steps"
         )
     return ""
-
-
-def _fit(time_us: np.ndarray, slots: np.ndarray, excess: np.ndarray) -> tuple[float, float] | None:
-    """Slope on the excess and half its 95 % interval; None where it cannot be told from the slots."""
-    columns = [np.ones_like(slots), excess / excess.max()]
-    if np.ptp(slots) > 0:
-        columns.append(slots / slots.max())
-    design = np.stack(columns, axis=1)
-    freedom = len(time_us) - design.shape[1]
-    if freedom < 1 or np.linalg.cond(design) > 1e3:
-        return None
-    solution, *_ = np.linalg.lstsq(design, time_us, rcond=None)
-    residual = time_us - design @ solution
-    covariance = np.linalg.inv(design.T @ design) * (residual @ residual) / freedom
-    t = _T_975[max(n for n in _T_975 if n <= freedom)]
-    scale = excess.max()
-    return float(solution[1] / scale), float(t * np.sqrt(covariance[1, 1]) / scale)
-
-
-def _answer(
-    router: RouterInfo,
-    verdict: Literal["costs", "no effect seen", "cannot tell"],
-    reason: str,
-    time_us: np.ndarray,
-    calls: int,
-    cost: float | None = None,
-    reach: float | None = None,
-) -> ImbalanceCost:
-    measured = float(time_us.mean()) if len(time_us) else None
-    known = cost is not None and reach is not None and measured is not None
-    return ImbalanceCost(
-        site=router.site,
-        name=router.name,
-        verdict=verdict,
-        reason=reason,
-        calls=calls,
-        measured_us=measured,
-        equal_load_us=measured - cost if known else None,  # type: ignore[operator]
-        cost_us=float(cost) if known else None,  # type: ignore[arg-type]
-        low_us=float(cost - reach) if known else None,  # type: ignore[operator]
-        high_us=float(cost + reach) if known else None,  # type: ignore[operator]
-    )

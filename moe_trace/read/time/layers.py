@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
 from moe_trace.read.time.structure import PHASES
 from moe_trace.read.time.surroundings import Surroundings
+
+Pass = Literal["forward", "recompute", "backward"]
+PASSES: tuple[Pass, ...] = ("forward", "recompute", "backward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +29,19 @@ class PhaseTime:
     kernels: int | None
     """None on a device whose times are not known."""
     share_of_moe: float | None
-    """Of the forward or backward work of all MoE layers."""
+    """Of the work of all MoE layers in the same pass: forward, recompute or backward."""
     share_of_model: float | None
     """Of all device work in the trace (on a CPU: of all time in operators)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPhases:
-    """One router's MoE layer over all its calls, in microseconds.
+class BlockTime:
+    """The MoE blocks of some calls, added up, in microseconds.
 
     `block_host_us` = the phases' `host_us` + `host_gap_us`; `device_span_us` = the phases'
     `device_busy_us` + `device_gap_us` - `device_overlap_us`.
     """
 
-    site: str
-    """`all` for the sum over layers."""
-    name: str | None
     calls: int
     block_host_us: float
     host_gap_us: float
@@ -48,7 +50,36 @@ class LayerPhases:
     device_gap_us: float | None
     device_overlap_us: float | None
     forward: dict[str, PhaseTime]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPhases(BlockTime):
+    """One router's MoE layer: sums over its forward calls, its recomputed calls and its backwards, apart.
+
+    A mean divides each by its own number: `forward` by `calls`, `recompute.forward` by `recompute.calls`,
+    `backward` by `backwards`.
+    """
+
+    site: str
+    """`all` for the sum over layers."""
+    name: str | None
+    recompute: BlockTime | None
+    """The calls that gradient checkpointing ran again; None without."""
+    backwards: int
+    """Calls whose backward is in the trace."""
     backward: dict[str, PhaseTime] | None
+
+    def count(self, part: Pass) -> int:
+        """What a mean over that pass divides by."""
+        if part == "recompute":
+            return self.recompute.calls if self.recompute is not None else 0
+        return self.backwards if part == "backward" else self.calls
+
+    def phases_of(self, part: Pass) -> dict[str, PhaseTime] | None:
+        """The phases of one pass; None where the trace has none."""
+        if part == "recompute":
+            return self.recompute.forward if self.recompute is not None else None
+        return self.backward if part == "backward" else self.forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +89,14 @@ class Whole:
     on_device: bool
     """Whether these are device times; False too where a device's times are not known."""
     moe_work_us: float | None
-    """Forward and backward; None where the device's times are not known."""
+    """Forward, recomputed and backward; None where the device's times are not known."""
     model_work_us: float | None
     """None where the rest of the model cannot be told apart by the chosen steps and stages."""
     step_us: float | None
     """Host time of the profiler's steps; None without `prof.step()`."""
     moe_share_of_model: float | None
     moe_share_of_step: float | None
-    """Host time of the blocks (forward) over that of the steps."""
+    """Host time of the blocks (forward and recomputed) over that of the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,97 +106,123 @@ class PhaseReport:
     layers: tuple[LayerPhases, ...]
     total: LayerPhases
     whole: Whole
+    steps: int
+    """Steps that the calls are of."""
+    tokens: int
+    """Tokens of the forward calls, once for all layers: those of the layer that saw most."""
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Those that the trace has."""
+        return tuple(part for part in PASSES if self.total.phases_of(part) is not None)
 
 
 def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
     """Add the calls up; None where no call has ranges in the trace."""
-    if not len(times.samples):
+    calls = times.samples
+    if not len(calls):
         return None
-    forward_us = _work_us(times, times.forward)
-    backward_us: float | None = 0.0 if times.coverage.backward.known else None
-    if times.backward is not None:
-        backward_us = _work_us(times, times.backward)
-    model_us = around.model_work_us if forward_us is not None else None
-    denominators = _Denominators(forward_us, backward_us, model_us)
-    keys = [times.samples.keys[router] for router in np.unique(times.samples.router).tolist()]
-    layers = [
-        _layer(times, np.flatnonzero(times.samples.of_router(key.name)), key.site, key.name, denominators)
+    measure = _Measure.of(times, around.model_work_us)
+    keys = [calls.keys[router] for router in np.unique(calls.router).tolist()]
+    layers = tuple(
+        measure.layer(calls.of_router(key.name), key.site, key.name)
         for key in sorted(keys, key=lambda key: (key.layer, key.site))
-    ]
-    work_us = None if forward_us is None or backward_us is None else forward_us + backward_us
+    )
+    parts = list(measure.work_us.values())
+    work_us = None if None in parts else sum(part for part in parts if part is not None)
     block_us = int(times.block_host_ns.sum()) / 1000
+    tokens = np.bincount(calls.router[calls.forward], weights=calls.tokens[calls.forward])
     return PhaseReport(
-        layers=tuple(layers),
-        total=_layer(times, np.arange(len(times.samples)), "all", None, denominators),
+        layers=layers,
+        total=measure.layer(np.ones(len(calls), bool), "all", None),
         whole=Whole(
             on_device=times.device_known,
             moe_work_us=work_us,
-            model_work_us=model_us,
+            model_work_us=measure.model_us,
             step_us=around.step_us,
-            moe_share_of_model=_ratio(work_us, model_us),
+            moe_share_of_model=_ratio(work_us, measure.model_us),
             moe_share_of_step=_ratio(block_us, around.step_us),
         ),
+        steps=len(np.unique(calls.step)),
+        tokens=int(tokens.max(initial=0)),
     )
 
 
 @dataclass(frozen=True)
-class _Denominators:
-    forward_us: float | None
-    backward_us: float | None
+class _Measure:
+    """Adds calls up, as shares of all MoE work of the same pass and of the model's work."""
+
+    times: CallTimes
+    work_us: dict[Pass, float | None]
+    """None where the device's times are not known, or the backward's links are not."""
     model_us: float | None
 
+    @classmethod
+    def of(cls, times: CallTimes, model_us: float | None) -> _Measure:
+        def work_us(part: Times | None, rows: npt.NDArray[np.bool_]) -> float | None:
+            work_ns = times.work_ns(part) if part is not None else None
+            return None if work_ns is None else int(work_ns[rows].sum()) / 1000
 
-def _layer(times: CallTimes, rows: IntArray, site: str, name: str | None, of: _Denominators) -> LayerPhases:
-    device, known = times.device_known, times.device_known or not times.on_device
+        forward = times.samples.forward
+        work: dict[Pass, float | None] = {
+            "forward": work_us(times.forward, forward),
+            "recompute": work_us(times.forward, ~forward),
+            "backward": work_us(times.backward, np.ones(len(forward), bool)),
+        }
+        if times.backward is None and times.coverage.backward.known:
+            work["backward"] = 0.0
+        return cls(times, work, model_us if work["forward"] is not None else None)
 
-    def total(column: IntArray) -> float:
-        return int(column[rows].sum()) / 1000
-
-    backward = None
-    if times.backward is not None:
-        backward = _phases(times.backward, rows, device, known, of.backward_us, of.model_us)
-    return LayerPhases(
-        site=site,
-        name=name,
-        calls=len(rows),
-        block_host_us=total(times.block_host_ns),
-        host_gap_us=total(times.host_gap_ns),
-        device_span_us=total(times.device_span_ns) if device else None,
-        device_busy_us=total(times.forward.busy_ns) if device else None,
-        device_gap_us=total(times.device_gap_ns) if device else None,
-        device_overlap_us=total(times.device_overlap_ns) if device else None,
-        forward=_phases(times.forward, rows, device, known, of.forward_us, of.model_us),
-        backward=backward,
-    )
-
-
-def _phases(
-    times: Times,
-    rows: IntArray,
-    device: bool,
-    known: bool,
-    moe_us: float | None,
-    model_us: float | None,
-) -> dict[str, PhaseTime]:
-    host, busy = times.host_ns[rows].sum(0), times.busy_ns[rows].sum(0)
-    span, kernels = times.span_ns[rows].sum(0), times.kernels[rows].sum(0)
-    work = busy if device else host
-    return {
-        phase: PhaseTime(
-            host_us=int(host[i]) / 1000,
-            device_busy_us=int(busy[i]) / 1000 if device else None,
-            device_span_us=int(span[i]) / 1000 if device else None,
-            kernels=int(kernels[i]) if known else None,
-            share_of_moe=_ratio(int(work[i]) / 1000, moe_us),
-            share_of_model=_ratio(int(work[i]) / 1000, model_us),
+    def layer(self, mine: npt.NDArray[np.bool_], site: str, name: str | None) -> LayerPhases:
+        first = self.times.samples.forward
+        forward, again = np.flatnonzero(mine & first), np.flatnonzero(mine & ~first)
+        times, backward = self.times.backward, None
+        backwards = 0
+        if times is not None:
+            backward = self._phases(times, np.flatnonzero(mine), "backward")
+            backwards = int(times.host_ns[mine].any(axis=1).sum())
+        return LayerPhases(
+            site=site,
+            name=name,
+            recompute=BlockTime(**self._block(again, "recompute")) if len(again) else None,
+            backwards=backwards,
+            backward=backward,
+            **self._block(forward, "forward"),
         )
-        for i, phase in enumerate(PHASES)
-    }
 
+    def _block(self, rows: IntArray, part: Pass) -> dict[str, Any]:
+        times, device = self.times, self.times.device_known
 
-def _work_us(times: CallTimes, part: Times) -> float | None:
-    work_ns = times.work_ns(part)
-    return None if work_ns is None else int(work_ns.sum()) / 1000
+        def total(column: IntArray) -> float:
+            return int(column[rows].sum()) / 1000
+
+        return {
+            "calls": len(rows),
+            "block_host_us": total(times.block_host_ns),
+            "host_gap_us": total(times.host_gap_ns),
+            "device_span_us": total(times.device_span_ns) if device else None,
+            "device_busy_us": total(times.forward.busy_ns) if device else None,
+            "device_gap_us": total(times.device_gap_ns) if device else None,
+            "device_overlap_us": total(times.device_overlap_ns) if device else None,
+            "forward": self._phases(times.forward, rows, part),
+        }
+
+    def _phases(self, times: Times, rows: IntArray, part: Pass) -> dict[str, PhaseTime]:
+        device = self.times.device_known
+        known = device or not self.times.on_device
+        host, busy = times.host_ns[rows].sum(0), times.busy_ns[rows].sum(0)
+        span, kernels = times.span_ns[rows].sum(0), times.kernels[rows].sum(0)
+        work = busy if device else host
+        return {
+            phase: PhaseTime(
+                host_us=int(host[i]) / 1000,
+                device_busy_us=int(busy[i]) / 1000 if device else None,
+                device_span_us=int(span[i]) / 1000 if device else None,
+                kernels=int(kernels[i]) if known else None,
+                share_of_moe=_ratio(int(work[i]) / 1000, self.work_us[part]),
+                share_of_model=_ratio(int(work[i]) / 1000, self.model_us),
+            )
+            for i, phase in enumerate(PHASES)
+        }
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -18,6 +18,7 @@ from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
 from moe_trace.read.time.phases import CallTimes, IntArray
 from moe_trace.read.time.structure import EXPERTS, ROUTER
+from moe_trace.timeline.replays import experts_range_us
 
 Bound = Literal["memory", "arithmetic"]
 
@@ -37,6 +38,11 @@ class Rate:
     """FLOP per byte, at most."""
     bound: Bound | None
     """Left or right of the roofline's ridge; None where the device's peaks are not known."""
+    above_roofline_us: float | None
+    """Work beyond what the peaks allow for these FLOPs and bytes; None where they are not known."""
+    flops_per_s_with_gaps: float | None = None
+    """Of the experts: FLOPs over the duration of their range, dispatch, combine and gaps included, over all
+    calls: what the timeline's counter `expert TFLOP/s (with gaps)` shows call by call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +140,21 @@ class _Measure:
         items = expert_items(calls, routers, self.width) if self.width is not None else None
         rate = self._rate(calls.total("expert_flops"), rows, EXPERTS, items)
         if self.experts_are_split:
-            return replace(
-                rate, flops_per_s=None, share_of_peak=None, least_bytes=None, intensity=None, bound=None
+            # What rests on the slots that it computed, which are not those that its routers assigned.
+            return Rate(
+                flops=rate.flops,
+                work_us=rate.work_us,
+                flops_per_s=None,
+                share_of_peak=None,
+                least_bytes=None,
+                intensity=None,
+                bound=None,
+                above_roofline_us=None,
             )
-        return rate
+        range_us = experts_range_us(calls)
+        known = (range_us > 0) & (calls.expert_flops > 0)
+        flops, us = int(calls.expert_flops[known].sum()), float(range_us[known].sum())
+        return replace(rate, flops_per_s_with_gaps=1e6 * flops / us if us else None)
 
     def _rate(self, flops: int, rows: IntArray, phase: int, items: int | None) -> Rate:
         worked = self.times.work_ns(self.times.forward)
@@ -157,7 +174,20 @@ class _Measure:
             least_bytes=least,
             intensity=intensity,
             bound=bound,
+            above_roofline_us=_above_roofline_us(work_ns, flops, least, peak),
         )
+
+
+def _above_roofline_us(work_ns: int | None, flops: int, least_bytes: int | None, peak: Peak) -> float | None:
+    if (
+        not work_ns
+        or not flops
+        or least_bytes is None
+        or peak.flops_per_s is None
+        or peak.bytes_per_s is None
+    ):
+        return None
+    return work_ns / 1000 - 1e6 * max(flops / peak.flops_per_s, least_bytes / peak.bytes_per_s)
 
 
 def expert_items(calls: CallTable, routers: dict[str, RouterInfo], width: int) -> int:

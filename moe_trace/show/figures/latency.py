@@ -131,8 +131,8 @@ def _phase_us(layer: LayerPhases, report: PhaseReport, *, backward: bool) -> dic
         us = 0.0
         if time is not None:
             us = (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
-        found[phase] = us / layer.calls
+        found[phase] = us / max(1, layer.count("backward" if backward else "forward"))
     if not backward:
         gap = layer.device_gap_us if layer.device_gap_us is not None else layer.host_gap_us
-        found["gap"] = gap / layer.calls
+        found["gap"] = gap / max(1, layer.calls)
     return found

@@ -78,9 +78,9 @@ def _phase_us(layer: LayerPhases, clock: Clock, *, backward: bool) -> dict[str, 
     for phase in PHASES:
         time = times[phase] if times is not None else None
         us = 0.0 if time is None else (time.device_busy_us or 0.0) if clock == "device" else time.host_us
-        found[phase] = us / layer.calls
+        found[phase] = us / max(1, layer.count("backward" if backward else "forward"))
     if not backward:
-        found["gap"] = _gap_and_whole(layer, clock)[0] / layer.calls
+        found["gap"] = _gap_and_whole(layer, clock)[0] / max(1, layer.calls)
     return found
 
 
@@ -99,7 +99,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
         pairs = [_gap_and_whole(layer, clock) for layer in report.layers]
         shares = [gap / whole if whole else 0.0 for gap, whole in pairs]
         columns.append(
-            [(gap / layer.calls, share) for (gap, _), layer, share in _zip3(pairs, report, shares)]
+            [(gap / max(1, layer.calls), share) for (gap, _), layer, share in _zip3(pairs, report, shares)]
         )
         data.append(
             {

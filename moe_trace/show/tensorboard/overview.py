@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moe_trace.data.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.findings.rules import RULES, Finding
+from moe_trace.read.findings.finding import Finding
 from moe_trace.show.tensorboard.plain import Plain, number_text
 from moe_trace.show.text_phases import shares_sentence
 
@@ -24,7 +22,7 @@ VIEW_OF_RULE = {
 
 def overview(summary: TraceSummary) -> Plain:
     """What the first page shows of one trace."""
-    found = worst_first(summary.findings)
+    found = summary.findings
     return {
         "facts": facts(summary),
         "cards": cards(summary),
@@ -33,12 +31,6 @@ def overview(summary: TraceSummary) -> Plain:
         "notes": list(summary.notes),
         "phases": shares_sentence(summary.phases) if summary.phases is not None else None,
     }
-
-
-def worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    """By the order of the rules, the gravest first; within a rule the largest value first."""
-    rank = {rule.__name__: i for i, rule in enumerate(RULES)}
-    return sorted(findings, key=lambda f: (rank.get(f.rule, len(rank)), -f.value))
 
 
 def _finding(finding: Finding) -> Plain:

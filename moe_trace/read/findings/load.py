@@ -1,0 +1,197 @@
+"""Findings about what the routers decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_trace.data.loads import ENOUGH_PER_EXPERT
+from moe_trace.data.summary import RouterSummary
+from moe_trace.read.findings.finding import Evidence, Finding, count, in_one_line, percent
+
+HOT_SHARE = 3.0
+DEAD_SHARE = 0.0
+PADDING_SHARE = 0.1
+SKIPPED_SHARE = 0.01
+NONFINITE_SHARE = 0.0
+UNSURE = 0.05
+COLLAPSED = 0.95
+
+
+def nonfinite(evidence: Evidence) -> Iterator[Finding]:
+    """NaN or infinite logits."""
+    found = sorted((r for r in evidence.routers if r.nonfinite_tokens), key=lambda r: -r.nonfinite_tokens)
+    if found:
+        layers = [(r.info.site, f"{r.nonfinite_tokens:,}") for r in found]
+        yield Finding(
+            rule="nonfinite",
+            site=found[0].info.site,
+            sites=_sites(found),
+            value=found[0].nonfinite_tokens,
+            threshold=NONFINITE_SHARE,
+            sentence=f"{count(sum(r.nonfinite_tokens for r in found), 'token')} had NaN or infinite router "
+            f"logits: {in_one_line(layers)}.",
+            advice="Run the router in float32, and look for the first layer where they appear.",
+        )
+
+
+def hot_expert(evidence: Evidence) -> Iterator[Finding]:
+    """An expert that gets a multiple of its share, beyond chance."""
+    found = [
+        (r.load.max_over_mean, r)
+        for r in evidence.routers
+        if r.load.max_over_mean is not None
+        and r.load.max_over_mean >= HOT_SHARE
+        and r.chance.tells_dead
+        and r.chance.is_real
+    ]
+    if not found:
+        return
+    found.sort(key=lambda pair: -pair[0])
+    worst = found[0][1]
+    others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in found[1:]]
+    ceiling = worst.chance.ceiling
+    most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
+    yield Finding(
+        rule="hot_expert",
+        site=worst.info.site,
+        sites=_sites([r for _, r in found]),
+        value=found[0][0],
+        threshold=HOT_SHARE,
+        sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {found[0][0]:.1f}× its share of the "
+        f"assignments (threshold {HOT_SHARE:.0f}×{most})"
+        + (f"; also {in_one_line(others)}." if others else "."),
+        advice=_advice_of_load(evidence),
+    )
+
+
+def _advice_of_load(evidence: Evidence) -> str:
+    """What an uneven load means in the set-up that the trace is of."""
+    if evidence.experts_are_apart:
+        return (
+            "The rank that holds it is waited for: place busy experts apart or replicate them (`moe-trace "
+            "placement` says what either gives)."
+        )
+    if evidence.stage == "train":
+        return "If it does not fall by itself, raise the balancing loss or the update rate of the bias."
+    verdicts = {cost.verdict for cost in evidence.imbalance}
+    if "costs" in verdicts:
+        return "What that costs on this device is the finding on imbalance."
+    if "saves" in verdicts:
+        return (
+            "On this device that costs no time: it follows the number of active experts, of which an uneven "
+            "load has fewer. Compare other text before you change the model for it."
+        )
+    return "Whether that costs time on this device, the trace does not tell; compare other text first."
+
+
+def _busiest(router: RouterSummary) -> int:
+    return max(range(len(router.assignments)), key=router.assignments.__getitem__)
+
+
+def dead_experts(evidence: Evidence) -> Iterator[Finding]:
+    """Experts without any token, though enough tokens came by."""
+    found = [r for r in evidence.routers if r.load.dead_experts and r.chance.tells_dead]
+    if not found:
+        return
+    found.sort(key=lambda r: -len(r.load.dead_experts))
+    total = sum(len(r.load.dead_experts) for r in found)
+    layers = [(r.info.site, f"{len(r.load.dead_experts)} of {r.info.num_experts} ({_ids(r)})") for r in found]
+    yield Finding(
+        rule="dead_experts",
+        site=found[0].info.site,
+        sites=_sites(found),
+        value=len(found[0].load.dead_experts),
+        threshold=DEAD_SHARE,
+        sentence=f"{count(total, 'expert')} in {count(len(found), 'layer')} got no token, though their "
+        f"layers made at least {ENOUGH_PER_EXPERT} assignments an expert: {in_one_line(layers)}.",
+        advice="Record more varied text before you call them useless: on this text their weights take memory "
+        "for nothing."
+        + (" In training look at the router's bias and balancing loss." if evidence.stage == "train" else ""),
+    )
+
+
+def _ids(router: RouterSummary) -> str:
+    dead = router.load.dead_experts
+    return ", ".join(map(str, dead[:3])) + (", …" if len(dead) > 3 else "")
+
+
+def padding(evidence: Evidence) -> Iterator[Finding]:
+    """Assignments that padding tokens made."""
+    total = sum(sum(router.assignments) for router in evidence.routers)
+    share = sum(router.padding_assignments for router in evidence.routers) / total if total else 0.0
+    if share > PADDING_SHARE:
+        known = evidence.phases is not None and evidence.phases.whole.moe_work_us is not None
+        times = evidence.phases.total.forward if evidence.phases is not None and known else None
+        on_device = evidence.phases is not None and evidence.phases.whole.on_device
+        experts = times["experts"] if times is not None else None
+        work_us = None if experts is None else experts.device_busy_us if on_device else experts.host_us
+        yield Finding(
+            rule="padding",
+            site=None,
+            value=share,
+            threshold=PADDING_SHARE,
+            cost_us=share * work_us if work_us is not None else None,
+            sentence=f"{percent(share)} of assignments are padding (threshold {percent(PADDING_SHARE)}).",
+            advice="The experts compute them all the same, and they tilt the load: sort prompts by length, "
+            "or pack them without padding.",
+        )
+
+
+def skipped(evidence: Evidence) -> Iterator[Finding]:
+    """Slots that no expert's output came from."""
+    shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
+    found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
+    if found:
+        yield Finding(
+            rule="skipped",
+            site=found[0][1].info.site,
+            sites=_sites([r for _, r in found]),
+            value=found[0][0],
+            threshold=SKIPPED_SHARE,
+            sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of slots were skipped: "
+            f"{in_one_line([(r.info.site, percent(share)) for share, r in found])}.",
+            advice="Tokens are dropped at the experts' capacity, or the model skips on purpose: compare "
+            "the k histogram with what the architecture says.",
+        )
+
+
+def undecided_router(evidence: Evidence) -> Iterator[Finding]:
+    """Routers that hardly tell experts apart."""
+    known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
+    found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
+    if found:
+        yield Finding(
+            rule="undecided_router",
+            site=found[0][1].info.site,
+            sites=_sites([r for _, r in found]),
+            value=found[0][0],
+            threshold=UNSURE,
+            sentence=f"The router hardly decides in {count(len(found), 'layer')} (confidence under "
+            f"{UNSURE}): {in_one_line([(r.info.site, f'{c:.3f}') for c, r in found])}.",
+            advice="Random weights look like this; in a trained model these routers have learnt little.",
+        )
+
+
+def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
+    """Routers that are certain of every token."""
+    known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
+    found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]
+    found.sort(key=lambda pair: -pair[0])
+    if found:
+        yield Finding(
+            rule="collapsed_router",
+            site=found[0][1].info.site,
+            sites=_sites([r for _, r in found]),
+            value=found[0][0],
+            threshold=COLLAPSED,
+            sentence=f"The router is nearly certain of every token in {count(len(found), 'layer')} "
+            f"(confidence over {COLLAPSED}): {in_one_line([(r.info.site, f'{c:.3f}') for c, r in found])}.",
+            advice="Its gradient vanishes there: look at the z-loss and at the scale of its logits.",
+        )
+
+
+def _sites(routers: list[RouterSummary]) -> tuple[str, ...]:
+    return tuple(router.info.site for router in routers)
+
+
+RULES = (nonfinite, hot_expert, dead_experts, padding, skipped, undecided_router, collapsed_router)

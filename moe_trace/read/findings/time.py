@@ -1,0 +1,174 @@
+"""Findings about where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_trace.read.findings.finding import Evidence, Finding, duration, in_one_line, percent
+from moe_trace.read.time.layers import PhaseReport
+
+BUSY_SHARE = 0.1
+GAP_SHARE = 0.5
+MOVE_SHARE = 0.25
+COST_SHARE = 0.05
+PEAK_SHARE = 0.2
+
+
+def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
+    """Layers whose uneven load shows in their time."""
+    found = [
+        (c.cost_us / c.measured_us, c, c.cost_us)
+        for c in evidence.imbalance
+        if c.verdict == "costs" and c.cost_us is not None and c.measured_us
+    ]
+    found = sorted((one for one in found if one[0] > COST_SHARE), key=lambda one: -one[0])
+    if not found:
+        return
+    layers = [
+        (
+            c.site,
+            f"{duration(cost)} a call, {percent(share)} (95 % interval {c.low_us:.3g} to {c.high_us:.3g} µs)",
+        )
+        for share, c, cost in found
+    ]
+    model = next(m for m in evidence.load_models if found[0][1].site in m.sites)
+    follows = " and ".join(f"{us:.3g} µs for each of the {name}" for name, us in model.us_per_unit.items())
+    yield Finding(
+        rule="costly_imbalance",
+        site=found[0][1].site,
+        sites=tuple(c.site for _, c, _ in found),
+        value=found[0][0],
+        threshold=COST_SHARE,
+        cost_us=sum(cost * c.calls for _, c, cost in found),
+        sentence=f"Uneven load costs over {percent(COST_SHARE)} of the experts' time against the most even "
+        f"load of the trace: {in_one_line(layers)}.",
+        advice=f"Here the experts take {follows} (this explains {percent(model.held_out_r2 or 0.0)} of the "
+        "variation of held-out calls): balance these layers first.",
+    )
+
+
+def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
+    """Dispatch and combine as a share of MoE."""
+    if evidence.phases is None:
+        return
+    forward = evidence.phases.total.forward
+    share = (forward["dispatch"].share_of_moe or 0) + (forward["combine"].share_of_moe or 0)
+    if share <= MOVE_SHARE:
+        return
+    advice = {
+        "batched_mm": "batched_mm gathers the weights of every slot, which suits a few tokens only: try "
+        "grouped_mm.",
+        "grouped_mm": "A fused kernel for permuting and weighting the tokens would save most of it.",
+        "eager": "The loop over experts moves the tokens of each expert by itself: try grouped_mm.",
+    }
+    yield Finding(
+        rule="moving_tokens",
+        site=None,
+        value=share,
+        threshold=MOVE_SHARE,
+        cost_us=sum(_work_us(evidence.phases, name) for name in ("dispatch", "combine")),
+        sentence=f"Dispatch and combine take {percent(share)} of MoE's forward work (threshold "
+        f"{percent(MOVE_SHARE)}).",
+        advice=advice.get(
+            evidence.implementation or "", "Tokens are moved a lot for what is computed with them."
+        ),
+    )
+
+
+def _work_us(report: PhaseReport, phase: str) -> float:
+    time = report.total.forward[phase]
+    return (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
+
+
+def router_waits(evidence: Evidence) -> Iterator[Finding]:
+    """A router whose kernels fill little of their span; where the whole block waits, that is the finding."""
+    if next(launch_gaps(evidence), None) is not None:
+        return
+    busy = [r.latency.device_busy.total for r in evidence.routers if r.latency.device_busy is not None]
+    span = [r.latency.device_span.total for r in evidence.routers if r.latency.device_span is not None]
+    if not busy or not sum(span) or sum(busy) / sum(span) >= BUSY_SHARE:
+        return
+    share = sum(busy) / sum(span)
+    yield Finding(
+        rule="router_waits",
+        site=None,
+        value=share,
+        threshold=BUSY_SHARE,
+        cost_us=sum(span) - sum(busy),
+        sentence=f"The router waits on the host: device busy is {percent(share)} of its span (threshold "
+        f"{percent(BUSY_SHARE)}), {duration(sum(span) - sum(busy))} are idle.",
+        advice=_LAUNCHES,
+    )
+
+
+def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
+    """Blocks whose device time is mostly gaps."""
+    total = evidence.phases.total if evidence.phases is not None else None
+    if total is None or not total.device_span_us or total.device_gap_us is None:
+        return
+    share = total.device_gap_us / total.device_span_us
+    if share > GAP_SHARE:
+        yield Finding(
+            rule="launch_gaps",
+            site=None,
+            value=share,
+            threshold=GAP_SHARE,
+            cost_us=total.device_gap_us,
+            sentence=f"{percent(share)} of the MoE blocks' device time is gaps between kernels (threshold "
+            f"{percent(GAP_SHARE)}): {duration(total.device_gap_us)} of {duration(total.device_span_us)}.",
+            advice=("The loop over experts launches kernels for each of them: try grouped_mm. " + _LAUNCHES)
+            if evidence.implementation == "eager"
+            else _LAUNCHES,
+        )
+
+
+_LAUNCHES = (
+    "The host launches more slowly than the device works: use CUDA graphs, torch.compile "
+    "(mode='reduce-overhead'), or larger batches. A profiler itself slows launches: compare with the step's "
+    "time without it."
+)
+
+
+def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
+    """Expert products well below what the device can do, though arithmetic binds."""
+    rate = evidence.speed.experts if evidence.speed is not None else None
+    if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
+        return
+    why = {
+        "memory": "Too few tokens per expert: reading the weights from memory binds. Larger batches help.",
+        "arithmetic": "Enough work per byte is there: look at the sizes per expert, and at the kernel.",
+    }
+    yield Finding(
+        rule="far_from_peak",
+        site=None,
+        value=rate.share_of_peak,
+        threshold=PEAK_SHARE,
+        cost_us=rate.above_roofline_us,
+        sentence=f"The experts' products reach {percent(rate.share_of_peak)} of the device's peak FLOP/s "
+        f"(threshold {percent(PEAK_SHARE)})"
+        + (
+            f", and take {duration(rate.above_roofline_us)} more than the roofline allows."
+            if rate.above_roofline_us is not None
+            else "."
+        ),
+        advice=why.get(rate.bound or "", "Compare tokens per expert with the roofline's ridge."),
+    )
+
+
+def uncounted_flops(evidence: Evidence) -> Iterator[Finding]:
+    """Products that torch's own FLOP counters leave out."""
+    flops = sum(router.flops.experts for router in evidence.routers)
+    if "aten::_grouped_mm" in evidence.operators and flops:
+        yield Finding(
+            rule="uncounted_flops",
+            site=None,
+            value=flops,
+            threshold=0,
+            sentence=f"`grouped_mm` FLOPs are missing from torch's own counters: {flops / 1e12:.3g} TFLOP of "
+            "expert products.",
+            advice="torch.utils.flop_counter counts 0 for aten::_grouped_mm, and so does with_flops on a "
+            "GPU: use the figures here.",
+        )
+
+
+RULES = (costly_imbalance, moving_tokens, router_waits, launch_gaps, far_from_peak)

@@ -1,0 +1,160 @@
+"""Does a call's time follow its load? Least squares with controls, checked on calls that were held out.
+
+Controls are taken out of time and load first (Frisch, Waugh and Lovell), by the strongest of three
+comparisons that leaves enough of the load's variation:
+
+    forwards and layers   each call against the other layers of its forward and the other forwards of its
+                          layer
+    forwards              each call against the other layers of its forward: step, tokens and drift fall
+                          out, the layers are taken as alike
+    trend                 calls of different forwards, with the number of tokens and a parabola over the
+                          forwards taken out
+
+The check: five folds of forwards (of layers, where there are few forwards); the slopes are fitted without a
+fold and predict it. `held_out_r2` is the part of the variation in time that these predictions explain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Comparison = Literal["forwards and layers", "forwards", "trend"]
+
+CALLS_MIN = 8
+LEVER_MIN = 0.03
+"""Least standard deviation of a load figure, controls taken out, over its mean."""
+FOLDS = 5
+BOTH_MIN = 0.02
+"""How much more two figures together must explain than one."""
+ALIKE = 0.98
+"""Correlation above which two figures cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """N calls of layers that are alike. [N] arrays."""
+
+    time_us: Array
+    slots: Array
+    forward: npt.NDArray[np.int64]
+    """Which forward each is of."""
+    layer: npt.NDArray[np.int64]
+    figures: dict[str, Array]
+    """What the time may follow."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Time follows these figures of the load, so much a unit."""
+
+    comparison: Comparison
+    figures: tuple[str, ...]
+    slopes: Array
+    covariance: Array
+    freedom: int
+    held_out_r2: float
+
+
+def fit_load(calls: Calls) -> Fit | None:
+    """The figures that predict unseen calls best; None where no comparison has enough variation."""
+    for comparison, (take_out, controls) in _comparisons(calls).items():
+        left = {name: take_out(values) for name, values in calls.figures.items()}
+        enough = {
+            name: values
+            for name, values in left.items()
+            if values.std() >= LEVER_MIN * abs(calls.figures[name].mean()) > 0
+        }
+        if enough and len(calls.time_us) - controls - len(enough) >= CALLS_MIN // 2:
+            return _best(comparison, take_out(calls.time_us), enough, _folds(calls), controls)
+    return None
+
+
+def _comparisons(calls: Calls) -> dict[Comparison, tuple[Callable[[Array], Array], int]]:
+    """Each with a function that takes its controls out, and how many they are."""
+    forwards, layers = (len(np.unique(of)) for of in (calls.forward, calls.layer))
+    found: dict[Comparison, tuple[Callable[[Array], Array], int]] = {}
+    if layers > 1:
+        if forwards >= CALLS_MIN // 2:
+            both = (calls.forward, calls.layer)
+            found["forwards and layers"] = lambda values: _demeaned(values, *both), forwards + layers - 1
+        found["forwards"] = lambda values: _demeaned(values, calls.forward), forwards
+    if forwards >= CALLS_MIN:
+        trend = _trend(calls, layers)
+        found["trend"] = lambda values: _residual(values, trend), int(np.linalg.matrix_rank(trend))
+    return found
+
+
+def _demeaned(values: Array, *groups: npt.NDArray[np.int64]) -> Array:
+    """Means of all groups taken out, in turns; one turn is enough where every layer ran in every forward."""
+    for _ in range(20 if len(groups) > 1 else 1):
+        for group in groups:
+            total = np.bincount(group, weights=values)
+            count = np.maximum(1, np.bincount(group))
+            values = values - (total / count)[group]
+    return values
+
+
+def _trend(calls: Calls, layers: int) -> Array:
+    place = calls.forward / max(1, calls.forward.max())
+    columns = [np.ones_like(calls.time_us), calls.slots / max(1.0, calls.slots.max()), place, place**2]
+    columns += [(calls.layer == layer).astype(np.float64) for layer in range(1, layers)]
+    return np.stack(columns, axis=1)
+
+
+def _residual(values: Array, controls: Array) -> Array:
+    solution, *_ = np.linalg.lstsq(controls, values, rcond=None)
+    return values - controls @ solution
+
+
+def _folds(calls: Calls) -> npt.NDArray[np.int64]:
+    forwards = len(np.unique(calls.forward))
+    return (calls.forward if forwards >= FOLDS else calls.layer) % FOLDS
+
+
+def _best(
+    comparison: Comparison,
+    time_us: Array,
+    figures: dict[str, Array],
+    folds: npt.NDArray[np.int64],
+    controls: int,
+) -> Fit:
+    choices: list[Sequence[str]] = [(name,) for name in figures]
+    explained = {tuple(c): _held_out_r2(time_us, _columns(figures, c), folds) for c in choices}
+    best = max(explained, key=explained.__getitem__)
+    names = tuple(figures)
+    if len(names) == 2 and abs(np.corrcoef(figures[names[0]], figures[names[1]])[0, 1]) < ALIKE:
+        both = _held_out_r2(time_us, _columns(figures, names), folds)
+        if both > explained[best] + BOTH_MIN:
+            explained[names] = both
+            best = names
+    columns = _columns(figures, best)
+    slopes = _slopes(time_us, columns)
+    freedom = len(time_us) - controls - len(best)
+    residual = time_us - columns @ slopes
+    covariance = np.linalg.inv(columns.T @ columns) * float(residual @ residual) / freedom
+    return Fit(comparison, best, slopes, covariance, freedom, explained[best])
+
+
+def _columns(figures: dict[str, Array], names: Sequence[str]) -> Array:
+    return np.stack([figures[name] for name in names], axis=1)
+
+
+def _slopes(time_us: Array, columns: Array) -> Array:
+    solution, *_ = np.linalg.lstsq(columns, time_us, rcond=None)
+    return np.asarray(solution, dtype=np.float64)
+
+
+def _held_out_r2(time_us: Array, columns: Array, folds: npt.NDArray[np.int64]) -> float:
+    error = 0.0
+    for fold in np.unique(folds):
+        unseen = folds == fold
+        slopes = _slopes(time_us[~unseen], columns[~unseen])
+        error += float(((time_us[unseen] - columns[unseen] @ slopes) ** 2).sum())
+    total = float((time_us**2).sum())
+    return 1 - error / total if total else 0.0

@@ -1,0 +1,59 @@
+"""What uneven load costs in this set-up, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.data.tables import number, paragraph, printable, share, table
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
+
+_COMPARED = {
+    "forwards and layers": "calls of the same layer and of the same forward are compared",
+    "forwards": "the layers of one forward are compared, taken as alike",
+    "trend": "calls are compared after the number of tokens and a drift over the steps are taken out",
+}
+
+
+def imbalance_part(summary: TraceSummary) -> list[str]:
+    """What it rests on in a sentence a model, and a table of the layers that it answers for."""
+    if not summary.imbalance:
+        return []
+    lines = [paragraph(_sentence(model)) for model in summary.load_models]
+    told = [cost for cost in summary.imbalance if cost.verdict != "cannot tell"]
+    return ["\n".join(lines + ([_table(told)] if told else []))]
+
+
+def _sentence(model: LoadModel) -> str:
+    if model.verdict == "cannot tell":
+        return f"Cost of imbalance: cannot tell ({model.reason})."
+    if model.verdict == "no effect seen":
+        return "Cost of imbalance: no effect on the experts' time is seen."
+    each = [f"{number(us)} µs for each of the {name}" for name, us in model.us_per_unit.items()]
+    meaning = {
+        "costs": "Uneven load costs time here",
+        "saves": "Uneven load saves time here: fewer experts' weights are read. Balance would cost it",
+    }[model.verdict]
+    compared = _COMPARED[model.comparison or "trend"]
+    return (
+        f"Cost of imbalance: the experts take {' and '.join(each)} ({compared}; "
+        f"that explains {share(model.held_out_r2)} of the variation in time of held-out calls). {meaning}."
+    )
+
+
+def _table(told: Sequence[ImbalanceCost]) -> str:
+    rows = [
+        [
+            printable(cost.site, 12),
+            number(cost.measured_us),
+            number(cost.equal_load_us),
+            number(cost.cost_us),
+            f"{number(cost.low_us)} to {number(cost.high_us)}",
+            "most even" if cost.cost_us == 0 else cost.verdict,
+        ]
+        for cost in told
+    ]
+    headings = ("layer", "measured", "at most even", "cost", "95 % interval", "verdict")
+    return "Experts' time of one forward call in µs, and at the most even load of the trace\n" + table(
+        headings, rows
+    )

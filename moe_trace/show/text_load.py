@@ -1,0 +1,119 @@
+"""How evenly experts are used, and how sure routers are, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_trace.data.loads import ENOUGH_PER_EXPERT, SIGNIFICANT, most_uneven
+from moe_trace.data.summary import Distribution, RouterSummary, Summary
+from moe_trace.data.tables import fixed, number, paragraph, printable, scaled, table
+
+_NAMED = 4
+
+
+def load_parts(summary: Summary) -> list[str]:
+    """The table of loads with what they are compared with, and the table of routers."""
+    parts = [_load_table(summary.routers)]
+    sentences = [*_possible(summary.routers), *_chance(summary.routers)]
+    if sentences:
+        parts.append(paragraph(" ".join(sentences)))
+    return [*parts, _router_table(summary.routers)]
+
+
+def _load_table(routers: Sequence[RouterSummary]) -> str:
+    rows = [
+        [
+            label(router, 10),
+            f"{router.calls:,}",
+            f"{router.tokens:,}" if router.tokens < 10_000_000 else scaled(router.tokens),
+            fixed(router.load.max_over_mean, 3),
+            fixed(router.load.cv, 3),
+            fixed(router.chance.cv, 3),
+            fixed(router.load.gini, 3),
+            fixed(router.load.entropy, 3),
+            str(router.load.active_experts),
+            str(len(router.load.dead_experts)) if router.chance.tells_dead else "-",
+        ]
+        for router in routers
+    ]
+    headings = ("layer", "calls", "tokens", "max÷mean", "CV", "chance", "Gini", "entropy", "active", "dead")
+    title = "Load of the experts, forward calls (chance: CV of uniform routing; entropy: of\n"
+    title += "the load, 1 is even"
+    if not all(router.chance.tells_dead for router in routers):
+        title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
+    return f"{title})\n" + table(headings, rows)
+
+
+def _possible(routers: Sequence[RouterSummary]) -> list[str]:
+    bounds = {
+        (r.chance.floor, r.chance.ceiling)
+        for r in routers
+        if r.chance.floor is not None and r.chance.ceiling is not None
+    }
+    if len(bounds) != 1:
+        return []
+    ((floor, ceiling),) = bounds
+    same = abs(floor - ceiling) < 1e-9
+    if same:
+        return [f"Load max÷mean can only be {floor:.3f} with so few tokens."]
+    return [f"Load max÷mean can be {floor:.3f} to {ceiling:.3f}, whatever the routing."]
+
+
+def _chance(routers: Sequence[RouterSummary]) -> list[str]:
+    """Which loads are more uneven than chance, and which is the most uneven."""
+    known = [router for router in routers if router.calls]
+    if not known:
+        return []
+    silent = [router for router in known if router.chance.p_value is None]
+    if len(silent) == len(known):
+        return ["So few tokens say nothing about balance: all routings of them are equally uneven."]
+    real = [router for router in known if router.chance.is_real]
+    tokens = {router.tokens for router in known}
+    many = f"{tokens.pop():,} tokens" if len(tokens) == 1 else "as many tokens"
+    if not real:
+        return [f"No layer is more uneven than uniform routing of {many} (p ≥ {SIGNIFICANT})."]
+    worst = [routers[i] for i in most_uneven([router.chance for router in routers])]
+    named = ", ".join(label(router) for router in worst[:_NAMED]) + (", …" if len(worst) > _NAMED else "")
+    tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
+    beyond = fixed(worst[0].chance.cv_beyond, 3)
+    layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
+    return [
+        f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}). Most uneven: {named} "
+        f"({tied}CV {beyond} beyond chance)."
+    ]
+
+
+def _router_table(routers: Sequence[RouterSummary]) -> str:
+    on_device = any(router.latency.device_span is not None for router in routers)
+    again = any(router.recomputed_calls for router in routers)
+    headings = ["layer", "entropy", "confidence", "p50", "p95"]
+    if on_device:
+        headings += ["span", "busy"]
+    headings += ["router", "experts"]
+    rows = []
+    for router in routers:
+        latency = router.latency
+        row = [
+            label(router),
+            fixed(router.decisions.entropy_mean, 3),
+            fixed(router.decisions.confidence_mean, 3),
+            number(_figure(latency.host, "p50")),
+            number(_figure(latency.host, "p95")),
+        ]
+        if on_device:
+            row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
+        row += [scaled(router.flops.router), scaled(router.flops.experts)]
+        rows.append(row)
+    clocks = "host p50 and p95,\ndevice span and busy p50" if on_device else "host p50 and p95"
+    flops = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
+    title = f"Routers (entropy: of the router, nats; µs of a forward call: {clocks}; {flops})\n"
+    return title + table(headings, rows)
+
+
+def label(router: RouterSummary, width: int = 12) -> str:
+    """The router's label, cut to a column."""
+    return printable(router.info.site, width)
+
+
+def _figure(distribution: Distribution | None, name: str) -> float | None:
+    return None if distribution is None else float(getattr(distribution, name))
