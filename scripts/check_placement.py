@@ -29,7 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from moe_trace.data.tables import table  # noqa: E402
+from moe_trace.data.display.tables import table  # noqa: E402
 from moe_trace.placement.evaluation import judge  # noqa: E402
 from moe_trace.placement.plan import Cluster, contiguous_plan  # noqa: E402
 from moe_trace.placement.recorded import counts_of_traces  # noqa: E402

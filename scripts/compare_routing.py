@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moe_trace import MoEProfiler, replace_router
-from moe_trace.data.tables import table
+from moe_trace.data.display.tables import table
 from moe_trace.demo import DEMO_PROMPTS, load_demo_model
 from moe_trace.routing import (
     Renormalise,

@@ -30,8 +30,8 @@ import moe_trace
 from families.configs import FAMILIES
 from families.dense import LOOKALIKES
 from families.family import Family, find_model_class
+from moe_trace.data.display.tables import scaled
 from moe_trace.data.schema import RouterInfo
-from moe_trace.data.tables import scaled
 from moe_trace.find.contracts import CONTRACTS
 
 DOCUMENT = REPOSITORY / "docs" / "models.md"

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 
 from moe_trace.cli.reading import reading_progress
-from moe_trace.data.tables import printable, wrapped
+from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.read.check import Violation, check, read_checked
 from moe_trace.read.file.trace_file import find_traces
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from moe_trace.cli.reading import reading_progress, refuse_to_replace
+from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import UsageError
-from moe_trace.data.tables import printable, wrapped
 from moe_trace.read.ranks.load import rank_names
 from moe_trace.read.ranks.merge import MergePlan, plan_merge
 from moe_trace.read.ranks.write import write_merged

@@ -12,10 +12,19 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moe_trace.data.calls import DEFAULTS, LISTS, NUMBERS, OPTIONAL, CallTable, RouterKey, column_of, kind_of
+from moe_trace.data.calls.lists import CountLists
+from moe_trace.data.calls.places import SIDES, Places, Side
+from moe_trace.data.calls.table import (
+    DEFAULTS,
+    LISTS,
+    NUMBERS,
+    OPTIONAL,
+    CallTable,
+    RouterKey,
+    column_of,
+    kind_of,
+)
 from moe_trace.data.errors import SchemaError, TraceFileError
-from moe_trace.data.lists import CountLists
-from moe_trace.data.places import SIDES, Places, Side
 from moe_trace.data.schema import (
     RANGE_KINDS,
     SCHEMA_VERSION,

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_trace.data.calls import CallTable
-from moe_trace.data.sample import RANGE_KINDS as RANGE_KINDS
-from moe_trace.data.sample import STAGES as STAGES
-from moe_trace.data.sample import Phase as Phase
-from moe_trace.data.sample import Placement as Placement
-from moe_trace.data.sample import RangeKind as RangeKind
-from moe_trace.data.sample import RoutingSample as RoutingSample
-from moe_trace.data.sample import Span as Span
-from moe_trace.data.sample import Stage as Stage
-from moe_trace.data.sample import moe_span as moe_span
+from moe_trace.data.calls.sample import RANGE_KINDS as RANGE_KINDS
+from moe_trace.data.calls.sample import STAGES as STAGES
+from moe_trace.data.calls.sample import Phase as Phase
+from moe_trace.data.calls.sample import Placement as Placement
+from moe_trace.data.calls.sample import RangeKind as RangeKind
+from moe_trace.data.calls.sample import RoutingSample as RoutingSample
+from moe_trace.data.calls.sample import Span as Span
+from moe_trace.data.calls.sample import Stage as Stage
+from moe_trace.data.calls.sample import moe_span as moe_span
+from moe_trace.data.calls.table import CallTable
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "moe_trace"  # top-level key of the trace JSON

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable, load_by_step
+from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.schema import RoutingSample
 

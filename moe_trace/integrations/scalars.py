@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable, load_by_step
+from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.load_image import load_picture, step_loads
 

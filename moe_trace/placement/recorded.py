@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_trace.data.calls import NONE, load_by_step
+from moe_trace.data.calls.table import NONE, load_by_step
 from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.placement.counts import ExpertCounts, Layer

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.data.loads import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage

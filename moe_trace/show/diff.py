@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.csv import csv_text
-from moe_trace.data.tables import fixed, number, paragraph, printable, share, table
+from moe_trace.data.display.tables import fixed, number, paragraph, printable, share, table
 from moe_trace.read.diff import Change, Comparison
 from moe_trace.read.diff.routing import ExpertShift, RoutingChange
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
+from moe_trace.data.display.tables import scaled, share
 from moe_trace.data.errors import UsageError
-from moe_trace.data.tables import scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.all_figures import figures
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure

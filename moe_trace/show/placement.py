@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, table, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
-from moe_trace.data.tables import fixed, paragraph, printable, scaled, table, wrapped
 from moe_trace.placement.plan import Floats
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
 from moe_trace.show.json import without_nonfinite

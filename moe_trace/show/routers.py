@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from moe_trace.data.display.tables import WIDTH, printable, scaled, table
 from moe_trace.data.schema import RouterInfo
-from moe_trace.data.tables import WIDTH, printable, scaled, table
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number
 

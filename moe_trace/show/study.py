@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moe_trace.data.display.tables import fixed, number, printable, scaled, table
 from moe_trace.data.summary import RouterSummary, Summary
-from moe_trace.data.tables import fixed, number, printable, scaled, table
 
 
 def render_comparison(runs: Sequence[tuple[str, Summary]]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
+from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.summary import Summary
-from moe_trace.data.tables import printable, wrapped
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import FINDINGS_SHOWN
 from moe_trace.show.text_imbalance import imbalance_part

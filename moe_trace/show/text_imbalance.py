@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.tables import number, paragraph, printable, share, table
+from moe_trace.data.display.tables import number, paragraph, printable, share, table
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, table
 from moe_trace.data.loads import ENOUGH_PER_EXPERT, SIGNIFICANT, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
-from moe_trace.data.tables import fixed, number, paragraph, printable, scaled, table
 
 _NAMED = 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.tables import fixed, number, printable, scaled, share, table, wrapped
+from moe_trace.data.display.tables import fixed, number, printable, scaled, share, table, wrapped
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.file.parts import Alignment, Spread
 from moe_trace.read.ranks.ranks import LayerRanks, RankReport

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.display.csv import csv_text
+from moe_trace.data.display.tables import fixed, number, printable, scaled, table
 from moe_trace.data.errors import UsageError
 from moe_trace.data.files import write_text
-from moe_trace.data.tables import fixed, number, printable, scaled, table
 
 CONFIDENCE = 0.95
 

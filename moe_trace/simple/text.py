@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from moe_trace.data.tables import fixed, number, printable, scaled, table, wrapped
+from moe_trace.data.display.tables import fixed, number, printable, scaled, table, wrapped
 from moe_trace.simple.metrics import RouterMetrics
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample, Span, range_name
 from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.coverage import Coverage

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.summary import SampleKey

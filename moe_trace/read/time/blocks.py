@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample
 from moe_trace.read.file.events import EventTable, spans_ns
 from moe_trace.read.file.launches import RangeThreads

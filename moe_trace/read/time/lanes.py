@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import find_kernels

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.coverage import Coverage, TimeCoverage
 from moe_trace.read.file.decoding import NO_LINK

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
 from moe_trace.read.time.phases import CallTimes, IntArray

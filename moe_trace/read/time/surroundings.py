@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.data.calls import CallTable
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample, Stage
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter

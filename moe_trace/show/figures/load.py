@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_trace.data.calls import CallTable, load_by_step
+from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_trace.data.tables import number, scaled, share
+from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
 from moe_trace.show.tensorboard.plain import Plain, number_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_trace.data.tables import share
+from moe_trace.data.display.tables import share
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
 
 Plain = dict[str, Any]

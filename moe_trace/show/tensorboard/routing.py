@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moe_trace.data.calls import load_by_step
+from moe_trace.data.calls.table import load_by_step
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.tensorboard.plain import Plain, number_text

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.sample import RANGE_KINDS, Placement, RangeKind, Span
+from moe_trace.data.calls.sample import RANGE_KINDS, Placement, RangeKind, Span
 
 Side = Literal["host", "device"]
 SIDES: tuple[Side, ...] = ("host", "device")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.lists import CountLists
-from moe_trace.data.places import Places, Side
-from moe_trace.data.sample import RangeKind, RoutingSample
+from moe_trace.data.calls.lists import CountLists
+from moe_trace.data.calls.places import Places, Side
+from moe_trace.data.calls.sample import RangeKind, RoutingSample
 
 IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
