@@ -59,6 +59,9 @@ def _rehearse(
             _add(recorder, sites, forward)
         decode = _reading(device, dtype, 1, num_experts, top_k)
         _add(recorder, (sites * (WAITING_CALLS_MAX // len(sites) + 1))[:WAITING_CALLS_MAX], decode)
+        shipped = recorder.take()  # kept, so that a single step is shipped to memory of its own
+        _add(recorder, sites, forward)
+        shipped += recorder.take()
         _reduce_as_rings_do(len(sites), _reading(device, torch.float32, 4, num_experts, top_k), num_experts)
         _wait_for(device)
     except RuntimeError:  # out of memory, or an operator that this device lacks: the model's step will tell
