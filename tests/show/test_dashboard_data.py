@@ -31,6 +31,7 @@ from paths import DATA
 H200 = DATA / "h200"
 TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
 EAGER = "prefill_eager.pt.trace.json.gz"
+MIXED = "prefill_decode.pt.trace.json.gz"
 PAYLOAD_MAX = 2_000_000
 
 
@@ -260,7 +261,7 @@ def test_the_page_has_no_inline_script_and_writes_no_html() -> None:
 
 def test_findings_are_those_of_the_report_worst_first() -> None:
     summary = read_summary(H200 / PREFILL)
-    shown = overview(summary)["findings"]
+    shown = overview(summary)["stages"][0]["findings"]
     assert [f["sentence"] for f in shown] == [f.sentence for f in summary.findings]
     costs = [f.cost_us for f in summary.findings if f.cost_us is not None]
     assert costs == sorted(costs, reverse=True) and len(costs) >= 1
@@ -346,13 +347,53 @@ def test_every_view_is_small_and_valid_json(client: Client) -> None:
 def test_overview_numbers_stand_in_the_report(dashboard: Dashboard) -> None:
     plain = to_plain(read_summary(H200 / TRAIN))
     answer = dashboard.answer("overview", TRACE)
-    with_path = [n for n in (*answer["cards"], *answer["facts"]) if n.get("path")]
+    with_path = [n for n in (*answer["stages"][0]["cards"], *answer["facts"]) if n.get("path")]
     assert len(with_path) == 10
     for number in with_path:
         value: Any = plain
         for part in number["path"].split("."):
             value = value[int(part)] if isinstance(value, list) else value[part]
         assert number["value"] == value, number["path"]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Dashboard:
+    """A trace of a prefill and three decode steps."""
+    shutil.copy(DATA / "h100" / MIXED, tmp_path)
+    return Dashboard(Catalogs(str(tmp_path)))
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_view_shows_one_stage(mixed: Dashboard, stage: str) -> None:
+    one = {"run": ".", "trace": MIXED, "stage": stage}
+    part = read_summary(DATA / "h100" / MIXED).by_stage()[stage]  # type: ignore[index]
+    routing = mixed.answer("routing", one)
+    assert routing["steps"] == sorted({s.step for s in part.samples})
+    assert [row[1][1] for row in routing["map"]["table"]["rows"]] == [r.tokens for r in part.routers]
+    layer = mixed.answer("layer", {**one, "site": "L03"})
+    plain = to_plain(read_summary(DATA / "h100" / MIXED))
+    for fact in layer["facts"]:
+        value: Any = plain
+        for name in fact["path"].split("."):
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        assert fact["value"] == value, fact["path"]
+    assert mixed.answer("timeline", one)["steps"] == routing["steps"]
+    assert mixed.answer("time", one)["figures"]["latency"]["table"]["rows"][0][1][1] == part.routers[0].calls
+
+
+def test_without_a_choice_the_first_stage_is_shown_and_the_overview_shows_all(mixed: Dashboard) -> None:
+    one = {"run": ".", "trace": MIXED}
+    for stage in ("", "train", "nonsense"):
+        assert mixed.answer("routing", {**one, "stage": stage}) == mixed.answer(
+            "routing", one | {"stage": "prefill"}
+        )
+    answer = mixed.answer("overview", one)
+    assert [part["stage"] for part in answer["stages"]] == ["prefill", "decode"]
+    plain = to_plain(read_summary(DATA / "h100" / MIXED))
+    for part in answer["stages"]:
+        shares = [c for c in part["cards"] if (c["path"] or "").endswith("moe_share_of_model")]
+        assert shares[0]["value"] == plain["stages"][part["stage"]]["phases"]["whole"]["moe_share_of_model"]
+    assert mixed.answer("trace", one)["stages"] == ["prefill", "decode"]
 
 
 # -- TensorBoard round it ------------------------------------------------------------------------------
@@ -383,7 +424,7 @@ import sys
 from moe_trace.show.tensorboard.catalog import Catalogs
 from moe_trace.show.tensorboard.data import Dashboard
 answer = Dashboard(Catalogs(sys.argv[1])).answer("overview", {"run": ".", "trace": sys.argv[2]})
-assert answer["cards"], answer
+assert answer["stages"][0]["cards"], answer
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script, str(H200), TRAIN], capture_output=True, text=True)

@@ -56,9 +56,12 @@ def over_calls(grid: CallGrid | None, metric: Metric) -> Figure:
     title, notes = f"{metric.title} over time", []
     if grid is not None:
         columns = grouped_columns(grid)
-        if len(columns.labels) == 1:
+        if grid.values_LC.size == 1:
+            pass  # a single value needs no figure
+        elif len(columns.labels) == 1:
             data, layout = _bars(grid, columns, metric)
             title = f"{metric.title} of each {metric.row}"
+            notes.append(f" Coloured: the {metric.worst}.")
         elif len(grid.sites) <= LINES_MAX:
             data, layout = _lines(grid, columns, metric)
         else:

@@ -6,6 +6,7 @@ from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
 from moe_trace.show.tensorboard.plain import Plain, number_text
+from moe_trace.show.tensorboard.stage_part import path_of
 from moe_trace.show.text_phases import shares_sentence
 
 FINDINGS_MAX = 200
@@ -21,15 +22,25 @@ VIEW_OF_RULE = {
 
 
 def overview(summary: TraceSummary) -> Plain:
-    """What the first page shows of one trace."""
-    found = summary.findings
+    """What the first page shows of one trace: each of its stages, one after the other."""
+    stages: dict[str, TraceSummary] = {str(k): part for k, part in summary.stages.items()} or {"": summary}
     return {
+        "stages": [_stage(stage, part) for stage, part in stages.items()],
         "facts": facts(summary),
-        "cards": cards(summary),
+        "notes": list(summary.notes),
+    }
+
+
+def _stage(stage: str, part: TraceSummary) -> Plain:
+    found = part.findings
+    return {
+        "stage": stage,
+        "counted": f"{part.totals.calls:,} calls in {part.totals.steps:,} "
+        f"{'step' if part.totals.steps == 1 else 'steps'}, {part.totals.tokens:,} tokens",
+        "cards": cards(part, path_of(stage)),
         "findings": [_finding(finding) for finding in found[:FINDINGS_MAX]],
         "more_findings": max(0, len(found) - FINDINGS_MAX),
-        "notes": list(summary.notes),
-        "phases": shares_sentence(summary.phases) if summary.phases is not None else None,
+        "phases": shares_sentence(part.phases) if part.phases is not None else None,
     }
 
 
@@ -69,9 +80,14 @@ def facts(summary: TraceSummary) -> list[Plain]:
     return found
 
 
-def cards(summary: TraceSummary) -> list[Plain]:
-    """The five figures to look at first; None where the trace does not tell."""
-    return [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
+def cards(summary: TraceSummary, path: str = "") -> list[Plain]:
+    """The five figures to look at first; None where the trace does not tell.
+
+    Args:
+        path: where the summary stands in the report's JSON.
+    """
+    found = [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
+    return [{**card, "path": card["path"] and f"{path}{card['path']}"} for card in found]
 
 
 def _card(

@@ -18,7 +18,7 @@ from moe_trace.show.text_ranks import rank_sentences
 
 
 def rank_digest(summary: TraceSummary) -> Plain:
-    """What the comparison needs of one trace, so that not all summaries must be kept at once."""
+    """What the comparison needs of one trace."""
     phases = summary.phases
     work = {layer.site: _work_us(layer, phases.whole.on_device) for layer in phases.layers} if phases else {}
     return {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moe_trace.data.calls.table import load_by_step
+from moe_trace.data.loads import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.tensorboard.plain import Plain, number_text
+from moe_trace.show.tensorboard.plain import Plain, number_text, plain_table
 
 
 class StepCounts:
@@ -44,7 +45,34 @@ def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
     return row
 
 
-def layer_facts(router: RouterSummary, place: int) -> list[Plain]:
+def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> Plain:
+    """The heat map's numbers and its table, from the first to the last position of the steps."""
+    chosen = counts.between(first, last)
+    rows = []
+    for router, load_E in zip(routers, chosen, strict=True):
+        load = describe_load(load_E)
+        busiest = int(load_E.argmax()) if load_E.any() else None
+        cells = (load.max_over_mean, load.cv, load.gini, load.entropy, busiest, len(load.dead_experts))
+        rows.append((router.info.site, int(load_E.sum()), *cells))
+    return {
+        "z": [equal_share_row(row, counts.width) for row in chosen],
+        "table": plain_table(_HEADINGS, rows),
+    }
+
+
+_HEADINGS = (
+    "layer",
+    "assignments",
+    "max÷mean",
+    "CV",
+    "Gini",
+    "entropy",
+    "busiest expert",
+    "dead experts",
+)
+
+
+def layer_facts(router: RouterSummary, place: str) -> list[Plain]:
     """Its figures over all steps, with their place in the report's JSON."""
     load, decisions = router.load, router.decisions
     numbers: Iterable[tuple[str, str, float | None]] = [
@@ -60,7 +88,7 @@ def layer_facts(router: RouterSummary, place: int) -> list[Plain]:
         ("padding", "padding_assignments", router.padding_assignments),
     ]
     return [
-        {"label": label, "text": number_text(value), "value": value, "path": f"routers.{place}.{path}"}
+        {"label": label, "text": number_text(value), "value": value, "path": f"{place}.{path}"}
         for label, path, value in numbers
         if value is not None
     ]

@@ -3,7 +3,7 @@
 import {connect, onNavigate, onTheme, readState, writeState} from "./host.js";
 import {repaint} from "./chart.js";
 import {clear, el} from "./dom.js";
-import {definitions, problem} from "./parts.js";
+import {definitions, loading, problem} from "./parts.js";
 import {ask, forget} from "./model.js";
 import {Picker} from "./picker.js";
 import {show as overview} from "./views/overview.js";
@@ -22,7 +22,7 @@ const VIEWS = {
   ranks: ["Ranks", ranks],
 };
 // What belongs to one trace, and means nothing in another.
-const OF_TRACE = ["from", "to", "site", "expert", "step", "clock", "start", "end"];
+const OF_TRACE = ["stage", "from", "to", "site", "expert", "step", "clock", "start", "end"];
 
 class App {
   constructor() {
@@ -31,7 +31,11 @@ class App {
     this.nav = el("nav", {"aria-label": "Views"});
     this.main = el("main", {id: "main", tabindex: "-1"});
     this.live = el("p", {role: "status", class: "visually-hidden"});
-    this.picker = new Picker((run, trace) => this.choose(run, trace));
+    this.picker = new Picker({
+      onChoose: (run, trace) => this.choose(run, trace),
+      onStage: (stage) => this.chooseStage(stage),
+      onChecked: () => this.drawNav(this.shown),
+    });
     document.body.append(
       el("a", {class: "skip", href: "#main", onclick: (e) => this.skip(e)}, "Skip to the view"),
       el("header", {}, this.nav, this.picker.element), this.main, this.live);
@@ -68,6 +72,13 @@ class App {
     this.go(state, {whole: true});
   }
 
+  // Layer and expert stay: they are the same in every stage. Steps are counted anew.
+  chooseStage(stage) {
+    const state = {...this.state, stage};
+    for (const name of ["from", "to", "step", "start", "end"]) delete state[name];
+    this.go(state, {whole: true});
+  }
+
   // Changes the state; `quiet` leaves the page as it is, since the view has drawn the change itself.
   go(changes, {quiet = false, whole = false} = {}) {
     const before = this.state.view;
@@ -82,6 +93,7 @@ class App {
   async draw() {
     const turn = ++this.turn;
     const name = VIEWS[this.state.view] ? this.state.view : "overview";
+    this.shown = name;
     this.drawNav(name);
     const [title, show] = VIEWS[name];
     document.title = `MoE: ${title}`;
@@ -93,10 +105,14 @@ class App {
       runs: this.picker.runs,
       go: (changes, options) => this.go(changes, options),
       isCurrent: () => turn === this.turn,
-      ask: (view, parameters = {}) => ask(view, {run: this.state.run, trace: this.state.trace, ...parameters}),
+      ask: (view, parameters = {}) => ask(view,
+        {run: this.state.run, trace: this.state.trace, stage: this.state.stage, ...parameters}),
     };
     try {
-      await show(place, context);
+      place.append(loading("Reading the trace. A large one takes some seconds the first time."));
+      await this.picker.readChosen(this.state.stage);
+      if (turn !== this.turn) return undefined;
+      await show(clear(place), context);
     } catch (error) {
       if (turn === this.turn) clear(place).append(problem(error.message, () => this.draw()));
     }
@@ -104,6 +120,7 @@ class App {
       this.live.textContent = `${title} is shown`;
       this.main.dataset.ready = String(turn);
     }
+    return undefined;
   }
 
   drawNav(current) {
@@ -114,7 +131,7 @@ class App {
       onclick: () => this.go({view: name}),
     }, VIEWS[name][0]);
     const focused = this.nav.contains(document.activeElement);
-    const names = Object.keys(VIEWS).filter((name) => name !== "ranks" || this.picker.manyTraces(this.state.run)
+    const names = Object.keys(VIEWS).filter((name) => name !== "ranks" || this.picker.manyRanks(this.state.run)
       || current === "ranks");
     clear(this.nav).append(...names.map(link));
     if (focused) this.nav.querySelector("[aria-current]")?.focus();

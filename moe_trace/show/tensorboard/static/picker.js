@@ -8,8 +8,8 @@ import {ask} from "./model.js";
 const CHECKED_MAX_BYTES = 20 * 2 ** 20;
 
 export class Picker {
-  constructor(onChoose) {
-    this.onChoose = onChoose;
+  constructor({onChoose, onStage, onChecked}) {
+    Object.assign(this, {onChoose, onStage, onChecked});
     this.runs = [];
     this.fields = el("div", {class: "fields"});
     this.broken = el("details", {class: "broken", hidden: true});
@@ -21,8 +21,15 @@ export class Picker {
     return this.runs.some((run) => run.traces.some((trace) => trace.state !== "broken"));
   }
 
-  manyTraces(name) {
-    return (this.runs.find((run) => run.run === name)?.traces.length ?? 0) > 1;
+  // Several, or not known yet: the traces of one rank (a schedule that repeats writes many) need no comparison.
+  manyRanks(name) {
+    const traces = (this.runs.find((run) => run.run === name)?.traces ?? []).filter((one) => one.state !== "broken");
+    const ranks = new Set(traces.map((one) => one.rank ?? one.trace));
+    return ranks.size > 1 || traces.some((one) => one.ranks > 1);
+  }
+
+  get chosenTrace() {
+    return this.runs.find((run) => run.run === this.chosen.run)?.traces.find((one) => one.trace === this.chosen.trace);
   }
 
   // Takes the list in; gives the run and the trace to show, {} without any.
@@ -30,6 +37,7 @@ export class Picker {
     const turn = ++this.turn;
     this.answer = answer;
     this.runs = answer.runs;
+    this.stage = state.stage;
     this.chosen = await this.firstReadable(state);
     if (turn === this.turn) {
       this.draw();
@@ -44,11 +52,24 @@ export class Picker {
     if (run?.traces.some((trace) => trace.trace === state.trace)) return {run: state.run, trace: state.trace};
     for (const one of run ? [run, ...this.runs] : this.runs) {
       for (const trace of one.traces) {
-        if (trace.state === "unread") Object.assign(trace, await ask("trace", {run: one.run, trace: trace.trace}));
+        await this.read(trace, one.run);
         if (trace.state === "ok") return {run: one.run, trace: trace.trace};
       }
     }
     return {};
+  }
+
+  async read(trace, run) {
+    if (trace.state === "unread") Object.assign(trace, await ask("trace", {run, trace: trace.trace}));
+  }
+
+  // Reads the chosen trace if need be: its stages can be chosen then.
+  async readChosen(stage) {
+    const unread = this.chosenTrace?.state === "unread";
+    if (unread) await this.read(this.chosenTrace, this.chosen.run);
+    if (!unread && stage === this.stage) return; // what has the focus stays
+    this.stage = stage;
+    this.draw();
   }
 
   draw() {
@@ -61,6 +82,14 @@ export class Picker {
         select("Run", usable.map((one) => [one.run, one.run]), run.run, (name) => this.chooseRun(name)),
         select("Trace", run.traces.map((trace) => [trace.trace, traceLabel(trace, run)]), this.chosen.trace,
           (name) => this.choose(run.run, name)));
+      const stages = this.chosenTrace?.stages ?? [];
+      if (stages.length) {
+        const now = stages.includes(this.stage) ? this.stage : stages[0];
+        this.fields.append(select("Stage", stages.map((stage) => [stage, stage]), now, (stage) => {
+          this.stage = stage;
+          this.onStage(stage);
+        }));
+      }
     }
     this.drawBroken();
   }
@@ -72,6 +101,7 @@ export class Picker {
 
   choose(run, trace) {
     this.chosen = {run, trace};
+    this.stage = undefined;
     this.draw();
     this.onChoose(run, trace);
   }
@@ -91,7 +121,7 @@ export class Picker {
         if (turn !== this.turn) return;
         if (trace.state !== "unread" || trace.size_bytes > CHECKED_MAX_BYTES) continue;
         try {
-          Object.assign(trace, await ask("trace", {run: run.run, trace: trace.trace}));
+          await this.read(trace, run.run);
         } catch {
           return; // TensorBoard has gone, or the file has: the next reload tells
         }
@@ -100,6 +130,7 @@ export class Picker {
     }
     if (turn !== this.turn) return;
     if (!this.element.contains(document.activeElement)) this.draw(); // with the ranks that are known now
+    this.onChecked();
     this.element.dataset.checked = "true";
   }
 

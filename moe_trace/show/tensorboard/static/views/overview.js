@@ -6,18 +6,28 @@ import {facts, figureNumber, isBroken, loading, term} from "../parts.js";
 const TITLES = {routing: "Routing", time: "Time"};
 
 export async function show(place, {ask, go, isCurrent, state}) {
-  place.append(loading("Reading the trace. A large one takes some seconds the first time."));
+  place.append(loading("Adding up the trace."));
   const answer = await ask("overview");
   if (!isCurrent() || isBroken(place, answer)) return;
-  place.replaceChildren(
-    el("section", {"aria-label": "Figures to look at first", class: "cards"}, ...answer.cards.map((c) => card(c, go))),
-    el("section", {class: "panel"}, el("h2", {}, "Findings, worst first"), findings(answer, go),
-      answer.phases && el("p", {class: "soft"}, answer.phases)),
+  place.replaceChildren(...answer.stages.flatMap((part) => stage(part, go)),
     el("section", {class: "panel"}, el("h2", {}, `Run ${state.run}`), facts(answer.facts)));
   if (answer.notes.length) {
     place.append(el("section", {class: "panel"}, el("h2", {}, "Notes"),
       el("ul", {}, ...answer.notes.map((note) => el("li", {}, note)))));
   }
+}
+
+// Cards and findings of one stage; of a trace that holds no other, without a heading.
+function stage(part, go) {
+  const show = (target) => go({...target, stage: part.stage || undefined});
+  const name = part.stage ? `${part.stage[0].toUpperCase()}${part.stage.slice(1)}` : "";
+  return [
+    name && el("h2", {class: "section", "data-stage": part.stage}, name, " ", el("span", {class: "soft"}, part.counted)),
+    el("section", {"aria-label": `${name} figures to look at first`.trim(), class: "cards"},
+      ...part.cards.map((c) => card(c, show))),
+    el("section", {class: "panel"}, el("h2", {}, "Findings, worst first"), findings(part, show),
+      part.phases && el("p", {class: "soft"}, part.phases)),
+  ].filter(Boolean);
 }
 
 function card(content, go) {

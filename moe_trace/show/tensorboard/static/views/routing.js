@@ -18,10 +18,11 @@ export async function show(place, context) {
     return;
   }
   const view = new Routing(context, answer);
-  place.replaceChildren(view.card, view.detail);
+  const overTime = Object.values(answer.over_time).map((spec) => figure(spec));
+  place.replaceChildren(view.card, ...overTime, view.detail);
   if (view.isChosen) view.moved();
   context.state.site ??= answer.worst ?? answer.sites[0]; // a page that opens on an empty half helps nobody
-  await Promise.all([view.card.drawn, view.showLayer()]);
+  await Promise.all([view.card.drawn, ...overTime.map((card) => card.drawn), view.showLayer()]);
 }
 
 class Routing {
@@ -101,9 +102,9 @@ class Routing {
     this.say();
     const steps = this.range();
     this.context.go(steps, {quiet: true});
-    const {run, trace} = this.context.state;
+    const {run, trace, stage} = this.context.state;
     const answer = await this.latest.ask(
-      askOnce("heat", {run, trace, from: steps.from ?? 0, to: steps.to ?? this.steps.length - 1}));
+      askOnce("heat", {run, trace, stage, from: steps.from ?? 0, to: steps.to ?? this.steps.length - 1}));
     if (!answer || !answer.z) return;
     await update(this.card.plot, (spec) => ({...spec, data: [{...spec.data[0], z: answer.z}]}));
     this.card.setTable(answer.table);

@@ -1,0 +1,81 @@
+"""One step of a trace: its lanes and counters within a window, and what ran in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.read.time.lanes import Clock, Lanes, Pieces, add_up, join_pieces
+from moe_trace.show.figures.figure import TABLE_ROWS_MAX
+from moe_trace.show.figures.timeline import timeline_figure
+from moe_trace.show.tensorboard.parameters import Parameters, integer, time_window
+from moe_trace.show.tensorboard.plain import Plain, plain_figure, plain_table
+
+KERNELS_MAX = 100
+NAME_MAX = 400
+PIXELS = 1500
+"""Stretches of the timeline are told apart down to this part of the window."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    steps: list[int]
+    step: int
+    clock: Clock
+    pieces: Pieces
+
+    @property
+    def bounds_ns(self) -> tuple[int, int]:
+        return int(self.pieces.start_ns.min()), int(self.pieces.end_ns.max())
+
+
+def timeline(lanes: Lanes, parameters: Parameters) -> Plain:
+    """Lanes and counters of the step, joined as finely as the window asks for."""
+    shown = _step(lanes, parameters)
+    if shown is None:
+        return {"steps": [], "figure": None}
+    origin, end = shown.bounds_ns
+    window = time_window(parameters, origin, end)
+    segments = join_pieces(shown.pieces.within(*window), (window[1] - window[0]) // PIXELS)
+    figure = timeline_figure(
+        lanes, segments, step=shown.step, clock=shown.clock, origin_ns=origin, window_ns=window
+    )
+    return {
+        "steps": shown.steps,
+        "step": shown.step,
+        "clock": shown.clock,
+        "clocks": list(lanes.clocks()),
+        "length_us": (end - origin) / 1000,
+        "figure": plain_figure(figure) if figure.data else None,
+    }
+
+
+def kernels(lanes: Lanes, parameters: Parameters) -> Plain:
+    """Kernels, or operators of the host, that touch the window, by name."""
+    shown = _step(lanes, parameters)
+    if shown is None:
+        return {"table": None}
+    pieces = shown.pieces.within(*time_window(parameters, *shown.bounds_ns))
+    work = add_up(pieces, lanes)
+    total = sum(w.total_us for w in work)
+    rows = [
+        (w.name[:NAME_MAX], w.phase, w.layers, w.count, w.total_us, w.total_us / w.count, w.total_us / total)
+        for w in work[:KERNELS_MAX]
+        if total
+    ]
+    what = "kernel" if shown.clock == "device" else "operator"
+    headings = (what, "phase", "layers", "count", "total µs", "mean µs", "share")
+    table = {**plain_table(headings, rows), "more": max(0, len(work) - min(KERNELS_MAX, TABLE_ROWS_MAX))}
+    return {"table": table, "total_us": total, "count": len(pieces.block), "what": what}
+
+
+def _step(lanes: Lanes, parameters: Parameters) -> _Step | None:
+    clock: Clock = "host" if parameters.get("clock") == "host" else lanes.clocks()[0]
+    pieces: Pieces = lanes.device if clock == "device" else lanes.host
+    steps = sorted({lanes.samples[b].step for b in np.unique(pieces.block).tolist()})
+    if not steps:
+        return None
+    step = integer(parameters, "step", steps[0])
+    step = step if step in steps else steps[0]
+    return _Step(steps, step, clock, lanes.of_step(step, clock))
