@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from moe_trace.data.errors import TraceFileError
+from moe_trace.data.resync import decode_around_breaks
 
 BLOCK_BYTES = 4 * 2**20
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
@@ -86,7 +87,7 @@ class JsonStream:
             if self._peek() == b"]":
                 self._at += 1
                 return
-            yield self._guessed_batch(decode) or self._scanned_batch(decode, one)
+            yield self._guessed_batch(decode) or self._resynced_batch(decode, one)
             if self._peek() == b",":
                 self._at += 1
             elif self._peek() != b"]":
@@ -125,6 +126,13 @@ class JsonStream:
             return decode(text[:bracket] + b"]"), self._at + bracket - 1
         except _REFUSALS:
             return None, cut
+
+    def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
+        taken = decode_around_breaks(self._data, self._at, decode, one, more=not self._ended)
+        if taken is None:
+            return self._scanned_batch(decode, one)
+        found, self._at = taken
+        return found
 
     def _scanned_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
         ends = self._element_ends()

@@ -1,0 +1,158 @@
+"""Go on after an event that is no JSON: torch writes a quote in a range's name as it is.
+
+An event ends where `}`, a comma and the `{"` of the next stand, which no JSON string holds unescaped. Runs of
+such pieces are decoded together, ever shorter ones round what fails, until the broken event stands alone: it
+is handed to the caller's lenient reader, which counts it, and the next is read as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import msgspec
+
+_BOUNDARY = re.compile(rb'\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{[ \t\r\n]*+["}])')
+_KEY_BEHIND = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,256}+"[ \t\r\n]*+:)"""
+_NOTHING_BEHIND = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
+_END = re.compile(_KEY_BEHIND, re.DOTALL)
+_END_OF_FILE = re.compile(_KEY_BEHIND + b"|" + _NOTHING_BEHIND, re.DOTALL)
+"""Of the array: a bracket behind its last element, and the next key of what holds it, or its end."""
+_REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_NESTED_MAX = 256
+"""Pieces that one event can be cut into by lists of objects in its arguments."""
+_EVENT_MAX = 2**20
+_TRIES_BYTES = 2**23
+"""Text that may be looked at again for events that lists cut into pieces, in one buffer of nonsense."""
+_T = TypeVar("_T")
+
+
+def decode_around_breaks(
+    data: bytes,
+    start: int,
+    decode: Callable[[bytes], list[_T]],
+    one: Callable[[bytes], _T],
+    *,
+    more: bool = False,
+) -> tuple[list[_T], int] | None:
+    """The elements of an array of objects from an offset on, as far as the buffer goes.
+
+    Args:
+        decode: a JSON array's text -> its elements; raises `msgspec.DecodeError`.
+        one: the text of an element that `decode` refuses.
+        more: whether the file goes on behind the buffer.
+
+    Returns:
+        The elements and the offset just behind the last of them; None where none ends in the buffer.
+    """
+    return _Pieces(data, start, decode, one, more).take()
+
+
+class _Pieces(Generic[_T]):
+    def __init__(
+        self,
+        data: bytes,
+        start: int,
+        decode: Callable[[bytes], list[_T]],
+        one: Callable[[bytes], _T],
+        more: bool,
+    ) -> None:
+        self._data, self._decode, self._one, self._more = data, decode, one, more
+        self._starts, self._ends = [start], list[int]()
+        for boundary in _BOUNDARY.finditer(data, start):
+            self._ends.append(boundary.start() + 1)
+            self._starts.append(boundary.end())
+        self._found: list[_T] = []
+        self._tries = _TRIES_BYTES
+        self._at = start
+
+    def take(self) -> tuple[list[_T], int] | None:
+        first, count = 0, len(self._ends)
+        if not count:
+            return (self._found, self._at) if self._take_last(self._starts[0], len(self._data)) else None
+        size = count
+        while first < count:
+            size = min(size, count - first)
+            if self._take_run(first, first + size):
+                first, size = first + size, 2 * size
+            elif size > 1:
+                size //= 2
+            elif (following := self._take_one(first)) is None:
+                break
+            else:
+                first = following
+        return (self._found, self._at) if self._found else None
+
+    def _take_run(self, first: int, last: int) -> bool:
+        """Whether pieces can be decoded together."""
+        try:
+            self._found += self._decode(b"[%b]" % self._data[self._starts[first] : self._ends[last - 1]])
+        except _REFUSALS:
+            return False
+        self._at = self._ends[last - 1]
+        return True
+
+    def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
+        """Whether the array ends in this piece; then its last element is taken, `broken` or not."""
+        if _is_json(self._data[start:end]):
+            return False
+        pattern = _END if self._more else _END_OF_FILE
+        found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
+        ends = [bracket.start() + 1 for bracket in found]
+        for at in ends:
+            try:
+                self._found += self._decode(b"[%b]" % self._data[start:at])
+            except _REFUSALS:
+                continue
+            self._at = at
+            return True
+        if ends and broken:
+            self._found.append(self._one(self._data[start : ends[0]]))
+            self._at = ends[0]
+            return True
+        return False
+
+    def _take_one(self, first: int) -> int | None:
+        """One event, which lists in it may have cut into pieces; the next piece, None at the end."""
+        start = self._starts[first]
+        for last in range(first + 1, min(first + _NESTED_MAX, len(self._ends)) + 1):
+            if self._take_run(first, last):
+                return last
+            self._tries -= self._ends[last - 1] - start
+            if self._tries < 0 or not _is_cut_off(self._data[start : self._ends[last - 1]]):
+                if self._take_last(start, self._ends[last - 1]):
+                    return None
+                break
+        else:
+            if self._more and len(self._data) - start < _EVENT_MAX:
+                return None  # its end may follow
+            if not self._more and self._take_last(start, len(self._data), broken=False):
+                return None
+        if self._take_last(start, self._ends[first]):
+            return None
+        self._found.append(self._one(self._data[self._starts[first] : self._ends[first]]))
+        self._at = self._ends[first]
+        return first + 1
+
+
+def _is_cut_off(text: bytes) -> bool:
+    """Whether the text is the beginning of sound JSON: more may follow."""
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        return "truncated" in str(error)
+    except (UnicodeDecodeError, RecursionError):
+        pass
+    return False
+
+
+def _is_json(text: bytes) -> bool:
+    """Whether a lenient parser takes it."""
+    try:
+        json.loads(text.decode("utf-8", "replace"), strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""A broken event is counted and passed over, wherever it stands; the others are read, in flat memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from moe_trace.read.file.decoding import UNREADABLE, decode_batch, decode_one
+from moe_trace.read.file.stream import JsonStream
+from moe_trace.read.reader import TraceSummary, read_summary
+from paths import DATA
+
+SOURCE = DATA / "h200" / "decode_grouped_mm.pt.trace.json.gz"
+INDENTED: dict[str, Any] = {"indent": 2}
+COMPACT: dict[str, Any] = {"separators": (",", ":")}
+
+
+def event(i: int, **more: Any) -> dict[str, Any]:
+    return {"ph": "X", "cat": "cpu_op", "name": f"op {i}", "pid": 1, "tid": 1, "ts": i, "dur": 1, **more}
+
+
+# Where a sound event says BREAK, the file says something else: as torch writes names that hold a quote, as a
+# crashed writer leaves them, as an encoder without care does.
+BREAKS = {
+    "a quote": '"',
+    "two quotes": '"x"',
+    "a quote, then a brace": '"}',
+    "a quote, then an event": '"}, {"ph": "X',
+    "quoted words, a comma": 'a", "b',
+    "a bracket behind a quote": '"}],',
+    "a backslash": "\\",
+    "a backslash and a letter": "C:\\models",
+    "a newline and a quote": '\n"',
+}
+
+
+def written(count: int, broken: list[int], text: str, layout: dict[str, Any]) -> bytes:
+    events = [event(i, args={"note": "BREAK"}) if i in broken else event(i) for i in range(count)]
+    sound = json.dumps({"schemaVersion": 1, "traceEvents": events, "traceName": "x"}, **layout)
+    return sound.replace("BREAK", text).encode()
+
+
+def read(data: bytes) -> tuple[set[int], int, list[str]]:
+    """Times of the events that were read, how many were not, and the top-level keys."""
+    stream = JsonStream(io.BytesIO(data).read, "t.json")
+    times, unreadable, keys = set(), 0, []
+    for key in stream.walk():
+        keys.append(key)
+        if key != "traceEvents":
+            stream.skip()
+            continue
+        for batch in stream.batches(decode_batch, decode_one):
+            unreadable += sum(e is UNREADABLE for e in batch)
+            times |= {int(e.ts) for e in batch if e is not UNREADABLE and e.ph == "X"}
+    return times, unreadable, keys
+
+
+@pytest.mark.parametrize("layout", [INDENTED, COMPACT, {}], ids=["indented", "compact", "plain"])
+@pytest.mark.parametrize("broken", [[0], [7], [19], [3, 4], [0, 19], list(range(20))], ids=str)
+@pytest.mark.parametrize("text", BREAKS)
+def test_all_but_the_broken_are_read(text: str, broken: list[int], layout: dict[str, Any]) -> None:
+    times, unreadable, keys = read(written(20, broken, BREAKS[text], layout))
+    assert times >= set(range(20)) - set(broken)
+    assert len(times) + unreadable >= 20, "each is read or counted"
+    assert keys == ["schemaVersion", "traceEvents", "traceName"]
+
+
+def test_lists_of_objects_in_a_broken_batch_are_no_events() -> None:
+    nested = {"list": [{"a": i} for i in range(40)], "then": 1}
+    events = [event(0, args=nested), event(1, args={"note": "BREAK"}), event(2, args=nested)]
+    data = json.dumps({"traceEvents": events, "after": [{"b": 1}, {"c": 2}]}).replace("BREAK", '"')
+    assert read(data.encode()) == ({0, 2}, 1, ["traceEvents", "after"])
+
+
+def test_a_list_at_the_end_of_a_broken_event_is_not_the_end() -> None:
+    events = [event(0), event(1, args={"note": "BREAK", "list": [{"a": 1}]}), event(2)]
+    times, unreadable, _ = read(json.dumps({"traceEvents": events}).replace("BREAK", '"').encode())
+    assert (times, unreadable) == ({0, 2}, 1)
+
+
+def test_memory_stays_that_of_a_block() -> None:
+    """40 MB behind one odd quote: the buffer must not grow to hold them."""
+    line = msgspec.json.encode(event(1)) + b",\n"
+    total, widest = 0, 0
+    parts = iter(
+        [b'{"traceEvents": [', line.replace(b"op 1", b'op "1'), *[line * 1000] * 450, b'{"ph": "M"}]}']
+    )
+    left = b""
+
+    def take(size: int) -> bytes:
+        nonlocal left
+        while len(left) < size and (part := next(parts, None)) is not None:
+            left += part
+        block, left = left[:size], left[size:]
+        return block
+
+    stream = JsonStream(take, "t.json")
+    for _ in stream.walk():
+        for batch in stream.batches(decode_batch, decode_one):
+            total += len(batch)
+            widest = max(widest, len(stream._data))
+    assert total == 1 + 450_000 + 1
+    assert widest < 10 * 2**20
+
+
+@pytest.fixture(scope="module")
+def truth() -> TraceSummary:
+    return read_summary(SOURCE)
+
+
+Change = Callable[[bytes], bytes]
+FAULTS: dict[str, Change] = {
+    "a quote in a name": lambda text: text.replace(b"cudaDeviceSynchronize", b'cuda"Device', 1),
+    "a name that is no UTF-8": lambda text: text.replace(b"cudaDeviceSynchronize", b"cuda\xff\xfeDevice", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_real_trace_gives_the_same_phases(fault: str, truth: TraceSummary, tmp_path: Path) -> None:
+    text = gzip.decompress(SOURCE.read_bytes())
+    changed = FAULTS[fault](text)
+    assert changed != text
+    path = tmp_path / "t.pt.trace.json"
+    path.write_bytes(changed)
+    assert read_summary(path).phases == truth.phases
