@@ -5,6 +5,7 @@ What the reading half computes from columns is computed here event by event, in 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -190,7 +191,10 @@ class Brute:
         of_phase: dict[str, list[Slice]] = {phase: [] for phase in PHASES}
         for step, phase in steps:
             host[phase] += step.duration
+        block = call["block"]
         for kernel, launch in self.kernels_with_launch():
+            if launch.thread != block.thread or not block.start <= launch.start <= block.end:
+                continue
             for step, phase in steps:
                 if step.holds(launch):
                     of_phase[phase].append(kernel)
@@ -205,6 +209,7 @@ class Brute:
             "backward": self.backward(steps),
         }
 
+    @functools.cache  # noqa: B019 - one trace a test
     def kernels_with_launch(self) -> list[tuple[Slice, Slice]]:
         return [
             (kernel, s)

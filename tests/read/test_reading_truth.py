@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from brute_force import PHASES, Brute
+from moe_trace.data.summary import Distribution
 from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.read.time import structure
 from paths import DATA
@@ -72,28 +73,37 @@ def test_cpu_traces_equal_brute_force(cpu_traces: Path, name: str) -> None:
 
 
 def compare_latencies(summary: TraceSummary, brute: Brute) -> None:
-    values: dict[str, dict[str, list[int]]] = {}
+    """Forward and recomputed calls apart."""
+    passes = {(s.name, s.call): s.phase for s in summary.samples}
+    values: dict[tuple[str, str], dict[str, list[int]]] = {}
     for call in brute.calls():
-        of = values.setdefault(call["name"], {"host": [], "device_span": [], "device_busy": []})
+        key = call["name"], passes[call["name"], call["call"]]
+        of = values.setdefault(key, {"host": [], "device_span": [], "device_busy": []})
         of["host"].append(call["router"].duration)
         span = brute.device_span(call["router"])
         if span is not None:
             of["device_span"].append(span)
             of["device_busy"].append(sum(k.duration for k in brute.launched_in(call["router"])))
-    assert set(values) == {router.info.name for router in summary.routers}
+    assert {name for name, _ in values} == {router.info.name for router in summary.routers}
+    nothing: dict[str, list[int]] = {"host": [], "device_span": [], "device_busy": []}
     for router in summary.routers:
-        for clock, found in values[router.info.name].items():
-            distribution = getattr(router.latency, clock)
-            if not found:
-                assert distribution is None
-                continue
-            array = np.array(found) / 1000
-            assert distribution.total == pytest.approx(array.sum(), abs=1e-6)
-            assert distribution.mean == pytest.approx(array.mean(), abs=1e-6)
-            assert distribution.std == pytest.approx(array.std(), abs=1e-6)
-            assert (distribution.min, distribution.max) == pytest.approx((array.min(), array.max()))
-            for q in (50, 95, 99):
-                assert getattr(distribution, f"p{q}") == pytest.approx(np.percentile(array, q), abs=1e-6)
+        for part, latency in (("forward", router.latency), ("recompute", router.recompute_latency)):
+            for clock, found in values.get((router.info.name, part), nothing).items():
+                compare_distribution(getattr(latency, clock), found)
+
+
+def compare_distribution(distribution: Distribution | None, found: list[int]) -> None:
+    if not found:
+        assert distribution is None
+        return
+    array = np.array(found) / 1000
+    assert distribution is not None
+    assert distribution.total == pytest.approx(array.sum(), abs=1e-6)
+    assert distribution.mean == pytest.approx(array.mean(), abs=1e-6)
+    assert distribution.std == pytest.approx(array.std(), abs=1e-6)
+    assert (distribution.min, distribution.max) == pytest.approx((array.min(), array.max()))
+    for q in (50, 95, 99):
+        assert getattr(distribution, f"p{q}") == pytest.approx(np.percentile(array, q), abs=1e-6)
 
 
 def compare_phases(summary: TraceSummary, brute: Brute) -> None:
