@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
+from moe_trace.data.display.columns import column_of, number_text
 from moe_trace.data.display.tables import scaled, share
 from moe_trace.data.errors import UsageError
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.all_figures import figures
-from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.json import without_nonfinite
 from moe_trace.show.text_phases import shares_sentence
@@ -206,12 +207,13 @@ def _slider(key: str, figure: Figure) -> str:
 
 
 def _table(figure: Figure) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in figure.headings)
+    columns = [column_of(heading) for heading in figure.headings]
+    head = "".join(f'<th scope="col" title="{escape(c.definition)}">{escape(c.label)}</th>' for c in columns)
     body = "\n".join(
         "<tr>"
         + "".join(
-            f'<th scope="row">{escape(_cell(cell))}</th>' if i == 0 else f"<td>{escape(_cell(cell))}</td>"
-            for i, cell in enumerate(row)
+            f'<th scope="row">{escape(c.cell(cell))}</th>' if i == 0 else f"<td>{escape(c.cell(cell))}</td>"
+            for i, (c, cell) in enumerate(zip(columns, row, strict=True))
         )
         + "</tr>"
         for row in figure.rows[:TABLE_ROWS_MAX]
@@ -221,16 +223,8 @@ def _table(figure: Figure) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
 
 
-def _cell(value: Cell) -> str:
-    if isinstance(value, float):
-        return _number(value)
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else number_text(value)
 
 
 def _script_json(value: object) -> str:

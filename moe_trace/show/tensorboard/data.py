@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from moe_trace.data.display.columns import DEFINITIONS
 from moe_trace.data.errors import MoETraceError
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.lanes import Lanes, find_lanes
@@ -17,7 +18,6 @@ from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.show.tensorboard.comparison import comparison
-from moe_trace.show.tensorboard.definitions import DEFINITIONS
 from moe_trace.show.tensorboard.overview import overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
 from moe_trace.show.tensorboard.plain import Plain, figures_by_key, plain_figure

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
-from moe_trace.show.tensorboard.plain import Plain, number_text
+from moe_trace.show.tensorboard.plain import Plain
 from moe_trace.show.tensorboard.stage_part import path_of
 from moe_trace.show.text_phases import shares_sentence
 

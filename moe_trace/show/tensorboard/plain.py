@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_trace.data.display.tables import share
+from moe_trace.data.display.columns import Column, column_of
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
 
 Plain = dict[str, Any]
@@ -25,34 +25,22 @@ def plain_figure(figure: Figure) -> Plain:
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Plain:
     """Cells are texts, or [text, number]."""
+    columns = [column_of(heading) for heading in headings]
     return {
-        "headings": [heading.strip() for heading in headings],
+        "headings": [column.label for column in columns],
+        "definitions": [column.definition for column in columns],
         "rows": [
-            [plain_cell(cell, heading) for cell, heading in zip(row, headings, strict=True)]
+            [plain_cell(cell, column) for cell, column in zip(row, columns, strict=True)]
             for row in rows[:TABLE_ROWS_MAX]
         ],
         "more": max(0, len(rows) - TABLE_ROWS_MAX),
     }
 
 
-def plain_cell(cell: Cell, heading: str = "") -> str | list[Any]:
+def plain_cell(cell: Cell, column: Column) -> str | list[Any]:
     """A number keeps its value beside its text, so that the page can be checked against the report."""
-    if cell is None:
-        return "-"
-    if isinstance(cell, str):
-        return cell
-    if heading.endswith("share") and not heading.startswith("×"):
-        return [share(cell), cell]
-    if heading == "relative":
-        return [f"{100 * cell:+.1f} %", cell]
-    return [number_text(cell), cell]
-
-
-def number_text(value: float) -> str:
-    """Thousands set apart, four significant digits."""
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    text = column.cell(cell)
+    return text if cell is None or isinstance(cell, str) else [text, cell]
 
 
 def figures_by_key(figures: Iterable[Figure]) -> dict[str, Plain]:

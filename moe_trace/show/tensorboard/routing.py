@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe_trace.data.calls.table import load_by_step
+from moe_trace.data.display.columns import number_text
 from moe_trace.data.loads import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.tensorboard.plain import Plain, number_text, plain_table
+from moe_trace.show.tensorboard.plain import Plain, plain_table
 
 
 class StepCounts:

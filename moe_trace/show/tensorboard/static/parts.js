@@ -5,16 +5,8 @@ import {button, el, freshId} from "./dom.js";
 
 export const definitions = {};
 
-// Figures name the same thing with units, clocks and steps round it: "host p95 µs" is defined by its parts.
-function definitionOf(label) {
-  if (definitions[label]) return definitions[label];
-  const known = Object.keys(definitions).filter((word) => ` ${label} `.includes(` ${word} `));
-  return known.map((word) => `${word}: ${definitions[word]}`).join(" ");
-}
-
 // A label; where it has a definition, that is shown on hover and on focus.
-export function term(label) {
-  const words = definitionOf(label);
+export function term(label, words = definitions[label]) {
   if (!words) return el("span", {}, label);
   const id = freshId("tip");
   const tip = el("span", {role: "tooltip", id, class: "tip"}, words);
@@ -51,7 +43,7 @@ export function facts(list) {
 export function table(content, caption, {rowHead} = {}) {
   const isText = (i) => content.rows.some((row) => typeof row[i] === "string" && row[i] !== "-");
   const head = content.headings.map((heading, i) =>
-    el("th", {scope: "col", class: isText(i) ? "text" : "number"}, term(heading)));
+    el("th", {scope: "col", class: isText(i) ? "text" : "number"}, term(heading, content.definitions?.[i])));
   const rows = content.rows.map((row) => el("tr", {}, ...row.map((cell, i) => {
     const isNumber = Array.isArray(cell);
     const text = isNumber ? cell[0] : cell;

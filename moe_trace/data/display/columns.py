@@ -1,6 +1,44 @@
-"""What each figure of the tab means, in one or two sentences; the page shows them beside its words."""
+"""What the columns of tables are: for each label its definition, and how its numbers are written.
+
+Report, tab and notebook take definition and format from here. A heading names a column, or several with
+units, clocks and steps round them: `host p95 µs` is `host`, and `p95`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_trace.data.display.tables import share
+
+
+def number_text(value: float) -> str:
+    """Thousands set apart, four significant digits."""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def signed_percent(value: float) -> str:
+    """A relative difference."""
+    return f"{100 * value:+.1f} %"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    label: str
+    definition: str = ""
+    text: Callable[[float], str] = number_text
+    unit: str = ""
+
+    def cell(self, value: str | float | None) -> str:
+        """A cell's text; `-` for what is not known."""
+        if value is None:
+            return "-"
+        return value if isinstance(value, str) else self.text(value)
+
 
 DEFINITIONS = {
     "MoE of the device's work": "Kernel time launched inside the MoE blocks, forward and backward, over all "
@@ -61,3 +99,19 @@ DEFINITIONS = {
     "straggler": "The rank with the most MoE work, without what its kernels waited for others where that is "
     "known. The others wait for it.",
 }
+_FORMATS = {"share": share, "relative": signed_percent}
+_UNITS = ("µs", "GB/s", "FLOP/s", "%")
+
+
+def column_of(heading: str) -> Column:
+    """The column that a heading names; its own words where it names none that is known."""
+    words = heading.strip()
+    if words in DEFINITIONS:
+        definition = DEFINITIONS[words]
+    else:
+        parts = [label for label in DEFINITIONS if f" {label} " in f" {words} "]
+        definition = " ".join(f"{label}: {DEFINITIONS[label]}" for label in parts)
+    last = words.rpartition(" ")[2]
+    is_ratio = words.startswith("×")  # of an equal share: a multiple, not a part
+    text = number_text if is_ratio else _FORMATS.get(last, number_text)
+    return Column(words, definition, text, last if last in _UNITS else "")
