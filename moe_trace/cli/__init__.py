@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from moe_trace.data.errors import MoETraceError
+from moe_trace.cli.ends import abandon_stdout, prepare_streams, seekable_inputs
+from moe_trace.data.errors import MoETraceError, OutputError
 from moe_trace.data.version import __version__
 
 # name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
@@ -39,6 +40,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments_given = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
     chosen = next((a for a in arguments_given if a in COMMANDS), None)
     parser, command = _parser(chosen)
     arguments = parser.parse_args(arguments_given)
@@ -46,16 +48,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return int(command.run(arguments))
+        with seekable_inputs(arguments):
+            code = int(command.run(arguments))
+        sys.stdout.flush()
+        return code
     except MoETraceError as error:
-        print(f"moe-trace: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except BrokenPipeError:  # `moe-trace report ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         return 0
+    except OSError as error:
+        if error.filename is None:  # a full disk behind standard output
+            abandon_stdout()
+            return _failed(
+                f"standard output cannot be written ({error.strerror or error})", OutputError.exit_code
+            )
+        return _failed(f"{error.filename}: {error.strerror}; choose another file", OutputError.exit_code)
     except KeyboardInterrupt:
         print("moe-trace: interrupted", file=sys.stderr)
         return 130
+
+
+def _failed(message: str, code: int) -> int:
+    with suppress(OSError):  # nobody may be there to read it
+        print(f"moe-trace: error: {message}", file=sys.stderr)
+    return code
 
 
 def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:

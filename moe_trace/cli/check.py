@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from moe_trace.cli.reading import reading_progress
 from moe_trace.data.display.tables import printable, wrapped
+from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
 from moe_trace.read.file.trace_file import find_traces
 
@@ -34,9 +35,16 @@ class CheckCommand:
         """Check each file; print what is kept and what is broken."""
         results: dict[str, dict[str, list[Violation]]] = {}
         for path in arguments.paths:
-            for file in find_traces(path):
-                with reading_progress() as progress:
-                    results[str(file)] = check(read_checked(file, progress))
+            files = find_traces(path)
+            for file in files:
+                try:
+                    with reading_progress() as progress:
+                        results[str(file)] = check(read_checked(file, progress))
+                except TraceFileError as error:
+                    if len(files) == 1:
+                        raise
+                    unread = Violation(rule="file_can_be_read", where="file", message=str(error))
+                    results[str(file)] = {"file_can_be_read": [unread]}
         if arguments.format == "json":
             plain = {
                 file: {rule: [asdict(v) for v in found] for rule, found in rules.items()}

@@ -37,7 +37,7 @@ class ExportCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, then write one file."""
         target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
-        refuse_to_replace(target, force=arguments.force)
+        refuse_to_replace(target, force=arguments.force, inputs=[arguments.path])
         with reading_progress() as progress:
             summary = read_summary(
                 arguments.path,

@@ -38,7 +38,8 @@ class MergeCommand:
         out = arguments.out
         if not out.name.endswith((".json", ".json.gz")):
             raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
-        refuse_to_replace(out, force=arguments.force)
+        files = [path for path in arguments.paths if not Path(path).is_dir()]  # in a folder: see plan_merge
+        refuse_to_replace(out, force=arguments.force, inputs=files)
         with reading_progress() as progress:
             plan = plan_merge(arguments.paths, out, progress)
             merged = write_merged(plan, out, progress)

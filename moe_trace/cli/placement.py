@@ -52,7 +52,7 @@ class PlacementCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, plan, judge, print; write the map."""
         if arguments.out is not None:
-            refuse_to_replace(arguments.out, force=arguments.force)
+            refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
         ranks = _numbers(arguments.ranks)
         options = clusters_for(
             ranks,

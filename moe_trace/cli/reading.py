@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_trace.data.errors import OutputError, UsageError
+from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
 from moe_trace.read.analysis import PeakOverride
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.file.trace_file import Progress, find_traces
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
@@ -70,12 +70,29 @@ def parse_steps(text: str | None) -> frozenset[int]:
     return frozenset(steps)
 
 
-def refuse_to_replace(target: Path, *, force: bool) -> None:
-    """Raise `OutputError` before any work is done for a file that would not be written."""
+def refuse_to_replace(target: Path, *, force: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Raise `OutputError` before any work is done for a file that would not be written.
+
+    Args:
+        inputs: what the same command reads, files or folders: none of it is replaced, `force` or not.
+    """
+    if any(_is_among(target, Path(given)) for given in inputs):
+        raise OutputError(f"{target} is what this command reads; choose another name for what it writes")
     if target.exists() and not force:
         raise OutputError(f"{target} exists; choose another name, or add --force to replace it")
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent} is not a folder; make it first")
+
+
+def _is_among(target: Path, given: Path) -> bool:
+    if not target.exists() or not given.exists():
+        return False
+    if given.is_dir():
+        try:
+            return any(target.samefile(trace) for trace in find_traces(given))
+        except (TraceFileError, OSError):
+            return False
+    return target.samefile(given)
 
 
 @contextmanager

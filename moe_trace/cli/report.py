@@ -34,7 +34,7 @@ class ReportCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Print the report, or write the page."""
         if arguments.html is not None:
-            refuse_to_replace(arguments.html, force=arguments.force)
+            refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
         summaries = []
         for path in arguments.paths:
             with reading_progress() as progress:

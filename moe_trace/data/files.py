@@ -49,4 +49,4 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8

@@ -216,3 +216,22 @@ def test_a_file_of_several_ranks_gives_those_of_its_recording_or_none(
     assert any("processes" in note for note in read.notes)
     if pids == "one process a rank" or shift_us == 500.0:
         assert busy is not None, "this can be told"
+
+
+# -- clocks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["missing", "text"])
+def test_a_base_that_is_not_written_follows_from_the_calls(base: str, tmp_path: Path) -> None:
+    def base_ns(path: Path) -> int:
+        return read_summary(path).rank_inputs[0].calls.base_time_ns
+
+    source = ROOT / "tests" / "data" / "gloo_ep2" / "rank0.pt.trace.json.gz"
+    trace = json.loads(gzip.decompress(source.read_bytes()))
+    written = trace.pop("baseTimeNanoseconds")
+    if base == "text":
+        trace["baseTimeNanoseconds"] = "two o'clock"
+    path = tmp_path / "rank0.pt.trace.json"
+    path.write_text(json.dumps(trace))
+    assert base_ns(source) == written
+    assert written <= base_ns(path) < written + 50_000, "within the time between a range's start and its hook"

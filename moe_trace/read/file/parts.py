@@ -84,12 +84,20 @@ class MergedRanks:
     missing: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     """File -> why it is not among the parts."""
+    unreadable: dict[int, int] = field(default_factory=dict)
+    """Rank -> how many of its events could not be read; the others are there."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know."""
         left_out = self.left_out.items()
-        return tuple(f"{file} was left out when the ranks were merged: {why}" for file, why in left_out)
+        return (
+            *(f"{file} was left out when the ranks were merged: {why}" for file, why in left_out),
+            *(
+                f"{count} events of rank {rank} could not be read when the ranks were merged"
+                for rank, count in self.unreadable.items()
+            ),
+        )
 
 
 def encode_merged(merged: MergedRanks) -> dict[str, Any]:

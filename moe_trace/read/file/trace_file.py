@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,11 +74,13 @@ def split_ranks(trace: TraceFile) -> list[TraceFile]:
         replace(
             trace,
             recording=recording,
-            events=events_of(trace.events, part.pids),
+            events=replace(
+                events_of(trace.events, part.pids), unreadable=0 if i else trace.events.unreadable
+            ),
             host_name=part.host_name,
             groups=part.groups,
         )
-        for recording, part in zip(recordings, trace.merged.parts, strict=True)
+        for i, (recording, part) in enumerate(zip(recordings, trace.merged.parts, strict=True))
     ]
 
 
@@ -88,21 +91,23 @@ def find_traces(path: str | Path) -> list[Path]:
         TraceFileError: nothing is there.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # false, too, for what is no possible name: who opens it says why
         return [path]
-    traces = sorted(
-        file
-        for file in path.rglob("*")
-        if file.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES)) and file.is_file()
-    )
+    files = [file for file in sorted(path.rglob("*")) if not _hidden(file, path) and file.is_file()]
+    traces = [f for f in files if f.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES))]
     if not traces:  # names that somebody chose
-        traces = sorted(f for f in path.iterdir() if f.name.endswith(TRACE_SUFFIXES) and f.is_file())
+        traces = [f for f in files if f.name.endswith(TRACE_SUFFIXES) and f.parent == path]
     if not traces:
         raise TraceFileError(
             f"{path}: found no trace (*.json, *.json.gz) in this folder; record one with "
             f"`moe-trace run --out {path}`, or give the file itself"
         )
     return traces
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """What other systems leave beside a file (`._x`), and what an interrupted merge did."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:

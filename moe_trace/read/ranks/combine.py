@@ -23,7 +23,7 @@ from moe_trace.read.ranks.load import RankRecords
 from moe_trace.read.ranks.losses import add_losses
 from moe_trace.read.ranks.ranks import RankInput
 from moe_trace.read.ranks.same_run import copies, first_difference
-from moe_trace.read.ranks.shared_calls import RankCalls
+from moe_trace.read.ranks.shared_calls import RankCalls, clock_base_ns
 from moe_trace.read.time.phases import CallTimes, Times, measure_calls
 from moe_trace.read.time.surroundings import TraceWork, step_ranges, trace_work
 
@@ -78,10 +78,10 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[Read]:
     """Read the files one after another; a merged trace gives a `Read` for each of its ranks.
 
     A merged trace beside the traces that it was made of is left out: it says the same again. So is a trace
-    that cannot be read, where others of the same run can: a rank that died must not hide the others.
+    that cannot be read, where others can: a rank that died must not hide the others.
 
     Raises:
-        TraceFileError: a file cannot be read, and no other is of a run of several ranks.
+        TraceFileError: none of the files can be read.
     """
     numbers: dict[str, int] = {}
     reads: list[Read] = []
@@ -93,7 +93,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[Read]:
             raise
         except TraceFileError as error:
             broken.append(error)
-    if broken and all(read.recording.world_size == 1 for read in reads):
+    if broken and not reads:
         raise broken[0]
     reads = _without_doubled(reads)
     notes = tuple(f"one of the traces was left out: {error}" for error in broken)
@@ -193,7 +193,7 @@ def _reduce(trace: TraceFile, calls: dict[str, int], *, renumber: bool) -> Read:
         processes=trace.events.processes,
         calls=RankCalls(
             rank=recording.rank,
-            base_time_ns=trace.base_time_ns,
+            base_time_ns=clock_base_ns(trace.base_time_ns, recording.samples),
             host_name=trace.host_name,
             collectives=find_collectives(samples, trace.events, kernels),
             groups=trace.groups,

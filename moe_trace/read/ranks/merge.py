@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
+from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.parts import Alignment
-from moe_trace.read.file.trace_file import Progress, TraceFile, find_traces, read_trace
+from moe_trace.read.file.trace_file import Progress, TraceFile, find_traces, read_rank_recordings, read_trace
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.collectives import find_collectives
 from moe_trace.read.ranks.same_run import first_difference
-from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
+from moe_trace.read.ranks.shared_calls import RankCalls, clock_base_ns, match_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,18 @@ def _files(paths: Sequence[str | Path], out: Path) -> list[Path]:
     """The traces of the folders and files, without the one that will be written."""
     files = [file for path in paths for file in find_traces(path)]
     target = out.resolve()
+    for file in files:
+        if file.resolve() == target and _is_of_one_rank(file):
+            raise OutputError(f"{out} is one of the traces to be merged; choose another name for --out")
     return [file for file in dict.fromkeys(files) if file.resolve() != target]
+
+
+def _is_of_one_rank(path: Path) -> bool:
+    """False for what an earlier merge wrote, which this one may replace."""
+    try:
+        return not read_rank_recordings(path)[1]
+    except TraceFileError:
+        return False
 
 
 def _read(path: Path, progress: Progress | None) -> RankTrace | None:
@@ -106,7 +117,7 @@ def rank_calls(trace: TraceFile) -> RankCalls:
     recording = trace.recording
     return RankCalls(
         rank=recording.rank,
-        base_time_ns=trace.base_time_ns,
+        base_time_ns=clock_base_ns(trace.base_time_ns, recording.samples),
         host_name=trace.host_name,
         collectives=find_collectives(recording.samples, trace.events, find_kernels(trace.events)),
         groups=trace.groups,

@@ -9,8 +9,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.schema import Parallel
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.schema import Parallel, RoutingSample
 from moe_trace.read.file.comms import CommKind
+from moe_trace.read.file.events import spans_ns
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds
 
 SYNCHRONISING: frozenset[CommKind] = frozenset(
@@ -20,6 +22,22 @@ SYNCHRONISING: frozenset[CommKind] = frozenset(
 
 APART_NS = 1_000_000_000
 """Containers may share a host's name without its clock, but NTP keeps their clocks closer than that."""
+
+
+def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
+    """What the trace's times count from, on the host's clock.
+
+    Where the file does not say, a router call tells: its hook read the host's clock just inside its range.
+    The least difference of the two is the base, to the few microseconds from the range's start to the hook.
+    """
+    if written_ns:
+        return written_ns
+    calls = CallTable.of(samples)
+    start_us = calls.places.span("host", "router")[:, 0]
+    known = ~np.isnan(start_us) & (calls.host_start_ns > 0)
+    if not known.any():
+        return 0
+    return int((calls.host_start_ns[known] - spans_ns(calls.places.span("host", "router"))[known, 0]).min())
 
 
 @dataclass(frozen=True, kw_only=True)

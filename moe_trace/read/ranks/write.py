@@ -137,15 +137,12 @@ class _Writer:
 
     def _merged(self) -> MergedRanks:
         names = [router.name for router in joined_routers(self._plan)]
-        left_out = dict(self._plan.left_out)
-        for rank, count in self._unreadable.items():
-            if count:
-                left_out[f"rank {rank}"] = f"{count} of its events could not be read"
         return MergedRanks(
             parts=tuple(self._part(trace, names) for trace in self._plan.ranks),
             alignment=self._plan.alignment,
             missing=self._plan.missing,
-            left_out=left_out,
+            left_out=dict(self._plan.left_out),
+            unreadable={rank: count for rank, count in self._unreadable.items() if count},
         )
 
     def _part(self, trace: RankTrace, names: list[str]) -> RankPart:
