@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
+from moe_trace.find.private import after_backward, allocated_bytes
 from moe_trace.record.batch import Batch
 from moe_trace.record.call import CallRecord, PendingCall
 from moe_trace.record.hooks.ranges import profiler_is_recording
@@ -94,7 +95,7 @@ class Recorder:
         """The calls of a recomputation are complete when the backward is, which this thread is in."""
         if not self._ends_with_backward:
             self._ends_with_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_forward)
+            after_backward(self.end_forward)  # else the next forward ends them
 
     def _waiting_bytes(self) -> int:
         device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"
@@ -238,13 +239,7 @@ def _own_work_range() -> AbstractContextManager[Any]:
 
 
 def _allocated_bytes(device: torch.device) -> int | None:
-    """As `torch.cuda.memory_allocated`, which spends over 100 us on flattening figures that nobody reads."""
-    if device.type != "cuda":
-        return None
-    try:
-        return int(torch._C._cuda_memoryStats(device.index)["allocated_bytes"]["all"]["current"])
-    except (AttributeError, KeyError, TypeError):  # private, so it may change
-        return torch.cuda.memory_allocated(device)
+    return allocated_bytes(device) if device.type == "cuda" else None
 
 
 def _by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:

@@ -14,6 +14,7 @@ from torch import nn
 from moe_trace.data.errors import MoETraceError, UsageError
 from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
+from moe_trace.find.private import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.environment import describe_model, versions
 from moe_trace.record.graphs.capture import CaptureNotes
@@ -143,6 +144,7 @@ class MoETracer(HoldsHooks):
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
+        warn_of_missing()
         rehearse(self.sites)
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
         self._graphs.mark(
@@ -283,7 +285,7 @@ class MoETracer(HoldsHooks):
         the recording that was compiled into them. The next call of everything compiled takes as long as its
         first one did.
         """
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from moe_trace.data.schema import OWN_WORK_RANGE
+from moe_trace.find.private import thread_is_profiled
 
 
 @contextmanager
@@ -15,7 +16,7 @@ def own_work() -> Iterator[None]:
     """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
     with torch.no_grad():
         # A range would break the graph of whoever compiles the model.
-        if not torch.compiler.is_compiling() and torch._C._autograd._profiler_enabled():
+        if not torch.compiler.is_compiling() and thread_is_profiled():
             with torch.profiler.record_function(OWN_WORK_RANGE):
                 yield
         else:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moe_trace.data.schema import CapturedGraph, GraphCall, RangeKind, graph_digest, range_name
+from moe_trace.find.private import kernel_annotations, mark_kernels
 from moe_trace.record.graphs import cuda_driver
 from moe_trace.record.graphs.cuda_driver import DriverError
 
@@ -122,11 +123,8 @@ class CaptureNotes:
 
     def annotated_nodes(self) -> dict[str, tuple[int, ...]]:
         """Ids of the nodes that torch marked for us, by range name."""
-        annotations = _annotations_module()
-        if annotations is None or not self._captures:
-            return {}
         found: dict[str, list[int]] = {}
-        for node, entries in annotations.get_kernel_annotations().items():
+        for node, entries in kernel_annotations().items() if self._captures else ():
             for entry in entries:
                 if isinstance(entry, dict) and entry.get(_OWNER) == id(self):
                     found.setdefault(entry[_ANNOTATION], []).append(int(node))
@@ -148,22 +146,11 @@ def _captured(capture: _Capture) -> CapturedGraph:
     )
 
 
-def _annotations_module() -> Any:
-    """Private, and only in newer releases."""
-    try:
-        from torch.cuda import _graph_annotations
-    except ImportError:
-        return None
-    return _graph_annotations
-
-
 def _annotate(label: str, owner: int) -> AbstractContextManager[Any] | None:
-    annotations = _annotations_module()
-    if annotations is None or not getattr(annotations, "_annotations_enabled", False):
-        return None
     try:
-        scope: AbstractContextManager[Any] = annotations.mark_kernels({_ANNOTATION: label, _OWNER: owner})
-        scope.__enter__()
+        scope = mark_kernels({_ANNOTATION: label, _OWNER: owner})
+        if scope is not None:
+            scope.__enter__()
     except Exception:  # without it the nodes are told by their positions
         return None
     return scope

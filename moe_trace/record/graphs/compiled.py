@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.find.private import EVAL_FRAME, frames_compiled, skip_in_dynamo
+
 if TYPE_CHECKING:
     from moe_trace.record.tracer import MoETracer
 
-_EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
 _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
 
 
@@ -30,16 +30,9 @@ def run_hooks_in_python(functions: Iterable[Callable[..., Any]]) -> None:
 
     It does so where it begins at a module's forward and not at the call round it, as `torch.compile(model)`
     does. A hook that is inlined into a larger graph is still traced. (`torch.compiler.disable` would break
-    that graph.) Without torch's private function for it they are compiled, which is slower and no less true.
+    that graph.)
     """
-    try:
-        from torch._C._dynamo import eval_frame
-
-        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-        for function in functions:
-            eval_frame.set_code_exec_strategy(function.__code__, skip)
-    except (ImportError, AttributeError):
-        return
+    skip_in_dynamo(functions)
 
 
 def give_stable_id(handle: RemovableHandle) -> None:
@@ -81,7 +74,7 @@ def called_through_compile() -> bool:
     """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == _EVAL_FRAME:
+        if frame.f_code.co_filename == EVAL_FRAME:
             return True
         frame = frame.f_back
     return False
@@ -89,8 +82,7 @@ def called_through_compile() -> bool:
 
 def something_was_compiled() -> bool:
     """Whether dynamo has compiled any code in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and dynamo.counters["frames"].get("ok", 0) > 0
+    return frames_compiled() > 0
 
 
 def warn_of_silent_forwards(count: int) -> None:

@@ -10,11 +10,12 @@ allows it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from moe_trace.find.private import without_fake_tensors
 from moe_trace.record.graphs.cuda_driver import relaxed_capture_mode
 
 _STREAMS_OF_TORCH = 32  # in its pool, which hands them out in turn
@@ -35,9 +36,7 @@ def captures_now() -> bool:
 @contextmanager
 def outside_graphs(device: torch.device) -> Iterator[None]:
     """Allocate and fill real memory that belongs to no graph, whatever is being traced or captured."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+    with without_fake_tensors() or nullcontext(), torch.inference_mode(False), torch.no_grad():
         if not is_capturing(device):
             yield
             return

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import Reading
+from moe_trace.find.private import mark_static_address
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
 HEADER = 4
@@ -44,8 +45,8 @@ class ForwardCounter:
         self.device = device
         self.forwards = torch.full((), forwards, dtype=torch.int64, device=device)
         self.code = torch.full((), epoch << 8, dtype=torch.int64, device=device)
-        torch._dynamo.mark_static_address(self.forwards)
-        torch._dynamo.mark_static_address(self.code)
+        mark_static_address(self.forwards)
+        mark_static_address(self.code)
 
     @property
     def memory(self) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ class GraphRing:
         self.counter = counter
         self.data = torch.zeros(slots * self.width, device=counter.device)
         # CUDA graphs may write to it and copy nothing.
-        torch._dynamo.mark_static_address(self.data)
+        mark_static_address(self.data)
 
     def raw(self, reading: Reading) -> Tensor:
         """What `put` writes of a call as it is, [T * (2 K + C)]; plain tensor work only."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import Reading
+from moe_trace.find.private import CAN_RECORD_GRAPHS
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
@@ -83,7 +84,7 @@ class SiteRings:
         """Whether a compiler traced it, rather than a stream captured it."""
         self._allocate = allocate
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def prepare(self, kind: RingKind, top_k: int, classes: int) -> int:
         """Runs while tracing, never in the graph."""
         self.traced |= not captures_now()
@@ -91,7 +92,7 @@ class SiteRings:
             self._allocate(self, kind, top_k, classes)
         return 0
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def misread(self) -> int:
         """A call has another form than its contract expects; runs while tracing, never in the graph."""
         self.misreads = True
@@ -99,6 +100,8 @@ class SiteRings:
 
     def write(self, reading: Reading) -> None:
         """Put a decision into the slot of the forward under way."""
+        if not CAN_RECORD_GRAPHS:
+            return
         tokens, top_k = reading.index_TK.shape
         classes = 0 if reading.logits_TE is None else reading.logits_TE.shape[-1]
         kind = ring_kind(tokens)
@@ -162,7 +165,7 @@ class ModelRings:
                 found.setdefault(ring.shape, []).append(index)
         return found
 
-    @torch._dynamo.assume_constant_result
+    @torch.compiler.assume_constant_result
     def prepare(self) -> int:
         """Make the counters; runs while tracing, never in the graph."""
         if not self.counters:
@@ -174,6 +177,8 @@ class ModelRings:
 
     def start_in_graph(self, stage_code: int) -> None:
         """The model's forward begins, inside a graph."""
+        if not CAN_RECORD_GRAPHS:
+            return
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from moe_trace.find.private import remove_hooks, shares_hooks
+
 
 class Retired:
     """Stands in a saved model for the hooks that were on; every hook of it does nothing."""
@@ -42,15 +44,8 @@ def is_copy(module: nn.Module, original: nn.Module | None) -> bool:
     """
     if module is original or getattr(module, "_is_replica", False):
         return False
-    if original is not None and module._forward_hooks is original._forward_hooks:
+    if original is not None and shares_hooks(module, original):
         return False
     for part in module.modules():
-        for hooks in (part._forward_pre_hooks, part._forward_hooks):
-            for key in [
-                k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), HoldsHooks)
-            ]:
-                del hooks[key]
-                part._forward_pre_hooks_with_kwargs.pop(key, None)
-                part._forward_hooks_with_kwargs.pop(key, None)
-                part._forward_hooks_always_called.pop(key, None)
+        remove_hooks(part, lambda hook: isinstance(getattr(hook, "__self__", None), HoldsHooks))
     return True

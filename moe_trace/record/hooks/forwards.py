@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
+from moe_trace.find.private import in_backward
 
 _CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
@@ -58,7 +59,7 @@ class ForwardStack:
         stack = self._stacks.get(threading.get_ident())
         if stack:
             return stack[-1]
-        return self._last if torch._C._current_graph_task_id() != -1 else None
+        return self._last if in_backward() else None
 
     def clear(self) -> None:
         """Forget all of them."""

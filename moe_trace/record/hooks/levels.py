@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import torch
+
 from moe_trace.record.hooks.site import Level, SiteHooks
 
 
@@ -42,11 +44,16 @@ class HookLevels:
         self._wanted.pop(threading.get_ident(), None)
 
     def keep(self) -> None:
-        """Compiled or captured code has the hooks in it from now on. Runs while it is being traced."""
+        """Compiled or captured code has the hooks in it from now on; may run while it is being traced.
+
+        All of them: torch 2.14 guards its code on the hooks of each module, so that one put on later, when a
+        profiler starts, would have it compiled again within the profile.
+        """
         self.kept = True
         self._level = None
         for hooks in self._hooks:
-            if hooks.level == Level.OFF:  # dynamo does not stand hooks that change while it traces them
+            # Dynamo does not stand hooks that change while it traces them.
+            if hooks.level == Level.OFF or not torch.compiler.is_compiling():
                 hooks.set_level(Level.RANGES)
 
     def take_off(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.data.schema import Stage, range_name
+from moe_trace.find.private import in_backward
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import (
@@ -149,7 +150,7 @@ class ModelHooks(HoldsHooks):
         self._ranges.close_thread()  # left open by an interruption that no hook saw, such as Ctrl-C
         self.abandon_calls()
         self._recorder.end_forward()  # recomputed calls of the backward before
-        if torch._C._current_graph_task_id() != -1 and (again := self._forwards.current()) is not None:
+        if in_backward() and (again := self._forwards.current()) is not None:
             # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
             self._forwards.enter(again)
             self._levels.want(self._level_needed(again.recorded))
@@ -164,8 +165,8 @@ class ModelHooks(HoldsHooks):
         self._graphs.start_on_host(HostForward(step, stage, now_ns, thread, profiled, sampled))
         context = ForwardContext(step, stage, epoch=self._graphs.forwards.epoch, recorded=sampled)
         self._forwards.enter(context)
-        if not sampled and not self._levels.kept and self._is_compiled():
-            self.graph_started()  # code that is compiled in a step left out must hold the hooks too
+        if not self._levels.kept and self._is_compiled():
+            self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
         self._levels.want(self._level_needed(sampled))
         if not sampled:
             return

@@ -7,59 +7,33 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
+
+from moe_trace.find.private import (
+    enter_range,
+    leave_range,
+    process_is_profiled,
+    profiles_all_threads,
+    thread_is_profiled,
+)
 
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
 
 
 def profiler_is_recording() -> bool:
     """Whether a torch profiler records the calling thread now."""
-    if torch._C._autograd._profiler_enabled():
+    if thread_is_profiled():
         return True
     # A profiler of all threads is on for none of them in particular, not even for the one that started it.
-    return bool(_all_threads) and bool(torch.autograd.profiler._is_profiler_enabled)
+    return bool(_all_threads) and process_is_profiled()
 
 
 def note_profiler(prof: object) -> None:
     """Learn from a profiler's configuration whether it records every thread."""
-    state = _config_state(getattr(prof, "experimental_config", None))
-    default, all_threads = (
-        _config_state(torch._C._profiler._ExperimentalConfig(profile_all_threads=on)) for on in (False, True)
-    )
-    where = [i for i, (a, b) in enumerate(zip(default, all_threads, strict=True)) if a != b]
-    if where and len(state) == len(default) and state[where[0]]:
+    if profiles_all_threads(getattr(prof, "experimental_config", None)):
         _all_threads.add(prof)
-
-
-def _config_state(config: Any) -> tuple[Any, ...]:
-    """The configuration has no readable fields; its pickled state has."""
-    try:
-        return tuple(config.__getstate__())
-    except (AttributeError, TypeError):
-        return ()
-
-
-def _enter_publicly(name: str) -> Any:
-    entered = torch.profiler.record_function(name)
-    entered.__enter__()
-    return entered
-
-
-def _leave_publicly(entered: Any) -> None:
-    entered.__exit__(None, None, None)
-
-
-# A range of the kind that `record_function` opens, for a third of its time: that one goes through two
-# operators and their dispatcher, this one does not. It is private, so the public way stands behind it.
-_enter: Callable[[str], Any] = _enter_publicly
-_leave: Callable[[Any], None] = _leave_publicly
-if hasattr(torch._C._autograd, "_record_function_with_args_enter"):
-    _enter = torch._C._autograd._record_function_with_args_enter
-    _leave = torch._C._autograd._record_function_with_args_exit
 
 
 class OpenRanges:
@@ -71,7 +45,7 @@ class OpenRanges:
 
     def open(self, name: str) -> None:
         """Open a range on the calling thread."""
-        opened = (name, _enter(name))
+        opened = (name, enter_range(name))
         thread = threading.get_ident()
         stack = self.stacks.get(thread)
         if stack is None:
@@ -88,21 +62,21 @@ class OpenRanges:
         innermost = None
         while innermost != name:
             innermost, entry = stack.pop()
-            _leave(entry)
+            leave_range(entry)
         if not stack:
             self.stacks.pop(thread, None)
 
     def close_thread(self) -> None:
         """Close what an interrupted forward left open on the calling thread."""
         for _, entry in reversed(self.stacks.pop(threading.get_ident(), [])):
-            _leave(entry)
+            leave_range(entry)
 
     def close_all(self) -> None:
         """Close everything, whichever thread opened it."""
         while self.stacks:
             _, stack = self.stacks.popitem()
             for _, entry in reversed(stack):
-                _leave(entry)
+                leave_range(entry)
 
     def __len__(self) -> int:
         return sum(map(len, self.stacks.values()))

@@ -15,12 +15,12 @@ from time import time_ns
 from typing import Any, Protocol
 
 from torch import nn
-from torch._C import _current_graph_task_id as current_graph_task_id
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.data.schema import RangeKind, RouterInfo, range_name
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
+from moe_trace.find.private import in_backward
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.call import CallRecord, let_graph_go
 from moe_trace.record.graphs.capture import CaptureNotes
@@ -364,7 +364,7 @@ class SiteHooks(HoldsHooks):
         context = self._context()
         if not context.recorded:
             return
-        recomputed = current_graph_task_id() != -1
+        recomputed = in_backward()
         if recomputed:
             # Kept until the next forward, each recomputed layer's graph would be taken apart there, while the
             # device waits for that forward's first kernel.

@@ -8,17 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Private, but a fifth of the time of torch.cuda.current_stream(); without it, that is asked.
-_RAW_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+from moe_trace.find.private import current_stream_handle
 
 
 def stream_of_now(tensor: Tensor) -> int:
     """Handle of the current stream on the tensor's device; 0 on a CPU, as for the default stream."""
-    if not tensor.is_cuda:
-        return 0
-    if _RAW_STREAM is None:
-        return torch.cuda.current_stream(tensor.device).cuda_stream
-    return int(_RAW_STREAM(tensor.device.index))
+    return current_stream_handle(tensor.device) if tensor.is_cuda else 0
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,0 +1,237 @@
+"""Every private name of torch that moe_trace uses, each with the public way or a plain refusal behind it.
+
+A nightly build may lack any of them. What a missing name takes away is said in one line when a tracer starts
+(`missing`), and the rest is recorded; nothing here is an ImportError.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_missing: dict[str, str] = {}
+_said: list[bool] = []
+
+
+def missing() -> list[str]:
+    """What the installed torch does not let moe_trace do, a sentence each."""
+    return [f"torch {torch.__version__} has no {name}: {loss}" for name, loss in _missing.items()]
+
+
+def warn_of_missing() -> None:
+    """Say it, once in a process."""
+    if _missing and not _said:
+        _said.append(True)
+        warnings.warn("; ".join(missing()), RuntimeWarning, stacklevel=3)
+
+
+def _named(name: str, loss: str | None = None) -> Any:
+    """What has that name below `torch`, or None; a loss is remembered where nothing stands behind it."""
+    found: Any = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None and loss is not None:
+        _missing[f"torch.{name}"] = loss
+    return found
+
+
+# -- autograd ------------------------------------------------------------------------------------------------
+
+_graph_task_id: Callable[[], int] = _named(
+    "_C._current_graph_task_id",
+    "calls that gradient checkpointing repeats are counted as calls of a forward",
+) or (lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether the calling thread is in a backward, as where gradient checkpointing runs a forward again."""
+    return _graph_task_id() != -1
+
+
+_engine = _named("autograd.Variable._execution_engine")
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Have `callback` called when the backward under way is over; False where that cannot be asked for."""
+    if not hasattr(_engine, "queue_callback"):
+        return False
+    _engine.queue_callback(callback)
+    return True
+
+
+# -- the profiler --------------------------------------------------------------------------------------------
+
+_thread_is_profiled: Callable[[], bool] | None = _named("_C._autograd._profiler_enabled") or _named(
+    "autograd._profiler_enabled"
+)
+if _thread_is_profiled is None and not hasattr(torch.autograd.profiler, "_is_profiler_enabled"):
+    _missing["torch._C._autograd._profiler_enabled"] = (
+        "whether a profiler records is not known, so no ranges are opened and no call has a place in a trace"
+    )
+
+
+def process_is_profiled() -> bool:
+    """Whether a torch profiler records any thread of this process."""
+    return bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", False))
+
+
+def thread_is_profiled() -> bool:
+    """Whether a torch profiler records the calling thread."""
+    return process_is_profiled() if _thread_is_profiled is None else _thread_is_profiled()
+
+
+def profiles_all_threads(config: Any) -> bool:
+    """Whether a profiler's `experimental_config` asks for every thread; its fields are in its pickle only."""
+    make = _named("_C._profiler._ExperimentalConfig")
+    try:
+        default, every = (tuple(make(profile_all_threads=on).__getstate__()) for on in (False, True))
+        state = tuple(config.__getstate__())
+    except (AttributeError, TypeError):
+        return False
+    where = [i for i, (a, b) in enumerate(zip(default, every, strict=True)) if a != b]
+    return bool(where and len(state) == len(default) and state[where[0]])
+
+
+def _enter_publicly(name: str) -> Any:
+    entered = torch.profiler.record_function(name)
+    entered.__enter__()
+    return entered
+
+
+def _leave_publicly(entered: Any) -> None:
+    entered.__exit__(None, None, None)
+
+
+# A range of the kind that `record_function` opens, for a third of its time: that one goes through two
+# operators and their dispatcher, this one does not.
+enter_range: Callable[[str], Any] = _named("_C._autograd._record_function_with_args_enter") or _enter_publicly
+leave_range: Callable[[Any], None] = _named("_C._autograd._record_function_with_args_exit") or _leave_publicly
+if _enter_publicly is enter_range or _leave_publicly is leave_range:
+    enter_range, leave_range = _enter_publicly, _leave_publicly
+
+
+# -- dynamo and graphs ---------------------------------------------------------------------------------------
+
+EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
+"""The file whose frames stand below a call of what `torch.compile` returned."""
+
+
+def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
+    """Keep dynamo from compiling these functions as graphs of their own: slower, and no less true."""
+    try:
+        frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        for function in functions:
+            frames.set_code_exec_strategy(function.__code__, skip)
+    except (ImportError, AttributeError):
+        return
+
+
+def frames_compiled() -> int:
+    """How many frames dynamo has compiled in this process; 0 where it keeps no such count."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    return int(counters["frames"].get("ok", 0)) if "frames" in counters else 0
+
+
+def mark_static_address(tensor: Tensor) -> None:
+    """Let CUDA graphs write to the tensor where it is; without the name they may copy it, or not be made."""
+    mark = _named("_dynamo.mark_static_address")
+    if mark is not None:
+        mark(tensor)
+
+
+def without_fake_tensors() -> AbstractContextManager[Any] | None:
+    """A context in which tensors are real while a compiler traces with fake ones, or None."""
+    for module, name in (
+        ("torch._subclasses.fake_tensor", "unset_fake_temporarily"),
+        ("torch.utils._python_dispatch", "_disable_current_modes"),
+    ):
+        try:
+            context: AbstractContextManager[Any] = getattr(importlib.import_module(module), name)()
+        except (ImportError, AttributeError):
+            continue
+        return context
+    return None
+
+
+CAN_RECORD_GRAPHS = without_fake_tensors() is not None
+if not CAN_RECORD_GRAPHS:
+    _missing["torch._subclasses.fake_tensor.unset_fake_temporarily"] = (
+        "what is decided inside compiled code is not recorded"
+    )
+
+
+def _graph_annotations() -> Any:
+    """Only in newer releases."""
+    try:
+        return importlib.import_module("torch.cuda._graph_annotations")
+    except ImportError:
+        return None
+
+
+def kernel_annotations() -> Mapping[int, Sequence[Any]]:
+    """What was noted of the nodes of captured graphs, by their id; empty where torch keeps no such notes."""
+    read = getattr(_graph_annotations(), "get_kernel_annotations", None)
+    return {} if read is None else read()
+
+
+def mark_kernels(annotation: dict[str, Any]) -> AbstractContextManager[Any] | None:
+    """Annotate the nodes that a stream's capture adds, those of the backward not; None where that is off."""
+    annotations = _graph_annotations()
+    if not getattr(annotations, "_annotations_enabled", False):
+        return None
+    # From 2.14 on the kernels of the backward are annotated too, unless it is told not to.
+    forward_only = "backward" in inspect.signature(annotations.mark_kernels).parameters
+    scope: AbstractContextManager[Any] = annotations.mark_kernels(
+        annotation, **({"backward": False} if forward_only else {})
+    )
+    return scope
+
+
+# -- devices -------------------------------------------------------------------------------------------------
+
+_raw_stream = _named("_C._cuda_getCurrentRawStream")
+
+
+def current_stream_handle(device: torch.device) -> int:
+    """As `torch.cuda.current_stream`, in a fifth of its time."""
+    if _raw_stream is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return int(_raw_stream(device.index))
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """As `torch.cuda.memory_allocated`, which spends over 100 us on flattening figures that nobody reads."""
+    try:
+        return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["current"])
+    except (AttributeError, KeyError, TypeError):
+        return torch.cuda.memory_allocated(device)
+
+
+# -- hooks ---------------------------------------------------------------------------------------------------
+
+
+def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
+    hooks = getattr(module, "_forward_hooks", None)
+    return hooks is not None and hooks is getattr(other, "_forward_hooks", None)
+
+
+def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
+    """Take the forward hooks off a module, for which there is no handle, that `unwanted` names."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    for hooks in (getattr(module, name, {}) for name in names):
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+            del hooks[key]
+            for name in beside:
+                getattr(module, name, {}).pop(key, None)
