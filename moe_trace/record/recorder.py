@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
-from moe_trace.find.private import after_backward, allocated_bytes
+from moe_trace.find.private.torch_names import after_backward, allocated_bytes
 from moe_trace.record.batch import Batch
 from moe_trace.record.call import CallRecord, PendingCall
 from moe_trace.record.hooks.ranges import profiler_is_recording

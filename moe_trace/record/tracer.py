@@ -14,7 +14,7 @@ from torch import nn
 from moe_trace.data.errors import MoETraceError, UsageError
 from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
-from moe_trace.find.private import warn_of_missing
+from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.environment import describe_model, versions
 from moe_trace.record.graphs.capture import CaptureNotes

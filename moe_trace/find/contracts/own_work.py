@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from moe_trace.data.schema import OWN_WORK_RANGE
-from moe_trace.find.private import thread_is_profiled
+from moe_trace.find.private.torch_names import thread_is_profiled
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moe_trace.data.schema import CapturedGraph, GraphCall, RangeKind, graph_digest, range_name
-from moe_trace.find.private import kernel_annotations, mark_kernels
+from moe_trace.find.private.torch_names import kernel_annotations, mark_kernels
 from moe_trace.record.graphs import cuda_driver
 from moe_trace.record.graphs.cuda_driver import DriverError
 

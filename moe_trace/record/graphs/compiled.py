@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.find.private import EVAL_FRAME, frames_compiled, skip_in_dynamo
+from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled, skip_in_dynamo
 
 if TYPE_CHECKING:
     from moe_trace.record.tracer import MoETracer

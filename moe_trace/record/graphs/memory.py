@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from moe_trace.find.private import without_fake_tensors
+from moe_trace.find.private.torch_names import without_fake_tensors
 from moe_trace.record.graphs.cuda_driver import relaxed_capture_mode
 
 _STREAMS_OF_TORCH = 32  # in its pool, which hands them out in turn

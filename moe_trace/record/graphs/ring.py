@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import Reading
-from moe_trace.find.private import mark_static_address
+from moe_trace.find.private.torch_names import mark_static_address
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
 HEADER = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import Reading
-from moe_trace.find.private import CAN_RECORD_GRAPHS
+from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs

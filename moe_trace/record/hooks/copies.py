@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.find.private import remove_hooks, shares_hooks
+from moe_trace.find.private.torch_names import remove_hooks, shares_hooks
 
 
 class Retired:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.private import in_backward
+from moe_trace.find.private.torch_names import in_backward
 
 _CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.data.schema import Stage, range_name
-from moe_trace.find.private import in_backward
+from moe_trace.find.private.torch_names import in_backward
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import (

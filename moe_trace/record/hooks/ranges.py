@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.find.private import (
+from moe_trace.find.private.torch_names import (
     enter_range,
     leave_range,
     process_is_profiled,

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_trace.data.schema import RangeKind, RouterInfo, range_name
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
-from moe_trace.find.private import in_backward
+from moe_trace.find.private.torch_names import in_backward
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.call import CallRecord, let_graph_go
 from moe_trace.record.graphs.capture import CaptureNotes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_trace.find.private import current_stream_handle
+from moe_trace.find.private.torch_names import current_stream_handle
 
 
 def stream_of_now(tensor: Tensor) -> int:
