@@ -210,6 +210,21 @@ class Brute:
         }
 
     @functools.cache  # noqa: B019 - one trace a test
+    def recomputed_blocks(self) -> list[Slice]:
+        """Blocks on a thread that also runs backward nodes, after the first of them: what ran again."""
+        nodes = [flow["f"] for flow in self.flows.values() if set(flow) == {"s", "f"}]
+        first: dict[Any, int] = {}
+        for time, thread in nodes:
+            first[thread] = min(time, first.get(thread, time))
+        return [
+            s
+            for s in self.slices
+            if s.cat == "user_annotation"
+            and s.name.startswith("moe.block/")
+            and s.start >= first.get(s.thread, s.start + 1)
+        ]
+
+    @functools.cache  # noqa: B019
     def kernels_with_launch(self) -> list[tuple[Slice, Slice]]:
         return [
             (kernel, s)
@@ -230,8 +245,15 @@ class Brute:
             time, thread = flow["f"]
             nodes = [s for s in self.slices if s.cat == "cpu_op" and s.thread == thread and s.start == time]
             node = max(nodes, key=lambda s: s.duration)
-            host[phases[0]] += node.duration
-            busy[phases[0]] += sum(k.duration for k in self.launched_in(node))
+            # Checkpointing runs the forward again inside the first node that needs it, before its own work.
+            again = [b.end for b in self.recomputed_blocks() if node.holds(b)]
+            begin = max([node.start, *again])
+            host[phases[0]] += node.end - begin
+            busy[phases[0]] += sum(
+                kernel.duration
+                for kernel, launch in self.kernels_with_launch()
+                if launch.thread == node.thread and begin <= launch.start <= node.end
+            )
         return {"host": host, "busy": busy}
 
 

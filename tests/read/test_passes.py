@@ -156,10 +156,32 @@ def test_each_pass_is_divided_by_its_own_calls(traces: Path, name: str) -> None:
         assert router.flops.recomputed * (forward + again) == router.flops.total * again
 
 
-@pytest.mark.parametrize("name", ["train_grouped_mm", "prefill_grouped_mm"])
+GPU = (
+    "h200/train_grouped_mm",
+    "h200/prefill_grouped_mm",
+    "h100/train_checkpointed",
+    "h100/train_checkpointed_reentrant",
+)
+
+
+@pytest.mark.parametrize("name", GPU)
 def test_on_a_gpu(name: str) -> None:
-    path = DATA / "h200" / f"{name}.pt.trace.json.gz"
+    path = DATA / f"{name}.pt.trace.json.gz"
     check_report(read_summary(path), added_up(path))
+
+
+def test_what_ran_again_is_not_in_the_backward_too() -> None:
+    """Both kinds of checkpointing have one backward, though one runs the forward inside a node of it."""
+    work = {}
+    for name in GPU[2:]:
+        report = read_summary(DATA / f"{name}.pt.trace.json.gz").phases
+        assert report is not None and report.total.backward is not None
+        work[name] = {p: t.device_busy_us or 0.0 for p, t in report.total.backward.items()}
+        assert report.total.recompute is not None and report.total.recompute.calls == 4
+        assert report.total.calls == report.total.backwards == 4
+    inside, reentrant = work.values()
+    for phase in ("router", "dispatch", "experts", "combine"):
+        assert inside[phase] == pytest.approx(reentrant[phase], rel=0.1), phase
 
 
 def test_a_backward_is_not_halved_by_checkpointing(traces: Path) -> None:

@@ -112,7 +112,7 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
     span_ns, union_ns = _span_and_union(
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
     )
-    backward, linked = _backward(len(blocks), steps, events, kernels)
+    backward, linked = _backward(blocks, steps, events, kernels)
     places = CallTable.of(samples).places
     ranged = ~np.isnan(places.span("host", "router")[:, 0])
     launches = _launches(steps, events, kernels)
@@ -203,7 +203,9 @@ def _span_and_union(
 # -- backward -----------------------------------------------------------------------------------------
 
 
-def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> tuple[Times | None, Coverage]:
+def _backward(
+    blocks: Blocks, steps: Steps, events: EventTable, kernels: Kernels
+) -> tuple[Times | None, Coverage]:
     """Times of the backward nodes whose forward operator lies in a block, by the forward operator's phase.
 
     And how many of all backward nodes could be joined with their forward operator.
@@ -223,16 +225,34 @@ def _backward(rows: int, steps: Steps, events: EventTable, kernels: Kernels) -> 
     nodes, step = nodes.select(step >= 0), step[step >= 0]
     order = np.lexsort((nodes.start_ns, nodes.thread))
     nodes, step = nodes.select(order), step[order]
-    as_steps = Steps(
-        block=steps.block[step],
-        phase=steps.phase[step],
-        thread=nodes.thread.astype(np.int64),
-        start_ns=nodes.start_ns,
-        end_ns=nodes.end_ns,
+    as_steps = _after_recompute(
+        Steps(
+            block=steps.block[step],
+            phase=steps.phase[step],
+            thread=nodes.thread.astype(np.int64),
+            start_ns=nodes.start_ns,
+            end_ns=nodes.end_ns,
+        ),
+        blocks,
     )
-    host_ns = _sums(rows, as_steps.block, as_steps.phase, nodes.duration_ns)
+    rows = len(blocks)
+    host_ns = _sums(rows, as_steps.block, as_steps.phase, as_steps.end_ns - as_steps.start_ns)
     launched = as_steps.at(kernels.launch_thread, kernels.launch_ns)
     return _device_times(rows, as_steps, kernels, launched, host_ns).unless_empty(), coverage
+
+
+def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
+    """The nodes without what gradient checkpointing ran again inside them.
+
+    Without reentry the first node that needs a saved tensor runs the whole checkpointed module again, before
+    its own work: attention and MoE block, up to the block's end. That is the recompute's, not the backward's.
+    """
+    again = np.flatnonzero(~blocks.samples.forward)
+    node = nodes.at(blocks.thread[again], blocks.start_ns[again])
+    inside = (node >= 0) & (blocks.end_ns[again] <= nodes.end_ns[node])
+    start_ns = nodes.start_ns.copy()
+    np.maximum.at(start_ns, node[inside], blocks.end_ns[again][inside])
+    return replace(nodes, start_ns=start_ns)
 
 
 def _node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
