@@ -86,7 +86,7 @@ def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
         load.gini,
         load.entropy,
         busiest,
-        len(load.dead_experts),
+        len(load.dead_experts) if router.chance.tells_dead else None,
     )
 
 

@@ -115,16 +115,21 @@ def _moe_share(summary: TraceSummary) -> Plain:
 
 def _worst_load(summary: TraceSummary) -> Plain:
     worst = summary.which_layer_is_most_uneven()
+    label = "most uneven layer, max÷mean"
     if worst is None:
-        return _card("worst load max÷mean", "-", None, None, "no assignment was recorded", "routing")
+        assigned = any(router.assignments and sum(router.assignments) for router in summary.routers)
+        why = "no layer is more uneven than chance" if assigned else "no assignment was recorded"
+        return _card(label, "-", None, None, why, "routing")
     value = worst.load.max_over_mean
     index = summary.routers.index(worst)
     path = f"routers.{index}.load.max_over_mean"
     site = worst.info.site
-    return _card("worst load max÷mean", f"{number(value)}×", value, path, f"in {site}", "routing", site)
+    return _card(label, f"{number(value)}×", value, path, f"in {site}", "routing", site)
 
 
 def _dead(summary: TraceSummary) -> Plain:
+    if not any(router.chance.tells_dead for router in summary.routers):
+        return _card("dead experts", "-", None, None, "too few tokens to say", "routing")
     dead = summary.which_experts_are_dead()
     total = sum(map(len, dead.values()))
     experts = sum(len(router.assignments) for router in summary.routers)
