@@ -45,10 +45,11 @@ DEFINITIONS = {
     "kernel time in the trace.",
     "MoE of the host's work": "Time in operators inside the MoE blocks over all time in operators: the trace "
     "has no kernels.",
-    "most uneven layer, max÷mean": "The busiest expert's assignments over the mean of its layer, for the layer "
-    "whose load is most uneven beyond what uniform routing of as many tokens gives. 1 is even; E/K is the most.",
-    "dead experts": "Experts that got no assignment in any call of the trace, over all layers with at least 20 "
-    "assignments an expert.",
+    "most uneven layer, max÷mean": "The busiest expert's assignments over the mean of its layer, for "
+    "the layer whose load is most uneven beyond what uniform routing of as many tokens gives. 1 is even, E/K "
+    "is the most.",
+    "dead experts": "Experts that got no assignment in any call of the trace, over all layers with at least "
+    "20 assignments an expert.",
     "router confidence": "1 − H/ln E of the softmax of the router's logits, mean over tokens, then over "
     "layers. 0 is undecided, 1 is certain.",
     "expert FLOP/s": "FLOPs of the routed experts, by formula from the recorded counts, over the device busy "
