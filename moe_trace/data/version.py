@@ -1,3 +1,3 @@
 """The release; `setup.cfg` says the same."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

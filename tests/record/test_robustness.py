@@ -33,15 +33,24 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_dense_model_is_refused_with_advice() -> None:
+def dense_model() -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+
+
+def test_dense_model_is_refused_with_advice() -> None:
     with pytest.raises(
         NoRoutersFound, match=r"found 0 routers in LlamaForCausalLM; known contracts: .*moe-trace routers"
     ):
-        moe_trace.find_routers(model)
+        moe_trace.find_routers(dense_model())
+
+
+def test_models_of_an_old_transformers_are_refused_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(NoRoutersFound, match=r"transformers 4\.57\.6 is installed.*from 5\.0 on"):
+        moe_trace.find_routers(dense_model())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
