@@ -29,7 +29,7 @@ class CheckCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
         parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
-        parser.add_argument("--format", choices=("text", "json"), default="text")
+        parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Check each file; print what is kept and what is broken."""

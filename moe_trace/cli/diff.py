@@ -35,7 +35,7 @@ class DiffCommand:
         add = parser.add_argument
         add("a", metavar="A", help="a trace or a folder of traces: before")
         add("b", metavar="B", help="the same: after")
-        add("--format", choices=("text", "json", "csv"), default="text")
+        add("--format", choices=("text", "json", "csv"), default="text", help="default: text")
         add(
             "--fail-on",
             action="append",

@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
+from moe_trace.cli.reading import (
+    add_filters,
+    add_output,
+    chosen_filter,
+    chosen_peak,
+    reading_progress,
+    refuse_to_replace,
+)
 from moe_trace.data.files import write_text
 from moe_trace.read.reader import TraceSummary, read_summary
 
@@ -29,9 +36,8 @@ class ExportCommand:
         """Declare the options."""
         add = parser.add_argument
         add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add("--to", required=True, choices=tuple(SUFFIXES))
-        add("--out", type=Path, metavar="FILE", help="default: PATH's name with another ending, here")
-        add("--force", action="store_true", help="replace FILE")
+        add("--to", required=True, choices=tuple(SUFFIXES), help="the form; see above")
+        add_output(parser, "FILE", "default: PATH's name with another ending, here")
         add_filters(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:

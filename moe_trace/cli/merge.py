@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moe_trace.cli.reading import reading_progress, refuse_to_replace
+from moe_trace.cli.reading import add_output, reading_progress, refuse_to_replace
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import UsageError
 from moe_trace.read.ranks.load import rank_names
@@ -30,8 +29,7 @@ class MergeCommand:
         """Declare the options."""
         add = parser.add_argument
         add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
-        add("--out", type=Path, required=True, metavar="FILE", help="a .json or .json.gz file")
-        add("--force", action="store_true", help="replace FILE")
+        add_output(parser, "FILE", "a .json or .json.gz file", required=True)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Read all traces, then write one."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from moe_trace.cli.reading import add_choice, chosen_filter, parse_steps, refuse_to_replace
+from moe_trace.cli.reading import add_choice, add_output, chosen_filter, parse_steps, refuse_to_replace
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map
@@ -43,10 +42,9 @@ class PlacementCommand:
         add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
         add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
         add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
-        add("--format", choices=("text", "json"), default="text")
+        add("--format", choices=("text", "json"), default="text", help="default: text")
         add("--all", action="store_true", help="show every layer")
-        add("--out", type=Path, metavar="MAP.json", help="write the plans: which slot holds which expert")
-        add("--force", action="store_true", help="replace MAP.json")
+        add_output(parser, "MAP.json", "write the plans: which slot holds which expert")
         add_choice(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:

@@ -15,6 +15,15 @@ from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress, find_traces
 
 
+def add_output(
+    parser: argparse.ArgumentParser, metavar: str, help: str, *, name: str = "--out", required: bool = False
+) -> None:
+    """`-o`, `--out` and `-f`, `--force`, the same in all commands that write."""
+    add = parser.add_argument
+    add("-o", name, type=Path, required=required, metavar=metavar, help=help)
+    add("-f", "--force", action="store_true", help=f"replace {metavar} if it exists")
+
+
 def add_filters(parser: argparse.ArgumentParser) -> None:
     """The options that choose calls, and the device's peaks."""
     add_choice(parser)

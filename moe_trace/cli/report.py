@@ -26,9 +26,14 @@ class ReportCommand:
         """Declare the options."""
         add = parser.add_argument
         add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add("--format", choices=("text", "json", "csv"), default="text", help="csv: one row per router call")
+        add(
+            "--format",
+            choices=("text", "json", "csv"),
+            default="text",
+            help="default: text; csv: one row per router call",
+        )
         add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
-        add("--force", action="store_true", help="replace FILE")
+        add("-f", "--force", action="store_true", help="replace FILE if it exists")
         add_filters(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:

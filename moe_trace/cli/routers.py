@@ -19,8 +19,9 @@ class RoutersCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json")
-        parser.add_argument("--format", choices=("text", "json"), default="text")
+        known = "the demo in this package, an id on the hub, a folder, or a config"
+        parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
+        parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print a row per group of equal routers, or all of them as JSON."""

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
+import shlex
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
 from moe_trace.cli.console import console
+from moe_trace.cli.reading import add_output
 from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
 
@@ -26,43 +33,19 @@ class RunCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options; the defaults stand in `RunConfig`."""
-        d = RunConfig()
-        add = parser.add_argument
-        add(
-            "--model",
-            default=d.model,
-            metavar="demo|HUB_ID|PATH|CONFIG.json",
-            help="default: the embedded demo",
-        )
-        add("--random-weights", action="store_true", help="build the model from its config alone")
-        add("--prompt", metavar="TEXT")
-        add(
-            "--prompts-file",
-            type=Path,
-            metavar="F",
-            help="a prompt per line; JSON name -> text: a run of each",
-        )
-        add("--mode", choices=("prefill", "generate", "train"), default=d.mode)
-        add("--steps", type=int, default=d.steps, metavar="N", help=f"recorded steps (default {d.steps})")
-        add("--warmup", type=int, default=d.warmup, metavar="N", help=f"steps before (default {d.warmup})")
-        add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
-        add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
-        add("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="N", help="for --mode generate")
-        add("--device", default=d.device, metavar="auto|cpu|cuda")
-        add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-        add("--layers", metavar="0,3,L05", help="only these routers: layer indices, labels or module paths")
-        add("--every", type=int, default=d.every, metavar="N", help="record every n-th step")
-        add("--record-shapes", action="store_true", help="as torch.profiler does")
-        add("--with-stack", action="store_true", help="as torch.profiler does")
+        _add_model(parser)
+        _add_work(parser)
         _add_split(parser)
-        add("--out", type=Path, default=d.out, metavar="DIR", help=f"default: {d.out}")
-        add("--force", action="store_true", help="replace an earlier run in the folder")
+        add_output(
+            parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time"
+        )
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Record, then print figures, files and what to do next."""
         values = vars(arguments).copy()
         values["layers"] = parse_layers(values["layers"])
         lengths = parse_lengths(values.pop("seq_len"))
+        values["out"] = values["out"] or new_folder(values["model"], values["mode"])
         values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
         config = RunConfig(**values)
         from moe_trace.show.study import render_comparison
@@ -75,7 +58,8 @@ class RunCommand:
         problems: tuple[str, ...] = ()
         for name, one in runs:
             try:
-                result = _run_with_progress(one)
+                with _no_empty_folder(one.out):
+                    result = _run_with_progress(one)
             except LeaderFailed as error:
                 return error.exit_code  # rank 0 has said it
             if result.summary is None:  # rank 0 prints for all
@@ -95,6 +79,60 @@ class RunCommand:
         return 0
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    d = RunConfig()
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "--model",
+        default=d.model,
+        metavar="demo|HUB_ID|PATH|CONFIG.json",
+        help="the demo in this package, an id on the hub, a folder, or a config (default demo)",
+    )
+    add("--random-weights", action="store_true", help="build the model from its config alone")
+    add("--top-k", type=int, metavar="K", help="experts a token (default: as its config says)")
+    add(
+        "--experts-implementation",
+        metavar="NAME",
+        help="eager, grouped_mm or batched_mm, as transformers names them (default: the model's own)",
+    )
+    add("--device", default=d.device, metavar="auto|cpu|cuda", help="auto: a GPU if there is one (default)")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    d = RunConfig()
+    add = parser.add_argument_group("what it does, and what is recorded").add_argument
+    modes = "one forward a step, generating text, or training (default prefill)"
+    add("--mode", choices=("prefill", "generate", "train"), default=d.mode, help=modes)
+    add("--prompt", metavar="TEXT", help="the text to read (default: the demo's texts, or one sentence)")
+    add("--prompts-file", type=Path, metavar="F", help="a prompt per line; JSON name -> text: a run of each")
+    add("--steps", type=int, default=d.steps, metavar="N", help=f"recorded steps (default {d.steps})")
+    add("--warmup", type=int, default=d.warmup, metavar="N", help=f"steps before (default {d.warmup})")
+    add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
+    add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
+    tokens = f"tokens of a step with --mode generate (default {d.max_new_tokens})"
+    add("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="N", help=tokens)
+    add(
+        "--layers",
+        metavar="0,3,L05",
+        help="only these routers: indices, labels or module paths (default all)",
+    )
+    add("--every", type=int, default=d.every, metavar="N", help=f"record every n-th step (default {d.every})")
+    add("--record-shapes", action="store_true", help="operators' shapes, as torch.profiler records them")
+    add("--with-stack", action="store_true", help="source lines, as torch.profiler records them")
+
+
+def new_folder(model: str, mode: str) -> Path:
+    """`moe_trace_runs/demo-prefill-20260131-235959`, or with `-2` where that is taken."""
+    parent = RunConfig().out
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return parent  # every process must choose the same, and their clocks may differ
+    name = re.sub(r"[^\w.-]+", "-", Path(model).stem if model.endswith(".json") else model.rstrip("/"))
+    stem = f"{name[-40:].strip('-.')}-{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
 def _add_split(parser: argparse.ArgumentParser) -> None:
     d = Split()
     group = parser.add_argument_group(
@@ -104,7 +142,8 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     add("--fsdp", type=int, default=d.fsdp, metavar="N", help="processes with tokens of their own (FSDP 2)")
     add("--tp", type=int, default=d.tp, metavar="N", help="processes that split matrices, on the same tokens")
     add("--ep", type=int, default=d.ep, metavar="N", help="of those, how many deal out the experts")
-    add("--ep-implementation", choices=EP_IMPLEMENTATIONS, default=d.ep_implementation)
+    how = "how tokens reach their experts (default auto)"
+    add("--ep-implementation", choices=EP_IMPLEMENTATIONS, default=d.ep_implementation, help=how)
     add("--ddp", action="store_true", help="the whole model in every process, tokens of its own")
     add(
         "--rank-timeout",
@@ -155,6 +194,18 @@ def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # to
         )
 
 
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A run that fails before it writes leaves no folder that it made."""
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+
+
 def _print_files(files: tuple[Path, ...]) -> None:
     print("Files written")
     for file in files:
@@ -163,6 +214,8 @@ def _print_files(files: tuple[Path, ...]) -> None:
 
 def _print_next(folder: Path, trace: Path) -> None:
     print("\nNext")
-    print(f"  moe-trace report {folder}")
-    print(f"  tensorboard --logdir {folder}        # Trace view and scalars")
-    print(f"  open {trace} in Perfetto or chrome://tracing")
+    quoted = shlex.quote(str(folder))
+    print(f"  moe-trace report {quoted}        # where the time goes, and findings")
+    print(f"  moe-trace view {quoted}          # the MoE tab, Trace view and scalars in TensorBoard")
+    print(f"  moe-trace diff {quoted} OTHER    # what another run changed")
+    print(f"  open {trace} in Perfetto")

@@ -31,6 +31,12 @@ class SchemaError(TraceFileError):
     """A trace holds moe_trace data of a schema version that this release does not know."""
 
 
+class Interrupted(MoETraceError):
+    """Ctrl-C ended a run; the message names what was kept."""
+
+    exit_code = 130
+
+
 class OutputError(MoETraceError):
     """A file could not be written: it exists, the disk is full, or the folder is read-only."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,42 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
         "device": str(first.device) if first is not None else None,
         "hidden_size": getattr(config, "hidden_size", None),
         "experts_implementation": getattr(config, "_experts_implementation", None),
+        "attention_implementation": getattr(config, "_attn_implementation", None),
+        "training": model.training,
+        "config": _config_values(config),
     }
+
+
+_LONGEST = 200
+_NOT_OF_THE_MODEL = frozenset(
+    ["transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype"]
+)
+
+
+def _config_values(config: Any) -> dict[str, Any]:
+    """The plain values of a transformers config, nested ones by `part.key`; long ones are left out."""
+    to_dict = getattr(config, "to_dict", None)
+    if to_dict is None:
+        return {}
+    try:
+        values = to_dict()
+    except Exception:  # a config of the user's own; nothing here may break the recording
+        return {}
+    return dict(_flat(values)) if isinstance(values, dict) else {}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{key}.")
+        elif key in _NOT_OF_THE_MODEL or len(str(value)) > _LONGEST:
+            continue
+        elif value is None or isinstance(value, str | int | bool):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, float):
+            yield f"{prefix}{key}", value if math.isfinite(value) else str(value)
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", str(list(value))
 
 
 def _name(model: nn.Module, name_or_path: str) -> str:

@@ -84,6 +84,10 @@ class RunConfig:
     """Tokens per sequence; by default the longest prompt's."""
     max_new_tokens: int = 16
     device: str = "auto"
+    top_k: int | None = None
+    """Experts a token; by default as the model's config says."""
+    experts_implementation: str | None = None
+    """How transformers computes the experts: eager, grouped_mm, batched_mm; by default as the model does."""
     dtype: str | None = None
     """By default float32 on a CPU and bfloat16 on a GPU; the demo's own type stays."""
     layers: tuple[int | str, ...] | None = None
@@ -101,7 +105,7 @@ class RunConfig:
         for name, least in (("steps", 1), ("warmup", 0), ("every", 1), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
-        for name in ("batch", "seq_len"):
+        for name in ("batch", "seq_len", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1")

@@ -45,6 +45,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     random_weights: bool = False,
     distributed_config: Any = None,
+    top_k: int | None = None,
+    experts_implementation: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """The model, in eval mode, and its tokenizer (None where there is none).
 
@@ -53,26 +55,34 @@ def load_model(
         device: where it is built; `meta` with `random_weights` builds no weights at all.
         random_weights: build from the config alone.
         distributed_config: transformers' own, to load only this process's part of the weights.
+        top_k: experts a token, instead of the config's number.
+        experts_implementation: how transformers computes the experts, instead of the model's own way.
 
     Raises:
         ModelError: it cannot be loaded; the message says what was tried.
         UsageError: a config has no weights and `random_weights` was not asked for.
     """
-    if source == "demo" and not random_weights:
-        from moe_trace.demo import load_demo_model
-
-        return load_demo_model(device, dtype, **_only_given(distributed_config=distributed_config))
     if source == "demo":
-        from moe_trace.demo import demo_path
+        import transformers
+
+        from moe_trace.demo import demo_path, load_demo_model
 
         source = str(demo_path())
+        if not random_weights:
+            config = _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
+            given = _only_given(distributed_config=distributed_config)
+            model, tokenizer = load_demo_model(device, dtype, config=config, **given)
+            return _with_experts(model, experts_implementation), tokenizer
     if source.endswith(".json") and not random_weights:
         raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
     try:
         if random_weights:
-            return _from_config(source, torch.device(device), dtype), load_tokenizer(source)
-        model = _pretrained(source, torch.device(device), dtype, distributed_config)
-        return model, load_tokenizer(source)
+            model = _from_config(source, torch.device(device), dtype, top_k)
+        else:
+            model = _pretrained(source, torch.device(device), dtype, distributed_config, top_k)
+        return _with_experts(model, experts_implementation), load_tokenizer(source)
+    except UsageError:
+        raise
     except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
         raise ModelError(
             f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
@@ -86,17 +96,23 @@ def _only_given(**values: Any) -> dict[str, Any]:
 
 
 def _pretrained(
-    source: str, device: torch.device, dtype: torch.dtype | None, distributed_config: Any
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    distributed_config: Any,
+    top_k: int | None,
 ) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
     split = _only_given(distributed_config=distributed_config)
-    model = _model_class(config).from_pretrained(source, dtype=dtype or "auto", **split)
+    model = _model_class(config).from_pretrained(source, config=config, dtype=dtype or "auto", **split)
     return model.to(device).eval()
 
 
-def _from_config(source: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _from_config(
+    source: str, device: torch.device, dtype: torch.dtype | None, top_k: int | None
+) -> nn.Module:
     import transformers
 
     if source.endswith(".json"):
@@ -106,10 +122,54 @@ def _from_config(source: str, device: torch.device, dtype: torch.dtype | None) -
         config = transformers.AutoConfig.from_pretrained(source)  # decodes what JSON cannot hold: infinity
     else:
         config = transformers.AutoConfig.from_pretrained(source)
+    config = _with_top_k(config, top_k)
     torch.manual_seed(0)
     with torch.device(device):
         model = _model_class(config)(config)
     return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk", "top_k")
+
+
+def _with_top_k(config: Any, top_k: int | None) -> Any:
+    """The config with another number of experts a token.
+
+    Raises:
+        UsageError: it says nowhere how many there are, or not that many.
+    """
+    if top_k is None:
+        return config
+    text = config.get_text_config()
+    key = next((name for name in _TOP_K if isinstance(getattr(text, name, None), int)), None)
+    if key is None:
+        raise UsageError(f"--top-k: the config {type(config).__name__} has none of {', '.join(_TOP_K)}")
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
+    if experts is not None and top_k > experts:
+        raise UsageError(
+            f"found --top-k {top_k}, but the model has {experts} experts; give at most {experts}"
+        )
+    setattr(text, key, top_k)
+    return config
+
+
+def _with_experts(model: nn.Module, implementation: str | None) -> nn.Module:
+    """The model with its experts computed in another way.
+
+    Raises:
+        UsageError: it knows no such way.
+    """
+    if implementation is None:
+        return model
+    choose = getattr(model, "set_experts_implementation", None)
+    if choose is None:
+        raise UsageError("--experts-implementation: this model, or this transformers, knows one way only")
+    try:
+        choose(implementation)
+    except (ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"--experts-implementation {implementation}: {_first_line(error)}") from error
+    return model
 
 
 def _model_class(config: Any) -> Any:

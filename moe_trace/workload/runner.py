@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from moe_trace.data.errors import MoETraceError, NothingRecorded, OutputError, UsageError
+from moe_trace.data.errors import Interrupted, MoETraceError, NothingRecorded, OutputError, UsageError
 from moe_trace.data.summary import Summary
 from moe_trace.find.contracts.forms import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
@@ -97,15 +97,21 @@ def _record(config: RunConfig, team: Team, device: torch.device, progress: Progr
     for done in range(config.warmup):
         progress("warming up", done, total)
         _run(step, model)
+    done, interrupted = 0, False
     with prof:
         try:
             for done in range(config.steps):
                 progress("recording", config.warmup + done, total)
                 _run(step, model)
                 prof.step()
+        except KeyboardInterrupt:
+            interrupted = True
+            prof.tracer.abandon_calls()
         finally:
             team.stop.only_note()  # torchrun's signal must not break off the writing of what was recorded
         progress("writing the trace", total, total)
+    if interrupted:
+        raise _interrupted(config, team, earlier, done)
     if not prof.tracer.summary().totals.calls:
         raise NothingRecorded(
             f"found {len(prof.tracer.sites)} routers, but none was called in {config.steps} steps; "
@@ -117,12 +123,20 @@ def _record(config: RunConfig, team: Team, device: torch.device, progress: Progr
     return trace, prof
 
 
+def _interrupted(config: RunConfig, team: Team, earlier: list[Path], steps: int) -> Interrupted:
+    """What Ctrl-C left; an earlier run in the folder stays too, for this one did not end."""
+    ended = f"interrupted after {steps} of {config.steps} recorded steps"
+    return Interrupted(f"{ended}; what was recorded until then is kept in {_written(config, team, earlier)}")
+
+
 def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step, torch.nn.Module]:
     """The model, and a function that runs one step of it on this process's rows."""
     how: dict[str, Any] = {
         "device": device,
         "dtype": _dtype(config, device),
         "random_weights": config.random_weights,
+        "top_k": config.top_k,
+        "experts_implementation": config.experts_implementation,
     }
     if config.split.is_split:
         model, tokenizer = load_split_model(config.model, config.split, team, **how)

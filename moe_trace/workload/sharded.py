@@ -72,21 +72,23 @@ def load_split_model(
     device: torch.device,
     dtype: torch.dtype | None,
     random_weights: bool,
+    **changed: Any,
 ) -> tuple[nn.Module, Any]:
     """This process's part of the model (all of it with `--ddp`), in eval mode, and its tokenizer.
 
-    Random weights are the same on all processes, and the same as those of a run that is not split.
+    `changed` are `top_k` and `experts_implementation` of `load_model`. Random weights are the same on all
+    processes, and the same as those of a run that is not split.
 
     Raises:
         ModelError: it cannot be loaded, or cannot be split like that.
     """
     if not split.needs_transformers:
-        return load_model(source, device=device, dtype=dtype, random_weights=random_weights)
+        return load_model(source, device=device, dtype=dtype, random_weights=random_weights, **changed)
     if not random_weights:
-        return load_model(source, device=device, dtype=dtype, distributed_config=_config(split))
+        return load_model(source, device=device, dtype=dtype, distributed_config=_config(split), **changed)
     with _random_weights_on_disk(source, team, dtype) as folder:
         config = _config(split)
-        model, _ = load_model(str(folder), device=device, dtype=dtype, distributed_config=config)
+        model, _ = load_model(str(folder), device=device, dtype=dtype, distributed_config=config, **changed)
     origin = str(demo_path()) if source == "demo" else source
     model.config.name_or_path = origin  # type: ignore[union-attr]
     return model, load_tokenizer(origin)

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 
 WIDTH = 80
+_NARROWEST = 40
+
+
+def screen_width() -> int:
+    """`WIDTH`, or less where the output is a terminal that has less."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return max(_NARROWEST, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns two blanks apart; the first `left` columns are aligned left, the others right."""
+    """Columns two blanks apart; the first `left` columns are aligned left, the others right.
+
+    On a terminal narrower than `WIDTH`, columns that don't fit follow below, each time after the first one.
+    """
     lines = [list(headings), *map(list, rows)]
     widths = [max(columns(line[i]) for line in lines) for i in range(len(headings))]
-    return "\n".join("  ".join(_cells(line, widths, left)).rstrip() for line in lines)
+    blocks = []
+    for chosen in _folded(widths, screen_width()):
+        for line in lines:
+            cells = [pad(line[i], widths[i], to_left=i < left) for i in chosen]
+            blocks.append("  ".join(cells).rstrip())
+    return "\n".join(blocks)
 
 
-def _cells(line: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
-    sized = zip(line, widths, strict=True)
-    return [pad(cell, width, to_left=i < left) for i, (cell, width) in enumerate(sized)]
+def _folded(widths: Sequence[int], screen: int) -> list[list[int]]:
+    """Indices of the columns of each block."""
+    if screen >= WIDTH or not widths:
+        return [list(range(len(widths)))]
+    blocks = [[0]]
+    for i in range(1, len(widths)):
+        if len(blocks[-1]) > 1 and sum(widths[j] + 2 for j in blocks[-1]) + widths[i] > screen:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks
 
 
 def pad(text: str, width: int, *, to_left: bool) -> str:
@@ -73,10 +98,12 @@ def share(part: float | None) -> str:
 
 
 def wrapped(text: str) -> str:
-    """An item of a list within `WIDTH`, its first line marked with a dash."""
-    return textwrap.fill(text, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
+    """An item of a list within the screen, its first line marked with a dash."""
+    return textwrap.fill(
+        text, screen_width(), initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 def paragraph(text: str) -> str:
-    """Text within `WIDTH`."""
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+    """Text within the screen."""
+    return textwrap.fill(text, screen_width(), break_on_hyphens=False)
