@@ -39,7 +39,14 @@ _HOME = {
     "NoRoutersFound": "moe_trace.data.errors",
 }
 
-register_renderers({"moe_trace.read.analysis.TraceSummary": "moe_trace.show.html.render_fragment"})
+register_renderers(
+    {
+        "moe_trace.read.analysis.TraceSummary": "moe_trace.show.html.render_fragment",
+        "moe_trace.read.diff.comparison.Comparison": "moe_trace.show.notebook.comparison_html",
+        "moe_trace.data.summary.Summary": "moe_trace.show.notebook.summary_html",
+        "moe_trace.data.calls.sample.RoutingSample": "moe_trace.show.notebook.sample_html",
+    }
+)
 
 __all__ = [
     "Comparison",
@@ -74,6 +81,7 @@ if TYPE_CHECKING:
     from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger
     from moe_trace.integrations.trainer import MoETraceCallback
+    from moe_trace.read.diff import Comparison, compare
     from moe_trace.read.reader import read_recording, read_summary
     from moe_trace.record.profiler import profile
     from moe_trace.record.tracer import MoETracer

@@ -3,7 +3,7 @@
 The two recordings of a pair read other pieces of the same kind of text (source code), as two runs of an
 evaluation do. The planted changes, a quarter of the pairs each:
 
-    layer   one layer's gate favours one expert: its row of weights is scaled
+    layer   in one layer two experts change places in the gate: the one with most load, and one with none
     experts an extra product inside each layer's experts, of 5 % of their floating-point operations
     kernels another implementation of the experts
     text    prose in place of source code
@@ -102,11 +102,11 @@ def _prose() -> bytes:
 
 
 @contextmanager
-def _favoured_expert(recorder: Recorder) -> Iterator[None]:
+def _swapped_experts(recorder: Recorder) -> Iterator[None]:
     weight = recorder.model.model.layers[LAYER].mlp.gate.weight
     before = weight.detach().clone()
     with torch.no_grad():
-        weight[5] *= 1.5
+        weight[[7, 8]] = before[[8, 7]]
     try:
         yield
     finally:
@@ -149,7 +149,7 @@ def _other_kernels(recorder: Recorder) -> Iterator[None]:
         recorder.model.set_experts_implementation(recorder.usual)
 
 
-PLANTS = {"layer": _favoured_expert, "experts": _slower_experts, "kernels": _other_kernels}
+PLANTS = {"layer": _swapped_experts, "experts": _slower_experts, "kernels": _other_kernels}
 
 
 def main() -> None:

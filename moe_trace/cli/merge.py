@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from moe_trace.cli.reading import add_output, reading_progress, refuse_to_replace
 from moe_trace.data.display.tables import printable, wrapped

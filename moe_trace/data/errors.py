@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
+
+def deprecated(old: str, new: str) -> None:
+    """Warn, at the caller's caller, that a name has changed."""
+    warnings.warn(f"{old} is now {new}; the old name will go", DeprecationWarning, stacklevel=3)
+
 
 class MoETraceError(Exception):
     """Base class. The message says what was found, what was expected, and the next move."""

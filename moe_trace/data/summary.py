@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
+from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.data.loads import Chance, Load, describe_chance, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.data.summary_notes import notes_of
@@ -123,7 +124,7 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(ShownInNotebooks):
     """What was recorded, per router and in all."""
 
     trace: str | None
@@ -136,6 +137,29 @@ class Summary:
     totals: Totals
     notes: tuple[str, ...] = ()
     """What a reader must know before trusting the figures."""
+
+    def __repr__(self) -> str:
+        name = self.model.get("name") or self.model.get("class") or "unnamed model"
+        t = self.totals
+        return f"<{type(self).__name__} of {name}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
+
+    def to_dataframe(self) -> Any:
+        """One row per router, as a pandas DataFrame (`ImportError` without pandas)."""
+        import pandas
+
+        return pandas.DataFrame([_flat_router(router) for router in self.routers])
+
+
+def _flat_router(router: RouterSummary) -> dict[str, Any]:
+    info, flops = router.info, router.flops
+    row: dict[str, Any] = {"site": info.site, "name": info.name, "layer": info.layer}
+    row |= {"calls": router.calls, "recomputed_calls": router.recomputed_calls, "tokens": router.tokens}
+    row |= {f"load_{key}": value for key, value in asdict(router.load).items()}
+    row |= asdict(router.decisions)
+    for clock, times in asdict(router.latency).items():
+        row |= {f"router_{clock}_{key}_us": value for key, value in (times or {}).items()}
+    row |= {"router_flops": flops.router, "expert_flops": flops.experts}
+    return row
 
 
 def summarize(

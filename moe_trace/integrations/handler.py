@@ -16,7 +16,11 @@ from moe_trace.record.profiler import attached_tracers
 
 
 def tensorboard_trace_handler(
-    dir_name: str | os.PathLike[str], worker_name: str | None = None, use_gzip: bool = False
+    dir_name: str | os.PathLike[str],
+    worker_name: str | None = None,
+    use_gzip: bool = False,
+    *,
+    first_step: int = 0,
 ) -> Callable[[Any], None]:
     """An `on_trace_ready` that writes the merged trace and TensorBoard scalars into one folder.
 
@@ -25,6 +29,7 @@ def tensorboard_trace_handler(
         worker_name: unique for each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
             process group. Each rank then writes a trace of its own, and its scalars into `rank3` below.
         use_gzip: write `.pt.trace.json.gz`.
+        first_step: of the scalars, where the caller counts its steps otherwise than the profiler, from 0.
     """
 
     def handle(prof: Any) -> None:
@@ -36,6 +41,6 @@ def tensorboard_trace_handler(
             scalars /= f"rank{rank}"
         torch.profiler.tensorboard_trace_handler(str(dir_name), worker, use_gzip)(prof)
         for tracer in attached_tracers(prof):
-            write_scalars(scalars, tracer.exported_samples)
+            write_scalars(scalars, tracer.exported_samples, first_step=first_step)
 
     return handle

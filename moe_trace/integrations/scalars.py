@@ -29,7 +29,9 @@ def load_writer() -> Any:
     return SummaryWriter
 
 
-def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSample]) -> None:
+def write_scalars(
+    folder: str | os.PathLike[str], samples: Sequence[RoutingSample], *, first_step: int = 0
+) -> None:
     """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter.
 
     And a picture of every expert's load, layers x experts, for some steps.
@@ -37,18 +39,18 @@ def write_scalars(folder: str | os.PathLike[str], samples: Sequence[RoutingSampl
     if not samples:
         return
     with load_writer()(log_dir=str(folder)) as writer:
-        add_scalars(writer, samples)
+        add_scalars(writer, samples, first_step=first_step)
         for step, loads in step_loads(samples, IMAGES_MAX).items():
-            writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step, dataformats="HWC")
+            writer.add_image(IMAGE_TAG, load_picture(loads), global_step=step + first_step, dataformats="HWC")
 
 
-def add_scalars(writer: Any, samples: Sequence[RoutingSample]) -> None:
+def add_scalars(writer: Any, samples: Sequence[RoutingSample], *, first_step: int = 0) -> None:
     """One event a step: a tenth of the time of `add_scalar` for each, which holds Python's lock."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     for step, points in itertools.groupby(scalar_points(samples), key=lambda point: point[2]):
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value, _ in points]
-        writer.file_writer.add_summary(Summary(value=values), step)
+        writer.file_writer.add_summary(Summary(value=values), step + first_step)
 
 
 def scalar_points(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, float, int]]:

@@ -35,6 +35,9 @@ class MoETraceCallback(TrainerCallback):
     `moe_router_confidence` and `moe_skipped_share`: means over the layers, and over the steps since the log
     before. Forwards of an evaluation do not count. In a distributed run they are those of the logging rank.
 
+    The scalars that are written with a trace stand at the Trainer's own steps, from 1; in the trace itself
+    the profiler counts from 0.
+
     `add_to` puts the callback ahead of the Trainer's reporters, so that TensorBoard and the like receive the
     figures. Given as `Trainer(callbacks=[callback])` it runs after them: the figures are then in
     `trainer.state.log_history` and in what is printed, but not in what those reporters write.
@@ -121,7 +124,9 @@ class MoETraceCallback(TrainerCallback):
                 model,
                 **self._recording,
                 schedule=self._schedule,
-                on_trace_ready=tensorboard_trace_handler(self.folder),
+                # The Trainer calls its first step 1, or counts on where it resumed; what is logged at a step
+                # and the scalars of that step must stand at one place.
+                on_trace_ready=tensorboard_trace_handler(self.folder, first_step=state.global_step + 1),
                 **self._profiler_arguments,
             )
             self.tracer = self._profiler.tracer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.data.errors import deprecated
 from moe_trace.data.loads import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
@@ -26,8 +26,8 @@ from moe_trace.read.time.speed import SpeedReport, report_speed
 from moe_trace.read.time.surroundings import add_surroundings
 
 
-@dataclass(frozen=True, kw_only=True)
-class TraceSummary(Summary, ShownInNotebooks):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TraceSummary(Summary):
     """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
 
     files: tuple[str, ...]
@@ -77,13 +77,13 @@ class TraceSummary(Summary, ShownInNotebooks):
                 return router
         raise KeyError(f"no router {site!r}; there are {[r.info.site for r in self.routers]}")
 
-    def which_layer_is_most_uneven(self) -> RouterSummary | None:
+    def most_imbalanced_layer(self) -> RouterSummary | None:
         """The router whose load is unevenest beyond chance (`Chance.cv_beyond`), the first of those that tie;
         None where no load is more uneven than uniform routing of the same tokens."""
         worst = most_uneven([router.chance for router in self.routers])
         return self.routers[worst[0]] if worst else None
 
-    def which_experts_are_dead(self) -> dict[str, tuple[int, ...]]:
+    def dead_experts(self) -> dict[str, tuple[int, ...]]:
         """Label -> ids of the experts that no token chose, where there were enough tokens to say so."""
         return {
             r.info.site: r.load.dead_experts
@@ -91,9 +91,25 @@ class TraceSummary(Summary, ShownInNotebooks):
             if r.load.dead_experts and r.chance.tells_dead
         }
 
-    def how_much_of_the_model_is_moe(self) -> float | None:
-        """Share of all work in the trace; None where the trace does not tell."""
+    @property
+    def moe_time_fraction(self) -> float | None:
+        """Share of all work in the trace that is MoE; None where the trace does not tell."""
         return self.phases.whole.moe_share_of_model if self.phases is not None else None
+
+    def which_layer_is_most_uneven(self) -> RouterSummary | None:
+        """The old name of `most_imbalanced_layer`."""
+        deprecated("which_layer_is_most_uneven()", "most_imbalanced_layer()")
+        return self.most_imbalanced_layer()
+
+    def which_experts_are_dead(self) -> dict[str, tuple[int, ...]]:
+        """The old name of `dead_experts`."""
+        deprecated("which_experts_are_dead()", "dead_experts()")
+        return self.dead_experts()
+
+    def how_much_of_the_model_is_moe(self) -> float | None:
+        """The old name of `moe_time_fraction`."""
+        deprecated("how_much_of_the_model_is_moe()", "moe_time_fraction")
+        return self.moe_time_fraction
 
     def to_dataframe(self) -> Any:
         """One row per router call, as a pandas DataFrame.

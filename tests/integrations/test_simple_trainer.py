@@ -166,3 +166,21 @@ def test_nothing_recorded_is_said(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="no call of the 3 routers in 4 forwards"):
         trainer.train()
     assert not any(key.startswith("moe_") for log in reporter.logs for key in log)
+
+
+def test_the_scalars_of_a_trace_stand_at_the_trainers_steps(tmp_path: Path) -> None:
+    """What the Trainer logs at a step is what the trace's scalars have there."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer, _ = make_trainer(tmp_path, steps=4)
+    trainer.args.logging_steps = 1
+    schedule = torch.profiler.schedule(wait=0, warmup=0, active=4, repeat=1)
+    MoETraceCallback(tmp_path / "moe", schedule=schedule).add_to(trainer)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "moe"))
+    events.Reload()
+    written = {e.step: e.value for e in events.Scalars("moe_load_cv/mean")}
+    logged = {log["step"]: log["moe_load_cv"] for log in trainer.state.log_history if "moe_load_cv" in log}
+    assert set(written) == {1, 2, 3, 4} and set(logged) & set(written)
+    for step, value in logged.items():
+        assert value == pytest.approx(written[step], rel=1e-5)

@@ -99,7 +99,7 @@ def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
     prefill = stages["prefill"]
     at_ceiling = [r.info.site for r in prefill.routers if r.load.max_over_mean == r.chance.ceiling == 8.0]
     assert len(at_ceiling) == 6
-    worst = prefill.which_layer_is_most_uneven()
+    worst = prefill.most_imbalanced_layer()
     assert worst is not None and worst.info.site == "L08"
     assert worst.load.cv == max(r.load.cv or 0 for r in prefill.routers)
     tied = most_uneven([r.chance for r in stages["decode"].routers])
@@ -109,8 +109,8 @@ def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
 def test_dead_needs_enough_tokens() -> None:
     """17 experts of the 64 are dead after 2048 tokens; after 3 tokens nobody can say."""
     stages = read_summary(H100).by_stage()
-    assert len(stages["prefill"].which_experts_are_dead()["L01"]) == 17
-    assert stages["decode"].which_experts_are_dead() == {}
+    assert len(stages["prefill"].dead_experts()["L01"]) == 17
+    assert stages["decode"].dead_experts() == {}
     assert all(len(r.load.dead_experts) > 50 for r in stages["decode"].routers)
     assert "dead_experts" not in {f.rule for f in stages["decode"].findings}
     assert "dead: - below 20 assignments an expert" in render_text(stages["decode"])

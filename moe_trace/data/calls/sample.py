@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.display.notebook import ShownInNotebooks
+
 RangeKind = Literal["router", "experts", "block", "graph"]
 RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
 """`graph` stands round a forward of a model that has compiled parts; its label is the model's class."""
@@ -63,7 +65,7 @@ def moe_span(spans: dict[RangeKind, Span]) -> Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingSample:
+class RoutingSample(ShownInNotebooks):
     """What one router decided in one call. E experts, K slots per token, T tokens."""
 
     site: str

@@ -59,6 +59,12 @@ class Comparison(ShownInNotebooks):
     notes: tuple[str, ...]
     """What could not be compared, and why."""
 
+    def __repr__(self) -> str:
+        return (
+            f"<Comparison of {self.a} and {self.b}: {len(self.setup)} facts of the set-up, "
+            f"{len(self.changed_routing)} layers' routing, {len(self.changed_metrics)} figures changed>"
+        )
+
     @property
     def unchanged(self) -> bool:
         """Whether nothing differs beyond noise; too few steps to tell is not a change."""

@@ -22,7 +22,7 @@ from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_colle
 from moe_trace.read.ranks.load import RankRecords
 from moe_trace.read.ranks.losses import add_losses
 from moe_trace.read.ranks.ranks import RankInput
-from moe_trace.read.ranks.same_run import copies, first_difference
+from moe_trace.read.ranks.same_run import copies, first_difference, pooled
 from moe_trace.read.ranks.shared_calls import RankCalls, clock_base_ns
 from moe_trace.read.time.phases import CallTimes, Times, measure_calls
 from moe_trace.read.time.surroundings import TraceWork, step_ranges, trace_work
@@ -291,6 +291,7 @@ def notes_of(reads: Sequence[Read]) -> list[str]:
         for r in reads
         if r.processes > 1
     ]
+    notes += pooled([(r.path.name, r.recording.rank) for r in reads])
     notes += coverage_notes([r.times.coverage for r in reads])
     placed = sum(len(r.times.samples) for r in reads)
     if not placed and any(r.recording.samples for r in reads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from moe_trace.data.schema import Recording, RouterInfo
@@ -86,3 +87,25 @@ def copies(recordings: Sequence[Recording]) -> list[int]:
             found.append(i)
         seen.add(key)
     return found
+
+
+_WORKER = re.compile(r"(?P<worker>.+)\.\d{10,}\.pt\.trace\.json(\.gz)?")
+
+
+def pooled(files: Sequence[tuple[str, int]]) -> list[str]:
+    """Whether files, given by name and rank, are of several runs: names hold the process that wrote them."""
+    runs: dict[int, dict[str, int]] = {}
+    for name, rank in files:
+        match = _WORKER.fullmatch(name)
+        if match is not None:
+            workers = runs.setdefault(rank, {})
+            workers[match["worker"]] = workers.get(match["worker"], 0) + 1
+    most = max(runs.values(), key=len, default={})
+    if len(most) < 2:
+        return []
+    named = ", ".join(f"{worker} ({count})" for worker, count in list(most.items())[:4])
+    more = ", …" if len(most) > 4 else ""
+    return [
+        f"these are traces of {len(most)} runs, taken together: {named}{more}; give "
+        "one file, or a folder for each run, to tell them apart (and compare them with moe-trace diff)"
+    ]

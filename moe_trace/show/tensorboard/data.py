@@ -132,7 +132,7 @@ class Dashboard:
         figure = self._derived(part, "map", lambda s: replace(expert_heat_map(s), frames=[]))
         over_time = self._derived(part, "over time", lambda s: [load_over_time(s), entropy_over_time(s)])
         routers = loaded_routers(part.summary)
-        worst = part.summary.which_layer_is_most_uneven()
+        worst = part.summary.most_imbalanced_layer()
         return {
             "steps": self._derived(part, "steps", StepCounts).steps.tolist(),
             "sites": [router.info.site for router in routers],

@@ -114,7 +114,7 @@ def _moe_share(summary: TraceSummary) -> Plain:
 
 
 def _worst_load(summary: TraceSummary) -> Plain:
-    worst = summary.which_layer_is_most_uneven()
+    worst = summary.most_imbalanced_layer()
     label = "most uneven layer, max÷mean"
     if worst is None:
         assigned = any(router.assignments and sum(router.assignments) for router in summary.routers)
@@ -130,7 +130,7 @@ def _worst_load(summary: TraceSummary) -> Plain:
 def _dead(summary: TraceSummary) -> Plain:
     if not any(router.chance.tells_dead for router in summary.routers):
         return _card("dead experts", "-", None, None, "too few tokens to say", "routing")
-    dead = summary.which_experts_are_dead()
+    dead = summary.dead_experts()
     total = sum(map(len, dead.values()))
     experts = sum(len(router.assignments) for router in summary.routers)
     detail = f"of {experts:,}, in {len(dead)} of {len(summary.routers)} layers"

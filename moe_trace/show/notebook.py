@@ -1,0 +1,95 @@
+"""What a notebook shows of a comparison, a live summary and a single call: tables without scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from moe_trace.data.display.tables import fixed, number, share
+from moe_trace.data.loads import describe_load
+from moe_trace.data.schema import RoutingSample
+from moe_trace.data.summary import Summary
+from moe_trace.read.diff import Comparison
+from moe_trace.show.diff import headline
+
+_BAR_PX = 160
+
+
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A plain table; every cell is escaped."""
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The answer, what differs in the set-up, the layers' distances as bars, and the figures that changed."""
+    parts = [f"<p><b>{escape(headline(comparison))}</b></p>"]
+    parts.append(f"<p>A {escape(comparison.a)}<br>B {escape(comparison.b)}</p>")
+    if comparison.setup:
+        parts.append(html_table(("set-up", "A", "B"), ((c.fact, c.a, c.b) for c in comparison.setup)))
+    if comparison.routing:
+        parts.append(_distances(comparison))
+    shown = [c for c in comparison.changes if c.site == "all" or c.verdict == "changed"]
+    if shown:
+        rows = (
+            (c.stage, c.site, c.metric, number(c.a), number(c.b), _percent(c.relative), c.verdict)
+            for c in shown
+        )
+        parts.append(html_table(("stage", "layer", "metric", "A", "B", "change", "verdict"), rows))
+    parts += [f"<p>{escape(note)}</p>" for note in comparison.notes]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _distances(comparison: Comparison) -> str:
+    rows = []
+    for r in comparison.routing:
+        colour = "#c0392b" if r.changed else "#95a5a6"
+        width = round(_BAR_PX * r.total_variation)
+        bar = f'<div style="background:{colour};height:0.8em;width:{width}px"></div>'
+        words = f"{share(r.total_variation)} (chance: under {share(r.chance)})"
+        rows.append(
+            f"<tr><td>{escape(r.stage)}</td><td>{escape(r.site)}</td><td>{bar}</td><td>{words}</td></tr>"
+        )
+    head = "<th>stage</th><th>layer</th><th colspan=2>assignments that went to other experts</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f} %"
+
+
+def summary_html(summary: Summary) -> str:
+    """A line per router."""
+    headings = ("layer", "calls", "tokens", "max÷mean", "CV", "dead", "router entropy", "router confidence")
+    rows = (
+        (
+            r.info.site,
+            f"{r.calls:,}",
+            f"{r.tokens:,}",
+            fixed(r.load.max_over_mean, 3),
+            fixed(r.load.cv, 3),
+            str(len(r.load.dead_experts)),
+            fixed(r.decisions.entropy_mean, 3),
+            fixed(r.decisions.confidence_mean, 3),
+        )
+        for r in summary.routers
+    )
+    name = str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
+    return f"<div><h3>{escape(name)}</h3>{html_table(headings, rows)}</div>"
+
+
+def sample_html(sample: RoutingSample) -> str:
+    """One call, figure by figure."""
+    load = describe_load(sample.assignments)
+    rows = [
+        ("router", f"{sample.site} ({sample.name})"),
+        ("call, step", f"{sample.call}, {sample.step}"),
+        ("stage, pass", f"{sample.stage}, {sample.phase}"),
+        ("tokens x top-k", f"{sample.tokens:,} x {sample.top_k}"),
+        ("active experts", f"{load.active_experts} of {len(sample.assignments)}"),
+        ("load max÷mean", fixed(load.max_over_mean, 3)),
+        ("router entropy (nats)", fixed(sample.router_entropy, 3)),
+        ("router confidence", fixed(sample.confidence, 3)),
+    ]
+    return html_table(("", ""), rows)

@@ -1,0 +1,68 @@
+"""What notebooks show: tables and a figure, short reprs, data frames; nothing that a file holds runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+
+import moe_trace
+from moe_trace.data.summary import summarize
+from moe_trace.read.ranks.same_run import pooled
+from moe_trace.read.reader import read_recording, read_summary
+from paths import DATA
+from tiny_trace import write_tiny
+
+H200 = DATA / "h200"
+
+
+def test_each_record_shows_itself(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "a.json")
+    summary, live = read_summary(path), summarize(read_recording(path))
+    comparison = moe_trace.compare(summary, summary)
+    for record in (summary, live, comparison, summary.samples[0]):
+        html = record._repr_html_()
+        assert html is not None and "<table" in html and "<script" not in html
+    for record in (summary, live, comparison):
+        assert len(repr(record)) < 300
+
+
+def test_a_comparison_shows_distances_and_set_up() -> None:
+    a, b = (read_summary(H200 / f"prefill_{how}.pt.trace.json.gz") for how in ("eager", "grouped_mm"))
+    html = moe_trace.compare(a, b)._repr_html_()
+    assert html is not None and "experts implementation" in html and "width:" in html
+
+
+def test_names_from_a_file_are_escaped(tmp_path: Path) -> None:
+    live = summarize(read_recording(write_tiny(tmp_path / "a.json")))
+    html = replace(live, model={"name": "<img src=x>"})._repr_html_()
+    assert html is not None and "<img" not in html
+
+
+def test_data_frames(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "a.json")
+    frame = summarize(read_recording(path)).to_dataframe()
+    assert isinstance(frame, pandas.DataFrame) and frame["site"].tolist() == ["L00", "L01"]
+    assert frame["load_max_over_mean"][0] == pytest.approx(1.5)
+    assert len(read_summary(path).to_dataframe()) == len(read_summary(path).samples)
+
+
+def test_old_names_still_answer(tmp_path: Path) -> None:
+    summary = read_summary(write_tiny(tmp_path / "a.json"))
+    with pytest.deprecated_call(match=r"most_imbalanced_layer\(\)"):
+        assert summary.which_layer_is_most_uneven() is summary.most_imbalanced_layer()
+    with pytest.deprecated_call(match=r"dead_experts\(\)"):
+        assert summary.which_experts_are_dead() == summary.dead_experts()
+    with pytest.deprecated_call(match="moe_time_fraction"):
+        assert summary.how_much_of_the_model_is_moe() == summary.moe_time_fraction
+
+
+def test_several_runs_in_a_folder_are_said_to_be_several() -> None:
+    first, later = "host_11.1795645729588696128.pt.trace.json", "host_11.1795645729588699999.pt.trace.json.gz"
+    other = "host_22.1795645729588696128.pt.trace.json"
+    assert pooled([(first, 0), (later, 0)]) == []  # a schedule that repeats
+    assert pooled([(first, 0), (other, 1)]) == []  # ranks of one run
+    (note,) = pooled([(first, 0), (later, 0), (other, 0)])
+    assert "2 runs" in note and "host_11 (2)" in note and "host_22 (1)" in note
