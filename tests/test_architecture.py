@@ -30,7 +30,6 @@ KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = {
 KNOWN_TOO_LONG = {
     "read/file/trace_file.py",
     "read/ranks/ranks.py:report_ranks",
-    "record/hooks/site.py",
     "record/tracer.py",
     "record/tracer.py:__init__",
     "show/figures/latency.py:latency",

@@ -140,14 +140,26 @@ class Lost:
     unreduced: int = 0
     """Calls whose figures could not be computed, for want of memory for example."""
     padding_unknown: int = 0
-    """Forwards with an attention mask that does not tell which tokens are padding (4-D, a static cache)."""
+    """Forwards whose attention mask does not tell which of the tokens that the routers saw are padding (4-D,
+    a static cache, blocks that are given a part of the tokens)."""
     misread: dict[str, str] = field(default_factory=dict)
-    """Routers switched off because a call had an unexpected form: module path -> what was seen."""
+    """Routers with calls that could not be read: module path -> why the first one could not."""
     never_called: tuple[str, ...] = ()
     """Routers that were found but not called while the tracer was on."""
     silent_forwards: int = 0
     """Forwards that were to be recorded and in which no router call was seen, where code was compiled: at
     least so many ran without the hooks, or without any MoE layer."""
+    calls_seen: dict[str, int] = field(default_factory=dict)
+    """Router calls that the hooks saw, by module path: each is recorded, or among `calls`."""
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Router calls that the hooks saw and the recording lacks: module path -> reason -> how many.
+    `overwritten` and `unreduced` are part of them; the other reasons are explained by `notes_of`."""
+    not_reached: dict[str, int] = field(default_factory=dict)
+    """Forwards that reached no hook of a router that earlier ones did, by module path."""
+    experts_without_router: int = 0
+    """Calls of experts modules that belong to no router call."""
+    hook_failure: str | None = None
+    """What went wrong in a hook of ours, the first time; the calls of that forward may be missing."""
     unplaced: dict[str, int] = field(default_factory=dict)
     """Profiled calls inside graphs whose place in the trace cannot be told: why -> how many."""
     untimed: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.data.schema import Lost, Recording, RouterInfo
+
+LOST_CALLS = {
+    "unreadable": "could not be read",
+    "without_experts": "were made without their experts, as prefetching does: they assign nothing, so there "
+    "is nothing to do",
+    "interrupted": "were interrupted before their experts were called; run those forwards again",
+    "rewritten": "were written over before they were read; later ones are copied at once, so run the model "
+    "again",
+}
+"""Why a router call is not in the recording, other than `overwritten` and `unreduced`."""
 
 
 def notes_of(recording: Recording) -> list[str]:
@@ -18,9 +28,15 @@ def notes_of(recording: Recording) -> list[str]:
             f"({_first(lost.never_called)}): those layers did not run, or a fused kernel replaced them"
         )
     for name, why in lost.misread.items():
-        notes.append(f"{name} was switched off, because its call could not be read: {why}")
+        notes.append(
+            f"calls of {name} could not be read: {why}; teach their form with moe_trace.register_contract"
+        )
+    notes += _lost_calls(lost)
     if lost.overwritten:
-        notes.append(f"{lost.overwritten} oldest router calls were dropped; raise capacity= or every=")
+        notes.append(
+            f"{lost.overwritten} oldest router calls were dropped; raise capacity= and capacity_bytes=, or "
+            "every="
+        )
     if lost.silent_forwards:
         notes.append(
             f"in {lost.silent_forwards} forwards no router call was seen: their compiled code has no hooks, "
@@ -31,9 +47,44 @@ def notes_of(recording: Recording) -> list[str]:
         notes.append(f"{lost.unreduced} router calls could not be reduced; a warning said why when they were")
     if lost.padding_unknown:
         notes.append(
-            f"{lost.padding_unknown} forwards had an attention mask that does not tell padding (4-D, or of a "
-            "static cache): their padding counts as 0"
+            f"{lost.padding_unknown} forwards had an attention mask that does not tell padding (4-D, of a "
+            "static cache, or blocks that are given a part of the tokens): their padding counts as 0; pass a "
+            "2-D mask to a model that works on whole batches"
         )
+    notes += _trace_notes(lost)
+    notes += _graph_notes(recording)
+    nonfinite = recording.calls.total("nonfinite_tokens")
+    if nonfinite:
+        notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
+    return notes + _router_notes(recording.routers)
+
+
+def _lost_calls(lost: Lost) -> list[str]:
+    """Router calls that were seen and are not recorded, and forwards in which none was seen."""
+    notes = []
+    for reason, words in LOST_CALLS.items():
+        sites = {name: reasons[reason] for name, reasons in lost.calls.items() if reasons.get(reason)}
+        if sites and reason != "unreadable":  # told with what was found instead
+            notes.append(f"{sum(sites.values())} router calls ({_first(list(sites))}) {words}")
+    if lost.not_reached:
+        notes.append(
+            f"{max(lost.not_reached.values())} forwards did not reach the hooks of {len(lost.not_reached)} "
+            f"routers that earlier ones did ({_first(list(lost.not_reached))}): their modules were replaced "
+            "or not run; make a new MoETracer after changing the model"
+        )
+    if lost.experts_without_router:
+        notes.append(
+            f"{lost.experts_without_router} calls of experts belong to no router call; call them through "
+            "their block"
+        )
+    if lost.hook_failure:
+        notes.append(f"a hook failed ({lost.hook_failure}), so calls may be missing; please report it")
+    return notes
+
+
+def _trace_notes(lost: Lost) -> list[str]:
+    """What the trace and the recording do not share."""
+    notes = []
     if lost.samples_without_range:
         notes.append(
             f"{lost.samples_without_range} router calls have no range in the trace; the profiler dropped "
@@ -41,11 +92,7 @@ def notes_of(recording: Recording) -> list[str]:
         )
     if lost.ranges_without_sample:
         notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
-    notes += _graph_notes(recording)
-    nonfinite = recording.calls.total("nonfinite_tokens")
-    if nonfinite:
-        notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
-    return notes + _router_notes(recording.routers)
+    return notes
 
 
 def _graph_notes(recording: Recording) -> list[str]:

@@ -14,6 +14,9 @@ from moe_trace.data.schema import RouterInfo, RoutingSample
 from moe_trace.record.call import CallRecord
 from moe_trace.record.parallel.sending import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
+from moe_trace.record.rows import SparseRows, smallest
+
+_RECORD_BYTES = 400  # of a `CallRecord` with its numbers
 
 
 @dataclass(slots=True)
@@ -30,22 +33,28 @@ class Batch:
     floats: Any
     stream: int = 0
     copied: torch.cuda.Event | None = None
-    samples: list[RoutingSample] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that the batch takes, about."""
+        return int(self.ints.nbytes + self.floats.nbytes) + _RECORD_BYTES * len(self.records)
 
     def drop(self, count: int) -> None:
         """Forget the first calls."""
         del self.records[:count]
         self.ints, self.floats = self.ints[count:], self.floats[count:]
-        if self.samples is not None:
-            del self.samples[:count]
 
     def to_samples(self) -> list[RoutingSample]:
         """One sample per call. Waits for the copy."""
-        if self.samples is None:
+        self._to_numpy()
+        ints_LX = self.ints.dense() if isinstance(self.ints, SparseRows) else self.ints.astype(np.int64)
+        rows = zip(self.records, ints_LX, self.floats, strict=True)
+        return [_sample(self, record, ints, floats) for record, ints, floats in rows]
+
+    def compact(self) -> None:
+        """Keep figures that are on the host in as few bytes as hold them."""
+        if self.copied is None:
             self._to_numpy()
-            rows = zip(self.records, self.ints, self.floats, strict=True)
-            self.samples = [_sample(self, record, ints, floats) for record, ints, floats in rows]
-        return self.samples
 
     def unpin_if_copied(self) -> None:
         """Move a finished copy out of pinned memory, which is scarce."""
@@ -56,8 +65,8 @@ class Batch:
         if isinstance(self.ints, Tensor):
             if self.copied is not None:
                 self.copied.synchronize()
-            self.ints = self.ints.cpu().numpy().copy()
-            self.floats = self.floats.cpu().numpy().copy()
+            self.ints = smallest(self.ints.cpu().numpy())
+            self.floats = self.floats.float().cpu().numpy().copy()
             self.copied = None
 
 

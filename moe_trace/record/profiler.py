@@ -18,6 +18,7 @@ from moe_trace.data.files import whole_file
 from moe_trace.find.contracts.forms import class_name
 from moe_trace.find.routers import LayerSelector
 from moe_trace.record.hooks.ranges import note_profiler, profiler_is_recording
+from moe_trace.record.recorder import DEFAULT_CAPACITY_BYTES
 from moe_trace.record.tracer import MoETracer
 from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import compress, merge_in_place
@@ -30,7 +31,7 @@ class profile(torch.profiler.profile):
 
     Args:
         model: holds the routers.
-        layers, every, warmup, capacity, tracks: see `MoETracer`.
+        layers, every, warmup, capacity, capacity_bytes, tracks: see `MoETracer`.
         profiler_arguments: every argument of `torch.profiler.profile`, unchanged.
 
     `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` give the figures.
@@ -47,12 +48,19 @@ class profile(torch.profiler.profile):
         every: int = 1,
         warmup: int = 0,
         capacity: int = 100_000,
+        capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
         tracks: Tracks = ("band",),
         **profiler_arguments: Any,
     ) -> None:
         super().__init__(**profiler_arguments)
         self.tracer = MoETracer(
-            model, layers=layers, every=every, warmup=warmup, capacity=capacity, tracks=tracks
+            model,
+            layers=layers,
+            every=every,
+            warmup=warmup,
+            capacity=capacity,
+            capacity_bytes=capacity_bytes,
+            tracks=tracks,
         )
         self.tracer.attach(self)
 
@@ -143,7 +151,7 @@ def _export(export: Callable[[str], None], path: Path, tracers: Sequence[MoETrac
         export(str(plain))
         _require_complete(plain, path)
         try:
-            _merge_or_warn(plain, tracers)
+            _merge_or_warn(plain, path, tracers)
         except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
             failure = error
         if plain != target:
@@ -172,7 +180,7 @@ def _require_complete(plain: Path, path: Path) -> None:
     )
 
 
-def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
+def _merge_or_warn(plain: Path, path: Path, tracers: Sequence[MoETracer]) -> None:
     """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
     for tracer in tracers:
         if not any(tracer.calls_by_router().values()):
@@ -183,7 +191,7 @@ def _merge_or_warn(plain: Path, tracers: Sequence[MoETracer]) -> None:
         warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
         return
     for tracer, placed in zip(tracers, merged.placed, strict=True):
-        tracer.accept(placed, merged.lost)
+        tracer.accept(placed, merged.lost, path)
 
 
 def _nothing_recorded(tracer: MoETracer) -> str:

@@ -14,7 +14,6 @@ a few KB, and one batch of kernels for 32 steps costs what one for a single step
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +25,10 @@ from torch import Tensor
 
 from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
-from moe_trace.find.private.torch_names import after_backward, allocated_bytes
+from moe_trace.find.private.torch_names import allocated_bytes
 from moe_trace.record.batch import Batch
 from moe_trace.record.call import CallRecord, PendingCall
+from moe_trace.record.hooks.guard import warn_user
 from moe_trace.record.hooks.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host
 from moe_trace.record.reduce.reduction import groups_of_one_shape, reduce_group
@@ -41,6 +41,7 @@ _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
 WAITING_CALLS_MAX = 1024
 _PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
 SHIP_EVERY = 32
+DEFAULT_CAPACITY_BYTES = 256 * 2**20
 
 
 class Recorder:
@@ -48,10 +49,11 @@ class Recorder:
 
     Args:
         capacity: router calls kept; beyond it the oldest are dropped and counted in `overwritten`.
+        capacity_bytes: bytes that their figures may take on the host.
     """
 
-    def __init__(self, *, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, *, capacity: int, capacity_bytes: int = DEFAULT_CAPACITY_BYTES) -> None:
+        self.capacity, self.capacity_bytes = capacity, capacity_bytes
         self.overwritten = 0
         self.unreduced = 0
         self.may_wait = True
@@ -59,12 +61,14 @@ class Recorder:
         self._lock = threading.RLock()
         self._pending: list[PendingCall] = []
         self._unfinished = 0
-        self._ends_with_backward = False
         self._held_bytes = 0
         self._on_device: list[Batch] = []
         self._on_host: deque[Batch] = deque()
         self._kept = 0
+        self._bytes = 0
+        """Of the figures on the host."""
         self._dropped: Counter[str] = Counter()
+        self._unreduced: Counter[str] = Counter()
 
     def add(self, record: CallRecord, reading: Reading) -> None:
         """Keep references to the call's tensors; reduce early if too much would be kept alive."""
@@ -79,10 +83,8 @@ class Recorder:
     def end_forward(self) -> None:
         """The model's forward is over: reduce it now, or let it wait for more if it is small."""
         if not self._pending:  # as in every forward that is not recorded
-            self._ends_with_backward = False
             return
         with self._lock:
-            self._ends_with_backward = False
             small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= WAITING_CALLS_MAX
             if not (small and self.may_wait):
                 self.reduce()
@@ -91,11 +93,9 @@ class Recorder:
                 item.let_graph_go()
             self._unfinished = len(self._pending)
 
-    def end_with_backward(self) -> None:
-        """The calls of a recomputation are complete when the backward is, which this thread is in."""
-        if not self._ends_with_backward:
-            self._ends_with_backward = True
-            after_backward(self.end_forward)  # else the next forward ends them
+    def lost_of(self, name: str) -> Counter[str]:
+        """Calls of a router that were lost here, by reason."""
+        return +Counter(overwritten=self._dropped[name], unreduced=self._unreduced[name])
 
     def _waiting_bytes(self) -> int:
         device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"
@@ -121,24 +121,35 @@ class Recorder:
             with on_stream(group[0].reading.index_TK, group[0].stream):
                 self._store(reduce_group(group))
         except Exception as error:
-            self.unreduced += len(group)
-            if self.unreduced == len(group):
-                warnings.warn(
-                    f"{len(group)} router calls of {group[0].record.site.name} could not be reduced "
-                    f"({type(error).__name__}: {error}); they are counted as lost, and the model runs on",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._count_unreduced([item.record.site.name for item in group], error)
+
+    def _count_unreduced(self, names: list[str], error: Exception) -> None:
+        with self._lock:
+            self._unreduced.update(names)
+            first, self.unreduced = self.unreduced == 0, self.unreduced + len(names)
+        if first and names:
+            warn_user(
+                f"{len(names)} router calls of {names[0]} could not be reduced "
+                f"({type(error).__name__}: {error}); they are counted as lost, and the model runs on"
+            )
 
     def _store(self, batch: Batch) -> None:
+        if batch.ints.device.type == "meta":
+            raise ValueError("the router ran on the meta device, where there are no values")
         self._kept += len(batch.records)
         if batch.ints.device.type == "cuda":
             self._on_device.append(batch)
             if len(self._on_device) >= SHIP_EVERY:
                 self._ship()
         else:
-            self._on_host.append(batch)
-        self._drop_oldest(self._kept - self.capacity)
+            self._take_on_host(batch)
+        self._drop_oldest()
+
+    def _take_on_host(self, batch: Batch) -> None:
+        """The figures of a batch are on the host: keep them in as little memory as they need."""
+        batch.compact()
+        self._bytes += batch.nbytes
+        self._on_host.append(batch)
 
     def add_reduced(
         self,
@@ -155,23 +166,32 @@ class Recorder:
         with self._lock:
             self._store(Batch(records, top_k, tokens, num_experts, classes, ints, floats))
 
-    def _drop_oldest(self, count: int) -> None:
-        """Make room; batches stand in order of time, those still on the device last."""
-        while count > 0:
+    def _drop_oldest(self) -> None:
+        """Keep to the capacity; batches stand in order of time, those still on the device last."""
+        while self._kept > self.capacity or (self._bytes > self.capacity_bytes and self._on_host):
             oldest = self._on_host[0] if self._on_host else self._on_device[0]
-            dropped = min(count, len(oldest.records))
+            calls = len(oldest.records)
+            over = self._kept - self.capacity
+            if over <= 0:  # by bytes: as many calls as hold what is too much
+                over = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
+            dropped = min(max(1, over), calls)
             self._dropped.update(record.site.name for record in oldest.records[:dropped])
+            before = oldest.nbytes
             oldest.drop(dropped)
+            if self._on_host:
+                self._bytes -= before - oldest.nbytes
             if not oldest.records:
                 self._on_host.popleft() if self._on_host else self._on_device.pop(0)
-            count -= dropped
             self._kept -= dropped
             self.overwritten += dropped
 
     def _ship(self) -> None:
         """Start the copies of all batches on a device to pinned host memory."""
         for batch in self._on_host:
-            batch.unpin_if_copied()
+            if batch.copied is not None:
+                before = batch.nbytes
+                batch.unpin_if_copied()
+                self._bytes += batch.nbytes - before
         for device, batches in _by_device_and_width(self._on_device):
             with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
                 wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
@@ -180,8 +200,10 @@ class Recorder:
             for batch in batches:
                 rows = slice(start, start := start + len(batch.records))
                 batch.ints, batch.floats, batch.copied = ints[rows], floats[rows], copied
+        self._bytes += sum(batch.nbytes for batch in self._on_device)
         self._on_host.extend(self._on_device)
         self._on_device.clear()
+        self._drop_oldest()
 
     def drain(self) -> list[RoutingSample]:
         """All samples kept so far, oldest first. Waits for the device; nothing is removed."""
@@ -191,7 +213,7 @@ class Recorder:
             pairs = [
                 pair
                 for batch in self._on_host
-                for pair in zip(batch.records, batch.to_samples(), strict=True)
+                for pair in zip(batch.records, self._samples(batch), strict=True)
             ]
         pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
         samples = [sample for _, sample in pairs]
@@ -208,12 +230,21 @@ class Recorder:
             batches = list(self._on_host)
             self._on_host.clear()
             self._kept -= sum(len(batch.records) for batch in batches)
+            self._bytes = 0
         return batches
 
-    @staticmethod
-    def samples_of(batches: list[Any]) -> list[RoutingSample]:
+    def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
         """What `take` removed. Waits for the copies."""
-        return [sample for batch in batches for sample in batch.to_samples()]
+        return [sample for batch in batches for sample in self._samples(batch)]
+
+    def _samples(self, batch: Batch) -> list[RoutingSample]:
+        """Those of one batch; one that cannot be read is counted, and costs no other its place."""
+        try:
+            return batch.to_samples()
+        except Exception as error:
+            self._count_unreduced([record.site.name for record in batch.records], error)
+            batch.drop(len(batch.records))
+            return []
 
     def clear(self) -> None:
         """Forget everything recorded."""
@@ -222,7 +253,7 @@ class Recorder:
             self._unfinished = 0
             self._on_device.clear()
             self._on_host.clear()
-            self._held_bytes = self._kept = self.overwritten = 0
+            self._held_bytes = self._kept = self._bytes = self.overwritten = 0
 
 
 def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator[RoutingSample]:

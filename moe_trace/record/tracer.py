@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +28,11 @@ from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.copies import HoldsHooks
 from moe_trace.record.hooks.model import ModelHooks
+from moe_trace.record.hooks.observe import CallClock
 from moe_trace.record.hooks.ranges import profiler_is_recording
-from moe_trace.record.hooks.site import CallClock
+from moe_trace.record.losses import losses, router_infos
 from moe_trace.record.parallel.process import ParallelModel
-from moe_trace.record.parallel.sending import Sending
-from moe_trace.record.recorder import Recorder
+from moe_trace.record.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.rehearsal import rehearse
 from moe_trace.record.steps import Steps
 from moe_trace.timeline.band import Tracks
@@ -48,6 +48,8 @@ class MoETracer(HoldsHooks):
         every: record every n-th step.
         warmup: steps to leave out at the start.
         capacity: router calls kept; beyond it the oldest are dropped and counted.
+        capacity_bytes: memory that their figures may take on the host, beyond which the oldest are dropped
+            too; 256 MiB by default, which 100,000 calls of 64 experts do not reach.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
         clock: times each router and its experts by another clock too, such as `DeviceClock`.
 
@@ -67,19 +69,20 @@ class MoETracer(HoldsHooks):
         every: int = 1,
         warmup: int = 0,
         capacity: int = 100_000,
+        capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
         tracks: Tracks = ("band",),
         clock: CallClock | None = None,
     ) -> None:
-        if every < 1 or warmup < 0 or capacity < 1:
+        if every < 1 or warmup < 0 or capacity < 1 or capacity_bytes < 1:
             raise UsageError(
-                f"expected every >= 1, warmup >= 0 and capacity >= 1, "
-                f"found every={every}, warmup={warmup}, capacity={capacity}"
+                f"expected every >= 1, warmup >= 0, capacity >= 1 and capacity_bytes >= 1, "
+                f"found every={every}, warmup={warmup}, capacity={capacity}, capacity_bytes={capacity_bytes}"
             )
         self.model = model
         self.sites: list[RouterSite] = find_routers(model, layers=layers)
         self.tracks = tracks
         self._steps = Steps(every=every, warmup=warmup)
-        self._recorder = Recorder(capacity=capacity)
+        self._recorder = Recorder(capacity=capacity, capacity_bytes=capacity_bytes)
         self._graphs = GraphRecorder(
             self.sites,
             self._recorder,
@@ -96,11 +99,12 @@ class MoETracer(HoldsHooks):
             graphs=self._graphs,
             captures=self._captures,
             clock=clock,
-            sending=self._sending,
         )
         self._active = False
         self._placements: dict[tuple[str, int], Placement] = {}
-        self._lost = Lost()
+        self._silent_told = False
+        self._traces_lost: dict[str, Lost] = {}
+        """By path: what merging into each trace lost."""
         self.exported_samples: list[RoutingSample] = []
         """The samples of the trace that was exported last."""
         self._description = describe_model(model, self.sites)
@@ -110,6 +114,7 @@ class MoETracer(HoldsHooks):
             "every": every,
             "warmup": warmup,
             "capacity": capacity,
+            "capacity_bytes": capacity_bytes,
         }
 
     @property
@@ -130,7 +135,7 @@ class MoETracer(HoldsHooks):
     @property
     def forwards_recorded(self) -> int:
         """Those of them that belong to a recorded step."""
-        return self._hooks.forwards_recorded
+        return self._hooks.watch.forwards_recorded
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -150,7 +155,8 @@ class MoETracer(HoldsHooks):
         self._graphs.mark(
             Segment(step=0, profiled=False, sampled=False), in_trace=False
         )  # ran while it was off
-        self._hooks.put_on(recording=self.samples_this_step())
+        sending = self._parallel.sending if self._parallel.world_size > 1 else None
+        self._hooks.put_on(recording=self.samples_this_step(), sending=sending)
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
@@ -196,8 +202,7 @@ class MoETracer(HoldsHooks):
 
     def samples(self) -> list[RoutingSample]:
         """One sample per recorded router call, in order of time. Waits for the device."""
-        self.mark_graphs()
-        self._graphs.drain()
+        self._collect()
         placements = self._placements
         return [
             replace(s, placement=placements[s.name, s.call]) if (s.name, s.call) in placements else s
@@ -210,7 +215,7 @@ class MoETracer(HoldsHooks):
         return Recording(
             model=self._description,
             options=self._options,
-            routers=tuple(hooks.info for hooks in self._hooks.routers),
+            routers=router_infos(self._hooks),
             samples=samples,
             lost=self._losses(),
             rank=self._parallel.rank,
@@ -230,21 +235,18 @@ class MoETracer(HoldsHooks):
     def merge_into(self, trace_path: str | Path) -> None:
         """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
         merged = merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks)
-        self.accept(merged.placed[0], merged.lost)
+        self.accept(merged.placed[0], merged.lost, trace_path)
 
-    def accept(self, placed: list[RoutingSample], lost: Lost) -> None:
-        """Remember where the samples of one trace were placed, and what that trace lacked."""
+    def accept(self, placed: list[RoutingSample], lost: Lost, trace_path: str | Path) -> None:
+        """Remember where the samples of one trace were placed, and what that trace lacked.
+
+        A trace that is merged again replaces what it lacked before.
+        """
         self.exported_samples = placed
         for sample in placed:
             if sample.placement is not None:
                 self._placements[sample.name, sample.call] = sample.placement
-        self._lost = replace(
-            self._lost,
-            samples_without_range=self._lost.samples_without_range + lost.samples_without_range,
-            ranges_without_sample=self._lost.ranges_without_sample + lost.ranges_without_sample,
-            unplaced=dict(Counter(self._lost.unplaced) + Counter(lost.unplaced)),
-            untimed=dict(Counter(self._lost.untimed) + Counter(lost.untimed)),
-        )
+        self._traces_lost[os.path.abspath(trace_path)] = lost
 
     def samples_this_step(self) -> bool:
         """Whether the step under way is recorded."""
@@ -254,6 +256,7 @@ class MoETracer(HoldsHooks):
         """Remove what was recorded without waiting for the device; for `samples_of`, on any thread."""
         if self._graphs.writes:
             self._graphs.ship()
+        self._hooks.join()
         return self._recorder.take()
 
     def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
@@ -265,17 +268,24 @@ class MoETracer(HoldsHooks):
 
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
+        self._collect()
+        return {site.name: calls for site, calls in zip(self.sites, self._calls(), strict=True)}
+
+    def _collect(self) -> None:
+        """Bring all that was seen to the recorder. Waits for the device where graphs write."""
+        self._hooks.join()
         self.mark_graphs()
         self._graphs.drain()
-        return {
-            hooks.site.name: hooks.calls + calls
-            for hooks, calls in zip(self._hooks.routers, self._graphs.calls, strict=True)
-        }
+
+    def _calls(self) -> list[int]:
+        """Recorded calls of each router, in graphs and outside of them."""
+        counts = self._hooks.calls.counts
+        return [one.recorded + in_graphs for one, in_graphs in zip(counts, self._graphs.calls, strict=True)]
 
     @property
     def called(self) -> bool:
         """Whether any router was called, or compiled with its hooks."""
-        return self._graphs.writes or any(hooks.calls or hooks.misread for hooks in self._hooks.routers)
+        return self._graphs.writes or any(one.seen for one in self._hooks.calls.counts)
 
     @staticmethod
     def recompile() -> None:
@@ -295,31 +305,26 @@ class MoETracer(HoldsHooks):
         """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
         if not something_was_compiled():
             return 0
-        calls = max(h.calls + c for h, c in zip(self._hooks.routers, self._graphs.calls, strict=True))
-        return max(0, self.forwards_recorded - calls - self._graphs.overwritten)
+        return max(0, self.forwards_recorded - max(self._calls()) - self._graphs.overwritten)
 
     def _losses(self) -> Lost:
         silent = self._silent_forwards()
-        if silent and not self._lost.silent_forwards:
+        if silent and not self._silent_told:
+            self._silent_told = True
             warn_of_silent_forwards(silent)
-        self._lost = replace(self._lost, silent_forwards=silent)
-        return replace(
-            self._lost,
-            overwritten=self._recorder.overwritten + self._graphs.overwritten,
-            unreduced=self._recorder.unreduced,
-            padding_unknown=self._hooks.padding_unknown,
-            misread={h.site.name: h.misread for h in self._hooks.routers if h.misread is not None},
-            never_called=tuple(
-                h.site.name
-                for h, in_graphs in zip(self._hooks.routers, self._graphs.calls, strict=True)
-                if h.calls == 0 and in_graphs == 0 and h.misread is None
-            ),
+        return losses(
+            self._hooks,
+            self._recorder,
+            list(self._traces_lost.values()),
+            silent_forwards=silent,
+            overwritten=self._graphs.overwritten,
+            in_graphs=self._graphs.calls,
         )
 
     # -- graphs ---------------------------------------------------------------------------------------
 
     def _graph_started(self) -> None:
-        self._hooks.graph_started()
+        self._hooks.watch.graph_started()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.
@@ -333,9 +338,6 @@ class MoETracer(HoldsHooks):
             recording = profiler_is_recording()
             segment = Segment(step, recording if profiled is None else profiled, sampled)
             self._graphs.mark(segment, in_trace=recording)
-
-    def _sending(self, experts_args: Any) -> Sending | None:
-        return self._parallel.sending(experts_args)
 
 
 def _describe_layers(layers: LayerSelector) -> Any:

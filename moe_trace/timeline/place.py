@@ -55,12 +55,22 @@ def place_samples(
                 placed.append(sample)
                 continue
             fused = sample.host_end_ns == sample.host_start_ns
-            placed.append(replace(sample, placement=timeline.fused(sample, start_us) if fused else None))
+            placement = timeline.fused(sample, start_us) if fused else None
+            if placement is None and timeline.knows_nothing_of(sample.thread):
+                placement = _by_clock(sample, start_us)
+            placed.append(replace(sample, placement=placement))
             continue
         used.add(id(router))
         placed.append(replace(sample, placement=timeline.placement(router)))
     without_range = sum(sample.placement is None and not sample.in_graph for sample in placed)
     return Placed(placed, without_range, len(timeline.routers) - len(used))
+
+
+def _by_clock(sample: RoutingSample, start_us: float) -> Placement:
+    """Where the host's clock has it: the profiler did not record the thread that it ran on."""
+    return Placement(
+        host={"router": Span(start_us, (sample.host_end_ns - sample.host_start_ns) / 1000)}, device={}
+    )
 
 
 def _inside(time_us: float, window: Span | None) -> bool:
@@ -91,6 +101,10 @@ class _Timeline:
         self._seen.add(event.tid)
         if event.kind == "router":
             self.routers.append(event)
+
+    def knows_nothing_of(self, thread: int) -> bool:
+        """Whether no range of ours is of this thread: a profiler records the one that started it alone."""
+        return thread not in self._seen
 
     def enclosing(self, kind: RangeKind, sample: RoutingSample, time_us: float) -> RangeEvent | None:
         """The range of this sample's site that holds the time, on the sample's own thread if it has one."""

@@ -269,7 +269,7 @@ def calls_of(model: nn.Module, family: Family) -> list[tuple[moe_trace.RouterSit
             seen.append((site, call, site.read(call)))
             return seen[-1][2]
 
-        hooks._read = keep
+        hooks.read = keep
     with tracer:
         family.run(model)
     return seen

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E experts, K slots per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,4 +85,9 @@ class Contract:
     find: Callable[[nn.Module], list[Found]]
     """The routers that stand at one module of a model, which is mostly the block that holds them."""
     read: Callable[[Call], Reading]
-    """One call of such a router. Runs inside the user's forward: it must not wait for the device."""
+    """One call of such a router. Runs when the model's forward ends: it must not wait for the device."""
+    reads_late: bool = False
+    """Whether `read` needs neither the router's arguments nor the first one of the experts, the hidden
+    states: those are then not kept until the forward ends."""
+    combine: Callable[[Call, Sequence[Call], int], Call] | None = None
+    """`combine(call, experts_calls, top_k)`: one call for several calls of the experts in one decision."""

@@ -80,4 +80,5 @@ DENSE_SCORES = Contract(
     description="router -> (scores over all experts, logits); experts(hidden_states scaled by the scores)",
     find=find_dense_scores,
     read=read_dense_scores,
+    reads_late=True,
 )

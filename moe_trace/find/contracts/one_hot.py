@@ -113,4 +113,5 @@ ONE_HOT = Contract(
     description="router -> (mask, weights, logits); experts(hidden_states, mask over all experts, weights)",
     find=find_one_hot,
     read=read_one_hot,
+    reads_late=True,
 )

@@ -37,8 +37,9 @@ def register_contract(
 
     Args:
         name: of the contract, as it stands in traces and tables.
-        read: turns one call into a `Reading(index_TK, weights_TK, logits_TE)`. It runs inside the user's
-            forward and must not wait for the device (no `.item()`, `.tolist()`, `nonzero`).
+        read: turns one call into a `Reading(index_TK, weights_TK, logits_TE)`. It runs when the model's
+            forward ends and must not wait for the device (no `.item()`, `.tolist()`, `nonzero`). What it
+            raises is counted as lost, and the model runs on.
         router: class of the router module, or the class's name.
         experts: name of the experts module beside the router. Its call ends the decision: `read` finds its
             arguments in `call.experts_args`. Without it, a decision ends with the router's call.

@@ -90,4 +90,5 @@ SORTED_DISPATCH = Contract(
     description="router -> (positions, tokens, weights, sizes, logits), sorted by expert",
     find=find_sorted_dispatch,
     read=read_sorted_dispatch,
+    reads_late=True,
 )

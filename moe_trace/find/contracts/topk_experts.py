@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +24,12 @@ from moe_trace.find.contracts.forms import (
     unwrapped,
 )
 from moe_trace.find.contracts.fused_block import fused_block_reader
+from moe_trace.find.contracts.several_calls import combined_choice
 
 # The name of the second argument of an experts module's forward, in every family of transformers 5 whose
 # index is [T, K]. (`router_mask`, NLLB's, is a mask over all experts.)
 INDEX_ARGUMENTS = frozenset({"top_k_index", "router_indices", "selected_experts"})
+_HIDDEN = "hidden_states"
 ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"Router|Gat(e|ing)$|TopK")
 # `x = F.softmax(x, ...)` in the code of a router that returns `x` first.
@@ -167,8 +169,7 @@ RULES: tuple[Rule, ...] = (hash_router, probabilities, softmaxed_logits, identit
 
 def read_topk_experts(call: Call) -> Reading:
     """Index and weights as the experts received them: the true assignments. Logits from the router."""
-    output, given = call.router_output, call.experts_args
-    logits = output[0] if isinstance(output, tuple) and output else output
+    given, logits = call.experts_args, _logits(call)
     if given is not None and len(given) == 3:
         # The usual form, checked in the fewest steps: this runs in every call of every router.
         index, weights = given[1], given[2]
@@ -185,6 +186,11 @@ def read_topk_experts(call: Call) -> Reading:
         except AttributeError:
             pass  # not tensors: said below
     return _explain_or_read(call, logits)
+
+
+def _logits(call: Call) -> Any:
+    output = call.router_output
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def _explain_or_read(call: Call, logits: Any) -> Reading:
@@ -237,7 +243,15 @@ def _router_choice(output: Any) -> tuple[Any, Any]:
 
 
 def _experts_choice(call: Call) -> tuple[Any, Any]:
-    arguments = (*(call.experts_args or ()), *call.experts_kwargs.values())
+    arguments: tuple[Any, ...] = call.experts_args or ()
+    named = dict(call.experts_kwargs)
+    index_name = next((name for name in named if name in INDEX_ARGUMENTS), None)
+    if index_name is not None:  # in whatever order they were named
+        index = named.pop(index_name)
+        rest = [value for name, value in named.items() if name != _HIDDEN]
+        arguments = (None, index, *rest)
+    else:
+        arguments = (*arguments, *named.values())
     if len(arguments) < 3:
         raise ContractMismatch(
             f"expected experts(hidden_states, index, weights), found {len(arguments)} arguments"
@@ -245,9 +259,21 @@ def _experts_choice(call: Call) -> tuple[Any, Any]:
     return arguments[1], arguments[2]
 
 
+def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int) -> Call:
+    """One decision whose experts were called several times; see `Contract.combine`."""
+    logits = _logits(call)
+    shape = None
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        shape = (logits.shape[0], logits.shape[1])
+    index, weights = combined_choice([_choice(one) for one in experts_calls], shape, top_k)
+    return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
+
+
 TOPK_EXPERTS = Contract(
     name="topk-experts",
     description="router -> (logits, weights, index); experts(hidden_states, index, weights)",
     find=find_topk_experts,
     read=read_topk_experts,
+    reads_late=True,
+    combine=combine_experts_calls,
 )

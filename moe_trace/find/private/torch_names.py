@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,15 +46,18 @@ def _named(name: str, loss: str | None = None) -> Any:
 
 # -- autograd ------------------------------------------------------------------------------------------------
 
-_graph_task_id: Callable[[], int] = _named(
+graph_task_id: Callable[[], int] = _named(
     "_C._current_graph_task_id",
     "calls that gradient checkpointing repeats are counted as calls of a forward",
 ) or (lambda: -1)
 
 
+"""Number of the backward that the calling thread is in; -1 outside of one."""
+
+
 def in_backward() -> bool:
     """Whether the calling thread is in a backward, as where gradient checkpointing runs a forward again."""
-    return _graph_task_id() != -1
+    return graph_task_id() != -1
 
 
 _engine = _named("autograd.Variable._execution_engine")
@@ -66,6 +69,43 @@ def after_backward(callback: Callable[[], None]) -> bool:
         return False
     _engine.queue_callback(callback)
     return True
+
+
+# -- modes ---------------------------------------------------------------------------------------------------
+
+_modes: Callable[[], list[Any]] | None
+try:
+    _modes = importlib.import_module("torch.utils._python_dispatch")._get_current_dispatch_mode_stack
+except (ImportError, AttributeError):
+    _modes = None
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """A context that no dispatch mode of the user's sees, such as a policy of selective checkpointing.
+
+    What is computed on fake tensors stays with the mode that made them. Without torch's names for it the
+    modes see what is done inside.
+    """
+    modes = [] if _modes is None else _modes()
+    if not modes or any(type(mode).__name__ == "FakeTensorMode" for mode in modes):
+        return nullcontext()
+    dispatch = importlib.import_module("torch.utils._python_dispatch")
+    disable = getattr(dispatch, "_disable_current_modes", nullcontext)
+    context: AbstractContextManager[Any] = disable()
+    return context
+
+
+def outside_functions() -> AbstractContextManager[Any]:
+    """The same for modes and subclasses that override torch's functions, such as a default device."""
+    disable = _named("_C.DisableTorchFunction") or nullcontext
+    context: AbstractContextManager[Any] = disable()
+    return context
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` makes a program of what the calling thread computes."""
+    state = _named("_C._get_tracing_state")
+    return state is not None and state() is not None
 
 
 # -- the profiler --------------------------------------------------------------------------------------------

@@ -24,5 +24,17 @@ def add_losses(losses: Sequence[Lost], called: Collection[str]) -> Lost:
         never_called=tuple(never),
         unplaced=dict(sum((Counter(lost.unplaced) for lost in losses), Counter())),
         untimed=dict(sum((Counter(lost.untimed) for lost in losses), Counter())),
+        calls_seen=dict(sum((Counter(lost.calls_seen) for lost in losses), Counter())),
+        calls=_by_router([lost.calls for lost in losses]),
+        not_reached=dict(sum((Counter(lost.not_reached) for lost in losses), Counter())),
+        hook_failure=next((lost.hook_failure for lost in losses if lost.hook_failure), None),
         **counts,
     )
+
+
+def _by_router(losses: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, Counter[str]] = {}
+    for lost in losses:
+        for name, reasons in lost.items():
+            total.setdefault(name, Counter()).update(reasons)
+    return {name: dict(reasons) for name, reasons in total.items()}

@@ -46,10 +46,13 @@ def give_stable_id(handle: RemovableHandle) -> None:
     except AttributeError:  # another torch keeps its handles differently: only compile time is lost
         return
     hooks = dicts[0]
+    first = next(iter(hooks), None) == handle.id
     stable = next(i for i in range(_FIRST_STABLE_ID, _FIRST_STABLE_ID + len(hooks) + 1) if i not in hooks)
     for entries in dicts:
         if handle.id in entries:
             entries[stable] = entries.pop(handle.id)
+    if first:  # it was put before all others, and stays there
+        hooks.move_to_end(stable, last=False)
     handle.id = stable
 
 
@@ -70,8 +73,10 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def called_through_compile() -> bool:
+def is_called_through_compile() -> bool:
     """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == EVAL_FRAME:

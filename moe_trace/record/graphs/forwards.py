@@ -105,6 +105,11 @@ class GraphForwards:
         self.epoch += 1
         self._latest = forward
 
+    def tell_stage(self, stage: Stage) -> None:
+        """The forward that began last turned out to be of this stage."""
+        if self._latest is not None:
+            self._latest.stage = stage
+
     def remember(self) -> bool:
         """Graphs write in the forward that began last; returns whether the host saw any begin."""
         if self._latest is None:

@@ -87,6 +87,7 @@ class GraphRecorder:
     def start_on_host(self, forward: HostForward) -> None:
         """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full."""
         self.forwards.begin(forward)
+        self.rings.begin_on_host()
         if not self.writes:
             return
         self.forwards.remember()

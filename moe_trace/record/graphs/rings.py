@@ -19,6 +19,15 @@ from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
 from moe_trace.record.graphs.ring import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
 
+try:
+    from torch.compiler import is_exporting as is_exporting
+except ImportError:  # before torch 2.7
+
+    def is_exporting() -> bool:
+        """Whether `torch.export` makes a program, as far as this torch can tell."""
+        return False
+
+
 _CPU = torch.device("cpu")
 
 
@@ -30,17 +39,26 @@ class ForwardInGraph:
     """
 
     def __init__(self) -> None:
+        self.on_host = False
+        """Whether the host saw the forward under way begin: then no module inside it begins one."""
         self._code: int | None = None
+        self._level = 0
         self._waiting: list[tuple[GraphRing, Tensor, int]] | None = None
 
-    def start(self, stage_code: int, *, together: bool) -> None:
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward was begun that has not ended."""
+        return self.on_host or self._code is not None
+
+    def start(self, stage_code: int, level: int, *, together: bool) -> None:
         """The model's forward begins.
 
         Args:
+            level: of the module that it begins with, and will end with.
             together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
                 cannot leave a layer that is checkpointed.
         """
-        self._code = stage_code << 1 | 1
+        self._code, self._level = stage_code << 1 | 1, level
         self._waiting = [] if together else None
 
     def write(self, ring: GraphRing, body: Tensor, tokens: int) -> None:
@@ -50,8 +68,10 @@ class ForwardInGraph:
         else:
             self._waiting.append((ring, body, tokens))
 
-    def end(self) -> None:
-        """The model's forward is over."""
+    def end(self, level: int) -> None:
+        """A module that the model may be entered through has returned."""
+        if self._code is None or level != self._level:
+            return
         for ring, body, tokens in self._waiting or ():
             ring.put(body, tokens, self._code)
         self.forget()
@@ -59,6 +79,7 @@ class ForwardInGraph:
     def forget(self) -> None:
         """No forward is under way; what one left that was interrupted is dropped."""
         self._code = self._waiting = None
+        self.on_host = False
 
 
 class SiteRings:
@@ -175,30 +196,45 @@ class ModelRings:
         self._started()
         return 0
 
-    def start_in_graph(self, stage_code: int) -> None:
-        """The model's forward begins, inside a graph."""
-        if not CAN_RECORD_GRAPHS:
+    def start_in_graph(self, stage_code: int, level: int) -> None:
+        """A module that the model may be entered through is called inside a graph.
+
+        The forward begins with the outermost one, unless the host saw it begin; the graph is compiled again
+        where it is used in the other way later.
+        """
+        if not CAN_RECORD_GRAPHS or is_exporting() or self._forward.under_way:
             return
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()
-        self._forward.start(stage_code, together=not torch.is_grad_enabled())
+        self._forward.start(stage_code, level, together=not torch.is_grad_enabled())
 
-    def end_in_graph(self) -> None:
-        """The model's forward is over, inside a graph or behind one that was broken off."""
+    def end_in_graph(self, level: int) -> None:
+        """It has returned, inside a graph or behind one that was broken off."""
         with torch.no_grad():
-            self._forward.end()
+            self._forward.end(level)
 
-    def start_captured(self, stage_code: int) -> None:
+    def begin_on_host(self) -> None:
+        """A forward begins that the host sees."""
+        self._forward.forget()
+        self._forward.on_host = True
+
+    def end_on_host(self) -> None:
+        """The forward that the host saw begin is over."""
+        self._forward.forget()
+
+    def start_captured(self, stage_code: int, level: int) -> None:
         """The same while a stream is captured into a graph."""
+        if self._forward.under_way:
+            return
         with torch.no_grad():
-            self.start_in_graph(stage_code)
-        self._forward.start(stage_code, together=False)  # nobody makes one kernel of what is captured
+            self.start_in_graph(stage_code, level)
+        # Nobody makes one kernel of what is captured.
+        self._forward.start(stage_code, level, together=False)
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """The same where the model's hook runs eagerly."""
-        self._forward.forget()
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)

@@ -15,7 +15,8 @@ class HookLevels:
 
     def __init__(self, hooks: Sequence[SiteHooks]) -> None:
         self.kept = False
-        """Compiled code has the hooks in it, so they stay on and are muted instead of removed."""
+        """Compiled code has the hooks in it, so they stay on: what they see in a forward that is not
+        recorded is forgotten when it ends."""
         self._hooks = hooks
         self._wanted: dict[int, Level] = {}
         """By thread inside the model: what its forward needs."""
@@ -25,13 +26,13 @@ class HookLevels:
 
     def set(self, level: Level) -> None:
         """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
-        if level == self._level:
+        # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
+        if level == self._level and (self.kept or level == Level.OFF):
             return
         self._level = level
         for hooks in self._hooks:
-            if self.kept:
-                hooks.muted = level == Level.OFF
-            hooks.set_level(max(level, hooks.level) if self.kept else level)
+            if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
+                hooks.set_level(level)
 
     def want(self, level: Level) -> None:
         """The calling thread's forward needs `level`; of all threads, the one that needs most wins."""

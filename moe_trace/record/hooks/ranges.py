@@ -22,6 +22,11 @@ from moe_trace.find.private.torch_names import (
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
 
 
+def any_profiler_is_recording() -> bool:
+    """Whether a torch profiler records in this process, be it other threads only."""
+    return process_is_profiled() or thread_is_profiled()
+
+
 def profiler_is_recording() -> bool:
     """Whether a torch profiler records the calling thread now."""
     if thread_is_profiled():
@@ -42,11 +47,19 @@ class OpenRanges:
     def __init__(self) -> None:
         self.stacks: dict[int, list[tuple[str, Any]]] = {}
         """By thread; empty while no range is open, which is cheap to ask."""
+        self.wanted: bool | None = None
+        """Whether a profiler records the forwards under way; None where nobody knows, so it is asked."""
+        self.quiet: set[int] = set()
+        """Threads whose forward is not recorded."""
 
     def open(self, name: str) -> None:
-        """Open a range on the calling thread."""
-        opened = (name, enter_range(name))
+        """Open a range on the calling thread, if it is wanted."""
+        if not self.wanted and (self.wanted is False or not profiler_is_recording()):
+            return
         thread = threading.get_ident()
+        if thread in self.quiet:
+            return
+        opened = (name, enter_range(name))
         stack = self.stacks.get(thread)
         if stack is None:
             self.stacks[thread] = [opened]

@@ -28,6 +28,7 @@ def groups_of_one_shape(pending: Sequence[PendingCall]) -> Iterator[list[Pending
     for group in groups.values():
         logits = group[0].reading.logits_TE
         elements = max(1, (logits if logits is not None else group[0].reading.index_TK).numel())
+        elements = max(elements, group[0].record.site.info.num_experts)  # the width of what it is reduced to
         limit = _REDUCED_ELEMENTS_MAX.get(group[0].reading.index_TK.device.type, 2**24)
         size = max(1, limit // elements)
         for start in range(0, len(group), size):

@@ -1,0 +1,136 @@
+"""Which forward of the model a thread is in, and what is known of it: step, stage, padding."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from moe_trace.data.schema import Stage
+
+
+@dataclass(slots=True, eq=False)
+class ForwardContext:
+    """One forward of the model."""
+
+    step: int
+    stage: Stage
+    padding_T: Tensor | None = None
+    epoch: int = 0
+    """Forwards of the model that the host has seen; orders samples that have no time."""
+    recorded: bool = True
+    """False for a step left out by `every` or `warmup`, whose hooks may be on for another thread's sake."""
+    of_model: bool = True
+    """False for a router called outside any forward of the model: through a submodule."""
+    profiled: bool = False
+    """Whether a profiler records, be it another thread only."""
+    told: bool = False
+    """Whether the arguments of a module told stage and padding."""
+    recomputed: bool = False
+    """Checkpointed as a whole, and run again by the backward."""
+    failed: bool = False
+    """An exception ended it."""
+    padding_unclear: bool = False
+    """A block saw another number of tokens than the mask has."""
+    reached: set[int] = field(default_factory=set)
+    """Sites whose router was called."""
+    thread: int = field(default_factory=threading.get_native_id)
+    """Native id of the thread that runs it."""
+    ident: int = field(default_factory=threading.get_ident)
+
+    def inner(self, stage: Stage, padding_T: Tensor | None) -> ForwardContext:
+        """A forward inside this one with inputs of its own, such as a token of a `generate` inside."""
+        return replace(self, stage=stage, padding_T=padding_T, told=True)
+
+    def again(self) -> ForwardContext:
+        """The same forward, run again by its backward, maybe on another thread."""
+        context = self.here()
+        context.recomputed, context.failed = True, False
+        return context
+
+    def here(self) -> ForwardContext:
+        """The same forward on the calling thread."""
+        return replace(self, thread=threading.get_native_id(), ident=threading.get_ident())
+
+
+@dataclass(slots=True)
+class _Entered:
+    """A module of the model that a thread is in."""
+
+    level: int
+    context: ForwardContext
+    inside: int = 0
+    """Modules entered inside it so far."""
+
+
+class ForwardStack:
+    """The modules that each thread entered the model through, outermost first."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[int, list[_Entered]] = {}
+        self.last: ForwardContext | None = None
+        """The forward that began last: what a recomputation in the backward belongs to."""
+
+    def top(self, thread: int) -> _Entered | None:
+        """The innermost module that a thread is in."""
+        stack = self._stacks.get(thread)
+        return stack[-1] if stack else None
+
+    def is_stale(self, thread: int, level: int) -> bool:
+        """Whether a module is entered that lies outside those that the thread is said to be in.
+
+        They were left by an exception that no hook is told of, such as a KeyboardInterrupt.
+        """
+        stack = self._stacks.get(thread)
+        return stack is not None and level <= stack[0].level
+
+    def push(self, thread: int, level: int, context: ForwardContext) -> None:
+        """A thread enters a module."""
+        stack = self._stacks.get(thread)
+        if stack is None:
+            self._stacks[thread] = [_Entered(level, context)]
+            self.last = context
+        else:
+            stack.append(_Entered(level, context))
+
+    def pop(self, thread: int) -> tuple[ForwardContext | None, ForwardContext | None]:
+        """It leaves the innermost one: (the forward it was in, the one that it is in now)."""
+        stack = self._stacks.get(thread)
+        if not stack:
+            return None, None
+        left = stack.pop().context
+        if stack:
+            return left, stack[-1].context
+        del self._stacks[thread]
+        return left, None
+
+    def is_outermost(self, thread: int) -> bool:
+        """Whether the thread is in one module only."""
+        return len(self._stacks.get(thread, ())) == 1
+
+    def is_inner(self, thread: int) -> bool:
+        """Whether the innermost module has a forward of its own inside another one's."""
+        stack = self._stacks.get(thread, [])
+        return len(stack) > 1 and stack[-1].context is not stack[-2].context
+
+    def drop(self, thread: int) -> None:
+        """The thread is in no forward."""
+        self._stacks.pop(thread, None)
+
+    def threads(self) -> list[int]:
+        """The threads that are in a forward."""
+        return list(self._stacks)
+
+    def of(self, thread: int) -> ForwardContext | None:
+        """The forward that a thread is in; for one that only helps, the only one under way."""
+        stack = self._stacks.get(thread)
+        if stack:
+            return stack[-1].context
+        others = list(self._stacks.values())
+        return others[0][-1].context if len(others) == 1 and others[0] else None
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._stacks.clear()
+        self.last = None

@@ -1,0 +1,44 @@
+"""Routers that a forward did not reach although earlier ones did: replaced under us, or fused away."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from moe_trace.find.routers import RouterSite
+
+
+class MissingSites:
+    """Counts, by router, the forwards that reached none of its hooks.
+
+    A part of the model that ran as a whole or not at all, such as an encoder beside a decoder, is missed
+    only if its routers are no longer those of the model.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[RouterSite]) -> None:
+        self.forwards: Counter[str] = Counter()
+        self._model = model
+        self._sites = sites
+        self._expected: set[int] = set()
+        self._towers = [re.split(r"\.\d+\.", f".{site.name}")[0] for site in sites]
+
+    def look(self, reached: set[int]) -> None:
+        """A recorded forward has ended."""
+        if reached == self._expected:
+            return
+        gone = self._expected - reached
+        towers = {self._towers[index] for index in reached}
+        for index in gone:
+            if not reached or self._towers[index] in towers or not self._is_in_place(index):
+                self.forwards[self._sites[index].name] += 1
+        self._expected |= reached
+
+    def _is_in_place(self, index: int) -> bool:
+        site = self._sites[index]
+        try:
+            return self._model.get_submodule(site.name) is site.router
+        except AttributeError:
+            return False

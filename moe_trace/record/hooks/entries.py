@@ -1,0 +1,84 @@
+"""Through which modules a model is entered: itself, what it wraps, and the models inside it.
+
+`PeftModel.generate`, `ddp.module.generate` and `model.model(...)` never call the object that is traced, so
+each module that a forward may begin with is hooked; the outermost one that is called is the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.inputs import ModelInputs
+from moe_trace.record.graphs.compiled import give_stable_id
+from moe_trace.record.hooks.copies import HoldsHooks, is_copy
+
+Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
+End = Callable[["ModelEntry", Any], None]
+
+
+class ModelEntry(HoldsHooks):
+    """One module that a forward may begin with.
+
+    Args:
+        level: modules around it; smaller is further outside.
+        begin: called before the module runs, with its arguments, and whether it is a replica of it.
+        end: called when it has returned, with its output; None where it raised.
+    """
+
+    def __init__(self, module: nn.Module, level: int, *, begin: Begin, end: End) -> None:
+        self.module, self.level = module, level
+        self.inputs = ModelInputs(module)
+        self._begin, self._end = begin, end
+        self._handles: list[RemovableHandle] = []
+
+    def put_on(self) -> None:
+        """Hook the module."""
+        self.inputs = ModelInputs(self.module)  # its forward may have been wrapped since
+        self._handles = [
+            self.module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
+            self.module.register_forward_hook(self.after, always_call=True),
+        ]
+        for handle in self._handles:
+            give_stable_id(handle)
+
+    def take_off(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        """Forward pre-hook."""
+        if module is self.module:
+            self._begin(self, args, kwargs or {}, False)
+        elif not is_copy(module, self.module):
+            self._begin(self, args, kwargs or {}, True)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook."""
+        if module is self.module or not is_copy(module, self.module):
+            self._end(self, output)
+
+
+def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:
+    """(module, level), outermost first: every module above the layers through which all routers are reached,
+    and every language model inside one that holds several."""
+    parts = {id(part) for site in sites for part in (site.router, site.experts, site.block)}
+    found: dict[int, tuple[nn.Module, int]] = {id(model): (model, 0)}
+    encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    for site in sites:
+        module, below = model, site.name.split(".")
+        for level, name in enumerate(below[:-1], start=1):
+            module = module.get_submodule(name)
+            if id(module) in parts or isinstance(module, nn.ModuleList | nn.ModuleDict):
+                break
+            path = ".".join(below[:level]) + "."
+            holds_all = all(other.name.startswith(path) for other in sites)
+            if holds_all or (not encoder_decoder and ModelInputs(module).names_tokens):
+                found.setdefault(id(module), (module, level))
+    return sorted(found.values(), key=lambda item: item[1])

@@ -1,0 +1,30 @@
+"""Keep our own work apart from the user's: no error of ours enters theirs, no mode of theirs ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_trace.find.private.torch_names import outside_functions, outside_modes
+
+
+def warn_user(message: str, *, stacklevel: int = 3) -> None:
+    """Warn; where the user turned warnings into errors, stay silent instead of ending their forward."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+    except RuntimeWarning:
+        return
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Without gradients, and seen by no mode of the user's.
+
+    A policy of selective checkpointing is such a mode: it numbers the operators of a forward, and an
+    operator more in the forward than in its recomputation would make it return another's output.
+    """
+    with torch.no_grad(), outside_functions(), outside_modes():
+        yield

@@ -1,0 +1,207 @@
+"""Join what the hooks saw into router calls: per site, thread and execution of the block.
+
+Router calls, experts calls and blocks are observed apart. A router call has none, one or several calls of
+its experts, which may run on another thread. What does not join is counted with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_trace.find.contracts import Call
+from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, Event
+
+
+@dataclass(slots=True)
+class ExpertsCall:
+    """One call of an experts module, as it received it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sending: Any = None
+    mark: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class RouterCall(Call):
+    """One call of a router with all that was joined to it."""
+
+    site: int = 0
+    thread: int = 0
+    context: ForwardContext | None = None
+    start_ns: int = 0
+    end_ns: int = 0
+    mark: Any = None
+    recomputed: bool = False
+    returned: bool = False
+    experts: list[ExpertsCall] = field(default_factory=list)
+    fused: bool = False
+    """Its block ended without having called any experts."""
+    reading: Any = None
+    """Of a block that called neither its router nor its experts: what `Found.read_block` read."""
+
+
+class SiteState:
+    """What earlier events of a site taught."""
+
+    __slots__ = ("block_seen", "experts_called")
+
+    def __init__(self) -> None:
+        self.experts_called = False
+        """Whether its experts were ever called as a module."""
+        self.block_seen = False
+        """Whether its block is observed."""
+
+
+class CallJoiner:
+    """Turns events into router calls, in the order in which the routers were called.
+
+    Args:
+        needs_experts: of each site, whether its experts are a module whose call ends the decision.
+        context_of: the forward that a thread is in, for the first event of a call.
+        orphan: told the site of each experts call that belongs to no router call.
+    """
+
+    def __init__(
+        self,
+        needs_experts: Sequence[bool],
+        *,
+        context_of: Callable[[int], ForwardContext],
+        orphan: Callable[[int], None],
+    ) -> None:
+        self.states = [SiteState() for _ in needs_experts]
+        self._needs_experts = needs_experts
+        self._context_of = context_of
+        self._orphan = orphan
+        self._open: dict[tuple[int, int], RouterCall] = {}
+        """The last router call by site and thread."""
+        self._blocks: dict[tuple[int, int], list[RouterCall]] = {}
+        """Router calls of the block under way."""
+        self._begun: list[RouterCall] = []
+        """All calls that are not finished, in order."""
+        self._orphans: list[tuple[int, Event]] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call is under way."""
+        return not self._begun
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Fold events in."""
+        open_calls, states = self._open, self.states
+        for event in events:
+            kind, site, thread = event[0], event[1], event[2]
+            if kind == BEGIN:
+                self._begin(site, thread, event)
+                continue
+            call = open_calls.get((site, thread))
+            if kind == EXPERTS:
+                states[site].experts_called = True
+                if call is None or not call.returned:
+                    call = self._router_of(site, event)
+                if call is None:
+                    self._orphans.append((site, event))
+                else:
+                    call.experts.append(ExpertsCall(*event[3:]))
+            elif kind == ROUTER:
+                if call is not None:
+                    call.end_ns, call.router_output = event[3], event[4]
+                    call.returned = event[4] is not None
+                    call.recomputed = event[5] != -1
+            elif kind == BLOCK:
+                states[site].block_seen = True
+                self._blocks[site, thread] = []
+            elif kind == BLOCK_END:
+                self._end_block(site, thread, event[3])
+            elif call is not None:
+                call.watched_output = event[3]
+
+    def _begin(self, site: int, thread: int, event: Event) -> None:
+        call = RouterCall(event[4], None, None, {}, None, site, thread)
+        call.context = event[6] if len(event) > 6 else self._context_of(thread)
+        call.start_ns, call.mark = event[3], event[5]
+        self._open[site, thread] = call
+        self._begun.append(call)
+        block = self._blocks.get((site, thread))
+        if block is not None:
+            block.append(call)
+
+    def _router_of(self, site: int, event: Event) -> RouterCall | None:
+        """The router call of experts called on another thread: by its tensors, else the only one."""
+        found = [c for (s, _), c in self._open.items() if s == site and c.returned]
+        given = {id(value) for value in (*event[3], *event[4].values()) if value is not None}
+        for call in found:
+            output = call.router_output
+            parts = output if isinstance(output, tuple | list) else (output,)
+            if any(id(part) in given for part in parts):
+                return call
+        return found[0] if len(found) == 1 else None
+
+    def _end_block(self, site: int, thread: int, reading: Any) -> None:
+        calls = self._blocks.pop((site, thread), None)
+        if reading is not None and not calls:
+            call = RouterCall(None, None, None, {}, None, site, thread)
+            call.context = self._context_of(thread)
+            call.start_ns = call.end_ns = reading[0]
+            call.reading, call.recomputed, call.returned = reading[1], reading[2], True
+            self._begun.append(call)
+        elif calls and not any(call.experts for call in calls):
+            returned = [call for call in calls if call.returned]
+            if returned:  # where the router is called more than once, the last one decides
+                returned[-1].fused = True
+
+    def finished(self, ended: Callable[[int], bool]) -> list[RouterCall]:
+        """Remove the calls to which nothing can be joined any more.
+
+        Args:
+            ended: whether the forward that a thread was in has ended.
+        """
+        still: list[RouterCall] = []
+        done: list[RouterCall] = []
+        for call in self._begun:
+            (done if ended(call.thread) else still).append(call)
+        self._begun = still
+        for key in [key for key in self._open if ended(key[1])]:
+            del self._open[key]
+        for key in [key for key in self._blocks if ended(key[1])]:
+            del self._blocks[key]
+        if self._orphans:
+            self._retry_orphans(keep=bool(still))
+        return done
+
+    def passed(self) -> list[RouterCall]:
+        """Remove the calls whose thread has begun another one since, and that are complete by all signs."""
+        last: dict[int, RouterCall] = {call.thread: call for call in self._begun}
+        done = [call for call in self._begun if last[call.thread] is not call and self._is_complete(call)]
+        if done:
+            gone = set(map(id, done))
+            self._begun = [call for call in self._begun if id(call) not in gone]
+            for key in [key for key, call in self._open.items() if id(call) in gone]:
+                del self._open[key]
+        return done
+
+    def _is_complete(self, call: RouterCall) -> bool:
+        if call.experts or call.reading is not None:
+            return True
+        return call.returned and not self._needs_experts[call.site]
+
+    def _retry_orphans(self, *, keep: bool) -> None:
+        orphans, self._orphans = self._orphans, []
+        for site, event in orphans:
+            call = self._router_of(site, event)
+            if call is not None:
+                call.experts.append(ExpertsCall(*event[3:]))
+            elif keep:
+                self._orphans.append((site, event))
+            else:
+                self._orphan(site)
+
+    def forget(self, thread: int) -> None:
+        """Drop what a thread has under way: its forward was interrupted, and no hook saw it."""
+        self._begun = [call for call in self._begun if call.thread != thread]
+        for table in (self._open, self._blocks):
+            for key in [key for key in table if key[1] == thread]:
+                table.pop(key)

@@ -1,0 +1,274 @@
+"""What the hooks on one router, its experts and its block do: they append to a list, and open ranges.
+
+They do no arithmetic, never wait for the device, and never raise. What they saw is joined and read when the
+forward ends (`joining.py`, `calls.py`). What is known for a whole forward is not asked in each call: other
+hooks are put on (`site.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+from time import time_ns
+from typing import Any, Protocol
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from moe_trace.data.schema import RangeKind, range_name
+from moe_trace.find.private.torch_names import graph_task_id
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.graphs.capture import CaptureNotes
+from moe_trace.record.graphs.hooks import TracedSite
+from moe_trace.record.graphs.memory import captures_now
+from moe_trace.record.graphs.rings import SiteRings
+from moe_trace.record.hooks.copies import HoldsHooks, is_copy
+from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, WATCHED, Event
+from moe_trace.record.hooks.guard import apart
+from moe_trace.record.hooks.ranges import OpenRanges
+from moe_trace.record.hooks.rewritten import TensorCopies
+from moe_trace.record.parallel.sending import Sending
+
+_MISSING: Any = object()
+
+
+class CallClock(Protocol):
+    """Times a router's module and its experts beside the host's clock; must not wait for the device."""
+
+    def start(self, args: tuple[Any, ...]) -> Any:
+        """Called just before the module runs, with its arguments; returns a mark."""
+
+    def stop(self, mark: Any) -> None:
+        """Called just after it ran."""
+
+    def keep(self, name: str, call: int, kind: RangeKind, mark: Any) -> None:
+        """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
+
+
+class SiteObserver(HoldsHooks):
+    """The hooks of one site: what each of them does.
+
+    Args:
+        index: number of the site in the events.
+        rings: where decisions go that are made inside compiled code or a CUDA graph.
+        captures: notes where router and experts stand in a graph that is captured by hand.
+        clock: times router and experts by another clock too.
+    """
+
+    def __init__(
+        self,
+        site: RouterSite,
+        index: int,
+        *,
+        ranges: OpenRanges,
+        rings: SiteRings,
+        captures: CaptureNotes,
+        clock: CallClock | None,
+        events: list[Event],
+    ) -> None:
+        self.site = site
+        self.ranged = False
+        """Whether ranges are opened while a profiler records."""
+        self.append: Callable[[Event], Any] = events.append
+        """Where events go now: into a list, or through somebody who looks at each."""
+        self.sending: Callable[[Any], Sending | None] | None = None
+        """Tells from the arguments of the experts what the call moves between processes; None where the
+        process runs alone."""
+        self.copies: TensorCopies | None = TensorCopies()
+        self._index = index
+        self._events = events
+        self._traced = TracedSite(site, rings)
+        self._captures = captures
+        self._capturing = False
+        self._expert_marks: dict[int, Any] = {}
+        self._ranges = ranges
+        self._clock = clock
+        self._keeps_arguments = not site.contract.reads_late
+        self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
+        self._cuda = False
+
+    # -- hooks: the first three run in every call of every router, so they do the least possible ---------
+
+    def _before_router(self, module: nn.Module, args: Any) -> None:
+        if is_dynamo_compiling():
+            self._traced.before_router(args)
+        elif module is self.site.router or not is_copy(module, self.site.router):
+            self.append((BEGIN, self._index, get_ident(), time_ns(), None, None))
+
+    def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_dynamo_compiling():
+            self._traced.after_router(output)
+            return
+        now_ns = time_ns()
+        if self.copies is not None:
+            output = self.copies.router_output(output)
+        self.append((ROUTER, self._index, get_ident(), now_ns, output, graph_task_id()))
+
+    def _after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
+        # Without `output`: taken off by another thread after torch had begun to call the module's hooks, so
+        # that torch takes it for a hook without keyword arguments.
+        given = {} if output is _MISSING else kwargs
+        if is_dynamo_compiling():
+            self._traced.after_experts(args, given)
+            return
+        if self._traced.call is not None:
+            self._adopt_traced()
+        if self.copies is not None or given or self._keeps_arguments:
+            args, given = self._trimmed(args, given)
+        else:
+            args = (None, *args[1:])  # hidden states would keep their memory until the forward ends
+        self.append((EXPERTS, self._index, get_ident(), args, given))
+
+    def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_dynamo_compiling() or self._capturing:
+            self._traced.after_watched(output)
+            return
+        if self.copies is not None:
+            output = self.copies.copy(output)
+        self.append((WATCHED, self._index, get_ident(), output))
+
+    def _trimmed(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of experts without those that reading does not need, copied where they must be."""
+        if not self._keeps_arguments:
+            args = (None, *args[1:])
+            kwargs = {k: (None if k == "hidden_states" else v) for k, v in kwargs.items()}
+        if self.copies is not None:
+            args = self.copies.copy(args)
+            kwargs = {k: self.copies.copy(v) for k, v in kwargs.items()}
+        return args, kwargs
+
+    def _adopt_traced(self) -> None:
+        """The router ran inside compiled code and its experts do not: it has no time of its own."""
+        call = self._traced.take()
+        if call is not None:
+            now_ns, thread = time_ns(), get_ident()
+            self.append((BEGIN, self._index, thread, now_ns, None, None))
+            output = (
+                call.router_output if self.copies is None else self.copies.router_output(call.router_output)
+            )
+            self.append((WATCHED, self._index, thread, call.watched_output))
+            self.append((ROUTER, self._index, thread, now_ns, output, graph_task_id()))
+
+    # -- the same where ranges, clocks, captures or several processes take part --------------------------
+
+    def _before_router_timed(self, module: nn.Module, args: Any) -> None:
+        if is_dynamo_compiling():
+            self._traced.before_router(args)
+            return
+        if module is not self.site.router and is_copy(module, self.site.router):
+            return
+        if self._cuda and captures_now():
+            self._capturing = True
+            self._traced.before_router(args)
+            self._captures.begin(self.site.name, self.site.site, "router")
+            return
+        if self.ranged:
+            self._ranges.open(self._names["router"])
+        mark = None if self._clock is None else self._clock.start(args)
+        kept = args if self._keeps_arguments else None
+        self.append((BEGIN, self._index, get_ident(), time_ns(), kept, mark))
+
+    def _after_router_timed(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_dynamo_compiling():
+            self._traced.after_router(output)
+            return
+        if self._capturing:
+            self._captures.end(self.site.name, "router")
+            self._traced.after_router(output)
+            self._capturing = self.site.experts is not None and output is not None
+            return
+        if self._clock is not None:
+            self._stop_clock()
+        self._after_router(module, args, output)
+        if self._ranges.stacks:
+            self._ranges.close(self._names["router"])
+
+    def _stop_clock(self) -> None:
+        """Of the router that returns now: the last one that began on this thread."""
+        thread = get_ident()
+        for event in reversed(self._events):
+            if event[0] == BEGIN and event[1] == self._index and event[2] == thread:
+                self._clock.stop(event[5])  # type: ignore[union-attr]
+                return
+
+    def _before_experts(self, module: nn.Module, args: Any) -> None:
+        if is_dynamo_compiling():
+            return
+        if self._capturing:
+            self._captures.begin(self.site.name, self.site.site, "experts")
+            return
+        if self.ranged:
+            self._ranges.open(self._names["experts"])
+        if self._clock is not None:
+            self._expert_marks[get_ident()] = self._clock.start(args)
+
+    def _after_experts_timed(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
+        given = {} if output is _MISSING else kwargs
+        if is_dynamo_compiling():
+            self._traced.after_experts(args, given)
+            return
+        if self._capturing:
+            self._capturing = False
+            if self.site.times_experts:
+                self._captures.end(self.site.name, "experts")
+            self._traced.after_experts(args, given)
+            return
+        mark = None
+        if self._clock is not None:
+            mark = self._expert_marks.pop(get_ident(), None)
+            if mark is not None:
+                self._clock.stop(mark)
+        if self._traced.call is not None:
+            self._adopt_traced()
+        sending = None if self.sending is None else self.sending(args)
+        kept, given = self._trimmed(args, given)
+        self.append((EXPERTS, self._index, get_ident(), kept, given, sending, mark))
+        if self._ranges.stacks:
+            self._ranges.close(self._names["experts"])
+
+    # -- the block ------------------------------------------------------------------------------------
+
+    def _before_block(self, module: nn.Module, args: Any) -> None:
+        if is_dynamo_compiling():
+            self._traced.before_block()
+            return
+        if module is not self.site.block and is_copy(module, self.site.block):
+            return
+        if self.ranged:
+            self._ranges.open(self._names["block"])
+        self.append((BLOCK, self._index, get_ident(), time_ns()))
+
+    def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
+        if output is _MISSING:
+            kwargs, output = {}, kwargs
+        given = (*args, *kwargs.values())
+        if is_dynamo_compiling():
+            self._traced.after_block(given, output)
+            return
+        if output is not None:
+            reading = None if self.site.read_block is None else self._read_block(given, output)
+            self.append((BLOCK_END, self._index, get_ident(), reading))
+        if self._ranges.stacks:
+            self._ranges.close(self._names["block"])
+
+    def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:
+        """(start, reading or error, whether in a backward) of a block in which the router was not called."""
+        thread = get_ident()
+        for event in reversed(self._events):
+            if event[1] == self._index and event[2] == thread:
+                if event[0] == BLOCK:
+                    break
+                if event[0] == BEGIN:
+                    return None
+        else:
+            return None
+        try:
+            with apart():
+                reading: Any = self.site.read_block(args, output)  # type: ignore[misc]
+        except Exception as error:
+            reading = error
+        if captures_now():
+            if not isinstance(reading, Exception):
+                self._traced.rings.write_captured(reading)
+            return None
+        return event[3], reading, graph_task_id() != -1

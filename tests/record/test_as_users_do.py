@@ -1,0 +1,458 @@
+"""What users do to a recorded model: counts stay those that the experts received, or a loss says why."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import DogeConfig, DogeForCausalLM
+
+import moe_trace
+from models import tiny_olmoe, token_batch, watch_experts
+from moe_trace.find.contracts import unregister_contract
+
+EXPERTS = 8
+
+
+def assert_conserved(tracer: moe_trace.MoETracer) -> None:
+    """Router calls seen are recorded, or lost for a reason."""
+    lost, recorded = tracer.recording().lost, tracer.calls_by_router()
+    samples = tracer.samples()
+    for site in tracer.sites:
+        reasons = dict(lost.calls.get(site.name, {}))
+        kept = sum(s.name == site.name for s in samples)
+        assert kept == recorded[site.name] - reasons.get("overwritten", 0) - reasons.get("unreduced", 0)
+        assert lost.calls_seen.get(site.name, 0) == kept + sum(reasons.values())
+
+
+def counts_of(samples: list[Any]) -> list[list[int]]:
+    return [s.assignments.tolist() for s in samples]
+
+
+def test_a_choice_forced_by_a_later_hook_is_what_is_recorded() -> None:
+    model = tiny_olmoe()
+
+    def force(module: Any, args: Any) -> Any:
+        return args[0], torch.zeros_like(args[1]) + torch.arange(2), *args[2:]
+
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+        for layer in model.model.layers:
+            layer.mlp.experts.register_forward_pre_hook(force)
+        model(**token_batch())
+    for sample in tracer.samples()[3:]:
+        assert sample.assignments.tolist() == [24, 24, 0, 0, 0, 0, 0, 0]
+    assert_conserved(tracer)
+
+
+def test_a_later_hook_on_a_router_is_seen() -> None:
+    """Its output as the block gets it: logits too."""
+    model = tiny_olmoe(layers=1)
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+        model.model.layers[0].mlp.gate.register_forward_hook(lambda m, a, out: (out[0] * 0, *out[1:]))
+        model(**token_batch())
+    entropy = [s.router_entropy for s in tracer.samples()]
+    assert entropy[1] == pytest.approx(np.log(EXPERTS)) != pytest.approx(entropy[0])
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_gate_called_without_its_experts_assigns_nothing(profiled: bool) -> None:
+    """Prefetching the experts of the next layer."""
+    model = tiny_olmoe()
+    layers = model.model.layers
+    for one, after in itertools.pairwise(layers):
+        gate = after.mlp.gate
+        one.mlp.register_forward_pre_hook(lambda m, args, gate=gate: (gate(args[0].flatten(0, 1)), None)[1])
+    context = moe_trace.profile(model) if profiled else moe_trace.MoETracer(model)
+    with torch.no_grad(), watch_experts(model) as calls, context as running:
+        for _ in range(6):
+            model(**token_batch())
+    tracer = running.tracer if profiled else running
+    assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    assert tracer.recording().lost.calls["model.layers.1.mlp.gate"] == {"without_experts": 6}
+    assert_conserved(tracer)
+
+
+def hot_and_cold(block: Any, x: Any, w: Any, i: Any) -> Any:
+    hot = i < 4
+    return block.experts(x, i, w * hot) + block.experts(x, i, w * ~hot)
+
+
+def tiles(block: Any, x: Any, w: Any, i: Any) -> Any:
+    parts = zip(x.split(7), i.split(7), w.split(7), strict=True)
+    return torch.cat([block.experts(a, b, c) for a, b, c in parts])
+
+
+def slots(block: Any, x: Any, w: Any, i: Any) -> Any:
+    return block.experts(x, i[:, :1], w[:, :1]) + block.experts(x, i[:, 1:], w[:, 1:])
+
+
+def named(block: Any, x: Any, w: Any, i: Any) -> Any:
+    return block.experts(top_k_weights=w, hidden_states=x, top_k_index=i)
+
+
+def on_a_thread(block: Any, x: Any, w: Any, i: Any) -> Any:
+    found: list[Any] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(block.experts(x, i, w))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("way", [hot_and_cold, tiles, slots, named, on_a_thread])
+def test_experts_called_in_other_ways_make_one_decision(way: Any) -> None:
+    model, true = tiny_olmoe(layers=2), []
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden.flatten(0, 1)
+        _, w, i = self.gate(x)
+        true.append(torch.bincount(i.flatten(), minlength=EXPERTS).tolist())
+        return way(self, x, w, i).view_as(hidden)
+
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(forward, layer.mlp)
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for seed in range(6):
+            model(**token_batch(seed=seed))
+    assert counts_of(tracer.samples()) == true
+    assert_conserved(tracer)
+
+
+class StaticRouter(nn.Module):
+    """Writes its decision into the same buffers in every call."""
+
+    def __init__(self, buffers: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = EXPERTS, 2
+        self.gate = nn.Linear(16, EXPERTS, bias=False)
+        self.kept = [(torch.zeros(32, 2), torch.zeros(32, 2, dtype=torch.int64)) for _ in range(buffers)]
+        self.true: list[list[int]] = []
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out = self.kept[len(self.true) % len(self.kept)]
+        torch.topk(torch.sigmoid(self.gate(x)), self.top_k, out=out)
+        self.true.append(torch.bincount(out[1].flatten(), minlength=EXPERTS).tolist())
+        return out
+
+
+class StaticBlock(nn.Module):
+    def __init__(self, buffers: int) -> None:
+        super().__init__()
+        self.router = StaticRouter(buffers)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, _ = self.router(x)
+        return x * weights.sum(-1, keepdim=True)
+
+
+@pytest.fixture
+def contract() -> Iterator[None]:
+    moe_trace.register_contract(
+        "static",
+        router=StaticRouter,
+        watch="gate",
+        read=lambda call: moe_trace.Reading(
+            index_TK=call.router_output[1], weights_TK=call.router_output[0], logits_TE=call.watched_output
+        ),
+    )
+    yield
+    unregister_contract("static")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_buffers_that_are_written_again_are_copied(contract: None, buffers: int, inference: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(StaticBlock(buffers))
+    with torch.inference_mode(inference), torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for _ in range(20):
+            model(torch.randn(32, 16))
+    assert counts_of(tracer.samples()) == model[0].router.true
+    assert_conserved(tracer)
+
+
+def test_a_contract_may_raise_anything(contract: None) -> None:
+    model = nn.Sequential(StaticBlock(1))
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer, warnings.catch_warnings():
+        warnings.simplefilter("error")  # not even our warning ends the forward
+        tracer._hooks.routers[0].read = lambda call: [][0]  # type: ignore[return-value]
+        model(torch.randn(32, 16))
+    lost = tracer.recording().lost
+    assert lost.misread == {"0.router": "IndexError: list index out of range"}
+    assert lost.calls == {"0.router": {"unreadable": 1}}
+    assert_conserved(tracer)
+
+
+def test_one_bad_call_loses_no_other(tmp_path: Path) -> None:
+    model = tiny_olmoe(layers=2)
+    model.set_experts_implementation("batched_mm")
+    path, ids = tmp_path / "trace.json", token_batch()["input_ids"]
+    with torch.no_grad(), moe_trace.profile(model) as prof, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(ids)
+        model.to("meta")
+        model(ids.to("meta"))
+    prof.export_chrome_trace(str(path))
+    summary = moe_trace.read_summary(path)
+    assert summary.totals.calls == 2 and summary.lost.unreduced == 2
+    assert_conserved(prof.tracer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    model = tiny_olmoe(layers=1)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+            model(**token_batch())
+        assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_call_without_tokens_is_a_call() -> None:
+    model = tiny_olmoe(layers=1)
+    block = model.model.layers[0].mlp
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        block(torch.zeros(1, 0, 32))
+        model(**token_batch())
+    assert [s.tokens for s in tracer.samples()] == [0, 24]
+    assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    assert_conserved(tracer)
+
+
+class Wrapper(nn.Module):
+    """A user's own, whose arguments tell nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.policy = model
+
+    def forward(self, batch: Any) -> Any:
+        return self.policy(**batch)
+
+
+ENTRIES = {
+    "the model": lambda model: (model, model),
+    "a wrapper's model": lambda model: (Wrapper(model), model),
+    "what compile returned": lambda model: (torch.compile(model, backend="eager"), model),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"warmup": 1}])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_generate_further_inside_is_the_same_run(entry: str, options: dict[str, int]) -> None:
+    batch = token_batch(3, 10)
+    batch["attention_mask"][0, :4] = 0
+
+    def run(entry: str) -> Any:
+        traced, called = ENTRIES[entry](tiny_olmoe(layers=2))
+        with torch.no_grad(), moe_trace.MoETracer(traced, **options) as tracer:
+            called.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        totals = tracer.summary().totals
+        return [(s.stage, s.step) for s in tracer.samples()], totals.padding_assignments
+
+    assert run(entry) == run("the model")
+
+
+def test_an_inner_model_called_alone_and_nested_calls_count_once() -> None:
+    model = tiny_olmoe(layers=2)
+    wrapper, batch = Wrapper(model), token_batch(2, 6)
+    batch["attention_mask"][0, :3] = 0
+    with torch.no_grad(), moe_trace.MoETracer(wrapper) as tracer:
+        wrapper(batch)
+        model.model(**batch)
+        model(**batch)
+    assert tracer.forwards_seen == 3
+    samples = tracer.samples()
+    assert [s.step for s in samples] == [0, 0, 1, 1, 2, 2]
+    assert {(s.stage, s.padding_assignments) for s in samples} == {("prefill", 3 * 2)}
+
+
+def test_a_wrapper_that_generates_is_one_step_of_many_stages() -> None:
+    class Agent(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+    agent = Agent(tiny_olmoe(layers=1))
+    with torch.no_grad(), moe_trace.MoETracer(agent) as tracer:
+        agent(token_batch(1, 5)["input_ids"])
+    assert [(s.stage, s.step) for s in tracer.samples()] == [("prefill", 0), ("decode", 0), ("decode", 0)]
+    assert tracer.forwards_seen == 1
+
+
+def test_padding_of_tiles_is_said_to_be_unknown() -> None:
+    class Tiled(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.mlp(part.contiguous()) for part in hidden.chunk(2, dim=1)], 1)
+
+    batch = token_batch(3, 10)
+    batch["attention_mask"][0, :4] = 0
+    model = tiny_olmoe(layers=2)
+    for layer in model.model.layers:
+        layer.mlp = Tiled(layer.mlp)
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**batch)
+    assert tracer.recording().lost.padding_unknown == 1
+    assert_conserved(tracer)
+
+
+def test_blocks_that_are_replaced_are_missed_and_a_new_tracer_has_them() -> None:
+    model = tiny_olmoe(layers=2)
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+        for layer in model.model.layers:
+            layer.mlp = copy.deepcopy(layer.mlp)
+        for _ in range(3):
+            model(**token_batch())
+    assert tracer.recording().lost.not_reached == {site.name: 3 for site in tracer.sites}
+    assert any("new MoETracer" in note for note in tracer.summary().notes)
+    with torch.no_grad(), moe_trace.MoETracer(model) as again:
+        model(**token_batch())
+    assert again.recording().lost.not_reached == {} and len(again.samples()) == 2
+
+
+def test_generate_in_a_thread_stands_in_the_trace(tmp_path: Path) -> None:
+    model, path = tiny_olmoe(layers=2), tmp_path / "trace.json"
+    with moe_trace.profile(model) as prof:
+        thread = threading.Thread(
+            target=lambda: model.generate(
+                **token_batch(1, 8), max_new_tokens=4, min_new_tokens=4, do_sample=False
+            )
+        )
+        thread.start()
+        thread.join()
+    prof.export_chrome_trace(str(path))
+    summary = moe_trace.read_summary(path)
+    assert summary.totals.calls == len(prof.tracer.samples()) == 8
+    assert summary.lost.samples_without_range == 0
+    assert all(
+        s.placement is not None and s.placement.host["router"].duration_us > 0 for s in prof.tracer.samples()
+    )
+
+
+def test_a_profile_inside_a_tracer_has_its_places(tmp_path: Path) -> None:
+    model, path = tiny_olmoe(layers=2), tmp_path / "trace.json"
+    with torch.no_grad(), moe_trace.MoETracer(model) as whole_run:
+        model(**token_batch())
+        with moe_trace.profile(model) as prof:
+            model(**token_batch())
+        model(**token_batch())
+    prof.export_chrome_trace(str(path))
+    summary = moe_trace.read_summary(path)
+    assert summary.totals.calls == 2 and len(whole_run.samples()) == 6
+    assert summary.lost.samples_without_range == summary.lost.ranges_without_sample == 0
+
+
+def test_merging_a_trace_again_counts_its_losses_once(tmp_path: Path) -> None:
+    model, path = tiny_olmoe(layers=1), tmp_path / "trace.json"
+    with torch.no_grad(), torch.profiler.profile() as prof, moe_trace.MoETracer(model) as tracer:
+        model(**token_batch())
+    prof.export_chrome_trace(str(path))
+    path.write_text(path.read_text().replace('"moe.router/L00"', '"gone"'))
+    for _ in range(3):
+        tracer.merge_into(path)
+        assert tracer.recording().lost.samples_without_range == 1
+
+
+def test_figures_are_bounded_in_bytes() -> None:
+    model = tiny_olmoe(layers=2)
+    with torch.no_grad(), moe_trace.MoETracer(model, capacity_bytes=20_000) as tracer:
+        for _ in range(40):
+            model(**token_batch())
+            tracer.samples()
+    assert tracer._recorder._bytes <= 20_000
+    assert 0 < len(tracer.samples()) < 80
+    assert_conserved(tracer)
+
+
+def test_counts_that_are_mostly_zero_take_little_memory() -> None:
+    config = DogeConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        is_moe=True,
+        num_experts=4096,
+        num_experts_per_tok=4,
+        max_position_embeddings=128,
+    )
+    model = DogeForCausalLM(config).eval()
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for seed in range(10):
+            model(**{"input_ids": token_batch(1, 1, seed=seed)["input_ids"]})
+        samples = tracer.samples()
+    assert all(s.assignments.sum() == s.tokens * s.top_k - s.skipped for s in samples)
+    assert tracer._recorder._bytes / len(samples) < 1000  # 32 KB as they are
+
+
+def test_an_exported_program_has_nothing_of_ours() -> None:
+    model = tiny_olmoe(layers=1).model.layers[0].mlp
+    model.experts.config._experts_implementation = "grouped_mm"
+    hidden = torch.randn(1, 4, 32)
+    bare = torch.export.export(model, (hidden,))
+    with moe_trace.MoETracer(nn.Sequential(model)) as tracer:
+        traced = torch.export.export(model, (hidden,))
+    assert [n.name for n in traced.graph.nodes] == [n.name for n in bare.graph.nodes]
+    assert tracer.samples() == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_selective_checkpoint_saves_what_it_did(reentrant: bool) -> None:
+    """Its policy counts the operators of a forward: ours must not be among them."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    seen: list[Any] = []
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        seen.append(op)
+        return CheckpointPolicy.MUST_SAVE
+
+    def run(traced: bool) -> tuple[list[Any], list[torch.Tensor]]:
+        seen.clear()
+        model = tiny_olmoe(layers=1).train()
+        model.set_experts_implementation("batched_mm")
+        block, hidden = model.model.layers[0].mlp, torch.randn(1, 6, 32, generator=torch.manual_seed(0))
+        options: dict[str, Any] = {"use_reentrant": reentrant}
+        if not reentrant:
+            options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)
+        tracer = moe_trace.MoETracer(model)
+        if traced:
+            tracer.start()
+        checkpoint(block, hidden.requires_grad_(), **options).sum().backward()
+        if traced:
+            tracer.stop()
+            assert {s.phase for s in tracer.samples()} == {"forward", "recompute"}
+        return list(seen), [p.grad for p in block.parameters() if p.grad is not None]
+
+    bare_ops, bare = run(False)
+    ops, traced = run(True)
+    assert ops == bare_ops
+    assert all(torch.equal(a, b) for a, b in zip(bare, traced, strict=True))
