@@ -123,6 +123,11 @@ def measure(team: Team, device: torch.device, split: Split, arguments: argparse.
         order: list[Context] = [nullcontext, traced] if i % 2 == 0 else [traced, nullcontext]
         times = {context: timed(step, context, device, arguments.repeat) for context in order}
         pairs.append((times[nullcontext], times[traced]))
+        if team.leads:  # a run that is cut off has these to show
+            bare_ms, traced_ms = (1e3 * seconds for seconds in pairs[-1])
+            print(
+                f"pair {i + 1}: {bare_ms:.3f} ms, {traced_ms:.3f} ms, {traced_ms / bare_ms:.4f}", flush=True
+            )
     if team.leads:
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo"
         sizes = f"fsdp {split.fsdp}, tp {split.tp}, ep {split.ep} ({split.ep_implementation})"
@@ -140,11 +145,11 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=2)
     parser.add_argument("--ep-implementation", choices=EP_IMPLEMENTATIONS, default="all_to_all")
     parser.add_argument("--batch", type=int, default=1, help="sequences per rank")
-    parser.add_argument("--length", type=int, help="tokens a sequence (default: 4096 on a GPU, 128 on a CPU)")
+    parser.add_argument("--length", type=int, help="tokens a sequence (default: 2048 on a GPU, 128 on a CPU)")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=3, help="steps of each half of a pair")
     arguments = parser.parse_args()
-    arguments.length = arguments.length or (4096 if arguments.device == "cuda" else 128)
+    arguments.length = arguments.length or (2048 if arguments.device == "cuda" else 128)
     split = Split(
         fsdp=arguments.fsdp, tp=arguments.tp, ep=arguments.ep, ep_implementation=arguments.ep_implementation
     )
