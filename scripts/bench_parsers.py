@@ -27,7 +27,7 @@ PROGRAMS = {
     "msgspec, typed, in batches (what we use)": (
         "msgspec",
         "from moe_trace.read.file.decoding import decode_batch, decode_one\n"
-        "from moe_trace.read.file.stream import JsonStream\n"
+        "from moe_trace.data.trace_json.stream import JsonStream\n"
         "stream = JsonStream(open(path, 'rb').read, path)\n"
         "for key in stream.walk():\n"
         "    if key == 'traceEvents':\n"

@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from spliced import recording_in
+
 PHASES = ("router", "dispatch", "experts", "combine", "shared", "other")
 PRODUCTS = {"aten::" + n for n in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_grouped_mm")}
 GATHERS = {"aten::index", "aten::index_select", "aten::gather"}
@@ -74,7 +76,7 @@ class Brute:
     def calls(self) -> list[dict[str, Any]]:
         """One entry per sample, in the file's order, with its ranges found by enclosure of the clock."""
         found = []
-        recording = self.trace["moe_trace"]
+        recording = recording_in(self.trace)
         columns = recording["samples"]
         for i, router in enumerate(columns["router"]):
             info = recording["routers"][router]

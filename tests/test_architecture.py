@@ -37,7 +37,6 @@ KNOWN_TOO_LONG = {
     "show/figures/timeline.py:_layout",
     "show/html.py:render_page",
     "timeline/graphs.py",
-    "timeline/merge.py",
     "workload/models.py:load_model",
     "workload/team.py:joined",
 }

@@ -1,4 +1,4 @@
-"""A `Recording` to and from the JSON that stands under the trace's `moe_trace` key.
+"""A `Recording` to and from the JSON that rides in a trace under the key `moe_trace`.
 
 Samples are written column by column: sixteen layers of a thousand steps share their field names.
 """
@@ -27,6 +27,7 @@ from moe_trace.data.calls.table import (
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import (
     RANGE_KINDS,
+    RANKS_MAX,
     SCHEMA_VERSION,
     CapturedGraph,
     GraphMark,
@@ -42,8 +43,6 @@ from moe_trace.data.schema import (
 
 SAMPLES_KEY = "samples"
 """The one large value, which is decoded straight into columns."""
-_RANKS_MAX = 1 << 20
-"""Of no run; a file that says more was changed, and would be counted through for ever."""
 _FIRST_KINDS = 3  # of a placement; older files know no others
 
 
@@ -131,8 +130,8 @@ def _decode_graphs(value: Any) -> dict[str, Any]:
 
 
 def _rank(value: int) -> int:
-    if not 0 <= value <= _RANKS_MAX:
-        raise ValueError(f"expected ranks from 0 to {_RANKS_MAX:,}, found {value}")
+    if not 0 <= value <= RANKS_MAX:
+        raise ValueError(f"expected ranks from 0 to {RANKS_MAX:,}, found {value}")
     return value
 
 

@@ -24,7 +24,7 @@ from moe_trace.data.calls.sample import moe_span as moe_span
 from moe_trace.data.calls.table import CallTable
 
 SCHEMA_VERSION = 1
-METADATA_KEY = "moe_trace"  # top-level key of the trace JSON
+METADATA_KEY = "moe_trace"  # of an event's arguments; of the trace's JSON in older files
 
 RANGE_PREFIX = "moe."
 RANGE_NAME = re.compile(r"moe\.(router|experts|block|graph)/(.+)", re.DOTALL)
@@ -33,8 +33,16 @@ OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its
 
 # Linux hands out process ids below 2**22, so no traced process can have this one; the rank is added to it.
 BAND_PID = 9_000_000
+RANKS_MAX = 2**20
+"""Of no run; a file that says more was changed, and would be counted through for ever."""
 BAND_NAME = "MoE routing"
 BAND_SORT_INDEX = -1_000_000  # above the CPU and GPU rows
+
+
+def is_band(pid: object) -> bool:
+    """Whether a process is the synthetic one of a rank's routing."""
+    # Not every tool keeps whole numbers whole.
+    return type(pid) in (int, float) and BAND_PID <= pid < BAND_PID + RANKS_MAX  # type: ignore[operator]
 
 
 def range_name(kind: RangeKind, site: str) -> str:

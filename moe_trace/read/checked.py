@@ -10,13 +10,12 @@ from typing import Any
 
 import msgspec
 
-from moe_trace.data.schema import Recording
+from moe_trace.data.schema import Recording, is_band
+from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.coverage import TimeCoverage
 from moe_trace.read.file.events import EventTable, to_ns
 from moe_trace.read.file.launches import find_kernels
-from moe_trace.read.file.stream import JsonStream, loads_lenient
 from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace, split_ranks
-from moe_trace.read.ranks.rename import is_band
 from moe_trace.read.time.phases import measure_calls
 
 

@@ -60,12 +60,23 @@ def band_events(
 def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
     values = (
         ("process_name", {"name": BAND_NAME}),
-        ("process_labels", {"labels": f"rank {rank}"}),
         ("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}),
     )
     return [
         {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": 0, "args": args} for name, args in values
     ]
+
+
+def band_label(rank: int, start_us: float) -> Event:
+    """The event that names the band's rank, and that carries the recording."""
+    return {
+        "ph": "M",
+        "name": "process_labels",
+        "ts": start_us,
+        "pid": BAND_PID + rank,
+        "tid": 0,
+        "args": {"labels": f"rank {rank}"},
+    }
 
 
 # -- counters -----------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 from moe_trace.data.schema import GRAPH_LAUNCH, Span
+from moe_trace.timeline.scan import EventBytes
 
 _CHUNK = 4 * 2**20
 _EVENT_MAX = 64 * 2**10
@@ -88,29 +89,29 @@ def hull(spans: Iterable[Span]) -> Span | None:
     return Span(start, round(max(span.end_us for span in found) - start, 3))
 
 
-def read_launches(file: BinaryIO) -> Launches:
+def read_launches(events: EventBytes) -> Launches:
     """All graph launches of the trace with their work, and the copies among which are those of our marks."""
     found = {
         launch.correlation: launch
-        for event in _events_at(file, _HOST_NAMES)
+        for event in _events_at(events, _HOST_NAMES)
         if (launch := _launch(event)) is not None
     }
     table = Launches([], [], [], [])
     if not any(launch.is_graph for launch in found.values()):
         return table
-    for event in _events_at(file, _CORRELATION, frozenset(found)):
+    for event in _events_at(events, _CORRELATION, frozenset(found)):
         work = _device_work(event)
         if work is not None:
             found[event["args"]["correlation"]].work.append(work)
     for launch in sorted(found.values(), key=lambda launch: launch.span.start_us):
         launch.work.sort(key=lambda item: item.span.start_us)
         (table.graphs if launch.is_graph else table.copies).append(launch)
-    _add_other_writers(file, table, frozenset(launch.correlation for launch in table.graphs))
+    _add_other_writers(events, table, frozenset(launch.correlation for launch in table.graphs))
     return table
 
 
-def _add_other_writers(file: BinaryIO, table: Launches, graphs: frozenset[int]) -> None:
-    for event in _events_at(file, _OTHER_WRITERS):
+def _add_other_writers(events: EventBytes, table: Launches, graphs: frozenset[int]) -> None:
+    for event in _events_at(events, _OTHER_WRITERS):
         if event.get("cat") == "cuda_driver":
             table.driver_launches.append((event.get("tid"), float(event["ts"])))
         elif event.get("cat") in _WORK and event["args"].get("correlation") not in graphs:
@@ -118,15 +119,14 @@ def _add_other_writers(file: BinaryIO, table: Launches, graphs: frozenset[int]) 
 
 
 def _events_at(
-    file: BinaryIO, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
+    events: EventBytes, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """The events round each match, read through one buffer; with `wanted`, of these numbers alone."""
-    file.seek(0)
+    events.begin()
     buffer, searched = b"", 0
-    while True:
-        block = file.read(_CHUNK)
-        buffer += block
-        limit = len(buffer) if len(block) < _CHUNK else max(searched, len(buffer) - _EVENT_MAX)
+    while room := events.at_most(_CHUNK):
+        buffer += events.file.read(room)
+        limit = max(searched, len(buffer) - _EVENT_MAX) if events.at_most(1) else len(buffer)
         for match in pattern.finditer(buffer, searched):
             if match.start() >= limit:
                 break
@@ -134,8 +134,6 @@ def _events_at(
                 event = _event_round(buffer, match.start())
                 if event is not None:
                     yield event
-        if len(block) < _CHUNK:
-            return
         kept_from = max(0, limit - _EVENT_MAX)
         buffer, searched = buffer[kept_from:], limit - kept_from
 

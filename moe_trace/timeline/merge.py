@@ -15,24 +15,19 @@ from typing import BinaryIO
 import msgspec
 
 from moe_trace.data.codec import encode_recording
-from moe_trace.data.errors import NothingRecorded, TraceFileError
+from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
-from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
-from moe_trace.timeline.band import Tracks, band_events
+from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.timeline.additions import encode_addition, remove_additions
+from moe_trace.timeline.band import Tracks, band_events, band_label
 from moe_trace.timeline.graphs import place_in_graphs
 from moe_trace.timeline.launches import read_launches
+from moe_trace.timeline.layout import TraceLayout
 from moe_trace.timeline.place import Placed, place_samples
-from moe_trace.timeline.scan import (
-    KEY_PREFIX,
-    TraceTail,
-    read_base_time_ns,
-    read_splice,
-    read_tail,
-    scan_ranges,
-    trace_path_error,
-)
+from moe_trace.timeline.scan import EventBytes, scan_ranges, trace_path_error, trace_window
 
 _COPY_BYTES = 4 * 2**20
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -107,22 +102,27 @@ def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Trac
     except OSError as error:
         raise trace_path_error(path, error) from error
     with source, whole_file(path) as target:
-        if path.suffix == ".gz":
-            plain = target.with_suffix("")
-            _decompress(path, plain)
+        packed = source.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC  # names do not always tell
+        source.seek(0)
+        plain = target.with_name(f"{target.name}.plain") if packed else target
+        _decompress(path, plain) if packed else _copy(source, plain)
+        try:
             merged = merge_in_place(plain, recordings, tracks=tracks)
-            compress(plain, target)
-            plain.unlink()
-        else:
-            with target.open("wb") as copy:
-                shutil.copyfileobj(source, copy, _COPY_BYTES)
-            merged = merge_in_place(target, recordings, tracks=tracks)
+        except MoETraceError as error:
+            raise type(error)(str(error).replace(str(plain), str(path))) from error
         if not any(merged.placed):
             raise NothingRecorded(
                 f"{path}: none of the samples was taken in the time that this trace covers; it was left as "
                 "it was - merge into the trace of the run that the samples come from"
             )
+        if packed:
+            compress(plain, target)
     return merged
+
+
+def _copy(source: BinaryIO, plain: Path) -> None:
+    with plain.open("wb") as copy:
+        shutil.copyfileobj(source, copy, _COPY_BYTES)
 
 
 def _decompress(path: Path, plain: Path) -> None:
@@ -145,10 +145,12 @@ def compress(plain: Path, target: Path) -> None:
 def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Tracks = ("band",)) -> Merged:
     """Merge into a file of our own, without the copy that keeps a file of the user's safe."""
     with path.open("r+b") as file, _no_garbage_collection():
-        _strip(file)
-        tail = read_tail(file)
+        layout = remove_additions(file)
+        window = trace_window(EventBytes(file, layout.events.start, layout.events.end))
+        if window is None:
+            raise NothingRecorded(f"{path}: the trace holds no event, so that no sample lies in its time")
         named = _with_own_names(recordings)
-        placed = _place(file, named, tail)
+        placed = _place(file, named, layout, window)
         combined = _combine(named, placed)
         events = band_events(
             combined.samples,
@@ -156,7 +158,14 @@ def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Track
             tracks=tracks,
             experts_are_split=combined.experts_are_split,
         )
-        _splice(file, tail, b",\n".join(map(msgspec.json.encode, events)), combined)
+        addition = encode_addition(
+            b",\n".join(map(msgspec.json.encode, events)),
+            band_label(combined.rank, events[0]["ts"] if events else window.start_us),
+            encode_recording(combined),
+            offset=layout.events.end,
+            first=layout.events.empty,
+        )
+        _insert(file, layout.events.end, addition)
     lost = Lost(
         samples_without_range=placed.samples_without_range,
         ranges_without_sample=placed.ranges_without_sample,
@@ -207,13 +216,14 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _place(file: BinaryIO, recordings: Sequence[Recording], tail: TraceTail) -> Placed:
-    ranges, base_time_ns = list(scan_ranges(file)), read_base_time_ns(file)
+def _place(file: BinaryIO, recordings: Sequence[Recording], layout: TraceLayout, window: Span) -> Placed:
+    events = EventBytes(file, layout.events.start, layout.events.end)
+    ranges = list(scan_ranges(events))
     placed = place_samples(
         [sample for recording in recordings for sample in recording.samples],
         ranges,
-        base_time_ns=base_time_ns,
-        window=tail.window,
+        base_time_ns=layout.base_time_ns,
+        window=window,
     )
     if not any(sample.in_graph for sample in placed.samples):
         return placed
@@ -221,9 +231,9 @@ def _place(file: BinaryIO, recordings: Sequence[Recording], tail: TraceTail) -> 
         placed,
         recordings,
         ranges=ranges,
-        launches=read_launches(file),
-        base_time_ns=base_time_ns,
-        window=tail.window,
+        launches=read_launches(events),
+        base_time_ns=layout.base_time_ns,
+        window=window,
     )
 
 
@@ -256,30 +266,16 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     )
 
 
-def _splice(file: BinaryIO, tail: TraceTail, events: bytes, recording: Recording) -> None:
-    file.seek(tail.events_end)
+def _insert(file: BinaryIO, offset: int, addition: bytes) -> None:
+    file.seek(offset)
     rest = file.read()
-    between = rest[: tail.object_end - tail.events_end]
-    suffix = rest[tail.object_end - tail.events_end :]
-    separator = b"\n" if tail.empty else b",\n"
-    addition = separator + events if events else b""
-    splice = {
-        "events_offset": tail.events_end,
-        "events_bytes": len(addition),
-        "key_offset": tail.object_end + len(addition),
-        "suffix_bytes": len(suffix),
-    }
     try:
-        file.seek(tail.events_end)
+        file.seek(offset)
         file.write(addition)
-        file.write(between)
-        file.write(KEY_PREFIX)
-        file.write(encode_recording(recording, splice=splice))
-        file.write(suffix)
-        file.truncate()
+        file.write(rest)
         file.flush()
     except OSError:
-        _restore(file, tail.events_end, rest)
+        _restore(file, offset, rest)
         raise
 
 
@@ -289,23 +285,3 @@ def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
     file.write(rest)
     file.truncate()
     file.flush()
-
-
-def _strip(file: BinaryIO) -> None:
-    """Take out what an earlier merge added, which leaves exactly the bytes that Kineto wrote."""
-    splice = read_splice(file, strict=True)
-    if splice is None:
-        return
-    if splice.several_ranks:
-        raise TraceFileError(
-            f"{file.name}: found a merged trace of several ranks, expected that of one; merge the "
-            "samples into the rank's own trace, then the ranks again"
-        )
-    end = file.seek(0, 2)
-    file.seek(splice.events_offset + splice.events_bytes)
-    between = file.read(splice.key_offset - splice.events_offset - splice.events_bytes)
-    file.seek(end - splice.suffix_bytes)
-    suffix = file.read()
-    file.seek(splice.events_offset)
-    file.write(between + suffix)
-    file.truncate()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from model_config import CONFIG
+from spliced import recording_in
 
 
 def moe_trace(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,7 @@ def test_demo_run_prints_figures_files_and_next_commands(tmp_path: Path) -> None
     assert figures["model"]["name"] == "demo"
     assert [r["site"] for r in figures["routers"]] == ["L00", "L01", "L02", "L03"]
     assert [r["calls"] for r in figures["routers"]] == [2] * 4
-    recorded = the_trace(out)["moe_trace"]["samples"]  # type: ignore[index]
+    recorded = recording_in(the_trace(out))["samples"]  # type: ignore[index]
     for number, router in enumerate(figures["routers"]):
         rows = [a for a, r in zip(recorded["assignments"], recorded["router"], strict=True) if r == number]
         assert router["assignments"] == [sum(column) for column in zip(*rows, strict=True)]
@@ -66,7 +67,7 @@ def test_modes_on_a_config_with_random_weights(
         "run", "--model", config, "--random-weights", "--mode", mode, *sizes, "--out", tmp_path / "o"
     )
     assert done.returncode == 0, done.stderr
-    samples = the_trace(tmp_path / "o")["moe_trace"]["samples"]  # type: ignore[index]
+    samples = recording_in(the_trace(tmp_path / "o"))["samples"]  # type: ignore[index]
     first_layer = [s for s, r in zip(samples["stage"], samples["router"], strict=True) if r == 0]
     assert {stage: first_layer.count(stage) for stage in set(first_layer)} == stages
     assert samples["tokens"][0] == 32
@@ -87,7 +88,7 @@ def test_several_lengths_and_named_texts_are_compared(tmp_path: Path) -> None:
     for name, tokens in (("prose 16", 16), ("prose 32", 32), ("code 16", 16), ("code 32", 32)):
         (row,) = re.findall(rf"^{name} +(\d+) .*$", comparison, re.MULTILINE)
         assert int(row) == tokens
-    assert the_trace(tmp_path / "o" / "code-32")["moe_trace"]["samples"]["tokens"] == [32] * 4  # type: ignore[index]
+    assert recording_in(the_trace(tmp_path / "o" / "code-32"))["samples"]["tokens"] == [32] * 4  # type: ignore[index]
     lengths = moe_trace("run", "--seq-len", "8,24", "--batch", 1, "--steps", 1, "--out", tmp_path / "l")
     assert lengths.returncode == 0, lengths.stderr
     assert sorted(f.name for f in (tmp_path / "l").iterdir()) == ["seq-24", "seq-8"]
@@ -99,8 +100,8 @@ def test_layers_every_and_shapes(config: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     trace = the_trace(tmp_path / "o")
     assert trace["record_shapes"] == trace["with_stack"] == 1
-    assert trace["moe_trace"]["samples"]["step"] == [0, 2]  # type: ignore[index]
-    assert [r["site"] for r in trace["moe_trace"]["routers"]] == ["L01"]  # type: ignore[index]
+    assert recording_in(trace)["samples"]["step"] == [0, 2]  # type: ignore[index]
+    assert [r["site"] for r in recording_in(trace)["routers"]] == ["L01"]  # type: ignore[index]
 
 
 def test_full_folder_needs_force_which_touches_only_our_files(config: Path, tmp_path: Path) -> None:

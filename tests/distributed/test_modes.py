@@ -13,6 +13,7 @@ import pytest
 from distributed import checks
 from distributed.launching import Ranks, transformers_splits_experts
 from distributed.modes import FOUR_RANKS, MODES, TWO_RANKS
+from spliced import recording_in
 
 SHARDED_EXPERTS = ("ep_all_to_all", "ep_all_reduce", "ep_slices", "ep_auto")
 SHARED_TOKENS = ("ep_all_reduce", "ep_slices", "ep_auto", "tp")
@@ -197,7 +198,7 @@ def test_each_rank_writes_a_trace_under_its_name(mode: str, two_ranks: Ranks) ->
         trace = json.loads(gzip.decompress(file.read_bytes()))
         assert trace["distributedInfo"]["rank"] == rank
         assert trace["distributedInfo"]["world_size"] == 2
-        assert trace["moe_trace"]["rank"] == rank
+        assert recording_in(trace)["rank"] == rank
         labels = [e["args"]["labels"] for e in trace["traceEvents"] if e.get("name") == "process_labels"]
         assert f"rank {rank}" in labels
 

@@ -14,8 +14,8 @@ import pytest
 from moe_trace.cli import main
 from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import BAND_PID
+from moe_trace.data.trace_json import cursor as stream_module
 from moe_trace.read.check import check, read_checked
-from moe_trace.read.file import stream as stream_module
 from moe_trace.read.ranks.merge import plan_merge
 from moe_trace.read.ranks.rename import Pids, Renamer, is_band
 from moe_trace.read.ranks.write import write_merged
@@ -26,6 +26,7 @@ from moe_trace.show.tensorboard.data import Dashboard
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report
 from moe_trace.timeline.merge import merge_recording
 from paths import DATA
+from spliced import recording_in
 from tiny_ranks import Run, write_rank, write_ranks
 from tiny_trace import write_tiny
 
@@ -238,7 +239,7 @@ def as_rank(folder: Path, rank: int) -> Path:
     """A recorded trace of one GPU as that of a rank."""
     text = gzip.decompress((H200 / "prefill_grouped_mm.pt.trace.json.gz").read_bytes())
     trace = json.loads(text)
-    trace["moe_trace"] |= {"rank": rank, "world_size": 2}
+    recording_in(trace).update(rank=rank, world_size=2)
     path = folder / f"rank{rank}.pt.trace.json"
     path.write_text(json.dumps({"distributedInfo": {"rank": rank}, **trace}))
     return path
@@ -455,7 +456,7 @@ def test_odd_events_do_no_harm(tmp_path: Path, event: str) -> None:
 def test_changed_data_of_ranks_is_refused_in_words(tmp_path: Path, key: str, value: Any) -> None:
     out = merge(write_ranks(tmp_path / "in", Run()), tmp_path / "all.json")
     trace = json.loads(out.read_bytes())
-    trace["moe_trace"]["ranks"][key] = value
+    recording_in(trace)["ranks"][key] = value
     out.write_text(json.dumps(trace))
     with pytest.raises(TraceFileError, match="was changed after it was written"):
         read_summary(out)
@@ -464,7 +465,7 @@ def test_changed_data_of_ranks_is_refused_in_words(tmp_path: Path, key: str, val
 def test_parts_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     out = merge(write_ranks(tmp_path / "in", Run()), tmp_path / "all.json")
     trace = json.loads(out.read_bytes())
-    trace["moe_trace"]["ranks"]["parts"][0]["samples"] += 1
+    recording_in(trace)["ranks"]["parts"][0]["samples"] += 1
     out.write_text(json.dumps(trace))
     with pytest.raises(TraceFileError, match="13 calls of 2 merged ranks, but 12 in all"):
         read_summary(out)

@@ -16,6 +16,7 @@ from moe_trace.cli import main
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.reader import read_summary
 from paths import DATA
+from spliced import recording_in
 from tiny_trace import write_tiny
 
 H200 = DATA / "h200"
@@ -258,7 +259,7 @@ def move(trace: Any, ph: str, index: int, by: float) -> None:
 
 
 def column(trace: Any, name: str) -> Any:
-    return trace["moe_trace"]["samples"][name]
+    return recording_in(trace)["samples"][name]
 
 
 def drop_ranges(trace: Any, name: str) -> None:
@@ -273,9 +274,9 @@ def put_in_a_graph(trace: dict[str, Any], span_us: list[float]) -> None:
 
 
 BREAKS = {
-    "versions_known": lambda t: t["moe_trace"]["versions"].update(torch="new"),
-    "samples_are_accounted_for": lambda t: t["moe_trace"]["lost"].update(samples_without_range=2),
-    "ranges_are_accounted_for": lambda t: t["moe_trace"]["lost"].update(ranges_without_sample=1),
+    "versions_known": lambda t: recording_in(t)["versions"].update(torch="new"),
+    "samples_are_accounted_for": lambda t: recording_in(t)["lost"].update(samples_without_range=2),
+    "ranges_are_accounted_for": lambda t: recording_in(t)["lost"].update(ranges_without_sample=1),
     "placements_are_ranges": lambda t: drop_ranges(t, "moe.experts/L01"),
     "assignments_add_up": lambda t: column(t, "skipped").__setitem__(0, 1),
     "counts_are_possible": lambda t: column(t, "padding_assignments").__setitem__(0, 99),

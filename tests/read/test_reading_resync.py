@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.read.file.decoding import UNREADABLE, decode_batch, decode_one
-from moe_trace.read.file.stream import JsonStream
 from moe_trace.read.reader import TraceSummary, read_summary
 from paths import DATA
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_trace.data.errors import TraceFileError
-from moe_trace.read.file import stream as stream_module
-from moe_trace.read.file.stream import JsonStream
+from moe_trace.data.trace_json import cursor as stream_module
+from moe_trace.data.trace_json.stream import JsonStream
 
 scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, width=32)
 texts = st.text(max_size=12) | st.sampled_from(['"},', "}", "]", "[{", '\\"', "\\", "},\n  {", "é\u2028"])

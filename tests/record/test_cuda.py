@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity
 import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
 from moe_trace.data.schema import BAND_PID
+from spliced import recording_in
 
 pytestmark = pytest.mark.cuda
 
@@ -130,7 +131,7 @@ def test_device_spans_are_the_annotations_of_the_same_external_id(tmp_path: Path
     path = tmp_path / "trace.json.gz"
     prof.export_chrome_trace(str(path))
     data = json.loads(gzip.decompress(path.read_bytes()))
-    assert data["moe_trace"]["lost"]["samples_without_range"] == 0
+    assert recording_in(data)["lost"]["samples_without_range"] == 0
     events = data["traceEvents"]
     on_host = [e for e in events if e.get("cat") == "user_annotation"]
     on_device = {e["args"]["External id"]: e for e in events if e.get("cat") == "gpu_user_annotation"}

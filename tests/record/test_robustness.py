@@ -25,6 +25,7 @@ from moe_trace.data.errors import (
     TraceFileError,
     UsageError,
 )
+from spliced import recording_in
 
 CPU = [ProfilerActivity.CPU]
 
@@ -79,7 +80,7 @@ def test_exception_inside_the_forward(error: type[BaseException], where: str, tm
     assert lost.calls == ({} if received or where == "attention" else {GATE_1: {"interrupted": 1}})
     path = tmp_path / "trace.json"
     prof.export_chrome_trace(str(path))
-    assert json.loads(path.read_bytes())["moe_trace"]["lost"]["samples_without_range"] == 0
+    assert recording_in(json.loads(path.read_bytes()))["lost"]["samples_without_range"] == 0
 
 
 def _raiser(error: type[BaseException]) -> Any:
@@ -142,7 +143,7 @@ def test_router_that_is_never_called_is_reported(tmp_path: Path) -> None:
         model(**token_batch())
     path = tmp_path / "trace.json"
     prof.export_chrome_trace(str(path))
-    assert json.loads(path.read_bytes())["moe_trace"]["lost"]["never_called"] == ["model.layers.2.mlp.gate"]
+    assert recording_in(json.loads(path.read_bytes()))["lost"]["never_called"] == ["model.layers.2.mlp.gate"]
     assert any("never called" in note for note in prof.tracer.summary().notes)
 
 
@@ -158,7 +159,7 @@ def test_empty_recording_is_said_aloud(tmp_path: Path, arguments: Any, run: bool
     path = tmp_path / "trace.json"
     with pytest.warns(RuntimeWarning, match=message):
         prof.export_chrome_trace(str(path))
-    assert json.loads(path.read_bytes())["moe_trace"]["samples"]["call"] == []
+    assert recording_in(json.loads(path.read_bytes()))["samples"]["call"] == []
     with pytest.raises(NothingRecorded, match="no routing sample"):
         moe_trace.merge_into(path, prof.tracer.samples())
 
@@ -199,7 +200,7 @@ def test_links_devices_and_modes_are_respected(tmp_path: Path) -> None:
     link.symlink_to(real)
     prof.export_chrome_trace(str(link))
     assert link.is_symlink()
-    assert "moe_trace" in json.loads(real.read_bytes())
+    assert recording_in(json.loads(real.read_bytes()))
     real.chmod(0o600)
     prof.tracer.merge_into(link)
     assert real.stat().st_mode & 0o777 == 0o600
@@ -212,21 +213,7 @@ def test_links_devices_and_modes_are_respected(tmp_path: Path) -> None:
     prof.export_chrome_trace(str(pipe))
     reader.join()
     assert pipe.is_fifo()
-    assert "moe_trace" in json.loads(received[0])
-
-
-def test_changed_additions_are_refused(tmp_path: Path) -> None:
-    """Another tool saved the merged trace again: the offsets in it are no longer true."""
-    model = tiny_olmoe(layers=1)
-    with torch.no_grad(), moe_trace.profile(model, activities=CPU) as prof:
-        model(**token_batch())
-    path = tmp_path / "trace.json"
-    prof.export_chrome_trace(str(path))
-    path.write_text(json.dumps(json.loads(path.read_bytes()), separators=(",", ":")))
-    before = path.read_bytes()
-    with pytest.raises(TraceFileError, match="changed by another tool"):
-        prof.tracer.merge_into(path)
-    assert path.read_bytes() == before
+    assert recording_in(json.loads(received[0]))
 
 
 def test_array_behind_the_events_is_not_taken_for_them(tmp_path: Path) -> None:
@@ -359,8 +346,8 @@ def test_two_tracers_on_one_model_open_each_range_once(tmp_path: Path) -> None:
         data = json.loads(path.read_bytes())
         names = [e["name"] for e in data["traceEvents"] if e.get("cat") == "user_annotation"]
         assert names.count("moe.router/L00") == 1
-        assert len(data["moe_trace"]["samples"]["call"]) == count
-        assert data["moe_trace"]["lost"]["samples_without_range"] == 0
+        assert len(recording_in(data)["samples"]["call"]) == count
+        assert recording_in(data)["lost"]["samples_without_range"] == 0
     assert hook_count(model) == 0
 
 
@@ -410,7 +397,7 @@ def test_profiler_of_all_threads_holds_the_routing_of_each(tmp_path: Path) -> No
             thread.join()
     path = tmp_path / "trace.json"
     prof.export_chrome_trace(str(path))
-    recorded = json.loads(path.read_bytes())["moe_trace"]
+    recorded = recording_in(json.loads(path.read_bytes()))
     assert recorded["lost"]["samples_without_range"] == recorded["lost"]["ranges_without_sample"] == 0
     sizes = [len(a) for a in recorded["samples"]["assignments"]]
     assert sizes.count(8) == sizes.count(5) == 4 * 3
@@ -461,11 +448,11 @@ def test_arguments_out_of_range_are_refused(arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated"),
+        (b"", "empty file"),
         (b"not json at all", "expected"),
         (b'{"traceEvents": [{"ph": "X", "ts": 1}', "truncated"),
         (b"[1, 2, 3]", "expected"),
-        (b'{"other": 1}', "truncated or of another tool"),
+        (b'{"other": 1}', "an object with events"),
     ],
 )
 def test_file_that_is_no_trace_is_refused_and_left_alone(
@@ -477,7 +464,7 @@ def test_file_that_is_no_trace_is_refused_and_left_alone(
     for name in ("trace.json", "trace.json.gz"):
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(TraceFileError, match=message if name.endswith("json") else "expected"):
+        with pytest.raises(TraceFileError, match=message):
             moe_trace.merge_into(path, tracer.samples())
         assert path.read_bytes() == content
         assert sorted(tmp_path.iterdir()) == sorted(tmp_path.glob("trace.json*"))

@@ -22,6 +22,7 @@ from moe_trace.timeline import graphs
 from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
 from moe_trace.timeline.replays import REPLAY_FIGURES
+from moe_trace.timeline.scan import EventBytes
 from paths import DATA
 from spliced import without_additions
 
@@ -204,11 +205,12 @@ def test_threads_are_told_apart_unless_the_trace_numbers_them_otherwise(tmp_path
 
 def test_launches_that_straddle_the_reading_blocks_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = gzip.decompress((H200 / "compiled_layers.pt.trace.json.gz").read_bytes())
-    expected = read_launches(io.BytesIO(plain))
+    events = EventBytes(io.BytesIO(plain), 0, len(plain))
+    expected = read_launches(events)
     assert [len(launch.work) for launch in expected.graphs] == [24] * 6
     for block in (70_000, 65_537, 100_003):
         monkeypatch.setattr("moe_trace.timeline.launches._CHUNK", block)
-        assert read_launches(io.BytesIO(plain)) == expected
+        assert read_launches(events) == expected
 
 
 def test_a_graphed_layer_is_told_by_its_nodes(tmp_path: Path) -> None:
@@ -537,10 +539,7 @@ def test_what_placing_knows_travels_in_the_file(tmp_path: Path) -> None:
     assert [s.placement for s in read.samples] == [s.placement for s in first]
     second = merge_recording(path, [read]).placed[0]  # what the file holds is enough to place again
     assert [s.placement for s in second] == [s.placement for s in first]
-    splice = json.loads(path.read_bytes())["moe_trace"]["splice"]
-    after = path.read_bytes()
-    start, end = splice["events_offset"], splice["events_offset"] + splice["events_bytes"]
-    assert before == after[:start] + after[end : splice["key_offset"]] + after[-splice["suffix_bytes"] :]
+    assert without_additions(path) == before
 
 
 def test_files_of_older_releases_are_read() -> None:

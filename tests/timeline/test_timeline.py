@@ -18,11 +18,12 @@ from torch.profiler import ProfilerActivity
 import moe_trace
 from models import tiny_olmoe, token_batch
 from moe_trace.data.schema import BAND_PID, Span
+from moe_trace.timeline.additions import read_added
 from moe_trace.timeline.merge import merge_recording
 from moe_trace.timeline.place import place_samples
-from moe_trace.timeline.scan import RangeEvent, read_splice, scan_ranges
+from moe_trace.timeline.scan import EventBytes, RangeEvent, scan_ranges
 from paths import DATA
-from spliced import without_additions
+from spliced import recording_in, without_additions
 
 CPU = [ProfilerActivity.CPU]
 
@@ -79,7 +80,7 @@ def test_bytes_around_the_additions_are_what_the_profiler_wrote(tmp_path: Path, 
         plain.write_bytes(gzip.decompress(target.read_bytes()))
         target = plain
     assert without_additions(target) == kept.read_bytes()
-    assert len(json.loads(target.read_bytes())["moe_trace"]["samples"]["call"]) == 3
+    assert len(recording_in(json.loads(target.read_bytes()))["samples"]["call"]) == 3
 
 
 def test_every_sample_is_placed_in_the_range_that_holds_it(trace: tuple[Path, list[Any]]) -> None:
@@ -87,8 +88,8 @@ def test_every_sample_is_placed_in_the_range_that_holds_it(trace: tuple[Path, li
     data = json.loads(path.read_bytes())
     ranges = host_ranges(data["traceEvents"])
     assert set(ranges) == {f"moe.{kind}/L0{i}" for kind in ("router", "experts", "block") for i in range(3)}
-    assert data["moe_trace"]["lost"]["samples_without_range"] == 0
-    assert data["moe_trace"]["lost"]["ranges_without_sample"] == 0
+    assert recording_in(data)["lost"]["samples_without_range"] == 0
+    assert recording_in(data)["lost"]["ranges_without_sample"] == 0
     for sample in samples:
         start_us = (sample.host_start_ns - data["baseTimeNanoseconds"]) / 1000
         holding = [
@@ -167,8 +168,8 @@ def test_merging_again_replaces_what_was_added(trace: tuple[Path, list[Any]], tm
     moe_trace.merge_into(copy, samples)
     assert without_additions(copy) == without_additions(path)
     with copy.open("rb") as file:
-        assert read_splice(file) is not None
-    assert len(json.loads(copy.read_bytes())["moe_trace"]["samples"]["call"]) == len(samples)
+        assert read_added(file) is not None
+    assert len(recording_in(json.loads(copy.read_bytes()))["samples"]["call"]) == len(samples)
 
 
 def test_merge_into_takes_any_trace_of_torch(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_merge_into_takes_any_trace_of_torch(tmp_path: Path) -> None:
         moe_trace.merge_into(target, tracer.samples())
         text = target.read_bytes()
         merged = json.loads(gzip.decompress(text) if target.suffix == ".gz" else text)
-        assert merged["moe_trace"]["lost"]["samples_without_range"] == 0
+        assert recording_in(merged)["lost"]["samples_without_range"] == 0
         lanes = [e for e in merged["traceEvents"] if e.get("pid") == BAND_PID and e["ph"] == "X"]
         assert len(lanes) == 6
 
@@ -201,11 +202,11 @@ def test_ranges_that_straddle_the_reading_blocks_are_found_once(
 ) -> None:
     path, _ = trace
     with path.open("rb") as file:
-        expected = list(scan_ranges(file))
+        expected = list(scan_ranges(EventBytes(file, 0, path.stat().st_size)))
     for block in (70_000, 65_537, 100_003):
         monkeypatch.setattr("moe_trace.timeline.scan._CHUNK", block)
         with path.open("rb") as file:
-            assert list(scan_ranges(file)) == expected
+            assert list(scan_ranges(EventBytes(file, 0, path.stat().st_size))) == expected
     assert len(expected) == 18
 
 
@@ -234,7 +235,7 @@ def test_schedule_with_repeat_puts_each_call_into_one_trace(tmp_path: Path) -> N
             for _ in range(9):
                 model(**token_batch())
                 prof.step()
-    recorded = [json.loads(path.read_bytes())["moe_trace"] for path in cycles]
+    recorded = [recording_in(json.loads(path.read_bytes())) for path in cycles]
     assert [sorted(set(r["samples"]["step"])) for r in recorded] == [[2, 3], [6, 7]]
     assert [r["lost"]["samples_without_range"] for r in recorded] == [0, 0]
     assert [r["lost"]["ranges_without_sample"] for r in recorded] == [0, 0]
@@ -249,7 +250,7 @@ def test_back_to_back_cycles_do_not_share_samples(tmp_path: Path) -> None:
     def export(prof: Any) -> None:
         path = tmp_path / f"{len(counts)}.json"
         prof.export_chrome_trace(str(path))
-        counts.append(len(json.loads(path.read_bytes())["moe_trace"]["samples"]["call"]))
+        counts.append(len(recording_in(json.loads(path.read_bytes()))["samples"]["call"]))
 
     schedule = torch.profiler.schedule(wait=0, warmup=0, active=1, repeat=3)
     with torch.no_grad(), warnings.catch_warnings():

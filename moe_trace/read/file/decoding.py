@@ -7,12 +7,13 @@ as "0x1f" or any text. What has no time is no event; what has odd arguments is s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from moe_trace.data.trace_json.stream import loads_lenient
 from moe_trace.read.file.comms import CommArgs
-from moe_trace.read.file.stream import loads_lenient
 
 Number = int | float | str | None
 NO_LINK = -1
@@ -21,6 +22,8 @@ _LINK_BITS = 2**63 - 1
 
 class EventArgs(CommArgs, gc=False):
     correlation: Number = None
+    moe_trace: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    """The recording, in the event that carries it."""
 
 
 class Event(msgspec.Struct, gc=False):
@@ -73,6 +76,14 @@ def _without_odd_fields(value: Any) -> Event:
         return msgspec.convert(kept, Event)
     except (msgspec.ValidationError, ValueError, OverflowError):
         return UNREADABLE
+
+
+def recording_in(events: Iterable[Event]) -> bytes | None:
+    """The recording's JSON, if one of the events carries it."""
+    for event in events:
+        if event.ph == "M" and event.args is not None and event.args.moe_trace is not msgspec.UNSET:
+            return bytes(event.args.moe_trace)
+    return None
 
 
 def whole_number(value: object) -> int | None:

@@ -16,9 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import Span
+from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.read.file.comms import CommEvent, facts_of, is_comm
-from moe_trace.read.file.decoding import UNREADABLE, Event, Links, decode_batch, decode_one, times_us
-from moe_trace.read.file.stream import JsonStream
+from moe_trace.read.file.decoding import (
+    UNREADABLE,
+    Event,
+    Links,
+    decode_batch,
+    decode_one,
+    recording_in,
+    times_us,
+)
 
 
 class Kind(IntEnum):
@@ -145,6 +153,8 @@ class EventTableBuilder:
         self._comms: list[CommEvent] = []
         self._kind_of = _KindOf()
         self._links = Links()
+        self.recording: bytes | None = None
+        """JSON that merging added, once it has come by."""
         self.unreadable = 0
         self.seen = 0
 
@@ -156,6 +166,7 @@ class EventTableBuilder:
     def add(self, events: list[Event]) -> None:
         """Take some events; keep those that the table is about."""
         self.seen += len(events)
+        self.recording = recording_in(events) or self.recording
         kind_of, link_of = self._kind_of, self._links.of
         slices = [e for e in events if e.ph == "X" and kind_of[e.cat] is not None]
         flows = [e for e in events if e.cat == "fwdbwd" and e.ph in _FLOWS]

@@ -16,12 +16,13 @@ import msgspec
 from moe_trace.data.codec import SAMPLES_KEY, decode_recording
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, Recording
+from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_ranks, host_name
+from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.events import EventTable, EventTableBuilder
-from moe_trace.read.file.head import KEYS, base_time, device_names, group_ranks, host_name
 from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.processes import events_of_recording
-from moe_trace.read.file.stream import JsonStream, loads_lenient
-from moe_trace.timeline.scan import read_splice, trace_path_error
+from moe_trace.timeline.additions import read_added
+from moe_trace.timeline.scan import trace_path_error
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the file read so far, and its size."""
@@ -30,11 +31,26 @@ TRACE_SUFFIXES = (".json", ".json.gz")
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-class _Anything(msgspec.Struct, gc=False):
-    """An event that is only passed over: its text is checked, nothing of it is built."""
+class _CarrierArgs(msgspec.Struct, gc=False):
+    moe_trace: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
-_pass_over = msgspec.json.Decoder(list[_Anything]).decode
+class _Carrier(msgspec.Struct, gc=False):
+    """An event of which nothing is built but the recording, if it carries one."""
+
+    args: _CarrierArgs | None = None
+
+
+_carriers = msgspec.json.Decoder(list[_Carrier]).decode
+_decode_carrier = msgspec.json.Decoder(_Carrier).decode
+
+
+def _carrier(text: bytes) -> _Carrier:
+    """One event of a batch that cannot be decoded as a whole; what is odd itself carries no recording."""
+    try:
+        return _decode_carrier(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Carrier()
 
 
 @dataclass(frozen=True)
@@ -164,9 +180,10 @@ def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
 
 def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
     with _opened(path) as source:
-        spliced = _spliced_recording(source.raw)
+        spliced = read_added(source.raw) if source.plain is source.raw else None
         if spliced is not None:
             return _take_recording(path, spliced)
+        source.raw.seek(0)
         found = _Found(with_events=False)
         stream = JsonStream(_counting(source, None), str(path))
         for key in stream.walk():
@@ -188,12 +205,8 @@ class _Found:
     def take(self, key: str, stream: JsonStream) -> None:
         if key == "traceEvents":
             self.has_events = True
-            if self.events is not None:
-                self.events.read(stream)
-            else:
-                for _ in stream.batches(_pass_over, lambda text: _Anything()):
-                    pass
-        elif key == METADATA_KEY:
+            self._take_events(stream)
+        elif key == METADATA_KEY:  # as older releases wrote it
             self.recording = stream.value()
         elif key in self.values or not self.has_events:
             self.head[key] = stream.value()
@@ -201,6 +214,16 @@ class _Found:
                 self.values[key] = self.head[key]
         else:
             stream.skip()
+
+    def _take_events(self, stream: JsonStream) -> None:
+        if self.events is not None:
+            self.events.read(stream)
+            self.recording = self.events.recording or self.recording
+            return
+        for batch in stream.batches(_carriers, _carrier):
+            for event in batch:
+                if event.args is not None and event.args.moe_trace is not msgspec.UNSET:
+                    self.recording = bytes(event.args.moe_trace)
 
 
 def _require_events(path: Path, found: _Found) -> None:
@@ -212,10 +235,10 @@ def _require_events(path: Path, found: _Found) -> None:
 
 
 def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRanks | None]:
-    """Decode the value of the `moe_trace` key.
+    """Decode what stands under the `moe_trace` key.
 
     Raises:
-        TraceFileError: there was no such key, or its value does not follow the schema.
+        TraceFileError: there was none, or it does not follow the schema.
     """
     if text is None:
         raise TraceFileError(
@@ -296,21 +319,3 @@ def _counting(source: _Source, progress: Progress | None) -> Callable[[int], byt
         return block
 
     return read
-
-
-def _spliced_recording(file: BinaryIO) -> bytes | None:
-    """The recording's JSON by the offsets that merging left at the end of a plain file."""
-    if file.read(2) == _GZIP_MAGIC:
-        file.seek(0)
-        return None
-    splice = read_splice(file)
-    text = None
-    if splice is not None:
-        size = file.seek(0, 2)
-        file.seek(splice.key_offset)
-        added = file.read(size - splice.suffix_bytes - splice.key_offset)
-        key, _, value = added.partition(b":")
-        if key.strip(b", \t\r\n") == f'"{METADATA_KEY}"'.encode():
-            text = value.strip()
-    file.seek(0)
-    return text

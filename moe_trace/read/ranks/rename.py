@@ -11,24 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_trace.data.schema import BAND_PID
+from moe_trace.data.schema import BAND_PID, is_band
 
 Event = dict[str, Any]
 Pid = int | str
 
 FIRST_FREE_PID = 2**22
 """Linux hands out process ids below this; the bands' ids lie far above."""
-RANKS_MAX = 2**20
 _IDS = ("External id", "external id", "correlation", "Correlation id")
 _DEVICE_SORT_INDEX = 5_000_000
 """Kineto sorts devices from here on, processes by their id."""
 _ROWS_A_RANK = 1000
 _TIME_MAX_US = 4e15
-
-
-def is_band(pid: object) -> bool:
-    """Whether a process is the synthetic one of a rank's routing."""
-    return isinstance(pid, int) and BAND_PID <= pid < BAND_PID + RANKS_MAX
 
 
 @dataclass

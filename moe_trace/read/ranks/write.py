@@ -17,13 +17,14 @@ from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
-from moe_trace.read.file.stream import JsonStream, loads_lenient
 from moe_trace.read.file.trace_file import Progress, open_trace_stream
 from moe_trace.read.ranks.losses import add_losses
 from moe_trace.read.ranks.merge import MergePlan, RankTrace
 from moe_trace.read.ranks.rename import Event, Pids, Renamer
-from moe_trace.timeline.scan import KEY_PREFIX
+from moe_trace.timeline.additions import encode_addition
+from moe_trace.timeline.band import band_label
 
 _OWN_KEYS = {"traceEvents", METADATA_KEY, "traceName", "baseTimeNanoseconds", "deviceProperties"}
 _LEVEL = 6
@@ -69,6 +70,7 @@ class _Writer:
         self._pids = Pids()
         self._after: dict[str, bytes] = {}
         self._unreadable: defaultdict[int, int] = defaultdict(int)
+        self._label_us: float | None = None
 
     def write(self, name: str) -> MergedRanks:
         """The whole file."""
@@ -78,17 +80,19 @@ class _Writer:
         self._put(b'"traceEvents": [')
         for place, trace in enumerate(self._plan.ranks):
             self._put_events(trace, place)
-        events_end = self._at
+        merged = self._merged()
+        self._put_recording(merged)
         self._put(b"\n]")
         for key, value in self._after.items():
             self._put(b",\n%b: %b" % (json.dumps(key).encode(), value))
-        merged = self._merged()
-        splice = {"events_offset": events_end, "events_bytes": 0, "key_offset": self._at, "suffix_bytes": 3}
-        self._put(KEY_PREFIX)
-        extra: dict[str, Any] = {RANKS_KEY: encode_merged(merged), "splice": splice}
-        self._put(encode_recording(joined_recording(self._plan), **extra))
         self._put(b"\n}\n")
         return merged
+
+    def _put_recording(self, merged: MergedRanks) -> None:
+        recording = joined_recording(self._plan)
+        label = band_label(recording.rank, self._label_us or 0.0)
+        added = encode_recording(recording, **{RANKS_KEY: encode_merged(merged)})
+        self._put(encode_addition(b"", label, added, offset=self._at, first=self._first_event))
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -129,11 +133,23 @@ class _Writer:
 
     def _put_batches(self, stream: JsonStream, renamer: Renamer) -> None:
         for batch in stream.batches(_decode, _decode_one):
-            lines = [_encode(renamer.rename(event)) for event in batch if event is not _UNREADABLE]
-            self._unreadable[renamer.rank] += len(batch) - len(lines)
+            renamed = [renamer.rename(event) for event in batch if event is not _UNREADABLE]
+            lines = [_encode(event) for event in renamed if not self._takes_label(event)]
+            self._unreadable[renamer.rank] += len(batch) - len(renamed)
             if lines:
                 self._put((b"\n" if self._first_event else b",\n") + b",\n".join(lines))
                 self._first_event = False
+
+    def _takes_label(self, event: Event) -> bool:
+        """Whether the event gives way to the one with the recording of all ranks; no other keeps its own."""
+        arguments = event.get("args")
+        if event.get("ph") != "M" or not isinstance(arguments, dict) or METADATA_KEY not in arguments:
+            return False
+        del arguments[METADATA_KEY]
+        if self._label_us is not None:
+            return False
+        self._label_us = event.get("ts", 0.0)
+        return True
 
     def _merged(self) -> MergedRanks:
         names = [router.name for router in joined_routers(self._plan)]

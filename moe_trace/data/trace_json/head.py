@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_trace.read.file.stream import loads_lenient
+from moe_trace.data.trace_json.stream import loads_lenient
 
 KEYS = ("deviceProperties", "baseTimeNanoseconds", "host_name", "distributedInfo")
 
@@ -27,8 +27,13 @@ def _lenient(text: bytes) -> Any:
 
 
 def base_time(text: bytes) -> int:
+    """Nanoseconds; 0 where the value is none. Some tools write whole numbers as floats or strings."""
     value = _lenient(text)
-    return value if type(value) is int and abs(value) < 2**62 else 0
+    if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
+        value = int(value)
+    if type(value) not in (int, float) or not abs(value) < 2**62:
+        return 0
+    return int(value)
 
 
 def host_name(text: bytes) -> str | None:

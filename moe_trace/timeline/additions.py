@@ -1,0 +1,234 @@
+"""What merging adds to a trace's file: how it is written, found and taken out again.
+
+The recording rides in the last event of `traceEvents`, the `process_labels` of the band's process: metadata
+that every viewer knows, under a key of its arguments that none of them asks for. Behind the bracket that
+closes the events stands nothing of ours (docs/trace_format.md says which consumer needs what).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import msgspec
+
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.schema import METADATA_KEY, is_band
+from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.timeline.layout import Cut, TraceLayout, read_layout
+
+_COPY_BYTES = 4 * 2**20
+_OUR_HEAD = re.compile(rb',?\n\{"ph":"M","name":"process_')
+_SPLICE = re.compile(rb',"splice":\{"offset":(\d+),"band_bytes":(\d+),"event_bytes":(\d+)\}\}\}\}$')
+_SPLICE_BYTES = 128
+_SPLICED_END = re.compile(rb'("splice":\{"offset":(\d+),"band_bytes":\d+,"event_bytes":\d+\}\}\}\})\s*\]')
+_TAIL_BYTES = 64 * 2**10
+_MAYBE_OURS = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What merging put at the end of the events, as offsets in the file."""
+
+    start: int
+    """Where the comma before the band stands; the file without `start` to `end` is the trace as it was."""
+    event: int
+    """Where the event that carries the recording begins."""
+    end: int
+
+
+def encode_addition(
+    band: bytes, label: dict[str, Any], recording: bytes, *, offset: int, first: bool = False
+) -> bytes:
+    """What merging writes behind the last event.
+
+    Args:
+        band: events, without a comma at their ends; may be empty.
+        label: the `process_labels` event of the band's process.
+        recording: JSON object.
+        offset: where it will stand in the file.
+        first: whether no event stands before it.
+    """
+    separator = b"\n" if first else b",\n"
+    before = separator + band + b",\n" if band else separator
+    carrier = _carrier(label)
+    splice = b',"splice":{"offset":%d,"band_bytes":%d,"event_bytes":' % (offset, len(before))
+    size = least = len(carrier) + len(recording) - 1 + len(splice) + len(b"}}}}")
+    while least + len(str(size)) != size:
+        size = least + len(str(size))
+    return b"".join([before, carrier, recording[:-1], splice, str(size).encode(), b"}}}}"])
+
+
+def _carrier(label: dict[str, Any]) -> bytes:
+    """The event up to the recording."""
+    return msgspec.json.encode(label)[:-2] + b',"%b":' % METADATA_KEY.encode()
+
+
+def find_addition(file: BinaryIO, events_end: int) -> Addition | None:
+    """The addition that ends there, as merging wrote it; None for any other spelling."""
+    start = max(0, events_end - _SPLICE_BYTES)
+    file.seek(start)
+    match = _SPLICE.search(file.read(events_end - start))
+    if match is None:
+        return None
+    _, band_bytes, event_bytes = map(int, match.groups())
+    event = events_end - event_bytes
+    found = Addition(event - band_bytes, event, events_end)
+    if found.start < 0 or not band_bytes:
+        return None
+    file.seek(found.start)
+    return found if _OUR_HEAD.match(file.read(64)) else None
+
+
+def remove_additions(file: BinaryIO) -> TraceLayout:
+    """Take out what an earlier merge added; as long as no other tool saved the file since, the bytes that are
+    left are those that the profiler wrote.
+
+    Raises:
+        TraceFileError: as `read_layout`, or the trace is a merged one of several ranks.
+    """
+    layout = read_layout(file)
+    cuts = sorted(_own_cuts(file, layout))
+    if not cuts:
+        return layout
+    _cut(file, cuts)
+    return layout.without(cuts)
+
+
+def read_added(file: BinaryIO) -> bytes | None:
+    """The recording from the end of a file that no other tool saved since, without reading the rest.
+
+    None where the file does not tell: then it stands among the events, or under a key, or nowhere.
+    """
+    size = file.seek(0, 2)
+    first = max(0, size - _TAIL_BYTES)
+    file.seek(first)
+    tail = file.read()
+    for match in reversed(list(_SPLICED_END.finditer(tail))):
+        addition = find_addition(file, first + match.end(1))
+        in_place = addition is not None and addition.start == int(match[2])
+        if addition is not None and in_place and _ends_the_object(tail[match.end() :], file.name):
+            return _recording_in(file, addition)
+    return None
+
+
+def _ends_the_object(text: bytes, name: str) -> bool:
+    stream = JsonStream(io.BytesIO(b'{"":0' + text).read, name)
+    try:
+        for _ in stream.walk():
+            stream.skip()
+    except TraceFileError:
+        return False
+    return True
+
+
+class _Payload(msgspec.Struct):
+    schema_version: int
+    ranks: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    splice: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+
+
+def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
+    ours = find_addition(file, layout.events.end)
+    if ours is not None:
+        _refuse_several_ranks(file, _payload(_recording_in(file, ours)))
+        yield ours.start, ours.end
+        return
+    old = _payload(layout.old_value) if layout.old_key is not None else None
+    if old is not None and layout.old_key is not None:
+        _refuse_several_ranks(file, old)
+        yield layout.old_key
+    band = _old_band(file, layout, old) if old is not None else None
+    if band is not None:
+        yield band
+    elif old is not None or layout.events.holds_lists:  # as the routers in a recording do
+        yield from _own_elements(file, layout)
+
+
+def _recording_in(file: BinaryIO, addition: Addition) -> bytes:
+    file.seek(addition.event)
+    event = file.read(addition.end - addition.event)
+    return event[event.index(b'"%b":' % METADATA_KEY.encode()) + len(METADATA_KEY) + 3 : -2]
+
+
+def _payload(recording: bytes) -> _Payload | None:
+    """None for what is no recording, such as metadata of the user's under our name."""
+    try:
+        return msgspec.json.decode(recording, type=_Payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _refuse_several_ranks(file: BinaryIO, payload: _Payload | None) -> None:
+    if payload is not None and payload.ranks is not msgspec.UNSET:
+        raise TraceFileError(
+            f"{file.name}: found a merged trace of several ranks, expected that of one; merge the "
+            "samples into the rank's own trace, then the ranks again"
+        )
+
+
+def _old_band(file: BinaryIO, layout: TraceLayout, payload: _Payload) -> Cut | None:
+    """Where older releases put their counters and lanes, if they still stand there."""
+    splice = payload.splice
+    size = splice.get("events_bytes") if isinstance(splice, dict) else None
+    if not isinstance(size, int) or not 0 <= size <= layout.events.end - layout.events.start:
+        return None
+    start = layout.events.end - size
+    file.seek(start)
+    return (start, layout.events.end) if not size or _OUR_HEAD.match(file.read(64)) else None
+
+
+def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
+    """Our events one by one, each with its comma, in a file that another tool saved."""
+    file.seek(layout.events.start - 1)
+    stream = JsonStream(file.read, file.name)
+    kept_end = run_end = None
+    base = layout.events.start - 1
+    for offset, text in stream.elements():
+        start, end = base + offset, base + offset + len(text)
+        if _is_own_event(file, text):
+            run_end = end
+            continue
+        if run_end is not None:
+            yield (layout.events.start, start) if kept_end is None else (kept_end, run_end)
+        kept_end, run_end = end, None
+    if run_end is not None:
+        yield layout.events.start if kept_end is None else kept_end, run_end
+
+
+def _is_own_event(file: BinaryIO, text: bytes) -> bool:
+    """Whether merging added this event."""
+    if not _MAYBE_OURS.search(text):
+        return False
+    try:
+        event = loads_lenient(text)
+    except ValueError:
+        return False
+    if not isinstance(event, dict):
+        return False
+    arguments = event.get("args")
+    recording = arguments.get(METADATA_KEY) if isinstance(arguments, dict) else None
+    if isinstance(recording, dict) and event.get("ph") == "M":
+        _refuse_several_ranks(file, _payload(json.dumps(recording).encode()))
+        return True
+    return is_band(event.get("pid"))
+
+
+def _cut(file: BinaryIO, cuts: Sequence[Cut]) -> None:
+    """Take bytes out of the file, in place."""
+    size = file.seek(0, 2)
+    target = cuts[0][0]
+    bounds = [*cuts, (size, size)]
+    for (_, since), (to, _) in itertools.pairwise(bounds):
+        while since < to:
+            file.seek(since)
+            block = file.read(min(_COPY_BYTES, to - since))
+            file.seek(target)
+            file.write(block)
+            since, target = since + len(block), target + len(block)
+    file.truncate(target)
