@@ -12,6 +12,7 @@ So of R ranks the last is always the last to arrive: rank r waits 3 (R - 1 - r) 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -46,6 +47,8 @@ class Run:
     counts: Callable[[int, int, int], Sequence[int]] = default_counts
     jitter_us: Callable[[int, int, str], float] = lambda rank, call, role: 0.0
     """Added to the end of a rank's kernel."""
+    stretch: Callable[[int, int, int, str], float] = lambda rank, layer, call, name: 1.0
+    """How much longer a rank's kernel takes than its operator."""
     with_collectives: bool = True
     sequence: bool = False
     exchange: str | None = "all_to_all"
@@ -136,7 +139,8 @@ def _events_and_samples(run: Run, rank: int) -> tuple[list[dict[str, Any]], list
             start = CALL_US * call + 200.0 * layer
             identity = 1 + 100 * (call * LAYERS + layer)
             info = router(layer)
-            found += events(info.site, start, identity)
+            stretch = functools.partial(run.stretch, rank, layer, call)
+            found += events(info.site, start, identity, stretch)
             if run.with_collectives:
                 found += _collectives(run, rank, layer, call, start, identity + 50)
             made = sample(info, call, start, run.counts(rank, layer, call), slot_bytes=SLOT_BYTES)

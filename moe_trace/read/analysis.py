@@ -15,10 +15,11 @@ from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
 from moe_trace.read.findings.rules import Evidence, Finding, find, find_apart
+from moe_trace.read.rank_imbalance import rank_imbalance
 from moe_trace.read.ranks.combine import Read, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
 from moe_trace.read.rows import call_rows
-from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, imbalance_costs
+from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.peaks import find_peak
 from moe_trace.read.time.phases import CallTimes
@@ -188,7 +189,7 @@ class _Traces:
             *(ranks.notes if ranks is not None else _alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
-        imbalance = imbalance_costs(times, recording.routers, experts_are_split=split)
+        imbalance = _imbalance(reads, inputs, times, recording)
         answered = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
@@ -232,6 +233,16 @@ class _Traces:
         )
         split = any(r.recording.experts_are_split for r in self.reads)
         return report_speed(times, recording.routers, recording.model, peak, devices, experts_are_split=split)
+
+
+def _imbalance(
+    reads: Sequence[Read], inputs: Sequence[RankInput], times: CallTimes, recording: Recording
+) -> Imbalance:
+    """Of each layer on its device, or on its ranks where these share the experts."""
+    split = any(r.recording.experts_are_split for r in reads)
+    if split and len(inputs) == len(reads) > 1:
+        return rank_imbalance(inputs, {r.recording.rank: r.times for r in reads})
+    return imbalance_costs(times, recording.routers, experts_are_split=split)
 
 
 _SPLIT = (

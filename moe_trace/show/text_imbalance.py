@@ -11,6 +11,7 @@ from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 _COMPARED = {
     "forwards and layers": "calls of the same layer and of the same forward are compared",
     "forwards": "the layers of one forward are compared, taken as alike",
+    "ranks": "the ranks of one call are compared",
     "trend": "calls are compared after the number of tokens and a drift over the steps are taken out",
 }
 
@@ -21,7 +22,8 @@ def imbalance_part(summary: TraceSummary) -> list[str]:
         return []
     lines = [paragraph(_sentence(model)) for model in summary.load_models]
     told = [cost for cost in summary.imbalance if cost.verdict != "cannot tell"]
-    return ["\n".join(lines + ([_table(told)] if told else []))]
+    ranks = any(model.comparison == "ranks" for model in summary.load_models)
+    return ["\n".join(lines + ([_table(told, ranks=ranks)] if told else []))]
 
 
 def _sentence(model: LoadModel) -> str:
@@ -31,7 +33,9 @@ def _sentence(model: LoadModel) -> str:
         return "Cost of imbalance: no effect on the experts' time is seen."
     each = [f"{number(us)} µs for each of the {name}" for name, us in model.us_per_unit.items()]
     meaning = {
-        "costs": "Uneven load costs time here",
+        "costs": "The busiest rank takes longer than the mean one"
+        if model.comparison == "ranks"
+        else "Uneven load costs time here",
         "saves": "Uneven load saves time here: fewer experts' weights are read. Balance would cost it",
     }[model.verdict]
     compared = _COMPARED[model.comparison or "trend"]
@@ -41,7 +45,7 @@ def _sentence(model: LoadModel) -> str:
     )
 
 
-def _table(told: Sequence[ImbalanceCost]) -> str:
+def _table(told: Sequence[ImbalanceCost], *, ranks: bool) -> str:
     rows = [
         [
             printable(cost.site, 12),
@@ -53,7 +57,8 @@ def _table(told: Sequence[ImbalanceCost]) -> str:
         ]
         for cost in told
     ]
-    headings = ("layer", "measured", "at most even", "cost", "95 % interval", "verdict")
-    return "Experts' time of one forward call in µs, and at the most even load of the trace\n" + table(
-        headings, rows
-    )
+    against = "mean rank" if ranks else "at most even"
+    title = "Experts' time of one forward call in µs, and at the most even load of the trace"
+    if ranks:
+        title = "Experts' time of one forward call on its busiest rank in µs, and of a mean rank"
+    return f"{title}\n" + table(("layer", "measured", against, "cost", "95 % interval", "verdict"), rows)

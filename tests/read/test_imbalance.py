@@ -11,6 +11,7 @@ import pytest
 from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.show.text import render_text
 from paths import DATA
+from tiny_ranks import Run, sent, write_ranks
 from tiny_trace import EXPERTS, write_tiny
 
 H100 = DATA / "h100" / "prefill_decode.pt.trace.json.gz"
@@ -141,3 +142,37 @@ def test_advice_is_for_the_set_up_of_the_trace() -> None:
         for finding in read_summary(path).findings:
             text = f"{finding.sentence} {finding.advice}".lower()
             assert not any(word in text for word in ("parallel", "rank", "replicate")), text
+
+
+@pytest.mark.parametrize(("us_a_slot", "verdict"), [(1.0, "costs"), (0.0, "no effect seen")])
+def test_many_gpus_wait_for_the_busiest_rank(tmp_path: Path, us_a_slot: float, verdict: str) -> None:
+    """Experts on two ranks: a rank takes as long as the slots that reach it, whoever routed them."""
+    random = np.random.default_rng(3)
+    table = random.integers(1, 9, (2, 2, CALLS, EXPERTS))
+    table[..., 0] += table[..., :].sum(-1) % 2  # an even number of slots: two for each token
+    noise = random.normal(size=(2, 2, CALLS))
+
+    def counts(rank: int, layer: int, call: int) -> tuple[int, ...]:
+        return tuple(table[rank, layer, call].tolist())
+
+    def slots(rank: int, layer: int, call: int) -> int:
+        return sum(sent(run, other, rank, layer, call) for other in range(2))
+
+    def stretch(rank: int, layer: int, call: int, name: str) -> float:
+        us = 10 + us_a_slot / 2 * slots(rank, layer, call) + 0.01 * noise[rank, layer, call]
+        return us / 10 if name == "aten::mm" else 0.01
+
+    run = Run(calls=CALLS, counts=counts, stretch=stretch)
+    write_ranks(tmp_path, run)
+    summary = read_summary(tmp_path)
+    (model,) = summary.load_models
+    assert model.verdict == verdict and model.comparison == "ranks"
+    assert model.us_per_unit["slots of the rank"] == pytest.approx(us_a_slot, abs=0.01)
+    for layer, cost in enumerate(summary.imbalance):
+        loads = np.array([[slots(rank, layer, call) for rank in range(2)] for call in range(CALLS)])
+        excess = (loads.max(axis=1) - loads.mean(axis=1)).mean()
+        assert cost.cost_us == pytest.approx(us_a_slot * excess, abs=0.1)
+    if us_a_slot:
+        assert model.held_out_r2 == pytest.approx(1, abs=1e-3)
+        text = " ".join(render_text(summary.stages["decode"]).split())
+        assert "The busiest rank takes longer than the mean one" in text

@@ -32,6 +32,10 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
         for share, c, cost in found
     ]
     model = next(m for m in evidence.load_models if found[0][1].site in m.sites)
+    against, remedy = "the most even load of the trace", "balance these layers first"
+    if model.comparison == "ranks":
+        against = "a mean rank's load"
+        remedy = "place or replicate the busy experts of these layers (`moe-trace placement` plans it)"
     follows = " and ".join(f"{us:.3g} µs for each of the {name}" for name, us in model.us_per_unit.items())
     yield Finding(
         rule="costly_imbalance",
@@ -40,10 +44,10 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
         value=found[0][0],
         threshold=COST_SHARE,
         cost_us=sum(cost * c.calls for _, c, cost in found),
-        sentence=f"Uneven load costs over {percent(COST_SHARE)} of the experts' time against the most even "
-        f"load of the trace: {in_one_line(layers)}.",
+        sentence=f"Uneven load costs over {percent(COST_SHARE)} of the experts' time against {against}: "
+        f"{in_one_line(layers)}.",
         advice=f"Here the experts take {follows} (this explains {percent(model.held_out_r2 or 0.0)} of the "
-        "variation of held-out calls): balance these layers first.",
+        f"variation of held-out calls): {remedy}.",
     )
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-Comparison = Literal["forwards and layers", "forwards", "trend"]
+Comparison = Literal["forwards and layers", "forwards", "trend", "ranks"]
+"""`ranks`: the ranks of one call (`read.rank_imbalance`)."""
 
 CALLS_MIN = 8
 LEVER_MIN = 0.03
@@ -34,6 +35,13 @@ BOTH_MIN = 0.02
 """How much more two figures together must explain than one."""
 ALIKE = 0.98
 """Correlation above which two figures cannot be told apart."""
+
+
+# Two-sided 97.5 % points of Student's t by degrees of freedom; beyond the table the next lower entry holds.
+_T_975 = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
+    12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980, 1000: 1.962,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,3 +166,9 @@ def _held_out_r2(time_us: Array, columns: Array, folds: npt.NDArray[np.int64]) -
         error += float(((time_us[unseen] - columns[unseen] @ slopes) ** 2).sum())
     total = float((time_us**2).sum())
     return 1 - error / total if total else 0.0
+
+
+def half_interval(fit: Fit, difference: Array) -> float:
+    """Half the 95 % interval of the fitted effect of a difference in the figures."""
+    t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
+    return float(t * np.sqrt(difference @ fit.covariance @ difference))

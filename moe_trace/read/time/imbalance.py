@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from moe_trace.data.schema import RouterInfo
-from moe_trace.read.time.fit import CALLS_MIN, Array, Calls, Comparison, Fit, fit_load
+from moe_trace.read.time.fit import CALLS_MIN, Array, Calls, Comparison, Fit, fit_load, half_interval
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.structure import EXPERTS
 
@@ -32,12 +32,6 @@ WIDE = 0.25
 
 _UNKNOWN = "the device's times are not known"
 ACTIVE, BUSIEST = "active experts", "slots of the busiest expert"
-
-# Two-sided 97.5 % points of Student's t by degrees of freedom; beyond the table the next lower entry holds.
-_T_975 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980, 1000: 1.962,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +139,7 @@ class _Rows:
         unknown = bool(np.isnan(self.calls.time_us).any())
         reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._cannot_tell()
         fit = None if reason else fit_load(self.calls)
-        reason = reason or _reason_of(fit, self.calls)
+        reason = reason or reason_of(fit, self.calls)
         if fit is not None and not reason:
             reason = self._wide(fit)
         used = fit if fit is not None and not reason else None
@@ -181,10 +175,7 @@ class _Rows:
     def _wide(self, fit: Fit) -> str:
         reach = max(self._reach(fit, i) for i in np.unique(self.calls.layer).tolist())
         if reach > WIDE * self.calls.time_us.mean():
-            return (
-                f"the interval is ±{100 * reach / self.calls.time_us.mean():.0f} % of the experts' time: "
-                "record more steps"
-            )
+            return wide_reason(reach / self.calls.time_us.mean())
         return ""
 
     def _difference(self, fit: Fit, layer: int) -> Array:
@@ -194,9 +185,7 @@ class _Rows:
 
     def _reach(self, fit: Fit, layer: int) -> float:
         """Half the 95 % interval of a layer's cost."""
-        difference = self._difference(fit, layer)
-        t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
-        return float(t * np.sqrt(difference @ fit.covariance @ difference))
+        return half_interval(fit, self._difference(fit, layer))
 
     def _layer(self, layer: int, fit: Fit | None, reason: str) -> ImbalanceCost:
         router, mine = self.routers[layer], self.calls.layer == layer
@@ -240,14 +229,19 @@ def _most_even(slots: Array, spread: Array) -> np.ndarray:
     return even
 
 
-def _reason_of(fit: Fit | None, calls: Calls) -> str:
+def wide_reason(part: float) -> str:
+    """Half an interval, as a part of the time, that is too wide to say anything."""
+    return f"the interval is ±{100 * part:.0f} % of the experts' time: record more steps"
+
+
+def reason_of(fit: Fit | None, calls: Calls) -> str:
     """Why the fit does not tell."""
     if fit is None:
         if np.ptp(calls.slots) > 0:
             return _TOKENS_ALONE
         return "the load varies only together with the step: record steps in another order"
-    t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
-    sure = np.abs(fit.slopes) > t * np.sqrt(np.diag(fit.covariance))
+    reach = np.array([half_interval(fit, one) for one in np.eye(len(fit.slopes))])
+    sure = np.abs(fit.slopes) > reach
     if not sure.any():
         return ""
     if (sure & (fit.slopes < 0)).any():

@@ -1,0 +1,141 @@
+"""What an uneven load costs where experts are spread over ranks: how much longer the busiest rank takes.
+
+A rank's experts take as long as the slots that they compute, so each call is fitted across its ranks (step,
+tokens and layer fall out) and checked on calls that were held out (`read.time.fit`). The cost of a call is
+the fitted time of the busiest rank's slots beyond the mean rank's: what the others wait for, all else alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_trace.read.ranks.load import CallLoad, RankRecords, find_loads
+from moe_trace.read.ranks.ranks import RankInput
+from moe_trace.read.ranks.time import SampleIndex, sample_index
+from moe_trace.read.time.fit import Array, Calls, Fit, fit_load, half_interval
+from moe_trace.read.time.imbalance import (
+    R2_MIN,
+    WIDE,
+    Imbalance,
+    ImbalanceCost,
+    LoadModel,
+    Verdict,
+    reason_of,
+    wide_reason,
+)
+from moe_trace.read.time.phases import CallTimes
+from moe_trace.read.time.structure import EXPERTS
+
+SLOTS = "slots of the rank"
+
+
+def rank_imbalance(inputs: Sequence[RankInput], times: Mapping[int, CallTimes]) -> Imbalance:
+    """One answer a layer, from the calls that all ranks made and whose times are known.
+
+    Args:
+        times: by rank.
+    """
+    index = {one.calls.rank: sample_index(one.calls.rank, one.recording) for one in inputs}
+    loads = find_loads(RankRecords(by_rank={one.calls.rank: one.recording for one in inputs}))
+    return _answer(loads, times, index)
+
+
+def _answer(
+    loads: Sequence[CallLoad], times: Mapping[int, CallTimes], index: Mapping[int, SampleIndex]
+) -> Imbalance:
+    time_CR = _times(loads, times, index)
+    known = np.flatnonzero(~np.isnan(time_CR).any(axis=1))
+    loads, time_CR = [loads[i] for i in known.tolist()], time_CR[known]
+    if not len(loads):
+        return Imbalance((), ())
+    slots_CR = np.array([load.load_R for load in loads], np.float64)
+    fit, reason = _fit(time_CR, slots_CR)
+    names = list(dict.fromkeys(load.key[0] for load in loads))
+    costs = []
+    for name in names:
+        mine = np.array([load.key[0] == name for load in loads])
+        site = next(load.site for load in loads if load.key[0] == name)
+        costs.append(_cost(site, name, time_CR[mine], slots_CR[mine], fit, reason))
+    verdicts = {cost.verdict for cost in costs}
+    model = LoadModel(
+        sites=tuple(cost.site for cost in costs),
+        verdict=next(v for v in ("costs", "no effect seen", "cannot tell") if v in verdicts),
+        reason=reason or next((cost.reason for cost in costs if cost.reason), ""),
+        calls=time_CR.size,
+        comparison="ranks" if fit is not None else None,
+        us_per_unit={SLOTS: float(fit.slopes[0])} if fit is not None else {},
+        held_out_r2=fit.held_out_r2 if fit is not None else None,
+    )
+    return Imbalance((model,), tuple(costs))
+
+
+def _times(
+    loads: Sequence[CallLoad], times: Mapping[int, CallTimes], index: Mapping[int, SampleIndex]
+) -> Array:
+    """[calls, ranks] microseconds of the experts; NaN where they are not known."""
+    row = {load.key: i for i, load in enumerate(loads)}
+    found = np.full((len(loads), len(times)), np.nan)
+    for column, rank in enumerate(sorted(times)):
+        work_ns = times[rank].work_ns(times[rank].forward)
+        if work_ns is None:
+            continue
+        for i, call in enumerate(times[rank].samples.call_keys()):
+            known = index[rank].by_call.get(call)
+            if known is not None and known[0] in row:
+                found[row[known[0]], column] = work_ns[i, EXPERTS] / 1000
+    return found
+
+
+def _fit(time_CR: Array, slots_CR: Array) -> tuple[Fit | None, str]:
+    calls, ranks = time_CR.shape
+    data = Calls(
+        time_us=time_CR.ravel(),
+        slots=slots_CR.ravel(),
+        forward=np.repeat(np.arange(calls), ranks),
+        layer=np.tile(np.arange(ranks), calls),
+        figures={SLOTS: slots_CR.ravel()},
+    )
+    if not np.ptp(slots_CR, axis=1).any():
+        return None, "the ranks compute equally many slots in every call"
+    fit = fit_load(data)
+    if fit is None or fit.comparison == "trend":
+        return None, "the ranks' loads hardly vary from call to call: record more steps, of several texts"
+    return fit, reason_of(fit, data)
+
+
+def _cost(
+    site: str, name: str, time_CR: Array, slots_CR: Array, fit: Fit | None, reason: str
+) -> ImbalanceCost:
+    busiest = slots_CR.argmax(axis=1)
+    measured = float(time_CR[np.arange(len(busiest)), busiest].mean())
+    answer = ImbalanceCost(
+        site=site,
+        name=name,
+        verdict="cannot tell",
+        reason=reason,
+        calls=len(time_CR),
+        measured_us=measured,
+        equal_load_us=None,
+        cost_us=None,
+        low_us=None,
+        high_us=None,
+    )
+    if fit is None or reason:
+        return answer
+    excess = np.array([(slots_CR.max(axis=1) - slots_CR.mean(axis=1)).mean()])
+    cost, reach = float(excess @ fit.slopes), half_interval(fit, excess)
+    if reach > WIDE * measured:
+        return replace(answer, reason=wide_reason(reach / measured))
+    sure = fit.held_out_r2 >= R2_MIN and cost - reach > 0
+    verdict: Verdict = "costs" if sure else "no effect seen"
+    return replace(
+        answer,
+        verdict=verdict,
+        equal_load_us=measured - cost,
+        cost_us=cost,
+        low_us=cost - reach,
+        high_us=cost + reach,
+    )
