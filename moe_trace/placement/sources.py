@@ -49,6 +49,8 @@ def read_counts(
         UsageError: counts of another form, or none at all.
     """
     path = Path(path)
+    if path.suffix != ".npy":
+        _refuse_other_files(path)
     if path.suffix == ".npy":
         found = _of_array(path)
     elif path.is_file() and path.suffix == ".json" and _holds_counts(path):
@@ -56,6 +58,30 @@ def read_counts(
     else:
         return _with_bytes(counts_of_traces(path, chosen), slot_bytes)
     return _with_bytes(_of_layers(found, chosen or Filter()), slot_bytes)
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Counts of another tool are no broken trace: say which forms of counts are taken.
+
+    Raises:
+        UsageError: the file's first bytes are not those of a trace.
+    """
+    if not path.is_file():
+        return  # a folder, or nothing: who reads it says what is wrong
+    with path.open("rb") as file:
+        first = file.read(4096)
+    if not first or first.startswith(b"\x1f\x8b"):
+        return
+    one_object_a_line = path.suffix == ".jsonl"
+    if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" and not one_object_a_line:
+        return
+    known = {b"PK": "a zip archive (torch.save, .npz)", b"\x80": "a pickle"}
+    found = next((what for start, what in known.items() if first.startswith(start)), None)
+    found = found or (f"a {path.suffix} file" if path.suffix else "no JSON object")
+    raise UsageError(
+        f"{path}: found {found}, expected {_FORMS}; bring the counts into the form [layers, experts] or "
+        "[steps, layers, experts] and write them with numpy.save(...) as a .npy file of whole numbers"
+    )
 
 
 def _with_bytes(counts: ExpertCounts, slot_bytes: int | None) -> ExpertCounts:

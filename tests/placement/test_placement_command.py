@@ -349,3 +349,23 @@ def test_a_big_model_takes_seconds() -> None:
     plans = make_plans(blocks_of(counts), PlanOptions(cluster=Cluster(256, 32)))
     assert time.perf_counter() - start < 20
     assert all(plan.experts_LP.shape[0] == 61 for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("expert_distribution.pt", b"PK\x03\x04..."),
+        ("counts.csv", b"layer,expert,count\n0,0,7\n"),
+        ("counts.jsonl", b'{"layer": 0, "counts": [1, 2]}\n{"layer": 1, "counts": [3, 4]}\n'),
+        ("counts.json", b"[[1, 2], [3, 4]]"),
+        ("counts.pkl", b"\x80\x04..."),
+        ("counts", b"1 2\n3 4\n"),
+    ],
+)
+def test_counts_of_other_tools_are_told_which_counts_are_taken(
+    name: str, data: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    code, out, err = run(tmp_path / name)
+    assert (code, out) == (2, "")
+    assert "export --to eplb" in err and ".npy" in err

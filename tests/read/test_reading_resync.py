@@ -79,6 +79,11 @@ def test_lists_of_objects_in_a_broken_batch_are_no_events() -> None:
     assert read(data.encode()) == ({0, 2}, 1, ["traceEvents", "after"])
 
 
+def test_an_odd_field_with_lists_of_objects_is_one_event() -> None:
+    events = [event(0), event(1, id=[{"a": 1}, {"b": 2}, {"c": 3}], dur=2), event(2)]
+    assert read(json.dumps({"traceEvents": events}).encode())[:2] == ({0, 1, 2}, 0)
+
+
 def test_a_list_at_the_end_of_a_broken_event_is_not_the_end() -> None:
     events = [event(0), event(1, args={"note": "BREAK", "list": [{"a": 1}]}), event(2)]
     times, unreadable, _ = read(json.dumps({"traceEvents": events}).replace("BREAK", '"').encode())

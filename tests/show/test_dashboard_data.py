@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,7 +125,7 @@ def test_a_half_written_trace_is_read_again_when_it_has_grown(tmp_path: Path) ->
 def test_memory_is_bounded(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SUMMARIES_MAX_BYTES", 1)
     dashboard = Dashboard(Catalogs(str(logdir)))
-    dashboard.store = store_module.Store(logdir, max_bytes=1)
+    dashboard.store = store_module.Store(max_bytes=1)
     for run, name in (("train", TRAIN), ("prefill", PREFILL), ("prefill/eager", EAGER)):
         dashboard.answer("overview", {"run": run, "trace": name})
         assert len(dashboard.store._kept) == 1
@@ -136,6 +138,63 @@ def test_a_new_run_appears(dashboard: Dashboard, logdir: Path) -> None:
     (logdir / "later").mkdir()
     shutil.copy(H200 / TRAIN, logdir / "later")
     assert "later" in {r["run"] for r in dashboard.answer("runs", {"fresh": "1"})["runs"]}
+
+
+def test_the_tab_finds_what_tensorboard_finds(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(logdir.parent))
+    home = f"~/{logdir.name}"
+    truth = [run["run"] for run in Dashboard(Catalogs(str(logdir))).answer("runs", {})["runs"]]
+    assert [run["run"] for run in Dashboard(Catalogs(home)).answer("runs", {})["runs"]] == truth
+    spec = Dashboard(Catalogs("", f"mine:{home},{logdir / 'train'}"))
+    assert {run["run"] for run in spec.answer("runs", {})["runs"]} == {*(f"mine/{r}" for r in truth), "."}
+    assert spec.answer("trace", {"run": "mine/train", "trace": TRAIN})["state"] == "ok"
+
+
+def test_no_single_run_takes_the_tab_down(logdir: Path) -> None:
+    odd = Path(os.fsdecode(bytes(logdir) + b"/\xff\xfe"))
+    odd.mkdir()
+    shutil.copy(H200 / TRAIN, odd)
+    os.mkfifo(logdir / "train" / "pipe.pt.trace.json")
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    runs = {run["run"]: run["traces"] for run in dashboard.answer("runs", {})["runs"]}
+    json.dumps(runs).encode()
+    assert dashboard.answer("trace", {"run": "\\xff\\xfe", "trace": TRAIN})["state"] == "ok"
+    pipe = next(trace for trace in runs["train"] if trace["trace"].startswith("pipe"))
+    assert pipe["state"] == "broken" and "no regular file" in pipe["reason"]
+
+
+def test_a_lack_of_memory_is_forgotten(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "analyse", fails)
+        assert "memory" in dashboard.answer("overview", TRACE)["broken"]
+    assert "broken" not in dashboard.answer("overview", TRACE)
+
+
+def test_what_was_read_is_answered_while_another_trace_is_read(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.answer("overview", TRACE)
+    started, go_on = threading.Event(), threading.Event()
+
+    def waits(*args: object, **options: object) -> None:
+        started.set()
+        go_on.wait(30)
+        raise MemoryError
+
+    monkeypatch.setattr(store_module, "analyse", waits)
+    other = threading.Thread(target=dashboard.answer, args=("overview", {"run": "prefill", "trace": PREFILL}))
+    other.start()
+    assert started.wait(30)
+    answered = threading.Thread(target=dashboard.answer, args=("overview", TRACE))
+    answered.start()
+    answered.join(20)
+    still_waiting = answered.is_alive()
+    go_on.set()
+    other.join()
+    assert not still_waiting
 
 
 # -- security ------------------------------------------------------------------------------------------

@@ -123,6 +123,9 @@ class _Pieces(Generic[_T]):
                 return last
             self._tries -= self._ends[last - 1] - start
             if self._tries < 0 or not _is_cut_off(self._data[start : self._ends[last - 1]]):
+                text = self._data[start : self._ends[last - 1]]
+                if _is_json(text):  # whole, but of another type than expected
+                    return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
                 break
@@ -133,9 +136,13 @@ class _Pieces(Generic[_T]):
                 return None
         if self._take_last(start, self._ends[first]):
             return None
-        self._found.append(self._one(self._data[self._starts[first] : self._ends[first]]))
-        self._at = self._ends[first]
-        return first + 1
+        return self._take_broken(self._data[start : self._ends[first]], first + 1)
+
+    def _take_broken(self, text: bytes, following: int) -> int:
+        """What only the lenient reader may understand."""
+        self._found.append(self._one(text))
+        self._at = self._ends[following - 1]
+        return following
 
 
 def _is_cut_off(text: bytes) -> bool:

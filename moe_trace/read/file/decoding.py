@@ -122,7 +122,7 @@ class Links:
         number = whole_number(value)
         if number is not None:
             return number & _LINK_BITS if number >= 0 else NO_LINK
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.strip():
             return NO_LINK
         # A name as an id: a number that no counter reaches.
         return self._texts.setdefault(value, _LINK_BITS - 1 - len(self._texts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 TRACE_NAME = re.compile(r"(?P<stem>.+)\.pt\.trace\.json(?:\.gz)?", re.DOTALL)
+_NAMED_FOLDER = re.compile(r"(?P<name>[^:/\\]+):(?P<folder>[^:]*)")
 TRACES_MAX = 2000
 FRESH_S, RECENT_S = 1.0, 30.0
 OUTSIDE = "a link that leaves the log folder; it is not followed"
@@ -25,9 +27,11 @@ class Trace:
     """One trace file, as it was when the folder was looked through."""
 
     run: str
-    """Folder relative to the log folder; `.` for itself."""
+    """Folder relative to the log folder; `.` for itself; in `--logdir_spec` behind the folder's name."""
     name: str
     path: Path
+    root: Path
+    """The log folder, links resolved: nothing outside is read."""
     mtime_ns: int
     size_bytes: int
 
@@ -60,10 +64,12 @@ class Catalogs:
 
     Args:
         logdir: as TensorBoard got it; empty where it was started without one.
+        logdir_spec: likewise: `name:folder,name:folder`.
     """
 
-    def __init__(self, logdir: str) -> None:
-        self.logdir = logdir
+    def __init__(self, logdir: str, logdir_spec: str = "") -> None:
+        self.logdir = logdir or logdir_spec
+        self._roots = [("", logdir)] if logdir else _parse_spec(logdir_spec)
         self._lock = threading.Lock()
         self._latest: tuple[float, Catalog] | None = None
 
@@ -72,8 +78,8 @@ class Catalogs:
         with self._lock:
             now = time.monotonic()
             if self._latest is None or now - self._latest[0] > max_age_s:
-                found = find_catalog(Path(self.logdir)) if self.logdir else Catalog({}, {}, False)
-                self._latest = (now, found)
+                found = [find_catalog(Path(folder), name) for name, folder in self._roots]
+                self._latest = (now, _joined(found))
             return self._latest[1]
 
     def find(self, run: str, name: str) -> Trace:
@@ -93,12 +99,35 @@ class Catalogs:
         raise KeyError("trace of that name")
 
 
-def find_catalog(logdir: Path) -> Catalog:
+def _parse_spec(spec: str) -> list[tuple[str, str]]:
+    """(name, folder) for each part of `--logdir_spec`; the name may be missing."""
+    found = []
+    for part in filter(None, spec.split(",")):
+        named = _NAMED_FOLDER.fullmatch(part)
+        found.append((named["name"], named["folder"]) if named else ("", part))
+    return found
+
+
+def _joined(catalogs: list[Catalog]) -> Catalog:
+    if len(catalogs) == 1:
+        return catalogs[0]
+    traces = {key: trace for catalog in catalogs for key, trace in catalog.traces.items()}
+    refused = {key: why for catalog in catalogs for key, why in catalog.refused.items()}
+    return Catalog(dict(sorted(traces.items())), refused, any(catalog.cut_off for catalog in catalogs))
+
+
+def _text(name: str) -> str:
+    """A name that JSON and addresses can carry: bytes that are no UTF-8 as `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def find_catalog(logdir: Path, prefix: str = "") -> Catalog:
     """Look through the folder; what cannot be looked at is left out or refused, never an error."""
-    root = Path(os.path.realpath(logdir))
+    root = Path(os.path.realpath(os.path.expanduser(logdir)))
     traces: dict[tuple[str, str], Trace] = {}
     refused: dict[tuple[str, str], str] = {}
-    for run, name, path in _candidates(root):
+    for folder, file, path in _candidates(root):
+        run, name = _text(os.path.normpath(os.path.join(prefix, folder))), _text(file)
         if len(traces) + len(refused) >= TRACES_MAX:
             return Catalog(traces, refused, True)
         if not is_below(path, root):
@@ -109,7 +138,10 @@ def find_catalog(logdir: Path) -> Catalog:
         except OSError as error:
             refused[run, name] = f"cannot be read ({error.strerror})"
             continue
-        traces[run, name] = Trace(run, name, path, status.st_mtime_ns, status.st_size)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            refused[run, name] = "no regular file; it is not read"
+            continue
+        traces[run, name] = Trace(run, name, path, root, status.st_mtime_ns, status.st_size)
     return Catalog(dict(sorted(traces.items())), refused, False)
 
 

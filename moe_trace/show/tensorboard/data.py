@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 from moe_trace.data.display.columns import DEFINITIONS
@@ -35,7 +34,7 @@ class Dashboard:
 
     def __init__(self, catalogs: Catalogs) -> None:
         self.catalogs = catalogs
-        self.store = Store(Path(catalogs.logdir or "."))
+        self.store = Store()
         self._views: dict[str, Callable[[Parameters], Plain]] = {
             "runs": self.runs_impl,
             "trace": self.trace_impl,

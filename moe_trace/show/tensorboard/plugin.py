@@ -49,7 +49,7 @@ class MoEPlugin(base_plugin.TBPlugin):
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         super().__init__(context)
-        self._catalogs = Catalogs(context.logdir or "")
+        self._catalogs = Catalogs(context.logdir or "", _logdir_spec(context))
         self._dashboard: Any = None
 
     def get_plugin_apps(self) -> Mapping[str, Any]:
@@ -115,7 +115,7 @@ class MoEPlugin(base_plugin.TBPlugin):
     def _download_route(self, request: Request) -> Response:
         try:
             trace = self._catalogs.find(request.args.get("run", ""), request.args.get("trace", ""))
-            if not is_below(trace.path, Path(self._catalogs.logdir).resolve()):
+            if not is_below(trace.path, trace.root):
                 return _problem(request, OUTSIDE, 404)
             file = trace.path.open("rb")
         except (KeyError, OSError):
@@ -131,6 +131,10 @@ class MoEPlugin(base_plugin.TBPlugin):
         return Response(
             body, headers=headers, content_type="application/octet-stream", direct_passthrough=True
         )
+
+
+def _logdir_spec(context: base_plugin.TBContext) -> str:
+    return getattr(getattr(context, "flags", None), "logdir_spec", "") or ""
 
 
 def _application(route: Route) -> Any:

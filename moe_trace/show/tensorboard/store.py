@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_trace.data.errors import MoETraceError, TraceFileError
@@ -29,17 +28,21 @@ class _Kept:
     summary: TraceSummary
     size_bytes: int
     derived: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+    computing: threading.RLock = field(default_factory=threading.RLock)
 
 
 class Store:
-    """Reads one trace at a time; threads that ask for the same one wait for one reading."""
+    """Reads one trace at a time; threads that ask for the same one wait for one reading.
 
-    def __init__(self, logdir: Path, *, max_bytes: int = SUMMARIES_MAX_BYTES) -> None:
-        self._root = logdir.resolve()
+    What has been read is answered meanwhile: the lock on what is kept is never held while a file is parsed.
+    """
+
+    def __init__(self, *, max_bytes: int = SUMMARIES_MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
         self._reasons: OrderedDict[_Key, str] = OrderedDict()
         self._reading = threading.RLock()
+        self._keeping = threading.Lock()
         self.reads = 0
         """Traces read so far, for tests of the cache."""
 
@@ -63,7 +66,7 @@ class Store:
     def derived(self, trace: Trace, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:
         """Something computed from the summary, kept as long as the summary is."""
         kept = self._keep(trace)
-        with self._reading:
+        with kept.computing:
             if what not in kept.derived:
                 kept.derived[what] = compute(kept.summary)
                 while len(kept.derived) > DERIVED_MAX:
@@ -85,35 +88,45 @@ class Store:
     def forget_old(self, catalog: Catalog) -> None:
         """Drop what was read from files that have changed or gone."""
         current = {trace.key for trace in catalog.traces.values()}
-        with self._reading:
+        with self._keeping:
             for key in [key for key in self._kept if key not in current]:
                 del self._kept[key]
 
     # -- reading --------------------------------------------------------------------------------------
 
     def _keep(self, trace: Trace) -> _Kept:
+        kept = self._at_hand(trace)
+        if kept is not None:
+            return kept
         with self._reading:
-            kept = self._kept.get(trace.key)
+            kept = self._at_hand(trace)  # another thread may have read it meanwhile
             if kept is None:
                 summary = self._read(trace, lambda: analyse([trace.path], label=str(trace.path)))
-                kept = self._kept[trace.key] = _Kept(summary, _size_bytes(summary))
-                self._shrink()
-            self._kept.move_to_end(trace.key)
+                kept = _Kept(summary, _size_bytes(summary))
+                with self._keeping:
+                    self._kept[trace.key] = kept
+                    self._shrink()
             return kept
+
+    def _at_hand(self, trace: Trace) -> _Kept | None:
+        with self._keeping:
+            if trace.key in self._kept:
+                self._kept.move_to_end(trace.key)
+            return self._kept.get(trace.key)
 
     def _read(self, trace: Trace, read: Callable[[], _T]) -> _T:
         known = self._reasons.get(trace.key)
         if known is not None:
             raise TraceFileError(known)
-        if not is_below(trace.path, self._root):  # changed since the folder was looked through
+        if not is_below(trace.path, trace.root):  # changed since the folder was looked through
             raise TraceFileError(OUTSIDE)
         self.reads += 1
         try:
             return read()
         except MoETraceError as error:
             self._remember(trace, str(error).removeprefix(f"{trace.path}: "))
-        except MemoryError:
-            self._remember(trace, "too large for the memory of this machine")
+        except MemoryError as error:  # there may be more of it another time
+            raise TraceFileError("too large for the memory that this machine has left") from error
         except Exception as error:  # a hostile file must not take the tab down with it
             self._remember(trace, f"cannot be read ({type(error).__name__}: {error})")
         raise TraceFileError(self._reasons[trace.key])
