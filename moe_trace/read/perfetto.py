@@ -138,7 +138,12 @@ _Slice = tuple[Span, str, dict[str, Any]]
 
 def _slices(kind: RangeKind, calls: Sequence[PlacedCall]) -> list[_Slice]:
     with_span = [call for call in calls if kind in call.spans]
-    return [(call.spans[kind], call.sample.site, slice_args(call)) for call in with_span]
+    return [(call.spans[kind], call.sample.site, _arguments(call)) for call in with_span]
+
+
+def _arguments(call: PlacedCall) -> dict[str, Any]:
+    """With all experts: this file holds no recording that would have them."""
+    return {**slice_args(call), "assignments": call.sample.assignments.tolist()}
 
 
 def _write_lanes(writer: _Writer, parent: int, name: str, slices: Sequence[_Slice]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
 from moe_trace.timeline.replays import (
     REPLAY_FIGURES,
@@ -19,6 +21,9 @@ from moe_trace.timeline.replays import (
 Tracks = Sequence[Literal["band", "layers", "experts"]]
 Event = dict[str, Any]
 _T = TypeVar("_T")
+
+BUSIEST = 4
+"""Experts that a slice names."""
 
 LANES: tuple[RangeKind, ...] = ("router", "experts")
 
@@ -217,7 +222,8 @@ def slice_args(call: PlacedCall) -> dict[str, Any]:
         "clock": call.clock,
         "tokens": sample.tokens,
         "top_k": sample.top_k,
-        "assignments": sample.assignments.tolist(),
+        "assignments": int(sample.assignments.sum()),
+        "busiest experts": _busiest(sample.assignments),
         "skipped": sample.skipped,
         "padding_assignments": sample.padding_assignments,
         "load max÷mean": load.max_over_mean,
@@ -231,6 +237,12 @@ def slice_args(call: PlacedCall) -> dict[str, Any]:
         "expert FLOPs": sample.expert_flops,
         **({"in graph": True} if sample.in_graph else {}),
     }
+
+
+def _busiest(assignments: np.ndarray) -> dict[str, int]:
+    """The first few by load, however many experts there are: all of them stand in the recording."""
+    order = np.argsort(-assignments, kind="stable")[:BUSIEST]
+    return {f"E{expert}": int(assignments[expert]) for expert in order if assignments[expert]}
 
 
 def numbered(name: str, lane: int) -> str:

@@ -17,6 +17,7 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
+from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.timeline.additions import encode_addition, remove_additions
 from moe_trace.timeline.band import Tracks, band_events, band_label
@@ -241,15 +242,11 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     """One recording of all tracers, holding only the samples of this trace."""
     first = recordings[0]
     lost = replace(
-        first.lost,
+        add_losses([recording.lost for recording in recordings], called=()),
         samples_without_range=placed.samples_without_range,
         ranges_without_sample=placed.ranges_without_sample,
         unplaced=placed.unplaced,
         untimed=placed.untimed,
-        overwritten=sum(r.lost.overwritten for r in recordings),
-        silent_forwards=sum(r.lost.silent_forwards for r in recordings),
-        misread={name: why for r in recordings for name, why in r.lost.misread.items()},
-        never_called=tuple(name for r in recordings for name in r.lost.never_called),
     )
     model = first.model
     if len(recordings) > 1:

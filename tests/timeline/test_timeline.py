@@ -8,6 +8,7 @@ import json
 import shutil
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.profiler import ProfilerActivity
 
 import moe_trace
 from models import tiny_olmoe, token_batch
-from moe_trace.data.schema import BAND_PID, Span
+from moe_trace.data.schema import BAND_PID, Lost, Span
 from moe_trace.timeline.additions import read_added
 from moe_trace.timeline.merge import merge_recording
 from moe_trace.timeline.place import place_samples
@@ -156,8 +157,6 @@ def test_lanes_of_overlapping_layers_never_cross() -> None:
 
 
 def _moved(sample: Any, *, start_ns: int, thread: int) -> Any:
-    from dataclasses import replace
-
     return replace(sample, host_start_ns=start_ns, thread=thread, placement=None)
 
 
@@ -170,6 +169,51 @@ def test_merging_again_replaces_what_was_added(trace: tuple[Path, list[Any]], tm
     with copy.open("rb") as file:
         assert read_added(file) is not None
     assert len(recording_in(json.loads(copy.read_bytes()))["samples"]["call"]) == len(samples)
+
+
+def test_a_slice_names_the_busiest_experts_and_the_recording_holds_all(
+    trace: tuple[Path, list[Any]],
+) -> None:
+    path, samples = trace
+    data = json.loads(path.read_bytes())
+    assert recording_in(data)["samples"]["assignments"] == [s.assignments.tolist() for s in samples]
+    counts = {(s.name, s.call): s.assignments for s in samples}
+    slices = [e for e in data["traceEvents"] if e.get("cat") == "moe_trace"]
+    for args in (event["args"] for event in slices):
+        chosen = counts[args["router"], args["call"]]
+        assert args["assignments"] == chosen.sum()
+        assert list(args["busiest experts"].values()) == sorted(chosen[chosen > 0].tolist())[::-1][:4]
+        assert all(chosen[int(name[1:])] == count for name, count in args["busiest experts"].items())
+
+
+def test_what_two_tracers_lost_is_added_up(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    prof = profiled(tiny_olmoe())
+    prof.export_chrome_trace(str(path))
+    recording = prof.tracer.recording()
+    both = [replace(recording, lost=Lost(unreduced=n, padding_unknown=2 * n)) for n in (1, 10)]
+    merge_recording(path, both)
+    lost = recording_in(json.loads(path.read_bytes()))["lost"]
+    assert (lost["unreduced"], lost["padding_unknown"]) == (11, 22)
+
+
+def test_a_trace_that_another_tool_saved_is_merged_again(
+    trace: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    path, samples = trace
+    styles: list[dict[str, Any]] = [{}, {"indent": 2}, {"separators": (",", ":")}, {"sort_keys": True}]
+    for style in styles:
+        copy = tmp_path / "saved.json"
+        saved = json.loads(path.read_bytes()) | {"my_notes": {"run": [1]}}
+        copy.write_text(json.dumps(saved, **style))
+        moe_trace.merge_into(copy, samples)
+        moe_trace.merge_into(copy, samples)
+        again = json.loads(copy.read_bytes())
+        assert again["my_notes"] == {"run": [1]} and len(recording_in(again)["samples"]["call"]) == len(
+            samples
+        )
+        ours = [[e.get("pid") == BAND_PID for e in t["traceEvents"]] for t in (saved, again)]
+        assert sum(ours[0]) == sum(ours[1]) > 0
 
 
 def test_merge_into_takes_any_trace_of_torch(tmp_path: Path) -> None:

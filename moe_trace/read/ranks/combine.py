@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
@@ -20,7 +21,6 @@ from moe_trace.read.file.parts import Alignment
 from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
 from moe_trace.read.ranks.load import RankRecords
-from moe_trace.read.ranks.losses import add_losses
 from moe_trace.read.ranks.ranks import RankInput
 from moe_trace.read.ranks.same_run import copies, first_difference, pooled
 from moe_trace.read.ranks.shared_calls import RankCalls, clock_base_ns

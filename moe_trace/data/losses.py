@@ -1,4 +1,4 @@
-"""What several traces of one run lost, taken together."""
+"""What several traces of one run, or several tracers of one trace, lost: taken together."""
 
 from __future__ import annotations
 
