@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""What the hooks of a recorded call cost, against hooks of the same kinds with empty bodies, in turn.
+
+    python scripts/bench_hooks.py
+
+Trivial modules, 16 layers, on the CPU; CPU time of the thread, since other work on the machine adds to the
+clock; medians of the ratios. The deferred reduction is told apart: it is taken out of the first row of
+recording and stands in the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import moe_trace
+from moe_trace.find.private.torch_names import enter_range, leave_range
+
+LAYERS, EXPERTS, TOP_K = 16, 64, 8
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = EXPERTS, TOP_K
+        self.weight = nn.Parameter(torch.zeros(EXPERTS, 4))
+        logits = torch.randn(1, EXPERTS)
+        weights, index = logits.softmax(-1).topk(TOP_K)
+        self.decided = logits, weights, index
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        logits, weights, index = self.decided
+        return logits, weights, index
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.down_proj = nn.Parameter(torch.zeros(EXPERTS, 4, 4))
+
+    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        return hidden_states
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = Gate(), Experts()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(hidden)
+        return self.experts(hidden, index, weights)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def fresh_outputs(model: Layers) -> None:
+    """As real routers do: other memory in each call, so that nothing has to be copied."""
+    for layer in model.layers:
+        kept = [tuple(t.clone() for t in layer.gate.decided) for _ in range(4096)]
+        layer.gate.forward = iter_of(kept)
+
+
+def iter_of(kept: list[Any]) -> Callable[..., Any]:
+    position = 0
+
+    def forward(hidden_states: torch.Tensor) -> Any:
+        nonlocal position
+        position = (position + 1) % len(kept)
+        return kept[position]
+
+    return forward
+
+
+@contextmanager
+def empty_hooks(model: Layers, ranges: bool) -> Iterator[None]:
+    """Hooks of the kinds that record, with nothing in them; or with a bare range each pair."""
+    handles = []
+    for layer in model.layers:
+        modules = (layer, layer.gate, layer.experts) if ranges else (layer.gate, layer.experts)
+        for module in modules:
+            opened: list[Any] = []
+
+            def before(m: Any, args: Any, opened: list[Any] = opened) -> None:
+                if ranges:
+                    opened.append(enter_range("moe.bare"))
+
+            def after(m: Any, args: Any, kwargs: Any, output: Any, opened: list[Any] = opened) -> None:
+                if ranges:
+                    leave_range(opened.pop())
+
+            if ranges or module is layer.gate:
+                handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, always_call=True, with_kwargs=True))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def microseconds(model: Layers, context: Context, forwards: int) -> float:
+    """A layer's share of a forward inside the context."""
+    hidden = torch.zeros(1, 4)
+    with context(), torch.no_grad():
+        for _ in range(20):  # hooks are put on, and routers shown to write to other memory each time
+            model(hidden)
+        started = time.thread_time()
+        for _ in range(forwards):
+            model(hidden)
+        return 1e6 * (time.thread_time() - started) / forwards / LAYERS
+
+
+def row(
+    name: str, model: Layers, bare: Context, empty: Context, ours: Context, pairs: int, bound: Any
+) -> None:
+    ratios, costs = [], []
+    for _ in range(pairs):
+        base, hooks, recorded = (microseconds(model, one, 40) for one in (bare, empty, ours))
+        ratios.append((recorded - base) / (hooks - base))
+        costs.append((hooks - base, recorded - base))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    empty_us, ours_us = (statistics.median(side) for side in zip(*costs, strict=True))
+    print(
+        f"| {name} | {empty_us:.2f} | {ours_us:.2f} | **{middle:.2f}** | {low:.2f} ... {high:.2f} "
+        f"| {bound} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=31)
+    pairs = parser.parse_args().pairs
+    torch.set_num_threads(1)
+    model = Layers().eval()
+    fresh_outputs(model)
+
+    @contextmanager
+    def without_reduction() -> Iterator[None]:
+        with moe_trace.MoETracer(model) as tracer:
+            tracer._recorder.reduce = tracer._recorder._pending.clear  # type: ignore[method-assign]
+            yield
+
+    print(
+        f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}; "
+        "us a layer\n"
+    )
+    print("| | empty hooks | ours | ratio | quartiles | bound |\n| --- | ---: | ---: | ---: | --- | ---: |")
+    gc.disable()
+    empty = partial(empty_hooks, model, False)
+    row("recording, without the reduction", model, nullcontext, empty, without_reduction, pairs, 2.0)
+    row("recording", model, nullcontext, empty, partial(moe_trace.MoETracer, model), pairs, "-")
+    row(
+        "sampling off",
+        model,
+        nullcontext,
+        empty,
+        partial(moe_trace.MoETracer, model, warmup=10**9),
+        pairs,
+        0.2,
+    )
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiled = partial(torch.profiler.profile, activities=activities)
+
+    @contextmanager
+    def with_ranges() -> Iterator[None]:
+        with profiled(), empty_hooks(model, True):
+            yield
+
+    ours = partial(moe_trace.profile, model, activities=activities)
+    row("under a profiler, with ranges", model, profiled, with_ranges, ours, max(5, pairs // 3), 1.3)
+
+
+if __name__ == "__main__":
+    main()
