@@ -29,7 +29,7 @@ _GUESSES = 4
 _COMMA = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+")
 _BRACE_AND_BRACKET = re.compile(rb"\}[ \t\r\n]*+\]")
 _FEW = 64
-_CARRIER = re.compile(rb'\s*\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
+_CARRIER = re.compile(rb'\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
 _WHITE = b" \t\r\n"
 _T = TypeVar("_T")
 
@@ -181,9 +181,12 @@ class JsonStream(JsonCursor):
             return None, cut
 
     def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
-        taken = None
-        if not _CARRIER.match(self._data, self._at):  # as long as it may be, a recording is sound
-            taken = decode_around_breaks(self._data, self._at, decode, one, more=not self._ended)
+        data, more, taken = self._data, not self._ended, None
+        carrier = _CARRIER.search(data, self._at)
+        if carrier is not None:  # as long as it may be, and whatever lists it holds, a recording is sound
+            data, more = data[: carrier.start()] + b'{"', False
+        if carrier is None or carrier.start() > self._at:
+            taken = decode_around_breaks(data, self._at, decode, one, more=more)
         if taken is None:
             return self._scanned_batch(decode, one)
         found, self._at = taken
