@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from moe_trace.data.schema import BAND_PID
 from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.read.checked import read_checked
 from moe_trace.read.file.decoding import UNREADABLE, decode_batch, decode_one
-from moe_trace.read.file.trace_file import read_recording, read_trace
 from moe_trace.read.reader import TraceSummary, read_summary
 from paths import DATA
 from tiny_trace import write_tiny
@@ -140,19 +141,17 @@ def test_a_real_trace_gives_the_same_phases(fault: str, truth: TraceSummary, tmp
     assert read_summary(path).phases == truth.phases
 
 
-@pytest.mark.parametrize("block", [2_000, 10_000, 4 * 2**20])
-@pytest.mark.parametrize("where", [0, 0.5, 1])
-def test_the_recording_is_read_beside_a_broken_event(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, where: float
-) -> None:
-    """Its list of routers ends as the list of events does; more than one buffer long it is read as well."""
-    path = write_tiny(tmp_path / "a.json", calls=30)
+@pytest.mark.parametrize("seed", range(40))
+def test_the_recording_is_read_whole_beside_an_odd_event(tmp_path: Path, seed: int) -> None:
+    """Its list of routers ends as the list of events does; another tool may have put it anywhere."""
+    path, chance = write_tiny(tmp_path / "a.json"), random.Random(seed)
     document = json.loads(path.read_bytes())
-    lines = [json.dumps(event) for event in document.pop("traceEvents")]
-    lines.insert(round(where * len(lines)), '{"ph": "X", "name": "say "hi", [ now", "ts": 1, "dur": 1}')
-    lines.insert(round(where * len(lines)), '{"ph": "X", "name": "odd", "pid": 0.0, "ts": 1, "dur": 1}')
-    head = json.dumps(document)[:-1]
-    path.write_text(head + ', "traceEvents": [' + ",\n".join(lines) + '], "z": [{"a": 1}], "y": 2}')
-    monkeypatch.setattr("moe_trace.data.trace_json.cursor.BLOCK_BYTES", block)
-    assert len(read_trace(path).recording.samples) == len(read_recording(path).samples) == 60
-    assert sum(event.ph == "X" for event in read_checked(path).band) == 120
+    events = chance.sample(document["traceEvents"], len(document["traceEvents"]))
+    place = chance.randrange(len(events))
+    bands = sum(one["ph"] in "CX" and one["pid"] == BAND_PID for one in events)
+    bands -= events[place]["ph"] in "CX" and events[place]["pid"] == BAND_PID
+    events[place] = {**events[place], "pid": 0.0}
+    text = json.dumps({**document, "traceEvents": events}, indent=chance.choice([None, 1]))
+    path.write_text(text)
+    checked = read_checked(path)
+    assert (len(checked.recording.samples), len(checked.band)) == (6, bands)
