@@ -55,7 +55,20 @@ class HookLevels:
         for hooks in self._hooks:
             # Dynamo does not stand hooks that change while it traces them.
             if hooks.level == Level.OFF or not torch.compiler.is_compiling():
-                hooks.set_level(Level.RANGES)
+                hooks.set_level(Level.RANGES, first=False)
+
+    def settle(self) -> None:
+        """Take off what need not be observed any more, unless a thread is inside or code is compiled.
+
+        At once and not when the next forward begins: `torch.cuda.make_graphed_callables` takes no module with
+        hooks, and is called in between.
+        """
+        with self._lock:
+            if self.kept or self._wanted:
+                return
+            for hooks in self._hooks:
+                if hooks.level != Level.OFF and not hooks.is_current(hooks.level):
+                    hooks.set_level(hooks.level)
 
     def take_off(self) -> None:
         """Take all hooks off, whoever wants them."""

@@ -44,6 +44,8 @@ class SiteHooks(SiteObserver):
         self._observes_block = self.observe_block
         self._router_hooks = 0
         """On the router when ours were put on, ours included."""
+        self._first = True
+        """Whether hooks may be put before those of others."""
 
     @classmethod
     def functions(cls) -> list[Callable[..., Any]]:
@@ -74,10 +76,16 @@ class SiteHooks(SiteObserver):
             and (level == Level.OFF or self._router_hooks == len(self.site.router._forward_hooks))
         )
 
-    def set_level(self, level: Level) -> None:
-        """Install what `level` needs."""
+    def set_level(self, level: Level, *, first: bool = True) -> None:
+        """Install what `level` needs.
+
+        Args:
+            first: whether hooks may be put before those of others. Not those that are compiled: dynamo names a
+                hook by its place in `dict.keys(...)`, which does not see that an ordered dict moved it to the
+                front, and torch 2.11 then fails on its own guard.
+        """
         self._remove()
-        self.level = level
+        self.level, self._first = level, first
         if level == Level.OFF:
             return
         claim_ranges(self.site.router, self._owner)
@@ -97,8 +105,8 @@ class SiteHooks(SiteObserver):
         if block is not None and (ranged or self.observe_block or site.read_block is not None):
             # Inside everybody's hooks, where the weights of a sharded router are still gathered; outside them
             # where it is a range.
-            inner = site.read_block is not None
-            add(block.register_forward_pre_hook(self._before_block, prepend=True))
+            inner = site.read_block is not None and self._first
+            add(block.register_forward_pre_hook(self._before_block, prepend=self._first))
             add(
                 block.register_forward_hook(
                     self._after_block, always_call=True, with_kwargs=True, prepend=inner
@@ -106,14 +114,14 @@ class SiteHooks(SiteObserver):
             )
         plain = not timed and not self._cuda and not self._keeps_arguments
         before = self._before_router if plain else self._before_router_timed
-        add(router.register_forward_pre_hook(before, prepend=timed))
+        add(router.register_forward_pre_hook(before, prepend=timed and self._first))
         after = self._after_router_timed if timed or self._cuda else self._after_router
         add(router.register_forward_hook(after, always_call=True))
         if site.watched is not None:
             add(site.watched.register_forward_hook(self._after_watched))
         if experts is not None:
             if timed and site.times_experts:
-                add(experts.register_forward_pre_hook(self._before_experts, prepend=True))
+                add(experts.register_forward_pre_hook(self._before_experts, prepend=self._first))
             lean = not timed and not self._cuda and self.sending is None
             received = self._after_experts if lean else self._after_experts_timed
             add(experts.register_forward_hook(received, always_call=True, with_kwargs=True))
@@ -126,5 +134,5 @@ class SiteHooks(SiteObserver):
 
     def settle(self) -> None:
         """A recorded forward has ended: what need not be observed any more is not hooked in the next one."""
-        if self.observe_block and not self.irregular and (self.copies is None or self.copies.static):
+        if not self.irregular:
             self.observe_block = False

@@ -279,6 +279,7 @@ class ForwardWatch:
         if not self.forwards.threads():
             self.ranges.wanted = None
         self.levels.leave()
+        self.levels.settle()
 
 
 def _bytes_of_token(site: RouterSite) -> float:
