@@ -17,7 +17,7 @@ from playwright.sync_api import Frame, FrameLocator, Page
 
 from .harness import wait_for_run, wait_until
 
-TRACE_PAGE = "/trace_embedding.html"
+TRACE_PAGES = ("/trace_embedding.html", "/?trace=")  # in TensorBoard, and of `moe-trace view TRACE`
 # In the order of the page: Runs, Views, Workers.
 RUN_LIST, VIEW_LIST = 0, 1
 # A pixel whose colour channels differ by more than this is part of a slice or a counter: the rest is grey.
@@ -63,19 +63,31 @@ class Track:
 
 def open_trace_view(page: Page, url: str, run: str) -> None:
     """Opens the Trace view of `run` as a user does, and waits until its timeline stands still."""
+    open_profiler_view(page, url, run, "Trace")
+    wait_for_timeline(page)
+
+
+def open_profiler_view(page: Page, url: str, run: str, view: str) -> FrameLocator:
+    """Chooses the run and the view in torch-tb-profiler's page, which it gives."""
     wait_for_run(url, run)
+    page.goto("about:blank")
     page.goto(f"{url}/#pytorch_profiler")
     profiler = page.frame_locator("iframe")
     _choose(profiler, RUN_LIST, run)
-    _choose(profiler, VIEW_LIST, "Trace")
-    frame = _trace_frame(page)
+    _choose(profiler, VIEW_LIST, view)
+    return profiler
+
+
+def wait_for_timeline(page: Page) -> None:
+    """Waits until the viewer of chrome://tracing, in a frame or alone, has drawn its rows."""
+    frame = timeline_frame(page)
     frame.wait_for_function(f"() => {{ {DOM_FUNCTIONS} return (() => {{ {TRACKS_SCRIPT} }})().length > 0; }}")
     still_screenshot(page)
 
 
 def tracks(page: Page) -> list[Track]:
     """The rows that the timeline shows, from top to bottom."""
-    frame = _trace_frame(page)
+    frame = timeline_frame(page)
     origin = _origin(frame)
     return [_track(row, origin) for row in _evaluate(frame, TRACKS_SCRIPT)]
 
@@ -111,7 +123,7 @@ def search(page: Page, words: str) -> int:
 
     The hits are highlighted and everything else turns grey, so look at colours before.
     """
-    frame = _trace_frame(page)
+    frame = timeline_frame(page)
     field = _evaluate(frame, "return box(byId(document.body, 'filter'));")
     left, top = _origin(frame)
     page.mouse.click(left + field["x"] + field["width"] / 2, top + field["y"] + field["height"] / 2)
@@ -122,7 +134,7 @@ def search(page: Page, words: str) -> int:
 
 def select_next_hit(page: Page) -> str:
     """Selects the next event that the last search found; what the panel below the timeline says of it."""
-    frame = _trace_frame(page)
+    frame = timeline_frame(page)
     before = _panel_text(frame)
     page.keyboard.press("Enter")
     return wait_until(lambda: _changed(_panel_text(frame), before), "the panel to show the event")
@@ -148,12 +160,12 @@ def _choose(profiler: FrameLocator, index: int, option: str) -> None:
     profiler.get_by_role("option", name=option, exact=True).click()
 
 
-def _trace_frame(page: Page) -> Frame:
+def timeline_frame(page: Page) -> Frame:
     """The frame of the viewer itself, once it is there."""
 
     def find() -> Frame | None:
         page.title()  # a call of any kind lets playwright take in that frames came and went
-        return next((frame for frame in page.frames if frame.url.endswith(TRACE_PAGE)), None)
+        return next((frame for frame in page.frames if any(name in frame.url for name in TRACE_PAGES)), None)
 
     return wait_until(find, "the Trace view's frame")
 
@@ -164,6 +176,8 @@ def _evaluate(frame: Frame, script: str) -> Any:
 
 def _origin(frame: Frame) -> tuple[float, float]:
     """Where the frame's upper left corner is on the page."""
+    if frame.parent_frame is None:
+        return 0.0, 0.0
     place = frame.frame_element().bounding_box()
     assert place is not None, "the Trace view is hidden"
     return place["x"], place["y"]
