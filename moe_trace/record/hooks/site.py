@@ -80,9 +80,9 @@ class SiteHooks(SiteObserver):
         """Install what `level` needs.
 
         Args:
-            first: whether hooks may be put before those of others. Not those that are compiled: dynamo names a
-                hook by its place in `dict.keys(...)`, which does not see that an ordered dict moved it to the
-                front, and torch 2.11 then fails on its own guard.
+            first: whether hooks may be put before those of others. Not those that are compiled: dynamo names
+                a hook by its place in `dict.keys(...)`, which does not see that an ordered dict moved it to
+                the front, and torch 2.11 then fails on its own guard.
         """
         self._remove()
         self.level, self._first = level, first
