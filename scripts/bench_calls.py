@@ -48,10 +48,10 @@ else:
 
 
 def write_trace(path: Path, calls: int) -> None:
-    """A trace without events of its own, and a recording of `calls` placed calls."""
+    """A trace without events of its own, and a recording of `calls` placed calls; in both formats."""
     from moe_trace.data.codec import encode_recording
-    from moe_trace.data.schema import Lost, Placement, Recording, RouterInfo, RoutingSample, Span
-    from moe_trace.timeline.scan import KEY_PREFIX
+    from moe_trace.data.schema import BAND_PID, Lost, Placement, Recording, RouterInfo, RoutingSample, Span
+    from moe_trace.timeline.additions import encode_addition, read_added
 
     experts, k, layers, tokens = 64, 8, 16, 512
     random = np.random.default_rng(0)
@@ -113,9 +113,17 @@ def write_trace(path: Path, calls: int) -> None:
     recording = Recording(
         model={"name": "m"}, options={}, routers=routers, samples=tuple(samples), lost=Lost()
     )
-    head, suffix = b'{"traceEvents": [\n]', b"\n}"
+    text = encode_recording(recording)
+    label = {"ph": "M", "name": "process_labels", "pid": BAND_PID, "args": {"labels": "rank 0"}}
+    head = b'{"traceEvents": ['
+    path.write_bytes(head + encode_addition(b"", label, text, offset=len(head), first=True) + b"\n]}")
+    with path.open("rb") as file:
+        assert read_added(file) is not None, "expected a file that is read from its end"
+    # As releases before 0.2 wrote it, for a revision that reads no other.
+    head, key = b'{"traceEvents": [\n]', b',\n"moe_trace": '
     splice = {"events_offset": len(head) - 2, "events_bytes": 0, "key_offset": len(head), "suffix_bytes": 2}
-    path.write_bytes(head + KEY_PREFIX + encode_recording(recording, splice=splice) + suffix)
+    end = b',"splice":' + json.dumps(splice).encode() + b"}\n}"
+    path.with_suffix(".old.json").write_bytes(head + key + text[:-1] + end)
 
 
 def measure(folder: Path, trace: Path, what: str) -> dict[str, float]:
@@ -135,6 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trace, folders = Path(scratch) / "trace.json", {"this": ROOT}
         write_trace(trace, arguments.calls)
+        old = trace.with_suffix(".old.json")
         if arguments.against:
             folders[arguments.against] = other = Path(scratch) / "other"
             archive = subprocess.run(
@@ -147,7 +156,7 @@ def main() -> None:
         found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in folders}
         for what in ("time",) * arguments.rounds + ("memory",):
             for name, folder in folders.items():
-                for figure, value in measure(folder, trace, what).items():
+                for figure, value in measure(folder, trace if name == "this" else old, what).items():
                     found[name][figure].append(value)
         print(f"{arguments.calls:,} calls, {trace.stat().st_size / 1e6:.1f} MB of JSON")
     for figure, values in found["this"].items():

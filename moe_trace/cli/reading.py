@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
-from moe_trace.read.analysis import PeakOverride
-from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import Progress, find_traces
+
+if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of it
+    from moe_trace.read.analysis import PeakOverride
+    from moe_trace.read.file.filters import Filter
+    from moe_trace.read.file.trace_file import Progress
 
 
 def add_output(
@@ -48,6 +51,8 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 
 def chosen_filter(arguments: argparse.Namespace) -> Filter:
     """The filter that the options describe."""
+    from moe_trace.read.file.filters import Filter
+
     layers = frozenset(part.strip() for part in (arguments.layer or "").split(",") if part.strip())
     # `03` and `3` are one layer index.
     layers = frozenset(str(int(part)) if part.isdecimal() else part for part in layers)
@@ -57,6 +62,8 @@ def chosen_filter(arguments: argparse.Namespace) -> Filter:
 
 def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
     """The peaks that the options give."""
+    from moe_trace.read.analysis import PeakOverride
+
     for value in (arguments.peak_tflops, arguments.peak_gbps):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"found a peak of {value:g}, expected a number above 0")
@@ -97,6 +104,8 @@ def _is_among(target: Path, given: Path) -> bool:
     if not target.exists() or not given.exists():
         return False
     if given.is_dir():
+        from moe_trace.read.file.trace_file import find_traces
+
         try:
             return any(target.samefile(trace) for trace in find_traces(given))
         except (TraceFileError, OSError):

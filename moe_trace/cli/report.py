@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
 from moe_trace.data.files import write_text
-from moe_trace.read.reader import TraceSummary, read_summary
+
+if TYPE_CHECKING:
+    from moe_trace.read.analysis import TraceSummary
 
 
 class ReportCommand:
@@ -40,6 +43,8 @@ class ReportCommand:
         """Print the report, or write the page."""
         if arguments.html is not None:
             refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
+        from moe_trace.read.reader import read_summary
+
         summaries = []
         for path in arguments.paths:
             with reading_progress() as progress:

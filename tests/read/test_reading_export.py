@@ -158,7 +158,7 @@ def test_perfetto_of_a_real_trace(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "a.json")
     for arguments, code, message in (
-        (["--to", "csv", "--out", str(source)], 6, "--force"),
+        (["--to", "csv", "--out", str(source)], 6, "choose another name"),
         (["--to", "csv", "--out", str(tmp_path / "no" / "a.csv")], 6, "not a folder"),
     ):
         err = io.StringIO()
