@@ -14,6 +14,7 @@ import pytest
 
 from moe_trace.cli import main
 from moe_trace.data.schema import RoutingSample
+from moe_trace.read.check import RULES
 from moe_trace.read.reader import read_summary
 from paths import DATA
 from spliced import recording_in
@@ -291,7 +292,10 @@ BREAKS = {
 
 def test_a_sound_trace_keeps_its_promises(tmp_path: Path) -> None:
     code, out, _ = run("check", write_tiny(tmp_path / "a.json"), write_tiny(tmp_path / "b.json.gz"))
-    assert code == 0 and "BROKEN" not in out and out.count("ok") == 2 * len(BREAKS)
+    lines = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert code == 0 and lines == ["ok"] * 2 * len(RULES)
+    # The rules of what could not be joined are broken in test_reading_losses.py and test_reading_resync.py.
+    assert set(BREAKS) < {rule.__name__ for rule in RULES}
 
 
 @pytest.mark.parametrize("rule", sorted(BREAKS))
