@@ -41,7 +41,10 @@ class SiteHooks(SiteObserver):
         self.read = self.site.read
         self._owner = owner
         self._handles: list[RemovableHandle] = []
-        self._observes_block = self.observe_block
+        self.reads_block = self.site.read_block is not None
+        """Whether the block is hooked to read it: until it has called its router."""
+        self._of_block = (self.observe_block, self.reads_block)
+        """Those two when the hooks were put on."""
         self._router_hooks = 0
         """On the router when ours were put on, ours included."""
         self._first = True
@@ -72,7 +75,7 @@ class SiteHooks(SiteObserver):
         """
         return (
             level == self.level
-            and self.observe_block == self._observes_block
+            and (self.observe_block, self.reads_block) == self._of_block
             and (level == Level.OFF or self._router_hooks == len(self.site.router._forward_hooks))
         )
 
@@ -96,16 +99,16 @@ class SiteHooks(SiteObserver):
 
     def _install(self, level: Level) -> None:
         site, add = self.site, self._handles.append
-        self._observes_block = self.observe_block
+        self._of_block = (self.observe_block, self.reads_block)
         ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
         self.ranged = ranged
         timed = ranged or self._clock is not None or level == Level.RANGES
         self._cuda = any(p.is_cuda for p in site.router.parameters())
         block, router, experts = site.block, site.router, site.experts
-        if block is not None and (ranged or self.observe_block or site.read_block is not None):
+        if block is not None and (ranged or self.observe_block or self.reads_block):
             # Inside everybody's hooks, where the weights of a sharded router are still gathered; outside them
             # where it is a range.
-            inner = site.read_block is not None and self._first
+            inner = self.reads_block and self._first
             add(block.register_forward_pre_hook(self._before_block, prepend=self._first))
             add(
                 block.register_forward_hook(
@@ -132,7 +135,14 @@ class SiteHooks(SiteObserver):
         self._handles.clear()
         release_ranges(self.site.router, self._owner)
 
-    def settle(self) -> None:
-        """A recorded forward has ended: what need not be observed any more is not hooked in the next one."""
+    def settle(self, *, calls: int, fused: int) -> None:
+        """A recorded forward has ended: what need not be observed any more is not hooked in the next one.
+
+        Args:
+            calls: calls of the router so far.
+            fused: how many of them were read from a block that did not call its router.
+        """
         if not self.irregular:
             self.observe_block = False
+        if calls and not fused:
+            self.reads_block = False

@@ -272,9 +272,9 @@ class ForwardWatch:
             if not (context.failed or context.recomputed or self.graphs.writes):
                 self.missing.look(context.reached)
             self.send_events()
-            for router in self.routers:
-                if router.observe_block:
-                    router.settle()
+            for router, counts in zip(self.routers, self.calls.counts, strict=True):
+                if router.observe_block or router.reads_block:
+                    router.settle(calls=counts.seen, fused=counts.fused)
         self.ranges.quiet.discard(thread)
         if not self.forwards.threads():
             self.ranges.wanted = None
