@@ -48,12 +48,14 @@ def respell(rng: random.Random, event: Event) -> Event:
 
 def wrong_correlation(rng: random.Random, event: Event) -> Event:
     if "correlation" in event["args"]:
-        event["args"]["correlation"] = rng.choice([-1, None, "", "x", [], 10**30, 1.5, True, 999_999])
+        nobodys = rng.randrange(10**6, 10**9)  # two of one number would be joined, rightly or not
+        wrong = [-1, None, "", f"x{nobodys}", [], 10**30 * nobodys, 1.5, True, nobodys]
+        event["args"]["correlation"] = rng.choice(wrong)
     return event
 
 
 def odd_time(rng: random.Random, event: Event) -> Event:
-    event[rng.choice(["ts", "dur"])] = rng.choice([None, "", "soon", [], -1e30, float("nan"), -5])
+    event[rng.choice(["ts", "dur"])] = rng.choice([None, "", "soon", [], -1e30, float("nan"), -4e15])
     return event
 
 
@@ -106,7 +108,7 @@ def correlation(event: Event) -> int | str | None:
 
 def timed(event: Event) -> tuple[int, int] | None:
     start, duration = number(event.get("ts")), number(event.get("dur"))
-    if start is None or duration is None or duration < 0 or start != start or start < 1:
+    if start is None or duration is None or duration < 0 or start != start:
         return None
     return round(start * 1000), round(start * 1000) + round(duration * 1000)
 
