@@ -176,6 +176,14 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
         return
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` makes a program of what is traced.
+
+    Up to torch 2.11 dynamo takes `torch.compiler.is_exporting()` for True in whatever it compiles.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 def frames_compiled() -> int:
     """How many frames dynamo has compiled in this process; 0 where it keeps no such count."""
     counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})

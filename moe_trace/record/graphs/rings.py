@@ -13,20 +13,11 @@ from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import Reading
-from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS
+from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
 from moe_trace.record.graphs.ring import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
-
-try:
-    from torch.compiler import is_exporting as is_exporting
-except ImportError:  # before torch 2.7
-
-    def is_exporting() -> bool:
-        """Whether `torch.export` makes a program, as far as this torch can tell."""
-        return False
-
 
 _CPU = torch.device("cpu")
 

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
-from moe_trace.find.private.torch_names import after_backward, in_backward
+from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
 from moe_trace.record.call import CallRecord, let_graph_go
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
-from moe_trace.record.graphs.rings import is_exporting
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, WATCHED, Event, EventLog
 from moe_trace.record.hooks.guard import apart, warn_user
 from moe_trace.record.hooks.joining import CallJoiner, RouterCall
