@@ -10,7 +10,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy moe_trace
-# Other versions of transformers, in environments of their own; not when somebody asks for certain tests.
-if [ $# = 0 ]; then python scripts/test_versions.py --ci; fi
 # One process a core, whole files each: files share their model, their TensorBoard, their browser.
 exec pytest -n auto --maxprocesses 4 --dist loadfile "$@"

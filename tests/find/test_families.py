@@ -84,12 +84,12 @@ def test_padding_is_routed_and_counted_apart(family: Family, padding: str) -> No
         if mask is None or "identity-experts" in family.traits:
             continue
         unclear = family.entry or getattr(family.config, "is_encoder_decoder", False)
-        if unclear or truth.tokens != mask.numel():
-            # Nobody saw the mask, or could say whose it is; or these are a canvas or a part of the batch.
+        if truth.tokens != mask.numel():  # a canvas, or a part of the batch
             assert sample.padding_assignments == 0
             continue
         of_padding = sum(bool(mask.flatten()[token] == 0) for token, _ in truth.pairs)
-        assert sample.padding_assignments == of_padding
+        # Unclear: nobody saw the mask, or could say whose it is, unless a module inside was given it.
+        assert sample.padding_assignments in ({0, of_padding} if unclear else {of_padding})
 
 
 def test_nllb_is_recorded_as_declared_and_says_so() -> None:

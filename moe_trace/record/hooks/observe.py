@@ -111,6 +111,8 @@ class SiteObserver(HoldsHooks):
         if is_dynamo_compiling():
             self._traced.after_experts(args, given)
             return
+        if module is not self.site.experts and is_copy(module, self.site.experts):
+            return
         if self._traced.call is not None:
             self._adopt_traced()
         if self.copies is not None or given or self._keeps_arguments:
@@ -212,6 +214,8 @@ class SiteObserver(HoldsHooks):
             if self.site.times_experts:
                 self._captures.end(self.site.name, "experts")
             self._traced.after_experts(args, given)
+            return
+        if module is not self.site.experts and is_copy(module, self.site.experts):
             return
         mark = None
         if self._clock is not None:
