@@ -216,6 +216,6 @@ def _print_next(folder: Path, trace: Path) -> None:
     print("\nNext")
     quoted = shlex.quote(str(folder))
     print(f"  moe-trace report {quoted}        # where the time goes, and findings")
-    print(f"  moe-trace view {quoted}          # the MoE tab, Trace view and scalars in TensorBoard")
+    print(f"  moe-trace view {quoted}          # in TensorBoard")
     print(f"  moe-trace diff {quoted} OTHER    # what another run changed")
     print(f"  open {trace} in Perfetto")

@@ -106,7 +106,7 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
         rows.append(row)
     clocks = "host p50 and p95,\ndevice span and busy p50" if on_device else "host p50 and p95"
     flops = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    title = f"Routers (entropy: of the router, nats; µs of a forward call: {clocks}; {flops})\n"
+    title = f"Routers (entropy in nats; µs a forward call: {clocks};\n{flops})\n"
     return title + table(headings, rows)
 
 
