@@ -101,7 +101,7 @@ class _Terminal(io.StringIO):
 @pytest.mark.parametrize("width", [40, 60, 79])
 def test_a_narrow_terminal_is_respected(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr(sys, "stdout", _Terminal())
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((width, 20)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((width, 20)))
     headings = ["layer", *(f"metric{i}" for i in range(9))]
     rows = [[f"L{i:02}", *(f"{i}{j}.5" for j in range(9))] for i in range(3)]
     text = tables.table(headings, rows)
