@@ -16,17 +16,8 @@ from paths import ROOT
 
 PACKAGE = ROOT / "moe_trace"
 
-KNOWN_FILE_CIRCLES: set[rules.Arrow] = {
-    ("record/tracer.py", "record/profiler.py"),
-    ("record/graphs/compiled.py", "record/tracer.py"),
-}
-KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = {
-    ("record/hooks", "record"),
-    ("record/graphs", "record"),
-    ("record/parallel", "record"),
-    ("record/reduce", "record"),
-    ("record/parallel", "record/reduce"),
-}
+KNOWN_FILE_CIRCLES: set[rules.Arrow] = set()
+KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = set()
 KNOWN_TOO_LONG = {
     "read/file/trace_file.py",
     "read/ranks/ranks.py:report_ranks",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_trace.integrations.scalars import write_scalars
-from moe_trace.record.environment import rank_and_world_size
+from moe_trace.record.parallel.environment import rank_and_world_size
 from moe_trace.record.profiler import attached_tracers
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_trace.data.schema import Lost, RouterInfo
+from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.hooks.model import ModelHooks
-from moe_trace.record.recorder import Recorder
 
 _FUSED_NOTE = (
     "its block ran fused, without calling router or experts: the decision was computed again from the "

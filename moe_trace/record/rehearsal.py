@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moe_trace.find.contracts import Reading
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.call import CallRecord
+from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.calls.recorder import SHIP_EVERY, WAITING_CALLS_MAX, Recorder
+from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.graphs.memory import is_capturing
-from moe_trace.record.hooks.ranges import profiler_is_recording
-from moe_trace.record.recorder import SHIP_EVERY, WAITING_CALLS_MAX, Recorder
 from moe_trace.record.reduce.kernels import FUSED
 from moe_trace.record.reduce.stats import routing_stats
 

@@ -16,7 +16,10 @@ from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
-from moe_trace.record.environment import describe_model, versions
+from moe_trace.record.attach import attach_tracer
+from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
+from moe_trace.record.forward.ranges import profiler_is_recording
+from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import (
     is_capturing,
@@ -29,12 +32,10 @@ from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.copies import HoldsHooks
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.hooks.observe import CallClock
-from moe_trace.record.hooks.ranges import profiler_is_recording
 from moe_trace.record.losses import losses, router_infos
+from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
-from moe_trace.record.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.rehearsal import rehearse
-from moe_trace.record.steps import Steps
 from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
 
@@ -161,7 +162,7 @@ class MoETracer(HoldsHooks):
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
         self.mark_graphs()
-        warn_if_compiled_before(self)
+        warn_if_compiled_before(self.model, called=self.called)
         self._hooks.take_off()
         self._active = False
         if not is_capturing():
@@ -193,8 +194,6 @@ class MoETracer(HoldsHooks):
         Args:
             prof: a `torch.profiler.profile` (or another object with `export_chrome_trace(path, ...)`).
         """
-        from moe_trace.record.profiler import attach_tracer
-
         self._steps.profiler = prof
         attach_tracer(prof, self)
 

@@ -529,7 +529,7 @@ def test_router_outputs_are_let_go_unless_they_are_few(
     import gc
     import weakref
 
-    from moe_trace.record import recorder
+    from moe_trace.record.calls import recorder as recorder
 
     monkeypatch.setitem(recorder._WAITING_BYTES_MAX, "cpu", waiting_bytes)
     model = tiny_olmoe(layers=1)
@@ -592,7 +592,7 @@ def test_a_shallow_copy_shares_what_is_traced() -> None:
 
 def test_calls_outside_any_forward_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A submodule called on its own: no end of a forward reduces what waits."""
-    monkeypatch.setattr("moe_trace.record.recorder._PENDING_CALLS_MAX", 20)
+    monkeypatch.setattr("moe_trace.record.calls.recorder._PENDING_CALLS_MAX", 20)
     model = tiny_olmoe(layers=1)
     hidden = torch.randn(1, 2, 32)
     with torch.no_grad(), moe_trace.MoETracer(model, capacity=50) as tracer:

@@ -6,16 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled, skip_in_dynamo
-
-if TYPE_CHECKING:
-    from moe_trace.record.tracer import MoETracer
 
 _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
 
@@ -102,14 +99,14 @@ def warn_of_silent_forwards(count: int) -> None:
     )
 
 
-def warn_if_compiled_before(tracer: MoETracer) -> None:
+def warn_if_compiled_before(model: nn.Module, *, called: bool) -> None:
     """Say loudly that hooks which were put on after the first compiled call are not in the compiled code."""
-    if tracer.called or not something_was_compiled():
+    if called or not something_was_compiled():
         return
-    parts = compiled_parts(tracer.model)
+    parts = compiled_parts(model)
     which = f"{parts[0]} is compiled" if parts else "compiled code ran in this process"
     warnings.warn(
-        f"no router call of {type(tracer.model).__name__} was recorded, and {which}: code that was compiled "
+        f"no router call of {type(model).__name__} was recorded, and {which}: code that was compiled "
         "before the tracer was on has no hooks in it. Start the tracer before the first compiled call, or "
         "call tracer.recompile() after starting it, and run the model again",
         RuntimeWarning,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import GraphMark, Stage
-from moe_trace.record.call import CallRecord
+from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.graphs.ring import EXACT
 from moe_trace.record.reduce.pinned import copies_on_host
 

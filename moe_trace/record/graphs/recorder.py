@@ -17,13 +17,13 @@ import torch
 
 from moe_trace.data.schema import GraphMark
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.call import CallRecord
+from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, HostForward, Segment
 from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring import STAGES, unpad
 from moe_trace.record.graphs.rings import ModelRings
 from moe_trace.record.graphs.shipment import NewRows, Shipment, ship
-from moe_trace.record.recorder import Recorder
 
 
 class GraphRecorder:

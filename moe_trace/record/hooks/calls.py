@@ -13,14 +13,14 @@ from torch import Tensor
 
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
 from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
-from moe_trace.record.call import CallRecord, let_graph_go
+from moe_trace.record.calls.call import CallRecord, let_graph_go
+from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
+from moe_trace.record.forward.guard import apart, warn_user
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, WATCHED, Event, EventLog
-from moe_trace.record.hooks.guard import apart, warn_user
 from moe_trace.record.hooks.joining import CallJoiner, RouterCall
 from moe_trace.record.hooks.observe import CallClock
 from moe_trace.record.hooks.site import SiteHooks
-from moe_trace.record.recorder import Recorder
 
 _EVENTS_MAX = 256  # outside a forward of the model, whose end would join them
 KEPT_BYTES_MAX = 64 * 2**20  # of the tensors in them, inside a forward

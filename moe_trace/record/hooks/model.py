@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.forward.ranges import OpenRanges
+from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
 from moe_trace.record.graphs.recorder import GraphRecorder
@@ -17,12 +20,9 @@ from moe_trace.record.hooks.entries import ModelEntry, entry_modules
 from moe_trace.record.hooks.events import EventLog
 from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.observe import CallClock
-from moe_trace.record.hooks.ranges import OpenRanges
 from moe_trace.record.hooks.site import Level, SiteHooks
 from moe_trace.record.hooks.watch import ForwardWatch
 from moe_trace.record.parallel.sending import Sending
-from moe_trace.record.recorder import Recorder
-from moe_trace.record.steps import Steps
 
 
 class ModelHooks:

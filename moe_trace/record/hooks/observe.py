@@ -18,14 +18,14 @@ from torch.compiler import is_dynamo_compiling
 from moe_trace.data.schema import RangeKind, range_name
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.guard import apart
+from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.rings import SiteRings
 from moe_trace.record.hooks.copies import HoldsHooks, is_copy
 from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, WATCHED, Event
-from moe_trace.record.hooks.guard import apart
-from moe_trace.record.hooks.ranges import OpenRanges
 from moe_trace.record.hooks.rewritten import TensorCopies
 from moe_trace.record.parallel.sending import Sending
 

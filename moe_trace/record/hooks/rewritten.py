@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from moe_trace.find.private.torch_names import is_jit_tracing
-from moe_trace.record.hooks.guard import apart
+from moe_trace.record.forward.guard import apart
 
 _LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.observe import SiteObserver
-from moe_trace.record.hooks.ranges import claim_ranges, owns_ranges, release_ranges
 
 
 class Level(IntEnum):

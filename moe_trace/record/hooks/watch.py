@@ -16,8 +16,17 @@ from moe_trace.data.schema import Stage, range_name
 from moe_trace.find.contracts.forms import unwrapped
 from moe_trace.find.private.torch_names import in_backward, is_jit_tracing
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
+from moe_trace.record.forward.guard import apart, warn_user
 from moe_trace.record.forward.missing import MissingSites
+from moe_trace.record.forward.ranges import (
+    OpenRanges,
+    any_profiler_is_recording,
+    owns_ranges,
+    profiler_is_recording,
+)
+from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
 from moe_trace.record.graphs.forwards import HostForward
 from moe_trace.record.graphs.memory import captures_now
@@ -26,17 +35,8 @@ from moe_trace.record.graphs.ring import STAGES
 from moe_trace.record.hooks.calls import KEPT_BYTES_MAX, CallCollector
 from moe_trace.record.hooks.entries import ModelEntry
 from moe_trace.record.hooks.events import EventLog
-from moe_trace.record.hooks.guard import apart, warn_user
 from moe_trace.record.hooks.levels import HookLevels
-from moe_trace.record.hooks.ranges import (
-    OpenRanges,
-    any_profiler_is_recording,
-    owns_ranges,
-    profiler_is_recording,
-)
 from moe_trace.record.hooks.site import Level, SiteHooks
-from moe_trace.record.recorder import Recorder
-from moe_trace.record.steps import Steps
 
 
 @dataclass(eq=False)

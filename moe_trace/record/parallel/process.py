@@ -25,7 +25,7 @@ from moe_trace.find.meshes import (
     layout_dims,
     ranks_along,
 )
-from moe_trace.record.environment import rank_and_world_size
+from moe_trace.record.parallel.environment import rank_and_world_size
 from moe_trace.record.parallel.sending import Sending
 
 MESH_DIMS = ("dp_replicate", "fsdp", "tp", "ep", "pp")

@@ -26,12 +26,12 @@ from torch import Tensor
 from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
 from moe_trace.find.private.torch_names import allocated_bytes
-from moe_trace.record.batch import Batch
-from moe_trace.record.call import CallRecord, PendingCall
-from moe_trace.record.hooks.guard import warn_user
-from moe_trace.record.hooks.ranges import profiler_is_recording
+from moe_trace.record.calls.batch import Batch
+from moe_trace.record.calls.call import CallRecord, PendingCall
+from moe_trace.record.calls.reduction import groups_of_one_shape, reduce_group
+from moe_trace.record.forward.guard import warn_user
+from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.reduction import groups_of_one_shape, reduce_group
 from moe_trace.record.reduce.streams import on_stream, stream_of_now
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import RouterInfo, RoutingSample
-from moe_trace.record.call import CallRecord
+from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.calls.rows import SparseRows, smallest
 from moe_trace.record.parallel.sending import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
-from moe_trace.record.rows import SparseRows, smallest
 
 _RECORD_BYTES = 400  # of a `CallRecord` with its numbers
 

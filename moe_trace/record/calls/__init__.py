@@ -1,0 +1,1 @@
+"""One recorded call, and the store of many: kept, reduced in batches, copied late, made into samples."""
