@@ -293,10 +293,10 @@ def repeat(times: int, step: Callable[[], None]) -> None:
 
 def longest_own_range_ms(trace: Path) -> float:
     """Of what we run ourselves; the ranges round routers and experts hold the model's own kernels."""
-    from moe_trace.data.schema import OWN_WORK_RANGE
+    from moe_trace.data.schema import OVERHEAD_RANGE
 
     events = json.loads(trace.read_bytes())["traceEvents"]
-    return max((event["dur"] / 1e3 for event in events if event.get("name") == OWN_WORK_RANGE), default=0.0)
+    return max((event["dur"] / 1e3 for event in events if event.get("name") == OVERHEAD_RANGE), default=0.0)
 
 
 if __name__ == "__main__":

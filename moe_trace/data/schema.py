@@ -29,7 +29,7 @@ METADATA_KEY = "moe_trace"  # of an event's arguments; of the trace's JSON in ol
 RANGE_PREFIX = "moe."
 RANGE_NAME = re.compile(r"moe\.(router|experts|block|graph)/(.+)", re.DOTALL)
 GRAPH_LAUNCH = "cudaGraphLaunch"  # the runtime's call that replays a CUDA graph
-OWN_WORK_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its cost is visible
+OVERHEAD_RANGE = "moe_trace.reduce"  # the tracer's own device work, so that its cost is visible
 
 # Linux hands out process ids below 2**22, so no traced process can have this one; the rank is added to it.
 BAND_PID = 9_000_000

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moe_trace.find.contracts import Found
-from moe_trace.find.contracts.forms import expert_matrices, expert_modules, int_attribute, unwrapped
+from moe_trace.find.contracts.modules import expert_matrices, expert_modules, int_attribute, unwrapped
 
 # Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
 _PACKED = (torch.uint8, torch.int8)

@@ -16,7 +16,8 @@ from moe_trace.data.errors import NoRoutersFound, UsageError
 from moe_trace.data.schema import RouterInfo
 from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, Reading
 from moe_trace.find.contracts.beside import describe_unread, shared_modules, unread_experts
-from moe_trace.find.contracts.forms import class_name, unwrapped
+from moe_trace.find.contracts.modules import class_name, unwrapped
+from moe_trace.find.device_mesh import DataParallelDims, held_experts
 from moe_trace.find.flops import (
     dense_flops_per_token,
     expert_flops_per_slot,
@@ -24,7 +25,6 @@ from moe_trace.find.flops import (
     projection_note,
     router_flops_per_token,
 )
-from moe_trace.find.meshes import DataParallelDims, held_experts
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
 

@@ -14,7 +14,7 @@ from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
-from moe_trace.read.findings.rules import Evidence, Finding, find, find_apart
+from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.rank_imbalance import rank_imbalance
 from moe_trace.read.ranks.combine import Read, combined, joined, notes_of, rank_inputs, read_all
 from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
@@ -208,9 +208,9 @@ class _Traces:
         )
         return replace(answered, findings=find(self.evidence(answered)))
 
-    def evidence(self, answered: TraceSummary) -> Evidence:
+    def evidence(self, answered: TraceSummary) -> RuleInput:
         """What the rules of findings look at."""
-        return Evidence(
+        return RuleInput(
             routers=answered.routers,
             phases=answered.phases,
             speed=answered.speed,

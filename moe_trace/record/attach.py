@@ -13,7 +13,7 @@ import torch
 
 from moe_trace.data.errors import MoETraceError, OutputError
 from moe_trace.data.files import whole_file
-from moe_trace.find.contracts.forms import class_name
+from moe_trace.find.contracts.modules import class_name
 from moe_trace.record.forward.ranges import note_profiler, profiler_is_recording
 from moe_trace.timeline.merge import compress, merge_in_place
 

@@ -29,7 +29,7 @@ from moe_trace.record.graphs.compiled import (
 )
 from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.recorder import GraphRecorder
-from moe_trace.record.hooks.copies import HoldsHooks
+from moe_trace.record.hooks.copies import HookOwner
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.hooks.observe import CallClock
 from moe_trace.record.losses import losses, router_infos
@@ -40,7 +40,7 @@ from moe_trace.timeline.band import Tracks
 from moe_trace.timeline.merge import merge_recording
 
 
-class MoETracer(HoldsHooks):
+class MoETracer(HookOwner):
     """Record what every router of a model decides, while active as a context manager.
 
     Args:
@@ -157,13 +157,13 @@ class MoETracer(HoldsHooks):
             Segment(step=0, profiled=False, sampled=False), in_trace=False
         )  # ran while it was off
         sending = self._parallel.sending if self._parallel.world_size > 1 else None
-        self._hooks.put_on(recording=self.samples_this_step(), sending=sending)
+        self._hooks.install(recording=self.samples_this_step(), sending=sending)
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
         self.mark_graphs()
         warn_if_compiled_before(self.model, called=self.called)
-        self._hooks.take_off()
+        self._hooks.remove()
         self._active = False
         if not is_capturing():
             self._recorder.reduce()

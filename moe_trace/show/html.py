@@ -14,9 +14,9 @@ from moe_trace.data.display.columns import column_of, number_text
 from moe_trace.data.display.tables import scaled, share
 from moe_trace.data.errors import UsageError
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.all_figures import figures
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
+from moe_trace.show.figures.report import figures
 from moe_trace.show.json import without_nonfinite
 from moe_trace.show.text_phases import shares_sentence
 from moe_trace.show.text_ranks import rank_sentences

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from moe_trace.data.errors import Interrupted, MoETraceError, NothingRecorded, OutputError, UsageError
 from moe_trace.data.summary import Summary
-from moe_trace.find.contracts.forms import class_name
+from moe_trace.find.contracts.modules import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig
@@ -71,8 +71,8 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
             device = torch.device("cuda", team.local_rank)
         with _failures_told(team, config):
             trace, _ = _record(config, team, device, progress)
-            team.tell("trace", {"file": trace.name, "host": socket.gethostname()})
-        if not team.leads:
+            team.publish("trace", {"file": trace.name, "host": socket.gethostname()})
+        if not team.is_rank0:
             return RunResult(None, trace, (trace,))
         progress("waiting for the others", 1, 1)
         return _result_of_all(team, trace, config)
@@ -118,7 +118,7 @@ def _record(config: RunConfig, team: Team, device: torch.device, progress: Progr
             f"check --layers and --every ({config.every})"
         )
     trace = _written(config, team, earlier)
-    for file in earlier if team.leads else []:  # only now: a run that fails leaves the one before it
+    for file in earlier if team.is_rank0 else []:  # only now: a run that fails leaves the one before it
         file.unlink(missing_ok=True)
     return trace, prof
 
@@ -200,8 +200,8 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
         yield
     except (MoETraceError, RuntimeError, OSError, MemoryError) as error:
         if not isinstance(error, RankFailed):
-            team.tell("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
-        if not team.leads:
+            team.publish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if not team.is_rank0:
             if isinstance(error, MoETraceError) and not isinstance(error, LeaderFailed):
                 error.args = (f"rank {team.rank}: {error}",)
             raise
@@ -248,16 +248,16 @@ def _claim_folder(config: RunConfig, team: Team) -> list[Path]:
 
     Returns what an earlier run wrote, which `force` allows to replace.
     """
-    if not team.leads:
+    if not team.is_rank0:
         team.wait_for_leader("folder", _CLAIM_S)
         config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
         return list(_files(config))
     try:
         earlier = _claim(config)
     except OutputError:
-        team.tell("folder", {"failed": True})
+        team.publish("folder", {"failed": True})
         raise
-    team.tell("folder", {"failed": False})
+    team.publish("folder", {"failed": False})
     return earlier
 
 

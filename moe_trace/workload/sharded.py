@@ -116,13 +116,13 @@ def _random_weights_on_disk(source: str, team: Team, dtype: torch.dtype | None) 
     """
     if team.local_rank != 0:
         yield Path(_folder_of(team, team.rank - team.local_rank))
-        team.tell("read", True)
+        team.publish("read", True)
         return
     with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:
         model, _ = load_model(source, device="cpu", dtype=dtype, random_weights=True)
         model.save_pretrained(folder)  # type: ignore[operator]
         del model
-        team.tell("weights", folder)
+        team.publish("weights", folder)
         try:
             yield Path(folder)
         finally:
@@ -132,15 +132,15 @@ def _random_weights_on_disk(source: str, team: Team, dtype: torch.dtype | None) 
 
 def _folder_of(team: Team, maker: int) -> str:
     folder = team.wait(partial(_told_of, team, "weights", maker), _DRAWING_S)
-    if folder is None or team.ask("failed", maker):
+    if folder is None or team.lookup("failed", maker):
         raise LeaderFailed(f"rank {maker} could not draw the weights")
     return str(folder)
 
 
 def _told_of(team: Team, what: str, rank: int) -> Any:
     """What a rank told, or else why it failed."""
-    answer = team.ask(what, rank)
-    return team.ask("failed", rank) if answer is None else answer
+    answer = team.lookup(what, rank)
+    return team.lookup("failed", rank) if answer is None else answer
 
 
 def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], team: Team) -> dict[str, Tensor]:

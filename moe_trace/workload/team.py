@@ -80,16 +80,16 @@ class Team:
     stop: StopSignal = field(default_factory=lambda: StopSignal())
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process draws, prints and answers for the run."""
         return self.rank == 0
 
-    def tell(self, what: str, value: object) -> None:
+    def publish(self, what: str, value: object) -> None:
         """Leave a JSON value for the others under this rank's name."""
         if self.store is not None:
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
 
-    def ask(self, what: str, rank: int) -> Any:
+    def lookup(self, what: str, rank: int) -> Any:
         """What a rank has told; None where it has not, yet."""
         key = f"{what}/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
@@ -100,7 +100,7 @@ class Team:
         Raises:
             LeaderFailed: it failed, or did not within the time.
         """
-        answer = self.wait(lambda: self.ask(what, 0), timeout_s)
+        answer = self.wait(lambda: self.lookup(what, 0), timeout_s)
         if answer is None or answer.get("failed"):
             raise LeaderFailed(f"rank 0 {'failed' if answer else f'did not answer in {timeout_s:g} s'}")
 
@@ -174,7 +174,7 @@ def joined(device_type: str, expected: int | None) -> Iterator[Team]:
 
 @contextmanager
 def _listens(team: Team) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, team.stop if team.leads else signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, team.stop if team.is_rank0 else signal.SIG_DFL)
     try:
         yield
     finally:
@@ -207,5 +207,5 @@ def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
 
 
 def _answer(team: Team, rank: int) -> Any:
-    failed = team.ask("failed", rank)
-    return team.ask("trace", rank) if failed is None else {"failed": failed}
+    failed = team.lookup("failed", rank)
+    return team.lookup("trace", rank) if failed is None else {"failed": failed}

@@ -61,10 +61,13 @@ if __name__ == "__main__":
             make_step = runner.make_step
             runner.make_step = lambda *a, **k: make_step(*a, **k) and fail
         elif fault == "late":
-            Team.tell = late
+            Team.publish = late
         elif fault == "lose":
-            tell = Team.tell
-            Team.tell = lambda team, what, value: (what == "trace" and lose(team), tell(team, what, value))[1]
+            tell = Team.publish
+            Team.publish = lambda team, what, value: (
+                what == "trace" and lose(team),
+                tell(team, what, value),
+            )[1]
     elif fault == "die":
         runner._run = note_that_it_records(runner._run)
     sys.exit(main(sys.argv[2:]))

@@ -281,7 +281,7 @@ def test_waiting_for_files_ends_when_a_stop_is_asked_for(tmp_path: Path) -> None
     from torch.distributed import HashStore
 
     store = HashStore()
-    Team(rank=2, world_size=3, store=store).tell("trace", {"file": "trace.json", "host": "here"})
+    Team(rank=2, world_size=3, store=store).publish("trace", {"file": "trace.json", "host": "here"})
     (tmp_path / "trace.json").touch()
     leader = Team(world_size=3, store=store)
     leader.stop.only_note()

@@ -338,10 +338,10 @@ def test_waiting_is_a_finding_where_it_is_a_part_of_the_time(tmp_path: Path) -> 
     few = {f.rule for f in read_summary(tmp_path).findings}
     assert "waiting_ranks" not in few  # 0.3 % of the steps
     report = report_of(read_summary(tmp_path))
-    from moe_trace.read.findings.finding import Evidence
+    from moe_trace.read.findings.finding import RuleInput
     from moe_trace.read.findings.ranks import waiting_ranks
 
-    evidence = Evidence(
+    evidence = RuleInput(
         routers=(), phases=None, speed=None, imbalance=(), operators=frozenset(),
         ranks=replace(report, wait_share=0.2),
     )  # fmt: skip

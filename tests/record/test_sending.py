@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moe_trace
-from moe_trace.find.meshes import chunk
-from moe_trace.record.parallel.sending import Sending, append_sent_counts, sent_counts
+from moe_trace.find.device_mesh import chunk
+from moe_trace.record.parallel.dispatch import DispatchInfo, append_sent_counts, sent_counts
 
 EXPERTS = 7
 
@@ -35,7 +35,7 @@ def test_sent_slots_are_counted_by_expert(data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     index = [torch.randint(-1, EXPERTS + 2, (tokens, k), generator=generator) for _ in range(calls)]
     ints = torch.arange(3).repeat(calls, 1)
-    sending = Sending(64, (start, stop))
+    sending = DispatchInfo(64, (start, stop))
     packed = append_sent_counts(ints, sending, index, EXPERTS).numpy()
     assert packed[:, :3].tolist() == ints.tolist()
     for row, slots in zip(packed, index, strict=True):
@@ -48,7 +48,7 @@ def test_sent_slots_are_counted_by_expert(data: st.DataObject) -> None:
 
 def test_calls_that_dispatch_all_of_their_tokens_need_no_count() -> None:
     ints = torch.zeros(2, 5, dtype=torch.int64)
-    for sending in (None, Sending(64)):
+    for sending in (None, DispatchInfo(64)):
         assert append_sent_counts(ints, sending, [torch.zeros(3, 2)] * 2, EXPERTS) is ints
         assert sent_counts(ints[0].numpy(), sending, EXPERTS) is None
 
@@ -57,11 +57,11 @@ def test_calls_that_dispatch_all_of_their_tokens_need_no_count() -> None:
 def test_counting_does_not_wait_for_the_device() -> None:
     index: list[Tensor] = [torch.randint(0, EXPERTS, (30, 4), device="cuda") for _ in range(3)]
     ints = torch.zeros(3, 5, dtype=torch.int64, device="cuda")
-    append_sent_counts(ints, Sending(64, (0, 15)), index, EXPERTS)  # kernels are loaded
+    append_sent_counts(ints, DispatchInfo(64, (0, 15)), index, EXPERTS)  # kernels are loaded
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        packed = append_sent_counts(ints, Sending(64, (0, 15)), index, EXPERTS)
+        packed = append_sent_counts(ints, DispatchInfo(64, (0, 15)), index, EXPERTS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for row, slots in zip(packed.cpu(), index, strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from moe_trace.find.contracts.contract import Found
-from moe_trace.find.contracts.forms import expert_matrices, expert_modules, forward_parameters, unwrapped
+from moe_trace.find.contracts.modules import expert_matrices, expert_modules, forward_parameters, unwrapped
 
 _ABOVE_THE_BLOCK = ("shared_mlp", "shared_experts")
 """Shared experts that some families keep one level above the block."""

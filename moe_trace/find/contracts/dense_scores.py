@@ -11,15 +11,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
-from moe_trace.find.contracts.forms import (
+from moe_trace.find.contracts.modules import (
+    described,
     expert_modules,
     expert_rows,
-    form_of,
     forward_parameters,
     int_attribute,
     unwrapped,
 )
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.contracts.topk_experts import router_beside
 
 _NOTE = "every expert computes every token, scaled by 0 where it was not chosen: FLOPs are those of all"
@@ -65,12 +65,12 @@ def read_dense_scores(call: Call, top_k: int = 1) -> Reading:
     parts = output if isinstance(output, tuple) else ()
     if len(parts) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in parts):
         raise ContractMismatch(
-            f"expected the router to return (scores [T, E], logits [T, E]), found {form_of(output)}"
+            f"expected the router to return (scores [T, E], logits [T, E]), found {described(output)}"
         )
     scores_TE, logits_TE = parts
     if scores_TE.shape != logits_TE.shape:
-        raise ContractMismatch(f"expected scores and logits of one shape, found {form_of(output)}")
-    with own_work():
+        raise ContractMismatch(f"expected scores and logits of one shape, found {described(output)}")
+    with overhead_range():
         weights_TK, index_TK = scores_TE.topk(top_k, dim=-1)
     return Reading(index_TK, weights_TK, logits_TE)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import ContractMismatch, Reading
-from moe_trace.find.contracts.forms import form_of, int_attribute
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.modules import described, int_attribute
+from moe_trace.find.contracts.overhead import overhead_range
 
 # Routers that are nothing but top-k of `linear(x, weight, bias)` and a softmax over the k: only for those is
 # the decision of a fused kernel known without looking into it.
@@ -31,8 +31,10 @@ def fused_block_reader(router: nn.Module) -> Callable[[tuple[Any, ...], Any], Re
     def read(arguments: tuple[Any, ...], output: Any) -> Reading:
         hidden = arguments[0] if arguments else None
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-            raise ContractMismatch(f"expected the fused block to be given a tensor, found {form_of(hidden)}")
-        with own_work():
+            raise ContractMismatch(
+                f"expected the fused block to be given a tensor, found {described(hidden)}"
+            )
+        with overhead_range():
             flat_TH = hidden.reshape(-1, hidden.shape[-1])
             weight, bias = router.get_parameter("weight"), router.get_parameter("bias")
             logits_TE = torch.nn.functional.linear(flat_TH, weight, bias)

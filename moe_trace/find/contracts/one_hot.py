@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
-from moe_trace.find.contracts.forms import (
+from moe_trace.find.contracts.modules import (
+    described,
     expert_modules,
-    form_of,
     forward_parameters,
     int_attribute,
     unwrapped,
 )
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.contracts.topk_experts import router_beside
 
 _MASK_ARGUMENT = "router_mask"  # NLLB's name; Switch's `selected_experts` means an index elsewhere
@@ -75,7 +75,7 @@ def read_one_hot(call: Call) -> Reading:
     """Switch: the one expert of each row of the mask. NLLB: the two non-zeros of each row of the weights."""
     logits, mask, weights = _parts(call)
     experts = logits.shape[-1]
-    with own_work():
+    with overhead_range():
         if weights.shape[-1] == 1:
             mask_TE = mask.reshape(-1, experts)
             index = mask_TE.argmax(-1, keepdim=True).masked_fill(~mask_TE.any(-1, keepdim=True), experts)
@@ -95,16 +95,16 @@ def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
         raise ContractMismatch(
             "expected the router to return (mask, weights, logits) and experts(hidden, mask, weights), "
-            f"found {form_of(output)} and {form_of(given)}"
+            f"found {described(output)} and {described(given)}"
         )
     experts = logits.shape[-1]
     if mask.dtype not in (torch.int64, torch.bool) or mask.shape[-1] != experts or weights.dim() != 2:
         raise ContractMismatch(
             f"expected a mask [T, {experts}] of integers and weights [T, 1] or [T, {experts}], "
-            f"found {form_of(mask)} and {form_of(weights)}"
+            f"found {described(mask)} and {described(weights)}"
         )
     if weights.shape[-1] not in (1, experts):
-        raise ContractMismatch(f"expected weights [T, 1] or [T, {experts}], found {form_of(weights)}")
+        raise ContractMismatch(f"expected weights [T, 1] or [T, {experts}], found {described(weights)}")
     return logits, mask, weights
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
-from moe_trace.find.contracts.forms import form_of, int_attribute, require_2d
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.modules import described, int_attribute, require_2d
+from moe_trace.find.contracts.overhead import overhead_range
 
 _PARTS = ("router_gate", "up_embed", "down_embed")
 _SHARED = ("gate_proj", "up_proj", "down_proj")
@@ -56,8 +56,8 @@ def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> 
     scores = call.router_output
     require_2d("index", index, integer=True)
     if not isinstance(scores, Tensor) or scores.numel() != 2 * keys * index.shape[0]:
-        raise ContractMismatch(f"expected 2 x {keys} scores for each token, found {form_of(scores)}")
-    with own_work():
+        raise ContractMismatch(f"expected 2 x {keys} scores for each token, found {described(scores)}")
+    with overhead_range():
         # As the family does: the halves are split by position in memory, not by the last dimension.
         x_TR, y_TR = scores.detach().view(2, index.shape[0], keys).unbind()
         summed_TK = x_TR.gather(-1, index // keys) + y_TR.gather(-1, index % keys)

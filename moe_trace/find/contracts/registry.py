@@ -10,7 +10,7 @@ from torch import nn
 from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
 from moe_trace.find.contracts.dense_scores import DENSE_SCORES
-from moe_trace.find.contracts.forms import expert_modules, expert_rows, int_attribute, unwrapped
+from moe_trace.find.contracts.modules import expert_modules, expert_rows, int_attribute, unwrapped
 from moe_trace.find.contracts.one_hot import ONE_HOT
 from moe_trace.find.contracts.product_key import PRODUCT_KEY
 from moe_trace.find.contracts.sorted_dispatch import SORTED_DISPATCH

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.find.contracts.contract import ContractMismatch
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.overhead import overhead_range
 
 
 def combined_choice(
@@ -26,7 +26,7 @@ def combined_choice(
     """
     tokens, experts = logits_shape or (choices[0][0].shape[0], 2**31)
     rows, slots = [i.shape[0] for i, _ in choices], [i.shape[1] for i, _ in choices]
-    with own_work():
+    with overhead_range():
         if len(set(slots)) == 1 and sum(rows) == tokens:
             return _joined(choices, dim=0)
         if set(rows) != {tokens}:

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
-from moe_trace.find.contracts.forms import expert_rows, form_of, forward_parameters, int_attribute, unwrapped
-from moe_trace.find.contracts.own_work import own_work
+from moe_trace.find.contracts.modules import (
+    described,
+    expert_rows,
+    forward_parameters,
+    int_attribute,
+    unwrapped,
+)
+from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.contracts.topk_experts import router_beside
 
 _SIZES_ARGUMENT = "expert_size"
@@ -53,13 +59,13 @@ def read_sorted_dispatch(call: Call) -> Reading:
     if not isinstance(output, tuple) or len(output) < 5:
         raise ContractMismatch(
             "expected the router to return (positions, tokens, weights, sizes, logits), "
-            f"found {form_of(output)}"
+            f"found {described(output)}"
         )
     positions_N, _, weights_N, sizes, logits_TE = output[:5]
     _check(positions_N, weights_N, logits_TE)
     tokens, experts = logits_TE.shape
     slots = positions_N.shape[0]
-    with own_work():
+    with overhead_range():
         ids_E = torch.arange(experts, device=positions_N.device)
         sizes_E = _to_device(sizes, positions_N.device)
         expert_N = torch.repeat_interleave(ids_E, sizes_E, output_size=slots)
@@ -71,10 +77,12 @@ def read_sorted_dispatch(call: Call) -> Reading:
 def _check(positions_N: Any, weights_N: Any, logits_TE: Any) -> None:
     parts = (positions_N, weights_N, logits_TE)
     if not all(isinstance(part, Tensor) for part in parts) or logits_TE.dim() != 2:
-        raise ContractMismatch(f"expected positions [N], weights [N], logits [T, E], found {form_of(parts)}")
+        raise ContractMismatch(
+            f"expected positions [N], weights [N], logits [T, E], found {described(parts)}"
+        )
     slots, tokens = positions_N.shape[0], logits_TE.shape[0]
     if positions_N.dim() != 1 or weights_N.shape != positions_N.shape or slots == 0 or slots % tokens:
-        raise ContractMismatch(f"expected k rows for each of {tokens} tokens, found {form_of(parts)}")
+        raise ContractMismatch(f"expected k rows for each of {tokens} tokens, found {described(parts)}")
 
 
 def _to_device(sizes: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
-from moe_trace.find.contracts.forms import (
+from moe_trace.find.contracts.fused_block import fused_block_reader
+from moe_trace.find.contracts.modules import (
+    described,
     expert_rows,
-    form_of,
     forward_parameters,
     int_attribute,
     require_2d,
     unwrapped,
 )
-from moe_trace.find.contracts.fused_block import fused_block_reader
 from moe_trace.find.contracts.several_calls import combined_choice
 
 # The name of the second argument of an experts module's forward, in every family of transformers 5 whose
@@ -198,10 +198,10 @@ def _explain_or_read(call: Call, logits: Any) -> Reading:
     index, weights = _choice(call)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
         raise ContractMismatch(
-            f"expected logits [T, E] beside an index [T, K], found {form_of(logits)} and {form_of(index)}"
+            f"expected logits [T, E] beside an index [T, K], found {described(logits)} and {described(index)}"
         )
     if not logits.is_floating_point():
-        raise ContractMismatch(f"expected logits to be floating-point numbers, found {form_of(logits)}")
+        raise ContractMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
     return Reading(index, weights, logits)
 
 
@@ -229,7 +229,7 @@ def _choice(call: Call) -> tuple[Tensor, Tensor]:
     require_2d("weights", weights)
     if index.shape != weights.shape:
         raise ContractMismatch(
-            f"expected index and weights of one shape [T, K], found {form_of(index)}, {form_of(weights)}"
+            f"expected index and weights of one shape [T, K], found {described(index)}, {described(weights)}"
         )
     return index, weights
 
@@ -237,7 +237,7 @@ def _choice(call: Call) -> tuple[Tensor, Tensor]:
 def _router_choice(output: Any) -> tuple[Any, Any]:
     if not isinstance(output, tuple) or len(output) < 3:
         raise ContractMismatch(
-            f"expected the router to return (logits, weights, index), found {form_of(output)}"
+            f"expected the router to return (logits, weights, index), found {described(output)}"
         )
     return output[2], output[1]
 

@@ -39,7 +39,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
+class RuleInput:
     """What the rules look at: the calls of one stage."""
 
     routers: Sequence[RouterSummary]
@@ -66,7 +66,7 @@ class Evidence:
         return name if isinstance(name, str) else None
 
 
-Rule = Callable[[Evidence], Iterator[Finding]]
+Rule = Callable[[RuleInput], Iterator[Finding]]
 
 
 def in_one_line(layers: Sequence[tuple[str, str]]) -> str:

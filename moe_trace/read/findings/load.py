@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moe_trace.data.loads import ENOUGH_PER_EXPERT
 from moe_trace.data.summary import RouterSummary
-from moe_trace.read.findings.finding import Evidence, Finding, count, in_one_line, percent
+from moe_trace.read.findings.finding import Finding, RuleInput, count, in_one_line, percent
 
 HOT_SHARE = 3.0
 DEAD_SHARE = 0.0
@@ -17,7 +17,7 @@ UNSURE = 0.05
 COLLAPSED = 0.95
 
 
-def nonfinite(evidence: Evidence) -> Iterator[Finding]:
+def nonfinite(evidence: RuleInput) -> Iterator[Finding]:
     """NaN or infinite logits."""
     found = sorted((r for r in evidence.routers if r.nonfinite_tokens), key=lambda r: -r.nonfinite_tokens)
     if found:
@@ -34,7 +34,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def hot_expert(evidence: Evidence) -> Iterator[Finding]:
+def hot_expert(evidence: RuleInput) -> Iterator[Finding]:
     """An expert that gets a multiple of its share, beyond chance."""
     found = [
         (r.load.max_over_mean, r)
@@ -64,7 +64,7 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def _advice_of_load(evidence: Evidence) -> str:
+def _advice_of_load(evidence: RuleInput) -> str:
     """What an uneven load means in the set-up that the trace is of."""
     if evidence.experts_are_apart:
         return (
@@ -88,7 +88,7 @@ def _busiest(router: RouterSummary) -> int:
     return max(range(len(router.assignments)), key=router.assignments.__getitem__)
 
 
-def dead_experts(evidence: Evidence) -> Iterator[Finding]:
+def dead_experts(evidence: RuleInput) -> Iterator[Finding]:
     """Experts without any token, though enough tokens came by."""
     found = [r for r in evidence.routers if r.load.dead_experts and r.chance.tells_dead]
     if not found:
@@ -115,7 +115,7 @@ def _ids(router: RouterSummary) -> str:
     return ", ".join(map(str, dead[:3])) + (", …" if len(dead) > 3 else "")
 
 
-def padding(evidence: Evidence) -> Iterator[Finding]:
+def padding(evidence: RuleInput) -> Iterator[Finding]:
     """Assignments that padding tokens made."""
     total = sum(sum(router.assignments) for router in evidence.routers)
     share = sum(router.padding_assignments for router in evidence.routers) / total if total else 0.0
@@ -137,7 +137,7 @@ def padding(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def skipped(evidence: Evidence) -> Iterator[Finding]:
+def skipped(evidence: RuleInput) -> Iterator[Finding]:
     """Slots that no expert's output came from."""
     shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
@@ -155,7 +155,7 @@ def skipped(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def undecided_router(evidence: Evidence) -> Iterator[Finding]:
+def undecided_router(evidence: RuleInput) -> Iterator[Finding]:
     """Routers that hardly tell experts apart."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
@@ -172,7 +172,7 @@ def undecided_router(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
+def collapsed_router(evidence: RuleInput) -> Iterator[Finding]:
     """Routers that are certain of every token."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.findings.finding import Evidence, Finding, in_one_line, percent
+from moe_trace.read.findings.finding import Finding, RuleInput, in_one_line, percent
 from moe_trace.read.ranks.ranks import LayerRanks
 
 HOT_RANK = 1.25
@@ -21,7 +21,7 @@ _UNEQUAL_EXPERTS = (
 _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches of equal size."
 
 
-def hot_rank(evidence: Evidence) -> Iterator[Finding]:
+def hot_rank(evidence: RuleInput) -> Iterator[Finding]:
     """A rank whose experts get more than their share of a layer's slots."""
     report = evidence.ranks
     found = [
@@ -57,7 +57,7 @@ def _expert(layer: LayerRanks) -> str:
     return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"
 
 
-def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
+def waiting_ranks(evidence: RuleInput) -> Iterator[Finding]:
     """Time that the ranks lose waiting for the last of them."""
     report = evidence.ranks
     if report is None or report.wait_share is None or report.wait_us is None:
@@ -79,7 +79,7 @@ def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
+def bytes_differ(evidence: RuleInput) -> Iterator[Finding]:
     """All-to-alls that moved other bytes than the recorded counts say."""
     check = evidence.ranks.bytes_check if evidence.ranks is not None else None
     if check is None or not check.different:
@@ -99,7 +99,7 @@ def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def clocks_disagree(evidence: Evidence) -> Iterator[Finding]:
+def clocks_disagree(evidence: RuleInput) -> Iterator[Finding]:
     """Clocks that no constant offset brings together."""
     alignment = evidence.ranks.alignment if evidence.ranks is not None else None
     if alignment is None or not alignment.early_after:

@@ -1,6 +1,6 @@
 """What an engineer should look at: rules as small functions, each with a number, a threshold and advice.
 
-A rule takes the `Evidence` of one stage and yields at most one `Finding`, which names all layers that it
+A rule takes the `RuleInput` of one stage and yields at most one `Finding`, which names all layers that it
 holds for. Adding a rule is adding a function to the `RULES` of its module.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from moe_trace.data.schema import Stage
 from moe_trace.read.findings import load, ranks, time
-from moe_trace.read.findings.finding import FINDINGS_SHOWN, Evidence, Finding, Rule
+from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding, Rule, RuleInput
 
-__all__ = ["FINDINGS_SHOWN", "RULES", "Evidence", "Finding", "Rule", "find", "find_apart"]
+__all__ = ["FINDINGS_SHOWN", "RULES", "Finding", "Rule", "RuleInput", "find", "find_apart"]
 
 RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.uncounted_flops)
 """About the run as a whole, whatever its stages."""
@@ -23,12 +23,12 @@ WRONG = frozenset({"nonfinite", "bytes_differ", "clocks_disagree"})
 """Where figures cannot be trusted: before all that only costs time."""
 
 
-def find(evidence: Evidence) -> tuple[Finding, ...]:
+def find(evidence: RuleInput) -> tuple[Finding, ...]:
     """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
     return ranked(finding for rule in RULES for finding in rule(evidence))
 
 
-def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
+def find_apart(whole: RuleInput, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
     """Those of several stages together, each with its stage, and those about the run once."""
     names = {rule.__name__ for rule in RUN_RULES}
     found = [finding for rule in RUN_RULES for finding in rule(whole)]

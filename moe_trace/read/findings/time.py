@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.findings.finding import Evidence, Finding, duration, in_one_line, percent
+from moe_trace.read.findings.finding import Finding, RuleInput, duration, in_one_line, percent
 from moe_trace.read.time.layers import PhaseReport
 
 BUSY_SHARE = 0.1
@@ -14,7 +14,7 @@ COST_SHARE = 0.05
 PEAK_SHARE = 0.2
 
 
-def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
+def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
     """Layers whose uneven load shows in their time."""
     found = [
         (c.cost_us / c.measured_us, c, c.cost_us)
@@ -51,7 +51,7 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
+def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
     """Dispatch and combine as a share of MoE."""
     if evidence.phases is None:
         return
@@ -84,7 +84,7 @@ def _work_us(report: PhaseReport, phase: str) -> float:
     return (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
 
 
-def router_waits(evidence: Evidence) -> Iterator[Finding]:
+def router_waits(evidence: RuleInput) -> Iterator[Finding]:
     """A router whose kernels fill little of their span; where the whole block waits, that is the finding."""
     if next(launch_gaps(evidence), None) is not None:
         return
@@ -105,7 +105,7 @@ def router_waits(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
+def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
     """Blocks whose device time is mostly gaps."""
     total = evidence.phases.total if evidence.phases is not None else None
     if total is None or not total.device_span_us or total.device_gap_us is None:
@@ -133,7 +133,7 @@ _LAUNCHES = (
 )
 
 
-def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
+def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
     """Expert products well below what the device can do, though arithmetic binds."""
     rate = evidence.speed.experts if evidence.speed is not None else None
     if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
@@ -159,7 +159,7 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def uncounted_flops(evidence: Evidence) -> Iterator[Finding]:
+def uncounted_flops(evidence: RuleInput) -> Iterator[Finding]:
     """Products that torch's own FLOP counters leave out."""
     flops = sum(router.flops.experts for router in evidence.routers)
     if "aten::_grouped_mm" in evidence.operators and flops:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
 from moe_trace.read.time.structure import PHASES
-from moe_trace.read.time.surroundings import Surroundings
+from moe_trace.read.time.surroundings import TraceTotals
 
 Pass = Literal["forward", "recompute", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "recompute", "backward")
@@ -83,7 +83,7 @@ class LayerPhases(BlockTime):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class ModelTotals:
     """What the MoE layers are part of. Work is device busy time, on a CPU time in operators."""
 
     on_device: bool
@@ -105,7 +105,7 @@ class PhaseReport:
 
     layers: tuple[LayerPhases, ...]
     total: LayerPhases
-    whole: Whole
+    whole: ModelTotals
     steps: int
     """Steps that the calls are of."""
     tokens: int
@@ -116,7 +116,7 @@ class PhaseReport:
         return tuple(part for part in PASSES if self.total.phases_of(part) is not None)
 
 
-def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
+def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     """Add the calls up; None where no call has ranges in the trace."""
     calls = times.samples
     if not len(calls):
@@ -134,7 +134,7 @@ def report_phases(times: CallTimes, around: Surroundings) -> PhaseReport | None:
     return PhaseReport(
         layers=layers,
         total=measure.layer(np.ones(len(calls), bool), "all", None),
-        whole=Whole(
+        whole=ModelTotals(
             on_device=times.device_known,
             moe_work_us=work_us,
             model_work_us=measure.model_us,

@@ -80,7 +80,7 @@ def _lookup(device: str) -> tuple[float | None, float | None]:
     if "Laptop" in device:  # runs at other clocks
         return None, None
     for part, flops, bandwidth in _TABLE:
-        # Whole words: "L4" is not "L40", "A10" is not "A10G".
+        # ModelTotals words: "L4" is not "L40", "A10" is not "A10G".
         if re.search(rf"(?:^|\s){re.escape(part)}(?:[\s-]|$)", device):
             return flops, bandwidth
     return None, None

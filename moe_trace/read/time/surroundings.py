@@ -37,7 +37,7 @@ Bounds = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TraceTotals:
     """Work and time of the whole trace, or of a part of it, which the shares are of; None: not known."""
 
     model_work_us: float | None
@@ -45,36 +45,36 @@ class Surroundings:
     """Host time of the profiler's steps."""
 
 
-NOTHING = Surroundings(0.0, None)
+NOTHING = TraceTotals(0.0, None)
 
 
 @dataclass(frozen=True)
 class TraceWork:
     """The work of one trace, as a whole and by step and stage."""
 
-    whole: Surroundings
-    parts: Mapping[Key, Surroundings]
+    whole: TraceTotals
+    parts: Mapping[Key, TraceTotals]
     """Of the steps and stages whose time can be told apart."""
     calls: frozenset[Key]
     """All that have calls in the recording."""
 
-    def of(self, chosen: Filter) -> Surroundings:
+    def of(self, chosen: Filter) -> TraceTotals:
         """Of the chosen steps and stages; filters by layer leave it as it is."""
         taken = {key for key in self.calls if chosen.takes_time(*key)}
         if taken == self.calls:
             return self.whole
         if not taken <= self.parts.keys():
-            return Surroundings(None, None)
+            return TraceTotals(None, None)
         return add_surroundings([self.parts[key] for key in taken])
 
 
-def add_surroundings(parts: Sequence[Surroundings]) -> Surroundings:
+def add_surroundings(parts: Sequence[TraceTotals]) -> TraceTotals:
     """Their sum; what one of them does not know, the sum does not."""
     if not parts:
         return NOTHING
     work = [part.model_work_us for part in parts]
     steps = [part.step_us for part in parts]
-    return Surroundings(
+    return TraceTotals(
         None if None in work else sum(w for w in work if w is not None),
         None if None in steps else sum(s for s in steps if s is not None),
     )
@@ -92,9 +92,9 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
         work = _Work.sort(ops.start_ns, ops.duration_ns)
     step_us = sum(end - start for start, end in steps.values()) / 1000 if steps else None
     return TraceWork(
-        whole=Surroundings(all_ns / 1000, step_us),
+        whole=TraceTotals(all_ns / 1000, step_us),
         parts={
-            key: Surroundings(
+            key: TraceTotals(
                 sum(work.between(*window) for window in windows) / 1000,
                 sum(end - start for start, end in windows) / 1000 if steps else None,
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_trace.data.schema import RouterInfo, RoutingSample
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.rows import SparseRows, smallest
-from moe_trace.record.parallel.sending import sent_counts
+from moe_trace.record.parallel.dispatch import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
 
 _RECORD_BYTES = 400  # of a `CallRecord` with its numbers

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_trace.data.schema import Phase, Stage
 from moe_trace.find.contracts import Reading
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.parallel.sending import Sending
+from moe_trace.record.parallel.dispatch import DispatchInfo
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class CallRecord:
     """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
     in_graph: bool = False
     graph_forward: int | None = None
-    sending: Sending | None = None
+    sending: DispatchInfo | None = None
     """None where the process runs alone."""
 
 
@@ -50,12 +50,12 @@ class PendingCall:
         held = reading.index_TK.nbytes + reading.weights_TK.nbytes
         return held if logits_TE is None else held + logits_TE.nbytes
 
-    def let_graph_go(self) -> None:
+    def detach(self) -> None:
         """Keep the values only: a tensor with a history would keep the forward's activations alive."""
-        let_graph_go(self.reading)
+        detach(self.reading)
 
 
-def let_graph_go(reading: Reading) -> None:
+def detach(reading: Reading) -> None:
     """Keep a reading's values only."""
     if reading.weights_TK.requires_grad:
         reading.weights_TK = reading.weights_TK.detach()

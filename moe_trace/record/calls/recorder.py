@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_trace.data.schema import OWN_WORK_RANGE, RoutingSample
+from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
 from moe_trace.find.private.torch_names import allocated_bytes
 from moe_trace.record.calls.batch import Batch
@@ -56,7 +56,7 @@ class Recorder:
         self.capacity, self.capacity_bytes = capacity, capacity_bytes
         self.overwritten = 0
         self.unreduced = 0
-        self.may_wait = True
+        self.may_defer = True
         """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
         self._lock = threading.RLock()
         self._pending: list[PendingCall] = []
@@ -86,11 +86,11 @@ class Recorder:
             return
         with self._lock:
             small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= WAITING_CALLS_MAX
-            if not (small and self.may_wait):
+            if not (small and self.may_defer):
                 self.reduce()
                 return
             for item in self._pending[self._unfinished :]:
-                item.let_graph_go()
+                item.detach()
             self._unfinished = len(self._pending)
 
     def lost_of(self, name: str) -> Counter[str]:
@@ -108,7 +108,7 @@ class Recorder:
         with self._lock, torch.no_grad():
             pending, self._pending = self._pending, []
             self._held_bytes = self._unfinished = 0
-            with _own_work_range():
+            with _overhead_range():
                 for group in groups_of_one_shape(pending):
                     self._reduce_or_count(group)
 
@@ -265,8 +265,8 @@ def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator
         yield sample if sample.call == call else replace(sample, call=call)
 
 
-def _own_work_range() -> AbstractContextManager[Any]:
-    return torch.profiler.record_function(OWN_WORK_RANGE) if profiler_is_recording() else nullcontext()
+def _overhead_range() -> AbstractContextManager[Any]:
+    return torch.profiler.record_function(OVERHEAD_RANGE) if profiler_is_recording() else nullcontext()
 
 
 def _allocated_bytes(device: torch.device) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_trace.record.calls.batch import Batch
 from moe_trace.record.calls.call import PendingCall
-from moe_trace.record.parallel.sending import append_sent_counts
+from moe_trace.record.parallel.dispatch import append_sent_counts
 from moe_trace.record.reduce.kernels import FUSED
 from moe_trace.record.reduce.stats import PackedStats, routing_stats
 from moe_trace.record.reduce.streams import on_device

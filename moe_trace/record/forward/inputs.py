@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.contracts.forms import unwrapped
+from moe_trace.find.contracts.modules import unwrapped
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
 from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
-from moe_trace.record.calls.call import CallRecord, let_graph_go
+from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.guard import apart, warn_user
@@ -229,7 +229,7 @@ class CallCollector:
     ) -> None:
         site, recomputed = self._routers[call.site].site, call.recomputed or context.recomputed
         if recomputed or not context.of_model:
-            let_graph_go(reading)  # no end of a forward will do it
+            detach(reading)  # no end of a forward will do it
         padding_T = context.padding_T
         if padding_T is not None and padding_T.shape[0] != reading.index_TK.shape[0]:
             padding_T = None

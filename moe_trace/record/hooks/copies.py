@@ -9,7 +9,7 @@ from torch import nn
 from moe_trace.find.private.torch_names import remove_hooks, shares_hooks
 
 
-class Retired:
+class InertHooks:
     """Stands in a saved model for the hooks that were on; every hook of it does nothing."""
 
     def __getattr__(self, name: str) -> Any:
@@ -21,11 +21,12 @@ class Retired:
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
-class HoldsHooks:
+class HookOwner:
     """For classes whose methods are put on modules as hooks.
 
     `copy.deepcopy` of a module copies its hooks: they stay bound to the same object, which finds with
-    `is_copy` that they were called for another module, and takes them off it. A pickle gets hooks that do
+    `detach_if_copy` that they were called for another module, and takes them off
+    it. A pickle gets hooks that do
     nothing.
     """
 
@@ -33,10 +34,10 @@ class HoldsHooks:
         return self
 
     def __reduce__(self) -> Any:
-        return Retired, ()
+        return InertHooks, ()
 
 
-def is_copy(module: nn.Module, original: nn.Module | None) -> bool:
+def detach_if_copy(module: nn.Module, original: nn.Module | None) -> bool:
     """Whether a hook was called for a copy of the module that it was put on.
 
     Replicas are none, nor are shallow copies: what is below them, and their hooks, are the original's own.
@@ -47,5 +48,5 @@ def is_copy(module: nn.Module, original: nn.Module | None) -> bool:
     if original is not None and shares_hooks(module, original):
         return False
     for part in module.modules():
-        remove_hooks(part, lambda hook: isinstance(getattr(hook, "__self__", None), HoldsHooks))
+        remove_hooks(part, lambda hook: isinstance(getattr(hook, "__self__", None), HookOwner))
     return True

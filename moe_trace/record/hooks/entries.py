@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.graphs.compiled import give_stable_id
-from moe_trace.record.hooks.copies import HoldsHooks, is_copy
+from moe_trace.record.hooks.copies import HookOwner, detach_if_copy
 
 Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
 End = Callable[["ModelEntry", Any], None]
 
 
-class ModelEntry(HoldsHooks):
+class ModelEntry(HookOwner):
     """One module that a forward may begin with.
 
     Args:
@@ -36,7 +36,7 @@ class ModelEntry(HoldsHooks):
         self._begin, self._end = begin, end
         self._handles: list[RemovableHandle] = []
 
-    def put_on(self) -> None:
+    def install(self) -> None:
         """Hook the module."""
         self.inputs = ModelInputs(self.module)  # its forward may have been wrapped since
         self._handles = [
@@ -46,7 +46,7 @@ class ModelEntry(HoldsHooks):
         for handle in self._handles:
             give_stable_id(handle)
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
@@ -56,12 +56,12 @@ class ModelEntry(HoldsHooks):
         """Forward pre-hook."""
         if module is self.module:
             self._begin(self, args, kwargs or {}, False)
-        elif not is_copy(module, self.module):
+        elif not detach_if_copy(module, self.module):
             self._begin(self, args, kwargs or {}, True)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
-        if module is self.module or not is_copy(module, self.module):
+        if module is self.module or not detach_if_copy(module, self.module):
             self._end(self, output)
 
 

@@ -16,7 +16,7 @@ ROUTER = 1
 WATCHED = 2
 """(kind, site, thread, output): see `Found.watched`."""
 EXPERTS = 3
-"""(kind, site, thread, arguments, keyword arguments, `Sending`, mark): the experts received these."""
+"""(kind, site, thread, arguments, keyword arguments, `DispatchInfo`, mark): the experts received these."""
 BLOCK = 4
 """(kind, site, thread, time in ns): the block that holds the router is called."""
 BLOCK_END = 5

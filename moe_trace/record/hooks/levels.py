@@ -70,7 +70,7 @@ class HookLevels:
                 if hooks.level != Level.OFF and not hooks.is_current(hooks.level):
                     hooks.set_level(hooks.level)
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Take all hooks off, whoever wants them."""
         with self._lock:
             self._wanted.clear()

@@ -22,7 +22,7 @@ from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.observe import CallClock
 from moe_trace.record.hooks.site import Level, SiteHooks
 from moe_trace.record.hooks.watch import ForwardWatch
-from moe_trace.record.parallel.sending import Sending
+from moe_trace.record.parallel.dispatch import DispatchInfo
 
 
 class ModelHooks:
@@ -70,7 +70,7 @@ class ModelHooks:
             for module, level in entry_modules(model, sites)
         ]
 
-    def put_on(self, *, recording: bool, sending: Callable[[Any], Sending | None] | None) -> None:
+    def install(self, *, recording: bool, sending: Callable[[Any], DispatchInfo | None] | None) -> None:
         """Install all hooks.
 
         Args:
@@ -84,15 +84,15 @@ class ModelHooks:
         if compiled_parts(self._model):
             self.watch.graph_started()
         for entry in self._entries:
-            entry.put_on()
+            entry.install()
         self.watch.send_events()
         self._levels.set(Level.RANGES if recording else Level.OFF)
 
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Remove all hooks and close every range; router calls under way are recorded."""
         for entry in self._entries:
-            entry.take_off()
-        self._levels.take_off()
+            entry.remove()
+        self._levels.remove()
         self.watch.forwards.clear()
         self.join()
         self._ranges.close_all()

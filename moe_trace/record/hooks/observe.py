@@ -24,10 +24,10 @@ from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.rings import SiteRings
-from moe_trace.record.hooks.copies import HoldsHooks, is_copy
+from moe_trace.record.hooks.copies import HookOwner, detach_if_copy
 from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, WATCHED, Event
 from moe_trace.record.hooks.rewritten import TensorCopies
-from moe_trace.record.parallel.sending import Sending
+from moe_trace.record.parallel.dispatch import DispatchInfo
 
 _MISSING: Any = object()
 
@@ -45,7 +45,7 @@ class CallClock(Protocol):
         """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
 
 
-class SiteObserver(HoldsHooks):
+class SiteObserver(HookOwner):
     """The hooks of one site: what each of them does.
 
     Args:
@@ -71,7 +71,7 @@ class SiteObserver(HoldsHooks):
         """Whether ranges are opened while a profiler records."""
         self.append: Callable[[Event], Any] = events.append
         """Where events go now: into a list, or through somebody who looks at each."""
-        self.sending: Callable[[Any], Sending | None] | None = None
+        self.sending: Callable[[Any], DispatchInfo | None] | None = None
         """Tells from the arguments of the experts what the call moves between processes; None where the
         process runs alone."""
         self.copies: TensorCopies | None = TensorCopies()
@@ -92,7 +92,7 @@ class SiteObserver(HoldsHooks):
     def _before_router(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
             self._traced.before_router(args)
-        elif module is self.site.router or not is_copy(module, self.site.router):
+        elif module is self.site.router or not detach_if_copy(module, self.site.router):
             self.append((BEGIN, self._index, get_ident(), time_ns(), None, None))
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -111,7 +111,7 @@ class SiteObserver(HoldsHooks):
         if is_dynamo_compiling():
             self._traced.after_experts(args, given)
             return
-        if module is not self.site.experts and is_copy(module, self.site.experts):
+        if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
         if self._traced.call is not None:
             self._adopt_traced()
@@ -157,7 +157,7 @@ class SiteObserver(HoldsHooks):
         if is_dynamo_compiling():
             self._traced.before_router(args)
             return
-        if module is not self.site.router and is_copy(module, self.site.router):
+        if module is not self.site.router and detach_if_copy(module, self.site.router):
             return
         if self._cuda and captures_now():
             self._capturing = True
@@ -215,7 +215,7 @@ class SiteObserver(HoldsHooks):
                 self._captures.end(self.site.name, "experts")
             self._traced.after_experts(args, given)
             return
-        if module is not self.site.experts and is_copy(module, self.site.experts):
+        if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
         mark = None
         if self._clock is not None:
@@ -236,7 +236,7 @@ class SiteObserver(HoldsHooks):
         if is_dynamo_compiling():
             self._traced.before_block()
             return
-        if module is not self.site.block and is_copy(module, self.site.block):
+        if module is not self.site.block and detach_if_copy(module, self.site.block):
             return
         if self.ranged:
             self._ranges.open(self._names["block"])

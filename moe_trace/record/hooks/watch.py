@@ -13,7 +13,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from moe_trace.data.schema import Stage, range_name
-from moe_trace.find.contracts.forms import unwrapped
+from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import in_backward, is_jit_tracing
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.recorder import Recorder
@@ -74,7 +74,7 @@ class ForwardWatch:
 
     def graph_started(self) -> None:
         """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
-        self.recorder.may_wait = False  # a graph's next replay overwrites the tensors that it returned
+        self.recorder.may_defer = False  # a graph's next replay overwrites the tensors that it returned
         self.levels.keep()
 
     def guarded(self, function: Callable[..., Any], *arguments: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_trace.data.version import __version__
-from moe_trace.find.contracts.forms import class_name, unwrapped
+from moe_trace.find.contracts.modules import class_name, unwrapped
 from moe_trace.find.routers import RouterSite
 
 

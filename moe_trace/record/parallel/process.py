@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from moe_trace.data.schema import ExpertExchange, Parallel, RoutingSample
-from moe_trace.find.contracts.forms import expert_matrices
-from moe_trace.find.meshes import (
+from moe_trace.find.contracts.modules import expert_matrices
+from moe_trace.find.device_mesh import (
     DataParallelDims,
     chunk,
     expert_dims,
@@ -25,8 +25,8 @@ from moe_trace.find.meshes import (
     layout_dims,
     ranks_along,
 )
+from moe_trace.record.parallel.dispatch import DispatchInfo
 from moe_trace.record.parallel.environment import rank_and_world_size
-from moe_trace.record.parallel.sending import Sending
 
 MESH_DIMS = ("dp_replicate", "fsdp", "tp", "ep", "pp")
 
@@ -82,7 +82,7 @@ class ParallelModel:
             return "all_to_all" if sent else "all_reduce"
         return "all_to_all"
 
-    def sending(self, experts_args: Sequence[Any] | None) -> Sending | None:
+    def sending(self, experts_args: Sequence[Any] | None) -> DispatchInfo | None:
         """What the call of an experts module with these arguments will move. Runs inside the forward.
 
         The first argument is the hidden states [T, hidden]. Tensor-parallel ranks, which all have the same
@@ -94,11 +94,11 @@ class ParallelModel:
         slot_bytes = hidden.shape[-1] * hidden.element_size()
         sharers = self._tokens_shared_by
         if not self._expert_ranks or self._exchange in (None, "all_reduce") or len(sharers) == 1:
-            return Sending(slot_bytes)
+            return DispatchInfo(slot_bytes)
         gradients = torch.is_grad_enabled() and hidden.requires_grad
         if self._exchange == "auto" and self._shares_batch and not gradients:
-            return Sending(slot_bytes, (0, 0))  # this forward all-reduces: nobody dispatches anything
-        return Sending(slot_bytes, chunk(hidden.shape[0], len(sharers), sharers.index(self.rank)))
+            return DispatchInfo(slot_bytes, (0, 0))  # this forward all-reduces: nobody dispatches anything
+        return DispatchInfo(slot_bytes, chunk(hidden.shape[0], len(sharers), sharers.index(self.rank)))
 
     # -- reading the model ----------------------------------------------------------------------------
 

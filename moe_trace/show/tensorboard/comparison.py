@@ -8,12 +8,12 @@ from typing import Any
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff import compare
 from moe_trace.show.figures.routing import difference_map
-from moe_trace.show.tensorboard.plain import Plain, plain_figure, plain_table
+from moe_trace.show.tensorboard.plain import JsonDict, plain_figure, plain_table
 
 
 def comparison(
     a: TraceSummary, b: TraceSummary, wanted: str, keep: Callable[[str, Callable[[], Any]], Any]
-) -> Plain:
+) -> JsonDict:
     """What the view shows of the layer that is wanted, or of all.
 
     Args:

@@ -19,7 +19,7 @@ from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.show.tensorboard.comparison import comparison
 from moe_trace.show.tensorboard.overview import overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
-from moe_trace.show.tensorboard.plain import Plain, figures_by_key, plain_figure
+from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key, plain_figure
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
 from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers, step_label
 from moe_trace.show.tensorboard.stage_part import StagePart, path_of
@@ -35,7 +35,7 @@ class Dashboard:
     def __init__(self, catalogs: Catalogs) -> None:
         self.catalogs = catalogs
         self.store = Store()
-        self._views: dict[str, Callable[[Parameters], Plain]] = {
+        self._views: dict[str, Callable[[Parameters], JsonDict]] = {
             "runs": self.runs_impl,
             "trace": self.trace_impl,
             "overview": self.overview_impl,
@@ -49,7 +49,7 @@ class Dashboard:
             "ranks": self.ranks_impl,
         }
 
-    def answer(self, view: str, parameters: Parameters) -> Plain:
+    def answer(self, view: str, parameters: Parameters) -> JsonDict:
         """The data of a view; a trace that cannot be read is an answer too: `{"broken": reason}`.
 
         Raises:
@@ -63,11 +63,11 @@ class Dashboard:
 
     # -- which traces ---------------------------------------------------------------------------------
 
-    def runs_impl(self, parameters: Parameters) -> Plain:
+    def runs_impl(self, parameters: Parameters) -> JsonDict:
         """All runs and their traces, with what is known of each."""
         catalog = self.catalogs.get(0.0 if parameters.get("fresh") else FRESH_S)
         self.store.forget_old(catalog)
-        runs: dict[str, list[Plain]] = {}
+        runs: dict[str, list[JsonDict]] = {}
         for trace in catalog.traces.values():
             runs.setdefault(trace.run, []).append(self._listed(trace))
         for (run, name), reason in catalog.refused.items():
@@ -81,15 +81,15 @@ class Dashboard:
             "definitions": DEFINITIONS,
         }
 
-    def trace_impl(self, parameters: Parameters) -> Plain:
+    def trace_impl(self, parameters: Parameters) -> JsonDict:
         """One trace, read if need be, so that the list can say what it is."""
         trace = self._trace(parameters)
         with suppress(MoETraceError):  # its reason is in the answer
             self.store.summary(trace)
         return self._listed(trace)
 
-    def _listed(self, trace: Trace) -> Plain:
-        found: Plain = {
+    def _listed(self, trace: Trace) -> JsonDict:
+        found: JsonDict = {
             "trace": trace.name,
             "label": trace.label,
             "size_bytes": trace.size_bytes,
@@ -121,11 +121,11 @@ class Dashboard:
 
     # -- views ----------------------------------------------------------------------------------------
 
-    def overview_impl(self, parameters: Parameters) -> Plain:
+    def overview_impl(self, parameters: Parameters) -> JsonDict:
         """Facts, cards and findings."""
         return overview(self.store.summary(self._trace(parameters)))
 
-    def routing_impl(self, parameters: Parameters) -> Plain:
+    def routing_impl(self, parameters: Parameters) -> JsonDict:
         """The heat map over all steps, and which steps and layers there are."""
         part = self._part(parameters)
         figure = self._derived(part, "map", lambda s: replace(expert_heat_map(s), frames=[]))
@@ -140,13 +140,13 @@ class Dashboard:
             "over_time": figures_by_key(over_time if len(routers) > 1 else []),
         }
 
-    def heat_impl(self, parameters: Parameters) -> Plain:
+    def heat_impl(self, parameters: Parameters) -> JsonDict:
         """The heat map's numbers and its table, of some steps."""
         part = self._part(parameters)
         counts = self._derived(part, "steps", StepCounts)
         return heat(loaded_routers(part.summary), counts, *step_range(parameters, counts.steps))
 
-    def layer_impl(self, parameters: Parameters) -> Plain:
+    def layer_impl(self, parameters: Parameters) -> JsonDict:
         """One layer: its load sorted and over time, its decisions, its lost slots."""
         part = self._part(parameters)
         routers = loaded_routers(part.summary)
@@ -170,16 +170,16 @@ class Dashboard:
             "figures": figures_by_key(found),
         }
 
-    def time_impl(self, parameters: Parameters) -> Plain:
+    def time_impl(self, parameters: Parameters) -> JsonDict:
         """Phases by both clocks, gaps, latencies."""
         summary = self._part(parameters).summary
         return {"figures": figures_by_key(time_figures(summary)), "has_phases": summary.phases is not None}
 
-    def timeline_impl(self, parameters: Parameters) -> Plain:
+    def timeline_impl(self, parameters: Parameters) -> JsonDict:
         """One step's lanes and counters, within a window."""
         return timeline(self._lanes(parameters), parameters)
 
-    def kernels_impl(self, parameters: Parameters) -> Plain:
+    def kernels_impl(self, parameters: Parameters) -> JsonDict:
         """What ran in a window of one step, by name."""
         return kernels(self._lanes(parameters), parameters)
 
@@ -188,7 +188,7 @@ class Dashboard:
         read = self.store.read_events
         return self._derived(part, "lanes", lambda summary: find_lanes(summary.samples, read(part.trace)))
 
-    def compare_impl(self, parameters: Parameters) -> Plain:
+    def compare_impl(self, parameters: Parameters) -> JsonDict:
         """B against A: difference map, and every metric with its interval."""
         part_a, part_b = self._part(parameters), self._part(parameters, "_b")
         found = comparison(
@@ -201,7 +201,7 @@ class Dashboard:
         )
         return {**found, "stage": part_a.stage, "stage_b": part_b.stage}
 
-    def ranks_impl(self, parameters: Parameters) -> Plain:
+    def ranks_impl(self, parameters: Parameters) -> JsonDict:
         """The ranks of a run; traces that cannot be read are named."""
         run = parameters.get("run", "")
         traces = [t for t in self.catalogs.get(FRESH_S).traces.values() if t.run == run]

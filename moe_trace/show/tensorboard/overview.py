@@ -6,7 +6,7 @@ from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
-from moe_trace.show.tensorboard.plain import Plain
+from moe_trace.show.tensorboard.plain import JsonDict
 from moe_trace.show.tensorboard.stage_part import path_of
 from moe_trace.show.text_phases import shares_sentence
 
@@ -22,7 +22,7 @@ VIEW_OF_RULE = {
 """Every other rule is about the routing."""
 
 
-def overview(summary: TraceSummary) -> Plain:
+def overview(summary: TraceSummary) -> JsonDict:
     """What the first page shows of one trace: each of its stages, one after the other."""
     stages: dict[str, TraceSummary] = {str(k): part for k, part in summary.stages.items()} or {"": summary}
     return {
@@ -32,7 +32,7 @@ def overview(summary: TraceSummary) -> Plain:
     }
 
 
-def _stage(stage: str, part: TraceSummary) -> Plain:
+def _stage(stage: str, part: TraceSummary) -> JsonDict:
     found = part.findings
     return {
         "stage": stage,
@@ -45,7 +45,7 @@ def _stage(stage: str, part: TraceSummary) -> Plain:
     }
 
 
-def _finding(finding: Finding) -> Plain:
+def _finding(finding: Finding) -> JsonDict:
     return {
         "rule": finding.rule,
         "site": finding.site,
@@ -55,7 +55,7 @@ def _finding(finding: Finding) -> Plain:
     }
 
 
-def facts(summary: TraceSummary) -> list[Plain]:
+def facts(summary: TraceSummary) -> list[JsonDict]:
     """What was recorded: texts, and numbers with their place in the report's JSON."""
     model, totals, speed = summary.model, summary.totals, summary.speed
     device = speed.device if speed is not None and speed.device else model.get("device")
@@ -73,7 +73,7 @@ def facts(summary: TraceSummary) -> list[Plain]:
         ("skipped", "totals.skipped", totals.skipped),
         ("padding", "totals.padding_assignments", totals.padding_assignments),
     ]
-    found: list[Plain] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
+    found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
     found += [
         {"label": label, "text": number_text(value), "value": value, "path": path}
         for label, path, value in counted
@@ -81,7 +81,7 @@ def facts(summary: TraceSummary) -> list[Plain]:
     return found
 
 
-def cards(summary: TraceSummary, path: str = "") -> list[Plain]:
+def cards(summary: TraceSummary, path: str = "") -> list[JsonDict]:
     """The five figures to look at first; None where the trace does not tell.
 
     Args:
@@ -99,12 +99,12 @@ def _card(
     detail: str,
     view: str,
     site: str | None = None,
-) -> Plain:
-    card: Plain = {"label": label, "text": text, "value": value, "path": path, "detail": detail}
+) -> JsonDict:
+    card: JsonDict = {"label": label, "text": text, "value": value, "path": path, "detail": detail}
     return {**card, "view": view, "site": site}
 
 
-def _moe_share(summary: TraceSummary) -> Plain:
+def _moe_share(summary: TraceSummary) -> JsonDict:
     whole = summary.phases.whole if summary.phases is not None else None
     value = whole.moe_share_of_model if whole is not None else None
     on_device = whole is not None and whole.on_device
@@ -113,7 +113,7 @@ def _moe_share(summary: TraceSummary) -> Plain:
     return _card(label, share(value), value, "phases.whole.moe_share_of_model", detail, "time")
 
 
-def _worst_load(summary: TraceSummary) -> Plain:
+def _worst_load(summary: TraceSummary) -> JsonDict:
     worst = summary.most_imbalanced_layer()
     label = "most uneven layer, max÷mean"
     if worst is None:
@@ -127,7 +127,7 @@ def _worst_load(summary: TraceSummary) -> Plain:
     return _card(label, f"{number(value)}×", value, path, f"in {site}", "routing", site)
 
 
-def _dead(summary: TraceSummary) -> Plain:
+def _dead(summary: TraceSummary) -> JsonDict:
     if not any(router.chance.tells_dead for router in summary.routers):
         return _card("dead experts", "-", None, None, "too few tokens to say", "routing")
     dead = summary.dead_experts()
@@ -137,7 +137,7 @@ def _dead(summary: TraceSummary) -> Plain:
     return _card("dead experts", number_text(total), total, None, detail, "routing")
 
 
-def _confidence(summary: TraceSummary) -> Plain:
+def _confidence(summary: TraceSummary) -> JsonDict:
     known = [(c, r.info.site) for r in summary.routers if (c := r.decisions.confidence_mean) is not None]
     if not known:
         return _card("router confidence", "-", None, None, "the trace has no logits", "routing")
@@ -148,7 +148,7 @@ def _confidence(summary: TraceSummary) -> Plain:
     )
 
 
-def _speed(summary: TraceSummary) -> Plain:
+def _speed(summary: TraceSummary) -> JsonDict:
     rate = summary.speed.experts if summary.speed is not None else None
     value = rate.flops_per_s if rate is not None else None
     peak = rate.share_of_peak if rate is not None else None

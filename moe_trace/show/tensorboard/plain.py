@@ -8,10 +8,10 @@ from typing import Any
 from moe_trace.data.display.columns import Column, column_of
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
 
-Plain = dict[str, Any]
+JsonDict = dict[str, Any]
 
 
-def plain_figure(figure: Figure) -> Plain:
+def plain_figure(figure: Figure) -> JsonDict:
     """The plot's specification and the table that says the same."""
     return {
         "key": figure.key,
@@ -23,7 +23,7 @@ def plain_figure(figure: Figure) -> Plain:
     }
 
 
-def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Plain:
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> JsonDict:
     """Cells are texts, or [text, number]."""
     columns = [column_of(heading) for heading in headings]
     return {
@@ -43,6 +43,6 @@ def plain_cell(cell: Cell, column: Column) -> str | list[Any]:
     return text if cell is None or isinstance(cell, str) else [text, cell]
 
 
-def figures_by_key(figures: Iterable[Figure]) -> dict[str, Plain]:
+def figures_by_key(figures: Iterable[Figure]) -> dict[str, JsonDict]:
     """Ready to be drawn, in order."""
     return {figure.key: plain_figure(figure) for figure in figures if figure.data}

@@ -13,11 +13,11 @@ from moe_trace.read.ranks.ranks import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
 from moe_trace.show.figures.ranks import rank_figures
-from moe_trace.show.tensorboard.plain import Plain, figures_by_key
+from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key
 from moe_trace.show.text_ranks import rank_sentences
 
 
-def rank_digest(summary: TraceSummary) -> Plain:
+def rank_digest(summary: TraceSummary) -> JsonDict:
     """What the comparison needs of one trace."""
     phases = summary.phases
     work = {layer.site: _work_us(layer, phases.whole.on_device) for layer in phases.layers} if phases else {}
@@ -45,7 +45,7 @@ def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
     return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
 
 
-def together(report: RankReport | None) -> Plain | None:
+def together(report: RankReport | None) -> JsonDict | None:
     """The report as sentences and figures."""
     if report is None:
         return None
@@ -61,9 +61,9 @@ def _work_us(layer: Any, on_device: bool) -> float:
     return (layer.device_busy_us or 0.0) if on_device else layer.block_host_us - layer.host_gap_us
 
 
-def by_rank(digests: Sequence[Plain]) -> list[Plain]:
+def by_rank(digests: Sequence[JsonDict]) -> list[JsonDict]:
     """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
-    rows: dict[int, Plain] = {}
+    rows: dict[int, JsonDict] = {}
     for digest in digests:
         row = rows.setdefault(
             digest["rank"],
@@ -86,7 +86,7 @@ def by_rank(digests: Sequence[Plain]) -> list[Plain]:
     return [rows[rank] for rank in sorted(rows)]
 
 
-def ranks(digests: Sequence[Plain], report: RankReport | None = None) -> Plain:
+def ranks(digests: Sequence[JsonDict], report: RankReport | None = None) -> JsonDict:
     """Tables and figures of at least two ranks; of one, only how many there are.
 
     Args:
@@ -112,7 +112,7 @@ def ranks(digests: Sequence[Plain], report: RankReport | None = None) -> Plain:
     }
 
 
-def _take_waits_out(rows: Sequence[Plain], report: RankReport | None) -> bool:
+def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
     """Whether the waits of all ranks in their layers' kernels are known, and taken out of their work."""
     exchanges = report.exchanges if report is not None else ()
     if not exchanges or not all(one.on_device and one.wait_us is not None for one in exchanges):
@@ -126,7 +126,7 @@ def _take_waits_out(rows: Sequence[Plain], report: RankReport | None) -> bool:
     return True
 
 
-def _straggler(rows: Sequence[Plain], slowest: Plain) -> Plain | None:
+def _straggler(rows: Sequence[JsonDict], slowest: JsonDict) -> JsonDict | None:
     mean = sum(row["moe_work_us"] for row in rows) / len(rows)
     if not mean:
         return None
@@ -137,7 +137,7 @@ def _straggler(rows: Sequence[Plain], slowest: Plain) -> Plain | None:
     }
 
 
-def load_per_rank(rows: Sequence[Plain]) -> Figure:
+def load_per_rank(rows: Sequence[JsonDict]) -> Figure:
     """Tokens that each rank's routers saw."""
     mean = sum(row["tokens"] for row in rows) / len(rows)
     return Figure(
@@ -165,7 +165,7 @@ def _waits_said(without_waits: bool) -> str:
     return " Time spent waiting in collectives is left out." if without_waits else ""
 
 
-def work_per_rank(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
+def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
     """MoE work of each rank."""
     mean = sum(row["moe_work_us"] for row in rows) / len(rows)
     clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
@@ -184,7 +184,7 @@ def work_per_rank(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
     )
 
 
-def work_map(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
+def work_map(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
     """Layers x ranks: each rank's work over the mean of the ranks."""
     sites = sorted({site for row in rows for site in row["work_us"]})
     work = np.array([[row["work_us"].get(site, 0.0) for row in rows] for site in sites]).reshape(
@@ -217,7 +217,7 @@ def work_map(rows: Sequence[Plain], without_waits: bool = False) -> Figure:
     )
 
 
-def _bars(values: list[float], rows: Sequence[Plain], colour: str, unit: str) -> Spec:
+def _bars(values: list[float], rows: Sequence[JsonDict], colour: str, unit: str) -> Spec:
     return {
         "type": "bar",
         "x": [f"rank {row['rank']}" for row in rows],

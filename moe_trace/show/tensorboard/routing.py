@@ -11,7 +11,7 @@ from moe_trace.data.display.columns import number_text
 from moe_trace.data.loads import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.tensorboard.plain import Plain, plain_table
+from moe_trace.show.tensorboard.plain import JsonDict, plain_table
 
 
 class StepCounts:
@@ -46,7 +46,7 @@ def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
     return row
 
 
-def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> Plain:
+def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> JsonDict:
     """The heat map's numbers and its table, from the first to the last position of the steps."""
     chosen = counts.between(first, last)
     rows = []
@@ -73,7 +73,7 @@ _HEADINGS = (
 )
 
 
-def layer_facts(router: RouterSummary, place: str) -> list[Plain]:
+def layer_facts(router: RouterSummary, place: str) -> list[JsonDict]:
     """Its figures over all steps, with their place in the report's JSON."""
     load, decisions = router.load, router.decisions
     numbers: Iterable[tuple[str, str, float | None]] = [

@@ -10,7 +10,7 @@ from moe_trace.read.time.lanes import Clock, Lanes, Pieces, add_up, join_pieces
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX
 from moe_trace.show.figures.timeline import timeline_figure
 from moe_trace.show.tensorboard.parameters import Parameters, integer, time_window
-from moe_trace.show.tensorboard.plain import Plain, plain_figure, plain_table
+from moe_trace.show.tensorboard.plain import JsonDict, plain_figure, plain_table
 
 KERNELS_MAX = 100
 NAME_MAX = 400
@@ -30,7 +30,7 @@ class _Step:
         return int(self.pieces.start_ns.min()), int(self.pieces.end_ns.max())
 
 
-def timeline(lanes: Lanes, parameters: Parameters) -> Plain:
+def timeline(lanes: Lanes, parameters: Parameters) -> JsonDict:
     """Lanes and counters of the step, joined as finely as the window asks for."""
     shown = _step(lanes, parameters)
     if shown is None:
@@ -51,7 +51,7 @@ def timeline(lanes: Lanes, parameters: Parameters) -> Plain:
     }
 
 
-def kernels(lanes: Lanes, parameters: Parameters) -> Plain:
+def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
     """Kernels, or operators of the host, that touch the window, by name."""
     shown = _step(lanes, parameters)
     if shown is None:

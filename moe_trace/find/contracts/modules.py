@@ -91,16 +91,16 @@ def expert_modules(experts: nn.Module) -> list[nn.Module]:
 def require_2d(what: str, value: Any, *, integer: bool = False) -> None:
     """Raise `ContractMismatch` unless `value` is a 2-D tensor, of integers or of floats."""
     if not isinstance(value, Tensor) or value.dim() != 2:
-        raise ContractMismatch(f"expected {what} to be a 2-D tensor, found {form_of(value)}")
+        raise ContractMismatch(f"expected {what} to be a 2-D tensor, found {described(value)}")
     if value.is_floating_point() is integer:
         kind = "integers" if integer else "floating-point numbers"
-        raise ContractMismatch(f"expected {what} to be {kind}, found {form_of(value)}")
+        raise ContractMismatch(f"expected {what} to be {kind}, found {described(value)}")
 
 
-def form_of(value: Any) -> str:
+def described(value: Any) -> str:
     """A value's type and shape, in words."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, tuple):
-        return f"a tuple of {len(value)} ({', '.join(form_of(item) for item in value)})"
+        return f"a tuple of {len(value)} ({', '.join(described(item) for item in value)})"
     return f"{type(value).__name__}"

@@ -16,7 +16,7 @@ from moe_trace.record.reduce.stats import count_per_row
 
 
 @dataclass(frozen=True, slots=True)
-class Sending:
+class DispatchInfo:
     """What one call of an experts module moves; plain numbers, known without asking the device."""
 
     slot_bytes: int | None
@@ -26,7 +26,7 @@ class Sending:
 
 
 def append_sent_counts(
-    ints: Tensor, sending: Sending | None, index_TK: Sequence[Tensor], num_experts: int
+    ints: Tensor, sending: DispatchInfo | None, index_TK: Sequence[Tensor], num_experts: int
 ) -> Tensor:
     """`ints` [L, n] with E columns more, where the L calls dispatch a slice of their tokens: slots by expert.
 
@@ -44,6 +44,6 @@ def append_sent_counts(
     return torch.cat([ints, counts_LX[:, :num_experts].to(ints.dtype)], dim=-1)
 
 
-def sent_counts(ints: np.ndarray, sending: Sending | None, num_experts: int) -> np.ndarray | None:
+def sent_counts(ints: np.ndarray, sending: DispatchInfo | None, num_experts: int) -> np.ndarray | None:
     """[E] of one call from what `append_sent_counts` made; None where all tokens are dispatched."""
     return None if sending is None or sending.rows is None else ints[-num_experts:]

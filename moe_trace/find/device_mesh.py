@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_trace.find.contracts.forms import expert_matrices
+from moe_trace.find.contracts.modules import expert_matrices
 
 
 def held_experts(

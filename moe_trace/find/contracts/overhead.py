@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-from moe_trace.data.schema import OWN_WORK_RANGE
+from moe_trace.data.schema import OVERHEAD_RANGE
 from moe_trace.find.private.torch_names import thread_is_profiled
 
 
 @contextmanager
-def own_work() -> Iterator[None]:
+def overhead_range() -> Iterator[None]:
     """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
     with torch.no_grad():
         # A range would break the graph of whoever compiles the model.
         if not torch.compiler.is_compiling() and thread_is_profiled():
-            with torch.profiler.record_function(OWN_WORK_RANGE):
+            with torch.profiler.record_function(OVERHEAD_RANGE):
                 yield
         else:
             yield
