@@ -123,12 +123,12 @@ def measure(team: Team, device: torch.device, split: Split, arguments: argparse.
         order: list[Context] = [nullcontext, traced] if i % 2 == 0 else [traced, nullcontext]
         times = {context: timed(step, context, device, arguments.repeat) for context in order}
         pairs.append((times[nullcontext], times[traced]))
-        if team.leads:  # a run that is cut off has these to show
+        if team.is_rank0:  # a run that is cut off has these to show
             bare_ms, traced_ms = (1e3 * seconds for seconds in pairs[-1])
             print(
                 f"pair {i + 1}: {bare_ms:.3f} ms, {traced_ms:.3f} ms, {traced_ms / bare_ms:.4f}", flush=True
             )
-    if team.leads:
+    if team.is_rank0:
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo"
         sizes = f"fsdp {split.fsdp}, tp {split.tp}, ep {split.ep} ({split.ep_implementation})"
         report(pairs, counts, f"{machine}, {team.world_size} ranks, {sizes}, torch {torch.__version__}")
