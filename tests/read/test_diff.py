@@ -18,6 +18,7 @@ from moe_trace.read.diff.routing import compare_routing
 from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.show.diff import headline, render_diff_csv, render_diff_text
 from paths import DATA
+from spliced import recording_in
 from tiny_trace import write_tiny
 
 H200 = DATA / "h200"
@@ -28,7 +29,7 @@ def summary_of(path: Path, edit: Edit | None = None, **arguments: Any) -> TraceS
     write_tiny(path, **arguments)
     if edit is not None:
         trace = json.loads(path.read_text())
-        edit(trace["moe_trace"])
+        edit(recording_in(trace))
         path.write_text(json.dumps(trace))
     return read_summary(path)
 

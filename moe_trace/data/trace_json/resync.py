@@ -109,11 +109,13 @@ class _Pieces(Generic[_T]):
                 continue
             self._at = at
             return True
-        if ends and broken:
-            self._found.append(self._one(self._data[start : ends[0]]))
-            self._at = ends[0]
-            return True
-        return False
+        # A bracket behind what is sound so far closes a list inside the element, not the array.
+        at = next((at for at in ends if not _is_cut_off(self._data[start:at])), None) if broken else None
+        if at is None:
+            return False
+        self._found.append(self._one(self._data[start:at]))
+        self._at = at
+        return True
 
     def _take_one(self, first: int) -> int | None:
         """One event, which lists in it may have cut into pieces; the next piece, None at the end."""
