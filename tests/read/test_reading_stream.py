@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -34,7 +35,9 @@ styles = st.sampled_from(
 )
 
 
-def read_all(data: bytes, block: int) -> tuple[dict[str, Any], list[Any]]:
+def read_all(
+    data: bytes, block: int, one: Callable[[bytes], Any] = json.loads
+) -> tuple[dict[str, Any], list[Any]]:
     before = stream_module.BLOCK_BYTES
     stream_module.BLOCK_BYTES = block
     try:
@@ -43,7 +46,7 @@ def read_all(data: bytes, block: int) -> tuple[dict[str, Any], list[Any]]:
         events: list[Any] = []
         for key in stream.walk():
             if key == "traceEvents":
-                for batch in stream.batches(msgspec.json.Decoder(list[dict]).decode, json.loads):
+                for batch in stream.batches(msgspec.json.Decoder(list[dict]).decode, one):
                     assert batch, "a batch always makes progress"
                     events += batch
             elif len(key) % 2:
@@ -74,7 +77,7 @@ def test_every_truncation_is_noticed(document: dict[str, Any], block: int, data:
     text = json.dumps(document).encode()
     cut = data.draw(st.integers(0, len(text) - 1))
     with pytest.raises(TraceFileError, match=r"a\.json"):
-        read_all(text[:cut], block)
+        read_all(text[:cut], block, lambda broken: None)  # as readers do, which count it
 
 
 @pytest.mark.parametrize(

@@ -103,19 +103,21 @@ class _Pieces(Generic[_T]):
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
         ends = [bracket.start() + 1 for bracket in found]
         for at in ends:
+            text = self._data[start:at]
             try:
-                self._found += self._decode(b"[%b]" % self._data[start:at])
+                self._found += self._decode(b"[%b]" % text)
             except _REFUSALS:
-                continue
+                if not _is_json(text):
+                    continue
+                self._found.append(self._one(text))
             self._at = at
             return True
         # A bracket behind what is sound so far closes a list inside the element, not the array.
-        at = next((at for at in ends if not _is_cut_off(self._data[start:at])), None) if broken else None
-        if at is None:
-            return False
-        self._found.append(self._one(self._data[start:at]))
-        self._at = at
-        return True
+        ends = [at for at in ends if not _is_open(self._data[start:at])] if broken else []
+        if ends:
+            self._found.append(self._one(self._data[start : ends[0]]))
+            self._at = ends[0]
+        return bool(ends)
 
     def _take_one(self, first: int) -> int | None:
         """One event, which lists in it may have cut into pieces; the next piece, None at the end."""
@@ -123,9 +125,9 @@ class _Pieces(Generic[_T]):
         for last in range(first + 1, min(first + _NESTED_MAX, len(self._ends)) + 1):
             if self._take_run(first, last):
                 return last
-            self._tries -= self._ends[last - 1] - start
-            if self._tries < 0 or not _is_cut_off(self._data[start : self._ends[last - 1]]):
-                text = self._data[start : self._ends[last - 1]]
+            text = self._data[start : self._ends[last - 1]]
+            self._tries -= len(text)
+            if self._tries < 0 or not (_is_cut_off(text) or _is_open(text)):
                 if _is_json(text):  # whole, but of another type than expected
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
@@ -154,6 +156,18 @@ def _is_cut_off(text: bytes) -> bool:
     except msgspec.DecodeError as error:
         return "truncated" in str(error)
     except (UnicodeDecodeError, RecursionError):
+        pass
+    return False
+
+
+def _is_open(text: bytes) -> bool:
+    """Whether a lenient parser takes all of it, and it ends inside a list or an object but in no string."""
+    whole = text.decode("utf-8", "replace")
+    try:
+        json.loads(whole, strict=False)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(whole)
+    except RecursionError:
         pass
     return False
 
