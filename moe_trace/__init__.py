@@ -30,6 +30,7 @@ _HOME = {
     "merge_into": "moe_trace.timeline.merge",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
+    "ask": "moe_trace.read.answers",
     "compare": "moe_trace.read.diff",
     "Comparison": "moe_trace.read.diff",
     "Summary": "moe_trace.data.summary",
@@ -61,6 +62,7 @@ __all__ = [
     "ScalarLogger",
     "SimpleBenchmark",
     "Summary",
+    "ask",
     "compare",
     "find_routers",
     "merge_into",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger
     from moe_trace.integrations.trainer import MoETraceCallback
+    from moe_trace.read.answers import ask
     from moe_trace.read.diff import Comparison, compare
     from moe_trace.read.reader import read_recording, read_summary
     from moe_trace.record.profiler import profile

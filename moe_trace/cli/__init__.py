@@ -24,6 +24,7 @@ COMMANDS = {
     "run": ("moe_trace.cli.run", "RunCommand", "run a model and record its routing in a profiler trace"),
     "routers": ("moe_trace.cli.routers", "RoutersCommand", "list what would be traced in a model"),
     "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
+    "ask": ("moe_trace.cli.ask", "AskCommand", "questions answered: imbalance, MoE's share, what to try"),
     "view": ("moe_trace.cli.view", "ViewCommand", "start TensorBoard on a folder and its MoE tab"),
     "merge": ("moe_trace.cli.merge", "MergeCommand", "the traces of a run's ranks as one, on one clock"),
     "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),

@@ -13,6 +13,9 @@ overlaps of different pairs are uncorrelated. One token gives the same Q whateve
 nothing. Where the sets are expected to overlap in fewer than 200 experts, the p-value comes from simulating
 uniform routing (fixed seed); beyond that from the chi-square of this mean and variance, by Wilson and
 Hilferty's cube root (PNAS 17:684, 1931), with which simulations agree there.
+
+Tokens of one text are not independent: neighbours choose alike. So a load is called more uneven than chance
+only if it would be with runs of `TOKENS_ALIKE` tokens that each choose as one.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ TIE = 1e-9
 """Relative difference below which figures of two layers are one."""
 SIGNIFICANT = 0.001
 """Largest p-value that is called more than chance: with tens of layers, one in fifty reports is wrong."""
+TOKENS_ALIKE = 20
+"""Tokens of a text that say as much as one independent token: the variance of the experts' counts between
+pieces of a text, over that of independent tokens (measured: docs/metrics.md)."""
 OVERLAPS_MIN = 200
 DRAWS_MAX = 10_000
 KEYS_MAX = 10_000_000
@@ -121,13 +127,20 @@ class Chance:
     number of tokens."""
     p_value: float | None
     """How often uniform routing is at least as uneven; None where all routings of so few tokens are."""
+    p_value_clustered: float | None
+    """The same if tokens choose alike in runs of `TOKENS_ALIKE`; None below two runs, which say nothing."""
     tells_dead: bool
     """Whether there were enough assignments to call an expert without any dead."""
 
     @property
     def is_real(self) -> bool:
-        """Whether the load is more uneven than chance."""
-        return self.p_value is not None and self.p_value < SIGNIFICANT
+        """Whether the load is more uneven than chance, on text whose neighbouring tokens choose alike."""
+        return self.p_value_clustered is not None and self.p_value_clustered < SIGNIFICANT
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether there are too few tokens to tell an even router from an uneven one."""
+        return self.p_value_clustered is None
 
 
 def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> Chance:
@@ -139,32 +152,64 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
     loads_E = np.asarray(assignments, dtype=np.float64)
     tokens_K = np.asarray(k_histogram, dtype=np.float64)
     experts, slots = len(loads_E), float(loads_E.sum())
-    choices_K = np.arange(len(tokens_K))
     tells_dead = experts > 0 and slots >= ENOUGH_PER_EXPERT * experts
     tokens = float(tokens_K[1:].sum())
     if not slots:
-        return Chance(floor=None, ceiling=None, cv=None, cv_beyond=None, p_value=None, tells_dead=tells_dead)
-    if float((choices_K * tokens_K).sum()) != slots or loads_E.max() > tokens:
-        # Several slots of a token may fall on one expert: then each slot chooses by itself.
-        tokens_K, choices_K, tokens = np.array([0.0, slots]), np.arange(2), slots
+        nothing = dict.fromkeys(("floor", "ceiling", "cv", "cv_beyond", "p_value", "p_value_clustered"))
+        return Chance(**nothing, tells_dead=tells_dead)
+    if float((np.arange(len(tokens_K)) * tokens_K).sum()) != slots or loads_E.max() > tokens:
+        # Several assignments of a token may fall on one expert: then each chooses by itself.
+        tokens_K, tokens = np.array([0.0, slots]), slots
     mean = slots / experts
-    spread_K = choices_K * (experts - choices_K)
-    total = float((spread_K * tokens_K).sum())
-    expected = total / experts
-    variance = 0.0
-    if experts > 1:
-        pairs = total**2 - float((spread_K.astype(np.float64) ** 2 * tokens_K).sum())
-        variance = 2 * pairs / (experts**2 * (experts - 1))
     found = float(((loads_E - mean) ** 2).sum())
-    cv_squared, chance_squared = (q / experts / mean**2 for q in (found, expected))
+    uniform = _Uniform.of(experts, tokens_K)
+    runs = _Uniform.of(experts, tokens_K // TOKENS_ALIKE)
+    cv_squared, chance_squared = (q / experts / mean**2 for q in (found, uniform.mean))
     return Chance(
         floor=math.ceil(mean) / mean,
         ceiling=tokens / mean,
         cv=math.sqrt(chance_squared),
         cv_beyond=math.sqrt(max(0.0, cv_squared - chance_squared)),
-        p_value=_p_value(found, expected, variance, experts, tuple(tokens_K.astype(int).tolist())),
+        p_value=uniform.p_value(found),
+        p_value_clustered=runs.p_value(found * (runs.slots / slots) ** 2),
         tells_dead=tells_dead,
     )
+
+
+@dataclass(frozen=True)
+class _Uniform:
+    """The spread Q of uniform routing."""
+
+    experts: int
+    tokens_K: tuple[int, ...]
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, experts: int, tokens_K: npt.NDArray[np.float64]) -> _Uniform:
+        """Of as many tokens of each number of slots."""
+        choices_K = np.arange(len(tokens_K))
+        spread_K = (choices_K * (experts - choices_K)).astype(np.float64)
+        total = float((spread_K * tokens_K).sum())
+        pairs = total**2 - float((spread_K**2 * tokens_K).sum())
+        variance = 2 * pairs / (experts**2 * (experts - 1)) if experts > 1 else 0.0
+        return cls(experts, tuple(tokens_K.astype(int).tolist()), total / experts, variance)
+
+    @property
+    def slots(self) -> int:
+        return sum(k * n for k, n in enumerate(self.tokens_K))
+
+    def p_value(self, found: float) -> float | None:
+        """How often it spreads at least as much; None where it cannot differ."""
+        if self.variance <= 1e-9 * self.mean**2:
+            return None
+        tokens = sum(self.tokens_K)
+        if self.slots**2 * (tokens - 1) / tokens / self.experts / 2 < OVERLAPS_MIN:
+            drawn = _simulated(self.experts, self.tokens_K)
+            return float((1 + (drawn >= found * (1 - 1e-9)).sum()) / (1 + len(drawn)))
+        width = self.variance / (9 * self.mean**2)  # 2 / (9 degrees of freedom)
+        z = ((found / self.mean) ** (1 / 3) - (1 - width)) / math.sqrt(width)
+        return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def most_uneven(chances: Sequence[Chance]) -> list[int]:
@@ -173,21 +218,6 @@ def most_uneven(chances: Sequence[Chance]) -> list[int]:
     beyond = [chance.cv_beyond or 0.0 if chance.is_real else 0.0 for chance in chances]
     most = max(beyond, default=0.0)
     return [i for i, value in enumerate(beyond) if value > 0 and value >= most * (1 - TIE)]
-
-
-def _p_value(
-    found: float, expected: float, variance: float, experts: int, tokens_K: tuple[int, ...]
-) -> float | None:
-    """How often uniform routing spreads at least as much."""
-    if variance <= 1e-9 * expected**2:
-        return None
-    tokens, slots = sum(tokens_K), sum(k * n for k, n in enumerate(tokens_K))
-    if slots**2 * (tokens - 1) / tokens / experts / 2 < OVERLAPS_MIN:
-        drawn = _simulated(experts, tokens_K)
-        return float((1 + (drawn >= found * (1 - 1e-9)).sum()) / (1 + len(drawn)))
-    width = variance / (9 * expected**2)  # 2 / (9 degrees of freedom)
-    z = ((found / expected) ** (1 / 3) - (1 - width)) / math.sqrt(width)
-    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, table
-from moe_trace.data.loads import ENOUGH_PER_EXPERT, SIGNIFICANT, most_uneven
+from moe_trace.data.loads import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
 
 _NAMED = 4
+_ALIKE = f"{TOKENS_ALIKE} tokens of a text count as one"
 
 
 def load_parts(summary: Summary) -> list[str]:
@@ -64,22 +65,24 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
     known = [router for router in routers if router.calls]
     if not known:
         return []
-    silent = [router for router in known if router.chance.p_value is None]
-    if len(silent) == len(known):
-        return ["So few tokens say nothing about balance: all routings of them are equally uneven."]
+    if all(router.chance.says_nothing for router in known):
+        return [
+            f"So few tokens say nothing about balance: neighbours choose alike, so {TOKENS_ALIKE} of a text "
+            "count as one."
+        ]
     real = [router for router in known if router.chance.is_real]
     tokens = {router.tokens for router in known}
     many = f"{tokens.pop():,} tokens" if len(tokens) == 1 else "as many tokens"
     if not real:
-        return [f"No layer is more uneven than uniform routing of {many} (p ≥ {SIGNIFICANT})."]
+        return [f"No layer is more uneven than uniform routing of {many} (p ≥ {SIGNIFICANT}; {_ALIKE})."]
     worst = [routers[i] for i in most_uneven([router.chance for router in routers])]
     named = ", ".join(label(router) for router in worst[:_NAMED]) + (", …" if len(worst) > _NAMED else "")
     tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
     beyond = fixed(worst[0].chance.cv_beyond, 3)
     layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
     return [
-        f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}). Most uneven: {named} "
-        f"({tied}CV {beyond} beyond chance)."
+        f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}; {_ALIKE}).",
+        f"Most uneven: {named} ({tied}CV {beyond} beyond chance).",
     ]
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import numpy as np
 import pytest
 
-from moe_trace.data.loads import SIGNIFICANT, Chance, describe_chance, describe_load, most_uneven
+from moe_trace.data.loads import (
+    SIGNIFICANT,
+    TOKENS_ALIKE,
+    Chance,
+    describe_chance,
+    describe_load,
+    most_uneven,
+)
 from moe_trace.read.reader import read_summary
 from moe_trace.show.text import render_text
 from paths import DATA
@@ -81,7 +89,9 @@ def test_a_preference_is_found_and_its_size_does_not_depend_on_the_tokens() -> N
         keys = -np.log(random.random((tokens, 64))) / weights
         counts = np.bincount(keys.argsort(axis=1)[:, :8].ravel(), minlength=64).tolist()
         chance = chance_of(counts, tokens, 8)
-        assert chance.is_real == (tokens > 4)
+        assert chance.is_real == (tokens >= 4000)
+        assert chance.says_nothing == (tokens == 4)
+        assert chance.p_value is not None and (chance.p_value < 1e-9) == (tokens > 4)
         beyond.append(chance.cv_beyond)
     assert beyond[2] == pytest.approx(beyond[3], rel=0.1)
     assert beyond[1] == pytest.approx(beyond[3], rel=0.3)
@@ -93,6 +103,30 @@ def test_slots_of_one_token_may_fall_on_one_expert() -> None:
     assert chance.ceiling == 4 and chance.is_real
 
 
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(64, 8, 400), (64, 8, 2000), (8, 2, 200)])
+def test_tokens_that_choose_like_their_neighbours_are_called_chance(
+    experts: int, top_k: int, tokens: int
+) -> None:
+    """Runs of tokens that choose as one: taken as independent, nearly all are far beyond chance."""
+    random = np.random.default_rng(5)
+    found = []
+    for _ in range(300):
+        runs = uniform(random, experts, top_k, tokens // TOKENS_ALIKE)
+        found.append(chance_of([n * TOKENS_ALIKE for n in runs], tokens, top_k))
+    assert sum(chance.p_value is not None and chance.p_value < SIGNIFICANT for chance in found) > 290
+    assert sum(chance.is_real for chance in found) <= 3
+    assert sum(chance.p_value_clustered < 0.05 for chance in found if chance.p_value_clustered) <= 30
+
+
+def test_a_few_tokens_say_nothing() -> None:
+    """Three decode steps that chose the same experts, with the truth about their independence unknown."""
+    decode = read_summary(H100).by_stage()["decode"]
+    assert all(r.chance.says_nothing and not r.chance.is_real for r in decode.routers)
+    assert decode.most_imbalanced_layer() is None
+    text = " ".join(render_text(decode).split())
+    assert "So few tokens say nothing about balance" in text and "Most uneven" not in text
+
+
 def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
     """Six layers of the prefill stand at max÷mean = 8.000; the figure beyond chance names one."""
     stages = read_summary(H100).by_stage()
@@ -102,8 +136,11 @@ def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
     worst = prefill.most_imbalanced_layer()
     assert worst is not None and worst.info.site == "L08"
     assert worst.load.cv == max(r.load.cv or 0 for r in prefill.routers)
-    tied = most_uneven([r.chance for r in stages["decode"].routers])
-    assert len(tied) > 1 and "tied" in render_text(stages["decode"])
+    twin = dataclasses.replace(prefill.routers[3], chance=worst.chance, load=worst.load)
+    routers = (*prefill.routers[:3], twin, *prefill.routers[4:])
+    assert most_uneven([r.chance for r in routers]) == [3, 8]
+    text = " ".join(render_text(dataclasses.replace(prefill, routers=routers)).split())
+    assert "Most uneven: L03, L08 (2 tied, CV 2.437 beyond chance)" in text
 
 
 def test_dead_needs_enough_tokens() -> None:

@@ -94,8 +94,8 @@ def _on_host(summary: TraceSummary) -> Any:
 
 
 class _Calls:
-    def __init__(self, shares: np.ndarray, rng: np.random.Generator, units: int) -> None:
-        self.counts = rng.multinomial(400, shares, units)
+    def __init__(self, shares: np.ndarray, rng: np.random.Generator, units: int, slots: int) -> None:
+        self.counts = rng.multinomial(slots, shares, units)
 
 
 def _side(calls: dict[str, _Calls]) -> Side:
@@ -110,13 +110,13 @@ def _side(calls: dict[str, _Calls]) -> Side:
     return Side(tuple(samples), np.array(unit), units, draw(units), {}, {})  # type: ignore[arg-type]
 
 
-def _routing(seed: int, *, moved: float = 0.0, units: int = 8) -> Any:
+def _routing(seed: int, *, moved: float = 0.0, units: int = 8, slots: int = 400) -> Any:
     rng = np.random.default_rng(seed)
     even = np.full(16, 1 / 16)
     other = even + moved * np.where(np.arange(16) < 8, 1, -1) / 16
     layers = [f"l{i}" for i in range(6)]
-    a = _side({n: _Calls(even, rng, units) for n in layers})
-    b = _side({n: _Calls(other if n == "l3" else even, rng, units) for n in layers})
+    a = _side({n: _Calls(even, rng, units, slots) for n in layers})
+    b = _side({n: _Calls(other if n == "l3" else even, rng, units, slots) for n in layers})
     return compare_routing(a, b, [(n, n, n) for n in layers], "prefill")
 
 
@@ -134,9 +134,10 @@ def test_of_a_hundred_comparisons_of_the_same_few_name_a_layer() -> None:
 
 
 def test_few_forwards_fall_back_to_tokens() -> None:
-    found = _routing(0, moved=0.9, units=1)
+    found = _routing(0, moved=0.9, units=1, slots=4000)
     assert {r.chance_from for r in found} == {"tokens"} and found[3].changed
-    assert not any(r.changed for r in _routing(1, units=1))
+    assert not any(r.changed for r in _routing(1, units=1, slots=4000))
+    assert not any(r.changed for r in _routing(0, moved=0.9, units=1)), "20 tokens of a text count as one"
 
 
 def test_another_model_is_said_to_be_one(tmp_path: Path) -> None:

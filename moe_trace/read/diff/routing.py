@@ -8,7 +8,7 @@ differs if its distance, in standard deviations of its own permutations, beats t
 layer).
 
 With too few steps to permute, assignments are drawn from the shares of both sides together as if tokens were
-independent. Tokens of one text are not: `DESIGN_EFFECT` times fewer are counted.
+independent. Tokens of one text are not: `TOKENS_ALIKE` of them count as one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Literal
 
 import numpy as np
 
+from moe_trace.data.loads import TOKENS_ALIKE
 from moe_trace.read.diff.metrics import Side, counts_by_unit
 from moe_trace.read.diff.resampling import Floats
 
 LEVEL = 0.99
 PERMUTATIONS = 999
-DESIGN_EFFECT = 4.0
 _SPLITS_MIN = 200  # fewer ways to deal the steps could never reach the level
 _EXPERTS_NAMED = 3
 Shared = tuple[str, str, str]
@@ -122,7 +122,7 @@ def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
         sums = [side.sum(0) for side in counts]
         both = sum(sums)
         drawn = [
-            rng.multinomial(max(1, round(side.sum() / DESIGN_EFFECT)), both / both.sum(), PERMUTATIONS)
+            rng.multinomial(max(1, round(side.sum() / TOKENS_ALIKE)), both / both.sum(), PERMUTATIONS)
             for side in sums
         ]
         shares = [d / d.sum(1, keepdims=True) for d in drawn]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,9 +93,17 @@ class ModelTotals:
     """Forward, recomputed and backward; None where the device's times are not known."""
     model_work_us: float | None
     """None where the rest of the model cannot be told apart by the chosen steps and stages."""
+    model_forward_us: float | None
+    """The model's work outside its backward and its optimizer."""
+    model_backward_us: float | None
+    """The model's work inside autograd's nodes, recomputed forwards included; 0 without a backward."""
     step_us: float | None
     """Host time of the profiler's steps; None without `prof.step()`."""
     moe_share_of_model: float | None
+    moe_share_of_forward: float | None
+    """MoE's forward calls, of the model's forward."""
+    moe_share_of_backward: float | None
+    """MoE's recomputed calls and backwards, of the model's backward; None without one."""
     moe_share_of_step: float | None
     """Host time of the blocks (forward and recomputed) over that of the steps."""
 
@@ -127,8 +136,9 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
         measure.layer(calls.of_router(key.name), key.site, key.name)
         for key in sorted(keys, key=lambda key: (key.layer, key.site))
     )
-    parts = list(measure.work_us.values())
-    work_us = None if None in parts else sum(part for part in parts if part is not None)
+    work_us = _sum(measure.work_us.values())
+    forward_us, backward_us = _model_passes(around) if measure.model_us is not None else (None, None)
+    again_us = _sum([measure.work_us["recompute"], measure.work_us["backward"]])
     block_us = int(times.block_host_ns.sum()) / 1000
     tokens = np.bincount(calls.router[calls.forward], weights=calls.tokens[calls.forward])
     return PhaseReport(
@@ -138,8 +148,12 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
             on_device=times.device_known,
             moe_work_us=work_us,
             model_work_us=measure.model_us,
+            model_forward_us=forward_us,
+            model_backward_us=backward_us,
             step_us=around.step_us,
             moe_share_of_model=_ratio(work_us, measure.model_us),
+            moe_share_of_forward=_ratio(measure.work_us["forward"], forward_us),
+            moe_share_of_backward=_ratio(again_us, backward_us),
             moe_share_of_step=_ratio(block_us, around.step_us),
         ),
         steps=len(np.unique(calls.step)),
@@ -223,6 +237,20 @@ class _Measure:
             )
             for i, phase in enumerate(PHASES)
         }
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    """None where one is not known."""
+    known = list(parts)
+    return None if None in known else sum(part for part in known if part is not None)
+
+
+def _model_passes(around: TraceTotals) -> tuple[float | None, float | None]:
+    """The model's work in its forward and in its backward."""
+    model, backward, optimizer = around.model_work_us, around.backward_work_us, around.optimizer_work_us
+    if model is None or backward is None or optimizer is None:
+        return None, None
+    return model - backward - optimizer, backward
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -7,7 +7,9 @@ Which work belongs to which stage:
     step, or without any                     the last MoE layer of one and the first of the next: the head and
                                              the sampling belong to the forward before, as does a backward
 
-Work is what was launched in that time, by any thread: device busy time, on a CPU time in operators.
+Work is what was launched in that time, by any thread: device busy time, on a CPU time in operators. That of
+the backward was launched inside autograd's nodes, where gradient checkpointing runs forwards again; that of
+the optimizer inside the ranges that `torch.optim` opens; the rest is the forward's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample, Stage
@@ -29,6 +32,8 @@ from moe_trace.read.time.structure import outermost_slices
 
 STEP_RANGE = "ProfilerStep#"
 FORWARD_BEGINS = "aten::embedding"
+AUTOGRAD_NODE = "autograd::engine::evaluate_function"
+OPTIMIZER_RANGE = "Optimizer."
 
 Key = tuple[int, Stage]
 """Step and stage."""
@@ -43,9 +48,13 @@ class TraceTotals:
     model_work_us: float | None
     step_us: float | None
     """Host time of the profiler's steps."""
+    backward_work_us: float | None = 0.0
+    """The part of the work that the backward launched; 0 without one."""
+    optimizer_work_us: float | None = 0.0
 
 
 NOTHING = TraceTotals(0.0, None)
+UNKNOWN = TraceTotals(None, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class TraceWork:
         if taken == self.calls:
             return self.whole
         if not taken <= self.parts.keys():
-            return TraceTotals(None, None)
+            return UNKNOWN
         return add_surroundings([self.parts[key] for key in taken])
 
 
@@ -72,12 +81,12 @@ def add_surroundings(parts: Sequence[TraceTotals]) -> TraceTotals:
     """Their sum; what one of them does not know, the sum does not."""
     if not parts:
         return NOTHING
-    work = [part.model_work_us for part in parts]
-    steps = [part.step_us for part in parts]
-    return TraceTotals(
-        None if None in work else sum(w for w in work if w is not None),
-        None if None in steps else sum(s for s in steps if s is not None),
-    )
+
+    def added(name: str) -> float | None:
+        values = [getattr(part, name) for part in parts]
+        return None if None in values else sum(values)
+
+    return TraceTotals(**{name: added(name) for name in TraceTotals.__dataclass_fields__})
 
 
 def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> TraceWork:
@@ -85,23 +94,38 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
     steps = step_ranges(events)
     if (events.kind == Kind.DEVICE).any():
         all_ns = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
-        work = _Work.sort(kernels.launch_ns, kernels.duration_ns)
+        launch_ns, duration_ns = kernels.launch_ns, kernels.duration_ns
     else:
         ops = outermost_slices(events.select(events.kind == Kind.OP))
         all_ns = int(ops.duration_ns.sum())
-        work = _Work.sort(ops.start_ns, ops.duration_ns)
+        launch_ns, duration_ns = ops.start_ns, ops.duration_ns
+    inside = [
+        _starts_within(events, Kind.OP, AUTOGRAD_NODE, launch_ns),
+        _starts_within(events, Kind.RANGE, OPTIMIZER_RANGE, launch_ns),
+    ]
+    work, *parts = (_Work.sort(launch_ns, duration_ns * of) for of in (np.int64(1), *inside))
     step_us = sum(end - start for start, end in steps.values()) / 1000 if steps else None
     return TraceWork(
-        whole=TraceTotals(all_ns / 1000, step_us),
+        whole=TraceTotals(all_ns / 1000, step_us, *(int(part.before_ns[-1]) / 1000 for part in parts)),
         parts={
             key: TraceTotals(
-                sum(work.between(*window) for window in windows) / 1000,
+                work.within_us(windows),
                 sum(end - start for start, end in windows) / 1000 if steps else None,
+                *(part.within_us(windows) for part in parts),
             )
             for key, windows in find_windows(samples, events, steps).items()
         },
         calls=frozenset(_keys(CallTable.of(samples))),
     )
+
+
+def _starts_within(events: EventTable, kind: Kind, name: str, times_ns: IntArray) -> npt.NDArray[np.bool_]:
+    """Which times lie inside a slice whose name begins so, on any thread."""
+    names = np.array([text.startswith(name) for text in events.names], bool)
+    slices = events.select((events.kind == kind) & names[events.name])
+    slices = slices.select(np.argsort(slices.start_ns, kind="stable"))
+    ends_ns = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(slices.end_ns)])
+    return times_ns < ends_ns[np.searchsorted(slices.start_ns, times_ns, "right")]
 
 
 def step_ranges(events: EventTable) -> dict[int, Bounds]:
@@ -131,9 +155,10 @@ class _Work:
         order = np.argsort(launch_ns, kind="stable")
         return cls(launch_ns[order], np.concatenate([[0], np.cumsum(duration_ns[order])]))
 
-    def between(self, start_ns: int, end_ns: int) -> int:
-        first, last = np.searchsorted(self.launch_ns, [start_ns, end_ns], "left")
-        return int(self.before_ns[last] - self.before_ns[first])
+    def within_us(self, windows: Sequence[Bounds]) -> float:
+        """What was launched in those stretches of time."""
+        first, last = np.searchsorted(self.launch_ns, np.array(windows).T, "left")
+        return int((self.before_ns[last] - self.before_ns[first]).sum()) / 1000
 
 
 # -- windows --------------------------------------------------------------------------------------------

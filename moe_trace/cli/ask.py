@@ -1,0 +1,82 @@
+"""`moe-trace ask`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.data.errors import UsageError
+from moe_trace.read.answers import QUESTIONS, ask
+from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.show.answers import plain_answers, render_answers
+from moe_trace.show.json import without_nonfinite
+
+
+class AskCommand:
+    """Answer the questions that one asks of a trace, each stage (prefill, decode, train) for itself.
+
+    Which layer is most imbalanced, and is it real; how much of the time is MoE, and how much the router,
+    per step, token and call; what balance would save; what to try next, and why. Of two runs on different
+    text also: which experts serve which text. `report` has the tables that the answers rest on.
+
+    Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
+    """
+
+    name = "ask"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+        add("other", nargs="?", metavar="OTHER", help="a second run of the same model, on other text")
+        add(
+            "-q",
+            "--question",
+            action="append",
+            choices=tuple(QUESTIONS),
+            help="answer only this one; may be given several times (default: all)",
+        )
+        add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
+        add("--format", choices=("text", "json"), default="text", help="default: text")
+        add_filters(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, answer, print."""
+        paths = [path for path in (arguments.path, arguments.other) if path is not None]
+        labels = _labels(arguments.labels, paths)
+        summary, *others = (_read(path, arguments) for path in paths)
+        answers = ask(
+            summary,
+            others[0] if others else None,
+            questions=arguments.question or tuple(QUESTIONS),
+            labels=labels,
+        )
+        if arguments.format == "json":
+            plain = without_nonfinite(plain_answers(answers))
+            print(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+        else:
+            print(render_answers(answers), end="")
+        return 0
+
+
+def _read(path: str, arguments: argparse.Namespace) -> TraceSummary:
+    with reading_progress() as progress:
+        return read_summary(
+            path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
+        )
+
+
+def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:
+    if given is not None:
+        labels = [part.strip() for part in given.split(",")]
+        if len(paths) < 2:
+            raise UsageError("--labels names two runs, and one path was given")
+        if len(labels) != 2 or not all(labels) or labels[0] == labels[1]:
+            raise UsageError(f"found --labels {given}, expected two different names such as code,prose")
+        return labels[0], labels[1]
+    names = [Path(path).resolve().name.split(".")[0] for path in paths]
+    if len(names) < 2 or names[0] == names[1]:
+        return "A", "B"
+    return names[0], names[1]

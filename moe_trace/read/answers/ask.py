@@ -1,0 +1,113 @@
+"""The questions of `QUESTIONS`, asked of one summary or of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_trace.data.errors import UsageError
+from moe_trace.data.schema import Stage
+from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.answers.answer import QUESTIONS, Answer, each, multiplied
+from moe_trace.read.answers.routing import imbalance, served, served_apart
+from moe_trace.read.answers.time import balance, shares
+from moe_trace.read.diff import compare
+from moe_trace.read.findings.rules import Finding
+
+TRIED_NEXT = 3
+"""How many findings `next` names."""
+
+_OF_A_STAGE: dict[str, Callable[[TraceSummary], dict[str, Any]]] = {
+    "imbalance": imbalance,
+    "share": shares,
+    "balance": balance,
+    "experts": served,
+}
+
+
+def ask(
+    summary: TraceSummary,
+    other: TraceSummary | None = None,
+    *,
+    questions: Sequence[str] = tuple(QUESTIONS),
+    labels: tuple[str, str] = ("A", "B"),
+) -> tuple[Answer, ...]:
+    """Answer questions about one trace, or about two: then which experts serve the text of which.
+
+    Args:
+        other: a second run of the same model on another text.
+        questions: names in `QUESTIONS`; all of them unless given.
+        labels: what to call the two runs, for example after their texts.
+
+    Raises:
+        UsageError: there is no such question.
+    """
+    unknown = [name for name in questions if name not in QUESTIONS]
+    if unknown:
+        raise UsageError(f"no question {unknown[0]!r}; expected one of {', '.join(QUESTIONS)}")
+    runs = [(labels[0] if other is not None else None, summary)]
+    if other is not None:
+        runs.append((labels[1], other))
+    answers: list[Answer] = []
+    for name in questions:
+        if name == "experts" and other is not None:
+            answers += _experts_of_both(summary, other, labels)
+        elif name == "next":
+            answers += [_next(run, of) for run, of in runs]
+        else:
+            answers += [
+                Answer(question=name, run=run, stage=stage, **_OF_A_STAGE[name](part))
+                for run, of in runs
+                for stage, part in _stages(of)
+            ]
+    return tuple(answers)
+
+
+def _stages(summary: TraceSummary) -> list[tuple[Stage | None, TraceSummary]]:
+    return [*summary.by_stage().items()] or [(None, summary)]
+
+
+def _experts_of_both(a: TraceSummary, b: TraceSummary, labels: tuple[str, str]) -> list[Answer]:
+    routing = compare(a, b).routing
+    stages = dict.fromkeys(change.stage for change in routing)
+    if not stages:
+        sentence = "Cannot tell: the two runs have no layer and stage in common."
+        return [Answer(question="experts", run=None, stage=None, sentence=sentence)]
+    return [
+        Answer(
+            question="experts",
+            run=None,
+            stage=stage,  # type: ignore[arg-type]
+            **served_apart([r for r in routing if r.stage == stage], labels),
+        )
+        for stage in stages
+    ]
+
+
+def _next(run: str | None, summary: TraceSummary) -> Answer:
+    """The worst findings, with what each takes at most."""
+    of_rule: dict[str, list[Finding]] = {}
+    for finding in summary.findings:
+        of_rule.setdefault(finding.rule, []).append(finding)
+    rows = tuple(_tried(found, summary) for found in list(of_rule.values())[:TRIED_NEXT])
+    more = len(of_rule) - len(rows)
+    if not rows:
+        sentence = "Nothing stands out: no finding of the report's rules applies."
+    else:
+        sentence = "What is wrong comes first, then what takes most time"
+        sentence += f"; the report names {more} more." if more else "."
+    return Answer(question="next", run=run, stage=None, sentence=sentence, rows=rows)
+
+
+def _tried(found: Sequence[Finding], summary: TraceSummary) -> dict[str, Any]:
+    """One rule, in the stages that it holds for, worst first."""
+    worst, cost = found[0], found[0].cost_us
+    part = summary.stages.get(worst.stage, summary) if worst.stage is not None else summary
+    return {
+        "rule": worst.rule,
+        "stages": [finding.stage for finding in found if finding.stage is not None],
+        "try": worst.advice,
+        "why": " ".join(finding.sentence for finding in found),
+        "at_most": each(cost, part) if cost is not None else None,
+        **multiplied(cost, part),
+    }
