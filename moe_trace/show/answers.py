@@ -33,7 +33,7 @@ def _one(answer: Answer) -> str:
 
 
 def _share_rows(answer: Answer) -> str:
-    headings = ("part of the model", "MoE", "router", "router of MoE", "ms a step", "µs a token", "µs a call")
+    headings = ("model's work", "MoE", "router", "router of MoE", "ms a step", "µs a token", "µs a call")
     rows = [
         [
             row["part"],
@@ -72,20 +72,14 @@ def _expert_rows(answer: Answer) -> str:
         rows = [row + [""] * (width - len(row)) for row in rows]
         return table(("layer", "busiest", *[""] * (width - 2)), rows)
     labels = [key for key in answer.rows[0] if key not in ("layer", "moved", "chance")]
-    rows = [
-        [
-            printable(row["layer"], 20),
-            fixed(row["moved"], 3),
-            fixed(row["chance"], 3),
-            *(
-                ", ".join(f"{e} ({share(a)}, not {share(b)})" for e, a, b in row[label][:2])
-                for label in labels
-            ),
-        ]
-        for row in answer.rows[:_LAYERS_SHOWN]
-    ]
-    headings = ("layer", "moved", "chance", *(f"more on {printable(label, 20)}" for label in labels))
-    return table(headings, rows) + _more(answer, len(rows))
+    rows = []
+    for row in answer.rows[:_LAYERS_SHOWN]:
+        first = [printable(row["layer"], 20), fixed(row["moved"], 3), fixed(row["chance"], 3)]
+        for label, begin in zip(labels, (first, ["", "", ""]), strict=True):
+            served = (f"{e} ({share(here)}, not {share(there)})" for e, here, there in row[label][:2])
+            rows.append([*begin, printable(label, 20), ", ".join(served)])
+    headings = ("layer", "moved", "chance", "text", "experts that serve it more")
+    return table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
 
 
 def _more(answer: Answer, shown: int) -> str:
@@ -98,7 +92,7 @@ def _next_rows(answer: Answer) -> str:
     for i, row in enumerate(answer.rows, 1):
         of = f" in {row['stages'][0]}" if len(row["stages"]) > 1 else ""
         cost = f" At most to save{of}: {row['at_most']}." if row["at_most"] else ""
-        text = f"{printable(row['try'], 2000)} Why: {printable(row['why'], 2000)}{cost}"
+        text = f"{printable(row['why'], 2000)} {printable(row['try'], 2000)}{cost}"
         lines.append(
             textwrap.fill(
                 text,

@@ -84,7 +84,10 @@ def shares_sentence(report: PhaseReport) -> str:
         return sum(phase_us(times[n], report) for times in passes.values() if times for n in names)
 
     whole = report.whole.moe_share_of_model
-    lines = [f"MoE is {share(whole)} of the model's {clock}." if whole is not None else ""]
+    passes_of = {"forward": report.whole.moe_share_of_forward, "backward": report.whole.moe_share_of_backward}
+    each = ", ".join(f"{share(part)} of its {name}" for name, part in passes_of.items())
+    apart = f" ({each})" if None not in passes_of.values() else ""
+    lines = [f"MoE is {share(whole)} of the model's {clock}{apart}." if whole is not None else ""]
     by_phase = (("router",), ("dispatch", "combine"), ("experts",))
     parts = [f"{' and '.join(names)} {share(us(*names) / work if work else None)}" for names in by_phase]
     lines.append(f"Of MoE's {clock}: {', '.join(parts)}.")

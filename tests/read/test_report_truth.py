@@ -20,6 +20,7 @@ from moe_trace.read.findings.finding import Finding
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.text import render_text
 from paths import DATA
+from report_text import shown, table_in
 
 PATH = DATA / "h100" / "prefill_decode.pt.trace.json.gz"
 LAYERS, EXPERTS, TOP_K, WIDTH = 16, 64, 8, 2048
@@ -64,11 +65,7 @@ class Stage:
         return " ".join(self.text.split())
 
     def table(self, title: str) -> dict[str, dict[str, str]]:
-        """Rows of the table under a title, by their first cell."""
-        found = re.search(rf"^{title}.*?\n(layer [^\n]*(?:\n[^\n]+)*)", self.text, re.MULTILINE | re.DOTALL)
-        assert found is not None, title
-        heading, *lines = (re.split(r" {2,}", line.strip()) for line in found[1].splitlines())
-        return {line[0]: dict(zip(heading, line, strict=False)) for line in lines}
+        return table_in(self.text, title)
 
 
 @pytest.fixture(scope="module")
@@ -99,22 +96,6 @@ def stages(summary: TraceSummary) -> dict[str, Stage]:
         name: Stage([c for c in calls if c.sample.stage == name], work[name], texts[name.capitalize()])
         for name in ("prefill", "decode")
     }
-
-
-def shown(cell: str, value: float) -> None:
-    """A cell with its unit shows the value, to its last digit."""
-    scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "%": 0.01}
-    number, *unit = cell.split()
-    if number == "<0.1":
-        assert 0 < value < 0.001
-        return
-    factor = scale[unit[0]] if unit else 1.0
-    digits = len(number.partition(".")[2])
-    step = 10.0**-digits
-    if not digits and number.replace(",", "").isdigit() and len(number.strip("0")) < 3 and unit:
-        step = 1.0
-    got = float(number.replace(",", "")) * factor
-    assert abs(got - value) <= max(0.51 * step * factor, 6e-4 * abs(value) * (unit != [])), (cell, value)
 
 
 def both(stages: dict[str, Stage]) -> list[Stage]:

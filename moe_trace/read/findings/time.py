@@ -106,24 +106,25 @@ def router_waits(evidence: RuleInput) -> Iterator[Finding]:
 
 
 def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
-    """Blocks whose device time is mostly gaps."""
+    """Blocks whose device time is mostly gaps, recomputed ones among them."""
     total = evidence.phases.total if evidence.phases is not None else None
-    if total is None or not total.device_span_us or total.device_gap_us is None:
+    blocks = [block for block in (total, total.recompute if total is not None else None) if block is not None]
+    span_us = sum(block.device_span_us or 0.0 for block in blocks)
+    gap_us = sum(block.device_gap_us or 0.0 for block in blocks)
+    if not span_us or gap_us / span_us <= GAP_SHARE:
         return
-    share = total.device_gap_us / total.device_span_us
-    if share > GAP_SHARE:
-        yield Finding(
-            rule="launch_gaps",
-            site=None,
-            value=share,
-            threshold=GAP_SHARE,
-            cost_us=total.device_gap_us,
-            sentence=f"{percent(share)} of the MoE blocks' device time is gaps between kernels (threshold "
-            f"{percent(GAP_SHARE)}): {duration(total.device_gap_us)} of {duration(total.device_span_us)}.",
-            advice=("The loop over experts launches kernels for each of them: try grouped_mm. " + _LAUNCHES)
-            if evidence.implementation == "eager"
-            else _LAUNCHES,
-        )
+    again = " (forward and recomputed calls)" if len(blocks) > 1 else ""
+    loop = "The loop over experts launches kernels for each of them: try grouped_mm. "
+    yield Finding(
+        rule="launch_gaps",
+        site=None,
+        value=gap_us / span_us,
+        threshold=GAP_SHARE,
+        cost_us=gap_us,
+        sentence=f"{percent(gap_us / span_us)} of the MoE blocks' device time{again} is gaps between kernels "
+        f"(threshold {percent(GAP_SHARE)}): {duration(gap_us)} of {duration(span_us)}.",
+        advice=(loop if evidence.implementation == "eager" else "") + _LAUNCHES,
+    )
 
 
 _LAUNCHES = (

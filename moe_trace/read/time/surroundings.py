@@ -99,11 +99,12 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
         ops = outermost_slices(events.select(events.kind == Kind.OP))
         all_ns = int(ops.duration_ns.sum())
         launch_ns, duration_ns = ops.start_ns, ops.duration_ns
-    inside = [
+    of_each = [
+        np.ones(len(launch_ns), bool),
         _starts_within(events, Kind.OP, AUTOGRAD_NODE, launch_ns),
         _starts_within(events, Kind.RANGE, OPTIMIZER_RANGE, launch_ns),
     ]
-    work, *parts = (_Work.sort(launch_ns, duration_ns * of) for of in (np.int64(1), *inside))
+    work, *parts = (_Work.sort(launch_ns, np.where(of, duration_ns, 0)) for of in of_each)
     step_us = sum(end - start for start, end in steps.values()) / 1000 if steps else None
     return TraceWork(
         whole=TraceTotals(all_ns / 1000, step_us, *(int(part.before_ns[-1]) / 1000 for part in parts)),
