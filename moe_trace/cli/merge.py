@@ -12,7 +12,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.read.ranks.load import rank_names
 from moe_trace.read.ranks.merge import MergePlan, plan_merge
 from moe_trace.read.ranks.write import write_merged
-from moe_trace.show.text_ranks import clock_lines
+from moe_trace.show.text.ranks import clock_lines
 
 
 class MergeCommand:

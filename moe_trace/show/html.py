@@ -18,8 +18,8 @@ from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.figures.report import figures
 from moe_trace.show.json import without_nonfinite
-from moe_trace.show.text_phases import shares_sentence
-from moe_trace.show.text_ranks import rank_sentences
+from moe_trace.show.text.phases import shares_sentence
+from moe_trace.show.text.ranks import rank_sentences
 
 _PAGE = Path(__file__).parent / "page"
 _THEME = Path(__file__).parent / "tensorboard" / "static" / "theme.js"

@@ -8,7 +8,7 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
 from moe_trace.show.tensorboard.plain import JsonDict
 from moe_trace.show.tensorboard.stage_part import path_of
-from moe_trace.show.text_phases import shares_sentence
+from moe_trace.show.text.phases import shares_sentence
 
 FINDINGS_MAX = 200
 VIEW_OF_RULE = {

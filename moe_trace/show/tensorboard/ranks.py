@@ -14,7 +14,7 @@ from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key
-from moe_trace.show.text_ranks import rank_sentences
+from moe_trace.show.text.ranks import rank_sentences
 
 
 def rank_digest(summary: TraceSummary) -> JsonDict:

@@ -8,10 +8,10 @@ from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import FINDINGS_SHOWN
-from moe_trace.show.text_imbalance import imbalance_part
-from moe_trace.show.text_load import load_parts
-from moe_trace.show.text_phases import phase_parts, speed_part
-from moe_trace.show.text_ranks import rank_parts
+from moe_trace.show.text.imbalance import imbalance_part
+from moe_trace.show.text.load import load_parts
+from moe_trace.show.text.phases import phase_parts, speed_part
+from moe_trace.show.text.ranks import rank_parts
 
 
 def render_text(summary: Summary) -> str:

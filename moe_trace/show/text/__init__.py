@@ -1,0 +1,5 @@
+"""A report as text that reads at 80 columns."""
+
+from moe_trace.show.text.report import render_text
+
+__all__ = ["render_text"]
