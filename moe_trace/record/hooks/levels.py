@@ -45,7 +45,7 @@ class HookLevels:
         self._wanted.pop(threading.get_ident(), None)
 
     def keep(self) -> None:
-        """Compiled or captured code has the hooks in it from now on; may run while it is being traced.
+        """Compiled code has the hooks in it from now on; may run while it is being traced.
 
         All of them: torch 2.14 guards its code on the hooks of each module, so that one put on later, when a
         profiler starts, would have it compiled again within the profile.

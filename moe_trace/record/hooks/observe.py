@@ -87,6 +87,10 @@ class SiteObserver(HookOwner):
         self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
         self._cuda = False
 
+    def time_captured_experts(self) -> None:
+        """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
+        raise NotImplementedError
+
     # -- hooks: the first three run in every call of every router, so they do the least possible ---------
 
     def _before_router(self, module: nn.Module, args: Any) -> None:
@@ -99,7 +103,9 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self._traced.after_router(output)
             return
-        now_ns = time_ns()
+        self._append_router(time_ns(), output)
+
+    def _append_router(self, now_ns: int, output: Any) -> None:
         if self.copies is not None:
             output = self.copies.router_output(output)
         self.append((ROUTER, self._index, get_ident(), now_ns, output, graph_task_id()))
@@ -161,6 +167,7 @@ class SiteObserver(HookOwner):
             return
         if self._cuda and captures_now():
             self._capturing = True
+            self.time_captured_experts()
             self._traced.before_router(args)
             self._captures.begin(self.site.name, self.site.site, "router")
             return
@@ -179,11 +186,12 @@ class SiteObserver(HookOwner):
             self._traced.after_router(output)
             self._capturing = self.site.experts is not None and output is not None
             return
+        now_ns = time_ns()
         if self._clock is not None:
             self._stop_clock()
-        self._after_router(module, args, output)
         if self._ranges.stacks:
             self._ranges.close(self._names["router"])
+        self._append_router(now_ns, output)  # what is copied here is no work of the router's
 
     def _stop_clock(self) -> None:
         """Of the router that returns now: the last one that began on this thread."""
@@ -222,13 +230,13 @@ class SiteObserver(HookOwner):
             mark = self._expert_marks.pop(get_ident(), None)
             if mark is not None:
                 self._clock.stop(mark)
+        if self._ranges.stacks:
+            self._ranges.close(self._names["experts"])
         if self._traced.call is not None:
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
         kept, given = self._trimmed(args, given)
         self.append((EXPERTS, self._index, get_ident(), kept, given, sending, mark))
-        if self._ranges.stacks:
-            self._ranges.close(self._names["experts"])
 
     # -- the block ------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.private.torch_names import is_jit_tracing
 from moe_trace.record.forward.guard import apart
 
@@ -45,7 +46,7 @@ class TensorCopies:
         if is_compiling() or is_jit_tracing():
             return value  # a copy would become part of the program that is made
         try:
-            with apart():
+            with apart(), overhead_range():
                 return self._copy(value)
         except Exception:  # reading it will tell what it is
             return value

@@ -47,6 +47,8 @@ class SiteHooks(SiteObserver):
         """Those two when the hooks were put on."""
         self._router_hooks = 0
         """On the router when ours were put on, ours included."""
+        self._times_experts = False
+        """Whether a hook tells when the experts begin."""
         self._first = True
         """Whether hooks may be put before those of others."""
 
@@ -123,11 +125,18 @@ class SiteHooks(SiteObserver):
         if site.watched is not None:
             add(site.watched.register_forward_hook(self._after_watched))
         if experts is not None:
-            if timed and site.times_experts:
+            self._times_experts = timed and site.times_experts
+            if self._times_experts:
                 add(experts.register_forward_pre_hook(self._before_experts, prepend=self._first))
             lean = not timed and not self._cuda and self.sending is None
             received = self._after_experts if lean else self._after_experts_timed
             add(experts.register_forward_hook(received, always_call=True, with_kwargs=True))
+
+    def time_captured_experts(self) -> None:
+        experts = self.site.experts
+        if experts is not None and self.site.times_experts and not self._times_experts:
+            self._times_experts = True
+            self._handles.append(experts.register_forward_pre_hook(self._before_experts, prepend=True))
 
     def _remove(self) -> None:
         for handle in self._handles:

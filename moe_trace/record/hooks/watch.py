@@ -73,9 +73,10 @@ class ForwardWatch:
         self.forwards.drop(thread)
 
     def graph_started(self) -> None:
-        """Some of the model is compiled or captured with the hooks in it. Runs while it is being traced."""
+        """Some of the model is compiled or captured. Runs while it is being traced or captured."""
         self.recorder.may_defer = False  # a graph's next replay overwrites the tensors that it returned
-        self.levels.keep()
+        if is_compiling() or not captures_now():
+            self.levels.keep()  # what is captured holds none of the hooks' Python
 
     def guarded(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Nothing of ours raises into the user's forward."""
