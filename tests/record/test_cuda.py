@@ -160,8 +160,9 @@ def test_no_stream_is_waited_for_inside_a_range(tmp_path: Path) -> None:
     prof.export_chrome_trace(str(path))
     events = json.loads(path.read_bytes())["traceEvents"]
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("moe")]
+    # Beside them stand ranges of our own device work, as many as there is: a reduction may wait.
+    assert len([e for e in ranges if e["name"].startswith("moe.")]) == 9
     waits = [e for e in events if "Synchronize" in e.get("name", "")]
-    assert len(ranges) in (9, 10)  # with or without a reduction, which may wait for later forwards
     for wait in waits:
         assert not any(r["ts"] <= wait["ts"] <= r["ts"] + r["dur"] for r in ranges)
 
