@@ -23,13 +23,6 @@ KNOWN_TOO_LONG = {
     "read/ranks/ranks.py:report_ranks",
     "record/tracer.py",
     "record/tracer.py:__init__",
-    "show/figures/latency.py:latency",
-    "show/figures/ranks.py:exchange_bars",
-    "show/figures/timeline.py:_layout",
-    "show/html.py:render_page",
-    "timeline/graphs.py",
-    "workload/models.py:load_model",
-    "workload/team.py:joined",
 }
 EXCEPTIONS = {
     "record/tracer.py:MoETracer": "the public face of recording: its methods are documented, and stay",

@@ -33,17 +33,7 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
     """
     drawn = [_parts(f"f{i}", summary) for i, summary in enumerate(summaries)]
     sections = "\n".join(map(_section, summaries, drawn))
-    specs = [
-        {
-            "id": f"{part.prefix}-{figure.key}",
-            "data": figure.data,
-            "layout": figure.layout,
-            "frames": [asdict(frame) for frame in figure.frames],
-        }
-        for parts in drawn
-        for part in parts
-        for figure in part.figures
-    ]
+    specs = [_spec(part.prefix, figure) for parts in drawn for part in parts for figure in part.figures]
     title = escape(_title(summaries[0])) if len(summaries) == 1 else f"{len(summaries)} traces"
     return f"""<!DOCTYPE html>
 <html lang="en" data-theme="light">
@@ -73,6 +63,17 @@ def render_page(summaries: Sequence[TraceSummary]) -> str:
 </body>
 </html>
 """
+
+
+def _spec(prefix: str, figure: Figure) -> dict[str, object]:
+    """What the page's script hands to plotly."""
+    frames = [asdict(frame) for frame in figure.frames]
+    return {
+        "id": f"{prefix}-{figure.key}",
+        "data": figure.data,
+        "layout": figure.layout,
+        "frames": frames,
+    }
 
 
 @dataclass(frozen=True)

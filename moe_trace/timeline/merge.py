@@ -21,11 +21,11 @@ from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.timeline.additions import encode_addition, remove_additions
 from moe_trace.timeline.band import Tracks, band_events, band_label
-from moe_trace.timeline.graphs import place_in_graphs
-from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.layout import TraceLayout
-from moe_trace.timeline.place import Placed, place_samples
-from moe_trace.timeline.scan import EventBytes, scan_ranges, trace_path_error, trace_window
+from moe_trace.timeline.place.calls import Placed, place_samples
+from moe_trace.timeline.place.graphs import place_in_graphs
+from moe_trace.timeline.place.launches import read_launches
+from moe_trace.timeline.place.scan import EventBytes, scan_ranges, trace_path_error, trace_window
 
 _COPY_BYTES = 4 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -19,6 +19,12 @@ class ModelError(MoETraceError):
     exit_code = 7
 
 
+_NOT_LOADED = (
+    "cannot load the model {source!r}: {why}. Expected `demo`, a folder that save_pretrained wrote, the id "
+    "of a model on the hub (which needs the network), or a config.json with --random-weights"
+)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes the GPU where there is one.
 
@@ -55,26 +61,19 @@ def load_model(
         device: where it is built; `meta` with `random_weights` builds no weights at all.
         random_weights: build from the config alone.
         distributed_config: transformers' own, to load only this process's part of the weights.
-        top_k: experts a token, instead of the config's number.
-        experts_implementation: how transformers computes the experts, instead of the model's own way.
+        top_k, experts_implementation: instead of what the config says.
 
     Raises:
         ModelError: it cannot be loaded; the message says what was tried.
-        UsageError: a config has no weights and `random_weights` was not asked for.
+        UsageError: a config without weights, and no `random_weights`.
     """
     if source == "demo":
-        import transformers
+        from moe_trace.demo import demo_path
 
-        from moe_trace.demo import demo_path, load_demo_model
-
-        source = str(demo_path())
         if not random_weights:
-            config = _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
-            given = _only_given(distributed_config=distributed_config)
-            model, tokenizer = load_demo_model(device, dtype, config=config, **given)
+            model, tokenizer = _demo(device, dtype, distributed_config, top_k)
             return _with_experts(model, experts_implementation), tokenizer
-    if source.endswith(".json") and not random_weights:
-        raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
+        source = str(demo_path())
     try:
         if random_weights:
             model = _from_config(source, torch.device(device), dtype, top_k)
@@ -84,11 +83,19 @@ def load_model(
     except UsageError:
         raise
     except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
-        raise ModelError(
-            f"cannot load the model {source!r}: {_first_line(error)}. Expected `demo`, a folder that "
-            "save_pretrained wrote, the id of a model on the hub (which needs the network), or a "
-            "config.json with --random-weights"
-        ) from error
+        raise ModelError(_NOT_LOADED.format(source=source, why=_first_line(error))) from error
+
+
+def _demo(
+    device: torch.device | str, dtype: torch.dtype | None, distributed_config: Any, top_k: int | None
+) -> tuple[nn.Module, Any]:
+    import transformers
+
+    from moe_trace.demo import demo_path, load_demo_model
+
+    config = _with_top_k(transformers.AutoConfig.from_pretrained(str(demo_path())), top_k)
+    split = _only_given(distributed_config=distributed_config)
+    return load_demo_model(device, dtype, config=config, **split)
 
 
 def _only_given(**values: Any) -> dict[str, Any]:
@@ -104,6 +111,8 @@ def _pretrained(
 ) -> nn.Module:
     import transformers
 
+    if source.endswith(".json"):
+        raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
     config = _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
     split = _only_given(distributed_config=distributed_config)
     model = _model_class(config).from_pretrained(source, config=config, dtype=dtype or "auto", **split)

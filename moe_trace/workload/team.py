@@ -68,7 +68,7 @@ class StopSignal:
         self._raises = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Team:
     """This process among those of the run; a run without torchrun is a team of one."""
 
@@ -143,33 +143,33 @@ def joined(device_type: str, expected: int | None) -> Iterator[Team]:
             f"the sizes given need {expected} processes, and torchrun started {world_size}; change "
             f"--nproc-per-node, or --fsdp, --tp and --ep (fsdp x tp = processes; ep splits the same ones)"
         )
-    if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"rank {rank} needs GPU {local_rank}, and torch finds {torch.cuda.device_count()}: start one "
-                "process per GPU (--nproc-per-node), or use --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
+    gpu = _take_gpu(rank, local_rank) if device_type == "cuda" else None
     number = next(_runs)
     store, _, _ = next(rendezvous("env://"))
     distributed.init_process_group(
-        backend="nccl" if device_type == "cuda" else "gloo",
+        backend="gloo" if gpu is None else "nccl",
         store=PrefixStore(f"group{number}", store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=_COLLECTIVE_S),
-        device_id=torch.device("cuda", local_rank) if device_type == "cuda" else None,
+        device_id=gpu,
     )
-    team = Team(
-        rank=rank,
-        local_rank=local_rank,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        world_size=world_size,
-        store=PrefixStore(f"moe_trace{number}", store),
-    )
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = PrefixStore(f"moe_trace{number}", store)
+    team = Team(rank, local_rank, local_world_size, world_size, own)
     with _listens(team):
         yield team
     distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
+
+
+def _take_gpu(rank: int, local_rank: int) -> torch.device:
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {rank} needs GPU {local_rank}, and torch finds {torch.cuda.device_count()}: start one "
+            "process per GPU (--nproc-per-node), or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import moe_trace
 from compiled_models import WAYS, run, small_model
 from models import token_batch
 from moe_trace.read.check import check, read_checked
-from moe_trace.timeline import graphs
+from moe_trace.timeline.place import reasons
 from spliced import without_additions
 
 SHAPE = [(2, 12)]
@@ -72,7 +72,7 @@ def test_compiled_calls_stand_at_the_forward_that_made_them(way: str, tmp_path: 
         assert sample.placement.host["graph"].duration_us == own["dur"]
         assert sample.placement.host.keys() == {"graph"} and sample.placement.device == {}
     lost = tracer.recording().lost
-    assert (lost.untimed, lost.unplaced, lost.samples_without_range) == ({graphs.FUSED: 6}, {}, 0)
+    assert (lost.untimed, lost.unplaced, lost.samples_without_range) == ({reasons.FUSED: 6}, {}, 0)
     assert {rule: broken for rule, broken in check(read_checked(path)).items() if broken} == {}
     slices = [e for e in events if e.get("cat") == "moe_trace"]
     assert [(e["name"], e["args"]["step"], e["args"]["clock"]) for e in slices] == [
@@ -123,7 +123,7 @@ def test_a_forward_that_the_host_does_not_see_has_no_place_on_a_cpu(tmp_path: Pa
     assert [s.graph_forward for s in samples] == [first, first + 1, first + 2]
     marks = tracer.recording().graph_marks
     assert [mark.forwards for mark in marks] == [first - 1, first, first + 1, first + 2, first + 2]
-    assert tracer.recording().lost.unplaced == {graphs.NO_LAUNCH: 6}
+    assert tracer.recording().lost.unplaced == {reasons.NO_LAUNCH: 6}
     assert {rule: broken for rule, broken in check(read_checked(path)).items() if broken} == {}
 
 
@@ -157,7 +157,7 @@ def test_what_is_compiled_while_the_profiler_records_has_no_range(tmp_path: Path
         run(forward, SHAPE)
     prof.export_chrome_trace(str(path))
     assert [s.placement is None for s in prof.tracer.samples()] == [True, True, False, False]
-    assert prof.tracer.recording().lost.unplaced == {graphs.NO_RANGE: 2}
+    assert prof.tracer.recording().lost.unplaced == {reasons.NO_RANGE: 2}
 
 
 def test_an_eager_run_opens_no_range_of_a_graph(tmp_path: Path) -> None:

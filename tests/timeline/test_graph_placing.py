@@ -18,11 +18,11 @@ from moe_trace.data.schema import Lost, Placement, Recording, Span
 from moe_trace.read.check import check, read_checked
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
-from moe_trace.timeline import graphs
-from moe_trace.timeline.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
+from moe_trace.timeline.place import reasons
+from moe_trace.timeline.place.launches import read_launches
+from moe_trace.timeline.place.scan import EventBytes
 from moe_trace.timeline.replays import REPLAY_FIGURES
-from moe_trace.timeline.scan import EventBytes
 from paths import DATA
 from spliced import without_additions
 
@@ -99,7 +99,7 @@ def test_real_replays_are_placed_as_brute_force_places_them(name: str, tmp_path:
         assert sample.placement.device["graph"].start_us == start
         assert sample.placement.device["graph"].end_us == pytest.approx(end, abs=2e-3)
         assert sample.placement.device.keys() == {"graph"}
-    assert outcome.lost.untimed == {graphs.FUSED: 6}
+    assert outcome.lost.untimed == {reasons.FUSED: 6}
     assert broken_rules(path) <= {"kernels_have_launches"}  # the kernel beside has none
 
 
@@ -148,7 +148,7 @@ def test_a_forward_with_one_launch_stands_at_the_launch(tmp_path: Path) -> None:
     outcome = merged(tmp_path, events, made.recording([made.seen(0, 1010), made.seen(0, 1010, layer=1)]))
     place = Placement(host={"graph": Span(1050, 10)}, device={"graph": Span(1150, 70)})
     assert placements(outcome) == [place, place]
-    assert outcome.lost.untimed == {graphs.FUSED: 2}
+    assert outcome.lost.untimed == {reasons.FUSED: 2}
     path = tmp_path / "trace.json"
     (slice_,) = band(path, "graph")
     assert (slice_["ts"], slice_["dur"], slice_["args"]["layers"]) == (1150, 70, 2)
@@ -188,7 +188,7 @@ def test_a_forward_without_a_range_is_counted_with_its_reason(tmp_path: Path) ->
     samples = [made.seen(0, 1010), made.seen(1, 1500)]  # the second after the range
     outcome = merged(tmp_path, events, made.recording(samples))
     assert [p is None for p in placements(outcome)] == [False, True]
-    assert outcome.lost.unplaced == {graphs.NO_RANGE: 1}
+    assert outcome.lost.unplaced == {reasons.NO_RANGE: 1}
 
 
 def test_another_thread_has_its_own_forwards(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_threads_are_told_apart_unless_the_trace_numbers_them_otherwise(tmp_path
     events = made.forward_range(1000, 300, 5, device=None)
     stranger = replace(made.seen(1, 1011), thread=8)
     outcome = merged(tmp_path, events, made.recording([made.seen(0, 1010), stranger]))
-    assert outcome.lost.unplaced == {graphs.NO_RANGE: 1}
+    assert outcome.lost.unplaced == {reasons.NO_RANGE: 1}
     outcome = merged(tmp_path, events, made.recording([stranger]))
     assert outcome.lost.unplaced == {}
 
@@ -214,7 +214,7 @@ def test_launches_that_straddle_the_reading_blocks_are_found_once(monkeypatch: p
     expected = read_launches(events)
     assert [len(launch.work) for launch in expected.graphs] == [24] * 6
     for block in (70_000, 65_537, 100_003):
-        monkeypatch.setattr("moe_trace.timeline.launches._CHUNK", block)
+        monkeypatch.setattr("moe_trace.timeline.place.launches._CHUNK", block)
         assert read_launches(events) == expected
 
 
@@ -324,7 +324,7 @@ def test_real_replays_of_a_compiled_function_are_told_by_the_count_of_the_device
         assert sample.placement.host == {"graph": Span(launch["ts"], launch["dur"])}
         assert sample.placement.device.keys() == {"graph"}
         assert sample.placement.device["graph"].start_us == min(e["ts"] for e in kernels)
-    assert outcome.lost.unplaced == {} and outcome.lost.untimed == {graphs.FUSED: 6}
+    assert outcome.lost.unplaced == {} and outcome.lost.untimed == {reasons.FUSED: 6}
     assert broken_rules(path) <= {"kernels_have_launches"}  # the kernel beside has none
 
 
@@ -350,10 +350,10 @@ LATE_SCATTER = made.event("kernel", "at::index_put_kernel", 1640, 3, pid=0, tid=
         (compiled_steps(2), 2, [1000, 1500]),
         # A graph that scatters nothing, such as one that samples the next token, cannot have written.
         (compiled_steps(2) + made.replay(1250, 77, grids=(8, 8, 8)), 2, [1000, 1500]),
-        (compiled_steps(2) + made.replay(1250, 77, grids=(8, 8, 8), compiled=True), 2, graphs.OTHER_COUNT),
-        (compiled_steps(2), 1, graphs.OTHER_COUNT),
-        ([*compiled_steps(2), DRIVER], 2, graphs.UNKNOWN_GRAPH),
-        ([*compiled_steps(2), LATE_SCATTER], 2, graphs.UNKNOWN_GRAPH),
+        (compiled_steps(2) + made.replay(1250, 77, grids=(8, 8, 8), compiled=True), 2, reasons.OTHER_COUNT),
+        (compiled_steps(2), 1, reasons.OTHER_COUNT),
+        ([*compiled_steps(2), DRIVER], 2, reasons.UNKNOWN_GRAPH),
+        ([*compiled_steps(2), LATE_SCATTER], 2, reasons.UNKNOWN_GRAPH),
     ],
     ids=["told", "another graph", "another that scatters", "count", "triton beside", "scatter beside"],
 )
@@ -375,28 +375,28 @@ BROKEN = made.captured(problem="the captured graph is no plain chain")
 @pytest.mark.parametrize(
     ("counts", "changes", "events", "reason"),
     [
-        ((0, 3), {}, steps_of(2), graphs.OTHER_COUNT),
-        ((0, 2), {"captured_graphs": ()}, steps_of(2), graphs.UNKNOWN_GRAPH),
-        ((0, 2), {"captured_graphs": (BROKEN,), "graphs_compiled": True}, steps_of(2), graphs.UNKNOWN_GRAPH),
+        ((0, 3), {}, steps_of(2), reasons.OTHER_COUNT),
+        ((0, 2), {"captured_graphs": ()}, steps_of(2), reasons.UNKNOWN_GRAPH),
+        ((0, 2), {"captured_graphs": (BROKEN,), "graphs_compiled": True}, steps_of(2), reasons.UNKNOWN_GRAPH),
         (
             (0, 3),
             {"captured_graphs": (BROKEN,)},
             steps_of(2) + made.replay(1250, 77, grids=(8, 8, 8)),
-            graphs.OTHER_COUNT,
+            reasons.OTHER_COUNT,
         ),
-        ((0, 2), {}, steps_of(0), graphs.NO_LAUNCH),
-        ((0, 2), {"graph_marks": ()}, steps_of(2), graphs.NO_MARK),
+        ((0, 2), {}, steps_of(0), reasons.NO_LAUNCH),
+        ((0, 2), {"graph_marks": ()}, steps_of(2), reasons.NO_MARK),
         (
             (0, 2),
             {},
             [e for e in steps_of(2) if e["args"].get("correlation") != 9000],
-            graphs.NO_MARK,
+            reasons.NO_MARK,
         ),
         (
             (0, 2),
             {},
             steps_of(2, stream=4),
-            graphs.OTHER_STREAM,
+            reasons.OTHER_STREAM,
         ),
     ],
     ids=["count", "unknown", "compiled too", "two graphs", "no launch", "no mark", "no copy", "stream"],
@@ -427,7 +427,7 @@ def test_replays_beside_forwards_that_the_host_saw(tmp_path: Path) -> None:
     outcome = merged(tmp_path, steps_of(2), made.recording(samples, **given))
     assert [p.host["graph"].start_us for p in placements(outcome) if p] == [1000, 1500]
     outcome = merged(tmp_path, steps_of(2), made.recording(samples[1:], **given))
-    assert outcome.lost.unplaced == {graphs.MIXED: 1}
+    assert outcome.lost.unplaced == {reasons.MIXED: 1}
 
 
 def test_samples_of_another_trace_of_the_run_are_left_out(tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_replay_on_several_streams_is_no_chain(tmp_path: Path) -> None:
         [made.unseen(0, 1)], graph_marks=marks_of(0, 1), captured_graphs=(made.captured(),)
     )
     outcome = merged(tmp_path, events, recording)
-    assert outcome.lost.unplaced == {graphs.OTHER_STREAM: 1}
+    assert outcome.lost.unplaced == {reasons.OTHER_STREAM: 1}
 
 
 @pytest.mark.parametrize("shown", [True, False])

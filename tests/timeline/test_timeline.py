@@ -21,8 +21,8 @@ from models import tiny_olmoe, token_batch
 from moe_trace.data.schema import BAND_PID, Lost, Span
 from moe_trace.timeline.additions import read_added
 from moe_trace.timeline.merge import merge_recording
-from moe_trace.timeline.place import place_samples
-from moe_trace.timeline.scan import EventBytes, RangeEvent, scan_ranges
+from moe_trace.timeline.place.calls import place_samples
+from moe_trace.timeline.place.scan import EventBytes, RangeEvent, scan_ranges
 from paths import DATA
 from spliced import recording_in, without_additions
 
@@ -248,7 +248,7 @@ def test_ranges_that_straddle_the_reading_blocks_are_found_once(
     with path.open("rb") as file:
         expected = list(scan_ranges(EventBytes(file, 0, path.stat().st_size)))
     for block in (70_000, 65_537, 100_003):
-        monkeypatch.setattr("moe_trace.timeline.scan._CHUNK", block)
+        monkeypatch.setattr("moe_trace.timeline.place.scan._CHUNK", block)
         with path.open("rb") as file:
             assert list(scan_ranges(EventBytes(file, 0, path.stat().st_size))) == expected
     assert len(expected) == 18

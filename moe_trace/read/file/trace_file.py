@@ -22,7 +22,7 @@ from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.processes import events_of_recording
 from moe_trace.timeline.additions import read_added
-from moe_trace.timeline.scan import trace_path_error
+from moe_trace.timeline.place.scan import trace_path_error
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the file read so far, and its size."""

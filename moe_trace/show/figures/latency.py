@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import LayerPhases, PhaseReport
 from moe_trace.read.time.structure import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, layer_columns, safe
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
+
+CLOCKS = (
+    ("host", "host", "#0072B2"),
+    ("device span", "device_span", "#E69F00"),
+    ("device busy", "device_busy", "#009E73"),
+)
+"""Heading, attribute of the latency, colour."""
 
 
 def latency(summary: TraceSummary) -> Figure:
     """Router latency per layer."""
     routers = [r for r in summary.routers if r.latency.host is not None]
     sites = [safe(r.info.site) for r in routers]
-    clocks = (
-        ("host", "host", "#0072B2"),
-        ("device span", "device_span", "#E69F00"),
-        ("device busy", "device_busy", "#009E73"),
-    )
     data, columns = [], []
-    for title, name, colour in clocks:
+    for title, name, colour in CLOCKS:
         found = [getattr(r.latency, name) for r in routers]
         if any(d is not None for d in found):
-            p50 = [d.p50 if d is not None else None for d in found]
-            reach = [d.p95 - d.p50 if d is not None else 0 for d in found]
             columns.append((title, [(d.p50, d.p95) if d is not None else (None, None) for d in found]))
-            data.append(
-                {
-                    "type": "bar",
-                    "name": f"{title}, p50 (to p95)",
-                    "x": sites,
-                    "y": p50,
-                    "error_y": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": reach,
-                        "arrayminus": [0] * len(reach),
-                        "thickness": 1,
-                        "color": "#888888",
-                    },
-                    "marker": {"color": colour},
-                }
-            )
+            data.append(_median_bars(f"{title}, p50 (to p95)", sites, found, colour))
     rows = [
         (r.info.site, r.calls, *(value for _, values in columns for value in values[i]))
         for i, r in enumerate(routers)
@@ -61,6 +48,25 @@ def latency(summary: TraceSummary) -> Figure:
         headings=("layer", "calls", *headings),
         rows=rows,
     )
+
+
+def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution | None], colour: str) -> Spec:
+    """Bars at the median, with whiskers up to the 95th percentile."""
+    return {
+        "type": "bar",
+        "name": name,
+        "x": sites,
+        "y": [d.p50 if d is not None else None for d in found],
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [d.p95 - d.p50 if d is not None else 0 for d in found],
+            "arrayminus": [0] * len(found),
+            "thickness": 1,
+            "color": "#888888",
+        },
+        "marker": {"color": colour},
+    }
 
 
 def phase_figures(report: PhaseReport) -> list[Figure]:

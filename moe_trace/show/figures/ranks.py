@@ -164,21 +164,13 @@ def exchange_bars(report: RankReport) -> Figure:
             "height": 320,
         },
         headings=("layer", "part", "rank", "calls", "bytes", "bytes leaving", "time µs", "wait µs", "GB/s"),
-        rows=[
-            (
-                one.site,
-                one.part,
-                f"rank {one.rank}",
-                one.calls,
-                one.bytes_in,
-                one.bytes_leaving,
-                one.time_us,
-                one.wait_us,
-                one.gb_per_s,
-            )
-            for one in report.exchanges
-        ],
+        rows=[_exchange_row(one) for one in report.exchanges],
     )
+
+
+def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
+    moved = (one.calls, one.bytes_in, one.bytes_leaving)
+    return (one.site, one.part, f"rank {one.rank}", *moved, one.time_us, one.wait_us, one.gb_per_s)
 
 
 def _total(exchanges: Sequence[ExchangeTime], site: str, *, waiting: bool) -> float:

@@ -126,31 +126,23 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
             "ticktext": [safe(site) for site in sites[::every]],
         },
     }
+    _add_counter_axes(layout, counters, top)
+    return layout
+
+
+def _add_counter_axes(layout: Spec, counters: Sequence[Spec], top: float) -> None:
+    """An axis and a title for each counter, one below the other in the lower `top` of the figure."""
     for i, spec in enumerate(counters):
-        high = top * (1 - i / len(counters))
+        high, each = top * (1 - i / len(counters)), top / len(counters)
         layout[f"yaxis{i + 2}"] = {
-            "domain": [
-                round(high - top / len(counters) * 0.72, 4),
-                round(high - top / len(counters) * 0.14, 4),
-            ],
+            "domain": [round(high - each * 0.72, 4), round(high - each * 0.14, 4)],
             "fixedrange": True,
             "nticks": 3,
             "rangemode": "tozero",
         }
-        layout.setdefault("annotations", []).append(
-            {
-                "text": spec["name"],
-                "x": 0,
-                "xref": "paper",
-                "xanchor": "left",
-                "y": round(high - top / len(counters) * 0.13, 4),
-                "yref": "paper",
-                "yanchor": "bottom",
-                "showarrow": False,
-                "font": {"size": 12},
-            }
-        )
-    return layout
+        title = {"text": spec["name"], "showarrow": False, "font": {"size": 12}}
+        place = {"x": 0, "xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "bottom"}
+        layout.setdefault("annotations", []).append({**title, **place, "y": round(high - each * 0.13, 4)})
 
 
 def _rows(

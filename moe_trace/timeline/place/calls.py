@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
-from moe_trace.timeline.scan import RangeEvent
+from moe_trace.timeline.place.scan import RangeEvent
 
 
 @dataclass(frozen=True)

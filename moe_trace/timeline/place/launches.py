@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_trace.data.schema import GRAPH_LAUNCH, Span
-from moe_trace.timeline.scan import EventBytes
+from moe_trace.timeline.place.scan import EventBytes
 
 _CHUNK = 4 * 2**20
 _EVENT_MAX = 64 * 2**10

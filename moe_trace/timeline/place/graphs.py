@@ -1,0 +1,85 @@
+"""Place calls that were made inside compiled code and CUDA graphs: at the launch of their graph.
+
+    host saw the forward    enclosure: the range that our own hook opened round it, and the launches in it
+    host saw nothing        the device's own count: copied at each mark, on the stream that it was counted on
+
+Both are exact or refused; what is refused is counted with its reason. Inside a launch, router and experts
+are told by the ids of their nodes, or by their positions in the chain that was captured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
+from moe_trace.timeline.place.calls import Placed
+from moe_trace.timeline.place.device_forwards import DeviceForwards
+from moe_trace.timeline.place.host_forwards import HostForwards
+from moe_trace.timeline.place.launched import Replays, TraceClock
+from moe_trace.timeline.place.launches import Launches
+from moe_trace.timeline.place.reasons import OTHER_TRACE
+from moe_trace.timeline.place.scan import RangeEvent
+
+
+def place_in_graphs(
+    placed: Placed,
+    recordings: Sequence[Recording],
+    *,
+    ranges: Sequence[RangeEvent],
+    launches: Launches,
+    base_time_ns: int,
+    window: Span | None,
+) -> Placed:
+    """Place what was left without a place because it was made inside graphs.
+
+    Args:
+        placed: the outcome for all calls of this trace.
+        recordings: of one or more tracers, which share no module path.
+        ranges: our ranges in the trace.
+        launches: of graphs and copies in the trace (`read_launches`).
+        base_time_ns: the trace's `baseTimeNanoseconds`.
+        window: what the profiler recorded, in trace time; None if the trace does not tell.
+    """
+    samples: list[RoutingSample] = []
+    unplaced, untimed = Counter[str](), Counter[str]()
+    owners = {router.name: i for i, recording in enumerate(recordings) for router in recording.routers}
+    clock = TraceClock(base_time_ns, window)
+    places = [_Places(one, placed.samples, ranges, launches, clock) for one in recordings]
+    for sample in placed.samples:
+        found = places[owners[sample.name]].of(sample) if sample.in_graph else None
+        if isinstance(found, Placement):
+            samples.append(replace(sample, placement=found))
+            if "router" not in found.device:
+                untimed[places[owners[sample.name]].why_untimed(found)] += 1
+        elif found != OTHER_TRACE:
+            samples.append(sample)
+            unplaced.update([found] if found is not None else [])
+    return replace(placed, samples=samples, unplaced=dict(unplaced), untimed=dict(untimed))
+
+
+class _Places:
+    """The places of one tracer's calls."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        samples: Sequence[RoutingSample],
+        ranges: Sequence[RangeEvent],
+        launches: Launches,
+        clock: TraceClock,
+    ) -> None:
+        names = {router.name for router in recording.routers}
+        own = [sample for sample in samples if sample.name in names and sample.in_graph]
+        self._replays = Replays(recording, launches, clock)
+        self._forwards = HostForwards(ranges, {sample.thread for sample in own}, self._replays)
+        self._segments = DeviceForwards(own, self._replays)
+
+    def of(self, sample: RoutingSample) -> Placement | str:
+        """Its placement, or why it has none."""
+        return (self._forwards if sample.host_start_ns else self._segments).placement(sample)
+
+    def why_untimed(self, placement: Placement) -> str:
+        """Why the router has no time of its own."""
+        return self._replays.why_untimed(placement)
