@@ -10,7 +10,7 @@ FAST := tests/test_architecture.py tests/find/test_contracts.py tests/record/tes
 	tests/simple/test_simple_profiler.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test-fast test test-cuda bench docs
+.PHONY: help setup lint test-fast test test-versions test-cuda bench docs
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test-fast:  ## the tests to run after every change: under a minute
 
 test:  ## every check of the project: lint, then all tests, several at once
 	bash scripts/test.sh
+
+test-versions:  ## the truth-first tests on all admitted versions; writes docs/versions.md
+	bash scripts/test_versions.sh
 
 test-cuda:  ## the tests that need a GPU, on this machine's
 	$(PYTHON) -m pytest -q -m cuda tests

@@ -1,18 +1,20 @@
-"""The truth-first tests on other versions of transformers and torch; see test_versions.sh, which calls this.
+"""The truth-first tests on other versions of Python, torch and transformers; test_versions.sh calls this.
 
-An environment holds only what differs from .venv: its packages come first, and .venv's stand behind them.
+An environment holds what differs from .venv: its packages come first, and .venv stands behind them. With
+another Python it holds everything. Environments are kept in the user's cache, since torch has some gigabytes,
+and so serve every checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import configparser
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-import venv
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from datetime import date
@@ -20,23 +22,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "versions.md"
-CI = ("transformers==5.24.0", "transformers==5.0.0")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_trace" / "versions"
+OLDEST = "torch==2.9.1 transformers==5.0.0"
+CI = ("transformers==5.24.0", OLDEST)
 ALL = (
+    OLDEST,
+    "torch==2.9.1 transformers==5.24.0",
     "transformers==5.0.0",
     "transformers==5.5.4",
     "transformers==5.6.0",
-    "transformers==5.17.0",
     "transformers==5.23.0",
     "transformers==5.24.0",
-    "torch==2.9.1 transformers==5.23.0",
     "torch==2.14.1 transformers==5.24.0",
+    "torch==2.15.0 transformers==5.24.0",
+    "python==3.12 torch==2.14.1 transformers==5.24.0",
+    "python==3.13 torch==2.14.1 transformers==5.24.0",
 )
+TOOLS = ("pytest", "pytest-timeout", "hypothesis", "pandas", "setuptools")
 COLUMNS = ("Python", "torch", "transformers", "passed", "failed", "skipped", "minutes")
 HEAD = """# Versions
 
-What `setup.cfg` admits, tried: `tests/versions` compares counts with the experts' inputs, stages and padding
-with the model's own inputs, figures of logits with the router's weights, compiled code with eager code, and
-the trace with the calls. Written by `scripts/test_versions.sh`; a row is one environment.
+The range that `setup.cfg` admits is what passes here, its ends included. `tests/versions` compares what
+moe_trace records with what it did not compute itself: counts with the experts' inputs and with an experiment
+on their weights, stages and padding with the model's inputs, figures of logits with the routers' weights,
+compiled code with eager code, and the trace with the calls. A profiler that starts must have nothing compiled
+again. `scripts/test_versions.sh` writes this table; a row is one environment.
 
 """
 
@@ -45,64 +55,107 @@ the trace with the calls. Written by `scripts/test_versions.sh`; a row is one en
 class Row:
     """One environment: what was installed, and how its tests ended."""
 
-    torch: str
-    transformers: str
+    versions: tuple[str, ...]
     passed: int
     failed: int
     skipped: int
     minutes: float
 
     def __str__(self) -> str:
-        python = platform.python_version()
-        figures = f"{self.passed} | {self.failed} | {self.skipped} | {self.minutes:.1f}"
-        return f"| {python} | {self.torch} | {self.transformers} | {figures} |"
+        figures = (str(self.passed), str(self.failed), str(self.skipped), f"{self.minutes:.1f}")
+        return f"| {' | '.join((*self.versions, *figures))} |"
 
 
 def main() -> int:
     """Run all that were asked for; returns 1 if one test failed anywhere."""
     parser = argparse.ArgumentParser(description="Run tests/versions on other versions.")
     parser.add_argument(
-        "versions", nargs="*", help="what to install, such as 'torch==2.14.1 transformers==5.24.0'"
+        "versions",
+        nargs="*",
+        help="what to install, such as 'python==3.12 torch==2.14.1 transformers==5.24.0'",
     )
     parser.add_argument("--ci", action="store_true", help=f"only {' and '.join(CI)}")
     arguments = parser.parse_args()
-    wanted = arguments.versions or (CI if arguments.ci else ALL)
     rows = []
-    for requirements in wanted:
+    for requirements in arguments.versions or (CI if arguments.ci else ALL):
         print(f"== {requirements}", flush=True)
         rows.append(run(environment(requirements)))
         print(rows[-1], flush=True)
     if not arguments.versions and not arguments.ci:
-        head = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
-        where = f"{os.cpu_count()} cores, no GPU, {date.today()}."
-        TABLE.write_text(HEAD + "\n".join([head, *map(str, rows), "", where, ""]), "utf-8")
-    return int(any(row.failed for row in rows))
+        write_table(rows)
+    return int(any(row.failed or not row.passed for row in rows))
+
+
+def write_table(rows: list[Row]) -> None:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(str, rows)]
+    where = f"{os.cpu_count()} cores, no GPU, {date.today()}."
+    TABLE.write_text(HEAD + "\n".join([*lines, "", where, ""]), "utf-8")
 
 
 def environment(requirements: str) -> Path:
-    """The Python of an environment in which `requirements` are installed; made when it is missing."""
-    folder = ROOT / ".versions" / requirements.replace(" ", "_").replace("==", "-")
+    """The Python of an environment in which `requirements` are installed; made when it is missing.
+
+    Raises:
+        SystemExit: there is no such Python, or no such package can be installed.
+    """
+    wanted = requirements.split()
+    version = next((word.partition("==")[2] for word in wanted if word.startswith("python==")), "")
+    wanted = [word for word in wanted if not word.startswith("python==")]
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = CACHE / "_".join([f"python-{version or own}", *wanted]).replace("==", "-")
     python = folder / "bin" / "python"
-    if (folder / "ready").exists():
-        return python
-    venv.create(folder, with_pip=True, clear=True, symlinks=True)
-    paths = {"base": str(folder), "platbase": str(folder)}
-    own = Path(sysconfig.get_path("purelib", "venv", vars=paths))
-    (own / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *requirements.split()]
-    subprocess.run([str(part) for part in install], check=True)
-    (folder / "ready").touch()
+    ready = folder / "ready"
+    if not ready.exists():
+        check("make", [interpreter(version), "-m", "venv", "--clear", str(folder)])
+    if version:
+        wanted += [*declared(), *TOOLS]
+    else:
+        stands_behind = folder / "lib" / f"python{own}" / "site-packages" / "base.pth"
+        stands_behind.write_text(sysconfig.get_path("purelib") + "\n")
+    if not ready.exists():
+        check("install", [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *wanted])
+        ready.touch()
     return python
+
+
+def check(what: str, command: list[str]) -> None:
+    """Run it; a matrix that leaves out what it could not install would look like one that passed."""
+    if subprocess.run(command).returncode:
+        sys.exit(f"test_versions: cannot {what} an environment: {' '.join(command)}")
+
+
+def interpreter(version: str) -> str:
+    """A Python of that version: from PATH, else one of pyenv's; the present one where none is asked for."""
+    if not version:
+        return sys.executable
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [shutil.which(f"python{version}"), *map(str, pyenv.glob(f"versions/{version}.*/bin/python"))]
+    for path in filter(None, found):
+        if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:  # pyenv's shims may fail
+            return path
+    sys.exit(f"test_versions: found no python{version}. Install it, or name other versions to test.")
+
+
+def declared() -> list[str]:
+    """What setup.cfg says the package needs, without the versions that the matrix is about."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].split()
+    return [line for line in lines if not line.startswith(("torch>", "transformers>"))]
 
 
 def run(python: Path) -> Row:
     """Run the tests there, and count them from pytest's own XML."""
     report = python.parents[1] / "report.xml"
     report.unlink(missing_ok=True)
-    names = "import torch, transformers; print(torch.__version__.split('+')[0], transformers.__version__)"
+    names = (
+        "import platform, torch, transformers; "
+        "print(platform.python_version(), torch.__version__, transformers.__version__)"
+    )
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run([python, "-c", names], env=variables, capture_output=True, text=True, check=True)
-    torch_version, transformers_version = found.stdout.split()
+    found = subprocess.run([python, "-c", names], env=variables, capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(f"test_versions: {python} cannot import torch and transformers:\n{found.stderr}")
     start = time.monotonic()
     options = ["-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=20", f"--junit-xml={report}"]
     subprocess.run([str(python), "-m", "pytest", *options, "tests/versions"], cwd=ROOT, env=variables)
@@ -110,7 +163,7 @@ def run(python: Path) -> Row:
     suite = next(iter(ElementTree.parse(report).getroot().iter("testsuite")))
     tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
     failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    return Row(torch_version, transformers_version, tests - failed - skipped, failed, skipped, minutes)
+    return Row(tuple(found.stdout.split()), tests - failed - skipped, failed, skipped, minutes)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ FAMILIES = {
     "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 16}),
     "qwen3_moe": ("Qwen3Moe", {}),
     "flex_olmo": ("FlexOlmo", {}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     "minimax": ("MiniMax", {"layer_types": ["full_attention"] * LAYERS}),
     "deepseek_v3": ("DeepseekV3", {}),
     "gpt_oss": ("GptOss", {"layer_types": ["full_attention"] * LAYERS}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ _WRAPPED = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
 )
+# Code of a router that returns first what a softmax gave, or nothing but weights and index.
+_NO_LOGITS = re.compile(r"\b(\w+) = [\w.]*softmax\(.*\breturn \1,|\breturn \w+, \w+\s*$", re.DOTALL)
 _ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -58,6 +61,28 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
         return list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):
         return []
+
+
+def returns_logits(router: nn.Module) -> bool:
+    """Whether logits come first in what a router returns, as far as its code says otherwise.
+
+    It depends on the version and on whose copy the router is, and no value tells: probabilities are numbers
+    as logits are.
+    """
+    try:
+        return not _NO_LOGITS.search(inspect.getsource(type(router).forward))
+    except (OSError, TypeError):
+        return True
+
+
+def logits_module(router: nn.Module, experts: int) -> tuple[str, nn.Module] | None:
+    """(name, module) of the one linear layer inside a router that has an output for each expert."""
+    linear = [
+        (name, child)
+        for name, child in router.named_children()
+        if getattr(unwrapped(child), "out_features", None) == experts
+    ]
+    return linear[0] if len(linear) == 1 else None
 
 
 def int_attribute(module: Any, *names: str) -> int:

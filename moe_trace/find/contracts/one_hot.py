@@ -16,6 +16,8 @@ from moe_trace.find.contracts.modules import (
     expert_modules,
     forward_parameters,
     int_attribute,
+    logits_module,
+    returns_logits,
     unwrapped,
 )
 from moe_trace.find.contracts.overhead import overhead_range
@@ -49,6 +51,8 @@ def find_one_hot(block: nn.Module) -> list[Found]:
     if router_name is None:
         return []
     router, inner = unwrapped(children[router_name]), unwrapped(experts)
+    num_experts = int_attribute(router, "num_experts") or len(expert_modules(inner))
+    inside = None if returns_logits(router) else logits_module(router, num_experts)
     masks_again = _applies_one_hot_to_mask(inner)
     return [
         Found(
@@ -56,8 +60,9 @@ def find_one_hot(block: nn.Module) -> list[Found]:
             router_path=router_name,
             experts=experts,
             block=block,
-            num_experts=int_attribute(router, "num_experts") or len(expert_modules(inner)),
+            num_experts=num_experts,
             top_k=2 if forward_parameters(inner)[1] == _MASK_ARGUMENT else 1,
+            watched=None if inside is None else inside[1],
             notes=(_NLLB_NOTE,) if masks_again else (),
         )
     ]
@@ -92,6 +97,8 @@ def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     given = (*(call.experts_args or ()), *call.experts_kwargs.values())
     mask, weights = (given[1], given[2]) if len(given) >= 3 else (None, None)
     logits = output[2] if isinstance(output, tuple) and len(output) >= 3 else None
+    if isinstance(call.watched_output, Tensor):  # Switch at first: what it returned third are weights
+        logits = call.watched_output
     if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
         raise ContractMismatch(
             "expected the router to return (mask, weights, logits) and experts(hidden, mask, weights), "

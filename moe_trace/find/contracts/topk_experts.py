@@ -7,34 +7,34 @@ the logits alone.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.contract import Contract, Found
 from moe_trace.find.contracts.fused_block import fused_block_reader
 from moe_trace.find.contracts.modules import (
-    described,
     expert_rows,
     forward_parameters,
     int_attribute,
-    require_2d,
+    logits_module,
+    returns_logits,
     unwrapped,
 )
-from moe_trace.find.contracts.several_calls import combined_choice
+from moe_trace.find.contracts.topk_reading import (
+    HIDDEN_ARGUMENT,
+    INDEX_ARGUMENTS,
+    choice_inside_reader,
+    combine_experts_calls,
+    read_topk_experts,
+    read_watched_logits,
+    read_without_logits,
+)
 
-# The name of the second argument of an experts module's forward, in every family of transformers 5 whose
-# index is [T, K]. (`router_mask`, NLLB's, is a mask over all experts.)
-INDEX_ARGUMENTS = frozenset({"top_k_index", "router_indices", "selected_experts"})
-_HIDDEN = "hidden_states"
 ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"Router|Gat(e|ing)$|TopK")
-# `x = F.softmax(x, ...)` in the code of a router that returns `x` first.
-_SOFTMAXED = re.compile(r"\b(\w+) = [\w.]*softmax\(\s*\1\b.*\breturn \1\b", re.DOTALL)
-
 Rule = Callable[[nn.Module, nn.Module], dict[str, Any]]
 """`rule(router, experts)` -> what a family sets differently in `Found`; nothing if it is none of it."""
 
@@ -45,10 +45,20 @@ def is_topk_experts(module: nn.Module) -> bool:
     return len(parameters) >= 3 and parameters[1] in INDEX_ARGUMENTS
 
 
+def chooses_itself(module: nn.Module) -> bool:
+    """Whether the module is called as `experts(hidden_states, router_logits)`, and has a method to choose."""
+    experts = unwrapped(module)
+    return forward_parameters(experts) == [HIDDEN_ARGUMENT, "router_logits"] and callable(
+        getattr(experts, "route_tokens_to_experts", None)
+    )
+
+
 def find_topk_experts(block: nn.Module) -> list[Found]:
     """A block whose children are an experts module, told by its signature, and the router beside it."""
     children = dict(block.named_children())
-    experts_names = [name for name, child in children.items() if is_topk_experts(child)]
+    experts_names = [
+        name for name, child in children.items() if is_topk_experts(child) or chooses_itself(child)
+    ]
     if len(experts_names) != 1:
         return []
     experts = children.pop(experts_names[0])
@@ -112,31 +122,33 @@ def hash_router(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
     return {"read": read_without_logits, "notes": (note,)}
 
 
-def probabilities(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """Gemma 4 returns softmax probabilities; its true logits are the output of `router.proj`."""
-    if not (hasattr(router, "proj") and hasattr(router, "per_expert_scale")):
-        return {}
-    note = "the router returns probabilities: its logits are read inside it, from the output of `proj`"
-    return {"watched": router.get_submodule("proj"), "read": read_watched_logits, "notes": (note,)}
+def no_logits_returned(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
+    """Routers that return something else where logits are expected; see `returns_logits`.
 
-
-def softmaxed_logits(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """OLMoE, Mixtral, Qwen and others before transformers 5.6 overwrite their logits with probabilities.
-
-    What they return has lost the logits' scale: no z-loss can be told, and a softmax of it is no distribution
-    of the router's. Told from the code, since it depends on the version and on whose copy the router is.
+    Where a module inside computes them (Gemma 4's `proj`, AFMoE's `gate`), its output is read. Elsewhere
+    (OLMoE, Mixtral, Qwen and others before transformers 5.6, which overwrote them) their scale is lost: no
+    z-loss can be told, and a softmax of what is returned is no distribution of the router's.
     """
-    try:
-        source = inspect.getsource(type(router).forward)
-    except (OSError, TypeError):
+    if returns_logits(router):
         return {}
-    if not _SOFTMAXED.search(source):
+    found = logits_module(router, class_count(router, experts))
+    if found is None:
+        note = (
+            "the router returns no logits (before transformers 5.6 many gave probabilities in their place): "
+            "router entropy, confidence and z-loss are absent; the counts do not need them"
+        )
+        return {"read": read_without_logits, "notes": (note,)}
+    name, watched = found
+    note = f"the router returns no logits: they are read inside it, from the output of `{name}`"
+    return {"watched": watched, "read": read_watched_logits, "notes": (note,)}
+
+
+def choice_inside(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
+    """Aria before its experts were handed an index: they are handed the logits, and choose themselves."""
+    if not chooses_itself(experts):
         return {}
-    note = (
-        "the router returns probabilities where its logits are expected, as transformers did before 5.6: "
-        "router entropy, confidence and z-loss are absent; the counts do not need them"
-    )
-    return {"read": read_without_logits, "notes": (note,)}
+    config = getattr(experts, "config", None)
+    return {"read": choice_inside_reader(experts), "top_k": int_attribute(config, "moe_topk")}
 
 
 def identity_experts(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
@@ -161,112 +173,13 @@ def skip_class(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
     return {"notes": (note,)}
 
 
-RULES: tuple[Rule, ...] = (hash_router, probabilities, softmaxed_logits, identity_experts, skip_class)
-
-
-# -- reading -------------------------------------------------------------------------------------------
-
-
-def read_topk_experts(call: Call) -> Reading:
-    """Index and weights as the experts received them: the true assignments. Logits from the router."""
-    given, logits = call.experts_args, _logits(call)
-    if given is not None and len(given) == 3:
-        # The usual form, checked in the fewest steps: this runs in every call of every router.
-        index, weights = given[1], given[2]
-        try:
-            shape, logits_shape = index.shape, logits.shape
-            if (
-                shape == weights.shape
-                and len(shape) == len(logits_shape) == 2
-                and shape[0] == logits_shape[0]
-                and logits.is_floating_point()
-                and not index.is_floating_point()
-            ):
-                return Reading(index, weights, logits)
-        except AttributeError:
-            pass  # not tensors: said below
-    return _explain_or_read(call, logits)
-
-
-def _logits(call: Call) -> Any:
-    output = call.router_output
-    return output[0] if isinstance(output, tuple) and output else output
-
-
-def _explain_or_read(call: Call, logits: Any) -> Reading:
-    """The same step by step, so that what does not fit can be named."""
-    index, weights = _choice(call)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
-        raise ContractMismatch(
-            f"expected logits [T, E] beside an index [T, K], found {described(logits)} and {described(index)}"
-        )
-    if not logits.is_floating_point():
-        raise ContractMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
-    return Reading(index, weights, logits)
-
-
-def read_without_logits(call: Call) -> Reading:
-    """The decision alone, where logits play no part in it."""
-    return Reading(*_choice(call), None)
-
-
-def read_watched_logits(call: Call) -> Reading:
-    """Logits from a module inside the router; None where that was not called as a module."""
-    logits = call.watched_output
-    index, weights = _choice(call)
-    if not isinstance(logits, Tensor):
-        return Reading(index, weights, None)
-    return Reading(index, weights, logits.reshape(-1, logits.shape[-1]))
-
-
-def _choice(call: Call) -> tuple[Tensor, Tensor]:
-    """(index [T, K], weights [T, K]) of the call."""
-    if call.experts_args is None:  # a fused block did not call the experts module: the router's own word
-        index, weights = _router_choice(call.router_output)
-    else:
-        index, weights = _experts_choice(call)
-    require_2d("index", index, integer=True)
-    require_2d("weights", weights)
-    if index.shape != weights.shape:
-        raise ContractMismatch(
-            f"expected index and weights of one shape [T, K], found {described(index)}, {described(weights)}"
-        )
-    return index, weights
-
-
-def _router_choice(output: Any) -> tuple[Any, Any]:
-    if not isinstance(output, tuple) or len(output) < 3:
-        raise ContractMismatch(
-            f"expected the router to return (logits, weights, index), found {described(output)}"
-        )
-    return output[2], output[1]
-
-
-def _experts_choice(call: Call) -> tuple[Any, Any]:
-    arguments: tuple[Any, ...] = call.experts_args or ()
-    named = dict(call.experts_kwargs)
-    index_name = next((name for name in named if name in INDEX_ARGUMENTS), None)
-    if index_name is not None:  # in whatever order they were named
-        index = named.pop(index_name)
-        rest = [value for name, value in named.items() if name != _HIDDEN]
-        arguments = (None, index, *rest)
-    else:
-        arguments = (*arguments, *named.values())
-    if len(arguments) < 3:
-        raise ContractMismatch(
-            f"expected experts(hidden_states, index, weights), found {len(arguments)} arguments"
-        )
-    return arguments[1], arguments[2]
-
-
-def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int) -> Call:
-    """One decision whose experts were called several times; see `Contract.combine`."""
-    logits = _logits(call)
-    shape = None
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        shape = (logits.shape[0], logits.shape[1])
-    index, weights = combined_choice([_choice(one) for one in experts_calls], shape, top_k)
-    return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
+RULES: tuple[Rule, ...] = (
+    hash_router,
+    no_logits_returned,
+    choice_inside,
+    identity_experts,
+    skip_class,
+)
 
 
 TOPK_EXPERTS = Contract(
