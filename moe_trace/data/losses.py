@@ -22,6 +22,7 @@ def add_losses(losses: Sequence[Lost], called: Collection[str]) -> Lost:
     return Lost(
         misread={name: why for lost in losses for name, why in lost.misread.items()},
         never_called=tuple(never),
+        without_range=dict(sum((Counter(lost.without_range) for lost in losses), Counter())),
         unplaced=dict(sum((Counter(lost.unplaced) for lost in losses), Counter())),
         untimed=dict(sum((Counter(lost.untimed) for lost in losses), Counter())),
         calls_seen=dict(sum((Counter(lost.calls_seen) for lost in losses), Counter())),

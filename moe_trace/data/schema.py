@@ -140,7 +140,10 @@ class Lost:
     """What did not make it, so that each stage accounts for all that it took in."""
 
     samples_without_range: int = 0
-    """Profiled samples for which the trace holds no range (Kineto drops events when its buffer is full)."""
+    """Profiled samples without a place: the trace lacks their range, and holds others of the same thread."""
+    without_range: dict[str, int] = field(default_factory=dict)
+    """Samples whose range the trace does not hold: why -> how many. Beside those without a place, these are
+    the ones that stand where the host's clock has them (`placed_by_clock`)."""
     ranges_without_sample: int = 0
     """Router ranges in the trace for which no decision was kept."""
     overwritten: int = 0

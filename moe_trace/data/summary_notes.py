@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.calls.table import placed_by_clock
 from moe_trace.data.schema import Lost, Recording, RouterInfo
 
 LOST_CALLS = {
@@ -51,7 +52,7 @@ def notes_of(recording: Recording) -> list[str]:
             "static cache, or blocks that are given a part of the tokens): their padding counts as 0; pass a "
             "2-D mask to a model that works on whole batches"
         )
-    notes += _trace_notes(lost)
+    notes += _trace_notes(recording)
     notes += _graph_notes(recording)
     nonfinite = recording.calls.total("nonfinite_tokens")
     if nonfinite:
@@ -82,17 +83,39 @@ def _lost_calls(lost: Lost) -> list[str]:
     return notes
 
 
-def _trace_notes(lost: Lost) -> list[str]:
+def _trace_notes(recording: Recording) -> list[str]:
     """What the trace and the recording do not share."""
-    notes = []
-    if lost.samples_without_range:
+    lost, by_clock = recording.lost, np.count_nonzero(placed_by_clock(recording.calls))
+    notes = [
+        f"{count} router calls have no range in the trace: {why}" for why, count in lost.without_range.items()
+    ]
+    if by_clock:
         notes.append(
-            f"{lost.samples_without_range} router calls have no range in the trace; the profiler dropped "
-            "events - record fewer steps"
+            f"{by_clock} router calls stand where the host's clock has them, without their experts and "
+            "device times"
+        )
+    if lost.samples_without_range and not lost.without_range:
+        notes.append(
+            f"{lost.samples_without_range} router calls have no range in the trace; the release that merged "
+            "it does not say why - merge its recording again"
         )
     if lost.ranges_without_sample:
-        notes.append(f"{lost.ranges_without_sample} router ranges have no decision kept; raise capacity=")
+        notes.append(
+            f"{lost.ranges_without_sample} router ranges have no decision kept: {_why_undecided(lost)}"
+        )
     return notes
+
+
+def _why_undecided(lost: Lost) -> str:
+    """Why ranges have no sample."""
+    if lost.overwritten:
+        return "their calls were dropped; raise capacity="
+    if sum(sum(reasons.values()) for reasons in lost.calls.values()) >= lost.ranges_without_sample:
+        return "their calls were not recorded, as another note tells"
+    return (
+        "their samples were not among those that were merged, or the tracer was stopped during their "
+        "forward; stop it, or leave moe_trace.profile, between two forwards"
+    )
 
 
 def _graph_notes(recording: Recording) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.calls.table import placed_by_clock
 from moe_trace.data.schema import RANGE_NAME, moe_span, range_name
 from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
 from moe_trace.read.checked import BandEvent, Checked, read_checked
@@ -55,6 +56,9 @@ def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     without, in_graphs = (sum(sample.in_graph is graph for sample in missing) for graph in (False, True))
     if without != lost.samples_without_range:
         yield "lost", f"{without} samples have no range, but the file counts {lost.samples_without_range}"
+    by_clock, told = int(placed_by_clock(checked.recording.calls).sum()), sum(lost.without_range.values())
+    if told and without + by_clock != told:
+        yield "lost", f"{without + by_clock} samples have no range, but the file says why of {told}"
     if lost.unplaced and in_graphs != sum(lost.unplaced.values()):
         yield "lost", f"{in_graphs} samples of graphs have no place, but the file says why: {lost.unplaced}"
 
@@ -65,19 +69,21 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     names = events.select(events.kind == Kind.RANGE).name
     is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
     ranges = int(np.array(is_router, dtype=bool)[names].sum()) if len(names) else 0
-    placements = [s.placement for s in checked.recording.samples if s.placement is not None]
-    placed = sum("router" in placement.host for placement in placements)
+    calls = checked.recording.calls
+    placed = int((~np.isnan(calls.duration_us("host", "router")) & ~placed_by_clock(calls)).sum())
     lost = checked.recording.lost.ranges_without_sample
     if ranges != placed + lost:
         yield "ranges", f"the trace has {ranges} router ranges, but {placed} samples and {lost} lost"
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times, or the launch of a graph."""
+    """Every host placement is a range of the trace, with its name and times, the launch of a graph, or what
+    the host's clock says of a call without a range."""
     known = named_spans(checked.events)
     graphs = graph_spans(known)
-    for sample in checked.recording.samples:
-        if sample.placement is None:
+    calls = checked.recording.calls
+    for sample, by_clock in zip(calls, placed_by_clock(calls).tolist(), strict=True):
+        if sample.placement is None or by_clock:
             continue
         for kind, span in sample.placement.host.items():
             start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()

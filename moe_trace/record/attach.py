@@ -39,7 +39,7 @@ def attach_tracer(prof: Any, tracer: Tracer) -> None:
 
     @functools.wraps(export)
     def export_and_merge(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        _export(lambda plain: export(plain, *args, **kwargs), Path(path), attached_tracers(prof))
+        _export(lambda plain: export(plain, *args, **kwargs), Path(path), prof)
 
     prof.export_chrome_trace = export_and_merge
 
@@ -79,14 +79,14 @@ def attached_tracers(prof: Any) -> Sequence[Tracer]:
     return tuple(getattr(prof, _TRACERS, ()))
 
 
-def _export(export: Callable[[str], None], path: Path, tracers: Sequence[Tracer]) -> None:
+def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
     failure: OSError | None = None
     with whole_file(path) as target:
         plain = target.with_suffix("") if path.suffix == ".gz" else target
         export(str(plain))
         _require_complete(plain, path)
         try:
-            _merge_or_warn(plain, path, tracers)
+            _merge_or_warn(plain, path, prof)
         except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
             failure = error
         if plain != target:
@@ -115,18 +115,30 @@ def _require_complete(plain: Path, path: Path) -> None:
     )
 
 
-def _merge_or_warn(plain: Path, path: Path, tracers: Sequence[Tracer]) -> None:
+def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
     """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
+    tracers = attached_tracers(prof)
     for tracer in tracers:
         if not any(tracer.calls_by_router().values()):
             warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=6)
     try:
-        merged = merge_in_place(plain, [t.recording() for t in tracers], tracks=tracers[0].tracks)
+        merged = merge_in_place(
+            plain,
+            [t.recording() for t in tracers],
+            tracks=tracers[0].tracks,
+            activities=_activities(prof),
+        )
     except MoETraceError as error:
         warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
         return
     for tracer, placed in zip(tracers, merged.placed, strict=True):
         tracer.accept(placed, merged.lost, path)
+
+
+def _activities(prof: Any) -> frozenset[str] | None:
+    """Names of what the profiler was asked to record; None for one that does not tell."""
+    activities = getattr(prof, "activities", None)
+    return None if activities is None else frozenset(activity.name for activity in activities)
 
 
 def _nothing_recorded(tracer: Tracer) -> str:

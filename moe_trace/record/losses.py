@@ -50,6 +50,7 @@ def losses(
     return Lost(
         samples_without_range=sum(lost.samples_without_range for lost in traces),
         ranges_without_sample=sum(lost.ranges_without_sample for lost in traces),
+        without_range=dict(sum((Counter(lost.without_range) for lost in traces), Counter())),
         unplaced=dict(sum((Counter(lost.unplaced) for lost in traces), Counter())),
         untimed=dict(sum((Counter(lost.untimed) for lost in traces), Counter())),
         silent_forwards=silent_forwards,

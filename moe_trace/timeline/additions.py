@@ -69,6 +69,28 @@ def _carrier(label: dict[str, Any]) -> bytes:
     return msgspec.json.encode(label)[:-2] + b',"%b":' % METADATA_KEY.encode()
 
 
+def insert_addition(file: BinaryIO, offset: int, addition: bytes) -> None:
+    """Make room for it there, and write it; the file stays as it was if the disk is full."""
+    file.seek(offset)
+    rest = file.read()
+    try:
+        file.seek(offset)
+        file.write(addition)
+        file.write(rest)
+        file.flush()
+    except OSError:
+        _restore(file, offset, rest)
+        raise
+
+
+def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
+    """Put back the bytes that stood there; they fit, for they were there before."""
+    file.seek(offset)
+    file.write(rest)
+    file.truncate()
+    file.flush()
+
+
 def find_addition(file: BinaryIO, events_end: int) -> Addition | None:
     """The addition that ends there, as merging wrote it; None for any other spelling."""
     start = max(0, events_end - _SPLICE_BYTES)

@@ -6,7 +6,7 @@ import gc
 import gzip
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +19,13 @@ from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
 from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
-from moe_trace.timeline.additions import encode_addition, remove_additions
+from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
 from moe_trace.timeline.band import Tracks, band_events, band_label
 from moe_trace.timeline.layout import TraceLayout
 from moe_trace.timeline.place.calls import Placed, place_samples
 from moe_trace.timeline.place.graphs import place_in_graphs
 from moe_trace.timeline.place.launches import read_launches
+from moe_trace.timeline.place.missing import MissingRanges
 from moe_trace.timeline.place.scan import EventBytes, scan_ranges, trace_path_error, trace_window
 
 _COPY_BYTES = 4 * 2**20
@@ -143,15 +144,25 @@ def compress(plain: Path, target: Path) -> None:
         shutil.copyfileobj(source, packed, _COPY_BYTES)
 
 
-def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Tracks = ("band",)) -> Merged:
-    """Merge into a file of our own, without the copy that keeps a file of the user's safe."""
+def merge_in_place(
+    path: Path,
+    recordings: Sequence[Recording],
+    *,
+    tracks: Tracks = ("band",),
+    activities: Collection[str] | None = None,
+) -> Merged:
+    """Merge into a file of our own, without the copy that keeps a file of the user's safe.
+
+    Args:
+        activities: names of the profiler's, to tell why ranges are missing; None where they are not known.
+    """
     with path.open("r+b") as file, _no_garbage_collection():
         layout = remove_additions(file)
         window = trace_window(EventBytes(file, layout.events.start, layout.events.end))
         if window is None:
             raise NothingRecorded(f"{path}: the trace holds no event, so that no sample lies in its time")
         named = _with_own_names(recordings)
-        placed = _place(file, named, layout, window)
+        placed = _place(file, named, layout, window, activities)
         combined = _combine(named, placed)
         events = band_events(
             combined.samples,
@@ -166,13 +177,8 @@ def merge_in_place(path: Path, recordings: Sequence[Recording], *, tracks: Track
             offset=layout.events.end,
             first=layout.events.empty,
         )
-        _insert(file, layout.events.end, addition)
-    lost = Lost(
-        samples_without_range=placed.samples_without_range,
-        ranges_without_sample=placed.ranges_without_sample,
-        unplaced=placed.unplaced,
-        untimed=placed.untimed,
-    )
+        insert_addition(file, layout.events.end, addition)
+    lost = Lost(**placed.losses())
     return Merged([_placed_of(one, own, placed) for one, own in zip(recordings, named, strict=True)], lost)
 
 
@@ -217,14 +223,22 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _place(file: BinaryIO, recordings: Sequence[Recording], layout: TraceLayout, window: Span) -> Placed:
+def _place(
+    file: BinaryIO,
+    recordings: Sequence[Recording],
+    layout: TraceLayout,
+    window: Span,
+    activities: Collection[str] | None,
+) -> Placed:
     events = EventBytes(file, layout.events.start, layout.events.end)
     ranges = list(scan_ranges(events))
+    missing = MissingRanges(events, {event.tid for event in ranges if not event.on_device}, activities)
     placed = place_samples(
         [sample for recording in recordings for sample in recording.samples],
         ranges,
         base_time_ns=layout.base_time_ns,
         window=window,
+        why=missing.why,
     )
     if not any(sample.in_graph for sample in placed.samples):
         return placed
@@ -233,6 +247,7 @@ def _place(file: BinaryIO, recordings: Sequence[Recording], layout: TraceLayout,
         recordings,
         ranges=ranges,
         launches=read_launches(events),
+        missing=missing,
         base_time_ns=layout.base_time_ns,
         window=window,
     )
@@ -243,10 +258,7 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     first = recordings[0]
     lost = replace(
         add_losses([recording.lost for recording in recordings], called=()),
-        samples_without_range=placed.samples_without_range,
-        ranges_without_sample=placed.ranges_without_sample,
-        unplaced=placed.unplaced,
-        untimed=placed.untimed,
+        **placed.losses(),
     )
     model = first.model
     if len(recordings) > 1:
@@ -261,24 +273,3 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         samples=tuple(placed.samples),
         lost=lost,
     )
-
-
-def _insert(file: BinaryIO, offset: int, addition: bytes) -> None:
-    file.seek(offset)
-    rest = file.read()
-    try:
-        file.seek(offset)
-        file.write(addition)
-        file.write(rest)
-        file.flush()
-    except OSError:
-        _restore(file, offset, rest)
-        raise
-
-
-def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
-    """Put back the bytes that stood there; they fit, for they were there before."""
-    file.seek(offset)
-    file.write(rest)
-    file.truncate()
-    file.flush()

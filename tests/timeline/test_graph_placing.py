@@ -203,7 +203,7 @@ def test_threads_are_told_apart_unless_the_trace_numbers_them_otherwise(tmp_path
     events = made.forward_range(1000, 300, 5, device=None)
     stranger = replace(made.seen(1, 1011), thread=8)
     outcome = merged(tmp_path, events, made.recording([made.seen(0, 1010), stranger]))
-    assert outcome.lost.unplaced == {reasons.NO_RANGE: 1}
+    assert outcome.lost.unplaced == {reasons.OTHER_THREAD: 1}
     outcome = merged(tmp_path, events, made.recording([stranger]))
     assert outcome.lost.unplaced == {}
 

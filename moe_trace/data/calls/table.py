@@ -138,8 +138,7 @@ class CallTable(Sequence[RoutingSample]):
     def host_us(self) -> npt.NDArray[np.float64]:
         """[N] host time of each call: its router's range in the trace, or the clock between its hooks."""
         ranged = self.duration_us("host", "router")
-        between = (self.numbers["host_end_ns"] - self.numbers["host_start_ns"]) / 1000
-        return np.where(np.isnan(ranged), between, ranged)
+        return np.where(np.isnan(ranged), _between_hooks_us(self), ranged)
 
     def call_keys(self) -> list[tuple[str, int]]:
         """[N] (module path of the router, number of its call)."""
@@ -238,3 +237,13 @@ def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> t
     group = step[there] * len(names) + layer[there]
     loads = calls.assignments.take(forward[there]).summed_by(group, len(steps) * len(names), least=least)
     return steps, loads.reshape(len(steps), len(names), loads.shape[1])
+
+
+def placed_by_clock(calls: CallTable) -> Mask:
+    """[N] whether the host's clock alone tells where the call stands: its router takes the time between its
+    hooks, to the nanosecond. A range takes longer: it is opened before the one, closed after the other."""
+    return calls.duration_us("host", "router") == _between_hooks_us(calls)
+
+
+def _between_hooks_us(calls: CallTable) -> npt.NDArray[np.float64]:
+    return (calls.numbers["host_end_ns"] - calls.numbers["host_start_ns"]) / 1000

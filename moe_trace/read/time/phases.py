@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, placed_by_clock
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.coverage import Coverage, TimeCoverage
 from moe_trace.read.file.decoding import NO_LINK
@@ -113,8 +113,8 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
     )
     backward, linked = _backward(blocks, steps, events, kernels)
-    places = CallTable.of(samples).places
-    ranged = ~np.isnan(places.span("host", "router")[:, 0])
+    calls = CallTable.of(samples)
+    ranged = ~np.isnan(calls.duration_us("host", "router"))
     launches = _launches(steps, events, kernels)
     device = (events.kind == Kind.DEVICE).any() or launches.total
     return CallTimes(
@@ -126,11 +126,11 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
         device_span_ns=span_ns,
         device_gap_ns=span_ns - union_ns,
         device_overlap_ns=forward.busy_ns.sum(1) - union_ns,
-        on_device=bool(device or (ranged & ~np.isnan(places.span("device", "router")[:, 0])).any()),
+        on_device=bool(device or (ranged & ~np.isnan(calls.duration_us("device", "router"))).any()),
         coverage=TimeCoverage(
             kernels=kernels.coverage,
             launches=launches,
-            calls=Coverage(joined=len(blocks), total=int(ranged.sum())),
+            calls=Coverage(joined=len(blocks), total=int((ranged & ~placed_by_clock(calls)).sum())),
             backward=linked,
         ),
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
@@ -20,10 +20,16 @@ class Placed:
     """The profiled samples of this trace's window; `placement` is None where no range was found."""
     samples_without_range: int
     ranges_without_sample: int
+    without_range: dict[str, int] = field(default_factory=dict)
+    """Samples whose range the trace does not hold, placed by the clock or not at all: why -> how many."""
     unplaced: dict[str, int] = field(default_factory=dict)
     """Calls inside graphs that have no place: why -> how many."""
     untimed: dict[str, int] = field(default_factory=dict)
     """Calls inside graphs that have one, but no latency of their router: why -> how many."""
+
+    def losses(self) -> dict[str, Any]:
+        """What the trace lacks, by the names that `Lost` has for it."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
 
 
 def place_samples(
@@ -32,6 +38,7 @@ def place_samples(
     *,
     base_time_ns: int,
     window: Span | None,
+    why: Callable[[RoutingSample], str] = lambda sample: "",
 ) -> Placed:
     """Give each profiled sample of the window the ranges of its router, experts and block.
 
@@ -40,9 +47,11 @@ def place_samples(
         ranges: our ranges as found in the trace, host and device.
         base_time_ns: the trace's `baseTimeNanoseconds`.
         window: what the profiler recorded, in trace time; None if the trace does not tell.
+        why: the cause for a sample that has no range (`MissingRanges.why`).
     """
     timeline = _Timeline(ranges)
     placed = []
+    causes = Counter[str]()
     used: set[int] = set()
     for sample in samples:
         start_us = (sample.host_start_ns - base_time_ns) / 1000
@@ -50,27 +59,17 @@ def place_samples(
         if not sample.profiled or not (unseen or _inside(start_us, window)):
             continue
         router = timeline.enclosing("router", sample, start_us)
-        if router is None:
-            if sample.in_graph:  # it has no range of its own, and lost none
-                placed.append(sample)
-                continue
-            fused = sample.host_end_ns == sample.host_start_ns
-            placement = timeline.fused(sample, start_us) if fused else None
-            if placement is None and timeline.knows_nothing_of(sample.thread):
-                placement = _by_clock(sample, start_us)
-            placed.append(replace(sample, placement=placement))
-            continue
-        used.add(id(router))
-        placed.append(replace(sample, placement=timeline.placement(router)))
+        if router is not None:
+            used.add(id(router))
+            placement: Placement | None = timeline.placement(router)
+        elif sample.in_graph:  # it has no range of its own, and lost none
+            placement = sample.placement
+        elif (placement := timeline.fused(sample, start_us)) is None:
+            causes[why(sample)] += 1
+            placement = timeline.by_clock(sample, start_us)
+        placed.append(replace(sample, placement=placement))
     without_range = sum(sample.placement is None and not sample.in_graph for sample in placed)
-    return Placed(placed, without_range, len(timeline.routers) - len(used))
-
-
-def _by_clock(sample: RoutingSample, start_us: float) -> Placement:
-    """Where the host's clock has it: the profiler did not record the thread that it ran on."""
-    return Placement(
-        host={"router": Span(start_us, (sample.host_end_ns - sample.host_start_ns) / 1000)}, device={}
-    )
+    return Placed(placed, without_range, len(timeline.routers) - len(used), dict(causes))
 
 
 def _inside(time_us: float, window: Span | None) -> bool:
@@ -102,9 +101,13 @@ class _Timeline:
         if event.kind == "router":
             self.routers.append(event)
 
-    def knows_nothing_of(self, thread: int) -> bool:
-        """Whether no range of ours is of this thread: a profiler records the one that started it alone."""
-        return thread not in self._seen
+    def by_clock(self, sample: RoutingSample, start_us: float) -> Placement | None:
+        """Where the host's clock has it, if no range of ours is of its thread: the profiler recorded no host
+        events, or those of another thread. Where it has others, this one was lost."""
+        if sample.thread in self._seen:
+            return None
+        taken_us = (sample.host_end_ns - sample.host_start_ns) / 1000
+        return Placement(host={"router": Span(start_us, taken_us)}, device={})
 
     def enclosing(self, kind: RangeKind, sample: RoutingSample, time_us: float) -> RangeEvent | None:
         """The range of this sample's site that holds the time, on the sample's own thread if it has one."""
@@ -142,7 +145,8 @@ class _Timeline:
 
     def fused(self, sample: RoutingSample, time_us: float) -> Placement | None:
         """The block alone, where neither router nor experts ran as modules and the router took no time."""
-        block = self.enclosing("block", sample, time_us)
+        took_none = sample.host_end_ns == sample.host_start_ns
+        block = self.enclosing("block", sample, time_us) if took_none else None
         if block is None:
             return None
         device = self._device_span(block)

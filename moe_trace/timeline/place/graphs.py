@@ -19,7 +19,8 @@ from moe_trace.timeline.place.device_forwards import DeviceForwards
 from moe_trace.timeline.place.host_forwards import HostForwards
 from moe_trace.timeline.place.launched import Replays, TraceClock
 from moe_trace.timeline.place.launches import Launches
-from moe_trace.timeline.place.reasons import OTHER_TRACE
+from moe_trace.timeline.place.missing import MissingRanges
+from moe_trace.timeline.place.reasons import NO_RANGE, OTHER_TRACE
 from moe_trace.timeline.place.scan import RangeEvent
 
 
@@ -29,6 +30,7 @@ def place_in_graphs(
     *,
     ranges: Sequence[RangeEvent],
     launches: Launches,
+    missing: MissingRanges,
     base_time_ns: int,
     window: Span | None,
 ) -> Placed:
@@ -39,6 +41,7 @@ def place_in_graphs(
         recordings: of one or more tracers, which share no module path.
         ranges: our ranges in the trace.
         launches: of graphs and copies in the trace (`read_launches`).
+        missing: why there are no ranges where there are none.
         base_time_ns: the trace's `baseTimeNanoseconds`.
         window: what the profiler recorded, in trace time; None if the trace does not tell.
     """
@@ -55,7 +58,8 @@ def place_in_graphs(
                 untimed[places[owners[sample.name]].why_untimed(found)] += 1
         elif found != OTHER_TRACE:
             samples.append(sample)
-            unplaced.update([found] if found is not None else [])
+            if found is not None:
+                unplaced[missing.why_no_forward(sample) if found == NO_RANGE else found] += 1
     return replace(placed, samples=samples, unplaced=dict(unplaced), untimed=dict(untimed))
 
 

@@ -1,6 +1,26 @@
-"""Why a call that was made inside a graph has no place on the timeline, or its router no time."""
+"""Why a call has no range, no place on the timeline, or its router no time."""
 
 from __future__ import annotations
+
+NO_CPU = "the profiler was not asked for events of the host; add ProfilerActivity.CPU to activities="
+NO_HOST_EVENTS = (
+    "it holds no event of the host; add ProfilerActivity.CPU to activities=, or, where it is given, start "
+    "the profiler on the thread that runs the model"
+)
+OTHER_THREAD = (
+    "the profiler did not record the thread that they ran on; start it there, or give it "
+    "experimental_config=torch.profiler._ExperimentalConfig(profile_all_threads=True)"
+)
+NO_ANNOTATIONS = (
+    "it holds operators of their thread and no range of moe_trace, so another tool took the annotations out; "
+    "merge into the trace as the profiler wrote it"
+)
+DROPPED = (
+    "it holds those of other calls of the same thread, so theirs were dropped by the profiler or by a tool "
+    "that saved the file; record fewer steps, or merge into the trace as the profiler wrote it"
+)
+
+# -- of calls inside graphs ------------------------------------------------------------------------------
 
 NO_RANGE = (
     "the trace holds no range round their forward: its code was compiled while the profiler recorded, or the "
