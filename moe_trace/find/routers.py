@@ -208,24 +208,24 @@ def _select(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
     return chosen
 
 
-def _transformers_release(model: nn.Module) -> str | None:
-    """The version of transformers, for a model of its classes."""
+def transformers_release(module: nn.Module) -> str | None:
+    """The version of transformers, for a module of its classes."""
     package = sys.modules.get("transformers")
     of_transformers = any(
-        base.__module__.startswith("transformers.") for base in type(unwrapped(model)).__mro__
+        base.__module__.startswith("transformers.") for base in type(unwrapped(module)).__mro__
     )
     return str(package.__version__) if package is not None and of_transformers else None
 
 
 def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -> str:
-    known = "; ".join(f"{contract.name}: {contract.description}" for contract in CONTRACTS)
-    release = _transformers_release(model)
+    name, release = type(unwrapped(model)).__name__, transformers_release(model)
     if release is not None and int(release.split(".")[0]) < 5:
-        advice = (
-            f"transformers {release} is installed, where blocks choose their experts themselves; routers are "
-            "modules of their own from 5.0 on: pip install 'transformers>=5'"
+        return (
+            f"found 0 routers in {name}: transformers {release} is installed, and routers are modules of "
+            "their own from 5.0 on (before, the block chooses the experts). pip install 'transformers>=5'"
         )
-    elif unread:
+    known = "; ".join(f"{contract.name}: {contract.description}" for contract in CONTRACTS)
+    if unread:
         advice = (
             f"{len(unread)} modules look like routed experts and follow none of them: "
             f"{describe_unread(unread)}. Teach it with moe_trace.register_contract, then check with "
@@ -237,4 +237,4 @@ def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -
             "`moe-trace routers MODEL` lists the routers of any other model, and "
             "moe_trace.register_contract teaches one of your own"
         )
-    return f"found 0 routers in {type(unwrapped(model)).__name__}; known contracts: {known}. {advice}"
+    return f"found 0 routers in {name}; known contracts: {known}. {advice}"

@@ -53,7 +53,9 @@ def test_dense_model_is_refused_with_advice() -> None:
 
 def test_models_of_an_old_transformers_are_refused_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "4.57.6")
-    with pytest.raises(NoRoutersFound, match=r"transformers 4\.57\.6 is installed.*from 5\.0 on"):
+    with pytest.raises(
+        NoRoutersFound, match=r"transformers 4\.57\.6 is installed.*from 5\.0 on.*pip install"
+    ):
         moe_trace.find_routers(dense_model())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
 from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
+from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
@@ -277,8 +278,10 @@ class CallCollector:
         counts.misread = (
             str(error) if isinstance(error, ContractMismatch) else f"{type(error).__name__}: {error}"
         )
+        release = transformers_release(site.router)
+        of_release = "" if release is None else f" of transformers {release}"
         warn_user(
-            f"{site.name} ({site.info.router_class}) cannot be read as '{site.contract.name}': "
+            f"{site.name} ({site.info.router_class}{of_release}) cannot be read as '{site.contract.name}': "
             f"{counts.misread}. Such calls are counted as lost; the model runs on"
         )
 
