@@ -22,7 +22,7 @@ from moe_trace.data.schema import BAND_PID, Lost, Span
 from moe_trace.timeline.additions import read_added
 from moe_trace.timeline.merge import merge_recording
 from moe_trace.timeline.place.calls import place_samples
-from moe_trace.timeline.place.scan import EventBytes, RangeEvent, scan_ranges
+from moe_trace.timeline.place.scan import RangeEvent
 from paths import DATA
 from spliced import recording_in, without_additions
 
@@ -239,19 +239,6 @@ def test_merge_into_takes_any_trace_of_torch(tmp_path: Path) -> None:
         assert recording_in(merged)["lost"]["samples_without_range"] == 0
         lanes = [e for e in merged["traceEvents"] if e.get("pid") == BAND_PID and e["ph"] == "X"]
         assert len(lanes) == 6
-
-
-def test_ranges_that_straddle_the_reading_blocks_are_found_once(
-    trace: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = trace
-    with path.open("rb") as file:
-        expected = list(scan_ranges(EventBytes(file, 0, path.stat().st_size)))
-    for block in (70_000, 65_537, 100_003):
-        monkeypatch.setattr("moe_trace.timeline.place.scan._CHUNK", block)
-        with path.open("rb") as file:
-            assert list(scan_ranges(EventBytes(file, 0, path.stat().st_size))) == expected
-    assert len(expected) == 18
 
 
 def test_torchs_own_validator_passes_as_on_the_plain_trace(

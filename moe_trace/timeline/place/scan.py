@@ -83,12 +83,13 @@ def _ranges_at(events: EventBytes, needle: bytes) -> Iterator[RangeEvent]:
         read = events.file.readinto(window[filled : filled + room])  # type: ignore[attr-defined]
         filled += read
         limit = max(searched, filled - _EVENT_MAX) if events.at_most(1) else filled
-        position = buffer.find(needle, searched, limit)
+        until = min(limit + len(needle) - 1, filled)  # a name that begins before the limit may end behind it
+        position = buffer.find(needle, searched, until)
         while position >= 0:
             event = _event_around(buffer, position, filled)
             if event is not None:
                 yield event
-            position = buffer.find(needle, position + len(needle), limit)
+            position = buffer.find(needle, position + len(needle), until)
         kept_from = max(0, limit - _EVENT_MAX)
         window[: filled - kept_from] = bytes(window[kept_from:filled])
         filled, searched = filled - kept_from, limit - kept_from
