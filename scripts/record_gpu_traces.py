@@ -148,7 +148,6 @@ WORKLOADS = {
     "train_grouped_mm": Workload(train(), profiler=SHAPES),
 }
 MORE_WORKLOADS = {
-    "prefill_decode": Workload(prefill_decode, steps=1),
     "prefill_decode_16_layers": Workload(prefill_decode, steps=1, layers=16),
     "prefill_cuda_only": Workload(
         prefill(512, "grouped_mm"), profiler={"activities": (ProfilerActivity.CUDA,)}

@@ -14,7 +14,7 @@ from paths import DATA
 from tiny_ranks import Run, sent, write_ranks
 from tiny_trace import EXPERTS, write_tiny
 
-H100 = DATA / "h100" / "prefill_decode.pt.trace.json.gz"
+H100 = DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz"
 Counts = Callable[[int, int], tuple[int, ...]]
 CALLS = 24
 

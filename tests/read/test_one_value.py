@@ -22,7 +22,7 @@ from moe_trace.timeline.merge import merge_recording
 from paths import DATA
 
 TRACES = (
-    "h100/prefill_decode",
+    "h100/prefill_decode_16_layers",
     "h100/train_checkpointed",
     "h200/decode_grouped_mm",
     "h200/prefill_eager",

@@ -22,7 +22,7 @@ from moe_trace.show.text import render_text
 from paths import DATA
 from report_text import shown, table_in
 
-PATH = DATA / "h100" / "prefill_decode.pt.trace.json.gz"
+PATH = DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz"
 LAYERS, EXPERTS, TOP_K, WIDTH = 16, 64, 8, 2048
 PEAK, BANDWIDTH = 989.4e12, 3.35e12
 EXPERT_WEIGHTS = 3 * 2048 * 1024
@@ -107,9 +107,9 @@ def test_headings(stages: dict[str, Stage], summary: TraceSummary) -> None:
     calls = sum(len(s.calls) for s in stages.values())
     tokens = sum(c.sample.tokens for s in stages.values() for c in s.calls)
     slots = tokens * TOP_K
-    assert (
-        f"{LAYERS} routers, {calls} calls, 4 steps, {tokens:,} routed tokens, {slots:,} assignments" in head
-    )
+    steps = len({c.sample.step for s in stages.values() for c in s.calls})
+    assert steps == 1  # the profiler was not told of more
+    assert f"{LAYERS} routers, {calls} calls, 1 step, {tokens:,} routed tokens, {slots:,} assignments" in head
     assert "prefill (16 calls), decode (48 calls)" in head
     for name, stage in stages.items():
         steps = {c.sample.step for c in stage.calls}
@@ -297,9 +297,10 @@ def test_findings(stages: dict[str, Stage], summary: TraceSummary) -> None:
     """Every sentence, and that no rule kept silent or spoke without reason."""
     found = {(f.stage, f.rule): f for f in summary.findings}
     assert len(found) == len(summary.findings) <= 8
-    expected = {("prefill", rule) for rule in ("launch_gaps", "moving_tokens", "hot_expert", "dead_experts")}
+    expected = {("prefill", rule) for rule in ("moving_tokens", "hot_expert", "dead_experts")}
     expected |= {("decode", rule) for rule in ("launch_gaps", "moving_tokens", "far_from_peak")}
     assert set(found) == {*expected, (None, "uncounted_flops")}
+    assert gaps(stages["prefill"])[0] < 0.5 * gaps(stages["prefill"])[1], "so no rule speaks of its gaps"
     costs = [f.cost_us for f in summary.findings if f.cost_us is not None]
     assert costs == sorted(costs, reverse=True)
     for name, stage in stages.items():
@@ -313,13 +314,19 @@ def test_findings(stages: dict[str, Stage], summary: TraceSummary) -> None:
         assert f"{finding.sentence} {finding.advice}" in text
 
 
+def gaps(stage: Stage) -> tuple[float, float]:
+    """µs without a kernel within the blocks' time on the device, and that time."""
+    gap, span = (sum(c.times[key] for c in stage.calls) / 1000 for key in ("device_gap", "device_span"))
+    return gap, span
+
+
 def check_time(found: dict[tuple[str | None, str], Finding], name: str, stage: Stage) -> None:
-    gap = sum(c.times["device_gap"] for c in stage.calls) / 1000
-    span = sum(c.times["device_span"] for c in stage.calls) / 1000
-    finding = found[name, "launch_gaps"]
-    assert finding.value == pytest.approx(gap / span) and finding.cost_us == pytest.approx(gap)
-    assert f"{100 * gap / span:.0f} % of the MoE blocks' device time" in finding.sentence
-    assert f"{gap / 1000:.3g} ms of {span / 1000:.3g} ms" in finding.sentence
+    if name == "decode":
+        gap, span = gaps(stage)
+        finding = found[name, "launch_gaps"]
+        assert finding.value == pytest.approx(gap / span) and finding.cost_us == pytest.approx(gap)
+        assert f"{100 * gap / span:.0f} % of the MoE blocks' device time" in finding.sentence
+        assert f"{gap / 1000:.3g} ms of {span / 1000:.3g} ms" in finding.sentence
     moved = stage.busy_us("dispatch") + stage.busy_us("combine")
     share = moved / sum(stage.busy_us(phase) for phase in PHASES)
     finding = found[name, "moving_tokens"]

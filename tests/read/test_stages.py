@@ -18,7 +18,7 @@ from moe_trace.show.json import to_plain
 from moe_trace.timeline.merge import merge_recording
 from paths import DATA
 
-H100 = DATA / "h100" / "prefill_decode.pt.trace.json.gz"
+H100 = DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz"
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 

@@ -33,7 +33,7 @@ from paths import DATA
 H200 = DATA / "h200"
 TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
 EAGER = "prefill_eager.pt.trace.json.gz"
-MIXED = "prefill_decode.pt.trace.json.gz"
+MIXED = "prefill_decode_16_layers.pt.trace.json.gz"
 PAYLOAD_MAX = 2_000_000
 
 
@@ -320,7 +320,7 @@ def test_the_page_has_no_inline_script_and_writes_no_html() -> None:
 
 def test_findings_are_those_of_the_report_worst_first() -> None:
     summary = read_summary(H200 / PREFILL)
-    shown = overview(summary)["stages"][0]["findings"]
+    shown = overview(summary)["stages"][0]["findings"]["shown"]
     assert [f["sentence"] for f in shown] == [f.sentence for f in summary.findings]
     costs = [f.cost_us for f in summary.findings if f.cost_us is not None]
     assert costs == sorted(costs, reverse=True) and len(costs) >= 1
