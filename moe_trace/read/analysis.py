@@ -62,6 +62,16 @@ class TraceSummary(Summary):
             return dict(self.stages)
         return {self.stage: self} if self.stage is not None else {}
 
+    def findings_apart(self) -> dict[str, tuple[Finding, ...]]:
+        """Each stage's under its name; under `""` those about the run, or all where stages are not apart."""
+        of_run = tuple(finding for finding in self.findings if finding.stage is None)
+        said = {finding.rule for finding in of_run}
+        found: dict[str, tuple[Finding, ...]] = {
+            stage: tuple(finding for finding in part.findings if finding.rule not in said)
+            for stage, part in self.stages.items()
+        }
+        return {**found, "": of_run}
+
     @property
     def calls(self) -> CallTable:
         """The samples by column."""

@@ -130,8 +130,8 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
             fixed(r.total_variation, 3),
             fixed(r.chance, 3),
             "changed" if r.changed else "chance",
-            _experts(r.gained),
-            _experts(r.lost),
+            shifts(r.gained),
+            shifts(r.lost),
         ]
         for r in shown
     ]
@@ -148,8 +148,9 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
     return "\n".join(parts)
 
 
-def _experts(shifts: Sequence[ExpertShift]) -> str:
-    return ", ".join(f"{s.expert} {100 * (s.share_b - s.share_a):+.1f}" for s in shifts[:2]) or "-"
+def shifts(experts: Sequence[ExpertShift]) -> str:
+    """`26 +1.2, 5 +0.8`: two experts, and by how many percentage points of their layer they moved."""
+    return ", ".join(f"{s.expert} {100 * (s.share_b - s.share_a):+.1f}" for s in experts[:2]) or "-"
 
 
 def _figure_parts(changes: Sequence[Change], stage: str, everything: bool) -> list[str]:

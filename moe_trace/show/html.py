@@ -14,6 +14,7 @@ from moe_trace.data.display.columns import column_of, number_text
 from moe_trace.data.display.tables import scaled, share
 from moe_trace.data.errors import UsageError
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.findings.finding import Finding
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.figures.report import figures
@@ -21,6 +22,7 @@ from moe_trace.show.json import without_nonfinite
 from moe_trace.show.text.phases import shares_sentence
 from moe_trace.show.text.ranks import rank_sentences
 
+_IN_NOTEBOOKS = ("experts", "latency", "forward")
 _PAGE = Path(__file__).parent / "page"
 _THEME = Path(__file__).parent / "tensorboard" / "static" / "theme.js"
 
@@ -95,8 +97,14 @@ def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
 
 
 def _parts(prefix: str, summary: TraceSummary) -> list[_Part]:
+    apart = summary.findings_apart()
     parts = [
-        _Part("-".join(filter(None, (prefix, stage))), stage.capitalize(), _answers(part), figures(part))
+        _Part(
+            "-".join(filter(None, (prefix, stage))),
+            stage.capitalize(),
+            _answers(part, apart[stage]),
+            figures(part),
+        )
         for stage, part in _by_stage(summary).items()
     ]
     if summary.ranks is not None:
@@ -114,12 +122,13 @@ _POLICY = (
 
 def render_fragment(summary: TraceSummary) -> str:
     """Totals, findings and the table of layers, without scripts: what a notebook shows."""
-    shown = []
+    shown, apart = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
-        found = [figure for figure in figures(part) if figure.key in ("experts", "latency", "phases")]
+        found = [figure for figure in figures(part) if figure.key.split("-")[0] in _IN_NOTEBOOKS]
         tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{_table(f)}" for f in found)
         heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
-        shown.append(f"{heading}{_totals(part)}{_findings(part)}{tables}")
+        shown.append(f"{heading}{_totals(part)}{_findings(apart[stage])}{tables}")
+    shown.append(_findings_of_run(summary))
     return f"<div><h3>{escape(_title(summary))}</h3>{''.join(shown)}</div>"
 
 
@@ -132,6 +141,7 @@ def _section(summary: TraceSummary, parts: Sequence[_Part]) -> str:
     return f"""<section aria-label="{escape(str(summary.trace))}">
 <p class="path">{escape(str(summary.trace))}</p>
 {"".join(map(_part, parts))}
+{_findings_of_run(summary)}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
 </section>"""
 
@@ -141,11 +151,11 @@ def _part(part: _Part) -> str:
     return f"{heading}{part.words}\n{''.join(_figure(part.prefix, figure) for figure in part.figures)}"
 
 
-def _answers(summary: TraceSummary) -> str:
+def _answers(summary: TraceSummary, found: Sequence[Finding]) -> str:
     phases = f"<p>{escape(shares_sentence(summary.phases))}</p>" if summary.phases is not None else ""
     return f"""{_totals(summary)}
 <h3>Findings</h3>
-{_findings(summary)}
+{_findings(found)}
 {phases}"""
 
 
@@ -168,12 +178,19 @@ def _totals(summary: TraceSummary) -> str:
     return f'<dl class="totals">{items}</dl>'
 
 
-def _findings(summary: TraceSummary) -> str:
-    if not summary.findings:
+def _findings_of_run(summary: TraceSummary) -> str:
+    """Those about the run as a whole, below its stages."""
+    found = summary.findings_apart()[""] if summary.stages else ()
+    return f"<h3>Findings about the run as a whole</h3>{_findings(found)}" if found else ""
+
+
+def _findings(found: Sequence[Finding]) -> str:
+    if not found:
         return '<p class="soft">No rule found anything to look at.</p>'
     items = "\n".join(
-        f'<li>{_marked(f.sentence)} <span class="advice">{_marked(f.advice)}</span></li>'
-        for f in summary.findings
+        f'<li><span class="severity {f.severity}">{escape(f.price)}</span> {_marked(f.sentence)} '
+        f'<span class="advice">{_marked(f.advice)}</span></li>'
+        for f in found
     )
     return f'<ul class="findings">{items}</ul>'
 

@@ -85,15 +85,16 @@ def wait_until(ask: Callable[[], T | None], what: str, *, timeout_s: float = STA
 
 
 @contextmanager
-def tensorboard(logdir: Path, scratch: Path, *flags: str) -> Iterator[str]:
-    """A TensorBoard of its own for `logdir`; gives its URL, without a slash at the end.
+def tensorboard(logdir: Path | None, scratch: Path, *flags: str) -> Iterator[str]:
+    """A TensorBoard of its own for `logdir`, or for what the flags say; its URL, without a slash at the end.
 
     TensorBoard chooses the port itself and prints it, so no other process can take it in between. What it
     writes goes to `scratch`.
     """
     log = scratch / "tensorboard.log"
     # -P: an old moe_trace.egg-info in the checkout would hide the entry points of the installed package.
-    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(logdir), "--load_fast=false"]
+    command = [sys.executable, "-P", "-m", "tensorboard.main", "--load_fast=false"]
+    command += ["--logdir", str(logdir)] if logdir is not None else []
     command += ["--host=127.0.0.1", "--port=0", "--reload_interval=1", *flags]
     with log.open("wb") as output:
         # A session of its own: the profiler plugin starts processes to parse traces, and they must end too.

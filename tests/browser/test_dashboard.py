@@ -37,6 +37,7 @@ pytestmark = pytest.mark.browser
 
 H200 = DATA / "h200"
 TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
+EAGER = "prefill_eager.pt.trace.json.gz"
 HOSTILE = "<img src=x onerror=alert(1)>"
 SHOT_WIDTHS = (1400, 900)
 
@@ -57,7 +58,12 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     profile_demo_model(logdir / "demo")
     record_two_ranks(logdir / "two_ranks", tmp_path_factory.mktemp("store") / "store")
     write_ranks(logdir / "four_ranks", Run(ranks=4))
-    for run, name in (("h200_train", TRAIN), ("h200_prefill", PREFILL), (HOSTILE, TRAIN)):
+    for run, name in (
+        ("h200_train", TRAIN),
+        ("h200_prefill", PREFILL),
+        ("h200_eager", EAGER),
+        (HOSTILE, TRAIN),
+    ):
         (logdir / run).mkdir()
         shutil.copy(H200 / name, logdir / run)
     broken = logdir / "broken"
@@ -271,14 +277,15 @@ def check_time(page: Page, board: Board, where: dict[str, str], plain: dict[str,
     clocks = {"device": "device_busy_us", "host": "host_us"}
     seen = 0
     for key, rows in tables.items():
-        direction, _, clock = key.partition("-")
+        part, _, clock = key.partition("-")
         if clock not in clocks:
             continue
         seen += 1
+        number = {"forward": "calls", "backward": "backwards"}[part]
         for row, layer in zip(rows, plain["phases"]["layers"], strict=True):
-            times = layer["forward" if direction == "phases" else "backward"]
+            times = layer[part]
             for heading in (h for h in row if h.removesuffix(" µs") in times):
-                expected = times[heading.removesuffix(" µs")][clocks[clock]] / layer["calls"]
+                expected = times[heading.removesuffix(" µs")][clocks[clock]] / layer[number]
                 assert row[heading] == pytest.approx(expected), (key, heading)
     assert seen == (4 if plain["phases"]["whole"]["on_device"] else 1)
     for row, router in zip(tables["latency"], plain["routers"], strict=True):
@@ -290,21 +297,34 @@ def check_time(page: Page, board: Board, where: dict[str, str], plain: dict[str,
 
 
 def test_compare_equals_the_diff_command(page: Page, watch: Watch, board: Board) -> None:
-    paths = [str(board.logdir / "h200_train" / TRAIN), str(board.logdir / "h200_prefill" / PREFILL)]
+    paths = [str(board.logdir / "h200_eager" / EAGER), str(board.logdir / "h200_prefill" / PREFILL)]
     command = [sys.executable, "-m", "moe_trace", "diff", *paths, "--format", "json"]
-    changes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[
-        "changes"
-    ]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     frame = open_view(
-        page, board.url, "compare", run="h200_train", trace=TRAIN, run_b="h200_prefill", trace_b=PREFILL
+        page, board.url, "compare", run="h200_eager", trace=EAGER, run_b="h200_prefill", trace_b=PREFILL
     )
-    rows = {row["metric"]: row for row in shown_tables(frame)["changes"]}
-    expected = [c for c in changes if c["site"] == "all"]
-    assert set(rows) == {c["metric"] for c in expected}
+    tables = shown_tables(frame)
+    rows = {row["metric"]: row for row in tables["changes"]}
+    expected = [c for c in told["changes"] if c["site"] == "all"]
+    assert expected and set(rows) == {c["metric"] for c in expected}
     for change in expected:
         row = rows[change["metric"]]
         assert (row["A"], row["B"], row["verdict"]) == (change["a"], change["b"], change["verdict"])
         assert row["B − A"] == change["difference"]
+    setup = [(row["what differs"], row["A"], row["B"]) for row in tables["setup"]]
+    assert setup == [(s["fact"], s["a"], s["b"]) for s in told["setup"]]
+    assert ("experts implementation", "eager", "grouped_mm") in setup
+    routing = {row["layer"]: row["verdict"] == "changed" for row in tables["routing-changes"]}
+    assert routing == {r["site"]: r["changed"] for r in told["routing"]}
+
+
+def test_compare_says_where_no_stage_is_shared(page: Page, watch: Watch, board: Board) -> None:
+    frame = open_view(
+        page, board.url, "compare", run="h200_train", trace=TRAIN, run_b="h200_prefill", trace_b=PREFILL
+    )
+    assert "share no stage" in frame.locator("[data-figure=setup]").inner_text()
+    assert frame.locator(".sides [data-stage]").all_inner_texts() == ["Stage\ntrain", "Stage\nprefill"]
+    assert frame.locator("[data-figure=changes]").count() == 0, "no empty table"
 
 
 # -- theme, address, reload ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.browser
 
 H200 = DATA / "h200" / "train_grouped_mm.pt.trace.json.gz"
 EVIL = "</script><img src=x onerror=window.owned=1>"
-KEYS = ("experts", "load", "entropy", "latency", "phases", "phases-backward")
+KEYS = ("experts", "load", "entropy", "latency", "forward-device", "backward-device")
 
 
 @pytest.fixture(scope="module")

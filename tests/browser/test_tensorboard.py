@@ -77,10 +77,10 @@ def profile_demo_model(folder: Path) -> list[str]:
     return [site.site for site in moe_trace.find_routers(model)]
 
 
-def keep_screenshot(page: Page, name: str) -> None:
+def keep_screenshot(page: Page, name: str, screenshot: bytes | None = None) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     # Not through playwright's `path=`: that starts a thread which stays as long as the browser.
-    (SCREENSHOTS / f"{name}.png").write_bytes(still_screenshot(page))
+    (SCREENSHOTS / f"{name}.png").write_bytes(screenshot or still_screenshot(page))
 
 
 def test_trace_view_shows_the_band_above_all_else(page: Page, board: Board) -> None:

@@ -74,15 +74,21 @@ def open_profiler_view(page: Page, url: str, run: str, view: str) -> FrameLocato
     page.goto(f"{url}/#pytorch_profiler")
     profiler = page.frame_locator("iframe")
     _choose(profiler, RUN_LIST, run)
-    _choose(profiler, VIEW_LIST, view)
+    choose_view(profiler, view)
     return profiler
 
 
-def wait_for_timeline(page: Page) -> None:
-    """Waits until the viewer of chrome://tracing, in a frame or alone, has drawn its rows."""
+def choose_view(profiler: FrameLocator, view: str) -> None:
+    """Another view of the same run."""
+    _choose(profiler, VIEW_LIST, view)
+
+
+def wait_for_timeline(page: Page) -> bytes:
+    """Waits until chrome://tracing's viewer, in a frame or alone, has drawn its rows; a screenshot then."""
     frame = timeline_frame(page)
-    frame.wait_for_function(f"() => {{ {DOM_FUNCTIONS} return (() => {{ {TRACKS_SCRIPT} }})().length > 0; }}")
-    still_screenshot(page)
+    rows = f"{DOM_FUNCTIONS} return (() => {{ {TRACKS_SCRIPT} }})().length"
+    frame.wait_for_function(f"() => {{ if (!document.body) return 0; {rows}; }}")
+    return still_screenshot(page)
 
 
 def tracks(page: Page) -> list[Track]:
@@ -101,14 +107,15 @@ def track_names(page: Page, process: str = "") -> list[str]:
     return [track.name for track in tracks(page) if process in track.process]
 
 
-def drawn_columns(page: Page) -> dict[tuple[str, str], int]:
+def drawn_columns(page: Page, screenshot: bytes | None = None) -> dict[tuple[str, str], int]:
     """For each (process, track): in how many columns of pixels something is drawn.
 
     A row with a heading and nothing in it has 0. The vertical lines that mark an instant cross every row, so
     columns coloured in all rows don't count.
     """
     rows = tracks(page)
-    pixels = np.asarray(Image.open(io.BytesIO(still_screenshot(page))).convert("RGB")).astype(np.int16)
+    image = Image.open(io.BytesIO(screenshot or still_screenshot(page)))
+    pixels = np.asarray(image.convert("RGB")).astype(np.int16)
     coloured = np.ptp(pixels, axis=2) > COLOURED
     columns = [coloured[row.top : row.bottom].any(axis=0) for row in rows]
     everywhere = np.logical_and.reduce(columns)

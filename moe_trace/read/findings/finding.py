@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moe_trace.data.schema import Stage
 from moe_trace.data.summary import RouterSummary
@@ -16,6 +16,8 @@ from moe_trace.read.time.speed import SpeedReport
 FINDINGS_SHOWN = 8
 """How many a page shows; the JSON has all."""
 LAYERS_NAMED = 3
+WRONG = frozenset({"nonfinite", "bytes_differ", "clocks_disagree"})
+Severity = Literal["wrong", "time", "note"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,20 @@ class Finding:
     """Time that it takes over the whole recording, where the trace tells."""
     stage: Stage | None = None
     """The calls that it is about; None where the recording has one stage only, or for the run as a whole."""
+
+    @property
+    def severity(self) -> Severity:
+        """`wrong` where figures cannot be trusted, `time` where it takes time that the trace tells."""
+        if self.rule in WRONG:
+            return "wrong"
+        return "time" if self.cost_us is not None else "note"
+
+    @property
+    def price(self) -> str:
+        """Severity in a word: `wrong`, the time that it takes, or `note`."""
+        return (
+            duration(self.cost_us) if self.severity == "time" and self.cost_us is not None else self.severity
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,6 @@ RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.uncounted_flops)
 """About the run as a whole, whatever its stages."""
 RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
-WRONG = frozenset({"nonfinite", "bytes_differ", "clocks_disagree"})
-"""Where figures cannot be trusted: before all that only costs time."""
-
 
 def find(evidence: RuleInput) -> tuple[Finding, ...]:
     """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
@@ -43,6 +40,5 @@ def find_apart(whole: RuleInput, stages: Mapping[Stage, Iterable[Finding]]) -> t
 
 def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Worst first; what costs the same stays in the order of the rules."""
-    return tuple(
-        sorted(findings, key=lambda f: (f.rule not in WRONG, f.cost_us is None, -(f.cost_us or 0.0)))
-    )
+    order = ("wrong", "time", "note")
+    return tuple(sorted(findings, key=lambda f: (order.index(f.severity), -(f.cost_us or 0.0))))

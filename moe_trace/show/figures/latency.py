@@ -1,4 +1,4 @@
-"""Figures of how long a call takes, per layer: its router, and the phases of its MoE block."""
+"""Figure of how long a call of the router takes, per layer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import LayerPhases, PhaseReport
-from moe_trace.read.time.structure import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
+from moe_trace.show.figures.figure import Figure, Spec, layer_columns, safe
 
 CLOCKS = (
     ("host", "host", "#0072B2"),
@@ -67,78 +65,3 @@ def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution |
         },
         "marker": {"color": colour},
     }
-
-
-def phase_figures(report: PhaseReport) -> list[Figure]:
-    """Stacked bars per layer: forward with gaps, and backward where there is any."""
-    clock = "device time" if report.whole.on_device else "host time"
-    found = [
-        _phase_figure(
-            report,
-            key="phases",
-            title="Phases of an MoE call, forward",
-            caption=f"Mean {clock} of one call. A gap is time in which nothing of the block ran.",
-            backward=False,
-        )
-    ]
-    if report.total.backward is not None:
-        found.append(
-            _phase_figure(
-                report,
-                key="phases-backward",
-                title="Phases of an MoE call, backward",
-                caption=f"Mean {clock} of the backward nodes of one call's operators.",
-                backward=True,
-            )
-        )
-    return found
-
-
-def _phase_figure(report: PhaseReport, *, key: str, title: str, caption: str, backward: bool) -> Figure:
-    values = [_phase_us(layer, report, backward=backward) for layer in report.layers]
-    names = [*PHASES, *([] if backward else ["gap"])]
-    used = [name for name in names if any(layer[name] for layer in values)]
-    data = [
-        {
-            "type": "bar",
-            "name": name,
-            "x": [safe(layer.site) for layer in report.layers],
-            "y": [round(layer[name], 3) for layer in values],
-            "marker": {"color": PHASE_COLOURS[name]},
-            "hovertemplate": f"{name}: %{{y:.1f}} µs<extra>%{{x}}</extra>",
-        }
-        for name in used
-    ]
-    return Figure(
-        key=key,
-        title=title,
-        caption=caption,
-        data=data,
-        layout={
-            "barmode": "stack",
-            "legend": {"traceorder": "normal"},
-            "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "µs a call"}},
-            "height": 360,
-        },
-        headings=("layer", *(f"{name} µs" for name in used)),
-        rows=[
-            (layer.site, *(row[name] for name in used))
-            for layer, row in zip(report.layers, values, strict=True)
-        ],
-    )
-
-
-def _phase_us(layer: LayerPhases, report: PhaseReport, *, backward: bool) -> dict[str, float]:
-    times = layer.backward if backward else layer.forward
-    found: dict[str, float] = {}
-    for phase in PHASES:
-        time = times[phase] if times is not None else None
-        us = 0.0
-        if time is not None:
-            us = (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
-        found[phase] = us / max(1, layer.count("backward" if backward else "forward"))
-    if not backward:
-        gap = layer.device_gap_us if layer.device_gap_us is not None else layer.host_gap_us
-        found["gap"] = gap / max(1, layer.calls)
-    return found

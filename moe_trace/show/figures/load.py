@@ -42,8 +42,8 @@ def expert_heat_map(summary: Summary) -> Figure:
     return Figure(
         key="experts",
         title="Load of each expert",
-        caption="Assignments of each expert over an equal share of its layer: 1× (pale) is even, more is "
-        "orange, less is blue, 0 is unused." + (cap_said(highest, known) if known else ""),
+        caption="Assignments of each expert over an equal share of its layer: 1× is even, more is orange, "
+        "less is blue, 0 is unused." + (cap_said(highest, known) if known else ""),
         data=[data] if routers else [],
         layout={
             "xaxis": {"title": {"text": "expert"}},

@@ -100,12 +100,15 @@ def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[in
 
 
 def _bars(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
-    worst = set(worst_layers(grid, metric.worst))
+    values_L = columns.values_LB[:, 0]
+    worst = worst_layers(grid, metric.worst, min(NAMED, len(grid.sites) // 2))
+    tied = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # at a ceiling there may be many
+    coloured = tied if len(tied) <= len(grid.sites) // 2 else set()
     data: Spec = {
         "type": "bar",
         "x": [safe(site) for site in grid.sites],
-        "y": _plain(columns.values_LB[:, 0]),
-        "marker": {"color": [LINES[0] if i in worst else BAND for i in range(len(grid.sites))]},
+        "y": _plain(values_L),
+        "marker": {"color": [LINES[0] if i in coloured else BAND for i in range(len(grid.sites))]},
         "hovertemplate": f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>",
     }
     return [data], {

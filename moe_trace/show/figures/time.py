@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import LayerPhases, PhaseReport
+from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.structure import PHASES
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
 from moe_trace.show.figures.latency import latency
@@ -17,6 +17,12 @@ from moe_trace.show.figures.latency import latency
 Clock = Literal["device", "host"]
 BINS = 48
 HOST, SPAN, BUSY = "#0072B2", "#E69F00", "#009E73"
+_CALL: dict[Pass, str] = {
+    "forward": "call",
+    "recompute": "call that gradient checkpointing ran again",
+    "backward": "call's backward",
+}
+_PASS_COLOURS: dict[Pass, str] = {"forward": HOST, "recompute": "#56B4E9", "backward": SPAN}
 
 
 def time_figures(summary: TraceSummary) -> list[Figure]:
@@ -24,27 +30,33 @@ def time_figures(summary: TraceSummary) -> list[Figure]:
     report = summary.phases
     found = []
     if report is not None:
-        clocks: tuple[Clock, ...] = ("device", "host") if report.whole.on_device else ("host",)
-        for backward in (False, True) if report.total.backward is not None else (False,):
-            found += [phase_stack(report, clock, backward=backward) for clock in clocks]
-        found.append(launch_gaps(report))
+        found = [*phase_figures(report, every_clock=True), launch_gaps(report)]
         if report.total.backward is not None:
-            found.append(forward_and_backward(report))
+            found.append(passes_side_by_side(report))
     found += [latency(summary), latency_distribution(summary)]
     return [figure for figure in found if figure.data]
 
 
-def phase_stack(report: PhaseReport, clock: Clock, *, backward: bool) -> Figure:
+def phase_figures(report: PhaseReport, *, every_clock: bool = False) -> list[Figure]:
+    """Phases of forward, recomputed and backward calls; by the device's clock where there is one."""
+    clocks = _clocks(report) if every_clock else _clocks(report)[:1]
+    return [phase_stack(report, clock, part) for part in report.passes() for clock in clocks]
+
+
+def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
+    return ("device", "host") if report.whole.on_device else ("host",)
+
+
+def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     """Stacked bars: mean time of each phase of one call, per layer."""
-    rows = [_phase_us(layer, clock, backward=backward) for layer in report.layers]
+    rows = [_phase_us(layer, clock, part) for layer in report.layers]
     names = [name for name in (*PHASES, "gap") if any(row.get(name) for row in rows)]
-    direction = "backward" if backward else "forward"
     of = "kernels" if clock == "device" else "operators"
     return Figure(
-        key=f"{'backward' if backward else 'phases'}-{clock}",
-        title=f"Phases of an MoE call, {direction}, {clock} time",
-        caption=f"Mean time in {of} of one call."
-        + ("" if backward else f" A gap is time of the block in which none of its {of} ran."),
+        key=f"{part}-{clock}",
+        title=f"Phases of an MoE call, {part}, {clock} time",
+        caption=f"Mean time in {of} of one {_CALL[part]}."
+        + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
         data=[_phase_bar(name, report.layers, rows) for name in names],
         layout={
             "barmode": "stack",
@@ -55,7 +67,7 @@ def phase_stack(report: PhaseReport, clock: Clock, *, backward: bool) -> Figure:
         },
         headings=("layer", "calls", *(f"{name} µs" for name in names)),
         rows=[
-            (layer.site, layer.calls, *(row[name] for name in names))
+            (layer.site, layer.count(part), *(row[name] for name in names))
             for layer, row in zip(report.layers, rows, strict=True)
         ],
     )
@@ -72,27 +84,26 @@ def _phase_bar(name: str, layers: Sequence[LayerPhases], rows: Sequence[dict[str
     }
 
 
-def _phase_us(layer: LayerPhases, clock: Clock, *, backward: bool) -> dict[str, float]:
-    times = layer.backward if backward else layer.forward
-    found: dict[str, float] = {}
-    for phase in PHASES:
-        time = times[phase] if times is not None else None
-        us = 0.0 if time is None else (time.device_busy_us or 0.0) if clock == "device" else time.host_us
-        found[phase] = us / max(1, layer.count("backward" if backward else "forward"))
-    if not backward:
-        found["gap"] = _gap_and_whole(layer, clock)[0] / max(1, layer.calls)
+def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
+    calls = max(1, layer.count(part))
+    found: dict[str, float] = {phase: 0.0 for phase in PHASES}
+    for phase, time in (layer.phases_of(part) or {}).items():
+        found[phase] = ((time.device_busy_us or 0.0) if clock == "device" else time.host_us) / calls
+    block = layer.recompute if part == "recompute" else layer
+    if part != "backward" and block is not None:
+        found["gap"] = _gap_and_whole(block, clock)[0] / calls
     return found
 
 
-def _gap_and_whole(layer: LayerPhases, clock: Clock) -> tuple[float, float]:
+def _gap_and_whole(block: BlockTime, clock: Clock) -> tuple[float, float]:
     if clock == "device":
-        return layer.device_gap_us or 0.0, layer.device_span_us or 0.0
-    return layer.host_gap_us, layer.block_host_us
+        return block.device_gap_us or 0.0, block.device_span_us or 0.0
+    return block.host_gap_us, block.block_host_us
 
 
 def launch_gaps(report: PhaseReport) -> Figure:
     """The share of each block in which nothing of it ran, by both clocks."""
-    clocks: tuple[Clock, ...] = ("device", "host") if report.whole.on_device else ("host",)
+    clocks = _clocks(report)
     data: list[Spec] = []
     columns = []
     for clock in clocks:
@@ -138,46 +149,48 @@ def _zip3(
     return list(zip(pairs, report.layers, shares, strict=True))
 
 
-def forward_and_backward(report: PhaseReport) -> Figure:
-    """Work of each layer's call, forward beside backward."""
-    device = report.whole.on_device
-    clock: Clock = "device" if device else "host"
-    forward, backward = (
-        [
-            sum(v for k, v in _phase_us(layer, clock, backward=back).items() if k != "gap")
+def passes_side_by_side(report: PhaseReport) -> Figure:
+    """Work of each layer's call: forward, computed again under checkpointing, backward."""
+    clock = _clocks(report)[0]
+    parts = report.passes()
+    values = {
+        part: [
+            sum(us for phase, us in _phase_us(layer, clock, part).items() if phase != "gap")
             for layer in report.layers
         ]
-        for back in (False, True)
-    )
-    sides = (("forward", forward, HOST), ("backward", backward, SPAN))
+        for part in parts
+    }
     return Figure(
         key="directions",
         title="Forward against backward",
-        caption=f"Mean {'kernel' if device else 'operator'} time of one call. Backward nodes are found by "
-        "the profiler's forward-backward links; the backward of matrix products costs twice their forward.",
-        data=[
-            {
-                "type": "bar",
-                "name": name,
-                "x": [safe(layer.site) for layer in report.layers],
-                "y": [round(value, 3) for value in values],
-                "marker": {"color": colour},
-                "hovertemplate": f"%{{x}} {name}: %{{y:.1f}} µs<extra></extra>",
-            }
-            for name, values, colour in sides
-        ],
+        caption=f"Mean {'kernel' if clock == 'device' else 'operator'} time of one call. Backward nodes are "
+        "found by the profiler's forward-backward links; the backward of matrix products costs twice their "
+        "forward."
+        + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
+        data=[_pass_bar(part, report.layers, values[part]) for part in parts],
         layout={
             "barmode": "group",
             "xaxis": layer_columns(),
             "yaxis": {"title": {"text": "µs a call"}},
             "height": 300,
         },
-        headings=("layer", "forward µs", "backward µs", "backward÷forward"),
+        headings=("layer", *(f"{part} µs" for part in parts), "backward÷forward"),
         rows=[
-            (layer.site, f, b, b / f if f else None)
-            for layer, f, b in zip(report.layers, forward, backward, strict=True)
+            (layer.site, *us, us[-1] / us[0] if us[0] else None)
+            for layer, *us in zip(report.layers, *values.values(), strict=True)
         ],
     )
+
+
+def _pass_bar(part: Pass, layers: Sequence[LayerPhases], values: Sequence[float]) -> Spec:
+    return {
+        "type": "bar",
+        "name": part,
+        "x": [safe(layer.site) for layer in layers],
+        "y": [round(value, 3) for value in values],
+        "marker": {"color": _PASS_COLOURS[part]},
+        "hovertemplate": f"%{{x}} {part}: %{{y:.1f}} µs<extra></extra>",
+    }
 
 
 def latency_distribution(summary: TraceSummary) -> Figure:

@@ -1,18 +1,22 @@
-"""B against A: difference map, and every metric with its interval."""
+"""B against A: what changed in the set-up, the routing and the figures, and the difference map."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from moe_trace.data.display.tables import share
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.diff import compare
+from moe_trace.read.diff import Comparison, compare
+from moe_trace.show.diff import headline, shifts
 from moe_trace.show.figures.routing import difference_map
 from moe_trace.show.tensorboard.plain import JsonDict, plain_figure, plain_table
 
 
 def comparison(
-    a: TraceSummary, b: TraceSummary, wanted: str, keep: Callable[[str, Callable[[], Any]], Any]
+    a: TraceSummary,
+    b: TraceSummary,
+    wanted: str,
+    keep: Callable[[str, Callable[[], Comparison]], Comparison],
 ) -> JsonDict:
     """What the view shows of the layer that is wanted, or of all.
 
@@ -22,21 +26,38 @@ def comparison(
     names_b = {router.info.name for router in b.routers}
     sites = ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
     site = wanted if wanted in sites else "all"
-    changes = keep(site, lambda: compare(a, b, only=site).changes)
+    found = keep(site, lambda: compare(a, b, only=site))
+    changes = found.changes
     rows = [(c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict) for c in changes]
     figure = difference_map(a, b)
     headings = ("metric", "A", "B", "B − A", "relative", "interval from", "interval to", "verdict")
     return {
+        "headline": headline(found),
+        "setup": plain_table(("what differs", "A", "B"), [(s.fact, s.a, s.b) for s in found.setup]),
+        "notes": list(found.notes),
         "sites": sites,
         "site": site,
         "map": plain_figure(figure) if figure.data else None,
+        "routing": _routing(found),
         "table": plain_table(headings, rows),
         "changed": sum(c.verdict == "changed" for c in changes),
-        "few_calls": any(c.verdict == "few calls" for c in changes),
         "metrics": len(changes),
-        "models": [_model(a), _model(b)],
     }
 
 
-def _model(summary: TraceSummary) -> str:
-    return str(summary.model.get("name") or summary.model.get("class") or "unnamed")[:200]
+def _routing(found: Comparison) -> JsonDict:
+    """Layers whose experts' shares moved most beyond chance first."""
+    rows = [
+        (
+            change.site,
+            share(change.total_variation),
+            share(change.chance),
+            "changed" if change.changed else "chance",
+            shifts(change.gained),
+            shifts(change.lost),
+        )
+        for change in sorted(found.routing, key=lambda c: c.chance - c.total_variation)
+    ]
+    return plain_table(
+        ("layer", "moved to other experts", "by chance", "verdict", "gained (points)", "lost (points)"), rows
+    )

@@ -99,7 +99,7 @@ class Dashboard:
         if summary is not None:
             ranks = len(summary.ranks.ranks) if summary.ranks is not None else 1
             model = str(summary.model.get("name") or summary.model.get("class") or "unnamed")[:200]
-            known = {"rank": summary.rank, "ranks": ranks, "stages": list(summary.stages), "model": model}
+            known = {"rank": summary.rank, "ranks": ranks, "stages": list(summary.by_stage()), "model": model}
             return {**found, "state": "ok", **known}
         return {**found, "state": "broken", "reason": reason} if reason else {**found, "state": "unread"}
 
@@ -107,13 +107,13 @@ class Dashboard:
         return self.catalogs.find(parameters.get("run" + suffix, ""), parameters.get("trace" + suffix, ""))
 
     def _part(self, parameters: Parameters, suffix: str = "") -> StagePart:
-        """The trace, and of it the stage that is asked for; without one the first."""
+        """The trace, and of it the stage that is asked for, without one A's, without that the first."""
         trace = self._trace(parameters, suffix)
         whole = self.store.summary(trace)
         if not whole.stages:
             return StagePart(trace, None, whole)
-        asked = parameters.get("stage", "")
-        stage = next((s for s in whole.stages if s == asked), next(iter(whole.stages)))
+        asked = [parameters.get(name) for name in ("stage" + suffix, "stage")]
+        stage = min(whole.stages, key=lambda s: asked.index(s) if s in asked else len(asked))
         return StagePart(trace, stage, whole.stages[stage])
 
     def _derived(self, part: StagePart, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:
@@ -173,11 +173,18 @@ class Dashboard:
     def time_impl(self, parameters: Parameters) -> JsonDict:
         """Phases by both clocks, gaps, latencies."""
         summary = self._part(parameters).summary
-        return {"figures": figures_by_key(time_figures(summary)), "has_phases": summary.phases is not None}
+        return {
+            "figures": figures_by_key(time_figures(summary)),
+            "has_phases": summary.phases is not None,
+            "in_graphs": in_graphs(summary),
+        }
 
     def timeline_impl(self, parameters: Parameters) -> JsonDict:
         """One step's lanes and counters, within a window."""
-        return timeline(self._lanes(parameters), parameters)
+        found = timeline(self._lanes(parameters), parameters)
+        if found["figure"] is None:
+            found["in_graphs"] = in_graphs(self._part(parameters).summary)
+        return found
 
     def kernels_impl(self, parameters: Parameters) -> JsonDict:
         """What ran in a window of one step, by name."""
@@ -191,7 +198,7 @@ class Dashboard:
     def compare_impl(self, parameters: Parameters) -> JsonDict:
         """B against A: difference map, and every metric with its interval."""
         part_a, part_b = self._part(parameters), self._part(parameters, "_b")
-        found = comparison(
+        return comparison(
             part_a.summary,
             part_b.summary,
             parameters.get("site", ""),
@@ -199,7 +206,6 @@ class Dashboard:
                 part_a, ("changes", part_b.trace.key, part_b.stage, site), lambda _: compute()
             ),
         )
-        return {**found, "stage": part_a.stage, "stage_b": part_b.stage}
 
     def ranks_impl(self, parameters: Parameters) -> JsonDict:
         """The ranks of a run; traces that cannot be read are named."""
@@ -215,3 +221,8 @@ class Dashboard:
         found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None], report)
         found["ranks"] = max(found["ranks"], len(report.ranks) if report is not None else 0)
         return {**found, "together": together(report), "traces": len(traces), "unreadable": broken}
+
+
+def in_graphs(summary: TraceSummary) -> bool:
+    """Whether calls ran inside CUDA graphs, where there are no ranges."""
+    return any(sample.in_graph for sample in summary.samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
@@ -25,29 +27,36 @@ VIEW_OF_RULE = {
 def overview(summary: TraceSummary) -> JsonDict:
     """What the first page shows of one trace: each of its stages, one after the other."""
     stages: dict[str, TraceSummary] = {str(k): part for k, part in summary.stages.items()} or {"": summary}
+    apart = summary.findings_apart()
     return {
-        "stages": [_stage(stage, part) for stage, part in stages.items()],
+        "stages": [_stage(stage, part, apart[stage]) for stage, part in stages.items()],
+        "of_run": _findings(apart[""] if summary.stages else ()),
         "facts": facts(summary),
         "notes": list(summary.notes),
     }
 
 
-def _stage(stage: str, part: TraceSummary) -> JsonDict:
-    found = part.findings
+def _stage(stage: str, part: TraceSummary, found: Sequence[Finding]) -> JsonDict:
     return {
         "stage": stage,
         "counted": f"{part.totals.calls:,} calls in {part.totals.steps:,} "
         f"{'step' if part.totals.steps == 1 else 'steps'}, {part.totals.tokens:,} tokens",
         "cards": cards(part, path_of(stage)),
-        "findings": [_finding(finding) for finding in found[:FINDINGS_MAX]],
-        "more_findings": max(0, len(found) - FINDINGS_MAX),
+        "findings": _findings(found),
         "phases": shares_sentence(part.phases) if part.phases is not None else None,
     }
+
+
+def _findings(found: Sequence[Finding]) -> JsonDict:
+    shown = [_finding(finding) for finding in found[:FINDINGS_MAX]]
+    return {"shown": shown, "more": max(0, len(found) - FINDINGS_MAX)}
 
 
 def _finding(finding: Finding) -> JsonDict:
     return {
         "rule": finding.rule,
+        "severity": finding.severity,
+        "price": finding.price,
         "site": finding.site,
         "sentence": finding.sentence,
         "advice": finding.advice,

@@ -61,9 +61,17 @@ class App {
     this.versions = versions;
     forget();
     Object.assign(definitions, runs.definitions);
-    const chosen = await this.picker.fill(runs, this.state);
-    if (chosen) Object.assign(this.state, chosen);
+    this.take(await this.picker.fill(runs, this.state));
     return this.draw();
+  }
+
+  // The trace that the list offers: another where the named one is gone, and the address says so.
+  take(chosen) {
+    const isGone = this.state.run !== undefined && this.state.trace !== undefined
+      && (chosen.run !== this.state.run || chosen.trace !== this.state.trace);
+    if (isGone) for (const name of ["run", "trace", ...OF_TRACE]) delete this.state[name];
+    Object.assign(this.state, chosen);
+    if (isGone) writeState(this.state, false);
   }
 
   choose(run, trace) {
@@ -104,6 +112,7 @@ class App {
       state: {...this.state, view: name},
       runs: this.picker.runs,
       go: (changes, options) => this.go(changes, options),
+      chooseStage: (stage) => this.chooseStage(stage),
       isCurrent: () => turn === this.turn,
       ask: (view, parameters = {}) => ask(view,
         {run: this.state.run, trace: this.state.trace, stage: this.state.stage, ...parameters}),

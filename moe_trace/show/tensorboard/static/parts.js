@@ -1,7 +1,7 @@
 // What several views are made of: words with a definition, facts, tables, figures, and the three states.
 
 import {draw} from "./chart.js";
-import {button, el, freshId} from "./dom.js";
+import {button, el, freshId, select} from "./dom.js";
 
 export const definitions = {};
 
@@ -86,6 +86,12 @@ export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) 
   return card;
 }
 
+// Which stage is shown; of a trace that has one only, its name.
+export function stageChoice(stages, now, onchoose) {
+  if (stages.length > 1) return select("Stage", stages.map((stage) => [stage, stage]), now, onchoose);
+  return stages.length ? el("span", {class: "field", "data-stage": now}, el("span", {class: "soft"}, "Stage"), now) : "";
+}
+
 // -- states -----------------------------------------------------------------------------------------------
 
 export function loading(words) {
@@ -96,6 +102,9 @@ export function loading(words) {
 export function empty(words, advice, ...more) {
   return el("div", {class: "state"}, el("p", {class: "lead"}, words), el("p", {class: "soft"}, ...advice), ...more);
 }
+
+export const inGraphs = ["The kernels of a CUDA graph belong to no phase. The trace's own timeline has the graphs: "
+  + "moe-trace view TRACE, or torch-tb-profiler's Trace view."];
 
 export function problem(words, retry) {
   return el("div", {class: "state problem", role: "alert"}, el("p", {class: "lead"}, "This view cannot be shown."),

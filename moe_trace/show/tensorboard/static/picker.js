@@ -1,7 +1,7 @@
 // Chooses the run and the trace, and lists the traces that cannot be read, each with its reason.
 
 import {clear, el, select} from "./dom.js";
-import {empty} from "./parts.js";
+import {empty, stageChoice} from "./parts.js";
 import {ask} from "./model.js";
 
 // Larger traces are read when they are chosen, not just to tell whether they can be.
@@ -83,13 +83,11 @@ export class Picker {
         select("Trace", run.traces.map((trace) => [trace.trace, traceLabel(trace, run)]), this.chosen.trace,
           (name) => this.choose(run.run, name)));
       const stages = this.chosenTrace?.stages ?? [];
-      if (stages.length) {
-        const now = stages.includes(this.stage) ? this.stage : stages[0];
-        this.fields.append(select("Stage", stages.map((stage) => [stage, stage]), now, (stage) => {
-          this.stage = stage;
-          this.onStage(stage);
-        }));
-      }
+      const now = stages.includes(this.stage) ? this.stage : stages[0];
+      this.fields.append(stageChoice(stages, now, (stage) => {
+        this.stage = stage;
+        this.onStage(stage);
+      }));
     }
     this.drawBroken();
   }
@@ -139,7 +137,7 @@ export class Picker {
     const list = this.runs.flatMap((run) => run.traces.map((trace) => [`${run.run}/${trace.trace}`, trace.reason]));
     if (!logdir) {
       place.append(empty("The MoE tab needs a log folder.",
-        ["Start TensorBoard with --logdir FOLDER (not --logdir_spec)."]));
+        ["Start TensorBoard with --logdir FOLDER."]));
     } else if (list.length) {
       place.append(empty("No trace here can be read.", ["Each file, and why:"], brokenList(list)));
     } else {

@@ -17,6 +17,10 @@ const DARK = {
   "#D55E00": "#FF8A3D", // vermilion: the worst layer
   "#7A5195": "#B794D6", // violet: counters
   "#888888": "#AAB2BB",
+  // Gaps, and the layers between those that stand out: pale on white, brighter than the panel on black.
+  "rgba(128,128,128,0.25)": "rgba(205,212,220,0.3)",
+  "rgba(128,128,128,0.22)": "rgba(205,212,220,0.25)",
+  "rgba(128,128,128,0.45)": "rgba(205,212,220,0.45)",
   "#2166AC": "#5AB0F2", "#92C5DE": "#24567F", "#F5F5F5": "#2A3038", "#FDB863": "#8A5213", "#B35806": "#FFA94D",
 };
 
@@ -29,6 +33,7 @@ function themedTrace(trace) {
   for (const part of ["marker", "line"]) {
     if (themed[part]?.color) themed[part] = {...themed[part], color: darker(themed[part].color)};
   }
+  if (trace.fillcolor) themed.fillcolor = darker(trace.fillcolor);
   if (Array.isArray(trace.colorscale)) {
     themed.colorscale = trace.colorscale.map(([place, colour]) => [place, darker(colour)]);
   }

@@ -11,6 +11,10 @@ export async function show(place, {ask, go, isCurrent, state}) {
   if (!isCurrent() || isBroken(place, answer)) return;
   place.replaceChildren(...answer.stages.flatMap((part) => stage(part, go)),
     el("section", {class: "panel"}, el("h2", {}, `Run ${state.run}`), facts(answer.facts)));
+  if (answer.of_run.shown.length) {
+    place.append(el("section", {class: "panel"}, el("h2", {}, "Findings about the run as a whole"),
+      findings(answer.of_run, go)));
+  }
   if (answer.notes.length) {
     place.append(el("section", {class: "panel"}, el("h2", {}, "Notes"),
       el("ul", {}, ...answer.notes.map((note) => el("li", {}, note)))));
@@ -25,7 +29,7 @@ function stage(part, go) {
     name && el("h2", {class: "section", "data-stage": part.stage}, name, " ", el("span", {class: "soft"}, part.counted)),
     el("section", {"aria-label": `${name} figures to look at first`.trim(), class: "cards"},
       ...part.cards.map((c) => card(c, show))),
-    el("section", {class: "panel"}, el("h2", {}, "Findings, worst first"), findings(part, show),
+    el("section", {class: "panel"}, el("h2", {}, "Findings, worst first"), findings(part.findings, show),
       part.phases && el("p", {class: "soft"}, part.phases)),
   ].filter(Boolean);
 }
@@ -36,16 +40,16 @@ function card(content, go) {
     button(`Show in ${TITLES[content.view]}`, () => go({view: content.view, site: content.site ?? undefined}), {class: "link"}));
 }
 
-function findings(answer, go) {
-  if (!answer.findings.length) return el("p", {class: "soft"}, "No rule found anything to look at.");
-  const items = answer.findings.map((finding) => {
+function findings({shown, more}, go) {
+  if (!shown.length) return el("p", {class: "soft"}, "No rule found anything to look at.");
+  const items = shown.map((finding) => {
     const target = {view: finding.view, site: finding.view === "routing" ? finding.site ?? undefined : undefined};
-    return el("li", {"data-rule": finding.rule}, el("span", {class: "sentence"}, ...marked(finding.sentence)), " ",
+    return el("li", {"data-rule": finding.rule}, el("span", {class: `severity ${finding.severity}`}, finding.price), " ",
+      el("span", {class: "sentence"}, ...marked(finding.sentence)), " ",
       el("span", {class: "soft"}, ...marked(finding.advice)), " ",
       button(`Show in ${TITLES[finding.view]}`, () => go(target),
         {class: "link", "aria-label": `Show in ${TITLES[finding.view]}: ${finding.sentence}`}));
   });
-  const more = answer.more_findings;
   return el("div", {}, el("ol", {class: "findings"}, ...items),
     more ? el("p", {class: "soft"}, `… and ${more} more; moe-trace report lists all.`) : "");
 }

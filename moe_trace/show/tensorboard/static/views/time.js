@@ -1,8 +1,8 @@
-// Phases by two clocks, as times and as shares; gaps, directions, latencies.
+// Phases by two clocks, as times and as shares; gaps, passes, latencies.
 
 import {update} from "../chart.js";
 import {button, el} from "../dom.js";
-import {empty, figure, isBroken, loading} from "../parts.js";
+import {empty, figure, inGraphs, isBroken, loading} from "../parts.js";
 
 export async function show(place, {ask, isCurrent}) {
   place.append(loading("Adding up kernels and operators."));
@@ -10,16 +10,18 @@ export async function show(place, {ask, isCurrent}) {
   if (!isCurrent() || isBroken(place, answer)) return;
   const {figures} = answer;
   const cards = [];
-  for (const direction of ["phases", "backward"]) {
-    const clocks = ["device", "host"].map((clock) => figures[`${direction}-${clock}`]).filter(Boolean);
+  for (const part of ["forward", "recompute", "backward"]) {
+    const clocks = ["device", "host"].map((clock) => figures[`${part}-${clock}`]).filter(Boolean);
     cards.push(...clocks.map(stack));
   }
   const rest = ["gaps", "directions", "latency", "latencies"].map((key) => figures[key]).filter(Boolean);
   cards.push(...rest.map((spec) => figure(spec)));
   place.replaceChildren();
   if (!answer.has_phases) {
-    place.append(empty("The trace has no MoE ranges, so there are no phases.",
-      ["Record it with moe_trace.profile, or attach the tracer to your profiler before it starts."]));
+    place.append(answer.in_graphs
+      ? empty("The calls ran inside CUDA graphs, so there are no phases.", inGraphs)
+      : empty("The trace has no MoE ranges, so there are no phases.",
+        ["Record it with moe_trace.profile, or attach the tracer to your profiler before it starts."]));
   }
   place.append(el("div", {class: "grid"}, ...cards));
   await Promise.all(cards.map((card) => card.drawn));

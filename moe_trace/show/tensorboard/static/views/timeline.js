@@ -3,7 +3,7 @@
 import {update} from "../chart.js";
 import {button, clear, el, select} from "../dom.js";
 import {Latest, address} from "../model.js";
-import {empty, figure, isBroken, loading, table} from "../parts.js";
+import {empty, figure, inGraphs, isBroken, loading, table} from "../parts.js";
 
 const SETTLE_MS = 150;
 
@@ -13,9 +13,10 @@ export async function show(place, context) {
   const answer = await context.ask("timeline", {step, clock, start, end});
   if (!context.isCurrent() || isBroken(place, answer)) return;
   if (!answer.figure) {
-    place.replaceChildren(empty("No call has its ranges in this trace, so there is no timeline.",
-      ["The profiler dropped them, or the routing was recorded without a profiler. Record fewer steps at a time."]),
-    download(context.state));
+    const why = answer.in_graphs ? inGraphs
+      : ["The profiler dropped them, or the routing was recorded without a profiler. Record fewer steps at a time."];
+    place.replaceChildren(empty("No call has its ranges in this trace, so there is no timeline.", why),
+      download(context.state));
     return;
   }
   const view = new Timeline(context, answer);
