@@ -247,6 +247,7 @@ def test_moe_tab(page: Page, watch: Watch, board: Board, name: str) -> None:
 
 def check_view(frame: Frame, view: str) -> None:
     assert undrawn_plots(frame) == [] and frame.locator(".problem").count() == 0, view
+    assert frame.evaluate("() => window.scrollY") == 0, "a view begins at its head"
     figures = frame.locator("figure").count()
     if view in ("time", "timeline") and not figures:
         assert "CUDA graph" in frame.locator("main").inner_text()

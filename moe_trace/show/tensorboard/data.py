@@ -17,7 +17,7 @@ from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.show.tensorboard.comparison import comparison
-from moe_trace.show.tensorboard.overview import overview
+from moe_trace.show.tensorboard.overview import in_graphs, overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
 from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key, plain_figure
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
@@ -221,8 +221,3 @@ class Dashboard:
         found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None], report)
         found["ranks"] = max(found["ranks"], len(report.ranks) if report is not None else 0)
         return {**found, "together": together(report), "traces": len(traces), "unreadable": broken}
-
-
-def in_graphs(summary: TraceSummary) -> bool:
-    """Whether calls ran inside CUDA graphs, where there are no ranges."""
-    return any(sample.in_graph for sample in summary.samples)

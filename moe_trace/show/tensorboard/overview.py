@@ -115,11 +115,21 @@ def _card(
 
 def _moe_share(summary: TraceSummary) -> JsonDict:
     whole = summary.phases.whole if summary.phases is not None else None
-    value = whole.moe_share_of_model if whole is not None else None
-    on_device = whole is not None and whole.on_device
-    label = "MoE of the device's work" if on_device else "MoE of the host's work"
-    detail = "of all kernel time" if on_device else "of all time in operators"
+    label = "MoE of the device's work" if whole is None or whole.on_device else "MoE of the host's work"
+    if whole is None:
+        return _card(label, "-", None, None, _no_times(summary), "time")
+    value = whole.moe_share_of_model
+    detail = "of all kernel time" if whole.on_device else "of all time in operators"
     return _card(label, share(value), value, "phases.whole.moe_share_of_model", detail, "time")
+
+
+def in_graphs(summary: TraceSummary) -> bool:
+    """Whether calls ran inside CUDA graphs, where there are no ranges."""
+    return any(sample.in_graph for sample in summary.samples)
+
+
+def _no_times(summary: TraceSummary) -> str:
+    return "the calls ran inside CUDA graphs" if in_graphs(summary) else "no call has its ranges in the trace"
 
 
 def _worst_load(summary: TraceSummary) -> JsonDict:
@@ -160,6 +170,8 @@ def _confidence(summary: TraceSummary) -> JsonDict:
 def _speed(summary: TraceSummary) -> JsonDict:
     rate = summary.speed.experts if summary.speed is not None else None
     value = rate.flops_per_s if rate is not None else None
+    if summary.phases is None:
+        return _card("expert FLOP/s", "-", None, None, _no_times(summary), "time")
     peak = rate.share_of_peak if rate is not None else None
     detail = f"{share(peak)} of the device's peak" if peak is not None else "the device's peak is not known"
     return _card("expert FLOP/s", scaled(value, "FLOP/s"), value, "speed.experts.flops_per_s", detail, "time")

@@ -95,7 +95,8 @@ class App {
     writeState(this.state, !quiet);
     if (quiet) return undefined;
     const moved = this.state.view !== before;
-    return this.draw().then(() => moved && this.main.focus({preventScroll: false}));
+    if (moved) window.scrollTo(0, 0); // focus alone would leave the view's head below the header
+    return this.draw().then(() => moved && this.main.focus({preventScroll: true}));
   }
 
   async draw() {
