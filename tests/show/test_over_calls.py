@@ -52,6 +52,15 @@ def test_a_layer_that_was_not_called_has_no_value() -> None:
     assert call_grid([], lambda s: 1.0) is None
 
 
+@pytest.mark.parametrize("steps", [999, 1000, 1001])
+def test_the_axis_is_even(steps: int) -> None:
+    """1000 steps in 400 columns of 3 and of 2 would stretch the end."""
+    columns = grouped_columns(made(16, steps))
+    first_to_last = [[int(step) for step in label.split(" to ")] for label in columns.labels]
+    sizes = [ends[-1] - ends[0] + 1 for ends in first_to_last]
+    assert len(set(sizes[:-1])) == 1 and sizes[-1] <= sizes[0] and sum(sizes) == steps
+
+
 @pytest.mark.parametrize(("layers", "steps", "forwards"), [(16, 1000, 1), (61, 1000, 1), (61, 20, 64)])
 def test_groups_keep_the_mean_and_the_size_is_bounded(layers: int, steps: int, forwards: int) -> None:
     grid = made(layers, steps, forwards)
@@ -59,7 +68,8 @@ def test_groups_keep_the_mean_and_the_size_is_bounded(layers: int, steps: int, f
     assert columns.values_LB.size <= CELLS_MAX
     assert len(set(columns.labels)) == len(columns.labels), "a category axis takes equal labels for one"
     assert 3 <= len(columns.ticks) <= 14
-    sizes = [len(part) for part in np.array_split(np.arange(steps * forwards), len(columns.labels))]
+    size = -(-steps * forwards // len(columns.labels))
+    sizes = [min(size, steps * forwards - start) for start in range(0, steps * forwards, size)]
     means = (columns.values_LB * sizes).sum(1) / (steps * forwards)
     assert means == pytest.approx(grid.means_L())
 

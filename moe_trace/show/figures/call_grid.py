@@ -76,7 +76,8 @@ def grouped_columns(grid: CallGrid) -> Columns:
     """The grid with neighbouring columns averaged where there are too many to be drawn."""
     count = len(grid.steps_C)
     most = max(1, min(COLUMNS_MAX, CELLS_MAX // len(grid.sites)))
-    groups = np.array_split(np.arange(count), min(count, most))
+    size = -(-count // most)  # the same for all but the last: the axis is to be even
+    groups = np.split(np.arange(count), range(size, count, size))
     starts = [int(group[0]) for group in groups]
     known_LC = ~np.isnan(grid.values_LC)
     sums_LB = np.add.reduceat(np.where(known_LC, grid.values_LC, 0.0), starts, axis=1)
