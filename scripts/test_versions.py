@@ -14,10 +14,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +25,9 @@ OLDEST = "torch==2.9.1 transformers==5.0.0"
 CI = ("transformers==5.24.0", OLDEST)
 ALL = (
     OLDEST,
-    "torch==2.9.1 transformers==5.24.0",
     "transformers==5.0.0",
     "transformers==5.5.4",
     "transformers==5.6.0",
-    "transformers==5.23.0",
     "transformers==5.24.0",
     "torch==2.14.1 transformers==5.24.0",
     "torch==2.15.0 transformers==5.24.0",
@@ -39,7 +35,7 @@ ALL = (
     "python==3.13 torch==2.14.1 transformers==5.24.0",
 )
 TOOLS = ("pytest", "pytest-timeout", "hypothesis", "pandas", "setuptools")
-COLUMNS = ("Python", "torch", "transformers", "passed", "failed", "skipped", "minutes")
+COLUMNS = ("Python", "torch", "transformers", "run on", "passed", "failed", "skipped", "minutes")
 HEAD = """# Versions
 
 The range that `setup.cfg` admits is what passes here, its ends included. `tests/versions` compares what
@@ -79,17 +75,33 @@ def main() -> int:
     rows = []
     for requirements in arguments.versions or (CI if arguments.ci else ALL):
         print(f"== {requirements}", flush=True)
-        rows.append(run(environment(requirements)))
+        python = environment(requirements)
+        run(python)
+        rows.append(last_row(python))
         print(rows[-1], flush=True)
-    if not arguments.versions and not arguments.ci:
-        write_table(rows)
+    if not arguments.ci:
+        write_table()
     return int(any(row.failed or not row.passed for row in rows))
 
 
-def write_table(rows: list[Row]) -> None:
+def write_table() -> None:
+    """The last run of each environment of the matrix; one that has not run has no row."""
+    pythons = [folder_of(requirements) / "bin" / "python" for requirements in ALL]
+    rows = [last_row(python) for python in pythons if report_of(python).exists()]
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(str, rows)]
-    where = f"{os.cpu_count()} cores, no GPU, {date.today()}."
+    where = f"{os.cpu_count()} cores, no GPU."
     TABLE.write_text(HEAD + "\n".join([*lines, "", where, ""]), "utf-8")
+
+
+def folder_of(requirements: str) -> Path:
+    """Where the environment of these requirements is kept."""
+    own = f"python=={sys.version_info.major}.{sys.version_info.minor}"
+    words = requirements.split() if requirements.startswith("python==") else [own, *requirements.split()]
+    return CACHE / "_".join(words).replace("==", "-")
+
+
+def report_of(python: Path) -> Path:
+    return python.parents[1] / "report.xml"
 
 
 def environment(requirements: str) -> Path:
@@ -98,11 +110,9 @@ def environment(requirements: str) -> Path:
     Raises:
         SystemExit: there is no such Python, or no such package can be installed.
     """
-    wanted = requirements.split()
-    version = next((word.partition("==")[2] for word in wanted if word.startswith("python==")), "")
-    wanted = [word for word in wanted if not word.startswith("python==")]
-    own = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = CACHE / "_".join([f"python-{version or own}", *wanted]).replace("==", "-")
+    wanted = [word for word in requirements.split() if not word.startswith("python==")]
+    version = next((word[8:] for word in requirements.split() if word.startswith("python==")), "")
+    folder = folder_of(requirements)
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():
@@ -110,8 +120,8 @@ def environment(requirements: str) -> Path:
     if version:
         wanted += [*declared(), *TOOLS]
     else:
-        stands_behind = folder / "lib" / f"python{own}" / "site-packages" / "base.pth"
-        stands_behind.write_text(sysconfig.get_path("purelib") + "\n")
+        (site_packages,) = folder.glob("lib/python*/site-packages")
+        (site_packages / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if not ready.exists():
         check("install", [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *wanted])
         ready.touch()
@@ -140,30 +150,32 @@ def declared() -> list[str]:
     """What setup.cfg says the package needs, without the versions that the matrix is about."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    lines = config["options"]["install_requires"].split()
+    lines = config["options"]["install_requires"].strip().splitlines()
     return [line for line in lines if not line.startswith(("torch>", "transformers>"))]
 
 
-def run(python: Path) -> Row:
-    """Run the tests there, and count them from pytest's own XML."""
-    report = python.parents[1] / "report.xml"
-    report.unlink(missing_ok=True)
+def run(python: Path) -> None:
+    """Run the tests there; pytest writes what came of them."""
+    report_of(python).unlink(missing_ok=True)
+    options = ["-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=20"]
+    command = [str(python), "-m", "pytest", *options, f"--junit-xml={report_of(python)}", "tests/versions"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def last_row(python: Path) -> Row:
+    """How the last run ended there, from pytest's own XML."""
     names = (
         "import platform, torch, transformers; "
         "print(platform.python_version(), torch.__version__, transformers.__version__)"
     )
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run([python, "-c", names], env=variables, capture_output=True, text=True)
-    if found.returncode:
-        sys.exit(f"test_versions: {python} cannot import torch and transformers:\n{found.stderr}")
-    start = time.monotonic()
-    options = ["-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=20", f"--junit-xml={report}"]
-    subprocess.run([str(python), "-m", "pytest", *options, "tests/versions"], cwd=ROOT, env=variables)
-    minutes = (time.monotonic() - start) / 60
-    suite = next(iter(ElementTree.parse(report).getroot().iter("testsuite")))
+    found = subprocess.run([python, "-c", names], capture_output=True, text=True)
+    if found.returncode or not report_of(python).exists():
+        sys.exit(f"test_versions: {python} has run no test:\n{found.stderr}")
+    suite = next(iter(ElementTree.parse(report_of(python)).getroot().iter("testsuite")))
     tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
     failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    return Row(tuple(found.stdout.split()), tests - failed - skipped, failed, skipped, minutes)
+    minutes, day = float(suite.get("time", 0)) / 60, suite.get("timestamp", "")[:10]
+    return Row((*found.stdout.split(), day), tests - failed - skipped, failed, skipped, minutes)
 
 
 if __name__ == "__main__":

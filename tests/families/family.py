@@ -50,6 +50,8 @@ class Family:
     """Of the weights, chosen so that what is special about the family does happen."""
     traits: frozenset[str] = frozenset()
     """What a reader of this router must know; see TRAITS."""
+    broken_in: frozenset[str] = frozenset()
+    """Releases of transformers in which its own forward raises, with or without moe_trace."""
     note: str = ""
     """Why this variant is in the bench."""
 

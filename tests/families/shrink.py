@@ -77,6 +77,7 @@ TINY: dict[str, Any] = {
     "zero_expert_num": 4,
     # the rest
     "vocab_size": VOCAB,
+    "unpadded_vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
     "hidden_size_per_layer_input": 8,
     "max_position_embeddings": 64,

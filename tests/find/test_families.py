@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 
 WITH_CHOICE = [family for family in HONEST if family.implementations]
 GENERATING = [family for family in HONEST if family.can_generate]
-CASTABLE = [family for family in HONEST if family.folder != "inkling2"]
-"""inkling2 keeps its router in float32, and cannot be cast as a whole."""
+CASTABLE = [family for family in HONEST if family.folder not in ("inkling2", "inkling2_loop")]
+"""Those two keep their router in float32, and cannot be cast as a whole."""
 
 
 # --- assignments ---

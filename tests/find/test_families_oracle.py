@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from families import dense, discovery
-from families.configs import BY_NAME, FAMILIES
+from families.configs import BROKEN, BY_NAME, FAMILIES
 from families.family import TRAITS, Family, use_experts
 from families.flops_oracle import CallFlops, count_flops
 from families.oracle import Intervention, Truth
@@ -129,6 +129,12 @@ def test_a_forward_runs_and_calls_the_experts(family: Family) -> None:
     seen = evidence(family)
     assert seen.finite
     assert len(seen.truths) == family.calls
+
+
+@pytest.mark.parametrize("family", BROKEN, ids=lambda family: family.name)
+def test_what_is_left_out_fails_by_itself(family: Family) -> None:
+    with pytest.raises(AttributeError):
+        family.run(family.build())
 
 
 @every_family

@@ -274,3 +274,29 @@ def test_nothing_is_left_and_nothing_changed() -> None:
         after = model(**batch()).logits
     assert torch.equal(bare, traced) and torch.equal(bare, after)
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_a_backend_that_learns_of_public_ranges_alone_is_told_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`cupti_monitor` hears of ranges in `record_function.__enter__`. Its own run needs a GPU and CUPTI."""
+    config = torch.profiler._ExperimentalConfig(custom_profiler_config="cupti_monitor")
+    if not hasattr(config, "custom_profiler_config"):
+        pytest.skip("this torch has no such backend")
+    told: list[str] = []
+    enter = torch.profiler.record_function.__enter__
+
+    def listen(entered: Any) -> Any:
+        told.append(entered.name)
+        return enter(entered)
+
+    monkeypatch.setattr(torch.profiler.record_function, "__enter__", listen)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    model = model_of("olmoe")
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer, torch.profiler.profile(activities=cpu):
+        model(**batch())
+        assert not [name for name in told if name.startswith("moe.router")]
+        asked = torch.profiler.profile(activities=cpu, experimental_config=config)
+        tracer.attach(asked)
+        model(**batch())
+    assert [name for name in told if name.startswith("moe.router")] == ["moe.router/L00", "moe.router/L01"]

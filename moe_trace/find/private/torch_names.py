@@ -141,22 +141,34 @@ def profiles_all_threads(config: Any) -> bool:
     return bool(where and len(state) == len(default) and state[where[0]])
 
 
-def _enter_publicly(name: str) -> Any:
-    entered = torch.profiler.record_function(name)
-    entered.__enter__()
-    return entered
+_enter = _named("_C._autograd._record_function_with_args_enter")
+_leave = _named("_C._autograd._record_function_with_args_exit")
 
 
-def _leave_publicly(entered: Any) -> None:
-    entered.__exit__(None, None, None)
+def learns_of_public_ranges_alone(config: Any) -> bool:
+    """Whether an `experimental_config` asks for the backend `cupti_monitor`.
+
+    It learns of ranges in `record_function.__enter__`; one that is opened otherwise has no row on the device.
+    """
+    return "cupti_monitor" in str(getattr(config, "custom_profiler_config", ""))
 
 
-# A range of the kind that `record_function` opens, for a third of its time: that one goes through two
-# operators and their dispatcher, this one does not.
-enter_range: Callable[[str], Any] = _named("_C._autograd._record_function_with_args_enter") or _enter_publicly
-leave_range: Callable[[Any], None] = _named("_C._autograd._record_function_with_args_exit") or _leave_publicly
-if _enter_publicly is enter_range or _leave_publicly is leave_range:
-    enter_range, leave_range = _enter_publicly, _leave_publicly
+def enter_range(name: str, publicly: bool = False) -> Any:
+    """Open a range of the kind that `record_function` opens, where it can be for a third of its time.
+
+    `record_function` goes through two operators and their dispatcher; the names above do not.
+    """
+    if publicly or _enter is None or _leave is None:
+        return torch.profiler.record_function(name).__enter__()
+    return _enter(name)
+
+
+def leave_range(entered: Any) -> None:
+    """Close what `enter_range` opened."""
+    if isinstance(entered, torch.profiler.record_function):
+        entered.__exit__(None, None, None)
+    else:
+        _leave(entered)
 
 
 # -- dynamo and graphs ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_trace.find.private.torch_names import (
     enter_range,
+    learns_of_public_ranges_alone,
     leave_range,
     process_is_profiled,
     profiles_all_threads,
@@ -20,6 +21,7 @@ from moe_trace.find.private.torch_names import (
 )
 
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
+_public_alone = weakref.WeakSet[object]()  # profilers that must be told of a range by `record_function`
 
 
 def any_profiler_is_recording() -> bool:
@@ -36,9 +38,12 @@ def profiler_is_recording() -> bool:
 
 
 def note_profiler(prof: object) -> None:
-    """Learn from a profiler's configuration whether it records every thread."""
-    if profiles_all_threads(getattr(prof, "experimental_config", None)):
+    """Learn from a profiler's configuration whether it records every thread, and how it learns of ranges."""
+    config = getattr(prof, "experimental_config", None)
+    if profiles_all_threads(config):
         _all_threads.add(prof)
+    if learns_of_public_ranges_alone(config):
+        _public_alone.add(prof)
 
 
 class OpenRanges:
@@ -59,7 +64,7 @@ class OpenRanges:
         thread = threading.get_ident()
         if thread in self.quiet:
             return
-        opened = (name, enter_range(name))
+        opened = (name, enter_range(name, publicly=bool(_public_alone)))
         stack = self.stacks.get(thread)
         if stack is None:
             self.stacks[thread] = [opened]
