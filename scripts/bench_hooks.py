@@ -164,7 +164,8 @@ def main() -> None:
     @contextmanager
     def without_reduction() -> Iterator[None]:
         with moe_trace.MoETracer(model) as tracer:
-            tracer._recorder.reduce = tracer._recorder._pending.clear  # type: ignore[method-assign]
+            recorder = tracer._recorder
+            recorder.reduce = recorder._pending.take  # type: ignore[method-assign]
             yield
 
     print(

@@ -63,5 +63,5 @@ def losses(
         calls={name: lost for name, lost in calls.items() if lost},
         not_reached=dict(hooks.watch.missing.forwards),
         experts_without_router=hooks.calls.orphans,
-        hook_failure=hooks.watch.broken,
+        hook_failure=hooks.watch.failures.first,
     )

@@ -87,7 +87,7 @@ def _reading(device: torch.device, dtype: torch.dtype, tokens: int, num_experts:
 
 def _add(recorder: Recorder, sites: Sequence[RouterSite], reading: Reading) -> None:
     for site in sites:
-        record = CallRecord(site, 0, 0, "forward", "prefill", 0, 0, 0, profiled=False, padding_T=None)
+        record = CallRecord(site, 0, 0, "forward", "prefill", 0, 0, 0, profiled=False)
         recorder.add(record, reading)
     recorder.reduce()
 

@@ -546,9 +546,10 @@ def test_router_outputs_are_let_go_unless_they_are_few(
             model(**token_batch())
         gc.collect()
         assert [ref() for ref in alive] == [None] * 4  # with it goes the graph of activations
-        assert len(tracer._recorder._pending) == kept
-        assert all(not pending.reading.logits_TE.requires_grad for pending in tracer._recorder._pending)
-    assert len(tracer._recorder._pending) == 0
+        pending = tracer._recorder._pending
+        assert pending.calls == kept
+        assert not any(logits.requires_grad for group in pending.groups() for logits in group.logits)
+    assert tracer._recorder._pending.calls == 0
     handle.remove()
 
 
@@ -600,7 +601,7 @@ def test_calls_outside_any_forward_do_not_pile_up(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad(), moe_trace.MoETracer(model, capacity=50) as tracer:
         for _ in range(100):
             model.model.layers[0].mlp(hidden)
-            assert len(tracer._recorder._pending) <= 20
+            assert tracer._recorder._pending.calls <= 20
     assert len(tracer.samples()) == 50
     assert tracer.recording().lost.overwritten == 50
 

@@ -84,16 +84,17 @@ def test_recomputed_calls_keep_no_graph_and_end_with_their_backward(reentrant: b
     with moe_trace.MoETracer(model) as tracer:
         for _ in range(2):
             loss_of(model).backward()
-            pending = tracer._recorder._pending
-            recomputed = [item for item in pending if item.record.phase == "recompute"]
-            assert recomputed and not any(item.reading.weights_TK.requires_grad for item in recomputed)
-            assert tracer._recorder._unfinished == len(pending)
+            groups = tracer._recorder._pending.groups()
+            assert "recompute" in {record.phase for group in groups for record in group.records}
+            kept = [tensor for group in groups for column in group.columns for tensor in column]
+            assert not any(tensor.requires_grad for tensor in kept)
+            assert not tracer._hooks.calls._log.items
         model.model.layers[0].register_full_backward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loss_of(model).backward()
         model.model.layers[0]._backward_hooks.clear()
         loss_of(model).backward()
-        assert tracer._recorder._unfinished == len(tracer._recorder._pending)
+        assert not tracer._hooks.calls._log.items
     phases = Counter(s.phase for s in tracer.samples())
     assert phases["forward"] == 4 * len(tracer.sites) and phases["recompute"] >= 3 * len(tracer.sites)
 
@@ -269,5 +270,5 @@ def test_memory_does_not_grow_with_steps(tmp_path: Path) -> None:
             with torch.no_grad():
                 model(**token_batch(1, 2))
             logger.step()
-            assert tracer._recorder._kept <= 2 and not tracer._recorder._pending
+            assert tracer._recorder._kept <= 2 and not tracer._recorder._pending.calls
         assert len(logger._held) <= 4

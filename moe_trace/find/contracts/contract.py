@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E experts, K slots per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,11 @@ class Reading:
     """What scales each slot's output; exactly 0 means a skipped slot, which is computed all the same."""
     logits_TE: Tensor | None
     """The router's true logits (their softmax is its distribution), or None where the family has none."""
+
+
+ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[Any], ...]]
+"""`reader(router_outputs, experts_args)` of calls without keyword arguments -> index, weights and, where
+there are any, logits of each call, unlooked at. Raises where a call is none of the usual ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,5 +94,7 @@ class Contract:
     reads_late: bool = False
     """Whether `read` needs neither the router's arguments nor the first one of the experts, the hidden
     states: those are then not kept until the forward ends."""
+    columns: Mapping[Callable[[Call], Reading], ColumnReader] = field(default_factory=dict)
+    """By the function that reads a call: what reads many usual calls at once."""
     combine: Callable[[Call, Sequence[Call], int], Call] | None = None
     """`combine(call, experts_calls, top_k)`: one call for several calls of the experts in one decision."""

@@ -8,7 +8,7 @@ the logits alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -182,11 +182,23 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def choice_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """What `read_without_logits` reads, of many calls."""
+    return [index for _, index, _ in experts_args], [weights for _, _, weights in experts_args]
+
+
+def topk_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """What `read_topk_experts` reads, of many calls."""
+    logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return *choice_columns(outputs, experts_args), logits
+
+
 TOPK_EXPERTS = Contract(
     name="topk-experts",
     description="router -> (logits, weights, index); experts(hidden_states, index, weights)",
     find=find_topk_experts,
     read=read_topk_experts,
     reads_late=True,
+    columns={read_topk_experts: topk_columns, read_without_logits: choice_columns},
     combine=combine_experts_calls,
 )

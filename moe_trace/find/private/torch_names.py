@@ -102,10 +102,12 @@ def outside_functions() -> AbstractContextManager[Any]:
     return context
 
 
+_tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
+
+
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` makes a program of what the calling thread computes."""
-    state = _named("_C._get_tracing_state")
-    return state is not None and state() is not None
+    return _tracing_state() is not None
 
 
 # -- the profiler --------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-"""One router call on its way to its figures: what the hooks noted, and the tensors that it decided with."""
+"""Router calls on their way to their figures: what the hooks noted of each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from itertools import chain, islice
 
 from moe_trace.data.schema import Phase, Stage
 from moe_trace.find.contracts import Reading
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 
@@ -25,8 +26,6 @@ class CallRecord:
     end_ns: int
     thread: int
     profiled: bool
-    padding_T: Tensor | None
-    memory_bytes: int | None = None
     order: tuple[int, int] = (0, 0)
     """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
     in_graph: bool = False
@@ -34,29 +33,81 @@ class CallRecord:
     sending: DispatchInfo | None = None
     """None where the process runs alone."""
 
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[CallRecord]:
+        yield self
+
 
 @dataclass(slots=True)
-class PendingCall:
-    record: CallRecord
-    reading: Reading
-    stream: int
-    """On which its tensors are made: elsewhere they might be read too early."""
+class ForwardRecords:
+    """The calls of a forward that called each of some routers once, in columns."""
 
-    @property
-    def held_bytes(self) -> int:
-        """Memory that it keeps alive."""
-        reading = self.reading
-        logits_TE = reading.logits_TE
-        held = reading.index_TK.nbytes + reading.weights_TK.nbytes
-        return held if logits_TE is None else held + logits_TE.nbytes
+    context: ForwardContext
+    sites: Sequence[RouterSite]
+    first: Sequence[int]
+    """Number of a call, less `forwards`, by site."""
+    forwards: int
+    starts_ns: Sequence[int]
+    ends_ns: Sequence[int]
 
-    def detach(self) -> None:
-        """Keep the values only: a tensor with a history would keep the forward's activations alive."""
-        detach(self.reading)
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[CallRecord]:
+        context, columns = self.context, (self.sites, self.first, self.starts_ns, self.ends_ns)
+        for site, first, start_ns, end_ns in zip(*columns, strict=True):
+            yield CallRecord(
+                site,
+                first + self.forwards,
+                context.step,
+                "forward",
+                context.stage,
+                start_ns,
+                end_ns,
+                context.thread,
+                context.profiled,
+                order=(context.epoch, 0),
+            )
+
+
+class Records:
+    """The records of many calls, in order; those of whole forwards stay in columns until asked for."""
+
+    __slots__ = ("_count", "_dropped", "_parts")
+
+    def __init__(self, parts: Sequence[CallRecord | ForwardRecords] = ()) -> None:
+        self._parts = list(parts)
+        self._count = sum(map(len, self._parts))
+        self._dropped = 0
+        """Of the first part."""
+
+    def append(self, part: CallRecord | ForwardRecords) -> None:
+        """One call, or those of a forward."""
+        self._parts.append(part)
+        self._count += len(part)
+
+    def drop(self, count: int) -> None:
+        """Forget the first calls."""
+        self._count -= count
+        count += self._dropped
+        gone = 0
+        while gone < len(self._parts) and count >= len(self._parts[gone]):
+            count -= len(self._parts[gone])
+            gone += 1
+        del self._parts[:gone]
+        self._dropped = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[CallRecord]:
+        return islice(chain.from_iterable(self._parts), self._dropped, None)
 
 
 def detach(reading: Reading) -> None:
-    """Keep a reading's values only."""
+    """Keep a reading's values only: a tensor with a history would keep the forward's activations alive."""
     if reading.weights_TK.requires_grad:
         reading.weights_TK = reading.weights_TK.detach()
     if reading.logits_TE is not None and reading.logits_TE.requires_grad:

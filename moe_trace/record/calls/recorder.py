@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
 from moe_trace.find.private.torch_names import allocated_bytes
 from moe_trace.record.calls.batch import Batch
-from moe_trace.record.calls.call import CallRecord, PendingCall
-from moe_trace.record.calls.reduction import groups_of_one_shape, reduce_group
+from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.pending import PendingCalls, PendingStore
+from moe_trace.record.calls.reduction import reduce_group
+from moe_trace.record.calls.rewritten import written_over
 from moe_trace.record.forward.guard import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.streams import on_stream, stream_of_now
+from moe_trace.record.reduce.streams import on_stream
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
 # ... and beyond which a forward does not wait for the next ones. On a CPU the reduction would stop the model
@@ -59,73 +62,93 @@ class Recorder:
         self.may_defer = True
         """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
         self._lock = threading.RLock()
-        self._pending: list[PendingCall] = []
-        self._unfinished = 0
-        self._held_bytes = 0
+        self.on_rewritten: Callable[[set[str]], None] | None = None
+        """Told the routers whose tensors were written over while they waited here; None: nobody looks."""
+        self._pending = PendingStore()
         self._on_device: list[Batch] = []
         self._on_host: deque[Batch] = deque()
         self._kept = 0
         self._bytes = 0
         """Of the figures on the host."""
-        self._dropped: Counter[str] = Counter()
-        self._unreduced: Counter[str] = Counter()
+        self._lost: dict[str, Counter[str]] = {
+            reason: Counter() for reason in ("overwritten", "unreduced", "rewritten")
+        }
+        """By reason, then by router."""
 
-    def add(self, record: CallRecord, reading: Reading) -> None:
-        """Keep references to the call's tensors; reduce early if too much would be kept alive."""
-        pending = PendingCall(record, reading, stream_of_now(reading.index_TK))
-        with self._lock:  # another thread may be taking the list away
-            self._pending.append(pending)
-            self._held_bytes += pending.held_bytes
-            full = self._held_bytes > _HELD_BYTES_MAX or len(self._pending) > _PENDING_CALLS_MAX
-        if full:
+    def add(self, record: CallRecord, reading: Reading, mask: Tensor | None = None) -> None:
+        """Keep references to a call's tensors; reduce early if too much would be kept alive.
+
+        Args:
+            mask: [T] bool, which tokens are padding, where that is known.
+        """
+        with self._lock:  # another thread may be taking them away
+            self._pending.add(record, reading, mask)
+        self._reduce_if_full()
+
+    def add_forward(self, *forward: Any) -> bool:
+        """The same for the calls of a forward: see `PendingStore.add_forward`."""
+        with self._lock:
+            kept = self._pending.add_forward(*forward)
+        self._reduce_if_full()
+        return kept
+
+    def _reduce_if_full(self) -> None:
+        if self._pending.held_bytes > _HELD_BYTES_MAX or self._pending.calls > _PENDING_CALLS_MAX:
             self.reduce()
 
     def end_forward(self) -> None:
         """The model's forward is over: reduce it now, or let it wait for more if it is small."""
-        if not self._pending:  # as in every forward that is not recorded
+        pending = self._pending
+        if not pending.calls:  # as in every forward that is not recorded
             return
-        with self._lock:
-            small = self._held_bytes <= self._waiting_bytes() and len(self._pending) <= WAITING_CALLS_MAX
-            if not (small and self.may_defer):
-                self.reduce()
-                return
-            for item in self._pending[self._unfinished :]:
-                item.detach()
-            self._unfinished = len(self._pending)
+        small = pending.calls <= WAITING_CALLS_MAX and pending.held_bytes <= _WAITING_BYTES_MAX.get(
+            pending.device_type, 0
+        )
+        if not (small and self.may_defer):
+            self.reduce()
 
     def lost_of(self, name: str) -> Counter[str]:
         """Calls of a router that were lost here, by reason."""
-        return +Counter(overwritten=self._dropped[name], unreduced=self._unreduced[name])
-
-    def _waiting_bytes(self) -> int:
-        device = self._pending[0].reading.index_TK.device.type if self._pending else "cpu"
-        return _WAITING_BYTES_MAX.get(device, 0)
+        return Counter({reason: lost[name] for reason, lost in self._lost.items() if lost[name]})
 
     def reduce(self) -> None:
         """Reduce all pending calls on their devices, without waiting for any."""
-        if not self._pending:
+        if not self._pending.calls:
             return
         with self._lock, torch.no_grad():
-            pending, self._pending = self._pending, []
-            self._held_bytes = self._unfinished = 0
             with _overhead_range():
-                for group in groups_of_one_shape(pending):
+                for group in self._unharmed(self._pending.take()):
                     self._reduce_or_count(group)
 
-    def _reduce_or_count(self, group: list[PendingCall]) -> None:
+    def _unharmed(self, groups: list[PendingCalls]) -> Iterator[PendingCalls]:
+        """Groups of one form each, without the calls that were written over, which are counted."""
+        gone: list[set[int]] = [set()] * len(groups)
+        if self.on_rewritten is not None:
+            gone = written_over(groups)
+        for group, calls in zip(groups, gone, strict=True):
+            if calls:
+                names = [record.site.name for i, record in enumerate(group.records) if i in calls]
+                self._lost["rewritten"].update(names)
+                self.on_rewritten(set(names))  # type: ignore[misc]
+            if calls or not group.is_uniform:
+                yield from group.without(calls)
+            else:
+                yield group
+
+    def _reduce_or_count(self, group: PendingCalls) -> None:
         """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
-        memory = _allocated_bytes(group[0].reading.index_TK.device)
-        for item in group:
-            item.record.memory_bytes = memory
+        memory = _allocated_bytes(group.index[0].device)
         try:
-            with on_stream(group[0].reading.index_TK, group[0].stream):
-                self._store(reduce_group(group))
+            with on_stream(group.index[0], group.stream):
+                batch = reduce_group(group)
+                batch.memory_bytes = memory
+                self._store(batch)
         except Exception as error:
-            self._count_unreduced([item.record.site.name for item in group], error)
+            self._count_unreduced([record.site.name for record in group.records], error)
 
     def _count_unreduced(self, names: list[str], error: Exception) -> None:
         with self._lock:
-            self._unreduced.update(names)
+            self._lost["unreduced"].update(names)
             first, self.unreduced = self.unreduced == 0, self.unreduced + len(names)
         if first and names:
             warn_user(
@@ -164,7 +187,7 @@ class Recorder:
     ) -> None:
         """Keep calls whose figures are on the host already."""
         with self._lock:
-            self._store(Batch(records, top_k, tokens, num_experts, classes, ints, floats))
+            self._store(Batch(Records(records), top_k, tokens, num_experts, classes, ints, floats))
 
     def _drop_oldest(self) -> None:
         """Keep to the capacity; batches stand in order of time, those still on the device last."""
@@ -175,12 +198,13 @@ class Recorder:
             if over <= 0:  # by bytes: as many calls as hold what is too much
                 over = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
             dropped = min(max(1, over), calls)
-            self._dropped.update(record.site.name for record in oldest.records[:dropped])
+            names = (record.site.name for record in islice(oldest.records, dropped))
+            self._lost["overwritten"].update(names)
             before = oldest.nbytes
             oldest.drop(dropped)
             if self._on_host:
                 self._bytes -= before - oldest.nbytes
-            if not oldest.records:
+            if not len(oldest.records):
                 self._on_host.popleft() if self._on_host else self._on_device.pop(0)
             self._kept -= dropped
             self.overwritten += dropped
@@ -218,7 +242,7 @@ class Recorder:
         pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
         samples = [sample for _, sample in pairs]
         if any(record.in_graph for record, _ in pairs):
-            return list(_renumbered(samples, self._dropped))
+            return list(_renumbered(samples, self._lost["overwritten"]))
         return samples
 
     def take(self, *, reduce: bool = True) -> list[Any]:
@@ -245,15 +269,6 @@ class Recorder:
             self._count_unreduced([record.site.name for record in batch.records], error)
             batch.drop(len(batch.records))
             return []
-
-    def clear(self) -> None:
-        """Forget everything recorded."""
-        with self._lock:
-            self._pending.clear()
-            self._unfinished = 0
-            self._on_device.clear()
-            self._on_host.clear()
-            self._held_bytes = self._kept = self._bytes = self.overwritten = 0
 
 
 def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator[RoutingSample]:

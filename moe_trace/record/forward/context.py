@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -33,8 +34,12 @@ class ForwardContext:
     """An exception ended it."""
     padding_unclear: bool = False
     """A block saw another number of tokens than the mask has."""
-    reached: set[int] = field(default_factory=set)
-    """Sites whose router was called."""
+    reached: list[Collection[int]] = field(default_factory=list)
+    """Sites whose router was called, some at a time; shared by all that `replace` makes of it."""
+    held_bytes: float = float("inf")
+    """Of the tensors that its routers hand out, about, where that is known."""
+    start_ns: int = 0
+    """When it began, where the host saw that."""
     thread: int = field(default_factory=threading.get_native_id)
     """Native id of the thread that runs it."""
     ident: int = field(default_factory=threading.get_ident)
@@ -117,6 +122,11 @@ class ForwardStack:
     def drop(self, thread: int) -> None:
         """The thread is in no forward."""
         self._stacks.pop(thread, None)
+
+    @property
+    def busy(self) -> int:
+        """How many threads are in a forward."""
+        return len(self._stacks)
 
     def threads(self) -> list[int]:
         """The threads that are in a forward."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,3 +29,23 @@ def apart() -> Iterator[None]:
     """
     with torch.no_grad(), outside_functions(), outside_modes():
         yield
+
+
+class Failures:
+    """Keeps what goes wrong in hooks of ours from the user's forward: said once, counted as lost."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+
+    def note(self, error: Exception) -> None:
+        """Something went wrong."""
+        if self.first is None:
+            self.first = f"{type(error).__name__}: {error}"
+            warn_user(f"a hook of moe_trace failed ({self.first}); the model runs on, its routing is lost")
+
+    def guarded(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self.note(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts.modules import unwrapped
+from moe_trace.record.forward.guard import apart
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -25,7 +28,9 @@ class ModelInputs:
         inner = unwrapped(module)
         self._positions = {name: i for i, name in enumerate(_parameter_names(inner))}
         self._encoder_decoder = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
-        self._tokens = _DECODER_TOKENS if self._encoder_decoder else _TOKENS
+        names = _DECODER_TOKENS if self._encoder_decoder else _TOKENS
+        self._tokens = self._places(names)
+        self._caches, self._mask = self._places(_CACHES), self._places(("attention_mask",))
 
     @property
     def names_tokens(self) -> bool:
@@ -37,22 +42,30 @@ class ModelInputs:
         tokens = self._tensor(args, kwargs)
         return None if tokens is None else int(tokens.shape[1])
 
-    def tokens(self, args: Any, kwargs: dict[str, Any]) -> int | None:
-        """Tokens of all rows together, as far as the first tensor tells: to know how large a forward is."""
-        tokens = self._tensor(args, kwargs)
+    def look(self, args: Any, kwargs: dict[str, Any]) -> tuple[Stage, int | None, bool]:
+        """(stage, tokens of all rows as far as the first tensor tells, whether they were named)."""
+        named = tokens = self._tensor(args, kwargs)
         if tokens is None:
-            tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if tokens is None:
-            return None
-        return int(tokens.shape[:-1].numel() if tokens.is_floating_point() else tokens.numel())
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor):
+                    tokens = value
+                    break
+        count = None
+        if tokens is not None:
+            shape = tokens.shape
+            count = math.prod(shape[:-1] if tokens.is_floating_point() else shape)
+        return self._stage(named, args, kwargs), count, named is not None
 
     def stage(self, args: Any, kwargs: dict[str, Any]) -> Stage:
         """`decode` for one token a row that follows what a cache holds."""
+        return self._stage(self._tensor(args, kwargs), args, kwargs)
+
+    def _stage(self, tokens: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Stage:
         if torch.is_grad_enabled() and self._module.training:
             return "train"
-        if self.length(args, kwargs) != 1:
+        if tokens is None or tokens.shape[1] != 1:
             return "prefill"
-        cached = _cached_tokens(self._given(args, kwargs, _CACHES))
+        cached = _cached_tokens(self._given(args, kwargs, self._caches))
         return "prefill" if cached == 0 else "decode"
 
     def padding(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
@@ -61,27 +74,36 @@ class ModelInputs:
         A 2-D mask covers the cached tokens and the input. One of another length, or of another form, does
         not tell which of its columns are the input's.
         """
-        mask, length = self._given(args, kwargs, ("attention_mask",)), self.length(args, kwargs)
+        mask = self._given(args, kwargs, self._mask)
         if mask is None:
             return None, False
+        length = self.length(args, kwargs)
         if self._encoder_decoder or length is None or not isinstance(mask, Tensor) or mask.dim() != 2:
             return None, True
-        cached = _cached_tokens(self._given(args, kwargs, _CACHES))
+        cached = _cached_tokens(self._given(args, kwargs, self._caches))
         if mask.shape[1] != length and mask.shape[1] != length + (cached or 0):
             return None, True
-        return (mask[:, -length:] == 0).flatten(), False
+        try:
+            with apart():
+                return (mask[:, -length:] == 0).flatten(), False
+        except Exception:  # a mask of a kind that nobody thought of
+            return None, True
 
     def _tensor(self, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        for name in self._tokens:
-            tokens = self._given(args, kwargs, (name,))
+        for name, position in self._tokens:
+            tokens = args[position] if position < len(args) else kwargs.get(name)
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
                 return tokens
         return None
 
-    def _given(self, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> Any:
-        for name in names:
-            position = self._positions.get(name)
-            given = args[position] if position is not None and position < len(args) else kwargs.get(name)
+    def _places(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """(name, position) of arguments; a position that no call reaches where there is none."""
+        return [(name, self._positions.get(name, sys.maxsize)) for name in names]
+
+    @staticmethod
+    def _given(args: Any, kwargs: dict[str, Any], places: Sequence[tuple[str, int]]) -> Any:
+        for name, position in places:
+            given = args[position] if position < len(args) else kwargs.get(name)
             if given is not None:
                 return given
         return None

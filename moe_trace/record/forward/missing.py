@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 
 from torch import nn
 
@@ -23,12 +24,19 @@ class MissingSites:
         self._model = model
         self._sites = sites
         self._expected: set[int] = set()
+        self._usual: Collection[int] | None = None
+        """What is known to be all of them."""
         self._towers = [re.split(r"\.\d+\.", f".{site.name}")[0] for site in sites]
 
-    def look(self, reached: set[int]) -> None:
-        """A recorded forward has ended."""
-        if reached == self._expected:
+    def look(self, parts: Sequence[Collection[int]]) -> None:
+        """A recorded forward has ended, which reached these sites."""
+        if len(parts) == 1 and parts[0] is self._usual:
             return
+        reached = set(chain.from_iterable(parts))
+        if reached == self._expected:
+            self._usual = parts[0] if len(parts) == 1 else None
+            return
+        self._usual = None
         gone = self._expected - reached
         towers = {self._towers[index] for index in reached}
         for index in gone:

@@ -15,26 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_trace.data.schema import GraphMark, Stage
+from moe_trace.data.schema import GraphMark
 from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.graphs.ring import EXACT
 from moe_trace.record.reduce.pinned import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
 _MARKS_IN_TRACES = 10_000  # more steps than a trace can hold
-
-
-@dataclass(slots=True)
-class HostForward:
-    """A forward that the host saw begin."""
-
-    step: int
-    stage: Stage
-    start_ns: int
-    thread: int
-    profiled: bool
-    sampled: bool
-    """Whether its decisions are wanted: `every` and `warmup` cannot stop a compiled write."""
 
 
 @dataclass(slots=True)
@@ -92,23 +80,18 @@ class GraphForwards:
         self.forgotten = 0
         """Calls whose forward was no longer remembered."""
         self._samples_step = samples_step
-        self._latest: HostForward | None = None
-        self._by_epoch: dict[int, HostForward] = {}
+        self._latest: ForwardContext | None = None
+        self._by_epoch: dict[int, ForwardContext] = {}
         self._marks: deque[_Mark] = deque(maxlen=REMEMBERED)
         self._profiled_marks: deque[_Mark] = deque(maxlen=_MARKS_IN_TRACES)
         """Those that stand in a trace."""
 
     # -- noted in the forward's time ------------------------------------------------------------------
 
-    def begin(self, forward: HostForward) -> None:
+    def begin(self, forward: ForwardContext) -> None:
         """The host sees a forward begin."""
         self.epoch += 1
         self._latest = forward
-
-    def tell_stage(self, stage: Stage) -> None:
-        """The forward that began last turned out to be of this stage."""
-        if self._latest is not None:
-            self._latest.stage = stage
 
     def remember(self) -> bool:
         """Graphs write in the forward that began last; returns whether the host saw any begin."""
@@ -165,7 +148,7 @@ class GraphForwards:
         record.step, record.stage = seen.step, seen.stage
         record.start_ns = record.end_ns = seen.start_ns
         record.thread, record.profiled = seen.thread, seen.profiled
-        return seen.sampled
+        return seen.recorded
 
     def attribute_to_segment(
         self, record: CallRecord, forward: int, segments: list[tuple[int, Segment]]

@@ -19,7 +19,8 @@ from moe_trace.data.schema import GraphMark
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, HostForward, Segment
+from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
 from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring import STAGES, unpad
 from moe_trace.record.graphs.rings import ModelRings
@@ -84,7 +85,7 @@ class GraphRecorder:
 
     # -- in the forward's time ------------------------------------------------------------------------
 
-    def start_on_host(self, forward: HostForward) -> None:
+    def start_on_host(self, forward: ForwardContext) -> None:
         """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full."""
         self.forwards.begin(forward)
         self.rings.begin_on_host()
@@ -177,7 +178,6 @@ class GraphRecorder:
             end_ns=0,
             thread=0,
             profiled=False,
-            padding_T=None,
             in_graph=True,
             order=(epoch, 0),
         )

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from moe_trace.find.contracts import Call, ContractMismatch, Reading
-from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
 from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
+from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.calls.rewritten import TensorCopies
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.guard import apart, warn_user
-from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, WATCHED, Event, EventLog
+from moe_trace.record.hooks.checks import EventChecks
+from moe_trace.record.hooks.events import (
+    EventLog,
+)
 from moe_trace.record.hooks.joining import CallJoiner, RouterCall
 from moe_trace.record.hooks.observe import CallClock
+from moe_trace.record.hooks.plain import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
-
-_EVENTS_MAX = 256  # outside a forward of the model, whose end would join them
-KEPT_BYTES_MAX = 64 * 2**20  # of the tensors in them, inside a forward
-
-
-@dataclass(slots=True)
-class SiteCounts:
-    """What became of the calls of one router."""
-
-    seen: int = 0
-    recorded: int = 0
-    lost: Counter[str] = field(default_factory=Counter)
-    """By reason (`LOST_CALLS` in `summary_notes.py`)."""
-    misread: str | None = None
-    """Why the first call that could not be read could not."""
-    fused: int = 0
-    """Calls of a block that called neither its router nor its experts."""
 
 
 class CallCollector:
@@ -58,7 +43,7 @@ class CallCollector:
         recorder: Recorder,
         clock: CallClock | None,
     ) -> None:
-        self.counts = [SiteCounts() for _ in routers]
+        self._counts = [SiteCounts() for _ in routers]
         self.orphans = 0
         """Experts calls that belong to no router call."""
         self.padding_unclear = 0
@@ -75,63 +60,82 @@ class CallCollector:
             orphan=self._orphan,
         )
         self._lock = threading.RLock()
-        self._natives: dict[int, int] = {}
-        self._bytes = 0
-        self._ends_with_backward = False
+        self._plain = PlainForwards(
+            routers, self._counts, recorder, padding=self._padding, join=self._join_late
+        )
+        recorder.on_rewritten = self._copy_from_now_on
+        self.checks = EventChecks(
+            log, forwards, outside=outside, join_passed=self.flush_passed, end_backward=self.end_backward
+        )
 
     # -- while the model runs -------------------------------------------------------------------------
 
-    def look_and_append(self, event: Event) -> None:
-        """Append an event outside a forward of the model, in a backward, or in a large forward."""
-        if is_exporting():
-            return  # a program, not a call
-        with suppress(Exception):  # what it is will be found out, and counted, when it is joined
-            event = self._looked_at(event)
-        self._log.events.append(event)
-
-    def _looked_at(self, event: Event) -> Event:
-        kind, thread = event[0], event[2]
-        if kind == BEGIN:
-            if len(self._log.events) > _EVENTS_MAX or self._bytes > KEPT_BYTES_MAX:
-                self.flush_passed()
-            self._natives[thread] = threading.get_native_id()
-            return event if self._forwards.of(thread) is not None else (*event, self._outside())
-        if kind not in (ROUTER, WATCHED, EXPERTS):
-            return event
-        if in_backward():
-            # Kept until the backward ends, it would keep the activations of a recomputed layer alive.
-            with apart():
-                event = (*event[:3], *map(_detached, event[3:]))
-            self._end_with_backward()
-        self._bytes += sum(map(_bytes, event[3:]))
-        return event
-
-    def _end_with_backward(self) -> None:
-        """The calls of a recomputation are complete when the backward is, which this thread is in."""
-        if not self._ends_with_backward:
-            self._ends_with_backward = True
-            after_backward(self.end_backward)  # else the next forward ends them
-
     def end_backward(self) -> None:
         """Join what was recomputed, and all that no forward under way will end."""
-        self._ends_with_backward = False
         self.flush(None)
         self._recorder.end_forward()
 
-    def flush(self, thread: int | None) -> None:
-        """The forward of a thread ends: its calls, and those of threads that are in none, are complete."""
-        if not self._log.events and self._joiner.idle:
-            return
+    def flush(self, thread: int | None) -> bool:
+        """The forward of a thread ends: its calls, and those of threads that are in none, are complete.
+
+        Returns:
+            Whether there was anything to join.
+        """
+        if not self._log.items and self._joiner.idle:
+            return False
         with self._lock:
-            self._bytes = 0
+            self.checks.start_again()
+            items = self._log.take()
+            context = self._plain_context(thread)
+            if context is not None and self._plain.keep(items, context):
+                return True
+            self._plain.work_off()
             busy = set(self._forwards.threads()) - {thread}
-            self._joiner.add(self._log.take())
-            self._finish(self._joiner.finished(lambda t: t not in busy))
+            self._joiner.add(items)
+            calls = self._joiner.finished(lambda t: t not in busy)
+            recorded = self._finish(calls)
+            if context is not None and recorded == len(calls) == len({call.site for call in calls}) > 0:
+                self._plain.learn(items)
+        return True
+
+    def _join_late(self, items: list[Any], context: ForwardContext) -> None:
+        """A plain forward that waited, in which something was not as expected; nothing else is under way."""
+        self._joiner.add(items, context)
+        self._finish(self._joiner.finished(lambda thread: True))
+
+    def _plain_context(self, thread: int | None) -> ForwardContext | None:
+        """The forward that ends, if nothing else is under way and it is a first, whole and recorded one."""
+        if thread is None or self._clock is not None or self._forwards.busy != 1 or not self._joiner.idle:
+            return None
+        context = self._forwards.of(thread)
+        if context is None or not context.recorded or context.recomputed or context.failed:
+            return None
+        return context if context.ident == thread else None
+
+    @property
+    def counts(self) -> list[SiteCounts]:
+        """What became of the calls, by router."""
+        self.finish_waiting()
+        return self._counts
+
+    def finish_waiting(self) -> None:
+        """Record and count what waits."""
+        with self._lock:
+            self._plain.work_off()
+            self._plain.settle()
+
+    def _copy_from_now_on(self, names: set[str]) -> None:
+        """These routers write into memory that they handed out before: see `rewritten.py`."""
+        self._plain.forget()
+        for router in self._routers:
+            if router.site.name in names:
+                router.copies = TensorCopies(static=True)
 
     def flush_passed(self) -> None:
         """Join what is complete by all signs, so that little is kept."""
         with self._lock:
-            self._bytes = 0
+            self.checks.start_again()
+            self._plain.work_off()
             self._joiner.add(self._log.take())
             self._finish(self._joiner.passed())
 
@@ -151,10 +155,12 @@ class CallCollector:
     def _orphan(self, site: int) -> None:
         self.orphans += 1
 
-    def _finish(self, calls: Sequence[RouterCall]) -> None:
-        """Read the calls, and hand them to the recorder."""
+    def _finish(self, calls: Sequence[RouterCall]) -> int:
+        """Read the calls, and hand them to the recorder; returns how many were recorded."""
         if not calls:
-            return
+            return 0
+        self._plain.settle()
+        before = sum(counts.recorded for counts in self._counts)
         with apart():
             for call in calls:
                 self._finish_one(call, self._context(call))
@@ -164,6 +170,7 @@ class CallCollector:
                     copies.end_forward()
                     if copies.settled:
                         router.copies = None
+        return sum(counts.recorded for counts in self._counts) - before
 
     def _context(self, call: RouterCall) -> ForwardContext:
         context = call.context or self._outside()
@@ -174,8 +181,8 @@ class CallCollector:
     def _finish_one(self, call: RouterCall, context: ForwardContext) -> None:
         if not context.recorded:
             return
-        counts = self.counts[call.site]
-        context.reached.add(call.site)
+        counts = self._counts[call.site]
+        context.reached.append((call.site,))
         reason = self._why_no_decision(call, context)
         if reason is not None:
             # A recomputation that is cut short decided nothing that the forward had not.
@@ -203,8 +210,7 @@ class CallCollector:
         state = self._joiner.states[call.site]
         if call.fused or not (state.block_seen or state.experts_called):
             return None  # a fused block, which called its router but not its experts
-        if not router.observe_block:
-            router.observe_block = router.irregular = True
+        router.keep_block()
         return "without_experts"
 
     def _read(self, call: RouterCall) -> Reading:
@@ -212,7 +218,7 @@ class CallCollector:
         if call.reading is not None:
             if isinstance(call.reading, Exception):
                 raise call.reading
-            self.counts[call.site].fused += 1
+            self._counts[call.site].fused += 1
             return call.reading
         experts = call.experts
         if len(experts) > 1:
@@ -229,14 +235,8 @@ class CallCollector:
         self, call: RouterCall, context: ForwardContext, reading: Reading, counts: SiteCounts
     ) -> None:
         site, recomputed = self._routers[call.site].site, call.recomputed or context.recomputed
-        if recomputed or not context.of_model:
-            detach(reading)  # no end of a forward will do it
-        padding_T = context.padding_T
-        if padding_T is not None and padding_T.shape[0] != reading.index_TK.shape[0]:
-            padding_T = None
-            if not context.padding_unclear and not recomputed:
-                context.padding_unclear = True
-                self.padding_unclear += 1
+        detach(reading)
+        mask = self._padding(context, reading.index_TK.shape[0], recomputed)
         record = CallRecord(
             site,
             counts.recorded,
@@ -245,16 +245,25 @@ class CallCollector:
             context.stage,
             call.start_ns,
             call.end_ns,
-            context.thread if call.thread == context.ident else self._native_id(call.thread, context),
+            context.thread if call.thread == context.ident else self.checks.native_id(call.thread, context),
             context.profiled,
-            padding_T,
             order=(context.epoch, 0),
             sending=call.experts[0].sending if call.experts else None,
         )
-        self._recorder.add(record, reading)
+        self._recorder.add(record, reading, mask)
         if self._clock is not None:
             self._keep_times(call, counts.recorded)
         counts.recorded += 1
+
+    def _padding(self, context: ForwardContext, tokens: int, recomputed: bool = False) -> Tensor | None:
+        """[tokens] bool, which of them are padding; None where it is not known."""
+        padding_T = context.padding_T
+        if padding_T is None or padding_T.shape[0] == tokens:
+            return padding_T
+        if not context.padding_unclear and not recomputed:
+            context.padding_unclear = True
+            self.padding_unclear += 1
+        return None
 
     def _keep_times(self, call: RouterCall, number: int) -> None:
         clock, name = self._clock, self._routers[call.site].site.name
@@ -264,15 +273,8 @@ class CallCollector:
             if experts.mark is not None:
                 clock.keep(name, number, "experts", experts.mark)  # type: ignore[union-attr]
 
-    def _native_id(self, thread: int, context: ForwardContext) -> int:
-        """Of a thread that helps the forward's own."""
-        if thread not in self._natives:
-            alive = {t.ident: t.native_id for t in threading.enumerate()}
-            return alive.get(thread) or context.thread
-        return self._natives[thread]
-
     def _misread(self, index: int, error: Exception) -> None:
-        counts, site = self.counts[index], self._routers[index].site
+        counts, site = self._counts[index], self._routers[index].site
         if counts.misread is not None:
             return
         counts.misread = (
@@ -284,15 +286,3 @@ class CallCollector:
             f"{site.name} ({site.info.router_class}{of_release}) cannot be read as '{site.contract.name}': "
             f"{counts.misread}. Such calls are counted as lost; the model runs on"
         )
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
-    return tuple(map(_detached, value)) if type(value) is tuple else value
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(_bytes, value)) if type(value) is tuple else 0

@@ -1,39 +1,63 @@
-"""What the hooks of one tracer saw, in the order in which it happened: plain tuples in one list.
+"""What the hooks of one tracer saw, in the order in which it happened: one flat list, `WIDTH` items an event.
 
-The hooks append and do nothing else. Their events are joined into router calls when the forward ends
-(`joining.py`). The second item of each event is the number of the site, the third the thread that it
-happened on, so that any thread may append.
+The hooks extend it and do nothing else. Their events are joined into router calls when the forward ends: in
+columns where it ran as earlier ones did (`columns.py`), else one by one (`joining.py`). An event is
+
+    (kind and site in one number, thread that it happened on, and three items that its kind says)
+
+Any thread may add one at any time; a flat list gives Python's garbage collector nothing to look through.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 BEGIN = 0
-"""(kind, site, thread, time in ns, arguments or None, mark of the clock): the router is called."""
+"""(time in ns, arguments or None, mark of the clock): the router is called."""
 ROUTER = 1
-"""(kind, site, thread, time in ns, output, id of the backward or -1): it returned; None where it raised."""
+"""(time in ns, output, id of the backward or -1): it returned; output None where it raised."""
 WATCHED = 2
-"""(kind, site, thread, output): see `Found.watched`."""
+"""(output, None, None): see `Found.watched`."""
 EXPERTS = 3
-"""(kind, site, thread, arguments, keyword arguments, `DispatchInfo`, mark): the experts received these."""
+"""(arguments, keyword arguments, None or (`DispatchInfo`, mark)): the experts received these."""
 BLOCK = 4
-"""(kind, site, thread, time in ns): the block that holds the router is called."""
+"""(time in ns, None, None): the block that holds the router is called."""
 BLOCK_END = 5
-"""(kind, site, thread, reading or error): it returned. A reading only where `Found.read_block` made one."""
+"""(reading or error or None, None, None): it returned. A reading only where `Found.read_block` made one."""
+CONTEXT = 6
+"""(`ForwardContext`, None, None): that of the call that begins next, outside any forward of the model."""
 
-Event = tuple[Any, ...]
+WIDTH = 5
+KINDS = 8
+
+Event = tuple[Any, Any, Any, Any, Any]
+
+
+def event_code(kind: int, site: int) -> int:
+    """The first item of an event."""
+    return site * KINDS + kind
 
 
 class EventLog:
-    """The events that are not joined yet. `events.append` is what the hooks call."""
+    """The events that are not joined yet."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.items: list[Any] = []
+        self.note: Callable[[Event], Any] = self.items.extend
+        """What the hooks call: adds to the list, or has somebody look at each event first."""
 
-    def take(self) -> list[Event]:
-        """Remove what stands in it now; other threads may append meanwhile."""
-        count = len(self.events)
-        taken = self.events[:count]
-        del self.events[:count]
+    def take(self) -> list[Any]:
+        """Remove what stands in it now; other threads may add meanwhile."""
+        count = len(self.items)
+        taken = self.items[:count]
+        del self.items[:count]
         return taken
+
+    def last_first(self, site: int, thread: int) -> Iterator[tuple[int, list[Any]]]:
+        """(kind, its three items) of each event of a site on a thread, the last one first."""
+        items = self.items
+        for at in range(len(items) - WIDTH, -1, -WIDTH):
+            code, on = items[at], items[at + 1]
+            if on == thread and code // KINDS == site:
+                yield code % KINDS, items[at + 2 : at + WIDTH]

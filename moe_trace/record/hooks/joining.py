@@ -6,13 +6,13 @@ its experts, which may run on another thread. What does not join is counted with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe_trace.find.contracts import Call
 from moe_trace.record.forward.context import ForwardContext
-from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, Event
+from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, CONTEXT, EXPERTS, KINDS, ROUTER, WIDTH
 
 
 @dataclass(slots=True)
@@ -82,57 +82,71 @@ class CallJoiner:
         """Router calls of the block under way."""
         self._begun: list[RouterCall] = []
         """All calls that are not finished, in order."""
-        self._orphans: list[tuple[int, Event]] = []
+        self._orphans: list[tuple[int, ExpertsCall]] = []
+        self._contexts: dict[int, ForwardContext] = {}
+        """Of the call that a thread begins next."""
 
     @property
     def idle(self) -> bool:
         """Whether no call is under way."""
         return not self._begun
 
-    def add(self, events: Iterable[Event]) -> None:
-        """Fold events in."""
-        open_calls, states = self._open, self.states
-        for event in events:
-            kind, site, thread = event[0], event[1], event[2]
+    def add(self, items: Sequence[Any], context: ForwardContext | None = None) -> None:
+        """Fold events in.
+
+        Args:
+            context: the forward that they belong to; None for whatever each of their threads is in.
+        """
+        columns = (items[column::WIDTH] for column in range(WIDTH))
+        for code, thread, first, second, third in zip(*columns, strict=True):
+            site, kind = divmod(code, KINDS)
             if kind == BEGIN:
-                self._begin(site, thread, event)
-                continue
-            call = open_calls.get((site, thread))
-            if kind == EXPERTS:
-                states[site].experts_called = True
-                if call is None or not call.returned:
-                    call = self._router_of(site, event)
-                if call is None:
-                    self._orphans.append((site, event))
-                else:
-                    call.experts.append(ExpertsCall(*event[3:]))
-            elif kind == ROUTER:
-                if call is not None:
-                    call.end_ns, call.router_output = event[3], event[4]
-                    call.returned = event[4] is not None
-                    call.recomputed = event[5] != -1
+                within = self._contexts.pop(thread, None) or context or self._context_of(thread)
+                self._begin(site, thread, within, first, second, third)
+            elif kind == EXPERTS:
+                self._experts(site, thread, ExpertsCall(first, second, *(third or ())))
+            elif kind == CONTEXT:
+                self._contexts[thread] = first
             elif kind == BLOCK:
-                states[site].block_seen = True
+                self.states[site].block_seen = True
                 self._blocks[site, thread] = []
             elif kind == BLOCK_END:
-                self._end_block(site, thread, event[3])
-            elif call is not None:
-                call.watched_output = event[3]
+                self._end_block(site, thread, first)
+            else:
+                call = self._open.get((site, thread))
+                if call is None:
+                    continue
+                if kind == ROUTER:
+                    call.end_ns, call.router_output = first, second
+                    call.returned, call.recomputed = second is not None, third != -1
+                else:
+                    call.watched_output = first
 
-    def _begin(self, site: int, thread: int, event: Event) -> None:
-        call = RouterCall(event[4], None, None, {}, None, site, thread)
-        call.context = event[6] if len(event) > 6 else self._context_of(thread)
-        call.start_ns, call.mark = event[3], event[5]
+    def _experts(self, site: int, thread: int, experts: ExpertsCall) -> None:
+        self.states[site].experts_called = True
+        call = self._open.get((site, thread))
+        if call is None or not call.returned:
+            call = self._router_of(site, experts)
+        if call is None:
+            self._orphans.append((site, experts))
+        else:
+            call.experts.append(experts)
+
+    def _begin(
+        self, site: int, thread: int, context: ForwardContext, start_ns: int, args: Any, mark: Any
+    ) -> None:
+        call = RouterCall(args, None, None, {}, None, site, thread)
+        call.context, call.start_ns, call.mark = context, start_ns, mark
         self._open[site, thread] = call
         self._begun.append(call)
         block = self._blocks.get((site, thread))
         if block is not None:
             block.append(call)
 
-    def _router_of(self, site: int, event: Event) -> RouterCall | None:
+    def _router_of(self, site: int, experts: ExpertsCall) -> RouterCall | None:
         """The router call of experts called on another thread: by its tensors, else the only one."""
         found = [c for (s, _), c in self._open.items() if s == site and c.returned]
-        given = {id(value) for value in (*event[3], *event[4].values()) if value is not None}
+        given = {id(value) for value in (*experts.args, *experts.kwargs.values()) if value is not None}
         for call in found:
             output = call.router_output
             parts = output if isinstance(output, tuple | list) else (output,)
@@ -190,12 +204,12 @@ class CallJoiner:
 
     def _retry_orphans(self, *, keep: bool) -> None:
         orphans, self._orphans = self._orphans, []
-        for site, event in orphans:
-            call = self._router_of(site, event)
+        for site, experts in orphans:
+            call = self._router_of(site, experts)
             if call is not None:
-                call.experts.append(ExpertsCall(*event[3:]))
+                call.experts.append(experts)
             elif keep:
-                self._orphans.append((site, event))
+                self._orphans.append((site, experts))
             else:
                 self._orphan(site)
 

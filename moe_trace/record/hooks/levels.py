@@ -22,27 +22,37 @@ class HookLevels:
         """By thread inside the model: what its forward needs."""
         self._level: Level | None = None
         """What the hooks were set to last; None where they have to be asked one by one."""
+        self._router_hooks = [one.site.router._forward_hooks for one in hooks]
+        self._stale = False
+        """Whether a block needs other hooks than are on."""
+        for one in hooks:
+            one.on_change = self._change
+        self._installed: list[int] = []
+        """How many hooks each router had when ours were put on."""
         self._lock = threading.RLock()
 
     def set(self, level: Level) -> None:
         """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
         # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
-        if level == self._level and (self.kept or level == Level.OFF):
+        if level == self._level and (
+            self.kept or level == Level.OFF or list(map(len, self._router_hooks)) == self._installed
+        ):
             return
         self._level = level
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
+        self._installed = list(map(len, self._router_hooks))
 
-    def want(self, level: Level) -> None:
-        """The calling thread's forward needs `level`; of all threads, the one that needs most wins."""
+    def want(self, level: Level, thread: int) -> None:
+        """A thread's forward needs `level`; of all threads, the one that needs most wins."""
         with self._lock:
-            self._wanted[threading.get_ident()] = level
-            self.set(max(self._wanted.values()))
+            self._wanted[thread] = level
+            self.set(level if len(self._wanted) == 1 else max(self._wanted.values()))
 
-    def leave(self) -> None:
-        """The calling thread is in no forward any more; hooks change when the next one begins."""
-        self._wanted.pop(threading.get_ident(), None)
+    def leave(self, thread: int) -> None:
+        """The thread is in no forward any more; hooks change when the next one begins."""
+        self._wanted.pop(thread, None)
 
     def keep(self) -> None:
         """Compiled code has the hooks in it from now on; may run while it is being traced.
@@ -57,18 +67,25 @@ class HookLevels:
             if hooks.level == Level.OFF or not torch.compiler.is_compiling():
                 hooks.set_level(Level.RANGES, first=False)
 
+    def _change(self) -> None:
+        self._stale, self._level = True, None
+
     def settle(self) -> None:
         """Take off what need not be observed any more, unless a thread is inside or code is compiled.
 
         At once and not when the next forward begins: `torch.cuda.make_graphed_callables` takes no module with
         hooks, and is called in between.
         """
+        if self.kept or not self._stale:
+            return
         with self._lock:
-            if self.kept or self._wanted:
+            if self._wanted:
                 return
+            self._stale = False
             for hooks in self._hooks:
                 if hooks.level != Level.OFF and not hooks.is_current(hooks.level):
                     hooks.set_level(hooks.level)
+            self._installed = list(map(len, self._router_hooks))
 
     def remove(self) -> None:
         """Take all hooks off, whoever wants them."""

@@ -50,7 +50,7 @@ class ModelHooks:
         self._ranges, log = OpenRanges(), EventLog()
         shared: dict[str, Any] = {"ranges": self._ranges, "captures": captures, "clock": clock}
         self.routers = [
-            SiteHooks(site, index, rings=rings, owner=self, events=log.events, **shared)
+            SiteHooks(site, index, rings=rings, owner=self, log=log, **shared)
             for index, (site, rings) in enumerate(zip(sites, graphs.rings.sites, strict=True))
         ]
         self._levels = HookLevels(self.routers)
@@ -103,4 +103,5 @@ class ModelHooks:
 
     def join(self) -> None:
         """Join what was seen outside any forward of the model."""
-        self.watch.guarded(self.calls.flush, None)
+        self.watch.failures.guarded(self.calls.flush, None)
+        self.watch.failures.guarded(self.calls.finish_waiting)

@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from moe_trace.data.schema import RangeKind, range_name
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.rewritten import TensorCopies
 from moe_trace.record.forward.guard import apart
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
@@ -25,8 +26,16 @@ from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.rings import SiteRings
 from moe_trace.record.hooks.copies import HookOwner, detach_if_copy
-from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, ROUTER, WATCHED, Event
-from moe_trace.record.hooks.rewritten import TensorCopies
+from moe_trace.record.hooks.events import (
+    BEGIN,
+    BLOCK,
+    BLOCK_END,
+    EXPERTS,
+    ROUTER,
+    WATCHED,
+    EventLog,
+    event_code,
+)
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 _MISSING: Any = object()
@@ -64,19 +73,21 @@ class SiteObserver(HookOwner):
         rings: SiteRings,
         captures: CaptureNotes,
         clock: CallClock | None,
-        events: list[Event],
+        log: EventLog,
     ) -> None:
         self.site = site
         self.ranged = False
         """Whether ranges are opened while a profiler records."""
-        self.append: Callable[[Event], Any] = events.append
-        """Where events go now: into a list, or through somebody who looks at each."""
         self.sending: Callable[[Any], DispatchInfo | None] | None = None
         """Tells from the arguments of the experts what the call moves between processes; None where the
         process runs alone."""
         self.copies: TensorCopies | None = TensorCopies()
+        self._module, self._experts_module = site.router, site.experts
         self._index = index
-        self._events = events
+        self._log = log
+        self._begin, self._router, self._watched, self._experts, self._block, self._block_end = (
+            event_code(kind, index) for kind in (BEGIN, ROUTER, WATCHED, EXPERTS, BLOCK, BLOCK_END)
+        )
         self._traced = TracedSite(site, rings)
         self._captures = captures
         self._capturing = False
@@ -96,19 +107,22 @@ class SiteObserver(HookOwner):
     def _before_router(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
             self._traced.before_router(args)
-        elif module is self.site.router or not detach_if_copy(module, self.site.router):
-            self.append((BEGIN, self._index, get_ident(), time_ns(), None, None))
+        elif module is self._module or not detach_if_copy(module, self._module):
+            self._log.note((self._begin, get_ident(), time_ns(), None, None))
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():
             self._traced.after_router(output)
             return
-        self._append_router(time_ns(), output)
-
-    def _append_router(self, now_ns: int, output: Any) -> None:
+        now_ns = time_ns()
         if self.copies is not None:
             output = self.copies.router_output(output)
-        self.append((ROUTER, self._index, get_ident(), now_ns, output, graph_task_id()))
+        self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
+
+    def _note_router(self, now_ns: int, output: Any) -> None:
+        if self.copies is not None:
+            output = self.copies.router_output(output)
+        self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
 
     def _after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
         # Without `output`: taken off by another thread after torch had begun to call the module's hooks, so
@@ -117,15 +131,15 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self._traced.after_experts(args, given)
             return
-        if module is not self.site.experts and detach_if_copy(module, self.site.experts):
+        if module is not self._experts_module and detach_if_copy(module, self._experts_module):
             return
         if self._traced.call is not None:
             self._adopt_traced()
-        if self.copies is not None or given or self._keeps_arguments:
+        if given or self.copies is not None or self._keeps_arguments:
             args, given = self._trimmed(args, given)
         else:
             args = (None, *args[1:])  # hidden states would keep their memory until the forward ends
-        self.append((EXPERTS, self._index, get_ident(), args, given))
+        self._log.note((self._experts, get_ident(), args, given, None))
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling() or self._capturing:
@@ -133,7 +147,7 @@ class SiteObserver(HookOwner):
             return
         if self.copies is not None:
             output = self.copies.copy(output)
-        self.append((WATCHED, self._index, get_ident(), output))
+        self._log.note((self._watched, get_ident(), output, None, None))
 
     def _trimmed(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of experts without those that reading does not need, copied where they must be."""
@@ -150,12 +164,12 @@ class SiteObserver(HookOwner):
         call = self._traced.take()
         if call is not None:
             now_ns, thread = time_ns(), get_ident()
-            self.append((BEGIN, self._index, thread, now_ns, None, None))
+            self._log.note((self._begin, thread, now_ns, None, None))
             output = (
                 call.router_output if self.copies is None else self.copies.router_output(call.router_output)
             )
-            self.append((WATCHED, self._index, thread, call.watched_output))
-            self.append((ROUTER, self._index, thread, now_ns, output, graph_task_id()))
+            self._log.note((self._watched, thread, call.watched_output, None, None))
+            self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
     # -- the same where ranges, clocks, captures or several processes take part --------------------------
 
@@ -175,7 +189,7 @@ class SiteObserver(HookOwner):
             self._ranges.open(self._names["router"])
         mark = None if self._clock is None else self._clock.start(args)
         kept = args if self._keeps_arguments else None
-        self.append((BEGIN, self._index, get_ident(), time_ns(), kept, mark))
+        self._log.note((self._begin, get_ident(), time_ns(), kept, mark))
 
     def _after_router_timed(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():
@@ -191,14 +205,13 @@ class SiteObserver(HookOwner):
             self._stop_clock()
         if self._ranges.stacks:
             self._ranges.close(self._names["router"])
-        self._append_router(now_ns, output)  # what is copied here is no work of the router's
+        self._note_router(now_ns, output)  # what is copied here is no work of the router's
 
     def _stop_clock(self) -> None:
         """Of the router that returns now: the last one that began on this thread."""
-        thread = get_ident()
-        for event in reversed(self._events):
-            if event[0] == BEGIN and event[1] == self._index and event[2] == thread:
-                self._clock.stop(event[5])  # type: ignore[union-attr]
+        for kind, items in self._log.last_first(self._index, get_ident()):
+            if kind == BEGIN:
+                self._clock.stop(items[2])  # type: ignore[union-attr]
                 return
 
     def _before_experts(self, module: nn.Module, args: Any) -> None:
@@ -236,7 +249,8 @@ class SiteObserver(HookOwner):
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
         kept, given = self._trimmed(args, given)
-        self.append((EXPERTS, self._index, get_ident(), kept, given, sending, mark))
+        extra = None if sending is None and mark is None else (sending, mark)
+        self._log.note((self._experts, get_ident(), kept, given, extra))
 
     # -- the block ------------------------------------------------------------------------------------
 
@@ -248,7 +262,7 @@ class SiteObserver(HookOwner):
             return
         if self.ranged:
             self._ranges.open(self._names["block"])
-        self.append((BLOCK, self._index, get_ident(), time_ns()))
+        self._log.note((self._block, get_ident(), time_ns(), None, None))
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
         if output is _MISSING:
@@ -259,19 +273,18 @@ class SiteObserver(HookOwner):
             return
         if output is not None:
             reading = None if self.site.read_block is None else self._read_block(given, output)
-            self.append((BLOCK_END, self._index, get_ident(), reading))
+            self._log.note((self._block_end, get_ident(), reading, None, None))
         if self._ranges.stacks:
             self._ranges.close(self._names["block"])
 
     def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:
         """(start, reading or error, whether in a backward) of a block in which the router was not called."""
-        thread = get_ident()
-        for event in reversed(self._events):
-            if event[1] == self._index and event[2] == thread:
-                if event[0] == BLOCK:
-                    break
-                if event[0] == BEGIN:
-                    return None
+        for kind, items in self._log.last_first(self._index, get_ident()):
+            if kind == BEGIN:
+                return None
+            if kind == BLOCK:
+                start_ns = items[0]
+                break
         else:
             return None
         try:
@@ -283,4 +296,4 @@ class SiteObserver(HookOwner):
             if not isinstance(reading, Exception):
                 self._traced.rings.write_captured(reading)
             return None
-        return event[3], reading, graph_task_id() != -1
+        return start_ns, reading, graph_task_id() != -1

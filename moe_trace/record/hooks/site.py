@@ -38,6 +38,8 @@ class SiteHooks(SiteObserver):
         """Whether the block is hooked to record: until it has shown that each router call has its experts."""
         self.irregular = False
         """Whether a router call was ever seen without its experts: then the block stays observed."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Told that the block needs other hooks than are on."""
         self.read = self.site.read
         self._owner = owner
         self._handles: list[RemovableHandle] = []
@@ -151,7 +153,21 @@ class SiteHooks(SiteObserver):
             calls: calls of the router so far.
             fused: how many of them were read from a block that did not call its router.
         """
+        before = self.observe_block, self.reads_block
         if not self.irregular:
             self.observe_block = False
         if calls and not fused:
             self.reads_block = False
+        if before != (self.observe_block, self.reads_block):
+            self.on_change()
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to learn of the block."""
+        return not self.reads_block and (self.irregular or not self.observe_block)
+
+    def keep_block(self) -> None:
+        """A router call was seen without its experts: only its block can tell whether that ran fused."""
+        if not self.observe_block:
+            self.observe_block = self.irregular = True
+            self.on_change()

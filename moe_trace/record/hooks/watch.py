@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
+from time import time_ns
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from torch.compiler import is_compiling
 from moe_trace.data.schema import Stage, range_name
 from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import in_backward, is_jit_tracing
-from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
-from moe_trace.record.forward.guard import apart, warn_user
+from moe_trace.record.forward.guard import Failures
 from moe_trace.record.forward.missing import MissingSites
 from moe_trace.record.forward.ranges import (
     OpenRanges,
@@ -28,11 +26,11 @@ from moe_trace.record.forward.ranges import (
 )
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
-from moe_trace.record.graphs.forwards import HostForward
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.graphs.ring import STAGES
-from moe_trace.record.hooks.calls import KEPT_BYTES_MAX, CallCollector
+from moe_trace.record.hooks.calls import CallCollector
+from moe_trace.record.hooks.checks import KEPT_BYTES_MAX, bytes_of_token
 from moe_trace.record.hooks.entries import ModelEntry
 from moe_trace.record.hooks.events import EventLog
 from moe_trace.record.hooks.levels import HookLevels
@@ -56,20 +54,22 @@ class ForwardWatch:
     forwards: ForwardStack = field(default_factory=ForwardStack)
     forwards_recorded: int = 0
     padding_unknown: int = 0
-    broken: str | None = None
-    """What went wrong in a hook of ours, the first time."""
+    failures: Failures = field(default_factory=Failures)
+    """Of our own hooks."""
 
     def __post_init__(self) -> None:
         sites = [router.site for router in self.routers]
         self.missing = MissingSites(self.model, sites)
         self._graph_range = range_name("graph", type(unwrapped(self.model)).__name__)
-        self._append: Any = None
-        self._token_bytes = sum(map(_bytes_of_token, sites))
+        self._left_out = ForwardContext(0, "prefill", recorded=False)
+        self._unsettled = list(self.routers)
+        """Whose block may come to need no hook."""
+        self._token_bytes = sum(map(bytes_of_token, sites))
         self.calls: CallCollector
 
     def abandon(self, thread: int) -> None:
         """Forget router calls that an exception interrupted on a thread."""
-        self.guarded(self.calls.forget, thread)
+        self.failures.guarded(self.calls.forget, thread)
         self.forwards.drop(thread)
 
     def graph_started(self) -> None:
@@ -77,17 +77,6 @@ class ForwardWatch:
         self.recorder.may_defer = False  # a graph's next replay overwrites the tensors that it returned
         if is_compiling() or not captures_now():
             self.levels.keep()  # what is captured holds none of the hooks' Python
-
-    def guarded(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Nothing of ours raises into the user's forward."""
-        try:
-            function(*arguments)
-        except Exception as error:
-            if self.broken is None:
-                self.broken = f"{type(error).__name__}: {error}"
-                warn_user(
-                    f"a hook of moe_trace failed ({self.broken}); the model runs on, its routing is lost"
-                )
 
     def outside(self) -> ForwardContext:
         """What is known of a router called outside any forward: a submodule on its own."""
@@ -108,18 +97,22 @@ class ForwardWatch:
         """A module that the model may be entered through is called."""
         if is_compiling():
             self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
-        else:
-            self.guarded(self._begin_eagerly, entry, args, kwargs, replica)
+            return
+        try:
+            self._begin_eagerly(entry, args, kwargs, replica)
+        except Exception as error:
+            self.failures.note(error)
 
     def _begin_eagerly(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
         if captures_now():
             self.levels.set(Level.RANGES)  # which tells where the experts end
             self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
             return
-        thread = threading.get_ident()
-        if self.forwards.is_stale(thread, entry.level) and not in_backward():
-            self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
+        thread = get_ident()
         around = self.forwards.top(thread)
+        if around is not None and self.forwards.is_stale(thread, entry.level) and not in_backward():
+            self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
+            around = None
         if around is None:
             whole = self.forwards.of(thread) if replica else None
             if whole is None:
@@ -136,34 +129,47 @@ class ForwardWatch:
     def _begin_forward(self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any]) -> None:
         if self.ranges.stacks:
             self.ranges.close_thread()
-        self.calls.flush(None)  # what was called outside any forward
-        self.recorder.end_forward()
+        if self.calls.flush(None):  # what was called outside any forward
+            self.recorder.end_forward()
         again = self.forwards.last
         if again is not None and in_backward():
             # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
             context = again.again()
             self.forwards.push(thread, entry.level, context)
-            self._want(context)
+            self._want(context, thread)
             return
         step = self.steps.now()
         self.steps.forwards += 1
         # What torch.jit traces becomes part of somebody's program: nothing of ours may.
         sampled = self.steps.samples(step) and not is_jit_tracing()
-        profiled = sampled and any_profiler_is_recording()
-        if profiled and (self.graphs.writes or self.levels.kept) and profiler_is_recording():
-            self._open_graph_range()
-        stage = entry.inputs.stage(args, kwargs)
-        context = ForwardContext(step, stage, recorded=sampled, profiled=profiled)
-        self.graphs.start_on_host(HostForward(step, stage, time.time_ns(), context.thread, profiled, sampled))
+        tokens, context = None, self._left_out  # one for all, of which nobody will ask more
+        if sampled or self.graphs.writes:
+            stage, tokens, told = entry.inputs.look(args, kwargs)
+            context = self._context(step, stage, thread, sampled, told)
+        self.graphs.start_on_host(context)
         context.epoch = self.graphs.forwards.epoch
         self.forwards.push(thread, entry.level, context)
         if not self.levels.kept and self._is_compiled():
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
-        self._want(context)
+        self._want(context, thread)
         if sampled:
             self.forwards_recorded += 1
-            self._tell(context, entry, args, kwargs)
-            self.send_events(entry.inputs.tokens(args, kwargs))
+            self._find_padding(context, entry, args, kwargs)
+            self.send_events(tokens, context)
+
+    def _context(self, step: int, stage: Stage, thread: int, sampled: bool, told: bool) -> ForwardContext:
+        profiled = sampled and any_profiler_is_recording()
+        if profiled and (self.graphs.writes or self.levels.kept) and profiler_is_recording():
+            self._open_graph_range()
+        return ForwardContext(
+            step,
+            stage,
+            recorded=sampled,
+            profiled=profiled,
+            told=told,
+            start_ns=time_ns(),
+            ident=thread,
+        )
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
@@ -175,21 +181,18 @@ class ForwardWatch:
         self, entry: ModelEntry, thread: int, context: ForwardContext, args: Any, kwargs: dict[str, Any]
     ) -> ForwardContext:
         """A module inside another one that did not tell, or that calls several: it has inputs of its own."""
-        if entry.inputs.length(args, kwargs) is None:
+        stage, tokens, told = entry.inputs.look(args, kwargs)
+        if not told:
             return context
-        stage = entry.inputs.stage(args, kwargs)
         if context.told:
             self.calls.flush(thread)
             context = context.inner(stage, None)
-            now_ns = time.time_ns()
-            self.graphs.start_on_host(
-                HostForward(context.step, stage, now_ns, context.thread, context.profiled, True)
-            )
+            context.start_ns = time_ns()
+            self.graphs.start_on_host(context)
             context.epoch = self.graphs.forwards.epoch
-        context.stage = stage
-        self.graphs.forwards.tell_stage(stage)
-        self._tell(context, entry, args, kwargs)
-        self.send_events(entry.inputs.tokens(args, kwargs))
+        context.stage, context.told = stage, True
+        self._find_padding(context, entry, args, kwargs)
+        self.send_events(tokens, context)
         return context
 
     def _of_replica(
@@ -197,16 +200,14 @@ class ForwardWatch:
     ) -> ForwardContext:
         context = whole.here()
         if context.recorded:
-            self._tell(context, entry, args, kwargs)
+            context.told = entry.inputs.length(args, kwargs) is not None
+            self._find_padding(context, entry, args, kwargs)
         return context
 
-    def _tell(self, context: ForwardContext, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
-        context.told = entry.inputs.length(args, kwargs) is not None
-        try:
-            with apart():
-                context.padding_T, unknown = entry.inputs.padding(args, kwargs)
-        except Exception:  # a mask of a kind that nobody thought of
-            unknown = True
+    def _find_padding(
+        self, context: ForwardContext, entry: ModelEntry, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        context.padding_T, unknown = entry.inputs.padding(args, kwargs)
         self.padding_unknown += unknown and not context.padding_unclear
         context.padding_unclear |= unknown
 
@@ -214,40 +215,41 @@ class ForwardWatch:
         first = self.steps.forwards == 1  # parts may have been compiled since the start
         return is_called_through_compile() or (first and bool(compiled_parts(self.model)))
 
-    def _want(self, context: ForwardContext) -> None:
+    def _want(self, context: ForwardContext, thread: int) -> None:
         """Put on what the calling thread's forward needs."""
-        thread = threading.get_ident()
         if not context.recorded:
             self.ranges.quiet.add(thread)
-            self.levels.want(Level.OFF)
+            self.levels.want(Level.OFF, thread)
             return
-        self.ranges.quiet.discard(thread)
+        if self.ranges.quiet:
+            self.ranges.quiet.discard(thread)
         ranges = context.profiled and profiler_is_recording()
         self.ranges.wanted = True if ranges else (None if self.ranges.wanted else False)
-        self.levels.want(Level.RANGES if ranges else Level.RECORD)
+        self.levels.want(Level.RANGES if ranges else Level.RECORD, thread)
 
-    def send_events(self, tokens: int | None = None) -> None:
+    def send_events(self, tokens: int | None = None, context: ForwardContext | None = None) -> None:
         """Where events go: straight into the list in a forward that is known to be small."""
-        alone = tokens is not None and len(self.forwards.threads()) == 1
-        straight = alone and tokens * self._token_bytes <= KEPT_BYTES_MAX  # type: ignore[operator]
-        append = self.log.events.append if straight else self.calls.look_and_append
-        if append == self._append:
-            return
-        self._append = append
-        for router in self.routers:
-            router.append = append
+        straight = False
+        if context is not None and tokens is not None and self.forwards.busy == 1:
+            context.held_bytes = tokens * self._token_bytes
+            straight = context.held_bytes <= KEPT_BYTES_MAX
+        self.log.note = self.log.items.extend if straight else self.calls.checks.note
 
     def end(self, entry: ModelEntry, output: Any) -> None:
         if is_compiling():
             self.graphs.rings.end_in_graph(entry.level)
-        else:
-            self.guarded(self._end_eagerly, entry, output)
+            return
+        try:
+            self._end_eagerly(entry, output)
+        except Exception as error:
+            self.failures.note(error)
 
     def _end_eagerly(self, entry: ModelEntry, output: Any) -> None:
-        self.graphs.rings.end_in_graph(entry.level)
+        if self.levels.kept or self.graphs.writes:  # it may have begun in a graph that was broken off
+            self.graphs.rings.end_in_graph(entry.level)
         if captures_now():
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         top = self.forwards.top(thread)
         while top is not None and top.level > entry.level:  # left by an interruption that was caught inside
             self.forwards.pop(thread)
@@ -272,19 +274,20 @@ class ForwardWatch:
             self.recorder.end_forward()
             if not (context.failed or context.recomputed or self.graphs.writes):
                 self.missing.look(context.reached)
+            if self.graphs.writes:  # which remember the forward for longer
+                context.padding_T = None
             self.send_events()
-            for router, counts in zip(self.routers, self.calls.counts, strict=True):
-                if router.observe_block or router.reads_block:
-                    router.settle(calls=counts.seen, fused=counts.fused)
-        self.ranges.quiet.discard(thread)
-        if not self.forwards.threads():
+            if self._unsettled:
+                self._settle_blocks()
+        else:
+            self.ranges.quiet.discard(thread)
+        self.levels.leave(thread)
+        if not self.forwards.busy:
             self.ranges.wanted = None
-        self.levels.leave()
-        self.levels.settle()
+            self.levels.settle()
 
-
-def _bytes_of_token(site: RouterSite) -> float:
-    """What a router keeps of a token until the forward ends: logits, index, weights as they mostly are."""
-    if not site.contract.reads_late:  # its arguments too
-        return float("inf")
-    return 4.0 * site.info.num_experts + 12.0 * site.info.top_k
+    def _settle_blocks(self) -> None:
+        """Whose calls need no hook on their block, now that a forward has shown it."""
+        for router, counts in zip(self.routers, self.calls.counts, strict=True):
+            router.settle(calls=counts.seen, fused=counts.fused)
+        self._unsettled = [router for router in self._unsettled if not router.settled]

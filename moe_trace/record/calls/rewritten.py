@@ -1,7 +1,9 @@
-"""Routers that write their decision into the same memory again: what they return must be copied at once."""
+"""Routers that write their decision into the same memory again: it is copied at once, or a call is lost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.compiler import is_compiling
 
 from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.private.torch_names import is_jit_tracing
+from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.guard import apart
 
 _LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
@@ -21,13 +24,18 @@ class TensorCopies:
     allocator can have reused it), or where a tensor's version has moved by the end of the forward.
     """
 
-    def __init__(self) -> None:
-        self.static = False
+    def __init__(self, *, static: bool = False) -> None:
+        self.static = static
         self._calls = 0
         self._earlier: dict[int, Tensor] = {}
         """By address of its storage."""
         self._of_call: dict[int, Tensor] = {}
         self._noted: list[tuple[Tensor, int]] = []
+
+    @property
+    def learning(self) -> bool:
+        """Whether it is not known yet."""
+        return not (self.static or self.settled)
 
     @property
     def settled(self) -> bool:
@@ -76,3 +84,52 @@ class TensorCopies:
         self.static |= any(tensor._version != version for tensor, version in noted)
         if self.static or self._calls > _LEARNED_FROM:
             self._earlier, self._of_call = {}, {}
+
+
+def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:
+    """Of each group, the calls whose tensors are not any more what they were when they were handed out.
+
+    A tensor was written to if its version moved; or if a later call was handed the same memory, which while
+    the first still holds it no allocator gave away. (What the routers of one forward share is shared.)
+    """
+    found = [
+        {
+            number
+            for number, (now, then) in enumerate(zip(versions_of(group.columns), group.versions, strict=True))
+            if now != then
+        }
+        for group in groups
+    ]
+    for kind in range(3):
+        columns = [group.columns[kind] if kind < len(group.columns) else [] for group in groups]
+        try:
+            addresses = [list(map(Tensor.data_ptr, column)) for column in columns]
+        except RuntimeError:  # tensors without memory: their values are all that there is
+            continue
+        taken = list(chain.from_iterable(addresses))
+        if len(set(taken)) < len(taken):
+            _find_reused(groups, columns, addresses, found)
+    return found
+
+
+def _find_reused(
+    groups: Sequence[PendingCalls],
+    columns: Sequence[Sequence[Tensor]],
+    addresses: Sequence[Sequence[int]],
+    found: list[set[int]],
+) -> None:
+    uses: dict[int, list[tuple[Any, ...]]] = {}
+    for place, (group, column, at) in enumerate(zip(groups, columns, addresses, strict=True)):
+        if column:
+            for number, (record, tensor, address) in enumerate(zip(group.records, column, at, strict=True)):
+                uses.setdefault(address, []).append(
+                    (record.start_ns, place, number, record.site.name, tensor)
+                )
+    for address, users in uses.items():
+        tensors, sites = {id(user[-1]) for user in users}, {user[-2] for user in users}
+        if address == 0 or len(users) == 1 or (len(tensors) == 1 and len(sites) == len(users)):
+            continue
+        last = max(user[0] for user in users)
+        for start_ns, place, number, _, _ in users:
+            if start_ns != last:
+                found[place].add(number)

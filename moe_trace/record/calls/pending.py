@@ -1,0 +1,192 @@
+"""Calls that wait to be reduced: references to the routers' own tensors, in columns, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_trace.find.contracts import Reading
+from moe_trace.record.calls.call import CallRecord, ForwardRecords, Records
+from moe_trace.record.reduce.streams import stream_of_now
+
+# Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
+# fits its cache takes half the time of one that does not.
+_REDUCED_ELEMENTS_MAX = {"cpu": 2**17, "cuda": 2**24}
+_form = attrgetter("__class__", "shape", "dtype", "device")
+_version = attrgetter("_version")
+
+Columns = Sequence[Sequence[Tensor]]
+"""The tensors of some calls: index, weights and, where there are any, logits."""
+
+
+@dataclass(slots=True)
+class PendingCalls:
+    """Calls that one batch of kernels can take, in columns."""
+
+    stream: int
+    """On which their tensors are made: elsewhere they might be read too early."""
+    shape: torch.Size
+    """[T, K] of each call."""
+    room: int
+    """How many calls more one batch takes."""
+    held: int
+    """Bytes that a call keeps alive."""
+    records: Records = field(default_factory=Records)
+    index: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    """Empty where the routers have no true logits."""
+    masks: list[Tensor] = field(default_factory=list)
+    """Padding of each; empty where it is not known."""
+    versions: list[tuple[int, ...]] = field(default_factory=list)
+    """Of each call's tensors when they were handed out."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """The tensors of the calls, a list a kind."""
+        return (self.index, self.weights, self.logits) if self.logits else (self.index, self.weights)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all calls have the form of the first."""
+        return all(len(set(map(_form, column))) == 1 for column in self.columns)
+
+    def without(self, calls: Container[int]) -> Iterator[PendingCalls]:
+        """The same, less some calls, in groups of one form each."""
+        store = PendingStore()
+        rows = zip_longest(self.records, self.index, self.weights, self.logits, self.masks)
+        for number, (record, index, weights, one, mask) in enumerate(rows):
+            if number not in calls:
+                store.add(record, Reading(index, weights, one), mask, self.stream)
+        return iter(store.take())
+
+
+class PendingStore:
+    """All calls that wait, in groups. Its user serialises."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.held_bytes = 0
+        """Memory that the calls keep alive."""
+        self.device_type = "cpu"
+        """Where the last new form of calls was seen."""
+        self._open: dict[Any, PendingCalls] = {}
+        self._full: list[PendingCalls] = []
+        self._last: PendingCalls | None = None
+        """Where the calls of the last forward went."""
+
+    def groups(self) -> list[PendingCalls]:
+        """All of them."""
+        return [*self._full, *self._open.values()]
+
+    def take(self) -> list[PendingCalls]:
+        """Remove all of them."""
+        groups = self.groups()
+        self.__dict__.update(PendingStore().__dict__)
+        return groups
+
+    def add(
+        self, record: CallRecord, reading: Reading, mask: Tensor | None, stream: int | None = None
+    ) -> None:
+        """Keep references to the tensors of a call.
+
+        Args:
+            mask: which tokens are padding, where that is known.
+            stream: on which they are made; None for the current one.
+        """
+        index, weights, logits = reading.index_TK, reading.weights_TK, reading.logits_TE
+        tensors = (index, weights) if logits is None else (index, weights, logits)
+        columns = [[tensor] for tensor in tensors]
+        stream = stream_of_now(index) if stream is None else stream
+        form = (stream, *map(_form, tensors), record.site.info.num_experts, mask is None, record.sending)
+        group = self._group(form, tensors, record.site.info.num_experts, 1)
+        self._extend(group, record, columns, versions_of(columns), mask, 1)  # type: ignore[arg-type]
+
+    def add_forward(
+        self,
+        records: ForwardRecords,
+        columns: Columns,
+        versions: Sequence[tuple[int, ...]],
+        mask: Tensor | None,
+    ) -> bool:
+        """The same for the calls of a forward, which have one form as far as is known.
+
+        Args:
+            columns: their tensors; only the first of each column is looked at before they are reduced.
+            versions: those of each call's tensors when they were handed out.
+
+        Returns:
+            False where they are too many for one batch, and nothing was kept.
+        """
+        first, calls, group = columns[0][0], len(records), self._last
+        # What goes to the same group as the last forward is told by the least that can be looked at.
+        if (
+            group is None
+            or group.room < calls
+            or group.shape != first.shape
+            or bool(group.masks) == (mask is None)
+            or len(columns) != len(group.columns)
+            or group.stream != stream_of_now(first)
+        ):
+            tensors, experts = [column[0] for column in columns], records.sites[0].info.num_experts
+            form = (stream_of_now(first), *map(_form, tensors), experts, mask is None, None)
+            group = self._last = self._group(form, tensors, experts, calls)
+        if group is None:
+            return False
+        self._extend(group, records, columns, versions, mask, calls)
+        return True
+
+    def _extend(
+        self,
+        group: PendingCalls,
+        records: CallRecord | ForwardRecords,
+        columns: Columns,
+        versions: Sequence[tuple[int, ...]],
+        mask: Tensor | None,
+        calls: int,
+    ) -> None:
+        group.index.extend(columns[0])
+        group.weights.extend(columns[1])
+        if len(columns) == 3:
+            group.logits.extend(columns[2])
+        if mask is not None:
+            group.masks.extend([mask] * calls)
+        group.versions.extend(versions)
+        group.records.append(records)
+        group.room -= calls
+        self.calls += calls
+        self.held_bytes += calls * group.held
+
+    def _group(self, form: Any, tensors: Sequence[Tensor], experts: int, calls: int) -> PendingCalls | None:
+        """Where calls of this form go; None if they are too many for one batch."""
+        group = self._open.get(form)
+        if group is not None and group.room >= calls:
+            return group
+        self.device_type = tensors[0].device.type
+        widest = max(1, tensors[-1].numel(), experts)  # `experts` wide is what it is reduced to
+        room = max(1, _REDUCED_ELEMENTS_MAX.get(self.device_type, 2**24) // widest)
+        if room < calls:
+            return None
+        if group is not None:
+            self._full.append(group)
+        held = sum(tensor.nbytes for tensor in tensors)
+        group = self._open[form] = PendingCalls(form[0], tensors[0].shape, room, held)
+        return group
+
+
+def versions_of(columns: Columns) -> list[tuple[int, ...]]:
+    """How often each call's tensors were written to; -1 for those of inference mode, which do not tell."""
+    try:
+        return list(zip(*[map(_version, column) for column in columns], strict=True))
+    except RuntimeError:
+        counted = [[-1 if t.is_inference() else t._version for t in column] for column in columns]
+        return list(zip(*counted, strict=True))

@@ -1,0 +1,130 @@
+"""Forwards that run as earlier ones did: their events are taken apart in columns, and never looked at singly.
+
+A plan says where the calls stand among the events of a forward that called each of some routers once, and
+then its experts, on one thread. It is made from the first such forward, which was joined one by one. Whether
+a later forward fits is told by comparing whole columns; one that does not is joined as the first was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_trace.find.contracts.contract import ColumnReader
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.call import ForwardRecords
+from moe_trace.record.calls.pending import Columns, versions_of
+from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, KINDS, ROUTER, WIDTH
+from moe_trace.record.hooks.site import SiteHooks
+
+_EXPECTED = {BEGIN: None, ROUTER: -1, EXPERTS: None, BLOCK: None, BLOCK_END: None}
+"""The last item of each event of a plain forward: no clock, no backward, no other process."""
+
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class ForwardPlan:
+    """See above. `first` and `taken` number the calls: of each router `first + taken` is the next one's."""
+
+    indices: tuple[int, ...]
+    sites: tuple[RouterSite, ...]
+    begins: Pick
+    routers: Pick
+    experts: Pick
+    block_ends: Pick | None
+    last_output: int
+    """Where the last router's output stands among the items."""
+    codes: list[int]
+    lasts: list[Any]
+    read: ColumnReader
+    versions: Sequence[tuple[int, ...]] = ()
+    first: tuple[int, ...] = ()
+    taken: int = 0
+    inference: bool = field(default_factory=torch.is_inference_mode_enabled)
+    """Whose tensors have no versions."""
+
+    def has_graph(self, items: list[Any]) -> bool:
+        """Whether the last router was called with gradients, as far as its first output tells."""
+        output = items[self.last_output]
+        return getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
+
+    def columns(self, items: list[Any]) -> Columns | None:
+        """The tensors of all calls; None where one of them is unlike the plan."""
+        firsts, seconds = items[2::WIDTH], items[3::WIDTH]
+        if items[4::WIDTH] != self.lasts or any(self.experts(seconds)):
+            return None
+        if self.block_ends is not None and any(one is not None for one in self.block_ends(firsts)):
+            return None
+        try:
+            columns = self.read(self.routers(seconds), self.experts(firsts))
+            return [*map(_detached, columns)] if columns[-1][-1].requires_grad else columns
+        except Exception:  # read one by one, the call that is wrong will be named
+            return None
+
+    def records(self, items: list[Any], context: ForwardContext) -> ForwardRecords:
+        """What is known of the calls beside their tensors."""
+        times = items[2::WIDTH]
+        return ForwardRecords(
+            context, self.sites, self.first, self.taken, self.begins(times), self.routers(times)
+        )
+
+
+def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What keeps no graph alive."""
+    return [tensor.detach() for tensor in column]
+
+
+def _picker(at: Sequence[int]) -> Pick:
+    """Takes the items at some places of a column."""
+    step = at[1] - at[0] if len(at) > 1 else 1
+    if list(at) == list(range(at[0], at[-1] + 1, step)):
+        places = slice(at[0], at[-1] + 1, step)
+        return lambda column: column[places]
+    return lambda column: [column[place] for place in at]
+
+
+def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan | None:
+    """A plan for forwards with these events, if they are plain and their routers alike."""
+    codes = items[0::WIDTH]
+    places: dict[int, dict[int, int]] = {}
+    for at, code in enumerate(codes):
+        site, kind = divmod(code, KINDS)
+        if kind not in _EXPECTED or places.setdefault(site, {}).setdefault(kind, at) != at:
+            return None
+    routers = [all_routers[index] for index in places]
+    readers = {router.site.contract.columns.get(router.read) for router in routers}
+    reader = readers.pop() if len(readers) == 1 else None
+    if reader is None or len({router.site.info.num_experts for router in routers}) > 1:
+        return None
+    for router, found in zip(routers, places.values(), strict=True):
+        if [kind for kind in found if kind not in (BLOCK, BLOCK_END)] != [BEGIN, ROUTER, EXPERTS]:
+            return None
+        if not router.site.contract.reads_late or (router.copies is not None and router.copies.learning):
+            return None
+    ends = [at[BLOCK_END] for at in places.values() if BLOCK_END in at]
+    plan = ForwardPlan(
+        indices=tuple(places),
+        sites=tuple(router.site for router in routers),
+        begins=_picker([at[BEGIN] for at in places.values()]),
+        routers=_picker([at[ROUTER] for at in places.values()]),
+        experts=_picker([at[EXPERTS] for at in places.values()]),
+        block_ends=_picker(ends) if ends else None,
+        last_output=WIDTH * max(at[ROUTER] for at in places.values()) + 3,
+        codes=codes,
+        lasts=[_EXPECTED[code % KINDS] for code in codes],
+        read=reader,
+    )
+    columns = plan.columns(items)
+    if columns is None:
+        return None
+    try:
+        plan.versions = versions_of(columns)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors
+        return None
+    return plan
