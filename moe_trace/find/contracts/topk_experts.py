@@ -8,7 +8,7 @@ the logits alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,11 +26,13 @@ from moe_trace.find.contracts.modules import (
 from moe_trace.find.contracts.topk_reading import (
     HIDDEN_ARGUMENT,
     INDEX_ARGUMENTS,
+    choice_columns,
     choice_inside_reader,
     combine_experts_calls,
     read_topk_experts,
     read_watched_logits,
     read_without_logits,
+    topk_columns,
 )
 
 ROUTER_NAMES = ("gate", "router")
@@ -180,17 +182,6 @@ RULES: tuple[Rule, ...] = (
     identity_experts,
     skip_class,
 )
-
-
-def choice_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """What `read_without_logits` reads, of many calls."""
-    return [index for _, index, _ in experts_args], [weights for _, _, weights in experts_args]
-
-
-def topk_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """What `read_topk_experts` reads, of many calls."""
-    logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    return *choice_columns(outputs, experts_args), logits
 
 
 TOPK_EXPERTS = Contract(

@@ -149,3 +149,14 @@ def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int)
         shape = (logits.shape[0], logits.shape[1])
     index, weights = combined_choice([_choice(one) for one in experts_calls], shape, top_k)
     return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
+
+
+def choice_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """What `read_without_logits` reads, of many calls."""
+    return [index for _, index, _ in experts_args], [weights for _, _, weights in experts_args]
+
+
+def topk_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """What `read_topk_experts` reads, of many calls."""
+    logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return *choice_columns(outputs, experts_args), logits
