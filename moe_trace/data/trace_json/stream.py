@@ -242,12 +242,13 @@ class JsonStream(JsonCursor):
 def _brackets_behind_braces(data: bytes, start: int) -> Iterator[tuple[int, int]]:
     """Offsets of each `]` with nothing but white space between it and a `}`, and of that."""
     text = np.frombuffer(data, np.uint8)[start:]
-    before, after = text[:-1], text[1:]
-    hits = np.flatnonzero((after == ord("]")) & ((before == ord("}")) | (before <= ord(" "))))
+    brackets = np.flatnonzero(text[1:] == ord("]"))  # few bytes are: the rest is asked of them alone
+    before = text[brackets]
+    hits = brackets[(before == ord("}")) | (before <= ord(" "))] + 1
     if len(hits) > _FEW:  # indented lists of numbers
         yield from ((m.start(), m.end() - 1) for m in _BRACE_AND_BRACKET.finditer(data, start))
         return
-    for bracket in (hits + start + 1).tolist():
+    for bracket in (hits + start).tolist():
         brace = _last_mark(data, bracket)
         if brace >= start and data[brace] == ord("}"):
             yield brace, bracket
