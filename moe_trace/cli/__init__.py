@@ -27,6 +27,11 @@ COMMANDS = {
     "ask": ("moe_trace.cli.ask", "AskCommand", "questions answered: imbalance, MoE's share, what to try"),
     "view": ("moe_trace.cli.view", "ViewCommand", "start TensorBoard on a folder and its MoE tab"),
     "merge": ("moe_trace.cli.merge", "MergeCommand", "the traces of a run's ranks as one, on one clock"),
+    "reduce": (
+        "moe_trace.cli.reduce",
+        "ReduceCommand",
+        "what a report needs of a trace, in a small file",
+    ),
     "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),
     "check": ("moe_trace.cli.check", "CheckCommand", "whether a merged trace keeps its promises"),
     "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),

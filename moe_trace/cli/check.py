@@ -10,7 +10,7 @@ from moe_trace.cli.reading import reading_progress
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
-from moe_trace.read.file.trace_file import find_traces
+from moe_trace.read.file.folder import find_traces
 
 _SHOWN = 5
 

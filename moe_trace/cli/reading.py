@@ -104,7 +104,7 @@ def _is_among(target: Path, given: Path) -> bool:
     if not target.exists() or not given.exists():
         return False
     if given.is_dir():
-        from moe_trace.read.file.trace_file import find_traces
+        from moe_trace.read.file.folder import find_traces
 
         try:
             return any(target.samefile(trace) for trace in find_traces(given))

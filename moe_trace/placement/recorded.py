@@ -14,9 +14,11 @@ from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import find_traces, read_rank_recordings
+from moe_trace.read.file.trace_file import read_rank_recordings
 from moe_trace.read.ranks.load import RankRecords
 from moe_trace.read.ranks.same_run import copies
+from moe_trace.read.reduced.file import is_reduced
+from moe_trace.read.reduced.inputs import find_inputs, load
 from moe_trace.read.time.peaks import BYTES_OF
 
 _StepKey = tuple[int, int]
@@ -32,7 +34,7 @@ def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCo
         TraceFileError: no file can be read, or one cannot that is not a rank of a larger run.
         UsageError: nothing is left, or layers of different sizes.
     """
-    recordings, notes = _read_all(find_traces(path))
+    recordings, notes = _read_all(find_inputs(path))
     counts = counts_of_recordings(recordings, str(path), chosen)
     return replace(counts, notes=(*notes, *counts.notes))
 
@@ -46,7 +48,7 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
     broken: list[TraceFileError] = []
     for file in files:
         try:
-            recordings, is_merged = read_rank_recordings(file)
+            recordings, is_merged = _recordings(file)
         except SchemaError:
             raise
         except TraceFileError as error:
@@ -72,6 +74,13 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
     if broken and all(recording.world_size == 1 for recording in single):
         raise broken[0]
     return single, notes
+
+
+def _recordings(file: Path) -> tuple[list[Recording], bool]:
+    if not is_reduced(file):
+        return read_rank_recordings(file)
+    reads = load(file)
+    return [read.recording for read in reads], any(read.alignment is not None for read in reads)
 
 
 def counts_of_recordings(

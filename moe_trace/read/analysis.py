@@ -16,8 +16,10 @@ from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.rank_imbalance import rank_imbalance
-from moe_trace.read.ranks.combine import Read, combined, joined, notes_of, rank_inputs, read_all
-from moe_trace.read.ranks.ranks import RankInput, RankReport, report_ranks
+from moe_trace.read.ranks.inputs import RankInput, Ranks
+from moe_trace.read.ranks.ranks import RankReport, report_ranks
+from moe_trace.read.reduced.combine import combined, joined, notes_of, read_all
+from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.rows import call_rows
 from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
@@ -173,7 +175,7 @@ def analyse(
 class _Traces:
     """All that was read; the answer to any question is a filter away."""
 
-    reads: Sequence[Read]
+    reads: Sequence[ReducedTrace]
     recording: Recording
     label: str
     peak: PeakOverride
@@ -189,8 +191,8 @@ class _Traces:
         reads = [read.narrow(chosen) for read in self.reads]
         times = joined([r.times for r in reads])
         busy = {key: value for r in reads for key, value in r.busy_us.items()}
-        inputs = rank_inputs(reads)
-        ranks = report_ranks(inputs, known=reads[0].alignment)
+        together = Ranks.of([read.rank_input for read in reads])
+        ranks = report_ranks(together, known=reads[0].alignment)
         split = any(r.recording.experts_are_split for r in reads)
         stages = set(recording.calls.stage.tolist())
         notes = [
@@ -199,7 +201,7 @@ class _Traces:
             *(ranks.notes if ranks is not None else _alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
-        imbalance = _imbalance(reads, inputs, times, recording)
+        imbalance = _imbalance(reads, together, times, recording)
         answered = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
@@ -213,7 +215,7 @@ class _Traces:
             times=times,
             busy_us=busy,
             ranks=ranks,
-            rank_inputs=tuple(inputs),
+            rank_inputs=together.inputs,
             experts_are_split=split,
         )
         return replace(answered, findings=find(self.evidence(answered)))
@@ -246,12 +248,12 @@ class _Traces:
 
 
 def _imbalance(
-    reads: Sequence[Read], inputs: Sequence[RankInput], times: CallTimes, recording: Recording
+    reads: Sequence[ReducedTrace], ranks: Ranks, times: CallTimes, recording: Recording
 ) -> Imbalance:
     """Of each layer on its device, or on its ranks where these share the experts."""
     split = any(r.recording.experts_are_split for r in reads)
-    if split and len(inputs) == len(reads) > 1:
-        return rank_imbalance(inputs, {r.recording.rank: r.times for r in reads})
+    if split and len(ranks.inputs) == len(reads) > 1:
+        return rank_imbalance(ranks, {r.recording.rank: r.times for r in reads})
     return imbalance_costs(times, recording.routers, experts_are_split=split)
 
 

@@ -221,6 +221,11 @@ def flows_have_both_ends(checked: Checked) -> Iterator[tuple[str, str]]:
     yield from _loss(checked, "backward")
 
 
+def collectives_have_their_work(checked: Checked) -> Iterator[tuple[str, str]]:
+    """Each collective of an MoE layer has its kernels, or its range on the backend's thread."""
+    yield from _loss(checked, "collectives")
+
+
 def _loss(checked: Checked, name: str) -> Iterator[tuple[str, str]]:
     coverage: Coverage = getattr(checked.coverage, name)
     sentence = loss_sentence(name, coverage)
@@ -246,6 +251,7 @@ RULES: tuple[Rule, ...] = (
     kernels_have_launches,
     launches_have_kernels,
     flows_have_both_ends,
+    collectives_have_their_work,
 )
 
 

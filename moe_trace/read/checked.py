@@ -16,6 +16,7 @@ from moe_trace.read.file.coverage import TimeCoverage
 from moe_trace.read.file.events import EventTable, to_ns
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace, split_ranks
+from moe_trace.read.ranks.collectives import find_collectives, work_coverage
 from moe_trace.read.time.phases import measure_calls
 
 
@@ -76,7 +77,10 @@ def read_checked(path: Path, progress: Progress | None = None) -> Checked:
     coverage = TimeCoverage()
     for part in split_ranks(trace):
         kernels = find_kernels(part.events)
-        coverage += measure_calls(part.recording.samples, part.events, kernels).coverage
+        samples = part.recording.samples
+        coverage += measure_calls(samples, part.events, kernels).coverage
+        of_calls = work_coverage(find_collectives(samples, part.events, kernels))
+        coverage += TimeCoverage(collectives=of_calls)
     return Checked(recording=trace.recording, events=trace.events, coverage=coverage, band=band)
 
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.read.ranks.load import CallLoad, RankRecords, find_loads
-from moe_trace.read.ranks.ranks import RankInput
-from moe_trace.read.ranks.time import SampleIndex, sample_index
+from moe_trace.read.ranks.inputs import Ranks
+from moe_trace.read.ranks.load import CallLoad
+from moe_trace.read.ranks.time import SampleIndex
 from moe_trace.read.time.fit import Array, Calls, Fit, fit_load, half_interval
 from moe_trace.read.time.imbalance import (
     R2_MIN,
@@ -32,15 +32,13 @@ from moe_trace.read.time.structure import EXPERTS
 SLOTS = "slots of the rank"
 
 
-def rank_imbalance(inputs: Sequence[RankInput], times: Mapping[int, CallTimes]) -> Imbalance:
+def rank_imbalance(ranks: Ranks, times: Mapping[int, CallTimes]) -> Imbalance:
     """One answer a layer, from the calls that all ranks made and whose times are known.
 
     Args:
         times: by rank.
     """
-    index = {one.calls.rank: sample_index(one.calls.rank, one.recording) for one in inputs}
-    loads = find_loads(RankRecords(by_rank={one.calls.rank: one.recording for one in inputs}))
-    return _answer(loads, times, index)
+    return _answer(ranks.loads, times, ranks.index)
 
 
 def _answer(
@@ -100,8 +98,8 @@ def _fit(time_CR: Array, slots_CR: Array) -> tuple[Fit | None, str]:
     )
     if not np.ptp(slots_CR, axis=1).any():
         return None, "the ranks compute equally many slots in every call"
-    fit = fit_load(data)
-    if fit is None or fit.comparison == "trend":
+    fit = fit_load(data, with_trend=False)
+    if fit is None:
         return None, "the ranks' loads hardly vary from call to call: record more steps, of several texts"
     return fit, reason_of(fit, data)
 

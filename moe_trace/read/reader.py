@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moe_trace.read.analysis import PeakOverride, TraceSummary, analyse
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import Progress, find_traces, read_recording
+from moe_trace.read.file.trace_file import Progress, read_recording
+from moe_trace.read.reduced.inputs import find_inputs
 
 __all__ = ["Filter", "PeakOverride", "TraceSummary", "read_recording", "read_summary"]
 
@@ -30,4 +31,4 @@ def read_summary(
         TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
         UsageError: `chosen` leaves nothing.
     """
-    return analyse(find_traces(path), label=str(path), chosen=chosen, peak=peak, progress=progress)
+    return analyse(find_inputs(path), label=str(path), chosen=chosen, peak=peak, progress=progress)

@@ -22,7 +22,7 @@ from model_config import CONFIG
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording
 from moe_trace.integrations.handler import tensorboard_trace_handler
-from moe_trace.read.file.trace_file import find_traces
+from moe_trace.read.file.folder import find_traces
 from moe_trace.read.reader import read_recording
 from moe_trace.workload import runner
 from moe_trace.workload.config import RunConfig, Split

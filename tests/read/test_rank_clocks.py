@@ -11,19 +11,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.parts import Alignment
-from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.file.trace_file import TraceFile, read_trace
 from moe_trace.read.ranks.align import align, count_early
-from moe_trace.read.ranks.merge import rank_calls
-from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
+from moe_trace.read.ranks.shared_calls import RankCalls, match_calls, rank_calls
 from moe_trace.read.reader import read_summary
 from tiny_ranks import Run, write_rank, write_ranks
 
 PARTS = ("counts", "dispatch", "combine")
 
 
+def _calls(trace: TraceFile) -> RankCalls:
+    return rank_calls(trace, find_kernels(trace.events))
+
+
 def calls_of(folder: Path, run: Run) -> list[RankCalls]:
-    return [rank_calls(read_trace(path)) for path in write_ranks(folder, run)]
+    return [_calls(read_trace(path)) for path in write_ranks(folder, run)]
 
 
 def aligned(calls: list[RankCalls]) -> Alignment:
@@ -132,7 +136,7 @@ def test_groups_that_share_nothing_are_aligned_each_on_its_own(tmp_path: Path) -
 def test_different_numbers_of_calls_are_refused(tmp_path: Path) -> None:
     for rank, calls in ((0, 3), (1, 2)):
         write_rank(tmp_path, Run(calls=calls), rank)
-    calls = [rank_calls(read_trace(path)) for path in sorted(tmp_path.glob("*.json"))]
+    calls = [_calls(read_trace(path)) for path in sorted(tmp_path.glob("*.json"))]
     matched, refused = match_calls(calls)
     assert matched == []
     assert "rank 0: 18, rank 1: 12" in refused[0]
@@ -142,7 +146,7 @@ def test_different_numbers_of_calls_are_refused(tmp_path: Path) -> None:
 def test_sequence_numbers_match_what_both_recorded(tmp_path: Path) -> None:
     for rank, calls in ((0, 3), (1, 2)):
         write_rank(tmp_path, Run(calls=calls, sequence=True), rank)
-    calls = [rank_calls(read_trace(path)) for path in sorted(tmp_path.glob("*.json"))]
+    calls = [_calls(read_trace(path)) for path in sorted(tmp_path.glob("*.json"))]
     (shared,), refused = match_calls(calls)
     assert (len(shared.calls), refused) == (12, [])
     assert aligned(calls).offset_ns[1] == 250_000

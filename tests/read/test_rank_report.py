@@ -379,3 +379,32 @@ def test_what_torch_and_nccl_really_write() -> None:
     ]
     assert counts.work_ns is not None, "of one rank NCCL makes a copy instead of a kernel"
     assert found[3].work_ns is None
+
+
+@pytest.mark.parametrize(("calls", "lost", "given"), [(20, 1, True), (20, 3, False)])
+def test_collectives_without_kernels_have_no_time(tmp_path: Path, calls: int, lost: int, given: bool) -> None:
+    """Lost are the first kernels of rank 1; what waits is told by the other calls, each with its own."""
+    paths = write_ranks(tmp_path / "a", Run(calls=calls))
+    whole = report_of(read_summary(tmp_path / "a"))
+    trace = json.loads(paths[1].read_text())
+    kernels = [e for e in trace["traceEvents"] if str(e.get("name", "")).startswith("nccl")]
+    of_a_call = len(kernels) // calls
+    gone = {id(event) for event in sorted(kernels, key=lambda e: e["ts"])[: lost * of_a_call]}
+    trace["traceEvents"] = [e for e in trace["traceEvents"] if id(e) not in gone]
+    paths[1].write_text(json.dumps(trace))
+    summary = read_summary(tmp_path / "a")
+    report = report_of(summary)
+    for before, after in zip(whole.exchanges, report.exchanges, strict=True):
+        assert (before.timed, after.timed) == (calls, calls - (lost if after.rank == 1 else 0))
+        if after.rank == 0:
+            assert after.time_us == before.time_us
+        elif given:
+            assert after.time_us == pytest.approx(before.time_us * (calls - lost) / calls)
+        else:
+            assert after.time_us is None
+        assert after.wait_us is None
+    assert report.wait_us == pytest.approx(whole.wait_us * (calls - lost) / calls)  # type: ignore[operator]
+    assert not any("cannot be matched" in note for note in report.notes)
+    share = round(100 * (1 - lost / calls / 2))
+    assert any(f"{share} % of the" in note and "collectives of MoE layers" in note for note in summary.notes)
+    assert "time ms" in render_text(summary)

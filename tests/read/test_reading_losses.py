@@ -235,3 +235,6 @@ def test_a_base_that_is_not_written_follows_from_the_calls(base: str, tmp_path: 
     path.write_text(json.dumps(trace))
     assert base_ns(source) == written
     assert written <= base_ns(path) < written + 50_000, "within the time between a range's start and its hook"
+    (tmp_path / "rank1.pt.trace.json.gz").write_bytes(source.with_name("rank1.pt.trace.json.gz").read_bytes())
+    notes = [note for note in read_summary(tmp_path).notes if "baseTimeNanoseconds" in note]
+    assert len(notes) == 1 and notes[0].startswith("the traces of ranks 0 do not say")

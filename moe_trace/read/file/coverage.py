@@ -52,6 +52,8 @@ class TimeCoverage:
     """Router calls whose ranges the trace holds, with operators inside."""
     backward: Coverage = Coverage()
     """Backward nodes whose forward operator the trace holds."""
+    collectives: Coverage = Coverage()
+    """Collectives of MoE layers whose kernels, or range on the backend's thread, the trace holds."""
 
     def __add__(self, other: TimeCoverage) -> TimeCoverage:
         return TimeCoverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -71,6 +73,7 @@ _LOSSES = {
     "launches": ("kernel launches inside MoE layers have a kernel", "device times"),
     "calls": ("router calls have their ranges in the trace, with operators inside", "device times"),
     "backward": ("backward nodes have a forward operator", "backward times"),
+    "collectives": ("collectives of MoE layers have their kernels or their work", "times of collectives"),
 }
 
 

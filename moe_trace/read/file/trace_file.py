@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -19,6 +18,7 @@ from moe_trace.data.schema import METADATA_KEY, Recording
 from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_ranks, host_name
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.events import EventTable, EventTableBuilder
+from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
 from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.processes import events_of_recording
 from moe_trace.timeline.additions import read_added
@@ -27,7 +27,6 @@ from moe_trace.timeline.place.scan import trace_path_error
 Progress = Callable[[int, int], None]
 """Called with the bytes of the file read so far, and its size."""
 
-TRACE_SUFFIXES = (".json", ".json.gz")
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -98,32 +97,6 @@ def split_ranks(trace: TraceFile) -> list[TraceFile]:
         )
         for i, (recording, part) in enumerate(zip(recordings, trace.merged.parts, strict=True))
     ]
-
-
-def find_traces(path: str | Path) -> list[Path]:
-    """The trace itself, or the traces below a folder, by name.
-
-    Raises:
-        TraceFileError: nothing is there.
-    """
-    path = Path(path)
-    if not os.path.isdir(path):  # false, too, for what is no possible name: who opens it says why
-        return [path]
-    files = [file for file in sorted(path.rglob("*")) if not _hidden(file, path) and file.is_file()]
-    traces = [f for f in files if f.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES))]
-    if not traces:  # names that somebody chose
-        traces = [f for f in files if f.name.endswith(TRACE_SUFFIXES) and f.parent == path]
-    if not traces:
-        raise TraceFileError(
-            f"{path}: found no trace (*.json, *.json.gz) in this folder; record one with "
-            f"`moe-trace run --out {path}`, or give the file itself"
-        )
-    return traces
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    """What other systems leave beside a file (`._x`), and what an interrupted merge did."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
@@ -228,6 +201,8 @@ class _Found:
 
 def _require_events(path: Path, found: _Found) -> None:
     if not found.has_events:
+        if path.name.endswith(REDUCED_SUFFIX):
+            raise TraceFileError(f"{path}: {NO_EVENTS}")
         raise TraceFileError(
             f"{path}: found JSON without `traceEvents`, expected a trace of torch.profiler; "
             "give the file that prof.export_chrome_trace wrote"
@@ -246,19 +221,28 @@ def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRa
             "routing with moe_trace.merge_into(path, tracer.samples())"
         )
     try:
-        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        payload = {key: v if key == SAMPLES_KEY else msgspec.json.decode(v) for key, v in raw.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        try:
-            payload = loads_lenient(text)
-        except ValueError as error:
-            raise TraceFileError(
-                f"{path}: the moe_trace data is not JSON ({error}); the file was changed after it was written"
-            ) from error
-    try:
+        payload = decode_payload(text)
         return decode_recording(payload), decode_merged(payload)
     except TraceFileError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def decode_payload(text: bytes) -> Any:
+    """The JSON of a recording, its samples still as text.
+
+    Raises:
+        TraceFileError: it is no JSON.
+    """
+    try:
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        return {key: v if key == SAMPLES_KEY else msgspec.json.decode(v) for key, v in raw.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return loads_lenient(text)
+        except ValueError as error:
+            raise TraceFileError(
+                f"the moe_trace data is not JSON ({error}); the file was changed after it was written"
+            ) from error
 
 
 # -- bytes --------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
         after=_spread(usable, by_rank),
         early_before=count_early(usable, none),
         early_after=count_early(usable, by_rank),
-        notes=(*notes, *_unaligned_note(unaligned, order[0])),
+        notes=(*notes, *_unaligned_note(unaligned, order[0]), *_base_note(ranks)),
     )
 
 
@@ -60,6 +60,25 @@ def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
         f"the clocks of ranks {named} could not be aligned with that of rank {reference}: they share no "
         "matched collective with it; their times stand beside its own as recorded"
     ]
+
+
+def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
+    """Names the ranks whose files do not say what their times count from."""
+    silent = [one for one in ranks if not one.base_was_written]
+    found = ", ".join(str(one.rank) for one in silent if one.base_time_ns)
+    unknown = ", ".join(str(one.rank) for one in silent if not one.base_time_ns)
+    notes = []
+    if found:
+        notes.append(
+            f"the traces of ranks {found} do not say what their times count from (baseTimeNanoseconds): that "
+            "was found from their router calls, to some microseconds"
+        )
+    if unknown:
+        notes.append(
+            f"the traces of ranks {unknown} do not say what their times count from, and no router call tells "
+            "it: how they stand to the others is known only where they share collectives"
+        )
+    return notes
 
 
 def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:

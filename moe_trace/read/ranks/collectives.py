@@ -24,6 +24,7 @@ import numpy.typing as npt
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.comms import GLOO, PARAMETERS, CommEvent, CommFacts
+from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.events import EventTable
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
@@ -61,10 +62,9 @@ class Collective:
         return _bytes(self.facts.elements_out, self.facts.item_bytes)
 
     @property
-    def time_ns(self) -> int:
-        """How long it took: its work, or the call where the work is not known."""
-        start, end = self.work_ns or self.host_ns
-        return end - start
+    def time_ns(self) -> int | None:
+        """How long it took; None where its work is not known: the call itself only queues it."""
+        return None if self.work_ns is None else self.work_ns[1] - self.work_ns[0]
 
 
 def _bytes(elements: int | None, item_bytes: int | None) -> int | None:
@@ -83,6 +83,12 @@ def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: 
         return [elements // parts * item] * parts
     total = sum(rows)
     return [elements // total * row * item for row in rows] if total else [0] * parts
+
+
+def work_coverage(collectives: Sequence[Collective]) -> Coverage:
+    """Of how many of the layers' collectives the work is known."""
+    known = [c.work_ns is not None for c in collectives if c.call is not None]
+    return Coverage(joined=sum(known), total=len(known))
 
 
 def find_collectives(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,21 @@ class RankRecords:
 
     by_rank: Mapping[int, Recording]
 
-    @property
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """By module path of the router: how many experts it chooses from."""
+        found: dict[str, int] = {}
+        for recording in self.by_rank.values():
+            for router in recording.routers:
+                found[router.name] = max(found.get(router.name, 0), router.num_experts)
+        return found
+
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """Ranks that there is a recording of, ascending."""
         return tuple(sorted(self.by_rank))
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """As the recordings say; at least the ranks that there are."""
         sizes = [r.world_size for r in self.by_rank.values()]
@@ -50,6 +60,7 @@ class RankRecords:
         present = set(self.by_rank)
         return tuple(r for r in self.ranks if min(present & {r, *self.parallel(r).token_ranks}) == r)
 
+    @cached_property
     def exchange(self) -> ExpertExchange | None:
         """How tokens reach their experts."""
         found = {self.parallel(rank).expert_exchange for rank in self.ranks} - {None}
@@ -83,7 +94,7 @@ def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> npt.ND
 
     A rank without a recording holds what no other of its group does; None where two are missing.
     """
-    experts = max(_experts(records, name, rank) for rank in records.ranks)
+    experts = records.experts[name]
     held = np.zeros((len(group), experts), np.int64)
     for row, rank in enumerate(group):
         ids = _held_by(records, name, rank)
@@ -95,10 +106,6 @@ def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> npt.ND
     for row in unknown:
         held[row] = held.sum(0) == 0
     return held
-
-
-def _experts(records: RankRecords, name: str, rank: int) -> int:
-    return max((r.num_experts for r in records.by_rank[rank].routers if r.name == name), default=0)
 
 
 def _held_by(records: RankRecords, name: str, rank: int) -> Sequence[int] | None:
@@ -132,11 +139,11 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
     tables = {rank: calls_by_key(records.by_rank[rank]) for rank in records.ranks}
     common = [k for k in tables[records.ranks[0]] if all(k in table for table in tables.values())]
     counting = records.counting_ranks()
+    groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
     held: dict[tuple[str, tuple[int, ...]], npt.NDArray[np.int64] | None] = {}
     found = []
     for key in common:
         samples = {rank: table[key] for rank, table in tables.items()}
-        groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
         for group in groups:
             if (key[0], group) not in held:
                 held[key[0], group] = held_matrix(records, key[0], group)
@@ -174,7 +181,7 @@ def _sent(
     samples: Mapping[int, RoutingSample],
     held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
 ) -> npt.NDArray[np.int64] | None:
-    if records.exchange() != "all_to_all":
+    if records.exchange != "all_to_all":
         return None
     sent = np.zeros((len(records.ranks), records.world_size), np.int64)
     for row, rank in enumerate(records.ranks):

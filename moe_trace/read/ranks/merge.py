@@ -8,13 +8,13 @@ from pathlib import Path
 
 from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording
+from moe_trace.read.file.folder import find_traces
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.parts import Alignment
-from moe_trace.read.file.trace_file import Progress, TraceFile, find_traces, read_rank_recordings, read_trace
+from moe_trace.read.file.trace_file import Progress, read_rank_recordings, read_trace
 from moe_trace.read.ranks.align import align
-from moe_trace.read.ranks.collectives import find_collectives
 from moe_trace.read.ranks.same_run import first_difference
-from moe_trace.read.ranks.shared_calls import RankCalls, clock_base_ns, match_calls
+from moe_trace.read.ranks.shared_calls import RankCalls, match_calls, rank_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +107,8 @@ def _read(path: Path, progress: Progress | None) -> RankTrace | None:
     return RankTrace(
         path=path,
         recording=trace.recording,
-        calls=rank_calls(trace),
+        calls=rank_calls(trace, find_kernels(trace.events)),
         head=dict(trace.head),
-    )
-
-
-def rank_calls(trace: TraceFile) -> RankCalls:
-    """The collectives of one rank's trace."""
-    recording = trace.recording
-    return RankCalls(
-        rank=recording.rank,
-        base_time_ns=clock_base_ns(trace.base_time_ns, recording.samples),
-        host_name=trace.host_name,
-        collectives=find_collectives(recording.samples, trace.events, find_kernels(trace.events)),
-        groups=trace.groups,
-        parallel=recording.parallel,
     )
 
 

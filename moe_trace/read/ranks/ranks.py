@@ -8,26 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_trace.data.schema import Recording
 from moe_trace.read.file.parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
-from moe_trace.read.ranks.load import (
-    CallLoad,
-    RankRecords,
-    find_loads,
-    held_matrix,
-    max_over_mean,
-    rank_names,
-)
-from moe_trace.read.ranks.shared_calls import RankCalls, match_calls
+from moe_trace.read.ranks.inputs import Ranks
+from moe_trace.read.ranks.load import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
+from moe_trace.read.ranks.shared_calls import match_calls
 from moe_trace.read.ranks.time import (
     ExchangeTime,
     Wait,
     account,
     exchange_times,
     find_waits,
-    sample_index,
     total_wait_us,
 )
 
@@ -98,49 +90,31 @@ class RankReport:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankInput:
-    """What one rank's traces say."""
-
-    recording: Recording
-    calls: RankCalls
-    step_us: Mapping[int, float]
-    """Duration of the profiler's steps."""
-    window_us: float = 0.0
-    """From the trace's first event on the host to its last."""
-
-
-def report_ranks(
-    inputs: Sequence[RankInput], *, known: Alignment | None = None, notes: Sequence[str] = ()
-) -> RankReport | None:
+def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport | None:
     """None for a single rank.
 
     Args:
         known: how the times were aligned when these ranks were merged into one trace.
     """
-    by_rank = {one.calls.rank: one for one in inputs}
-    if len(by_rank) < 2:
+    if len(ranks.by_rank) < 2:
         return None
-    records = RankRecords(by_rank={rank: one.recording for rank, one in by_rank.items()})
-    calls = [by_rank[rank].calls for rank in records.ranks]
+    records, loads, index, calls = ranks.records, ranks.loads, ranks.index, ranks.calls
     matched, refused = match_calls(calls)
     alignment = known if known is not None else align(calls, matched, refused)
     shifts = alignment if known is None else replace(known, offset_ns=dict.fromkeys(records.ranks, 0))
-    index = {rank: sample_index(rank, one.recording) for rank, one in by_rank.items()}
     waits, own = find_waits(matched, shifts, index)
-    loads = find_loads(records)
-    step_us = {rank: by_rank[rank].step_us for rank in records.ranks}
+    step_us = {rank: one.step_us for rank, one in ranks.by_rank.items()}
     lost_us = total_wait_us(waits) if waits else None
     whole_us = _whole_us(step_us, {load.step for load in loads})
-    if whole_us is None and all(one.window_us for one in inputs):
-        whole_us = sum(one.window_us for one in inputs)
+    if whole_us is None and all(one.window_us for one in ranks.by_rank.values()):
+        whole_us = sum(one.window_us for one in ranks.by_rank.values())
     first = records.parallel(records.ranks[0])
     return RankReport(
         ranks=records.ranks,
         world_size=records.world_size,
         missing=records.missing,
         mesh=first.mesh,
-        exchange=records.exchange(),
+        exchange=records.exchange,
         token_sets=_token_sets(records),
         held=_held(records),
         layers=_layers(records, loads, waits),
@@ -151,7 +125,7 @@ def report_ranks(
         waited_for_us=account(waits, records.ranks) if waits else {},
         bytes_check=check_bytes(records, calls, loads, index),
         alignment=alignment,
-        notes=(*_notes(records, loads), *alignment.notes, *notes),
+        notes=(*_notes(records, loads), *alignment.notes),
     )
 
 

@@ -82,7 +82,8 @@ def copies(recordings: Sequence[Recording]) -> list[int]:
     seen: set[tuple[int, tuple[tuple[str, int], ...]]] = set()
     found = []
     for i, recording in enumerate(recordings):
-        key = (recording.rank, tuple((s.site, s.host_start_ns) for s in recording.samples))
+        calls = recording.calls
+        key = (recording.rank, tuple(zip(calls.site.tolist(), calls.host_start_ns.tolist(), strict=True)))
         if key in seen and any(start_ns for _, start_ns in key[1]):
             found.append(i)
         seen.add(key)

@@ -13,7 +13,9 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Parallel, RoutingSample
 from moe_trace.read.file.comms import CommKind
 from moe_trace.read.file.events import spans_ns
-from moe_trace.read.ranks.collectives import Collective, Nanoseconds
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.file.trace_file import TraceFile
+from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
 
 SYNCHRONISING: frozenset[CommKind] = frozenset(
     {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}
@@ -46,10 +48,26 @@ class RankCalls:
 
     rank: int
     base_time_ns: int
+    base_was_written: bool = True
+    """False where the file does not say, and the base follows from the router calls."""
     host_name: str | None
     collectives: tuple[Collective, ...] = field(repr=False)
     groups: tuple[tuple[int, ...], ...] = ()
     parallel: Parallel | None = None
+
+
+def rank_calls(trace: TraceFile, kernels: Kernels) -> RankCalls:
+    """The collectives of one rank's trace."""
+    recording = trace.recording
+    return RankCalls(
+        rank=recording.rank,
+        base_time_ns=clock_base_ns(trace.base_time_ns, recording.samples),
+        base_was_written=bool(trace.base_time_ns),
+        host_name=trace.host_name,
+        collectives=find_collectives(recording.samples, trace.events, kernels),
+        groups=trace.groups,
+        parallel=recording.parallel,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +122,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
     for one in ranks:
         for collective in one.collectives:
             key = _key(collective, one)
-            if key is not None and collective.work_ns is not None:
+            if key is not None:
                 by_key.setdefault(key, {}).setdefault(one.rank, []).append(collective)
     base = {one.rank: one.base_time_ns for one in ranks}
     present = set(base)
@@ -121,8 +139,9 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
                 f"{key.kind} of the group {list(key.group)} cannot be matched: the ranks recorded different "
                 f"numbers of calls ({counts}); record the same steps on all ranks"
             )
-        elif rows:
-            shared = _shared(key, members, rows, base)
+        # Those without times are left out once all are matched: else one's first would meet another's second.
+        elif timed := [row for row in rows if all(c.work_ns is not None for c in row)]:
+            shared = _shared(key, members, timed, base)
             apart = _apart(shared, hosts)
             if apart:
                 refused.append(apart)

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.parts import Alignment
 from moe_trace.read.ranks.align import on_one_clock
 from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
@@ -35,12 +36,15 @@ class ExchangeTime:
     """That went into the collectives, the rank's own part included; None where the trace does not tell."""
     bytes_leaving: int | None
     """Of those, what went to other ranks."""
-    time_us: float
+    timed: int
+    """Of the calls, those whose work is known, and which the time is of."""
+    time_us: float | None
+    """None where too few are (`Coverage.known`)."""
     wait_us: float | None
     """None where the ranks' clocks or calls could not be matched."""
     gb_per_s: float | None
     on_device: bool
-    """Whether the time is that of kernels; else of the backend's thread, or of the call."""
+    """Whether the time is that of kernels; else of the backend's thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +135,9 @@ def exchange_times(
             if found is not None:
                 sample = found[1]
                 groups[sample.layer, sample.site, part_of(collective), one.rank].append(collective)
-    sizes = {one.rank: len(one.parallel.expert_ranks) if one.parallel else 0 for one in ranks}
+    by_rank = {one.rank: one for one in ranks}
     ordered = sorted(groups, key=lambda k: (k[0], k[1], _part_order(k[2]), k[3]))
-    return tuple(_time(key, groups[key], sizes[key[3]], ranks, own_wait) for key in ordered)
+    return tuple(_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)
 
 
 def _part_order(part: str) -> tuple[int, str]:
@@ -143,16 +147,15 @@ def _part_order(part: str) -> tuple[int, str]:
 def _time(
     key: tuple[int, str, str, int],
     calls: Sequence[Collective],
-    size: int,
-    ranks: Sequence[RankCalls],
+    of: RankCalls,
     own_wait: Mapping[tuple[int, int], int],
 ) -> ExchangeTime:
     _, site, part, rank = key
     waits = [own_wait[rank, id(c)] for c in calls if (rank, id(c)) in own_wait]
     known = len(waits) == len(calls)
-    time_ns, wait_ns = sum(c.time_ns for c in calls), sum(waits)
-    group = next(one for one in ranks if one.rank == rank)
-    leaving = [_leaving(c, rank, group, size) for c in calls]
+    timed = [c for c in calls if c.time_ns is not None]
+    time_ns, wait_ns = sum(c.time_ns or 0 for c in timed), sum(waits)
+    leaving = [_leaving(c, of) for c in calls]
     sent = None if any(b is None for b in leaving) else sum(b for b in leaving if b is not None)
     inside = [c.bytes_in for c in calls]
     moving_ns = time_ns - wait_ns if known else time_ns
@@ -163,21 +166,24 @@ def _time(
         calls=len(calls),
         bytes_in=None if any(b is None for b in inside) else sum(b for b in inside if b is not None),
         bytes_leaving=sent,
-        time_us=time_ns / 1000,
+        timed=len(timed),
+        time_us=time_ns / 1000 if Coverage(joined=len(timed), total=len(calls)).known else None,
         wait_us=wait_ns / 1000 if known else None,
-        gb_per_s=sent / moving_ns if sent is not None and moving_ns > 0 else None,
-        on_device=all(c.on_device for c in calls),
+        gb_per_s=sent / moving_ns
+        if sent is not None and moving_ns > 0 and len(timed) == len(calls)
+        else None,
+        on_device=bool(timed) and all(c.on_device for c in timed),
     )
 
 
-def _leaving(collective: Collective, rank: int, of: RankCalls, size: int) -> int | None:
+def _leaving(collective: Collective, of: RankCalls) -> int | None:
     if collective.facts.kind != "all_to_all":
         return collective.bytes_in
     group = collective.facts.group or (of.parallel.expert_ranks if of.parallel is not None else ())
-    split = split_bytes(collective, "in", len(group) or size)
-    if split is None or rank not in group:
+    split = split_bytes(collective, "in", len(group))
+    if split is None or of.rank not in group:
         return None
-    return sum(split) - split[group.index(rank)]
+    return sum(split) - split[group.index(of.rank)]
 
 
 def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:

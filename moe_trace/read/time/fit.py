@@ -16,7 +16,7 @@ fold and predict it. `held_out_r2` is the part of the variation in time that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,9 +69,13 @@ class Fit:
     held_out_r2: float
 
 
-def fit_load(calls: Calls) -> Fit | None:
-    """The figures that predict unseen calls best; None where no comparison has enough variation."""
-    for comparison, (take_out, controls) in _comparisons(calls).items():
+def fit_load(calls: Calls, *, with_trend: bool = True) -> Fit | None:
+    """The figures that predict unseen calls best; None where no comparison has enough variation.
+
+    Args:
+        with_trend: whether calls without others to compare them with may be held against a trend.
+    """
+    for comparison, take_out, controls in _comparisons(calls, with_trend):
         left = {name: take_out(values) for name, values in calls.figures.items()}
         enough = {
             name: values
@@ -83,19 +87,19 @@ def fit_load(calls: Calls) -> Fit | None:
     return None
 
 
-def _comparisons(calls: Calls) -> dict[Comparison, tuple[Callable[[Array], Array], int]]:
+def _comparisons(
+    calls: Calls, with_trend: bool
+) -> Iterator[tuple[Comparison, Callable[[Array], Array], int]]:
     """Each with a function that takes its controls out, and how many they are."""
     forwards, layers = (len(np.unique(of)) for of in (calls.forward, calls.layer))
-    found: dict[Comparison, tuple[Callable[[Array], Array], int]] = {}
     if layers > 1:
         if forwards >= CALLS_MIN // 2:
             both = (calls.forward, calls.layer)
-            found["forwards and layers"] = lambda values: _demeaned(values, *both), forwards + layers - 1
-        found["forwards"] = lambda values: _demeaned(values, calls.forward), forwards
-    if forwards >= CALLS_MIN:
+            yield "forwards and layers", lambda values: _demeaned(values, *both), forwards + layers - 1
+        yield "forwards", lambda values: _demeaned(values, calls.forward), forwards
+    if with_trend and forwards >= CALLS_MIN:
         trend = _trend(calls, layers)
-        found["trend"] = lambda values: _residual(values, trend), int(np.linalg.matrix_rank(trend))
-    return found
+        yield "trend", lambda values: _residual(values, trend), int(np.linalg.matrix_rank(trend))
 
 
 def _demeaned(values: Array, *groups: npt.NDArray[np.int64]) -> Array:

@@ -48,6 +48,10 @@ class Times:
         return self if self.host_ns.any() else None
 
 
+CALL_COLUMNS = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns", "device_overlap_ns")
+"""[B] arrays of `CallTimes`."""
+
+
 @dataclass(frozen=True)
 class CallTimes:
     """The times of B calls; the row of each array is the call's."""
@@ -91,13 +95,9 @@ class CallTimes:
             samples=self.samples.take(rows),
             forward=self.forward.select(rows),
             backward=None if self.backward is None else self.backward.select(rows).unless_empty(),
-            block_host_ns=self.block_host_ns[rows],
-            host_gap_ns=self.host_gap_ns[rows],
-            device_span_ns=self.device_span_ns[rows],
-            device_gap_ns=self.device_gap_ns[rows],
-            device_overlap_ns=self.device_overlap_ns[rows],
             on_device=self.on_device,
             coverage=self.coverage,
+            **{name: getattr(self, name)[rows] for name in CALL_COLUMNS},
         )
 
 

@@ -173,10 +173,13 @@ def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
     return (one.site, one.part, f"rank {one.rank}", *moved, one.time_us, one.wait_us, one.gb_per_s)
 
 
-def _total(exchanges: Sequence[ExchangeTime], site: str, *, waiting: bool) -> float:
+def _total(exchanges: Sequence[ExchangeTime], site: str, *, waiting: bool) -> float | None:
     mine = [one for one in exchanges if one.site == site]
+    times = [one.time_us for one in mine if one.time_us is not None]
     wait_us = sum(one.wait_us or 0.0 for one in mine)
-    return round(wait_us if waiting else sum(one.time_us for one in mine) - wait_us, 3)
+    if len(times) < len(mine):
+        return None
+    return round(wait_us if waiting else sum(times) - wait_us, 3)
 
 
 def balance_over_steps(report: RankReport) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.ranks.combine import join_inputs
+from moe_trace.read.ranks.inputs import Ranks
 from moe_trace.read.ranks.ranks import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
@@ -39,9 +39,9 @@ def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
     None for a single rank, and for traces of different models or runs.
     """
     single = [summary for summary in summaries if summary.ranks is None]
-    inputs = join_inputs([one for summary in single for one in summary.rank_inputs])
-    if len(inputs) > 1 and first_difference([one.recording for one in inputs]) is None:
-        return report_ranks(inputs)
+    ranks = Ranks.of([one for summary in single for one in summary.rank_inputs])
+    if len(ranks.inputs) > 1 and first_difference([one.recording for one in ranks.inputs]) is None:
+        return report_ranks(ranks)
     return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
 
 

@@ -166,16 +166,17 @@ def _exchange_cells(members: Sequence[ExchangeTime]) -> list[str]:
     def total(values: Sequence[float | None]) -> float | None:
         return None if any(v is None for v in values) else sum(v for v in values if v is not None)
 
-    time_us = sum(one.time_us for one in members)
+    time_us = total([one.time_us for one in members])
     wait_us, leaving = total([o.wait_us for o in members]), total([o.bytes_leaving for o in members])
-    moving_us = time_us - (wait_us or 0.0)
+    moving_us = (time_us or 0.0) - (wait_us or 0.0)
+    untimed = any(one.timed < one.calls for one in members)
     return [
         f"{sum(one.calls for one in members):,}",
         scaled(total([one.bytes_in for one in members]), "B"),
         scaled(leaving, "B"),
-        number(time_us / 1000),
+        "-" if time_us is None else number(time_us / 1000),
         "-" if wait_us is None else number(wait_us / 1000),
-        "-" if leaving is None or moving_us <= 0 else number(leaving / moving_us / 1000),
+        "-" if leaving is None or moving_us <= 0 or untimed else number(leaving / moving_us / 1000),
     ]
 
 

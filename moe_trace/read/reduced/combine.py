@@ -1,0 +1,171 @@
+"""Several traces taken together: each reduced on its own, then added up rank by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.data.losses import add_losses
+from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
+from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.ranks.load import RankRecords
+from moe_trace.read.ranks.same_run import copies, first_difference, pooled
+from moe_trace.read.reduced.file import decode, is_reduced, trace_of
+from moe_trace.read.reduced.inputs import load
+from moe_trace.read.reduced.trace import ReducedTrace, call_numbers
+from moe_trace.read.reduced.workers import reduce_files, worth
+from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
+
+_MERGED = "it is merged from traces that are read here on their own"
+_AGAIN = "it holds the same calls as another trace that is read here"
+
+
+def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTrace]:
+    """Read the files, many of them by several processes; a merged trace gives one for each of its ranks.
+
+    A merged trace beside the traces that it was made of is left out: it says the same again. So is a trace
+    that cannot be read, where others can: a rank that died must not hide the others.
+
+    Raises:
+        TraceFileError: none of the files can be read.
+    """
+    reached: dict[str, int] = {}
+    reads: list[ReducedTrace] = []
+    broken: list[TraceFileError] = []
+    for found in _loaded(files, progress):
+        if isinstance(found, SchemaError):
+            raise found
+        if isinstance(found, TraceFileError):
+            broken.append(found)
+            continue
+        for part in found:  # each file's own numbers may start again at 0
+            alone = len(files) == 1 and part.alignment is None
+            reads.append(part.numbered(part.own_numbers if alone else call_numbers(part.recording, reached)))
+    if broken and not reads:
+        raise broken[0]
+    reads = _without_doubled(reads)
+    notes = (*(f"one of the traces was left out: {error}" for error in broken), *_gone(files))
+    return [replace(reads[0], notes=(*reads[0].notes, *notes)), *reads[1:]]
+
+
+def _gone(files: Sequence[Path]) -> list[str]:
+    count = sum(is_reduced(file) and not trace_of(file).exists() for file in files)
+    if not count:
+        return []
+    return [f"{count} of the {len(files)} traces are gone: these figures are from what they were reduced to"]
+
+
+def _loaded(
+    files: Sequence[Path], progress: Progress | None
+) -> Iterator[list[ReducedTrace] | TraceFileError]:
+    """What each file holds, or why it cannot be read."""
+    whole = [file for file in files if not is_reduced(file)]
+    processes = worth(whole)
+    texts = reduce_files(whole, processes) if processes > 1 else None
+    done, total = 0, sum(file.stat().st_size for file in files if file.exists())
+    for file in files:
+        try:
+            if texts is None or is_reduced(file):
+                yield load(file, progress if texts is None else None)
+            else:
+                text = next(texts)
+                yield text if isinstance(text, TraceFileError) else decode(text, file)
+        except TraceFileError as error:
+            yield error
+        done += file.stat().st_size if file.exists() else 0
+        if progress is not None and texts is not None:
+            progress(done, total)
+
+
+def _without_doubled(reads: Sequence[ReducedTrace]) -> list[ReducedTrace]:
+    single = {read.recording.rank for read in reads if read.alignment is None}
+    merged = {r.path: _MERGED for r in reads if r.alignment is not None and r.recording.rank in single}
+    others = [read for read in reads if read.path not in merged]
+    again = {others[i].path: _AGAIN for i in copies([read.recording for read in others])}
+    kept = [read for read in others if read.path not in again]
+    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted((merged | again).items()))
+    return [replace(kept[0], notes=(*kept[0].notes, *notes)), *kept[1:]]
+
+
+def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
+    """One recording of all; calls of ranks that route the same tokens count once, by the first of them.
+
+    Raises:
+        TraceFileError: the traces are of different models or runs.
+    """
+    recordings = [read.recording for read in reads]
+    first = recordings[0]
+    if len(recordings) == 1:
+        return first
+    counting = RankRecords(by_rank={r.rank: r for r in reversed(recordings)}).counting_ranks()
+    found = first_difference(recordings)
+    if found is not None:
+        files = " and ".join(dict.fromkeys(reads[i].path.name for i in found[:2]))
+        raise TraceFileError(
+            f"{label}: {files} are not of one run ({found[2]}); give the files or the folder of one run"
+        )
+    called = {name for recording in recordings for name in recording.calls.name.tolist()}
+    routers: dict[str, RouterInfo] = {}
+    for recording in recordings:
+        for router in recording.routers:
+            routers.setdefault(router.name, router)
+    return replace(
+        first,
+        routers=tuple(routers.values()),
+        samples=CallTable.concatenated([r.calls for r in recordings if r.rank in counting]),
+        lost=add_losses([r.lost for r in recordings], called),
+    )
+
+
+def joined(parts: Sequence[CallTimes]) -> CallTimes:
+    """The times of all calls."""
+    if len(parts) == 1:
+        return parts[0]
+    backward = [p.backward for p in parts]
+    return CallTimes(
+        samples=CallTable.concatenated([p.samples for p in parts]),
+        forward=_joined_times([p.forward for p in parts]),
+        backward=None
+        if all(b is None for b in backward)
+        else _joined_times([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
+        on_device=any(p.on_device for p in parts),
+        coverage=sum((p.coverage for p in parts), TimeCoverage()),
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in CALL_COLUMNS},
+    )
+
+
+def _joined_times(parts: Sequence[Times]) -> Times:
+    names = Times.__dataclass_fields__
+    return Times(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+
+
+def _no_times(part: CallTimes) -> Times:
+    return Times(**{name: np.zeros_like(part.forward.host_ns) for name in Times.__dataclass_fields__})
+
+
+def notes_of(reads: Sequence[ReducedTrace]) -> list[str]:
+    """What a reader must know of the traces."""
+    notes = []
+    unreadable = sum(r.unreadable for r in reads)
+    if unreadable:
+        notes.append(
+            f"{unreadable} events of the trace could not be read (odd times or broken text) and are left out"
+        )
+    notes += [
+        f"{r.path.name} holds the events of {r.processes} processes, put together by another tool: these "
+        "figures are of the one whose router calls were recorded; give each rank's own trace"
+        for r in reads
+        if r.processes > 1
+    ]
+    notes += pooled([(r.path.name, r.recording.rank) for r in reads])
+    notes += coverage_notes([r.times.coverage for r in reads])
+    placed = sum(len(r.times.samples) for r in reads)
+    if not placed and any(r.recording.samples for r in reads):
+        notes.append("no call has its ranges in the trace, so there are no phases and no device times")
+    return [*notes, *dict.fromkeys(note for read in reads for note in read.notes)]

@@ -1,0 +1,231 @@
+"""The small file beside a trace that answers for it: what reports ask, without the events.
+
+Its name is `<trace's name>.<digest of the trace>.moe_trace`, so that one of an older trace of that name is
+never used; its content is JSON, packed by gzip. `VERSION` goes up whenever the same trace would be reduced to
+something else.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from moe_trace.data.codec import decode_recording, encode_recording
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.files import whole_file
+from moe_trace.data.schema import Stage
+from moe_trace.read.file.coverage import TimeCoverage
+from moe_trace.read.file.folder import REDUCED_SUFFIX
+from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.trace_file import decode_payload
+from moe_trace.read.ranks.shared_calls import RankCalls
+from moe_trace.read.reduced.trace import ReducedTrace, call_numbers, with_call_numbers
+from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
+from moe_trace.read.time.structure import PHASES
+from moe_trace.read.time.surroundings import TraceTotals, TraceWork
+
+VERSION = 1
+_NAME = re.compile(r"(?P<trace>.+)\.(?P<digest>[0-9a-f]{16})" + re.escape(REDUCED_SUFFIX), re.DOTALL)
+_SAME = (
+    "devices",
+    "operators",
+    "unreadable",
+    "processes",
+    "calls",
+    "step_us",
+    "window_us",
+    "alignment",
+    "notes",
+)
+"""Fields of a `ReducedTrace` that are written as they are."""
+
+
+class _Part(msgspec.Struct, kw_only=True):
+    """One `ReducedTrace`; calls are named by their row in the recording."""
+
+    recording: msgspec.Raw
+    timed: list[int]
+    forward: Times
+    backward: Times | None
+    columns: dict[str, list[int]]
+    on_device: bool
+    coverage: TimeCoverage
+    busy_us: list[tuple[int, float]]
+    work: TraceTotals
+    work_parts: list[tuple[int, Stage, TraceTotals]]
+    work_calls: list[tuple[int, Stage]]
+    devices: tuple[str, ...]
+    operators: frozenset[str]
+    unreadable: int
+    processes: int
+    calls: RankCalls
+    step_us: dict[int, float]
+    window_us: float
+    alignment: Alignment | None
+    notes: tuple[str, ...]
+
+
+class _Head(msgspec.Struct):
+    version: int
+
+
+class _Content(msgspec.Struct):
+    version: int
+    parts: list[_Part]
+
+
+def encode(parts: Sequence[ReducedTrace]) -> bytes:
+    """JSON of the ranks of one trace, of which most hold one."""
+    return msgspec.json.encode(_Content(VERSION, [_encode(part) for part in parts]), enc_hook=_plain)
+
+
+def decode(text: bytes, path: Path) -> list[ReducedTrace]:
+    """The inverse, said to come from the trace at `path`.
+
+    Raises:
+        TraceFileError: of another version, or no such JSON.
+    """
+    try:
+        version = msgspec.json.decode(text, type=_Head).version
+        if version != VERSION:
+            raise TraceFileError(
+                f"found a reduced trace of version {version}, expected {VERSION}; reduce the trace again "
+                "(moe-trace reduce), or read it with the release that wrote it"
+            )
+        content = msgspec.json.decode(text, type=_Content, dec_hook=_array)
+        return [_decode(part, path) for part in content.parts]
+    except (msgspec.DecodeError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise TraceFileError(
+            f"found no reduced trace ({error}); the file was changed after it was written, so reduce the "
+            "trace again"
+        ) from error
+
+
+def _encode(part: ReducedTrace) -> _Part:
+    row = {key: i for i, key in enumerate(part.recording.calls.call_keys())}
+    times = part.times
+    return _Part(
+        recording=msgspec.Raw(encode_recording(with_call_numbers(part.recording, part.own_numbers))),
+        timed=[row[key] for key in times.samples.call_keys()],
+        forward=times.forward,
+        backward=times.backward,
+        columns={name: getattr(times, name).tolist() for name in CALL_COLUMNS},
+        on_device=times.on_device,
+        coverage=times.coverage,
+        busy_us=[(row[key], us) for key, us in part.busy_us.items()],
+        work=part.work.whole,
+        work_parts=[(*key, found) for key, found in part.work.parts.items()],
+        work_calls=sorted(part.work.calls),
+        **{name: getattr(part, name) for name in _SAME},
+    )
+
+
+def _decode(part: _Part, path: Path) -> ReducedTrace:
+    recording = decode_recording(decode_payload(bytes(part.recording)))
+    own_numbers = recording.calls.call
+    recording = with_call_numbers(recording, call_numbers(recording, {}))
+    keys, timed = recording.calls.call_keys(), np.array(part.timed, np.int64)
+    times = CallTimes(
+        samples=recording.calls.take(timed),
+        forward=_by_phase(part.forward, len(timed)),
+        backward=None if part.backward is None else _by_phase(part.backward, len(timed)),
+        on_device=part.on_device,
+        coverage=part.coverage,
+        **{name: _column(part.columns[name], len(timed)) for name in CALL_COLUMNS},
+    )
+    return ReducedTrace(
+        path=path,
+        recording=recording,
+        own_numbers=own_numbers,
+        times=times,
+        busy_us={keys[row]: us for row, us in part.busy_us},
+        work=TraceWork(
+            part.work,
+            {(step, stage): found for step, stage, found in part.work_parts},
+            frozenset(part.work_calls),
+        ),
+        **{name: getattr(part, name) for name in _SAME},
+    )
+
+
+def _by_phase(times: Times, calls: int) -> Times:
+    names = Times.__dataclass_fields__
+    return Times(**{name: getattr(times, name).reshape(calls, len(PHASES)) for name in names})
+
+
+def _column(values: list[int], calls: int) -> np.ndarray:
+    return np.array(values, np.int64).reshape(calls)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()
+
+
+def _array(_: type, value: Any) -> np.ndarray:
+    return np.array(value, np.int64)
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def is_reduced(path: Path) -> bool:
+    """Whether a file is one of these, by its name."""
+    return path.name.endswith(REDUCED_SUFFIX)
+
+
+def trace_of(path: Path) -> Path:
+    """The trace that a reduced one stands for, which need not be there any more."""
+    match = _NAME.fullmatch(path.name)
+    return path.with_name(match["trace"]) if match else path
+
+
+def digest_of(trace: Path) -> str:
+    """16 hex digits of the SHA-256 of the trace's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with trace.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def reduced_path(trace: Path) -> Path:
+    """Where the reduced form of the trace stands, as the trace is now."""
+    return trace.with_name(f"{trace.name}.{digest_of(trace)}{REDUCED_SUFFIX}")
+
+
+def write_reduced(trace: Path, text: bytes) -> Path:
+    """Write what `encode` gave, and remove those of older traces of that name.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    target = reduced_path(trace)
+    with whole_file(target) as temporary:
+        temporary.write_bytes(gzip.compress(text, compresslevel=6, mtime=0))
+    for other in trace.parent.iterdir():
+        if is_reduced(other) and other != target and trace_of(other) == trace:
+            other.unlink(missing_ok=True)
+    return target
+
+
+def read_reduced(path: Path) -> list[ReducedTrace]:
+    """What a small file says.
+
+    Raises:
+        TraceFileError: it cannot be read.
+    """
+    try:
+        return decode(gzip.decompress(path.read_bytes()), trace_of(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise TraceFileError(f"{path}: cannot be read ({error}); reduce its trace again") from error
+    except TraceFileError as error:
+        raise type(error)(f"{path}: {error}") from error

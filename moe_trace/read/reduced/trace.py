@@ -1,0 +1,163 @@
+"""One trace reduced so far that the events of the next can take its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.schema import Recording
+from moe_trace.data.summary import SampleKey
+from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.filters import Filter
+from moe_trace.read.file.launches import find_kernels, router_busy_us
+from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
+from moe_trace.read.ranks.collectives import Collective, work_coverage
+from moe_trace.read.ranks.inputs import RankInput
+from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
+from moe_trace.read.time.phases import CallTimes, measure_calls
+from moe_trace.read.time.surroundings import TraceWork, step_ranges, trace_work
+
+_OPERATORS = "aten::"
+"""What findings ask for by name; kernels' names are many and long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedTrace:
+    """One trace, or one rank of it."""
+
+    path: Path
+    recording: Recording
+    """Its calls are numbered from 0 in each router, until `numbered` says otherwise."""
+    own_numbers: npt.NDArray[np.int64]
+    """[N] the numbers that the trace itself gives these calls."""
+    times: CallTimes
+    busy_us: dict[SampleKey, float]
+    work: TraceWork
+    devices: tuple[str, ...]
+    operators: frozenset[str]
+    unreadable: int
+    processes: int
+    calls: RankCalls
+    step_us: dict[int, float]
+    window_us: float
+    alignment: Alignment | None
+    """Of a merged trace: how its clocks were aligned."""
+    notes: tuple[str, ...]
+
+    @property
+    def rank_input(self) -> RankInput:
+        """What it brings to a report of several ranks."""
+        return RankInput(
+            recording=self.recording, calls=self.calls, step_us=self.step_us, window_us=self.window_us
+        )
+
+    def narrow(self, chosen: Filter) -> ReducedTrace:
+        """What is left of it by the filters; all other figures follow from that."""
+        if not chosen:
+            return self
+        recording = chosen.narrow(self.recording)
+        taken = set(recording.calls.call_keys())
+        rows = [i for i, key in enumerate(self.times.samples.call_keys()) if key in taken]
+        collectives = tuple(
+            c if c.call is None or c.call in taken else replace(c, call=None, role=None)
+            for c in self.calls.collectives
+        )
+        steps = chosen.steps
+        return replace(
+            self,
+            recording=recording,
+            times=self.times.select(np.array(rows, np.int64)),
+            busy_us={key: us for key, us in self.busy_us.items() if key in taken},
+            calls=replace(self.calls, collectives=collectives),
+            step_us={step: us for step, us in self.step_us.items() if not steps or step in steps},
+            window_us=0.0,
+        )
+
+    def numbered(self, numbers: npt.NDArray[np.int64]) -> ReducedTrace:
+        """The same with other numbers for the calls of its recording, which had each number once."""
+        calls = self.recording.calls
+        if np.array_equal(calls.call, numbers):
+            return self
+        names = [key.name for key in calls.keys]
+        new = {
+            key: (names[router], number)
+            for key, router, number in zip(
+                calls.call_keys(), calls.router.tolist(), numbers.tolist(), strict=True
+            )
+        }
+        timed = self.times.samples
+        timed_numbers = np.array([new[key][1] for key in timed.call_keys()], np.int64)
+
+        def renamed(collective: Collective) -> Collective:
+            return collective if collective.call is None else replace(collective, call=new[collective.call])
+
+        return replace(
+            self,
+            recording=with_call_numbers(self.recording, numbers),
+            times=replace(self.times, samples=timed.with_numbers(call=timed_numbers)),
+            busy_us={new[key]: us for key, us in self.busy_us.items()},
+            calls=replace(self.calls, collectives=tuple(map(renamed, self.calls.collectives))),
+        )
+
+
+def reduce_file(path: Path, progress: Progress | None = None) -> Iterator[ReducedTrace]:
+    """The trace, or each rank of a merged one; the calls of each router numbered from 0.
+
+    Raises:
+        TraceFileError: it cannot be read.
+    """
+    for part in split_ranks(read_trace(path, progress)):
+        yield _reduce(part)
+
+
+def call_numbers(recording: Recording, reached: dict[str, int]) -> npt.NDArray[np.int64]:
+    """[N] the how-many-th call of its router each is, on from where `reached` is, which goes on with it."""
+    numbers = []
+    for name in recording.calls.name.tolist():
+        numbers.append(reached.get(name, 0))
+        reached[name] = numbers[-1] + 1
+    return np.array(numbers, np.int64)
+
+
+def with_call_numbers(recording: Recording, numbers: npt.NDArray[np.int64]) -> Recording:
+    """The same calls with those numbers."""
+    return replace(recording, samples=recording.calls.with_numbers(call=numbers))
+
+
+def _reduce(trace: TraceFile) -> ReducedTrace:
+    own_numbers = trace.recording.calls.call
+    recording = with_call_numbers(trace.recording, call_numbers(trace.recording, {}))
+    samples = recording.samples
+    kernels = find_kernels(trace.events)
+    times = measure_calls(samples, trace.events, kernels)
+    calls = rank_calls(replace(trace, recording=recording), kernels)
+    coverage = replace(times.coverage, collectives=work_coverage(calls.collectives))
+    times = replace(times, coverage=coverage)
+    joined = set(times.samples.call_keys() if times.device_known else ())
+    return ReducedTrace(
+        path=trace.path,
+        recording=recording,
+        own_numbers=own_numbers,
+        times=times,
+        busy_us=router_busy_us(samples, trace.events, kernels, joined),
+        work=trace_work(samples, trace.events, kernels),
+        devices=trace.devices,
+        operators=frozenset(name for name in trace.events.names if name.startswith(_OPERATORS)),
+        unreadable=trace.events.unreadable,
+        processes=trace.events.processes,
+        calls=calls,
+        step_us={step: (end - start) / 1000 for step, (start, end) in step_ranges(trace.events).items()},
+        window_us=_window_us(trace.events),
+        alignment=trace.merged.alignment if trace.merged is not None else None,
+        notes=trace.merged.notes if trace.merged is not None else (),
+    )
+
+
+def _window_us(events: EventTable) -> float:
+    host = events.select((events.kind == Kind.OP) | (events.kind == Kind.RANGE))
+    return float(host.end_ns.max() - host.start_ns.min()) / 1000 if len(host) else 0.0

@@ -1,0 +1,137 @@
+"""Many traces read by as many processes as there are cores; each answers with what the small file would hold.
+
+The processes are plain children that run one module: unlike `multiprocessing`, they neither copy the threads
+of the caller nor run its script again.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.read.reduced.file import encode, write_reduced
+from moe_trace.read.reduced.trace import reduce_file
+
+SHARE_BYTES = 4 * 2**20
+"""Packed bytes of traces that a process must have to read: in a fraction of that time it starts."""
+_PACKED = 10
+"""How many times longer a trace is that is not packed."""
+_FINE, _BROKEN, _SCHEMA = b"\0", b"\1", b"\2"
+_ERRORS = {_BROKEN: TraceFileError, _SCHEMA: SchemaError}
+
+
+def worth(files: Sequence[Path]) -> int:
+    """How many processes reading these is worth; 1: this one alone."""
+    size = sum(_packed_bytes(file) for file in files)
+    return max(1, min(len(files), _cores(), size // SHARE_BYTES)) if sys.executable else 1
+
+
+def _packed_bytes(file: Path) -> int:
+    try:
+        size = file.stat().st_size
+    except OSError:
+        return 0
+    return size if file.name.endswith(".gz") else size // _PACKED
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reduce_traces(files: Sequence[Path]) -> Iterator[Path | TraceFileError]:
+    """Write the small file of each trace, on all cores; where it stands, or why the trace cannot be read.
+
+    Raises:
+        OutputError: a folder cannot be written.
+    """
+    for file, text in zip(files, reduce_files(files, worth(files)), strict=True):
+        yield text if isinstance(text, TraceFileError) else write_reduced(file, text)
+
+
+def reduce_files(files: Sequence[Path], processes: int) -> Iterator[bytes | TraceFileError]:
+    """For each file what `encode` makes of it, or why it cannot be read, in the order of the files."""
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for _ in range(processes):
+        idle.put(_Worker())
+
+    def ask(file: Path) -> bytes | TraceFileError:
+        worker = idle.get()
+        try:
+            return worker.ask(file)
+        finally:
+            idle.put(worker)
+
+    pool = ThreadPoolExecutor(processes)
+    try:
+        yield from pool.map(ask, files)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for _ in range(processes):
+            idle.get().end()
+
+
+class _Worker:
+    """A child process, started when it is first asked, and again where it died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, file: Path) -> bytes | TraceFileError:
+        if self._process is None:
+            self._process = _start()
+        into, out = self._process.stdin, self._process.stdout
+        assert into is not None and out is not None
+        with suppress(BrokenPipeError):
+            into.write(os.fsencode(file).hex().encode() + b"\n")
+            into.flush()
+        size = out.read(8)
+        answer = out.read(int.from_bytes(size, "big")) if len(size) == 8 else b""
+        if not answer:
+            code = self.end()
+            return TraceFileError(
+                f"{file}: the process that read it ended with {code}; it may have run out of memory"
+            )
+        kind, text = answer[:1], answer[1:]
+        return text if kind == _FINE else _ERRORS[kind](text.decode("utf-8", "surrogateescape"))
+
+    def end(self) -> int:
+        """Its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+        process.terminate()
+        return process.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # What this process can import, the child can: its path may have been changed by hand.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def serve() -> None:
+    """What the child does: a file's name a line, until there are none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    for line in sys.stdin.buffer:
+        file = Path(os.fsdecode(bytes.fromhex(line.decode().strip())))
+        try:
+            answer = _FINE + encode(list(reduce_file(file)))
+        except SchemaError as error:
+            answer = _SCHEMA + str(error).encode("utf-8", "surrogateescape")
+        except TraceFileError as error:
+            answer = _BROKEN + str(error).encode("utf-8", "surrogateescape")
+        sys.stdout.buffer.write(len(answer).to_bytes(8, "big") + answer)
+        sys.stdout.buffer.flush()
