@@ -20,7 +20,6 @@ KNOWN_FILE_CIRCLES: set[rules.Arrow] = set()
 KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = set()
 KNOWN_TOO_LONG = {
     "read/file/trace_file.py",
-    "read/ranks/ranks.py:report_ranks",
     "record/tracer.py",
     "record/tracer.py:__init__",
 }

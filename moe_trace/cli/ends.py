@@ -13,12 +13,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from moe_trace.data.errors import TraceFileError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PATHS = ("paths", "path", "a", "b")
 """Arguments of the commands that name what is read."""
 STANDARD_INPUT = "-"
+WIDTH = 80
+"""Of a console where nobody watches."""
 _ESCAPES = "moe_trace_escapes"
 
 
@@ -49,6 +55,16 @@ def abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A rich console; 80 columns and plain text unless the stream is a terminal."""
+    from rich.console import Console
+
+    stream = stream or sys.stdout
+    if stream.isatty():
+        return Console(file=stream, highlight=False)
+    return Console(file=stream, width=WIDTH, highlight=False, no_color=True, force_terminal=False)
 
 
 @contextmanager

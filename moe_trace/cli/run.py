@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from moe_trace.cli.console import console
+from moe_trace.cli.ends import console
 from moe_trace.cli.reading import add_output
 from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
