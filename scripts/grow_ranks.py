@@ -2,7 +2,7 @@
 """What a report over many ranks takes: of their traces, and of what these were reduced to.
 
     python scripts/grow_ranks.py                    # 8, 64, 256 ranks of two real ones
-    python scripts/grow_ranks.py --source tests/data/h100/prefill_decode.pt.trace.json.gz --ranks 256
+    python scripts/grow_ranks.py --ranks 32 --source tests/data/h100/prefill_decode_16_layers.pt.trace.json.gz
 
 Rank r of the run is the trace r % n of the n given, with its own rank and groups; its events stay as they
 are. Three reports of each run are timed as whole processes, and must give the same figures, to the bit:

@@ -90,7 +90,7 @@ def test_several_processes_give_the_same_report(run: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "name",
     [
-        "h100/prefill_decode",
+        "h100/prefill_decode_16_layers",
         "h100/train_checkpointed",
         "h200/train_grouped_mm",
         "h200_graphs/compiled_layers",

@@ -74,7 +74,7 @@ class TraceWork:
             return self.whole
         if not taken <= self.parts.keys():
             return UNKNOWN
-        return add_surroundings([self.parts[key] for key in taken])
+        return add_surroundings([self.parts[key] for key in sorted(taken)])
 
 
 def add_surroundings(parts: Sequence[TraceTotals]) -> TraceTotals:
