@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moe_trace.data.display.tables import printable
-from moe_trace.data.errors import TraceFileError
+from moe_trace.data.errors import MoETraceError
 
 
 class ReduceCommand:
@@ -24,17 +24,18 @@ class ReduceCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
+        # Another name than that of arguments which may be pipes: there is nothing beside a pipe.
+        parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Reduce one after another, on all cores."""
         from moe_trace.read.file.folder import find_traces
         from moe_trace.read.reduced.workers import reduce_traces
 
-        files = [file for path in arguments.paths for file in find_traces(path)]
-        broken: list[TraceFileError] = []
+        files = [file for path in arguments.traces for file in find_traces(path)]
+        broken: list[MoETraceError] = []
         for file, made in zip(files, reduce_traces(files), strict=True):
-            if isinstance(made, TraceFileError):
+            if isinstance(made, MoETraceError):
                 broken.append(made)
             else:
                 print(printable(f"{made}: {_size(made)} for {_size(file)}", 500))

@@ -210,3 +210,20 @@ def test_any_name_is_kept(tmp_path: Path) -> None:
     reduce(folder)
     remove_traces(folder)
     assert figures(folder)[0] == before[0]
+
+
+def test_a_name_too_long_for_another_costs_that_trace_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "n" * 230):
+        source = DATA / "gloo_ep2/rank0.pt.trace.json.gz"
+        (tmp_path / f"{name}.pt.trace.json.gz").write_bytes(source.read_bytes())
+    assert main(["reduce", str(tmp_path)]) == 1
+    assert len(list(tmp_path.glob("*.moe_trace"))) == 1
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_pipe_has_nothing_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert main(["reduce", str(tmp_path / "fifo")]) == TraceFileError.exit_code
+    assert "no regular file" in capsys.readouterr().err

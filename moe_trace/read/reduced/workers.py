@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from moe_trace.data.errors import SchemaError, TraceFileError
+from moe_trace.data.errors import MoETraceError, OutputError, SchemaError, TraceFileError
 from moe_trace.read.reduced.file import encode, write_reduced
 from moe_trace.read.reduced.trace import reduce_file
 
@@ -46,14 +46,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def reduce_traces(files: Sequence[Path]) -> Iterator[Path | TraceFileError]:
-    """Write the small file of each trace, on all cores; where it stands, or why the trace cannot be read.
-
-    Raises:
-        OutputError: a folder cannot be written.
-    """
-    for file, text in zip(files, reduce_files(files, worth(files)), strict=True):
-        yield text if isinstance(text, TraceFileError) else write_reduced(file, text)
+def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
+    """Write the small file of each trace, on all cores; where it stands, or why there is none."""
+    regular = [file for file in files if not file.exists() or file.is_file()]
+    texts = reduce_files(regular, worth(regular))
+    for file in files:
+        refused = TraceFileError(f"{file}: no regular file, beside which one could stand; give a trace")
+        text = next(texts) if file in regular else refused
+        try:
+            yield text if isinstance(text, TraceFileError) else write_reduced(file, text)
+        except OutputError as error:
+            yield error
 
 
 def reduce_files(files: Sequence[Path], processes: int) -> Iterator[bytes | TraceFileError]:
