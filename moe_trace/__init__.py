@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moe_trace.data.display.notebook import register_renderers
+from moe_trace.data.errors import deprecated
 from moe_trace.data.version import __version__ as __version__
 
 _HOME = {
@@ -19,8 +20,10 @@ _HOME = {
     "MoETracer": "moe_trace.record.tracer",
     "ScalarLogger": "moe_trace.integrations.scalar_logger",
     "find_routers": "moe_trace.find.routers",
-    "register_contract": "moe_trace.find.contracts",
-    "Reading": "moe_trace.find.contracts",
+    "register_adapter": "moe_trace.find.contracts",
+    "unregister_adapter": "moe_trace.find.contracts",
+    "RouterOutput": "moe_trace.find.contracts",
+    "AdapterMismatch": "moe_trace.find.contracts",
     "MoEProfiler": "moe_trace.simple.profiler",
     "SimpleBenchmark": "moe_trace.simple.benchmark",
     "replace_router": "moe_trace.routing",
@@ -40,6 +43,9 @@ _HOME = {
     "NoRoutersFound": "moe_trace.data.errors",
 }
 
+_RENAMED = {"register_contract": "register_adapter", "Reading": "RouterOutput"}
+"""Older names, which work and warn."""
+
 register_renderers(
     {
         "moe_trace.read.analysis.TraceSummary": "moe_trace.show.html.render_fragment",
@@ -50,13 +56,14 @@ register_renderers(
 )
 
 __all__ = [
+    "AdapterMismatch",
     "Comparison",
     "MoEProfiler",
     "MoETraceCallback",
     "MoETraceError",
     "MoETracer",
     "NoRoutersFound",
-    "Reading",
+    "RouterOutput",
     "RouterSite",
     "RoutingSample",
     "ScalarLogger",
@@ -69,16 +76,17 @@ __all__ = [
     "profile",
     "read_recording",
     "read_summary",
-    "register_contract",
+    "register_adapter",
     "replace_router",
     "tensorboard_trace_handler",
+    "unregister_adapter",
 ]
 
 if TYPE_CHECKING:
     from moe_trace.data.errors import MoETraceError, NoRoutersFound
     from moe_trace.data.schema import RoutingSample
     from moe_trace.data.summary import Summary
-    from moe_trace.find.contracts import Reading, register_contract
+    from moe_trace.find.contracts import AdapterMismatch, RouterOutput, register_adapter, unregister_adapter
     from moe_trace.find.routers import RouterSite, find_routers
     from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger
@@ -95,6 +103,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        deprecated(f"moe_trace.{name}", f"moe_trace.{_RENAMED[name]}")
+        return getattr(importlib.import_module(__name__), _RENAMED[name])
     if name not in _HOME:
         raise AttributeError(f"module 'moe_trace' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

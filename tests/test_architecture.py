@@ -169,9 +169,9 @@ def test_the_public_names_are_those_of_before_and_read_recording() -> None:
     import moe_trace
 
     before = {
-        *("MoEProfiler", "MoETraceCallback", "MoETraceError", "MoETracer", "NoRoutersFound", "Reading"),
+        *("MoEProfiler", "MoETraceCallback", "MoETraceError", "MoETracer", "NoRoutersFound", "RouterOutput"),
         *("RouterSite", "RoutingSample", "ScalarLogger", "SimpleBenchmark", "Summary", "find_routers"),
-        *("merge_into", "profile", "read_summary", "register_contract", "replace_router"),
+        *("merge_into", "profile", "read_summary", "register_adapter", "replace_router"),
         "tensorboard_trace_handler",
     }
     assert {*before, "read_recording"} <= set(moe_trace.__all__)

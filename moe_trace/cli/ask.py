@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
@@ -79,4 +80,9 @@ def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:
     names = [Path(path).resolve().name.split(".")[0] for path in paths]
     if len(names) < 2 or names[0] == names[1]:
         return "A", "B"
-    return names[0], names[1]
+    alike = [a == b for a, b in zip(*names, strict=False)]
+    shared = re.sub(
+        r"[^_.-]*$", "", names[0][: [*alike, False].index(False)]
+    )  # `h100_` of `h100_a`, `h100_b`
+    a, b = (name[len(shared) :] or name for name in names)
+    return a, b

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from moe_trace.cli.ends import console
 from moe_trace.cli.reading import add_output
@@ -21,12 +22,14 @@ from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Spl
 
 
 class RunCommand:
-    """Run a model under torch.profiler and record what its routers decide.
+    """Run a model, or a program of your own, under torch.profiler and record what the routers decide.
 
     Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
-    scalars into a folder, then prints the figures of each layer.
+    scalars into a folder, then prints the figures of each layer. Of a program, the first model with routers
+    that it calls is recorded, each of its forwards as a step; options stand before the program's name, and
+    what follows it is its own.
 
-    Example: moe-trace run --model demo --mode generate --steps 2 --out runs/demo
+    Example: moe-trace run --steps 8 --out runs/mine train.py --learning-rate 1e-4
     """
 
     name = "run"
@@ -36,6 +39,15 @@ class RunCommand:
         _add_model(parser)
         _add_work(parser)
         _add_split(parser)
+        add = parser.add_argument
+        add(
+            "script",
+            nargs="?",
+            type=Path,
+            metavar="SCRIPT",
+            help="a Python program to run instead",
+        )
+        add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
         add_output(
             parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time"
         )
@@ -43,6 +55,11 @@ class RunCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Record, then print figures, files and what to do next."""
         values = vars(arguments).copy()
+        script, script_arguments = values.pop("script"), values.pop("script_arguments")
+        if script is not None:
+            return _run_script(script, script_arguments, values)
+        for name in ("steps", "warmup"):
+            values[name] = getattr(RunConfig(), name) if values[name] is None else values[name]
         values["layers"] = parse_layers(values["layers"])
         lengths = parse_lengths(values.pop("seq_len"))
         values["out"] = values["out"] or new_folder(values["model"], values["mode"])
@@ -79,6 +96,38 @@ class RunCommand:
         return 0
 
 
+SCRIPT_STEPS, SCRIPT_WARMUP = 32, 0
+_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "record_shapes", "with_stack", "out", "force")
+
+
+def _run_script(script: Path, arguments: list[str], values: dict[str, Any]) -> int:
+    """Record a program of the user's."""
+    plain, split = RunConfig(), Split()
+    for name, value in values.items():
+        usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
+        if name not in _OF_SCRIPTS and value != usual:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is of a model that moe-trace runs; {script} brings its own")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("a script of several processes calls moe_trace.profile itself; run it by torchrun")
+    chosen = {name: values[name] for name in _OF_SCRIPTS}
+    chosen["steps"] = SCRIPT_STEPS if values["steps"] is None else values["steps"]
+    chosen["warmup"] = SCRIPT_WARMUP if values["warmup"] is None else values["warmup"]
+    chosen["layers"] = parse_layers(values["layers"])
+    chosen["out"] = values["out"] or new_folder(script.stem, "script")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from moe_trace.show.text import render_text
+    from moe_trace.workload.script import run_script
+
+    with _no_empty_folder(chosen["out"]):
+        result = run_script(script, arguments, RunConfig(**chosen))
+    assert result.summary is not None
+    print(render_text(result.summary))
+    _print_files(result.files)
+    _print_next(chosen["out"], result.trace)
+    return 0
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     d = RunConfig()
     add = parser.add_argument_group("the model").add_argument
@@ -106,8 +155,10 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=("prefill", "generate", "train"), default=d.mode, help=modes)
     add("--prompt", metavar="TEXT", help="the text to read (default: the demo's texts, or one sentence)")
     add("--prompts-file", type=Path, metavar="F", help="a prompt per line; JSON name -> text: a run of each")
-    add("--steps", type=int, default=d.steps, metavar="N", help=f"recorded steps (default {d.steps})")
-    add("--warmup", type=int, default=d.warmup, metavar="N", help=f"steps before (default {d.warmup})")
+    of_script = f"{SCRIPT_STEPS} forwards of a program"
+    add("--steps", type=int, metavar="N", help=f"recorded steps (default {d.steps}; {of_script})")
+    before = f"steps before (default {d.warmup}; {SCRIPT_WARMUP} of a program)"
+    add("--warmup", type=int, metavar="N", help=before)
     add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
     add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
     tokens = f"tokens of a step with --mode generate (default {d.max_new_tokens})"
@@ -215,6 +266,7 @@ def _print_files(files: tuple[Path, ...]) -> None:
 def _print_next(folder: Path, trace: Path) -> None:
     print("\nNext")
     quoted = shlex.quote(str(folder))
+    print(f"  moe-trace ask {quoted}           # what to look at, and what to try")
     print(f"  moe-trace report {quoted}        # where the time goes, and findings")
     print(f"  moe-trace view {quoted}          # in TensorBoard")
     print(f"  moe-trace diff {quoted} OTHER    # what another run changed")

@@ -141,7 +141,7 @@ class Summary(ShownInNotebooks):
     def __repr__(self) -> str:
         name = self.model.get("name") or self.model.get("class") or "unnamed model"
         t = self.totals
-        return f"<{type(self).__name__} of {name}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
+        return f"<Summary of {name}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
 
     def to_dataframe(self) -> Any:
         """One row per router, as a pandas DataFrame (`ImportError` without pandas)."""

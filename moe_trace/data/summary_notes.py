@@ -30,7 +30,7 @@ def notes_of(recording: Recording) -> list[str]:
         )
     for name, why in lost.misread.items():
         notes.append(
-            f"calls of {name} could not be read: {why}; teach their form with moe_trace.register_contract"
+            f"calls of {name} could not be read: {why}; teach their form with moe_trace.register_adapter"
         )
     notes += _lost_calls(lost)
     if lost.overwritten:

@@ -54,7 +54,7 @@ DEMO_PROMPTS: dict[str, str] = {
         '    "mirrored": false,\n    "entity": "&demo;"\n  }\n]'
     ),
     "html": (
-        '<h2 id="reading_a_trace"><span>2.1. </span>Reading A Trace</h2>\n\n'
+        '<h2 id="reading_a_trace"><span>2.1. </span>RouterOutput A Trace</h2>\n\n'
         '<p>The <a href="router.html">router</a> selects one or more experts for each row of the table.\n'
         "If the <b>limit</b> parameter is omitted, then all of the rows are returned.\n"
         "<ul>\n<li><p> The first argument is the name of the file.\n"

@@ -14,8 +14,8 @@ from torch import nn
 
 from moe_trace.data.errors import NoRoutersFound, UsageError
 from moe_trace.data.schema import RouterInfo
-from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, Reading
-from moe_trace.find.contracts.beside import describe_unread, shared_modules, unread_experts
+from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, RouterOutput
+from moe_trace.find.contracts.beside import describe_unread, shared_modules, unread_experts, with_experts
 from moe_trace.find.contracts.modules import class_name, unwrapped
 from moe_trace.find.device_mesh import DataParallelDims, held_experts
 from moe_trace.find.flops import (
@@ -38,9 +38,9 @@ class RouterSite:
     router: nn.Module
     experts: nn.Module | None
     block: nn.Module | None
-    read: Callable[[Call], Reading]
+    read: Callable[[Call], RouterOutput]
     """One call of this router; see `Contract.read`."""
-    read_block: Callable[[tuple[Any, ...], Any], Reading] | None = None
+    read_block: Callable[[tuple[Any, ...], Any], RouterOutput] | None = None
     """See `Found.read_block`."""
     watched: nn.Module | None = None
     """See `Found.watched`."""
@@ -80,8 +80,8 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
         raise NoRoutersFound(_no_routers_message(model, unread))
     if unread:
         warnings.warn(
-            f"{len(unread)} modules look like routed experts and follow no known contract: "
-            f"{describe_unread(unread)}. Their routing is not recorded; moe_trace.register_contract "
+            f"{len(unread)} modules look like routed experts and fit no known adapter: "
+            f"{describe_unread(unread)}. Their routing is not recorded; moe_trace.register_adapter "
             "teaches one",
             RuntimeWarning,
             stacklevel=2,
@@ -97,7 +97,7 @@ def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
             for item in contract.find(module):
                 if id(item.router) not in seen:
                     seen.add(id(item.router))
-                    yield path, contract, item
+                    yield path, contract, with_experts(item)
 
 
 def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
@@ -228,13 +228,13 @@ def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -
     if unread:
         advice = (
             f"{len(unread)} modules look like routed experts and follow none of them: "
-            f"{describe_unread(unread)}. Teach it with moe_trace.register_contract, then check with "
+            f"{describe_unread(unread)}. Teach it with moe_trace.register_adapter, then check with "
             "`moe-trace routers MODEL`"
         )
     else:
         advice = (
             "Nothing in it looks like routed experts: in a dense model there is nothing to trace. "
             "`moe-trace routers MODEL` lists the routers of any other model, and "
-            "moe_trace.register_contract teaches one of your own"
+            "moe_trace.register_adapter teaches one of your own"
         )
-    return f"found 0 routers in {name}; known contracts: {known}. {advice}"
+    return f"found 0 routers in {name}; known adapters: {known}. {advice}"

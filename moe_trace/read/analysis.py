@@ -75,6 +75,11 @@ class TraceSummary(Summary):
         return {**found, "": of_run}
 
     @property
+    def breakdown(self) -> PhaseReport | None:
+        """Where the time of the MoE layers goes: `phases`, which is its older name."""
+        return self.phases
+
+    @property
     def calls(self) -> CallTable:
         """The samples by column."""
         return CallTable.of(self.samples)

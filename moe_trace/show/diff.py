@@ -52,7 +52,7 @@ def headline(comparison: Comparison) -> str:
         found.append(f"{words(change.metric)} {_size(change)}, {change.stage}")
     single = {c.site for c in comparison.changed_metrics} - {"all"}
     if single and not together:
-        found.append(f"figures of {', '.join(sorted(single)[:4])}")
+        found.append(f"metrics of {', '.join(sorted(single)[:4])}")
     if found:
         return f"Changed: {'; '.join(found)}."
     untold = any(c.verdict == "few calls" for c in comparison.changes)
@@ -63,7 +63,7 @@ def headline(comparison: Comparison) -> str:
         )
     if not comparison.changes:
         return "The set-up is the same."
-    return "Unchanged: the same set-up, and no difference in routing or figures beyond noise."
+    return "Unchanged: the same set-up, and no difference in routing or metrics beyond noise."
 
 
 _WORDS = {
@@ -155,7 +155,7 @@ def shifts(experts: Sequence[ExpertShift]) -> str:
 
 def _figure_parts(changes: Sequence[Change], stage: str, everything: bool) -> list[str]:
     together = [c for c in changes if c.site == "all"]
-    title = f"Figures of all layers, {stage} (µs a call; interval: 99 % for all rows together)"
+    title = f"Metrics of all layers, {stage} (µs a call; interval: 99 % for all rows together)"
     parts = [f"{paragraph(title)}\n{_table(together)}"] if together else []
     single = [c for c in changes if c.site != "all" and (everything or c.verdict == "changed")]
     for site in dict.fromkeys(c.site for c in single):

@@ -34,7 +34,7 @@ def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[st
     parts = [f"{printable(model)}: {len(routers)} {plural}", _table(names, groups)]
     parts += [_legend(name, group) for name, group in zip(names, groups, strict=True)]
     used = dict.fromkeys(router.contract for router in routers)
-    parts.append("Contracts\n" + "\n".join(_entry("", f"{name}: {contracts.get(name, '')}") for name in used))
+    parts.append("Adapters\n" + "\n".join(_entry("", f"{name}: {contracts.get(name, '')}") for name in used))
     return "\n\n".join(parts) + "\n"
 
 

@@ -242,7 +242,7 @@ def _row(line: ComparedConfig) -> dict[str, Any]:
 def _render(comparison: Comparison) -> str:
     by_text = any(line.text != "all" for line in comparison.lines)
     headings = ["config", *(["text"] if by_text else []), "tokens/s", "× first", "latency ms", "router ms"]
-    headings += ["experts ms", "FLOP/token", "load", "conf", "k"]
+    headings += ["experts ms", "FLOP/token", "max÷mean", "confidence", "k"]
     rows = [_cells(line, by_text) for line in comparison.lines]
     if not rows:
         return "no configuration was run"

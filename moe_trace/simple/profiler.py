@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.data.errors import NothingRecorded, UsageError
+from moe_trace.data.errors import NothingRecorded, UsageError, deprecated
 from moe_trace.data.files import write_text
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import host_us
@@ -34,9 +34,11 @@ class MoEProfiler:
     Args:
         model: any module that holds Mixture-of-Experts routers.
         layers: which routers: layer indices, labels, module paths, or a predicate; None takes all.
-        warmup_steps: steps to leave out at the start.
-        sampling_rate: record every n-th step after that.
+        warmup: steps to leave out at the start.
+        every: record every n-th step after that.
         capacity: router calls kept; beyond it the oldest are dropped, and the summary says so.
+        warmup_steps: older name of `warmup`.
+        sampling_rate: older name of `every`.
 
     Raises:
         NoRoutersFound: the model holds no router that a known contract reads.
@@ -48,18 +50,26 @@ class MoEProfiler:
         model: nn.Module,
         *,
         layers: LayerSelector = None,
-        warmup_steps: int = 0,
-        sampling_rate: int = 1,
+        warmup: int = 0,
+        every: int = 1,
         capacity: int = 100_000,
+        warmup_steps: int | None = None,
+        sampling_rate: int | None = None,
     ) -> None:
-        _require_count("warmup_steps", warmup_steps, least=0)
-        _require_count("sampling_rate", sampling_rate, least=1)
+        if warmup_steps is not None:
+            deprecated("warmup_steps=", "warmup=")
+            warmup = warmup_steps
+        if sampling_rate is not None:
+            deprecated("sampling_rate=", "every=")
+            every = sampling_rate
+        _require_count("warmup", warmup, least=0)
+        _require_count("every", every, least=1)
         self._clock = DeviceClock(capacity=capacity)
         self.tracer = MoETracer(
             model,
             layers=layers,
-            every=sampling_rate,
-            warmup=warmup_steps,
+            every=every,
+            warmup=warmup,
             capacity=capacity,
             clock=self._clock,
         )
@@ -203,7 +213,7 @@ class MoEProfiler:
             )
         if tracer.forwards_recorded == 0:
             return (
-                f"{found}: warmup_steps={tracer.warmup} and sampling_rate={tracer.every} left out all of "
+                f"{found}: warmup={tracer.warmup} and every={tracer.every} left out all of "
                 f"the {tracer.forwards_seen} forwards; lower them, or run more steps"
             )
         return (
@@ -220,5 +230,5 @@ def _device_of(router: nn.Module) -> str:
 
 def _require_count(name: str, value: Any, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        advice = "; to record a tenth of the steps, give 10" if name == "sampling_rate" else ""
+        advice = "; to record a tenth of the steps, give 10" if name == "every" else ""
         raise UsageError(f"expected {name} to be a whole number of at least {least}, found {value!r}{advice}")

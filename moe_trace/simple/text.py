@@ -29,7 +29,7 @@ def _table(routers: Sequence[RouterMetrics]) -> str:
         "k",
         "active",
         "CV",
-        "conf",
+        "confidence",
         "p50 ms",
         "p95 ms",
         "FLOP/token",

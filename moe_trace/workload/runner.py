@@ -19,18 +19,13 @@ from moe_trace.find.contracts.modules import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig
+from moe_trace.workload.folder import claim_folder, files_in
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
 from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
 from moe_trace.workload.steps import Step, make_step
 from moe_trace.workload.team import LeaderFailed, RankFailed, Team, is_launched, joined, missing_files
 
-OUTPUT_PATTERNS = (
-    "*.pt.trace.json",
-    "*.pt.trace.json.gz",
-    "events.out.tfevents.*",
-    "rank*/events.out.tfevents.*",
-)
 _CLAIM_S = 300.0
 _GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it
 Progress = Callable[[str, int, int], None]
@@ -211,7 +206,7 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
         others = missing_files(team, config.out, _GIVE_UP_S)
         if not others:  # the fault is this rank's own
             raise
-        kept = [file.name for file in _files(config) if ".pt.trace.json" in file.name]
+        kept = [file.name for file in files_in(config.out) if ".pt.trace.json" in file.name]
         raise RankFailed(
             f"the run did not end: {'; '.join(others)}. In {config.out} is what was written until then: "
             f"{', '.join(kept) or 'nothing'}"
@@ -228,18 +223,14 @@ def _result_of_all(team: Team, trace: Path, config: RunConfig) -> RunResult:
 
 
 def _result(summary: Summary, trace: Path, config: RunConfig, problems: tuple[str, ...] = ()) -> RunResult:
-    return RunResult(summary, trace, _files(config), problems)
-
-
-def _files(config: RunConfig) -> tuple[Path, ...]:
-    return tuple(sorted(f for pattern in OUTPUT_PATTERNS for f in config.out.glob(pattern)))
+    return RunResult(summary, trace, files_in(config.out), problems)
 
 
 def _written(config: RunConfig, team: Team, earlier: list[Path]) -> Path:
     """The trace that this process wrote."""
     name = f".rank{team.rank}." if team.store is not None else ""
     known = {file.name for file in earlier}
-    traces = [f for f in _files(config) if ".pt.trace.json" in f.name and name in f.name]
+    traces = [f for f in files_in(config.out) if ".pt.trace.json" in f.name and name in f.name]
     return [f for f in traces if f.name not in known][-1]
 
 
@@ -251,32 +242,14 @@ def _claim_folder(config: RunConfig, team: Team) -> list[Path]:
     if not team.is_rank0:
         team.wait_for_leader("folder", _CLAIM_S)
         config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
-        return list(_files(config))
+        return list(files_in(config.out))
     try:
-        earlier = _claim(config)
+        earlier = claim_folder(config.out, force=config.force)
     except OutputError:
         team.publish("folder", {"failed": True})
         raise
     team.publish("folder", {"failed": False})
     return earlier
-
-
-def _claim(config: RunConfig) -> list[Path]:
-    try:
-        if config.out.exists() and not config.out.is_dir():
-            raise OutputError(f"{config.out} is a file; give a folder with --out")
-        earlier = list(_files(config))
-        if config.out.exists() and any(config.out.iterdir()) and not config.force:
-            raise OutputError(
-                f"{config.out} exists and is not empty; add --force to replace the run in it, "
-                "or choose another folder with --out"
-            )
-        config.out.mkdir(parents=True, exist_ok=True)
-        return earlier
-    except OSError as error:
-        raise OutputError(
-            f"{config.out}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
 
 
 def _dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:

@@ -21,7 +21,7 @@ import moe_trace
 from families.configs import BY_NAME
 from families.family import Family
 from moe_trace.data.errors import NoRoutersFound
-from moe_trace.find.contracts import Call, Reading
+from moe_trace.find.contracts import Call, RouterOutput
 
 torch.set_num_threads(1)
 
@@ -176,7 +176,7 @@ def test_an_unknown_contract_is_reported_and_not_guessed_at() -> None:
     message = str(none.value)
     assert "1 modules look like routed experts and follow none of them: 0.experts" in message
     assert "(StrangeExperts, called as (rows, plan))" in message
-    assert "moe_trace.register_contract" in message
+    assert "moe_trace.register_adapter" in message
 
 
 def test_an_unknown_contract_beside_known_ones_is_warned_about() -> None:
@@ -259,13 +259,13 @@ def test_fake_tensors_notice_waiting() -> None:
         mode.from_tensor(torch.ones(2)).nonzero()
 
 
-def calls_of(model: nn.Module, family: Family) -> list[tuple[moe_trace.RouterSite, Call, Reading]]:
+def calls_of(model: nn.Module, family: Family) -> list[tuple[moe_trace.RouterSite, Call, RouterOutput]]:
     """What the hooks of each router see in one forward, and what is read from it."""
     tracer = moe_trace.MoETracer(model)
-    seen: list[tuple[moe_trace.RouterSite, Call, Reading]] = []
+    seen: list[tuple[moe_trace.RouterSite, Call, RouterOutput]] = []
     for hooks in tracer._hooks.routers:
 
-        def keep(call: Call, site: moe_trace.RouterSite = hooks.site) -> Reading:
+        def keep(call: Call, site: moe_trace.RouterSite = hooks.site) -> RouterOutput:
             seen.append((site, call, site.read(call)))
             return seen[-1][2]
 

@@ -1,9 +1,10 @@
-"""`register_contract`: routers that only their author knows."""
+"""`register_adapter`: routers that only their author knows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import moe_trace
-from moe_trace import Reading
+from moe_trace import RouterOutput
 from moe_trace.data.errors import NoRoutersFound, UsageError
-from moe_trace.find.contracts import CONTRACTS, Call, Found, unregister_contract
+from moe_trace.find.contracts import CONTRACTS, Call, Found, unregister_adapter
 from paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "custom_routers.md"
@@ -81,9 +82,9 @@ class TitanMoE(nn.Module):
         return (self.shared_experts(flat).index_add(0, order // self.router.top_k, out)).view_as(x)
 
 
-def read_titan(call: Call) -> Reading:
+def read_titan(call: Call) -> RouterOutput:
     scores, ids, _ = call.router_output
-    return Reading(index_TK=ids, weights_TK=scores, logits_TE=call.watched_output)
+    return RouterOutput(index_TK=ids, weights_TK=scores, logits_TE=call.watched_output)
 
 
 def test_torchtitans_shape() -> None:
@@ -91,7 +92,7 @@ def test_torchtitans_shape() -> None:
     model = nn.Sequential(TitanMoE(), TitanMoE())
     with pytest.raises(NoRoutersFound, match="GroupedExperts, called as \\(x, num_tokens_per_expert\\)"):
         moe_trace.find_routers(model)
-    moe_trace.register_contract(
+    moe_trace.register_adapter(
         "titan", router=TokenChoiceRouter, experts="experts", watch="gate", read=read_titan
     )
     x = torch.randn(2, 5, 8)
@@ -135,14 +136,14 @@ class HandMade(nn.Module):
         return torch.stack([self.workers[int(i)](row) for i, row in zip(ids, x, strict=True)])
 
 
-def read_chooser(call: Call) -> Reading:
+def read_chooser(call: Call) -> RouterOutput:
     index_TK = call.router_output.unsqueeze(-1)
-    return Reading(index_TK, torch.ones_like(index_TK, dtype=torch.float32), None)
+    return RouterOutput(index_TK, torch.ones_like(index_TK, dtype=torch.float32), None)
 
 
 @pytest.mark.parametrize("router", [Chooser, "Chooser"])
 def test_ten_lines_by_class_or_by_name(router: Any) -> None:
-    moe_trace.register_contract("chooser", router=router, read=read_chooser)
+    moe_trace.register_adapter("chooser", router=router, read=read_chooser)
     model = HandMade(num_experts=3, top_k=1)
     x = torch.randn(9, 4)
     with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
@@ -159,13 +160,13 @@ def test_a_find_function_of_ones_own() -> None:
         parts = {"router": module.chooser, "router_path": "chooser", "experts": None, "block": module}
         return [Found(**parts, num_experts=3, top_k=1, weights=(module.workers,))]
 
-    moe_trace.register_contract("found", find=find, read=read_chooser)
+    moe_trace.register_adapter("found", find=find, read=read_chooser)
     (site,) = moe_trace.find_routers(HandMade())
     assert (site.name, site.info.expert_flops_per_slot) == ("chooser", 2 * 16)
 
 
 def test_a_router_whose_experts_nobody_can_count_is_not_misread() -> None:
-    moe_trace.register_contract("chooser", router=Chooser, read=read_chooser)
+    moe_trace.register_adapter("chooser", router=Chooser, read=read_chooser)
     tracer = moe_trace.MoETracer(HandMade())
     with torch.no_grad(), tracer, pytest.warns(RuntimeWarning, match="cannot tell the number of experts"):
         tracer.model(torch.randn(9, 4))
@@ -174,29 +175,132 @@ def test_a_router_whose_experts_nobody_can_count_is_not_misread() -> None:
 
 
 def test_the_newest_contract_is_asked_first_and_can_be_taken_back() -> None:
-    moe_trace.register_contract("first", router=Chooser, read=read_chooser)
-    moe_trace.register_contract("second", router=Chooser, read=read_chooser)
+    moe_trace.register_adapter("first", router=Chooser, read=read_chooser)
+    moe_trace.register_adapter("second", router=Chooser, read=read_chooser)
     assert [site.info.contract for site in moe_trace.find_routers(HandMade())] == ["second"]
-    unregister_contract("second")
+    unregister_adapter("second")
     assert [site.info.contract for site in moe_trace.find_routers(HandMade())] == ["first"]
-    unregister_contract("first")
+    unregister_adapter("first")
     with pytest.raises(NoRoutersFound):
         moe_trace.find_routers(HandMade())
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match="'topk-experts' is already registered"):
-        moe_trace.register_contract("topk-experts", router=Chooser, read=read_chooser)
+        moe_trace.register_adapter("topk-experts", router=Chooser, read=read_chooser)
     with pytest.raises(UsageError, match="found both or neither"):
-        moe_trace.register_contract("mine", read=read_chooser)
+        moe_trace.register_adapter("mine", read=read_chooser)
     with pytest.raises(UsageError, match="found both or neither"):
-        moe_trace.register_contract("mine", router=Chooser, find=lambda module: [], read=read_chooser)
-    with pytest.raises(UsageError, match="no contract named 'mine'; known are one-hot"):
-        unregister_contract("mine")
+        moe_trace.register_adapter("mine", router=Chooser, find=lambda module: [], read=read_chooser)
+    with pytest.raises(UsageError, match="no adapter named 'mine'; known are one-hot"):
+        unregister_adapter("mine")
+
+
+# --- a gate and a list of experts, in one module ---
+
+
+class OwnMoE(nn.Module):
+    """The shortest way to write one: a Linear gate, a ModuleList, a loop."""
+
+    def __init__(self, width: int = 32, experts: int = 4) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
+def of_logits(logits: Tensor) -> RouterOutput:
+    weights, ids = logits.softmax(-1).topk(2)
+    return RouterOutput(index_TK=ids, weights_TK=weights, logits_TE=logits)
+
+
+def own_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(OwnMoE(), nn.Linear(32, 32), OwnMoE())
+
+
+def recorded(path: Path, model: nn.Module) -> moe_trace.Summary:
+    with torch.no_grad(), moe_trace.profile(model, activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        model(torch.randn(64, 32))
+    prof.export_chrome_trace(str(path))
+    return moe_trace.read_summary(path)
+
+
+def found_gate(module: nn.Module) -> list[Found]:
+    if not isinstance(module, OwnMoE):
+        return []
+    parts = {"router": module.gate, "router_path": "gate", "experts": None, "block": module}
+    return [Found(**parts, num_experts=4, top_k=2)]
+
+
+TOLD_RIGHT: dict[str, dict[str, Any]] = {
+    "found by a function": {"find": found_gate},
+    "block by its class": {"block": OwnMoE, "router": "gate"},
+    "block by its name": {"block": "OwnMoE", "router": "gate"},
+    "gate by torch's class": {"router": nn.Linear},
+    "gate and list of experts": {"router": nn.Linear, "experts": "experts"},
+}
+
+
+@pytest.mark.parametrize("how", TOLD_RIGHT)
+def test_the_experts_of_an_moe_of_ones_own_are_timed_and_counted(how: str, tmp_path: Path) -> None:
+    moe_trace.register_adapter("own", read=lambda call: of_logits(call.router_output), **TOLD_RIGHT[how])
+    summary = recorded(tmp_path / "a.json", own_model())
+    assert [router.info.name for router in summary.routers] == ["0.gate", "2.gate"]
+    for router in summary.routers:
+        info = router.info
+        assert (info.num_experts, info.expert_flops_per_slot, info.notes) == (4, 2 * 32 * 32, ())
+        assert router.flops.router == 2 * 32 * 4 * 64 and router.flops.experts == 2 * 32 * 32 * 2 * 64
+    forward = summary.phases.total.forward  # type: ignore[attr-defined]
+    assert forward["experts"].host_us > 0 and forward["router"].host_us > 0
+    assert "experts_untimed" not in {finding.rule for finding in summary.findings}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["router", "find"])
+def test_an_adapter_that_hides_the_experts_is_told_so(way: str, tmp_path: Path) -> None:
+    """The whole MoE taken for its router: 100 % router, 0 % experts, and why."""
+
+    def find(module: nn.Module) -> list[Found]:
+        if not isinstance(module, OwnMoE):
+            return []
+        parts = {"router": module, "router_path": "", "experts": None, "block": None}
+        return [Found(**parts, num_experts=4, top_k=2, watched=module.gate)]
+
+    how: dict[str, Any] = {"router": OwnMoE, "watch": "gate"} if way == "router" else {"find": find}
+    moe_trace.register_adapter("own", read=lambda call: of_logits(call.watched_output), **how)
+    summary = recorded(tmp_path / "a.json", own_model())
+    [finding] = [f for f in summary.findings if f.rule == "experts_untimed"]  # type: ignore[attr-defined]
+    assert summary.findings[0] == finding and finding.sites == ("L00", "L02")  # type: ignore[attr-defined]
+    assert "experts 0 %" in finding.sentence and 'block=MyMoE, router="gate"' in finding.advice
+    notes = " ".join(summary.notes)
+    assert ("OwnMoE, which holds its experts (experts)" in notes) == (way == "router")
+    assert "work on every token too" not in notes
+
+
+def test_a_block_needs_the_path_of_its_router() -> None:
+    with pytest.raises(UsageError, match="expected router= as a path inside block="):
+        moe_trace.register_adapter("own", block=OwnMoE, read=read_chooser)
+
+
+def test_older_names_work_and_warn() -> None:
+    with pytest.warns(
+        DeprecationWarning, match="moe_trace.register_contract is now moe_trace.register_adapter"
+    ):
+        assert moe_trace.register_contract is moe_trace.register_adapter
+    with pytest.warns(DeprecationWarning, match="moe_trace.RouterOutput"):
+        assert moe_trace.Reading is RouterOutput
 
 
 def test_the_documented_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    program = "\n".join(blocks)
     exec(compile(program, str(DOCUMENT), "exec"), {"__name__": "documented"})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0.router", "1.router"]

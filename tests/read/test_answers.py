@@ -212,6 +212,12 @@ def test_labels_that_cannot_be_are_refused(arguments: tuple[object, ...], messag
     assert code and not out and message in err
 
 
+def test_runs_are_called_by_what_their_names_do_not_share(tmp_path: Path) -> None:
+    paths = [tiny(tmp_path / f"h100_run_{name}.pt.trace.json", calls=2) for name in ("code", "prose")]
+    _, out, _ = run("ask", *paths, "-q", "imbalance")
+    assert "\ncode, prefill: " in out and "\nprose, prefill: " in out
+
+
 def test_an_unknown_question_is_an_error(h100: TraceSummary) -> None:
     with pytest.raises(UsageError, match="expected one of imbalance, share"):
         ask(h100, questions=["colour"])

@@ -44,7 +44,7 @@ def test_another_implementation_is_the_first_thing_said() -> None:
         ("experts implementation", "eager", "grouped_mm"),
     ] or found.setup[0].fact == "experts implementation"
     text = render_diff_text(found)
-    assert text.index("experts implementation") < text.index("Routing") < text.index("Figures")
+    assert text.index("experts implementation") < text.index("Routing") < text.index("Metrics")
     assert max(len(line) for line in text.splitlines()[2:]) <= 80
 
 

@@ -115,7 +115,7 @@ def check_text(text: str, truth: dict[str, dict[Pass, tuple[int, dict[str, int]]
     """Each mean of the printed tables, from the brute force's sums and counts."""
     for part in PASSES:
         counts = {site: of[part][0] for site, of in truth.items() if part in of}
-        found = re.search(rf"^Phases {part}, .* mean of ([\d,]+) .*\n(.*(?:\n.+)*)", text, re.MULTILINE)
+        found = re.search(rf"^Breakdown {part}, .* mean of ([\d,]+) .*\n(.*(?:\n.+)*)", text, re.MULTILINE)
         assert (found is not None) == bool(counts), part
         if found is None:
             continue

@@ -79,7 +79,7 @@ def test_text_reads_at_80_columns(name: str) -> None:
     body = out.splitlines()[1:]  # the first line is the path
     assert max(map(len, body)) <= 80, max(body, key=len)
     assert all(c == "\n" or c.isprintable() for c in out)
-    assert "Phases forward" in out and "Findings" in out and "MoE is" in out
+    assert "Breakdown forward" in out and "Findings" in out and "MoE is" in out
 
 
 def test_long_labels_and_large_numbers_fit_too(tmp_path: Path) -> None:

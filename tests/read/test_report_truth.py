@@ -137,7 +137,7 @@ def test_loads(stages: dict[str, Stage]) -> None:
             pairs = sum(abs(a - b) for a in counts for b in counts)
             shown(row["Gini"], pairs / (2 * EXPERTS**2 * mean))
             shares = [n / total for n in counts if n]
-            shown(row["entropy"], -sum(p * math.log(p) for p in shares) / math.log(EXPERTS))
+            shown(row["load entropy"], -sum(p * math.log(p) for p in shares) / math.log(EXPERTS))
             shown(row["active"], len(shares))
             enough = total >= 20 * EXPERTS
             assert row["dead"] == (str(EXPERTS - len(shares)) if enough else "-")
@@ -183,7 +183,7 @@ def test_routers(stages: dict[str, Stage]) -> None:
         for layer in range(LAYERS):
             row, calls = rows[f"L{layer:02d}"], stage.of(layer)
             weights = [c.sample.tokens for c in calls]
-            for name, figure in (("entropy", "router_entropy"), ("confidence", "confidence")):
+            for name, figure in (("router entropy", "router_entropy"), ("confidence", "confidence")):
                 values = [getattr(c.sample, figure) for c in calls]
                 shown(row[name], float(np.average(values, weights=weights)))
             host = [c.router.duration / 1000 for c in calls]
@@ -197,7 +197,7 @@ def test_routers(stages: dict[str, Stage]) -> None:
 
 def test_phases(stages: dict[str, Stage]) -> None:
     for stage in both(stages):
-        rows = stage.table("Phases forward, device time in µs, mean of")
+        rows = stage.table("Breakdown forward, device µs, mean of")
         used = [p for p in PHASES if stage.busy_us(p)]
         for layer in (*range(LAYERS), None):
             calls = stage.calls if layer is None else stage.of(layer)
@@ -280,7 +280,8 @@ def test_cost_of_imbalance(stages: dict[str, Stage]) -> None:
         sure = not cost - reach <= 0 <= cost + reach
         assert row["verdict"] == ("most even" if cost == 0 else "saves" if sure else "no effect seen")
     found = re.search(
-        r"the experts take ([\d.]+) µs for each of the active experts and ([\d.]+) µs for each of the slots",
+        r"the experts take ([\d.]+) µs for each of the active experts and ([\d.]+) µs for each "
+        r"of the assignments",
         stage.words,
     )
     assert found is not None
@@ -375,7 +376,7 @@ def test_nothing_is_left_unread(stages: dict[str, Stage]) -> None:
         "Load max÷mean",
         "So few tokens",
         "Routers",
-        "Phases forward",
+        "Breakdown forward",
         "MoE is",
         "Speed",
         "Cost of imbalance",

@@ -19,7 +19,7 @@ from transformers import DogeConfig, DogeForCausalLM
 
 import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
-from moe_trace.find.contracts import unregister_contract
+from moe_trace.find.contracts import unregister_adapter
 
 EXPERTS = 8
 
@@ -164,16 +164,16 @@ class StaticBlock(nn.Module):
 
 @pytest.fixture
 def contract() -> Iterator[None]:
-    moe_trace.register_contract(
+    moe_trace.register_adapter(
         "static",
         router=StaticRouter,
         watch="gate",
-        read=lambda call: moe_trace.Reading(
+        read=lambda call: moe_trace.RouterOutput(
             index_TK=call.router_output[1], weights_TK=call.router_output[0], logits_TE=call.watched_output
         ),
     )
     yield
-    unregister_contract("static")
+    unregister_adapter("static")
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.reduce.blocks import block_sizes
 from moe_trace.record.reduce.kernels import FusedKernels
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, routing_stats
@@ -163,8 +163,8 @@ def _caches(fused: ModuleType) -> list[Any]:
 # -- when they are used ----------------------------------------------------------------------------------
 
 
-def reading(calls: Calls) -> Reading:
-    return Reading(
+def reading(calls: Calls) -> RouterOutput:
+    return RouterOutput(
         calls.index[0].to(DEVICE),
         calls.weights[0].to(DEVICE),
         calls.on(calls.logits)[0] if calls.classes else None,

@@ -74,7 +74,7 @@ def test_events_tell_the_time_of_the_device() -> None:
         torch.cuda._sleep(int(20 * cycles_per_ms))
 
     handle = model.model.layers[0].mlp.gate.register_forward_hook(wait)
-    with torch.no_grad(), MoEProfiler(model, warmup_steps=1) as profiler:
+    with torch.no_grad(), MoEProfiler(model, warmup=1) as profiler:
         model(**batch)
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -139,7 +139,7 @@ def test_the_guides_block_on_the_true_shape(tmp_path: Path) -> None:
     with torch.device("cuda"):
         model = OlmoeForCausalLM(config).to(torch.bfloat16).eval()
     inputs = {"input_ids": torch.randint(3, 50000, (4, 512), device="cuda")}
-    profiler = MoEProfiler(model, warmup_steps=1)
+    profiler = MoEProfiler(model, warmup=1)
     with watch_experts(model) as calls:
         profiler.start()
         with torch.no_grad():

@@ -286,10 +286,10 @@ def test_generate_is_a_step_per_token() -> None:
 
 def test_warmup_and_sampling_by_forward_and_by_hand() -> None:
     model = tiny_olmoe(layers=1)
-    with MoEProfiler(model, warmup_steps=1, sampling_rate=2) as profiler:
+    with MoEProfiler(model, warmup=1, every=2) as profiler:
         forward(model, *[token_batch()] * 6)
     assert [row.step for row in profiler.rows()] == [1, 3, 5]
-    with MoEProfiler(model, warmup_steps=1) as profiler:
+    with MoEProfiler(model, warmup=1) as profiler:
         for _ in range(3):
             forward(model, token_batch(), token_batch())
             profiler.step()
@@ -441,12 +441,12 @@ def printed(profiler: MoEProfiler, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_everything_filtered_says_what_to_change(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = tiny_olmoe()
-    profiler = MoEProfiler(model, warmup_steps=5)
-    with pytest.warns(RuntimeWarning, match="warmup_steps=5"), profiler:
+    profiler = MoEProfiler(model, warmup=5)
+    with pytest.warns(RuntimeWarning, match="warmup=5"), profiler:
         forward(model, *[token_batch()] * 2)
     text = printed(profiler, capsys)
     assert "found 3 routers in OlmoeForCausalLM, but recorded no call" in text
-    assert "warmup_steps=5 and sampling_rate=1 left out all of the 2 forwards; lower them" in text
+    assert "warmup=5 and every=1 left out all of the 2 forwards; lower them" in text
     with pytest.raises(NothingRecorded, match="lower them"):
         profiler.save_csv(tmp_path / "m.csv")
     assert not list(tmp_path.iterdir())
@@ -490,13 +490,20 @@ def test_a_router_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture[str
     assert "could not be read" in printed(profiler, capsys)
 
 
+def test_older_names_of_options_work_and_warn() -> None:
+    with pytest.warns(DeprecationWarning, match="sampling_rate= is now every="):
+        assert MoEProfiler(tiny_olmoe(), sampling_rate=3).tracer.every == 3
+    with pytest.warns(DeprecationWarning, match="warmup_steps= is now warmup="):
+        assert MoEProfiler(tiny_olmoe(), warmup_steps=2).tracer.warmup == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampling_rate": 0}, "sampling_rate to be a whole number of at least 1, found 0"),
-        ({"sampling_rate": 0.1}, "to record a tenth of the steps, give 10"),
-        ({"sampling_rate": True}, "found True"),
-        ({"warmup_steps": -1}, "at least 0, found -1"),
+        ({"every": 0}, "every to be a whole number of at least 1, found 0"),
+        ({"every": 0.1}, "to record a tenth of the steps, give 10"),
+        ({"every": True}, "found True"),
+        ({"warmup": -1}, "at least 0, found -1"),
         ({"layers": [7]}, "layers"),
         ({"capacity": 0}, "capacity"),
     ],

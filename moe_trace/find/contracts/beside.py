@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -29,6 +30,14 @@ def shared_modules(model: nn.Module, block_path: str, found: Found) -> tuple[nn.
     return (*inside, *(above[name] for name in _ABOVE_THE_BLOCK if name in above))
 
 
+def with_experts(found: Found) -> Found:
+    """With the weights of the experts that stand beside the router, where its contract names none."""
+    if found.experts is not None or found.weights is not None or found.block is None:
+        return found
+    beside = experts_beside(dict(found.block.named_children()), found.router, found.num_experts)
+    return found if beside is None else replace(found, weights=(beside,))
+
+
 def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, nn.Module]]:
     """(path, module) of what looks like routed experts, outermost only, and no contract reads.
 
@@ -39,7 +48,7 @@ def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, 
     unread: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{other}.") for other, _ in unread)
-        if not inside and id(module) not in known and _looks_like_experts(path, module):
+        if not inside and id(module) not in known and looks_like_experts(path, module):
             unread.append((path, module))
     return unread
 
@@ -50,14 +59,33 @@ def _parts(found: Found) -> Iterator[nn.Module]:
             yield from module.modules()
 
 
-def _looks_like_experts(path: str, module: nn.Module) -> bool:
+def looks_like_experts(path: str, module: nn.Module) -> bool:
+    """By name and structure together."""
     name = path.rpartition(".")[2]
     if not (_EXPERT_NAME.search(name) or _EXPERT_NAME.search(type(module).__name__)):
         return False
-    if any("." not in name and p.shape[0] > 1 for name, p in expert_matrices(module)):
-        return True
+    return count_experts(module) > 1
+
+
+def count_experts(module: nn.Module) -> int:
+    """Rows of its own 3-D weights, or modules of one kind in a list; 0 where it is built otherwise."""
+    rows = [p.shape[0] for name, p in expert_matrices(module) if "." not in name]
     children = expert_modules(module)
-    return len(children) > 1 and len({type(child) for child in children}) == 1
+    alike = len({type(child) for child in children}) == 1
+    return max(rows, default=len(children) if alike else 0)
+
+
+def experts_beside(
+    children: Mapping[str, nn.Module], router: nn.Module, num_experts: int
+) -> nn.Module | None:
+    """The one child of a block that is built as its routed experts are, and has `num_experts` of them; where
+    that number is not known, the one that is named so."""
+    others = {name: child for name, child in children.items() if child is not router}
+    if num_experts:
+        found = [child for child in others.values() if count_experts(unwrapped(child)) == num_experts > 1]
+    else:
+        found = [child for name, child in others.items() if looks_like_experts(name, unwrapped(child))]
+    return found[0] if len(found) == 1 else None
 
 
 def describe_unread(unread: Sequence[tuple[str, nn.Module]]) -> str:

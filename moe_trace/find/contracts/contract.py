@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_trace.data.errors import MoETraceError
 
 
-class ContractMismatch(MoETraceError):
+class AdapterMismatch(MoETraceError):
     """A call of a router has another form than its contract expects."""
 
 
@@ -31,7 +31,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Reading:
+class RouterOutput:
     """The decision in one call. None of its tensors may have been computed by waiting for the device."""
 
     index_TK: Tensor
@@ -45,6 +45,10 @@ class Reading:
 ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[Any], ...]]
 """`reader(router_outputs, experts_args)` of calls without keyword arguments -> index, weights and, where
 there are any, logits of each call, unlooked at. Raises where a call is none of the usual ones."""
+
+# The older names, which `record/` still uses.
+ContractMismatch = AdapterMismatch
+Reading = RouterOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +65,9 @@ class Found:
     """E: classes of the decision, identity experts included; 0 where only a call can tell."""
     top_k: int
     """K; 0 where only a call can tell."""
-    read: Callable[[Call], Reading] | None = None
+    read: Callable[[Call], RouterOutput] | None = None
     """How the calls of this very router are read, where its contract knows more than one way."""
-    read_block: Callable[[tuple[Any, ...], Any], Reading] | None = None
+    read_block: Callable[[tuple[Any, ...], Any], RouterOutput] | None = None
     """`read_block(arguments, output)` of a call of the block in which the router was not called."""
     watched: nn.Module | None = None
     """A module inside the router whose output `read` needs."""
@@ -89,7 +93,7 @@ class Contract:
     description: str
     find: Callable[[nn.Module], list[Found]]
     """The routers that stand at one module of a model, which is mostly the block that holds them."""
-    read: Callable[[Call], Reading]
+    read: Callable[[Call], RouterOutput]
     """One call of such a router. Runs when the model's forward ends: it must not wait for the device."""
     reads_late: bool = False
     """Whether `read` needs neither the router's arguments nor the first one of the experts, the hidden

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import (
     described,
     expert_modules,
@@ -55,24 +55,24 @@ def find_dense_scores(block: nn.Module) -> list[Found]:
     ]
 
 
-def _reader(top_k: int) -> Callable[[Call], Reading]:
+def _reader(top_k: int) -> Callable[[Call], RouterOutput]:
     return lambda call: read_dense_scores(call, top_k)
 
 
-def read_dense_scores(call: Call, top_k: int = 1) -> Reading:
+def read_dense_scores(call: Call, top_k: int = 1) -> RouterOutput:
     """The k largest scores of each token; a score that underflowed to 0 chose nothing."""
     output = call.router_output
     parts = output if isinstance(output, tuple) else ()
     if len(parts) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in parts):
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected the router to return (scores [T, E], logits [T, E]), found {described(output)}"
         )
     scores_TE, logits_TE = parts
     if scores_TE.shape != logits_TE.shape:
-        raise ContractMismatch(f"expected scores and logits of one shape, found {described(output)}")
+        raise AdapterMismatch(f"expected scores and logits of one shape, found {described(output)}")
     with overhead_range():
         weights_TK, index_TK = scores_TE.topk(top_k, dim=-1)
-    return Reading(index_TK, weights_TK, logits_TE)
+    return RouterOutput(index_TK, weights_TK, logits_TE)
 
 
 DENSE_SCORES = Contract(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import ContractMismatch, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, RouterOutput
 from moe_trace.find.contracts.modules import described, int_attribute
 from moe_trace.find.contracts.overhead import overhead_range
 
@@ -22,23 +22,21 @@ from moe_trace.find.contracts.overhead import overhead_range
 RECOMPUTABLE_ROUTERS = frozenset({"GptOssTopKRouter"})
 
 
-def fused_block_reader(router: nn.Module) -> Callable[[tuple[Any, ...], Any], Reading] | None:
+def fused_block_reader(router: nn.Module) -> Callable[[tuple[Any, ...], Any], RouterOutput] | None:
     """`read(arguments, output)` of the block's call, or None where nobody can tell the decision."""
     if type(router).__name__ not in RECOMPUTABLE_ROUTERS:
         return None
     top_k = int_attribute(router, "top_k")
 
-    def read(arguments: tuple[Any, ...], output: Any) -> Reading:
+    def read(arguments: tuple[Any, ...], output: Any) -> RouterOutput:
         hidden = arguments[0] if arguments else None
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-            raise ContractMismatch(
-                f"expected the fused block to be given a tensor, found {described(hidden)}"
-            )
+            raise AdapterMismatch(f"expected the fused block to be given a tensor, found {described(hidden)}")
         with overhead_range():
             flat_TH = hidden.reshape(-1, hidden.shape[-1])
             weight, bias = router.get_parameter("weight"), router.get_parameter("bias")
             logits_TE = torch.nn.functional.linear(flat_TH, weight, bias)
             top_TK, index_TK = logits_TE.topk(top_k, dim=-1)
-            return Reading(index_TK, top_TK.softmax(-1), logits_TE)
+            return RouterOutput(index_TK, top_TK.softmax(-1), logits_TE)
 
     return read

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import ContractMismatch
+from moe_trace.find.contracts.contract import AdapterMismatch
 
 # Where wrappers keep the module that they stand for: PEFT, FSDP 1, DataParallel and DDP, torch.compile,
 # activation checkpointing.
@@ -114,12 +114,12 @@ def expert_modules(experts: nn.Module) -> list[nn.Module]:
 
 
 def require_2d(what: str, value: Any, *, integer: bool = False) -> None:
-    """Raise `ContractMismatch` unless `value` is a 2-D tensor, of integers or of floats."""
+    """Raise `AdapterMismatch` unless `value` is a 2-D tensor, of integers or of floats."""
     if not isinstance(value, Tensor) or value.dim() != 2:
-        raise ContractMismatch(f"expected {what} to be a 2-D tensor, found {described(value)}")
+        raise AdapterMismatch(f"expected {what} to be a 2-D tensor, found {described(value)}")
     if value.is_floating_point() is integer:
         kind = "integers" if integer else "floating-point numbers"
-        raise ContractMismatch(f"expected {what} to be {kind}, found {described(value)}")
+        raise AdapterMismatch(f"expected {what} to be {kind}, found {described(value)}")
 
 
 def described(value: Any) -> str:

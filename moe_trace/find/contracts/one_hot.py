@@ -10,7 +10,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import (
     described,
     expert_modules,
@@ -76,7 +76,7 @@ def _applies_one_hot_to_mask(experts: nn.Module) -> bool:
         return False
 
 
-def read_one_hot(call: Call) -> Reading:
+def read_one_hot(call: Call) -> RouterOutput:
     """Switch: the one expert of each row of the mask. NLLB: the two non-zeros of each row of the weights."""
     logits, mask, weights = _parts(call)
     experts = logits.shape[-1]
@@ -88,7 +88,7 @@ def read_one_hot(call: Call) -> Reading:
             # The mask is of the first choice only; both choices are where the dense weights are not 0.
             weights, index = weights.topk(2, dim=-1)
             index = index.masked_fill(weights == 0, experts)
-    return Reading(index, weights, logits.reshape(-1, experts))
+    return RouterOutput(index, weights, logits.reshape(-1, experts))
 
 
 def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,18 +100,18 @@ def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(call.watched_output, Tensor):  # Switch at first: what it returned third are weights
         logits = call.watched_output
     if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
-        raise ContractMismatch(
+        raise AdapterMismatch(
             "expected the router to return (mask, weights, logits) and experts(hidden, mask, weights), "
             f"found {described(output)} and {described(given)}"
         )
     experts = logits.shape[-1]
     if mask.dtype not in (torch.int64, torch.bool) or mask.shape[-1] != experts or weights.dim() != 2:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected a mask [T, {experts}] of integers and weights [T, 1] or [T, {experts}], "
             f"found {described(mask)} and {described(weights)}"
         )
     if weights.shape[-1] not in (1, experts):
-        raise ContractMismatch(f"expected weights [T, 1] or [T, {experts}], found {described(weights)}")
+        raise AdapterMismatch(f"expected weights [T, 1] or [T, {experts}], found {described(weights)}")
     return logits, mask, weights
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d
 from moe_trace.find.contracts.overhead import overhead_range
 
@@ -46,17 +46,17 @@ def find_product_key(block: nn.Module) -> list[Found]:
     ]
 
 
-def _reader(keys: int, *, normalised: bool) -> Callable[[Call], Reading]:
+def _reader(keys: int, *, normalised: bool) -> Callable[[Call], RouterOutput]:
     return lambda call: read_product_key(call, keys, normalised=normalised)
 
 
-def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> Reading:
+def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> RouterOutput:
     """The index that the embeddings were asked for; weights are the softmax of those experts' scores."""
     index: Any = call.experts_args[0] if call.experts_args else None
     scores = call.router_output
     require_2d("index", index, integer=True)
     if not isinstance(scores, Tensor) or scores.numel() != 2 * keys * index.shape[0]:
-        raise ContractMismatch(f"expected 2 x {keys} scores for each token, found {described(scores)}")
+        raise AdapterMismatch(f"expected 2 x {keys} scores for each token, found {described(scores)}")
     with overhead_range():
         # As the family does: the halves are split by position in memory, not by the last dimension.
         x_TR, y_TR = scores.detach().view(2, index.shape[0], keys).unbind()
@@ -64,7 +64,7 @@ def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> 
         weights_TK = summed_TK.softmax(-1)
         if normalised:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return Reading(index, weights_TK, None)
+    return RouterOutput(index, weights_TK, None)
 
 
 PRODUCT_KEY = Contract(

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_trace.data.errors import UsageError
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.beside import experts_beside, looks_like_experts, with_experts
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.dense_scores import DENSE_SCORES
-from moe_trace.find.contracts.modules import expert_modules, expert_rows, int_attribute, unwrapped
+from moe_trace.find.contracts.modules import (
+    class_name,
+    expert_modules,
+    expert_rows,
+    int_attribute,
+    unwrapped,
+)
 from moe_trace.find.contracts.one_hot import ONE_HOT
 from moe_trace.find.contracts.product_key import PRODUCT_KEY
 from moe_trace.find.contracts.sorted_dispatch import SORTED_DISPATCH
@@ -23,11 +30,12 @@ _NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_exper
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "k")
 
 
-def register_contract(
+def register_adapter(
     name: str,
     *,
-    read: Callable[[Call], Reading],
+    read: Callable[[Call], RouterOutput],
     router: type[nn.Module] | str | None = None,
+    block: type[nn.Module] | str | None = None,
     experts: str | None = None,
     watch: str | None = None,
     find: Callable[[nn.Module], list[Found]] | None = None,
@@ -37,10 +45,13 @@ def register_contract(
 
     Args:
         name: of the contract, as it stands in traces and tables.
-        read: turns one call into a `Reading(index_TK, weights_TK, logits_TE)`. It runs when the model's
+        read: turns one call into a `RouterOutput(index_TK, weights_TK, logits_TE)`. It runs when the model's
             forward ends and must not wait for the device (no `.item()`, `.tolist()`, `nonzero`). What it
             raises is counted as lost, and the model runs on.
-        router: class of the router module, or the class's name.
+        router: class of the router module, or the class's name. A class of torch.nn is a router only where it
+            stands beside what is built as its experts are. With `block`: path of the router inside it.
+        block: class, or its name, of the module that holds router and experts, where the router has no
+            class of its own: `block=MyMoE, router="gate"`.
         experts: name of the experts module beside the router. Its call ends the decision: `read` finds its
             arguments in `call.experts_args`. Without it, a decision ends with the router's call.
         watch: path of a module inside the router; `read` finds its output in `call.watched_output`.
@@ -49,22 +60,27 @@ def register_contract(
         description: how router and experts speak to each other, in a line.
 
     Raises:
-        UsageError: the name is taken, or not exactly one of `router` and `find` is given.
+        UsageError: the name is taken, not exactly one of `router` and `find` is given, or `block` without the
+            path of the router.
     """
+    if block is not None and not isinstance(router, str):
+        raise UsageError(f'expected router= as a path inside block=, such as "gate", found {router!r}')
     if (router is None) is (find is None):
         raise UsageError("expected one of router= (a class) and find= (a function), found both or neither")
     if any(contract.name == name for contract in CONTRACTS):
         taken = ", ".join(contract.name for contract in CONTRACTS)
-        raise UsageError(f"a contract named {name!r} is already registered; the names taken are {taken}")
+        raise UsageError(f"an adapter named {name!r} is already registered; the names taken are {taken}")
     if find is None:
         assert router is not None
-        find = _RouterBesideExperts(router=router, experts=experts, watch=watch, read=read)
+        find = _RouterBesideExperts(
+            name=name, router=router, block=block, experts=experts, watch=watch, read=read
+        )
     contract = Contract(name=name, description=description or name, find=find, read=read)
     CONTRACTS.insert(0, contract)
     return contract
 
 
-def unregister_contract(name: str) -> None:
+def unregister_adapter(name: str) -> None:
     """Forget a contract.
 
     Raises:
@@ -72,7 +88,7 @@ def unregister_contract(name: str) -> None:
     """
     known = [contract for contract in CONTRACTS if contract.name == name]
     if not known:
-        raise UsageError(f"no contract named {name!r}; known are {', '.join(c.name for c in CONTRACTS)}")
+        raise UsageError(f"no adapter named {name!r}; known are {', '.join(c.name for c in CONTRACTS)}")
     CONTRACTS.remove(known[0])
 
 
@@ -80,47 +96,74 @@ def unregister_contract(name: str) -> None:
 class _RouterBesideExperts:
     """`find` of a contract that a user registered by the router's class."""
 
+    name: str
     router: type[nn.Module] | str
+    block: type[nn.Module] | str | None
     experts: str | None
     watch: str | None
-    read: Callable[[Call], Reading]
+    read: Callable[[Call], RouterOutput]
 
     def __call__(self, block: nn.Module) -> list[Found]:
         children = dict(block.named_children())
         if self.experts is not None and self.experts not in children:
             return []
-        return [
-            self._found(block, name, children) for name, child in children.items() if self._is_router(child)
+        if self.block is not None:
+            path = self.router
+            assert isinstance(path, str)
+            return [self._found(block, path, children)] if _is_a(block, self.block) else []
+        found = [
+            self._found(block, name, children)
+            for name, child in children.items()
+            if _is_a(unwrapped(child), self.router)
         ]
+        if self._is_of_torch():
+            found = [item for item in found if item.experts is not None or with_experts(item).weights]
+        return found
 
-    def _is_router(self, module: nn.Module) -> bool:
-        inner = unwrapped(module)
-        if isinstance(self.router, str):
-            return type(inner).__name__ == self.router
-        return isinstance(inner, self.router)
+    def _is_of_torch(self) -> bool:
+        return isinstance(self.router, type) and self.router.__module__.startswith("torch.nn.")
 
-    def _found(self, block: nn.Module, name: str, children: dict[str, nn.Module]) -> Found:
-        router = unwrapped(children[name])
+    def _found(self, block: nn.Module, path: str, children: dict[str, nn.Module]) -> Found:
+        given = block.get_submodule(path)
+        router = unwrapped(given)
         experts = children[self.experts] if self.experts is not None else None
-        inner = unwrapped(experts) if experts is not None else None
+        told = int_attribute(router, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS)
+        holding = experts if experts is not None else experts_beside(children, given, told)
+        inner = unwrapped(holding) if holding is not None else None
         rows = 0 if inner is None else len(expert_modules(inner)) or max(expert_rows(inner), default=0)
-        told = int_attribute(router, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS) or rows
+        inside = [
+            path for path, module in router.named_modules() if path and looks_like_experts(path, module)
+        ]
         return Found(
-            router=children[name],
-            router_path=name,
+            router=given,
+            router_path=path,
             experts=experts,
-            block=block,
-            num_experts=told,
+            block=None if inside else block,
+            num_experts=told or rows,
             top_k=int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K),
             watched=router.get_submodule(self.watch) if self.watch is not None else None,
-            read=None if told else self._read_with_logits,
+            shared=() if inside else None,
+            read=None if told or rows else self._read_with_logits,
+            notes=(self._holds_experts(router, inside[0]),) if inside else (),
         )
 
-    def _read_with_logits(self, call: Call) -> Reading:
+    def _holds_experts(self, router: nn.Module, experts: str) -> str:
+        gate = self.watch or "gate"
+        return (
+            f"the router of {self.name!r} is {class_name(router)}, which holds its experts ({experts}): "
+            "their time and FLOPs count as the router's. Name the gate instead: register_adapter(..., "
+            f'block={class_name(router)}, router="{gate}")'
+        )
+
+    def _read_with_logits(self, call: Call) -> RouterOutput:
         reading = self.read(call)
         if reading.logits_TE is None:
-            raise ContractMismatch(
+            raise AdapterMismatch(
                 "cannot tell the number of experts: give the router or its block an attribute "
                 "`num_experts`, or let `read` return logits [T, E]"
             )
         return reading
+
+
+def _is_a(module: nn.Module, wanted: type[nn.Module] | str) -> bool:
+    return class_name(module) == wanted if isinstance(wanted, str) else isinstance(module, wanted)

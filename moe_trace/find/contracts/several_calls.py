@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_trace.find.contracts.contract import ContractMismatch
+from moe_trace.find.contracts.contract import AdapterMismatch
 from moe_trace.find.contracts.overhead import overhead_range
 
 
@@ -22,7 +22,7 @@ def combined_choice(
         top_k: K; 0 where it is not known.
 
     Raises:
-        ContractMismatch: the calls do not make up the router's tokens.
+        AdapterMismatch: the calls do not make up the router's tokens.
     """
     tokens, experts = logits_shape or (choices[0][0].shape[0], 2**31)
     rows, slots = [i.shape[0] for i, _ in choices], [i.shape[1] for i, _ in choices]
@@ -30,7 +30,7 @@ def combined_choice(
         if len(set(slots)) == 1 and sum(rows) == tokens:
             return _joined(choices, dim=0)
         if set(rows) != {tokens}:
-            raise ContractMismatch(
+            raise AdapterMismatch(
                 f"expected the {len(choices)} calls of the experts to make up {tokens} tokens, found {rows}"
             )
         if sum(slots) == top_k or len(set(slots)) > 1:

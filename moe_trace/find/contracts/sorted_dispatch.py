@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import Call, Contract, ContractMismatch, Found, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import (
     described,
     expert_rows,
@@ -53,11 +53,11 @@ def _takes_sorted_rows(module: nn.Module) -> bool:
     return forward_parameters(unwrapped(module))[1:2] == [_SIZES_ARGUMENT]
 
 
-def read_sorted_dispatch(call: Call) -> Reading:
+def read_sorted_dispatch(call: Call) -> RouterOutput:
     """Put the sorted rows back: row i went to the expert whose run it lies in, and was slot `position[i]`."""
     output = call.router_output
     if not isinstance(output, tuple) or len(output) < 5:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             "expected the router to return (positions, tokens, weights, sizes, logits), "
             f"found {described(output)}"
         )
@@ -71,18 +71,16 @@ def read_sorted_dispatch(call: Call) -> Reading:
         expert_N = torch.repeat_interleave(ids_E, sizes_E, output_size=slots)
         index_N = torch.empty_like(positions_N).scatter_(0, positions_N, expert_N)
         unsorted_N = torch.empty_like(weights_N).scatter_(0, positions_N, weights_N)
-    return Reading(index_N.view(tokens, -1), unsorted_N.view(tokens, -1), logits_TE)
+    return RouterOutput(index_N.view(tokens, -1), unsorted_N.view(tokens, -1), logits_TE)
 
 
 def _check(positions_N: Any, weights_N: Any, logits_TE: Any) -> None:
     parts = (positions_N, weights_N, logits_TE)
     if not all(isinstance(part, Tensor) for part in parts) or logits_TE.dim() != 2:
-        raise ContractMismatch(
-            f"expected positions [N], weights [N], logits [T, E], found {described(parts)}"
-        )
+        raise AdapterMismatch(f"expected positions [N], weights [N], logits [T, E], found {described(parts)}")
     slots, tokens = positions_N.shape[0], logits_TE.shape[0]
     if positions_N.dim() != 1 or weights_N.shape != positions_N.shape or slots == 0 or slots % tokens:
-        raise ContractMismatch(f"expected k rows for each of {tokens} tokens, found {described(parts)}")
+        raise AdapterMismatch(f"expected k rows for each of {tokens} tokens, found {described(parts)}")
 
 
 def _to_device(sizes: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_trace.find.contracts.contract import Call, ContractMismatch, Reading
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.contracts.modules import described, require_2d, unwrapped
 from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.contracts.several_calls import combined_choice
@@ -18,7 +18,7 @@ INDEX_ARGUMENTS = frozenset({"top_k_index", "router_indices", "selected_experts"
 HIDDEN_ARGUMENT = "hidden_states"
 
 
-def read_topk_experts(call: Call) -> Reading:
+def read_topk_experts(call: Call) -> RouterOutput:
     """Index and weights as the experts received them: the true assignments. Logits from the router."""
     given, logits = call.experts_args, _logits(call)
     if given is not None and len(given) == 3:
@@ -33,7 +33,7 @@ def read_topk_experts(call: Call) -> Reading:
                 and logits.is_floating_point()
                 and not index.is_floating_point()
             ):
-                return Reading(index, weights, logits)
+                return RouterOutput(index, weights, logits)
         except AttributeError:
             pass  # not tensors: said below
     return _explain_or_read(call, logits)
@@ -44,45 +44,43 @@ def _logits(call: Call) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def _explain_or_read(call: Call, logits: Any) -> Reading:
+def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
     """The same step by step, so that what does not fit can be named."""
     index, weights = _choice(call)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected logits [T, E] beside an index [T, K], found {described(logits)} and {described(index)}"
         )
     if not logits.is_floating_point():
-        raise ContractMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
-    return Reading(index, weights, logits)
+        raise AdapterMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
+    return RouterOutput(index, weights, logits)
 
 
-def read_without_logits(call: Call) -> Reading:
+def read_without_logits(call: Call) -> RouterOutput:
     """The decision alone, where logits play no part in it."""
-    return Reading(*_choice(call), None)
+    return RouterOutput(*_choice(call), None)
 
 
-def read_watched_logits(call: Call) -> Reading:
+def read_watched_logits(call: Call) -> RouterOutput:
     """Logits from a module inside the router; None where that was not called as a module."""
     logits = call.watched_output
     index, weights = _choice(call)
     if not isinstance(logits, Tensor):
-        return Reading(index, weights, None)
-    return Reading(index, weights, logits.reshape(-1, logits.shape[-1]))
+        return RouterOutput(index, weights, None)
+    return RouterOutput(index, weights, logits.reshape(-1, logits.shape[-1]))
 
 
-def choice_inside_reader(experts: nn.Module) -> Callable[[Call], Reading]:
+def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:
     """The choice of experts that are handed logits, by their own method: a function of the logits alone."""
     choose: Any = unwrapped(experts).route_tokens_to_experts
 
-    def read(call: Call) -> Reading:
+    def read(call: Call) -> RouterOutput:
         given = (*(call.experts_args or ()), *call.experts_kwargs.values())
         if len(given) != 2 or not isinstance(given[1], Tensor) or given[1].dim() != 2:
-            raise ContractMismatch(
-                f"expected experts(hidden_states, logits [T, E]), found {described(given)}"
-            )
+            raise AdapterMismatch(f"expected experts(hidden_states, logits [T, E]), found {described(given)}")
         with overhead_range():
             index, weights = choose(given[1])
-        return Reading(index, weights, given[1])
+        return RouterOutput(index, weights, given[1])
 
     return read
 
@@ -99,7 +97,7 @@ def _choice(call: Call) -> tuple[Tensor, Tensor]:
     if weights.shape[0] == index.shape[0] and weights.shape[1] > index.shape[1]:
         weights = _weights_of_chosen(weights, index)
     if index.shape != weights.shape:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected index and weights of one shape [T, K], found {described(index)}, {described(weights)}"
         )
     return index, weights
@@ -118,7 +116,7 @@ def _weights_of_chosen(dense_TE: Tensor, index_TK: Tensor) -> Tensor:
 
 def _router_choice(output: Any) -> tuple[Any, Any]:
     if not isinstance(output, tuple) or len(output) < 3:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected the router to return (logits, weights, index), found {described(output)}"
         )
     return output[2], output[1]
@@ -135,7 +133,7 @@ def _experts_choice(call: Call) -> tuple[Any, Any]:
     else:
         arguments = (*arguments, *named.values())
     if len(arguments) < 3:
-        raise ContractMismatch(
+        raise AdapterMismatch(
             f"expected experts(hidden_states, index, weights), found {len(arguments)} arguments"
         )
     return arguments[1], arguments[2]

@@ -16,7 +16,7 @@ from moe_trace.read.time.speed import SpeedReport
 FINDINGS_SHOWN = 8
 """How many a page shows; the JSON has all."""
 LAYERS_NAMED = 3
-WRONG = frozenset({"nonfinite", "bytes_differ", "clocks_disagree"})
+WRONG = frozenset({"nonfinite", "experts_untimed", "bytes_differ", "clocks_disagree"})
 Severity = Literal["wrong", "time", "note"]
 
 

@@ -148,8 +148,8 @@ def skipped(evidence: RuleInput) -> Iterator[Finding]:
             sites=_sites([r for _, r in found]),
             value=found[0][0],
             threshold=SKIPPED_SHARE,
-            sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of slots were skipped: "
-            f"{in_one_line([(r.info.site, percent(share)) for share, r in found])}.",
+            sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of assignments were "
+            f"skipped: {in_one_line([(r.info.site, percent(share)) for share, r in found])}.",
             advice="Tokens are dropped at the experts' capacity, or the model skips on purpose: compare "
             "the k histogram with what the architecture says.",
         )

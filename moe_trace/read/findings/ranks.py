@@ -44,7 +44,7 @@ def hot_rank(evidence: RuleInput) -> Iterator[Finding]:
         threshold=HOT_RANK,
         cost_us=sum(layer.wait_us or 0.0 for _, layer in found) or None,
         sentence=f"{worst.site}: rank {worst.hot_rank} computes {ratio:.2f}× the mean rank's share of "
-        f"{sum(worst.load):,} slots (threshold {HOT_RANK}×){_expert(worst)}"
+        f"{sum(worst.load):,} assignments (threshold {HOT_RANK}×){_expert(worst)}"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_UNEQUAL_EXPERTS if report.exchange else _UNEQUAL_TOKENS,
     )

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.findings.finding import Finding, RuleInput, duration, in_one_line, percent
-from moe_trace.read.time.layers import PhaseReport
+from moe_trace.read.findings.finding import Finding, RuleInput, count, duration, in_one_line, percent
+from moe_trace.read.time.imbalance import unit_words
+from moe_trace.read.time.layers import PhaseReport, PhaseTime
 
 BUSY_SHARE = 0.1
 GAP_SHARE = 0.5
 MOVE_SHARE = 0.25
 COST_SHARE = 0.05
 PEAK_SHARE = 0.2
+
+
+def experts_untimed(evidence: RuleInput) -> Iterator[Finding]:
+    """Layers whose router takes all the time: the experts' is counted as its own, or is in no range."""
+    report = evidence.phases
+    if report is None or report.whole.moe_work_us is None:
+        return
+    found = []
+    for layer in report.layers:
+        us = {name: _phase_us(report, time) for name, time in layer.forward.items()}
+        if us["router"] > 0 and us["router"] == sum(us.values()):
+            found.append(layer.site)
+    if found:
+        yield Finding(
+            rule="experts_untimed",
+            site=found[0],
+            sites=tuple(found),
+            value=1.0,
+            threshold=1.0,
+            sentence=f"The router takes 100 % of MoE's time and the experts 0 % in "
+            f"{count(len(found), 'layer')} ({in_one_line([(site, '') for site in found])}): the module that "
+            "counts as the router holds the experts, or the trace has no block round both.",
+            advice="Name the gate itself and the block that holds it: register_adapter(..., block=MyMoE, "
+            'router="gate"), and record again.',
+        )
 
 
 def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
@@ -36,7 +62,9 @@ def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
     if model.comparison == "ranks":
         against = "a mean rank's load"
         remedy = "place or replicate the busy experts of these layers (`moe-trace placement` plans it)"
-    follows = " and ".join(f"{us:.3g} µs for each of the {name}" for name, us in model.us_per_unit.items())
+    follows = " and ".join(
+        f"{us:.3g} µs for each of the {unit_words(name)}" for name, us in model.us_per_unit.items()
+    )
     yield Finding(
         rule="costly_imbalance",
         site=found[0][1].site,
@@ -80,7 +108,10 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
 
 
 def _work_us(report: PhaseReport, phase: str) -> float:
-    time = report.total.forward[phase]
+    return _phase_us(report, report.total.forward[phase])
+
+
+def _phase_us(report: PhaseReport, time: PhaseTime) -> float:
     return (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
 
 
@@ -176,4 +207,4 @@ def uncounted_flops(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-RULES = (costly_imbalance, moving_tokens, router_waits, launch_gaps, far_from_peak)
+RULES = (experts_untimed, costly_imbalance, moving_tokens, router_waits, launch_gaps, far_from_peak)

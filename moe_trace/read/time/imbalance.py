@@ -69,6 +69,11 @@ class LoadModel:
     """Part of the variation in time that the fit predicts in calls that it has not seen."""
 
 
+def unit_words(name: str) -> str:
+    """The words for a key of `us_per_unit`; keys keep the older name of an assignment."""
+    return name.replace("slots", "assignments")
+
+
 @dataclass(frozen=True)
 class Imbalance:
     """The answers for all layers, and the models behind them."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_trace.data.display.tables import number, paragraph, printable, share, table
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
+from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, unit_words
 
 _COMPARED = {
     "forwards and layers": "calls of the same layer and of the same forward are compared",
@@ -31,7 +31,7 @@ def _sentence(model: LoadModel) -> str:
         return f"Cost of imbalance: cannot tell ({model.reason})."
     if model.verdict == "no effect seen":
         return "Cost of imbalance: no effect on the experts' time is seen."
-    each = [f"{number(us)} µs for each of the {name}" for name, us in model.us_per_unit.items()]
+    each = [f"{number(us)} µs for each of the {unit_words(name)}" for name, us in model.us_per_unit.items()]
     meaning = {
         "costs": "The busiest rank takes longer than the mean one"
         if model.comparison == "ranks"

@@ -37,9 +37,20 @@ def _load_table(routers: Sequence[RouterSummary]) -> str:
         ]
         for router in routers
     ]
-    headings = ("layer", "calls", "tokens", "max÷mean", "CV", "chance", "Gini", "entropy", "active", "dead")
-    title = "Load of the experts, forward calls (chance: CV of uniform routing; entropy: of\n"
-    title += "the load, 1 is even"
+    headings = (
+        "layer",
+        "calls",
+        "tokens",
+        "max÷mean",
+        "CV",
+        "chance",
+        "Gini",
+        "load entropy",
+        "active",
+        "dead",
+    )
+    title = "Load of the experts, forward calls (chance: CV of uniform routing; load entropy:\n"
+    title += "1 is even"
     if not all(router.chance.tells_dead for router in routers):
         title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
     return f"{title})\n" + table(headings, rows)
@@ -89,7 +100,7 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
 def _router_table(routers: Sequence[RouterSummary]) -> str:
     on_device = any(router.latency.device_span is not None for router in routers)
     again = any(router.recomputed_calls for router in routers)
-    headings = ["layer", "entropy", "confidence", "p50", "p95"]
+    headings = ["layer", "router entropy", "confidence", "p50", "p95"]
     if on_device:
         headings += ["span", "busy"]
     headings += ["router", "experts"]

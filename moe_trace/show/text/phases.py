@@ -23,7 +23,7 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     worker = "kernel" if report.whole.on_device else "operator"
     gap = "" if part == "backward" else f" (gap: no {worker} ran)"
     noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
-    title = f"Phases {part}, {clock} time in µs, mean of {report.total.count(part):,} {noun}{gap}"
+    title = f"Breakdown {part}, {clock} µs, mean of {report.total.count(part):,} {noun}{gap}"
     return f"{title}\n{_pass_table(report, part)}"
 
 

@@ -71,7 +71,7 @@ def _facts(summary: Summary) -> str:
         facts.append(f"{totals.recomputed_calls:,} recomputed calls (gradient checkpointing)")
     facts += [_steps(totals.steps), f"{totals.tokens:,} routed tokens", f"{totals.assignments:,} assignments"]
     if totals.skipped:
-        facts.append(f"{totals.skipped:,} skipped slots")
+        facts.append(f"{totals.skipped:,} skipped assignments")
     if totals.padding_assignments:
         facts.append(f"{totals.padding_assignments:,} of padding")
     if isinstance(summary, TraceSummary) and summary.stage is not None:

@@ -1,0 +1,40 @@
+"""The folder that a run writes into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_trace.data.errors import OutputError
+
+OUTPUT_PATTERNS = (
+    "*.pt.trace.json",
+    "*.pt.trace.json.gz",
+    "events.out.tfevents.*",
+    "rank*/events.out.tfevents.*",
+)
+
+
+def files_in(folder: Path) -> tuple[Path, ...]:
+    """What a run wrote there."""
+    return tuple(sorted(file for pattern in OUTPUT_PATTERNS for file in folder.glob(pattern)))
+
+
+def claim_folder(folder: Path, *, force: bool) -> list[Path]:
+    """Make it, and return what an earlier run wrote there.
+
+    Raises:
+        OutputError: it holds files and `force` was not given, or it cannot be made.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file; give a folder with --out")
+        earlier = list(files_in(folder))
+        if folder.exists() and any(folder.iterdir()) and not force:
+            raise OutputError(
+                f"{folder} exists and is not empty; add --force to replace the run in it, "
+                "or choose another folder with --out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return earlier
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error

@@ -1,0 +1,164 @@
+"""A program of the user's, run as `python` runs it, with the first MoE model that it calls recorded.
+
+The model is the outermost module with routers that is called first. Each of its forwards is a step, from
+its beginning to that of the next: a training step with its backward and optimizer, or one generated token.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+
+from moe_trace.data.errors import Interrupted, NoRoutersFound, NothingRecorded, UsageError
+from moe_trace.find.routers import find_routers
+from moe_trace.integrations.handler import tensorboard_trace_handler
+from moe_trace.record.profiler import profile
+from moe_trace.workload.config import RunConfig
+from moe_trace.workload.folder import claim_folder, files_in
+from moe_trace.workload.runner import RunResult
+
+
+def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> RunResult:
+    """Run the program to its end; what it prints and how it ends is its own.
+
+    Args:
+        config: `steps` forwards are recorded after `warmup` others; `layers`, `every` and the profiler's
+            options are as for a model that moe_trace runs.
+
+    Raises:
+        UsageError: there is no such file.
+        NothingRecorded: it called no model with routers, or not often enough.
+        Interrupted: Ctrl-C; what was recorded is kept.
+    """
+    if not script.is_file():
+        raise UsageError(f"found no file {script}, expected a Python program")
+    earlier = claim_folder(config.out, force=config.force)
+    recording = _Recording(config)
+    interrupted = False
+    try:
+        with _every_call(recording.before_call), _as_main(script, arguments):
+            runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        interrupted = True
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            print(f"moe-trace: {script} ended with status {end.code}", file=sys.stderr)
+    finally:
+        recording.stop()
+    written = [file for file in files_in(config.out) if file not in earlier and ".pt.trace.json" in file.name]
+    if not written:
+        raise NothingRecorded(recording.why_nothing(script))
+    for file in earlier:
+        file.unlink(missing_ok=True)
+    if interrupted:
+        raise Interrupted(
+            f"interrupted after {recording.forwards} forwards; {written[-1]} has what was recorded"
+        )
+    from moe_trace.read.reader import read_summary
+
+    return RunResult(read_summary(written[-1]), written[-1], files_in(config.out))
+
+
+class _Recording:
+    """Waits for a model with routers, and records some of its forwards."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.model: nn.Module | None = None
+        self.forwards = 0
+        """Begun by the model."""
+        self._profiler: profile | None = None
+        self._dense: WeakSet[nn.Module] = WeakSet()
+        """Modules that were looked at and hold no router."""
+
+    def before_call(self, module: nn.Module) -> None:
+        """Any module is about to be called."""
+        if self.model is None and module not in self._dense:
+            self._look_at(module)
+        if module is self.model:
+            self._before_forward()
+
+    def _look_at(self, module: nn.Module) -> None:
+        try:
+            find_routers(module)
+        except NoRoutersFound:
+            self._dense.update(module.modules())
+        else:
+            self.model = module
+
+    def _before_forward(self) -> None:
+        recorded = self.forwards - self.config.warmup
+        if recorded == 0:
+            self._start()
+        elif recorded == self.config.steps:
+            self.stop()
+        elif self._profiler is not None:
+            self._profiler.step()
+        self.forwards += 1
+
+    def _start(self) -> None:
+        config = self.config
+        assert self.model is not None
+        on_gpu = torch.cuda.is_available() and any(p.is_cuda for p in self.model.parameters())
+        self._profiler = profile(
+            self.model,
+            layers=config.layers,
+            every=config.every,
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+            record_shapes=config.record_shapes,
+            with_stack=config.with_stack,
+            on_trace_ready=tensorboard_trace_handler(config.out, use_gzip=True),
+        )
+        self._profiler.start()
+
+    def stop(self) -> None:
+        """Write what was recorded; once is enough."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+
+    def why_nothing(self, script: Path) -> str:
+        """Why there is no trace."""
+        if self.model is None:
+            return f"{script} called no model with MoE routers; `moe-trace routers` says what would be found"
+        return (
+            f"{script} ran {self.forwards} forwards of {type(self.model).__name__}, and --warmup "
+            f"{self.config.warmup} left them out; lower it"
+        )
+
+
+@contextmanager
+def _every_call(before: Any) -> Iterator[None]:
+    """Call `before(module)` ahead of each call of a module: hooks put on there still see that call."""
+    original = nn.Module.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before(self)
+        return original(self, *args, **kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _as_main(script: Path, arguments: Sequence[str]) -> Iterator[None]:
+    """`sys.argv` and the first entry of `sys.path` as `python script.py` has them."""
+    argv, path = sys.argv, sys.path[:]
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path

@@ -1,0 +1,76 @@
+"""How often the cost of imbalance claims an effect that is not there (recordings of `record_diff_pairs.py`).
+
+The times of a recording are given to other calls: all forwards are shifted by the same number of steps, so
+that drift and bursts stay, and the layers change places. Load and time then have nothing to do with each
+other; each verdict other than `cannot tell` or `no effect seen` is a false claim. Beside it, what is said
+of the recordings as they are.
+
+python scripts/record_diff_pairs.py pairs && python scripts/check_imbalance.py pairs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.read.time.imbalance import imbalance_costs
+from moe_trace.read.time.phases import CallTimes
+
+VERDICTS = ("costs", "saves", "no effect seen", "cannot tell")
+
+
+def verdict(summary: TraceSummary, times: CallTimes) -> str:
+    """Of the recording's layers together: a claim about one of them is a claim."""
+    models = imbalance_costs(times, [router.info for router in summary.routers]).models
+    found = {model.verdict for model in models}
+    return next((one for one in VERDICTS if one in found), "cannot tell")
+
+
+def exchanged(times: CallTimes, rng: np.random.Generator) -> CallTimes:
+    """The same times, of other calls."""
+    calls = times.samples
+    layers, layer = np.unique(calls.router, return_inverse=True)
+    forwards, forward = np.unique(calls.call, return_inverse=True)
+    row_of = np.full((len(layers), len(forwards)), -1)
+    row_of[layer, forward] = np.arange(len(calls))
+    if (row_of < 0).any():
+        raise SystemExit("each forward is expected to call each router once")
+    shift = int(rng.integers(1, len(forwards)))
+    others = row_of[rng.permutation(len(layers))[layer], (forward + shift) % len(forwards)]
+    return replace(times, forward=times.forward.select(others))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(0)
+    as_they_are: Counter[str] = Counter()
+    apart: Counter[str] = Counter()
+    device = None
+    for path in sorted(arguments.folder.glob("*-same-*.pt.trace*")):
+        summary = read_summary(path)
+        if summary.times is None:
+            continue
+        device = summary.speed.device if summary.speed is not None else None
+        as_they_are[verdict(summary, summary.times)] += 1
+        apart[verdict(summary, exchanged(summary.times, rng))] += 1
+    print(f"{date.today()}, {device or f'CPU, {os.cpu_count()} cores, {platform.machine()}'}\n")
+    print("| recordings | number | " + " | ".join(VERDICTS) + " |\n| --- |" + " ---: |" * 5)
+    for words, counts in (("as they are", as_they_are), ("times of other calls", apart)):
+        cells = [sum(counts.values()), *(counts[one] for one in VERDICTS)]
+        print(f"| {words} | " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()
