@@ -120,12 +120,12 @@ def _run_script(script: Path, arguments: list[str], values: dict[str, Any]) -> i
     from moe_trace.workload.script import run_script
 
     with _no_empty_folder(chosen["out"]):
-        result = run_script(script, arguments, RunConfig(**chosen))
+        result, status = run_script(script, arguments, RunConfig(**chosen))
     assert result.summary is not None
     print(render_text(result.summary))
     _print_files(result.files)
     _print_next(chosen["out"], result.trace)
-    return 0
+    return status
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,8 @@ from moe_trace.workload.folder import claim_folder, files_in
 from moe_trace.workload.runner import RunResult
 
 
-def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> RunResult:
-    """Run the program to its end; what it prints and how it ends is its own.
+def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> tuple[RunResult, int]:
+    """Run the program to its end; returns what was recorded, and the exit status that it ended with.
 
     Args:
         config: `steps` forwards are recorded after `warmup` others; `layers`, `every` and the profiler's
@@ -43,15 +44,19 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> Run
         raise UsageError(f"found no file {script}, expected a Python program")
     earlier = claim_folder(config.out, force=config.force)
     recording = _Recording(config)
-    interrupted = False
+    interrupted, status = False, 0
     try:
         with _every_call(recording.before_call), _as_main(script, arguments):
             runpy.run_path(str(script), run_name="__main__")
     except KeyboardInterrupt:
         interrupted = True
     except SystemExit as end:
-        if end.code not in (None, 0):
-            print(f"moe-trace: {script} ended with status {end.code}", file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     finally:
         recording.stop()
     written = [file for file in files_in(config.out) if file not in earlier and ".pt.trace.json" in file.name]
@@ -65,7 +70,7 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> Run
         )
     from moe_trace.read.reader import read_summary
 
-    return RunResult(read_summary(written[-1]), written[-1], files_in(config.out))
+    return RunResult(read_summary(written[-1]), written[-1], files_in(config.out)), status
 
 
 class _Recording:
