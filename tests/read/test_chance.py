@@ -138,9 +138,9 @@ def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
     assert worst.load.cv == max(r.load.cv or 0 for r in prefill.routers)
     twin = dataclasses.replace(prefill.routers[3], chance=worst.chance, load=worst.load)
     routers = (*prefill.routers[:3], twin, *prefill.routers[4:])
-    assert most_uneven([r.chance for r in routers]) == [3, 8]
+    assert most_uneven([r.chance for r in routers]) == [3, 15]
     text = " ".join(render_text(dataclasses.replace(prefill, routers=routers)).split())
-    assert "Most uneven: L03, L08 (2 tied, CV 2.437 beyond chance)" in text
+    assert f"Most uneven: L03, L15 (2 tied, CV {worst.chance.cv_beyond:.3f} beyond chance)" in text
 
 
 def test_dead_needs_enough_tokens() -> None:
