@@ -58,42 +58,47 @@ class RunCommand:
         script, script_arguments = values.pop("script"), values.pop("script_arguments")
         if script is not None:
             return _run_script(script, script_arguments, values)
-        for name in ("steps", "warmup"):
-            values[name] = getattr(RunConfig(), name) if values[name] is None else values[name]
-        values["layers"] = parse_layers(values["layers"])
-        lengths = parse_lengths(values.pop("seq_len"))
-        values["out"] = values["out"] or new_folder(values["model"], values["mode"])
-        values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
-        config = RunConfig(**values)
-        from moe_trace.show.study import render_comparison
-        from moe_trace.show.text import render_text
-        from moe_trace.workload.study import variants
-        from moe_trace.workload.team import LeaderFailed, RankFailed
+        return _run_models(values)
 
-        runs = variants(config, lengths)
-        results = []
-        problems: tuple[str, ...] = ()
-        for name, one in runs:
-            try:
-                with _no_empty_folder(one.out):
-                    result = _run_with_progress(one)
-            except LeaderFailed as error:
-                return error.exit_code  # rank 0 has said it
-            if result.summary is None:  # rank 0 prints for all
-                continue
-            results.append((name, result.summary))
-            print(f"== {name}\n" if len(runs) > 1 else "", end="")
-            print(render_text(result.summary))
-            _print_files(result.files)
-            problems += result.problems
-        if not results:
-            return 0
-        if len(runs) > 1:
-            print(f"\n{render_comparison(results)}", end="")
-        _print_next(config.out, result.trace)
-        if problems:
-            raise RankFailed(f"{'; '.join(problems)}. The figures above are those of the other ranks")
+
+def _run_models(values: dict[str, Any]) -> int:
+    """Record a model, or a run for each prompt and length."""
+    for name in ("steps", "warmup"):
+        values[name] = getattr(RunConfig(), name) if values[name] is None else values[name]
+    values["layers"] = parse_layers(values["layers"])
+    lengths = parse_lengths(values.pop("seq_len"))
+    values["out"] = values["out"] or new_folder(values["model"], values["mode"])
+    values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
+    config = RunConfig(**values)
+    from moe_trace.show.study import render_comparison
+    from moe_trace.show.text import render_text
+    from moe_trace.workload.study import variants
+    from moe_trace.workload.team import LeaderFailed, RankFailed
+
+    runs = variants(config, lengths)
+    results = []
+    problems: tuple[str, ...] = ()
+    for name, one in runs:
+        try:
+            with _no_empty_folder(one.out):
+                result = _run_with_progress(one)
+        except LeaderFailed as error:
+            return error.exit_code  # rank 0 has said it
+        if result.summary is None:  # rank 0 prints for all
+            continue
+        results.append((name, result.summary))
+        print(f"== {name}\n" if len(runs) > 1 else "", end="")
+        print(render_text(result.summary))
+        _print_files(result.files)
+        problems += result.problems
+    if not results:
         return 0
+    if len(runs) > 1:
+        print(f"\n{render_comparison(results)}", end="")
+    _print_next(config.out, result.trace)
+    if problems:
+        raise RankFailed(f"{'; '.join(problems)}. The figures above are those of the other ranks")
+    return 0
 
 
 SCRIPT_STEPS, SCRIPT_WARMUP = 32, 0
@@ -102,6 +107,26 @@ _OF_SCRIPTS = ("steps", "warmup", "layers", "every", "record_shapes", "with_stac
 
 def _run_script(script: Path, arguments: list[str], values: dict[str, Any]) -> int:
     """Record a program of the user's."""
+    config = _script_config(script, values)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    from moe_trace.show.text import render_text
+    from moe_trace.workload.script import run_script
+
+    with _no_empty_folder(config.out):
+        result, status = run_script(script, arguments, config)
+    assert result.summary is not None
+    print(render_text(result.summary))
+    _print_files(result.files)
+    _print_next(config.out, result.trace)
+    return status
+
+
+def _script_config(script: Path, values: dict[str, Any]) -> RunConfig:
+    """What is recorded of it.
+
+    Raises:
+        UsageError: an option is of a model that moe_trace runs itself.
+    """
     plain, split = RunConfig(), Split()
     for name, value in values.items():
         usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
@@ -115,17 +140,7 @@ def _run_script(script: Path, arguments: list[str], values: dict[str, Any]) -> i
     chosen["warmup"] = SCRIPT_WARMUP if values["warmup"] is None else values["warmup"]
     chosen["layers"] = parse_layers(values["layers"])
     chosen["out"] = values["out"] or new_folder(script.stem, "script")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from moe_trace.show.text import render_text
-    from moe_trace.workload.script import run_script
-
-    with _no_empty_folder(chosen["out"]):
-        result, status = run_script(script, arguments, RunConfig(**chosen))
-    assert result.summary is not None
-    print(render_text(result.summary))
-    _print_files(result.files)
-    _print_next(chosen["out"], result.trace)
-    return status
+    return RunConfig(**chosen)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -44,19 +44,9 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> tup
         raise UsageError(f"found no file {script}, expected a Python program")
     earlier = claim_folder(config.out, force=config.force)
     recording = _Recording(config)
-    interrupted, status = False, 0
     try:
         with _every_call(recording.before_call), _as_main(script, arguments):
-            runpy.run_path(str(script), run_name="__main__")
-    except KeyboardInterrupt:
-        interrupted = True
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except Exception:
-        traceback.print_exc()
-        status = 1
+            status = _status_of(script)
     finally:
         recording.stop()
     written = [file for file in files_in(config.out) if file not in earlier and ".pt.trace.json" in file.name]
@@ -64,13 +54,28 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> tup
         raise NothingRecorded(recording.why_nothing(script))
     for file in earlier:
         file.unlink(missing_ok=True)
-    if interrupted:
-        raise Interrupted(
-            f"interrupted after {recording.forwards} forwards; {written[-1]} has what was recorded"
-        )
+    if status == Interrupted.exit_code:
+        kept = f"what was recorded is kept in {written[-1]}"
+        raise Interrupted(f"interrupted after {recording.forwards} forwards; {kept}")
     from moe_trace.read.reader import read_summary
 
     return RunResult(read_summary(written[-1]), written[-1], files_in(config.out)), status
+
+
+def _status_of(script: Path) -> int:
+    """Run it, and return the status that Python would end with."""
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 class _Recording:

@@ -55,21 +55,13 @@ def register_adapter(
         experts: name of the experts module beside the router. Its call ends the decision: `read` finds its
             arguments in `call.experts_args`. Without it, a decision ends with the router's call.
         watch: path of a module inside the router; `read` finds its output in `call.watched_output`.
-        find: instead of `router`, for what is not a router beside its experts: looks at one module and
-            returns the routers that stand there.
-        description: how router and experts speak to each other, in a line.
+        find: instead of `router`: looks at one module and returns the routers that stand there.
+        description: how router and experts speak to each other.
 
     Raises:
-        UsageError: the name is taken, not exactly one of `router` and `find` is given, or `block` without the
-            path of the router.
+        UsageError: the name is taken, or `router`, `block` and `find` do not fit together.
     """
-    if block is not None and not isinstance(router, str):
-        raise UsageError(f'expected router= as a path inside block=, such as "gate", found {router!r}')
-    if (router is None) is (find is None):
-        raise UsageError("expected one of router= (a class) and find= (a function), found both or neither")
-    if any(contract.name == name for contract in CONTRACTS):
-        taken = ", ".join(contract.name for contract in CONTRACTS)
-        raise UsageError(f"an adapter named {name!r} is already registered; the names taken are {taken}")
+    _refuse_unfit(name, router, block, find)
     if find is None:
         assert router is not None
         find = _RouterBesideExperts(
@@ -78,6 +70,16 @@ def register_adapter(
     contract = Contract(name=name, description=description or name, find=find, read=read)
     CONTRACTS.insert(0, contract)
     return contract
+
+
+def _refuse_unfit(name: str, router: object, block: object, find: object) -> None:
+    if block is not None and not isinstance(router, str):
+        raise UsageError(f'expected router= as a path inside block=, such as "gate", found {router!r}')
+    if (router is None) is (find is None):
+        raise UsageError("expected one of router= (a class) and find= (a function), found both or neither")
+    if any(contract.name == name for contract in CONTRACTS):
+        taken = ", ".join(contract.name for contract in CONTRACTS)
+        raise UsageError(f"an adapter named {name!r} is already registered; the names taken are {taken}")
 
 
 def unregister_adapter(name: str) -> None:
