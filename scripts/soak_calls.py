@@ -19,8 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import moe_trace
 from bench_hooks import LAYERS, Layers, fresh_outputs
+
+import moe_trace
 
 
 def resident_mib() -> float:
