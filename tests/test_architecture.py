@@ -25,8 +25,8 @@ KNOWN_TOO_LONG = {
 }
 EXCEPTIONS = {
     "record/tracer.py:MoETracer": "the public face of recording: its methods are documented, and stay",
-    "record/reduce/fused_stats.py:_sum_chunks": "one GPU kernel, whose values stay in registers throughout",
-    "record/reduce/fused_stats.py:fused_routing_stats": "one kernel's launch: an argument per line",
+    "record/reduce/triton_kernels.py:_sum_chunks": "one GPU kernel: its values stay in registers",
+    "record/reduce/triton_kernels.py:fused_routing_stats": "one kernel's launch: an argument per line",
 }
 
 

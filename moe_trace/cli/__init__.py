@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from moe_trace.cli.ends import abandon_stdout, prepare_streams, seekable_inputs
+from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
 from moe_trace.data.errors import MoETraceError, OutputError
 from moe_trace.data.version import __version__
 

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
 from moe_trace.data.errors import UsageError
 from moe_trace.read.answers import QUESTIONS, ask
 from moe_trace.read.reader import TraceSummary, read_summary

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from moe_trace.cli.reading import reading_progress
+from moe_trace.cli.arguments import reading_progress
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
 from moe_trace.data.errors import UsageError
 from moe_trace.read.diff import Change, Comparison, compare
 from moe_trace.read.diff.conditions import Condition, missing, parse_condition

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_trace.cli.reading import (
+from moe_trace.cli.arguments import (
     add_filters,
     add_output,
     chosen_filter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moe_trace.cli.reading import add_choice, add_output, chosen_filter, parse_steps, refuse_to_replace
+from moe_trace.cli.arguments import add_choice, add_output, chosen_filter, parse_steps, refuse_to_replace
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map

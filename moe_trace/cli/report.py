@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_trace.cli.reading import add_filters, chosen_filter, chosen_peak, reading_progress, refuse_to_replace
+from moe_trace.cli.arguments import (
+    add_filters,
+    chosen_filter,
+    chosen_peak,
+    reading_progress,
+    refuse_to_replace,
+)
 from moe_trace.data.files import write_text
 
 if TYPE_CHECKING:

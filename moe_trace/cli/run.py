@@ -15,8 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from moe_trace.cli.ends import console
-from moe_trace.cli.reading import add_output
+from moe_trace.cli.arguments import add_output
+from moe_trace.cli.pipes import console
 from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
 
@@ -70,10 +70,10 @@ def _run_models(values: dict[str, Any]) -> int:
     values["out"] = values["out"] or new_folder(values["model"], values["mode"])
     values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
     config = RunConfig(**values)
-    from moe_trace.show.study import render_comparison
+    from moe_trace.show.sweep import render_comparison
     from moe_trace.show.text import render_text
-    from moe_trace.workload.study import variants
-    from moe_trace.workload.team import LeaderFailed, RankFailed
+    from moe_trace.workload.process_group import LeaderFailed, RankFailed
+    from moe_trace.workload.sweep import variants
 
     runs = variants(config, lengths)
     results = []

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from moe_trace.data.calls.lists import CountLists
-from moe_trace.data.calls.places import SIDES, Places, Side
+from moe_trace.data.calls.placements import SIDES, Places, Side
+from moe_trace.data.calls.ragged import CountLists
 from moe_trace.data.calls.table import (
     DEFAULTS,
     LISTS,

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
 from moe_trace.data.display.notebook import ShownInNotebooks
-from moe_trace.data.loads import Chance, Load, describe_chance, describe_load
+from moe_trace.data.load_stats import Chance, Load, describe_chance, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.data.summary_notes import notes_of
 

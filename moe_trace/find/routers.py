@@ -15,8 +15,13 @@ from torch import nn
 from moe_trace.data.errors import NoRoutersFound, UsageError
 from moe_trace.data.schema import RouterInfo
 from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, RouterOutput
-from moe_trace.find.contracts.beside import describe_unread, shared_modules, unread_experts, with_experts
 from moe_trace.find.contracts.modules import class_name, unwrapped
+from moe_trace.find.contracts.shared_experts import (
+    describe_unread,
+    shared_modules,
+    unread_experts,
+    with_experts,
+)
 from moe_trace.find.device_mesh import DataParallelDims, held_experts
 from moe_trace.find.flops import (
     dense_flops_per_token,

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import deprecated
-from moe_trace.data.loads import most_uneven
+from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
@@ -17,16 +17,16 @@ from moe_trace.read.file.trace_file import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.rank_imbalance import rank_imbalance
 from moe_trace.read.ranks.inputs import RankInput, Ranks
-from moe_trace.read.ranks.ranks import RankReport, report_ranks
+from moe_trace.read.ranks.report import RankReport, report_ranks
 from moe_trace.read.reduced.combine import combined, joined, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.rows import call_rows
 from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
+from moe_trace.read.time.outside_moe import add_surroundings
 from moe_trace.read.time.peaks import find_peak
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.speed import SpeedReport, report_speed
-from moe_trace.read.time.surroundings import add_surroundings
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -15,10 +15,10 @@ import numpy as np
 from moe_trace.data.calls.table import placed_by_clock
 from moe_trace.data.schema import RANGE_NAME, moe_span, range_name
 from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
-from moe_trace.read.checked import BandEvent, Checked, read_checked
+from moe_trace.read.check_inputs import BandEvent, Checked, read_checked
 from moe_trace.read.file.coverage import Coverage, loss_sentence
 from moe_trace.read.file.events import Kind, to_ns
-from moe_trace.timeline.replays import spans_of
+from moe_trace.timeline.replay_slices import spans_of
 
 TOLERANCE = 1e-5
 NEARLY_ALL = 0.99

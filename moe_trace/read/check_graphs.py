@@ -8,8 +8,8 @@ import numpy as np
 
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RoutingSample, Span
 from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.timeline.band import LANES
-from moe_trace.timeline.replays import REPLAY_NAME, find_replays, placed_call
+from moe_trace.timeline.counter_tracks import LANES
+from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays, placed_call
 
 SLACK_US = 0.002  # a microsecond with three decimals does not always survive a float
 _GRAPH_RANGE = f"{RANGE_PREFIX}graph/"

@@ -16,8 +16,8 @@ from moe_trace.data.errors import UsageError
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample, Span
 from moe_trace.read.file.events import to_ns
-from moe_trace.timeline.band import FIGURES, numbered, slice_args, without_overlap
-from moe_trace.timeline.replays import (
+from moe_trace.timeline.counter_tracks import FIGURES, numbered, slice_args, without_overlap
+from moe_trace.timeline.replay_slices import (
     REPLAY_FIGURES,
     REPLAY_NAME,
     PlacedCall,

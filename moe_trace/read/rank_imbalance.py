@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.load import CallLoad
-from moe_trace.read.ranks.time import SampleIndex
+from moe_trace.read.ranks.rank_loads import CallLoad
 from moe_trace.read.time.fit import Array, Calls, Fit, fit_load, half_interval
 from moe_trace.read.time.imbalance import (
     R2_MIN,
@@ -26,8 +26,8 @@ from moe_trace.read.time.imbalance import (
     reason_of,
     wide_reason,
 )
+from moe_trace.read.time.phase_detection import EXPERTS
 from moe_trace.read.time.phases import CallTimes
-from moe_trace.read.time.structure import EXPERTS
 
 SLOTS = "slots of the rank"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
 from moe_trace.data.summary import SampleKey, host_us
+from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes
-from moe_trace.read.time.structure import PHASES
 
 _COUNTS = (
     "call",

@@ -12,7 +12,7 @@ from moe_trace.find.routers import LayerSelector
 from moe_trace.record.attach import attached_tracers as attached_tracers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES
 from moe_trace.record.tracer import MoETracer
-from moe_trace.timeline.band import Tracks
+from moe_trace.timeline.counter_tracks import Tracks
 
 _TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from moe_trace.data.display.tables import fixed, number, share
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import Summary
 from moe_trace.read.diff import Comparison

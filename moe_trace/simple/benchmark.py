@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.data.errors import NothingRecorded, UsageError
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.find.routers import LayerSelector
 from moe_trace.simple.comparison import Comparison, Measurement, compare
 from moe_trace.simple.metrics import NAN, CallRow

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, mean_over_tokens
 from moe_trace.data.display.csv import csv_text
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
 
 NAN = float("nan")

@@ -20,7 +20,7 @@ import msgspec
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, is_band
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
-from moe_trace.timeline.layout import Cut, TraceLayout, read_layout
+from moe_trace.timeline.file_layout import Cut, TraceLayout, read_layout
 
 _COPY_BYTES = 4 * 2**20
 _OUR_HEAD = re.compile(rb',?\n\{"ph":"M","name":"process_')

@@ -17,11 +17,11 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
-from moe_trace.timeline.band import Tracks, band_events, band_label
-from moe_trace.timeline.layout import TraceLayout
+from moe_trace.timeline.counter_tracks import Tracks, band_events, band_label
+from moe_trace.timeline.file_layout import TraceLayout
 from moe_trace.timeline.place.calls import Placed, place_samples
 from moe_trace.timeline.place.graphs import place_in_graphs
 from moe_trace.timeline.place.launches import read_launches

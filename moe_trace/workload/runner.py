@@ -22,9 +22,16 @@ from moe_trace.workload.config import RunConfig
 from moe_trace.workload.folder import claim_folder, files_in
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
+from moe_trace.workload.process_group import (
+    LeaderFailed,
+    RankFailed,
+    Team,
+    is_launched,
+    joined,
+    missing_files,
+)
 from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
 from moe_trace.workload.steps import Step, make_step
-from moe_trace.workload.team import LeaderFailed, RankFailed, Team, is_launched, joined, missing_files
 
 _CLAIM_S = 300.0
 _GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it

@@ -17,7 +17,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.demo import demo_path
 from moe_trace.workload.config import Mode, Split
 from moe_trace.workload.models import load_model, load_tokenizer
-from moe_trace.workload.team import LeaderFailed, Team
+from moe_trace.workload.process_group import LeaderFailed, Team
 
 _DRAWING_S, _READING_S = 1800.0, 600.0  # large models take minutes
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_trace.cli import main
 from moe_trace.workload import runner
-from moe_trace.workload.team import Team
+from moe_trace.workload.process_group import Team
 
 LATE_S = 20.0
 

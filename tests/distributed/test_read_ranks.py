@@ -12,9 +12,9 @@ import pytest
 from distributed.launching import Ranks
 from distributed.modes import FOUR_RANKS, TWO_RANKS
 from moe_trace.read.check import check, read_checked
-from moe_trace.read.ranks.merge import plan_merge
-from moe_trace.read.ranks.ranks import RankReport
-from moe_trace.read.ranks.write import write_merged
+from moe_trace.read.ranks.merge_plan import plan_merge
+from moe_trace.read.ranks.merged_file import write_merged
+from moe_trace.read.ranks.report import RankReport
 from moe_trace.read.reader import read_summary
 from moe_trace.show.json import to_plain
 

@@ -27,7 +27,7 @@ from moe_trace.read.reader import read_recording
 from moe_trace.workload import runner
 from moe_trace.workload.config import RunConfig, Split
 from moe_trace.workload.models import ModelError
-from moe_trace.workload.team import RankFailed, Team, joined, missing_files
+from moe_trace.workload.process_group import RankFailed, Team, joined, missing_files
 
 SMALL = ("--steps", 1, "--warmup", 0, "--batch", 2, "--seq-len", 12)
 SPLIT = ("--fsdp", 2, "--ep", 2, "--ep-implementation", "all_to_all")

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_trace.data.loads import (
+from moe_trace.data.load_stats import (
     SIGNIFICANT,
     TOKENS_ALIKE,
     Chance,

@@ -16,9 +16,9 @@ from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, Usag
 from moe_trace.data.schema import BAND_PID
 from moe_trace.data.trace_json import cursor as stream_module
 from moe_trace.read.check import check, read_checked
-from moe_trace.read.ranks.merge import plan_merge
-from moe_trace.read.ranks.rename import Pids, Renamer, is_band
-from moe_trace.read.ranks.write import write_merged
+from moe_trace.read.ranks.merge_plan import plan_merge
+from moe_trace.read.ranks.merged_file import write_merged
+from moe_trace.read.ranks.renumber import Pids, Renamer, is_band
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.json import to_plain
 from moe_trace.show.tensorboard.catalog import Catalogs

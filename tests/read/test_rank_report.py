@@ -16,7 +16,7 @@ from moe_trace.data.codec import decode_recording, encode_recording
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import RoutingSample
 from moe_trace.placement.recorded import counts_of_traces
-from moe_trace.read.ranks.ranks import RankReport
+from moe_trace.read.ranks.report import RankReport
 from moe_trace.read.reader import Filter, TraceSummary, read_recording, read_summary
 from moe_trace.show.json import to_plain
 from moe_trace.show.text import render_text

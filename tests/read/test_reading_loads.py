@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from paths import DATA
 
 COUNTS = json.loads((DATA / "olmoe_expert_counts.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from brute_force import PHASES, Brute
 from moe_trace.data.summary import Distribution
 from moe_trace.read.reader import TraceSummary, read_summary
-from moe_trace.read.time import structure
+from moe_trace.read.time import phase_detection as structure
 from paths import DATA
 
 H200 = DATA / "h200"

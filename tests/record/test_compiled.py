@@ -257,7 +257,7 @@ def test_what_runs_while_the_tracer_is_off_is_not_recorded() -> None:
 
 def test_more_forwards_than_a_ring_has_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped in time where the host sees the forwards; counted as lost where nobody does."""
-    monkeypatch.setattr("moe_trace.record.graphs.ring._BYTES", 10_000)
+    monkeypatch.setattr("moe_trace.record.graphs.ring_buffer._BYTES", 10_000)
     shapes = [(1, 3)] * 60
     model = small_model()
     with moe_trace.MoETracer(model) as tracer:
@@ -273,7 +273,7 @@ def test_forwards_inside_a_larger_graph_are_counted_by_the_device(
     monkeypatch: pytest.MonkeyPatch, steps: bool
 ) -> None:
     """The host sees no call of the model: only marks, which `step` makes, tell it how far the device is."""
-    monkeypatch.setattr("moe_trace.record.graphs.ring._BYTES", 10_000)
+    monkeypatch.setattr("moe_trace.record.graphs.ring_buffer._BYTES", 10_000)
     model = small_model()
 
     @torch.compile(backend="aot_eager", fullgraph=True)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_trace.find.contracts import RouterOutput
-from moe_trace.record.reduce.blocks import block_sizes
-from moe_trace.record.reduce.kernels import FusedKernels
+from moe_trace.record.reduce.block_sizes import block_sizes
+from moe_trace.record.reduce.kernel_cache import FusedKernels
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, routing_stats
 
 triton = pytest.importorskip(
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 
 @pytest.fixture(scope="module")
 def fused() -> ModuleType:
-    import moe_trace.record.reduce.fused_stats
+    import moe_trace.record.reduce.triton_kernels
 
-    return moe_trace.record.reduce.fused_stats
+    return moe_trace.record.reduce.triton_kernels
 
 
 class Calls:

@@ -12,7 +12,7 @@ import pytest
 from moe_trace.read.analysis import TraceSummary, analyse
 from moe_trace.show.figures.call_grid import CELLS_MAX, CallGrid, call_grid, grouped_columns
 from moe_trace.show.figures.decisions import load_over_time
-from moe_trace.show.figures.load import FRAMES_CELLS_MAX, expert_heat_map
+from moe_trace.show.figures.expert_heat_map import FRAMES_CELLS_MAX, expert_heat_map
 from moe_trace.show.figures.over_calls import Metric, over_calls
 from moe_trace.show.figures.report import figures
 from paths import DATA

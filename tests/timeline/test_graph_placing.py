@@ -22,7 +22,7 @@ from moe_trace.timeline.merge import Merged, merge_recording
 from moe_trace.timeline.place import reasons
 from moe_trace.timeline.place.launches import read_launches
 from moe_trace.timeline.place.scan import EventBytes
-from moe_trace.timeline.replays import REPLAY_FIGURES
+from moe_trace.timeline.replay_slices import REPLAY_FIGURES
 from paths import DATA
 from spliced import without_additions
 

@@ -129,7 +129,7 @@ def test_counters_and_lanes_lie_inside_their_ranges(trace: tuple[Path, list[Any]
 
 
 def test_lanes_of_overlapping_layers_never_cross() -> None:
-    from moe_trace.timeline.band import band_events
+    from moe_trace.timeline.counter_tracks import band_events
 
     prof = profiled(tiny_olmoe(), steps=1)
     ranges = [

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.lists import CountLists
-from moe_trace.data.calls.places import Places, Side
+from moe_trace.data.calls.placements import Places, Side
+from moe_trace.data.calls.ragged import CountLists
 from moe_trace.data.calls.sample import RangeKind, RoutingSample
 
 IntArray = npt.NDArray[np.int64]

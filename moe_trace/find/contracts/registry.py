@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_trace.data.errors import UsageError
-from moe_trace.find.contracts.beside import experts_beside, looks_like_experts, with_experts
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.dense_scores import DENSE_SCORES
 from moe_trace.find.contracts.modules import (
@@ -20,6 +19,7 @@ from moe_trace.find.contracts.modules import (
 )
 from moe_trace.find.contracts.one_hot import ONE_HOT
 from moe_trace.find.contracts.product_key import PRODUCT_KEY
+from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_experts, with_experts
 from moe_trace.find.contracts.sorted_dispatch import SORTED_DISPATCH
 from moe_trace.find.contracts.topk_experts import TOPK_EXPERTS
 

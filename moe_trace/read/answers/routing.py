@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_trace.data.loads import SIGNIFICANT, TOKENS_ALIKE, most_uneven
+from moe_trace.data.load_stats import SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.routing import RoutingChange

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
-from moe_trace.read.time.structure import EXPERTS, PHASES
+from moe_trace.read.time.phase_detection import EXPERTS, PHASES
 
 FLOOR_DEVICE, FLOOR_HOST = 0.005, 0.05
 """Relative standard deviation of a time between runs of the same thing, beyond what the steps of a run show:

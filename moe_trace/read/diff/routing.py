@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_trace.data.loads import TOKENS_ALIKE
+from moe_trace.data.load_stats import TOKENS_ALIKE
 from moe_trace.read.diff.metrics import Side, counts_by_unit
 from moe_trace.read.diff.resampling import Floats
 

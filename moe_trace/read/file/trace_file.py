@@ -19,8 +19,8 @@ from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
-from moe_trace.read.file.parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.processes import events_of_recording
+from moe_trace.read.file.rank_parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.timeline.additions import read_added
 from moe_trace.timeline.place.scan import trace_path_error
 

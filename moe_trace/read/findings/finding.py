@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moe_trace.data.schema import Stage
 from moe_trace.data.summary import RouterSummary
-from moe_trace.read.ranks.ranks import RankReport
+from moe_trace.read.ranks.report import RankReport
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 from moe_trace.read.time.layers import PhaseReport
 from moe_trace.read.time.speed import SpeedReport

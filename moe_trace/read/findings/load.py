@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.data.loads import ENOUGH_PER_EXPERT
+from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.findings.finding import Finding, RuleInput, count, in_one_line, percent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_trace.read.findings.finding import Finding, RuleInput, in_one_line, percent
-from moe_trace.read.ranks.ranks import LayerRanks
+from moe_trace.read.ranks.report import LayerRanks
 
 HOT_RANK = 1.25
 ENOUGH_PER_RANK = 20

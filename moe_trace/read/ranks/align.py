@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.read.file.parts import Alignment, Spread
+from moe_trace.read.file.rank_parts import Alignment, Spread
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls, synchronising
 
 _ROUNDS = 10_000

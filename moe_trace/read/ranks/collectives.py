@@ -28,7 +28,7 @@ from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.events import EventTable
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
-from moe_trace.read.time.structure import COMBINE, EXPERTS, Steps, find_steps
+from moe_trace.read.time.phase_detection import COMBINE, EXPERTS, Steps, find_steps
 
 Role = Literal["counts", "dispatch", "combine"]
 ROLES: tuple[Role, ...] = ("counts", "dispatch", "combine")

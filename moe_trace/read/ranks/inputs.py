@@ -11,10 +11,10 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Recording
 from moe_trace.data.summary import SampleKey
+from moe_trace.read.ranks.collective_times import SampleIndex, sample_index
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds
-from moe_trace.read.ranks.load import CallLoad, RankRecords, find_loads
+from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords, find_loads
 from moe_trace.read.ranks.shared_calls import RankCalls
-from moe_trace.read.ranks.time import SampleIndex, sample_index
 
 
 @dataclass(frozen=True, kw_only=True)

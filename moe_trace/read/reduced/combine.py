@@ -10,11 +10,11 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.trace_file import Progress
-from moe_trace.read.ranks.load import RankRecords
+from moe_trace.read.ranks.rank_loads import RankRecords
 from moe_trace.read.ranks.same_run import copies, first_difference, pooled
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load

@@ -24,13 +24,13 @@ from moe_trace.data.files import whole_file
 from moe_trace.data.schema import Stage
 from moe_trace.read.file.coverage import TimeCoverage
 from moe_trace.read.file.folder import REDUCED_SUFFIX
-from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import decode_payload
 from moe_trace.read.ranks.shared_calls import RankCalls
 from moe_trace.read.reduced.trace import ReducedTrace, call_numbers, with_call_numbers
+from moe_trace.read.time.outside_moe import TraceTotals, TraceWork
+from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
-from moe_trace.read.time.structure import PHASES
-from moe_trace.read.time.surroundings import TraceTotals, TraceWork
 
 VERSION = 1
 _NAME = re.compile(r"(?P<trace>.+)\.(?P<digest>[0-9a-f]{16})" + re.escape(REDUCED_SUFFIX), re.DOTALL)

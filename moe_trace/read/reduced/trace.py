@@ -14,13 +14,13 @@ from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import find_kernels, router_busy_us
-from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage
 from moe_trace.read.ranks.inputs import RankInput
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
+from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
 from moe_trace.read.time.phases import CallTimes, measure_calls
-from moe_trace.read.time.surroundings import TraceWork, step_ranges, trace_work
 
 _OPERATORS = "aten::"
 """What findings ask for by name; kernels' names are many and long."""

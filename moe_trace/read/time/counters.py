@@ -1,14 +1,14 @@
-"""The counters of one step, for a figure: the same as those of the trace, from `moe_trace.timeline.band`."""
+"""The counters of one step, for a figure: the same as those that `timeline/counter_tracks.py` writes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.time.lanes import Clock
-from moe_trace.timeline.band import FIGURES
-from moe_trace.timeline.replays import PlacedCall
+from moe_trace.timeline.counter_tracks import FIGURES
+from moe_trace.timeline.replay_slices import PlacedCall
 
 COUNTED_MAX = 1500
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.fit import CALLS_MIN, Array, Calls, Comparison, Fit, fit_load, half_interval
+from moe_trace.read.time.phase_detection import EXPERTS
 from moe_trace.read.time.phases import CallTimes
-from moe_trace.read.time.structure import EXPERTS
 
 Verdict = Literal["costs", "saves", "no effect seen", "cannot tell"]
 R2_MIN = 0.3

@@ -14,7 +14,7 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.time.blocks import find_blocks
-from moe_trace.read.time.structure import PHASES, Steps, find_steps
+from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
 
 IntArray = npt.NDArray[np.int64]
 Clock = Literal["device", "host"]

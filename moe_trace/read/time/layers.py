@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.read.time.outside_moe import TraceTotals
+from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
-from moe_trace.read.time.structure import PHASES
-from moe_trace.read.time.surroundings import TraceTotals
 
 Pass = Literal["forward", "recompute", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "recompute", "backward")

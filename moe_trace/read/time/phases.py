@@ -21,7 +21,7 @@ from moe_trace.read.file.decoding import NO_LINK
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
-from moe_trace.read.time.structure import PHASES, Steps, find_steps
+from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
 
 IntArray = npt.NDArray[np.int64]
 

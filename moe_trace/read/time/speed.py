@@ -16,9 +16,9 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
+from moe_trace.read.time.phase_detection import EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes, IntArray
-from moe_trace.read.time.structure import EXPERTS, ROUTER
-from moe_trace.timeline.replays import experts_range_us
+from moe_trace.timeline.replay_slices import experts_range_us
 
 Bound = Literal["memory", "arithmetic"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import RouterInfo, RoutingSample
 from moe_trace.record.calls.call import CallRecord, Records
-from moe_trace.record.calls.rows import SparseRows, smallest
+from moe_trace.record.calls.sparse_rows import SparseRows, smallest
 from moe_trace.record.parallel.dispatch import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
 

@@ -11,7 +11,7 @@ from moe_trace.find.contracts import Reading
 from moe_trace.record.calls.batch import Batch
 from moe_trace.record.calls.pending import PendingCalls
 from moe_trace.record.parallel.dispatch import append_sent_counts
-from moe_trace.record.reduce.kernels import FUSED
+from moe_trace.record.reduce.kernel_cache import FUSED
 from moe_trace.record.reduce.stats import PackedStats, routing_stats
 from moe_trace.record.reduce.streams import on_device
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts.modules import unwrapped
-from moe_trace.record.forward.guard import apart
+from moe_trace.record.forward.isolation import apart
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_trace.data.schema import GraphMark
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.forward.context import ForwardContext
-from moe_trace.record.graphs.ring import EXACT
+from moe_trace.record.graphs.ring_buffer import EXACT
 from moe_trace.record.reduce.pinned import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained

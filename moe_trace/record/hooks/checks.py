@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
-from moe_trace.record.forward.guard import apart
+from moe_trace.record.forward.isolation import apart
 from moe_trace.record.hooks.events import (
     BEGIN,
     CONTEXT,

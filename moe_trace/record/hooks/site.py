@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
-from moe_trace.record.hooks.observe import SiteObserver
+from moe_trace.record.hooks.functions import SiteObserver
 
 
 class Level(IntEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_trace.data.loads import max_over_mean
+from moe_trace.data.load_stats import max_over_mean
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.read.ranks.ranks import LayerRanks, RankReport
-from moe_trace.read.ranks.time import ExchangeTime
+from moe_trace.read.ranks.collective_times import ExchangeTime
+from moe_trace.read.ranks.report import LayerRanks, RankReport
 from moe_trace.show.figures.figure import (
     PHASE_COLOURS,
     Cell,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.show.figures.expert_heat_map import expert_heat_map
 from moe_trace.show.figures.figure import Figure
 from moe_trace.show.figures.latency import latency
-from moe_trace.show.figures.load import expert_heat_map
 from moe_trace.show.figures.time import phase_figures
 
 

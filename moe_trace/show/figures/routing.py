@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.show.figures.expert_heat_map import heat_map_trace
 from moe_trace.show.figures.figure import Cell, Figure, layers_axis, rows_px, safe
-from moe_trace.show.figures.load import heat_map_trace
 from moe_trace.show.figures.over_calls import Metric, over_calls
 
 LAYER_FIGURE_PX = 270

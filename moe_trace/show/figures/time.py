@@ -10,7 +10,7 @@ import numpy as np
 from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
-from moe_trace.read.time.structure import PHASES
+from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
 from moe_trace.show.figures.latency import latency
 

@@ -9,7 +9,7 @@ import numpy as np
 from moe_trace.data.schema import Span
 from moe_trace.read.time.counters import counter_tracks
 from moe_trace.read.time.lanes import Clock, Lanes, Segments
-from moe_trace.read.time.structure import PHASES
+from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84

@@ -12,19 +12,19 @@ from moe_trace.data.errors import MoETraceError
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.lanes import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
-from moe_trace.show.figures.load import expert_heat_map
+from moe_trace.show.figures.expert_heat_map import expert_heat_map
 from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.show.tensorboard.comparison import comparison
 from moe_trace.show.tensorboard.overview import in_graphs, overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
-from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key, plain_figure
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
 from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers, step_label
 from moe_trace.show.tensorboard.stage_part import StagePart, path_of
 from moe_trace.show.tensorboard.store import Store
 from moe_trace.show.tensorboard.timeline import kernels, timeline
+from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key, plain_figure
 
 _T = TypeVar("_T")
 

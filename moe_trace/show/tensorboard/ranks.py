@@ -9,11 +9,11 @@ import numpy as np
 
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.ranks import RankReport, report_ranks
+from moe_trace.read.ranks.report import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
 from moe_trace.show.figures.ranks import rank_figures
-from moe_trace.show.tensorboard.plain import JsonDict, figures_by_key
+from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key
 from moe_trace.show.text.ranks import rank_sentences
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from moe_trace.data.calls.table import load_by_step
 from moe_trace.data.display.columns import number_text
-from moe_trace.data.loads import describe_load
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.tensorboard.plain import JsonDict, plain_table
+from moe_trace.show.tensorboard.to_json import JsonDict, plain_table
 
 
 class StepCounts:

@@ -10,7 +10,7 @@ from moe_trace.read.time.lanes import Clock, Lanes, Pieces, add_up, join_pieces
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX
 from moe_trace.show.figures.timeline import timeline_figure
 from moe_trace.show.tensorboard.parameters import Parameters, integer, time_window
-from moe_trace.show.tensorboard.plain import JsonDict, plain_figure, plain_table
+from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure, plain_table
 
 KERNELS_MAX = 100
 NAME_MAX = 400

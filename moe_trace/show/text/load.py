@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, table
-from moe_trace.data.loads import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
+from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
 
 _NAMED = 4

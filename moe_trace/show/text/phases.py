@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport, PhaseTime
-from moe_trace.read.time.structure import PHASES
+from moe_trace.read.time.phase_detection import PHASES
 
 _COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from moe_trace.data.display.tables import fixed, number, printable, scaled, share, table, wrapped
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.parts import Alignment, Spread
-from moe_trace.read.ranks.ranks import LayerRanks, RankReport
-from moe_trace.read.ranks.time import ExchangeTime
+from moe_trace.read.file.rank_parts import Alignment, Spread
+from moe_trace.read.ranks.collective_times import ExchangeTime
+from moe_trace.read.ranks.report import LayerRanks, RankReport
 
 COLUMNS_MAX = 4
 MATRIX_MAX = 8

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.data.schema import GraphMark, RoutingSample, Span
-from moe_trace.timeline.place.launched import Found, Replays
 from moe_trace.timeline.place.launches import Launch, hull
 from moe_trace.timeline.place.reasons import (
     MIXED,
@@ -18,6 +17,7 @@ from moe_trace.timeline.place.reasons import (
     OTHER_TRACE,
     UNKNOWN_GRAPH,
 )
+from moe_trace.timeline.place.traced_graphs import Found, Replays
 
 
 class DeviceForwards:

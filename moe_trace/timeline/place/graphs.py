@@ -17,11 +17,11 @@ from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
 from moe_trace.timeline.place.calls import Placed
 from moe_trace.timeline.place.device_forwards import DeviceForwards
 from moe_trace.timeline.place.host_forwards import HostForwards
-from moe_trace.timeline.place.launched import Replays, TraceClock
 from moe_trace.timeline.place.launches import Launches
 from moe_trace.timeline.place.missing import MissingRanges
 from moe_trace.timeline.place.reasons import NO_RANGE, OTHER_TRACE
 from moe_trace.timeline.place.scan import RangeEvent
+from moe_trace.timeline.place.traced_graphs import Replays, TraceClock
 
 
 def place_in_graphs(

@@ -12,16 +12,16 @@ from moe_trace.find.contracts import Call, ContractMismatch, Reading
 from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.counts import SiteCounts
+from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.calls.rewritten import TensorCopies
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
-from moe_trace.record.forward.guard import apart, warn_user
+from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
 from moe_trace.record.hooks.events import (
     EventLog,
 )
+from moe_trace.record.hooks.functions import CallClock
 from moe_trace.record.hooks.joining import CallJoiner, RouterCall
-from moe_trace.record.hooks.observe import CallClock
 from moe_trace.record.hooks.plain import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_trace.record.reduce.blocks import block_sizes
+from moe_trace.record.reduce.block_sizes import block_sizes
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats
 
 _SUMS = len(FLOAT_FIELDS) - 1  # the last field is made of the others

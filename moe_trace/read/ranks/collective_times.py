@@ -16,10 +16,10 @@ import numpy as np
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.coverage import Coverage
-from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import on_one_clock
 from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
-from moe_trace.read.ranks.load import CallKey
+from moe_trace.read.ranks.rank_loads import CallKey
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls
 
 

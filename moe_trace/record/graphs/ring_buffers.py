@@ -1,6 +1,6 @@
 """The rings of a model's routers, and the counters of its forwards: made while a graph is traced or captured.
 
-What is compiled or captured here becomes part of other people's graphs: tensor work alone (`graph_ring.py`).
+What is compiled or captured here becomes part of other people's graphs: tensor work alone (`ring_buffer.py`).
 All rest runs once, while the graph is being made.
 """
 
@@ -17,7 +17,7 @@ from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
-from moe_trace.record.graphs.ring import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
+from moe_trace.record.graphs.ring_buffer import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
 
 _CPU = torch.device("cpu")
 

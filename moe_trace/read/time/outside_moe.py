@@ -27,8 +27,8 @@ from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import host_bounds_ns
+from moe_trace.read.time.phase_detection import outermost_slices
 from moe_trace.read.time.phases import IntArray
-from moe_trace.read.time.structure import outermost_slices
 
 STEP_RANGE = "ProfilerStep#"
 FORWARD_BEGINS = "aten::embedding"

@@ -19,7 +19,7 @@ from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import SHIP_EVERY, WAITING_CALLS_MAX, Recorder
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.graphs.memory import is_capturing
-from moe_trace.record.reduce.kernels import FUSED
+from moe_trace.record.reduce.kernel_cache import FUSED
 from moe_trace.record.reduce.stats import routing_stats
 
 _TOKENS = 512

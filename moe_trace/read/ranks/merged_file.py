@@ -16,15 +16,15 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
-from moe_trace.read.file.parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
+from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
 from moe_trace.read.file.trace_file import Progress, open_trace_stream
-from moe_trace.read.ranks.merge import MergePlan, RankTrace
-from moe_trace.read.ranks.rename import Event, Pids, Renamer
+from moe_trace.read.ranks.merge_plan import MergePlan, RankTrace
+from moe_trace.read.ranks.renumber import Event, Pids, Renamer
 from moe_trace.timeline.additions import encode_addition
-from moe_trace.timeline.band import band_label
+from moe_trace.timeline.counter_tracks import band_label
 
 _OWN_KEYS = {"traceEvents", METADATA_KEY, "traceName", "baseTimeNanoseconds", "deviceProperties"}
 _LEVEL = 6

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.places import Side
+from moe_trace.data.calls.placements import Side
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.loads import Load, describe_load
+from moe_trace.data.load_stats import Load, describe_load
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span, moe_span
 
 REPLAY_NAME = "graph"

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
-from moe_trace.timeline.replays import (
+from moe_trace.timeline.replay_slices import (
     REPLAY_FIGURES,
     REPLAY_NAME,
     PlacedCall,

@@ -1,8 +1,8 @@
 """What the hooks on one router, its experts and its block do: they append to a list, and open ranges.
 
 They do no arithmetic, never wait for the device, and never raise. What they saw is joined and read when the
-forward ends (`joining.py`, `calls.py`). What is known for a whole forward is not asked in each call: other
-hooks are put on (`site.py`).
+forward ends (`joining.py`, `router_outputs.py`). What is known for a whole forward is not asked in each call:
+other hooks are put on (`site.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.compiler import is_dynamo_compiling
 from moe_trace.data.schema import RangeKind, range_name
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.calls.rewritten import TensorCopies
-from moe_trace.record.forward.guard import apart
+from moe_trace.record.calls.inplace_outputs import TensorCopies
+from moe_trace.record.forward.isolation import apart
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
-from moe_trace.record.graphs.rings import SiteRings
-from moe_trace.record.hooks.copies import HookOwner, detach_if_copy
+from moe_trace.record.graphs.ring_buffers import SiteRings
+from moe_trace.record.hooks.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.hooks.events import (
     BEGIN,
     BLOCK,

@@ -16,8 +16,7 @@ from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import in_backward, is_jit_tracing
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
-from moe_trace.record.forward.guard import Failures
-from moe_trace.record.forward.missing import MissingSites
+from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.forward.ranges import (
     OpenRanges,
     any_profiler_is_recording,
@@ -25,15 +24,16 @@ from moe_trace.record.forward.ranges import (
     profiler_is_recording,
 )
 from moe_trace.record.forward.steps import Steps
+from moe_trace.record.forward.unreached_routers import MissingSites
 from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.recorder import GraphRecorder
-from moe_trace.record.graphs.ring import STAGES
-from moe_trace.record.hooks.calls import CallCollector
+from moe_trace.record.graphs.ring_buffer import STAGES
 from moe_trace.record.hooks.checks import KEPT_BYTES_MAX, bytes_of_token
-from moe_trace.record.hooks.entries import ModelEntry
+from moe_trace.record.hooks.entry_modules import ModelEntry
 from moe_trace.record.hooks.events import EventLog
 from moe_trace.record.hooks.levels import HookLevels
+from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import Level, SiteHooks
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_trace.record.graphs.ring import EXACT, GraphRing, RingShape, reduce_rings
+from moe_trace.record.graphs.ring_buffer import EXACT, GraphRing, RingShape, reduce_rings
 from moe_trace.record.reduce.pinned import copies_on_host
 
 

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from moe_trace.find.contracts.overhead import overhead_range
 from moe_trace.find.private.torch_names import is_jit_tracing
 from moe_trace.record.calls.pending import PendingCalls, versions_of
-from moe_trace.record.forward.guard import apart
+from moe_trace.record.forward.isolation import apart
 
 _LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
 

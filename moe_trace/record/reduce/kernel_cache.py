@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from moe_trace.find.contracts import Reading
-from moe_trace.record.reduce.blocks import Blocks, block_sizes
+from moe_trace.record.reduce.block_sizes import Blocks, block_sizes
 from moe_trace.record.reduce.streams import on_device
 
 _FAILURES_MAX = 3  # of one device, after which it is not tried again
@@ -35,7 +35,7 @@ class FusedKernels:
             blocks = block_sizes(num_experts, top_k, num_experts)
             if blocks is None or blocks in self._ready[device]:
                 return
-            from moe_trace.record.reduce import fused_stats
+            from moe_trace.record.reduce import triton_kernels as fused_stats
 
             logits = torch.zeros((1, num_experts), device=device)
             weights = torch.ones((1, top_k), device=device)

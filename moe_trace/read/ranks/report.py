@@ -8,13 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_trace.read.file.parts import Alignment
+from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
-from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.load import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
-from moe_trace.read.ranks.shared_calls import match_calls
-from moe_trace.read.ranks.time import (
+from moe_trace.read.ranks.collective_times import (
     ExchangeTime,
     Wait,
     account,
@@ -22,6 +19,9 @@ from moe_trace.read.ranks.time import (
     find_waits,
     total_wait_us,
 )
+from moe_trace.read.ranks.inputs import Ranks
+from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
+from moe_trace.read.ranks.shared_calls import match_calls
 
 
 @dataclass(frozen=True, kw_only=True)
