@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.trace_json import cursor as stream_module
 from moe_trace.data.trace_json.stream import JsonStream
+from moe_trace.read.file.trace_file import read_trace
 
 scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, width=32)
 texts = st.text(max_size=12) | st.sampled_from(['"},', "}", "]", "[{", '\\"', "\\", "},\n  {", "é\u2028"])
@@ -127,3 +131,15 @@ def test_work_grows_linearly_with_one_huge_value() -> None:
     finally:
         stream_module.BLOCK_BYTES = before
     assert len(reads) < 60
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("blanks", [0, 5_000_000])
+def test_errors_name_the_byte_where_reading_stopped(tmp_path: Path, blanks: int, packed: bool) -> None:
+    """Counted in the JSON: a packed file's own bytes tell nobody anything."""
+    path = tmp_path / "a.json"
+    head = b'{"a": 1,' + b" " * blanks + b'"traceEvents": []'
+    for end, said in ((b" !}", f"at byte {len(head) + 1:,}, found '!}}'"), (b"", f"at byte {len(head):,}, ")):
+        path.write_bytes(gzip.compress(head + end) if packed else head + end)
+        with pytest.raises(TraceFileError, match=re.escape(said)):
+            read_trace(path)

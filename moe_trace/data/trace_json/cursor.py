@@ -242,8 +242,8 @@ class JsonCursor:
         """More of one value; doubling keeps the work linear."""
         if self._ended:
             raise TraceFileError(
-                f"{self.name}: the JSON ends too early, in {self._excerpt(len(self._data) - 40)!r}; "
-                "the file is truncated - export it again"
+                f"{self.name}: the JSON ends too early, at byte {self._taken:,}, in "
+                f"{self._excerpt(len(self._data) - 40)!r}; the file is truncated - export it again"
             )
         self._fill(max(BLOCK_BYTES, 2 * (len(self._data) - self._at)))
 
@@ -255,12 +255,12 @@ class JsonCursor:
     def _broken(self, expected: str) -> TraceFileError:
         if not self._peek():
             return TraceFileError(
-                f"{self.name}: the JSON ends too early, expected {expected}; the file is truncated - "
-                "export it again"
+                f"{self.name}: the JSON ends too early, at byte {self.position:,}, expected {expected}; the "
+                "file is truncated - export it again"
             )
         return TraceFileError(
-            f"{self.name}: expected {expected}, found {self._excerpt(self._at)!r}; the file is not JSON as "
-            "torch.profiler writes it - export it again"
+            f"{self.name}: expected {expected} at byte {self.position:,}, found {self._excerpt(self._at)!r}; "
+            "the file is not JSON as torch.profiler writes it - export it again"
         )
 
     def _foreign(self) -> str:
