@@ -138,7 +138,7 @@ def test_no_figures_where_there_are_no_logits(family: Family) -> None:
 @named(list(DENSE))
 def test_dense_models_and_their_gates_are_left_alone(family: Family) -> None:
     with pytest.raises(
-        NoRoutersFound, match=rf"found 0 routers in {family.model}; known contracts: "
+        NoRoutersFound, match=rf"found 0 routers in {family.model}; known adapters: "
     ) as caught:
         moe_trace.find_routers(family.build())
     assert "Nothing in it looks like routed experts: in a dense model there is nothing to trace" in str(

@@ -46,7 +46,7 @@ def dense_model() -> torch.nn.Module:
 
 def test_dense_model_is_refused_with_advice() -> None:
     with pytest.raises(
-        NoRoutersFound, match=r"found 0 routers in LlamaForCausalLM; known contracts: .*moe-trace routers"
+        NoRoutersFound, match=r"found 0 routers in LlamaForCausalLM; known adapters: .*moe-trace routers"
     ):
         moe_trace.find_routers(dense_model())
 
