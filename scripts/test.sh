@@ -10,7 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy moe_trace
-# Today's newest transformers, and the oldest pair that setup.cfg admits; `make test-versions` runs the others.
+# The oldest transformers that setup.cfg admits; .venv has the newest, `make test-versions` runs the others.
 if [ $# = 0 ]; then python scripts/test_versions.py --ci; fi
 # One process a core, whole files each: files share their model, their TensorBoard, their browser.
 exec pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -3,7 +3,7 @@
 # ones, each in an environment of its own. They are kept in ~/.cache/moe_trace/versions, some gigabytes each where
 # they hold a torch.
 #   scripts/test_versions.sh                 all, and writes the table docs/versions.md
-#   scripts/test_versions.sh --ci            the newest transformers, and the oldest torch with the oldest one
+#   scripts/test_versions.sh --ci            the oldest transformers; .venv holds the newest
 #   scripts/test_versions.sh transformers==5.6.0 'python==3.12 torch==2.14.1 transformers==5.24.0'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
