@@ -30,8 +30,8 @@ def _table(routers: Sequence[RouterMetrics]) -> str:
         "active",
         "CV",
         "confidence",
-        "p50 ms",
-        "p95 ms",
+        "p50",
+        "p95",
         "FLOP/token",
     )
     return table(headings, [_row(router) for router in routers])
@@ -56,4 +56,5 @@ def _row(router: RouterMetrics) -> list[str]:
 
 def _explain(clocks: set[str]) -> str:
     told = {"host": "the host's clock", "cuda_event": "CUDA events on the stream"}
-    return f"Latency of one call of the router, by {' and '.join(told[c] for c in sorted(clocks))}."
+    by = " and ".join(told[c] for c in sorted(clocks))
+    return f"Latency (p50, p95) of one call of the router in ms, by {by}."

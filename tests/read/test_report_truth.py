@@ -137,7 +137,7 @@ def test_loads(stages: dict[str, Stage]) -> None:
             pairs = sum(abs(a - b) for a in counts for b in counts)
             shown(row["Gini"], pairs / (2 * EXPERTS**2 * mean))
             shares = [n / total for n in counts if n]
-            shown(row["load entropy"], -sum(p * math.log(p) for p in shares) / math.log(EXPERTS))
+            shown(row["entropy"], -sum(p * math.log(p) for p in shares) / math.log(EXPERTS))
             shown(row["active"], len(shares))
             enough = total >= 20 * EXPERTS
             assert row["dead"] == (str(EXPERTS - len(shares)) if enough else "-")
@@ -183,7 +183,7 @@ def test_routers(stages: dict[str, Stage]) -> None:
         for layer in range(LAYERS):
             row, calls = rows[f"L{layer:02d}"], stage.of(layer)
             weights = [c.sample.tokens for c in calls]
-            for name, figure in (("router entropy", "router_entropy"), ("confidence", "confidence")):
+            for name, figure in (("entropy", "router_entropy"), ("confidence", "confidence")):
                 values = [getattr(c.sample, figure) for c in calls]
                 shown(row[name], float(np.average(values, weights=weights)))
             host = [c.router.duration / 1000 for c in calls]

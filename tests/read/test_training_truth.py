@@ -124,7 +124,7 @@ def test_load_is_of_the_forward_calls(run: Run) -> None:
         shown(row["chance"], math.sqrt((1 - TOP_K / EXPERTS) / mean))
         shown(row["Gini"], float(np.abs(counts[:, None] - counts[None]).sum() / (2 * EXPERTS**2 * mean)))
         share = counts[counts > 0] / counts.sum()
-        shown(row["load entropy"], float(-(share * np.log(share)).sum() / math.log(EXPERTS)))
+        shown(row["entropy"], float(-(share * np.log(share)).sum() / math.log(EXPERTS)))
         shown(row["active"], len(share))
         assert row["dead"] == str(EXPERTS - len(share))
 
@@ -136,7 +136,7 @@ def test_routers(run: Run) -> None:
     assert said in run.words
     for layer in range(LAYERS):
         row, calls = rows[f"L{layer:02d}"], run.forward(layer)
-        shown(row["router entropy"], float(np.mean([c.sample.router_entropy for c in calls])))
+        shown(row["entropy"], float(np.mean([c.sample.router_entropy for c in calls])))
         shown(row["confidence"], float(np.mean([c.sample.confidence for c in calls])))
         host = [c.router.duration / 1000 for c in calls]
         shown(row["p50"], float(np.percentile(host, 50)))

@@ -45,12 +45,12 @@ def _load_table(routers: Sequence[RouterSummary]) -> str:
         "CV",
         "chance",
         "Gini",
-        "load entropy",
+        "entropy",
         "active",
         "dead",
     )
-    title = "Load of the experts, forward calls (chance: CV of uniform routing; load entropy:\n"
-    title += "1 is even"
+    title = "Load of the experts, forward calls (chance: CV of uniform routing; entropy: load\n"
+    title += "entropy, 1 is even"
     if not all(router.chance.tells_dead for router in routers):
         title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
     return f"{title})\n" + table(headings, rows)
@@ -100,7 +100,7 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
 def _router_table(routers: Sequence[RouterSummary]) -> str:
     on_device = any(router.latency.device_span is not None for router in routers)
     again = any(router.recomputed_calls for router in routers)
-    headings = ["layer", "router entropy", "confidence", "p50", "p95"]
+    headings = ["layer", "entropy", "confidence", "p50", "p95"]
     if on_device:
         headings += ["span", "busy"]
     headings += ["router", "experts"]
@@ -120,7 +120,7 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
         rows.append(row)
     clocks = "host p50 and p95,\ndevice span and busy p50" if on_device else "host p50 and p95"
     flops = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    title = f"Routers (entropy in nats; µs a forward call: {clocks};\n{flops})\n"
+    title = f"Routers (router entropy in nats; µs a forward call: {clocks};\n{flops})\n"
     return title + table(headings, rows)
 
 
