@@ -110,7 +110,7 @@ def test_probabilities_are_not_taken_for_logits(family: Family) -> None:
     for truth, probabilities, true_logits in zip(seen.truths, seen.logits, logits, strict=True):
         assert_figures(seen.of(truth), probabilities.log().numpy(), z_loss=False)
         assert_figures(seen.of(truth), true_logits)
-        assert any("probabilities" in note for note in seen.infos[seen.of(truth).name].notes)
+        assert any("read inside it" in note for note in seen.infos[seen.of(truth).name].notes)
 
 
 FIGURES = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
