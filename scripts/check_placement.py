@@ -34,7 +34,7 @@ from moe_trace.placement.evaluation import judge  # noqa: E402
 from moe_trace.placement.plan import Cluster, contiguous_plan  # noqa: E402
 from moe_trace.placement.recorded import counts_of_traces  # noqa: E402
 from moe_trace.placement.split import split_by  # noqa: E402
-from moe_trace.read.file.trace_file import find_traces  # noqa: E402
+from moe_trace.read.file.folder import find_traces  # noqa: E402
 from moe_trace.read.reader import read_recording  # noqa: E402
 
 OPERATOR = "c10d::alltoall_base_"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from pathlib import Path
 
 from moe_trace.cli.arguments import add_output, reading_progress, refuse_to_replace
 from moe_trace.data.display.tables import printable, wrapped
@@ -37,7 +37,7 @@ class MergeCommand:
         out = arguments.out
         if not out.name.endswith((".json", ".json.gz")):
             raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
-        files = [path for path in arguments.paths if not Path(path).is_dir()]  # in a folder: see plan_merge
+        files = [path for path in arguments.paths if not os.path.isdir(path)]  # in a folder: see plan_merge
         refuse_to_replace(out, force=arguments.force, inputs=files)
         with reading_progress() as progress:
             plan = plan_merge(arguments.paths, out, progress)

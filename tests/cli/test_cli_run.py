@@ -84,7 +84,7 @@ def test_several_lengths_and_named_texts_are_compared(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folders = ["code-16", "code-32", "prose-16", "prose-32"]
     assert sorted(f.name for f in (tmp_path / "o").iterdir()) == folders
-    comparison = done.stdout.split("Comparison")[1]
+    comparison = done.stdout.split("Comparison")[1].split("\n\n")[0]
     for name, tokens in (("prose 16", 16), ("prose 32", 32), ("code 16", 16), ("code 32", 32)):
         (row,) = re.findall(rf"^{name} +(\d+) .*$", comparison, re.MULTILINE)
         assert int(row) == tokens

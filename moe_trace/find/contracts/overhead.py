@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from moe_trace.data.schema import OVERHEAD_RANGE
-from moe_trace.find.private.torch_names import thread_is_profiled
+from moe_trace.find.private.torch_names import enter_range, leave_range, thread_is_profiled
 
 
 @contextmanager
@@ -17,7 +17,10 @@ def overhead_range() -> Iterator[None]:
     with torch.no_grad():
         # A range would break the graph of whoever compiles the model.
         if not torch.compiler.is_compiling() and thread_is_profiled():
-            with torch.profiler.record_function(OVERHEAD_RANGE):
+            entered = enter_range(OVERHEAD_RANGE)  # torch's own class imports a module at its first use
+            try:
                 yield
+            finally:
+                leave_range(entered)
         else:
             yield

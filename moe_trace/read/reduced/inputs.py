@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def find_inputs(path: str | Path) -> list[Path]:
         TraceFileError: nothing is there.
     """
     path = Path(path)
-    reduced = [file for file in visible_files(path) if is_reduced(file)] if path.is_dir() else []
+    reduced = [file for file in visible_files(path) if is_reduced(file)] if os.path.isdir(path) else []
     if not reduced:
         return find_traces(path)
     try:

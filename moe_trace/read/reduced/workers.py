@@ -48,7 +48,7 @@ def _cores() -> int:
 
 def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
     """Write the small file of each trace, on all cores; where it stands, or why there is none."""
-    regular = [file for file in files if not file.exists() or file.is_file()]
+    regular = [file for file in files if not os.path.exists(file) or os.path.isfile(file)]
     texts = reduce_files(regular, worth(regular))
     for file in files:
         refused = TraceFileError(f"{file}: no regular file, beside which one could stand; give a trace")
