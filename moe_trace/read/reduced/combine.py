@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
 
 
 def _gone(files: Sequence[Path]) -> list[str]:
-    count = sum(is_reduced(file) and not trace_of(file).exists() for file in files)
+    count = sum(is_reduced(file) and not os.path.exists(trace_of(file)) for file in files)
     if not count:
         return []
     return [f"{count} of the {len(files)} traces are gone: these figures are from what they were reduced to"]
@@ -68,7 +69,7 @@ def _loaded(
     whole = [file for file in files if not is_reduced(file)]
     processes = worth(whole)
     texts = reduce_files(whole, processes) if processes > 1 else None
-    done, total = 0, sum(file.stat().st_size for file in files if file.exists())
+    done, total = 0, sum(file.stat().st_size for file in files if os.path.exists(file))
     for file in files:
         try:
             if texts is None or is_reduced(file):
@@ -78,7 +79,7 @@ def _loaded(
                 yield text if isinstance(text, TraceFileError) else decode(text, file)
         except TraceFileError as error:
             yield error
-        done += file.stat().st_size if file.exists() else 0
+        done += file.stat().st_size if os.path.exists(file) else 0
         if progress is not None and texts is not None:
             progress(done, total)
 

@@ -60,6 +60,6 @@ def load(path: Path, progress: Progress | None = None) -> list[ReducedTrace]:
         return read_reduced(path)
     except TraceFileError:
         trace = trace_of(path)
-        if trace == path or not trace.is_file():
+        if trace == path or not os.path.isfile(trace):
             raise
         return list(reduce_file(trace, progress))  # of another release, or damaged
