@@ -9,11 +9,12 @@ import argparse
 import os
 import platform
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
 from moe_trace.read.diff import Comparison, compare
-from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.read.reader import read_summary
 
 WORDS = {
     "same": "nothing (A/A)",
@@ -40,10 +41,19 @@ def said(comparison: Comparison) -> dict[str, bool]:
     }
 
 
-def compared(folder: Path, name: str) -> tuple[Comparison, TraceSummary]:
-    """The pair's comparison, and A."""
-    a, b = (read_summary(folder / f"{name}-{side}.pt.trace.json.gz") for side in "ab")
-    return compare(a, b), a
+def judge(a: Path) -> tuple[str | None, list[tuple[str, dict[str, bool], str]]]:
+    """The device of A, and of each of its Bs: which change was planted, what was said, and the details."""
+    summary = read_summary(a)
+    found = []
+    for b in sorted(a.parent.glob(a.name.replace("-a.", "-b-*."))):
+        comparison = compare(summary, read_summary(b))
+        sort = b.name.split(".")[0].split("-")[2]
+        routing = [
+            (r.site, round(r.total_variation, 3), round(r.chance, 3)) for r in comparison.changed_routing
+        ]
+        metrics = [(c.stage, c.site, c.metric, c.relative) for c in comparison.changed_metrics]
+        found.append((sort, said(comparison), f"{comparison.setup} {routing} {metrics}"))
+    return (summary.speed.device if summary.speed is not None else None), found
 
 
 def main() -> None:
@@ -55,25 +65,20 @@ def main() -> None:
         "--verbose", action="store_true", help="name what each A/A pair was said to differ in"
     )
     arguments = parser.parse_args()
-    names = sorted(p.name.removesuffix("-b.pt.trace.json.gz") for p in arguments.folder.glob("*-b.pt.trace*"))
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    device = None
-    for name in names:
-        sort = name.split("-")[1]
-        comparison, a = compared(arguments.folder, name)
-        device = a.speed.device if a.speed is not None else None
-        counts[sort]["pairs"] += 1
-        for what, true in said(comparison).items():
-            counts[sort][what] += true
-        if arguments.verbose and sort == "same" and not comparison.unchanged:
-            print(
-                name,
-                comparison.setup,
-                [(r.site, r.total_variation, r.chance) for r in comparison.changed_routing],
-            )
-            print([(c.site, c.metric, c.relative) for c in comparison.changed_metrics])
+    devices = set()
+    recordings = sorted(arguments.folder.glob("*-a.pt.trace*"))
+    with ProcessPoolExecutor() as pool:
+        for a, (device, found) in zip(recordings, pool.map(judge, recordings), strict=True):
+            devices.add(device)
+            for sort, answer, details in found:
+                counts[sort]["pairs"] += 1
+                for what, true in answer.items():
+                    counts[sort][what] += true
+                if arguments.verbose and sort == "same" and not answer["unchanged"]:
+                    print(a.name, details, flush=True)
     headings = ["pairs", "unchanged", "set-up", "routing", "L02 first", "time", "experts"]
-    machine = device or f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    machine = ", ".join(sorted(filter(None, devices))) or f"CPU, {os.cpu_count()} cores, {platform.machine()}"
     print(f"{date.today()}, {machine}\n")
     print("| planted | " + " | ".join(headings) + " |\n| --- |" + " ---: |" * len(headings))
     for sort, words in WORDS.items():

@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,8 @@ from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.read.time.imbalance import imbalance_costs
 from moe_trace.read.time.phases import CallTimes
 
+DRAWS = 5
+"""Ways, for each recording, of giving its times to other calls."""
 VERDICTS = ("costs", "saves", "no effect seen", "cannot tell")
 
 
@@ -48,24 +51,36 @@ def exchanged(times: CallTimes, rng: np.random.Generator) -> CallTimes:
     return replace(times, forward=times.forward.select(others))
 
 
+def judge(path: Path) -> tuple[str | None, str, list[str]]:
+    """The device, the verdict on the recording as it is, and those on its times given to other calls."""
+    summary = read_summary(path)
+    if summary.times is None:
+        raise SystemExit(f"{path}: no times of calls")
+    rng = np.random.default_rng(int(path.name.split("-")[0]))
+    apart = [verdict(summary, exchanged(summary.times, rng)) for _ in range(DRAWS)]
+    device = summary.speed.device if summary.speed is not None else None
+    return device, verdict(summary, summary.times), apart
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
+    recordings = sorted(
+        path for kind in ("a", "b-same") for path in arguments.folder.glob(f"*-{kind}.pt.trace*")
+    )
     as_they_are: Counter[str] = Counter()
     apart: Counter[str] = Counter()
-    device = None
-    for path in sorted(arguments.folder.glob("*-same-*.pt.trace*")):
-        summary = read_summary(path)
-        if summary.times is None:
-            continue
-        device = summary.speed.device if summary.speed is not None else None
-        as_they_are[verdict(summary, summary.times)] += 1
-        apart[verdict(summary, exchanged(summary.times, rng))] += 1
-    print(f"{date.today()}, {device or f'CPU, {os.cpu_count()} cores, {platform.machine()}'}\n")
+    devices = set()
+    with ProcessPoolExecutor() as pool:
+        for device, as_it_is, others in pool.map(judge, recordings):
+            devices.add(device)
+            as_they_are[as_it_is] += 1
+            apart.update(others)
+    machine = ", ".join(sorted(filter(None, devices))) or f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    print(f"{date.today()}, {machine}\n")
     print("| recordings | number | " + " | ".join(VERDICTS) + " |\n| --- |" + " ---: |" * 5)
     for words, counts in (("as they are", as_they_are), ("times of other calls", apart)):
         cells = [sum(counts.values()), *(counts[one] for one in VERDICTS)]
