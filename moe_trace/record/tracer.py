@@ -18,6 +18,7 @@ from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.attach import attach_tracer
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
+from moe_trace.record.count_losses import losses, router_infos
 from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
@@ -33,7 +34,6 @@ from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.copied_models import HookOwner
 from moe_trace.record.hooks.functions import CallClock
 from moe_trace.record.hooks.model import ModelHooks
-from moe_trace.record.lost_calls import losses, router_infos
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
 from moe_trace.timeline.counter_tracks import Tracks

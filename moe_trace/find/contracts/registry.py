@@ -9,7 +9,9 @@ from torch import nn
 
 from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
-from moe_trace.find.contracts.dense_scores import DENSE_SCORES
+from moe_trace.find.contracts.doge import PRODUCT_KEY
+from moe_trace.find.contracts.jetmoe import SORTED_DISPATCH
+from moe_trace.find.contracts.llama4 import DENSE_SCORES
 from moe_trace.find.contracts.modules import (
     class_name,
     expert_modules,
@@ -17,11 +19,9 @@ from moe_trace.find.contracts.modules import (
     int_attribute,
     unwrapped,
 )
-from moe_trace.find.contracts.one_hot import ONE_HOT
-from moe_trace.find.contracts.product_key import PRODUCT_KEY
+from moe_trace.find.contracts.olmoe_mixtral_qwen import TOPK_EXPERTS
 from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_experts, with_experts
-from moe_trace.find.contracts.sorted_dispatch import SORTED_DISPATCH
-from moe_trace.find.contracts.topk_experts import TOPK_EXPERTS
+from moe_trace.find.contracts.switch_nllb import ONE_HOT
 
 # In the order in which they are asked; the first to find a router has it.
 CONTRACTS: list[Contract] = [ONE_HOT, PRODUCT_KEY, SORTED_DISPATCH, DENSE_SCORES, TOPK_EXPERTS]

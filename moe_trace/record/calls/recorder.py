@@ -27,11 +27,11 @@ from torch import Tensor
 from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
 from moe_trace.find.contracts import Reading
 from moe_trace.find.private.torch_names import allocated_bytes
-from moe_trace.record.calls.batch import Batch
 from moe_trace.record.calls.call import CallRecord, Records
 from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore
 from moe_trace.record.calls.reduction import reduce_group
+from moe_trace.record.calls.samples import Batch
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_trace.find.contracts import Reading
-from moe_trace.record.calls.batch import Batch
 from moe_trace.record.calls.pending import PendingCalls
+from moe_trace.record.calls.samples import Batch
 from moe_trace.record.parallel.dispatch import append_sent_counts
 from moe_trace.record.reduce.kernel_cache import FUSED
 from moe_trace.record.reduce.stats import PackedStats, routing_stats

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from moe_trace.find.contracts import Call, Reading
 from moe_trace.find.private.torch_names import is_exporting
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.graphs.ring_buffers import SiteRings
+from moe_trace.record.graphs.compiled_rings import SiteRings
 
 
 class TracedSite:

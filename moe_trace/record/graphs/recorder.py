@@ -1,6 +1,6 @@
 """Decisions that were made inside compiled code and CUDA graphs: from the rings to the recorder.
 
-    write    plain tensor work that becomes part of the graph                  ring_buffer.py, ring_buffers.py
+    write    plain tensor work that becomes part of the graph                  ring_buffer.py, compiled_rings.py
     ship     all rings reduced in one batch of kernels, copied asynchronously  device_to_host.py
     drain    wait; attribute each row to its forward and step; hand it over    forwards.py
 
@@ -20,11 +20,11 @@ from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
 from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring_buffer import STAGES, unpad
-from moe_trace.record.graphs.ring_buffers import ModelRings
 
 
 class GraphRecorder:

@@ -22,9 +22,9 @@ from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.forward.isolation import apart
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
+from moe_trace.record.graphs.compiled_rings import SiteRings
 from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
-from moe_trace.record.graphs.ring_buffers import SiteRings
 from moe_trace.record.hooks.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.hooks.events import (
     BEGIN,

@@ -21,8 +21,8 @@ from moe_trace.find.contracts.modules import (
     int_attribute,
     unwrapped,
 )
+from moe_trace.find.contracts.olmoe_mixtral_qwen import router_beside
 from moe_trace.find.contracts.overhead import overhead_range
-from moe_trace.find.contracts.topk_experts import router_beside
 
 _SIZES_ARGUMENT = "expert_size"
 

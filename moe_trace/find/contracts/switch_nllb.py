@@ -20,8 +20,8 @@ from moe_trace.find.contracts.modules import (
     returns_logits,
     unwrapped,
 )
+from moe_trace.find.contracts.olmoe_mixtral_qwen import router_beside
 from moe_trace.find.contracts.overhead import overhead_range
-from moe_trace.find.contracts.topk_experts import router_beside
 
 _MASK_ARGUMENT = "router_mask"  # NLLB's name; Switch's `selected_experts` means an index elsewhere
 _NLLB_NOTE = (

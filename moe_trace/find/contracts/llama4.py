@@ -19,8 +19,8 @@ from moe_trace.find.contracts.modules import (
     int_attribute,
     unwrapped,
 )
+from moe_trace.find.contracts.olmoe_mixtral_qwen import router_beside
 from moe_trace.find.contracts.overhead import overhead_range
-from moe_trace.find.contracts.topk_experts import router_beside
 
 _NOTE = "every expert computes every token, scaled by 0 where it was not chosen: FLOPs are those of all"
 
