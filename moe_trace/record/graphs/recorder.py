@@ -1,6 +1,7 @@
 """Decisions that were made inside compiled code and CUDA graphs: from the rings to the recorder.
 
-    write    plain tensor work that becomes part of the graph                  ring_buffer.py, compiled_rings.py
+    write    plain tensor work that becomes part of the graph                  ring_buffer.py
+             and the counters of its forwards                               compiled_rings.py
     ship     all rings reduced in one batch of kernels, copied asynchronously  device_to_host.py
     drain    wait; attribute each row to its forward and step; hand it over    forwards.py
 
