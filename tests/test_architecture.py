@@ -18,11 +18,7 @@ PACKAGE = ROOT / "moe_trace"
 
 KNOWN_FILE_CIRCLES: set[rules.Arrow] = set()
 KNOWN_FOLDER_CIRCLES: set[rules.Arrow] = set()
-KNOWN_TOO_LONG = {
-    "read/file/trace_file.py",
-    "record/tracer.py",
-    "record/tracer.py:__init__",
-}
+KNOWN_TOO_LONG: set[str] = set()
 EXCEPTIONS = {
     "record/tracer.py:MoETracer": "the public face of recording: its methods are documented, and stay",
     "record/reduce/triton_kernels.py:_sum_chunks": "one GPU kernel: its values stay in registers",

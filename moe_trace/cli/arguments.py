@@ -15,7 +15,7 @@ from moe_trace.data.schema import STAGES
 if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of it
     from moe_trace.read.analysis import PeakOverride
     from moe_trace.read.file.filters import Filter
-    from moe_trace.read.file.trace_file import Progress
+    from moe_trace.read.file.opening import Progress
 
 
 def add_output(

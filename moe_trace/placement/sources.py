@@ -13,7 +13,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts, Kind, Layer
 from moe_trace.placement.recorded import counts_of_traces
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import open_trace_stream
+from moe_trace.read.file.opening import open_trace_stream
 
 _FORMS = (
     "a trace, a folder of traces, what `moe-trace export --to eplb` wrote, or JSON with "

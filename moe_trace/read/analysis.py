@@ -13,7 +13,7 @@ from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.file.opening import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.rank_imbalance import rank_imbalance
 from moe_trace.read.ranks.inputs import RankInput, Ranks

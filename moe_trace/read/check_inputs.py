@@ -15,7 +15,8 @@ from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.coverage import TimeCoverage
 from moe_trace.read.file.events import EventTable, to_ns
 from moe_trace.read.file.launches import find_kernels
-from moe_trace.read.file.trace_file import Progress, open_trace_stream, read_trace, split_ranks
+from moe_trace.read.file.opening import Progress, open_trace_stream
+from moe_trace.read.file.trace_file import read_trace, split_ranks
 from moe_trace.read.ranks.collectives import find_collectives, work_coverage
 from moe_trace.read.time.phases import measure_calls
 

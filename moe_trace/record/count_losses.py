@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 
 from moe_trace.data.schema import Lost, RouterInfo
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.graphs.compiled import something_was_compiled
+from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.model import ModelHooks
 
 _FUSED_NOTE = (
@@ -25,26 +27,28 @@ def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
     )
 
 
-def losses(
-    hooks: ModelHooks,
-    recorder: Recorder,
-    traces: Sequence[Lost],
-    *,
-    silent_forwards: int,
-    overwritten: int,
-    in_graphs: Sequence[int],
-) -> Lost:
+def recorded_calls(hooks: ModelHooks, graphs: GraphRecorder) -> list[int]:
+    """Recorded calls of each router, in graphs and outside of them."""
+    counts = hooks.calls.counts
+    return [one.recorded + in_graphs for one, in_graphs in zip(counts, graphs.calls, strict=True)]
+
+
+def _silent_forwards(hooks: ModelHooks, graphs: GraphRecorder) -> int:
+    """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
+    if not something_was_compiled():
+        return 0
+    return max(0, hooks.watch.forwards_recorded - max(recorded_calls(hooks, graphs)) - graphs.overwritten)
+
+
+def losses(hooks: ModelHooks, recorder: Recorder, graphs: GraphRecorder, traces: Collection[Lost]) -> Lost:
     """All that is not in the recording.
 
     Args:
-        traces: what merging into traces lost.
-        silent_forwards: see `Lost`.
-        overwritten: calls inside graphs that were.
-        in_graphs: recorded calls inside graphs, by router.
+        traces: what merging into each trace lost.
     """
     rows = [
-        (router.site.name, counts, graphs)
-        for router, counts, graphs in zip(hooks.routers, hooks.calls.counts, in_graphs, strict=True)
+        (router.site.name, counts, in_graphs)
+        for router, counts, in_graphs in zip(hooks.routers, hooks.calls.counts, graphs.calls, strict=True)
     ]
     calls = {name: dict(counts.lost + recorder.lost_of(name)) for name, counts, _ in rows}
     return Lost(
@@ -53,12 +57,12 @@ def losses(
         without_range=dict(sum((Counter(lost.without_range) for lost in traces), Counter())),
         unplaced=dict(sum((Counter(lost.unplaced) for lost in traces), Counter())),
         untimed=dict(sum((Counter(lost.untimed) for lost in traces), Counter())),
-        silent_forwards=silent_forwards,
-        overwritten=recorder.overwritten + overwritten,
+        silent_forwards=_silent_forwards(hooks, graphs),
+        overwritten=recorder.overwritten + graphs.overwritten,
         unreduced=recorder.unreduced,
         padding_unknown=hooks.watch.padding_unknown + hooks.calls.padding_unclear,
         misread={name: counts.misread for name, counts, _ in rows if counts.misread is not None},
-        never_called=tuple(name for name, counts, graphs in rows if counts.seen == 0 and graphs == 0),
+        never_called=tuple(name for name, counts, in_graphs in rows if counts.seen == in_graphs == 0),
         calls_seen={name: counts.seen for name, counts, _ in rows if counts.seen},
         calls={name: lost for name, lost in calls.items() if lost},
         not_reached=dict(hooks.watch.missing.forwards),

@@ -11,21 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.data.errors import MoETraceError
 from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.attach import attach_tracer
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
-from moe_trace.record.count_losses import losses, router_infos
+from moe_trace.record.count_losses import losses, recorded_calls, router_infos
 from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import (
     is_capturing,
-    something_was_compiled,
     warn_if_compiled_before,
     warn_of_silent_forwards,
 )
@@ -34,6 +33,7 @@ from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.copied_models import HookOwner
 from moe_trace.record.hooks.functions import CallClock
 from moe_trace.record.hooks.model import ModelHooks
+from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
 from moe_trace.timeline.counter_tracks import Tracks
@@ -74,11 +74,7 @@ class MoETracer(HookOwner):
         tracks: Tracks = ("band",),
         clock: CallClock | None = None,
     ) -> None:
-        if every < 1 or warmup < 0 or capacity < 1 or capacity_bytes < 1:
-            raise UsageError(
-                f"expected every >= 1, warmup >= 0, capacity >= 1 and capacity_bytes >= 1, "
-                f"found every={every}, warmup={warmup}, capacity={capacity}, capacity_bytes={capacity_bytes}"
-            )
+        self._options = TracerOptions(layers, every, warmup, capacity, capacity_bytes)
         self.model = model
         self.sites: list[RouterSite] = find_routers(model, layers=layers)
         self.tracks = tracks
@@ -87,19 +83,14 @@ class MoETracer(HookOwner):
         self._graphs = GraphRecorder(
             self.sites,
             self._recorder,
-            started=self._graph_started,
+            started=lambda: self._hooks.watch.graph_started(),
             forwards=lambda: self._steps.forwards,
             samples_step=self._steps.samples,
         )
         self._captures = CaptureNotes()
+        parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs}
         self._hooks = ModelHooks(
-            model,
-            self.sites,
-            steps=self._steps,
-            recorder=self._recorder,
-            graphs=self._graphs,
-            captures=self._captures,
-            clock=clock,
+            model, self.sites, steps=self._steps, **parts, captures=self._captures, clock=clock
         )
         self._active = False
         self._placements: dict[tuple[str, int], Placement] = {}
@@ -110,13 +101,6 @@ class MoETracer(HookOwner):
         """The samples of the trace that was exported last."""
         self._description = describe_model(model, self.sites)
         self._parallel = ParallelModel(model)
-        self._options = {
-            "layers": _describe_layers(layers),
-            "every": every,
-            "warmup": warmup,
-            "capacity": capacity,
-            "capacity_bytes": capacity_bytes,
-        }
 
     @property
     def every(self) -> int:
@@ -143,9 +127,8 @@ class MoETracer(HookOwner):
     def start(self) -> None:
         """Put the hooks on. Samples of earlier activations are kept.
 
-        On a GPU the first start in a process takes seconds, so that no step does: kernels are compiled and
-        memory is allocated here. Start the tracer before the profiler where both are started by hand; in a
-        profiler that records already, this is left out, and figures are reduced by slower kernels.
+        On a GPU the first start in a process takes seconds, so that no step does: kernels are compiled here.
+        Start the tracer before the profiler; in a profiler that records already, slower kernels are used.
         """
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
@@ -153,9 +136,7 @@ class MoETracer(HookOwner):
         warn_of_missing()
         rehearse(self.sites)
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
-        self._graphs.mark(
-            Segment(step=0, profiled=False, sampled=False), in_trace=False
-        )  # ran while it was off
+        self._graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # ran while it was off
         sending = self._parallel.sending if self._parallel.world_size > 1 else None
         self._hooks.install(recording=self.samples_this_step(), sending=sending)
 
@@ -203,17 +184,15 @@ class MoETracer(HookOwner):
         """One sample per recorded router call, in order of time. Waits for the device."""
         self._collect()
         placements = self._placements
-        return [
-            replace(s, placement=placements[s.name, s.call]) if (s.name, s.call) in placements else s
-            for s in self._recorder.drain()
-        ]
+        found = ((s, placements.get((s.name, s.call))) for s in self._recorder.drain())
+        return [s if place is None else replace(s, placement=place) for s, place in found]
 
     def recording(self) -> Recording:
         """Everything recorded, with the model's description and what was lost."""
         samples = tuple(self.samples())
         return Recording(
             model=self._description,
-            options=self._options,
+            options=self._options.as_recorded(),
             routers=router_infos(self._hooks),
             samples=samples,
             lost=self._losses(),
@@ -228,7 +207,7 @@ class MoETracer(HookOwner):
         )
 
     def summary(self) -> Summary:
-        """The figures per router; latencies come from the trace where it has been written, else the clock."""
+        """The figures per router; latencies are the trace's where it has been written, else the clock's."""
         return summarize(self.recording())
 
     def merge_into(self, trace_path: str | Path) -> None:
@@ -268,18 +247,16 @@ class MoETracer(HookOwner):
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
         self._collect()
-        return {site.name: calls for site, calls in zip(self.sites, self._calls(), strict=True)}
+        return {
+            site.name: calls
+            for site, calls in zip(self.sites, recorded_calls(self._hooks, self._graphs), strict=True)
+        }
 
     def _collect(self) -> None:
         """Bring all that was seen to the recorder. Waits for the device where graphs write."""
         self._hooks.join()
         self.mark_graphs()
         self._graphs.drain()
-
-    def _calls(self) -> list[int]:
-        """Recorded calls of each router, in graphs and outside of them."""
-        counts = self._hooks.calls.counts
-        return [one.recorded + in_graphs for one, in_graphs in zip(counts, self._graphs.calls, strict=True)]
 
     @property
     def called(self) -> bool:
@@ -291,8 +268,7 @@ class MoETracer(HookOwner):
         """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
 
         For a tracer that was started after the first compiled call, and for models that shall run without
-        the recording that was compiled into them. The next call of everything compiled takes as long as its
-        first one did.
+        the recording that was compiled into them. Everything compiled is compiled again at its next call.
         """
         torch.compiler.reset()
 
@@ -300,30 +276,14 @@ class MoETracer(HookOwner):
         """Forget router calls that an exception interrupted on this thread."""
         self._hooks.abandon_calls()
 
-    def _silent_forwards(self) -> int:
-        """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
-        if not something_was_compiled():
-            return 0
-        return max(0, self.forwards_recorded - max(self._calls()) - self._graphs.overwritten)
-
     def _losses(self) -> Lost:
-        silent = self._silent_forwards()
-        if silent and not self._silent_told:
+        lost = losses(self._hooks, self._recorder, self._graphs, self._traces_lost.values())
+        if lost.silent_forwards and not self._silent_told:
             self._silent_told = True
-            warn_of_silent_forwards(silent)
-        return losses(
-            self._hooks,
-            self._recorder,
-            list(self._traces_lost.values()),
-            silent_forwards=silent,
-            overwritten=self._graphs.overwritten,
-            in_graphs=self._graphs.calls,
-        )
+            warn_of_silent_forwards(lost.silent_forwards)
+        return lost
 
     # -- graphs ---------------------------------------------------------------------------------------
-
-    def _graph_started(self) -> None:
-        self._hooks.watch.graph_started()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.
@@ -337,9 +297,3 @@ class MoETracer(HookOwner):
             recording = profiler_is_recording()
             segment = Segment(step, recording if profiled is None else profiled, sampled)
             self._graphs.mark(segment, in_trace=recording)
-
-
-def _describe_layers(layers: LayerSelector) -> Any:
-    if layers is None:
-        return None
-    return getattr(layers, "__name__", "predicate") if callable(layers) else list(layers)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -19,15 +16,10 @@ from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
+from moe_trace.read.file.opening import Progress, counting, open_trace_stream, opened
 from moe_trace.read.file.processes import events_of_recording
 from moe_trace.read.file.rank_parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.timeline.additions import read_added
-from moe_trace.timeline.place.scan import trace_path_error
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes of the file read so far, and its size."""
-
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 class _CarrierArgs(msgspec.Struct, gc=False):
@@ -152,13 +144,13 @@ def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
 
 
 def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
-    with _opened(path) as source:
+    with opened(path) as source:
         spliced = read_added(source.raw) if source.plain is source.raw else None
         if spliced is not None:
             return _take_recording(path, spliced)
         source.raw.seek(0)
         found = _Found(with_events=False)
-        stream = JsonStream(_counting(source, None), str(path))
+        stream = JsonStream(counting(source, None), str(path))
         for key in stream.walk():
             found.take(key, stream)
     _require_events(path, found)
@@ -243,63 +235,3 @@ def decode_payload(text: bytes) -> Any:
             raise TraceFileError(
                 f"the moe_trace data is not JSON ({error}); the file was changed after it was written"
             ) from error
-
-
-# -- bytes --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    raw: BinaryIO
-    """The file itself."""
-    plain: BinaryIO
-    """The same, decompressed."""
-    size: int
-
-
-@contextmanager
-def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[JsonStream]:
-    """A cursor over the trace's JSON.
-
-    Raises:
-        TraceFileError: the file cannot be opened or decompressed.
-    """
-    with _opened(path) as source:
-        yield JsonStream(_counting(source, progress), str(path))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_Source]:
-    try:
-        raw = path.open("rb")
-    except OSError as error:
-        raise trace_path_error(path, error) from error
-    with raw:
-        packed = raw.read(2) == _GZIP_MAGIC
-        raw.seek(0)
-        size = path.stat().st_size
-        try:
-            if packed:
-                with gzip.open(raw, "rb") as plain:
-                    yield _Source(raw, plain, size)  # type: ignore[arg-type]
-            else:
-                yield _Source(raw, raw, size)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise TraceFileError(
-                f"{path}: the gzip data is broken ({error}); the file is truncated or was changed - "
-                "export it again"
-            ) from error
-        except OSError as error:
-            raise trace_path_error(path, error) from error
-
-
-def _counting(source: _Source, progress: Progress | None) -> Callable[[int], bytes]:
-    if progress is None:
-        return source.plain.read
-
-    def read(size: int) -> bytes:
-        block = source.plain.read(size)
-        progress(source.raw.tell(), source.size)
-        return block
-
-    return read

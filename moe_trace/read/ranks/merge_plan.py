@@ -10,8 +10,9 @@ from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, Usag
 from moe_trace.data.schema import Recording
 from moe_trace.read.file.folder import find_traces
 from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.rank_parts import Alignment
-from moe_trace.read.file.trace_file import Progress, read_rank_recordings, read_trace
+from moe_trace.read.file.trace_file import read_rank_recordings, read_trace
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.same_run import first_difference
 from moe_trace.read.ranks.shared_calls import RankCalls, match_calls, rank_calls

@@ -19,8 +19,8 @@ from moe_trace.data.files import whole_file
 from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.read.file.opening import Progress, open_trace_stream
 from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
-from moe_trace.read.file.trace_file import Progress, open_trace_stream
 from moe_trace.read.ranks.merge_plan import MergePlan, RankTrace
 from moe_trace.read.ranks.renumber import Event, Pids, Renamer
 from moe_trace.timeline.additions import encode_addition

@@ -14,7 +14,7 @@ from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
-from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.file.opening import Progress
 from moe_trace.read.ranks.rank_loads import RankRecords
 from moe_trace.read.ranks.same_run import copies, first_difference, pooled
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of

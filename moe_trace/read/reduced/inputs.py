@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.file.folder import find_traces, visible_files
-from moe_trace.read.file.trace_file import Progress
+from moe_trace.read.file.opening import Progress
 from moe_trace.read.reduced.file import is_reduced, read_reduced, reduced_path, trace_of
 from moe_trace.read.reduced.trace import ReducedTrace, reduce_file
 

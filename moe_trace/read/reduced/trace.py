@@ -14,8 +14,9 @@ from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import find_kernels, router_busy_us
+from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.rank_parts import Alignment
-from moe_trace.read.file.trace_file import Progress, TraceFile, read_trace, split_ranks
+from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage
 from moe_trace.read.ranks.inputs import RankInput
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls

@@ -1,0 +1,40 @@
+"""What a tracer was asked to record."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moe_trace.data.errors import UsageError
+from moe_trace.find.routers import LayerSelector
+
+
+@dataclass(frozen=True)
+class TracerOptions:
+    """The arguments of `MoETracer` that stand in the recording.
+
+    Raises:
+        UsageError: one of the numbers is out of range.
+    """
+
+    layers: LayerSelector
+    every: int
+    warmup: int
+    capacity: int
+    capacity_bytes: int
+
+    def __post_init__(self) -> None:
+        least = {"every": 1, "warmup": 0, "capacity": 1, "capacity_bytes": 1}
+        if any(getattr(self, name) < value for name, value in least.items()):
+            expected = ", ".join(f"{name} >= {value}" for name, value in least.items())
+            found = ", ".join(f"{name}={getattr(self, name)}" for name in least)
+            raise UsageError(f"expected {expected}; found {found}")
+
+    def as_recorded(self) -> dict[str, Any]:
+        """As JSON can hold them: of a predicate on layers, its name."""
+        layers = self.layers
+        if callable(layers):
+            told: Any = getattr(layers, "__name__", "predicate")
+        else:
+            told = None if layers is None else list(layers)
+        return {**asdict(self), "layers": told}
