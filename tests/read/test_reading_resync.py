@@ -88,6 +88,18 @@ def test_an_odd_field_with_lists_of_objects_is_one_event() -> None:
     assert read(json.dumps({"traceEvents": events}).encode())[:2] == ({0, 1, 2}, 0)
 
 
+@pytest.mark.parametrize("first", ["the recording", "an event longer than a block"])
+def test_what_is_scanned_whole_takes_nothing_broken_with_it(first: str) -> None:
+    lists = {"routers": [{"name": "a"}, {"name": "b"}]}
+    long = {"moe_trace": lists} if first == "the recording" else {"text": "x" * 9 * 2**20, **lists}
+    events = [
+        {"ph": "M", "args": long},
+        *(event(i, args={"note": "BREAK"} if i in (1, 9) else {}) for i in range(12)),
+    ]
+    data = json.dumps({"traceEvents": events}).replace("BREAK", 'a "b').encode()
+    assert read(data)[:2] == (set(range(12)) - {1, 9}, 2)
+
+
 def test_a_list_at_the_end_of_a_broken_event_is_not_the_end() -> None:
     events = [event(0), event(1, args={"note": "BREAK", "list": [{"a": 1}]}), event(2)]
     times, unreadable, _ = read(json.dumps({"traceEvents": events}).replace("BREAK", '"').encode())

@@ -97,7 +97,7 @@ class _Pieces(Generic[_T]):
 
     def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
         """Whether the array ends in this piece; then its last element is taken, `broken` or not."""
-        if _is_json(self._data[start:end]):
+        if is_json(self._data[start:end]):
             return False
         pattern = _END if self._more else _END_OF_FILE
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
@@ -107,7 +107,7 @@ class _Pieces(Generic[_T]):
             try:
                 self._found += self._decode(b"[%b]" % text)
             except _REFUSALS:
-                if not _is_json(text):
+                if not is_json(text):
                     continue
                 self._found.append(self._one(text))
             self._at = at
@@ -128,7 +128,7 @@ class _Pieces(Generic[_T]):
             text = self._data[start : self._ends[last - 1]]
             self._tries -= len(text)
             if self._tries < 0 or not (_is_cut_off(text) or _is_open(text)):
-                if _is_json(text):  # whole, but of another type than expected
+                if is_json(text):  # whole, but of another type than expected
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
@@ -172,7 +172,7 @@ def _is_open(text: bytes) -> bool:
     return False
 
 
-def _is_json(text: bytes) -> bool:
+def is_json(text: bytes) -> bool:
     """Whether a lenient parser takes it."""
     try:
         json.loads(text.decode("utf-8", "replace"), strict=False)

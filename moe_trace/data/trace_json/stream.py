@@ -20,7 +20,7 @@ import numpy as np
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY
 from moe_trace.data.trace_json.cursor import SPACE, TOKEN, JsonCursor
-from moe_trace.data.trace_json.resync import decode_around_breaks
+from moe_trace.data.trace_json.resync import decode_around_breaks, is_json
 
 SKIP_BYTES = 2**20  # searched while it is in the processor's cache
 _ERROR_AT = re.compile(r"trailing characters \(byte (\d+)\)")
@@ -198,8 +198,13 @@ class JsonStream(JsonCursor):
         try:
             found = decode(b"[%b]" % text)
         except _REFUSALS:
-            found = [one(element) for element in self._elements(ends)]
-        self._at = ends[-1]
+            found = []
+            for element in self._elements(ends):
+                # From an odd quote on strings are inside out: who resynchronises takes over there.
+                if found and not is_json(element):
+                    break
+                found.append(one(element))
+        self._at = ends[len(found) - 1]
         return found
 
     def _elements(self, ends: list[int]) -> Iterator[bytes]:
