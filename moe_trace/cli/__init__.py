@@ -1,6 +1,7 @@
 """The command line: each command is a small class in a module of its own, imported only when it is asked for.
 
 A command class has a docstring (its help; the last paragraph is an example), a `name`,
+`reads` (the arguments that name what is read, each with the ending of a copy of what comes from a pipe),
 `add_arguments(parser)` and `run(arguments) -> exit code`.
 """
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        with seekable_inputs(arguments):
+        with seekable_inputs(arguments, command.reads):
             code = int(command.run(arguments))
         sys.stdout.flush()
         return code

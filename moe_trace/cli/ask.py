@@ -6,8 +6,10 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.read.answers import QUESTIONS, ask
 from moe_trace.read.reader import TraceSummary, read_summary
@@ -26,6 +28,7 @@ class AskCommand:
     """
 
     name = "ask"
+    reads: ClassVar[dict[str, str]] = {"path": TRACE, "other": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import ClassVar
 
 from moe_trace.cli.arguments import reading_progress
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
@@ -25,6 +27,7 @@ class CheckCommand:
     """
 
     name = "check"
+    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

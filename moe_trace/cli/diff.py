@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.read.diff import Change, Comparison, compare
 from moe_trace.read.diff.conditions import Condition, missing, parse_condition
@@ -29,6 +31,7 @@ class DiffCommand:
     """
 
     name = "diff"
+    reads: ClassVar[dict[str, str]] = {"a": TRACE, "b": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from moe_trace.cli.arguments import (
     add_filters,
@@ -14,6 +15,7 @@ from moe_trace.cli.arguments import (
     reading_progress,
     refuse_to_replace,
 )
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.files import write_text
 from moe_trace.read.reader import TraceSummary, read_summary
 
@@ -31,6 +33,7 @@ class ExportCommand:
     """
 
     name = "export"
+    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import ClassVar
 
 from moe_trace.cli.arguments import add_output, reading_progress, refuse_to_replace
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import UsageError
 from moe_trace.read.ranks.merge_plan import MergePlan, plan_merge
@@ -25,6 +27,7 @@ class MergeCommand:
     """
 
     name = "merge"
+    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

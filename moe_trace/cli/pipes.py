@@ -10,19 +10,18 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from moe_trace.data.errors import TraceFileError
+from moe_trace.data.errors import MoETraceError, TraceFileError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PATHS = ("paths", "path", "a", "b")
-"""Arguments of the commands that name what is read."""
 STANDARD_INPUT = "-"
+TRACE = ".pt.trace.json"
 WIDTH = 80
 """Of a console where nobody watches."""
 _ESCAPES = "moe_trace_escapes"
@@ -68,37 +67,55 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 @contextmanager
-def seekable_inputs(arguments: argparse.Namespace) -> Iterator[None]:
+def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> Iterator[None]:
     """Copy pipes and standard input (`-`) to files, for a trace is read from more than one place.
 
+    Args:
+        reads: names of the arguments that say what is read -> how the copy's name ends.
+
     Raises:
-        TraceFileError: one cannot be read.
+        MoETraceError: one cannot be read, or the command fails; names are those that the user gave.
     """
+    copies: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="moe_trace-") as folder:
-        for name in _PATHS:
-            given = getattr(arguments, name, None)
+
+        def copied(given: Any, ending: str) -> Any:
             if isinstance(given, list):
-                setattr(arguments, name, [_seekable(path, Path(folder), i) for i, path in enumerate(given)])
-            elif isinstance(given, str):
-                setattr(arguments, name, _seekable(given, Path(folder), _PATHS.index(name)))
-        yield
+                return [copied(one, ending) for one in given]
+            if given is None or not (str(given) == STANDARD_INPUT or _is_pipe(given)):
+                return given
+            if str(given) in copies.values():
+                raise UsageError(f"{given} can be read once, and stands for two inputs; save it to a file")
+            target = Path(folder, str(len(copies)), _name(given) + ending)
+            copies[str(target)] = str(given)
+            _copy(str(given), target)
+            return type(given)(target)
+
+        for name, ending in reads.items():
+            setattr(arguments, name, copied(getattr(arguments, name), ending))
+        try:
+            yield
+        except MoETraceError as error:
+            for copy, given in copies.items():
+                error.args = tuple(str(text).replace(copy, given) for text in error.args)
+            raise
 
 
-def _seekable(path: str, folder: Path, number: int) -> str:
-    if path != STANDARD_INPUT and not _is_pipe(path):
-        return path
-    copy = folder / str(number) / ("stdin.json" if path == STANDARD_INPUT else f"{Path(path).name}.json")
-    copy.parent.mkdir(exist_ok=True)
+def _name(given: str | Path) -> str:
+    return "stdin" if str(given) == STANDARD_INPUT else f"pipe{Path(given).name}"
+
+
+def _copy(given: str, target: Path) -> None:
+    target.parent.mkdir()
     try:
-        source = sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115
-        with source, copy.open("wb") as target:
-            shutil.copyfileobj(source, target, 2**20)
+        source = sys.stdin.buffer if given == STANDARD_INPUT else open(given, "rb")  # noqa: SIM115
+        with source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 2**20)
     except (OSError, AttributeError) as error:
-        raise TraceFileError(f"{path}: cannot be read ({error}); give a trace or a pipe with one") from error
-    return str(copy)
+        raise TraceFileError(f"{given}: cannot be read ({error}); give a file or a pipe with one") from error
 
 
-def _is_pipe(path: str) -> bool:
+def _is_pipe(path: str | Path) -> bool:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):

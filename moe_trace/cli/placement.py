@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import ClassVar
 
 from moe_trace.cli.arguments import add_choice, add_output, chosen_filter, parse_steps, refuse_to_replace
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map
@@ -28,6 +30,7 @@ class PlacementCommand:
     """
 
     name = "placement"
+    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

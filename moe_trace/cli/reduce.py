@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from moe_trace.data.display.tables import printable
 from moe_trace.data.errors import MoETraceError
@@ -21,10 +22,10 @@ class ReduceCommand:
     """
 
     name = "reduce"
+    reads: ClassVar[dict[str, str]] = {}  # there is nothing beside a pipe
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
-        # Another name than that of arguments which may be pipes: there is nothing beside a pipe.
         parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
 
     def run(self, arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moe_trace.cli.arguments import (
     add_filters,
@@ -14,6 +14,7 @@ from moe_trace.cli.arguments import (
     reading_progress,
     refuse_to_replace,
 )
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.files import write_text
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class ReportCommand:
     """
 
     name = "report"
+    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import ClassVar
 
 
 class RoutersCommand:
@@ -16,6 +17,7 @@ class RoutersCommand:
     """
 
     name = "routers"
+    reads: ClassVar[dict[str, str]] = {"model": ".json"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

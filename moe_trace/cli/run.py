@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moe_trace.cli.arguments import add_output
 from moe_trace.cli.pipes import console
@@ -33,6 +33,7 @@ class RunCommand:
     """
 
     name = "run"
+    reads: ClassVar[dict[str, str]] = {"model": ".json", "prompts_file": ".txt", "script": ".py"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options; the defaults stand in `RunConfig`."""

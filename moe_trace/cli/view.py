@@ -14,10 +14,12 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
+from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import MoETraceError, UsageError
 from moe_trace.show.tensorboard.catalog import Catalog, find_catalog
 from moe_trace.show.viewer import TraceServer, find_trace_viewer
@@ -39,6 +41,7 @@ class ViewCommand:
     """
 
     name = "view"
+    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,24 @@ def read_counts(
         UsageError: counts of another form, or none at all.
     """
     path = Path(path)
-    if path.suffix != ".npy":
+    is_array = path.suffix == ".npy" or _starts_as_array(path)
+    if not is_array:
         _refuse_other_files(path)
-    if path.suffix == ".npy":
+    if is_array:
         found = _of_array(path)
     elif path.is_file() and path.suffix == ".json" and _holds_counts(path):
         found = _of_json(path)
     else:
         return _with_bytes(counts_of_traces(path, chosen), slot_bytes)
     return _with_bytes(_of_layers(found, chosen or Filter()), slot_bytes)
+
+
+def _starts_as_array(path: Path) -> bool:
+    """A pipe's copy is not named by what it holds."""
+    if not os.path.isfile(path):  # false, too, for what is no possible name
+        return False
+    with path.open("rb") as file:
+        return file.read(6) == b"\x93NUMPY"
 
 
 def _refuse_other_files(path: Path) -> None:

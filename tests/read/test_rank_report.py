@@ -196,6 +196,13 @@ def test_slots_that_may_or_may_not_travel_are_not_compared(tmp_path: Path) -> No
     assert (check.equal, check.different, check.unknown) == (32, 0, 16)
 
 
+def test_where_no_product_is_seen_the_last_exchange_is_the_combine() -> None:
+    """Events of this run were cut to ranges and collectives: nothing tells dispatch from combine but their order."""
+    report = report_of(read_summary(DATA / "gloo_ep2"))
+    assert (report.bytes_check.equal, report.bytes_check.different) == (256, 0)
+    assert {time.part for time in report.exchanges} == {"counts", "dispatch", "combine"}
+
+
 def test_without_expert_parallelism_each_rank_computes_its_own_tokens(tmp_path: Path) -> None:
     run = Run(exchange=None, with_collectives=False)
     write_ranks(tmp_path, run)

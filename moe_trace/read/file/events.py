@@ -19,6 +19,7 @@ from moe_trace.data.schema import Span
 from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.read.file.comms import CommEvent, facts_of, is_comm
 from moe_trace.read.file.decoding import (
+    NO_LINK,
     UNREADABLE,
     Event,
     Links,
@@ -47,6 +48,7 @@ class Kind(IntEnum):
 
 
 _KINDS = {
+    "hpu_op": Kind.LAUNCH,
     "cpu_op": Kind.OP,
     "user_annotation": Kind.RANGE,
     "kernel": Kind.DEVICE,
@@ -54,8 +56,9 @@ _KINDS = {
     "gpu_memcpy": Kind.DEVICE,
     "gpu_memset": Kind.DEVICE,
     "mtia_ccp_events": Kind.DEVICE,
-    "hpu_op": Kind.LAUNCH,
 }
+_HPU = "hpu_op"
+"""Gaudi's bridge writes the work of its engines so, too, and nothing that says what launched it."""
 _LAUNCHING = ("_runtime", "_driver")
 _CATEGORIES_MAX = 1000
 _FLOWS = {"s": Kind.FORWARD, "f": Kind.BACKWARD}
@@ -179,6 +182,11 @@ class EventTableBuilder:
         sound = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
         self.unreadable += int((~sound).sum())
         links = [link_of(e.args.correlation if e.args is not None else None) for e in slices]
+        if _HPU in kind_of:
+            pairs = zip(slices, links, strict=True)
+            work = [i for i, (e, link) in enumerate(pairs) if e.cat == _HPU and link == NO_LINK]
+            for i in work:
+                kinds[i] = Kind.DEVICE
         columns = (
             np.array(kinds, np.uint8),
             np.array([names[e.name] for e in both], np.int32),

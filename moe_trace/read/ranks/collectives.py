@@ -205,8 +205,9 @@ def _phases(
 def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:
     """What the all-to-alls of one layer are for, in the order of their calls."""
     late = [phase in (COMBINE, EXPERTS) for phase in phases]
-    if not any(late) and len(facts) > 1:  # no product was seen between them
-        late[-1] = True
+    moving = [i for i, fact in enumerate(facts) if not fact.is_integer]
+    if len(moving) > 1 and len({late[i] for i in moving}) == 1:  # no product was seen between them
+        late = [i == moving[-1] for i in range(len(facts))]
     roles: list[Role | None] = []
     for i, fact in enumerate(facts):
         followed = any(not late[k] and not facts[k].is_integer for k in range(i + 1, len(facts)))
