@@ -197,7 +197,7 @@ def test_slots_that_may_or_may_not_travel_are_not_compared(tmp_path: Path) -> No
 
 
 def test_where_no_product_is_seen_the_last_exchange_is_the_combine() -> None:
-    """Events of this run were cut to ranges and collectives: nothing tells dispatch from combine but their order."""
+    """Events of this run were cut to ranges and collectives: only their order tells dispatch from combine."""
     report = report_of(read_summary(DATA / "gloo_ep2"))
     assert (report.bytes_check.equal, report.bytes_check.different) == (256, 0)
     assert {time.part for time in report.exchanges} == {"counts", "dispatch", "combine"}
