@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "show": {"read", "placement", "data"},
     "simple": {"record", "find", "data"},
     "routing": {"record", "find", "data"},
-    "integrations": {"record", "simple", "find", "data"},
+    "integrations": {"record", "simple", "find", "read", "data"},
     "demo": set(),
     "workload": {"demo", "integrations", "simple", "record", "find", "read", "data"},
     "cli": {"workload", "integrations", "simple", "record", "show", "placement", "read", "find", "data"},

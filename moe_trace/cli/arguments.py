@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
 
 if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of it
-    from moe_trace.read.analysis import PeakOverride
+    from moe_trace.read.analysis import PeakOverride, TraceSummary
     from moe_trace.read.file.filters import Filter
     from moe_trace.read.file.opening import Progress
 
@@ -68,6 +69,18 @@ def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"found a peak of {value:g}, expected a number above 0")
     return PeakOverride(arguments.peak_tflops, arguments.peak_gbps)
+
+
+def read_chosen(path: str, arguments: argparse.Namespace) -> TraceSummary:
+    """What a trace or a folder says of the chosen calls; it is called by the name that the user gave."""
+    from moe_trace.read.reader import read_summary
+
+    with reading_progress() as progress:
+        summary = read_summary(
+            path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
+        )
+    given = arguments.copies.get(path)
+    return summary if given is None else replace(summary, trace=given, files=(given,))
 
 
 def parse_steps(text: str | None) -> frozenset[int]:

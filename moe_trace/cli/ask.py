@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.arguments import add_filters, read_chosen
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.read.answers import QUESTIONS, ask
-from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.show.answers import plain_answers, render_answers
 from moe_trace.show.json import without_nonfinite
 
@@ -50,7 +49,7 @@ class AskCommand:
         """Read, answer, print."""
         paths = [path for path in (arguments.path, arguments.other) if path is not None]
         labels = _labels(arguments.labels, paths)
-        summary, *others = (_read(path, arguments) for path in paths)
+        summary, *others = (read_chosen(path, arguments) for path in paths)
         answers = ask(
             summary,
             others[0] if others else None,
@@ -63,13 +62,6 @@ class AskCommand:
         else:
             print(render_answers(answers), end="")
         return 0
-
-
-def _read(path: str, arguments: argparse.Namespace) -> TraceSummary:
-    with reading_progress() as progress:
-        return read_summary(
-            path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
-        )
 
 
 def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:

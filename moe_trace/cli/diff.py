@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_filters, chosen_filter, chosen_peak, reading_progress
+from moe_trace.cli.arguments import add_filters, read_chosen
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.read.diff import Change, Comparison, compare
 from moe_trace.read.diff.conditions import Condition, missing, parse_condition
 from moe_trace.read.diff.metrics import METRICS
-from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text
 from moe_trace.show.json import without_nonfinite
 
@@ -52,7 +51,7 @@ class DiffCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Compare, print, and judge."""
         conditions = [parse_condition(text) for text in arguments.fail_on]
-        sides = [_read(path, arguments) for path in (arguments.a, arguments.b)]
+        sides = [read_chosen(path, arguments) for path in (arguments.a, arguments.b)]
         comparison = compare(*sides)
         changes = comparison.changes
         unknown = [condition.text for condition in conditions if missing(condition, changes)]
@@ -71,13 +70,6 @@ class DiffCommand:
             where = f"{change.site}, {change.stage},"
             print(f"moe-trace: failed on {condition.text}: {where} changed by {size}", file=sys.stderr)
         return 1 if failed else 0
-
-
-def _read(path: str, arguments: argparse.Namespace) -> TraceSummary:
-    with reading_progress() as progress:
-        return read_summary(
-            path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
-        )
 
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:

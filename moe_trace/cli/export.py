@@ -10,14 +10,12 @@ from typing import ClassVar
 from moe_trace.cli.arguments import (
     add_filters,
     add_output,
-    chosen_filter,
-    chosen_peak,
-    reading_progress,
+    read_chosen,
     refuse_to_replace,
 )
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.files import write_text
-from moe_trace.read.reader import TraceSummary, read_summary
+from moe_trace.read.reader import TraceSummary
 
 SUFFIXES = {"csv": ".csv", "parquet": ".parquet", "perfetto": ".pftrace", "eplb": ".npy"}
 
@@ -47,13 +45,7 @@ class ExportCommand:
         """Read, then write one file."""
         target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
         refuse_to_replace(target, force=arguments.force, inputs=[arguments.path])
-        with reading_progress() as progress:
-            summary = read_summary(
-                arguments.path,
-                chosen=chosen_filter(arguments),
-                peak=chosen_peak(arguments),
-                progress=progress,
-            )
+        summary = read_chosen(arguments.path, arguments)
         _write(summary, arguments.to, target)
         print(f"wrote {target}", file=sys.stderr)
         return 0

@@ -71,12 +71,13 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
     """Copy pipes and standard input (`-`) to files, for a trace is read from more than one place.
 
     Args:
+        arguments: what is read is replaced by its copy; `copies` says how the user named it.
         reads: names of the arguments that say what is read -> how the copy's name ends.
 
     Raises:
         MoETraceError: one cannot be read, or the command fails; names are those that the user gave.
     """
-    copies: dict[str, str] = {}
+    copies = arguments.copies = dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="moe_trace-") as folder:
 
         def copied(given: Any, ending: str) -> Any:

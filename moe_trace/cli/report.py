@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe_trace.cli.arguments import (
     add_filters,
-    chosen_filter,
-    chosen_peak,
-    reading_progress,
+    read_chosen,
     refuse_to_replace,
 )
 from moe_trace.cli.pipes import TRACE
@@ -51,19 +49,7 @@ class ReportCommand:
         """Print the report, or write the page."""
         if arguments.html is not None:
             refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
-        from moe_trace.read.reader import read_summary
-
-        summaries = []
-        for path in arguments.paths:
-            with reading_progress() as progress:
-                summaries.append(
-                    read_summary(
-                        path,
-                        chosen=chosen_filter(arguments),
-                        peak=chosen_peak(arguments),
-                        progress=progress,
-                    )
-                )
+        summaries = [read_chosen(path, arguments) for path in arguments.paths]
         if arguments.html is not None:
             from moe_trace.show.html import render_page
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_trace.data.errors import OutputError
+from moe_trace.read.file.folder import REDUCED_SUFFIX
 
+_TRACES = ("*.pt.trace.json", "*.pt.trace.json.gz")
 OUTPUT_PATTERNS = (
-    "*.pt.trace.json",
-    "*.pt.trace.json.gz",
+    *_TRACES,
+    f"*{REDUCED_SUFFIX}",
     "events.out.tfevents.*",
     "rank*/events.out.tfevents.*",
 )
@@ -17,6 +19,11 @@ OUTPUT_PATTERNS = (
 def files_in(folder: Path) -> tuple[Path, ...]:
     """What a run wrote there."""
     return tuple(sorted(file for pattern in OUTPUT_PATTERNS for file in folder.glob(pattern)))
+
+
+def traces_in(folder: Path) -> list[Path]:
+    """Of that the traces."""
+    return sorted(file for pattern in _TRACES for file in folder.glob(pattern))
 
 
 def claim_folder(folder: Path, *, force: bool) -> list[Path]:

@@ -19,7 +19,7 @@ from moe_trace.find.contracts.modules import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig
-from moe_trace.workload.folder import claim_folder, files_in
+from moe_trace.workload.folder import claim_folder, files_in, traces_in
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
 from moe_trace.workload.process_group import (
@@ -191,7 +191,7 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
         activities=activities,
         record_shapes=config.record_shapes,
         with_stack=config.with_stack,
-        on_trace_ready=tensorboard_trace_handler(config.out, use_gzip=True),
+        on_trace_ready=tensorboard_trace_handler(config.out, use_gzip=True, reduce=config.split.is_split),
     )
 
 
@@ -213,7 +213,7 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
         others = missing_files(team, config.out, _GIVE_UP_S)
         if not others:  # the fault is this rank's own
             raise
-        kept = [file.name for file in files_in(config.out) if ".pt.trace.json" in file.name]
+        kept = [file.name for file in traces_in(config.out)]
         raise RankFailed(
             f"the run did not end: {'; '.join(others)}. In {config.out} is what was written until then: "
             f"{', '.join(kept) or 'nothing'}"
@@ -237,7 +237,7 @@ def _written(config: RunConfig, team: Team, earlier: list[Path]) -> Path:
     """The trace that this process wrote."""
     name = f".rank{team.rank}." if team.store is not None else ""
     known = {file.name for file in earlier}
-    traces = [f for f in files_in(config.out) if ".pt.trace.json" in f.name and name in f.name]
+    traces = [f for f in traces_in(config.out) if name in f.name]
     return [f for f in traces if f.name not in known][-1]
 
 

@@ -24,7 +24,7 @@ from moe_trace.find.routers import find_routers
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig
-from moe_trace.workload.folder import claim_folder, files_in
+from moe_trace.workload.folder import claim_folder, files_in, traces_in
 from moe_trace.workload.runner import RunResult
 
 
@@ -49,7 +49,7 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> tup
             status = _status_of(script)
     finally:
         recording.stop()
-    written = [file for file in files_in(config.out) if file not in earlier and ".pt.trace.json" in file.name]
+    written = [file for file in traces_in(config.out) if file not in earlier]
     if not written:
         raise NothingRecorded(recording.why_nothing(script))
     for file in earlier:

@@ -21,6 +21,7 @@ from werkzeug.test import Client
 from moe_trace.read.file.events import Kind
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
+from moe_trace.read.reduced.workers import reduce_trace
 from moe_trace.read.time.lanes import add_up, find_lanes, join_pieces
 from moe_trace.show.json import to_plain
 from moe_trace.show.tensorboard import store as store_module
@@ -195,6 +196,111 @@ def test_what_was_read_is_answered_while_another_trace_is_read(
     go_on.set()
     other.join()
     assert not still_waiting
+
+
+@pytest.fixture
+def reduced(tmp_path: Path) -> Path:
+    """Two ranks, each with what it was reduced to."""
+    folder = tmp_path / "logs" / "ep2"
+    shutil.copytree(DATA / "gloo_ep2", folder)
+    for trace in folder.glob("*.json.gz"):
+        reduce_trace(trace)
+    return folder
+
+
+def test_ranks_whose_traces_are_gone_are_shown_from_what_they_were_reduced_to(reduced: Path) -> None:
+    logdir, name = reduced.parent, "rank0.pt.trace.json.gz"
+    asked = {"run": "ep2", "trace": name}
+    views = ("overview", "routing", "heat", "time", "ranks")
+
+    def shown() -> tuple[list[Any], Dashboard]:
+        dashboard = Dashboard(Catalogs(str(logdir)))
+        (run,) = dashboard.answer("runs", {})["runs"]
+        assert [t["trace"] for t in run["traces"]] == [name, "rank1.pt.trace.json.gz"]
+        return [dashboard.answer(view, asked) for view in views], dashboard
+
+    with_traces, _ = shown()
+    for trace in reduced.glob("*.json.gz"):
+        trace.unlink()
+    without, dashboard = shown()
+    assert without[1:] == with_traces[1:]
+    assert without[0]["stages"] == with_traces[0]["stages"]
+    assert any("gone" in note for note in without[0]["notes"])
+    assert "the trace is gone" in dashboard.answer("timeline", asked)["broken"]
+    gone = client_of(logdir).get(f"/download?run=ep2&trace={name}")
+    assert gone.status_code == 404 and "gone" in gone.get_json()["error"]
+
+
+def test_a_trace_is_read_by_the_small_file_of_just_its_bytes(reduced: Path) -> None:
+    trace = reduced / "rank0.pt.trace.json.gz"
+    asked = {"run": "ep2", "trace": trace.name}
+    small = next(reduced.glob("rank0*.moe_trace"))
+    small.write_bytes(next(reduced.glob("rank1*.moe_trace")).read_bytes())
+    dashboard = Dashboard(Catalogs(str(reduced.parent)))
+    assert dashboard.answer("trace", asked)["rank"] == 1, "the small file was read"
+    trace.write_bytes(gzip.compress(gzip.decompress(trace.read_bytes()), 1))
+    assert dashboard.answer("trace", asked)["rank"] == 0, "it is of other bytes now"
+    trace.unlink()
+    small.unlink()
+    small.symlink_to(DATA / "gloo_ep2" / trace.name)
+    refused = Dashboard(Catalogs(str(reduced.parent))).answer("runs", {})["runs"][0]["traces"]
+    assert [t["state"] for t in refused if t["trace"] == trace.name] == ["broken"], (
+        "a link that leaves the folder"
+    )
+
+
+def test_a_trace_that_is_deleted_between_two_requests_is_missed_alone(logdir: Path) -> None:
+    client = client_of(logdir)
+    client.get("/runs")
+    (logdir / "train" / TRAIN).unlink()
+    gone = client.get(f"/overview?run=train&trace={TRAIN}")
+    assert gone.status_code == 404 and "reload the list of runs" in gone.get_json()["error"]
+    assert client.get(f"/download?run=train&trace={TRAIN}").status_code == 404
+    assert "facts" in client.get(f"/overview?run=prefill&trace={PREFILL}").get_json()
+    assert client.get(f"/ranks?run=train&trace={TRAIN}").status_code == 200
+    runs = client.get("/runs?fresh=1").get_json()["runs"]
+    assert {run["run"] for run in runs} == {"prefill", "prefill/eager"}
+
+
+def test_a_folder_that_is_deleted_leaves_an_empty_list(logdir: Path) -> None:
+    client = client_of(logdir)
+    assert client.get("/runs?fresh=1").get_json()["runs"]
+    shutil.rmtree(logdir)
+    assert client.get("/runs?fresh=1").get_json()["runs"] == []
+
+
+SPECS = [
+    "a:{d}/train,b:{d}/prefill",
+    "{d}/train,{d}/prefill",
+    "a:~/train",
+    "a:{d}/one:two",
+    "a b:{d}/one:two",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parts_of_a_logdir_spec_are_tensorboards(
+    spec: str, logdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingester = pytest.importorskip("tensorboard.backend.event_processing.data_ingester")
+    monkeypatch.setenv("HOME", str(logdir))
+    for name in ("one:two", "x:y"):
+        (logdir / name).symlink_to("train")
+    found = Catalogs("", spec.format(d=logdir)).get(0.0).traces
+    roots = {str(trace.root): run.partition("/")[0] for (run, _), trace in found.items()}
+    wanted = ingester._parse_event_files_spec(spec.format(d=logdir))
+    assert {root: name if wanted[root] else None for root, name in roots.items()} == wanted
+    flags = SimpleNamespace(logdir="", logdir_spec=spec.format(d=logdir))
+    assert MoEPlugin(SimpleNamespace(logdir="", flags=flags)).is_active()  # type: ignore[arg-type]
+
+
+def test_one_of_two_traces_of_one_name_is_not_hidden_silently(logdir: Path) -> None:
+    shutil.copy(H200 / EAGER, logdir / "train" / PREFILL)
+    runs = Dashboard(Catalogs("", f"{logdir / 'train'},{logdir / 'prefill'}")).answer("runs", {})["runs"]
+    (run,) = (run for run in runs if run["run"] == ".")
+    states = [(trace["state"], trace.get("reason")) for trace in run["traces"] if trace["trace"] == PREFILL]
+    assert states[0] == ("unread", None)
+    assert states[1][0] == "broken" and "name the folders" in states[1][1]
 
 
 # -- security ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_trace.data.errors import TraceFileError
-from moe_trace.read.file.folder import find_traces, visible_files
+from moe_trace.read.file.folder import REDUCED_SUFFIX, find_traces, visible_files
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.reduced.file import is_reduced, read_reduced, reduced_path, trace_of
 from moe_trace.read.reduced.trace import ReducedTrace, reduce_file
@@ -35,6 +35,12 @@ def find_inputs(path: str | Path) -> list[Path]:
     found = {trace: [_fresh(trace, by_trace.get(trace, ()))] for trace in traces}
     gone = {trace: files for trace, files in by_trace.items() if trace not in found}
     return [file for _, files in sorted((found | gone).items()) for file in files]
+
+
+def quickest(trace: Path) -> Path:
+    """What is read for one trace: what it was reduced to, where that is of the trace as it is now."""
+    beside = trace.parent.glob(f"*{REDUCED_SUFFIX}")
+    return _fresh(trace, [file for file in beside if trace_of(file) == trace])
 
 
 def _fresh(trace: Path, reduced: Sequence[Path]) -> Path:

@@ -46,6 +46,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def reduce_trace(file: Path) -> Path:
+    """Write the small file of one trace, by this process; where it stands.
+
+    Raises:
+        TraceFileError: the trace cannot be read.
+        OutputError: its folder cannot be written.
+    """
+    return write_reduced(file, encode(list(reduce_file(file))))
+
+
 def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
     """Write the small file of each trace, on all cores; where it stands, or why there is none."""
     regular = [file for file in files if not os.path.exists(file) or os.path.isfile(file)]

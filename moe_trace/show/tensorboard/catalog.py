@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 TRACE_NAME = re.compile(r"(?P<stem>.+)\.pt\.trace\.json(?:\.gz)?", re.DOTALL)
-_NAMED_FOLDER = re.compile(r"(?P<name>[^:/\\]+):(?P<folder>[^:]*)")
+_REDUCED_NAME = re.compile(r"(?P<trace>.+\.pt\.trace\.json(?:\.gz)?)\.[0-9a-f]{16}\.moe_trace", re.DOTALL)
 TRACES_MAX = 2000
 FRESH_S, RECENT_S = 1.0, 30.0
+_TWICE = "another folder has a trace of that name; name the folders: --logdir_spec a:first,b:second"
 OUTSIDE = "a link that leaves the log folder; it is not followed"
 
 
@@ -30,10 +31,16 @@ class Trace:
     """Folder relative to the log folder; `.` for itself; in `--logdir_spec` behind the folder's name."""
     name: str
     path: Path
+    """The file; of a trace that is gone, what it was reduced to."""
     root: Path
     """The log folder, links resolved: nothing outside is read."""
     mtime_ns: int
     size_bytes: int
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether the trace is gone, and with it the events."""
+        return TRACE_NAME.fullmatch(self.path.name) is None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -100,19 +107,23 @@ class Catalogs:
 
 
 def _parse_spec(spec: str) -> list[tuple[str, str]]:
-    """(name, folder) for each part of `--logdir_spec`; the name may be missing."""
+    """(name, folder) for each part of `--logdir_spec`, as TensorBoard cuts it; the name may be missing."""
     found = []
     for part in filter(None, spec.split(",")):
-        named = _NAMED_FOLDER.fullmatch(part)
-        found.append((named["name"], named["folder"]) if named else ("", part))
+        name, colon, folder = part.partition(":")
+        named = colon and not part.startswith("/") and not folder.startswith("//")
+        found.append((name, folder) if named else ("", part))
     return found
 
 
 def _joined(catalogs: list[Catalog]) -> Catalog:
     if len(catalogs) == 1:
         return catalogs[0]
-    traces = {key: trace for catalog in catalogs for key, trace in catalog.traces.items()}
+    traces: dict[tuple[str, str], Trace] = {}
     refused = {key: why for catalog in catalogs for key, why in catalog.refused.items()}
+    for catalog in catalogs:
+        refused |= dict.fromkeys(traces.keys() & catalog.traces.keys(), _TWICE)
+        traces = {**catalog.traces, **traces}
     return Catalog(dict(sorted(traces.items())), refused, any(catalog.cut_off for catalog in catalogs))
 
 
@@ -141,7 +152,10 @@ def find_catalog(logdir: Path, prefix: str = "") -> Catalog:
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             refused[run, name] = "no regular file; it is not read"
             continue
-        traces[run, name] = Trace(run, name, path, root, status.st_mtime_ns, status.st_size)
+        found = Trace(run, name, path, root, status.st_mtime_ns, status.st_size)
+        other = traces.get((run, name))  # a trace that is gone may have been reduced before, too
+        if other is None or other.mtime_ns < found.mtime_ns:
+            traces[run, name] = found
     return Catalog(dict(sorted(traces.items())), refused, False)
 
 
@@ -161,3 +175,6 @@ def _candidates(root: Path) -> Iterator[tuple[str, str, Path]]:
         for name in sorted(files):
             if TRACE_NAME.fullmatch(name):
                 yield run, name, Path(folder, name)
+        for match in filter(None, map(_REDUCED_NAME.fullmatch, files)):
+            if match["trace"] not in files:
+                yield run, match["trace"], Path(folder, match.string)

@@ -117,6 +117,8 @@ class MoEPlugin(base_plugin.TBPlugin):
             trace = self._catalogs.find(request.args.get("run", ""), request.args.get("trace", ""))
             if not is_below(trace.path, trace.root):
                 return _problem(request, OUTSIDE, 404)
+            if trace.is_reduced:
+                return _problem(request, "the trace is gone; only what it was reduced to is here", 404)
             file = trace.path.open("rb")
         except (KeyError, OSError):
             return _problem(request, "there is no such trace", 404)

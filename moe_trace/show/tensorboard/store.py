@@ -12,12 +12,18 @@ from moe_trace.data.errors import MoETraceError, TraceFileError
 from moe_trace.read.analysis import TraceSummary, analyse
 from moe_trace.read.file.events import EventTable
 from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.reduced.inputs import quickest
 from moe_trace.show.tensorboard.catalog import OUTSIDE, Catalog, Trace, is_below
 
 SUMMARIES_MAX_BYTES = 512 * 2**20
 DERIVED_MAX = 32
 """Answers kept beside each summary: under the 2 MB of a view, or arrays smaller than the summary."""
 REASONS_MAX = 4096
+
+_NO_EVENTS = (
+    "the trace is gone, and what it was reduced to has all figures but no events to draw; put the trace back "
+    "beside it"
+)
 
 _T = TypeVar("_T")
 _Key = tuple[str, int, int]
@@ -82,6 +88,8 @@ class Store:
         Raises:
             TraceFileError: it cannot be read.
         """
+        if trace.is_reduced:
+            raise TraceFileError(_NO_EVENTS)
         with self._reading:
             return self._read(trace, lambda: read_trace(trace.path).events)
 
@@ -101,7 +109,7 @@ class Store:
         with self._reading:
             kept = self._at_hand(trace)  # another thread may have read it meanwhile
             if kept is None:
-                summary = self._read(trace, lambda: analyse([trace.path], label=str(trace.path)))
+                summary = self._read(trace, lambda: _summary(trace))
                 kept = _Kept(summary, _size_bytes(summary))
                 with self._keeping:
                     self._kept[trace.key] = kept
@@ -140,6 +148,11 @@ class Store:
         """Drop what was not asked for longest; the newest stays, however large it is."""
         while len(self._kept) > 1 and sum(k.size_bytes for k in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
+
+
+def _summary(trace: Trace) -> TraceSummary:
+    file = quickest(trace.path)
+    return analyse([file if is_below(file, trace.root) else trace.path], label=str(trace.path))
 
 
 def _size_bytes(summary: TraceSummary) -> int:
