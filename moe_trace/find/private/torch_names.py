@@ -52,12 +52,8 @@ graph_task_id: Callable[[], int] = _named(
 ) or (lambda: -1)
 
 
-"""Number of the backward that the calling thread is in; -1 outside of one."""
-
-
-def in_backward() -> bool:
-    """Whether the calling thread is in a backward, as where gradient checkpointing runs a forward again."""
-    return graph_task_id() != -1
+"""Number of the backward that the calling thread is in, as where gradient checkpointing runs a forward again;
+-1 outside of one."""
 
 
 _engine = _named("autograd.Variable._execution_engine")
@@ -102,12 +98,10 @@ def outside_functions() -> AbstractContextManager[Any]:
     return context
 
 
-_tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
+tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
 
 
-def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` makes a program of what the calling thread computes."""
-    return _tracing_state() is not None
+"""Not None where `torch.jit.trace` makes a program of what the calling thread computes."""
 
 
 # -- the profiler --------------------------------------------------------------------------------------------
@@ -121,9 +115,19 @@ if _thread_is_profiled is None and not hasattr(torch.autograd.profiler, "_is_pro
     )
 
 
+_profiler = torch.autograd.profiler
+
+
+def any_thread_is_profiled() -> bool:
+    """Either of these."""
+    if getattr(_profiler, "_is_profiler_enabled", False):
+        return True
+    return _thread_is_profiled is not None and _thread_is_profiled()
+
+
 def process_is_profiled() -> bool:
     """Whether a torch profiler records any thread of this process."""
-    return bool(getattr(torch.autograd.profiler, "_is_profiler_enabled", False))
+    return bool(getattr(_profiler, "_is_profiler_enabled", False))
 
 
 def thread_is_profiled() -> bool:
@@ -155,22 +159,34 @@ def learns_of_public_ranges_alone(config: Any) -> bool:
     return "cupti_monitor" in str(getattr(config, "custom_profiler_config", ""))
 
 
-def enter_range(name: str, publicly: bool = False) -> Any:
+_record_function = torch.profiler.record_function
+
+
+def _enter_publicly(name: str) -> Any:
+    return _record_function(name).__enter__()
+
+
+def enter_range(name: str) -> Any:
     """Open a range of the kind that `record_function` opens, where it can be for a third of its time.
 
     `record_function` goes through two operators and their dispatcher; the names above do not.
     """
-    if publicly or _enter is None or _leave is None:
-        return torch.profiler.record_function(name).__enter__()
-    return _enter(name)
+    return _enter_publicly(name) if _enter is None or _leave is None else _enter(name)
 
 
 def leave_range(entered: Any) -> None:
-    """Close what `enter_range` opened."""
-    if isinstance(entered, torch.profiler.record_function):
+    """Close a range, however it was opened."""
+    if isinstance(entered, _record_function):
         entered.__exit__(None, None, None)
     else:
         _leave(entered)
+
+
+def range_functions(*, publicly: bool) -> tuple[Callable[[str], Any], Callable[[Any], None]]:
+    """(what opens a range, what closes it), without the question which that is."""
+    if publicly or _enter is None or _leave is None:
+        return _enter_publicly, leave_range
+    return _enter, _leave
 
 
 # -- dynamo and graphs ---------------------------------------------------------------------------------------
@@ -188,6 +204,15 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
             frames.set_code_exec_strategy(function.__code__, skip)
     except (ImportError, AttributeError):
         return
+
+
+def may_be_compiled() -> bool:
+    """Whether `torch.compile` was ever asked for in this process, as far as dynamo tells."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:
+        return False
+    # Emptied by `torch.compiler.reset`, which does not forget what it counted.
+    return bool(getattr(frames, "cached_backends", True)) or frames_compiled() > 0
 
 
 def is_exporting() -> bool:

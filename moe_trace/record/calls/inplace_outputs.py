@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from moe_trace.find.contracts.overhead import overhead_range
-from moe_trace.find.private.torch_names import is_jit_tracing
+from moe_trace.find.private.torch_names import tracing_state
 from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart
 
@@ -51,7 +51,7 @@ class TensorCopies:
 
     def copy(self, value: Any) -> Any:
         """A copy of a tensor, or of the tensors of a tuple; the value itself where it cannot be copied."""
-        if is_compiling() or is_jit_tracing():
+        if is_compiling() or tracing_state() is not None:
             return value  # a copy would become part of the program that is made
         try:
             with apart(), overhead_range():

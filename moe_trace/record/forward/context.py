@@ -73,13 +73,14 @@ class ForwardStack:
     """The modules that each thread entered the model through, outermost first."""
 
     def __init__(self) -> None:
-        self._stacks: dict[int, list[_Entered]] = {}
+        self.stacks: dict[int, list[_Entered]] = {}
+        """By thread; of none that is in no forward."""
         self.last: ForwardContext | None = None
         """The forward that began last: what a recomputation in the backward belongs to."""
 
     def top(self, thread: int) -> _Entered | None:
         """The innermost module that a thread is in."""
-        stack = self._stacks.get(thread)
+        stack = self.stacks.get(thread)
         return stack[-1] if stack else None
 
     def is_stale(self, thread: int, level: int) -> bool:
@@ -87,60 +88,51 @@ class ForwardStack:
 
         They were left by an exception that no hook is told of, such as a KeyboardInterrupt.
         """
-        stack = self._stacks.get(thread)
+        stack = self.stacks.get(thread)
         return stack is not None and level <= stack[0].level
 
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
         """A thread enters a module."""
-        stack = self._stacks.get(thread)
+        stack = self.stacks.get(thread)
         if stack is None:
-            self._stacks[thread] = [_Entered(level, context)]
+            self.stacks[thread] = [_Entered(level, context)]
             self.last = context
         else:
             stack.append(_Entered(level, context))
 
     def pop(self, thread: int) -> tuple[ForwardContext | None, ForwardContext | None]:
         """It leaves the innermost one: (the forward it was in, the one that it is in now)."""
-        stack = self._stacks.get(thread)
+        stack = self.stacks.get(thread)
         if not stack:
             return None, None
         left = stack.pop().context
         if stack:
             return left, stack[-1].context
-        del self._stacks[thread]
+        del self.stacks[thread]
         return left, None
-
-    def is_outermost(self, thread: int) -> bool:
-        """Whether the thread is in one module only."""
-        return len(self._stacks.get(thread, ())) == 1
-
-    def is_inner(self, thread: int) -> bool:
-        """Whether the innermost module has a forward of its own inside another one's."""
-        stack = self._stacks.get(thread, [])
-        return len(stack) > 1 and stack[-1].context is not stack[-2].context
 
     def drop(self, thread: int) -> None:
         """The thread is in no forward."""
-        self._stacks.pop(thread, None)
+        self.stacks.pop(thread, None)
 
     @property
     def busy(self) -> int:
         """How many threads are in a forward."""
-        return len(self._stacks)
+        return len(self.stacks)
 
     def threads(self) -> list[int]:
         """The threads that are in a forward."""
-        return list(self._stacks)
+        return list(self.stacks)
 
     def of(self, thread: int) -> ForwardContext | None:
         """The forward that a thread is in; for one that only helps, the only one under way."""
-        stack = self._stacks.get(thread)
+        stack = self.stacks.get(thread)
         if stack:
             return stack[-1].context
-        others = list(self._stacks.values())
+        others = list(self.stacks.values())
         return others[0][-1].context if len(others) == 1 and others[0] else None
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._stacks.clear()
+        self.stacks.clear()
         self.last = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,11 +30,10 @@ class ModelInputs:
         names = _DECODER_TOKENS if self._encoder_decoder else _TOKENS
         self._tokens = self._places(names)
         self._caches, self._mask = self._places(_CACHES), self._places(("attention_mask",))
-
-    @property
-    def names_tokens(self) -> bool:
+        self.names_tokens = any(name in self._positions for name in (*_TOKENS, *_DECODER_TOKENS))
         """Whether the module's forward is one of a language model: it is given tokens by name."""
-        return any(name in self._positions for name in (*_TOKENS, *_DECODER_TOKENS))
+        self.names_mask = "attention_mask" in self._positions
+        """Whether it may be given a mask without its name."""
 
     def length(self, args: Any, kwargs: dict[str, Any]) -> int | None:
         """Tokens per row of the model's input; of the decoder's, where there is one."""
@@ -44,7 +42,7 @@ class ModelInputs:
 
     def look(self, args: Any, kwargs: dict[str, Any]) -> tuple[Stage, int | None, bool]:
         """(stage, tokens of all rows as far as the first tensor tells, whether they were named)."""
-        named = tokens = self._tensor(args, kwargs)
+        named = tokens = self._tensor(args, kwargs) if kwargs or self.names_tokens else None
         if tokens is None:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):
@@ -52,8 +50,9 @@ class ModelInputs:
                     break
         count = None
         if tokens is not None:
-            shape = tokens.shape
-            count = math.prod(shape[:-1] if tokens.is_floating_point() else shape)
+            count = tokens.numel()
+            if tokens.is_floating_point() and tokens.dim():
+                count //= tokens.shape[-1] or 1
         return self._stage(named, args, kwargs), count, named is not None
 
     def stage(self, args: Any, kwargs: dict[str, Any]) -> Stage:

@@ -5,28 +5,22 @@ A range costs microseconds even when nobody records, so one is opened only while
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 from torch import nn
 
 from moe_trace.find.private.torch_names import (
-    enter_range,
     learns_of_public_ranges_alone,
     leave_range,
     process_is_profiled,
     profiles_all_threads,
+    range_functions,
     thread_is_profiled,
 )
 
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
 _public_alone = weakref.WeakSet[object]()  # profilers that must be told of a range by `record_function`
-
-
-def any_profiler_is_recording() -> bool:
-    """Whether a torch profiler records in this process, be it other threads only."""
-    return process_is_profiled() or thread_is_profiled()
 
 
 def profiler_is_recording() -> bool:
@@ -49,55 +43,74 @@ def note_profiler(prof: object) -> None:
 class OpenRanges:
     """The ranges that one tracer has open, per thread, innermost last."""
 
+    __slots__ = ("enter", "leave", "own", "quiet", "stacks", "thread", "wanted")
+
     def __init__(self) -> None:
-        self.stacks: dict[int, list[tuple[str, Any]]] = {}
-        """By thread; empty while no range is open, which is cheap to ask."""
+        self.stacks: dict[int, list[Any]] = {}
+        """By thread: name and entry of each range in turn; empty where nothing can be open, which is cheap to
+        ask."""
         self.wanted: bool | None = None
         """Whether a profiler records the forwards under way; None where nobody knows, so it is asked."""
         self.quiet: set[int] = set()
         """Threads whose forward is not recorded."""
+        self.thread = -1
+        """Whose profiled forward began last: its ranges are opened without asking."""
+        self.own: list[Any] = []
+        """Its stack."""
+        self.enter, self.leave = range_functions(publicly=False)
 
-    def open(self, name: str) -> None:
+    def want(self, thread: int) -> None:
+        """A profiler records the forward that the calling thread begins."""
+        self.wanted, self.thread = True, thread
+        self.own = self.stacks.setdefault(thread, [])
+        self.enter, self.leave = range_functions(publicly=bool(_public_alone))
+
+    def open(self, name: str, thread: int) -> None:
         """Open a range on the calling thread, if it is wanted."""
+        if thread == self.thread:
+            self.own += name, self.enter(name)
+            return
         if not self.wanted and (self.wanted is False or not profiler_is_recording()):
             return
-        thread = threading.get_ident()
-        if thread in self.quiet:
-            return
-        opened = (name, enter_range(name, publicly=bool(_public_alone)))
-        stack = self.stacks.get(thread)
-        if stack is None:
-            self.stacks[thread] = [opened]
-        else:
-            stack.append(opened)
+        if thread not in self.quiet:
+            enter, _ = range_functions(publicly=bool(_public_alone))
+            self.stacks.setdefault(thread, []).extend((name, enter(name)))
 
-    def close(self, name: str) -> None:
+    def close(self, name: str, thread: int) -> None:
         """Close the innermost open range of that name, and any that was left open inside it."""
-        thread = threading.get_ident()
-        stack = self.stacks.get(thread)
-        if not stack or (stack[-1][0] != name and all(name != opened for opened, _ in stack)):
-            return
-        innermost = None
-        while innermost != name:
-            innermost, entry = stack.pop()
-            leave_range(entry)
-        if not stack:
+        if thread == self.thread:
+            stack = self.own
+            if stack and stack[-2] is name:
+                self.leave(stack.pop())
+                stack.pop()
+                return
+        else:
+            stack = self.stacks.get(thread, [])
+        if name in stack[::2]:
+            at = len(stack) - 2 - 2 * stack[-2::-2].index(name)
+            self._close(stack[at:])
+            del stack[at:]
+        if not stack and thread != self.thread:
             self.stacks.pop(thread, None)
 
-    def close_thread(self) -> None:
-        """Close what an interrupted forward left open on the calling thread."""
-        for _, entry in reversed(self.stacks.pop(threading.get_ident(), [])):
-            leave_range(entry)
+    def end(self, thread: int) -> None:
+        """Close what the calling thread has open: its forward is over, or was interrupted."""
+        if thread == self.thread:
+            self.thread = -1
+        self._close(self.stacks.pop(thread, []))
 
     def close_all(self) -> None:
         """Close everything, whichever thread opened it."""
-        while self.stacks:
-            _, stack = self.stacks.popitem()
-            for _, entry in reversed(stack):
-                leave_range(entry)
+        for thread in list(self.stacks):
+            self.end(thread)
+
+    @staticmethod
+    def _close(stack: list[Any]) -> None:
+        for entry in stack[::-2]:
+            leave_range(entry)
 
     def __len__(self) -> int:
-        return sum(map(len, self.stacks.values()))
+        return sum(map(len, self.stacks.values())) // 2
 
 
 # Two tracers on one model would open every range twice; the first to come opens them.

@@ -27,6 +27,14 @@ class Steps:
             return int(getattr(self.profiler, "step_num", 0))
         return self.forwards if self._by_hand is None else self._by_hand
 
+    def begin(self) -> tuple[int, bool]:
+        """A forward begins: (its step, whether it is recorded)."""
+        step = self.forwards if self._by_hand is None else self._by_hand
+        if self.profiler is not None:
+            step = int(getattr(self.profiler, "step_num", 0))
+        self.forwards += 1
+        return step, step >= self.warmup and (step - self.warmup) % self.every == 0
+
     def samples(self, step: int) -> bool:
         """Whether a step is recorded."""
         return step >= self.warmup and (step - self.warmup) % self.every == 0

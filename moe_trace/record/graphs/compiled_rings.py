@@ -67,10 +67,10 @@ class ForwardInGraph:
             ring.put(body, tokens, self._code)
         self.forget()
 
-    def forget(self) -> None:
-        """No forward is under way; what one left that was interrupted is dropped."""
+    def forget(self, on_host: bool = False) -> None:
+        """No forward is under way, or one `on_host`; what one left that was interrupted is dropped."""
         self._code = self._waiting = None
-        self.on_host = False
+        self.on_host = on_host
 
 
 class SiteRings:
@@ -151,8 +151,8 @@ class ModelRings:
         started: Callable[[], None],
         counting: Callable[[int], None],
     ) -> None:
-        self._forward = ForwardInGraph()
-        self.sites = [SiteRings(router.info.num_experts, self._forward, self._allocate) for router in routers]
+        self.in_graph = ForwardInGraph()
+        self.sites = [SiteRings(router.info.num_experts, self.in_graph, self._allocate) for router in routers]
         self.counters: list[ForwardCounter] = []
         self._routers = list(routers)
         self._forwards = forwards
@@ -193,35 +193,34 @@ class ModelRings:
         The forward begins with the outermost one, unless the host saw it begin; the graph is compiled again
         where it is used in the other way later.
         """
-        if not CAN_RECORD_GRAPHS or is_exporting() or self._forward.under_way:
+        if not CAN_RECORD_GRAPHS or is_exporting() or self.in_graph.under_way:
             return
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()
-        self._forward.start(stage_code, level, together=not torch.is_grad_enabled())
+        self.in_graph.start(stage_code, level, together=not torch.is_grad_enabled())
 
     def end_in_graph(self, level: int) -> None:
         """It has returned, inside a graph or behind one that was broken off."""
         with torch.no_grad():
-            self._forward.end(level)
+            self.in_graph.end(level)
 
     def begin_on_host(self) -> None:
         """A forward begins that the host sees."""
-        self._forward.forget()
-        self._forward.on_host = True
+        self.in_graph.forget(on_host=True)
 
     def end_on_host(self) -> None:
         """The forward that the host saw begin is over."""
-        self._forward.forget()
+        self.in_graph.forget()
 
     def start_captured(self, stage_code: int, level: int) -> None:
         """The same while a stream is captured into a graph."""
-        if self._forward.under_way:
+        if self.in_graph.under_way:
             return
         with torch.no_grad():
             self.start_in_graph(stage_code, level)
         # Nobody makes one kernel of what is captured.
-        self._forward.start(stage_code, level, together=False)
+        self.in_graph.start(stage_code, level, together=False)
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:

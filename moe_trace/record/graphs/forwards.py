@@ -88,10 +88,11 @@ class GraphForwards:
 
     # -- noted in the forward's time ------------------------------------------------------------------
 
-    def begin(self, forward: ForwardContext) -> None:
-        """The host sees a forward begin."""
+    def begin(self, forward: ForwardContext) -> int:
+        """The host sees a forward begin; returns its epoch."""
         self.epoch += 1
         self._latest = forward
+        return self.epoch
 
     def remember(self) -> bool:
         """Graphs write in the forward that began last; returns whether the host saw any begin."""

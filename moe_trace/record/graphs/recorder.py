@@ -87,16 +87,16 @@ class GraphRecorder:
     # -- in the forward's time ------------------------------------------------------------------------
 
     def start_on_host(self, forward: ForwardContext) -> None:
-        """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full."""
-        self.forwards.begin(forward)
+        """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full.
+
+        Only where graphs write.
+        """
         self.rings.begin_on_host()
-        if not self.writes:
-            return
         self.forwards.remember()
         if self._unshipped >= self.rings.slots:
             self.ship()
         self._unshipped += 1
-        self.rings.start_on_host(self.forwards.epoch, forward.stage)
+        self.rings.start_on_host(forward.epoch, forward.stage)
 
     def mark(self, segment: Segment, *, in_trace: bool) -> None:
         """All forwards since the last mark belong to `segment`; nothing waits.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_trace.find.private.torch_names import after_backward, in_backward, is_exporting
+from moe_trace.find.private.torch_names import after_backward, graph_task_id, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart
@@ -77,7 +77,7 @@ class EventChecks:
             return (event_code(CONTEXT, site), thread, self._outside(), None, None, *event)
         if kind not in (ROUTER, WATCHED, EXPERTS):
             return event
-        if in_backward():
+        if graph_task_id() != -1:
             # Kept until the backward ends, it would keep the activations of a recomputed layer alive.
             with apart():
                 event = (event[0], thread, *map(_detached, event[2:]))

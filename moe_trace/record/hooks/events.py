@@ -42,6 +42,8 @@ def event_code(kind: int, site: int) -> int:
 class EventLog:
     """The events that are not joined yet."""
 
+    __slots__ = ("items", "note")
+
     def __init__(self) -> None:
         self.items: list[Any] = []
         self.note: Callable[[Event], Any] = self.items.extend

@@ -13,13 +13,17 @@ from torch.compiler import is_compiling
 
 from moe_trace.data.schema import Stage, range_name
 from moe_trace.find.contracts.modules import unwrapped
-from moe_trace.find.private.torch_names import in_backward, is_jit_tracing
+from moe_trace.find.private.torch_names import (
+    any_thread_is_profiled,
+    graph_task_id,
+    may_be_compiled,
+    tracing_state,
+)
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.forward.ranges import (
     OpenRanges,
-    any_profiler_is_recording,
     owns_ranges,
     profiler_is_recording,
 )
@@ -65,6 +69,9 @@ class ForwardWatch:
         self._unsettled = list(self.routers)
         """Whose block may come to need no hook."""
         self._token_bytes = sum(map(bytes_of_token, sites))
+        self._busy, self._in_graph = self.forwards.stacks, self.graphs.rings.in_graph
+        self._graphs_write = self.graphs.rings.counters
+        """Not empty where any graph writes into a ring."""
         self.calls: CallCollector
 
     def abandon(self, thread: int) -> None:
@@ -88,7 +95,7 @@ class ForwardWatch:
             epoch=self.graphs.forwards.epoch,
             recorded=self.steps.samples(step),
             of_model=False,
-            profiled=any_profiler_is_recording(),
+            profiled=any_thread_is_profiled(),
         )
 
     # -- a forward ------------------------------------------------------------------------------------
@@ -98,19 +105,27 @@ class ForwardWatch:
         if is_compiling():
             self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
             return
+        # One function calls few others from here to `_end_forward`: what each forward runs once, it runs with
+        # nothing of it in the processor's caches.
         try:
-            self._begin_eagerly(entry, args, kwargs, replica)
+            if captures_now():
+                self.levels.set(Level.RANGES)  # which tells where the experts end
+                self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
+                return
+            thread = get_ident()
+            if thread in self._busy or replica:
+                self._begin_within(entry, thread, args, kwargs, replica)
+            else:
+                self._begin_forward(entry, thread, args, kwargs)
         except Exception as error:
             self.failures.note(error)
 
-    def _begin_eagerly(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        if captures_now():
-            self.levels.set(Level.RANGES)  # which tells where the experts end
-            self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
-            return
-        thread = get_ident()
+    def _begin_within(
+        self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
+    ) -> None:
+        """The same where a forward is under way."""
         around = self.forwards.top(thread)
-        if around is not None and self.forwards.is_stale(thread, entry.level) and not in_backward():
+        if around is not None and self.forwards.is_stale(thread, entry.level) and graph_task_id() == -1:
             self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
             around = None
         if around is None:
@@ -128,54 +143,50 @@ class ForwardWatch:
 
     def _begin_forward(self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any]) -> None:
         if self.ranges.stacks:
-            self.ranges.close_thread()
-        if self.calls.flush(None):  # what was called outside any forward
+            self.ranges.end(thread)
+        if self.log.items and self.calls.flush(None):  # what was called outside any forward
             self.recorder.end_forward()
-        again = self.forwards.last
-        if again is not None and in_backward():
+        if graph_task_id() != -1 and self.forwards.last is not None:
             # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
-            context = again.again()
+            context = self.forwards.last.again()
             self.forwards.push(thread, entry.level, context)
             self._want(context, thread)
             return
-        step = self.steps.now()
-        self.steps.forwards += 1
+        step, sampled = self.steps.begin()
         # What torch.jit traces becomes part of somebody's program: nothing of ours may.
-        sampled = self.steps.samples(step) and not is_jit_tracing()
+        sampled = sampled and tracing_state() is None
         tokens, context = None, self._left_out  # one for all, of which nobody will ask more
-        if sampled or self.graphs.writes:
+        if sampled or self._graphs_write:
             stage, tokens, told = entry.inputs.look(args, kwargs)
             context = self._context(step, stage, thread, sampled, told)
-        self.graphs.start_on_host(context)
-        context.epoch = self.graphs.forwards.epoch
+        context.epoch = self.graphs.forwards.begin(context)
+        if self._graphs_write:
+            self.graphs.start_on_host(context)
+        self._in_graph.on_host = True
         self.forwards.push(thread, entry.level, context)
         if not self.levels.kept and self._is_compiled():
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
         self._want(context, thread)
         if sampled:
             self.forwards_recorded += 1
-            self._find_padding(context, entry, args, kwargs)
+            if kwargs or entry.inputs.names_mask:
+                self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
     def _context(self, step: int, stage: Stage, thread: int, sampled: bool, told: bool) -> ForwardContext:
-        profiled = sampled and any_profiler_is_recording()
-        if profiled and (self.graphs.writes or self.levels.kept) and profiler_is_recording():
+        profiled = sampled and any_thread_is_profiled()
+        if profiled and (self._graphs_write or self.levels.kept) and profiler_is_recording():
             self._open_graph_range()
-        return ForwardContext(
-            step,
-            stage,
-            recorded=sampled,
-            profiled=profiled,
-            told=told,
-            start_ns=time_ns(),
-            ident=thread,
-        )
+        context = ForwardContext(step, stage, ident=thread)
+        context.recorded, context.profiled, context.told = sampled, profiled, told
+        context.start_ns = time_ns()
+        return context
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
         if owns_ranges(self.routers[0].site.router, self.owner):
-            self.ranges.wanted = True
-            self.ranges.open(self._graph_range)
+            self.ranges.want(get_ident())
+            self.ranges.open(self._graph_range, get_ident())
 
     def _begin_inside(
         self, entry: ModelEntry, thread: int, context: ForwardContext, args: Any, kwargs: dict[str, Any]
@@ -188,8 +199,9 @@ class ForwardWatch:
             self.calls.flush(thread)
             context = context.inner(stage, None)
             context.start_ns = time_ns()
-            self.graphs.start_on_host(context)
-            context.epoch = self.graphs.forwards.epoch
+            context.epoch = self.graphs.forwards.begin(context)
+            if self._graphs_write:
+                self.graphs.start_on_host(context)
         context.stage, context.told = stage, True
         self._find_padding(context, entry, args, kwargs)
         self.send_events(tokens, context)
@@ -212,28 +224,35 @@ class ForwardWatch:
         context.padding_unclear |= unknown
 
     def _is_compiled(self) -> bool:
-        first = self.steps.forwards == 1  # parts may have been compiled since the start
-        return is_called_through_compile() or (first and bool(compiled_parts(self.model)))
+        if self.steps.forwards == 1 and compiled_parts(self.model):  # since the start
+            return True
+        return may_be_compiled() and is_called_through_compile()
 
     def _want(self, context: ForwardContext, thread: int) -> None:
         """Put on what the calling thread's forward needs."""
         if not context.recorded:
             self.ranges.quiet.add(thread)
-            self.levels.want(Level.OFF, thread)
+            if self.levels.level != Level.OFF:
+                self.levels.want(Level.OFF, thread)
             return
         if self.ranges.quiet:
             self.ranges.quiet.discard(thread)
-        ranges = context.profiled and profiler_is_recording()
-        self.ranges.wanted = True if ranges else (None if self.ranges.wanted else False)
-        self.levels.want(Level.RANGES if ranges else Level.RECORD, thread)
+        if context.profiled and profiler_is_recording():
+            self.ranges.want(thread)
+            self.levels.want(Level.RANGES, thread)
+        else:
+            self.ranges.wanted = None if self.ranges.wanted else False
+            self.levels.want(Level.RECORD, thread)
 
     def send_events(self, tokens: int | None = None, context: ForwardContext | None = None) -> None:
         """Where events go: straight into the list in a forward that is known to be small."""
-        straight = False
-        if context is not None and tokens is not None and self.forwards.busy == 1:
+        log = self.log
+        if context is not None and tokens is not None and len(self._busy) == 1:
             context.held_bytes = tokens * self._token_bytes
-            straight = context.held_bytes <= KEPT_BYTES_MAX
-        self.log.note = self.log.items.extend if straight else self.calls.checks.note
+            if context.held_bytes <= KEPT_BYTES_MAX:
+                log.note = log.items.extend
+                return
+        log.note = self.calls.checks.note
 
     def end(self, entry: ModelEntry, output: Any) -> None:
         if is_compiling():
@@ -245,22 +264,21 @@ class ForwardWatch:
             self.failures.note(error)
 
     def _end_eagerly(self, entry: ModelEntry, output: Any) -> None:
-        if self.levels.kept or self.graphs.writes:  # it may have begun in a graph that was broken off
+        if self.levels.kept or self._graphs_write:  # it may have begun in a graph that was broken off
             self.graphs.rings.end_in_graph(entry.level)
         if captures_now():
             return
         thread = get_ident()
-        top = self.forwards.top(thread)
-        while top is not None and top.level > entry.level:  # left by an interruption that was caught inside
+        stack = self._busy.get(thread)
+        while stack and stack[-1].level > entry.level:  # left by an interruption that was caught inside
             self.forwards.pop(thread)
-            top = self.forwards.top(thread)
-        if top is None or top.level != entry.level:
+        if not stack or stack[-1].level != entry.level:
             return
-        context = top.context
+        context = stack[-1].context
         if output is None:
             context.failed = True
-        left_all = self.forwards.is_outermost(thread)
-        if left_all or (context.recorded and self.forwards.is_inner(thread)):
+        left_all = len(stack) == 1
+        if left_all or (context.recorded and stack[-2].context is not context):
             self.calls.flush(thread)
         self.forwards.pop(thread)
         if left_all:
@@ -268,23 +286,26 @@ class ForwardWatch:
 
     def _end_forward(self, context: ForwardContext, thread: int) -> None:
         if self.ranges.stacks:
-            self.ranges.close(self._graph_range)
-        self.graphs.rings.end_on_host()
+            self.ranges.end(thread)
+        if self._graphs_write:
+            self.graphs.rings.end_on_host()
+        self._in_graph.on_host = False
         if context.recorded:
             self.recorder.end_forward()
-            if not (context.failed or context.recomputed or self.graphs.writes):
-                self.missing.look(context.reached)
-            if self.graphs.writes:  # which remember the forward for longer
+            if self._graphs_write:  # which remember the forward for longer
                 context.padding_T = None
-            self.send_events()
+            elif not (context.failed or context.recomputed):
+                self.missing.look(context.reached)
+            self.log.note = self.calls.checks.note
             if self._unsettled:
                 self._settle_blocks()
         else:
             self.ranges.quiet.discard(thread)
-        self.levels.leave(thread)
-        if not self.forwards.busy:
+        self.levels.wanted.pop(thread, None)  # hooks change when the next one begins
+        if not self._busy:
             self.ranges.wanted = None
-            self.levels.settle()
+            if self.levels.stale:
+                self.levels.settle()
 
     def _settle_blocks(self) -> None:
         """Whose calls need no hook on their block, now that a forward has shown it."""

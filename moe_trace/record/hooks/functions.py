@@ -95,8 +95,12 @@ class SiteObserver(HookOwner):
         self._ranges = ranges
         self._clock = clock
         self._keeps_arguments = not site.contract.reads_late
-        self._names = {kind: range_name(kind, site.site) for kind in ("router", "experts", "block")}
+        self._router_range, self._experts_range, self._block_range = (
+            range_name(kind, site.site) for kind in ("router", "experts", "block")
+        )
         self._cuda = False
+        self._of_block = (False, False)
+        """Whether the block is observed, and whether it is read; else it is a range alone."""
 
     def time_captured_experts(self) -> None:
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
@@ -115,11 +119,6 @@ class SiteObserver(HookOwner):
             self._traced.after_router(output)
             return
         now_ns = time_ns()
-        if self.copies is not None:
-            output = self.copies.router_output(output)
-        self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
-
-    def _note_router(self, now_ns: int, output: Any) -> None:
         if self.copies is not None:
             output = self.copies.router_output(output)
         self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
@@ -165,9 +164,9 @@ class SiteObserver(HookOwner):
         if call is not None:
             now_ns, thread = time_ns(), get_ident()
             self._log.note((self._begin, thread, now_ns, None, None))
-            output = (
-                call.router_output if self.copies is None else self.copies.router_output(call.router_output)
-            )
+            output = call.router_output
+            if self.copies is not None:
+                output = self.copies.router_output(output)
             self._log.note((self._watched, thread, call.watched_output, None, None))
             self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
@@ -185,11 +184,12 @@ class SiteObserver(HookOwner):
             self._traced.before_router(args)
             self._captures.begin(self.site.name, self.site.site, "router")
             return
+        thread = get_ident()
         if self.ranged:
-            self._ranges.open(self._names["router"])
+            self._ranges.open(self._router_range, thread)
         mark = None if self._clock is None else self._clock.start(args)
         kept = args if self._keeps_arguments else None
-        self._log.note((self._begin, get_ident(), time_ns(), kept, mark))
+        self._log.note((self._begin, thread, time_ns(), kept, mark))
 
     def _after_router_timed(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():
@@ -203,9 +203,12 @@ class SiteObserver(HookOwner):
         now_ns = time_ns()
         if self._clock is not None:
             self._stop_clock()
+        thread = get_ident()
         if self._ranges.stacks:
-            self._ranges.close(self._names["router"])
-        self._note_router(now_ns, output)  # what is copied here is no work of the router's
+            self._ranges.close(self._router_range, thread)
+        if self.copies is not None:  # which is no work of the router's
+            output = self.copies.router_output(output)
+        self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
     def _stop_clock(self) -> None:
         """Of the router that returns now: the last one that began on this thread."""
@@ -220,10 +223,11 @@ class SiteObserver(HookOwner):
         if self._capturing:
             self._captures.begin(self.site.name, self.site.site, "experts")
             return
+        thread = get_ident()
         if self.ranged:
-            self._ranges.open(self._names["experts"])
+            self._ranges.open(self._experts_range, thread)
         if self._clock is not None:
-            self._expert_marks[get_ident()] = self._clock.start(args)
+            self._expert_marks[thread] = self._clock.start(args)
 
     def _after_experts_timed(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
         given = {} if output is _MISSING else kwargs
@@ -238,19 +242,22 @@ class SiteObserver(HookOwner):
             return
         if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
-        mark = None
+        mark, thread = None, get_ident()
         if self._clock is not None:
-            mark = self._expert_marks.pop(get_ident(), None)
+            mark = self._expert_marks.pop(thread, None)
             if mark is not None:
                 self._clock.stop(mark)
         if self._ranges.stacks:
-            self._ranges.close(self._names["experts"])
+            self._ranges.close(self._experts_range, thread)
         if self._traced.call is not None:
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
-        kept, given = self._trimmed(args, given)
+        if given or self.copies is not None or self._keeps_arguments:
+            args, given = self._trimmed(args, given)
+        else:
+            args = (None, *args[1:])
         extra = None if sending is None and mark is None else (sending, mark)
-        self._log.note((self._experts, get_ident(), kept, given, extra))
+        self._log.note((self._experts, thread, args, given, extra))
 
     # -- the block ------------------------------------------------------------------------------------
 
@@ -260,9 +267,11 @@ class SiteObserver(HookOwner):
             return
         if module is not self.site.block and detach_if_copy(module, self.site.block):
             return
+        thread = get_ident()
         if self.ranged:
-            self._ranges.open(self._names["block"])
-        self._log.note((self._block, get_ident(), time_ns(), None, None))
+            self._ranges.open(self._block_range, thread)
+        if True in self._of_block:
+            self._log.note((self._block, thread, time_ns(), None, None))
 
     def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
         if output is _MISSING:
@@ -271,11 +280,12 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self._traced.after_block(given, output)
             return
-        if output is not None:
+        thread = get_ident()
+        if output is not None and True in self._of_block:
             reading = None if self.site.read_block is None else self._read_block(given, output)
-            self._log.note((self._block_end, get_ident(), reading, None, None))
+            self._log.note((self._block_end, thread, reading, None, None))
         if self._ranges.stacks:
-            self._ranges.close(self._names["block"])
+            self._ranges.close(self._block_range, thread)
 
     def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:
         """(start, reading or error, whether in a backward) of a block in which the router was not called."""

@@ -18,12 +18,12 @@ class HookLevels:
         """Compiled code has the hooks in it, so they stay on: what they see in a forward that is not
         recorded is forgotten when it ends."""
         self._hooks = hooks
-        self._wanted: dict[int, Level] = {}
+        self.wanted: dict[int, Level] = {}
         """By thread inside the model: what its forward needs."""
-        self._level: Level | None = None
+        self.level: Level | None = None
         """What the hooks were set to last; None where they have to be asked one by one."""
         self._router_hooks = [one.site.router._forward_hooks for one in hooks]
-        self._stale = False
+        self.stale = False
         """Whether a block needs other hooks than are on."""
         for one in hooks:
             one.on_change = self._change
@@ -34,11 +34,11 @@ class HookLevels:
     def set(self, level: Level) -> None:
         """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
         # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
-        if level == self._level and (
+        if level == self.level and (
             self.kept or level == Level.OFF or list(map(len, self._router_hooks)) == self._installed
         ):
             return
-        self._level = level
+        self.level = level
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
@@ -47,12 +47,8 @@ class HookLevels:
     def want(self, level: Level, thread: int) -> None:
         """A thread's forward needs `level`; of all threads, the one that needs most wins."""
         with self._lock:
-            self._wanted[thread] = level
-            self.set(level if len(self._wanted) == 1 else max(self._wanted.values()))
-
-    def leave(self, thread: int) -> None:
-        """The thread is in no forward any more; hooks change when the next one begins."""
-        self._wanted.pop(thread, None)
+            self.wanted[thread] = level
+            self.set(level if len(self.wanted) == 1 else max(self.wanted.values()))
 
     def keep(self) -> None:
         """Compiled code has the hooks in it from now on; may run while it is being traced.
@@ -61,14 +57,14 @@ class HookLevels:
         profiler starts, would have it compiled again within the profile.
         """
         self.kept = True
-        self._level = None
+        self.level = None
         for hooks in self._hooks:
             # Dynamo does not stand hooks that change while it traces them.
             if hooks.level == Level.OFF or not torch.compiler.is_compiling():
                 hooks.set_level(Level.RANGES, first=False)
 
     def _change(self) -> None:
-        self._stale, self._level = True, None
+        self.stale, self.level = True, None
 
     def settle(self) -> None:
         """Take off what need not be observed any more, unless a thread is inside or code is compiled.
@@ -76,12 +72,12 @@ class HookLevels:
         At once and not when the next forward begins: `torch.cuda.make_graphed_callables` takes no module with
         hooks, and is called in between.
         """
-        if self.kept or not self._stale:
+        if self.kept or not self.stale:
             return
         with self._lock:
-            if self._wanted:
+            if self.wanted:
                 return
-            self._stale = False
+            self.stale = False
             for hooks in self._hooks:
                 if hooks.level != Level.OFF and not hooks.is_current(hooks.level):
                     hooks.set_level(hooks.level)
@@ -90,7 +86,7 @@ class HookLevels:
     def remove(self) -> None:
         """Take all hooks off, whoever wants them."""
         with self._lock:
-            self._wanted.clear()
-            self._level = None
+            self.wanted.clear()
+            self.level = None
             for hooks in self._hooks:
                 hooks.set_level(Level.OFF)

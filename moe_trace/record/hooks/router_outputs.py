@@ -75,13 +75,18 @@ class CallCollector:
         self.flush(None)
         self._recorder.end_forward()
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to join."""
+        return not self._log.items and self._joiner.idle
+
     def flush(self, thread: int | None) -> bool:
         """The forward of a thread ends: its calls, and those of threads that are in none, are complete.
 
         Returns:
             Whether there was anything to join.
         """
-        if not self._log.items and self._joiner.idle:
+        if self.idle:
             return False
         with self._lock:
             self.checks.start_again()

@@ -46,7 +46,6 @@ class SiteHooks(SiteObserver):
         self.reads_block = self.site.read_block is not None
         """Whether the block is hooked to read it: until it has called its router."""
         self._of_block = (self.observe_block, self.reads_block)
-        """Those two when the hooks were put on."""
         self._router_hooks = 0
         """On the router when ours were put on, ours included."""
         self._times_experts = False
