@@ -31,7 +31,7 @@ from moe_trace.record.graphs.compiled import (
 from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.copied_models import HookOwner
-from moe_trace.record.hooks.functions import CallClock
+from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions

@@ -13,10 +13,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _missing: dict[str, str] = {}
 _said: list[bool] = []
@@ -50,8 +51,6 @@ graph_task_id: Callable[[], int] = _named(
     "_C._current_graph_task_id",
     "calls that gradient checkpointing repeats are counted as calls of a forward",
 ) or (lambda: -1)
-
-
 """Number of the backward that the calling thread is in, as where gradient checkpointing runs a forward again;
 -1 outside of one."""
 
@@ -99,8 +98,6 @@ def outside_functions() -> AbstractContextManager[Any]:
 
 
 tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
-
-
 """Not None where `torch.jit.trace` makes a program of what the calling thread computes."""
 
 
@@ -118,13 +115,6 @@ if _thread_is_profiled is None and not hasattr(torch.autograd.profiler, "_is_pro
 _profiler = torch.autograd.profiler
 
 
-def any_thread_is_profiled() -> bool:
-    """Either of these."""
-    if getattr(_profiler, "_is_profiler_enabled", False):
-        return True
-    return _thread_is_profiled is not None and _thread_is_profiled()
-
-
 def process_is_profiled() -> bool:
     """Whether a torch profiler records any thread of this process."""
     return bool(getattr(_profiler, "_is_profiler_enabled", False))
@@ -133,6 +123,11 @@ def process_is_profiled() -> bool:
 def thread_is_profiled() -> bool:
     """Whether a torch profiler records the calling thread."""
     return process_is_profiled() if _thread_is_profiled is None else _thread_is_profiled()
+
+
+def any_thread_is_profiled() -> bool:
+    """Either of them."""
+    return getattr(_profiler, "_is_profiler_enabled", False) or thread_is_profiled()
 
 
 def profiles_all_threads(config: Any) -> bool:
@@ -162,20 +157,18 @@ def learns_of_public_ranges_alone(config: Any) -> bool:
 _record_function = torch.profiler.record_function
 
 
-def _enter_publicly(name: str) -> Any:
-    return _record_function(name).__enter__()
-
-
-def enter_range(name: str) -> Any:
+def enter_range(name: str, publicly: bool = False) -> Any:
     """Open a range of the kind that `record_function` opens, where it can be for a third of its time.
 
     `record_function` goes through two operators and their dispatcher; the names above do not.
     """
-    return _enter_publicly(name) if _enter is None or _leave is None else _enter(name)
+    if publicly or _enter is None or _leave is None:
+        return _record_function(name).__enter__()
+    return _enter(name)
 
 
 def leave_range(entered: Any) -> None:
-    """Close a range, however it was opened."""
+    """Close what `enter_range` opened."""
     if isinstance(entered, _record_function):
         entered.__exit__(None, None, None)
     else:
@@ -183,9 +176,9 @@ def leave_range(entered: Any) -> None:
 
 
 def range_functions(*, publicly: bool) -> tuple[Callable[[str], Any], Callable[[Any], None]]:
-    """(what opens a range, what closes it), without the question which that is."""
+    """The same two, which do not ask each time."""
     if publicly or _enter is None or _leave is None:
-        return _enter_publicly, leave_range
+        return partial(enter_range, publicly=True), leave_range
     return _enter, _leave
 
 
@@ -207,12 +200,9 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
 
 
 def may_be_compiled() -> bool:
-    """Whether `torch.compile` was ever asked for in this process, as far as dynamo tells."""
+    """Whether `torch.compile` was ever asked for, or did anything before a `torch.compiler.reset`."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
-        return False
-    # Emptied by `torch.compiler.reset`, which does not forget what it counted.
-    return bool(getattr(frames, "cached_backends", True)) or frames_compiled() > 0
+    return frames is not None and (bool(getattr(frames, "cached_backends", True)) or frames_compiled() > 0)
 
 
 def is_exporting() -> bool:
@@ -302,23 +292,3 @@ def allocated_bytes(device: torch.device) -> int:
         return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["current"])
     except (AttributeError, KeyError, TypeError):
         return torch.cuda.memory_allocated(device)
-
-
-# -- hooks ---------------------------------------------------------------------------------------------------
-
-
-def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
-    hooks = getattr(module, "_forward_hooks", None)
-    return hooks is not None and hooks is getattr(other, "_forward_hooks", None)
-
-
-def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
-    """Take the forward hooks off a module, for which there is no handle, that `unwanted` names."""
-    names = ("_forward_pre_hooks", "_forward_hooks")
-    beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-    for hooks in (getattr(module, name, {}) for name in names):
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            del hooks[key]
-            for name in beside:
-                getattr(module, name, {}).pop(key, None)

@@ -11,7 +11,9 @@ Any thread may add one at any time; a flat list gives Python's garbage collector
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
+
+from moe_trace.data.schema import RangeKind
 
 BEGIN = 0
 """(time in ns, arguments or None, mark of the clock): the router is called."""
@@ -37,6 +39,19 @@ Event = tuple[Any, Any, Any, Any, Any]
 def event_code(kind: int, site: int) -> int:
     """The first item of an event."""
     return site * KINDS + kind
+
+
+class CallClock(Protocol):
+    """Times a router's module and its experts beside the host's clock; must not wait for the device."""
+
+    def start(self, args: tuple[Any, ...]) -> Any:
+        """Called just before the module runs, with its arguments; returns a mark."""
+
+    def stop(self, mark: Any) -> None:
+        """Called just after it ran."""
+
+    def keep(self, name: str, call: int, kind: RangeKind, mark: Any) -> None:
+        """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
 
 
 class EventLog:

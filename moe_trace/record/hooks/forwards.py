@@ -22,11 +22,7 @@ from moe_trace.find.private.torch_names import (
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import Failures
-from moe_trace.record.forward.ranges import (
-    OpenRanges,
-    owns_ranges,
-    profiler_is_recording,
-)
+from moe_trace.record.forward.ranges import OpenRanges, owns_ranges, profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.forward.unreached_routers import MissingSites
 from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
@@ -66,8 +62,6 @@ class ForwardWatch:
         self.missing = MissingSites(self.model, sites)
         self._graph_range = range_name("graph", type(unwrapped(self.model)).__name__)
         self._left_out = ForwardContext(0, "prefill", recorded=False)
-        self._unsettled = list(self.routers)
-        """Whose block may come to need no hook."""
         self._token_bytes = sum(map(bytes_of_token, sites))
         self._busy, self._in_graph = self.forwards.stacks, self.graphs.rings.in_graph
         self._graphs_write = self.graphs.rings.counters
@@ -105,9 +99,7 @@ class ForwardWatch:
         if is_compiling():
             self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
             return
-        # One function calls few others from here to `_end_forward`: what each forward runs once, it runs with
-        # nothing of it in the processor's caches.
-        try:
+        try:  # few functions from here on: what runs once a forward finds nothing of it in any cache
             if captures_now():
                 self.levels.set(Level.RANGES)  # which tells where the experts end
                 self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
@@ -177,10 +169,9 @@ class ForwardWatch:
         profiled = sampled and any_thread_is_profiled()
         if profiled and (self._graphs_write or self.levels.kept) and profiler_is_recording():
             self._open_graph_range()
-        context = ForwardContext(step, stage, ident=thread)
-        context.recorded, context.profiled, context.told = sampled, profiled, told
-        context.start_ns = time_ns()
-        return context
+        return ForwardContext(
+            step, stage, None, 0, sampled, True, profiled, told, start_ns=time_ns(), ident=thread
+        )
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
@@ -297,8 +288,8 @@ class ForwardWatch:
             elif not (context.failed or context.recomputed):
                 self.missing.look(context.reached)
             self.log.note = self.calls.checks.note
-            if self._unsettled:
-                self._settle_blocks()
+            if self.levels.unsettled:
+                self.levels.settle_blocks(self.calls.counts)
         else:
             self.ranges.quiet.discard(thread)
         self.levels.wanted.pop(thread, None)  # hooks change when the next one begins
@@ -306,9 +297,3 @@ class ForwardWatch:
             self.ranges.wanted = None
             if self.levels.stale:
                 self.levels.settle()
-
-    def _settle_blocks(self) -> None:
-        """Whose calls need no hook on their block, now that a forward has shown it."""
-        for router, counts in zip(self.routers, self.calls.counts, strict=True):
-            router.settle(calls=counts.seen, fused=counts.fused)
-        self._unsettled = [router for router in self._unsettled if not router.settled]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from threading import get_ident
 from time import time_ns
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from moe_trace.data.schema import RangeKind, range_name
+from moe_trace.data.schema import range_name
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
@@ -33,25 +33,13 @@ from moe_trace.record.hooks.events import (
     EXPERTS,
     ROUTER,
     WATCHED,
+    CallClock,
     EventLog,
     event_code,
 )
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 _MISSING: Any = object()
-
-
-class CallClock(Protocol):
-    """Times a router's module and its experts beside the host's clock; must not wait for the device."""
-
-    def start(self, args: tuple[Any, ...]) -> Any:
-        """Called just before the module runs, with its arguments; returns a mark."""
-
-    def stop(self, mark: Any) -> None:
-        """Called just after it ran."""
-
-    def keep(self, name: str, call: int, kind: RangeKind, mark: Any) -> None:
-        """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
 
 
 class SiteObserver(HookOwner):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.hooks.site import Level, SiteHooks
 
 
@@ -27,6 +28,8 @@ class HookLevels:
         """Whether a block needs other hooks than are on."""
         for one in hooks:
             one.on_change = self._change
+        self.unsettled = list(hooks)
+        """Whose block may come to need no hook."""
         self._installed: list[int] = []
         """How many hooks each router had when ours were put on."""
         self._lock = threading.RLock()
@@ -65,6 +68,12 @@ class HookLevels:
 
     def _change(self) -> None:
         self.stale, self.level = True, None
+
+    def settle_blocks(self, counts: Sequence[SiteCounts]) -> None:
+        """Whose calls need no hook on their block, now that a forward has shown it."""
+        for router, count in zip(self._hooks, counts, strict=True):
+            router.settle(calls=count.seen, fused=count.fused)
+        self.unsettled = [router for router in self.unsettled if not router.settled]
 
     def settle(self) -> None:
         """Take off what need not be observed any more, unless a thread is inside or code is compiled.

@@ -16,9 +16,8 @@ from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
 from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.hooks.entry_modules import ModelEntry, entry_modules
-from moe_trace.record.hooks.events import EventLog
+from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.forwards import ForwardWatch
-from moe_trace.record.hooks.functions import CallClock
 from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import Level, SiteHooks
