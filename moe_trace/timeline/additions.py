@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ import msgspec
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, is_band
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.windows import Window
 from moe_trace.timeline.file_layout import Cut, TraceLayout, read_layout
 
 _COPY_BYTES = 4 * 2**20
@@ -107,14 +108,17 @@ def find_addition(file: BinaryIO, events_end: int) -> Addition | None:
     return found if _OUR_HEAD.match(file.read(64)) else None
 
 
-def remove_additions(file: BinaryIO) -> TraceLayout:
+def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
     """Take out what an earlier merge added; as long as no other tool saved the file since, the bytes that are
     left are those that the profiler wrote.
+
+    Args:
+        watch: as of `read_layout`; it is shown those additions too.
 
     Raises:
         TraceFileError: as `read_layout`, or the trace is a merged one of several ranks.
     """
-    layout = read_layout(file)
+    layout = read_layout(file, watch)
     cuts = sorted(_own_cuts(file, layout))
     if not cuts:
         return layout

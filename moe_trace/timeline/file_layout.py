@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY
+from moe_trace.data.trace_json.array_end import ArrayBounds
 from moe_trace.data.trace_json.head import base_time
-from moe_trace.data.trace_json.stream import ArrayBounds, JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.windows import Window
 
 _FIRST_EVENT = 64 * 2**10
 Cut = tuple[int, int]
@@ -37,8 +39,11 @@ class TraceLayout:
         return TraceLayout(replace(self.events, start=start, end=max(start, end)), self.base_time_ns)
 
 
-def read_layout(file: BinaryIO) -> TraceLayout:
+def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
     """Walk the top level of the file.
+
+    Args:
+        watch: is shown the events on the way, so that they are read once.
 
     Raises:
         TraceFileError: the file is truncated, no JSON, or no trace of torch.profiler.
@@ -50,7 +55,7 @@ def read_layout(file: BinaryIO) -> TraceLayout:
     old_key: tuple[int | None, int] | None = None
     for key in stream.walk():
         if key == "traceEvents":
-            events = stream.skip_objects()
+            events = stream.skip_objects(file, watch)
         elif key == "baseTimeNanoseconds":
             base_time_ns = base_time(stream.value())
         elif key == METADATA_KEY:

@@ -19,14 +19,14 @@ from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
 from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
 from moe_trace.timeline.counter_tracks import Tracks, band_events, band_label
-from moe_trace.timeline.file_layout import TraceLayout
 from moe_trace.timeline.place.calls import Placed, place_samples
 from moe_trace.timeline.place.graphs import place_in_graphs
 from moe_trace.timeline.place.launches import read_launches
 from moe_trace.timeline.place.missing import MissingRanges
-from moe_trace.timeline.place.scan import EventBytes, scan_ranges, trace_path_error, trace_window
+from moe_trace.timeline.place.scan import RangeSearch, trace_path_error, trace_window
 
 _COPY_BYTES = 4 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -157,12 +157,14 @@ def merge_in_place(
         activities: names of the profiler's, to tell why ranges are missing; None where they are not known.
     """
     with path.open("r+b") as file, _no_garbage_collection():
-        layout = remove_additions(file)
-        window = trace_window(EventBytes(file, layout.events.start, layout.events.end))
+        search = RangeSearch()
+        layout = remove_additions(file, search)
+        trace_events = EventBytes(file, layout.events.start, layout.events.end)
+        window = trace_window(trace_events)
         if window is None:
             raise NothingRecorded(f"{path}: the trace holds no event, so that no sample lies in its time")
         named = _with_own_names(recordings)
-        placed = _place(file, named, layout, window, activities)
+        placed = _place(trace_events, search, named, layout.base_time_ns, window, activities)
         combined = _combine(named, placed)
         events = band_events(
             combined.samples,
@@ -224,19 +226,19 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _place(
-    file: BinaryIO,
+    events: EventBytes,
+    search: RangeSearch,
     recordings: Sequence[Recording],
-    layout: TraceLayout,
+    base_time_ns: int,
     window: Span,
     activities: Collection[str] | None,
 ) -> Placed:
-    events = EventBytes(file, layout.events.start, layout.events.end)
-    ranges = list(scan_ranges(events))
+    ranges = search.found(events)
     missing = MissingRanges(events, {event.tid for event in ranges if not event.on_device}, activities)
     placed = place_samples(
         [sample for recording in recordings for sample in recording.samples],
         ranges,
-        base_time_ns=layout.base_time_ns,
+        base_time_ns=base_time_ns,
         window=window,
         why=missing.why,
     )
@@ -248,7 +250,7 @@ def _place(
         ranges=ranges,
         launches=read_launches(events),
         missing=missing,
-        base_time_ns=layout.base_time_ns,
+        base_time_ns=base_time_ns,
         window=window,
     )
 

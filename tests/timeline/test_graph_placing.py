@@ -15,13 +15,13 @@ import pytest
 import graph_trace as made
 from moe_trace.data.codec import decode_recording, encode_recording
 from moe_trace.data.schema import Lost, Placement, Recording, Span
+from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.read.check import check, read_checked
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
 from moe_trace.timeline.merge import Merged, merge_recording
 from moe_trace.timeline.place import reasons
 from moe_trace.timeline.place.launches import read_launches
-from moe_trace.timeline.place.scan import EventBytes
 from moe_trace.timeline.replay_slices import REPLAY_FIGURES
 from paths import DATA
 from spliced import without_additions
@@ -220,7 +220,7 @@ def test_launches_that_straddle_the_reading_blocks_are_found_once(monkeypatch: p
     expected = read_launches(events)
     assert [len(launch.work) for launch in expected.graphs] == [24] * 6
     for block in (70_000, 65_537, 100_003):
-        monkeypatch.setattr("moe_trace.timeline.place.launches._CHUNK", block)
+        monkeypatch.setattr("moe_trace.data.trace_json.windows.CHUNK", block)
         assert read_launches(events) == expected
 
 

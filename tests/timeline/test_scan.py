@@ -11,12 +11,13 @@ import pytest
 
 from graph_trace import copy_of_mark, event, replay
 from moe_trace.data.schema import range_name
-from moe_trace.timeline.place import launches, scan
+from moe_trace.data.trace_json import windows
+from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.place.launches import read_launches
-from moe_trace.timeline.place.scan import EventBytes, RangeEvent, scan_ranges
+from moe_trace.timeline.place.scan import RangeEvent, RangeSearch
 
 SMALL_EVENT = 300
-"""Bytes, in place of `_EVENT_MAX`; each event below is shorter."""
+"""Bytes, in place of `EVENT_MAX`; each event below is shorter."""
 
 RANGES = [
     event(category, range_name(kind, f"L0{layer}"), 100.0 * i + 10 * layer, 5.0, **{"External id": i})
@@ -33,15 +34,15 @@ STYLES: dict[str, Callable[[Any], str]] = {
 
 
 def found_by_chunk(
-    path: Path, module: Any, read: Callable[[EventBytes], Any], monkeypatch: pytest.MonkeyPatch
+    path: Path, read: Callable[[EventBytes], Any], monkeypatch: pytest.MonkeyPatch
 ) -> dict[int, Any]:
     """What is found in the file with blocks of every size."""
     size = path.stat().st_size
-    monkeypatch.setattr(module, "_EVENT_MAX", SMALL_EVENT)
+    monkeypatch.setattr(windows, "EVENT_MAX", SMALL_EVENT)
     found = {}
     with path.open("rb") as file:
         for chunk in range(1, size + 2):
-            monkeypatch.setattr(module, "_CHUNK", chunk)
+            monkeypatch.setattr(windows, "CHUNK", chunk)
             found[chunk] = read(EventBytes(file, 0, size))
     return found
 
@@ -62,16 +63,19 @@ def test_blocks_of_any_size_find_every_range_once(
         return range_name(event.kind, event.site), event.span.start_us, event.on_device
 
     def ranges(events: EventBytes) -> list[tuple[str, float, bool]]:
-        return list(map(named, scan_ranges(events)))
+        search = RangeSearch()
+        for window in events.windows():
+            search(window)
+        return list(map(named, search.found(events)))
 
-    found = found_by_chunk(path, scan, ranges, monkeypatch)
+    found = found_by_chunk(path, ranges, monkeypatch)
     assert {chunk: names for chunk, names in found.items() if names != expected} == {}
 
 
 def test_blocks_of_any_size_find_every_launch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "events.json"
     path.write_text(STYLES["as Kineto writes"](OTHERS))
-    found = found_by_chunk(path, launches, read_launches, monkeypatch)
+    found = found_by_chunk(path, read_launches, monkeypatch)
     whole = found[max(found)]
     assert [len(one.work) for one in whole.graphs] == [6, 6] and len(whole.copies) == 1
     assert [chunk for chunk, table in found.items() if table != whole] == []

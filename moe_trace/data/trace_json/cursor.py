@@ -33,14 +33,15 @@ class JsonCursor:
     Args:
         read: returns up to that many bytes, none at the end.
         name: of the file, for messages.
+        held: what was read already, and comes first.
     """
 
-    def __init__(self, read: Callable[[int], bytes], name: str) -> None:
+    def __init__(self, read: Callable[[int], bytes], name: str, held: bytes = b"") -> None:
         self.name = name
         self._read = read
-        self._data = b""
+        self._data = held
         self._at = 0
-        self._taken = 0
+        self._taken = len(held)
         self._ended = False
         self._in_head = False
 
@@ -77,13 +78,28 @@ class JsonCursor:
             key = self._key()
             self._expect(b":")
             yield key
-            mark = self._peek()
-            if mark not in (b",", b"}"):
-                raise self._broken("a comma or the end of the object")
-            self._at += 1
-            if mark == b"}":
-                self._require_end()
+            if self._ends_behind_value():
                 return
+
+    def _ends_behind_value(self) -> bool:
+        """Whether the object ends here, and the file with it; else another key follows."""
+        mark = self._peek()
+        if mark not in (b",", b"}"):
+            raise self._broken("a comma or the end of the object")
+        self._at += 1
+        if mark == b"}":
+            self._require_end()
+        return mark == b"}"
+
+    def require_rest_of_object(self) -> None:
+        """Read on from behind a value to the end.
+
+        Raises:
+            TraceFileError: what follows is not the rest of an object and of its file.
+        """
+        if not self._ends_behind_value():
+            for _ in self._members():
+                self.skip()
 
     def _require_end(self) -> None:
         if self._peek():

@@ -8,47 +8,26 @@ text scanned bracket by bracket.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
-import numpy as np
 
-from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY
+from moe_trace.data.trace_json.array_end import ArrayBounds, find_end
 from moe_trace.data.trace_json.cursor import SPACE, TOKEN, JsonCursor
 from moe_trace.data.trace_json.resync import decode_around_breaks, is_json
+from moe_trace.data.trace_json.windows import EventBytes, Window
 
-SKIP_BYTES = 2**20  # searched while it is in the processor's cache
 _ERROR_AT = re.compile(r"trailing characters \(byte (\d+)\)")
 _REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _GUESSES = 4
 _COMMA = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+")
-_BRACE_AND_BRACKET = re.compile(rb"\}[ \t\r\n]*+\]")
-_FEW = 64
 _CARRIER = re.compile(rb'\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
-_WHITE = b" \t\r\n"
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class ArrayBounds:
-    """Where an array of objects stands, as offsets in the JSON."""
-
-    start: int
-    """Just after its opening bracket."""
-    end: int
-    """Just after its last element; `start` where it is empty."""
-    holds_lists: bool = False
-    """Whether some object in it holds a list that ends with an object."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether it has no element."""
-        return self.end == self.start
 
 
 class JsonStream(JsonCursor):
@@ -73,10 +52,12 @@ class JsonStream(JsonCursor):
             elif self._peek() != b"]":
                 raise self._broken("a comma or the end of traceEvents")
 
-    def skip_objects(self) -> ArrayBounds:
+    def skip_objects(self, file: BinaryIO, watch: Callable[[Window], None]) -> ArrayBounds:
         """Pass over the next value, an array of objects, at the speed of a search for its end.
 
-        The keys behind it are read to prove the end, and kept for whoever walks on.
+        Args:
+            file: what the cursor reads, from its first byte on.
+            watch: is shown the array on the way.
 
         Raises:
             TraceFileError: no such array stands here, or the file is truncated.
@@ -88,46 +69,16 @@ class JsonStream(JsonCursor):
             return ArrayBounds(start, start)
         if self._peek() != b"{":
             raise self._broken("an event")
-        holds_lists = False
-        while True:
-            searched = len(self._data)
-            for brace, bracket in _brackets_behind_braces(self._data, self._at):
-                if self._ends_at(bracket):
-                    end = self._taken - len(self._data) + brace + 1
-                    self._at = bracket + 1
-                    return ArrayBounds(start, end, holds_lists)
-                holds_lists = True
-            if self._ended and searched == len(self._data):
-                self._at = searched
-                raise self._broken("the end of the events and of the object that holds them")
-            self._at = max(self._at, _last_mark(self._data, searched))  # its bracket may follow
-            self._fill(SKIP_BYTES)
+        size = file.seek(0, io.SEEK_END)
+        found = find_end(EventBytes(file, start, size), watch)
+        self._continue_at(file, found[1] + 1 if found else size)
+        if found is None:
+            raise self._broken("the end of the events and of the object that holds them")
+        return found[0]
 
-    def _ends_at(self, bracket: int) -> bool:
-        """Whether from behind the bracket on the rest of the file is the rest of the object."""
-        ahead: list[bytes] = []
-
-        def read(size: int) -> bytes:
-            ahead.append(self._read(size))
-            return ahead[-1]
-
-        rest = JsonStream(read, self.name)
-        rest._data, rest._at, rest._ended = self._data, bracket + 1, self._ended
-        try:
-            mark = rest._peek()
-            rest._at += 1
-            if mark == b"}":
-                rest._require_end()
-            elif mark == b",":
-                for _ in rest._members():
-                    rest.skip()
-            found = mark in (b",", b"}")
-        except TraceFileError:
-            found = False
-        self._data = b"".join([self._data, *ahead])
-        self._taken += sum(map(len, ahead))
-        self._ended = rest._ended
-        return found
+    def _continue_at(self, file: BinaryIO, offset: int) -> None:
+        file.seek(offset)
+        self._data, self._at, self._taken, self._ended = b"", 0, offset, False
 
     def elements(self) -> Iterator[tuple[int, bytes]]:
         """The elements of the next value, an array of objects, each with its offset."""
@@ -242,29 +193,6 @@ class JsonStream(JsonCursor):
                     return ends
                 if depth == 0:
                     ends.append(position)
-
-
-def _brackets_behind_braces(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Offsets of each `]` with nothing but white space between it and a `}`, and of that."""
-    text = np.frombuffer(data, np.uint8)[start:]
-    brackets = np.flatnonzero(text[1:] == ord("]"))  # few bytes are: the rest is asked of them alone
-    before = text[brackets]
-    hits = brackets[(before == ord("}")) | (before <= ord(" "))] + 1
-    if len(hits) > _FEW:  # indented lists of numbers
-        yield from ((m.start(), m.end() - 1) for m in _BRACE_AND_BRACKET.finditer(data, start))
-        return
-    for bracket in (hits + start).tolist():
-        brace = _last_mark(data, bracket)
-        if brace >= start and data[brace] == ord("}"):
-            yield brace, bracket
-
-
-def _last_mark(data: bytes, end: int) -> int:
-    """Offset of the last byte before `end` that is not white space."""
-    at = end - 1
-    while at >= 0 and data[at] in _WHITE:
-        at -= 1
-    return at
 
 
 def loads_lenient(text: bytes) -> Any:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_trace.data.schema import GRAPH_LAUNCH, Span
-from moe_trace.timeline.place.scan import EventBytes
+from moe_trace.data.trace_json import windows
+from moe_trace.data.trace_json.windows import EventBytes, Window
 
-_CHUNK = 4 * 2**20
-_EVENT_MAX = 64 * 2**10
 _HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
 # What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
 _OTHER_WRITERS = re.compile(rb'"cuLaunchKernel|index_put_kernel')
@@ -121,32 +120,29 @@ def _add_other_writers(events: EventBytes, table: Launches, graphs: frozenset[in
 def _events_at(
     events: EventBytes, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The events round each match, read through one buffer; with `wanted`, of these numbers alone."""
-    events.begin()
-    buffer, searched = b"", 0
-    while room := events.at_most(_CHUNK):
-        buffer += events.file.read(room)
-        limit = max(searched, len(buffer) - _EVENT_MAX) if events.at_most(1) else len(buffer)
-        for match in pattern.finditer(buffer, searched):
-            if match.start() >= limit:
+    """The events round each match; with `wanted`, of these numbers alone."""
+    for window in events.windows():
+        for match in pattern.finditer(window.buffer, window.since, window.filled):
+            if match.start() >= window.until:
                 break
             if wanted is None or int(match.group(1)) in wanted:
-                event = _event_round(buffer, match.start())
+                event = _event_round(window, match.start())
                 if event is not None:
                     yield event
-        kept_from = max(0, limit - _EVENT_MAX)
-        buffer, searched = buffer[kept_from:], limit - kept_from
 
 
-def _event_round(buffer: bytes, position: int) -> dict[str, Any] | None:
+def _event_round(window: Window, position: int) -> dict[str, Any] | None:
     """Kineto starts each event with its `ph`; names of kernels may hold braces of their own."""
-    phase = buffer.rfind(b'"ph"', max(0, position - _EVENT_MAX), position)
+    buffer = window.buffer
+    phase = buffer.rfind(b'"ph"', max(0, position - windows.EVENT_MAX), position)
     start = buffer.rfind(b"{", max(0, phase - 64), phase) if phase >= 0 else -1
     if start < 0:
         return None
-    for length in (2048, _EVENT_MAX):
+    for length in (2048, windows.EVENT_MAX):
         try:
-            event = _DECODER.raw_decode(buffer[start : start + length].decode("utf-8", "replace"))[0]
+            event = _DECODER.raw_decode(
+                buffer[start : min(window.filled, start + length)].decode("utf-8", "replace")
+            )[0]
         except (ValueError, RecursionError):
             continue
         return event if isinstance(event.get("args"), dict) else None

@@ -10,6 +10,7 @@ import msgspec
 
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.place.reasons import (
     DROPPED,
     NO_ANNOTATIONS,
@@ -18,7 +19,6 @@ from moe_trace.timeline.place.reasons import (
     NO_RANGE,
     OTHER_THREAD,
 )
-from moe_trace.timeline.place.scan import EventBytes
 
 _HOST_CATEGORIES = frozenset({"cpu_op", "user_annotation", "python_function", "cpu_instant_event"})
 

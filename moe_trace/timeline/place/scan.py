@@ -8,16 +8,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import RANGE_NAME, RANGE_PREFIX, RangeKind, Span
+from moe_trace.data.trace_json import windows
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.windows import EventBytes, Window
 
-_CHUNK = 2**20  # read and searched while it is in the processor's cache
-_EVENT_MAX = 64 * 2**10  # bytes of one event; ours are below 1 KiB
 _SAMPLE = 256 * 2**10
 _LAST = 64 * 2**10
 _ANY_NAME = b'"' + RANGE_PREFIX.encode()
@@ -45,74 +45,55 @@ class RangeEvent:
     on_device: bool
 
 
-@dataclass(frozen=True)
-class EventBytes:
-    """The part of a trace's file that holds its events."""
+class RangeSearch:
+    """Our ranges, in the order of the file, among events that are shown window by window."""
 
-    file: BinaryIO
-    start: int
-    end: int
+    def __init__(self) -> None:
+        self._names = b""
+        self._found: list[RangeEvent] = []
 
-    def begin(self) -> None:
-        """Put the file at the first event."""
-        self.file.seek(self.start)
+    def __call__(self, window: Window) -> None:
+        """Search the next window."""
+        self._names = self._names or _names_as_spelt(window)
+        self._found.extend(_ranges_in(window, self._names))
 
-    def at_most(self, size: int) -> int:
-        """How many of the next `size` bytes are still of the events."""
-        return max(0, min(size, self.end - self.file.tell()))
-
-
-def scan_ranges(events: EventBytes) -> Iterator[RangeEvent]:
-    """Our ranges in the order of the file, read through one buffer of a fixed size."""
-    names = _names_as_spelt(events)
-    found = False
-    for event in _ranges_at(events, names):
-        found = True
-        yield event
-    if not found and names != _ANY_NAME:
-        yield from _ranges_at(events, _ANY_NAME)
+    def found(self, events: EventBytes) -> list[RangeEvent]:
+        """The ranges, once all of these events were shown."""
+        if not self._found and self._names != _ANY_NAME:  # some may be spelt in another way than the first
+            self._names = _ANY_NAME
+            for window in events.windows():
+                self(window)
+        return self._found
 
 
-def _ranges_at(events: EventBytes, needle: bytes) -> Iterator[RangeEvent]:
-    events.begin()
-    # What is kept of the block before: the bytes before a name, and a name's event cut by the block's end.
-    buffer = bytearray(2 * _EVENT_MAX + _CHUNK)
-    window = memoryview(buffer)
-    filled = searched = 0
-    while room := events.at_most(_CHUNK):
-        read = events.file.readinto(window[filled : filled + room])  # type: ignore[attr-defined]
-        filled += read
-        limit = max(searched, filled - _EVENT_MAX) if events.at_most(1) else filled
-        until = min(limit + len(needle) - 1, filled)  # a name that begins before the limit may end behind it
-        position = buffer.find(needle, searched, until)
-        while position >= 0:
-            event = _event_around(buffer, position, filled)
-            if event is not None:
-                yield event
-            position = buffer.find(needle, position + len(needle), until)
-        kept_from = max(0, limit - _EVENT_MAX)
-        window[: filled - kept_from] = bytes(window[kept_from:filled])
-        filled, searched = filled - kept_from, limit - kept_from
-
-
-def _names_as_spelt(events: EventBytes) -> bytes:
+def _names_as_spelt(window: Window) -> bytes:
     """Our names as this file spells them: the longer what is searched for, the faster the search."""
-    events.begin()
-    spellings = set(_SPELLING.findall(events.file.read(events.at_most(_SAMPLE))))
+    spellings = set(_SPELLING.findall(window.buffer, window.since, min(window.filled, _SAMPLE)))
     if len(spellings) != 1:
         return _ANY_NAME
     return b'user_annotation"%b"%b' % (spellings.pop(), RANGE_PREFIX.encode())
 
 
+def _ranges_in(window: Window, names: bytes) -> Iterator[RangeEvent]:
+    buffer = window.buffer
+    end = min(window.until + len(names) - 1, window.filled)  # a name that begins before may end behind it
+    position = buffer.find(names, window.since, end)
+    while position >= 0:
+        event = _event_around(buffer, position, window.filled)
+        if event is not None:
+            yield event
+        position = buffer.find(names, position + len(names), end)
+
+
 def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | None:
     """Parse the event whose name starts at `name_at`: the nearest `{` before it that parses as an event."""
-    start = buffer.rfind(b"{", max(0, name_at - _EVENT_MAX), name_at)
+    start = buffer.rfind(b"{", max(0, name_at - windows.EVENT_MAX), name_at)
     match = _KINETO_EVENT.match(buffer, max(0, start), end)
     if match is not None:
         return _annotation(match)
     start = name_at
     for _ in range(3):  # its own brace, or that of an `args` which stands before the name
-        start = buffer.rfind(b"{", max(0, name_at - _EVENT_MAX), start)
+        start = buffer.rfind(b"{", max(0, name_at - windows.EVENT_MAX), start)
         if start < 0:
             return None
         event = _decode_at(buffer, start, name_at, end)
@@ -138,7 +119,7 @@ def _annotation(match: re.Match[bytes]) -> RangeEvent | None:
 
 
 def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[str, Any] | None:
-    for length in (1024, _EVENT_MAX):  # nearly all of our events are short
+    for length in (1024, windows.EVENT_MAX):  # nearly all of our events are short
         text = buffer[start : min(end, name_at + length)].decode("utf-8", "replace")
         try:
             return _DECODER.raw_decode(text)[0]
