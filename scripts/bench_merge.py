@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,12 @@ def _merge_steps(bench: Bench, steps: int) -> tuple[float, str]:
         path = Path(folder) / "trace.json"
         exported = _cpu_seconds(lambda: torch.profiler.profile.export_chrome_trace(prof, str(path)))
         size_mb = path.stat().st_size / 1e6
-        merged = sorted(_cpu_seconds(lambda: merge_in_place(path, [recording])) for _ in range(REPEATS))
+        merged = []
+        for i in range(REPEATS):
+            fresh = shutil.copyfile(path, path.with_name(f"{i}.json"))  # no earlier merge to be taken out
+            merged.append(_cpu_seconds(lambda fresh=fresh: merge_in_place(fresh, [recording])))
+            fresh.unlink()
+        merged.sort()
         middle, low, high = merged[REPEATS // 2], merged[0], merged[-1]
     return size_mb, (
         f"trace of {size_mb:.0f} MB, {len(recording.samples)} calls: Kineto's export {exported:.2f} s, merge "

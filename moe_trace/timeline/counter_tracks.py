@@ -172,10 +172,11 @@ def _counter(name: str, pid: int, time_us: float, values: Mapping[str, float]) -
 
 def _lane_events(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
     lanes = [(kind, lane, members) for kind in LANES for lane, members in enumerate(_lanes_of(calls, kind))]
+    args = {id(call): slice_args(call) for call in calls}  # of its slice in each lane
     for tid, (kind, lane, members) in enumerate(lanes, start=1):
         yield from _lane_names(numbered(kind, lane), members[0].spans[kind].start_us, pid, tid)
         for call in members:
-            yield _slice(call.sample.site, call.spans[kind], slice_args(call), pid, tid)
+            yield _slice(call.sample.site, call.spans[kind], args[id(call)], pid, tid)
 
 
 def _replay_lanes(replays: Sequence[Replay], pid: int, *, first_tid: int) -> Iterator[Event]:

@@ -207,6 +207,8 @@ def _prefixed(recording: Recording, prefix: str) -> Recording:
 def _placed_of(recording: Recording, named: Recording, placed: Placed) -> list[RoutingSample]:
     """The placed samples of one recording, under the names that it gave them."""
     original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
+    if named is recording:
+        return [sample for sample in placed.samples if sample.name in original]
     return [replace(s, name=original[s.name]) for s in placed.samples if s.name in original]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ _PROFILER_SPAN = re.compile(rb'"PyTorch Profiler \(\d+\)"')
 # What stands between the category of an event and the text of its name.
 _SPELLING = re.compile(rb'"cat"\s*:\s*"\w+"(\s*,\s*"name"\s*:\s*)"')
 _DECODER = json.JSONDecoder()
+_CATEGORIES = ("user_annotation", "gpu_user_annotation")
 # An annotation as Kineto writes it; any other layout is parsed as JSON, which takes ten times as long.
 _KINETO_EVENT = re.compile(
     rb'\{\s*"ph": "X",\s*"cat": "((?:gpu_)?user_annotation)",\s*"name": "([^"\\]+)",\s*"pid": (\d+),'
-    rb'\s*"tid": (\d+),\s*"ts": ([\d.]+),\s*"dur": ([\d.]+),\s*"args": \{\s*"External id": (\d+)[,\s}]'
+    rb'\s*"tid": (\d+),\s*"ts": ([\d.]+),\s*"dur": ([\d.]+)\s*,\s*"args": \{\s*"External id": (\d+)[,\s}]'
 )
 
 
-@dataclass(frozen=True)
-class RangeEvent:
+class RangeEvent(msgspec.Struct, frozen=True, gc=False):
     """One of our ranges in a trace, on the host or (as the annotation of its kernels) on a device."""
 
     kind: RangeKind
@@ -104,18 +104,23 @@ def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | Non
 
 def _annotation(match: re.Match[bytes]) -> RangeEvent | None:
     category, name, pid, tid, start_us, duration_us, external_id = match.groups()
-    named = RANGE_NAME.fullmatch(name.decode("utf-8", "replace"))
-    if named is None:
+    kind_and_site = _kind_and_site(name.decode("utf-8", "replace"))
+    if kind_and_site is None:
         return None
     return RangeEvent(
-        kind=named.group(1),  # type: ignore[arg-type]
-        site=named.group(2),
+        *kind_and_site,
         span=Span(float(start_us), float(duration_us)),
         pid=int(pid),
         tid=int(tid),
         external_id=int(external_id),
         on_device=category.startswith(b"gpu_"),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind_and_site(name: str) -> tuple[RangeKind, str] | None:
+    match = RANGE_NAME.fullmatch(name)
+    return None if match is None else (match.group(1), match.group(2))  # type: ignore[return-value]
 
 
 def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[str, Any] | None:
@@ -129,14 +134,17 @@ def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[st
 
 
 def _range_event(event: dict[str, Any]) -> RangeEvent | None:
-    match = RANGE_NAME.fullmatch(str(event.get("name")))
+    kind_and_site = _kind_and_site(str(event.get("name")))
     category = event.get("cat")
-    if match is None or event.get("ph") != "X" or category not in ("user_annotation", "gpu_user_annotation"):
+    if (
+        kind_and_site is None
+        or event.get("ph") != "X"
+        or category not in ("user_annotation", "gpu_user_annotation")
+    ):
         return None
     arguments = event.get("args")
     return RangeEvent(
-        kind=match.group(1),  # type: ignore[arg-type]
-        site=match.group(2),
+        *kind_and_site,
         span=Span(float(event["ts"]), float(event.get("dur", 0.0))),
         pid=event.get("pid"),
         tid=event.get("tid"),
