@@ -13,7 +13,8 @@ LOST_CALLS = {
     "unreadable": "could not be read",
     "without_experts": "were made without their experts, as prefetching does: they assign nothing, so there "
     "is nothing to do",
-    "interrupted": "were interrupted before their experts were called; run those forwards again",
+    "interrupted": "were interrupted before their experts were called, by an error or because recording was "
+    "stopped; run those forwards again, whole",
     "rewritten": "were written over before they were read; later ones are copied at once, so run the model "
     "again",
 }
@@ -71,7 +72,8 @@ def _lost_calls(lost: Lost) -> list[str]:
         notes.append(
             f"{max(lost.not_reached.values())} forwards did not reach the hooks of {len(lost.not_reached)} "
             f"routers that earlier ones did ({_first(list(lost.not_reached))}): their modules were replaced "
-            "or not run; make a new MoETracer after changing the model"
+            "or not run, or recording was stopped before; make a new MoETracer after changing the model, and "
+            "stop it between two forwards"
         )
     if lost.experts_without_router:
         notes.append(

@@ -151,7 +151,7 @@ class MoETraceCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs or not self._running or self.tracer is None:
             return
-        new = [s for s in self.tracer.samples() if s.stage == "train" and s.step >= self._logged_until]
+        new = [s for s in self.tracer.samples(since_step=self._logged_until) if s.stage == "train"]
         if not new:
             return
         self._logged_until = max(s.step for s in new) + 1

@@ -18,6 +18,9 @@ from moe_trace.record.forward.ranges import note_profiler, profiler_is_recording
 from moe_trace.timeline.merge import compress, merge_in_place
 
 _TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
+_OWN = "_moe_trace_own_methods"  # those of them that it had in itself, as when patched by others
+
+_PATCHED = ("start", "step", "stop", "export_chrome_trace")
 
 Tracer = Any
 """A `MoETracer`, which itself imports this module."""
@@ -32,7 +35,9 @@ def attach_tracer(prof: Any, tracer: Tracer) -> None:
             tracers.append(tracer)
             _mark_begin(prof)
         return
+    own = {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__}
     setattr(prof, _TRACERS, [tracer])
+    setattr(prof, _OWN, own)
     _mark_steps(prof)
     _mark_begin(prof)
     export = prof.export_chrome_trace
@@ -44,10 +49,23 @@ def attach_tracer(prof: Any, tracer: Tracer) -> None:
     prof.export_chrome_trace = export_and_merge
 
 
+def detach_tracer(prof: Any, tracer: Tracer) -> None:
+    """Undo `attach_tracer`: with its last tracer gone, the profiler has the methods that it had before."""
+    tracers = getattr(prof, _TRACERS, None)
+    if tracers is None or tracer not in tracers:
+        return
+    tracers.remove(tracer)
+    if not tracers:
+        own = getattr(prof, _OWN)
+        for name in (*_PATCHED, _TRACERS, _OWN):
+            prof.__dict__.pop(name, None)
+        prof.__dict__.update(own)
+
+
 def _mark_steps(prof: Any) -> None:
     """Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where
     a trace begins and ends."""
-    for name in ("start", "step", "stop"):
+    for name in _PATCHED[:3]:
         method = getattr(prof, name, None)
         if method is not None:
             setattr(prof, name, _marking(prof, method))

@@ -14,8 +14,6 @@ from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES
 from moe_trace.record.tracer import MoETracer
 from moe_trace.timeline.counter_tracks import Tracks
 
-_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
-
 
 class profile(torch.profiler.profile):
     """Drop-in for `torch.profiler.profile` that also records the routing of `model`.

@@ -16,7 +16,7 @@ from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
-from moe_trace.record.attach import attach_tracer
+from moe_trace.record.attach import attach_tracer, detach_tracer
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.count_losses import losses, recorded_calls, router_infos
 from moe_trace.record.dry_run import rehearse
@@ -170,21 +170,22 @@ class MoETracer(HookOwner):
         self._steps.count_by_hand()
 
     def attach(self, prof: Any) -> None:
-        """Merge the routing into whatever `prof.export_chrome_trace` writes, and count its steps.
-
-        Args:
-            prof: a `torch.profiler.profile` (or another object with `export_chrome_trace(path, ...)`).
-        """
+        """Merge the routing into what a `torch.profiler.profile` exports, and count its steps."""
         self._steps.profiler = prof
         attach_tracer(prof, self)
 
+    def detach(self, prof: Any) -> None:
+        """Undo `attach`: stopped tracers stay attached, since a trace is mostly exported later."""
+        detach_tracer(prof, self)
+        self._steps.leave(prof)
+
     # -- results --------------------------------------------------------------------------------------
 
-    def samples(self) -> list[RoutingSample]:
-        """One sample per recorded router call, in order of time. Waits for the device."""
+    def samples(self, *, since_step: int = 0) -> list[RoutingSample]:
+        """One sample per router call recorded since a step, in order of time. Waits for the device."""
         self._collect()
         placements = self._placements
-        found = ((s, placements.get((s.name, s.call))) for s in self._recorder.drain())
+        found = ((s, placements.get((s.name, s.call))) for s in self._recorder.drain(since_step))
         return [s if place is None else replace(s, placement=place) for s, place in found]
 
     def recording(self) -> Recording:
@@ -216,10 +217,7 @@ class MoETracer(HookOwner):
         self.accept(merged.placed[0], merged.lost, trace_path)
 
     def accept(self, placed: list[RoutingSample], lost: Lost, trace_path: str | Path) -> None:
-        """Remember where the samples of one trace were placed, and what that trace lacked.
-
-        A trace that is merged again replaces what it lacked before.
-        """
+        """Remember where the samples of one trace were placed, and what it lacked; the last merge counts."""
         self.exported_samples = placed
         for sample in placed:
             if sample.placement is not None:

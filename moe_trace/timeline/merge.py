@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -156,7 +154,7 @@ def merge_in_place(
     Args:
         activities: names of the profiler's, to tell why ranges are missing; None where they are not known.
     """
-    with path.open("r+b") as file, _no_garbage_collection():
+    with path.open("r+b") as file:
         search = RangeSearch()
         layout = remove_additions(file, search)
         trace_events = EventBytes(file, layout.events.start, layout.events.end)
@@ -210,21 +208,6 @@ def _placed_of(recording: Recording, named: Recording, placed: Placed) -> list[R
     if named is recording:
         return [sample for sample in placed.samples if sample.name in original]
     return [replace(s, name=original[s.name]) for s in placed.samples if s.name in original]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A merge makes many small objects and no cycles; a collection would walk the user's whole heap for them.
-
-    On a process that has loaded a model one such walk takes longer than all the rest of the merge.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _place(

@@ -83,6 +83,12 @@ class Records:
         self._dropped = 0
         """Of the first part."""
 
+    @property
+    def last_step(self) -> int:
+        """The step of the last one; -1 without any."""
+        part = self._parts[-1] if self._parts else None
+        return -1 if part is None else part.step if isinstance(part, CallRecord) else part.context.step
+
     def append(self, part: CallRecord | ForwardRecords) -> None:
         """One call, or those of a forward."""
         self._parts.append(part)

@@ -229,15 +229,17 @@ class Recorder:
         self._on_device.clear()
         self._drop_oldest()
 
-    def drain(self) -> list[RoutingSample]:
-        """All samples kept so far, oldest first. Waits for the device; nothing is removed."""
+    def drain(self, since_step: int = 0) -> list[RoutingSample]:
+        """The samples kept since a step, oldest first. Waits for the device; nothing is removed."""
         with self._lock:
             self.reduce()
             self._ship()
             pairs = [
                 pair
                 for batch in self._on_host
+                if batch.records.last_step >= since_step
                 for pair in zip(batch.records, self._samples(batch), strict=True)
+                if pair[0].step >= since_step
             ]
         pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
         samples = [sample for _, sample in pairs]

@@ -48,6 +48,11 @@ class Steps:
         """End a step by hand; the forwards before the first such end were one step."""
         self._by_hand = self.now() + 1 if self._by_hand is not None else max(1, self.forwards)
 
+    def leave(self, profiler: Any) -> None:
+        """It counts no more: steps go on from where it was."""
+        if self.profiler is profiler:
+            self._by_hand, self.profiler = self.now(), None
+
     def count_by_hand(self) -> None:
         """From now on a step ends with `end` only."""
         self._by_hand = self.now()

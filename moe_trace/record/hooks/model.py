@@ -92,9 +92,20 @@ class ModelHooks:
         for entry in self._entries:
             entry.remove()
         self._levels.remove()
+        for thread in self.watch.forwards.threads():
+            self.watch.failures.guarded(self._cut_off, thread)
         self.watch.forwards.clear()
         self.join()
         self._ranges.close_all()
+
+    def _cut_off(self, thread: int) -> None:
+        """Recording ends inside a forward: its open call is interrupted, and its other routers are missed."""
+        context = self.watch.forwards.of(thread)
+        if context is not None and context.recorded:
+            context.failed = True
+            self.calls.flush(thread)
+            if not context.recomputed:
+                self.watch.missing.look(context.reached)
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""
