@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from moe_trace.record.reduce.streams import on_device
 
 def reduce_group(group: PendingCalls) -> Batch:
     """Reduce calls of one form, on the device and the stream that made them; nothing waits."""
+    group.index, group.weights, group.logits = map(_own_part, (group.index, group.weights, group.logits))
     first = next(iter(group.records))
     classes = group.logits[0].shape[-1] if group.logits else 0
     tokens, top_k = group.index[0].shape
@@ -35,6 +37,18 @@ def reduce_group(group: PendingCalls) -> Batch:
         floats=stats.floats,
         stream=group.stream,
     )
+
+
+def _own_part(tensors: list[Any]) -> list[Tensor]:
+    """Of DTensors, what this process holds: to bring together what is split would be a collective."""
+    if not tensors or not hasattr(tensors[0], "to_local"):
+        return tensors
+    if any(not place.is_replicate() for tensor in tensors for place in tensor.placements):
+        raise ValueError(
+            f"the decision is split over processes (DTensor, {tensors[0].placements}); give the experts "
+            "tensors that each process holds whole, such as those of to_local() or full_tensor()"
+        )
+    return [tensor.to_local() for tensor in tensors]
 
 
 def _by_operators(group: PendingCalls, num_experts: int) -> PackedStats:
