@@ -117,10 +117,11 @@ def _is_among(target: Path, given: Path) -> bool:
     if not target.exists() or not given.exists():
         return False
     if given.is_dir():
-        from moe_trace.read.file.folder import find_traces
+        from moe_trace.read.file.folder import REDUCED_SUFFIX, find_traces, visible_files
 
         try:
-            return any(target.samefile(trace) for trace in find_traces(given))
+            small = [file for file in visible_files(given) if file.name.endswith(REDUCED_SUFFIX)]
+            return any(map(target.samefile, small)) or any(map(target.samefile, find_traces(given)))
         except (TraceFileError, OSError):
             return False
     return target.samefile(given)

@@ -55,7 +55,7 @@ class RunCommand:
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Record, then print figures, files and what to do next."""
-        values = vars(arguments).copy()
+        values = {name: value for name, value in vars(arguments).items() if name != "copies"}
         script, script_arguments = values.pop("script"), values.pop("script_arguments")
         if script is not None:
             return _run_script(script, script_arguments, values)

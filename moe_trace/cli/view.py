@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import MoETraceError, UsageError
-from moe_trace.show.tensorboard.catalog import Catalog, find_catalog
+from moe_trace.show.tensorboard.catalog import Catalog, as_text, find_catalog
 from moe_trace.show.viewer import TraceServer, find_trace_viewer
 
 HOST = "127.0.0.1"
@@ -98,8 +98,9 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
             raise MoETraceError(f"{what} is not installed; run: pip install {package}")
     folder = path if path.is_dir() else path.absolute().parent
     catalog = require_traces(folder)
-    shown = "" if path.is_dir() else f"&p.moe.run=.&p.moe.trace={quote(path.name)}"
-    if shown and path.name not in {trace.name for trace in catalog.traces.values() if trace.run == "."}:
+    name = as_text(path.name)
+    shown = "" if path.is_dir() else f"&p.moe.run=.&p.moe.trace={quote(name)}"
+    if shown and name not in {trace.name for trace in catalog.traces.values() if trace.run == "."}:
         raise UsageError(
             f"{path}: TensorBoard shows files named *.pt.trace.json or *.pt.trace.json.gz; rename it, or "
             "leave --tab out"

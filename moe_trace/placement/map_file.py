@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,7 @@ def write_map(study: PlacementStudy, target: Path) -> None:
     ]
     found = PlacementMap(
         model=study.counts.model,
-        source=study.counts.source,
+        source=os.fsencode(study.counts.source).decode("utf-8", "backslashreplace"),
         chosen_on=[study.counts.labels[i] for i in chosen],
         num_experts=study.counts.num_experts,
         plans=plans,

@@ -127,7 +127,7 @@ def _joined(catalogs: list[Catalog]) -> Catalog:
     return Catalog(dict(sorted(traces.items())), refused, any(catalog.cut_off for catalog in catalogs))
 
 
-def _text(name: str) -> str:
+def as_text(name: str) -> str:
     """A name that JSON and addresses can carry: bytes that are no UTF-8 as `\\xff`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -138,7 +138,7 @@ def find_catalog(logdir: Path, prefix: str = "") -> Catalog:
     traces: dict[tuple[str, str], Trace] = {}
     refused: dict[tuple[str, str], str] = {}
     for folder, file, path in _candidates(root):
-        run, name = _text(os.path.normpath(os.path.join(prefix, folder))), _text(file)
+        run, name = as_text(os.path.normpath(os.path.join(prefix, folder))), as_text(file)
         if len(traces) + len(refused) >= TRACES_MAX:
             return Catalog(traces, refused, True)
         if not is_below(path, root):

@@ -7,6 +7,7 @@ today's Chromium, and Perfetto's page has to be loaded from the internet.
 from __future__ import annotations
 
 import importlib.util
+import os
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,7 +49,7 @@ class TraceServer(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """What to open in a browser."""
-        return f"http://localhost:{self.server_address[1]}/?trace={quote(self.trace.name)}"
+        return f"http://localhost:{self.server_address[1]}/?trace={quote(os.fsencode(self.trace.name))}"
 
 
 class _Handler(BaseHTTPRequestHandler):
