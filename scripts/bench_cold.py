@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What the first recorded step costs in a fresh process, against the second: A B A B over processes.
 
-    python scripts/bench_cold.py                          # OLMoE-1B-7B's true shape on the GPU
-    python scripts/bench_cold.py --device cpu --pairs 2   # a smoke test: a small model
+    python scripts/bench_cold.py  # OLMoE-1B-7B's true shape on the GPU
+    python scripts/bench_cold.py --minutes 8 --runs cold.jsonl  # part of it; again, and it goes on
+    python scripts/bench_cold.py --device cpu --pairs 2  # a smoke test: a small model
 
 Every process starts with empty caches of Triton and Inductor. A figure is the time of the first step over
 that of the second, bare (torch.profiler alone) and traced (with moe_trace); what counts is their ratio. Each
@@ -37,9 +38,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--pairs", type=int, default=5, help="processes of each kind")
+    parser.add_argument("--pairs", type=int, default=15, help="processes of each kind")
     parser.add_argument("--layers", type=int, help="by default 16 on a GPU, 2 on a CPU")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--minutes", type=float, help="start no pair that would end later")
+    parser.add_argument("--runs", type=Path, help="keep each pair in this file, and go on from those in it")
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     parser.add_argument("--child", nargs=2, metavar=("WORKLOAD", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -47,23 +50,78 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(Child(arguments.device, arguments.layers, *arguments.child).run()))
         return
-    rows = []
-    for workload in arguments.only:
-        found: dict[str, list[dict[str, Any]]] = {"bare": [], "traced": []}
-        for i in range(arguments.pairs):
-            for way in ("bare", "traced") if i % 2 == 0 else ("traced", "bare"):
-                found[way].append(in_fresh_process(arguments, workload, way))
-        for part in found["bare"][0]["parts"]:
-            rows.append(row(workload, part, found))
-            print(
-                rows[-1] if len(rows) > 1 else f"{heading(found, arguments.layers)}\n{rows[-1]}", flush=True
-            )
+    found = measure(arguments)
+    table = [heading(found, arguments.layers)]
+    table += [
+        row(workload, part, ways)
+        for workload, ways in found.items()
+        if ways["bare"]
+        for part in ways["bare"][0]["parts"]
+    ]
+    print("\n".join(table), flush=True)
     if arguments.markdown:
-        text = "\n".join([heading(found, arguments.layers), *rows])
-        arguments.markdown.write_text(text + "\n", encoding="utf-8")
+        arguments.markdown.write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
 # -- the parent ----------------------------------------------------------------------------------------------
+
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+"""By workload and by way, one result a process; the two lists of a workload pair up."""
+
+
+def measure(arguments: argparse.Namespace) -> Runs:
+    """Pairs of each workload in turn, until there are enough or the time is over."""
+    kept = Kept(arguments)
+    started = time.monotonic()
+    longest = dict.fromkeys(arguments.only, 0.0)
+    for i in range(arguments.pairs):
+        for workload in arguments.only:
+            if i < len(kept.runs[workload]["bare"]):
+                continue
+            begun = time.monotonic()
+            if arguments.minutes and begun - started + longest[workload] > 60 * arguments.minutes:
+                print(f"# {arguments.minutes:g} minutes are over; run it again for more pairs", flush=True)
+                return kept.runs
+            order = ("bare", "traced") if i % 2 == 0 else ("traced", "bare")
+            kept.add(workload, {way: in_fresh_process(arguments, workload, way) for way in order})
+            longest[workload] = max(longest[workload], time.monotonic() - begun)
+    return kept.runs
+
+
+class Kept:
+    """The pairs so far, and those of earlier calls that a file holds, one a line."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._file: Path | None = arguments.runs
+        self._key = [arguments.device, arguments.layers]
+        self.runs: Runs = {workload: {"bare": [], "traced": []} for workload in arguments.only}
+        for line in self._file.read_text().splitlines() if self._file and self._file.exists() else ():
+            *key, workload, pair = json.loads(line)
+            if key == self._key and workload in self.runs:
+                self._take(workload, pair)
+
+    def _take(self, workload: str, pair: dict[str, dict[str, Any]]) -> None:
+        for way, runs in self.runs[workload].items():
+            runs.append(pair[way])
+        print(f"{workload}, pair {len(runs)}: {told(pair)}", flush=True)
+
+    def add(self, workload: str, pair: dict[str, dict[str, Any]]) -> None:
+        self._take(workload, pair)
+        if self._file:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([*self._key, workload, pair]) + "\n")
+
+
+def told(pair: dict[str, dict[str, Any]]) -> str:
+    """One pair's figures."""
+    return "; ".join(
+        f"{part}: {first_over_second(pair['traced'], part) / first_over_second(bare, part):.3f}"
+        f" ({first_over_second(bare, part):.2f} bare), ours "
+        + " / ".join(f"{value:.2f}" for value in pair["traced"]["own_ms"][part])
+        + " ms"
+        for bare in [pair["bare"]]
+        for part in bare["parts"]
+    )
 
 
 def in_fresh_process(arguments: argparse.Namespace, workload: str, way: str) -> dict[str, Any]:
@@ -101,9 +159,10 @@ def first_over_second(run: dict[str, Any], part: str) -> float:
     return float(first / second)
 
 
-def heading(found: dict[str, list[dict[str, Any]]], layers: int) -> str:
+def heading(found: Runs, layers: int) -> str:
+    machines = {run["machine"] for ways in found.values() for runs in ways.values() for run in runs}
     return (
-        f"{date.today()}, {found['bare'][0]['machine']}, {layers} layers\n\n"
+        f"{date.today()}, {', '.join(sorted(machines))}, {layers} layers\n\n"
         "| workload | bare: first / second ms | traced: first / second ms | ratio of ratios | quartiles "
         "| bound | our longest range: first / second ms | our start s | pairs |\n"
         "|---|---|---|---|---|---|---|---|---|"
@@ -183,12 +242,11 @@ class Child:
         self.profile_twice("forward and backward", step)
 
     def scalars(self) -> None:
-        """Without a profiler."""
         step = self.training_step()
         repeat(WARM_UP, step)
         with ExitStack() as stack:
             started = time.perf_counter()
-            logger = stack.enter_context(self.logger()) if self.traced else None
+            tracer, logger = stack.enter_context(self.logger()) if self.traced else (None, None)
             self.start_s = time.perf_counter() - started
 
             def logged() -> None:
@@ -196,8 +254,7 @@ class Child:
                 if logger is not None:
                     logger.step()
 
-            self.parts["training step and scalars"] = [self.seconds(logged) for _ in range(2)]
-        self.own_ms["training step and scalars"] = [0.0, 0.0]
+            self.profile_twice("training step and scalars", logged, tracer, ours=False)
 
     def compiled(self) -> None:
         self.torch._dynamo.reset()
@@ -212,10 +269,9 @@ class Child:
                 with self.torch.no_grad():
                     model(ids, use_cache=False)
 
-            self.parts["call that compiles"] = [self.seconds(step) for _ in range(2)]
-            self.own_ms["call that compiles"] = [0.0, 0.0]
+            self.profile_twice("forward that compiles", step, tracer, ours=False)
             repeat(WARM_UP, step)
-            self.profile_twice("compiled forward of 64 tokens", step, tracer)
+            self.profile_twice("compiled forward of 64 tokens", step, tracer, ours=False)
 
     # -- what they share -------------------------------------------------------------------------------
 
@@ -244,7 +300,7 @@ class Child:
         return step
 
     @contextmanager
-    def logger(self) -> Iterator[Any]:
+    def logger(self) -> Iterator[tuple[Any, Any]]:
         from moe_trace.integrations.scalar_logger import ScalarLogger
 
         with (
@@ -252,22 +308,25 @@ class Child:
             self.moe_trace.MoETracer(self.model) as tracer,
             ScalarLogger(tracer, folder) as logger,
         ):
-            yield logger
+            yield tracer, logger
 
-    def profile_twice(self, part: str, step: Callable[[], None], tracer: Any = None) -> None:
+    def profile_twice(
+        self, part: str, step: Callable[[], None], tracer: Any = None, *, ours: bool = True
+    ) -> None:
+        """`ours`: by a profile of ours, rather than torch's with that tracer."""
         self.parts[part], self.own_ms[part] = [], []
         for which in range(2):
             with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                with self.profiler(tracer) as prof:
-                    if which == 0 and tracer is None:
+                with self.profiler(tracer, ours and self.traced) as prof:
+                    if which == 0 and ours:
                         self.start_s = time.perf_counter() - started
                     self.parts[part].append(self.seconds(step))
                 prof.export_chrome_trace(f"{folder}/trace.json")
                 self.own_ms[part].append(longest_own_range_ms(Path(folder, "trace.json")))
 
-    def profiler(self, tracer: Any) -> Any:
-        if self.traced and tracer is None:
+    def profiler(self, tracer: Any, ours: bool) -> Any:
+        if ours:
             return self.moe_trace.profile(self.model, activities=self.activities)
         prof = self.torch.profiler.profile(activities=self.activities)
         if tracer is not None:
