@@ -109,25 +109,28 @@ class PendingStore:
         stream = stream_of_now(index) if stream is None else stream
         form = (stream, *map(_form, tensors), record.site.info.num_experts, mask is None, record.sending)
         group = self._group(form, tensors, record.site.info.num_experts, 1)
-        self._extend(group, record, columns, versions_of(columns), mask, 1)  # type: ignore[arg-type]
+        self._extend(group, [record], columns, versions_of(columns), [mask], 1)  # type: ignore[arg-type]
 
-    def add_forward(
+    def add_forwards(
         self,
-        records: ForwardRecords,
+        records: Sequence[ForwardRecords],
         columns: Columns,
         versions: Sequence[tuple[int, ...]],
-        mask: Tensor | None,
+        masks: Sequence[Tensor | None],
     ) -> bool:
-        """The same for the calls of a forward, which have one form as far as is known.
+        """The same for the calls of forwards, which have one form as far as is known.
 
         Args:
             columns: their tensors; only the first of each column is looked at before they are reduced.
-            versions: those of each call's tensors when they were handed out.
+            versions: those of each call's tensors when they were handed out, of one forward.
+            masks: one of each forward, or None of each.
 
         Returns:
-            False where they are too many for one batch, and nothing was kept.
+            False where they are too many for one batch, or only some have a mask, and nothing was kept.
         """
-        first, calls, group = columns[0][0], len(records), self._last
+        if len({mask is None for mask in masks}) > 1:
+            return False
+        first, calls, group, mask = columns[0][0], len(columns[0]), self._last, masks[0]
         # What goes to the same group as the last forward is told by the least that can be looked at.
         if (
             group is None
@@ -137,31 +140,32 @@ class PendingStore:
             or len(columns) != len(group.columns)
             or group.stream != stream_of_now(first)
         ):
-            tensors, experts = [column[0] for column in columns], records.sites[0].info.num_experts
+            tensors, experts = [column[0] for column in columns], records[0].sites[0].info.num_experts
             form = (stream_of_now(first), *map(_form, tensors), experts, mask is None, None)
             group = self._last = self._group(form, tensors, experts, calls)
         if group is None:
             return False
-        self._extend(group, records, columns, versions, mask, calls)
+        self._extend(group, records, columns, [*versions] * len(records), masks, calls)
         return True
 
     def _extend(
         self,
         group: PendingCalls,
-        records: CallRecord | ForwardRecords,
+        records: Sequence[CallRecord | ForwardRecords],
         columns: Columns,
         versions: Sequence[tuple[int, ...]],
-        mask: Tensor | None,
+        masks: Sequence[Tensor | None],
         calls: int,
     ) -> None:
         group.index.extend(columns[0])
         group.weights.extend(columns[1])
         if len(columns) == 3:
             group.logits.extend(columns[2])
-        if mask is not None:
-            group.masks.extend([mask] * calls)
+        for record, mask in zip(records, masks, strict=True):
+            group.records.append(record)
+            if mask is not None:
+                group.masks.extend([mask] * len(record))
         group.versions.extend(versions)
-        group.records.append(records)
         group.room -= calls
         self.calls += calls
         self.held_bytes += calls * group.held

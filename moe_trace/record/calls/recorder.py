@@ -85,10 +85,10 @@ class Recorder:
             self._pending.add(record, reading, mask)
         self._reduce_if_full()
 
-    def add_forward(self, *forward: Any) -> bool:
-        """The same for the calls of a forward: see `PendingStore.add_forward`."""
+    def add_forwards(self, *forwards: Any) -> bool:
+        """The same for the calls of some forwards: see `PendingStore.add_forwards`."""
         with self._lock:
-            kept = self._pending.add_forward(*forward)
+            kept = self._pending.add_forwards(*forwards)
         self._reduce_if_full()
         return kept
 

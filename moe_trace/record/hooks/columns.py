@@ -54,10 +54,10 @@ class ForwardPlan:
         output = items[self.last_output]
         return getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
 
-    def columns(self, items: list[Any]) -> Columns | None:
-        """The tensors of all calls; None where one of them is unlike the plan."""
+    def columns(self, items: list[Any], forwards: int = 1) -> Columns | None:
+        """The tensors of all calls of some forwards; None where one of them is unlike the plan."""
         firsts, seconds = items[2::WIDTH], items[3::WIDTH]
-        if items[4::WIDTH] != self.lasts or any(self.experts(seconds)):
+        if items[4::WIDTH] != self.lasts * forwards or any(self.experts(seconds)):
             return None
         if self.block_ends is not None and any(one is not None for one in self.block_ends(firsts)):
             return None
@@ -67,12 +67,23 @@ class ForwardPlan:
         except Exception:  # read one by one, the call that is wrong will be named
             return None
 
-    def records(self, items: list[Any], context: ForwardContext) -> ForwardRecords:
-        """What is known of the calls beside their tensors."""
-        times = items[2::WIDTH]
-        return ForwardRecords(
-            context, self.sites, self.first, self.taken, self.begins(times), self.routers(times)
-        )
+    def records(
+        self, items: list[Any], forwards: Sequence[tuple[list[Any], ForwardContext]]
+    ) -> list[ForwardRecords]:
+        """What is known of the calls of forwards beside their tensors."""
+        times, calls = items[2::WIDTH], len(self.sites)
+        begins, ends = self.begins(times), self.routers(times)
+        return [
+            ForwardRecords(
+                context,
+                self.sites,
+                self.first,
+                self.taken + number,
+                begins[number * calls : (number + 1) * calls],
+                ends[number * calls : (number + 1) * calls],
+            )
+            for number, (_, context) in enumerate(forwards)
+        ]
 
 
 def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -80,13 +91,13 @@ def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
     return [tensor.detach() for tensor in column]
 
 
-def _picker(at: Sequence[int]) -> Pick:
-    """Takes the items at some places of a column."""
-    step = at[1] - at[0] if len(at) > 1 else 1
-    if list(at) == list(range(at[0], at[-1] + 1, step)):
-        places = slice(at[0], at[-1] + 1, step)
+def _picker(at: Sequence[int], events: int) -> Pick:
+    """Takes the items at some places of the column of a forward, or of those of several that follow."""
+    step = at[1] - at[0] if len(at) > 1 else events
+    if list(at) == list(range(at[0], events, step)) and events == step * len(at):
+        places = slice(at[0], None, step)
         return lambda column: column[places]
-    return lambda column: [column[place] for place in at]
+    return lambda column: [column[base + place] for base in range(0, len(column), events) for place in at]
 
 
 def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan | None:
@@ -111,10 +122,10 @@ def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan |
     plan = ForwardPlan(
         indices=tuple(places),
         sites=tuple(router.site for router in routers),
-        begins=_picker([at[BEGIN] for at in places.values()]),
-        routers=_picker([at[ROUTER] for at in places.values()]),
-        experts=_picker([at[EXPERTS] for at in places.values()]),
-        block_ends=_picker(ends) if ends else None,
+        begins=_picker([at[BEGIN] for at in places.values()], len(codes)),
+        routers=_picker([at[ROUTER] for at in places.values()], len(codes)),
+        experts=_picker([at[EXPERTS] for at in places.values()], len(codes)),
+        block_ends=_picker(ends, len(codes)) if ends else None,
         last_output=WIDTH * max(at[ROUTER] for at in places.values()) + 3,
         codes=codes,
         lasts=[_EXPECTED[code % KINDS] for code in codes],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -90,14 +91,20 @@ class PlainForwards:
         if not self._waiting:
             return
         waiting, self._waiting, self._bytes = self._waiting, [], 0.0
-        for plan, items, context in waiting:
-            if not self._take(plan, items, context):
-                self.settle()
-                self._join(items, context)
-            context.padding_T = None  # the context is kept for longer
+        for (plan, _), run in groupby(waiting, key=lambda one: (one[0], one[2].held_bytes)):
+            forwards = [(items, context) for _, items, context in run]
+            if len(forwards) == 1 or not self._take(plan, forwards):
+                for forward in forwards:
+                    if not self._take(plan, [forward]):
+                        self.settle()
+                        self._join(*forward)
+            for _, context in forwards:
+                context.padding_T = None  # the context is kept for longer
 
-    def _take(self, plan: ForwardPlan, items: list[Any], context: ForwardContext) -> bool:
-        columns = plan.columns(items)
+    def _take(self, plan: ForwardPlan, forwards: Sequence[tuple[list[Any], ForwardContext]]) -> bool:
+        """Record forwards of one plan; nothing is where one of them is unlike the others."""
+        items = forwards[0][0] if len(forwards) == 1 else [*chain.from_iterable([one for one, _ in forwards])]
+        columns = plan.columns(items, len(forwards))
         if columns is None:
             return False
         if plan is not self._counting:
@@ -105,15 +112,17 @@ class PlainForwards:
             self._counting = plan
             plan.first = tuple([self._counts[index].recorded for index in plan.indices])
         try:
-            mask = context.padding_T
-            if mask is not None:
-                mask = self._padding(context, columns[0][0].shape[0])
-            records = plan.records(items, context)
-            if not self._recorder.add_forward(records, columns, plan.versions, mask):
+            tokens = {tensor.shape[0] for tensor in columns[0][:: len(plan.indices)]}
+            if len(tokens) > 1:
+                return False
+            masks = [context.padding_T for _, context in forwards]
+            if any(mask is not None for mask in masks):
+                masks = [self._padding(context, *tokens) for _, context in forwards]
+            if not self._recorder.add_forwards(plan.records(items, forwards), columns, plan.versions, masks):
                 return False
         except Exception:  # read one by one, the call that is wrong will be named
             return False
-        plan.taken += 1
+        plan.taken += len(forwards)
         return True
 
     def settle(self) -> None:
