@@ -3,17 +3,19 @@
 Each A has two Bs: the same again, and one with a change. The recordings read other pieces of the same kind
 of text (source code), as two runs of an evaluation do. The planted changes, a quarter of the pairs each:
 
-    layer   in one layer two experts change places in the gate: those with the most and the least load
-    experts an extra product inside each layer's experts, of 5 % of their floating-point operations
+    layer   in one layer experts change places in the gate: the busiest with the least busy (one; on a GPU,
+            where random weights load all alike, as many as a token has)
+    experts 5 % more hidden units in each expert, of weight 0
     kernels another implementation of the experts
     text    prose in place of source code
 
-    python scripts/record_diff_pairs.py pairs                             # CPU, the demo model
-    python scripts/record_diff_pairs.py pairs --device cuda --workers 4   # OLMoE's true shape
+    python scripts/record_diff_pairs.py pairs --workers 2                   # CPU, the demo model
+    python scripts/record_diff_pairs.py pairs --device cuda --seconds 400   # OLMoE's true shape, fewer layers
 
-One worker records while the others write their files. Pairs that are in the folder already are kept.
-`scripts/check_diff.py` says what `moe-trace diff` made of them, `scripts/check_imbalance.py` what the cost
-of imbalance claims.
+Recordings that run at once would disturb each other's times. On a CPU each worker has cores of its own; on a
+GPU there is one, and other processes merge and compress what it wrote. Pairs that are in the folder already
+are kept. `scripts/check_diff.py` says what `moe-trace diff` made of them, `scripts/check_imbalance.py` what
+the cost of imbalance claims.
 """
 
 from __future__ import annotations
@@ -23,31 +25,37 @@ import ctypes
 import gc
 import inspect
 import multiprocessing
+import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from multiprocessing.synchronize import Lock
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.profiler import ProfilerActivity
 
 import moe_trace
+from moe_trace.data.schema import Recording
+from moe_trace.timeline.merge import compress
 
 CHANGES = ("layer", "experts", "kernels", "text")
 STEPS = 10
 TOKENS = 512
 LAYER = 2
+GPU_LAYERS = 6
+FINISHERS = 8
 
 
 class Recorder:
     """The model, its texts, and how one recording is made."""
 
-    def __init__(self, device: str, lock: Lock) -> None:
-        self.device, self.lock = device, lock
+    def __init__(self, device: str) -> None:
+        self.device = device
         if device == "cuda":
             self.model = _random_olmoe()
             self.usual, self.other = "grouped_mm", "eager"
@@ -59,16 +67,16 @@ class Recorder:
         self.tokens = 4 * TOKENS if device == "cuda" else TOKENS
         self.model.set_experts_implementation(self.usual)
         self.texts = {"code": _source_code(), "prose": _prose()}
-        load = self._load()
-        self.swapped = [int(load.argmax()), int(load.argmin())]
+        order = self._load().argsort().tolist()
+        number = self.model.config.num_experts_per_tok if device == "cuda" else 1
+        self.swapped = [*order[:number], *order[-number:]]
 
-    def record(self, path: Path, seed: int, change: str | None) -> None:
-        """Ten steps on pieces of text of its own."""
+    def record(self, path: Path, seed: int, change: str | None) -> Recording:
+        """Ten steps on pieces of text of its own; `path` gets the profiler's own trace."""
         rng = np.random.default_rng(seed)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == "cuda")
         pieces = self._pieces("prose" if change == "text" else "code", rng)
         with ExitStack() as stack:
-            stack.enter_context(self.lock)
             if change is not None and change != "text":
                 stack.enter_context(PLANTS[change](self))
             stack.enter_context(torch.no_grad())
@@ -78,17 +86,8 @@ class Recorder:
             for piece in pieces:
                 self.model(piece)
                 prof.step()
-        part = path.with_name(f".{path.name}")
-        prof.export_chrome_trace(str(part))
-        part.rename(path)
-
-    def _load(self) -> torch.Tensor:
-        """[experts] of `LAYER`, on a piece of source code."""
-        piece = self._pieces("code", np.random.default_rng(0))[0]
-        with torch.no_grad():
-            logits = self.model(piece, output_router_logits=True).router_logits[LAYER]
-        chosen = logits.topk(self.model.config.num_experts_per_tok).indices
-        return chosen.flatten().bincount(minlength=logits.shape[-1])
+        torch.profiler.profile.export_chrome_trace(prof, str(path))  # not ours, which would merge here
+        return prof.tracer.recording()
 
     def _pieces(self, kind: str, rng: np.random.Generator) -> list[torch.Tensor]:
         text = self.texts[kind]
@@ -98,19 +97,23 @@ class Recorder:
         ]
         return [torch.from_numpy(ids)[None].to(self.device) for ids in raw]
 
+    def _load(self) -> torch.Tensor:
+        """[experts] of `LAYER`, on a piece of source code."""
+        piece = self._pieces("code", np.random.default_rng(0))[0]
+        with torch.no_grad():
+            logits = self.model(piece, output_router_logits=True).router_logits[LAYER]
+        chosen = logits.topk(self.model.config.num_experts_per_tok).indices
+        return chosen.flatten().bincount(minlength=logits.shape[-1])
+
 
 def _random_olmoe() -> Any:
     from bench_pairs import TRUE_SHAPE
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # in single precision four workers would not fit into 80 GB
-    try:
-        with torch.device("cuda"):
-            return OlmoeForCausalLM(OlmoeConfig(**TRUE_SHAPE)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("cuda"):
+        model = OlmoeForCausalLM(OlmoeConfig(**TRUE_SHAPE | {"num_hidden_layers": GPU_LAYERS}))
+    return model.to(torch.bfloat16).eval()
 
 
 def _source_code() -> bytes:
@@ -144,29 +147,22 @@ def _swapped_experts(recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _slower_experts(recorder: Recorder) -> Iterator[None]:
-    """Real work, of 5 % of the experts' floating-point operations, at the end of each layer's experts."""
-    removed: list[Callable[[], None]] = []
-    for layer in recorder.model.model.layers:
-        experts = layer.mlp.experts
-        info = recorder.model.config
-        rows = max(1, round(recorder.tokens * info.num_experts_per_tok * 0.05))
-        wide = torch.randn(3 * info.intermediate_size, info.hidden_size, device=recorder.device)
-        wide = wide.to(experts.gate_up_proj.dtype)
-        extra = torch.randn(rows, info.hidden_size, device=recorder.device).to(wide.dtype)
-        original = experts.forward
-
-        def slower(*args: Any, _run: Any = original, _x: Any = extra, _w: Any = wide, **kwargs: Any) -> Any:
-            torch.mm(_x, _w.t())
-            return _run(*args, **kwargs)
-
-        experts.forward = slower
-        removed.append(lambda experts=experts: experts.__dict__.pop("forward"))  # type: ignore[misc]
+def _wider_experts(recorder: Recorder) -> Iterator[None]:
+    """Experts with 5 % more hidden units, whose weights are 0: more work for the same result."""
+    experts = [layer.mlp.experts for layer in recorder.model.model.layers]
+    before = [(one.gate_up_proj.data, one.down_proj.data) for one in experts]
+    aligned = 16 // before[0][0].element_size()  # as grouped products need it
+    wide = round(1.05 * recorder.model.config.intermediate_size / aligned) * aligned
+    more = wide - recorder.model.config.intermediate_size
+    for one, (gate_up, down) in zip(experts, before, strict=True):
+        halves = [functional.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2, dim=1)]
+        one.gate_up_proj.data = torch.cat(halves, dim=1)
+        one.down_proj.data = functional.pad(down, (0, more))
     try:
         yield
     finally:
-        for remove in removed:
-            remove()
+        for one, (gate_up, down) in zip(experts, before, strict=True):
+            one.gate_up_proj.data, one.down_proj.data = gate_up, down
 
 
 @contextmanager
@@ -178,25 +174,55 @@ def _other_kernels(recorder: Recorder) -> Iterator[None]:
         recorder.model.set_experts_implementation(recorder.usual)
 
 
-PLANTS = {"layer": _swapped_experts, "experts": _slower_experts, "kernels": _other_kernels}
+PLANTS = {"layer": _swapped_experts, "experts": _wider_experts, "kernels": _other_kernels}
 
 
-def _record_pairs(arguments: argparse.Namespace, worker: int, lock: Lock) -> None:
+def _record_pairs(arguments: argparse.Namespace, worker: int, until: float) -> None:
     """Every `workers`-th pair: A, the same again, and B with the change."""
-    recorder = Recorder(arguments.device, lock)
-    first = arguments.folder / f"warmup-{worker}.json.gz"
+    cores = sorted(os.sched_getaffinity(0))
+    if arguments.device == "cpu":
+        share = len(cores) // arguments.workers
+        os.sched_setaffinity(0, cores[worker * share : (worker + 1) * share])
+        torch.set_num_threads(share)
+    recorder = Recorder(arguments.device)
+    first = arguments.folder / f".first-{worker}.json"
     recorder.record(first, 0, None)  # a process's first recording is slower
     first.unlink()
-    for pair in range(worker, arguments.pairs, arguments.workers):
-        change = CHANGES[pair % len(CHANGES)]
-        for i, (name, planted) in enumerate((("a", None), ("b-same", None), (f"b-{change}", change))):
-            path = arguments.folder / f"{pair:03d}-{name}.pt.trace.json.gz"
-            if path.exists():
-                continue
-            began = time.monotonic()
-            recorder.record(path, 1 + 3 * pair + i, planted)
-            print(f"{path.name} {time.monotonic() - began:.1f} s", flush=True)
-            _give_memory_back()
+    with ProcessPoolExecutor(FINISHERS, multiprocessing.get_context("spawn")) as pool:
+        running: list[Future[None]] = []
+        for pair in range(worker, arguments.pairs, arguments.workers):
+            if time.monotonic() > until:
+                break
+            running += _record_pair(arguments, recorder, pair, pool)
+        for one in running:
+            one.result()
+
+
+def _record_pair(
+    arguments: argparse.Namespace, recorder: Recorder, pair: int, pool: ProcessPoolExecutor
+) -> Iterator[Future[None]]:
+    change = CHANGES[pair % len(CHANGES)]
+    for i, (name, planted) in enumerate((("a", None), ("b-same", None), (f"b-{change}", change))):
+        path = arguments.folder / f"{pair:03d}-{name}.pt.trace.json.gz"
+        if path.exists():
+            continue
+        began = time.monotonic()
+        raw = path.with_name(f".{path.name.removesuffix('.gz')}")
+        recording = recorder.record(raw, 1 + 3 * pair + i, planted)
+        print(f"{path.name} {time.monotonic() - began:.1f} s", flush=True)
+        _give_memory_back()
+        if arguments.device == "cpu":
+            _finish(raw, recording, path)
+        else:
+            yield pool.submit(_finish, raw, recording, path)
+
+
+def _finish(raw: Path, recording: Recording, path: Path) -> None:
+    moe_trace.merge_into(raw, recording)
+    part = raw.with_suffix(".part")
+    compress(raw, part)
+    part.rename(path)
+    raw.unlink()
 
 
 def _give_memory_back() -> None:
@@ -217,15 +243,16 @@ def main() -> None:
         "--pairs", type=int, default=100, help="of each sort: unchanged, changed (default 100)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes (default 1; 15 GB of GPU memory each)"
-    )
+    parser.add_argument("--workers", type=int, default=1, help="recording at once, on a CPU (default 1)")
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin no pair after so long")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and arguments.workers > 1:
+        parser.error("one GPU records one pair at a time")
+    until = time.monotonic() + arguments.seconds
     arguments.folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    lock = context.Lock()
     workers = [
-        context.Process(target=_record_pairs, args=(arguments, worker, lock))
+        context.Process(target=_record_pairs, args=(arguments, worker, until))
         for worker in range(arguments.workers)
     ]
     for process in workers:

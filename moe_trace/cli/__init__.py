@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
+from moe_trace.data.display.tables import paragraph
 from moe_trace.data.errors import MoETraceError, OutputError
 from moe_trace.data.version import __version__
 
@@ -96,13 +97,12 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
             commands.add_parser(name, help=line)
             continue
         command = getattr(importlib.import_module(module), class_name)()
-        text = inspect.cleandoc(command.__doc__ or line)
-        description, _, example = text.rpartition("\n\n")
+        *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")
         sub = commands.add_parser(
             name,
             help=line,
-            description=description,
-            epilog=example,
+            description="\n\n".join(map(paragraph, description)),
+            epilog=paragraph(example),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)

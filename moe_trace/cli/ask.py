@@ -39,7 +39,8 @@ class AskCommand:
             "--question",
             action="append",
             choices=tuple(QUESTIONS),
-            help="answer only this one; may be given several times (default: all)",
+            metavar="NAME",
+            help=f"answer only this one of {', '.join(QUESTIONS)}; may be given several times (default: all)",
         )
         add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
         add("--format", choices=("text", "json"), default="text", help="default: text")

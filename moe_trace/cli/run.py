@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 from moe_trace.cli.arguments import add_output
 from moe_trace.cli.pipes import console
-from moe_trace.data.errors import UsageError
+from moe_trace.data.display.tables import paragraph
+from moe_trace.data.errors import Interrupted, UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
 
 
@@ -203,7 +204,8 @@ def new_folder(model: str, mode: str) -> Path:
 def _add_split(parser: argparse.ArgumentParser) -> None:
     d = Split()
     group = parser.add_argument_group(
-        "several processes", "under `torchrun --nproc-per-node N -m moe_trace run ...`; each writes a trace"
+        "several processes",
+        paragraph("under `torchrun --nproc-per-node N -m moe_trace run ...`; each writes a trace"),
     )
     add = group.add_argument
     add("--fsdp", type=int, default=d.fsdp, metavar="N", help="processes with tokens of their own (FSDP 2)")
@@ -263,10 +265,16 @@ def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # to
 
 @contextmanager
 def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """A run that fails before it writes leaves no folder that it made."""
+    """A run that ends before it writes leaves no folder that it made.
+
+    Raises:
+        Interrupted: Ctrl-C before there was anything to keep.
+    """
     existed = folder.exists()
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the first recorded step; nothing was written") from None
     finally:
         if not existed:
             with suppress(OSError):  # not empty, or never made

@@ -18,7 +18,7 @@ def render_answers(answers: Sequence[Answer]) -> str:
     parts = []
     for name in dict.fromkeys(answer.question for answer in answers):
         mine = [answer for answer in answers if answer.question == name]
-        parts.append("\n\n".join([f"{QUESTIONS[name]}  ({name})", *map(_one, mine)]))
+        parts.append("\n\n".join([paragraph(f"{QUESTIONS[name]}  ({name})"), *map(_one, mine)]))
     return "\n\n\n".join(parts) + "\n"
 
 
@@ -36,7 +36,7 @@ def _share_rows(answer: Answer) -> str:
     headings = ("model's work", "MoE", "router", "router of MoE", "ms a step", "µs a token", "µs a call")
     rows = [
         [
-            row["part"],
+            row["part"] + ", recompute" * (row["part"] == "backward" and "recompute" in row["passes"]),
             share(row["moe_of_model"]),
             share(row["router_of_model"]),
             share(row["router_of_moe"]),
@@ -59,7 +59,7 @@ def _balance_rows(answer: Answer) -> str:
         ]
         for row in shown
     ]
-    return table(("layer", "cost in µs a call", "95 % interval"), rows) + _more(answer, len(shown))
+    return table(("layer", "imbalance costs, µs a call", "95 % interval"), rows) + _more(answer, len(shown))
 
 
 def _expert_rows(answer: Answer) -> str:
@@ -76,9 +76,9 @@ def _expert_rows(answer: Answer) -> str:
     for row in answer.rows[:_LAYERS_SHOWN]:
         first = [printable(row["layer"], 20), fixed(row["moved"], 3), fixed(row["chance"], 3)]
         for label, begin in zip(labels, (first, ["", "", ""]), strict=True):
-            served = (f"{e} ({share(here)}, not {share(there)})" for e, here, there in row[label][:2])
+            served = (f"{e}: {share(here)} ({share(there)})" for e, here, there in row[label][:2])
             rows.append([*begin, printable(label, 20), ", ".join(served)])
-    headings = ("layer", "moved", "chance", "text", "experts that serve it more")
+    headings = ("layer", "moved", "chance", "text", "experts that serve it more (other text)")
     return table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, table, wrapped
+from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, titled, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
 from moe_trace.placement.plan import Floats
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
@@ -31,7 +31,7 @@ def _heading(study: PlacementStudy) -> str:
         f"{len(counts.layers)} layers of {counts.num_experts} experts, {len(counts.labels)} {counts.kind}"
         f"{'s' * (len(counts.labels) != 1)}, {int(counts.counts_SLE.sum()):,} assignments"
     )
-    lines = [printable(counts.source, 200), printable(counts.model), facts]
+    lines = [printable(counts.source, 200), printable(counts.model), paragraph(facts)]
     return "\n".join(lines) + "\n" + paragraph(printable(_sentence(study.split.words), 1000))
 
 
@@ -49,8 +49,8 @@ def _overview(study: PlacementStudy) -> str:
         "range",
         f"a {unit}",
         "better",
-        "same node",
-        "other node",
+        "in node",
+        "off node",
     ]
     rows = [
         _overview_row(study, cluster, plan, first=i == 0)
@@ -60,10 +60,10 @@ def _overview(study: PlacementStudy) -> str:
     moved = f"bytes a {unit}, both ways" if _bytes_known(study) else "share of all slots"
     note = (
         f"All layers: busiest rank ÷ mean rank, its range over folds, the mean of single {unit}s, and in how "
-        "many layers and folds the plan is better than contiguous. Moved to other ranks of the same node and "
-        f"to other nodes: {moved}."
+        "many layers and folds the plan is better than contiguous. In node, off node: moved "
+        f"to other ranks of the same node and to other nodes, {moved}."
     )
-    return f"{paragraph(note)}\n{table(headings, rows, left=2)}"
+    return titled(note, headings, rows, left=2)
 
 
 def _overview_row(
@@ -133,12 +133,12 @@ def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) 
     nodes = f" on {size.nodes} nodes" if size.nodes > 1 else ""
     folds = "mean over folds and worst fold; " if len(cluster.plans[0].all_layers_F) > 1 else ""
     title = (
-        f"{size.ranks} ranks{nodes}, layer by layer\n"
+        f"{size.ranks} ranks{nodes}, layer by layer "
         f"(max÷mean, {folds}no plan without copies goes below the bound)"
     )
     if len(shown) < len(order):
-        title += f"\nThe {len(shown)} most uneven of {len(order)} layers; --all shows the others"
-    return f"{title}\n{table(headings, rows)}"
+        title += f". The {len(shown)} most uneven of {len(order)} layers; --all shows the others"
+    return titled(title, headings, rows)
 
 
 def _advice(study: PlacementStudy) -> list[str]:

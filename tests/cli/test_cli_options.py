@@ -20,6 +20,10 @@ from moe_trace.data.errors import Interrupted
 from moe_trace.read.reader import read_recording, read_summary
 from moe_trace.workload.config import RunConfig
 
+DATA = Path(__file__).parent.parent / "data/h100"
+GENERATE = str(DATA / "generate_static_cache.pt.trace.json.gz")
+TRAINED = str(DATA / "train_checkpointed.pt.trace.json.gz")
+
 
 def run(*arguments: object) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
@@ -111,6 +115,29 @@ def test_a_narrow_terminal_is_respected(monkeypatch: pytest.MonkeyPatch, width: 
         cell in words for row in rows for cell in row
     )
     assert max(map(len, tables.paragraph("some words " * 30).splitlines())) <= width
+
+
+@pytest.mark.parametrize(
+    "command", [("report", GENERATE), ("ask", GENERATE), ("report", TRAINED), ("diff", GENERATE, GENERATE)]
+)
+def test_columns_of_the_environment_are_respected(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    lines = [line for line in out.splitlines() if "/" not in line]
+    assert 50 < max(map(tables.columns, lines)) <= 60
+
+
+def test_ctrl_c_before_anything_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_trace.workload.runner._prepare", interrupt)
+    code, _, err = run("run", "-o", tmp_path / "runs")
+    assert code == 130 and "before the first recorded step; nothing was written" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_pipe_gets_tables_of_one_width() -> None:

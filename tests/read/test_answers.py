@@ -174,10 +174,10 @@ def test_which_experts_serve_which_text(tmp_path: Path) -> None:
     words = " ".join(out.split())
     assert "1 of 2 layers send code and prose to different experts beyond chance, L00 most: 38 %" in words
     lines = [line.split() for line in out.splitlines()]
-    assert "code 3 (50.0 %, not 12.5 %)" in " ".join(
+    assert "code 3: 50.0 % (12.5 %)" in " ".join(
         next(line for line in lines if "code" in line and "L00" in line)
     )
-    assert next(line for line in lines if line[:1] == ["prose"])[1] == "0"
+    assert next(line for line in lines if line[:1] == ["prose"])[1] == "0:"
     [same] = [a for a in ask(*(read_summary(paths[0]) for _ in range(2)), questions=["experts"])]
     assert same.sentence.startswith("The same")
 

@@ -140,7 +140,7 @@ def test_the_most_uneven_layer_is_no_tie_at_the_ceiling() -> None:
     routers = (*prefill.routers[:3], twin, *prefill.routers[4:])
     assert most_uneven([r.chance for r in routers]) == [3, 15]
     text = " ".join(render_text(dataclasses.replace(prefill, routers=routers)).split())
-    assert f"Most uneven: L03, L15 (2 tied, CV {worst.chance.cv_beyond:.3f} beyond chance)" in text
+    assert f"Most uneven: L03, L15 (2 tied, CV {worst.load.cv:.3f}, by chance {worst.chance.cv:.3f})" in text
 
 
 def test_dead_needs_enough_tokens() -> None:

@@ -316,7 +316,7 @@ def test_the_report_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_ranks(tmp_path, Run())
     assert main(["report", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "rank 1 +250.000 µs" in text and "Slots sent, over all layers" in text
+    assert "rank 1 +250.000 µs" in text and "Assignments sent, over all layers" in text
     assert max(map(len, text[text.index("\nRanks\n") :].splitlines())) <= 80
     assert main(["report", str(tmp_path), "--format", "json"]) == 0
     plain: dict[str, Any] = json.loads(capsys.readouterr().out)

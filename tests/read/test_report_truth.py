@@ -167,13 +167,13 @@ def test_what_is_said_of_the_loads(stages: dict[str, Stage]) -> None:
             runs.append(((loads - loads.mean()) ** 2).sum())
         assert all(spread > max(*drawn, *runs) for spread in spreads)
         most = [i for i, spread in enumerate(spreads) if spread == max(spreads)]
-        beyond = math.sqrt((max(spreads) - chance) / EXPERTS) / mean
+        cv, by_chance = (math.sqrt(spread / EXPERTS) / mean for spread in (max(spreads), chance))
         named = ", ".join(f"L{i:02d}" for i in most[:4]) + (", …" if len(most) > 4 else "")
         tied = f"{len(most)} tied, " if len(most) > 1 else ""
         assert (
             f"16 of 16 layers are more uneven than uniform routing of {tokens:,} tokens (p < 0.001; 20 "
             f"tokens of a text count as one). "
-            f"Most uneven: {named} ({tied}CV {beyond:.3f} beyond chance)." in stage.words
+            f"Most uneven: {named} ({tied}CV {cv:.3f}, by chance {by_chance:.3f})." in stage.words
         )
 
 

@@ -178,11 +178,12 @@ def test_shares(run: Run) -> None:
     work, backward_us = run.work(*parts), run.backward_ns / 1000
     found = re.search(
         r"MoE is ([\d.]+ %) of the model's device time \(([\d.]+ %) of its forward, ([\d.]+ %) of its "
-        r"backward\)\. Of MoE's device time: router ([\d.]+ %), dispatch and combine ([\d.]+ %), "
+        r"backward(?: with recompute)?\)\. Of MoE's device time: "
+        r"router ([\d.]+ %), dispatch and combine ([\d.]+ %), "
         r"experts ([\d.]+ %)\. By pass: (.*?)\. That is ([\d.,]+) ms a step, ([\d.,]+) µs a token\.",
         run.words,
     )
-    assert found is not None
+    assert found is not None and ("with recompute" in found[0]) == bool(run.again)
     shown(found[1], work / (run.model_ns / 1000))
     shown(found[2], run.work("forward") / (run.model_ns / 1000 - backward_us))
     shown(found[3], run.work(*parts[1:]) / backward_us)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
@@ -13,8 +14,8 @@ _NARROWEST = 40
 
 
 def screen_width() -> int:
-    """`WIDTH`, or less where the output is a terminal that has less."""
-    if not sys.stdout.isatty():
+    """`WIDTH`, or less where the output is a terminal that has less, or `COLUMNS` says so."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return WIDTH
     return max(_NARROWEST, min(WIDTH, shutil.get_terminal_size().columns))
 
@@ -32,6 +33,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
             cells = [pad(line[i], widths[i], to_left=i < left) for i in chosen]
             blocks.append("  ".join(cells).rstrip())
     return "\n".join(blocks)
+
+
+def titled(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A `table` below its title, which keeps within the screen too."""
+    return f"{paragraph(title)}\n{table(headings, rows, left=left)}"
 
 
 def _folded(widths: Sequence[int], screen: int) -> list[list[int]]:

@@ -62,6 +62,7 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
     calls = report.total.count("backward" if name == "backward" else "forward")
     return {
         "part": name,
+        "passes": [one for one in passes if report.total.phases_of(one)],
         "moe_of_model": total / model_us if model_us else None,
         "router_of_model": router / model_us if model_us else None,
         "router_of_moe": router / total if total else None,

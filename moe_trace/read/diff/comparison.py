@@ -8,18 +8,25 @@ so does the routing (`routing.py`): of a hundred comparisons of the same thing a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.diff.metrics import Side, estimates, side_of
+from moe_trace.read.diff.metrics import QUANTILES, Side, estimates, side_of
 from moe_trace.read.diff.resampling import UNITS_MIN, Estimate, interval
 from moe_trace.read.diff.routing import RoutingChange, Shared, compare_routing
 from moe_trace.read.diff.setup import SetupChange, clock_problem, setup_changes
 
 LEVEL = 0.99
-Verdict = Literal["same", "changed", "noise", "few calls"]
+Verdict = Literal["same", "changed", "host", "noise", "few calls"]
+"""`host`: it changed, but it holds the host's pace on a device whose own work did not change."""
+_OF_HOST = ("host_p50", "host_p95", "device_span_p50", "block_p50")
+"""Where there is a device: how fast the host launches, and gaps between kernels."""
+_HOST = (
+    "host: the host launched at another pace, while the kernels took as long as before. Two runs of the same "
+    "thing differ so; it is not called a change."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,7 @@ def compare(a: TraceSummary, b: TraceSummary, *, only: str | None = None) -> Com
                 f"{stage}: {fewest} {'forward' if fewest == 1 else 'forwards'} on a side, under {UNITS_MIN}: "
                 "no interval can be given; record more."
             )
+    notes += [_HOST] * any(change.verdict == "host" for change in changes)
     return Comparison(
         a=a.trace or "A",
         b=b.trace or "B",
@@ -148,10 +156,22 @@ def _metric_changes(
         if only is not None and site != only:
             continue
         family = compared * stages * (1 if site == "all" else len(routers))
+        changes = []
         for metric in metrics:
             a, b = found_a[metric][i], found_b[metric][i]
             if a is not None and b is not None and (a.value or b.value):
-                yield _change(site, metric, stage, a, b, 1 - (1 - LEVEL) / family)
+                changes.append(_change(site, metric, stage, a, b, 1 - (1 - LEVEL) / family))
+        yield from _host_apart(changes)
+
+
+def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
+    """Runs of the same thing launch at different paces: on a device that is no change of the work."""
+    timed = {c.metric: c for c in changes if c.metric in QUANTILES and not c.metric.endswith("_share")}
+    of_device = [c for metric, c in timed.items() if metric not in _OF_HOST]
+    alone = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)
+    for change in changes:
+        apart = alone and change.verdict == "changed" and change.metric in _OF_HOST
+        yield replace(change, verdict="host") if apart else change
 
 
 def _change(site: str, metric: str, stage: str, a: Estimate, b: Estimate, level: float) -> Change:

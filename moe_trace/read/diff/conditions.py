@@ -30,7 +30,7 @@ class Condition:
         """Whether this change is what the condition forbids; noise is not."""
         if (change.site, change.metric) != (self.site, self.metric):
             return False
-        if change.verdict not in ("changed", "few calls") or change.difference == 0:
+        if change.verdict not in ("changed", "host", "few calls") or change.difference == 0:
             return False
         size = change.relative if self.relative else change.difference
         if size is None:

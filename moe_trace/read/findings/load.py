@@ -46,7 +46,7 @@ def hot_expert(evidence: RuleInput) -> Iterator[Finding]:
     ]
     if not found:
         return
-    found.sort(key=lambda pair: -pair[0])
+    found.sort(key=lambda pair: (-pair[0], -(pair[1].chance.cv_beyond or 0.0)))  # many tie at the ceiling
     worst = found[0][1]
     others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in found[1:]]
     ceiling = worst.chance.ceiling
@@ -78,7 +78,7 @@ def _advice_of_load(evidence: RuleInput) -> str:
         return "What that costs on this device is the finding on imbalance."
     if "saves" in verdicts:
         return (
-            "On this device that costs no time: it follows the number of active experts, of which an uneven "
+            "That costs no time on this device: the experts' time follows how many are active, and an uneven "
             "load has fewer. Compare other text before you change the model for it."
         )
     return "Whether that costs time on this device, the trace does not tell; compare other text first."

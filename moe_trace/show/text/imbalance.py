@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.display.tables import number, paragraph, printable, share, table
+from moe_trace.data.display.tables import number, paragraph, printable, share, titled
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, unit_words
 
@@ -61,4 +61,4 @@ def _table(told: Sequence[ImbalanceCost], *, ranks: bool) -> str:
     title = "Experts' time of one forward call in µs, and at the most even load of the trace"
     if ranks:
         title = "Experts' time of one forward call on its busiest rank in µs, and of a mean rank"
-    return f"{title}\n" + table(("layer", "measured", against, "cost", "95 % interval", "verdict"), rows)
+    return titled(title, ("layer", "measured", against, "cost", "95 % interval", "verdict"), rows)

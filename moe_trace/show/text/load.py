@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, table
+from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, titled
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
 
@@ -49,11 +49,12 @@ def _load_table(routers: Sequence[RouterSummary]) -> str:
         "active",
         "dead",
     )
-    title = "Load of the experts, forward calls (chance: CV of uniform routing; entropy: load\n"
-    title += "entropy, 1 is even"
+    title = (
+        "Load of the experts, forward calls (chance: CV of uniform routing; entropy: load entropy, 1 is even"
+    )
     if not all(router.chance.tells_dead for router in routers):
         title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
-    return f"{title})\n" + table(headings, rows)
+    return titled(f"{title})", headings, rows)
 
 
 def _possible(routers: Sequence[RouterSummary]) -> list[str]:
@@ -89,11 +90,11 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
     worst = [routers[i] for i in most_uneven([router.chance for router in routers])]
     named = ", ".join(label(router) for router in worst[:_NAMED]) + (", …" if len(worst) > _NAMED else "")
     tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
-    beyond = fixed(worst[0].chance.cv_beyond, 3)
     layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
+    worst_cv, by_chance = fixed(worst[0].load.cv, 3), fixed(worst[0].chance.cv, 3)
     return [
         f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}; {_ALIKE}).",
-        f"Most uneven: {named} ({tied}CV {beyond} beyond chance).",
+        f"Most uneven: {named} ({tied}CV {worst_cv}, by chance {by_chance}).",
     ]
 
 
@@ -118,10 +119,10 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
             row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
         row += [scaled(router.flops.router), scaled(router.flops.experts)]
         rows.append(row)
-    clocks = "host p50 and p95,\ndevice span and busy p50" if on_device else "host p50 and p95"
+    clocks = "host p50 and p95, device span and busy p50" if on_device else "host p50 and p95"
     flops = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    title = f"Routers (router entropy in nats; µs a forward call: {clocks};\n{flops})\n"
-    return title + table(headings, rows)
+    title = f"Routers (router entropy in nats; µs a forward call: {clocks}; {flops})"
+    return titled(title, headings, rows)
 
 
 def label(router: RouterSummary, width: int = 12) -> str:

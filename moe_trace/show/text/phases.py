@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
+from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table, titled
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport, PhaseTime
 from moe_trace.read.time.phase_detection import PHASES
@@ -24,7 +24,7 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     gap = "" if part == "backward" else f" (gap: no {worker} ran)"
     noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
     title = f"Breakdown {part}, {clock} µs, mean of {report.total.count(part):,} {noun}{gap}"
-    return f"{title}\n{_pass_table(report, part)}"
+    return f"{paragraph(title)}\n{_pass_table(report, part)}"
 
 
 def phase_us(phase: PhaseTime, report: PhaseReport) -> float:
@@ -86,6 +86,7 @@ def shares_sentence(report: PhaseReport) -> str:
     whole = report.whole.moe_share_of_model
     passes_of = {"forward": report.whole.moe_share_of_forward, "backward": report.whole.moe_share_of_backward}
     each = ", ".join(f"{share(part)} of its {name}" for name, part in passes_of.items())
+    each += " with recompute" * bool(passes.get("recompute"))
     apart = f" ({each})" if None not in passes_of.values() else ""
     lines = [f"MoE is {share(whole)} of the model's {clock}{apart}." if whole is not None else ""]
     by_phase = (("router",), ("dispatch", "combine"), ("experts",))
@@ -129,8 +130,8 @@ def speed_part(summary: TraceSummary) -> list[str]:
     peak = f"peak {scaled(speed.peak_flops_per_s, 'FLOP/s')}" if known else "peak unknown"
     bandwidth = speed.peak_bytes_per_s
     memory = f", {scaled(bandwidth, 'B/s')}" if bandwidth is not None else ""
-    return [
-        f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory})\n"
-        "FLOP/s of the router's and the experts' phase without gaps, and of the experts'\n"
-        "range with gaps\n" + table(headings, rows)
-    ]
+    title = (
+        f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory}). "
+        "FLOP/s of the router's and the experts' phase without gaps, and of the experts' range with gaps"
+    )
+    return [titled(title, headings, rows)]

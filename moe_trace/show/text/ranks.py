@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.display.tables import fixed, number, printable, scaled, share, table, wrapped
+from moe_trace.data.display.tables import fixed, number, printable, scaled, share, titled, wrapped
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.file.rank_parts import Alignment, Spread
 from moe_trace.read.ranks.collective_times import ExchangeTime
@@ -128,7 +128,7 @@ def _load_table(report: RankReport) -> str:
     loads = [f"rank {rank}" for rank in report.ranks] if few else ["least", "mean", "most"]
     headings = ["layer", *loads, "max÷mean", "hot expert", "wait ms", "for rank"]
     rows = [_load_row(layer, few=few) for layer in report.layers]
-    return "Slots that each rank computes, and time lost in waiting\n" + table(headings, rows)
+    return titled("Assignments that each rank computes, and time lost in waiting", headings, rows)
 
 
 def _load_row(layer: LayerRanks, *, few: bool) -> list[str]:
@@ -156,10 +156,10 @@ def _exchange_table(report: RankReport) -> str:
     clock = "their kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
     headings = ("layer", "part", "calls", "bytes", "leaving", "time ms", "wait ms", "GB/s")
     title = (
-        f"Collectives of the MoE layers, all ranks together (time of {clock};\n"
-        "leaving: bytes to other ranks; GB/s: those ÷ time without waiting)\n"
+        f"Collectives of the MoE layers, all ranks together (time of {clock}; "
+        "leaving: bytes to other ranks; GB/s: those ÷ time without waiting)"
     )
-    return title + table(headings, rows, left=2)
+    return titled(title, headings, rows, left=2)
 
 
 def _exchange_cells(members: Sequence[ExchangeTime]) -> list[str]:
@@ -189,4 +189,4 @@ def _matrix(report: RankReport) -> str:
         sums = [sum(layer[row][to] for layer in layers) for to in range(report.world_size)]
         rows.append([f"rank {rank}", *(f"{n:,}" for n in sums), f"{sum(sums):,}"])
     headings = ("from", *(f"to {to}" for to in range(report.world_size)), "all")
-    return "Slots sent, over all layers\n" + table(headings, rows)
+    return titled("Assignments sent, over all layers", headings, rows)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-
-from moe_trace.data.display.tables import printable, wrapped
+from moe_trace.data.display.tables import paragraph, printable, screen_width, wrapped
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import FINDINGS_SHOWN
@@ -49,10 +47,10 @@ def _findings(summary: TraceSummary) -> list[str]:
 def _heading(summary: Summary) -> str:
     model = summary.model
     lines = [printable(model.get("name") or model.get("class") or "unnamed model")]
-    lines.append(textwrap.fill(_facts(summary), 80))
+    lines.append(paragraph(_facts(summary)))
     if isinstance(summary, TraceSummary) and summary.stages:
         stages = [f"{stage} ({part.totals.calls:,} calls)" for stage, part in summary.stages.items()]
-        lines.append(f"Stages, each on its own below: {', '.join(stages)}")
+        lines.append(paragraph(f"Stages, each on its own below: {', '.join(stages)}"))
     if summary.trace is not None:
         lines.insert(0, printable(summary.trace, 200))
     return "\n".join(lines)
@@ -60,7 +58,7 @@ def _heading(summary: Summary) -> str:
 
 def _stage_heading(stage: str, part: TraceSummary) -> str:
     title = f"=== {stage.capitalize()} "
-    return f"{title}{'=' * (80 - len(title))}\n{textwrap.fill(_facts(part), 80)}"
+    return f"{title}{'=' * (screen_width() - len(title))}\n{paragraph(_facts(part))}"
 
 
 def _facts(summary: Summary) -> str:
