@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import SHIP_EVERY, WAITING_CALLS_MAX, Recorder
@@ -77,22 +77,24 @@ def _wait_for(device: torch.device) -> None:
         done.synchronize()
 
 
-def _reading(device: torch.device, dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) -> Reading:
-    return Reading(
+def _reading(
+    device: torch.device, dtype: torch.dtype, tokens: int, num_experts: int, top_k: int
+) -> RouterOutput:
+    return RouterOutput(
         index_TK=torch.zeros((tokens, top_k), dtype=torch.int64, device=device),
         weights_TK=torch.ones((tokens, top_k), dtype=dtype, device=device),
         logits_TE=torch.zeros((tokens, num_experts), dtype=dtype, device=device),
     )
 
 
-def _add(recorder: Recorder, sites: Sequence[RouterSite], reading: Reading) -> None:
+def _add(recorder: Recorder, sites: Sequence[RouterSite], reading: RouterOutput) -> None:
     for site in sites:
         record = CallRecord(site, 0, 0, "forward", "prefill", 0, 0, 0, profiled=False)
         recorder.add(record, reading)
     recorder.reduce()
 
 
-def _reduce_as_rings_do(rings: int, reading: Reading, num_experts: int) -> None:
+def _reduce_as_rings_do(rings: int, reading: RouterOutput, num_experts: int) -> None:
     def stacked(tensor: Tensor | None) -> Tensor:
         assert tensor is not None
         return torch.stack([tensor] * rings)

@@ -269,7 +269,7 @@ def check_routing(page: Page, board: Board, where: dict[str, str], plain: dict[s
     histogram = last["router"]["k_histogram"]
     assert ("k" in tables) == (sum(map(bool, histogram)) > 1), "shown where tokens used different numbers"
     if "k" in tables:
-        assert [tables["k"][0][f"{k} slots"] for k in range(len(histogram))] == histogram
+        assert [tables["k"][0][f"{k} experts"] for k in range(len(histogram))] == histogram
 
 
 def check_time(page: Page, board: Board, where: dict[str, str], plain: dict[str, Any]) -> None:

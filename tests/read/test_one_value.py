@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from brute_force import load
+from moe_trace.data.display.tables import share
 from moe_trace.data.schema import BAND_PID
+from moe_trace.read.answers import ask
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.csv import render_csv
 from moe_trace.show.html import render_fragment
 from moe_trace.show.json import render_json
 from moe_trace.show.tensorboard.overview import cards, facts
+from moe_trace.show.text import render_text
 from moe_trace.timeline.merge import merge_recording
 from paths import DATA
 
@@ -142,3 +145,21 @@ def test_stages_and_the_whole_have_the_same_names(report: dict[str, Any]) -> Non
     if report["stages"]:
         for name in ("calls", "tokens", "assignments", "flops_experts"):
             assert sum(s["totals"][name] for s in report["stages"].values()) == report["totals"][name]
+
+
+def test_shares_of_passes_and_chance_have_one_value() -> None:
+    """JSON, Python, answer and report, of a training trace."""
+    summary = read_summary(DATA / "h100/train_checkpointed.pt.trace.json.gz")
+    report = json.loads(render_json(summary))
+    (answer,) = ask(summary, questions=["share"])
+    rows = {row["part"]: row["moe_of_model"] for row in answer.rows}
+    text = " ".join(render_text(summary).split())
+    for name in ("forward", "backward"):
+        value = report["phases"]["whole"][f"moe_share_of_{name}"]
+        assert 0.5 < value < 0.7 and value == rows[name]
+        assert f"{share(value)} of its {name}" in text
+    assert rows["all"] == report["phases"]["whole"]["moe_share_of_model"] == summary.moe_time_fraction
+    (imbalance,) = ask(summary, questions=["imbalance"])
+    worst = next(r for r in report["routers"] if r["site"] == imbalance.figures["layers"][0])
+    for name in ("p_value", "p_value_clustered"):
+        assert imbalance.figures[name] == worst["chance"][name] < 0.001

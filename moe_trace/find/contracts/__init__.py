@@ -9,9 +9,7 @@ from moe_trace.find.contracts.contract import (
     AdapterMismatch,
     Call,
     Contract,
-    ContractMismatch,
     Found,
-    Reading,
     RouterOutput,
 )
 from moe_trace.find.contracts.registry import CONTRACTS, register_adapter, unregister_adapter
@@ -21,9 +19,7 @@ __all__ = [
     "AdapterMismatch",
     "Call",
     "Contract",
-    "ContractMismatch",
     "Found",
-    "Reading",
     "RouterOutput",
     "register_adapter",
     "unregister_adapter",

@@ -46,10 +46,6 @@ ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[A
 """`reader(router_outputs, experts_args)` of calls without keyword arguments -> index, weights and, where
 there are any, logits of each call, unlooked at. Raises where a call is none of the usual ones."""
 
-# The older names, which `record/` still uses.
-ContractMismatch = AdapterMismatch
-Reading = RouterOutput
-
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -98,7 +94,7 @@ class Contract:
     reads_late: bool = False
     """Whether `read` needs neither the router's arguments nor the first one of the experts, the hidden
     states: those are then not kept until the forward ends."""
-    columns: Mapping[Callable[[Call], Reading], ColumnReader] = field(default_factory=dict)
+    columns: Mapping[Callable[[Call], RouterOutput], ColumnReader] = field(default_factory=dict)
     """By the function that reads a call: what reads many usual calls at once."""
     combine: Callable[[Call, Sequence[Call], int], Call] | None = None
     """`combine(call, experts_calls, top_k)`: one call for several calls of the experts in one decision."""

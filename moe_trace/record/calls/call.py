@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from moe_trace.data.schema import Phase, Stage
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.parallel.dispatch import DispatchInfo
@@ -112,7 +112,7 @@ class Records:
         return islice(chain.from_iterable(self._parts), self._dropped, None)
 
 
-def detach(reading: Reading) -> None:
+def detach(reading: RouterOutput) -> None:
     """Keep a reading's values only: a tensor with a history would keep the forward's activations alive."""
     if reading.weights_TK.requires_grad:
         reading.weights_TK = reading.weights_TK.detach()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.calls.call import CallRecord, ForwardRecords, Records
 from moe_trace.record.reduce.streams import stream_of_now
 
@@ -66,7 +66,7 @@ class PendingCalls:
         rows = zip_longest(self.records, self.index, self.weights, self.logits, self.masks)
         for number, (record, index, weights, one, mask) in enumerate(rows):
             if number not in calls:
-                store.add(record, Reading(index, weights, one), mask, self.stream)
+                store.add(record, RouterOutput(index, weights, one), mask, self.stream)
         return iter(store.take())
 
 
@@ -95,7 +95,7 @@ class PendingStore:
         return groups
 
     def add(
-        self, record: CallRecord, reading: Reading, mask: Tensor | None, stream: int | None = None
+        self, record: CallRecord, reading: RouterOutput, mask: Tensor | None, stream: int | None = None
     ) -> None:
         """Keep references to the tensors of a call.
 

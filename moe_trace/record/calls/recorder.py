@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import allocated_bytes
 from moe_trace.record.calls.call import CallRecord, Records
 from moe_trace.record.calls.inplace_outputs import written_over
@@ -75,7 +75,7 @@ class Recorder:
         }
         """By reason, then by router."""
 
-    def add(self, record: CallRecord, reading: Reading, mask: Tensor | None = None) -> None:
+    def add(self, record: CallRecord, reading: RouterOutput, mask: Tensor | None = None) -> None:
         """Keep references to a call's tensors; reduce early if too much would be kept alive.
 
         Args:

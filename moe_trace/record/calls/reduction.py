@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.calls.pending import PendingCalls
 from moe_trace.record.calls.samples import Batch
 from moe_trace.record.parallel.dispatch import append_sent_counts
@@ -65,7 +65,9 @@ def _by_operators(group: PendingCalls, num_experts: int) -> PackedStats:
 def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:
     """With the fused kernels; None where they are not ready, or cannot be used."""
     index, logits = group.index, group.logits
-    fused = FUSED.ready_for(Reading(index[0], group.weights[0], logits[0] if logits else None), num_experts)
+    fused = FUSED.ready_for(
+        RouterOutput(index[0], group.weights[0], logits[0] if logits else None), num_experts
+    )
     if fused is None:
         return None
     device = index[0].device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.forwards import GraphForwards
@@ -110,7 +110,7 @@ class SiteRings:
         self.misreads = True
         return 0
 
-    def write(self, reading: Reading) -> None:
+    def write(self, reading: RouterOutput) -> None:
         """Put a decision into the slot of the forward under way."""
         if not CAN_RECORD_GRAPHS:
             return
@@ -123,7 +123,7 @@ class SiteRings:
         body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
         self._forward.write(ring, body, tokens)
 
-    def write_captured(self, reading: Reading) -> None:
+    def write_captured(self, reading: RouterOutput) -> None:
         """The same while a stream is captured into a graph, whose replays will write."""
         with torch.no_grad():
             self.write(reading)

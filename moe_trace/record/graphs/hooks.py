@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.compiler import is_compiling
 
-from moe_trace.find.contracts import Call, Reading
+from moe_trace.find.contracts import Call, RouterOutput
 from moe_trace.find.private.torch_names import is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.graphs.compiled_rings import SiteRings
@@ -87,7 +87,7 @@ class TracedSite:
             return
         self._put(reading)
 
-    def _put(self, reading: Reading) -> None:
+    def _put(self, reading: RouterOutput) -> None:
         if is_exporting():
             return
         if is_compiling():

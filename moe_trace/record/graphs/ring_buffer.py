@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import mark_static_address
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
@@ -123,14 +123,14 @@ class GraphRing:
         # CUDA graphs may write to it and copy nothing.
         mark_static_address(self.data)
 
-    def raw(self, reading: Reading) -> Tensor:
+    def raw(self, reading: RouterOutput) -> Tensor:
         """What `put` writes of a call as it is, [T * (2 K + C)]; plain tensor work only."""
         parts = [reading.index_TK, reading.weights_TK]
         if reading.logits_TE is not None:
             parts.append(reading.logits_TE)
         return _side_by_side([part.detach().float() for part in parts]).flatten()
 
-    def reduced(self, reading: Reading) -> Tensor:
+    def reduced(self, reading: RouterOutput) -> Tensor:
         """What `put` writes of a call that is reduced first; plain tensor work only."""
         logits = reading.logits_TE
         stats = routing_stats(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_trace.find.contracts import Call, ContractMismatch, Reading
+from moe_trace.find.contracts import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.counts import SiteCounts
@@ -218,7 +218,7 @@ class CallCollector:
         router.keep_block()
         return "without_experts"
 
-    def _read(self, call: RouterCall) -> Reading:
+    def _read(self, call: RouterCall) -> RouterOutput:
         router, site = self._routers[call.site], self._routers[call.site].site
         if call.reading is not None:
             if isinstance(call.reading, Exception):
@@ -229,7 +229,7 @@ class CallCollector:
         if len(experts) > 1:
             combine = site.contract.combine
             if combine is None:
-                raise ContractMismatch(f"expected one call of the experts, found {len(experts)}")
+                raise AdapterMismatch(f"expected one call of the experts, found {len(experts)}")
             calls = [Call(call.router_args, call.router_output, e.args, e.kwargs) for e in experts]
             return router.read(combine(call, calls, site.info.top_k))
         if experts:
@@ -237,7 +237,7 @@ class CallCollector:
         return router.read(call)
 
     def _record(
-        self, call: RouterCall, context: ForwardContext, reading: Reading, counts: SiteCounts
+        self, call: RouterCall, context: ForwardContext, reading: RouterOutput, counts: SiteCounts
     ) -> None:
         site, recomputed = self._routers[call.site].site, call.recomputed or context.recomputed
         detach(reading)
@@ -283,7 +283,7 @@ class CallCollector:
         if counts.misread is not None:
             return
         counts.misread = (
-            str(error) if isinstance(error, ContractMismatch) else f"{type(error).__name__}: {error}"
+            str(error) if isinstance(error, AdapterMismatch) else f"{type(error).__name__}: {error}"
         )
         release = transformers_release(site.router)
         of_release = "" if release is None else f" of transformers {release}"

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from moe_trace.find.contracts import Reading
+from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.reduce.block_sizes import Blocks, block_sizes
 from moe_trace.record.reduce.streams import on_device
 
@@ -47,7 +47,7 @@ class FusedKernels:
         except Exception as error:  # Triton is missing, too old, or lacks the C compiler that it calls
             self.failed(device, error)
 
-    def ready_for(self, reading: Reading, num_experts: int) -> ModuleType | None:
+    def ready_for(self, reading: RouterOutput, num_experts: int) -> ModuleType | None:
         """The module of the kernels, if those that such a call needs can be launched at once."""
         if self._module is None:
             return None

@@ -1,4 +1,4 @@
-"""Figures of decisions: how even and how sure they are over time, and how many slots a token uses."""
+"""Figures of decisions: how even and how sure they are over time, and how many experts a token uses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def entropy_over_time(summary: TraceSummary) -> Figure:
 
 
 def k_histogram(summary: Summary) -> Figure:
-    """Tokens by the number of slots that they used; nothing where every token used all of its layer's."""
+    """Tokens by the number of experts that they used; nothing where each used its layer's k."""
     routers = [r for r in summary.routers if sum(r.decisions.k_histogram)]
     most = max((len(r.decisions.k_histogram) for r in routers), default=0)
     counts_LK = [[*r.decisions.k_histogram, *[0] * (most - len(r.decisions.k_histogram))] for r in routers]
@@ -49,8 +49,8 @@ def k_histogram(summary: Summary) -> Figure:
     sites = [safe(r.info.site) for r in routers]
     return Figure(
         key="k",
-        title="Slots used per token",
-        caption="Share of tokens by the number of experts that each used: below k, slots were skipped.",
+        title="Experts used per token",
+        caption="Share of tokens by the number of experts that each used: below k, assignments were skipped.",
         data=[_slots_bar(k, sites, counts_LK) for k in used] if len(used) > 1 else [],
         layout={
             "barmode": "stack",
@@ -59,7 +59,7 @@ def k_histogram(summary: Summary) -> Figure:
             "yaxis": {"title": {"text": "share of tokens"}, "tickformat": ".0%", "range": [0, 1]},
             "height": 300,
         },
-        headings=("layer", *(f"{k} slots" for k in range(most))),
+        headings=("layer", *(f"{k} experts" for k in range(most))),
         rows=[(r.info.site, *counts) for r, counts in zip(routers, counts_LK, strict=True)],
     )
 
@@ -67,8 +67,8 @@ def k_histogram(summary: Summary) -> Figure:
 def _slots_bar(k: int, sites: list[str], counts_LK: list[list[int]]) -> Spec:
     return {
         "type": "bar",
-        "name": f"{k} slots",
+        "name": f"{k} experts",
         "x": sites,
         "y": [round(counts[k] / sum(counts), 5) for counts in counts_LK],
-        "hovertemplate": f"%{{x}}: %{{y:.2%}} of tokens use {k} slots<extra></extra>",
+        "hovertemplate": f"%{{x}}: %{{y:.2%}} of tokens use {k} experts<extra></extra>",
     }

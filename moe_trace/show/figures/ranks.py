@@ -23,7 +23,7 @@ from moe_trace.show.figures.figure import (
 MATRIX_TABLE_MAX = 16
 STEPS_NAMED = 20
 CELLS_NAMED = 64
-_SENT = "%{y} to %{x}: %{z:,} slots"
+_SENT = "%{y} to %{x}: %{z:,} assignments"
 WAITING, MOVING = "#E69F00", "#0072B2"
 
 
@@ -34,7 +34,7 @@ def rank_figures(report: RankReport) -> list[Figure]:
 
 
 def sent_matrix(report: RankReport) -> Figure:
-    """Ranks x ranks: slots that the row's rank sends to the column's, over all layers."""
+    """Ranks x ranks: assignments that the row's rank sends to the column's, over all layers."""
     layers = [layer.sent for layer in report.layers if layer.sent is not None]
     total = np.sum(layers, axis=0) if layers else np.zeros((0, 0), np.int64)
     columns = [f"rank {rank}" for rank in range(total.shape[1])]
@@ -42,10 +42,10 @@ def sent_matrix(report: RankReport) -> Figure:
     headings, table = _matrix_table(report, total)
     return Figure(
         key="rank-sent",
-        title="Slots sent from rank to rank",
-        caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. A slot is a "
-        "token with one of its experts; the diagonal stays at home. All layers and steps.",
-        data=[_heat_map(total.tolist(), columns, rows, "slots", _SENT, "%{z:,}")] if rows else [],
+        title="Assignments sent from rank to rank",
+        caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. An assignment "
+        "is a token with one of its experts; the diagonal stays at home. All layers and steps.",
+        data=[_heat_map(total.tolist(), columns, rows, "assignments", _SENT, "%{z:,}")] if rows else [],
         layout={
             "xaxis": {"type": "category", "title": {"text": "to"}},
             "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "from"}},
@@ -65,15 +65,15 @@ def _matrix_table(report: RankReport, total: np.ndarray) -> tuple[tuple[str, ...
     for rank, row in zip(report.ranks, total.tolist(), strict=False):
         most = int(np.argmax(row))
         rows.append((f"rank {rank}", sum(row), row[rank], f"rank {most}", row[most]))
-    return ("from", "all", "to itself", "most to", "slots"), rows
+    return ("from", "all", "to itself", "most to", "assignments"), rows
 
 
 def share_map(report: RankReport) -> Figure:
-    """Layers x ranks: each rank's slots over the mean rank's."""
+    """Layers x ranks: each rank's assignments over the mean rank's."""
     sites = [layer.site for layer in report.layers]
     return Figure(
         key="rank-share",
-        title="Slots that each rank computes",
+        title="Assignments that each rank computes",
         caption="Over the mean of the ranks, layer by layer: 1 is even. The largest of a row is what the "
         "others wait for.",
         data=[
@@ -82,7 +82,7 @@ def share_map(report: RankReport) -> Figure:
                 [f"rank {rank}" for rank in report.ranks],
                 [safe(site) for site in sites],
                 "÷ mean",
-                "layer %{y}, %{x}: %{z:.2f} of the mean rank's slots",
+                "layer %{y}, %{x}: %{z:.2f} of the mean rank's assignments",
                 "%{z:.2f}",
             )
         ]
@@ -206,7 +206,7 @@ def balance_over_steps(report: RankReport) -> Figure:
     return Figure(
         key="rank-balance",
         title="Balance of the ranks, step by step",
-        caption="Load: sum over layers of the busiest rank's slots ÷ that of the mean rank's; 1 is even. "
+        caption="Load: sum over layers of the busiest rank's assignments ÷ the mean rank's; 1 is even. "
         "Wait: time that all ranks lose waiting for the last, in the MoE layers' collectives.",
         data=data if steps else [],
         layout=layout,

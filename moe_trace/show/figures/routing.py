@@ -111,9 +111,9 @@ def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
         grid = replace(next(iter(known.values())), sites=tuple(known), values_LC=values)
     metric = Metric(
         key="slots",
-        title="Skipped and padding slots",
-        unit="slots",
-        caption="Slots without an expert, and assignments made by padding tokens, call by call.",
+        title="Skipped and padding assignments",
+        unit="assignments",
+        caption="Assignments without an expert, and those that padding tokens made, call by call.",
         worst="highest",
         row="slots",
     )

@@ -54,7 +54,7 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     of = "kernels" if clock == "device" else "operators"
     return Figure(
         key=f"{part}-{clock}",
-        title=f"Phases of an MoE call, {part}, {clock} time",
+        title=f"Breakdown of an MoE call, {part}, {clock} time",
         caption=f"Mean time in {of} of one {_CALL[part]}."
         + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
         data=[_phase_bar(name, report.layers, rows) for name in names],
