@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import time
@@ -79,12 +80,16 @@ class Bench:
         vocabulary = self.model.config.vocab_size
         return torch.randint(0, vocabulary, (batch, length), generator=generator).to(self.device)
 
-    def seconds(self, step: Step) -> float:
+    def seconds(self, step: Step, *, of_host: bool = False) -> float:
+        """How long a step takes, or how long this thread works at it: others then do not count,
+        nor does waiting for the device."""
         self.synchronize()
-        started = time.perf_counter()
+        clock = time.thread_time if of_host else time.perf_counter
+        started = clock()
         step()
-        self.synchronize()
-        return time.perf_counter() - started
+        if not of_host:
+            self.synchronize()
+        return clock() - started
 
     def synchronize(self) -> None:
         if self.on_gpu:
@@ -100,9 +105,10 @@ class Bench:
         bound: float | None,
         repeat: int = 1,
         pairs: int | None = None,
+        of_host: bool = False,
     ) -> None:
         """A row: the median of the pairs' ratios, and their quartiles. Noisy workloads want more pairs."""
-        found = self.pairs_of(step, bare=bare, traced=traced, repeat=repeat, pairs=pairs)
+        found = self.pairs_of(step, bare=bare, traced=traced, repeat=repeat, pairs=pairs, of_host=of_host)
         ratios = sorted(b / a for a, b in found)
         quartiles = statistics.quantiles(ratios, n=4)
         row = Row(
@@ -127,6 +133,7 @@ class Bench:
         traced: Callable[[], Any],
         repeat: int,
         pairs: int | None = None,
+        of_host: bool = False,
     ) -> list[tuple[float, float]]:
         """(bare, traced) seconds a step: `repeat` steps inside each context, one context after the other."""
 
@@ -137,7 +144,7 @@ class Bench:
         def one(context: Callable[[], Any]) -> float:
             with context():
                 step()  # the first step inside a context pays for hooks being installed
-                return self.seconds(steps) / repeat
+                return self.seconds(steps, of_host=of_host) / repeat
 
         for context in (bare, traced):
             one(context)
@@ -150,6 +157,20 @@ class Bench:
             found.append((times[bare], times[traced]))
         gc.enable()
         return found
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """This thread, so that no scheduler moves it within a pair; does nothing but on Linux."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
 
 
 @contextmanager
