@@ -277,9 +277,10 @@ def test_a_profiler_that_stops_inside_a_forward(tmp_path: Path) -> None:
         with_stop.remove()
     prof.export_chrome_trace(str(path))
     recording = read_recording(path)
-    assert len(recording.samples) == 2 and recording.lost.ranges_without_sample == 2
-    assert recording.lost.without_range == {}
-    assert any("stopped during their forward" in note for note in moe_trace.read_summary(path).notes)
+    assert [sample.placement is not None for sample in recording.samples] == [True] * 3
+    assert recording.lost.ranges_without_sample == 1 and recording.lost.without_range == {}
+    assert recording.lost.calls == {recording.routers[1].name: {"interrupted": 1}}
+    assert any("recording was stopped" in note for note in moe_trace.read_summary(path).notes)
 
 
 def test_a_trace_of_an_older_release_names_no_cause_that_it_does_not_know(tmp_path: Path) -> None:
