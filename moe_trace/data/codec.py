@@ -5,6 +5,7 @@ Samples are written column by column: sixteen layers of a thousand steps share t
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -69,7 +70,10 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         **_encode_graphs(recording),
         **extra,
     }
-    return msgspec.json.encode(payload)
+    try:
+        return msgspec.json.encode(payload)
+    except UnicodeEncodeError:  # a name of a file that is no UTF-8
+        return json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def decode_recording(payload: Any) -> Recording:

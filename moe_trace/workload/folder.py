@@ -30,8 +30,15 @@ def claim_folder(folder: Path, *, force: bool) -> list[Path]:
     """Make it, and return what an earlier run wrote there.
 
     Raises:
-        OutputError: it holds files and `force` was not given, or it cannot be made.
+        OutputError: it holds files and `force` was not given, or it cannot be made, or written by torch.
     """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{folder}: torch.profiler and TensorBoard write only under names that are UTF-8; choose another "
+            "folder with --out"
+        ) from error
     try:
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder} is a file; give a folder with --out")

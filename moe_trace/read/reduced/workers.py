@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_trace.data.errors import MoETraceError, OutputError, SchemaError, TraceFileError
 from moe_trace.read.reduced.file import encode, write_reduced
 from moe_trace.read.reduced.trace import reduce_file
+
+if TYPE_CHECKING:
+    import subprocess
 
 SHARE_BYTES = 4 * 2**20
 """Packed bytes of traces that a process must have to read: in a fraction of that time it starts."""
@@ -71,6 +73,8 @@ def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
 
 def reduce_files(files: Sequence[Path], processes: int) -> Iterator[bytes | TraceFileError]:
     """For each file what `encode` makes of it, or why it cannot be read, in the order of the files."""
+    from concurrent.futures import ThreadPoolExecutor  # needed for many traces alone, as below
+
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for _ in range(processes):
         idle.put(_Worker())
@@ -129,6 +133,8 @@ class _Worker:
 
 
 def _start() -> subprocess.Popen[bytes]:
+    import subprocess
+
     # What this process can import, the child can: its path may have been changed by hand.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
