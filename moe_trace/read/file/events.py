@@ -7,6 +7,7 @@ The parser is msgspec with typed structs: it builds no Python object for the fie
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -154,6 +155,7 @@ class EventTableBuilder:
         self._threads.default_factory = self._threads.__len__
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._comms: list[CommEvent] = []
+        self._told: list[bool] = []  # of each name, whether it is that of a collective
         self._kind_of = _KindOf()
         self._links = Links()
         self.recording: bytes | None = None
@@ -202,12 +204,15 @@ class EventTableBuilder:
         self, slices: list[Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
     ) -> None:
         """Keep what tells of collectives: few events, each with its arguments."""
-        for i, event in enumerate(slices):
-            if is_comm(event.name) and sound[i] and columns[0][i] in (Kind.OP, Kind.RANGE):
-                facts = facts_of(event.name, event.args)
-                if facts is not None:
-                    thread, start, duration = (int(columns[c][i]) for c in (2, 3, 4))
-                    self._comms.append(CommEvent(event.name, thread, start, start + duration, facts))
+        kind, name = columns[0][: len(slices)], columns[1][: len(slices)]
+        self._told += map(is_comm, itertools.islice(self._names, len(self._told), None))
+        host = (kind == Kind.OP) | (kind == Kind.RANGE)
+        for i in np.flatnonzero(np.array(self._told, bool)[name] & host & sound[: len(slices)]).tolist():
+            event = slices[i]
+            facts = facts_of(event.name, event.args)
+            if facts is not None:
+                thread, start, duration = (int(columns[c][i]) for c in (2, 3, 4))
+                self._comms.append(CommEvent(event.name, thread, start, start + duration, facts))
 
     def build(self) -> EventTable:
         """The table of everything that was added, without events whose time is far from all others."""
