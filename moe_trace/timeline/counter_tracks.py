@@ -34,8 +34,12 @@ def band_events(
     rank: int,
     tracks: Tracks = ("band",),
     experts_are_split: bool = False,
-) -> list[Event]:
-    """Chrome trace events for the samples that were placed.
+) -> Iterator[Event]:
+    """Chrome trace events for the samples that were placed, one by one.
+
+    Thousands of small objects that live at once would set off the garbage collector, which walks the user's
+    model too.
+
 
     Args:
         rank: names the band's process and is added to its id.
@@ -49,17 +53,18 @@ def band_events(
         key=lambda c: c.moe.start_us,
     )
     if not calls:
-        return []
+        return
     pid = BAND_PID + rank
-    events = _process_events(pid, rank, calls[0].moe.start_us)
+    yield from _process_events(pid, rank, calls[0].moe.start_us)
     layers, replays = [call for call in calls if call.of_layer], find_replays(calls)
     for track in tracks:
-        events.extend(_TRACKS[track](layers, pid))
-    events.extend(_replay_counters(replays, pid))
-    lanes = list(_lane_events(layers, pid))
-    events.extend(lanes)
-    events.extend(_replay_lanes(replays, pid, first_tid=1 + len({event["tid"] for event in lanes})))
-    return events
+        yield from _TRACKS[track](layers, pid)
+    yield from _replay_counters(replays, pid)
+    tid = 0
+    for event in _lane_events(layers, pid):
+        tid = event["tid"]
+        yield event
+    yield from _replay_lanes(replays, pid, first_tid=tid + 1)
 
 
 def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:

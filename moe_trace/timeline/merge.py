@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import shutil
 import zlib
 from collections.abc import Collection, Sequence
@@ -170,9 +171,10 @@ def merge_in_place(
             tracks=tracks,
             experts_are_split=combined.experts_are_split,
         )
+        first = next(events, None)
         addition = encode_addition(
-            b",\n".join(map(msgspec.json.encode, events)),
-            band_label(combined.rank, events[0]["ts"] if events else window.start_us),
+            b",\n".join(map(msgspec.json.encode, itertools.chain([first] if first else [], events))),
+            band_label(combined.rank, first["ts"] if first else window.start_us),
             encode_recording(combined),
             offset=layout.events.end,
             first=layout.events.empty,

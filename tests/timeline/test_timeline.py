@@ -143,7 +143,7 @@ def test_lanes_of_overlapping_layers_never_cross() -> None:
     ]
     placed = place_samples(samples, ranges, base_time_ns=0, window=None)
     assert (placed.samples_without_range, placed.ranges_without_sample) == (0, 0)
-    events = band_events(placed.samples, rank=0)
+    events = list(band_events(placed.samples, rank=0))
     lanes: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
         if event["ph"] == "X":
