@@ -40,7 +40,6 @@ def band_events(
     Thousands of small objects that live at once would set off the garbage collector, which walks the user's
     model too.
 
-
     Args:
         rank: names the band's process and is added to its id.
         tracks: `band`: one counter track a figure, for all layers; `layers`: a track per layer and
