@@ -9,7 +9,7 @@ from __future__ import annotations
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,12 @@ def run_script(script: Path, arguments: Sequence[str], config: RunConfig) -> tup
     earlier = claim_folder(config.out, force=config.force)
     recording = _Recording(config)
     try:
-        with _every_call(recording.before_call), _as_main(script, arguments):
+        with (
+            _ahead_of(nn.Module, "__call__", recording.before_call),
+            _ahead_of(torch.profiler.profile, "start", recording.before_profiler),
+            _ahead_of(torch.autograd.profiler.profile, "__enter__", recording.before_profiler),
+            _as_main(script, arguments),
+        ):
             status = _status_of(script)
     finally:
         recording.stop()
@@ -87,6 +92,8 @@ class _Recording:
         self.forwards = 0
         """Begun by the model."""
         self._profiler: profile | None = None
+        self._gave_way = False
+        """To a profiler of the program's own: a process has one at a time."""
         self._dense: WeakSet[nn.Module] = WeakSet()
         """Modules that were looked at and hold no router."""
 
@@ -107,6 +114,8 @@ class _Recording:
 
     def _before_forward(self) -> None:
         recorded = self.forwards - self.config.warmup
+        if self._gave_way:
+            return
         if recorded == 0:
             self._start()
         elif recorded == self.config.steps:
@@ -114,6 +123,21 @@ class _Recording:
         elif self._profiler is not None:
             self._profiler.step()
         self.forwards += 1
+
+    def before_profiler(self, profiler: Any) -> None:
+        """A profiler is about to start: two at once end the process."""
+        if profiler is self._profiler or self._gave_way:
+            return
+        self._gave_way = True
+        print(f"moe-trace: {self._why_gave_way()}", file=sys.stderr)
+        self.stop()
+
+    def _why_gave_way(self) -> str:
+        recorded = max(0, self.forwards - self.config.warmup)
+        return (
+            "the program starts a profiler of its own, and only one can record: recording ended after "
+            f"{recorded} forwards; use moe_trace.profile in the program in place of it"
+        )
 
     def _start(self) -> None:
         config = self.config
@@ -138,6 +162,8 @@ class _Recording:
 
     def why_nothing(self, script: Path) -> str:
         """Why there is no trace."""
+        if self._gave_way:
+            return self._why_gave_way()
         if self.model is None:
             return f"{script} called no model with MoE routers; `moe-trace routers` says what would be found"
         return (
@@ -147,19 +173,19 @@ class _Recording:
 
 
 @contextmanager
-def _every_call(before: Any) -> Iterator[None]:
-    """Call `before(module)` ahead of each call of a module: hooks put on there still see that call."""
-    original = nn.Module.__call__
+def _ahead_of(owner: type, name: str, before: Callable[[Any], None]) -> Iterator[None]:
+    """Call `before(self)` ahead of each call of a method: hooks put on a module there still see that call."""
+    original = getattr(owner, name)
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         before(self)
         return original(self, *args, **kwargs)
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
+    setattr(owner, name, call)
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        setattr(owner, name, original)
 
 
 @contextmanager

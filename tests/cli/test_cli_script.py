@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_trace.data.errors import NothingRecorded
 from moe_trace.read.reader import TraceSummary, read_summary
 from paths import ROOT
 
@@ -115,3 +116,33 @@ def test_nothing_to_record_is_said_and_leaves_no_folder(
 ) -> None:
     code, _, err = run(tmp_path, text, *options)
     assert code and words in err and not (tmp_path / "runs").exists()
+
+
+OWN_PROFILER = """
+    import torch
+    from moe_trace.demo import load_demo_model
+
+    model, ids = load_demo_model()[0], torch.randint(3, 250, (1, 16))
+    with torch.no_grad():
+        for _ in range({before}):
+            model(ids)
+        with torch.{kind}() as prof:
+            model(ids)
+    print("events of its own:", len(prof.key_averages()) > 10)
+"""
+
+
+@pytest.mark.parametrize("kind", ["profiler.profile", "autograd.profiler.profile"])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_program_with_a_profiler_of_its_own_keeps_it(tmp_path: Path, kind: str, before: int) -> None:
+    script = tmp_path / "own.py"
+    script.write_text(textwrap.dedent(OWN_PROFILER).format(before=before, kind=kind))
+    command = [sys.executable, "-m", "moe_trace", "run", "-o", str(tmp_path / "out"), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert "events of its own: True" in done.stdout
+    assert f"recording ended after {before} forwards" in done.stderr
+    if before:
+        (trace,) = (tmp_path / "out").glob("*.pt.trace.json.gz")
+        assert done.returncode == 0 and read_summary(trace).totals.calls == before * 4
+    else:
+        assert done.returncode == NothingRecorded.exit_code and not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from moe_trace.data.display.csv import csv_text
 from moe_trace.read.diff import compare
+from moe_trace.read.diff.comparison import Change, _host_apart
 from moe_trace.read.diff.metrics import Side, draw
 from moe_trace.read.diff.routing import compare_routing
 from moe_trace.read.reader import TraceSummary, read_summary
@@ -161,3 +162,17 @@ def test_one_guard_against_formulas(tmp_path: Path) -> None:
     )
     a = summary_of(tmp_path / "a.json")
     assert render_diff_csv(compare(a, a)).startswith("site,metric,a,b,difference,relative,low,high,verdict")
+
+
+@pytest.mark.parametrize(("kernels", "span"), [("noise", "host"), ("changed", "changed")])
+def test_the_pace_of_the_host_is_no_change_of_the_work(kernels: Any, span: str) -> None:
+    def change(metric: str, verdict: Any) -> Change:
+        return Change(
+            site="L00", metric=metric, a=1.0, b=1.5, low=0.4, high=0.6, verdict=verdict, stage="prefill"
+        )
+
+    given = [change("device_span_p50", "changed"), change("device_busy_p50", kernels)]
+    found = [one.verdict for one in _host_apart([*given, change("load_cv", "changed")])]
+    assert found == [span, kernels, "changed"]
+    on_cpu = [change("host_p50", "changed")]
+    assert list(_host_apart(on_cpu)) == on_cpu, "there the host's time is the work"
