@@ -93,9 +93,13 @@ def show_timeline(trace: Path, viewer: Path, port: int, to_open: bool) -> int:
 
 def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
     """A folder, or one trace of it, in TensorBoard's MoE tab, until Ctrl-C."""
-    for package, what in (("tensorboard", "tensorboard"), ("plotly", "the charts of the tab (plotly)")):
-        if importlib.util.find_spec(package) is None:
-            raise MoETraceError(f"{what} is not installed; run: pip install {package}")
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError(
+            "the MoE tab needs tensorboard, which is not installed; run: pip install tensorboard"
+        )
+    if importlib.util.find_spec("plotly") is None:
+        message = "charts need plotly, which is not installed; run: pip install 'moe_trace[report]'"
+        print(f"moe-trace: the tab has no charts: {message}", file=sys.stderr)
     folder = path if path.is_dir() else path.absolute().parent
     catalog = require_traces(folder)
     name = as_text(path.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from typing import Any
 
 
 def deprecated(old: str, new: str) -> None:
@@ -54,3 +56,27 @@ class UsageError(MoETraceError):
     """The arguments do not fit together."""
 
     exit_code = 2
+
+
+class MissingPackage(UsageError, ImportError):
+    """A package that only some features need is not installed."""
+
+
+def optional_package(name: str, feature: str, install: str) -> Any:
+    """Import what only some features need.
+
+    Args:
+        name: the module, such as "pyarrow.parquet".
+        feature: what needs it, as the subject of a sentence.
+        install: what to give to pip.
+
+    Raises:
+        MissingPackage: it is not installed; one line says what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MissingPackage(
+            f"{feature} needs {package}, which is not installed; run: pip install {install}"
+        ) from error

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
 from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.data.errors import optional_package
 from moe_trace.data.load_stats import Chance, Load, describe_chance, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
 from moe_trace.data.summary_notes import notes_of
@@ -144,9 +145,8 @@ class Summary(ShownInNotebooks):
         return f"<Summary of {name}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
 
     def to_dataframe(self) -> Any:
-        """One row per router, as a pandas DataFrame (`ImportError` without pandas)."""
-        import pandas
-
+        """One row per router, as a pandas DataFrame (`MissingPackage`, an `ImportError`, without pandas)."""
+        pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame([_flat_router(router) for router in self.routers])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.errors import deprecated
+from moe_trace.data.errors import deprecated, optional_package
 from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
@@ -133,10 +133,9 @@ class TraceSummary(Summary):
         """One row per router call, as a pandas DataFrame.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingPackage: pandas is not installed.
         """
-        import pandas
-
+        pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame(call_rows(self.samples, self.times, self.busy_us))
 
 

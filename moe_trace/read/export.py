@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.errors import UsageError
+from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file, write_text
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
@@ -51,15 +51,10 @@ def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
     """One row per call; counts per expert as lists; the same columns and types in every file.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        MissingPackage: pyarrow is not installed.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UsageError(
-            "Parquet needs pyarrow, which is not installed; run: pip install 'moe_trace[export]'"
-        ) from error
+    pyarrow = optional_package("pyarrow", "Parquet", "'moe_trace[export]'")
+    parquet = optional_package("pyarrow.parquet", "Parquet", "'moe_trace[export]'")
     rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s.samples, s.times, s.busy_us)]
     names = list(rows[0]) if rows else []
     schema = pyarrow.schema([(name, _arrow_type(pyarrow, name)) for name in names])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.errors import UsageError
+from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample, Span
 from moe_trace.read.file.events import to_ns
@@ -57,7 +57,8 @@ def write_perfetto(
         experts_are_split: see `Recording.experts_are_split`; their FLOP/s are left out then.
 
     Raises:
-        UsageError: the perfetto package is not installed, or no call has a place.
+        MissingPackage: the perfetto package is not installed.
+        UsageError: no call has a place.
     """
     calls = sorted(
         (placed_call(s, experts_are_split=experts_are_split) for s in samples if s.placement is not None),
@@ -65,14 +66,11 @@ def write_perfetto(
     )
     if not calls:
         raise UsageError("no call has its ranges in the trace, so there is nothing to put on a timeline")
-    try:
-        from perfetto.trace_builder.proto_builder import StreamingTraceProtoBuilder
-    except ImportError as error:
-        raise UsageError(
-            "a Perfetto trace needs the perfetto package; run: pip install 'moe_trace[export]'"
-        ) from error
+    builder = optional_package(
+        "perfetto.trace_builder.proto_builder", "a Perfetto trace", "'moe_trace[export]'"
+    )
     with whole_file(target) as temporary, temporary.open("wb") as file:
-        writer = _Writer(StreamingTraceProtoBuilder(file))
+        writer = _Writer(builder.StreamingTraceProtoBuilder(file))
         parent = writer.track(f"{BAND_NAME} (rank {rank})")
         for kind in LANES:
             _write_lanes(writer, parent, kind, _slices(kind, calls))

@@ -257,6 +257,8 @@ def _plotly() -> str:
     """The bundle out of the installed package, without importing the package."""
     spec = importlib.util.find_spec("plotly")
     if spec is None or spec.origin is None:
-        raise UsageError("the HTML report needs plotly's bundle; run: pip install 'moe_trace[report]'")
+        raise UsageError(
+            "the HTML report needs plotly, which is not installed; run: pip install 'moe_trace[report]'"
+        )
     bundle = Path(spec.origin).parent / "package_data" / "plotly.min.js"
     return bundle.read_text(encoding="utf-8").replace("</script", "<\\/script")

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_trace.data.display.csv import csv_text
 from moe_trace.data.display.tables import fixed, number, printable, scaled, table
-from moe_trace.data.errors import UsageError
+from moe_trace.data.errors import optional_package
 from moe_trace.data.files import write_text
 
 CONFIDENCE = 0.95
@@ -118,12 +118,9 @@ class Comparison:
         """The rows as a `pandas.DataFrame`.
 
         Raises:
-            UsageError: pandas is not installed.
+            MissingPackage: pandas is not installed; `rows` and `to_csv` need none.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise UsageError("to_df() needs pandas: `pip install pandas`, or use rows or to_csv()") from error
+        pandas = optional_package("pandas", "to_df()", "pandas")
         return pandas.DataFrame(self.rows)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.data.errors import NothingRecorded, UsageError, deprecated
+from moe_trace.data.errors import NothingRecorded, UsageError, deprecated, optional_package
 from moe_trace.data.files import write_text
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import host_us
@@ -153,14 +153,9 @@ class MoEProfiler:
         """The rows as a `pandas.DataFrame`.
 
         Raises:
-            UsageError: pandas is not installed.
+            MissingPackage: pandas is not installed; `rows` and `save_csv` need none.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise UsageError(
-                "to_df() needs pandas: `pip install pandas`, or use rows() or save_csv()"
-            ) from error
+        pandas = optional_package("pandas", "to_df()", "pandas")
         return pandas.DataFrame(self.rows(), columns=list(COLUMNS))
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:

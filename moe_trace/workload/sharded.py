@@ -38,7 +38,7 @@ def require_support(split: Split, device: torch.device) -> None:
     except ImportError as error:
         raise UsageError(
             f"--fsdp, --tp and --ep need transformers with DistributedConfig and accelerate ({error}): "
-            "pip install -U transformers accelerate"
+            "pip install 'moe_trace[parallel]'"
         ) from error
     known = {field.name for field in fields(DistributedConfig)}
     missing = {"fsdp_size", "tp_size", "ep_size", "ep_implementation"} - known

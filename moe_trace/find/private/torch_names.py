@@ -6,18 +6,18 @@ A nightly build may lack any of them. What a missing name takes away is said in 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _missing: dict[str, str] = {}
 _said: list[bool] = []
@@ -37,9 +37,11 @@ def warn_of_missing() -> None:
 
 def _named(name: str, loss: str | None = None) -> Any:
     """What has that name below `torch`, or None; a loss is remembered where nothing stands behind it."""
-    found: Any = torch
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    holder, _, last = f"torch.{name}".rpartition(".")
+    try:
+        found = getattr(pkgutil.resolve_name(holder), last, None)
+    except (ImportError, AttributeError):
+        found = None
     if found is None and loss is not None:
         _missing[f"torch.{name}"] = loss
     return found
@@ -55,24 +57,24 @@ graph_task_id: Callable[[], int] = _named(
 -1 outside of one."""
 
 
-_engine = _named("autograd.Variable._execution_engine")
+_queue_callback = _named("autograd.Variable._execution_engine.queue_callback")
 
 
 def after_backward(callback: Callable[[], None]) -> bool:
     """Have `callback` called when the backward under way is over; False where that cannot be asked for."""
-    if not hasattr(_engine, "queue_callback"):
+    if _queue_callback is None:
         return False
-    _engine.queue_callback(callback)
+    _queue_callback(callback)
     return True
 
 
 # -- modes ---------------------------------------------------------------------------------------------------
 
-_modes: Callable[[], list[Any]] | None
-try:
-    _modes = importlib.import_module("torch.utils._python_dispatch")._get_current_dispatch_mode_stack
-except (ImportError, AttributeError):
-    _modes = None
+_modes: Callable[[], list[Any]] = _named("utils._python_dispatch._get_current_dispatch_mode_stack") or list
+_no_modes: Callable[[], AbstractContextManager[Any]] | None = _named(
+    "utils._python_dispatch._disable_current_modes"
+)
+_no_functions: Callable[[], AbstractContextManager[Any]] = _named("_C.DisableTorchFunction") or nullcontext
 
 
 def outside_modes() -> AbstractContextManager[Any]:
@@ -81,20 +83,15 @@ def outside_modes() -> AbstractContextManager[Any]:
     What is computed on fake tensors stays with the mode that made them. Without torch's names for it the
     modes see what is done inside.
     """
-    modes = [] if _modes is None else _modes()
+    modes = _modes()
     if not modes or any(type(mode).__name__ == "FakeTensorMode" for mode in modes):
         return nullcontext()
-    dispatch = importlib.import_module("torch.utils._python_dispatch")
-    disable = getattr(dispatch, "_disable_current_modes", nullcontext)
-    context: AbstractContextManager[Any] = disable()
-    return context
+    return (_no_modes or nullcontext)()
 
 
 def outside_functions() -> AbstractContextManager[Any]:
     """The same for modes and subclasses that override torch's functions, such as a default device."""
-    disable = _named("_C.DisableTorchFunction") or nullcontext
-    context: AbstractContextManager[Any] = disable()
-    return context
+    return _no_functions()
 
 
 tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
@@ -106,13 +103,11 @@ tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: N
 _thread_is_profiled: Callable[[], bool] | None = _named("_C._autograd._profiler_enabled") or _named(
     "autograd._profiler_enabled"
 )
-if _thread_is_profiled is None and not hasattr(torch.autograd.profiler, "_is_profiler_enabled"):
+_profiler = torch.autograd.profiler
+if _thread_is_profiled is None and not hasattr(_profiler, "_is_profiler_enabled"):
     _missing["torch._C._autograd._profiler_enabled"] = (
         "whether a profiler records is not known, so no ranges are opened and no call has a place in a trace"
     )
-
-
-_profiler = torch.autograd.profiler
 
 
 def process_is_profiled() -> bool:
@@ -190,13 +185,13 @@ EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_fram
 
 def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
     """Keep dynamo from compiling these functions as graphs of their own: slower, and no less true."""
-    try:
-        frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        for function in functions:
-            frames.set_code_exec_strategy(function.__code__, skip)
-    except (ImportError, AttributeError):
+    strategy = _named("_C._dynamo.eval_frame._FrameExecStrategy")
+    action = _named("_C._dynamo.eval_frame._FrameAction")
+    put = _named("_C._dynamo.eval_frame.set_code_exec_strategy")
+    if strategy is None or action is None or put is None:
         return
+    for function in functions:
+        put(function.__code__, strategy(action.SKIP, action.SKIP))
 
 
 def may_be_compiled() -> bool:
@@ -228,49 +223,33 @@ def mark_static_address(tensor: Tensor) -> None:
 
 def without_fake_tensors() -> AbstractContextManager[Any] | None:
     """A context in which tensors are real while a compiler traces with fake ones, or None."""
-    for module, name in (
-        ("torch._subclasses.fake_tensor", "unset_fake_temporarily"),
-        ("torch.utils._python_dispatch", "_disable_current_modes"),
-    ):
-        try:
-            context: AbstractContextManager[Any] = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError):
-            continue
-        return context
-    return None
+    return None if _no_fakes is None else _no_fakes()
 
 
-CAN_RECORD_GRAPHS = without_fake_tensors() is not None
+_no_fakes: Callable[[], AbstractContextManager[Any]] | None = (
+    _named("_subclasses.fake_tensor.unset_fake_temporarily") or _no_modes
+)
+CAN_RECORD_GRAPHS = _no_fakes is not None
 if not CAN_RECORD_GRAPHS:
     _missing["torch._subclasses.fake_tensor.unset_fake_temporarily"] = (
         "what is decided inside compiled code is not recorded"
     )
 
 
-def _graph_annotations() -> Any:
-    """Only in newer releases."""
-    try:
-        return importlib.import_module("torch.cuda._graph_annotations")
-    except ImportError:
-        return None
-
-
 def kernel_annotations() -> Mapping[int, Sequence[Any]]:
     """What was noted of the nodes of captured graphs, by their id; empty where torch keeps no such notes."""
-    read = getattr(_graph_annotations(), "get_kernel_annotations", None)
+    read = _named("cuda._graph_annotations.get_kernel_annotations")
     return {} if read is None else read()
 
 
 def mark_kernels(annotation: dict[str, Any]) -> AbstractContextManager[Any] | None:
     """Annotate the nodes that a stream's capture adds, those of the backward not; None where that is off."""
-    annotations = _graph_annotations()
-    if not getattr(annotations, "_annotations_enabled", False):
+    mark = _named("cuda._graph_annotations.mark_kernels")
+    if mark is None or not _named("cuda._graph_annotations._annotations_enabled"):
         return None
     # From 2.14 on the kernels of the backward are annotated too, unless it is told not to.
-    forward_only = "backward" in inspect.signature(annotations.mark_kernels).parameters
-    scope: AbstractContextManager[Any] = annotations.mark_kernels(
-        annotation, **({"backward": False} if forward_only else {})
-    )
+    forward_only = "backward" in inspect.signature(mark).parameters
+    scope: AbstractContextManager[Any] = mark(annotation, **({"backward": False} if forward_only else {}))
     return scope
 
 
@@ -286,9 +265,33 @@ def current_stream_handle(device: torch.device) -> int:
     return int(_raw_stream(device.index))
 
 
-def allocated_bytes(device: torch.device) -> int:
-    """As `torch.cuda.memory_allocated`, which spends over 100 us on flattening figures that nobody reads."""
-    try:
-        return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["current"])
-    except (AttributeError, KeyError, TypeError):
-        return torch.cuda.memory_allocated(device)
+# -- hooks ---------------------------------------------------------------------------------------------------
+
+_HOOKS = "_forward_hooks"
+if not hasattr(nn.Module(), _HOOKS):
+    _missing[f"torch.nn.Module.{_HOOKS}"] = (
+        "a hook that is put on a router while it is traced, and changes what the router returns, is not seen"
+    )
+
+
+def hooks_of(module: nn.Module) -> Sized:
+    """The forward hooks of a module, which grow and shrink as hooks come and go."""
+    hooks: Sized = getattr(module, _HOOKS, ())
+    return hooks
+
+
+def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
+    hooks = getattr(module, _HOOKS, None)
+    return hooks is not None and hooks is getattr(other, _HOOKS, None)
+
+
+def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
+    """Take the forward hooks off a module, for which there is no handle, that `unwanted` names."""
+    names = ("_forward_pre_hooks", _HOOKS)
+    beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    for hooks in (getattr(module, name, {}) for name in names):
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+            del hooks[key]
+            for name in beside:
+                getattr(module, name, {}).pop(key, None)

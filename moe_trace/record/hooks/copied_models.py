@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from moe_trace.find.private.torch_names import remove_hooks, shares_hooks
 
 
 class InertHooks:
@@ -44,25 +45,8 @@ def detach_if_copy(module: nn.Module, original: nn.Module | None) -> bool:
     """
     if module is original or getattr(module, "_is_replica", False):
         return False
-    if original is not None and _shares_hooks(module, original):
+    if original is not None and shares_hooks(module, original):
         return False
     for part in module.modules():
-        _remove_hooks(part, lambda hook: isinstance(getattr(hook, "__self__", None), HookOwner))
+        remove_hooks(part, lambda hook: isinstance(getattr(hook, "__self__", None), HookOwner))
     return True
-
-
-def _shares_hooks(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
-    hooks = getattr(module, "_forward_hooks", None)
-    return hooks is not None and hooks is getattr(other, "_forward_hooks", None)
-
-
-def _remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
-    """Take the forward hooks off a module, for which there is no handle, that `unwanted` names."""
-    names = ("_forward_pre_hooks", "_forward_hooks")
-    beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-    for hooks in (getattr(module, name, {}) for name in names):
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            del hooks[key]
-            for name in beside:
-                getattr(module, name, {}).pop(key, None)

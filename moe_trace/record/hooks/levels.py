@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.hooks.site import Level, SiteHooks
 
@@ -23,7 +24,7 @@ class HookLevels:
         """By thread inside the model: what its forward needs."""
         self.level: Level | None = None
         """What the hooks were set to last; None where they have to be asked one by one."""
-        self._router_hooks = [one.site.router._forward_hooks for one in hooks]
+        self._router_hooks = [hooks_of(one.site.router) for one in hooks]
         self.stale = False
         """Whether a block needs other hooks than are on."""
         for one in hooks:

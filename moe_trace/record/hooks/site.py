@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
@@ -79,7 +80,7 @@ class SiteHooks(SiteObserver):
         return (
             level == self.level
             and (self.observe_block, self.reads_block) == self._of_block
-            and (level == Level.OFF or self._router_hooks == len(self.site.router._forward_hooks))
+            and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
@@ -98,7 +99,7 @@ class SiteHooks(SiteObserver):
         self._install(level)
         for handle in self._handles:
             give_stable_id(handle)
-        self._router_hooks = len(self.site.router._forward_hooks)
+        self._router_hooks = len(hooks_of(self.site.router))
 
     def _install(self, level: Level) -> None:
         site, add = self.site, self._handles.append
