@@ -45,6 +45,9 @@ on their weights, stages and padding with the model's inputs, figures of logits 
 compiled code with eager code, and the trace with the calls. A profiler that starts must have nothing compiled
 again. `scripts/test_versions.sh` writes this table; a row is one environment.
 
+torch 2.15 needs nothing beyond its own wheel. Not run on any version: a GPU with the profiler's backend
+`cupti_monitor`; that ranges are opened where it listens is tested without one.
+
 """
 
 

@@ -12,11 +12,21 @@ from pathlib import Path
 
 import pytest
 
+import moe_trace
 from paths import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
 # Their shell blocks run too, and they hold nothing but python, bash and text.
-GUIDES = {"quickstart.md", "olmoe.md", "metrics.md", "troubleshooting.md", "recipes.md"}
+GUIDES = {
+    "tutorial.md",
+    "howto.md",
+    "proofs.md",
+    "quickstart.md",
+    "olmoe.md",
+    "metrics.md",
+    "troubleshooting.md",
+    "recipes.md",
+}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NEEDS = re.compile(r"^# needs: ([\w, ]+)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
@@ -142,3 +152,16 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
 
 def test_the_page_of_commands_is_what_help_prints() -> None:
     run([sys.executable, str(ROOT / "scripts" / "list_commands.py"), "--check"], ROOT)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    assert set(re.findall(r"^::: moe_trace\.(\w+)$", text, re.MULTILINE)) == set(moe_trace.__all__) - {
+        "__version__"
+    }
+
+
+def test_what_the_proofs_name_exists() -> None:
+    text = (ROOT / "docs" / "proofs.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/.]+)`", text)
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
