@@ -27,6 +27,8 @@ GUIDES = {
     "troubleshooting.md",
     "recipes.md",
 }
+# Their shell blocks read what their Python blocks wrote.
+CONTINUED = {"tutorial.md", "howto.md"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NEEDS = re.compile(r"^# needs: ([\w, ]+)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
@@ -92,6 +94,8 @@ def test_shell_blocks_run(name: str, tmp_path: Path) -> None:
     blocks = blocks_of(ROOT / "docs" / name)
     assert {block.language for block in blocks} <= {"python", "bash", "text"}
     shell = "".join(block.code for block in blocks if block.language == "bash")
+    if name in CONTINUED:
+        test_python_blocks_run_one_after_the_other(ROOT / "docs" / name, tmp_path)
     if shell:
         run(["bash", "-euo", "pipefail", "-c", shell], tmp_path)
 
