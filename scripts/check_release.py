@@ -50,7 +50,9 @@ def main() -> int:
             folder.mkdir()
             install(python, archive, folder)
             step(f"{archive.name}: the README", documents, python, ROOT / "README.md", folder)
-        step("the quickstart", documents, python, ROOT / "docs" / "quickstart.md", folder)
+        beside = Path(scratch) / "quickstart"
+        beside.mkdir()
+        step("the quickstart", documents, python, ROOT / "docs" / "quickstart.md", beside)
         step("the notebook", notebook, python, folder)
         step("the tab", tab, python, folder)
     return 0
