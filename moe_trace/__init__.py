@@ -20,8 +20,8 @@ _HOME = {
     "MoETracer": "moe_trace.record.tracer",
     "ScalarLogger": "moe_trace.integrations.scalar_logger",
     "find_routers": "moe_trace.find.routers",
-    "register_adapter": "moe_trace.find.contracts",
-    "unregister_adapter": "moe_trace.find.contracts",
+    "register_adapter": "moe_trace.find.registry",
+    "unregister_adapter": "moe_trace.find.registry",
     "RouterOutput": "moe_trace.find.contracts",
     "AdapterMismatch": "moe_trace.find.contracts",
     "MoEProfiler": "moe_trace.simple.profiler",
@@ -86,7 +86,8 @@ if TYPE_CHECKING:
     from moe_trace.data.errors import MoETraceError, NoRoutersFound
     from moe_trace.data.schema import RoutingSample
     from moe_trace.data.summary import Summary
-    from moe_trace.find.contracts import AdapterMismatch, RouterOutput, register_adapter, unregister_adapter
+    from moe_trace.find.contracts import AdapterMismatch, RouterOutput
+    from moe_trace.find.registry import register_adapter, unregister_adapter
     from moe_trace.find.routers import RouterSite, find_routers
     from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger

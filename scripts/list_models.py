@@ -32,7 +32,7 @@ from families.dense import LOOKALIKES
 from families.family import Family, find_model_class
 from moe_trace.data.display.tables import scaled
 from moe_trace.data.schema import RouterInfo
-from moe_trace.find.contracts import CONTRACTS
+from moe_trace.find.registry import CONTRACTS
 
 DOCUMENT = REPOSITORY / "docs" / "models.md"
 

@@ -27,7 +27,7 @@ class RoutersCommand:
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print a row per group of equal routers, or all of them as JSON."""
-        from moe_trace.find.contracts import CONTRACTS
+        from moe_trace.find.registry import CONTRACTS
         from moe_trace.find.routers import find_routers
         from moe_trace.show.routers import render_routers, render_routers_json
         from moe_trace.workload.models import load_model

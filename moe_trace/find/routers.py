@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_trace.data.errors import NoRoutersFound, UsageError
 from moe_trace.data.schema import RouterInfo
-from moe_trace.find.contracts import CONTRACTS, Call, Contract, Found, RouterOutput
+from moe_trace.find.contracts import Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import class_name, unwrapped
 from moe_trace.find.contracts.shared_experts import (
     describe_unread,
@@ -30,6 +30,7 @@ from moe_trace.find.flops import (
     projection_note,
     router_flops_per_token,
 )
+from moe_trace.find.registry import CONTRACTS
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import moe_trace
 from moe_trace import RouterOutput
 from moe_trace.data.errors import NoRoutersFound, UsageError
-from moe_trace.find.contracts import CONTRACTS, Call, Found, unregister_adapter
+from moe_trace.find.contracts import Call, Found
+from moe_trace.find.registry import CONTRACTS, unregister_adapter
 from paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "custom_routers.md"

@@ -19,7 +19,7 @@ from transformers import DogeConfig, DogeForCausalLM
 
 import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
-from moe_trace.find.contracts import unregister_adapter
+from moe_trace.find.registry import unregister_adapter
 
 EXPERTS = 8
 

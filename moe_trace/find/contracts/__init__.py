@@ -2,7 +2,7 @@
 
 A contract is two small functions. `find` looks at one module of a model and answers whether a router of
 its kind stands there; `read` turns what the hooks saw in one call into a `RouterOutput`. Adding a family is
-adding a contract to `CONTRACTS`; a user adds one with `register_adapter`.
+adding a contract to `CONTRACTS` of `find/registry.py`; a user adds one with `register_adapter`.
 """
 
 from moe_trace.find.contracts.contract import (
@@ -12,15 +12,11 @@ from moe_trace.find.contracts.contract import (
     Found,
     RouterOutput,
 )
-from moe_trace.find.contracts.registry import CONTRACTS, register_adapter, unregister_adapter
 
 __all__ = [
-    "CONTRACTS",
     "AdapterMismatch",
     "Call",
     "Contract",
     "Found",
     "RouterOutput",
-    "register_adapter",
-    "unregister_adapter",
 ]

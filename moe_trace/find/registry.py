@@ -22,9 +22,17 @@ from moe_trace.find.contracts.modules import (
 from moe_trace.find.contracts.olmoe_mixtral_qwen import TOPK_EXPERTS
 from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_experts, with_experts
 from moe_trace.find.contracts.switch_nllb import ONE_HOT
+from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS
 
 # In the order in which they are asked; the first to find a router has it.
-CONTRACTS: list[Contract] = [ONE_HOT, PRODUCT_KEY, SORTED_DISPATCH, DENSE_SCORES, TOPK_EXPERTS]
+CONTRACTS: list[Contract] = [
+    ONE_HOT,
+    PRODUCT_KEY,
+    SORTED_DISPATCH,
+    DENSE_SCORES,
+    TOPK_EXPERTS,
+    ROUTER_BESIDE_EXPERTS,
+]
 
 _NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_experts")
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "k")

@@ -1,0 +1,94 @@
+"""Decisions that are written as expert ids: of each token its K experts, with a weight of the same shape.
+
+    torchtitan            (weights [B, L, K], ids [B, L, K], scores [B, L, E]), flat since
+    OLMo-core             (weights, ids, tokens per expert [E], loss)
+    NeMo Automodel        (weights, ids, loss or None)
+    DeepSpeed AutoEP      (weights, ids, tokens per expert)
+    DeepSeek's MoEGate    (ids, weights[, loss])
+    megablocks, Nomic     (scores [T, E], weights, ids), in one order or the other
+    DeepSpeed TopKGate    (loss, C, E, ids [K, T], locations [K, T], weights [K, T], counts); -1: dropped
+
+A count vector [E] that comes along is never the source: DeepSpeed's counts what capacity then drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_trace.find.contracts.contract import AdapterMismatch
+from moe_trace.find.contracts.modules import described
+from moe_trace.find.contracts.overhead import overhead_range
+
+MASK_ARGUMENT = "token_mask"
+"""The experts' argument [T], True for tokens that count, of NeMo Automodel."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Ids and weights, a row a token."""
+
+    index_TK: Tensor
+    weights_TK: Tensor
+
+    def without(self, counted: Any, num_experts: int) -> Decision:
+        """With the tokens skipped that a mask [T] leaves out."""
+        index = self.index_TK
+        if not isinstance(counted, Tensor) or counted.dtype != torch.bool:
+            return self
+        if counted.numel() != index.shape[0]:
+            raise AdapterMismatch(
+                f"expected a mask of {index.shape[0]} tokens, found {described(counted)} beside ids "
+                f"{described(index)}"
+            )
+        with overhead_range():
+            index = index.masked_fill(~counted.reshape(-1, 1), num_experts)
+        return Decision(index, self.weights_TK)
+
+
+def read_index(parts: Sequence[Any], num_experts: int) -> Decision | None:
+    """The decision in the parts of an output, or in the arguments of a call; None where they hold no ids.
+
+    Raises:
+        AdapterMismatch: there are ids, and what belongs to them cannot be told.
+    """
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    ids = [t for t in tensors if t.dim() >= 2 and _is_whole(t)]
+    if len(ids) == 2 and len(parts) == 7 and parts[2] == num_experts:
+        return _capacity_routes(parts)
+    if not ids:
+        return None
+    if len(ids) > 1:
+        raise AdapterMismatch(f"expected one tensor of expert ids, found {described(tuple(parts))}")
+    floats = [t for t in tensors if t.is_floating_point()]
+    weights = [t for t in floats if t.shape == ids[0].shape]
+    dense = [t for t in floats if t.shape == (*ids[0].shape[:-1], num_experts)]
+    index = ids[0].flatten(0, -2)
+    if len(weights) == 1:
+        return Decision(index, weights[0].flatten(0, -2))
+    if not weights and len(dense) == 1:
+        with overhead_range():
+            chosen = dense[0].flatten(0, -2).gather(1, index.long().clamp(0, num_experts - 1))
+        return Decision(index, chosen)
+    raise AdapterMismatch(
+        f"expected one float tensor of the ids' shape {list(ids[0].shape)}, or over all {num_experts} "
+        f"experts, found {described(tuple(parts))}"
+    )
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+
+
+def _capacity_routes(parts: Sequence[Any]) -> Decision:
+    """DeepSpeed's sparse routes, a row a choice: ids of dropped tokens are negative."""
+    index, locations, weights = parts[3], parts[4], parts[5]
+    if not (index.shape == locations.shape == weights.shape) or index.dim() != 2:
+        raise AdapterMismatch(
+            f"expected ids, locations and weights of one shape [K, T], found {described(tuple(parts))}"
+        )
+    return Decision(index.t(), weights.t())
