@@ -10,7 +10,7 @@ FAST := tests/test_architecture.py tests/find/test_contracts.py tests/record/tes
 	tests/simple/test_simple_profiler.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test-fast test test-versions test-cuda release-check bench docs
+.PHONY: help setup lint test-fast test test-versions test-hosts test-cuda release-check bench docs
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test:  ## every check of the project: lint, then all tests, several at once
 
 test-versions:  ## the truth-first tests on all admitted versions; writes docs/versions.md
 	bash scripts/test_versions.sh
+
+test-hosts:  ## the routers of torchtitan, OLMo-core, Megatron-core and others; writes docs/frameworks.md
+	$(PYTHON) scripts/test_hosts.py
 
 release-check:  ## wheel and sdist, used as a stranger would, in a clean environment
 	$(PYTHON) scripts/check_release.py

@@ -326,7 +326,7 @@ def test_the_report_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["report", str(tmp_path), "--html", str(page)]) == 0
     html = page.read_text("utf-8")
     assert "All-to-all bytes equal what the counts say in 48 of 48 comparisons" in html
-    assert "Slots sent from rank to rank" in html
+    assert "Assignments sent from rank to rank" in html
 
 
 def test_findings_name_the_rank_and_the_expert(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""The tests of other frameworks' routers, each framework in a folder of its own; writes docs/frameworks.md.
+
+    python scripts/test_hosts.py                  # all of them
+    python scripts/test_hosts.py torchtitan       # some
+
+Packages stand without their dependencies before those of .venv, so that torch stays as it is; what a
+framework's routers import besides is named here. Folders are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "frameworks.md"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_trace" / "hosts"
+_GOOGLE = "google-api-core google-cloud-storage google-auth google-cloud-core google-resumable-media"
+_MORE = "google-crc32c googleapis-common-protos proto-plus protobuf cachetools pyasn1 pyasn1_modules"
+_AMAZON = "boto3 botocore s3transfer jmespath python-dateutil six requests cryptography cffi pycparser"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A framework: its package, what that needs besides, and how its tests are told."""
+
+    package: str
+    needs: str
+    tests: str
+    routers: str
+    oracle: str
+
+
+HOSTS = {
+    "torchtitan": Host(
+        "torchtitan==0.3.0",
+        "spmd_types torch_checkpointing tyro docstring_parser typeguard einops",
+        "torchtitan",
+        "`TokenChoiceTopKRouter`",
+        "its buffer `tokens_per_expert_E`; a bias that forces the choice",
+    ),
+    "olmo-core": Host(
+        "ai2-olmo-core==3.0.0",
+        f"cached_path omegaconf antlr4-python3-runtime dataclass-extensions bettermap dill {_GOOGLE} {_MORE} "
+        f"{_AMAZON}",
+        "olmo_core",
+        "`MoELinearRouter`, `MoERouterV2`; experts of the test, theirs need Triton",
+        "the sizes that its router hands the experts",
+    ),
+    "automodel": Host(
+        "nemo-automodel==0.7.0",
+        "",
+        "automodel",
+        "`Gate`, the whole `MoE`",
+        "its `_last_expert_load`, padding masked",
+    ),
+    "megatron-core": Host(
+        "megatron-core==0.16.1",
+        "",
+        "megatron",
+        "`TopKRouter`, with and without capacity; experts of the test",
+        "rows that enter the experts",
+    ),
+    "deepspeed": Host(
+        "deepspeed==0.19.8",
+        "hjson py-cpuinfo msgpack ninja pydantic pydantic-core annotated-types typing-inspection einops "
+        "psutil",
+        "deepspeed",
+        "`TopKGate` of 1, 2 and 4 experts with capacity, in its `MOELayer`",
+        "the routes that capacity kept",
+    ),
+    "transformers 4": Host(
+        "transformers==4.57.6",
+        "tokenizers==0.22.2 huggingface_hub==0.36.0",
+        "transformers_4",
+        "DeepSeek-V3, GPT-OSS",
+        "rows that enter each expert; ids that the experts receive",
+    ),
+}
+HEAD = """# Other frameworks
+
+Routers are told by what they are built of and by what they return (`find/structure/`), on the frameworks'
+own code. `python scripts/test_hosts.py` ran these and wrote the table: counts equal the oracle's; where a
+test trains (torchtitan, OLMo-core, NeMo Automodel, DeepSeek-V3), outputs and gradients are equal to the bit
+with the tracer. Blocks with a plain `Linear` as the gate and no router module (OLMoE or Mixtral in
+transformers 4) are not read.
+
+| package | torch | routers | held against | passed | failed |
+| --- | --- | --- | --- | ---: | ---: |
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hosts", nargs="*", choices=[[], *HOSTS], default=[], metavar="HOST")
+    chosen = parser.parse_args().hosts or list(HOSTS)
+    rows = [_row(HOSTS[name], name) for name in chosen]
+    print("\n".join(rows))
+    failed = any(not row.endswith(" 0 |") for row in rows)
+    if len(chosen) == len(HOSTS) and not failed:
+        TABLE.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+    return int(failed)
+
+
+def _row(host: Host, name: str) -> str:
+    folder = CACHE / name.replace(" ", "-")
+    _install(host, folder)
+    report = folder / "report.xml"
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "tests/hosts"]
+    subprocess.run([*command, "-k", host.tests, f"--junitxml={report}"], cwd=ROOT, env=environment)
+    suite = ElementTree.parse(report).getroot()[0]
+    total, failed, skipped = (int(suite.attrib[key]) for key in ("tests", "failures", "skipped"))
+    failed += int(suite.attrib["errors"])
+    torch = next(d.version for d in distributions() if d.name == "torch")
+    cells = (host.package, torch, host.routers, host.oracle, total - failed - skipped, failed or skipped)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _install(host: Host, folder: Path) -> None:
+    done = folder / "installed"
+    wanted = f"{host.package} {host.needs}"
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    options = ["--quiet", "--no-deps", "--no-compile", "--no-build-isolation", "--target", str(folder)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, *wanted.split()],
+        check=True,
+        env=os.environ | {"DS_BUILD_OPS": "0"},
+    )
+    done.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
