@@ -283,7 +283,10 @@ def hooks_of(module: nn.Module) -> Sized:
 def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
     """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
     hooks = getattr(module, _HOOKS, None)
-    return hooks is not None and hooks is getattr(other, _HOOKS, None)
+    if hooks is not None:
+        return hooks is getattr(other, _HOOKS, None)
+    parts, others = ([*m.children(), *m.parameters(recurse=False)] for m in (module, other))
+    return len(parts) == len(others) and all(a is b for a, b in zip(parts, others, strict=True))
 
 
 def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:

@@ -25,9 +25,8 @@ class HookOwner:
     """For classes whose methods are put on modules as hooks.
 
     `copy.deepcopy` of a module copies its hooks: they stay bound to the same object, which finds with
-    `detach_if_copy` that they were called for another module, and takes them off
-    it. A pickle gets hooks that do
-    nothing.
+    `detach_if_copy` that they were called for another module, and takes them off it. A pickle gets hooks
+    that do nothing.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
