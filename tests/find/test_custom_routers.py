@@ -88,14 +88,15 @@ def read_titan(call: Call) -> RouterOutput:
     return RouterOutput(index_TK=ids, weights_TK=scores, logits_TE=call.watched_output)
 
 
-def test_torchtitans_shape() -> None:
+@pytest.mark.parametrize("contract", ["titan", "router-beside-experts"])
+def test_torchtitans_shape(contract: str) -> None:
+    """By an adapter, and by its structure alone."""
     torch.manual_seed(0)
     model = nn.Sequential(TitanMoE(), TitanMoE())
-    with pytest.raises(NoRoutersFound, match="GroupedExperts, called as \\(x, num_tokens_per_expert\\)"):
-        moe_trace.find_routers(model)
-    moe_trace.register_adapter(
-        "titan", router=TokenChoiceRouter, experts="experts", watch="gate", read=read_titan
-    )
+    if contract == "titan":
+        moe_trace.register_adapter(
+            "titan", router=TokenChoiceRouter, experts="experts", watch="gate", read=read_titan
+        )
     x = torch.randn(2, 5, 8)
     with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
         model(x)
@@ -103,7 +104,7 @@ def test_torchtitans_shape() -> None:
     samples = tracer.samples()
     assert [sample.assignments.tolist() for sample in samples] == computed
     info = tracer.sites[0].info
-    assert (info.contract, info.num_experts, info.top_k) == ("titan", 6, 2)
+    assert (info.contract, info.num_experts, info.top_k) == (contract, 6, 2)
     assert samples[0].expert_flops == 2 * 3 * 8 * 12 * 20
     assert samples[0].router_flops == 2 * 8 * 6 * 10
     assert info.shared_flops_per_token == 2 * 8 * 8

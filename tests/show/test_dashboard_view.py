@@ -64,7 +64,7 @@ def test_view_says_that_tensorboard_is_missing(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a)
     )
-    assert main(["view", str(H200)]) == 1
+    assert main(["view", str(H200)]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
