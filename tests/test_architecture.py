@@ -6,8 +6,10 @@ The rules are in `architecture.py`. `KNOWN_*` are breaks that wait to be mended:
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -172,3 +174,31 @@ def test_the_public_names_are_those_of_before_and_read_recording() -> None:
     }
     assert {*before, "read_recording"} <= set(moe_trace.__all__)
     assert all(getattr(moe_trace, name) is not None for name in moe_trace.__all__)
+
+
+# -- what is said of files --------------------------------------------------------------------------------
+
+NAMED = re.compile(r"`([\w/]+\.(?:py|md))`")
+
+
+def unknown_files(text: str, beside: Path | None = None) -> set[str]:
+    """Files that the text names, and that stand neither in the project, nor in the package, nor `beside`."""
+    places = [ROOT, PACKAGE, *([] if beside is None else [beside, beside.parent])]
+    return {name for name in NAMED.findall(text) if not any((place / name).exists() for place in places)}
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/design_facts.md", "CONTRIBUTING.md"])
+def test_the_pages_on_the_code_name_files_that_exist(page: str) -> None:
+    beside = ROOT / "tests" if page == "CONTRIBUTING.md" else None
+    assert unknown_files((ROOT / page).read_text(encoding="utf-8"), beside) == set()
+
+
+def test_modules_name_files_that_exist() -> None:
+    found = {
+        path: unknown_files(path.read_text(encoding="utf-8"), path.parent) for path in PACKAGE.rglob("*.py")
+    }
+    assert {str(path): names for path, names in found.items() if names} == {}
+
+
+def test_the_rule_of_named_files_can_fail() -> None:
+    assert unknown_files("as `read/nothing.py` says, and `read/reader.py`") == {"read/nothing.py"}

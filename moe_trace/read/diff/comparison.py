@@ -2,7 +2,7 @@
 
 Stages are compared apart, and layers are strata (`metrics.py`). A figure changed if its interval leaves out
 0. The intervals of all figures of all layers hold together with 99 %, and so do those of single layers, and
-so does the routing (`routing.py`): of a hundred comparisons of the same thing about three name a change.
+so does the routing (`routing.py`). How often runs of the same thing are called changed: `docs/reading.md`.
 """
 
 from __future__ import annotations

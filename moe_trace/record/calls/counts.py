@@ -13,7 +13,7 @@ class SiteCounts:
     seen: int = 0
     recorded: int = 0
     lost: Counter[str] = field(default_factory=Counter)
-    """By reason (`LOST_CALLS` in `summary_notes.py`)."""
+    """By reason (`LOST_CALLS` in `data/summary_notes.py`)."""
     misread: str | None = None
     """Why the first call that could not be read could not."""
     fused: int = 0

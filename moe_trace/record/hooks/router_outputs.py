@@ -130,7 +130,7 @@ class CallCollector:
             self._plain.settle()
 
     def _copy_from_now_on(self, names: set[str]) -> None:
-        """These routers write into memory that they handed out before: see `rewritten.py`."""
+        """These routers write into memory that they handed out before: see `calls/inplace_outputs.py`."""
         self._plain.forget()
         for router in self._routers:
             if router.site.name in names:
