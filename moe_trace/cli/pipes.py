@@ -6,12 +6,11 @@ import argparse
 import codecs
 import io
 import os
-import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,7 +77,13 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
         MoETraceError: one cannot be read, or the command fails; names are those that the user gave.
     """
     copies = arguments.copies = dict[str, str]()
-    with tempfile.TemporaryDirectory(prefix="moe_trace-") as folder:
+    with ExitStack() as stack:
+
+        @cache
+        def folder() -> str:
+            import tempfile  # what it loads takes longer than most commands take to start
+
+            return stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_trace-"))
 
         def copied(given: Any, ending: str) -> Any:
             if isinstance(given, list):
@@ -87,7 +92,7 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
                 return given
             if str(given) in copies.values():
                 raise UsageError(f"{given} can be read once, and stands for two inputs; save it to a file")
-            target = Path(folder, str(len(copies)), _name(given) + ending)
+            target = Path(folder(), str(len(copies)), _name(given) + ending)
             copies[str(target)] = str(given)
             _copy(str(given), target)
             return type(given)(target)
@@ -107,6 +112,8 @@ def _name(given: str | Path) -> str:
 
 
 def _copy(given: str, target: Path) -> None:
+    import shutil
+
     target.parent.mkdir()
     try:
         source = sys.stdin.buffer if given == STANDARD_INPUT else open(given, "rb")  # noqa: SIM115

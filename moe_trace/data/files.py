@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,9 @@ def whole_file(target: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
+    import shutil
+    import tempfile  # what it loads takes longer than most commands take to start
+
     target = Path(os.path.realpath(target))  # a link stays a link
     folder = None
     try:

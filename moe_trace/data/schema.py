@@ -6,7 +6,6 @@ This module imports numpy and the standard library only.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +131,8 @@ class CapturedGraph:
 
 def graph_digest(kernels: Iterable[str]) -> str:
     """Identity of a sequence of kernels, each `X,Y,Z X,Y,Z`: its grid and block."""
+    import hashlib  # loads OpenSSL, which readers need not wait for
+
     return hashlib.sha256("\n".join(kernels).encode()).hexdigest()[:32]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import deprecated, optional_package
@@ -15,9 +15,7 @@ from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
-from moe_trace.read.rank_imbalance import rank_imbalance
 from moe_trace.read.ranks.inputs import RankInput, Ranks
-from moe_trace.read.ranks.report import RankReport, report_ranks
 from moe_trace.read.reduced.combine import combined, joined, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.rows import call_rows
@@ -27,6 +25,9 @@ from moe_trace.read.time.outside_moe import add_surroundings
 from moe_trace.read.time.peaks import find_peak
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.speed import SpeedReport, report_speed
+
+if TYPE_CHECKING:
+    from moe_trace.read.ranks.report import RankReport
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -196,7 +197,7 @@ class _Traces:
         times = joined([r.times for r in reads])
         busy = {key: value for r in reads for key, value in r.busy_us.items()}
         together = Ranks.of([read.rank_input for read in reads])
-        ranks = report_ranks(together, known=reads[0].alignment)
+        ranks = _rank_report(together, reads)
         split = any(r.recording.experts_are_split for r in reads)
         stages = set(recording.calls.stage.tolist())
         notes = [
@@ -251,12 +252,23 @@ class _Traces:
         return report_speed(times, recording.routers, recording.model, peak, devices, experts_are_split=split)
 
 
+def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | None:
+    """None for a single rank, which then loads nothing that only several need."""
+    if len(ranks.by_rank) < 2:
+        return None
+    from moe_trace.read.ranks.report import report_ranks
+
+    return report_ranks(ranks, known=reads[0].alignment)
+
+
 def _imbalance(
     reads: Sequence[ReducedTrace], ranks: Ranks, times: CallTimes, recording: Recording
 ) -> Imbalance:
     """Of each layer on its device, or on its ranks where these share the experts."""
     split = any(r.recording.experts_are_split for r in reads)
     if split and len(ranks.inputs) == len(reads) > 1:
+        from moe_trace.read.rank_imbalance import rank_imbalance
+
         return rank_imbalance(ranks, {r.recording.rank: r.times for r in reads})
     return imbalance_costs(times, recording.routers, experts_are_split=split)
 

@@ -159,7 +159,6 @@ def test_what_another_process_cannot_read_is_named(run: Path, monkeypatch: pytes
     (run / "rank002.pt.trace.json.gz").write_bytes(b"no trace")
     alone = figures(run)
     monkeypatch.setattr(workers, "worth", lambda files: 2)
-    monkeypatch.setattr("moe_trace.read.reduced.combine.worth", lambda files: 2)
     assert figures(run) == alone
     assert any("rank002.pt.trace.json.gz" in note for note in alone[1])
 

@@ -274,3 +274,14 @@ def _array(times: list[float | str]) -> npt.NDArray[np.float64]:
 _TIME_MAX_US = 4e15
 _APART_NS = 3600 * 10**9
 _STRAYS_MAX = 0.01
+
+
+def find_links(links: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[N] the first row with each link, such as the launch of a kernel; -1 where there is none."""
+    order = np.argsort(among, kind="stable")
+    at = np.searchsorted(among, links, sorter=order)
+    known = (at < len(among)) & (links != NO_LINK)
+    known[known] = among[order[at[known]]] == links[known]
+    row = np.full(len(links), -1, np.int64)
+    row[known] = order[at[known]]
+    return row

@@ -13,7 +13,7 @@ from moe_trace.data.schema import RoutingSample, Span, range_name
 from moe_trace.data.summary import SampleKey
 from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind, bounds_ns, spans_ns, to_ns
+from moe_trace.read.file.events import EventTable, Kind, bounds_ns, find_links, spans_ns, to_ns
 
 _EARLY_NS = 10**6
 """More than the clocks of host and device differ."""
@@ -56,11 +56,9 @@ def find_kernels(events: EventTable) -> Kernels:
     Where many do, the device's clock stands apart from the host's, which the join does not ask.
     """
     launches = events.select((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
-    launches = launches.select(np.argsort(launches.link, kind="stable"))
     every = events.select(events.kind == Kind.DEVICE)
-    at = np.searchsorted(launches.link, every.link)
-    known = (at < len(launches)) & (every.link != NO_LINK)
-    known[known] = launches.link[at[known]] == every.link[known]
+    at = find_links(every.link, launches.link)
+    known = at >= 0
     early = known.copy()
     early[known] = every.start_ns[known] < launches.start_ns[at[known]] - _EARLY_NS
     if early.sum() <= max(1, _FEW * len(every)):

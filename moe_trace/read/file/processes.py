@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moe_trace.data.schema import RoutingSample, range_name
 from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind, to_ns
+from moe_trace.read.file.events import EventTable, Kind, find_links, to_ns
 
 _FITS = 0.9
 """Share of a lane's kernels that its process must have launched."""
@@ -110,9 +110,7 @@ def _owners(
 
 def _share_launched(kernels: EventTable, launches: EventTable) -> float:
     """Share of the kernels that have a launch among these, begun before them."""
-    launches = launches.select(np.argsort(launches.link, kind="stable"))
-    at = np.searchsorted(launches.link, kernels.link)
-    known = (at < len(launches)) & (kernels.link != NO_LINK)
-    known[known] = launches.link[at[known]] == kernels.link[known]
+    at = find_links(kernels.link, launches.link)
+    known = at >= 0
     known[known] = launches.start_ns[at[known]] <= kernels.start_ns[known]
     return float(known.mean())

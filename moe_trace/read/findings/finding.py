@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_trace.data.schema import Stage
 from moe_trace.data.summary import RouterSummary
-from moe_trace.read.ranks.report import RankReport
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 from moe_trace.read.time.layers import PhaseReport
 from moe_trace.read.time.speed import SpeedReport
+
+if TYPE_CHECKING:
+    from moe_trace.read.ranks.report import RankReport
 
 FINDINGS_SHOWN = 8
 """How many a page shows; the JSON has all."""

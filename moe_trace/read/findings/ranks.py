@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from moe_trace.read.findings.finding import Finding, RuleInput, in_one_line, percent
-from moe_trace.read.ranks.report import LayerRanks
+
+if TYPE_CHECKING:
+    from moe_trace.read.ranks.report import LayerRanks
 
 HOT_RANK = 1.25
 ENOUGH_PER_RANK = 20

@@ -152,7 +152,7 @@ def _in_layers(
     found: Sequence[Collective], threads: npt.NDArray[np.int64], blocks: Blocks, steps: Steps
 ) -> tuple[Collective, ...]:
     starts = np.array([c.host_ns[0] for c in found], np.int64)
-    block = _enclosing(threads, starts, blocks)
+    block = blocks.at(threads, starts)
     phase = _phases(steps, threads, starts)
     members: dict[int, list[int]] = {}
     for i, b in enumerate(block.tolist()):
@@ -179,20 +179,6 @@ def _joined(collective: Collective, call: SampleKey, role: Role | None) -> Colle
         call=call,
         role=role,
     )
-
-
-def _enclosing(
-    threads: npt.NDArray[np.int64], time_ns: npt.NDArray[np.int64], blocks: Blocks
-) -> npt.NDArray[np.int64]:
-    """The block round each (thread, time), or -1."""
-    found = np.full(len(time_ns), -1, np.int64)
-    for thread in np.unique(blocks.thread):
-        low, high = np.searchsorted(blocks.thread, [thread, thread + 1])
-        mine = np.flatnonzero(threads == thread)
-        row = low + np.searchsorted(blocks.start_ns[low:high], time_ns[mine], "right") - 1
-        inside = (row >= low) & (time_ns[mine] <= blocks.end_ns[row])
-        found[mine[inside]] = row[inside]
-    return found
 
 
 def _phases(

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Recording
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.ranks.collective_times import SampleIndex, sample_index
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds
-from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords, find_loads
 from moe_trace.read.ranks.shared_calls import RankCalls
+
+if TYPE_CHECKING:  # a trace of one rank, of which nobody asks these, is reported sooner without them
+    from moe_trace.read.ranks.collective_times import SampleIndex
+    from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +61,22 @@ class Ranks:
     @cached_property
     def records(self) -> RankRecords:
         """The recording of each."""
+        from moe_trace.read.ranks.rank_loads import RankRecords
+
         return RankRecords(by_rank={rank: one.recording for rank, one in self.by_rank.items()})
 
     @cached_property
     def loads(self) -> tuple[CallLoad, ...]:
         """Every call that all of them made."""
+        from moe_trace.read.ranks.rank_loads import find_loads
+
         return find_loads(self.records)
 
     @cached_property
     def index(self) -> dict[int, SampleIndex]:
         """By rank: its router calls."""
+        from moe_trace.read.ranks.collective_times import sample_index
+
         return {rank: sample_index(rank, one.recording) for rank, one in self.by_rank.items()}
 
 

@@ -15,12 +15,10 @@ from moe_trace.data.lost_calls import add_losses
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.opening import Progress
-from moe_trace.read.ranks.rank_loads import RankRecords
 from moe_trace.read.ranks.same_run import copies, first_difference, pooled
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load
 from moe_trace.read.reduced.trace import ReducedTrace, call_numbers
-from moe_trace.read.reduced.workers import reduce_files, worth
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
 
 _MERGED = "it is merged from traces that are read here on their own"
@@ -67,8 +65,12 @@ def _loaded(
 ) -> Iterator[list[ReducedTrace] | TraceFileError]:
     """What each file holds, or why it cannot be read."""
     whole = [file for file in files if not is_reduced(file)]
-    processes = worth(whole)
-    texts = reduce_files(whole, processes) if processes > 1 else None
+    texts = None
+    if len(whole) > 1:
+        from moe_trace.read.reduced.workers import reduce_files, worth
+
+        processes = worth(whole)
+        texts = reduce_files(whole, processes) if processes > 1 else None
     done, total = 0, sum(file.stat().st_size for file in files if os.path.exists(file))
     for file in files:
         try:
@@ -104,6 +106,8 @@ def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
     first = recordings[0]
     if len(recordings) == 1:
         return first
+    from moe_trace.read.ranks.rank_loads import RankRecords
+
     counting = RankRecords(by_rank={r.rank: r for r in reversed(recordings)}).counting_ranks()
     found = first_difference(recordings)
     if found is not None:

@@ -8,7 +8,6 @@ something else.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 import zlib
 from collections.abc import Sequence
@@ -193,6 +192,8 @@ def digest_of(trace: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
+    import hashlib  # loads OpenSSL
+
     with trace.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

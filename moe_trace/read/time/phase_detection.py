@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.time.blocks import Blocks
+from moe_trace.read.time.blocks import Blocks, Intervals
 
 Phase = Literal["router", "dispatch", "experts", "combine", "shared", "other"]
 PHASES: tuple[Phase, ...] = ("router", "dispatch", "experts", "combine", "shared", "other")
@@ -51,7 +51,7 @@ WRITES = _aten(
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Intervals):
     """I outermost operators and launches inside blocks, sorted by thread and time. [I] arrays."""
 
     block: npt.NDArray[np.int64]
@@ -61,23 +61,12 @@ class Steps:
     start_ns: npt.NDArray[np.int64]
     end_ns: npt.NDArray[np.int64]
 
-    def at(self, thread: npt.NDArray, time_ns: npt.NDArray) -> npt.NDArray[np.int64]:
-        """For each (thread, time) the step that it falls into, or -1."""
-        found = np.full(len(time_ns), -1, dtype=np.int64)
-        for one in np.unique(self.thread):
-            low, high = np.searchsorted(self.thread, [one, one + 1])
-            mine = np.flatnonzero(thread == one)
-            step = low + np.searchsorted(self.start_ns[low:high], time_ns[mine], "right") - 1
-            inside = (step >= low) & (time_ns[mine] <= self.end_ns[step])
-            found[mine[inside]] = step[inside]
-        return found
-
 
 def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     """The outermost operators and launches of each block, with their phases."""
     host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
     host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
-    block = _enclosing_block(host, blocks)
+    block = blocks.at(host.thread, host.start_ns, host.end_ns)
     inside = block >= 0
     host, block = host.select(inside), block[inside]
     outermost = _outermost(host, block)
@@ -97,17 +86,6 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
         start_ns=host.start_ns[outermost],
         end_ns=host.end_ns[outermost],
     )
-
-
-def _enclosing_block(host: EventTable, blocks: Blocks) -> npt.NDArray[np.int64]:
-    found = np.full(len(host), -1, dtype=np.int64)
-    for thread in np.unique(blocks.thread):
-        low, high = np.searchsorted(blocks.thread, [thread, thread + 1])
-        first, last = np.searchsorted(host.thread, [thread, thread + 1])
-        block = low + np.searchsorted(blocks.start_ns[low:high], host.start_ns[first:last], "right") - 1
-        fits = (block >= low) & (host.end_ns[first:last] <= blocks.end_ns[block])
-        found[first:last] = np.where(fits, block, -1)
-    return found
 
 
 def _outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from moe_trace.data.calls.table import CallTable, placed_by_clock
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.file.coverage import Coverage, TimeCoverage
 from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.read.file.events import EventTable, Kind, find_links
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
@@ -139,7 +139,7 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
 def _filled(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
     """Without ranges that hold no operator: they stand on another thread than the work, and tell nothing."""
     steps = find_steps(events, blocks)
-    filled = np.isin(np.arange(len(blocks)), steps.block)
+    filled = np.bincount(steps.block, minlength=len(blocks)) > 0
     if filled.all():
         return blocks, steps
     blocks = blocks.select(filled)
@@ -152,7 +152,7 @@ def _launches(steps: Steps, events: EventTable, kernels: Kernels) -> Coverage:
     rows = np.flatnonzero((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
     rows = rows[launching[events.name[rows]]]
     rows = rows[steps.at(events.thread[rows], events.start_ns[rows]) >= 0]
-    return Coverage(joined=int(np.isin(events.link[rows], kernels.link).sum()), total=len(rows))
+    return Coverage(joined=int((find_links(events.link[rows], kernels.link) >= 0).sum()), total=len(rows))
 
 
 def _sums(rows: int, row: IntArray, phase: IntArray, values: IntArray) -> IntArray:
@@ -214,10 +214,8 @@ def _backward(
     backward = events.select(events.kind == Kind.BACKWARD)
     if not len(backward):
         return None, Coverage()
-    forward = forward.select(np.argsort(forward.link, kind="stable"))
-    at = np.searchsorted(forward.link, backward.link)
-    linked = (at < len(forward)) & (backward.link != NO_LINK)
-    linked[linked] = forward.link[at[linked]] == backward.link[linked]
+    at = find_links(backward.link, forward.link)
+    linked = at >= 0
     nodes, found = _node_intervals(events, backward)
     coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
     nodes, at = nodes.select(linked), at[linked]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moe_trace.data.display.tables import fixed, number, printable, scaled, share, titled, wrapped
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.rank_parts import Alignment, Spread
-from moe_trace.read.ranks.collective_times import ExchangeTime
-from moe_trace.read.ranks.report import LayerRanks, RankReport
+
+if TYPE_CHECKING:
+    from moe_trace.read.file.rank_parts import Alignment, Spread
+    from moe_trace.read.ranks.collective_times import ExchangeTime
+    from moe_trace.read.ranks.report import LayerRanks, RankReport
 
 COLUMNS_MAX = 4
 MATRIX_MAX = 8
