@@ -13,7 +13,7 @@ from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.read.diff import Change, Comparison, compare
 from moe_trace.read.diff.conditions import Condition, missing, parse_condition
-from moe_trace.read.diff.metrics import METRICS
+from moe_trace.read.diff.metrics import HOST_FLOOR, METRICS
 from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text
 from moe_trace.show.json import without_nonfinite
 
@@ -45,14 +45,24 @@ class DiffCommand:
             metavar="'METRIC>+5%'",
             help=f"may be given several times; metrics: {', '.join(METRICS)}",
         )
+        add(
+            "--host-floor",
+            type=float,
+            default=100 * HOST_FLOOR,
+            metavar="PERCENT",
+            help="a change of a time on the host's clock is told only beyond it; device times have no such "
+            f"limit (default: {100 * HOST_FLOOR:.0f})",
+        )
         add("--all", action="store_true", help="show what did not change too")
         add_filters(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Compare, print, and judge."""
         conditions = [parse_condition(text) for text in arguments.fail_on]
+        if not 0 <= arguments.host_floor < float("inf"):
+            raise UsageError(f"found --host-floor {arguments.host_floor:g}, expected a percentage from 0 on")
         sides = [read_chosen(path, arguments) for path in (arguments.a, arguments.b)]
-        comparison = compare(*sides)
+        comparison = compare(*sides, host_floor=arguments.host_floor / 100)
         changes = comparison.changes
         unknown = [condition.text for condition in conditions if missing(condition, changes)]
         if unknown:

@@ -13,8 +13,9 @@ import pytest
 
 from moe_trace.data.display.csv import csv_text
 from moe_trace.read.diff import compare
-from moe_trace.read.diff.comparison import Change, _host_apart
+from moe_trace.read.diff.comparison import Change, _change, _host_apart
 from moe_trace.read.diff.metrics import Side, draw
+from moe_trace.read.diff.resampling import Estimate
 from moe_trace.read.diff.routing import compare_routing
 from moe_trace.read.reader import TraceSummary, read_summary
 from moe_trace.show.diff import headline, render_diff_csv, render_diff_text
@@ -176,3 +177,42 @@ def test_the_pace_of_the_host_is_no_change_of_the_work(kernels: Any, span: str) 
     assert found == [span, kernels, "changed"]
     on_cpu = [change("host_p50", "changed")]
     assert list(_host_apart(on_cpu)) == on_cpu, "there the host's time is the work"
+
+
+@pytest.mark.parametrize(
+    ("b", "floor", "verdict"),
+    [
+        (125.0, 0.0, "changed"),  # beyond noise within the runs
+        (125.0, 0.3, "noise"),
+        (140.0, 0.3, "noise"),  # more than the limit, but the interval is not
+        (170.0, 0.3, "changed"),
+        (100 / 1.25, 0.0, "changed"),
+        (100 / 1.25, 0.3, "noise"),
+        (100 / 1.7, 0.3, "changed"),
+    ],
+)
+def test_a_change_on_the_hosts_clock_lies_beyond_the_floor_as_a_whole(
+    b: float, floor: float, verdict: str
+) -> None:
+    sides = (Estimate(100.0, 2.0, 20), Estimate(b, 2.0, 20))
+    forth, back = (
+        _change("all", "experts_p50", "train", pair, 0.999, floor) for pair in (sides, sides[::-1])
+    )
+    assert forth.verdict == back.verdict == verdict, "as much for B against A as for A against B"
+
+
+def test_the_floor_is_of_times_on_the_hosts_clock_alone(tmp_path: Path) -> None:
+    """Kernels have none; without a device all times have one, and the answer names it."""
+    a = read_summary(H200 / "prefill_eager.pt.trace.json.gz")
+    floors = {c.metric: c.floor for c in compare(a, a, host_floor=0.2).changes}
+    assert {metric for metric, floor in floors.items() if floor} == {"host_p50"}
+    host = replace(
+        a, times=_on_host(a), stages={s: replace(p, times=_on_host(p)) for s, p in a.stages.items()}
+    )
+    found = compare(host, host, host_floor=0.2)
+    timed = {c.metric for c in found.changes if c.floor == 0.2}
+    assert {"experts_p50", "experts_share", "host_p50"} <= timed and not timed & {"load_cv", "confidence"}
+    assert (
+        "Host clock (all times): a change is told only where its whole interval lies beyond 20 %"
+        in " ".join(found.notes)
+    )

@@ -59,11 +59,11 @@ def test_the_interval_holds_what_it_promises(drift: float) -> None:
     assert missed <= (10 if not drift else 20)
 
 
-def test_a_floor_widens_and_few_units_give_none() -> None:
+def test_a_spread_between_runs_widens_and_few_units_give_none() -> None:
     values = np.array([10.0, 10.1, 9.9, 10.0, 10.05, 9.95])
     draws = values[draw(6)].mean(1)
-    plain, floored = estimate(10.0, draws, values), estimate(10.0, draws, values, floor=0.05)
-    assert plain.error is not None and floored.error is not None
-    assert floored.error == pytest.approx(np.hypot(plain.error, 0.5))
+    plain, spread = estimate(10.0, draws, values), estimate(10.0, draws, values, spread=0.05)
+    assert plain.error is not None and spread.error is not None
+    assert spread.error == pytest.approx(np.hypot(plain.error, 0.5))
     few = estimate(10.0, draws, values[:4])
     assert few.error is None and interval(few, plain, 0.99) is None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny_trace
 from moe_trace.cli import main
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.check import RULES
@@ -220,6 +221,32 @@ def test_a_real_change_is_found(two_runs: tuple[Path, Path, Path]) -> None:
     assert run("diff", c, a, "--fail-on", "L01:experts_p50<-10%")[0] == 1
     code, out, _ = run("diff", a, c)
     assert code == 0 and "changed" in out and max(map(len, out.splitlines()[2:])) <= 80
+
+
+@pytest.mark.parametrize(("before", "after", "told"), [(0.5, 0.8, False), (0.25, 1.0, True)])
+def test_without_kernels_a_change_of_time_has_a_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: float, after: float, told: bool
+) -> None:
+    """Runs of the same thing differ by so much on the host's clock, which two runs do not show."""
+    events = tiny_trace.events
+
+    def write(name: str, factor: float) -> Path:
+        def on_host(*arguments: Any) -> list[dict[str, Any]]:
+            found = [e for e in events(*arguments) if e["cat"] in ("user_annotation", "cpu_op")]
+            return [e | {"dur": e["dur"] * (factor if e["name"] == "aten::mm" else 1)} for e in found]
+
+        monkeypatch.setattr(tiny_trace, "events", on_host)
+        return write_tiny(tmp_path / name, calls=20)
+
+    a, b = write("a.json", before), write("b.json", after)
+    found = changes(a, b)["all", "experts_p50"]
+    assert (found["verdict"] == "changed") == told and found["low"] > 0 and found["floor"] == 0.3
+    condition = ("--fail-on", "experts_p50>+5%")
+    assert run("diff", a, b, *condition)[0] == told
+    assert run("diff", a, b, *condition, "--host-floor", "0")[0] == 1
+    assert "lies beyond 12 %" in " ".join(run("diff", a, b, "--host-floor", "12")[1].split())
+    code, _, err = run("diff", a, b, "--host-floor", "-1")
+    assert code == 2 and "--host-floor -1" in err
 
 
 def test_few_calls_are_said_to_be_few(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What changed between two recordings: set-up, routing, time; real changes told apart from noise.
 
 Stages are compared apart, and layers are strata (`metrics.py`). A figure changed if its interval leaves out
-0. The intervals of all figures of all layers hold together with 99 %, and so do those of single layers, and
-so does the routing (`routing.py`). How often runs of the same thing are called changed: `docs/reading.md`.
+0; a time on the host's clock, if it leaves out every change up to `HOST_FLOOR`. The intervals of all figures
+of all layers hold together with 99 %, and so do those of single layers, and so does the routing
+(`routing.py`). How often runs of the same thing are called changed: `docs/reading.md`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 
 from moe_trace.data.display.notebook import ShownInNotebooks
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.diff.metrics import QUANTILES, Side, estimates, side_of
+from moe_trace.read.diff.metrics import HOST_FLOOR, QUANTILES, Side, estimates, side_of
 from moe_trace.read.diff.resampling import UNITS_MIN, Estimate, interval
 from moe_trace.read.diff.routing import RoutingChange, Shared, compare_routing
 from moe_trace.read.diff.setup import SetupChange, clock_problem, setup_changes
@@ -42,6 +43,8 @@ class Change:
     high: float | None
     verdict: Verdict
     stage: str
+    floor: float = 0.0
+    """Relative change up to which two runs are not told apart, whatever the interval."""
 
     @property
     def difference(self) -> float:
@@ -88,11 +91,14 @@ class Comparison(ShownInNotebooks):
         return tuple(change for change in self.changes if change.verdict == "changed")
 
 
-def compare(a: TraceSummary, b: TraceSummary, *, only: str | None = None) -> Comparison:
+def compare(
+    a: TraceSummary, b: TraceSummary, *, only: str | None = None, host_floor: float = HOST_FLOOR
+) -> Comparison:
     """Compare B with A, each stage of the model's work for itself.
 
     Args:
         only: a router's label, or `all`: no other metrics are computed.
+        host_floor: relative change of a time on the host's clock, up to which two runs are the same thing.
     """
     routers = _shared_routers(a, b)
     problem = clock_problem(a, b)
@@ -112,14 +118,10 @@ def compare(a: TraceSummary, b: TraceSummary, *, only: str | None = None) -> Com
         sides = [side_of(part, with_times=problem is None) for part in parts]
         called = [r for r in routers if all(s.rows(n) for s, n in zip(sides, r[1:], strict=True))]
         routing += compare_routing(sides[0], sides[1], called, stage)
-        changes += _metric_changes(sides, called, stage, only, stages=len(shared))
-        fewest = min(side.units for side in sides)
-        if fewest < UNITS_MIN:
-            notes.append(
-                f"{stage}: {fewest} {'forward' if fewest == 1 else 'forwards'} on a side, under {UNITS_MIN}: "
-                "no interval can be given; record more."
-            )
+        changes += _metric_changes(sides, called, stage, only, stages=len(shared), host_floor=host_floor)
+        notes += _few_forwards(stage, min(side.units for side in sides))
     notes += [_HOST] * any(change.verdict == "host" for change in changes)
+    notes += _floor_note(changes)
     return Comparison(
         a=a.trace or "A",
         b=b.trace or "B",
@@ -147,6 +149,7 @@ def _metric_changes(
     only: str | None,
     *,
     stages: int,
+    host_floor: float,
 ) -> Iterator[Change]:
     found_a = estimates(sides[0], [a for _, a, _ in routers])
     found_b = estimates(sides[1], [b for _, _, b in routers])
@@ -160,7 +163,8 @@ def _metric_changes(
         for metric in metrics:
             a, b = found_a[metric][i], found_b[metric][i]
             if a is not None and b is not None and (a.value or b.value):
-                changes.append(_change(site, metric, stage, a, b, 1 - (1 - LEVEL) / family))
+                floor = host_floor if metric in sides[0].host_clock else 0.0
+                changes.append(_change(site, metric, stage, (a, b), 1 - (1 - LEVEL) / family, floor))
         yield from _host_apart(changes)
 
 
@@ -174,7 +178,10 @@ def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
         yield replace(change, verdict="host") if apart else change
 
 
-def _change(site: str, metric: str, stage: str, a: Estimate, b: Estimate, level: float) -> Change:
+def _change(
+    site: str, metric: str, stage: str, found: tuple[Estimate, Estimate], level: float, floor: float
+) -> Change:
+    a, b = found
     bounds = interval(a, b, level)
     low, high = bounds if bounds is not None else (None, None)
     verdict: Verdict
@@ -183,7 +190,39 @@ def _change(site: str, metric: str, stage: str, a: Estimate, b: Estimate, level:
     elif low is None or high is None:
         verdict = "few calls"
     else:
-        verdict = "noise" if low <= 0 <= high else "changed"
+        least = floor * min(abs(a.value), abs(b.value))  # of the smaller: as much for A against B as back
+        verdict = "noise" if low <= least and high >= -least else "changed"
     return Change(
-        site=site, metric=metric, a=a.value, b=b.value, low=low, high=high, verdict=verdict, stage=stage
+        site=site,
+        metric=metric,
+        a=a.value,
+        b=b.value,
+        low=low,
+        high=high,
+        verdict=verdict,
+        stage=stage,
+        floor=floor,
     )
+
+
+def _few_forwards(stage: str, fewest: int) -> list[str]:
+    if fewest >= UNITS_MIN:
+        return []
+    forwards = "forward" if fewest == 1 else "forwards"
+    return [
+        f"{stage}: {fewest} {forwards} on a side, under {UNITS_MIN}: no interval can be given; record more."
+    ]
+
+
+def _floor_note(changes: Sequence[Change]) -> list[str]:
+    of_host = {change.metric: change.floor for change in changes if change.floor}
+    if not of_host:
+        return []
+    times = {change.metric for change in changes} & set(QUANTILES)
+    which = "all times" if of_host.keys() == times else ", ".join(of_host)
+    return [
+        f"Host clock ({which}): a change is told only where its whole interval lies beyond "
+        f"{100 * max(of_host.values()):.3g} %. Runs of the same thing differ by as much when something else "
+        "takes the machine for a while; record both again to see whether a smaller change returns "
+        "(--host-floor sets the limit)."
+    ]

@@ -16,9 +16,13 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
 from moe_trace.read.time.phase_detection import EXPERTS, PHASES
 
-FLOOR_DEVICE, FLOOR_HOST = 0.005, 0.05
+SPREAD_DEVICE, SPREAD_HOST = 0.005, 0.05
 """Relative standard deviation of a time between runs of the same thing, beyond what the steps of a run show:
 another placement in memory, another clock rate, other work on the machine (docs/reading.md)."""
+HOST_FLOOR = 0.3
+"""Of times on the host's clock: what runs of the same thing differ by at times, when something else takes the
+machine for the length of a run. No spread of steps within two runs can know of it, so an interval must lie
+beyond it as a whole (docs/reading.md)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Side:
     """[RESAMPLES, units]: one set of resamples for all figures."""
     columns: dict[str, Floats]
     """Time of each call by metric, [N]; NaN where it is not known."""
-    floors: dict[str, float]
+    host_clock: frozenset[str]
+    """Metrics of `columns` that are times on the host."""
 
     def rows(self, name: str) -> list[int]:
         """Which calls are of this router."""
@@ -66,11 +71,8 @@ def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
     unit, units = units_of(_forwards(samples))
     columns = _times(summary, samples) if with_times else {}
     on_device = summary.times is not None and summary.times.on_device
-    floors = {}
-    for metric in columns:
-        host = metric.startswith("host") or not on_device
-        floors[metric] = 0.0 if metric.endswith("_share") else FLOOR_HOST if host else FLOOR_DEVICE
-    return Side(samples, unit, units, draw(max(1, units)), columns, floors)
+    host_clock = frozenset(m for m in columns if m.startswith("host") or not on_device)
+    return Side(samples, unit, units, draw(max(1, units)), columns, host_clock)
 
 
 def _forwards(samples: Sequence[RoutingSample]) -> list[int]:
@@ -132,7 +134,8 @@ def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | N
     for metric in QUANTILES:
         if metric in side.columns:
             parts = [_quantile(side, metric, own) for own in rows]
-            found[metric] = _with_all(parts, side.floors[metric])
+            spread = SPREAD_HOST if metric in side.host_clock else SPREAD_DEVICE
+            found[metric] = _with_all(parts, 0.0 if metric.endswith("_share") else spread)
     for metric in MEANS:
         found[metric] = _with_all([_mean(side, metric, own) for own in rows])
     loads = [_loads(side, own) for own in rows]
@@ -150,14 +153,14 @@ class _Part:
     series: Floats
 
 
-def _with_all(parts: Sequence[_Part | None], floor: float = 0.0) -> list[Estimate | None]:
+def _with_all(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estimate | None]:
     known = [part for part in parts if part is not None]
     together = None
     if known and len(known) == len(parts):  # a mean over other layers would be another figure
         columns = (np.mean([getattr(p, f) for p in known], axis=0) for f in ("value", "draws", "series"))
         together = _Part(*columns)
     return [
-        None if p is None else estimate(float(p.value), p.draws, p.series, floor=floor)
+        None if p is None else estimate(float(p.value), p.draws, p.series, spread=spread)
         for p in (together, *parts)
     ]
 

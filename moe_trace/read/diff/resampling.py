@@ -54,14 +54,15 @@ def resampled_sums(columns_UK: Floats, drawn: Ints) -> Floats:
     return times.astype(np.float64) @ columns_UK
 
 
-def estimate(value: float, draws: Floats, series_U: Floats, *, floor: float = 0.0) -> Estimate:
+def estimate(value: float, draws: Floats, series_U: Floats, *, spread: float = 0.0) -> Estimate:
     """The error of a figure from its resamples.
 
     Args:
         series_U: the figure of each unit in order of time. Where neighbours are alike, there are fewer
-            independent units than there seem: the error grows by (1 + r) / (1 - r), with r their first
-            autocorrelation.
-        floor: relative difference between two runs of the same thing that steps of one run do not show.
+            independent units than there seem: the variance grows by (1 + r) / (1 - r), with r their first
+            autocorrelation. So few units do not know r well: Student's t of under 4 degrees of freedom, on
+            top of that growth, would leave no interval that says anything.
+        spread: relative standard deviation between runs of the same thing that steps of one do not show.
     """
     units = len(series_U)
     if units < UNITS_MIN:
@@ -69,7 +70,9 @@ def estimate(value: float, draws: Floats, series_U: Floats, *, floor: float = 0.
     r = _autocorrelation(series_U)
     shrink = (1 - r) / (1 + r)
     variance = float(np.var(draws)) * units / (units - 1) / shrink
-    return Estimate(value, float(np.sqrt(variance + (floor * value) ** 2)), max(2.0, units * shrink))
+    return Estimate(
+        value, float(np.sqrt(variance + (spread * value) ** 2)), max(float(UNITS_MIN), units * shrink)
+    )
 
 
 def _autocorrelation(series_U: Floats) -> float:
