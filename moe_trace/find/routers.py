@@ -17,7 +17,6 @@ from moe_trace.data.schema import RouterInfo
 from moe_trace.find.contracts import Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import class_name, unwrapped
 from moe_trace.find.contracts.shared_experts import (
-    describe_unread,
     shared_modules,
     unread_experts,
     with_experts,
@@ -31,6 +30,7 @@ from moe_trace.find.flops import (
     router_flops_per_token,
 )
 from moe_trace.find.registry import CONTRACTS
+from moe_trace.find.structure.unread import describe_unread
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
 
@@ -50,6 +50,8 @@ class RouterSite:
     """See `Found.read_block`."""
     watched: nn.Module | None = None
     """See `Found.watched`."""
+    listed: tuple[nn.Module, ...] = ()
+    """See `Found.listed`."""
     times_experts: bool = True
     """See `Found.times_experts`."""
 
@@ -87,7 +89,7 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
     if unread:
         warnings.warn(
             f"{len(unread)} modules look like routed experts and fit no known adapter: "
-            f"{describe_unread(unread)}. Their routing is not recorded; moe_trace.register_adapter "
+            f"{describe_unread(model, unread)}. Their routing is not recorded; moe_trace.register_adapter "
             "teaches one",
             RuntimeWarning,
             stacklevel=2,
@@ -96,14 +98,19 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
 
 
 def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
-    """(path of the module looked at, contract, what it found there), in the order of the modules."""
+    """(path of the module looked at, contract, what it found there), in the order of the modules.
+
+    The first contract to find anything at a module has it; and what is inside a router is none.
+    """
     seen: set[int] = set()
     for path, module in model.named_modules():
         for contract in CONTRACTS:
-            for item in contract.find(module):
-                if id(item.router) not in seen:
-                    seen.add(id(item.router))
-                    yield path, contract, with_experts(item)
+            found = [item for item in contract.find(module) if id(item.router) not in seen]
+            for item in found:
+                seen.update(map(id, item.router.modules()))
+                yield path, contract, with_experts(item)
+            if found:
+                break
 
 
 def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
@@ -127,6 +134,7 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
                 read=item.read or contract.read,
                 read_block=item.read_block,
                 watched=item.watched,
+                listed=item.listed,
                 times_experts=item.times_experts,
             )
         )
@@ -224,17 +232,12 @@ def transformers_release(module: nn.Module) -> str | None:
 
 
 def _no_routers_message(model: nn.Module, unread: list[tuple[str, nn.Module]]) -> str:
-    name, release = type(unwrapped(model)).__name__, transformers_release(model)
-    if release is not None and int(release.split(".")[0]) < 5:
-        return (
-            f"found 0 routers in {name}: transformers {release} is installed, and routers are modules of "
-            "their own from 5.0 on (before, the block chooses the experts). pip install 'transformers>=5'"
-        )
+    name = type(unwrapped(model)).__name__
     known = "; ".join(f"{contract.name}: {contract.description}" for contract in CONTRACTS)
     if unread:
         advice = (
             f"{len(unread)} modules look like routed experts and follow none of them: "
-            f"{describe_unread(unread)}. Teach it with moe_trace.register_adapter, then check with "
+            f"{describe_unread(model, unread)}. Teach it with moe_trace.register_adapter, then check with "
             "`moe-trace routers MODEL`"
         )
     else:

@@ -61,7 +61,8 @@ def losses(hooks: ModelHooks, recorder: Recorder, graphs: GraphRecorder, traces:
         overwritten=recorder.overwritten + graphs.overwritten,
         unreduced=recorder.unreduced,
         padding_unknown=hooks.watch.padding_unknown + hooks.calls.padding_unclear,
-        misread={name: counts.misread for name, counts, _ in rows if counts.misread is not None},
+        misread=recorder.refusals.why
+        | {name: counts.misread for name, counts, _ in rows if counts.misread is not None},
         never_called=tuple(name for name, counts, in_graphs in rows if counts.seen == in_graphs == 0),
         calls_seen={name: counts.seen for name, counts, _ in rows if counts.seen},
         calls={name: lost for name, lost in calls.items() if lost},

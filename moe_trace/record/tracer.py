@@ -20,6 +20,7 @@ from moe_trace.record.attach import attach_tracer, detach_tracer
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.count_losses import losses, recorded_calls, router_infos
 from moe_trace.record.dry_run import rehearse
+from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
@@ -30,7 +31,6 @@ from moe_trace.record.graphs.compiled import (
 )
 from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.recorder import GraphRecorder
-from moe_trace.record.hooks.copied_models import HookOwner
 from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.options import TracerOptions

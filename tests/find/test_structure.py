@@ -71,7 +71,7 @@ FORMS: dict[str, Form] = {
     "nomic": lambda s, w, i: (s, w, i),
     "dense_weights": lambda s, w, i: (s * chosen_map(s, i), i),
     "megatron": lambda s, w, i: (s * chosen_map(s, i), chosen_map(s, i)),
-    "deepspeed": lambda s, w, i: (s.mean(), m := combine_mask(s, i), m > 0, torch.zeros(EXPERTS)),
+    "deepspeed": lambda s, w, i: (s.mean(), m := combine_mask(s, i), m > 0, chosen_map(s, i).sum(0)),
     "deepspeed_sparse": lambda s, w, i: (s.mean(), 9, EXPERTS, i.t().int(), i.t().int() * 0, w.t(), None),
 }
 

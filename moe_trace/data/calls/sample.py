@@ -101,7 +101,7 @@ class RoutingSample(ShownInNotebooks):
     z_loss: float | None
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
     k_histogram: npt.NDArray[np.int64]
-    """[K + 1] tokens by the number of slots that they really used."""
+    """[K + 1] tokens by the number of slots that they really used; all zero where that is not known."""
     router_flops: int
     expert_flops: int
     memory_allocated_bytes: int | None

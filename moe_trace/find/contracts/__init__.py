@@ -9,6 +9,7 @@ from moe_trace.find.contracts.contract import (
     AdapterMismatch,
     Call,
     Contract,
+    ExpertRows,
     Found,
     RouterOutput,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterMismatch",
     "Call",
     "Contract",
+    "ExpertRows",
     "Found",
     "RouterOutput",
 ]

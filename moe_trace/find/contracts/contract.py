@@ -28,6 +28,20 @@ class Call:
     experts_kwargs: dict[str, Any] = field(default_factory=dict)
     watched_output: Any = None
     """What `Found.watched` returned."""
+    expert_rows: tuple[int, ...] | None = None
+    """[E] rows that entered each of `Found.listed`; None where they were not called as modules."""
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What the decision of a call is held against, when its counts have come to the host."""
+
+    rows_E: tuple[int, ...]
+    """That entered each expert."""
+    by_logits: bool
+    """Whether the decision was computed from the router's logits; else somebody named the experts."""
+    whole: bool
+    """Whether they are K rows a token, with a K that the modules tell."""
 
 
 @dataclass(slots=True)
@@ -40,6 +54,10 @@ class RouterOutput:
     """What scales each slot's output; exactly 0 means a skipped slot, which is computed all the same."""
     logits_TE: Tensor | None
     """The router's true logits (their softmax is its distribution), or None where the family has none."""
+    rows: ExpertRows | None = None
+    """Where each expert is a module of its own."""
+    told_E: Tensor | None = None
+    """Tokens per expert in the router's own words: never the source, only compared."""
 
 
 ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[Any], ...]]
@@ -67,6 +85,8 @@ class Found:
     """`read_block(arguments, output)` of a call of the block in which the router was not called."""
     watched: nn.Module | None = None
     """A module inside the router whose output `read` needs."""
+    listed: tuple[nn.Module, ...] = ()
+    """The E modules that are one expert each: the rows that enter them are the truth of a decision."""
     times_experts: bool = True
     """False where `experts` is hooked for its input alone: it is not where the experts compute."""
     weights: tuple[nn.Module, ...] | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from moe_trace.find.contracts.contract import Found
-from moe_trace.find.contracts.modules import expert_matrices, expert_modules, forward_parameters, unwrapped
+from moe_trace.find.contracts.modules import expert_matrices, expert_modules, unwrapped
 
 _ABOVE_THE_BLOCK = ("shared_mlp", "shared_experts")
 """Shared experts that some families keep one level above the block."""
@@ -86,14 +86,3 @@ def experts_beside(
     else:
         found = [child for name, child in others.items() if looks_like_experts(name, unwrapped(child))]
     return found[0] if len(found) == 1 else None
-
-
-def describe_unread(unread: Sequence[tuple[str, nn.Module]]) -> str:
-    """`model.layers.0.moe.experts (MyExperts, called as (x, plan))`, the first few of them."""
-    shown = [
-        f"{path or 'the model'} ({type(module).__name__}, "
-        f"called as ({', '.join(forward_parameters(unwrapped(module)))}))"
-        for path, module in unread[:3]
-    ]
-    more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-    return "; ".join(shown) + more

@@ -50,13 +50,18 @@ class Decision:
         return Decision(index, self.weights_TK)
 
 
-def read_index(parts: Sequence[Any], num_experts: int) -> Decision | None:
+def read_index(parts: Sequence[Any], num_experts: int, top_k: int = 0) -> Decision | None:
     """The decision in the parts of an output, or in the arguments of a call; None where they hold no ids.
+
+    Args:
+        top_k: K; where it is 1, ids may be [T].
 
     Raises:
         AdapterMismatch: there are ids, and what belongs to them cannot be told.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
+    if top_k == 1 and not any(t.dim() >= 2 and _is_whole(t) for t in tensors):
+        tensors = [t.unsqueeze(-1) if t.dim() == 1 else t for t in tensors]
     ids = [t for t in tensors if t.dim() >= 2 and _is_whole(t)]
     if len(ids) == 2 and len(parts) == 7 and parts[2] == num_experts:
         return _capacity_routes(parts)
@@ -78,6 +83,12 @@ def read_index(parts: Sequence[Any], num_experts: int) -> Decision | None:
         f"expected one float tensor of the ids' shape {list(ids[0].shape)}, or over all {num_experts} "
         f"experts, found {described(tuple(parts))}"
     )
+
+
+def told_counts(parts: Sequence[Any], num_experts: int) -> Tensor | None:
+    """[E] tokens per expert, where a router returns what may be that."""
+    vectors = [part for part in parts if isinstance(part, Tensor) and part.shape == (num_experts,)]
+    return vectors[0].detach() if len(vectors) == 1 and not vectors[0].requires_grad else None
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""router-beside-experts: a router module and its experts in one block, whatever framework they are of.
+"""router-beside-experts: a router and its experts in one block, whatever framework they are of.
 
-torchtitan, OLMo-core, NeMo Automodel, Megatron-core, DeepSpeed, and the `MoEGate` of remote code. The modules
-say where a router stands and how many experts it has; what it decided is read from the form of its output, or
-from what the experts were handed where that tells it.
+torchtitan, OLMo-core, NeMo Automodel, Megatron-core, DeepSpeed, the `MoEGate` of remote code, and blocks with
+a linear layer as the gate (transformers 4, hand-written ones). The modules say where a router stands and how
+many experts it has; what it decided is read in `reading.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import re
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
+from moe_trace.find.contracts.contract import Contract, Found
 from moe_trace.find.contracts.modules import (
     class_name,
-    described,
     expert_modules,
     expert_rows,
     forward_parameters,
@@ -24,68 +23,142 @@ from moe_trace.find.contracts.modules import (
     logits_module,
     unwrapped,
 )
-from moe_trace.find.structure.index_and_weights import MASK_ARGUMENT, Decision, read_index
-from moe_trace.find.structure.masks import read_masks
+from moe_trace.find.structure.reading import read_by_structure
 
 _ROUTER_NAME = re.compile(r"^(gate|router|.*_router)$")
 _ROUTER_CLASS = re.compile(r"Router|Gate(V\d+)?$|Gating$|TopK")
+_GATE_NAME = re.compile(r"gat(e|ing)|rout|^wg$|switch|select|expert", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _CLASSES = ("num_experts", "n_experts", "n_routed_experts", "num_moe_experts")
 _LOCAL = (*_CLASSES, "num_local_experts", "moe_num_experts")
-_TOP_K = ("top_k", "topk", "k", "num_experts_per_tok", "moe_router_topk", "n_activated_experts")
+_TOP_K = (
+    *("top_k", "topk", "k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
+    *("moe_router_topk", "n_activated_experts", "num_selected_experts", "num_selects", "moe_top_k"),
+)
 
 
 def find_router_beside_experts(block: nn.Module) -> list[Found]:
-    """A block of one router, which is more than a linear layer, and one module of experts."""
+    """A block of one router, or one linear gate, and one module of experts."""
+    found = _look_at(block)
+    return [found] if isinstance(found, Found) else []
+
+
+def why_not_taken(block: nn.Module) -> str | None:
+    """What keeps a block that holds experts from being read; None where it holds none."""
+    found = _look_at(block)
+    return found if isinstance(found, str) else None
+
+
+def _look_at(block: nn.Module) -> Found | str | None:
     children = {n: c for n, c in block.named_children() if "shared" not in n}
     routers = [name for name, child in children.items() if _is_router(name, unwrapped(child))]
     holders = [n for n, c in children.items() if n not in routers and _holds_experts(n, unwrapped(c))]
-    if len(routers) != 1 or len(holders) != 1:
-        return []
-    router, experts = unwrapped(children[routers[0]]), children[holders[0]]
-    classes, held = router_classes(router), experts_held(unwrapped(experts))
+    if len(holders) != 1:
+        return f"{', '.join(holders)} may each be its experts" if holders else None
+    holder = unwrapped(children[holders[0]])
+    held = experts_held(holder)
+    routers = routers or _gates(children, holder, held)
+    if len(routers) != 1:
+        return _without_one_router(block, routers, held)
+    given = children[routers[0]]
+    classes = router_classes(unwrapped(given))
     if classes < 2 or classes % held:  # each rank of expert parallelism holds an equal part
-        return []
-    inside = logits_module(router, classes)
-    is_list = isinstance(unwrapped(experts), nn.ModuleList)
-    top_k = _chosen(router, block)
-    return [
-        Found(
-            router=children[routers[0]],
-            router_path=routers[0],
-            experts=None if is_list else experts,
-            block=block,
+        return f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {held} experts"
+    return _found(block, routers[0], given, children[holders[0]], classes)
+
+
+def _found(block: nn.Module, path: str, given: nn.Module, experts: nn.Module, classes: int) -> Found:
+    router, is_list = unwrapped(given), isinstance(unwrapped(experts), nn.ModuleList | nn.ModuleDict)
+    top_k, inside, listed = _chosen(router, block), logits_module(router, classes), _listed(experts, classes)
+    return Found(
+        router=given,
+        router_path=path,
+        experts=None if is_list else experts,
+        block=block,
+        num_experts=classes,
+        top_k=top_k,
+        watched=None if inside is None or isinstance(router, nn.Sequential) else inside[1],
+        weights=(experts,),
+        listed=listed,
+        read=partial(
+            read_by_structure,
             num_experts=classes,
             top_k=top_k,
-            watched=None if inside is None else inside[1],
-            weights=(experts,),
-            read=partial(
-                read_by_structure,
-                num_experts=classes,
-                top_k=top_k,
-                names=() if is_list else tuple(forward_parameters(unwrapped(experts))),
-            ),
-        )
-    ]
+            names=() if is_list else tuple(forward_parameters(unwrapped(experts))),
+            is_gate=_last_layer(router) is not None,
+            gives_logits=_last_layer(router) is (router if not len(router._modules) else _last(router)),
+        ),
+    )
 
 
 def _is_router(name: str, module: nn.Module) -> bool:
     named = _ROUTER_NAME.match(name) or _ROUTER_CLASS.search(class_name(module))
-    return bool(named) and not isinstance(module, nn.Linear) and not expert_modules(module)
+    return bool(named) and _last_layer(module) is None and not expert_modules(module)
+
+
+def _gates(children: dict[str, nn.Module], holder: nn.Module, held: int) -> list[str]:
+    """Linear layers with an output for each expert; of several, those that are not named after noise."""
+    own_forward = not isinstance(holder, nn.ModuleList | nn.ModuleDict)
+    if own_forward and not _listed(holder, held) and len(forward_parameters(holder)) < 2:
+        return []  # a module that is handed no decision has a gate of its own
+    gates = [
+        name
+        for name, child in children.items()
+        if _GATE_NAME.search(name)
+        and router_classes(unwrapped(child)) == held
+        and _last_layer(unwrapped(child))
+    ]
+    return [name for name in gates if "noise" not in name] or gates
+
+
+def _without_one_router(block: nn.Module, routers: list[str], held: int) -> str:
+    if routers:
+        return f"{', '.join(routers)} may each be its router"
+    weights = [name for name, p in block._parameters.items() if p is not None and held in p.shape]
+    if weights:
+        return f"its gate is a parameter, `{weights[0]}`, and no module that is called"
+    names = ", ".join(name for name, _ in block.named_children())
+    return f"no module named gate or router has an output for each of its {held} experts beside it ({names})"
+
+
+def _last(module: nn.Module) -> nn.Module | None:
+    return next(iter(reversed(module._modules.values())), None)
+
+
+def _last_layer(module: nn.Module) -> nn.Module | None:
+    """The linear layer that a gate is, or ends with but for what has no weights; None for other modules."""
+    if int_attribute(module, "out_features") and int_attribute(module, "in_features"):
+        return module
+    if not isinstance(module, nn.Sequential):
+        return None
+    weighted = [child for child in module if any(True for _ in child.parameters())]
+    return _last_layer(unwrapped(weighted[-1])) if weighted else None
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    return bool(_EXPERTS.search(name) or _EXPERTS.search(class_name(module))) and experts_held(module) > 0
+    names = [name, class_name(module), *map(class_name, expert_modules(module)[:1])]
+    return any(map(_EXPERTS.search, names)) and experts_held(module) > 0
+
+
+def _listed(experts: nn.Module, classes: int) -> tuple[nn.Module, ...]:
+    """The modules that are one expert each; none where others stand for them on other ranks."""
+    lists = [found for part in experts.modules() if len(found := expert_modules(part)) == classes]
+    return tuple(lists[0]) if len(lists) == 1 else ()
 
 
 def router_classes(router: nn.Module) -> int:
-    """E: by the router's own word, else by its one linear layer or weight; 0 where nothing tells."""
+    """E: by the router's own word, else by its linear layers or weight; 0 where nothing tells."""
     told = int_attribute(router, *_CLASSES) or int_attribute(getattr(router, "config", None), *_CLASSES)
-    if told:
-        return told
-    linear = [c for c in router.children() if isinstance(unwrapped(c), nn.Linear)]
-    if len(linear) == 1:
-        return int_attribute(unwrapped(linear[0]), "out_features")
+    last = _last_layer(router)
+    if told or last is not None:
+        return told or int_attribute(last, "out_features")
+    linear = {
+        int_attribute(unwrapped(c), "out_features")
+        for c in router.children()
+        if isinstance(unwrapped(c), nn.Linear)
+    }
+    if len(linear) == 1:  # one layer, or one for the choice and one for its noise
+        return linear.pop()
     weight = router._parameters.get("weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
 
@@ -98,50 +171,14 @@ def experts_held(experts: nn.Module) -> int:
 
 
 def _chosen(router: nn.Module, block: nn.Module) -> int:
-    config = getattr(router, "config", None)
-    return int_attribute(router, *_TOP_K) or int_attribute(config, *_TOP_K) or int_attribute(block, *_TOP_K)
-
-
-def read_by_structure(
-    call: Call, *, num_experts: int, top_k: int, names: tuple[str, ...] = ()
-) -> RouterOutput:
-    """The decision as the experts were handed it, else as the router returned it.
-
-    Args:
-        num_experts: E.
-        top_k: K; 0 where only the call tells.
-        names: of the parameters of the experts' forward, for a mask of tokens among them.
-
-    Raises:
-        AdapterMismatch: neither has a form that tells one decision.
-    """
-    output = call.router_output
-    parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-    given = dict(zip(names, call.experts_args or (), strict=False)) | call.experts_kwargs
-    decision = (
-        read_index(tuple(given.values())[1:], num_experts)
-        or read_index(parts, num_experts)
-        or read_masks(parts, num_experts, top_k)
-    )
-    if decision is None:
-        raise AdapterMismatch(
-            f"expected a router's output that tells one decision over {num_experts} experts - a whole-number "
-            "tensor [.., K] with weights of its shape, a boolean map [T, E] with top-k known, or a mask "
-            f"[T, E, C] - found {described(output)}"
-        )
-    return _with_logits(decision.without(given.get(MASK_ARGUMENT), num_experts), call, num_experts)
-
-
-def _with_logits(decision: Decision, call: Call, num_experts: int) -> RouterOutput:
-    logits: Any = call.watched_output
-    if not isinstance(logits, Tensor) or logits.shape[-1] != num_experts:
-        return RouterOutput(decision.index_TK, decision.weights_TK, None)
-    return RouterOutput(decision.index_TK, decision.weights_TK, logits.reshape(-1, num_experts))
+    places: tuple[Any, ...] = (router, getattr(router, "config", None), block, getattr(block, "config", None))
+    return next((k for place in places if (k := int_attribute(place, *_TOP_K))), 0)
 
 
 ROUTER_BESIDE_EXPERTS = Contract(
     name="router-beside-experts",
-    description="router -> whole-number ids [.., K] and weights, or a mask over experts; told by its form",
+    description="router -> whole-number ids [.., K] and weights, or a mask over experts, or scores "
+    "of experts in a list; told by its form",
     find=find_router_beside_experts,
     read=partial(read_by_structure, num_experts=0, top_k=0),
     reads_late=True,

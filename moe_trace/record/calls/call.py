@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from torch import Tensor
+
 from moe_trace.data.schema import Phase, Stage
-from moe_trace.find.contracts import RouterOutput
+from moe_trace.find.contracts import ExpertRows, RouterOutput
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.parallel.dispatch import DispatchInfo
@@ -32,6 +34,9 @@ class CallRecord:
     graph_forward: int | None = None
     sending: DispatchInfo | None = None
     """None where the process runs alone."""
+    rows: ExpertRows | None = None
+    told_E: Tensor | None = None
+    """See `RouterOutput`, both."""
 
     def __len__(self) -> int:
         return 1

@@ -14,7 +14,7 @@ a few KB, and one batch of kernels for 32 steps costs what one for a single step
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,6 +30,7 @@ from moe_trace.record.calls.call import CallRecord, Records
 from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore
 from moe_trace.record.calls.reduction import reduce_group
+from moe_trace.record.calls.refusals import Refusals
 from moe_trace.record.calls.samples import Batch
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
@@ -47,7 +48,7 @@ DEFAULT_CAPACITY_BYTES = 256 * 2**20
 
 
 class Recorder:
-    """Bounded store of the calls of one tracer. Any thread may add; reductions are serialised.
+    """Bounded store of one tracer's calls. Any thread may add; reductions are serialised.
 
     Args:
         capacity: router calls kept; beyond it the oldest are dropped and counted in `overwritten`.
@@ -63,15 +64,14 @@ class Recorder:
         self._lock = threading.RLock()
         self.on_rewritten: Callable[[set[str]], None] | None = None
         """Told the routers whose tensors were written over while they waited here; None: nobody looks."""
+        self.refusals = Refusals()
         self._pending = PendingStore()
         self._on_device: list[Batch] = []
         self._on_host: deque[Batch] = deque()
         self._kept = 0
         self._bytes = 0
         """Of the figures on the host."""
-        self._lost: dict[str, Counter[str]] = {
-            reason: Counter() for reason in ("overwritten", "unreduced", "rewritten")
-        }
+        self._lost: dict[str, Counter[str]] = defaultdict(Counter, unreadable=self.refusals.by_router)
         """By reason, then by router."""
 
     def add(self, record: CallRecord, reading: RouterOutput, mask: Tensor | None = None) -> None:
@@ -237,7 +237,7 @@ class Recorder:
                 pair
                 for batch in self._on_host
                 if batch.records.last_step >= since_step
-                for pair in zip(batch.records, self._samples(batch), strict=True)
+                for pair in self._samples(batch)
                 if pair[0].step >= since_step
             ]
         pairs.sort(key=lambda pair: (pair[0].order, pair[1].host_start_ns))
@@ -260,12 +260,12 @@ class Recorder:
 
     def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
         """What `take` removed. Waits for the copies."""
-        return [sample for batch in batches for sample in self._samples(batch)]
+        return [sample for batch in batches for _, sample in self._samples(batch)]
 
-    def _samples(self, batch: Batch) -> list[RoutingSample]:
-        """Those of one batch; one that cannot be read is counted, and costs no other its place."""
+    def _samples(self, batch: Batch) -> list[tuple[CallRecord, RoutingSample]]:
+        """Those of one batch; what cannot be read is counted, and costs no other its place."""
         try:
-            return batch.to_samples()
+            return self.refusals.leave_out(batch.records, batch.to_samples())
         except Exception as error:
             self._count_unreduced([record.site.name for record in batch.records], error)
             batch.drop(len(batch.records))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.schema import RouterInfo, RoutingSample
+from moe_trace.find.contracts import AdapterMismatch, ExpertRows
 from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.settled_rows import k_histogram, settled_counts
 from moe_trace.record.calls.sparse_rows import SparseRows, smallest
 from moe_trace.record.parallel.dispatch import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
@@ -46,8 +48,8 @@ class Batch:
         self.records.drop(count)
         self.ints, self.floats = self.ints[count:], self.floats[count:]
 
-    def to_samples(self) -> list[RoutingSample]:
-        """One sample per call. Waits for the copy."""
+    def to_samples(self) -> list[RoutingSample | AdapterMismatch]:
+        """One sample per call, or why it cannot be told. Waits for the copy."""
         self._to_numpy()
         ints_LX = self.ints.dense() if isinstance(self.ints, SparseRows) else self.ints.astype(np.int64)
         rows = zip(self.records, ints_LX, self.floats, strict=True)
@@ -72,11 +74,37 @@ class Batch:
             self.copied = None
 
 
-def _sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
+def _sample(
+    batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray
+) -> RoutingSample | AdapterMismatch:
+    sample = _as_decided(batch, record, ints, sums)
+    try:
+        return sample if record.rows is None else _held_against(record.rows, sample, record.site.info)
+    except AdapterMismatch as mismatch:
+        return mismatch
+
+
+def _held_against(rows: ExpertRows, sample: RoutingSample, info: RouterInfo) -> RoutingSample:
+    computed = sum(rows.rows_E)
+    sample = replace(sample, computed_slots=computed, expert_flops=info.expert_flops_per_slot * computed)
+    counts_E = settled_counts(rows, sample.assignments, sample.tokens)
+    if counts_E is sample.assignments:
+        return sample
+    return replace(
+        sample,
+        assignments=counts_E,
+        skipped=max(0, sample.tokens * sample.top_k - int(counts_E.sum())),
+        k_histogram=k_histogram(counts_E, sample.tokens, sample.top_k),
+        topk_mass=None,
+        aux_loss=None,
+    )
+
+
+def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
     experts, k = batch.num_experts, batch.top_k
     assignments = ints[:experts]
     zero_weight, out_of_range = int(ints[experts]), int(ints[experts + 1])
-    k_histogram = ints[experts + 2 : experts + 3 + k]
+    tokens_K = ints[experts + 2 : experts + 3 + k]
     padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
     info = record.site.info
     computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
@@ -96,7 +124,7 @@ def _sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray
         computed_slots=computed,
         padding_assignments=padding,
         nonfinite_tokens=batch.tokens - finite if batch.classes else 0,
-        k_histogram=k_histogram,
+        k_histogram=tokens_K,
         router_flops=info.router_flops_per_token * batch.tokens,
         expert_flops=info.expert_flops_per_slot * computed,
         memory_allocated_bytes=batch.memory_bytes,

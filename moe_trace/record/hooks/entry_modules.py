@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.graphs.compiled import give_stable_id
-from moe_trace.record.hooks.copied_models import HookOwner, detach_if_copy
 
 Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
 End = Callable[["ModelEntry", Any], None]

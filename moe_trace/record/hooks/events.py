@@ -29,6 +29,8 @@ BLOCK_END = 5
 """(reading or error or None, None, None): it returned. A reading only where `Found.read_block` made one."""
 CONTEXT = 6
 """(`ForwardContext`, None, None): that of the call that begins next, outside any forward of the model."""
+ROWS = 7
+"""(number of the expert, rows, None): one of the experts that are modules of their own is called."""
 
 WIDTH = 5
 KINDS = 8

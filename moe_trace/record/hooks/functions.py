@@ -19,13 +19,13 @@ from moe_trace.data.schema import range_name
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
+from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.isolation import apart
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled_rings import SiteRings
 from moe_trace.record.graphs.hooks import TracedSite
 from moe_trace.record.graphs.memory import captures_now
-from moe_trace.record.hooks.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.hooks.events import (
     BEGIN,
     BLOCK,

@@ -12,7 +12,17 @@ from typing import Any
 
 from moe_trace.find.contracts import Call
 from moe_trace.record.forward.context import ForwardContext
-from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, CONTEXT, EXPERTS, KINDS, ROUTER, WIDTH
+from moe_trace.record.hooks.events import (
+    BEGIN,
+    BLOCK,
+    BLOCK_END,
+    CONTEXT,
+    EXPERTS,
+    KINDS,
+    ROUTER,
+    ROWS,
+    WIDTH,
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +48,8 @@ class RouterCall(Call):
     recomputed: bool = False
     returned: bool = False
     experts: list[ExpertsCall] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    """(number of the expert, rows) of each call of one that is a module of its own."""
     fused: bool = False
     """Its block ended without having called any experts."""
     reading: Any = None
@@ -112,6 +124,8 @@ class CallJoiner:
                 self._blocks[site, thread] = []
             elif kind == BLOCK_END:
                 self._end_block(site, thread, first)
+            elif kind == ROWS:
+                self._rows(site, thread, (first, second))
             else:
                 call = self._open.get((site, thread))
                 if call is None:
@@ -132,10 +146,18 @@ class CallJoiner:
         else:
             call.experts.append(experts)
 
+    def _rows(self, site: int, thread: int, rows: tuple[int, int]) -> None:
+        call = self._open.get((site, thread))
+        if call is None or not call.returned:
+            others = [c for (s, _), c in self._open.items() if s == site and c.returned]
+            call = others[0] if len(others) == 1 else None
+        if call is not None:
+            call.rows.append(rows)
+
     def _begin(
         self, site: int, thread: int, context: ForwardContext, start_ns: int, args: Any, mark: Any
     ) -> None:
-        call = RouterCall(args, None, None, {}, None, site, thread)
+        call = RouterCall(args, site=site, thread=thread)
         call.context, call.start_ns, call.mark = context, start_ns, mark
         self._open[site, thread] = call
         self._begun.append(call)
@@ -157,7 +179,7 @@ class CallJoiner:
     def _end_block(self, site: int, thread: int, reading: Any) -> None:
         calls = self._blocks.pop((site, thread), None)
         if reading is not None and not calls:
-            call = RouterCall(None, None, None, {}, None, site, thread)
+            call = RouterCall(site=site, thread=thread)
             call.context = self._context_of(thread)
             call.start_ns = call.end_ns = reading[0]
             call.reading, call.recomputed, call.returned = reading[1], reading[2], True

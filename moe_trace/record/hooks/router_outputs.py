@@ -17,13 +17,14 @@ from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
-from moe_trace.record.hooks.events import (
-    CallClock,
-    EventLog,
-)
+from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.joining import CallJoiner, RouterCall
+from moe_trace.record.hooks.listed_experts import total_rows
 from moe_trace.record.hooks.plain import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
+
+_TOLD_CALLS = 4
+"""Calls whose counts are compared with what the router says of them."""
 
 
 class CallCollector:
@@ -234,6 +235,8 @@ class CallCollector:
             return router.read(combine(call, calls, site.info.top_k))
         if experts:
             call.experts_args, call.experts_kwargs = experts[0].args, experts[0].kwargs
+        if call.rows:
+            call.expert_rows = total_rows(call.rows, len(site.listed))
         return router.read(call)
 
     def _record(
@@ -254,6 +257,8 @@ class CallCollector:
             context.profiled,
             order=(context.epoch, 0),
             sending=call.experts[0].sending if call.experts else None,
+            rows=reading.rows,
+            told_E=reading.told_E if counts.recorded < _TOLD_CALLS else None,
         )
         self._recorder.add(record, reading, mask)
         if self._clock is not None:

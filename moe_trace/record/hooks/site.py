@@ -12,6 +12,7 @@ from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
+from moe_trace.record.hooks.listed_experts import ListedExpert
 
 
 class Level(IntEnum):
@@ -68,6 +69,7 @@ class SiteHooks(SiteObserver):
             cls._before_experts,
             cls._after_experts,
             cls._after_experts_timed,
+            ListedExpert.before,
         ]
 
     # -- which are on ---------------------------------------------------------------------------------
@@ -133,6 +135,9 @@ class SiteHooks(SiteObserver):
             lean = not timed and not self._cuda and self.sending is None
             received = self._after_experts if lean else self._after_experts_timed
             add(experts.register_forward_hook(received, always_call=True, with_kwargs=True))
+        for number, expert in enumerate(site.listed):
+            before_one = ListedExpert(expert, self._index, number, self._log).before
+            add(expert.register_forward_pre_hook(before_one, with_kwargs=True))
 
     def time_captured_experts(self) -> None:
         experts = self.site.experts

@@ -1,0 +1,101 @@
+"""What a router decided, told by the form of what it returned, or of what the experts were handed.
+
+Experts that are modules of a list are handed nothing but rows. Then the gate's top-k is the decision if it
+sends as many rows to each expert as entered it, which is known when the counts have come to the host
+(`record/calls/settled_rows.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, ExpertRows, RouterOutput
+from moe_trace.find.contracts.modules import described
+from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.structure.index_and_weights import MASK_ARGUMENT, read_index, told_counts
+from moe_trace.find.structure.masks import read_masks
+
+
+def read_by_structure(
+    call: Call,
+    *,
+    num_experts: int,
+    top_k: int,
+    names: tuple[str, ...] = (),
+    is_gate: bool = False,
+    gives_logits: bool = False,
+) -> RouterOutput:
+    """The decision as the experts were handed it, else as the router returned it.
+
+    Args:
+        num_experts: E.
+        top_k: K; 0 where only the call tells.
+        names: of the parameters of the experts' forward, for a mask of tokens among them.
+        is_gate: whether the router is a linear layer, or ends with one.
+        gives_logits: whether what it returns are its logits.
+
+    Raises:
+        AdapterMismatch: neither has a form that tells one decision.
+    """
+    output = call.router_output
+    parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    given = dict(zip(names, call.experts_args or (), strict=False)) | call.experts_kwargs
+    decision = read_index(tuple(given.values())[1:], num_experts, top_k)
+    if not is_gate:
+        decision = decision or read_index(parts, num_experts, top_k) or read_masks(parts, num_experts, top_k)
+    logits = output if gives_logits else call.watched_output
+    if decision is None:
+        return _by_rows(call, parts, logits, num_experts, top_k)
+    decision = decision.without(given.get(MASK_ARGUMENT), num_experts)
+    rows = None if call.expert_rows is None else ExpertRows(call.expert_rows, by_logits=False, whole=False)
+    return RouterOutput(
+        decision.index_TK,
+        decision.weights_TK,
+        _flat(logits, num_experts),
+        rows,
+        told_counts(parts, num_experts),
+    )
+
+
+def _flat(logits: Any, num_experts: int) -> Tensor | None:
+    if not isinstance(logits, Tensor) or logits.shape[-1] != num_experts:
+        return None
+    return logits.reshape(-1, num_experts)
+
+
+def _by_rows(call: Call, parts: tuple[Any, ...], logits: Any, num_experts: int, top_k: int) -> RouterOutput:
+    """The top-k of a gate's scores, to be held against the rows that entered each expert."""
+    dense = [
+        t for t in parts if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1:] == (num_experts,)
+    ]
+    rows_E = call.expert_rows
+    if len(dense) != 1 or (rows_E is None and dense[0].numel()):
+        listed = "" if rows_E is None else f", or one tensor [.., {num_experts}] of the gate's"
+        raise AdapterMismatch(
+            f"expected a router's output that tells one decision over {num_experts} experts - a whole-number "
+            "tensor [.., K] with weights of its shape, a boolean map [T, E] with top-k known, or a mask "
+            f"[T, E, C]{listed} - found {described(call.router_output)}"
+            + ("" if rows_E else "; and no expert was called that is a module of a list")
+        )
+    scores_TE = dense[0].reshape(-1, num_experts)
+    tokens, entered = scores_TE.shape[0], sum(rows_E or ())
+    slots = top_k or -(-entered // max(1, tokens))
+    if rows_E is not None and not _may_be_tokens(rows_E, tokens, top_k):
+        least = f"{top_k} rows" if top_k else "a whole number of rows"
+        raise AdapterMismatch(
+            f"expected the experts to receive at most {least} for each of the {tokens} tokens of the gate, "
+            f"found {list(rows_E)} rows. moe_trace.register_adapter teaches what they are"
+        )
+    with overhead_range():
+        top_TK, index_TK = scores_TE.topk(min(slots, num_experts), dim=-1)
+        held = ExpertRows(rows_E or (0,) * num_experts, by_logits=True, whole=entered == tokens * top_k)
+        return RouterOutput(index_TK, torch.ones_like(top_TK), _flat(logits, num_experts), held)
+
+
+def _may_be_tokens(rows_E: tuple[int, ...], tokens: int, top_k: int) -> bool:
+    if max(rows_E) > tokens:
+        return False
+    return sum(rows_E) <= top_k * tokens if top_k else sum(rows_E) % max(1, tokens) == 0

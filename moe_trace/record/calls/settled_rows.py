@@ -1,0 +1,63 @@
+"""Hold a decision against the rows that entered its experts, once its counts have come to the host.
+
+A decision that is computed again from a gate's logits is the model's own if its counts are those of the rows.
+If they are not - a bias, groups, noise, a capacity - the rows are the truth where they can be rows of tokens,
+and nothing is known of which token each was.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_trace.find.contracts import AdapterMismatch, ExpertRows
+
+
+def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.ndarray:
+    """[E] tokens that each expert worked on.
+
+    Args:
+        decided_E: slots of the decision as it was read.
+
+    Raises:
+        AdapterMismatch: the decision is not the gate's top-k, and the rows may be something else than tokens.
+    """
+    rows_E = np.asarray(rows.rows_E)
+    if np.array_equal(rows_E, decided_E):
+        return decided_E
+    alike = bool((rows_E == rows_E[0]).all())
+    if not rows.by_logits:
+        moved = rows_E.sum() == decided_E.sum() and not alike
+        # Fewer rows: dropped by a capacity. More: padding, or experts that compute what is masked afterwards.
+        return rows_E if moved else np.minimum(rows_E, decided_E)
+    every = tokens > 1 and bool((rows_E[rows_E > 0] == tokens).all())
+    if alike or (every and not rows.whole):
+        raise AdapterMismatch(
+            f"expected experts to receive the tokens that the gate chose, found {rows_E.tolist()} rows of "
+            f"{tokens} tokens where the top-k of its logits is {decided_E.tolist()}: padded to a capacity, "
+            "masked after the experts, or chosen by them. moe_trace.register_adapter teaches how it decides"
+        )
+    return rows_E
+
+
+def k_histogram(counts_E: np.ndarray, tokens: int, top_k: int) -> np.ndarray:
+    """[K + 1] tokens by the slots that they used, where the number of slots tells; else zeros: unknown."""
+    histogram, slots = np.zeros(top_k + 1, dtype=np.int64), int(counts_E.sum())
+    if slots == tokens * top_k:
+        histogram[top_k] = tokens
+    elif top_k == 1:
+        histogram[:] = tokens - slots, slots
+    return histogram
+
+
+def disagreement(told_E: np.ndarray, counts_E: np.ndarray, skipped: int) -> str | None:
+    """How what a router says of its tokens per expert differs from its decision; None where it does not.
+
+    Counts of before the drops (DeepSpeed's `exp_counts`) agree if they exceed it by the skipped slots.
+    """
+    told = np.rint(told_E).astype(np.int64)
+    if not np.array_equal(told, told_E):  # a share or a bias
+        return None
+    before_drops = bool((told >= counts_E).all()) and int(told.sum()) == int(counts_E.sum()) + skipped
+    if before_drops or np.array_equal(told, counts_E):
+        return None
+    return f"{told.tolist()} tokens per expert where its ids give {counts_E.tolist()}"
