@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from moe_trace.data.display.columns import column_of
 from moe_trace.data.display.tables import fixed, number, share
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
@@ -62,21 +63,17 @@ def _percent(value: float | None) -> str:
 def summary_html(summary: Summary) -> str:
     """A line per router."""
     headings = ("layer", "calls", "tokens", "max÷mean", "CV", "dead", "router entropy", "router confidence")
+    columns = [column_of(heading) for heading in headings]
     rows = (
         (
-            r.info.site,
-            f"{r.calls:,}",
-            f"{r.tokens:,}",
-            fixed(r.load.max_over_mean, 3),
-            fixed(r.load.cv, 3),
-            str(len(r.load.dead_experts)),
-            fixed(r.decisions.entropy_mean, 3),
-            fixed(r.decisions.confidence_mean, 3),
+            *(r.info.site, r.calls, r.tokens, r.load.max_over_mean, r.load.cv, len(r.load.dead_experts)),
+            *(r.decisions.entropy_mean, r.decisions.confidence_mean),
         )
         for r in summary.routers
     )
+    cells = ([c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows)
     name = str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
-    return f"<div><h3>{escape(name)}</h3>{html_table(headings, rows)}</div>"
+    return f"<div><h3>{escape(name)}</h3>{html_table(headings, cells)}</div>"
 
 
 def sample_html(sample: RoutingSample) -> str:

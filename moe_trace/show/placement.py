@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, titled, wrapped
+from moe_trace.data.display.columns import text_table
+from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
 from moe_trace.placement.plan import Floats
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
@@ -63,7 +64,7 @@ def _overview(study: PlacementStudy) -> str:
         "many layers and folds the plan is better than contiguous. In node, off node: moved "
         f"to other ranks of the same node and to other nodes, {moved}."
     )
-    return titled(note, headings, rows, left=2)
+    return text_table(headings, rows, left=2, title=note)
 
 
 def _overview_row(
@@ -138,7 +139,7 @@ def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) 
     )
     if len(shown) < len(order):
         title += f". The {len(shown)} most uneven of {len(order)} layers; --all shows the others"
-    return titled(title, headings, rows)
+    return text_table(headings, rows, title=title)
 
 
 def _advice(study: PlacementStudy) -> list[str]:

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from moe_trace.data.display.tables import fixed, number, printable, scaled, table
+from moe_trace.data.display.columns import Column, count_column, text_table
+from moe_trace.data.display.tables import fixed
 from moe_trace.data.summary import RouterSummary, Summary
 
-_ROUTING = ("run", "tokens", "max÷mean", "load entropy", "router entropy", "confidence")
-_TIME = ("run", "host µs", "device µs", "FLOP")
+_Metric = Callable[[RouterSummary], float | None]
+_ROUTING: dict[Column | str, _Metric] = {
+    Column("tokens", terminal=partial(fixed, decimals=0)): lambda r: r.tokens / r.calls,
+    Column("max÷mean", terminal=partial(fixed, decimals=2)): lambda r: r.load.max_over_mean,
+    "load entropy": lambda r: r.load.entropy,
+    "router entropy": lambda r: r.decisions.entropy_mean,
+    "confidence": lambda r: r.decisions.confidence_mean,
+}
+_TIME: dict[Column | str, _Metric] = {
+    "host µs": lambda r: r.latency.host.p50 if r.latency.host else None,
+    "device µs": lambda r: r.latency.device_span.p50 if r.latency.device_span else None,
+    count_column("FLOP"): lambda r: r.flops.total / (r.calls + r.recomputed_calls),
+}
 
 
 def render_comparison(runs: Sequence[tuple[str, Summary]]) -> str:
     """A row per run: means over its routers; latencies and work for one router call."""
-    routing = table(_ROUTING, [[printable(name, 16), *_routing(summary)] for name, summary in runs])
-    time = table(_TIME, [[printable(name, 16), *_time(summary)] for name, summary in runs])
-    return (
-        f"Comparison (means over routers, tokens a call, router entropy in nats)\n{routing}\n\n"
-        f"Router p50 on host and device, and FLOP a call\n{time}\n"
-    )
+    titles = {
+        "Comparison (means over routers, tokens a call, router entropy in nats)": _ROUTING,
+        "Router p50 on host and device, and FLOP a call": _TIME,
+    }
+    parts = []
+    for title, metrics in titles.items():
+        rows = [(name, *(_mean(summary, metric) for metric in metrics.values())) for name, summary in runs]
+        parts.append(f"{title}\n{text_table(('run', *metrics), rows)}")
+    return "\n\n".join(parts) + "\n"
 
 
-def _routing(summary: Summary) -> list[str]:
-    return [
-        fixed(_mean(summary, lambda r: r.tokens / r.calls), 0),
-        fixed(_mean(summary, lambda r: r.load.max_over_mean), 2),
-        fixed(_mean(summary, lambda r: r.load.entropy), 3),
-        fixed(_mean(summary, lambda r: r.decisions.entropy_mean), 3),
-        fixed(_mean(summary, lambda r: r.decisions.confidence_mean), 3),
-    ]
-
-
-def _time(summary: Summary) -> list[str]:
-    return [
-        number(_mean(summary, lambda r: r.latency.host.p50 if r.latency.host else None)),
-        number(_mean(summary, lambda r: r.latency.device_span.p50 if r.latency.device_span else None)),
-        scaled(_mean(summary, lambda r: r.flops.total / (r.calls + r.recomputed_calls))),
-    ]
-
-
-def _mean(summary: Summary, metric: Callable[[RouterSummary], float | None]) -> float | None:
+def _mean(summary: Summary, metric: _Metric) -> float | None:
     values = [value for router in summary.routers if router.calls and (value := metric(router)) is not None]
     return sum(values) / len(values) if values else None

@@ -10,13 +10,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_trace.data.display.columns import Cell, Column, count_column, text_table
 from moe_trace.data.display.csv import csv_text
-from moe_trace.data.display.tables import fixed, number, printable, scaled, table
+from moe_trace.data.display.tables import fixed
 from moe_trace.data.errors import optional_package
 from moe_trace.data.files import write_text
 
@@ -238,8 +240,16 @@ def _row(line: ComparedConfig) -> dict[str, Any]:
 
 def _render(comparison: Comparison) -> str:
     by_text = any(line.text != "all" for line in comparison.lines)
-    headings = ["config", *(["text"] if by_text else []), "tokens/s", "× first", "latency ms", "router ms"]
-    headings += ["experts ms", "FLOP/token", "max÷mean", "confidence", "k"]
+    two = partial(fixed, decimals=2)
+    figures = (
+        count_column("FLOP/token"),
+        Column("max÷mean", terminal=two),
+        "confidence",
+        Column("k", terminal=two),
+    )
+    times = ("latency ms", "router ms", "experts ms")
+    per_s = Column("tokens/s", terminal=partial(fixed, decimals=0))
+    headings = ("config", *(("text",) if by_text else ()), per_s, "× first", *times, *figures)
     rows = [_cells(line, by_text) for line in comparison.lines]
     if not rows:
         return "no configuration was run"
@@ -248,22 +258,16 @@ def _render(comparison: Comparison) -> str:
         f"Medians of {rounds} interleaved {'round' if rounds == 1 else 'rounds'}; × first: tokens/s over the "
         f"first configuration's, with its {comparison.interval_coverage:.0%} interval."
     )
-    return table(headings, rows, left=2 if by_text else 1) + "\n" + explain
+    return text_table(headings, rows, left=2 if by_text else 1) + "\n" + explain
 
 
-def _cells(line: ComparedConfig, by_text: bool) -> list[str]:
+def _cells(line: ComparedConfig, by_text: bool) -> tuple[Cell, ...]:
     speed = line.tokens_per_s
     span = "" if math.isnan(speed.ratio_low) else f" ({speed.ratio_low:.2f}-{speed.ratio_high:.2f})"
-    return [
-        printable(line.config, 24),
-        *([printable(line.text, 16)] if by_text else []),
-        f"{speed.median:,.0f}",
-        f"{speed.ratio:.2f}{span}",
-        number(line.latency_ms.median),
-        number(line.router_ms.median),
-        number(line.experts_ms.median),
-        scaled(line.flops_per_token.median),
-        fixed(line.load_max_over_mean.median, 2),
-        fixed(line.router_confidence.median, 3),
-        fixed(line.k_mean.median, 2),
-    ]
+    times = (line.latency_ms, line.router_ms, line.experts_ms)
+    figures = (line.flops_per_token, line.load_max_over_mean, line.router_confidence, line.k_mean)
+    return (
+        *((line.config, line.text) if by_text else (line.config,)),
+        *(speed.median, f"{speed.ratio:.2f}{span}"),
+        *(figure.median for figure in (*times, *figures)),
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from moe_trace.data.display.tables import fixed, number, printable, scaled, table, wrapped
+from moe_trace.data.display.columns import Cell, Column, count_column, text_table
+from moe_trace.data.display.tables import fixed, printable, wrapped
 from moe_trace.simple.metrics import RouterMetrics
 
 
@@ -22,36 +24,26 @@ def render_metrics(model_name: str, metrics: Mapping[str, RouterMetrics], notes:
 
 
 def _table(routers: Sequence[RouterMetrics]) -> str:
-    headings = (
-        "layer",
-        "calls",
-        "tokens",
-        "k",
-        "active",
-        "CV",
-        "confidence",
-        "p50",
-        "p95",
-        "FLOP/token",
+    k, flops = Column("k", terminal=partial(fixed, decimals=2)), count_column("FLOP/token")
+    headings = ("layer", "calls", "tokens", k, "active", "CV", "confidence", "p50", "p95", flops)
+    return text_table(headings, [_row(router) for router in routers])
+
+
+def _row(router: RouterMetrics) -> tuple[Cell, ...]:
+    known = {name: None if math.isnan(value) else value for name, value in router.get_summary().items()}
+    figures = (
+        "expert_load_cv",
+        "router_confidence_mean",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "flops_total_mean",
     )
-    return table(headings, [_row(router) for router in routers])
-
-
-def _row(router: RouterMetrics) -> list[str]:
-    figures = router.get_summary()
-    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
-    return [
+    return (
         printable(router.info.site, 16),
-        f"{len(router.samples):,}",
-        f"{int(figures['total_tokens']):,}",
-        fixed(known["k_mean"], 2),
+        *(len(router.samples), known["total_tokens"], known["k_mean"]),
         f"{fixed(known['active_experts_mean'], 1)}/{router.info.num_experts or '?'}",
-        fixed(known["expert_load_cv"], 3),
-        fixed(known["router_confidence_mean"], 3),
-        number(known["latency_p50_ms"]),
-        number(known["latency_p95_ms"]),
-        scaled(known["flops_total_mean"]),
-    ]
+        *(known[name] for name in figures),
+    )
 
 
 def _explain(clocks: set[str]) -> str:

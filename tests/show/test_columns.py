@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_trace.data.display.columns import DEFINITIONS, column_of
+from moe_trace.data.display.columns import DEFINITIONS, Column, column_of, count_column, text_table
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,22 @@ def test_a_heading_is_defined_by_the_words_in_it() -> None:
     assert DEFINITIONS["host"] in column.definition and DEFINITIONS["p95"] in column.definition
     assert column_of("CV").definition == DEFINITIONS["CV"]
     assert column_of("of another kind").definition == ""
+
+
+@pytest.mark.parametrize(
+    ("heading", "value", "text"),
+    [
+        ("CV", 0.123456, "0.123"),
+        ("calls", 12345, "12,345"),
+        ("time µs", 1.23456, "1.23"),
+        ("layer", "a name that is longer", "a name that…"),
+        (count_column("leaving", "B"), 1_230_000, "1.23 MB"),
+        ("wait ms", None, "-"),
+    ],
+)
+def test_a_terminal_writes_the_same_values_shorter(
+    heading: str | Column, value: float | None, text: str
+) -> None:
+    label, cells = text_table([heading], [[value]]).splitlines()
+    assert label.strip() == (heading if isinstance(heading, str) else heading.label)
+    assert cells.strip() == text

@@ -1,15 +1,18 @@
 """What the columns of tables are: for each label its definition, and how its numbers are written.
 
-Report, tab and notebook take definition and format from here. A heading names a column, or several with
-units, clocks and steps round them: `host p95 µs` is `host`, and `p95`.
+Text, HTML report, tab and notebook take definition and format from here. A heading names a column, or
+several with units, clocks and steps round them: `host p95 µs` is `host`, and `p95`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from moe_trace.data.display.tables import share
+from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, share, table
+
+Cell = str | int | float | None
 
 
 def number_text(value: float) -> str:
@@ -32,12 +35,32 @@ class Column:
     definition: str = ""
     text: Callable[[float], str] = number_text
     unit: str = ""
+    terminal: Callable[[float], str] = number
+    """As `text` where width is scarce; whole numbers are written out."""
+    width: int = 60
+    """Of texts in a terminal."""
 
     def cell(self, value: str | float | None) -> str:
         """A cell's text; `-` for what is not known."""
         if value is None:
             return "-"
         return value if isinstance(value, str) else self.text(value)
+
+    def terminal_cell(self, value: Cell) -> str:
+        """A cell's text in a table of a terminal."""
+        if value is None or isinstance(value, str):
+            return "-" if value is None else printable(value, self.width)
+        return f"{value:,}" if isinstance(value, int) and self.terminal is number else self.terminal(value)
+
+
+def text_table(
+    headings: Sequence[str | Column], rows: Sequence[Sequence[Cell]], *, left: int = 1, title: str = ""
+) -> str:
+    """Values as a `table`, each written as its column says, below the title."""
+    columns = [heading if isinstance(heading, Column) else column_of(heading) for heading in headings]
+    cells = [[c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows]
+    text = table([column.label for column in columns], cells, left=left)
+    return f"{paragraph(title)}\n{text}" if title else text
 
 
 DEFINITIONS = {
@@ -102,6 +125,12 @@ DEFINITIONS = {
     "known. The others wait for it.",
 }
 _FORMATS = {"share": share, "relative": signed_percent}
+_DECIMALS = {
+    **dict.fromkeys(("max÷mean", "CV", "chance", "Gini", "entropy", "confidence"), 3),
+    **dict.fromkeys(("load entropy", "router entropy", "router confidence"), 3),
+}
+"""In a terminal, where figures that are compared stand below each other."""
+_WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16}
 _UNITS = ("µs", "GB/s", "FLOP/s", "%")
 
 
@@ -116,4 +145,11 @@ def column_of(heading: str) -> Column:
     last = words.rpartition(" ")[2]
     is_ratio = words.startswith("×")  # of an equal share: a multiple, not a part
     text = number_text if is_ratio else _FORMATS.get(last, number_text)
-    return Column(words, definition, text, last if last in _UNITS else "")
+    terminal = partial(fixed, decimals=_DECIMALS[words]) if words in _DECIMALS else _FORMATS.get(last, number)
+    unit = last if last in _UNITS else ""
+    return Column(words, definition, text, unit, terminal, _WIDTHS.get(words, 60))
+
+
+def count_column(label: str, unit: str = "") -> Column:
+    """Of figures that reach from units to billions: FLOP, bytes, FLOP/s."""
+    return Column(label, terminal=partial(scaled, unit=unit), text=partial(scaled, unit=unit))

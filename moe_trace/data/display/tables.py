@@ -35,11 +35,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
     return "\n".join(blocks)
 
 
-def titled(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A `table` below its title, which keeps within the screen too."""
-    return f"{paragraph(title)}\n{table(headings, rows, left=left)}"
-
-
 def _folded(widths: Sequence[int], screen: int) -> list[list[int]]:
     """Indices of the columns of each block."""
     if screen >= WIDTH or not widths:

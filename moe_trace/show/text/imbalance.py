@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.display.tables import number, paragraph, printable, share, titled
+from moe_trace.data.display.columns import text_table
+from moe_trace.data.display.tables import number, paragraph, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, unit_words
 
@@ -47,18 +48,16 @@ def _sentence(model: LoadModel) -> str:
 
 def _table(told: Sequence[ImbalanceCost], *, ranks: bool) -> str:
     rows = [
-        [
-            printable(cost.site, 12),
-            number(cost.measured_us),
-            number(cost.equal_load_us),
-            number(cost.cost_us),
+        (
+            *(cost.site, cost.measured_us, cost.equal_load_us, cost.cost_us),
             f"{number(cost.low_us)} to {number(cost.high_us)}",
             "most even" if cost.cost_us == 0 else cost.verdict,
-        ]
+        )
         for cost in told
     ]
     against = "mean rank" if ranks else "at most even"
     title = "Experts' time of one forward call in µs, and at the most even load of the trace"
     if ranks:
         title = "Experts' time of one forward call on its busiest rank in µs, and of a mean rank"
-    return titled(title, ("layer", "measured", against, "cost", "95 % interval", "verdict"), rows)
+    headings = ("layer", "measured", against, "cost", "95 % interval", "verdict")
+    return text_table(headings, rows, title=title)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, titled
+from moe_trace.data.display.columns import Cell, Column, count_column, text_table
+from moe_trace.data.display.tables import fixed, paragraph, printable, scaled
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
 
@@ -22,39 +23,24 @@ def load_parts(summary: Summary) -> list[str]:
 
 
 def _load_table(routers: Sequence[RouterSummary]) -> str:
+    tokens = Column("tokens", terminal=lambda n: f"{n:,}" if n < 10_000_000 else scaled(n))
+    headings = ("layer", "calls", tokens, "max÷mean", "CV", "chance", "Gini", "entropy", "active", "dead")
     rows = [
-        [
+        (
             label(router, 10),
-            f"{router.calls:,}",
-            f"{router.tokens:,}" if router.tokens < 10_000_000 else scaled(router.tokens),
-            fixed(router.load.max_over_mean, 3),
-            fixed(router.load.cv, 3),
-            fixed(router.chance.cv, 3),
-            fixed(router.load.gini, 3),
-            fixed(router.load.entropy, 3),
-            str(router.load.active_experts),
-            str(len(router.load.dead_experts)) if router.chance.tells_dead else "-",
-        ]
+            *(router.calls, router.tokens),
+            *(load.max_over_mean, load.cv, router.chance.cv, load.gini, load.entropy, load.active_experts),
+            len(load.dead_experts) if router.chance.tells_dead else None,
+        )
         for router in routers
+        for load in (router.load,)
     ]
-    headings = (
-        "layer",
-        "calls",
-        "tokens",
-        "max÷mean",
-        "CV",
-        "chance",
-        "Gini",
-        "entropy",
-        "active",
-        "dead",
-    )
     title = (
         "Load of the experts, forward calls (chance: CV of uniform routing; entropy: load entropy, 1 is even"
     )
     if not all(router.chance.tells_dead for router in routers):
         title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
-    return titled(f"{title})", headings, rows)
+    return text_table(headings, rows, title=f"{title})")
 
 
 def _possible(routers: Sequence[RouterSummary]) -> list[str]:
@@ -101,28 +87,21 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
 def _router_table(routers: Sequence[RouterSummary]) -> str:
     on_device = any(router.latency.device_span is not None for router in routers)
     again = any(router.recomputed_calls for router in routers)
-    headings = ["layer", "entropy", "confidence", "p50", "p95"]
-    if on_device:
-        headings += ["span", "busy"]
-    headings += ["router", "experts"]
-    rows = []
+    device_headings = ("span", "busy") if on_device else ()
+    rows: list[tuple[Cell, ...]] = []
     for router in routers:
-        latency = router.latency
-        row = [
-            label(router),
-            fixed(router.decisions.entropy_mean, 3),
-            fixed(router.decisions.confidence_mean, 3),
-            number(_figure(latency.host, "p50")),
-            number(_figure(latency.host, "p95")),
-        ]
-        if on_device:
-            row += [number(_figure(latency.device_span, "p50")), number(_figure(latency.device_busy, "p50"))]
-        row += [scaled(router.flops.router), scaled(router.flops.experts)]
-        rows.append(row)
+        latency, decisions, flops = router.latency, router.decisions, router.flops
+        host = (_figure(latency.host, "p50"), _figure(latency.host, "p95"))
+        device = (_figure(latency.device_span, "p50"), _figure(latency.device_busy, "p50"))
+        times = (*host, *device) if on_device else host
+        figures = (decisions.entropy_mean, decisions.confidence_mean, *times, flops.router, flops.experts)
+        rows.append((label(router), *figures))
+    work = (count_column("router"), count_column("experts"))
+    headings = ("layer", "entropy", "confidence", "p50", "p95", *device_headings, *work)
     clocks = "host p50 and p95, device span and busy p50" if on_device else "host p50 and p95"
-    flops = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    title = f"Routers (router entropy in nats; µs a forward call: {clocks}; {flops})"
-    return titled(title, headings, rows)
+    counted = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
+    title = f"Routers (router entropy in nats; µs a forward call: {clocks}; {counted})"
+    return text_table(headings, rows, title=title)
 
 
 def label(router: RouterSummary, width: int = 12) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table, titled
+from moe_trace.data.display.columns import Column, count_column, text_table
+from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport, PhaseTime
 from moe_trace.read.time.phase_detection import PHASES
@@ -114,18 +115,16 @@ def speed_part(summary: TraceSummary) -> list[str]:
         return []
     known = speed.peak_flops_per_s is not None
     rows = [
-        [
-            printable(layer.site, 12),
-            scaled(layer.router.flops_per_s),
-            scaled(layer.experts.flops_per_s),
-            scaled(layer.experts.flops_per_s_with_gaps),
-            share(layer.experts.share_of_peak) if known else "-",
-            number(layer.experts.intensity),
-            layer.experts.bound or "-",
-        ]
+        (
+            layer.site,
+            *(layer.router.flops_per_s, layer.experts.flops_per_s, layer.experts.flops_per_s_with_gaps),
+            *(layer.experts.share_of_peak if known else None, layer.experts.intensity, layer.experts.bound),
+        )
         for layer in speed.layers
     ]
-    headings = ("layer", "router", "experts", "with gaps", "of peak", "FLOP/byte", "bound by")
+    rates = [count_column(label) for label in ("router", "experts", "with gaps")]
+    headings: list[Column | str] = ["layer", *rates, Column("of peak", terminal=share)]
+    headings += ["FLOP/byte", "bound by"]
     device = printable(speed.device or "no device in the trace", 40)
     peak = f"peak {scaled(speed.peak_flops_per_s, 'FLOP/s')}" if known else "peak unknown"
     bandwidth = speed.peak_bytes_per_s
@@ -134,4 +133,4 @@ def speed_part(summary: TraceSummary) -> list[str]:
         f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory}). "
         "FLOP/s of the router's and the experts' phase without gaps, and of the experts' range with gaps"
     )
-    return [titled(title, headings, rows)]
+    return [text_table(headings, rows, title=title)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_trace.data.display.tables import fixed, number, printable, scaled, share, titled, wrapped
+from moe_trace.data.display.columns import Cell, count_column, text_table
+from moe_trace.data.display.tables import number, share, wrapped
 from moe_trace.read.analysis import TraceSummary
 
 if TYPE_CHECKING:
@@ -131,23 +132,15 @@ def _load_table(report: RankReport) -> str:
     loads = [f"rank {rank}" for rank in report.ranks] if few else ["least", "mean", "most"]
     headings = ["layer", *loads, "max÷mean", "hot expert", "wait ms", "for rank"]
     rows = [_load_row(layer, few=few) for layer in report.layers]
-    return titled("Assignments that each rank computes, and time lost in waiting", headings, rows)
+    return text_table(headings, rows, title="Assignments that each rank computes, and time lost in waiting")
 
 
-def _load_row(layer: LayerRanks, *, few: bool) -> list[str]:
+def _load_row(layer: LayerRanks, *, few: bool) -> tuple[Cell, ...]:
     mean = sum(layer.load) / len(layer.load)
     loads = layer.load if few else (min(layer.load), round(mean), max(layer.load))
-    expert = "-"
-    if layer.hot_expert is not None:
-        expert = f"{layer.hot_expert} ({share(layer.hot_expert_share)})"
-    return [
-        printable(layer.site, 12),
-        *(f"{load:,}" for load in loads),
-        fixed(layer.max_over_mean, 3),
-        expert,
-        "-" if layer.wait_us is None else number(layer.wait_us / 1000),
-        "-" if layer.waited_for is None else str(layer.waited_for),
-    ]
+    hot = None if layer.hot_expert is None else f"{layer.hot_expert} ({share(layer.hot_expert_share)})"
+    wait_ms = None if layer.wait_us is None else layer.wait_us / 1000
+    return (layer.site, *loads, layer.max_over_mean, hot, wait_ms, layer.waited_for)
 
 
 def _exchange_table(report: RankReport) -> str:
@@ -155,17 +148,18 @@ def _exchange_table(report: RankReport) -> str:
     groups: dict[tuple[str, str], list[ExchangeTime]] = {}
     for one in report.exchanges:
         groups.setdefault((one.site, one.part), []).append(one)
-    rows = [[printable(site, 12), part, *_exchange_cells(of)] for (site, part), of in groups.items()]
+    rows = [(site, part, *_exchange_cells(of)) for (site, part), of in groups.items()]
     clock = "their kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
-    headings = ("layer", "part", "calls", "bytes", "leaving", "time ms", "wait ms", "GB/s")
+    sizes = (count_column("bytes", "B"), count_column("leaving", "B"))
+    headings = ("layer", "part", "calls", *sizes, "time ms", "wait ms", "GB/s")
     title = (
         f"Collectives of the MoE layers, all ranks together (time of {clock}; "
         "leaving: bytes to other ranks; GB/s: those ÷ time without waiting)"
     )
-    return titled(title, headings, rows, left=2)
+    return text_table(headings, rows, left=2, title=title)
 
 
-def _exchange_cells(members: Sequence[ExchangeTime]) -> list[str]:
+def _exchange_cells(members: Sequence[ExchangeTime]) -> tuple[Cell, ...]:
     def total(values: Sequence[float | None]) -> float | None:
         return None if any(v is None for v in values) else sum(v for v in values if v is not None)
 
@@ -173,23 +167,21 @@ def _exchange_cells(members: Sequence[ExchangeTime]) -> list[str]:
     wait_us, leaving = total([o.wait_us for o in members]), total([o.bytes_leaving for o in members])
     moving_us = (time_us or 0.0) - (wait_us or 0.0)
     untimed = any(one.timed < one.calls for one in members)
-    return [
-        f"{sum(one.calls for one in members):,}",
-        scaled(total([one.bytes_in for one in members]), "B"),
-        scaled(leaving, "B"),
-        "-" if time_us is None else number(time_us / 1000),
-        "-" if wait_us is None else number(wait_us / 1000),
-        "-" if leaving is None or moving_us <= 0 or untimed else number(leaving / moving_us / 1000),
-    ]
+    return (
+        sum(one.calls for one in members),
+        *(total([one.bytes_in for one in members]), leaving),
+        *(None if us is None else us / 1000 for us in (time_us, wait_us)),
+        None if leaving is None or moving_us <= 0 or untimed else leaving / moving_us / 1000,
+    )
 
 
 def _matrix(report: RankReport) -> str:
     layers = [layer.sent for layer in report.layers if layer.sent is not None]
     if not layers or len(layers) != len(report.layers) or report.world_size > MATRIX_MAX:
         return ""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for row, rank in enumerate(report.ranks):
         sums = [sum(layer[row][to] for layer in layers) for to in range(report.world_size)]
-        rows.append([f"rank {rank}", *(f"{n:,}" for n in sums), f"{sum(sums):,}"])
+        rows.append((f"rank {rank}", *sums, sum(sums)))
     headings = ("from", *(f"to {to}" for to in range(report.world_size)), "all")
-    return titled("Assignments sent, over all layers", headings, rows)
+    return text_table(headings, rows, title="Assignments sent, over all layers")
