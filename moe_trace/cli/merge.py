@@ -11,9 +11,9 @@ from moe_trace.cli.arguments import add_output, reading_progress, refuse_to_repl
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import UsageError
+from moe_trace.read.ranks.loads import rank_names
 from moe_trace.read.ranks.merge_plan import MergePlan, plan_merge
 from moe_trace.read.ranks.merged_file import write_merged
-from moe_trace.read.ranks.rank_loads import rank_names
 from moe_trace.show.text.ranks import clock_lines
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.schema import RoutingSample
-from moe_trace.integrations.load_image import load_picture, step_loads
+from moe_trace.integrations.expert_load_image import load_picture, step_loads
 
 IntArray = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

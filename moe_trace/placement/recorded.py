@@ -15,7 +15,7 @@ from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import read_rank_recordings
-from moe_trace.read.ranks.rank_loads import RankRecords
+from moe_trace.read.ranks.loads import RankRecords
 from moe_trace.read.ranks.same_run import copies
 from moe_trace.read.reduced.file import is_reduced
 from moe_trace.read.reduced.inputs import find_inputs, load

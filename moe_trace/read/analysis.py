@@ -267,7 +267,7 @@ def _imbalance(
     """Of each layer on its device, or on its ranks where these share the experts."""
     split = any(r.recording.experts_are_split for r in reads)
     if split and len(ranks.inputs) == len(reads) > 1:
-        from moe_trace.read.rank_imbalance import rank_imbalance
+        from moe_trace.read.ranks.imbalance import rank_imbalance
 
         return rank_imbalance(ranks, {r.recording.rank: r.times for r in reads})
     return imbalance_costs(times, recording.routers, experts_are_split=split)

@@ -16,7 +16,7 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
-from moe_trace.data.lost_calls import add_losses
+from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions

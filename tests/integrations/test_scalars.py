@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_trace.data.calls.sample import RoutingSample
-from moe_trace.integrations.load_image import step_loads
+from moe_trace.integrations.expert_load_image import step_loads
 from moe_trace.integrations.scalars import scalar_points
 
 

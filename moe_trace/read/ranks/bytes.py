@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.collectives import Collective, split_bytes
-from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords
+from moe_trace.read.ranks.loads import CallLoad, RankRecords
 from moe_trace.read.ranks.shared_calls import RankCalls
 from moe_trace.read.time.peaks import BYTES_OF
 

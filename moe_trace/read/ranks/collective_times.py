@@ -19,7 +19,7 @@ from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import on_one_clock
 from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
-from moe_trace.read.ranks.rank_loads import CallKey
+from moe_trace.read.ranks.loads import CallKey
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls
 
 

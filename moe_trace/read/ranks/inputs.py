@@ -17,7 +17,7 @@ from moe_trace.read.ranks.shared_calls import RankCalls
 
 if TYPE_CHECKING:  # a trace of one rank, of which nobody asks these, is reported sooner without them
     from moe_trace.read.ranks.collective_times import SampleIndex
-    from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords
+    from moe_trace.read.ranks.loads import CallLoad, RankRecords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class Ranks:
     @cached_property
     def records(self) -> RankRecords:
         """The recording of each."""
-        from moe_trace.read.ranks.rank_loads import RankRecords
+        from moe_trace.read.ranks.loads import RankRecords
 
         return RankRecords(by_rank={rank: one.recording for rank, one in self.by_rank.items()})
 
     @cached_property
     def loads(self) -> tuple[CallLoad, ...]:
         """Every call that all of them made."""
-        from moe_trace.read.ranks.rank_loads import find_loads
+        from moe_trace.read.ranks.loads import find_loads
 
         return find_loads(self.records)
 

@@ -16,7 +16,7 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
-from moe_trace.data.lost_calls import add_losses
+from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.opening import Progress, open_trace_stream

@@ -20,7 +20,7 @@ from moe_trace.read.ranks.collective_times import (
     total_wait_us,
 )
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.rank_loads import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
+from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
 from moe_trace.read.ranks.shared_calls import match_calls
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
-from moe_trace.data.lost_calls import add_losses
+from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.opening import Progress
@@ -106,7 +106,7 @@ def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
     first = recordings[0]
     if len(recordings) == 1:
         return first
-    from moe_trace.read.ranks.rank_loads import RankRecords
+    from moe_trace.read.ranks.loads import RankRecords
 
     counting = RankRecords(by_rank={r.rank: r for r in reversed(recordings)}).counting_ranks()
     found = first_difference(recordings)

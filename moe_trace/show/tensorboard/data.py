@@ -16,12 +16,12 @@ from moe_trace.show.figures.expert_heat_map import expert_heat_map
 from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
+from moe_trace.show.tensorboard.chosen_stage import StagePart, path_of
 from moe_trace.show.tensorboard.comparison import comparison
 from moe_trace.show.tensorboard.overview import in_graphs, overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
 from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers, step_label
-from moe_trace.show.tensorboard.stage_part import StagePart, path_of
 from moe_trace.show.tensorboard.store import Store
 from moe_trace.show.tensorboard.timeline import kernels, timeline
 from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key, plain_figure

@@ -8,7 +8,7 @@ from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
-from moe_trace.show.tensorboard.stage_part import path_of
+from moe_trace.show.tensorboard.chosen_stage import path_of
 from moe_trace.show.tensorboard.to_json import JsonDict
 from moe_trace.show.text.phases import shares_sentence
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.rank_loads import CallLoad
+from moe_trace.read.ranks.loads import CallLoad
 from moe_trace.read.time.fit import Array, Calls, Fit, fit_load, half_interval
 from moe_trace.read.time.imbalance import (
     R2_MIN,
