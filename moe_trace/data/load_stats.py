@@ -127,6 +127,8 @@ class Chance:
     on one expert."""
     cv: float | None
     """Root of the mean squared CV that uniform routing of the same tokens has."""
+    cv_clustered: float | None
+    """The same if tokens choose alike in runs of `TOKENS_ALIKE`, as those of a text do."""
     cv_beyond: float | None
     """sqrt(CV^2 - that^2), 0 where chance gives as much: the CV of the router's own preferences, whatever the
     number of tokens."""
@@ -160,7 +162,9 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
     tells_dead = experts > 0 and slots >= ENOUGH_PER_EXPERT * experts
     tokens = float(tokens_K[1:].sum())
     if not slots:
-        nothing = dict.fromkeys(("floor", "ceiling", "cv", "cv_beyond", "p_value", "p_value_clustered"))
+        nothing = dict.fromkeys(
+            ("floor", "ceiling", "cv", "cv_clustered", "cv_beyond", "p_value", "p_value_clustered")
+        )
         return Chance(**nothing, tells_dead=tells_dead)
     if float((np.arange(len(tokens_K)) * tokens_K).sum()) != slots or loads_E.max() > tokens:
         # Several assignments of a token may fall on one expert: then each chooses by itself.
@@ -174,6 +178,7 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
         floor=math.ceil(mean) / mean,
         ceiling=tokens / mean,
         cv=math.sqrt(chance_squared),
+        cv_clustered=math.sqrt(experts * runs.mean) / runs.slots if runs.slots else None,
         cv_beyond=math.sqrt(max(0.0, cv_squared - chance_squared)),
         p_value=uniform.p_value(found),
         p_value_clustered=runs.p_value(found * (runs.slots / slots) ** 2),

@@ -114,6 +114,8 @@ def test_shares_are_those_of_the_trace(h100: TraceSummary) -> None:
         assert row["us_per_step"] == pytest.approx(moe[stage] / 1000 / steps)
         assert row["us_per_token"] == pytest.approx(moe[stage] / 1000 / tokens)
         assert row["us_per_call"] == pytest.approx(moe[stage] / 1000 / calls)
+        assert row["router_us_per_token"] == pytest.approx(router[stage] / 1000 / tokens)
+        assert row["router_us_per_call"] == pytest.approx(router[stage] / 1000 / calls)
 
 
 def test_an_unknown_model_s_share_is_not_0(h100: TraceSummary) -> None:

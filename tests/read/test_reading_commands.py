@@ -101,7 +101,7 @@ def test_text_golden_figures() -> None:
     text = run("report", path)[1].replace("\n", " ")
     report = json.loads(run("report", path, "--format", "json")[1])
     whole = report["phases"]["whole"]
-    assert f"MoE is {100 * whole['moe_share_of_model']:.1f} % of the model's device time" in text
+    assert f"MoE is {100 * whole['moe_share_of_model']:.1f} % of the model's busy device time" in text
     forward = report["phases"]["total"]["forward"]
     router = 100 * forward["router"]["device_busy_us"] / whole["moe_work_us"]
     assert f"router {router:.1f} %" in text
@@ -412,7 +412,7 @@ def test_a_known_cost_is_recovered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loads", "cost", "noise", "verdict", "reason"),
     [
-        (varied(7), 3.0, 0.0, "cannot tell", "7 calls; a fit needs 8"),
+        (varied(7), 3.0, 0.0, "cannot tell", "7 forward calls a layer; a fit needs 8"),
         ([(8, 4, 2, 2)] * 12, 3.0, 0.0, "cannot tell", "the loads vary by 0 %"),
         ([(4, 4, 4, 4)] * 12, 3.0, 0.0, "cannot tell", "equal in every call"),
         ([(2 * n, n, n, 0) for n in range(2, 14)], 3.0, 0.0, "cannot tell", "number of tokens alone"),

@@ -75,7 +75,7 @@ def test_a_run_whose_traces_are_gone_gives_the_same_report(run: Path, chosen: Fi
     after, notes_after = figures(run, chosen)
     assert after == before
     assert set(notes_after) - set(notes) == {
-        "8 of the 8 traces are gone: these figures are from what they were reduced to"
+        "8 of 8 traces are gone: these figures are from what they were reduced to"
     }
 
 

@@ -32,19 +32,22 @@ def imbalance(part: TraceSummary) -> dict[str, Any]:
         figures |= _figures(worst[0])
         return {"sentence": _most_uneven(worst, figures), "figures": figures}
     if all(chance.says_nothing for chance in chances):
-        return {
-            "sentence": f"Cannot tell: {count(tokens, 'token')} a layer say nothing about balance, for "
-            f"neighbours choose alike and {TOKENS_ALIKE} of a text count as one. Record more.",
-            "figures": figures,
-        }
+        return {"sentence": _too_few(tokens, "about balance"), "figures": figures}
     nearest = max(routers, key=lambda router: router.load.cv or 0.0)
     figures |= _figures(nearest)
     return {
         "sentence": f"None beyond chance: uniform routing of {tokens:,} tokens is as uneven (p ≥ "
         f"{SIGNIFICANT}; {_ALIKE}). {nearest.info.site} has the largest CV, {figures['cv']:.3f}, and chance "
-        f"has {figures['chance_cv']:.3f}.",
+        f"has {figures['chance_cv_clustered']:.3f}.",
         "figures": figures,
     }
+
+
+def _too_few(tokens: int, about: str) -> str:
+    return (
+        f"Cannot tell: {count(tokens, 'token')} a layer say nothing {about}, for neighbours choose alike and "
+        f"{TOKENS_ALIKE} of a text count as one. Record more."
+    )
 
 
 def _figures(router: RouterSummary) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def _figures(router: RouterSummary) -> dict[str, Any]:
     return {
         "cv": load.cv,
         "chance_cv": chance.cv,
+        "chance_cv_clustered": chance.cv_clustered,
         "cv_beyond": chance.cv_beyond,
         "p_value": chance.p_value,
         "p_value_clustered": chance.p_value_clustered,
@@ -70,14 +74,17 @@ def _most_uneven(worst: Sequence[RouterSummary], figures: dict[str, Any]) -> str
     others = "every layer" if every else f"{figures['real_layers']} of {figures['of_layers']} layers"
     return (
         f"{named}{tied}: CV {figures['cv']:.3f}, where uniform routing of {worst[0].tokens:,} tokens has "
-        f"{figures['chance_cv']:.3f}. It is real (p < {SIGNIFICANT}; {_ALIKE}), as in {others}. Expert "
-        f"{busiest} gets {figures['load_max_over_mean']:.2f}× its share (most possible "
+        f"{figures['chance_cv_clustered']:.3f} ({_ALIKE}). It is real (p < {SIGNIFICANT}), as in {others}. "
+        f"Expert {busiest} gets {figures['load_max_over_mean']:.2f}× its share (most possible "
         f"{figures['ceiling']:.2f}×); {figures['active_experts']} of {figures['experts']} experts got tokens."
     )
 
 
 def served(part: TraceSummary) -> dict[str, Any]:
     """The busiest experts of each layer, on the text of this run."""
+    if part.routers and all(router.chance.says_nothing for router in part.routers):
+        tokens = max(router.tokens for router in part.routers)
+        return {"sentence": _too_few(tokens, "about which experts serve a text")}
     rows = []
     for router in part.routers:
         total = sum(router.assignments)

@@ -8,11 +8,13 @@ from typing import Any
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.answers.answer import each, multiplied, steps_and_tokens
 from moe_trace.read.findings.finding import duration, percent
-from moe_trace.read.time.imbalance import ImbalanceCost
+from moe_trace.read.time.imbalance import ImbalanceCost, saved_by
 from moe_trace.read.time.layers import PASSES, Pass, PhaseReport
 
 _PARTS: dict[str, tuple[Pass, ...]] = {
     "forward": ("forward",),
+    "recompute": ("recompute",),
+    "backward alone": ("backward",),
     "backward": ("recompute", "backward"),
     "all": PASSES,
 }
@@ -25,17 +27,18 @@ def shares(part: TraceSummary) -> dict[str, Any]:
         return {
             "sentence": "Cannot tell: the trace does not show how long the MoE layers took (see its Notes)."
         }
-    rows = [_share_row(name, passes, report, part) for name, passes in _PARTS.items()]
-    if not rows[1]["us"]:
-        rows = rows[-1:]
-    clock = "device time" if report.whole.on_device else "time in operators"
+    rows = [_share_row(name, _PARTS[name], report, part) for name in _parts(report)]
+    clock = "busy device time" if report.whole.on_device else "time in operators"
     model, router = rows[-1]["moe_of_model"], rows[-1]["router_of_moe"]
     sentence = f"MoE is {percent(model)} of the model's {clock}; " if model is not None else ""
     sentence += f"the router is {percent(router or 0.0)} of MoE"
     if model is not None:
         sentence += f" and {percent(model * (router or 0.0))} of the model"
     sentence += f". MoE takes {each(report.whole.moe_work_us, part)}"
-    sentence += f", {duration(rows[-1]['us_per_call'])} a layer and call."
+    sentence += f", {duration(rows[-1]['us_per_call'])} a layer and call; the router of that"
+    sentence += (
+        f" {each(rows[-1]['router_us'], part)}, {duration(rows[-1]['router_us_per_call'])} a layer and call."
+    )
     if model is None:
         sentence += " What the rest of the model took cannot be told apart here: record with prof.step()."
     if report.whole.moe_share_of_step is not None:
@@ -54,12 +57,13 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
     }
     total, router = sum(us.values()), us.get("router", 0.0)
     whole = report.whole
+    # What the model recomputes outside MoE is within its backward, and not told apart from it.
     model_us = {
         "forward": whole.model_forward_us,
         "backward": whole.model_backward_us,
         "all": whole.model_work_us,
-    }[name]
-    calls = report.total.count("backward" if name == "backward" else "forward")
+    }.get(name)
+    calls = report.total.count("forward" if name == "all" else passes[-1])
     return {
         "part": name,
         "passes": [one for one in passes if report.total.phases_of(one)],
@@ -69,7 +73,17 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
         "us": total,
         **multiplied(total, part),
         "us_per_call": total / calls if calls else None,
+        "router_us": router,
+        **{f"router_{name}": value for name, value in multiplied(router, part).items()},
+        "router_us_per_call": router / calls if calls else None,
     }
+
+
+def _parts(report: PhaseReport) -> list[str]:
+    """The passes that the trace has, and their sums."""
+    found = report.passes()
+    again = ["recompute", "backward alone"] if "recompute" in found else []
+    return ["forward", *again, "backward", "all"] if "backward" in found or again else ["all"]
 
 
 def _work_us(time: Any, report: PhaseReport) -> float:
@@ -108,8 +122,8 @@ def balance(part: TraceSummary) -> dict[str, Any]:
         )
     else:
         sentence = (
-            f"Nothing: it would cost {each(-cost, part)}{of_moe}. Here the experts' time follows how many of "
-            "them are active, and an uneven load has fewer, whose weights are read."
+            f"Nothing: it would cost {each(-cost, part)}{of_moe}, were each load as even as the evenest of "
+            f"the trace. {saved_by(part.load_models)}"
         )
     rows = tuple(
         {"layer": one.site, "us_per_call": one.cost_us, "low_us": one.low_us, "high_us": one.high_us}

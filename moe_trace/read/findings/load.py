@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.findings.finding import Finding, RuleInput, count, in_one_line, percent
+from moe_trace.read.time.imbalance import saved_by
 
 HOT_SHARE = 3.0
 DEAD_SHARE = 0.0
@@ -78,8 +79,8 @@ def _advice_of_load(evidence: RuleInput) -> str:
         return "What that costs on this device is the finding on imbalance."
     if "saves" in verdicts:
         return (
-            "That costs no time on this device: the experts' time follows how many are active, and an uneven "
-            "load has fewer. Compare other text before you change the model for it."
+            f"On this device it saves time. {saved_by(evidence.load_models)} Compare other text before you "
+            "change the model for it."
         )
     return "Whether that costs time on this device, the trace does not tell; compare other text first."
 

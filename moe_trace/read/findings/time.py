@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_trace.read.findings.finding import Finding, RuleInput, count, duration, in_one_line, percent
-from moe_trace.read.time.imbalance import unit_words
+from moe_trace.read.time.imbalance import slopes_in_words
 from moe_trace.read.time.layers import PhaseReport, PhaseTime
 
 BUSY_SHARE = 0.1
@@ -62,9 +62,6 @@ def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
     if model.comparison == "ranks":
         against = "a mean rank's load"
         remedy = "place or replicate the busy experts of these layers (`moe-trace placement` plans it)"
-    follows = " and ".join(
-        f"{us:.3g} µs for each of the {unit_words(name)}" for name, us in model.us_per_unit.items()
-    )
     yield Finding(
         rule="costly_imbalance",
         site=found[0][1].site,
@@ -74,8 +71,8 @@ def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
         cost_us=sum(cost * c.calls for _, c, cost in found),
         sentence=f"Uneven load costs over {percent(COST_SHARE)} of the experts' time against {against}: "
         f"{in_one_line(layers)}.",
-        advice=f"Here the experts take {follows} (this explains {percent(model.held_out_r2 or 0.0)} of the "
-        f"variation of held-out calls): {remedy}.",
+        advice=f"Here the experts take {slopes_in_words(model)} (this explains "
+        f"{percent(model.held_out_r2 or 0.0)} of the variation of held-out calls): {remedy}.",
     )
 
 
@@ -152,8 +149,9 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
         value=gap_us / span_us,
         threshold=GAP_SHARE,
         cost_us=gap_us,
-        sentence=f"{percent(gap_us / span_us)} of the MoE blocks' device time{again} is gaps between kernels "
-        f"(threshold {percent(GAP_SHARE)}): {duration(gap_us)} of {duration(span_us)}.",
+        sentence=f"{percent(gap_us / span_us)} of the MoE blocks' time on the device, first kernel to "
+        f"last{again}, is gaps between kernels (threshold {percent(GAP_SHARE)}): {duration(gap_us)} of "
+        f"{duration(span_us)}.",
         advice=(loop if evidence.implementation == "eager" else "") + _LAUNCHES,
     )
 
@@ -171,8 +169,9 @@ def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
     if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
         return
     why = {
-        "memory": "Too few tokens per expert: reading the weights from memory binds. Larger batches help.",
-        "arithmetic": "Enough work per byte is there: look at the sizes per expert, and at the kernel.",
+        "memory": "Few tokens per expert: reading the weights from memory binds, and larger batches raise "
+        "the rate. What is above the roofline is the kernels': they read more slowly than the memory allows.",
+        "arithmetic": "Enough work per byte is there: look at the sizes per expert, and at the kernels.",
     }
     yield Finding(
         rule="far_from_peak",

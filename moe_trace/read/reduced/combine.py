@@ -57,7 +57,9 @@ def _gone(files: Sequence[Path]) -> list[str]:
     count = sum(is_reduced(file) and not os.path.exists(trace_of(file)) for file in files)
     if not count:
         return []
-    return [f"{count} of the {len(files)} traces are gone: these figures are from what they were reduced to"]
+    which = "the trace" if len(files) == 1 else f"{count} of {len(files)} traces"
+    are, they_were = ("is", "it was") if count == 1 else ("are", "they were")
+    return [f"{which} {are} gone: these figures are from what {they_were} reduced to"]
 
 
 def _loaded(

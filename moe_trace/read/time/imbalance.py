@@ -69,9 +69,24 @@ class LoadModel:
     """Part of the variation in time that the fit predicts in calls that it has not seen."""
 
 
-def unit_words(name: str) -> str:
-    """The words for a key of `us_per_unit`; keys keep the older name of an assignment."""
-    return name.replace("slots", "assignments")
+def slopes_in_words(model: LoadModel) -> str:
+    """`4.8 µs for each of the active experts`; keys of `us_per_unit` keep the older name of an assignment."""
+    return " and ".join(
+        f"{us:.3g} µs for each of the {name.replace('slots', 'assignments')}"
+        for name, us in model.us_per_unit.items()
+    )
+
+
+def saved_by(models: Sequence[LoadModel]) -> str:
+    """Why an uneven load saves time on this device; empty where it does not."""
+    model = next((model for model in models if model.verdict == "saves"), None)
+    if model is None:
+        return ""
+    outweighs = ", which outweighs its busiest one" if BUSIEST in model.us_per_unit else ""
+    return (
+        f"The experts take {slopes_in_words(model)}: an uneven load has fewer active experts, whose weights "
+        f"are read{outweighs}."
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ class _Rows:
         calls, forwards = self.calls, len(np.unique(self.calls.forward))
         layers = len(np.unique(calls.layer))
         if forwards < CALLS_MIN and (layers < 2 or (layers - 1) * forwards < CALLS_MIN):
-            return f"{forwards} calls; a fit needs {CALLS_MIN}: record more steps"
+            return f"{forwards} forward calls a layer; a fit needs {CALLS_MIN}: record more steps"
         experts = self.routers[0].num_experts
         if not (calls.figures[BUSIEST] * experts - calls.slots).any():
             return "the load was equal in every call: record text of several kinds"

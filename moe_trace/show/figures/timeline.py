@@ -40,7 +40,7 @@ def timeline_figure(
         f"pinch to zoom." + (joined if segments.joined_ns else ""),
         data=data if used else [],
         layout=_layout(sites, data, origin_ns, window_ns),
-        headings=("layer", "phase", "stretches", f"{_unit(clock)}s", "first starts µs", "last ends µs"),
+        headings=("layer", "part", "stretches", f"{_unit(clock)}s", "first starts µs", "last ends µs"),
         rows=_rows(lanes, segments, sites, origin_ns),
     )
 

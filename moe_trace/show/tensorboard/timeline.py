@@ -65,7 +65,7 @@ def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
         if total
     ]
     what = "kernel" if shown.clock == "device" else "operator"
-    headings = (what, "phase", "layers", "count", "total µs", "mean µs", "share")
+    headings = (what, "part", "layers", "count", "total µs", "mean µs", "share")
     table = {**plain_table(headings, rows), "more": max(0, len(work) - min(KERNELS_MAX, TABLE_ROWS_MAX))}
     return {"table": table, "total_us": total, "count": len(pieces.block), "what": what}
 

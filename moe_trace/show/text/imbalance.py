@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moe_trace.data.display.columns import text_table
 from moe_trace.data.display.tables import number, paragraph, share
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, unit_words
+from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, slopes_in_words
 
 _COMPARED = {
     "forwards and layers": "calls of the same layer and of the same forward are compared",
@@ -32,16 +32,15 @@ def _sentence(model: LoadModel) -> str:
         return f"Cost of imbalance: cannot tell ({model.reason})."
     if model.verdict == "no effect seen":
         return "Cost of imbalance: no effect on the experts' time is seen."
-    each = [f"{number(us)} µs for each of the {unit_words(name)}" for name, us in model.us_per_unit.items()]
     meaning = {
         "costs": "The busiest rank takes longer than the mean one"
         if model.comparison == "ranks"
         else "Uneven load costs time here",
-        "saves": "Uneven load saves time here: fewer experts' weights are read. Balance would cost it",
+        "saves": "Uneven load saves time here: fewer experts' weights are read. Even load would cost it",
     }[model.verdict]
     compared = _COMPARED[model.comparison or "trend"]
     return (
-        f"Cost of imbalance: the experts take {' and '.join(each)} ({compared}; "
+        f"Cost of imbalance: the experts take {slopes_in_words(model)} ({compared}; "
         f"that explains {share(model.held_out_r2)} of the variation in time of held-out calls). {meaning}."
     )
 

@@ -28,16 +28,20 @@ def _load_table(routers: Sequence[RouterSummary]) -> str:
     rows = [
         (
             label(router, 10),
-            *(router.calls, router.tokens),
-            *(load.max_over_mean, load.cv, router.chance.cv, load.gini, load.entropy, load.active_experts),
+            *(router.calls, router.tokens, load.max_over_mean, load.cv),
+            None if router.chance.says_nothing else router.chance.cv_clustered,
+            *(load.gini, load.entropy, load.active_experts),
             len(load.dead_experts) if router.chance.tells_dead else None,
         )
         for router in routers
         for load in (router.load,)
     ]
     title = (
-        "Load of the experts, forward calls (chance: CV of uniform routing; entropy: load entropy, 1 is even"
+        f"Load of the experts, forward calls (chance: CV of uniform routing, if {_ALIKE}; entropy: load "
+        "entropy, 1 is even"
     )
+    if any(router.chance.says_nothing for router in routers):
+        title += f"; chance: - below {2 * TOKENS_ALIKE} tokens, which say nothing"
     if not all(router.chance.tells_dead for router in routers):
         title += f"; dead: - below {ENOUGH_PER_EXPERT} assignments an expert"
     return text_table(headings, rows, title=f"{title})")
@@ -77,7 +81,7 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
     named = ", ".join(label(router) for router in worst[:_NAMED]) + (", …" if len(worst) > _NAMED else "")
     tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
     layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
-    worst_cv, by_chance = fixed(worst[0].load.cv, 3), fixed(worst[0].chance.cv, 3)
+    worst_cv, by_chance = fixed(worst[0].load.cv, 3), fixed(worst[0].chance.cv_clustered, 3)
     return [
         f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}; {_ALIKE}).",
         f"Most uneven: {named} ({tied}CV {worst_cv}, by chance {by_chance}).",

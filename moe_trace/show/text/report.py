@@ -67,7 +67,7 @@ def _facts(summary: Summary) -> str:
     facts = [f"{totals.routers} routers", f"{totals.calls:,} {forward}calls"]
     if totals.recomputed_calls:
         facts.append(f"{totals.recomputed_calls:,} recomputed calls (gradient checkpointing)")
-    facts += [_steps(totals.steps), f"{totals.tokens:,} routed tokens", f"{totals.assignments:,} assignments"]
+    facts += [_steps(summary), f"{totals.tokens:,} routed tokens", f"{totals.assignments:,} assignments"]
     if totals.skipped:
         facts.append(f"{totals.skipped:,} skipped assignments")
     if totals.padding_assignments:
@@ -77,5 +77,12 @@ def _facts(summary: Summary) -> str:
     return ", ".join(facts)
 
 
-def _steps(steps: int) -> str:
-    return f"{steps} {'step' if steps == 1 else 'steps'}"
+def _steps(summary: Summary) -> str:
+    """With the tokens of its forward calls, once for all layers, where the steps are of one stage."""
+    steps = summary.totals.steps
+    if isinstance(summary, TraceSummary) and summary.stages:
+        return f"{steps} {'step' if steps == 1 else 'steps'}"
+    tokens = max((router.tokens for router in summary.routers), default=0)
+    mean = tokens / steps if steps else 0.0
+    each = f" of {mean:,.{0 if mean.is_integer() else 1}f} token{'' if mean == 1 else 's'}" if steps else ""
+    return f"{steps} {'step' if steps == 1 else 'steps'}{each}"

@@ -98,7 +98,7 @@ function metrics(answer, context) {
   return el("section", {class: "panel", "data-figure": "changes"},
     el("h2", {}, "Figures, with ", term("interval")),
     el("p", {class: "soft"}, `${answer.changed} of ${answer.metrics} metrics changed beyond noise. `
-      + "Latencies and phases are in µs."),
+      + "Times are in µs."),
     el("div", {class: "tools"}, select("Layers",
       answer.sites.map((site) => [site, site === "all" ? "all together" : site]), answer.site,
       (site) => context.go({site}))),

@@ -104,7 +104,7 @@ class Timeline {
       + `${round(end)} µs; together they take ${round(answer.total_us)} µs.`;
     clear(this.kernels).append(el("h2", {}, answer.what === "kernel" ? "Kernels in the range" : "Operators in the range"),
       el("p", {class: "soft", role: "status"}, words));
-    if (answer.count) this.kernels.append(table(answer.table, "Time by name and phase"));
+    if (answer.count) this.kernels.append(table(answer.table, "Time by name and part"));
     this.kernels.dataset.range = `${start} ${end}`;
   }
 }
