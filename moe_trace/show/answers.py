@@ -33,10 +33,10 @@ def _one(answer: Answer) -> str:
 
 
 def _share_rows(answer: Answer) -> str:
-    headings = ("part", "MoE", "router", "router of MoE", "ms a step", "µs a token", "µs a call")
+    headings = ("part", "MoE", "router", "router/MoE", "ms a step", "µs a token", "µs a call")
     rows = [
         [
-            row["part"] + " with recompute" * (row["passes"] == ["recompute", "backward"]),
+            ", ".join(row["passes"]) if row["part"] == "backward" else row["part"],
             share(row["moe_of_model"]),
             share(row["router_of_model"]),
             share(row["router_of_moe"]),

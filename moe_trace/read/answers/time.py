@@ -123,7 +123,7 @@ def balance(part: TraceSummary) -> dict[str, Any]:
     else:
         sentence = (
             f"Nothing: it would cost {each(-cost, part)}{of_moe}, were each load as even as the evenest of "
-            f"the trace. {saved_by(part.load_models)}"
+            f"the trace. Here {saved_by(part.load_models)}"
         )
     rows = tuple(
         {"layer": one.site, "us_per_call": one.cost_us, "low_us": one.low_us, "high_us": one.high_us}

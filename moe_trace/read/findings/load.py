@@ -79,8 +79,8 @@ def _advice_of_load(evidence: RuleInput) -> str:
         return "What that costs on this device is the finding on imbalance."
     if "saves" in verdicts:
         return (
-            f"On this device it saves time. {saved_by(evidence.load_models)} Compare other text before you "
-            "change the model for it."
+            f"On this device an uneven load saves time: {saved_by(evidence.load_models)} Compare other text "
+            "before you change the model for it."
         )
     return "Whether that costs time on this device, the trace does not tell; compare other text first."
 

@@ -141,7 +141,6 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
     gap_us = sum(block.device_gap_us or 0.0 for block in blocks)
     if not span_us or gap_us / span_us <= GAP_SHARE:
         return
-    again = " (forward and recomputed calls)" if len(blocks) > 1 else ""
     loop = "The loop over experts launches kernels for each of them: try grouped_mm. "
     yield Finding(
         rule="launch_gaps",
@@ -150,10 +149,14 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
         threshold=GAP_SHARE,
         cost_us=gap_us,
         sentence=f"{percent(gap_us / span_us)} of the MoE blocks' time on the device, first kernel to "
-        f"last{again}, is gaps between kernels (threshold {percent(GAP_SHARE)}): {duration(gap_us)} of "
-        f"{duration(span_us)}.",
+        f"last{_again(evidence.phases)}, is gaps between kernels (threshold {percent(GAP_SHARE)}): "
+        f"{duration(gap_us)} of {duration(span_us)}.",
         advice=(loop if evidence.implementation == "eager" else "") + _LAUNCHES,
     )
+
+
+def _again(report: PhaseReport | None) -> str:
+    return " (forward and recomputed calls)" if report is not None and report.total.recompute else ""
 
 
 _LAUNCHES = (
@@ -179,8 +182,8 @@ def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
         value=rate.share_of_peak,
         threshold=PEAK_SHARE,
         cost_us=rate.above_roofline_us,
-        sentence=f"The experts' products reach {percent(rate.share_of_peak)} of the device's peak FLOP/s "
-        f"(threshold {percent(PEAK_SHARE)})"
+        sentence=f"The experts' products{_again(evidence.phases)} reach {percent(rate.share_of_peak)} of the "
+        f"device's peak FLOP/s (threshold {percent(PEAK_SHARE)})"
         + (
             f", and take {duration(rate.above_roofline_us)} more than the roofline allows."
             if rate.above_roofline_us is not None

@@ -82,11 +82,10 @@ def saved_by(models: Sequence[LoadModel]) -> str:
     model = next((model for model in models if model.verdict == "saves"), None)
     if model is None:
         return ""
-    outweighs = ", which outweighs its busiest one" if BUSIEST in model.us_per_unit else ""
-    return (
-        f"The experts take {slopes_in_words(model)}: an uneven load has fewer active experts, whose weights "
-        f"are read{outweighs}."
-    )
+    why = "an uneven load has fewer of them, whose weights are read"
+    if BUSIEST in model.us_per_unit:
+        why = "what fewer active experts save is more than what the busiest one adds"
+    return f"the experts take {slopes_in_words(model)}, and {why}."
 
 
 @dataclass(frozen=True)
