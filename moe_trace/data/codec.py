@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -38,7 +38,6 @@ from moe_trace.data.schema import (
     RangeKind,
     Recording,
     RouterInfo,
-    RoutingSample,
     Span,
 )
 
@@ -251,8 +250,3 @@ def _require_finite(column: np.ndarray, there: list[bool]) -> None:
     """The recorder writes no NaN and no infinity; a file that has them was changed."""
     if not np.isfinite(column[there]).all():
         raise ValueError("expected finite numbers, found others")
-
-
-def with_samples(recording: Recording, samples: tuple[RoutingSample, ...], lost: Lost) -> Recording:
-    """The same recording with other samples and losses."""
-    return replace(recording, samples=samples, lost=lost)

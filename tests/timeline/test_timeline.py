@@ -191,10 +191,13 @@ def test_what_two_tracers_lost_is_added_up(tmp_path: Path) -> None:
     prof = profiled(tiny_olmoe())
     prof.export_chrome_trace(str(path))
     recording = prof.tracer.recording()
-    both = [replace(recording, lost=Lost(unreduced=n, padding_unknown=2 * n)) for n in (1, 10)]
+    names = ("unreduced", "padding_unknown", "overwritten", "silent_forwards")
+    both = [
+        replace(recording, lost=Lost(**{name: n * (1 + i) for i, name in enumerate(names)})) for n in (1, 10)
+    ]
     merge_recording(path, both)
     lost = recording_in(json.loads(path.read_bytes()))["lost"]
-    assert (lost["unreduced"], lost["padding_unknown"]) == (11, 22)
+    assert [lost[name] for name in names] == [11, 22, 33, 44]
 
 
 def test_a_trace_that_another_tool_saved_is_merged_again(
@@ -335,6 +338,18 @@ def test_optional_tracks(tmp_path: Path) -> None:
     sample = prof.tracer.samples()[0]
     assert list(stacked[0]["args"].values()) == sample.assignments.tolist()
     assert set(stacked[1]["args"].values()) == {0}
+
+
+def test_experts_behind_their_block_are_not_the_calls() -> None:
+    """Somebody else may run them, as a test of the experts alone does."""
+    sample = _moved(profiled(tiny_olmoe(), steps=1).tracer.samples()[0], start_ns=110_000, thread=7)
+    router = RangeEvent("router", sample.site, Span(100.0, 50.0), 1, 7, None, False)
+    experts = RangeEvent("experts", sample.site, Span(400.0, 50.0), 1, 7, None, False)
+    for block_us, found in ((200.0, {"router", "block"}), (400.0, {"router", "block", "experts"})):
+        block = RangeEvent("block", sample.site, Span(90.0, block_us), 1, 7, None, False)
+        placed = place_samples([sample], [block, router, experts], base_time_ns=0, window=None)
+        placement = placed.samples[0].placement
+        assert placement is not None and set(placement.host) == found
 
 
 def test_device_spans_are_those_of_the_same_external_id() -> None:

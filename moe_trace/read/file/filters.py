@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_trace.data.errors import UsageError
-from moe_trace.data.schema import Recording, RouterInfo, RoutingSample, Stage
+from moe_trace.data.schema import Recording, RouterInfo, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,6 @@ class Filter:
     def takes_router(self, router: RouterInfo) -> bool:
         """Whether the router is among the selected."""
         return not self.layers or bool({str(router.layer), router.site, router.name} & self.layers)
-
-    def takes_sample(self, sample: RoutingSample) -> bool:
-        """Whether the call is of a selected step and stage."""
-        return self.takes_time(sample.step, sample.stage)
 
     def takes_time(self, step: int, stage: Stage) -> bool:
         """Whether the filter selects that stage of that step."""

@@ -57,11 +57,6 @@ class Collective:
         return _bytes(self.facts.elements_in, self.facts.item_bytes)
 
     @property
-    def bytes_out(self) -> int | None:
-        """Bytes that come out of it, this rank's own part included."""
-        return _bytes(self.facts.elements_out, self.facts.item_bytes)
-
-    @property
     def time_ns(self) -> int | None:
         """How long it took; None where its work is not known: the call itself only queues it."""
         return None if self.work_ns is None else self.work_ns[1] - self.work_ns[0]

@@ -30,7 +30,7 @@ def expert_heat_map(summary: Summary) -> Figure:
     """Layers x experts: each expert's assignments over the mean of its layer."""
     routers = [r for r in summary.routers if sum(r.assignments)]
     experts = max((len(r.assignments) for r in routers), default=0)
-    overall = [_relative(np.array(r.assignments), experts) for r in routers]
+    overall = [equal_share_row(np.array(r.assignments), experts) for r in routers]
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.calls, routers, experts)
@@ -90,11 +90,12 @@ def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
     )
 
 
-def _relative(counts: np.ndarray, experts: int) -> list[float | None]:
-    total = int(counts.sum())
-    row: list[float | None] = [None] * experts
+def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
+    """Multiples of an equal share, None beyond the layer's own experts."""
+    total = int(load_E.sum())
+    row: list[float | None] = [None] * width
     if total:
-        row[: len(counts)] = [round(float(c) * len(counts) / total, 4) for c in counts]
+        row[: len(load_E)] = np.round(load_E * (len(load_E) / total), 4).tolist()
     return row
 
 
@@ -105,9 +106,9 @@ def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: in
     sizes = [len(router.assignments) for router in routers]
     return [
         Frame(
-            label=_step_label(steps[part]),
+            label=step_label(int(steps[part[0]]), int(steps[part[-1]])),
             z=[
-                [*_relative(row[:size], size), *[None] * (experts - size)]
+                equal_share_row(row[:size], experts)
                 for row, size in zip(counts_SLE[part].sum(0), sizes, strict=True)
             ],
         )
@@ -115,6 +116,6 @@ def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: in
     ]
 
 
-def _step_label(group: np.ndarray) -> str:
-    first, last = int(group[0]), int(group[-1])
+def step_label(first: int, last: int) -> str:
+    """`step 3`, `steps 3 to 5`."""
     return f"step {first}" if first == last else f"steps {first} to {last}"

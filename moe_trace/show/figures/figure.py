@@ -82,6 +82,20 @@ def rows_px(rows: int) -> int:
     return rows * max(ROW_MIN_PX, min(ROW_PX, ROWS_MAX_PX // max(1, rows)))
 
 
+def bars(
+    name: str, x: Sequence[str], y: Sequence[float | None], colour: str, hover: str, **more: Any
+) -> Spec:
+    """A bar for each of `x`; `hover` is what a pointer on one shows."""
+    spec: Spec = {"type": "bar", "name": name, "x": [safe(label) for label in x], "y": y}
+    return {**spec, "marker": {"color": colour}, "hovertemplate": hover, **more}
+
+
+def bars_layout(unit: str, height: int, **more: Any) -> Spec:
+    """Of figures with a bar, or a group of them, a layer."""
+    yaxis = {"title": {"text": unit}, "rangemode": "tozero"}
+    return {"xaxis": layer_columns(), "yaxis": yaxis, "height": height, **more}
+
+
 def layer_columns() -> Spec:
     """The horizontal axis of figures with a bar a layer; names are left out where they would not fit."""
     return {"type": "category", "nticks": 32}

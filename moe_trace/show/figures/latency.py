@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.figure import Figure, Spec, layer_columns, safe
+from moe_trace.show.figures.figure import Figure, Spec, bars_layout, safe
 
 CLOCKS = (
     ("host", "host", "#0072B2"),
@@ -19,7 +19,7 @@ CLOCKS = (
 def latency(summary: TraceSummary) -> Figure:
     """Router latency per layer."""
     routers = [r for r in summary.routers if r.latency.host is not None]
-    sites = [safe(r.info.site) for r in routers]
+    sites = [r.info.site for r in routers]
     data, columns = [], []
     for title, name, colour in CLOCKS:
         found = [getattr(r.latency, name) for r in routers]
@@ -37,12 +37,7 @@ def latency(summary: TraceSummary) -> Figure:
         caption="One call of the router. Host: its range. Device span: first to last kernel, gaps included. "
         "Device busy: the kernels alone. Whiskers reach to the 95th percentile.",
         data=data,
-        layout={
-            "barmode": "group",
-            "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "µs"}, "rangemode": "tozero"},
-            "height": 360,
-        },
+        layout=bars_layout("µs", 360, barmode="group"),
         headings=("layer", "calls", *headings),
         rows=rows,
     )
@@ -53,7 +48,7 @@ def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution |
     return {
         "type": "bar",
         "name": name,
-        "x": sites,
+        "x": [safe(site) for site in sites],
         "y": [d.p50 if d is not None else None for d in found],
         "error_y": {
             "type": "data",

@@ -14,7 +14,8 @@ from moe_trace.show.figures.figure import (
     Cell,
     Figure,
     Spec,
-    layer_columns,
+    bars,
+    bars_layout,
     layers_axis,
     rows_px,
     safe,
@@ -145,24 +146,12 @@ def exchange_bars(report: RankReport) -> Figure:
         caption=f"Time of the collectives in the MoE layers, over all ranks and calls, by {clock}. Waiting: "
         "from a rank's arrival to that of the last. GB/s: bytes that leave the rank ÷ time without waiting.",
         data=[
-            {
-                "type": "bar",
-                "name": name,
-                "x": [safe(site) for site in sites],
-                "y": values,
-                "marker": {"color": colour},
-                "hovertemplate": f"%{{x}}: %{{y:,.1f}} µs {name}<extra></extra>",
-            }
+            bars(name, sites, values, colour, f"%{{x}}: %{{y:,.1f}} µs {name}<extra></extra>")
             for name, values, colour in (("moving", moving, MOVING), *names)
         ]
         if sites
         else [],
-        layout={
-            "barmode": "stack",
-            "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "µs"}, "rangemode": "tozero"},
-            "height": 320,
-        },
+        layout=bars_layout("µs", 320, barmode="stack"),
         headings=("layer", "part", "rank", "calls", "bytes", "bytes leaving", "time µs", "wait µs", "GB/s"),
         rows=[_exchange_row(one) for one in report.exchanges],
     )

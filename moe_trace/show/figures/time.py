@@ -11,7 +11,7 @@ from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, layer_columns, safe
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, bars, bars_layout, layer_columns
 from moe_trace.show.figures.latency import latency
 
 Clock = Literal["device", "host"]
@@ -57,31 +57,23 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
         title=f"Breakdown of an MoE call, {part}, {clock} time",
         caption=f"Mean time in {of} of one {_CALL[part]}."
         + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
-        data=[_phase_bar(name, report.layers, rows) for name in names],
-        layout={
-            "barmode": "stack",
-            "legend": {"traceorder": "normal"},
-            "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "µs a call"}},
-            "height": 340,
-        },
+        data=[
+            bars(
+                name,
+                [layer.site for layer in report.layers],
+                [round(row[name], 3) for row in rows],
+                PHASE_COLOURS[name],
+                f"%{{x}} {name}: %{{y:.1f}}<extra></extra>",
+            )
+            for name in names
+        ],
+        layout=bars_layout("µs a call", 340, barmode="stack", legend={"traceorder": "normal"}),
         headings=("layer", "calls", *(f"{name} µs" for name in names)),
         rows=[
             (layer.site, layer.count(part), *(row[name] for name in names))
             for layer, row in zip(report.layers, rows, strict=True)
         ],
     )
-
-
-def _phase_bar(name: str, layers: Sequence[LayerPhases], rows: Sequence[dict[str, float]]) -> Spec:
-    return {
-        "type": "bar",
-        "name": name,
-        "x": [safe(layer.site) for layer in layers],
-        "y": [round(row[name], 3) for row in rows],
-        "marker": {"color": PHASE_COLOURS[name]},
-        "hovertemplate": f"%{{x}} {name}: %{{y:.1f}}<extra></extra>",
-    }
 
 
 def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
@@ -109,18 +101,16 @@ def launch_gaps(report: PhaseReport) -> Figure:
     for clock in clocks:
         pairs = [_gap_and_whole(layer, clock) for layer in report.layers]
         shares = [gap / whole if whole else 0.0 for gap, whole in pairs]
-        columns.append(
-            [(gap / max(1, layer.calls), share) for (gap, _), layer, share in _zip3(pairs, report, shares)]
-        )
+        mean_us = [gap / max(1, layer.calls) for (gap, _), layer in zip(pairs, report.layers, strict=True)]
+        columns.append(list(zip(mean_us, shares, strict=True)))
         data.append(
-            {
-                "type": "bar",
-                "name": clock,
-                "x": [safe(layer.site) for layer in report.layers],
-                "y": [round(share, 5) for share in shares],
-                "marker": {"color": BUSY if clock == "device" else HOST},
-                "hovertemplate": f"%{{x}} {clock}: %{{y:.1%}} of the block<extra></extra>",
-            }
+            bars(
+                clock,
+                [layer.site for layer in report.layers],
+                [round(share, 5) for share in shares],
+                BUSY if clock == "device" else HOST,
+                f"%{{x}} {clock}: %{{y:.1%}} of the block<extra></extra>",
+            )
         )
     return Figure(
         key="gaps",
@@ -143,12 +133,6 @@ def launch_gaps(report: PhaseReport) -> Figure:
     )
 
 
-def _zip3(
-    pairs: list[tuple[float, float]], report: PhaseReport, shares: list[float]
-) -> list[tuple[tuple[float, float], LayerPhases, float]]:
-    return list(zip(pairs, report.layers, shares, strict=True))
-
-
 def passes_side_by_side(report: PhaseReport) -> Figure:
     """Work of each layer's call: forward, computed again under checkpointing, backward."""
     clock = _clocks(report)[0]
@@ -167,30 +151,23 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
         "found by the profiler's forward-backward links; the backward of matrix products costs twice their "
         "forward."
         + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
-        data=[_pass_bar(part, report.layers, values[part]) for part in parts],
-        layout={
-            "barmode": "group",
-            "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "µs a call"}},
-            "height": 300,
-        },
+        data=[
+            bars(
+                part,
+                [layer.site for layer in report.layers],
+                [round(value, 3) for value in values[part]],
+                _PASS_COLOURS[part],
+                f"%{{x}} {part}: %{{y:.1f}} µs<extra></extra>",
+            )
+            for part in parts
+        ],
+        layout=bars_layout("µs a call", 300, barmode="group"),
         headings=("layer", *(f"{part} µs" for part in parts), "backward÷forward"),
         rows=[
             (layer.site, *us, us[-1] / us[0] if us[0] else None)
             for layer, *us in zip(report.layers, *values.values(), strict=True)
         ],
     )
-
-
-def _pass_bar(part: Pass, layers: Sequence[LayerPhases], values: Sequence[float]) -> Spec:
-    return {
-        "type": "bar",
-        "name": part,
-        "x": [safe(layer.site) for layer in layers],
-        "y": [round(value, 3) for value in values],
-        "marker": {"color": _PASS_COLOURS[part]},
-        "hovertemplate": f"%{{x}} {part}: %{{y:.1f}} µs<extra></extra>",
-    }
 
 
 def latency_distribution(summary: TraceSummary) -> Figure:

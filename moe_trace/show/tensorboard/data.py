@@ -12,7 +12,7 @@ from moe_trace.data.errors import MoETraceError
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.lanes import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
-from moe_trace.show.figures.expert_heat_map import expert_heat_map
+from moe_trace.show.figures.expert_heat_map import expert_heat_map, step_label
 from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
@@ -21,7 +21,7 @@ from moe_trace.show.tensorboard.comparison import comparison
 from moe_trace.show.tensorboard.overview import in_graphs, overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
-from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers, step_label
+from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers
 from moe_trace.show.tensorboard.store import Store
 from moe_trace.show.tensorboard.timeline import kernels, timeline
 from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key, plain_figure
@@ -160,7 +160,7 @@ class Dashboard:
         label = (
             "all steps"
             if (first, last) == (0, len(counts.steps) - 1)
-            else step_label(counts.steps, first, last)
+            else step_label(int(counts.steps[first]), int(counts.steps[last]))
         )
         found = layer_figures(one, counts.between(first, last)[index], label)
         place = f"{path_of(part.stage)}routers.{part.summary.routers.index(router)}"

@@ -11,6 +11,7 @@ from moe_trace.data.display.columns import number_text
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.show.figures.expert_heat_map import equal_share_row
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_table
 
 
@@ -35,15 +36,6 @@ class StepCounts:
 def loaded_routers(summary: TraceSummary) -> list[RouterSummary]:
     """Those that assigned anything."""
     return [router for router in summary.routers if sum(router.assignments)]
-
-
-def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
-    """Multiples of an equal share, None beyond the layer's own experts."""
-    total = int(load_E.sum())
-    row: list[float | None] = [None] * width
-    if total:
-        row[: len(load_E)] = np.round(load_E * (len(load_E) / total), 4).tolist()
-    return row
 
 
 def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> JsonDict:
@@ -93,8 +85,3 @@ def layer_facts(router: RouterSummary, place: str) -> list[JsonDict]:
         for label, path, value in numbers
         if value is not None
     ]
-
-
-def step_label(steps: np.ndarray, first: int, last: int) -> str:
-    """`step 3`, `steps 3 to 5`."""
-    return f"step {steps[first]}" if first == last else f"steps {steps[first]} to {steps[last]}"
