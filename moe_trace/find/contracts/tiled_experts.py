@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moe_trace.find.contracts.contract import AdapterMismatch
 from moe_trace.find.contracts.overhead import overhead_range
@@ -36,6 +37,15 @@ def combined_choice(
         if sum(slots) == top_k or len(set(slots)) > 1:
             return _joined(choices, dim=1)
         return _slots_of_any(choices, experts)
+
+
+def with_skipped(index: Tensor, weights: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """[tokens, K] of index and weights of fewer tokens: the others were dropped, their slots are skipped."""
+    dropped = tokens - index.shape[0]
+    with overhead_range():
+        return functional.pad(index, (0, 0, 0, dropped), value=-1), functional.pad(
+            weights, (0, 0, 0, dropped)
+        )
 
 
 def _joined(choices: Sequence[tuple[Tensor, Tensor]], *, dim: int) -> tuple[Tensor, Tensor]:

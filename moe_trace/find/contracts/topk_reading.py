@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.contracts.modules import described, require_2d, unwrapped
 from moe_trace.find.contracts.overhead import overhead_range
-from moe_trace.find.contracts.tiled_experts import combined_choice
+from moe_trace.find.contracts.tiled_experts import combined_choice, with_skipped
 
 # The name of the second argument of an experts module's forward, in every family of transformers 5 whose
 # index is [T, K]. (`router_mask`, NLLB's, is a mask over all experts.)
@@ -47,13 +47,20 @@ def _logits(call: Call) -> Any:
 def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
     """The same step by step, so that what does not fit can be named."""
     index, weights = _choice(call)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] < index.shape[0]:
         raise AdapterMismatch(
             f"expected logits [T, E] beside an index [T, K], found {described(logits)} and {described(index)}"
         )
     if not logits.is_floating_point():
         raise AdapterMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
-    return RouterOutput(index, weights, logits)
+    return _of_all_tokens(index, weights, logits)
+
+
+def _of_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutput:
+    """Where the experts were given fewer tokens than the router, nothing tells which logits are theirs."""
+    if logits.shape[0] <= index.shape[0]:
+        return RouterOutput(index, weights, logits)
+    return RouterOutput(*with_skipped(index, weights, logits.shape[0]), None)
 
 
 def read_without_logits(call: Call) -> RouterOutput:
@@ -67,7 +74,7 @@ def read_watched_logits(call: Call) -> RouterOutput:
     index, weights = _choice(call)
     if not isinstance(logits, Tensor):
         return RouterOutput(index, weights, None)
-    return RouterOutput(index, weights, logits.reshape(-1, logits.shape[-1]))
+    return _of_all_tokens(index, weights, logits.reshape(-1, logits.shape[-1]))
 
 
 def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:

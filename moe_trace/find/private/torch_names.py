@@ -74,7 +74,6 @@ _modes: Callable[[], list[Any]] = _named("utils._python_dispatch._get_current_di
 _no_modes: Callable[[], AbstractContextManager[Any]] | None = _named(
     "utils._python_dispatch._disable_current_modes"
 )
-_no_functions: Callable[[], AbstractContextManager[Any]] = _named("_C.DisableTorchFunction") or nullcontext
 
 
 def outside_modes() -> AbstractContextManager[Any]:
@@ -89,11 +88,12 @@ def outside_modes() -> AbstractContextManager[Any]:
     return (_no_modes or nullcontext)()
 
 
-def outside_functions() -> AbstractContextManager[Any]:
-    """The same for modes and subclasses that override torch's functions, such as a default device."""
-    return _no_functions()
-
-
+outside_functions: Callable[[], AbstractContextManager[Any]] = (
+    _named("_C.DisableTorchFunction") or nullcontext
+)
+"""The same for modes and subclasses that override torch's functions, such as a default device."""
+count_function_modes: Callable[[], int] = _named("_C._len_torch_function_stack") or (lambda: 0)
+"""How many modes of the user's see what is called of torch now, attributes of tensors included."""
 tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
 """Not None where `torch.jit.trace` makes a program of what the calling thread computes."""
 

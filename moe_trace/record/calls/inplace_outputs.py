@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,8 @@ class TensorCopies:
         """By address of its storage."""
         self._of_call: dict[int, Tensor] = {}
         self._noted: list[tuple[Tensor, int]] = []
+        self._received: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        """By thread: tensors that the experts under way were given, and copies of them."""
 
     @property
     def learning(self) -> bool:
@@ -49,6 +52,19 @@ class TensorCopies:
         self._of_call = {}
         return self.copy(output)
 
+    def receive(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Experts are about to be given these, and may write into them."""
+        self._received.pop(get_ident(), None)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        copies = [(value, self.copy(value)) for value in given]
+        self._received[get_ident()] = copies
+
+    def received(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Copies of what the experts that return now were given."""
+        copies = self.copy(args), {name: self.copy(value) for name, value in kwargs.items()}
+        self._received.pop(get_ident(), None)
+        return copies
+
     def copy(self, value: Any) -> Any:
         """A copy of a tensor, or of the tensors of a tuple; the value itself where it cannot be copied."""
         if is_compiling() or tracing_state() is not None:
@@ -64,6 +80,9 @@ class TensorCopies:
             return tuple(map(self._copy, value))
         if not isinstance(value, Tensor):
             return value
+        for given, copied in self._received.get(get_ident(), ()):
+            if given is value:
+                return copied
         if not self.static:
             self._look_at(value.detach())
         return value.detach().clone()

@@ -27,7 +27,7 @@ def apart() -> Iterator[None]:
     A policy of selective checkpointing is such a mode: it numbers the operators of a forward, and an
     operator more in the forward than in its recomputation would make it return another's output.
     """
-    with torch.no_grad(), outside_functions(), outside_modes():
+    with outside_functions(), torch.no_grad(), outside_modes():
         yield
 
 

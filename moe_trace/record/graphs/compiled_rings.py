@@ -202,6 +202,8 @@ class ModelRings:
 
     def end_in_graph(self, level: int) -> None:
         """It has returned, inside a graph or behind one that was broken off."""
+        if is_exporting():
+            return
         with torch.no_grad():
             self.in_graph.end(level)
 

@@ -27,6 +27,9 @@ class TracedSite:
         self._site = site
         self._read = site.read
         self._fused_block = site.read_block is not None
+        self._calls_experts = site.experts is not None
+        """Not asked of the site: to dynamo, and in an exported program, a module has the name by which it was
+        reached first."""
         self.call: Call | None = None
         """None again before the graph ends: what is kept beyond it, the graph would have to return."""
         self._wrote = False
@@ -44,7 +47,7 @@ class TracedSite:
         """The router returned; the call ends here if no experts module follows."""
         if self.call is not None and output is not None:
             self.call.router_output = output
-            if self._site.experts is None:
+            if not self._calls_experts:
                 self._write()
 
     def after_watched(self, output: Any) -> None:

@@ -81,6 +81,8 @@ class EventChecks:
             # Kept until the backward ends, it would keep the activations of a recomputed layer alive.
             with apart():
                 event = (event[0], thread, *map(_detached, event[2:]))
+            if kind == EXPERTS:
+                event = (*event[:4], (*(event[4] or (None, None)), True))
             if not self._awaits_backward:
                 self._awaits_backward = True
                 after_backward(self._end_backward)  # else the next forward ends them

@@ -7,17 +7,20 @@ each module that a forward may begin with is hooked; the outermost one that is c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.find.private.torch_names import count_function_modes, outside_functions
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.graphs.compiled import give_stable_id
 
 Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
+_NOTHING = nullcontext()
 End = Callable[["ModelEntry", Any], None]
 
 
@@ -54,15 +57,17 @@ class ModelEntry(HookOwner):
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         """Forward pre-hook."""
-        if module is self.module:
-            self._begin(self, args, kwargs or {}, False)
-        elif not detach_if_copy(module, self.module):
-            self._begin(self, args, kwargs or {}, True)
+        replica = module is not self.module
+        if replica and detach_if_copy(module, self.module):
+            return
+        with outside_functions() if count_function_modes() else _NOTHING:
+            self._begin(self, args, kwargs or {}, replica)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
         if module is self.module or not detach_if_copy(module, self.module):
-            self._end(self, output)
+            with outside_functions() if count_function_modes() else _NOTHING:
+                self._end(self, output)
 
 
 def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:

@@ -22,7 +22,8 @@ ROUTER = 1
 WATCHED = 2
 """(output, None, None): see `Found.watched`."""
 EXPERTS = 3
-"""(arguments, keyword arguments, None or (`DispatchInfo`, mark)): the experts received these."""
+"""(arguments, keyword arguments, None or (`DispatchInfo`, mark) and, in a backward, True): the experts
+received these."""
 BLOCK = 4
 """(time in ns, None, None): the block that holds the router is called."""
 BLOCK_END = 5

@@ -78,7 +78,7 @@ class SiteObserver(HookOwner):
         )
         self._traced = TracedSite(site, rings)
         self._captures = captures
-        self._capturing = False
+        self._capturing = self._cuda = False
         self._expert_marks: dict[int, Any] = {}
         self._ranges = ranges
         self._clock = clock
@@ -86,7 +86,6 @@ class SiteObserver(HookOwner):
         self._router_range, self._experts_range, self._block_range = (
             range_name(kind, site.site) for kind in ("router", "experts", "block")
         )
-        self._cuda = False
         self._of_block = (False, False)
         """Whether the block is observed, and whether it is read; else it is a range alone."""
 
@@ -138,13 +137,19 @@ class SiteObserver(HookOwner):
 
     def _trimmed(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of experts without those that reading does not need, copied where they must be."""
-        if not self._keeps_arguments:
-            args = (None, *args[1:])
-            kwargs = {k: (None if k == "hidden_states" else v) for k, v in kwargs.items()}
-        if self.copies is not None:
-            args = self.copies.copy(args)
-            kwargs = {k: self.copies.copy(v) for k, v in kwargs.items()}
-        return args, kwargs
+        args, kwargs = self._needed(args, kwargs)
+        return (args, kwargs) if self.copies is None else self.copies.received(args, kwargs)
+
+    def _needed(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._keeps_arguments:
+            return args, kwargs
+        return (None, *args[1:]), {k: (None if k == "hidden_states" else v) for k, v in kwargs.items()}
+
+    def _before_copied(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        """On the experts behind all other hooks, while what they are given is copied."""
+        if is_dynamo_compiling() or self._capturing or self.copies is None:
+            return
+        self.copies.receive(*self._needed(args, kwargs or {}))
 
     def _adopt_traced(self) -> None:
         """The router ran inside compiled code and its experts do not: it has no time of its own."""
@@ -246,8 +251,6 @@ class SiteObserver(HookOwner):
             args = (None, *args[1:])
         extra = None if sending is None and mark is None else (sending, mark)
         self._log.note((self._experts, thread, args, given, extra))
-
-    # -- the block ------------------------------------------------------------------------------------
 
     def _before_block(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():

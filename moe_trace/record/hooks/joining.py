@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from moe_trace.find.contracts import Call
@@ -33,6 +34,8 @@ class ExpertsCall:
     kwargs: dict[str, Any]
     sending: Any = None
     mark: Any = None
+    recomputed: bool = False
+    """Where its router is not called again with it, it belongs to a decision of the forward."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,20 +75,29 @@ class CallJoiner:
     """Turns events into router calls, in the order in which the routers were called.
 
     Args:
-        needs_experts: of each site, whether its experts are a module whose call ends the decision.
+        experts: of each site, the module whose call ends the decision; None where there is none.
         context_of: the forward that a thread is in, for the first event of a call.
         orphan: told the site of each experts call that belongs to no router call.
     """
 
     def __init__(
         self,
-        needs_experts: Sequence[bool],
+        experts: Sequence[object],
         *,
         context_of: Callable[[int], ForwardContext],
         orphan: Callable[[int], None],
     ) -> None:
-        self.states = [SiteState() for _ in needs_experts]
-        self._needs_experts = needs_experts
+        self.states = [SiteState() for _ in experts]
+        self._needs_experts = [one is not None for one in experts]
+        self._sharing = [
+            [
+                site
+                for site, other in enumerate(experts)
+                if other is one and experts.count(one) > 1 and one is not None
+            ]
+            for one in experts
+        ]
+        """Of each site, all that call the same experts as it, if there are others."""
         self._context_of = context_of
         self._orphan = orphan
         self._open: dict[tuple[int, int], RouterCall] = {}
@@ -139,6 +151,9 @@ class CallJoiner:
     def _experts(self, site: int, thread: int, experts: ExpertsCall) -> None:
         self.states[site].experts_called = True
         call = self._open.get((site, thread))
+        called = [c for s in self._sharing[site] if (c := self._open.get((s, thread))) and c.returned]
+        if called and max(called, key=attrgetter("end_ns")) is not call:
+            return  # its hooks see the calls of other layers too
         if call is None or not call.returned:
             call = self._router_of(site, experts)
         if call is None:
@@ -232,7 +247,7 @@ class CallJoiner:
                 call.experts.append(experts)
             elif keep:
                 self._orphans.append((site, experts))
-            else:
+            elif not experts.recomputed:
                 self._orphan(site)
 
     def forget(self, thread: int) -> None:

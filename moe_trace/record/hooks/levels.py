@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,6 +34,8 @@ class HookLevels:
         self._installed: list[int] = []
         """How many hooks each router had when ours were put on."""
         self._lock = threading.RLock()
+        self.on_others: Callable[[], object] = lambda: None
+        """Told that somebody put hooks on a router, or took them off."""
 
     def set(self, level: Level) -> None:
         """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
@@ -42,6 +44,8 @@ class HookLevels:
             self.kept or level == Level.OFF or list(map(len, self._router_hooks)) == self._installed
         ):
             return
+        if level == self.level:
+            self.on_others()
         self.level = level
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):

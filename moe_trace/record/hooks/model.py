@@ -64,6 +64,7 @@ class ModelHooks:
             recorder=recorder,
             clock=clock,
         )
+        self._levels.on_others = self.calls.forget_plans
         self._entries = [
             ModelEntry(module, level, begin=self.watch.begin, end=self.watch.end)
             for module, level in entry_modules(model, sites)

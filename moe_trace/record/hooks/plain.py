@@ -112,7 +112,8 @@ class PlainForwards:
             self._counting = plan
             plan.first = tuple([self._counts[index].recorded for index in plan.indices])
         try:
-            tokens = {tensor.shape[0] for tensor in columns[0][:: len(plan.indices)]}
+            first_calls = [column[:: len(plan.indices)] for column in (columns[0], columns[-1])]
+            tokens = {tensor.shape[0] for tensor in chain(*first_calls)}
             if len(tokens) > 1:
                 return False
             masks = [context.padding_T for _, context in forwards]

@@ -12,7 +12,6 @@ from moe_trace.find.contracts import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.counts import SiteCounts
-from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
@@ -56,7 +55,7 @@ class CallCollector:
         self._recorder = recorder
         self._clock = clock
         self._joiner = CallJoiner(
-            [router.site.experts is not None for router in routers],
+            [router.site.experts for router in routers],
             context_of=self._context_of,
             orphan=self._orphan,
         )
@@ -130,12 +129,18 @@ class CallCollector:
             self._plain.work_off()
             self._plain.settle()
 
+    def forget_plans(self) -> None:
+        """What the next forward's calls hand out may be other than it was."""
+        with self._lock:
+            self._plain.work_off()
+            self._plain.forget()
+
     def _copy_from_now_on(self, names: set[str]) -> None:
         """These routers write into memory that they handed out before: see `calls/inplace_outputs.py`."""
         self._plain.forget()
         for router in self._routers:
             if router.site.name in names:
-                router.copies = TensorCopies(static=True)
+                router.copy_from_now_on()
 
     def flush_passed(self) -> None:
         """Join what is complete by all signs, so that little is kept."""
@@ -170,12 +175,8 @@ class CallCollector:
         with apart():
             for call in calls:
                 self._finish_one(call, self._context(call))
-            for router in {id(r): r for r in (self._routers[c.site] for c in calls)}.values():
-                copies = router.copies
-                if copies is not None:
-                    copies.end_forward()
-                    if copies.settled:
-                        router.copies = None
+            for site in {call.site for call in calls}:
+                self._routers[site].end_copies()
         return sum(counts.recorded for counts in self._counts) - before
 
     def _context(self, call: RouterCall) -> ForwardContext:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import hooks_of
+from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
@@ -52,6 +53,8 @@ class SiteHooks(SiteObserver):
         """On the router when ours were put on, ours included."""
         self._times_experts = False
         """Whether a hook tells when the experts begin."""
+        self._copies_received = False
+        """Whether a hook copies what the experts are given before they run."""
         self._first = True
         """Whether hooks may be put before those of others."""
 
@@ -67,6 +70,7 @@ class SiteHooks(SiteObserver):
             cls._after_router_timed,
             cls._after_watched,
             cls._before_experts,
+            cls._before_copied,
             cls._after_experts,
             cls._after_experts_timed,
             ListedExpert.before,
@@ -82,6 +86,7 @@ class SiteHooks(SiteObserver):
         return (
             level == self.level
             and (self.observe_block, self.reads_block) == self._of_block
+            and (level == Level.OFF or self._copies_received == (self.copies is not None))
             and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
         )
 
@@ -110,6 +115,7 @@ class SiteHooks(SiteObserver):
         self.ranged = ranged
         timed = ranged or self._clock is not None or level == Level.RANGES
         self._cuda = any(p.is_cuda for p in site.router.parameters())
+        self._copies_received = self.copies is not None
         block, router, experts = site.block, site.router, site.experts
         if block is not None and (ranged or self.observe_block or self.reads_block):
             # Inside everybody's hooks, where the weights of a sharded router are still gathered; outside them
@@ -132,6 +138,8 @@ class SiteHooks(SiteObserver):
             self._times_experts = timed and site.times_experts
             if self._times_experts:
                 add(experts.register_forward_pre_hook(self._before_experts, prepend=self._first))
+            if self._copies_received:
+                add(experts.register_forward_pre_hook(self._before_copied, with_kwargs=True))
             lean = not timed and not self._cuda and self.sending is None
             received = self._after_experts if lean else self._after_experts_timed
             add(experts.register_forward_hook(received, always_call=True, with_kwargs=True))
@@ -170,6 +178,19 @@ class SiteHooks(SiteObserver):
     def settled(self) -> bool:
         """Whether nothing is left to learn of the block."""
         return not self.reads_block and (self.irregular or not self.observe_block)
+
+    def end_copies(self) -> None:
+        """A forward has ended, with calls that were copied until it is known whether they must be."""
+        if self.copies is not None:
+            self.copies.end_forward()
+            if self.copies.settled:
+                self.copies = None
+                self.on_change()
+
+    def copy_from_now_on(self) -> None:
+        """The router writes into memory that it handed out before."""
+        self.copies = TensorCopies(static=True)
+        self.on_change()
 
     def keep_block(self) -> None:
         """A router call was seen without its experts: only its block can tell whether that ran fused."""
