@@ -70,6 +70,7 @@ class LeakWatch:
         found = [f"thread {t.name!r} of {thread_origin(t)} still runs" for t in new_threads(self._threads)]
         found += [f"range {getattr(r, 'name', r)!r} is still open" for r in self._open_ranges.values()]
         found += [f"hook {hook!r} is still registered" for hook in self._our_hooks()]
+        found += [f"{owner.__name__}.{name} of torch is still wrapped" for owner, name in self._our_wraps()]
         self._hook_dicts.clear()
         self._open_ranges.clear()
         return found
@@ -82,6 +83,12 @@ class LeakWatch:
     def _our_hooks(self) -> Iterator[Any]:
         for hooks in self._hook_dicts:
             yield from (h for h in hooks.values() if origin(h).split(".")[0] == OUR_PACKAGE)
+
+    def _our_wraps(self) -> Iterator[tuple[type, str]]:
+        sessions = sys.modules.get(f"{OUR_PACKAGE}.record.sessions")
+        for owner, name in sessions._BEGINNINGS if sessions else ():
+            if getattr(owner.__dict__[name], "__globals__", {}) is vars(sessions):
+                yield owner, name
 
     def _watch_torch(self) -> None:
         torch = sys.modules.get("torch")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_trace.find.contracts.modules import class_name
 from moe_trace.record.forward.ranges import note_profiler, profiler_is_recording
 from moe_trace.timeline.merge import compress, merge_in_place
 
-_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: the tracers attached to it
+_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: tracers attached to it -> who follows its steps
 _OWN = "_moe_trace_own_methods"  # those of them that it had in itself, as when patched by others
 
 _PATCHED = ("start", "step", "stop", "export_chrome_trace")
@@ -26,25 +27,37 @@ Tracer = Any
 """A `MoETracer`, which itself imports this module."""
 
 
-def attach_tracer(prof: Any, tracer: Tracer) -> None:
-    """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached."""
+Follow = Callable[[Any, str], None]
+"""Called with a profiler and the name of the method that was called of it."""
+
+
+def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) -> None:
+    """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached.
+
+    Args:
+        follow: told of the profiler's steps. Its owner then may not know of us: a trace that cannot be merged
+            is written as without us, and nothing raises. None where the user asked for it.
+    """
     note_profiler(prof)
     tracers = getattr(prof, _TRACERS, None)
-    if tracers is not None:
-        if tracer not in tracers:
-            tracers.append(tracer)
-            _mark_begin(prof)
-        return
-    own = {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__}
-    setattr(prof, _TRACERS, [tracer])
-    setattr(prof, _OWN, own)
+    if tracers is None:
+        _wrap_methods(prof)
+        tracers = getattr(prof, _TRACERS)
+    known = tracer in tracers
+    tracers[tracer] = follow
+    if not known:
+        mark_begin(prof)
+
+
+def _wrap_methods(prof: Any) -> None:
+    setattr(prof, _OWN, {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__})
+    setattr(prof, _TRACERS, {})
     _mark_steps(prof)
-    _mark_begin(prof)
     export = prof.export_chrome_trace
 
     @functools.wraps(export)
     def export_and_merge(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        _export(lambda plain: export(plain, *args, **kwargs), Path(path), prof)
+        _export_as_asked(lambda plain: export(plain, *args, **kwargs), path, prof)
 
     prof.export_chrome_trace = export_and_merge
 
@@ -54,7 +67,7 @@ def detach_tracer(prof: Any, tracer: Tracer) -> None:
     tracers = getattr(prof, _TRACERS, None)
     if tracers is None or tracer not in tracers:
         return
-    tracers.remove(tracer)
+    del tracers[tracer]
     if not tracers:
         own = getattr(prof, _OWN)
         for name in (*_PATCHED, _TRACERS, _OWN):
@@ -68,53 +81,88 @@ def _mark_steps(prof: Any) -> None:
     for name in _PATCHED[:3]:
         method = getattr(prof, name, None)
         if method is not None:
-            setattr(prof, name, _marking(prof, method))
+            setattr(prof, name, _marking(prof, name, method))
 
 
-def _marking(prof: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+def _marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def mark_and_call(*args: Any, **kwargs: Any) -> Any:
         recorded, action = profiler_is_recording(), getattr(prof, "current_action", None)
-        for tracer in attached_tracers(prof):
+        for tracer, follow in attached_tracers(prof).items():
             tracer.mark_graphs()
+            if follow is not None:
+                follow(prof, name)
         result = method(*args, **kwargs)
         if not recorded or action == torch.profiler.ProfilerAction.RECORD_AND_SAVE:
-            _mark_begin(prof)
+            mark_begin(prof)
         return result
 
     return mark_and_call
 
 
-def _mark_begin(prof: Any) -> None:
+def mark_begin(prof: Any) -> None:
     """What ran before a trace began is not part of it."""
     if profiler_is_recording():
         for tracer in attached_tracers(prof):
             tracer.mark_graphs(profiled=False)
 
 
-def attached_tracers(prof: Any) -> Sequence[Tracer]:
-    """The tracers attached to a profiler."""
-    return tuple(getattr(prof, _TRACERS, ()))
+def attached_tracers(prof: Any) -> dict[Tracer, Follow | None]:
+    """The tracers attached to a profiler; None for those that the user attached."""
+    return dict(getattr(prof, _TRACERS, {}))
+
+
+class _NotBegun(OutputError):
+    """There is no place to export to, and a trace can be exported once."""
+
+
+def _export_as_asked(export: Callable[[str], None], path: str | os.PathLike[str], prof: Any) -> None:
+    tracers = attached_tracers(prof)
+    asked = None in tracers.values()
+    if not asked and not any(any(tracer.calls_by_router().values()) for tracer in tracers):
+        export(os.fspath(path))
+        return
+    try:
+        _export(export, Path(path), prof)
+    except OutputError as error:
+        if asked:
+            raise
+        warnings.warn(f"a trace has no routing: {error}", RuntimeWarning, stacklevel=4)
+        if isinstance(error, _NotBegun):
+            export(os.fspath(path))
 
 
 def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
     failure: OSError | None = None
-    with whole_file(path) as target:
-        plain = target.with_suffix("") if path.suffix == ".gz" else target
-        export(str(plain))
-        _require_complete(plain, path)
-        try:
-            _merge_or_warn(plain, path, prof)
-        except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
-            failure = error
-        if plain != target:
-            compress(plain, target)
-            plain.unlink()
+    begun = False
+    try:
+        with whole_file(path) as target:
+            begun = True
+            plain = target.with_suffix("") if path.suffix == ".gz" else target
+            export(str(plain))
+            _keep_others(plain, path)
+            _require_complete(plain, path)
+            try:
+                _merge_or_warn(plain, path, prof)
+            except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
+                failure = error
+            if plain != target:
+                compress(plain, target)
+                plain.unlink()
+    except OutputError as error:
+        raise error if begun else _NotBegun(str(error)) from error.__cause__
     if failure is not None:
         raise OutputError(
             f"{path}: the trace was written, but the routing could not be added ({failure.strerror}); "
             "free some space, then call moe_trace.merge_into(path, tracer.samples())"
         ) from failure
+
+
+def _keep_others(plain: Path, path: Path) -> None:
+    """A profiler whose export writes under names of its own finds them beside the one that it was given."""
+    for other in plain.parent.iterdir():
+        if other != plain and other.suffix != ".tmp":  # which Kineto leaves of a write that failed
+            shutil.move(other, path.parent / other.name)
 
 
 def _require_complete(plain: Path, path: Path) -> None:
@@ -135,10 +183,7 @@ def _require_complete(plain: Path, path: Path) -> None:
 
 def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
     """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
-    tracers = attached_tracers(prof)
-    for tracer in tracers:
-        if not any(tracer.calls_by_router().values()):
-            warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=6)
+    tracers = _contributing(prof)
     try:
         merged = merge_in_place(
             plain,
@@ -147,10 +192,27 @@ def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
             activities=_activities(prof),
         )
     except MoETraceError as error:
-        warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=6)
+        warnings.warn(f"the trace was written without routing: {error}", RuntimeWarning, stacklevel=7)
         return
     for tracer, placed in zip(tracers, merged.placed, strict=True):
         tracer.accept(placed, merged.lost, path)
+
+
+def _contributing(prof: Any) -> list[Tracer]:
+    """Tracers that were asked for, then those of models that none before has: one may be traced twice."""
+    tracers = attached_tracers(prof)
+    calls = {tracer: sum(tracer.calls_by_router().values()) for tracer in tracers}
+    chosen = [tracer for tracer, follow in tracers.items() if follow is None]
+    for tracer in chosen:
+        if not calls[tracer]:
+            warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=8)
+    known = {site.router for tracer in chosen if calls[tracer] for site in tracer.sites}
+    for tracer in sorted((one for one in tracers if one not in chosen), key=calls.__getitem__, reverse=True):
+        routers = {site.router for site in tracer.sites}
+        if calls[tracer] and not routers <= known:
+            chosen.append(tracer)
+            known |= routers
+    return chosen
 
 
 def _activities(prof: Any) -> frozenset[str] | None:

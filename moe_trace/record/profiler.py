@@ -50,6 +50,7 @@ class profile(torch.profiler.profile):
             capacity=capacity,
             capacity_bytes=capacity_bytes,
             tracks=tracks,
+            auto_attach=False,
         )
         self.tracer.attach(self)
 

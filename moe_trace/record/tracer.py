@@ -16,7 +16,6 @@ from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
-from moe_trace.record.attach import attach_tracer, detach_tracer
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.count_losses import losses, recorded_calls, router_infos
 from moe_trace.record.dry_run import rehearse
@@ -36,6 +35,7 @@ from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
+from moe_trace.record.sessions import Sessions
 from moe_trace.timeline.counter_tracks import Tracks
 from moe_trace.timeline.merge import merge_recording
 
@@ -53,9 +53,11 @@ class MoETracer(HookOwner):
             too; 256 MiB by default, which 100,000 calls of 64 experts do not reach.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
         clock: times each router and its experts by another clock too, such as `DeviceClock`.
+        auto_attach: add the routing to the traces of every torch profiler that records while the tracer is
+            active, whoever made it. With False, only to those that `attach` names.
 
-    A step is a profiler step where a profiler is attached (`prof.step()`). Without one, a step is one
-    forward of `model`, until `step()` is called; from then on steps are counted by `step()` alone.
+    A step is a profiler step (`prof.step()`) where a profiler records. Without one, a step is one forward of
+    `model`, until `step()` is called; from then on steps are counted by `step()` alone.
 
     Raises:
         NoRoutersFound: the model holds no router that a known contract reads.
@@ -73,6 +75,7 @@ class MoETracer(HookOwner):
         capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
         tracks: Tracks = ("band",),
         clock: CallClock | None = None,
+        auto_attach: bool = True,
     ) -> None:
         self._options = TracerOptions(layers, every, warmup, capacity, capacity_bytes)
         self.model = model
@@ -88,11 +91,10 @@ class MoETracer(HookOwner):
             samples_step=self._steps.samples,
         )
         self._captures = CaptureNotes()
-        parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs}
-        self._hooks = ModelHooks(
-            model, self.sites, steps=self._steps, **parts, captures=self._captures, clock=clock
-        )
+        parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs, "clock": clock}
+        self._hooks = ModelHooks(model, self.sites, steps=self._steps, **parts, captures=self._captures)
         self._active = False
+        self._sessions = Sessions(self, self._steps, auto=auto_attach)
         self._placements: dict[tuple[str, int], Placement] = {}
         self._silent_told = False
         self._traces_lost: dict[str, Lost] = {}
@@ -122,8 +124,6 @@ class MoETracer(HookOwner):
         """Those of them that belong to a recorded step."""
         return self._hooks.watch.forwards_recorded
 
-    # -- life -----------------------------------------------------------------------------------------
-
     def start(self) -> None:
         """Put the hooks on. Samples of earlier activations are kept.
 
@@ -139,9 +139,11 @@ class MoETracer(HookOwner):
         self._graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # ran while it was off
         sending = self._parallel.sending if self._parallel.world_size > 1 else None
         self._hooks.install(recording=self.samples_this_step(), sending=sending)
+        self._sessions.start()
 
     def stop(self) -> None:
         """Take the hooks off and close every range; what was recorded is kept."""
+        self._sessions.stop()
         self.mark_graphs()
         warn_if_compiled_before(self.model, called=self.called)
         self._hooks.remove()
@@ -170,16 +172,16 @@ class MoETracer(HookOwner):
         self._steps.count_by_hand()
 
     def attach(self, prof: Any) -> None:
-        """Merge the routing into what a `torch.profiler.profile` exports, and count its steps."""
-        self._steps.profiler = prof
-        attach_tracer(prof, self)
+        """Merge the routing into what one profiler exports, for good; its `step_num` then is the step.
+
+        An active tracer does the first for every profiler that records (`auto_attach`), with a warning where
+        it cannot; once asked for, it raises.
+        """
+        self._sessions.attach(prof)
 
     def detach(self, prof: Any) -> None:
         """Undo `attach`: stopped tracers stay attached, since a trace is mostly exported later."""
-        detach_tracer(prof, self)
-        self._steps.leave(prof)
-
-    # -- results --------------------------------------------------------------------------------------
+        self._sessions.detach(prof)
 
     def samples(self, *, since_step: int = 0) -> list[RoutingSample]:
         """One sample per router call recorded since a step, in order of time. Waits for the device."""
@@ -280,8 +282,6 @@ class MoETracer(HookOwner):
             self._silent_told = True
             warn_of_silent_forwards(lost.silent_forwards)
         return lost
-
-    # -- graphs ---------------------------------------------------------------------------------------
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.

@@ -64,7 +64,7 @@ def test_bytes_around_the_additions_are_what_the_profiler_wrote(tmp_path: Path, 
     """Keep a copy of what torch writes, from inside the export, and compare."""
     model, kept = tiny_olmoe(), tmp_path / "kept.json"
     with torch.no_grad(), torch.profiler.profile(activities=CPU) as prof:
-        with moe_trace.MoETracer(model) as tracer:
+        with moe_trace.MoETracer(model, auto_attach=False) as tracer:
             model(**token_batch())
     write = prof.export_chrome_trace
 

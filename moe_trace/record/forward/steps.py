@@ -20,6 +20,10 @@ class Steps:
         self.profiler: Any = None
         """Its `step_num` counts, where it has one."""
         self._by_hand: int | None = None
+        self._by_user = False
+        """Who ends steps by hand is the user, not a profiler that nobody attached."""
+        self._ended_at = -1
+        """Forwards at the last end that a profiler made."""
 
     def now(self) -> int:
         """The step under way."""
@@ -46,7 +50,29 @@ class Steps:
 
     def end(self) -> None:
         """End a step by hand; the forwards before the first such end were one step."""
+        twice = not self._by_user and self._ended_at == self.forwards
+        self._by_user = True
+        if not twice:
+            self._end()
+
+    def _end(self) -> None:
         self._by_hand = self.now() + 1 if self._by_hand is not None else max(1, self.forwards)
+
+    def follow(self, profiler: Any, event: str) -> None:
+        """A profiler that nobody attached begins, steps or stops: its steps count, unless the user does.
+
+        One with a schedule is stepped from its start on; with others, forwards count until `step` is called
+        and again after `stop`.
+        """
+        if self._by_user or self.profiler is not None:
+            return
+        if event == "step":
+            self._end()
+            self._ended_at = self.forwards
+        elif event == "stop":
+            self._by_hand = None
+        elif getattr(profiler, "record_steps", False):
+            self._by_hand = self.now()
 
     def leave(self, profiler: Any) -> None:
         """It counts no more: steps go on from where it was."""
@@ -55,4 +81,4 @@ class Steps:
 
     def count_by_hand(self) -> None:
         """From now on a step ends with `end` only."""
-        self._by_hand = self.now()
+        self._by_hand, self._by_user = self.now(), True

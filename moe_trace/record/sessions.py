@@ -1,0 +1,152 @@
+"""The profiler sessions of this process, whoever starts them, told to the tracers that are active.
+
+Torch keeps no list of its profilers. While somebody listens, the four methods through which every session
+begins are wrapped on torch's classes; a session that began before is found among the live objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moe_trace.find.private.torch_names import process_is_profiled
+from moe_trace.record.attach import attach_tracer, attached_tracers, detach_tracer, mark_begin
+from moe_trace.record.forward.ranges import profiler_is_recording
+from moe_trace.record.forward.steps import Steps
+
+Listener = Callable[[Any], None]
+"""A method that is called with each profiler, maybe several times: when it starts, steps or records."""
+
+_low_level: type = getattr(torch.profiler, "_KinetoProfile", torch.profiler.profile)
+_autograd = torch.autograd.profiler.profile
+_BEGINNINGS = (
+    (torch.profiler.profile, "start"),
+    (torch.profiler.profile, "step"),  # one that waited when the first listener came
+    (_low_level, "start_trace"),
+    (_autograd, "__enter__"),
+)
+_lock = threading.RLock()
+_listeners: list[weakref.WeakMethod[Listener]] = []
+_originals: list[tuple[type, str, Any, Any]] = []
+_told: list[weakref.ref[Any]] = []
+"""The profiler that was met last: a process has one session at a time."""
+
+
+def listen(listener: Listener) -> None:
+    """Have a method told of each profiler, and at once of one that records already. It is held weakly."""
+    with _lock:
+        if not _originals:
+            _originals.extend(_wrap(owner, name) for owner, name in _BEGINNINGS)
+        _listeners.append(weakref.WeakMethod(listener, _forget))
+    for prof in _recording():
+        _tell(prof, [listener])
+
+
+def unlisten(listener: Listener) -> None:
+    """Undo `listen`; with the last listener gone, torch's classes are as they were."""
+    reference = weakref.WeakMethod(listener)
+    with _lock:
+        if reference in _listeners:
+            _forget(reference)
+
+
+def _forget(reference: weakref.WeakMethod[Listener]) -> None:
+    with _lock:
+        _listeners.remove(reference)
+        if _listeners:
+            return
+        for owner, name, original, wrapped in _originals:
+            if owner.__dict__.get(name) is wrapped:  # else somebody wrapped ours, which calls through
+                setattr(owner, name, original)
+        _originals.clear()
+        _told.clear()
+
+
+def _wrap(owner: type, name: str) -> tuple[type, str, Any, Any]:
+    original = owner.__dict__[name]
+
+    @functools.wraps(original)
+    def tell_and_call(prof: Any, *args: Any, **kwargs: Any) -> Any:
+        known, recorded = bool(attached_tracers(prof)), profiler_is_recording()
+        _tell(prof)
+        result = original(prof, *args, **kwargs)
+        if not known and not recorded:  # from now on its own methods do that
+            mark_begin(prof)
+        return result
+
+    setattr(owner, name, tell_and_call)
+    return owner, name, original, tell_and_call
+
+
+def _tell(prof: Any, listeners: list[Listener] | None = None) -> None:
+    if listeners is None:
+        _told[:] = [weakref.ref(prof)]
+        listeners = [method for method in (reference() for reference in _listeners) if method is not None]
+    for listener in listeners:
+        try:
+            listener(prof)
+        except Exception as error:  # the session is the user's, and goes on without us
+            warnings.warn(f"the routing is not added to this profiler's traces: {error!r}", stacklevel=4)
+
+
+def _recording() -> list[Any]:
+    """The profiler of the session under way, if there is one."""
+    if not process_is_profiled():
+        return []
+    known = [prof for prof in (reference() for reference in _told) if prof is not None and _records(prof)]
+    if known:
+        return known
+    kinds = (_low_level, _autograd)
+    found = [one for one in gc.get_objects() if issubclass(type(one), kinds) and _records(one)]
+    _told[:] = [weakref.ref(one) for one in found if isinstance(one, _low_level)] or map(weakref.ref, found)
+    return [prof for prof in (reference() for reference in _told) if prof is not None]
+
+
+def _records(prof: Any) -> bool:
+    session = getattr(prof, "profiler", None) if isinstance(prof, _low_level) else prof
+    return bool(getattr(session, "entered", False)) and getattr(session, "kineto_results", None) is None
+
+
+class Sessions:
+    """The profilers whose traces one tracer's recording is merged into.
+
+    Args:
+        auto: every profiler that records while the tracer is active.
+    """
+
+    def __init__(self, tracer: Any, steps: Steps, *, auto: bool) -> None:
+        self._tracer, self._steps, self._auto = tracer, steps, auto
+        self._left = weakref.WeakSet[Any]()
+
+    def start(self) -> None:
+        """The tracer is active."""
+        if self._auto:
+            listen(self._met)
+
+    def stop(self) -> None:
+        """It is active no more; profilers that were met stay attached, to be exported later."""
+        unlisten(self._met)
+
+    def attach(self, prof: Any) -> None:
+        """Attach to a profiler because the user says so."""
+        self._left.discard(prof)
+        self._steps.profiler = prof
+        attach_tracer(prof, self._tracer)
+
+    def detach(self, prof: Any) -> None:
+        """Undo that, and stay away."""
+        self._left.add(prof)
+        detach_tracer(prof, self._tracer)
+        self._steps.leave(prof)
+
+    def _met(self, prof: Any) -> None:
+        if prof not in self._left and self._tracer not in attached_tracers(prof):
+            attach_tracer(prof, self._tracer, follow=self._steps.follow)
+            self._steps.follow(prof, "start")
