@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.calls.placements import SIDES, Places, Side
 from moe_trace.data.calls.ragged import CountLists
@@ -34,11 +36,9 @@ from moe_trace.data.schema import (
     GraphMark,
     Lost,
     Parallel,
-    Placement,
     RangeKind,
     Recording,
     RouterInfo,
-    Span,
 )
 
 SAMPLES_KEY = "samples"
@@ -53,8 +53,8 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     by_key = np.array([index[key.name] for key in calls.keys], np.int64)
     columns: dict[str, Any] = {"router": by_key[calls.router].tolist()}
     columns |= {name: calls.values(name) for name in NUMBERS}
-    columns |= {name: calls.lists[name].to_lists() for name in LISTS}
-    columns["placement"] = [_encode_placement(p) for p in calls.places.to_placements()]
+    columns |= {name: _raw_list(map(msgspec.json.encode, calls.lists[name].to_lists())) for name in LISTS}
+    columns["placement"] = _raw_list(_encode_places(calls.places))
     payload = {
         "schema_version": SCHEMA_VERSION,
         "model": recording.model,
@@ -72,7 +72,8 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     try:
         return msgspec.json.encode(payload)
     except UnicodeEncodeError:  # a name of a file that is no UTF-8
-        return json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
+        text = json.dumps(payload, ensure_ascii=False, default=msgspec.json.decode)
+        return text.encode("utf-8", "replace")
 
 
 def decode_recording(payload: Any) -> Recording:
@@ -154,17 +155,32 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _encode_placement(placement: Placement | None) -> list[Any] | None:
-    if placement is None:
-        return None
-    spans: list[Any] = [_encode_spans(placement.host), _encode_spans(placement.device)]
-    return [*spans, placement.busy_us] if placement.busy_us else spans
+def number_cells(column: npt.NDArray) -> list[bytes]:
+    """The JSON of each number; null for NaN."""
+    return msgspec.json.encode(column.tolist())[1:-1].split(b",") if len(column) else []
 
 
-def _encode_spans(spans: dict[RangeKind, Span]) -> list[list[float] | None]:
+def _raw_list(cells: Iterable[bytes]) -> msgspec.Raw:
+    """Thousands of small lists that live at once would set off the garbage collector."""
+    return msgspec.Raw(b"[%b]" % b",".join(cells))
+
+
+def _encode_places(places: Places) -> Iterator[bytes]:
     """As older releases wrote them where there is nothing that these could not read."""
-    kinds = RANGE_KINDS if "graph" in spans else RANGE_KINDS[:_FIRST_KINDS]
-    return [[spans[kind].start_us, spans[kind].duration_us] if kind in spans else None for kind in kinds]
+    sides = [_encode_side(places, side) for side in SIDES]
+    busy = {kind: column.tolist() for kind, column in places.busy_us.items()}
+    for row, (placed, host, device) in enumerate(zip(places.placed.tolist(), *sides, strict=True)):
+        told = {kind: us[row] for kind, us in busy.items() if us[row] == us[row]}
+        more = b",%b" % msgspec.json.encode(told) if told else b""
+        yield b"[%b,%b%b]" % (host, device, more) if placed else b"null"
+
+
+def _encode_side(places: Places, side: Side) -> Iterator[bytes]:
+    edges = [number_cells(column) for kind in RANGE_KINDS for column in places.span(side, kind).T]
+    for row in zip(*edges, strict=True):
+        pairs = zip(row[::2], row[1::2], strict=True)
+        spans = [start if start == b"null" else b"[%b,%b]" % (start, taken) for start, taken in pairs]
+        yield b"[%b]" % b",".join(spans if spans[-1] != b"null" else spans[:_FIRST_KINDS])
 
 
 _Spans = list[tuple[float, float] | None]

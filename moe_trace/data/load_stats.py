@@ -24,10 +24,13 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from moe_trace.data.calls.ragged import CountLists
+
+Floats = npt.NDArray[np.float64]
 
 TIE = 1e-9
 """Relative difference below which figures of two layers are one."""
@@ -40,6 +43,7 @@ OVERLAPS_MIN = 200
 DRAWS_MAX = 10_000
 KEYS_MAX = 10_000_000
 """Random numbers that a simulation may draw."""
+_CALLS_AT_ONCE = 1024
 ENOUGH_PER_EXPERT = 20
 """Least mean load at which an expert without a token is called dead; uniform routing misses it in e^-20."""
 
@@ -65,19 +69,42 @@ def describe_load(assignments: npt.ArrayLike) -> Load:
     """The figures for `[E]` assignments per expert."""
     loads_E = np.asarray(assignments, dtype=np.float64)
     dead = tuple(np.flatnonzero(loads_E == 0).tolist())
-    active = len(loads_E) - len(dead)
-    if np.add.reduce(loads_E) <= 0:
-        return Load(
-            max_over_mean=None, cv=None, gini=None, entropy=None, active_experts=active, dead_experts=dead
-        )
+    some = np.add.reduce(loads_E) > 0
+    figures = [float(one_N[0]) for one_N in _figures(loads_E[None])] if some else [None] * 4
+    max_over_mean, cv, gini, entropy = figures
     return Load(
-        max_over_mean=max_over_mean(loads_E),
-        cv=coefficient_of_variation(loads_E),
-        gini=gini(loads_E),
-        entropy=normalised_entropy(loads_E),
-        active_experts=active,
+        max_over_mean=max_over_mean,
+        cv=cv,
+        gini=gini,
+        entropy=entropy,
+        active_experts=len(loads_E) - len(dead),
         dead_experts=dead,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Loads:
+    """`Load` of N calls by column; NaN where there was no assignment."""
+
+    max_over_mean: Floats
+    cv: Floats
+    gini: Floats
+    entropy: Floats
+    active_experts: npt.NDArray[np.int64]
+
+
+def describe_loads(assignments: CountLists) -> Loads:
+    """The figures of `describe_load`, to the bit, for many calls at once."""
+    figures = np.full((4, len(assignments)), np.nan)
+    sizes, some = assignments.sizes, assignments.totals() > 0
+    for experts in set(sizes[some].tolist()):
+        alike = np.flatnonzero(some & (sizes == experts))
+        for start in range(0, len(alike), _CALLS_AT_ONCE):
+            rows = alike[start : start + _CALLS_AT_ONCE]
+            loads_NE = assignments.take(rows).values.reshape(-1, experts).astype(np.float64)
+            figures[:, rows] = _figures(loads_NE)
+    max_over_mean, cv, gini, entropy = figures
+    return Loads(max_over_mean, cv, gini, entropy, assignments.used())
 
 
 def max_over_mean(loads_E: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> float:
@@ -85,18 +112,23 @@ def max_over_mean(loads_E: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> f
     return float(np.maximum.reduce(loads_E) / (np.add.reduce(loads_E) / len(loads_E)))
 
 
-def coefficient_of_variation(loads_E: npt.NDArray[np.float64]) -> float:
-    """Population standard deviation over the mean; not all are 0."""
-    mean = np.add.reduce(loads_E) / len(loads_E)
-    off_E = loads_E - mean  # as `numpy.std` has it, which takes five times as long for a few numbers
-    return float(math.sqrt(np.add.reduce(off_E * off_E) / len(loads_E)) / mean)
+def _figures(loads_NE: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """[N] max÷mean, CV, Gini and entropy of loads that are not all 0.
 
-
-def gini(loads: Any) -> float:
-    """Gini coefficient of non-negative loads: sum_i (2i - n - 1) x_i / (n sum x), x ascending, i from 1."""
-    ordered = np.sort(np.asarray(loads, dtype=np.float64))
-    weighted = np.add.reduce(_gini_weights(len(ordered)) * ordered)
-    return max(0.0, float(weighted / (len(ordered) * np.add.reduce(ordered))))
+    The Gini coefficient is sum_i (2i - E - 1) x_i / (E sum x), x ascending, i from 1; the entropy is
+    -sum p ln p / ln E, and 1 for a single expert, whose load cannot be uneven.
+    """
+    experts = loads_NE.shape[1]
+    sum_N = np.add.reduce(loads_NE, axis=1)
+    mean_N = sum_N / experts
+    off_NE = loads_NE - mean_N[:, None]  # as `numpy.std` has it, which takes far longer for few numbers
+    weighted_N = np.add.reduce(_gini_weights(experts) * np.sort(loads_NE, axis=1), axis=1)
+    return (
+        np.maximum.reduce(loads_NE, axis=1) / mean_N,
+        np.sqrt(np.add.reduce(off_NE * off_NE, axis=1) / experts) / mean_N,
+        np.maximum(0.0, weighted_N / (experts * sum_N)),
+        _entropy(loads_NE, sum_N),
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -104,13 +136,16 @@ def _gini_weights(n: int) -> npt.NDArray[np.int64]:
     return 2 * np.arange(1, n + 1) - n - 1
 
 
-def normalised_entropy(loads: Any) -> float:
-    """-sum p ln p / ln n; 1 for a single load, which cannot be uneven."""
-    values = np.asarray(loads, dtype=np.float64)
-    if len(values) == 1:
-        return 1.0
-    shares = values[values > 0] / np.add.reduce(values)
-    return max(0.0, float(-np.add.reduce(shares * np.log(shares)) / np.log(len(values))))
+def _entropy(loads_NE: Floats, sum_N: Floats) -> Floats:
+    """One sum over all experts would round in another way than that of the experts in use."""
+    entropy_N = np.ones(len(loads_NE))
+    used_NE = loads_NE > 0
+    used_N = np.add.reduce(used_NE, axis=1)
+    for used in set(used_N.tolist()) if loads_NE.shape[1] > 1 else ():
+        rows = (used_N == used).nonzero()[0]
+        shares = loads_NE[rows][used_NE[rows]].reshape(-1, used) / sum_N[rows, None]
+        entropy_N[rows] = -np.add.reduce(shares * np.log(shares), axis=1) / np.log(loads_NE.shape[1])
+    return np.maximum(0.0, entropy_N)
 
 
 # -- chance ---------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.table import placed_by_clock
-from moe_trace.data.schema import RANGE_NAME, moe_span, range_name
+from moe_trace.data.schema import RANGE_NAME, range_name
 from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
 from moe_trace.read.check_inputs import BandEvent, Checked, read_checked
 from moe_trace.read.file.coverage import Coverage, loss_sentence
 from moe_trace.read.file.events import Kind, to_ns
-from moe_trace.timeline.replay_slices import spans_of
+from moe_trace.timeline.placed_calls import PlacedCalls
 
 TOLERANCE = 1e-5
 NEARLY_ALL = 0.99
@@ -140,12 +140,9 @@ def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
 
 def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
     """Each counter event stands at the start or the end of a call's MoE layer."""
-    edges = set()
-    for sample in checked.recording.samples:
-        if sample.placement is not None:
-            spans, _ = spans_of(sample.placement)
-            for span in (moe_span(spans), spans.get("graph", moe_span(spans))):
-                edges.update(to_ns([span.start_us, span.end_us]).tolist())  # as merging computed them
+    placed = PlacedCalls.of(checked.recording.calls)
+    spans = np.concatenate([placed.moe, placed.spans["graph"][placed.having("graph")]])
+    edges = {*to_ns(spans[:, 0]).tolist(), *to_ns(spans.sum(1)).tolist()}  # as merging computed them
     for event in checked.band:
         if event.ph == "C" and event.start_ns not in edges:
             yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"

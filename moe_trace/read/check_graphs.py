@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RoutingSample, Span
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.timeline.counter_tracks import LANES
-from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays, placed_call
+from moe_trace.timeline.placed_calls import PlacedCalls
+from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays
 
 SLACK_US = 0.002  # a microsecond with three decimals does not always survive a float
 _GRAPH_RANGE = f"{RANGE_PREFIX}graph/"
@@ -40,10 +42,12 @@ def graph_spans(known: set[NamedSpan]) -> set[tuple[int, int]]:
 
 def expected_slices(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, Span]]:
     """Names and spans of the slices that the band must hold."""
-    calls = [placed_call(sample) for sample in samples if sample.placement is not None]
-    for call in calls:
-        yield from ((call.sample.site, call.spans[kind]) for kind in LANES if kind in call.spans)
-    yield from ((REPLAY_NAME, replay.span) for replay in find_replays(calls))
+    placed = PlacedCalls.of(CallTable.of(samples))
+    for kind in LANES:
+        rows = placed.having(kind)
+        spans = placed.spans[kind][rows].tolist()
+        yield from ((site, Span(*span)) for site, span in zip(placed.calls.site[rows], spans, strict=True))
+    yield from ((REPLAY_NAME, Span(*replay.span.tolist())) for replay in find_replays(placed))
 
 
 def odd_times(sample: RoutingSample) -> Iterator[str]:

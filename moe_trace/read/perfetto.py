@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from moe_trace.data.calls.placements import Floats
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file
-from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample, Span
+from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample
 from moe_trace.read.file.events import to_ns
-from moe_trace.timeline.counter_tracks import FIGURES, numbered, slice_args, without_overlap
+from moe_trace.timeline.counter_tracks import numbered, without_overlap
+from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 from moe_trace.timeline.replay_slices import (
     REPLAY_FIGURES,
     REPLAY_NAME,
-    PlacedCall,
     find_replays,
-    placed_call,
     replay_args,
+    spans_of,
 )
 
 _SEQUENCE = 1
@@ -40,10 +43,10 @@ _UNITS = {
     "router entropy (nats) (graph: mean)": ("nats", None),
     "active experts (graph: mean)": ("experts", "UNIT_COUNT"),
 }
-_FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
+_FIGURES: dict[str, Callable[[PlacedCalls], npt.NDArray]] = {
     **FIGURES,
-    "tokens": lambda call: call.sample.tokens,
-    "memory": lambda call: call.sample.memory_allocated_bytes,
+    "tokens": lambda placed: placed.calls.tokens,
+    "memory": lambda placed: np.array(placed.calls.values("memory_allocated_bytes"), np.float64),
 }
 LANES: tuple[RangeKind, ...] = ("block", "router", "experts")
 
@@ -60,28 +63,33 @@ def write_perfetto(
         MissingPackage: the perfetto package is not installed.
         UsageError: no call has a place.
     """
-    calls = sorted(
-        (placed_call(s, experts_are_split=experts_are_split) for s in samples if s.placement is not None),
-        key=lambda call: call.moe.start_us,
-    )
-    if not calls:
+    placed = PlacedCalls.of(CallTable.of(samples), experts_are_split=experts_are_split)
+    if not len(placed):
         raise UsageError("no call has its ranges in the trace, so there is nothing to put on a timeline")
     builder = optional_package(
         "perfetto.trace_builder.proto_builder", "a Perfetto trace", "'moe_trace[export]'"
     )
     with whole_file(target) as temporary, temporary.open("wb") as file:
         writer = _Writer(builder.StreamingTraceProtoBuilder(file))
-        parent = writer.track(f"{BAND_NAME} (rank {rank})")
-        for kind in LANES:
-            _write_lanes(writer, parent, kind, _slices(kind, calls))
-        for name, figure in _FIGURES.items():
-            _write_counter(
-                writer, parent, name, [(call.moe, figure(call)) for call in calls if call.of_layer]
-            )
-        replays = find_replays(calls)
-        _write_lanes(writer, parent, REPLAY_NAME, [(r.span, REPLAY_NAME, replay_args(r)) for r in replays])
-        for name, replay_figure in REPLAY_FIGURES.items():
-            _write_counter(writer, parent, name, [(r.span, replay_figure(r)) for r in replays])
+        _write_calls(writer, writer.track(f"{BAND_NAME} (rank {rank})"), placed)
+
+
+def _write_calls(writer: _Writer, parent: int, placed: PlacedCalls) -> None:
+    counts = placed.calls.assignments.to_lists()  # all experts: this file holds no recording that has them
+    arguments = [args | {"assignments": own} for args, own in zip(placed.slice_args(), counts, strict=True)]
+    slices = list(zip(placed.calls.site.tolist(), arguments, strict=True))
+    for kind in LANES:
+        rows = placed.having(kind)
+        _write_lanes(writer, parent, kind, placed.spans[kind][rows], [slices[row] for row in rows.tolist()])
+    layers = placed.of_layers
+    for name, figure in _FIGURES.items():
+        _write_counter(writer, parent, name, placed.moe[layers], figure(placed)[layers])
+    replays = find_replays(placed)
+    spans = spans_of(replays)
+    _write_lanes(writer, parent, REPLAY_NAME, spans, [(REPLAY_NAME, replay_args(r)) for r in replays])
+    for name, replay_figure in REPLAY_FIGURES.items():
+        values = np.array([replay_figure(replay) for replay in replays], np.float64)
+        _write_counter(writer, parent, name, spans, values)
 
 
 @dataclass
@@ -130,32 +138,22 @@ class _Writer:
         return packet
 
 
-_Slice = tuple[Span, str, dict[str, Any]]
-"""Where it stands, its name, and what a click on it shows."""
-
-
-def _slices(kind: RangeKind, calls: Sequence[PlacedCall]) -> list[_Slice]:
-    with_span = [call for call in calls if kind in call.spans]
-    return [(call.spans[kind], call.sample.site, _arguments(call)) for call in with_span]
-
-
-def _arguments(call: PlacedCall) -> dict[str, Any]:
-    """With all experts: this file holds no recording that would have them."""
-    return {**slice_args(call), "assignments": call.sample.assignments.tolist()}
-
-
-def _write_lanes(writer: _Writer, parent: int, name: str, slices: Sequence[_Slice]) -> None:
-    for lane, members in enumerate(without_overlap(slices, lambda one: one[0])):
+def _write_lanes(
+    writer: _Writer, parent: int, name: str, spans: Floats, slices: Sequence[tuple[str, dict[str, Any]]]
+) -> None:
+    """Slices by title and arguments, that stand at `[N, 2]` starts and durations."""
+    for lane, members in enumerate(without_overlap(spans)):
         track = writer.track(numbered(name, lane), parent)
-        for span, title, arguments in members:
-            begin = writer.event(track, span.start_us)
+        for row, (start_us, duration_us) in zip(members.tolist(), spans[members].tolist(), strict=True):
+            title, arguments = slices[row]
+            begin = writer.event(track, start_us)
             begin.track_event.type = begin.track_event.TYPE_SLICE_BEGIN
             begin.track_event.name = title
             begin.track_event.categories.append("moe_trace")
             for key, value in arguments.items():
                 _annotate(begin.track_event.debug_annotations.add(), key, value)
             writer.write(begin)
-            end = writer.event(track, span.end_us)
+            end = writer.event(track, start_us + duration_us)
             end.track_event.type = end.track_event.TYPE_SLICE_END
             writer.write(end)
 
@@ -175,15 +173,13 @@ def _annotate(annotation: Any, name: str, value: Any) -> None:
         annotation.string_value = str(value)
 
 
-def _write_counter(
-    writer: _Writer, parent: int, name: str, values: Sequence[tuple[Span, float | None]]
-) -> None:
+def _write_counter(writer: _Writer, parent: int, name: str, spans: Floats, values: npt.NDArray) -> None:
     """A step function: a layer's value over its MoE block, a graph's over its replay, 0 from its end."""
-    known = [(span, value) for span, value in values if value is not None]
-    for lane, members in enumerate(without_overlap(known, lambda item: item[0])):
+    for lane, members in enumerate(without_overlap(spans, np.flatnonzero(values == values))):
         track = writer.track(numbered(name, lane), parent, _UNITS[name])
-        for span, value in members:
-            for time_us, level in ((span.start_us, value), (span.end_us, 0.0)):
+        pairs = zip(spans[members].tolist(), values[members].tolist(), strict=True)
+        for (start_us, duration_us), value in pairs:
+            for time_us, level in ((start_us, value), (start_us + duration_us, 0.0)):
                 packet = writer.event(track, time_us)
                 packet.track_event.type = packet.track_event.TYPE_COUNTER
                 packet.track_event.double_counter_value = float(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import MoETraceError
 from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
@@ -99,7 +101,7 @@ class MoETracer(HookOwner):
         self._silent_told = False
         self._traces_lost: dict[str, Lost] = {}
         """By path: what merging into each trace lost."""
-        self.exported_samples: list[RoutingSample] = []
+        self.exported_samples: Sequence[RoutingSample] = ()
         """The samples of the trace that was exported last."""
         self._description = describe_model(model, self.sites)
         self._parallel = ParallelModel(model)
@@ -218,12 +220,11 @@ class MoETracer(HookOwner):
         merged = merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks)
         self.accept(merged.placed[0], merged.lost, trace_path)
 
-    def accept(self, placed: list[RoutingSample], lost: Lost, trace_path: str | Path) -> None:
+    def accept(self, placed: CallTable, lost: Lost, trace_path: str | Path) -> None:
         """Remember where the samples of one trace were placed, and what it lacked; the last merge counts."""
         self.exported_samples = placed
-        for sample in placed:
-            if sample.placement is not None:
-                self._placements[sample.name, sample.call] = sample.placement
+        placements = zip(placed.call_keys(), placed.places.to_placements(), strict=True)
+        self._placements.update((call, placement) for call, placement in placements if placement is not None)
         self._traces_lost[os.path.abspath(trace_path)] = lost
 
     def samples_this_step(self) -> bool:

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
-from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind, RoutingSample, Span
-from moe_trace.timeline.replay_slices import (
-    REPLAY_FIGURES,
-    REPLAY_NAME,
-    PlacedCall,
-    Replay,
-    find_replays,
-    placed_call,
-    replay_args,
-)
+from moe_trace.data.calls.placements import Floats, IntArray
+from moe_trace.data.codec import number_cells
+from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind
+from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
+from moe_trace.timeline.replay_slices import REPLAY_FIGURES, REPLAY_NAME, find_replays, replay_args, spans_of
 
 Tracks = Sequence[Literal["band", "layers", "experts"]]
-Event = dict[str, Any]
-_T = TypeVar("_T")
-
-BUSIEST = 4
-"""Experts that a slice names."""
 
 LANES: tuple[RangeKind, ...] = ("router", "experts")
+_json = msgspec.json.encode
 
 
-def band_events(
-    samples: Iterable[RoutingSample],
-    *,
-    rank: int,
-    tracks: Tracks = ("band",),
-    experts_are_split: bool = False,
-) -> Iterator[Event]:
-    """Chrome trace events for the samples that were placed, one by one.
+def band_events(placed: PlacedCalls, *, rank: int, tracks: Tracks = ("band",)) -> Iterator[bytes]:
+    """Chrome trace events for the calls, as JSON, one by one.
 
     Thousands of small objects that live at once would set off the garbage collector, which walks the user's
     model too.
@@ -44,39 +30,33 @@ def band_events(
         rank: names the band's process and is added to its id.
         tracks: `band`: one counter track a figure, for all layers; `layers`: a track per layer and
             figure; `experts`: one stacked track of the assignments to all experts.
-        experts_are_split: see `Recording.experts_are_split`; their FLOP/s are left out then.
     """
-    placed = (sample for sample in samples if sample.placement is not None)
-    calls = sorted(
-        (placed_call(sample, experts_are_split=experts_are_split) for sample in placed),
-        key=lambda c: c.moe.start_us,
-    )
-    if not calls:
+    if not len(placed):
         return
     pid = BAND_PID + rank
-    yield from _process_events(pid, rank, calls[0].moe.start_us)
-    layers, replays = [call for call in calls if call.of_layer], find_replays(calls)
+    yield from _process_events(pid, rank, placed.start_us)
     for track in tracks:
-        yield from _TRACKS[track](layers, pid)
-    yield from _replay_counters(replays, pid)
-    tid = 0
-    for event in _lane_events(layers, pid):
-        tid = event["tid"]
-        yield event
-    yield from _replay_lanes(replays, pid, first_tid=tid + 1)
+        yield from _TRACKS[track](placed, pid)
+    yield from _replay_counters(placed, pid)
+    lanes = [*_call_lanes(placed), *_replay_lanes(placed)]
+    for tid, (name, span, titles, args) in enumerate(lanes, start=1):
+        yield from _lane_names(name, span[0, 0], pid, tid)
+        text = b'{"ph":"X","cat":"moe_trace","name":%%b,"pid":%d,"tid":%d,"ts":%%b,"dur":%%b,"args":%%b}'
+        yield from map(
+            (text % (pid, tid)).__mod__, zip(titles, *map(number_cells, span.T), args, strict=True)
+        )
 
 
-def _process_events(pid: int, rank: int, start_us: float) -> list[Event]:
-    values = (
-        ("process_name", {"name": BAND_NAME}),
-        ("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}),
-    )
-    return [
-        {"ph": "M", "name": name, "ts": start_us, "pid": pid, "tid": 0, "args": args} for name, args in values
-    ]
+def _process_events(pid: int, rank: int, start_us: float) -> Iterator[bytes]:
+    yield _metadata("process_name", {"name": BAND_NAME}, start_us, pid)
+    yield _metadata("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}, start_us, pid)
 
 
-def band_label(rank: int, start_us: float) -> Event:
+def _metadata(name: str, args: dict[str, Any], start_us: float, pid: int, tid: int = 0) -> bytes:
+    return _json({"ph": "M", "name": name, "ts": float(start_us), "pid": pid, "tid": tid, "args": args})
+
+
+def band_label(rank: int, start_us: float) -> dict[str, Any]:
     """The event that names the band's rank, and that carries the recording."""
     return {
         "ph": "M",
@@ -91,62 +71,48 @@ def band_label(rank: int, start_us: float) -> Event:
 # -- counters -----------------------------------------------------------------------------------------
 
 
-def _expert_tflops(call: PlacedCall) -> float | None:
-    experts = call.spans.get("experts")
-    if experts is None or experts.duration_us <= 0 or not call.sample.expert_flops or call.experts_are_split:
-        return None
-    return call.sample.expert_flops / experts.duration_us / 1e6
+def _band_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
+    yield from _figure_counters(placed, placed.of_layers, pid)
 
 
-def _skipped_share(call: PlacedCall) -> float | None:
-    slots = call.sample.tokens * call.sample.top_k
-    return 100 * call.sample.skipped / slots if call.sample.skipped else None
+def _layer_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
+    site = placed.calls.site[placed.of_layers]
+    for one in sorted(set(site.tolist())):
+        yield from _figure_counters(placed, placed.of_layers[site == one], pid, prefix=f"{one} ")
 
 
-FIGURES: dict[str, Callable[[PlacedCall], float | None]] = {
-    "load max÷mean": lambda call: call.load.max_over_mean,
-    "router entropy (nats)": lambda call: call.sample.router_entropy,
-    "active experts": lambda call: call.load.active_experts,
-    "expert TFLOP/s (with gaps)": _expert_tflops,
-    "skipped slots (%)": _skipped_share,
-}
-
-
-def _band_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
-    """A step function over time: a layer's value from the start of its MoE layer, 0 from its end."""
-    for lane, members in enumerate(without_overlap(calls, lambda call: call.moe)):
+def _figure_counters(placed: PlacedCalls, rows: IntArray, pid: int, *, prefix: str = "") -> Iterator[bytes]:
+    for lane, members in enumerate(without_overlap(placed.moe, rows)):
         for name, figure in FIGURES.items():
-            yield from _step_function(numbered(name, lane), "value", figure, members, pid)
+            values = figure(placed)[members]
+            told = values == values
+            counts = [b'{"value":%b}' % cell for cell in number_cells(values[told])]
+            title = numbered(f"{prefix}{name}", lane)
+            yield from _step_function(title, placed.moe[members[told]], counts, b'{"value":0}', pid)
 
 
-def _layer_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
-    for site in sorted({call.sample.site for call in calls}):
-        of_site = [call for call in calls if call.sample.site == site]
-        for lane, members in enumerate(without_overlap(of_site, lambda call: call.moe)):
-            for name, figure in FIGURES.items():
-                yield from _step_function(numbered(f"{site} {name}", lane), "value", figure, members, pid)
+def _expert_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
+    for lane, members in enumerate(without_overlap(placed.moe, placed.of_layers)):
+        loads = placed.calls.assignments.take(members).to_lists()
+        series = [{f"E{i:02d}": count for i, count in enumerate(load or ())} for load in loads]
+        title = numbered("assignments by expert", lane)
+        for row, counts in zip(members.tolist(), series, strict=True):
+            none = _json(dict.fromkeys(counts, 0))
+            yield from _step_function(title, placed.moe[row : row + 1], [_json(counts)], none, pid)
 
 
-def _expert_counters(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
-    for lane, members in enumerate(without_overlap(calls, lambda call: call.moe)):
-        name = numbered("assignments by expert", lane)
-        for call in members:
-            counts = {f"E{i:02d}": int(n) for i, n in enumerate(call.sample.assignments)}
-            yield _counter(name, pid, call.moe.start_us, counts)
-            yield _counter(name, pid, call.moe.end_us, dict.fromkeys(counts, 0))
-
-
-def _replay_counters(replays: Sequence[Replay], pid: int) -> Iterator[Event]:
-    for lane, members in enumerate(without_overlap(replays, lambda replay: replay.span)):
+def _replay_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
+    replays = find_replays(placed)
+    spans = spans_of(replays)
+    for lane, members in enumerate(without_overlap(spans)):
         for name, figure in REPLAY_FIGURES.items():
-            for replay in members:
-                value = figure(replay)
-                if value is not None:
-                    yield _counter(numbered(name, lane), pid, replay.span.start_us, {"value": value})
-                    yield _counter(numbered(name, lane), pid, replay.span.end_us, {"value": 0})
+            values = [figure(replays[i]) for i in members.tolist()]
+            told = np.array([value is not None for value in values], bool)
+            counts = [_json({"value": value}) for value in values if value is not None]
+            yield from _step_function(numbered(name, lane), spans[members[told]], counts, b'{"value":0}', pid)
 
 
-_TRACKS: dict[str, Callable[[Sequence[PlacedCall], int], Iterator[Event]]] = {
+_TRACKS: dict[str, Callable[[PlacedCalls, int], Iterator[bytes]]] = {
     "band": _band_counters,
     "layers": _layer_counters,
     "experts": _expert_counters,
@@ -154,100 +120,44 @@ _TRACKS: dict[str, Callable[[Sequence[PlacedCall], int], Iterator[Event]]] = {
 
 
 def _step_function(
-    name: str,
-    series: str,
-    figure: Callable[[PlacedCall], float | None],
-    calls: Sequence[PlacedCall],
-    pid: int,
-) -> Iterator[Event]:
-    for call in calls:
-        value = figure(call)
-        if value is not None:
-            yield _counter(name, pid, call.moe.start_us, {series: value})
-            yield _counter(name, pid, call.moe.end_us, {series: 0})
-
-
-def _counter(name: str, pid: int, time_us: float, values: Mapping[str, float]) -> Event:
-    return {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": time_us, "args": values}
+    name: str, spans: Floats, values: Sequence[bytes], zero: bytes, pid: int
+) -> Iterator[bytes]:
+    """A value from the start of its MoE layer, 0 from its end."""
+    head = b'{"ph":"C","name":%b,"pid":%d,"tid":0,"ts":' % (_json(name), pid)
+    for start, end, value in zip(number_cells(spans[:, 0]), number_cells(spans.sum(1)), values, strict=True):
+        yield b'%b%b,"args":%b}' % (head, start, value)
+        yield b'%b%b,"args":%b}' % (head, end, zero)
 
 
 # -- lanes --------------------------------------------------------------------------------------------
 
-
-def _lane_events(calls: Sequence[PlacedCall], pid: int) -> Iterator[Event]:
-    lanes = [(kind, lane, members) for kind in LANES for lane, members in enumerate(_lanes_of(calls, kind))]
-    args = {id(call): slice_args(call) for call in calls}  # of its slice in each lane
-    for tid, (kind, lane, members) in enumerate(lanes, start=1):
-        yield from _lane_names(numbered(kind, lane), members[0].spans[kind].start_us, pid, tid)
-        for call in members:
-            yield _slice(call.sample.site, call.spans[kind], args[id(call)], pid, tid)
+_Lane = tuple[str, Floats, Iterable[bytes], Iterable[bytes]]
+"""Its name, where its slices stand, and the names and arguments of these."""
 
 
-def _replay_lanes(replays: Sequence[Replay], pid: int, *, first_tid: int) -> Iterator[Event]:
-    lanes = without_overlap(replays, lambda replay: replay.span)
-    for lane, members in enumerate(lanes):
-        tid = first_tid + lane
-        yield from _lane_names(numbered(REPLAY_NAME, lane), members[0].span.start_us, pid, tid)
-        for replay in members:
-            yield _slice(REPLAY_NAME, replay.span, replay_args(replay), pid, tid)
+def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
+    if not len(placed.of_layers):
+        return
+    sites = np.array([_json(key.site) for key in placed.calls.keys], object)[placed.calls.router]
+    args = np.array([_json(one) for one in placed.slice_args()], object)  # the same in each lane
+    for kind in LANES:
+        span = placed.spans[kind]
+        rows = placed.of_layers[~np.isnan(span[placed.of_layers, 0])]
+        for lane, members in enumerate(without_overlap(span, rows)):
+            yield numbered(kind, lane), span[members], sites[members], args[members]
 
 
-def _lane_names(name: str, start_us: float, pid: int, tid: int) -> Iterator[Event]:
-    for key, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
-        yield {"ph": "M", "name": key, "ts": start_us, "pid": pid, "tid": tid, "args": args}
+def _replay_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
+    replays = find_replays(placed)
+    spans = spans_of(replays)
+    for lane, members in enumerate(without_overlap(spans)):
+        args = (_json(replay_args(replays[i])) for i in members.tolist())
+        yield numbered(REPLAY_NAME, lane), spans[members], [_json(REPLAY_NAME)] * len(members), args
 
 
-def _lanes_of(calls: Sequence[PlacedCall], kind: RangeKind) -> list[list[PlacedCall]]:
-    with_span = [call for call in calls if kind in call.spans]
-    return without_overlap(with_span, lambda call: call.spans[kind])
-
-
-def _slice(name: str, span: Span, args: dict[str, Any], pid: int, tid: int) -> Event:
-    return {
-        "ph": "X",
-        "cat": "moe_trace",
-        "name": name,
-        "pid": pid,
-        "tid": tid,
-        "ts": span.start_us,
-        "dur": span.duration_us,
-        "args": args,
-    }
-
-
-def slice_args(call: PlacedCall) -> dict[str, Any]:
-    """What a click on a slice shows."""
-    sample, load = call.sample, call.load
-    return {
-        "router": sample.name,
-        "step": sample.step,
-        "call": sample.call,
-        "phase": sample.phase,
-        "stage": sample.stage,
-        "clock": call.clock,
-        "tokens": sample.tokens,
-        "top_k": sample.top_k,
-        "assignments": int(sample.assignments.sum()),
-        "busiest experts": _busiest(sample.assignments),
-        "skipped": sample.skipped,
-        "padding_assignments": sample.padding_assignments,
-        "load max÷mean": load.max_over_mean,
-        "load CV": load.cv,
-        "load Gini": load.gini,
-        "load entropy": load.entropy,
-        "active experts": load.active_experts,
-        "router entropy (nats)": sample.router_entropy,
-        "router confidence": sample.confidence,
-        "router FLOPs": sample.router_flops,
-        "expert FLOPs": sample.expert_flops,
-        **({"in graph": True} if sample.in_graph else {}),
-    }
-
-
-def _busiest(assignments: np.ndarray) -> dict[str, int]:
-    """The first few by load, however many experts there are: all of them stand in the recording."""
-    order = np.argsort(-assignments, kind="stable")[:BUSIEST]
-    return {f"E{expert}": int(assignments[expert]) for expert in order if assignments[expert]}
+def _lane_names(name: str, start_us: float, pid: int, tid: int) -> Iterator[bytes]:
+    yield _metadata("thread_name", {"name": name}, start_us, pid, tid)
+    yield _metadata("thread_sort_index", {"sort_index": tid}, start_us, pid, tid)
 
 
 def numbered(name: str, lane: int) -> str:
@@ -255,17 +165,24 @@ def numbered(name: str, lane: int) -> str:
     return name if lane == 0 else f"{name} ({lane + 1})"
 
 
-def without_overlap(items: Sequence[_T], span_of: Callable[[_T], Span]) -> list[list[_T]]:
-    """The items in as few lanes as possible, none of which holds two spans that overlap."""
-    lanes: list[list[_T]] = []
-    ends: list[float] = []
-    for item in sorted(items, key=lambda i: span_of(i).start_us):
-        span = span_of(item)
-        lane = next((i for i, end in enumerate(ends) if end <= span.start_us), None)
-        if lane is None:
+def without_overlap(spans: Floats, rows: IntArray | None = None) -> list[IntArray]:
+    """Rows of `[N, 2]` starts and durations, in as few lanes as hold none that overlap.
+
+    Args:
+        rows: which of them; None for all.
+    """
+    rows = np.arange(len(spans)) if rows is None else rows
+    rows = rows[np.argsort(spans[rows, 0], kind="stable")]
+    starts, ends = spans[rows, 0], spans[rows].sum(1)
+    if len(rows) and (ends[:-1] <= starts[1:]).all():
+        return [rows]
+    lanes: list[list[int]] = []
+    last: list[float] = []
+    for row, start, end in zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        lane = next((i for i, until in enumerate(last) if until <= start), len(last))
+        if lane == len(last):
             lanes.append([])
-            ends.append(0.0)
-            lane = len(lanes) - 1
-        lanes[lane].append(item)
-        ends[lane] = span.end_us
-    return lanes
+            last.append(0.0)
+        lanes[lane].append(row)
+        last[lane] = end
+    return [np.array(lane, np.int64) for lane in lanes]

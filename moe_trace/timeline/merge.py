@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import shutil
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
+import numpy as np
 
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
@@ -26,6 +26,7 @@ from moe_trace.timeline.place.graphs import place_in_graphs
 from moe_trace.timeline.place.launches import read_launches
 from moe_trace.timeline.place.missing import MissingRanges
 from moe_trace.timeline.place.scan import RangeSearch, trace_path_error, trace_window
+from moe_trace.timeline.placed_calls import PlacedCalls
 
 _COPY_BYTES = 4 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -35,7 +36,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 class Merged:
     """What merging did: the samples of this trace with their placements, and what found no partner."""
 
-    placed: list[list[RoutingSample]]
+    placed: list[CallTable]
     """By recording, in the order in which they were given."""
     lost: Lost
     """Only what this merge lost: samples without a range, ranges without a sample."""
@@ -165,16 +166,10 @@ def merge_in_place(
         named = _with_own_names(recordings)
         placed = _place(trace_events, search, named, layout.base_time_ns, window, activities)
         combined = _combine(named, placed)
-        events = band_events(
-            combined.samples,
-            rank=combined.rank,
-            tracks=tracks,
-            experts_are_split=combined.experts_are_split,
-        )
-        first = next(events, None)
+        band = PlacedCalls.of(combined.calls, experts_are_split=combined.experts_are_split)
         addition = encode_addition(
-            b",\n".join(map(msgspec.json.encode, itertools.chain([first] if first else [], events))),
-            band_label(combined.rank, first["ts"] if first else window.start_us),
+            b",\n".join(band_events(band, rank=combined.rank, tracks=tracks)),
+            band_label(combined.rank, band.start_us if len(band) else window.start_us),
             encode_recording(combined),
             offset=layout.events.end,
             first=layout.events.empty,
@@ -196,7 +191,7 @@ def _prefixed(recording: Recording, prefix: str) -> Recording:
     return replace(
         recording,
         routers=tuple(replace(router, name=prefix + router.name) for router in recording.routers),
-        samples=tuple(replace(sample, name=prefix + sample.name) for sample in recording.samples),
+        samples=_renamed(recording.calls, lambda name: prefix + name),
         captured_graphs=tuple(
             replace(graph, calls=tuple(replace(call, name=prefix + call.name) for call in graph.calls))
             for graph in recording.captured_graphs
@@ -204,12 +199,15 @@ def _prefixed(recording: Recording, prefix: str) -> Recording:
     )
 
 
-def _placed_of(recording: Recording, named: Recording, placed: Placed) -> list[RoutingSample]:
+def _renamed(calls: CallTable, name: Callable[[str], str]) -> CallTable:
+    return replace(calls, keys=tuple(key._replace(name=name(key.name)) for key in calls.keys))
+
+
+def _placed_of(recording: Recording, named: Recording, placed: Placed) -> CallTable:
     """The placed samples of one recording, under the names that it gave them."""
     original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
-    if named is recording:
-        return [sample for sample in placed.samples if sample.name in original]
-    return [replace(s, name=original[s.name]) for s in placed.samples if s.name in original]
+    own = np.array([key.name in original for key in placed.samples.keys], bool)
+    return _renamed(placed.samples.take(own[placed.samples.router]), lambda name: original.get(name, name))
 
 
 def _place(
@@ -223,13 +221,13 @@ def _place(
     ranges = search.found(events)
     missing = MissingRanges(events, {event.tid for event in ranges if not event.on_device}, activities)
     placed = place_samples(
-        [sample for recording in recordings for sample in recording.samples],
+        CallTable.concatenated([recording.calls for recording in recordings]),
         ranges,
         base_time_ns=base_time_ns,
         window=window,
         why=missing.why,
     )
-    if not any(sample.in_graph for sample in placed.samples):
+    if not placed.samples.in_graph.any():
         return placed
     return place_in_graphs(
         placed,
@@ -259,6 +257,6 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         first,
         model=model,
         routers=tuple(router for r in recordings for router in r.routers),
-        samples=tuple(placed.samples),
+        samples=placed.samples,
         lost=lost,
     )

@@ -5,136 +5,93 @@ One slice a replay, and counters whose names say that they stand for all its lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.data.calls.placements import Side
-from moe_trace.data.calls.table import CallTable
-from moe_trace.data.load_stats import Load, describe_load
-from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span, moe_span
+from moe_trace.data.calls.placements import Floats
+from moe_trace.timeline.placed_calls import PlacedCalls
 
 REPLAY_NAME = "graph"
 
 
 @dataclass(frozen=True)
-class PlacedCall:
-    """A placed sample with what its events need."""
-
-    sample: RoutingSample
-    load: Load
-    spans: dict[RangeKind, Span]
-    """Device spans where the call has any, else host spans."""
-    clock: Literal["device", "host"]
-    experts_are_split: bool = False
-    """See `Recording.experts_are_split`."""
-
-    @property
-    def moe(self) -> Span:
-        """The whole MoE layer: its block, or from the router to the end of the experts."""
-        return moe_span(self.spans)
-
-    @property
-    def of_layer(self) -> bool:
-        """Whether it has a place of its own, rather than only one shared with its graph's other layers."""
-        return "router" in self.spans or "block" in self.spans
-
-
-def placed_call(sample: RoutingSample, *, experts_are_split: bool = False) -> PlacedCall:
-    """A sample that has a placement, on the device's clock where it has spans there."""
-    assert sample.placement is not None
-    spans, clock = spans_of(sample.placement)
-    return PlacedCall(sample, describe_load(sample.assignments), spans, clock, experts_are_split)
-
-
-def spans_of(placement: Placement) -> tuple[dict[RangeKind, Span], Literal["device", "host"]]:
-    """What the band draws."""
-    device = placement.device
-    if "router" in device or "block" in device or (placement.in_graph and "graph" in device):
-        return device, "device"
-    return placement.host, "host"
-
-
-def experts_range_us(calls: CallTable) -> npt.NDArray[np.float64]:
-    """[N] duration of each call's experts, dispatch, combine and gaps included; NaN where they have no place.
-
-    On the clock that the band draws (`spans_of`).
-    """
-
-    def there(side: Side, kind: RangeKind) -> npt.NDArray[np.bool_]:
-        return ~np.isnan(calls.duration_us(side, kind))
-
-    in_graph = there("host", "graph") & there("device", "graph")
-    on_device = there("device", "router") | there("device", "block") | in_graph
-    device, host = (calls.duration_us(side, "experts") for side in ("device", "host"))
-    return np.where(on_device, device, host)
-
-
-@dataclass(frozen=True)
 class Replay:
-    """The calls of one forward, by layer."""
+    """The calls of one forward."""
 
-    calls: tuple[PlacedCall, ...]
+    placed: PlacedCalls
+    rows: Sequence[int]
+    """Its calls, by layer."""
 
     @property
-    def span(self) -> Span:
-        return self.calls[0].spans["graph"]
+    def span(self) -> Floats:
+        """[2] start and duration."""
+        return self.placed.spans["graph"][self.rows[0]]
 
 
-def find_replays(calls: Iterable[PlacedCall]) -> list[Replay]:
+def find_replays(placed: PlacedCalls) -> list[Replay]:
     """Calls with the same graph or forward, in order of time."""
-    groups: dict[Any, list[PlacedCall]] = {}
-    for call in calls:
-        if "graph" in call.spans:
-            assert call.sample.placement is not None
-            host = call.sample.placement.host["graph"]
-            groups.setdefault((call.sample.thread, host, call.spans["graph"]), []).append(call)
-    replays = [Replay(tuple(sorted(group, key=lambda c: c.sample.layer))) for group in groups.values()]
-    return sorted(replays, key=lambda replay: replay.span.start_us)
+    groups: dict[Any, list[int]] = {}
+    rows = placed.having("graph")
+    calls = placed.calls.take(rows)
+    launched = calls.places.span("host", "graph").tolist()
+    drawn = placed.spans["graph"][rows].tolist() if len(rows) else []
+    for row, thread, host, here in zip(rows.tolist(), calls.thread.tolist(), launched, drawn, strict=True):
+        groups.setdefault((thread, *host, *here), []).append(row)
+    layer = placed.calls.layer
+    replays = [Replay(placed, sorted(group, key=layer.__getitem__)) for group in groups.values()]
+    return sorted(replays, key=lambda replay: replay.span[0])
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def spans_of(replays: Sequence[Replay]) -> Floats:
+    """`[R, 2]` start and duration of each."""
+    return np.array([replay.span for replay in replays], np.float64).reshape(-1, 2)
+
+
+def _known(values: Any, replay: Replay) -> list[float]:
+    return [value for value in values[replay.rows].tolist() if value == value]
+
+
+def _worst(values: Any, replay: Replay) -> float | None:
+    return max(_known(values, replay), default=None)
+
+
+def _mean(values: Any, replay: Replay) -> float | None:
+    known = _known(values, replay)
     return sum(known) / len(known) if known else None
 
 
-def _worst_load(replay: Replay) -> float | None:
-    return max((c.load.max_over_mean for c in replay.calls if c.load.max_over_mean is not None), default=None)
-
-
 REPLAY_FIGURES: dict[str, Callable[[Replay], float | None]] = {
-    "load max÷mean (graph: worst layer)": _worst_load,
-    "load max÷mean (graph: mean)": lambda replay: _mean(c.load.max_over_mean for c in replay.calls),
-    "router entropy (nats) (graph: mean)": lambda replay: _mean(
-        c.sample.router_entropy for c in replay.calls
-    ),
-    "active experts (graph: mean)": lambda replay: _mean(c.load.active_experts for c in replay.calls),
+    "load max÷mean (graph: worst layer)": lambda r: _worst(r.placed.loads.max_over_mean, r),
+    "load max÷mean (graph: mean)": lambda r: _mean(r.placed.loads.max_over_mean, r),
+    "router entropy (nats) (graph: mean)": lambda r: _mean(r.placed.calls.router_entropy, r),
+    "active experts (graph: mean)": lambda r: _mean(r.placed.loads.active_experts, r),
 }
 
 
 def replay_args(replay: Replay) -> dict[str, Any]:
     """What a click on a replay shows: a line a layer."""
-    first = replay.calls[0]
+    first, calls = replay.rows[0], replay.placed.calls
     return {
         "in graph": True,
-        "clock": first.clock,
-        "step": first.sample.step,
-        "stage": first.sample.stage,
-        "layers": len(replay.calls),
+        "clock": replay.placed.clock(first),
+        "step": int(calls.step[first]),
+        "stage": str(calls.stage[first]),
+        "layers": len(replay.rows),
         **{name: figure(replay) for name, figure in REPLAY_FIGURES.items()},
-        **{call.sample.site: _line(call) for call in replay.calls},
+        **{calls.keys[calls.router[row]].site: _line(replay.placed, row) for row in replay.rows},
     }
 
 
-def _line(call: PlacedCall) -> str:
-    sample, load = call.sample, call.load
-    parts = [f"{sample.tokens} tokens", f"{sum(sample.assignments.tolist())} assignments"]
-    if load.max_over_mean is not None:
-        parts.append(f"load max÷mean {load.max_over_mean:.2f}")
-    parts.append(f"{load.active_experts} active experts")
-    if sample.router_entropy is not None:
-        parts.append(f"entropy {sample.router_entropy:.3f} nats")
+def _line(placed: PlacedCalls, row: int) -> str:
+    calls, loads = placed.calls, placed.loads
+    worst, entropy = loads.max_over_mean[row], calls.router_entropy[row]
+    parts = [f"{calls.tokens[row]} tokens", f"{placed.totals[row]} assignments"]
+    if worst == worst:
+        parts.append(f"load max÷mean {worst:.2f}")
+    parts.append(f"{loads.active_experts[row]} active experts")
+    if entropy == entropy:
+        parts.append(f"entropy {entropy:.3f} nats")
     return ", ".join(parts)

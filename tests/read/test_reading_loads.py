@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_trace.data.load_stats import describe_load
+from moe_trace.data.calls.ragged import CountLists
+from moe_trace.data.load_stats import describe_load, describe_loads
 from paths import DATA
 
 COUNTS = json.loads((DATA / "olmoe_expert_counts.json").read_text())
@@ -42,6 +43,15 @@ def test_real_routing(domain: str, index: int) -> None:
 def test_published_figures(domain: str, layer: int, expected: tuple[float, ...]) -> None:
     load = describe_load(COUNTS["counts"][domain][COUNTS["layers"].index(layer)])
     assert (load.max_over_mean, load.cv, load.gini, load.entropy) == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 9) | st.just(0), min_size=1, max_size=70), max_size=12))
+def test_many_loads_at_once_are_those_of_each_to_the_bit(counts: list[list[int]]) -> None:
+    many = describe_loads(CountLists.of(counts))
+    for i, each in enumerate(map(describe_load, counts)):
+        for name in ("max_over_mean", "cv", "gini", "entropy", "active_experts"):
+            value = getattr(many, name)[i]
+            assert getattr(each, name) == (None if value != value else value)
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=2, max_size=64).filter(any))

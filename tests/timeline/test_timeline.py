@@ -130,6 +130,7 @@ def test_counters_and_lanes_lie_inside_their_ranges(trace: tuple[Path, list[Any]
 
 def test_lanes_of_overlapping_layers_never_cross() -> None:
     from moe_trace.timeline.counter_tracks import band_events
+    from moe_trace.timeline.placed_calls import PlacedCalls
 
     prof = profiled(tiny_olmoe(), steps=1)
     ranges = [
@@ -143,7 +144,7 @@ def test_lanes_of_overlapping_layers_never_cross() -> None:
     ]
     placed = place_samples(samples, ranges, base_time_ns=0, window=None)
     assert (placed.samples_without_range, placed.ranges_without_sample) == (0, 0)
-    events = list(band_events(placed.samples, rank=0))
+    events = [json.loads(event) for event in band_events(PlacedCalls.of(placed.samples), rank=0)]
     lanes: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in events:
         if event["ph"] == "X":

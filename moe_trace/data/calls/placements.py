@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,24 +30,26 @@ class Places:
     """[N] NaN where it is not told."""
 
     @staticmethod
-    def of(placements: Sequence[Placement | None]) -> Places:
-        """From records."""
-        spans: dict[tuple[Side, RangeKind], Floats] = {}
+    def of(placements: Iterable[Placement | None], size: int) -> Places:
+        """From that many records."""
+        placed = np.zeros(size, bool)
+        edges: dict[tuple[Side, RangeKind], list[float]] = {}  # far faster to fill than an array
         busy: dict[RangeKind, Floats] = {}
         for row, placement in enumerate(placements):
             if placement is None:
                 continue
+            placed[row] = True
             sides: tuple[tuple[Side, dict[RangeKind, Span]], ...]
             sides = (("host", placement.host), ("device", placement.device))
             for side, found in sides:
                 for kind, span in found.items():
-                    column = spans.get((side, kind))
+                    column = edges.get((side, kind))
                     if column is None:
-                        column = spans[side, kind] = np.full((len(placements), 2), np.nan)
-                    column[row] = span.start_us, span.duration_us
+                        column = edges[side, kind] = [math.nan] * (2 * size)
+                    column[2 * row], column[2 * row + 1] = span.start_us, span.duration_us
             for kind, us in placement.busy_us.items():
-                busy.setdefault(kind, np.full(len(placements), np.nan))[row] = us
-        placed = np.fromiter((p is not None for p in placements), bool, len(placements))
+                busy.setdefault(kind, np.full(size, np.nan))[row] = us
+        spans = {key: np.array(column).reshape(size, 2) for key, column in edges.items()}
         return Places(placed, spans, busy)
 
     @staticmethod

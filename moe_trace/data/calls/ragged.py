@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -68,9 +68,9 @@ class CountLists:
         pairs = zip(starts[:-1], starts[1:], self.known.tolist(), strict=True)
         return [values[first:last] if known else None for first, last, known in pairs]
 
-    def to_lists(self) -> list[list[int] | None]:
-        """All of them, as JSON has them."""
-        return [None if row is None else row.tolist() for row in self.rows()]
+    def to_lists(self) -> Iterator[list[int] | None]:
+        """All of them, one by one, as JSON has them."""
+        return (None if row is None else row.tolist() for row in self.rows())
 
     def take(self, index: IntArray) -> CountLists:
         """The rows of an index."""

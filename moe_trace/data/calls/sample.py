@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,8 +20,7 @@ Stage = Literal["prefill", "decode", "train"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(msgspec.Struct, frozen=True, gc=False):
     """An interval on the trace's clock, in microseconds."""
 
     start_us: float

@@ -87,7 +87,7 @@ class CallTable(Sequence[RoutingSample]):
             np.array(index, np.int64),
             {name: column_of(name, [getattr(s, name) for s in samples]) for name in NUMBERS},
             {name: CountLists.of([getattr(s, name) for s in samples]) for name in LISTS},
-            Places.of([s.placement for s in samples]),
+            Places.of((s.placement for s in samples), len(samples)),
         )
 
     @staticmethod

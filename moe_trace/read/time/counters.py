@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_trace.data.load_stats import describe_load
+import numpy as np
+
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.time.lanes import Clock
-from moe_trace.timeline.counter_tracks import FIGURES
-from moe_trace.timeline.replay_slices import PlacedCall
+from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 
 COUNTED_MAX = 1500
 
@@ -20,22 +21,17 @@ def counter_tracks(
     samples: Sequence[RoutingSample], clock: Clock, window_ns: tuple[int, int]
 ) -> list[CounterTrack]:
     """The figures that are not 0 throughout, over the calls that touch the window."""
-    calls = [call for s in samples if (call := _placed(s, clock)) is not None]
+    calls = CallTable.of(samples)
+    calls = calls.take(~np.isnan(calls.duration_us(clock, "router")))
+    placed = PlacedCalls.on(np.full(len(calls), clock == "device"), calls)
     low, high = window_ns[0] / 1000, window_ns[1] / 1000
-    calls = [call for call in calls if call.moe.end_us >= low and call.moe.start_us <= high]
-    calls.sort(key=lambda call: call.moe.start_us)
-    calls = calls[:: max(1, -(-len(calls) // COUNTED_MAX))]
+    rows = np.flatnonzero((placed.moe.sum(1) >= low) & (placed.moe[:, 0] <= high))
+    rows = rows[:: max(1, -(-len(rows) // COUNTED_MAX))]
     tracks = []
     for name, figure in FIGURES.items():
-        points = [(c.moe, float(v)) for c in calls if (v := figure(c)) is not None]
-        if any(value for _, value in points):
-            tracks.append((name, points))
+        values = figure(placed)[rows]
+        told = values == values
+        if values[told].any():
+            spans = [Span(*span) for span in placed.moe[rows[told]].tolist()]
+            tracks.append((name, list(zip(spans, map(float, values[told]), strict=True))))
     return tracks
-
-
-def _placed(sample: RoutingSample, clock: Clock) -> PlacedCall | None:
-    placement = sample.placement
-    spans = None if placement is None else placement.device if clock == "device" else placement.host
-    if not spans or "router" not in spans:
-        return None
-    return PlacedCall(sample, describe_load(sample.assignments), spans, clock)

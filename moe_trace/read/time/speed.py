@@ -18,7 +18,7 @@ from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
 from moe_trace.read.time.phase_detection import EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes, IntArray
-from moe_trace.timeline.replay_slices import experts_range_us
+from moe_trace.timeline.placed_calls import experts_range_us
 
 Bound = Literal["memory", "arithmetic"]
 

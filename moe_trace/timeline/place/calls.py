@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
+from moe_trace.data.calls.placements import Places
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
 from moe_trace.timeline.place.scan import RangeEvent
 
@@ -16,7 +20,7 @@ from moe_trace.timeline.place.scan import RangeEvent
 class Placed:
     """The outcome of placing: every sample that took part, and what found no partner."""
 
-    samples: list[RoutingSample]
+    samples: CallTable
     """The profiled samples of this trace's window; `placement` is None where no range was found."""
     samples_without_range: int
     ranges_without_sample: int
@@ -33,12 +37,12 @@ class Placed:
 
 
 def place_samples(
-    samples: Iterable[RoutingSample],
+    samples: Sequence[RoutingSample],
     ranges: Iterable[RangeEvent],
     *,
     base_time_ns: int,
     window: Span | None,
-    why: Callable[[RoutingSample], str] = lambda sample: "",
+    why: Callable[[int], str] = lambda thread: "",
 ) -> Placed:
     """Give each profiled sample of the window the ranges of its router, experts and block.
 
@@ -47,33 +51,54 @@ def place_samples(
         ranges: our ranges as found in the trace, host and device.
         base_time_ns: the trace's `baseTimeNanoseconds`.
         window: what the profiler recorded, in trace time; None if the trace does not tell.
-        why: the cause for a sample that has no range (`MissingRanges.why`).
+        why: the cause for a sample of that thread that has no range (`MissingRanges.why`).
     """
-    timeline = _Timeline(ranges)
-    placed = []
-    causes = Counter[str]()
-    used: set[int] = set()
-    for sample in samples:
-        start_us = (sample.host_start_ns - base_time_ns) / 1000
-        unseen = sample.in_graph and sample.host_start_ns == 0  # when it ran is not known, only that it did
-        if not sample.profiled or not (unseen or _inside(start_us, window)):
-            continue
-        router = timeline.enclosing("router", sample, start_us)
-        if router is not None:
-            used.add(id(router))
-            placement: Placement | None = timeline.placement(router)
-        elif sample.in_graph:  # it has no range of its own, and lost none
-            placement = sample.placement
-        elif (placement := timeline.fused(sample, start_us)) is None:
-            causes[why(sample)] += 1
-            placement = timeline.by_clock(sample, start_us)
-        placed.append(replace(sample, placement=placement))
-    without_range = sum(sample.placement is None and not sample.in_graph for sample in placed)
-    return Placed(placed, without_range, len(timeline.routers) - len(used), dict(causes))
+    table = CallTable.of(samples)
+    starts_us = [(start_ns - base_time_ns) / 1000 for start_ns in table.host_start_ns.tolist()]
+    unseen = (table.in_graph & (table.host_start_ns == 0)).tolist()  # not known when it ran, only that it did
+    rows = [
+        row
+        for row, profiled in enumerate(table.profiled.tolist())
+        if profiled and (unseen[row] or _inside(starts_us[row], window))
+    ]
+    table = table.take(np.array(rows, np.int64))
+    join = _Join(_Timeline(ranges), why)
+    places = Places.of(join.placements(table, [starts_us[row] for row in rows]), len(rows))
+    without_range = int((~places.placed & ~table.in_graph).sum())
+    unused = len(join.timeline.routers) - len(join.used)
+    return Placed(replace(table, places=places), without_range, unused, dict(join.causes))
 
 
 def _inside(time_us: float, window: Span | None) -> bool:
     return window is None or window.start_us <= time_us <= window.end_us
+
+
+@dataclass(frozen=True)
+class _Join:
+    timeline: _Timeline
+    why: Callable[[int], str]
+    causes: Counter[str] = field(default_factory=Counter)
+    used: set[int] = field(default_factory=set)
+    """Routers' ranges that hold a sample, by identity."""
+
+    def placements(self, table: CallTable, starts_us: Sequence[float]) -> Iterator[Placement | None]:
+        """Of each row; one at a time, since thousands of small objects that live at once set off the garbage
+        collector, which walks the user's model too."""
+        kept = table.places.to_placements() if table.in_graph.any() else ()
+        columns = (table.site, table.thread, table.host_end_ns - table.host_start_ns, table.in_graph)
+        rows = zip(starts_us, *(column.tolist() for column in columns), strict=True)
+        for row, (start_us, site, thread, taken_ns, in_graph) in enumerate(rows):
+            router = self.timeline.enclosing("router", site, thread, start_us)
+            if router is not None:
+                self.used.add(id(router))
+                yield self.timeline.placement(router)
+            elif in_graph:  # it has no range of its own, and lost none
+                yield kept[row]
+            else:
+                # Where neither router nor experts ran as modules, the router took no time.
+                block = None if taken_ns else self.timeline.block(site, thread, start_us)
+                self.causes.update([] if block else [self.why(thread)])
+                yield block or self.timeline.by_clock(thread, Span(start_us, taken_ns / 1000))
 
 
 class _Timeline:
@@ -81,14 +106,15 @@ class _Timeline:
 
     def __init__(self, ranges: Iterable[RangeEvent]) -> None:
         self._by_thread: dict[tuple[RangeKind, str, Any], list[RangeEvent]] = defaultdict(list)
-        self._threads: dict[tuple[RangeKind, str], set[Any]] = defaultdict(set)
-        self._seen: set[Any] = set()
         self._device: dict[Any, list[RangeEvent]] = defaultdict(list)
         self.routers: list[RangeEvent] = []
         for event in ranges:
             self._add(event)
-        for events in self._by_thread.values():
+        self._threads: dict[tuple[RangeKind, str], set[Any]] = defaultdict(set)
+        for (kind, site, tid), events in self._by_thread.items():
             events.sort(key=lambda e: e.span.start_us)
+            self._threads[kind, site].add(tid)
+        self._seen = {tid for _, _, tid in self._by_thread}
         self._starts = {key: [e.span.start_us for e in events] for key, events in self._by_thread.items()}
 
     def _add(self, event: RangeEvent) -> None:
@@ -96,25 +122,21 @@ class _Timeline:
             self._device[event.external_id].append(event)
             return
         self._by_thread[event.kind, event.site, event.tid].append(event)
-        self._threads[event.kind, event.site].add(event.tid)
-        self._seen.add(event.tid)
         if event.kind == "router":
             self.routers.append(event)
 
-    def by_clock(self, sample: RoutingSample, start_us: float) -> Placement | None:
+    def by_clock(self, thread: int, taken: Span) -> Placement | None:
         """Where the host's clock has it, if no range of ours is of its thread: the profiler recorded no host
         events, or those of another thread. Where it has others, this one was lost."""
-        if sample.thread in self._seen:
-            return None
-        taken_us = (sample.host_end_ns - sample.host_start_ns) / 1000
-        return Placement(host={"router": Span(start_us, taken_us)}, device={})
+        return None if thread in self._seen else Placement(host={"router": taken}, device={})
 
-    def enclosing(self, kind: RangeKind, sample: RoutingSample, time_us: float) -> RangeEvent | None:
-        """The range of this sample's site that holds the time, on the sample's own thread if it has one."""
-        threads = self._threads.get((kind, sample.site), set())
+    def enclosing(self, kind: RangeKind, site: str, thread: int, time_us: float) -> RangeEvent | None:
+        """The range of this site that holds the time, on the sample's own thread if it has one."""
+        if thread in self._seen:
+            return self._at(kind, site, thread, time_us)
         # Another thread's range only in a trace that numbers its threads in another way altogether.
-        for thread in [sample.thread] if sample.thread in self._seen else sorted(threads, key=str):
-            event = self._at(kind, sample.site, thread, time_us)
+        for other in sorted(self._threads.get((kind, site), ()), key=str):
+            event = self._at(kind, site, other, time_us)
             if event is not None:
                 return event
         return None
@@ -143,10 +165,9 @@ class _Timeline:
             device["block"] = _hull(list(device.values()))
         return Placement(host=host, device=device)
 
-    def fused(self, sample: RoutingSample, time_us: float) -> Placement | None:
-        """The block alone, where neither router nor experts ran as modules and the router took no time."""
-        took_none = sample.host_end_ns == sample.host_start_ns
-        block = self.enclosing("block", sample, time_us) if took_none else None
+    def block(self, site: str, thread: int, time_us: float) -> Placement | None:
+        """The block that holds the time, alone."""
+        block = self.enclosing("block", site, thread, time_us)
         if block is None:
             return None
         device = self._device_span(block)

@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from moe_trace.data.calls.placements import Places
 from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
 from moe_trace.timeline.place.calls import Placed
 from moe_trace.timeline.place.device_forwards import DeviceForwards
@@ -45,22 +48,25 @@ def place_in_graphs(
         base_time_ns: the trace's `baseTimeNanoseconds`.
         window: what the profiler recorded, in trace time; None if the trace does not tell.
     """
-    samples: list[RoutingSample] = []
+    samples = list(placed.samples)
+    kept: dict[int, Placement | None] = {}
     unplaced, untimed = Counter[str](), Counter[str]()
     owners = {router.name: i for i, recording in enumerate(recordings) for router in recording.routers}
     clock = TraceClock(base_time_ns, window)
-    places = [_Places(one, placed.samples, ranges, launches, clock) for one in recordings]
-    for sample in placed.samples:
+    places = [_Places(one, samples, ranges, launches, clock) for one in recordings]
+    for row, sample in enumerate(samples):
         found = places[owners[sample.name]].of(sample) if sample.in_graph else None
+        if found == OTHER_TRACE:
+            continue
+        kept[row] = found if isinstance(found, Placement) else sample.placement
         if isinstance(found, Placement):
-            samples.append(replace(sample, placement=found))
             if "router" not in found.device:
                 untimed[places[owners[sample.name]].why_untimed(found)] += 1
-        elif found != OTHER_TRACE:
-            samples.append(sample)
-            if found is not None:
-                unplaced[missing.why_no_forward(sample) if found == NO_RANGE else found] += 1
-    return replace(placed, samples=samples, unplaced=dict(unplaced), untimed=dict(untimed))
+        elif found is not None:
+            unplaced[missing.why_no_forward(sample.thread) if found == NO_RANGE else found] += 1
+    table = placed.samples.take(np.array([*kept], np.int64))
+    table = replace(table, places=Places.of(kept.values(), len(kept)))
+    return replace(placed, samples=table, unplaced=dict(unplaced), untimed=dict(untimed))
 
 
 class _Places:

@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from moe_trace.data.schema import RoutingSample
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.place.reasons import (
@@ -42,19 +41,19 @@ class MissingRanges:
         self._ranged_threads = ranged_threads
         self._activities = activities
 
-    def why(self, sample: RoutingSample) -> str:
-        """Why the trace holds no range of this call."""
-        if sample.thread in self._ranged_threads:
+    def why(self, thread: int) -> str:
+        """Why the trace holds no range of a call on this thread."""
+        if thread in self._ranged_threads:
             return DROPPED
         if self._activities is not None and "CPU" not in self._activities:
             return NO_CPU
         if not self._host_threads and self._activities is None:
             return NO_HOST_EVENTS
-        return NO_ANNOTATIONS if sample.thread in self._host_threads else OTHER_THREAD
+        return NO_ANNOTATIONS if thread in self._host_threads else OTHER_THREAD
 
-    def why_no_forward(self, sample: RoutingSample) -> str:
+    def why_no_forward(self, thread: int) -> str:
         """The same for a call inside a graph, which has the range of its forward."""
-        cause = self.why(sample)
+        cause = self.why(thread)
         return cause if cause in (NO_CPU, NO_HOST_EVENTS, OTHER_THREAD) else NO_RANGE
 
     @cached_property

@@ -104,22 +104,17 @@ def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | Non
 
 def _annotation(match: re.Match[bytes]) -> RangeEvent | None:
     category, name, pid, tid, start_us, duration_us, external_id = match.groups()
-    kind_and_site = _kind_and_site(name.decode("utf-8", "replace"))
+    kind_and_site = _kind_and_site(name)
     if kind_and_site is None:
         return None
-    return RangeEvent(
-        *kind_and_site,
-        span=Span(float(start_us), float(duration_us)),
-        pid=int(pid),
-        tid=int(tid),
-        external_id=int(external_id),
-        on_device=category.startswith(b"gpu_"),
-    )
+    kind, site = kind_and_site
+    span, on_device = Span(float(start_us), float(duration_us)), category != b"user_annotation"
+    return RangeEvent(kind, site, span, int(pid), int(tid), int(external_id), on_device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _kind_and_site(name: str) -> tuple[RangeKind, str] | None:
-    match = RANGE_NAME.fullmatch(name)
+def _kind_and_site(name: bytes) -> tuple[RangeKind, str] | None:
+    match = RANGE_NAME.fullmatch(name.decode("utf-8", "replace"))
     return None if match is None else (match.group(1), match.group(2))  # type: ignore[return-value]
 
 
@@ -134,7 +129,7 @@ def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[st
 
 
 def _range_event(event: dict[str, Any]) -> RangeEvent | None:
-    kind_and_site = _kind_and_site(str(event.get("name")))
+    kind_and_site = _kind_and_site(str(event.get("name")).encode("utf-8", "replace"))
     category = event.get("cat")
     if (
         kind_and_site is None

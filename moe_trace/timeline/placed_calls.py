@@ -1,0 +1,172 @@
+"""The calls that the band draws, by column: where each stands, and its figures. N calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.placements import Floats, IntArray, Side
+from moe_trace.data.calls.table import CallTable, Mask
+from moe_trace.data.load_stats import Loads, describe_loads
+from moe_trace.data.schema import RANGE_KINDS, RangeKind
+
+BUSIEST = 4
+"""Experts that a slice names."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedCalls:
+    """Calls with a place, in order of time."""
+
+    calls: CallTable
+    spans: Mapping[RangeKind, Floats]
+    """[N, 2] start and duration; on the device where the call has a place there, else on the host."""
+    on_device: Mask
+    experts_are_split: bool = False
+    """See `Recording.experts_are_split`."""
+
+    @staticmethod
+    def of(calls: CallTable, *, experts_are_split: bool = False) -> PlacedCalls:
+        """Those of a table that have a placement."""
+        calls = calls.take(calls.places.placed)
+        return PlacedCalls.on(_drawn_on_device(calls), calls, experts_are_split=experts_are_split)
+
+    @staticmethod
+    def on(on_device: Mask, calls: CallTable, *, experts_are_split: bool = False) -> PlacedCalls:
+        """Calls on a clock that is given."""
+        sides: tuple[Side, Side] = ("device", "host")
+        spans = {
+            kind: np.where(on_device[:, None], *(calls.places.span(side, kind) for side in sides))
+            for kind in RANGE_KINDS
+        }
+        order = np.argsort(_whole(spans)[:, 0], kind="stable")
+        spans = {kind: span[order] for kind, span in spans.items()}
+        return PlacedCalls(calls.take(order), spans, on_device[order], experts_are_split)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    @cached_property
+    def moe(self) -> Floats:
+        """[N, 2] the MoE layer: its block, or from the router to the end of what follows; else its graph."""
+        return _whole(self.spans)
+
+    @cached_property
+    def loads(self) -> Loads:
+        """The figures of each call's load."""
+        return describe_loads(self.calls.assignments)
+
+    @cached_property
+    def totals(self) -> IntArray:
+        """[N] assignments."""
+        return self.calls.assignments.totals()
+
+    def having(self, kind: RangeKind) -> IntArray:
+        """The rows that have such a range."""
+        return np.flatnonzero(_there(self.spans[kind]))
+
+    @cached_property
+    def of_layers(self) -> IntArray:
+        """The rows with a place of their own, rather than only one shared with their graph's other layers."""
+        return np.flatnonzero(_there(self.spans["router"]) | _there(self.spans["block"]))
+
+    @property
+    def start_us(self) -> float:
+        """When the first begins; there is one."""
+        return float(self.moe[0, 0])
+
+    def clock(self, row: int) -> str:
+        """Whose time that call's spans are."""
+        return "device" if self.on_device[row] else "host"
+
+    def slice_args(self) -> Iterator[dict[str, Any]]:
+        """What a click on each call's slice shows."""
+        calls, loads = self.calls, self.loads
+        columns: dict[str, Iterable[Any]] = {
+            "router": [calls.keys[router].name for router in calls.router.tolist()],
+            **{name: calls.values(name) for name in ("step", "call", "phase", "stage")},
+            "clock": [self.clock(row) for row in range(len(self))],
+            **{name: calls.values(name) for name in ("tokens", "top_k")},
+            "assignments": self.totals.tolist(),
+            "busiest experts": self._busiest(),
+            **{name: calls.values(name) for name in ("skipped", "padding_assignments")},
+            "load max÷mean": _plain(loads.max_over_mean),
+            "load CV": _plain(loads.cv),
+            "load Gini": _plain(loads.gini),
+            "load entropy": _plain(loads.entropy),
+            "active experts": loads.active_experts.tolist(),
+            "router entropy (nats)": calls.values("router_entropy"),
+            "router confidence": calls.values("confidence"),
+            "router FLOPs": calls.values("router_flops"),
+            "expert FLOPs": calls.values("expert_flops"),
+        }
+        rows = zip(zip(*columns.values(), strict=True), calls.in_graph.tolist(), strict=True)
+        for row, in_graph in rows:
+            yield dict(zip(columns, row, strict=True)) | ({"in graph": True} if in_graph else {})
+
+    def _busiest(self) -> Iterator[dict[str, int]]:
+        """The first few by load, however many experts there are: all of them stand in the recording."""
+        for loads_E in self.calls.assignments.rows():
+            assert loads_E is not None
+            order = np.argsort(-loads_E, kind="stable")[:BUSIEST]
+            pairs = zip(order.tolist(), loads_E[order].tolist(), strict=True)
+            yield {f"E{expert}": load for expert, load in pairs if load}
+
+
+def _drawn_on_device(calls: CallTable) -> Mask:
+    in_graph = _there(calls.places.span("host", "graph")) & _there(calls.places.span("device", "graph"))
+    own = (_there(calls.places.span("device", kind)) for kind in ("router", "block"))
+    return np.logical_or.reduce([in_graph, *own])
+
+
+def experts_range_us(calls: CallTable) -> Floats:
+    """[N] duration of each call's experts, dispatch, combine and gaps included; NaN where they have no place.
+
+    On the clock that the band draws.
+    """
+    device, host = (calls.duration_us(side, "experts") for side in ("device", "host"))
+    return np.where(_drawn_on_device(calls), device, host)
+
+
+def _whole(spans: Mapping[RangeKind, Floats]) -> Floats:
+    router, experts, block, graph = (spans[kind] for kind in ("router", "experts", "block", "graph"))
+    end_us = np.fmax(router.sum(1), experts.sum(1))
+    layer = np.stack([router[:, 0], end_us - router[:, 0]], axis=1)
+    return np.where(_there(block)[:, None], block, np.where(_there(router)[:, None], layer, graph))
+
+
+def _there(span: Floats) -> Mask:
+    return ~np.isnan(span[:, 0])
+
+
+def _plain(values: Floats) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+# -- figures --------------------------------------------------------------------------------------------
+
+
+def _expert_tflops(placed: PlacedCalls) -> Floats:
+    experts_us, flops = placed.spans["experts"][:, 1], placed.calls.expert_flops
+    told = (experts_us > 0) & (flops > 0) & (not placed.experts_are_split)
+    return np.divide(flops, experts_us, out=np.full(len(placed), np.nan), where=told) / 1e6
+
+
+def _skipped_share(placed: PlacedCalls) -> Floats:
+    skipped, slots = placed.calls.skipped, placed.calls.tokens * placed.calls.top_k
+    return np.divide(100 * skipped, slots, out=np.full(len(placed), np.nan), where=skipped > 0)
+
+
+FIGURES: dict[str, Callable[[PlacedCalls], npt.NDArray]] = {
+    "load max÷mean": lambda placed: placed.loads.max_over_mean,
+    "router entropy (nats)": lambda placed: placed.calls.router_entropy,
+    "active experts": lambda placed: placed.loads.active_experts,
+    "expert TFLOP/s (with gaps)": _expert_tflops,
+    "skipped slots (%)": _skipped_share,
+}
+"""[N] one value a call; NaN where there is none."""
