@@ -73,6 +73,15 @@ def test_phases_of_the_tiny_trace(tmp_path: Path) -> None:
     assert report["phases"]["whole"]["moe_share_of_model"] == 1.0
 
 
+def test_kernels_that_run_at_once_overlap(tmp_path: Path) -> None:
+    """The router's kernel goes on for 40 µs: 4 µs beside the index, 2 beside the first product."""
+    path = write_tiny(tmp_path / "a.json", stretch=lambda layer, call, name: 5 if "linear" in name else 1)
+    layer = json.loads(run("report", path, "--format", "json")[1])["phases"]["layers"][0]
+    busy = sum(time["device_busy_us"] for time in layer["forward"].values()) / 3
+    gap, overlap, span = (layer[f"device_{name}_us"] / 3 for name in ("gap", "overlap", "span"))
+    assert (busy, gap, overlap, span) == pytest.approx((72, 8, 6, 74))
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in H200.glob("*.gz")))
 def test_text_reads_at_80_columns(name: str) -> None:
     code, out, _ = run("report", H200 / name)

@@ -268,6 +268,15 @@ def test_more_forwards_than_a_ring_has_slots(monkeypatch: pytest.MonkeyPatch) ->
     assert tracer.recording().lost.overwritten == 0
 
 
+def test_calls_keep_their_numbers_where_older_ones_were_dropped() -> None:
+    model = small_model()
+    with moe_trace.MoETracer(model, capacity=8) as tracer:
+        run(compile_layers(model, backend="aot_eager"), [(1, 3)] * 10)
+    samples = [s for s in tracer.samples() if s.layer == 0]
+    assert {s.in_graph for s in samples} == {True}
+    assert [s.call for s in samples] == [6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("steps", [False, True])
 def test_forwards_inside_a_larger_graph_are_counted_by_the_device(
     monkeypatch: pytest.MonkeyPatch, steps: bool

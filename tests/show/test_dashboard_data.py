@@ -134,6 +134,28 @@ def test_memory_is_bounded(logdir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert dashboard.store.reads == 4
 
 
+def test_what_was_asked_for_longest_ago_is_dropped_first(
+    logdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_size_bytes", lambda summary: 1)
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    dashboard.store = store_module.Store(max_bytes=2)
+    first, second, third = (("train", TRAIN), ("prefill", PREFILL), ("prefill/eager", EAGER))
+    for run, name in (first, second, first, third, first):
+        dashboard.answer("overview", {"run": run, "trace": name})
+    assert dashboard.store.reads == 3, "the second went when the third came"
+
+
+def test_what_was_read_of_files_that_are_gone_is_dropped(logdir: Path) -> None:
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    dashboard.answer("overview", TRACE)
+    trace = dashboard.catalogs.find(TRACE["run"], TRACE["trace"])
+    assert dashboard.store.known(trace) is not None
+    (logdir / "train" / TRAIN).unlink()
+    dashboard.answer("runs", {"fresh": "1"})
+    assert dashboard.store.known(trace) is None
+
+
 def test_a_new_run_appears(dashboard: Dashboard, logdir: Path) -> None:
     dashboard.answer("runs", {})
     (logdir / "later").mkdir()
@@ -484,6 +506,9 @@ def test_kernels_of_a_range_equal_a_count_by_hand(dashboard: Dashboard) -> None:
     ]
     assert here["count"] == len(inside) > 5
     assert here["total_us"] == pytest.approx(sum(dur for _, dur, _ in inside))
+    for _name, _phase, _layers, count, total, mean, share in here["table"]["rows"]:
+        assert mean[1] * count[1] == pytest.approx(total[1])
+        assert share[1] * here["total_us"] == pytest.approx(total[1])
 
 
 def test_joined_stretches_lose_no_piece() -> None:
