@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
-from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.data.display.notebook import ShortRepr, ShownInNotebooks
 from moe_trace.data.errors import optional_package
 from moe_trace.data.load_stats import Chance, Load, describe_chance, describe_load
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
@@ -77,8 +77,8 @@ class Flops:
         return self.router + self.experts
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterSummary:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RouterSummary(ShortRepr):
     """One router over all its recorded calls; those that checkpointing ran again are counted apart."""
 
     info: RouterInfo

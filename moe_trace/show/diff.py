@@ -43,7 +43,7 @@ def headline(comparison: Comparison) -> str:
         most = max(moved, key=lambda r: r.total_variation - r.chance)
         layers = len({r.site for r in comparison.routing})
         found.append(
-            f"routing of {len({r.site for r in moved})} of {layers} layers, most in "
+            f"routing of {len({r.site for r in moved})} of {layers} compared layers, most in "
             f"{printable(most.site, 20)} "
             f"({share(most.total_variation)} of its assignments moved, {share(most.chance)} by chance)"
         )
@@ -119,6 +119,8 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
         return paragraph(f"Routing, {stage}: the same counts in every call of every layer.")
     if not shown:
         most = max(routing, key=lambda r: r.total_variation - r.chance)
+        if most.chance >= 1:
+            return paragraph(f"Routing, {stage}: cannot tell; of so few tokens, chance alone moves all.")
         return paragraph(
             f"Routing, {stage}: no layer moved beyond chance; nearest to it is {printable(most.site, 20)} "
             f"with {share(most.total_variation)} of its assignments, where chance alone reaches "

@@ -212,7 +212,4 @@ def test_the_floor_is_of_times_on_the_hosts_clock_alone(tmp_path: Path) -> None:
     found = compare(host, host, host_floor=0.2)
     timed = {c.metric for c in found.changes if c.floor == 0.2}
     assert {"experts_p50", "experts_share", "host_p50"} <= timed and not timed & {"load_cv", "confidence"}
-    assert (
-        "Host clock (all times): a change is told only where its whole interval lies beyond 20 %"
-        in " ".join(found.notes)
-    )
+    assert not any("Host clock" in note for note in found.notes), "without an interval the limit says nothing"

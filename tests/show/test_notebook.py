@@ -29,6 +29,18 @@ def test_each_record_shows_itself(tmp_path: Path) -> None:
         assert len(repr(record)) < 300
 
 
+def test_no_record_fills_the_screen() -> None:
+    """Of real size: 16 layers of 64 experts."""
+    summary = read_summary(DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz")
+    phases = summary.phases
+    assert phases is not None
+    records = (summary.samples[0], summary.routers[0], phases, phases.total, summary.speed, *summary.findings)
+    assert max(len(repr(record)) for record in records) < 1000
+    assert "tokens=2048" in repr(summary.samples[0]) and "assignments=<64>" in repr(summary.samples[0])
+    for answer in moe_trace.ask(summary):
+        assert repr(answer) == f"<Answer {answer}>"
+
+
 def test_a_comparison_shows_distances_and_set_up() -> None:
     a, b = (read_summary(H200 / f"prefill_{how}.pt.trace.json.gz") for how in ("eager", "grouped_mm"))
     html = moe_trace.compare(a, b)._repr_html_()

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.display.notebook import ShownInNotebooks
+from moe_trace.data.display.notebook import ShortRepr, ShownInNotebooks
 
 RangeKind = Literal["router", "experts", "block", "graph"]
 RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
@@ -64,8 +64,8 @@ def moe_span(spans: dict[RangeKind, Span]) -> Span:
     return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoutingSample(ShownInNotebooks):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RoutingSample(ShortRepr, ShownInNotebooks):
     """What one router decided in one call. E experts, K slots per token, T tokens."""
 
     site: str

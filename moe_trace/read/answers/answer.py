@@ -20,7 +20,7 @@ QUESTIONS: Mapping[str, str] = {
 """Name -> the question that it stands for, in the order in which they are answered."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Answer:
     """One question, answered for one stage of one run."""
 
@@ -35,6 +35,9 @@ class Answer:
     """What the sentence rests on; times in microseconds, shares from 0 to 1, None where it is not known."""
     rows: tuple[Mapping[str, Any], ...] = ()
     """The same for each pass, layer or finding."""
+
+    def __repr__(self) -> str:
+        return f"<Answer {self}>"
 
     def __str__(self) -> str:
         of = ", ".join(filter(None, (self.run, self.stage)))

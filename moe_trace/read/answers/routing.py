@@ -108,6 +108,8 @@ def served_apart(routing: Sequence[RoutingChange], labels: tuple[str, str]) -> d
         return {"sentence": "The same: every call has the same counts in both runs.", "figures": figures}
     if not moved:
         near = max(routing, key=lambda r: r.total_variation - r.chance)
+        if near.chance >= 1:
+            return {"sentence": "Cannot tell: of so few tokens, chance alone moves all.", "figures": figures}
         return {
             "sentence": f"No layer tells the two apart beyond chance; nearest is {near.site}, with "
             f"{percent(near.total_variation)} of its assignments at other experts, where chance alone "

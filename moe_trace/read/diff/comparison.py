@@ -215,7 +215,7 @@ def _few_forwards(stage: str, fewest: int) -> list[str]:
 
 
 def _floor_note(changes: Sequence[Change]) -> list[str]:
-    of_host = {change.metric: change.floor for change in changes if change.floor}
+    of_host = {c.metric: c.floor for c in changes if c.floor and c.low is not None}
     if not of_host:
         return []
     times = {change.metric for change in changes} & set(QUANTILES)

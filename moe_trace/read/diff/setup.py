@@ -84,7 +84,7 @@ def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
     for option in ("layers", "every", "warmup"):
         yield f"tracer's {option}", str(summary.options.get(option))
     yield "stages", ", ".join(summary.by_stage()) or "none"
-    yield "in a CUDA graph or compiled", any(s.in_graph for s in summary.samples)
+    yield "graph or compiled", any(s.in_graph for s in summary.samples)
 
 
 def _of_all(values: set[str]) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
@@ -24,8 +25,8 @@ from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix, max_o
 from moe_trace.read.ranks.shared_calls import match_calls
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerRanks:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerRanks(ShortRepr):
     """One layer over the ranks; slots over all calls."""
 
     site: str
@@ -64,8 +65,8 @@ class StepRanks:
     """Of the ranks' time in this step; None without `prof.step()`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RankReport(ShortRepr):
     """A run of several ranks."""
 
     ranks: tuple[int, ...]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.read.time.outside_moe import TraceTotals
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
@@ -35,8 +36,8 @@ class PhaseTime:
     """Of all device work in the trace (on a CPU: of all time in operators)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockTime:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BlockTime(ShortRepr):
     """The MoE blocks of some calls, added up, in microseconds.
 
     `block_host_us` = the phases' `host_us` + `host_gap_us`; `device_span_us` = the phases'
@@ -53,7 +54,7 @@ class BlockTime:
     forward: dict[str, PhaseTime]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerPhases(BlockTime):
     """One router's MoE layer: sums over its forward calls, its recomputed calls and its backwards, apart.
 
@@ -108,8 +109,8 @@ class ModelTotals:
     """Host time of the blocks (forward and recomputed) over that of the steps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhaseReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PhaseReport(ShortRepr):
     """Where the time of the MoE layers goes."""
 
     layers: tuple[LayerPhases, ...]

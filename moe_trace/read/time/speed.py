@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable
+from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import BYTES_OF, Peak
 from moe_trace.read.time.phase_detection import EXPERTS, ROUTER
@@ -55,8 +56,8 @@ class LayerSpeed:
     experts: Rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpeedReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpeedReport(ShortRepr):
     """Speeds of all layers, and the peaks that they are compared with."""
 
     device: str | None

@@ -1,4 +1,4 @@
-"""One step on a true time axis: a band per layer, a line per phase within it, counters below."""
+"""One step on a true time axis: a band per layer, a line per part within it, counters below."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def timeline_figure(
     return Figure(
         key="timeline",
         title=f"Step {step}, {clock} time",
-        caption=f"A band per layer and in it a line per phase, by {_unit(clock)}s. Drag to move, scroll or "
+        caption=f"A band per layer and in it a line per part, by {_unit(clock)}s. Drag to move, scroll or "
         f"pinch to zoom." + (joined if segments.joined_ns else ""),
         data=data if used else [],
         layout=_layout(sites, data, origin_ns, window_ns),

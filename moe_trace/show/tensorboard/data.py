@@ -99,6 +99,7 @@ class Dashboard:
         if summary is not None:
             ranks = len(summary.ranks.ranks) if summary.ranks is not None else 1
             model = str(summary.model.get("name") or summary.model.get("class") or "unnamed")[:200]
+            model += f", {len(summary.routers)} routers"  # a shorter model of the same class is another one
             known = {"rank": summary.rank, "ranks": ranks, "stages": list(summary.by_stage()), "model": model}
             return {**found, "state": "ok", **known}
         return {**found, "state": "broken", "reason": reason} if reason else {**found, "state": "unread"}

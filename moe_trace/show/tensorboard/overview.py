@@ -136,8 +136,10 @@ def _worst_load(summary: TraceSummary) -> JsonDict:
     worst = summary.most_imbalanced_layer()
     label = "most uneven layer, max÷mean"
     if worst is None:
-        assigned = any(router.assignments and sum(router.assignments) for router in summary.routers)
-        why = "no layer is more uneven than chance" if assigned else "no assignment was recorded"
+        loads = [router.chance for router in summary.routers if sum(router.assignments)]
+        why = "no layer is more uneven than chance" if loads else "no assignment was recorded"
+        if loads and all(chance.says_nothing for chance in loads):
+            why = "too few tokens to say"
         return _card(label, "-", None, None, why, "routing")
     value = worst.load.max_over_mean
     index = summary.routers.index(worst)

@@ -9,7 +9,8 @@ export async function show(place, {ask, go, isCurrent, state}) {
   place.append(loading("Adding up the trace."));
   const answer = await ask("overview");
   if (!isCurrent() || isBroken(place, answer)) return;
-  place.replaceChildren(...answer.stages.flatMap((part) => stage(part, go)),
+  const chosenFirst = [...answer.stages].sort((a, b) => (b.stage === state.stage) - (a.stage === state.stage));
+  place.replaceChildren(...chosenFirst.flatMap((part) => stage(part, go)),
     el("section", {class: "panel"}, el("h2", {}, `Run ${state.run}`), facts(answer.facts)));
   if (answer.of_run.shown.length) {
     place.append(el("section", {class: "panel"}, el("h2", {}, "Findings about the run as a whole"),
