@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, load_by_step
+from moe_trace.data.display.load_picture import load_picture
 from moe_trace.data.schema import RoutingSample
-from moe_trace.integrations.expert_load_image import load_picture, step_loads
 
 IntArray = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -102,3 +102,18 @@ def _figures(calls: CallTable, names: Sequence[str]) -> tuple[IntArray, dict[str
             "skipped_share": total(calls.skipped) / total(calls.tokens * calls.top_k),
             "aux_loss": mean("aux_loss", np.ones(len(calls))),
         }
+
+
+def step_loads(samples: Sequence[RoutingSample], steps_max: int) -> dict[int, list[npt.NDArray[np.int64]]]:
+    """Step -> assignments of each layer in it, for at most that many steps, spread over the recording."""
+    calls = CallTable.of(samples)
+    calls = calls.take(calls.forward)
+    used = [calls.keys[router] for router in np.unique(calls.router).tolist()]
+    keys = sorted(used, key=lambda key: (key.layer, key.site))
+    steps, loads_SLE = load_by_step(calls, [key.name for key in keys])
+    sizes = [int(calls.assignments.sizes[calls.of_router(key.name)].max()) for key in keys]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(steps_max, len(steps))).astype(np.int64))
+    return {
+        int(steps[i]): [load_E[:size] for load_E, size in zip(loads_SLE[i], sizes, strict=True)]
+        for i in chosen
+    }

@@ -115,17 +115,8 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
         f"Routing, {stage} (moved: part of a layer's assignments that went to other experts, "
         f"total variation; chance: what 99 of 100 comparisons of the same thing stay under, {unit})"
     )
-    if all(r.same_counts for r in routing):
-        return paragraph(f"Routing, {stage}: the same counts in every call of every layer.")
-    if not shown:
-        most = max(routing, key=lambda r: r.total_variation - r.chance)
-        if most.chance >= 1:
-            return paragraph(f"Routing, {stage}: cannot tell; of so few tokens, chance alone moves all.")
-        return paragraph(
-            f"Routing, {stage}: no layer moved beyond chance; nearest to it is {printable(most.site, 20)} "
-            f"with {share(most.total_variation)} of its assignments, where chance alone reaches "
-            f"{share(most.chance)}."
-        )
+    if not shown or all(r.same_counts for r in routing):
+        return paragraph(f"Routing, {stage}: {_no_layer(routing)}.")
     rows = [
         [
             printable(r.site, 12),
@@ -148,6 +139,19 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
             )
         )
     return "\n".join(parts)
+
+
+def _no_layer(routing: Sequence[RoutingChange]) -> str:
+    """Why none is named."""
+    if all(r.same_counts for r in routing):
+        return "the same counts in every call of every layer"
+    most = max(routing, key=lambda r: r.total_variation - r.chance)
+    if most.chance >= 1:
+        return "cannot tell; of so few tokens, chance alone moves all"
+    return (
+        f"no layer moved beyond chance; nearest to it is {printable(most.site, 20)} with "
+        f"{share(most.total_variation)} of its assignments, where chance alone reaches {share(most.chance)}"
+    )
 
 
 def shifts(experts: Sequence[ExpertShift]) -> str:

@@ -19,6 +19,7 @@ from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.figures.report import figures
 from moe_trace.show.json import without_nonfinite
+from moe_trace.show.notebook import load_picture_html
 from moe_trace.show.text.phases import shares_sentence
 from moe_trace.show.text.ranks import rank_sentences
 
@@ -121,13 +122,14 @@ _POLICY = (
 
 
 def render_fragment(summary: TraceSummary) -> str:
-    """Totals, findings and the table of layers, without scripts: what a notebook shows."""
+    """Totals, findings, the load as a picture and the tables, without scripts: what a notebook shows."""
     shown, apart = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
         found = [figure for figure in figures(part) if figure.key.split("-")[0] in _IN_NOTEBOOKS]
         tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{_table(f)}" for f in found)
         heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
-        shown.append(f"{heading}{_totals(part)}{_findings(apart[stage])}{tables}")
+        picture = load_picture_html(part.routers)
+        shown.append(f"{heading}{_totals(part)}{_findings(apart[stage])}{picture}{tables}")
     shown.append(_findings_of_run(summary))
     return f"<div><h3>{escape(_title(summary))}</h3>{''.join(shown)}</div>"
 
@@ -188,7 +190,7 @@ def _findings(found: Sequence[Finding]) -> str:
     if not found:
         return '<p class="soft">No rule found anything to look at.</p>'
     items = "\n".join(
-        f'<li><span class="severity {f.severity}">{escape(f.price)}</span> {_marked(f.sentence)} '
+        f'<li><span class="severity {f.severity}">{escape(f.price)}</span>: {_marked(f.sentence)} '
         f'<span class="advice">{_marked(f.advice)}</span></li>'
         for f in found
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from moe_trace.data.display.columns import column_of
+from moe_trace.data.display.load_picture import TOP, load_picture, png
 from moe_trace.data.display.tables import fixed, number, share
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
-from moe_trace.data.summary import Summary
+from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.diff import Comparison
 from moe_trace.show.diff import headline
 
@@ -73,7 +75,21 @@ def summary_html(summary: Summary) -> str:
     )
     cells = ([c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows)
     name = str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
-    return f"<div><h3>{escape(name)}</h3>{html_table(headings, cells)}</div>"
+    picture = load_picture_html(summary.routers)
+    return f"<div><h3>{escape(name)}</h3>{picture}{html_table(headings, cells)}</div>"
+
+
+def load_picture_html(routers: Sequence[RouterSummary]) -> str:
+    """The load of every expert, a row for each layer; nothing without assignments."""
+    loads = [router.assignments for router in routers if sum(router.assignments)]
+    if not loads:
+        return ""
+    words = (
+        "Load of each expert: a row for each layer, a column for each expert; white is an equal share, blue "
+        f"less, orange more, up to {TOP:.0f} times and beyond."
+    )
+    source = f"data:image/png;base64,{b64encode(png(load_picture(loads))).decode()}"
+    return f'<p>{words}<br><img alt="{words}" src="{source}"></p>'
 
 
 def sample_html(sample: RoutingSample) -> str:

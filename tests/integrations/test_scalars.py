@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moe_trace.data.calls.sample import RoutingSample
-from moe_trace.integrations.expert_load_image import step_loads
-from moe_trace.integrations.scalars import scalar_points
+from moe_trace.integrations.scalars import scalar_points, step_loads
 
 
 def call(layer: int, step: int, assignments: list[int], **fields: Any) -> RoutingSample:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
+from PIL import Image
 
 import moe_trace
+from moe_trace.data.display.load_picture import load_picture
 from moe_trace.data.summary import summarize
 from moe_trace.read.ranks.same_run import pooled
 from moe_trace.read.reader import read_recording, read_summary
@@ -50,7 +56,19 @@ def test_a_comparison_shows_distances_and_set_up() -> None:
 def test_names_from_a_file_are_escaped(tmp_path: Path) -> None:
     live = summarize(read_recording(write_tiny(tmp_path / "a.json")))
     html = replace(live, model={"name": "<img src=x>"})._repr_html_()
-    assert html is not None and "<img" not in html
+    assert html is not None and "<img src" not in html
+
+
+def test_a_summary_shows_the_load_of_its_experts(tmp_path: Path) -> None:
+    """As a picture that needs no script: of a live recording one, of a trace one for each stage."""
+    path = write_tiny(tmp_path / "a.json")
+    summary, live = read_summary(path), summarize(read_recording(path))
+    for record, parts in ((live, [live]), (summary, [*summary.by_stage().values()])):
+        found = re.findall(r'src="data:image/png;base64,([^"]+)"', record._repr_html_() or "")
+        assert len(found) == len(parts)
+        for text, part in zip(found, parts, strict=True):
+            picture = np.asarray(Image.open(BytesIO(b64decode(text))))
+            assert (picture == load_picture([router.assignments for router in part.routers])).all()
 
 
 def test_data_frames(tmp_path: Path) -> None:
