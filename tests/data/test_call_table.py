@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_trace.data.calls.sample import Placement, RoutingSample, Span
 from moe_trace.data.calls.table import CallTable, load_by_step, mean_over_calls, mean_over_tokens
+from moe_trace.data.summary import distribution
 
 COUNTS = st.lists(st.integers(0, 2**40), max_size=5).map(lambda row: np.array(row, np.int64))
 FIGURE = st.none() | st.floats(0, 10)
@@ -125,3 +126,11 @@ def test_means_leave_out_what_is_not_known(given_samples: list[RoutingSample]) -
     losses = [s.aux_loss for s in given_samples if s.aux_loss is not None]
     assert mean_over_calls(table, "aux_loss") == (pytest.approx(np.mean(losses)) if losses else None)
     assert mean_over_tokens(table, "confidence") is None
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=50))
+def test_a_distribution_has_numpys_percentiles(values: list[float]) -> None:
+    found = distribution(values)
+    assert found is not None
+    expected = np.percentile(values, (50, 95, 99))
+    assert (found.p50, found.p95, found.p99) == pytest.approx(tuple(expected), rel=1e-12, abs=1e-12)

@@ -91,7 +91,7 @@ def _comparisons(
     calls: Calls, with_trend: bool
 ) -> Iterator[tuple[Comparison, Callable[[Array], Array], int]]:
     """Each with a function that takes its controls out, and how many they are."""
-    forwards, layers = (len(np.unique(of)) for of in (calls.forward, calls.layer))
+    forwards, layers = (len(set(of.tolist())) for of in (calls.forward, calls.layer))
     if layers > 1:
         if forwards >= CALLS_MIN // 2:
             both = (calls.forward, calls.layer)
@@ -125,7 +125,7 @@ def _residual(values: Array, controls: Array) -> Array:
 
 
 def _folds(calls: Calls) -> npt.NDArray[np.int64]:
-    forwards = len(np.unique(calls.forward))
+    forwards = len(set(calls.forward.tolist()))
     return (calls.forward if forwards >= FOLDS else calls.layer) % FOLDS
 
 
@@ -164,7 +164,7 @@ def _slopes(time_us: Array, columns: Array) -> Array:
 
 def _held_out_r2(time_us: Array, columns: Array, folds: npt.NDArray[np.int64]) -> float:
     error = 0.0
-    for fold in np.unique(folds):
+    for fold in sorted(set(folds.tolist())):
         unseen = folds == fold
         slopes = _slopes(time_us[~unseen], columns[~unseen])
         error += float(((time_us[unseen] - columns[unseen] @ slopes) ** 2).sum())

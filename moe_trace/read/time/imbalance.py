@@ -162,7 +162,7 @@ class _Rows:
         if fit is not None and not reason:
             reason = self._wide(fit)
         used = fit if fit is not None and not reason else None
-        costs = [self._layer(i, used, reason) for i in np.unique(self.calls.layer).tolist()]
+        costs = [self._layer(i, used, reason) for i in sorted(set(self.calls.layer.tolist()))]
         verdicts = {cost.verdict for cost in costs}
         model = LoadModel(
             sites=tuple(cost.site for cost in costs),
@@ -176,8 +176,8 @@ class _Rows:
         return model, costs
 
     def _cannot_tell(self) -> str:
-        calls, forwards = self.calls, len(np.unique(self.calls.forward))
-        layers = len(np.unique(calls.layer))
+        calls, forwards = self.calls, len(set(self.calls.forward.tolist()))
+        layers = len(set(calls.layer.tolist()))
         if forwards < CALLS_MIN and (layers < 2 or (layers - 1) * forwards < CALLS_MIN):
             return f"{forwards} forward calls a layer; a fit needs {CALLS_MIN}: record more steps"
         experts = self.routers[0].num_experts
@@ -192,7 +192,7 @@ class _Rows:
         return f"the loads vary by {100 * vary:.0f} % only: record more tokens a step, of several texts"
 
     def _wide(self, fit: Fit) -> str:
-        reach = max(self._reach(fit, i) for i in np.unique(self.calls.layer).tolist())
+        reach = max(self._reach(fit, i) for i in sorted(set(self.calls.layer.tolist())))
         if reach > WIDE * self.calls.time_us.mean():
             return wide_reason(reach / self.calls.time_us.mean())
         return ""
@@ -242,7 +242,7 @@ _TOKENS_ALONE = "the load grows with the number of tokens alone: record steps of
 def _most_even(slots: Array, spread: Array) -> np.ndarray:
     """For each call the row of the most even one with as many slots."""
     even = np.arange(len(slots))
-    for number in np.unique(slots):
+    for number in sorted(set(slots.tolist())):
         rows = np.flatnonzero(slots == number)
         even[rows] = rows[np.argmin(spread[rows])]
     return even

@@ -132,7 +132,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     if not len(calls):
         return None
     measure = _Measure.of(times, around.model_work_us)
-    keys = [calls.keys[router] for router in np.unique(calls.router).tolist()]
+    keys = [calls.keys[router] for router in sorted(set(calls.router.tolist()))]
     layers = tuple(
         measure.layer(calls.of_router(key.name), key.site, key.name)
         for key in sorted(keys, key=lambda key: (key.layer, key.site))
@@ -157,7 +157,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
             moe_share_of_backward=_ratio(again_us, backward_us),
             moe_share_of_step=_ratio(block_us, around.step_us),
         ),
-        steps=len(np.unique(calls.step)),
+        steps=len(set(calls.step.tolist())),
         tokens=int(tokens.max(initial=0)),
     )
 
