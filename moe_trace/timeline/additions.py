@@ -240,8 +240,10 @@ def _is_own_event(file: BinaryIO, text: bytes) -> bool:
     arguments = event.get("args")
     recording = arguments.get(METADATA_KEY) if isinstance(arguments, dict) else None
     if isinstance(recording, dict) and event.get("ph") == "M":
-        _refuse_several_ranks(file, _payload(json.dumps(recording).encode()))
-        return True
+        payload = _payload(json.dumps(recording).encode())
+        _refuse_several_ranks(file, payload)
+        if payload is not None:
+            return True
     return is_band(event.get("pid"))
 
 

@@ -56,7 +56,7 @@ def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
     for key in stream.walk():
         if key == "traceEvents":
             events = stream.skip_objects(file, watch)
-        elif key == "baseTimeNanoseconds":
+        elif key == "baseTimeNanoseconds" and not (events and base_time_ns):  # Kineto's stands before them
             base_time_ns = base_time(stream.value())
         elif key == METADATA_KEY:
             old_value = stream.value()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_trace.data.errors import MoETraceError, NothingRecorded
 from moe_trace.data.schema import Lost, Recording
+from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_recording
 from moe_trace.timeline.merge import merge_recording
 from spliced import without_additions
@@ -28,10 +29,11 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
+OTHER_KEYS = ["distributedInfo", "deviceProperties", "moe_trace"]
 KEPT = ("traceEvents", "baseTimeNanoseconds", "schemaVersion")
 others = st.lists(
     st.tuples(
-        (texts | st.sampled_from(["distributedInfo", "deviceProperties"])).filter(lambda k: k not in KEPT),
+        (texts | st.sampled_from(OTHER_KEYS)).filter(lambda k: k not in KEPT),
         values,
     ),
     max_size=4,
@@ -118,6 +120,44 @@ def test_any_head_and_tail(
     assert len(found["traceEvents"]) > count
     if not bom:
         assert without_additions(plain) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ("", '"baseTimeNanoseconds": 7'),
+        ("", '"baseTimeNanoseconds": "none"'),
+        ('"baseTimeNanoseconds": {"a": [7]},', ""),
+        ("", '"moe_trace": {"a": [1]}'),
+        ("", '"moe_trace": 1, "moe_trace": [{}]'),
+        ('"moe_trace": "mine",', '"deviceProperties": [{"id": 0, "baseTimeNanoseconds": 3}]'),
+    ],
+)
+@pytest.mark.parametrize(
+    "user_event",
+    [{"ph": "M", "args": {"moe_trace": {"a": [1]}}}, {"ph": "i", "args": {"moe_trace": "text", "l": [{}]}}],
+)
+def test_keys_of_the_users_that_are_called_like_ours(
+    tmp_path: Path, before: str, behind: str, user_event: dict[str, Any]
+) -> None:
+    user_event = {"name": "note", "ts": 100.0, "pid": 1, "tid": 1, **user_event}
+    found = [user_event, *events("L00", 0.0, 1), *events("L01", 200.0, 101)]
+    head, behind = f'{{{before} "baseTimeNanoseconds": {BASE_NS}', f", {behind}" if behind else ""
+    path = tmp_path / "a.json"
+    path.write_text(f'{head}, "traceEvents": {json.dumps(found)}{behind}}}')
+    original = path.read_bytes()
+    for _ in range(2):
+        merge_recording(path, [recording()])
+        for read in (read_recording(path), read_trace(path).recording):
+            assert [s.placement is not None for s in read.samples] == [True, True]
+    assert without_additions(path) == original
+    merged = json.loads(path.read_bytes())
+    path.write_text(json.dumps(merged | {"baseTimeNanoseconds": BASE_NS}))  # saved again by another tool
+    merge_recording(path, [recording()])
+    again = json.loads(path.read_bytes())
+    assert again["traceEvents"][:-1] == merged["traceEvents"][:-1]  # the last tells where it stands
+    assert len(again["traceEvents"]) == len(merged["traceEvents"])
+    assert again.keys() == merged.keys()
 
 
 @pytest.mark.parametrize("profiler_span", [True, False])

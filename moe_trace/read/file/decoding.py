@@ -79,11 +79,12 @@ def _without_odd_fields(value: Any) -> Event:
 
 
 def recording_in(events: Iterable[Event]) -> bytes | None:
-    """The recording's JSON, if one of the events carries it."""
+    """The recording's JSON, if one of the events carries it: the last, for merging adds behind all others."""
+    found = None
     for event in events:
         if event.ph == "M" and event.args is not None and event.args.moe_trace is not msgspec.UNSET:
-            return bytes(event.args.moe_trace)
-    return None
+            found = bytes(event.args.moe_trace)
+    return found
 
 
 def whole_number(value: object) -> int | None:

@@ -171,9 +171,9 @@ class _Found:
         if key == "traceEvents":
             self.has_events = True
             self._take_events(stream)
-        elif key == METADATA_KEY:  # as older releases wrote it
+        elif key == METADATA_KEY and self.recording is None:  # as older releases wrote it, or the user's own
             self.recording = stream.value()
-        elif key in self.values or not self.has_events:
+        elif not self.has_events or (key in self.values and key not in self.head):
             self.head[key] = stream.value()
             if key in self.values:
                 self.values[key] = self.head[key]
