@@ -108,14 +108,16 @@ def test_headings(stages: dict[str, Stage], summary: TraceSummary) -> None:
     tokens = sum(c.sample.tokens for s in stages.values() for c in s.calls)
     slots = tokens * TOP_K
     steps = len({c.sample.step for s in stages.values() for c in s.calls})
-    assert steps == 1  # the profiler was not told of more
-    assert f"{LAYERS} routers, {calls} calls, 1 step, {tokens:,} routed tokens, {slots:,} assignments" in head
+    noun = "step" if steps == 1 else "steps"
+    counted = f"{LAYERS} routers, {calls} calls, {steps} {noun}, {tokens:,} routed tokens"
+    assert f"{counted}, {slots:,} assignments" in head
     assert "prefill (16 calls), decode (48 calls)" in head
     for name, stage in stages.items():
         steps = {c.sample.step for c in stage.calls}
         noun = "step" if len(steps) == 1 else "steps"
         tokens = sum(c.sample.tokens for c in stage.calls)
-        noun += f" of {tokens // LAYERS // len(steps):,} tokens"
+        per_step = tokens // LAYERS // len(steps)
+        noun += f" of {per_step:,} {'token' if per_step == 1 else 'tokens'}"
         assert (
             f"{LAYERS} routers, {len(stage.calls)} calls, {len(steps)} {noun}, {tokens:,} routed tokens, "
             f"{tokens * TOP_K:,} assignments, stage {name}" in stage.words
@@ -307,9 +309,9 @@ def test_findings(stages: dict[str, Stage], summary: TraceSummary) -> None:
     found = {(f.stage, f.rule): f for f in summary.findings}
     assert len(found) == len(summary.findings) <= 8
     expected = {("prefill", rule) for rule in ("moving_tokens", "hot_expert", "dead_experts")}
-    expected |= {("decode", rule) for rule in ("launch_gaps", "moving_tokens", "far_from_peak")}
+    expected |= {("decode", rule) for rule in ("moving_tokens", "far_from_peak")}
+    expected |= {(name, "launch_gaps") for name, stage in stages.items() if waits(stage)}
     assert set(found) == {*expected, (None, "uncounted_flops")}
-    assert gaps(stages["prefill"])[0] < 0.5 * gaps(stages["prefill"])[1], "so no rule speaks of its gaps"
     costs = [f.cost_us for f in summary.findings if f.cost_us is not None]
     assert costs == sorted(costs, reverse=True)
     for name, stage in stages.items():
@@ -329,8 +331,14 @@ def gaps(stage: Stage) -> tuple[float, float]:
     return gap, span
 
 
+def waits(stage: Stage) -> bool:
+    """Whether gaps are over half of the blocks' time."""
+    gap, span = gaps(stage)
+    return gap > 0.5 * span
+
+
 def check_time(found: dict[tuple[str | None, str], Finding], name: str, stage: Stage) -> None:
-    if name == "decode":
+    if waits(stage):
         gap, span = gaps(stage)
         finding = found[name, "launch_gaps"]
         assert finding.value == pytest.approx(gap / span) and finding.cost_us == pytest.approx(gap)
