@@ -190,7 +190,7 @@ def _findings(found: Sequence[Finding]) -> str:
     if not found:
         return '<p class="soft">No rule found anything to look at.</p>'
     items = "\n".join(
-        f'<li><span class="severity {f.severity}">{escape(f.price)}</span>: {_marked(f.sentence)} '
+        f'<li><b class="severity {f.severity}">{escape(f.price)}</b> {_marked(f.sentence)} '
         f'<span class="advice">{_marked(f.advice)}</span></li>'
         for f in found
     )
