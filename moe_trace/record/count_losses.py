@@ -9,7 +9,7 @@ from dataclasses import replace
 from moe_trace.data.schema import Lost, RouterInfo
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.graphs.compiled import something_was_compiled
-from moe_trace.record.graphs.recorder import GraphRecorder
+from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.model import ModelHooks
 
 _FUSED_NOTE = (
@@ -27,20 +27,20 @@ def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
     )
 
 
-def recorded_calls(hooks: ModelHooks, graphs: GraphRecorder) -> list[int]:
+def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
     """Recorded calls of each router, in graphs and outside of them."""
     counts = hooks.calls.counts
     return [one.recorded + in_graphs for one, in_graphs in zip(counts, graphs.calls, strict=True)]
 
 
-def _silent_forwards(hooks: ModelHooks, graphs: GraphRecorder) -> int:
+def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
     """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
     if not something_was_compiled():
         return 0
     return max(0, hooks.watch.forwards_recorded - max(recorded_calls(hooks, graphs)) - graphs.overwritten)
 
 
-def losses(hooks: ModelHooks, recorder: Recorder, graphs: GraphRecorder, traces: Collection[Lost]) -> Lost:
+def losses(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
     """All that is not in the recording.
 
     Args:

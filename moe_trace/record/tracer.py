@@ -31,7 +31,7 @@ from moe_trace.record.graphs.compiled import (
     warn_of_silent_forwards,
 )
 from moe_trace.record.graphs.forwards import Segment
-from moe_trace.record.graphs.recorder import GraphRecorder
+from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.options import TracerOptions
@@ -85,7 +85,7 @@ class MoETracer(HookOwner):
         self.tracks = tracks
         self._steps = Steps(every=every, warmup=warmup)
         self._recorder = Recorder(capacity=capacity, capacity_bytes=capacity_bytes)
-        self._graphs = GraphRecorder(
+        self._graphs = RingReader(
             self.sites,
             self._recorder,
             started=lambda: self._hooks.watch.graph_started(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 _PARTS = ("router_gate", "up_embed", "down_embed")
 _SHARED = ("gate_proj", "up_proj", "down_proj")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, RouterOutput
 from moe_trace.find.contracts.modules import described, int_attribute
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 # Routers that are nothing but top-k of `linear(x, weight, bias)` and a softmax over the k: only for those is
 # the decision of a fused kernel known without looking into it.

@@ -22,7 +22,7 @@ from moe_trace.find.contracts.modules import (
     unwrapped,
 )
 from moe_trace.find.contracts.olmoe_mixtral_qwen import router_beside
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 _SIZES_ARGUMENT = "expert_size"
 

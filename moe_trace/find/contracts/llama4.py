@@ -20,7 +20,7 @@ from moe_trace.find.contracts.modules import (
     unwrapped,
 )
 from moe_trace.find.contracts.olmoe_mixtral_qwen import router_beside
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 _NOTE = "every expert computes every token, scaled by 0 where it was not chosen: FLOPs are those of all"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_trace.find.contracts.contract import AdapterMismatch
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 
 def combined_choice(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.contracts.modules import described, require_2d, unwrapped
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 from moe_trace.find.contracts.tiled_experts import combined_choice, with_skipped
 
 # The name of the second argument of an experts module's forward, in every family of transformers 5 whose

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_trace.find.contracts.contract import AdapterMismatch
 from moe_trace.find.contracts.modules import described
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 
 MASK_ARGUMENT = "token_mask"
 """The experts' argument [T], True for tokens that count, of NeMo Automodel."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from moe_trace.find.contracts.overhead import overhead_range
+from moe_trace.find.contracts.overhead_range import overhead_range
 from moe_trace.find.private.torch_names import tracing_state
 from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart

@@ -27,8 +27,8 @@ from moe_trace.record.forward.steps import Steps
 from moe_trace.record.forward.unreached_routers import MissingSites
 from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
 from moe_trace.record.graphs.memory import captures_now
-from moe_trace.record.graphs.recorder import GraphRecorder
 from moe_trace.record.graphs.ring_buffer import STAGES
+from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.checks import KEPT_BYTES_MAX, bytes_of_token
 from moe_trace.record.hooks.entry_modules import ModelEntry
 from moe_trace.record.hooks.events import EventLog
@@ -45,7 +45,7 @@ class ForwardWatch:
     routers: list[SiteHooks]
     steps: Steps
     recorder: Recorder
-    graphs: GraphRecorder
+    graphs: RingReader
     ranges: OpenRanges
     levels: HookLevels
     log: EventLog

@@ -14,7 +14,7 @@ from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
-from moe_trace.record.graphs.recorder import GraphRecorder
+from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.entry_modules import ModelEntry, entry_modules
 from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.forwards import ForwardWatch
@@ -41,7 +41,7 @@ class ModelHooks:
         *,
         steps: Steps,
         recorder: Recorder,
-        graphs: GraphRecorder,
+        graphs: RingReader,
         captures: CaptureNotes,
         clock: CallClock | None,
     ) -> None:

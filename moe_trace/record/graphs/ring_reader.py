@@ -28,7 +28,7 @@ from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring_buffer import STAGES, unpad
 
 
-class GraphRecorder:
+class RingReader:
     """Ships the rings of a model in time, and hands what they held to its recorder.
 
     Args:
