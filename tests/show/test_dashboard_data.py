@@ -33,6 +33,7 @@ from paths import DATA
 
 H200 = DATA / "h200"
 TRAIN, PREFILL = "train_grouped_mm.pt.trace.json.gz", "prefill_grouped_mm.pt.trace.json.gz"
+STAGES = "prefill_decode_16_layers.pt.trace.json.gz"
 EAGER = "prefill_eager.pt.trace.json.gz"
 MIXED = "prefill_decode_16_layers.pt.trace.json.gz"
 PAYLOAD_MAX = 2_000_000
@@ -454,6 +455,24 @@ def test_findings_are_those_of_the_report_worst_first() -> None:
     assert costs == sorted(costs, reverse=True) and len(costs) >= 1
     assert {f.rule for f in summary.findings} >= {"hot_expert", "dead_experts", "moving_tokens"}
     assert set(VIEW_OF_RULE.values()) == {"time"}
+
+
+def test_three_tokens_are_not_called_even() -> None:
+    """Whether a layer is uneven, nobody can say of them: that is no finding of evenness."""
+    stages = overview(read_summary(DATA / "h100" / STAGES))["stages"]
+    details = {s["stage"]: c["detail"] for s in stages for c in s["cards"] if c["label"].startswith("most")}
+    assert details == {"prefill": "in L15", "decode": "too few tokens to say"}
+
+
+def test_a_model_of_fewer_layers_is_another(logdir: Path) -> None:
+    """Compare begins with a trace of the same model as A."""
+    shutil.copy(DATA / "h100" / STAGES, logdir / "train")
+    dashboard = Dashboard(Catalogs(str(logdir)))
+    models = [
+        dashboard.answer("trace", {"run": run, "trace": name})["model"]
+        for run, name in (("train", TRAIN), ("prefill", PREFILL), ("train", STAGES))
+    ]
+    assert models[0] == models[1] != models[2] and models[2].endswith(", 16 routers")
 
 
 def test_any_range_of_steps_adds_up(dashboard: Dashboard) -> None:
