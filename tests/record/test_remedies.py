@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
 }
 NOTHING_TO_DO = {"without_experts", "hook_failure"}
 OF_THE_TRACE = {"samples_without_range", "without_range", "ranges_without_sample", "unplaced", "untimed"}
+"""See `test_remedies_of_traces.py`. Routers that compiled code fuses have no time, whatever one does."""
 NO_LOSSES = {"calls_seen", "calls"}
 
 

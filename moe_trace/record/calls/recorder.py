@@ -27,6 +27,7 @@ from torch import Tensor
 from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.free_memory import give_back_memory
 from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore
 from moe_trace.record.calls.reduction import reduce_group
@@ -38,8 +39,7 @@ from moe_trace.record.reduce.pinned import copies_on_host
 from moe_trace.record.reduce.streams import on_stream
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
-# ... and beyond which a forward does not wait for the next ones. On a CPU the reduction would stop the model
-# for as long as it takes, so it waits while memory allows; a device works through it beside the host.
+# ... and beyond which a forward waits for no other. On a CPU the reduction stops the model, on a device not.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 2 * 2**20}
 WAITING_CALLS_MAX = 1024
 _PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
@@ -232,6 +232,7 @@ class Recorder:
         """The samples kept since a step, oldest first. Waits for the device; nothing is removed."""
         with self._lock:
             self.reduce()
+            give_back_memory(sum(len(batch.records) * batch.num_experts for batch in self._on_host))
             self._ship()
             pairs = [
                 pair

@@ -1,0 +1,32 @@
+"""Large recordings give freed memory back when they are read; small ones do not spend the time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_trace
+from models import tiny_olmoe, token_batch
+from moe_trace.record.calls import free_memory
+
+
+@pytest.mark.parametrize(("many", "trimmed"), [(7, [0]), (8, [])])
+def test_memory_is_given_back_where_many_counts_were_recorded(
+    monkeypatch: pytest.MonkeyPatch, many: int, trimmed: list[int]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(free_memory, "_MANY", many)
+    monkeypatch.setattr(free_memory, "_trim", lambda: asked.append)
+    model = tiny_olmoe(layers=1)  # of 8 experts
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(**token_batch(1, 4))
+        assert asked == []  # never while the model runs
+    assert len(tracer.samples()) == 1 and asked == trimmed
+
+
+def test_a_c_library_that_cannot_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory.ctypes, "CDLL", lambda name: object())
+    free_memory._trim.cache_clear()
+    free_memory.give_back_memory(2**40)
+    assert free_memory._trim() is None
+    free_memory._trim.cache_clear()
