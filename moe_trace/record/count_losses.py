@@ -17,6 +17,12 @@ _FUSED_NOTE = (
     "block's input and the router's weights, and the router has no latency of its own"
 )
 
+_UNREAD_IN_GRAPH = "found another form inside compiled code than its adapter expects"
+_ROWS_IN_GRAPH = (
+    "found no decision inside compiled code: a gate beside a list of experts is read by the rows that enter "
+    "each, which no graph tells. Run those blocks eagerly"
+)
+
 
 def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
     """What is known of each router, with what only its calls could tell."""
@@ -35,9 +41,22 @@ def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
 
 def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
     """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
-    if not something_was_compiled():
+    if not something_was_compiled() or unread_in_graphs(hooks, graphs):
         return 0
     return max(0, hooks.watch.forwards_recorded - max(recorded_calls(hooks, graphs)) - graphs.overwritten)
+
+
+def unread_in_graphs(hooks: ModelHooks, graphs: RingReader) -> dict[str, str]:
+    """Routers whose call was compiled and does not tell a decision there, and why."""
+    rows = list(zip(hooks.routers, hooks.calls.counts, graphs.rings.sites, strict=True))
+    if not any(rings.misreads for _, _, rings in rows):
+        return {}
+    return {
+        router.site.name: _ROWS_IN_GRAPH if router.site.listed else _UNREAD_IN_GRAPH
+        for router, counts, rings in rows
+        # Blocks of one class share their code, so that only the first of them was seen being compiled.
+        if rings.misreads or (router.site.listed and not counts.seen)
+    }
 
 
 def losses(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
@@ -50,6 +69,7 @@ def losses(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Co
         (router.site.name, counts, in_graphs)
         for router, counts, in_graphs in zip(hooks.routers, hooks.calls.counts, graphs.calls, strict=True)
     ]
+    unread = recorder.refusals.why | unread_in_graphs(hooks, graphs)
     calls = {name: dict(counts.lost + recorder.lost_of(name)) for name, counts, _ in rows}
     return Lost(
         samples_without_range=sum(lost.samples_without_range for lost in traces),
@@ -61,9 +81,10 @@ def losses(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Co
         overwritten=recorder.overwritten + graphs.overwritten,
         unreduced=recorder.unreduced,
         padding_unknown=hooks.watch.padding_unknown + hooks.calls.padding_unclear,
-        misread=recorder.refusals.why
-        | {name: counts.misread for name, counts, _ in rows if counts.misread is not None},
-        never_called=tuple(name for name, counts, in_graphs in rows if counts.seen == in_graphs == 0),
+        misread=unread | {name: counts.misread for name, counts, _ in rows if counts.misread is not None},
+        never_called=tuple(
+            name for name, counts, in_graphs in rows if counts.seen == in_graphs == 0 and name not in unread
+        ),
         calls_seen={name: counts.seen for name, counts, _ in rows if counts.seen},
         calls={name: lost for name, lost in calls.items() if lost},
         not_reached=dict(hooks.watch.missing.forwards),

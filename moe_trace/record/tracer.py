@@ -19,7 +19,7 @@ from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
-from moe_trace.record.count_losses import losses, recorded_calls, router_infos
+from moe_trace.record.count_losses import losses, recorded_calls, router_infos, unread_in_graphs
 from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import profiler_is_recording
@@ -147,7 +147,8 @@ class MoETracer(HookOwner):
         """Take the hooks off and close every range; what was recorded is kept."""
         self._sessions.stop()
         self.mark_graphs()
-        warn_if_compiled_before(self.model, called=self.called)
+        unread = unread_in_graphs(self._hooks, self._graphs)
+        warn_if_compiled_before(self.model, called=self.called or bool(unread))
         self._hooks.remove()
         self._active = False
         if not is_capturing():

@@ -53,6 +53,26 @@ def test_what_cannot_be_told_is_refused_and_never_wrong(kind: type[MoE]) -> None
     assert all("found" in why for why in lost.misread.values())
 
 
+@pytest.mark.parametrize("kind", [written.NanoMoE, written.BySlot, written.MiniMind])
+def test_compiled_blocks_are_counted_truly_or_said_to_be_unread(kind: type[MoE]) -> None:
+    """A graph does not know how many rows enter a module; a router's own ids it does."""
+    model = nn.Sequential(kind().eval(), kind().eval())
+    truths: list[list[int]] = []
+    for block in model:
+        block.register_forward_hook(lambda module, args, output: truths.append(list(module.truth)))
+        block.compile(backend="eager")
+    with torch.no_grad(), warnings.catch_warnings(), moe_trace.MoETracer(model) as tracer:
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            model(torch.randn(2, 9, DIM))
+    lost = tracer.recording().lost
+    if kind is written.MiniMind:
+        assert [sample.assignments.tolist() for sample in tracer.samples()] == truths
+    else:
+        assert set(lost.misread) == {"0.gate", "1.gate"} and not lost.never_called
+        assert all("Run those blocks eagerly" in why for why in lost.misread.values())
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [

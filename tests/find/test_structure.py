@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,49 @@ def test_what_tells_no_decision_is_refused_with_what_was_seen(form: Form) -> Non
     assert "tensor of shape" in str(tracer.recording().lost.misread)
 
 
+def test_ids_of_one_expert_a_token_are_not_mistaken_for_figures_of_the_experts() -> None:
+    """[T] ids with [T] weights are a decision; [E] counts with [E] shares beside them are none."""
+
+    def one_each(scores: Tensor, weights: Tensor, index: Tensor) -> Any:
+        return index[:, 0], weights[:, 0]
+
+    def figures(scores: Tensor, weights: Tensor, index: Tensor) -> Any:
+        return scores, torch.bincount(index.flatten(), minlength=EXPERTS), scores.mean(0)
+
+    for form, understood in ((one_each, True), (figures, False)):
+        block = Block(form)
+        block.router.top_k = 1
+        with warnings.catch_warnings(), moe_trace.MoETracer(block) as tracer:
+            warnings.simplefilter("ignore")
+            block(torch.randn(EXPERTS, DIM))
+        expected = torch.bincount(block.router.chosen[:, 0], minlength=EXPERTS).tolist()
+        assert [s.assignments.tolist() for s in tracer.samples()] == ([expected] if understood else [])
+
+
+@pytest.mark.parametrize("told", ["right", "before drops", "wrong", "a share"])
+def test_counts_in_the_routers_own_words_are_compared_and_never_the_source(told: str) -> None:
+    def form(scores: Tensor, weights: Tensor, index: Tensor) -> Any:
+        counts = torch.bincount(index.flatten(), minlength=EXPERTS)
+        if told == "before drops":
+            index = index.clone()
+            index[:2] = -1
+        if told == "wrong":
+            counts = counts.roll(1) + torch.arange(EXPERTS)
+        return weights, index, counts / counts.sum() if told == "a share" else counts
+
+    block, kept = Block(form), []
+    block.router.register_forward_hook(lambda module, args, out: kept.append(out[1]))
+    with moe_trace.MoETracer(block) as tracer, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        block(torch.randn(9, DIM))
+        (sample,) = tracer.samples()
+    index = kept[0]
+    assert sample.assignments.tolist() == torch.bincount(index[index >= 0], minlength=EXPERTS).tolist()
+    assert ["tokens per expert where its ids give" in str(one.message) for one in said] == [True] * (
+        told == "wrong"
+    )
+
+
 # -- what is no mixture of experts ----------------------------------------------------------------------
 
 
@@ -197,6 +241,13 @@ ZOO: dict[str, nn.Module] = {
     "unet_gates": Holder(gate=gate("GridGate"), down=nn.ModuleList([nn.Conv1d(DIM, DIM, 1)] * 2)),
     "resampler": Holder(router=gate("TokenRouter"), perceiver=several(2)),
     "mamba": Holder(gate=linear(), router=nn.Identity(), mixer=several(2)),
+    "heads_and_a_classifier": Holder(classifier=linear(4), heads=several(4)),
+    "layers_as_many_as_classes": Holder(gate=linear(4), layers=several(4)),
+    "linear_beside_too_many": Holder(gate=linear(5), experts=several(4)),
+    "linear_that_is_no_gate": Holder(out_proj=linear(4), experts=several(4)),
+    "gate_of_one": Holder(gate=linear(1), experts=several(1)),
+    "gate_of_shared_experts": Holder(shared_expert_gate=linear(4), shared_experts=several(4)),
+    "gru_gates_in_a_list": Holder(gate=linear(3), gates=several(3)),
     "moe_in_a_name": named("AMoebaNet", gate=gate("Gate", 4), cells=several(4)),
 }
 

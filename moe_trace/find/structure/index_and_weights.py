@@ -50,18 +50,18 @@ class Decision:
         return Decision(index, self.weights_TK)
 
 
-def read_index(parts: Sequence[Any], num_experts: int, top_k: int = 0) -> Decision | None:
+def read_index(parts: Sequence[Any], num_experts: int, *, one_each: bool = False) -> Decision | None:
     """The decision in the parts of an output, or in the arguments of a call; None where they hold no ids.
 
     Args:
-        top_k: K; where it is 1, ids may be [T].
+        one_each: whether ids may be [T], as routers of one expert a token return them.
 
     Raises:
         AdapterMismatch: there are ids, and what belongs to them cannot be told.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    if top_k == 1 and not any(t.dim() >= 2 and _is_whole(t) for t in tensors):
-        tensors = [t.unsqueeze(-1) if t.dim() == 1 else t for t in tensors]
+    if one_each and _tells_one_each(tensors, num_experts):
+        tensors = [t.unsqueeze(-1) for t in tensors if t.dim() == 1]
     ids = [t for t in tensors if t.dim() >= 2 and _is_whole(t)]
     if len(ids) == 2 and len(parts) == 7 and parts[2] == num_experts:
         return _capacity_routes(parts)
@@ -89,6 +89,14 @@ def told_counts(parts: Sequence[Any], num_experts: int) -> Tensor | None:
     """[E] tokens per expert, where a router returns what may be that."""
     vectors = [part for part in parts if isinstance(part, Tensor) and part.shape == (num_experts,)]
     return vectors[0].detach() if len(vectors) == 1 and not vectors[0].requires_grad else None
+
+
+def _tells_one_each(tensors: Sequence[Tensor], num_experts: int) -> bool:
+    """Whether there are ids [T] and weights [T], which cannot be figures [E] of the experts."""
+    vectors = [t for t in tensors if t.dim() == 1]
+    if len(vectors) != 2 or vectors[0].shape != vectors[1].shape or sum(map(_is_whole, tensors)) != 1:
+        return False
+    return any(map(_is_whole, vectors)) and (vectors[0].numel() != num_experts or len(tensors) == 2)
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -43,9 +43,13 @@ def read_by_structure(
     output = call.router_output
     parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
     given = dict(zip(names, call.experts_args or (), strict=False)) | call.experts_kwargs
-    decision = read_index(tuple(given.values())[1:], num_experts, top_k)
+    decision = read_index(tuple(given.values())[1:], num_experts)
     if not is_gate:
-        decision = decision or read_index(parts, num_experts, top_k) or read_masks(parts, num_experts, top_k)
+        decision = (
+            decision
+            or read_index(parts, num_experts, one_each=top_k == 1)
+            or read_masks(parts, num_experts, top_k)
+        )
     logits = output if gives_logits else call.watched_output
     if decision is None:
         return _by_rows(call, parts, logits, num_experts, top_k)

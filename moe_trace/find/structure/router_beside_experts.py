@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -31,10 +30,11 @@ _GATE_NAME = re.compile(r"gat(e|ing)|rout|^wg$|switch|select|expert", re.IGNOREC
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _CLASSES = ("num_experts", "n_experts", "n_routed_experts", "num_moe_experts")
 _LOCAL = (*_CLASSES, "num_local_experts", "moe_num_experts")
-_TOP_K = (
-    *("top_k", "topk", "k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
-    *("moe_router_topk", "n_activated_experts", "num_selected_experts", "num_selects", "moe_top_k"),
+_CONFIG_TOP_K = (
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_router_topk", "moe_topk"),
+    *("n_activated_experts", "num_selected_experts", "num_selects", "moe_top_k", "moe_k"),
 )
+_TOP_K = ("top_k", "topk", "k", *_CONFIG_TOP_K)
 
 
 def find_router_beside_experts(block: nn.Module) -> list[Found]:
@@ -171,8 +171,10 @@ def experts_held(experts: nn.Module) -> int:
 
 
 def _chosen(router: nn.Module, block: nn.Module) -> int:
-    places: tuple[Any, ...] = (router, getattr(router, "config", None), block, getattr(block, "config", None))
-    return next((k for place in places if (k := int_attribute(place, *_TOP_K))), 0)
+    """K, by the router's or the block's word; `top_k` in a configuration may be that of sampling."""
+    configs = [getattr(module, "config", None) for module in (router, block)]
+    told = int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K)
+    return told or int_attribute(configs[0], *_CONFIG_TOP_K) or int_attribute(configs[1], *_CONFIG_TOP_K)
 
 
 ROUTER_BESIDE_EXPERTS = Contract(
