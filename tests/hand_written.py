@@ -242,7 +242,8 @@ class NoisyTopK(MoE):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.view(-1, DIM)
-        noisy = self.gate(flat) + torch.randn(len(flat), EXPERTS) * F.softplus(self.noise_gate(flat))
+        clean = self.gate(flat)
+        noisy = clean + torch.randn_like(clean) * F.softplus(self.noise_gate(flat))
         top, index = noisy.topk(TOP_K)
         return self.loop(x, top.softmax(-1), index)
 
@@ -420,7 +421,9 @@ class MaskedAfterwards(MiniMind):
     def forward(self, x: Tensor) -> Tensor:
         index, weights, _ = self.gate(x)
         self.truth = counted(index)
-        sparse = torch.zeros(len(index), EXPERTS).scatter(1, index, weights).view(*x.shape[:-1], EXPERTS)
+        sparse = (
+            weights.new_zeros(len(index), EXPERTS).scatter(1, index, weights).view(*x.shape[:-1], EXPERTS)
+        )
         return sum(sparse[..., e, None] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore
 
 

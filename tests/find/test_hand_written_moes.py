@@ -21,12 +21,13 @@ def truths_and_samples(moe: MoE) -> tuple[list[list[int]], list[list[int]], moe_
     truths: list[list[int]] = []
     moe.register_forward_hook(lambda module, args, output: truths.append(list(module.truth)))
     model = nn.Sequential(moe) if not isinstance(moe, written.Mixtral) else moe
+    device = next(moe.parameters()).device
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         with moe_trace.MoETracer(model) as tracer:
             for shape in SHAPES:
                 for _ in range(3):
-                    model(torch.randn(shape))
+                    model(torch.randn(shape, device=device))
         found = [[int(n) for n in sample.assignments] for sample in tracer.samples()]
     return truths, found, tracer.recording()
 
@@ -36,6 +37,15 @@ def truths_and_samples(moe: MoE) -> tuple[list[list[int]], list[list[int]], moe_
 def test_counts_are_the_tokens_that_each_expert_worked_on(kind: type[MoE], training: bool) -> None:
     torch.manual_seed(0)
     truths, found, recording = truths_and_samples(kind().train(training))
+    assert found == truths
+    assert not recording.lost.calls and not recording.lost.misread
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", written.COUNTED)
+def test_counts_on_a_gpu_are_the_tokens_that_each_expert_worked_on(kind: type[MoE]) -> None:
+    torch.manual_seed(0)
+    truths, found, recording = truths_and_samples(kind().cuda())
     assert found == truths
     assert not recording.lost.calls and not recording.lost.misread
 
