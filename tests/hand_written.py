@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 DIM, EXPERTS, TOP_K = 16, 4, 2
 
@@ -427,6 +428,45 @@ class MaskedAfterwards(MiniMind):
         return sum(sparse[..., e, None] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore
 
 
+class CheckpointsEachExpert(MoE):
+    """Experts run again in the backward, without their gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Recomputed() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.gate(x.view(-1, DIM)).softmax(-1).topk(TOP_K)
+        return self.loop(x, weights, index)
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = ffn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.ffn, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class ComputesOneExpertElsewhere(MiniMind):
+    """A hot expert runs fused, so that its module is never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index, weights, _ = self.gate(x)
+        flat, out = x.view(-1, DIM), torch.zeros_like(x.view(-1, DIM))
+        self.truth = counted(index)
+        for e, expert in enumerate(self.experts):
+            token, slot = (index == e).nonzero(as_tuple=True)
+            rows = (
+                F.linear(flat[token], expert[0].weight).sum(-1, keepdim=True)
+                if e == 1
+                else expert(flat[token])
+            )
+            out[token] += weights[token, slot, None] * rows
+        return out.view_as(x)
+
+
 # -- what no structure tells: refused, or not found -----------------------------------------------------
 
 
@@ -590,6 +630,7 @@ COUNTED = [
     *(Mixtral, MixtralOnlyHit, NanoMoE, TopOne, BySlot, TokenByToken, ByKeyword, ExpertsInsideAModule),
     *(StackedExperts, SharedAndRouted, ResidualMoE, BiasedSigmoid, NoisyTopK, SparseMoE, SwitchWithCapacity),
     *(TopOneIds, SequentialGate, GateOfItsOwnClass, MiniMind, DropsAfterTheRouter, MaskedAfterwards),
+    *(CheckpointsEachExpert, ComputesOneExpertElsewhere),
 ]
 REFUSED = [
     *(SoftGating, SoftGatingOfTwo, MaskedDense, GShard, GShardWithRoom, ExpertChoice, GateIsNotCalled),

@@ -82,7 +82,7 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
         NoRoutersFound: the model holds none that a known contract reads.
         UsageError: `layers` selects none of those found, or names one that does not exist.
     """
-    found = list(_walk(model))
+    found = _without_shared_experts(list(_walk(model)))
     unread = unread_experts(model, [item for _, _, item in found])
     if not found:
         raise NoRoutersFound(_no_routers_message(model, unread))
@@ -111,6 +111,17 @@ def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
                 yield path, contract, with_experts(item)
             if found:
                 break
+
+
+def _without_shared_experts(
+    found: list[tuple[str, Contract, Found]],
+) -> list[tuple[str, Contract, Found]]:
+    """Of experts that several routers send rows to, nobody can tell whose rows they are."""
+    users = Counter(id(expert) for _, _, item in found for expert in item.listed)
+    return [
+        (path, contract, replace(item, listed=()) if any(users[id(e)] > 1 for e in item.listed) else item)
+        for path, contract, item in found
+    ]
 
 
 def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:

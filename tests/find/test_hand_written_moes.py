@@ -63,6 +63,27 @@ def test_what_cannot_be_told_is_refused_and_never_wrong(kind: type[MoE]) -> None
     assert all("found" in why for why in lost.misread.values())
 
 
+def test_experts_that_run_again_in_the_backward_are_not_counted_twice() -> None:
+    model = nn.Sequential(written.CheckpointsEachExpert(), written.NanoMoE()).train()
+    truths: list[list[int]] = []
+    for block in model:
+        block.register_forward_hook(lambda module, args, output: truths.append(list(module.truth)))
+    with moe_trace.MoETracer(model) as tracer:
+        for _ in range(3):
+            model(torch.randn(2, 9, DIM)).sum().backward()
+    assert [sample.assignments.tolist() for sample in tracer.samples()] == truths
+
+
+def test_experts_that_two_gates_share_are_refused() -> None:
+    first, second = written.NanoMoE(), written.NanoMoE()
+    second.experts = first.experts
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with moe_trace.MoETracer(nn.Sequential(first, second)) as tracer:
+            tracer.model(torch.randn(2, 9, DIM))
+    assert tracer.samples() == [] and set(tracer.recording().lost.misread) == {"0.gate", "1.gate"}
+
+
 @pytest.mark.parametrize("kind", [written.NanoMoE, written.BySlot, written.MiniMind])
 def test_compiled_blocks_are_counted_truly_or_said_to_be_unread(kind: type[MoE]) -> None:
     """A graph does not know how many rows enter a module; a router's own ids it does."""

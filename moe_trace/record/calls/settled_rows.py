@@ -28,7 +28,8 @@ def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.n
     if not rows.by_logits:
         moved = rows_E.sum() == decided_E.sum() and not alike
         # Fewer rows: dropped by a capacity. More: padding, or experts that compute what is masked afterwards.
-        return rows_E if moved else np.minimum(rows_E, decided_E)
+        # None: that expert was not called as a module, but computed elsewhere.
+        return rows_E if moved else np.where(rows_E > 0, np.minimum(rows_E, decided_E), decided_E)
     every = tokens > 1 and bool((rows_E[rows_E > 0] == tokens).all())
     if alike or (every and not rows.whole):
         raise AdapterMismatch(
