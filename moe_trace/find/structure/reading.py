@@ -55,13 +55,8 @@ def read_by_structure(
         return _by_rows(call, parts, logits, num_experts, top_k)
     decision = decision.without(given.get(MASK_ARGUMENT), num_experts)
     rows = None if call.expert_rows is None else ExpertRows(call.expert_rows, by_logits=False, whole=False)
-    return RouterOutput(
-        decision.index_TK,
-        decision.weights_TK,
-        _flat(logits, num_experts),
-        rows,
-        told_counts(parts, num_experts),
-    )
+    told, logits_TE = told_counts(parts, num_experts), _flat(logits, num_experts)
+    return RouterOutput(decision.index_TK, decision.weights_TK, logits_TE, rows, told)
 
 
 def _flat(logits: Any, num_experts: int) -> Tensor | None:
