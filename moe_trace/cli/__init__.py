@@ -17,13 +17,17 @@ from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
 from moe_trace.data.display.tables import paragraph
-from moe_trace.data.errors import MoETraceError, OutputError
+from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
 # name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
 # never imports torch.
 COMMANDS = {
-    "run": ("moe_trace.cli.run", "RunCommand", "run a model and record its routing in a profiler trace"),
+    "run": (
+        "moe_trace.cli.run.command",
+        "RunCommand",
+        "run a model and record its routing in a profiler trace",
+    ),
     "routers": ("moe_trace.cli.routers", "RoutersCommand", "list what would be traced in a model"),
     "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
     "ask": ("moe_trace.cli.ask", "AskCommand", "questions answered: imbalance, MoE's share, what to try"),
@@ -72,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"standard output cannot be written ({error.strerror or error})", OutputError.exit_code
             )
         return _failed(f"{error.filename}: {error.strerror}; choose another file", OutputError.exit_code)
+    except ProgramInterrupted:
+        sys.excepthook = lambda *_: None  # it has been told
+        raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         print("moe-trace: interrupted", file=sys.stderr)
         return 130

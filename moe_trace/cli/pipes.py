@@ -37,6 +37,16 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_ESCAPES, _escape)
 
 
+_plain: dict[str, str] = {}
+"""How the streams treated characters that they cannot write."""
+
+
+def restore_streams() -> None:
+    """Undo `prepare_streams` for a program of the user's."""
+    for name, errors in _plain.items():
+        getattr(sys, name).reconfigure(errors=errors)
+
+
 def prepare_streams() -> None:
     """Have both streams take any text; what is written to a closed one is lost."""
     for name in ("stdout", "stderr"):
@@ -44,6 +54,7 @@ def prepare_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
+            _plain.setdefault(name, stream.errors or "strict")
             stream.reconfigure(errors=_ESCAPES)
 
 

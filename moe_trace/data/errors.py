@@ -46,6 +46,10 @@ class Interrupted(MoETraceError):
     exit_code = 130
 
 
+class ProgramInterrupted(BaseException):
+    """Ctrl-C ended a program of the user's, which has told of it; the process shall end by that signal."""
+
+
 class OutputError(MoETraceError):
     """A file could not be written: it exists, the disk is full, or the folder is read-only."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from moe_trace.cli import COMMANDS, main
-from moe_trace.cli.run import new_folder
+from moe_trace.cli.run.program import new_folder
 from moe_trace.data.display import tables
 from moe_trace.data.errors import Interrupted
 from moe_trace.read.reader import read_recording, read_summary
@@ -46,9 +46,9 @@ def test_every_option_is_explained(command: str) -> None:
 
 def test_a_run_gets_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = new_folder("org/My Model", "train")
+    first = new_folder("org/My Model", "train", alone=True)
     first.mkdir(parents=True)
-    second = new_folder("org/My Model", "train")
+    second = new_folder("org/My Model", "train", alone=True)
     assert first.parent == Path("moe_trace_runs") and first.name.startswith("org-My-Model-train-")
     assert second != first and not second.exists()
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-import re
-import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -17,20 +13,34 @@ from typing import Any, ClassVar
 
 from moe_trace.cli.arguments import add_output
 from moe_trace.cli.pipes import console
+from moe_trace.cli.run.program import (
+    SCRIPT_STEPS,
+    new_folder,
+    parse_steps,
+    print_files,
+    print_next,
+    record_program,
+    settle_steps,
+)
 from moe_trace.data.display.tables import paragraph
 from moe_trace.data.errors import Interrupted, UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
+from moe_trace.workload.program.as_main import Program
 
 
 class RunCommand:
     """Run a model, or a program of your own, under torch.profiler and record what the routers decide.
 
     Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
-    scalars into a folder, then prints the figures of each layer. Of a program, the first model with routers
-    that it calls is recorded, each of its forwards as a step; options stand before the program's name, and
-    what follows it is its own.
+    scalars into a folder, then prints the figures of each layer.
 
-    Example: moe-trace run --steps 8 --out runs/mine train.py --learning-rate 1e-4
+    A program runs as Python runs it, unchanged: options stand before its name, and what follows is its own.
+    Each model with routers that it calls is recorded. If it starts a torch.profiler, the routing stands in
+    the traces which that writes; if not, --steps are profiled. A step is an optimizer's, with all its
+    forwards; where none is trained, a forward. Under `torchrun -m moe_trace run SCRIPT` each process writes
+    a trace.
+
+    Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
     """
 
     name = "run"
@@ -50,6 +60,8 @@ class RunCommand:
             help="a Python program to run instead",
         )
         add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+        of_module = "a module to run instead, as `python -m` does, and its arguments"
+        add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS", help=of_module)
         add_output(
             parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time"
         )
@@ -57,19 +69,23 @@ class RunCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Record, then print figures, files and what to do next."""
         values = {name: value for name, value in vars(arguments).items() if name != "copies"}
-        script, script_arguments = values.pop("script"), values.pop("script_arguments")
+        script, module = values.pop("script"), values.pop("module")
+        own = values.pop("script_arguments")
+        values["layers"] = parse_layers(values["layers"])
+        if module:
+            return record_program(Program(module[0], module[1:], is_module=True), values)
         if script is not None:
-            return _run_script(script, script_arguments, values)
+            return record_program(Program(str(script), own), values)
         return _run_models(values)
 
 
 def _run_models(values: dict[str, Any]) -> int:
     """Record a model, or a run for each prompt and length."""
-    for name in ("steps", "warmup"):
-        values[name] = getattr(RunConfig(), name) if values[name] is None else values[name]
-    values["layers"] = parse_layers(values["layers"])
+    settle_steps(values, RunConfig().steps, RunConfig().warmup)
     lengths = parse_lengths(values.pop("seq_len"))
-    values["out"] = values["out"] or new_folder(values["model"], values["mode"])
+    values["out"] = values["out"] or new_folder(
+        values["model"], values["mode"], alone=os.environ.get("WORLD_SIZE", "1") == "1"
+    )
     values["split"] = Split(**{field.name: values.pop(field.name) for field in fields(Split)})
     config = RunConfig(**values)
     from moe_trace.show.sweep import render_comparison
@@ -91,58 +107,16 @@ def _run_models(values: dict[str, Any]) -> int:
         results.append((name, result.summary))
         print(f"== {name}\n" if len(runs) > 1 else "", end="")
         print(render_text(result.summary))
-        _print_files(result.files)
+        print_files(result.files)
         problems += result.problems
     if not results:
         return 0
     if len(runs) > 1:
         print(f"\n{render_comparison(results)}", end="")
-    _print_next(config.out, result.trace)
+    print_next(config.out, result.trace)
     if problems:
         raise RankFailed(f"{'; '.join(problems)}. The figures above are those of the other ranks")
     return 0
-
-
-SCRIPT_STEPS, SCRIPT_WARMUP = 32, 0
-_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "record_shapes", "with_stack", "out", "force")
-
-
-def _run_script(script: Path, arguments: list[str], values: dict[str, Any]) -> int:
-    """Record a program of the user's."""
-    config = _script_config(script, values)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from moe_trace.show.text import render_text
-    from moe_trace.workload.script import run_script
-
-    with _no_empty_folder(config.out):
-        result, status = run_script(script, arguments, config)
-    assert result.summary is not None
-    print(render_text(result.summary))
-    _print_files(result.files)
-    _print_next(config.out, result.trace)
-    return status
-
-
-def _script_config(script: Path, values: dict[str, Any]) -> RunConfig:
-    """What is recorded of it.
-
-    Raises:
-        UsageError: an option is of a model that moe_trace runs itself.
-    """
-    plain, split = RunConfig(), Split()
-    for name, value in values.items():
-        usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
-        if name not in _OF_SCRIPTS and value != usual:
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} is of a model that moe-trace runs; {script} brings its own")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("a script of several processes calls moe_trace.profile itself; run it by torchrun")
-    chosen = {name: values[name] for name in _OF_SCRIPTS}
-    chosen["steps"] = SCRIPT_STEPS if values["steps"] is None else values["steps"]
-    chosen["warmup"] = SCRIPT_WARMUP if values["warmup"] is None else values["warmup"]
-    chosen["layers"] = parse_layers(values["layers"])
-    chosen["out"] = values["out"] or new_folder(script.stem, "script")
-    return RunConfig(**chosen)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -172,9 +146,9 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=("prefill", "generate", "train"), default=d.mode, help=modes)
     add("--prompt", metavar="TEXT", help="the text to read (default: the demo's texts, or one sentence)")
     add("--prompts-file", type=Path, metavar="F", help="a prompt per line; JSON name -> text: a run of each")
-    of_script = f"{SCRIPT_STEPS} forwards of a program"
-    add("--steps", type=int, metavar="N", help=f"recorded steps (default {d.steps}; {of_script})")
-    before = f"steps before (default {d.warmup}; {SCRIPT_WARMUP} of a program)"
+    which = f"how many are recorded, or which, from 0 (default {d.steps}; {SCRIPT_STEPS} of a program)"
+    add("--steps", type=parse_steps, metavar="N|A-B", help=which)
+    before = f"steps before (default {d.warmup}; 0 of a program)"
     add("--warmup", type=int, metavar="N", help=before)
     add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
     add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
@@ -188,17 +162,6 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add("--every", type=int, default=d.every, metavar="N", help=f"record every n-th step (default {d.every})")
     add("--record-shapes", action="store_true", help="operators' shapes, as torch.profiler records them")
     add("--with-stack", action="store_true", help="source lines, as torch.profiler records them")
-
-
-def new_folder(model: str, mode: str) -> Path:
-    """`moe_trace_runs/demo-prefill-20260131-235959`, or with `-2` where that is taken."""
-    parent = RunConfig().out
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return parent  # every process must choose the same, and their clocks may differ
-    name = re.sub(r"[^\w.-]+", "-", Path(model).stem if model.endswith(".json") else model.rstrip("/"))
-    stem = f"{name[-40:].strip('-.')}-{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(parent / name for name in names if not (parent / name).exists())
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
@@ -279,19 +242,3 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
         if not existed:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
-
-
-def _print_files(files: tuple[Path, ...]) -> None:
-    print("Files written")
-    for file in files:
-        print(f"  {file}  ({os.path.getsize(file) / 1024:,.0f} KiB)")
-
-
-def _print_next(folder: Path, trace: Path) -> None:
-    print("\nNext")
-    quoted = shlex.quote(str(folder))
-    print(f"  moe-trace ask {quoted}           # what to look at, and what to try")
-    print(f"  moe-trace report {quoted}        # where the time goes, and findings")
-    print(f"  moe-trace view {quoted}          # in TensorBoard")
-    print(f"  moe-trace diff {quoted} OTHER    # what another run changed")
-    print(f"  open {trace} in Perfetto")

@@ -1,0 +1,1 @@
+"""`moe-trace run`, of a model and of a program."""

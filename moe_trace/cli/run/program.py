@@ -1,0 +1,141 @@
+"""`moe-trace run SCRIPT`: what is asked of a program of the user's, and what is told when it has ended."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import sys
+import time
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from moe_trace.cli.pipes import prepare_streams, restore_streams
+from moe_trace.data.errors import ProgramInterrupted, UsageError
+from moe_trace.workload.config import RunConfig, Split
+from moe_trace.workload.program.as_main import INTERRUPTED, Program
+from moe_trace.workload.program.run import has_store, run_program
+
+SCRIPT_STEPS = 32
+_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "record_shapes", "with_stack", "out", "force")
+
+
+def record_program(program: Program, values: dict[str, Any]) -> int:
+    """Run it with the options given; what we say goes to stderr, for stdout is the program's.
+
+    Raises:
+        ProgramInterrupted: it was, by Ctrl-C.
+    """
+    config = _config(program, values)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its lines at each start and stop of a profiler
+    made = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
+    restore_streams()
+    try:
+        run = run_program(program, config)
+    finally:
+        prepare_streams()
+        for folder in made:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+    with suppress(OSError, ValueError), redirect_stdout(sys.stderr):  # which the program may have closed
+        if os.environ.get("RANK", "0") == "0":
+            _tell(run)
+    if run.status == INTERRUPTED:
+        raise ProgramInterrupted
+    return run.status
+
+
+def _tell(run: Any) -> None:
+    ours = [trace for trace in run.traces if trace.parent == run.out.absolute()]
+    if not run.traces:
+        print(f"moe-trace: {run.why_nothing}")
+        return
+    if ours and not run.own_profiler:
+        from moe_trace.read.reader import read_summary
+        from moe_trace.show.text import render_text
+
+        print(render_text(read_summary(ours[-1])))
+    print_files((*run.files, *(trace for trace in run.traces if trace not in ours)))
+    print_next(run.out if ours else run.traces[-1], run.traces[-1])
+
+
+def _config(program: Program, values: dict[str, Any]) -> RunConfig:
+    """What is recorded of it.
+
+    Raises:
+        UsageError: an option is of a model that moe_trace runs itself.
+    """
+    plain, split = RunConfig(), Split()
+    for name, value in values.items():
+        usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
+        if name not in _OF_SCRIPTS and value != usual:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is of a model that moe-trace runs; {program.target} brings its own")
+    settle_steps(values, SCRIPT_STEPS, 0)
+    chosen = {name: values[name] for name in _OF_SCRIPTS}
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or has_store()  # which tells rank 0's folder to all
+    out = values["out"] or new_folder(program.name, "script", alone=alone)
+    chosen["out"] = Path(os.path.abspath(out))  # the program may go elsewhere
+    return RunConfig(**chosen)
+
+
+def parse_steps(text: str) -> int | range:
+    """`8`, or `10-12`, which are three."""
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a number, or a first and a last step, found {text}")
+    if not dash:
+        return int(first)
+    if int(last) < int(first):
+        raise argparse.ArgumentTypeError(f"{text}: the last step comes before the first")
+    return range(int(first), int(last) + 1)
+
+
+def settle_steps(values: dict[str, Any], steps: int, warmup: int) -> None:
+    """Numbers for `steps` and `warmup` in place of what was given.
+
+    Raises:
+        UsageError: both tell where the recording begins.
+    """
+    if isinstance(values["steps"], range):
+        if values["warmup"] is not None:
+            raise UsageError("--steps A-B says what comes before; leave out --warmup")
+        values["warmup"], values["steps"] = values["steps"].start, len(values["steps"])
+    values["steps"] = steps if values["steps"] is None else values["steps"]
+    values["warmup"] = warmup if values["warmup"] is None else values["warmup"]
+
+
+def new_folder(model: str, mode: str, *, alone: bool) -> Path:
+    """`moe_trace_runs/demo-prefill-20260131-235959`, or with `-2` where that is taken.
+
+    Args:
+        alone: nobody else must choose the same; without it the folder that holds all runs.
+    """
+    parent = RunConfig().out
+    if not alone:
+        return parent  # clocks may differ
+    name = re.sub(r"[^\w.-]+", "-", Path(model).stem if model.endswith(".json") else model.rstrip("/"))
+    stem = f"{name[-40:].strip('-.')}-{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def print_files(files: tuple[Path, ...]) -> None:
+    """With their sizes."""
+    print("Files written")
+    for file in files:
+        print(f"  {file}  ({os.path.getsize(file) / 1024:,.0f} KiB)")
+
+
+def print_next(folder: Path, trace: Path) -> None:
+    """What to do with them."""
+    print("\nNext")
+    quoted = shlex.quote(str(folder))
+    print(f"  moe-trace ask {quoted}           # what to look at, and what to try")
+    print(f"  moe-trace report {quoted}        # where the time goes, and findings")
+    print(f"  moe-trace view {quoted}          # in TensorBoard")
+    print(f"  moe-trace diff {quoted} OTHER    # what another run changed")
+    print(f"  open {trace} in Perfetto")

@@ -1,0 +1,111 @@
+"""Run a program as `python program.py` and `python -m module` do: `__main__`, arguments, paths and ending."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import runpy
+import sys
+import traceback
+import types
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+
+from moe_trace.data.errors import UsageError
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Program:
+    """A file, or a module by its name, and what it is started with."""
+
+    target: str
+    arguments: Sequence[str] = ()
+    is_module: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the folder of its run."""
+        return self.target if self.is_module else Path(self.target).stem
+
+    def check(self) -> None:
+        """Find out whether it exists.
+
+        Raises:
+            UsageError: there is no such program.
+        """
+        if not self.is_module and not Path(self.target).exists():
+            raise UsageError(f"found no file {self.target}, expected a Python program")
+
+    def run(self) -> int:
+        """Run it to its end, and return the status that Python would end with; 130 after Ctrl-C.
+
+        It stays `__main__` afterwards, for what runs when the process ends.
+        """
+        try:
+            self._run()
+        except SystemExit as end:
+            if end.code is not None and not isinstance(end.code, int):
+                print(end.code, file=sys.stderr)
+            return int(end.code) if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException as error:
+            _tell(error)
+            return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+        return 0
+
+    def _run(self) -> None:
+        if not sys.flags.safe_path:  # else Python puts no folder there
+            sys.path[0] = os.getcwd() if self.is_module else str(Path(self.target).resolve().parent)
+        if self.is_module:
+            spec = _spec_of(self.target)
+            assert spec.origin is not None and spec.loader is not None
+            code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+            self._execute(code, spec.origin, spec.origin, spec)
+            return
+        sys.argv = [self.target, *self.arguments]
+        if os.path.isdir(self.target) or zipfile.is_zipfile(self.target):
+            runpy.run_path(self.target, run_name="__main__")
+            return
+        path = os.path.abspath(self.target)
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        self._execute(code, self.target, path, None)
+
+    def _execute(self, code: types.CodeType, argv0: str, path: str, spec: ModuleSpec | None) -> None:
+        sys.argv = [argv0, *self.arguments]
+        main = types.ModuleType("__main__")
+        loader = SourceFileLoader("__main__", path) if spec is None else spec.loader
+        main.__dict__.update(__file__=path, __spec__=spec, __loader__=loader, __cached__=None)
+        main.__dict__.update(__builtins__=__builtins__, __package__=spec and spec.parent)
+        if sys.version_info < (3, 14):
+            main.__annotations__ = {}
+        sys.modules["__main__"] = main
+        exec(code, main.__dict__)
+
+
+def _spec_of(name: str) -> ModuleSpec:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or spec.loader is None or spec.origin is None:
+        raise SystemExit(f"{sys.executable}: No module named {name}")
+    return spec
+
+
+def _tell(error: BaseException) -> None:
+    """As Python does, by the hook that the program may have set, and without our own calls above its own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    try:
+        sys.excepthook(type(error), error, trace)
+    except BaseException:
+        traceback.print_exception(type(error), error, trace)

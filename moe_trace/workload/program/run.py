@@ -1,0 +1,190 @@
+"""A program of the user's under `moe-trace run`: run as Python runs it, and watched once it imports torch.
+
+Torch is not imported before the program does that: programs set variables that torch and transformers read
+when they are imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from moe_trace.data.errors import UsageError
+from moe_trace.workload.config import RunConfig
+from moe_trace.workload.folder import claim_folder, files_in
+from moe_trace.workload.program.as_main import Program
+
+if TYPE_CHECKING:
+    from moe_trace.workload.program.watch import Watch
+
+_LAUNCHERS = {
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+    "torchrun": "torchrun",
+    "accelerate": "accelerate launch",
+    "accelerate.commands.launch": "accelerate launch",
+    "deepspeed": "deepspeed",
+}
+
+
+@dataclass(frozen=True)
+class ProgramRun:
+    """How a program ended, and what was recorded of it."""
+
+    status: int
+    """As `Program.run` returns it."""
+    out: Path
+    traces: tuple[Path, ...]
+    """That hold the routing, by whatever profiler."""
+    files: tuple[Path, ...]
+    """In `out`."""
+    own_profiler: bool
+    """The program started one."""
+    why_nothing: str
+    """Where there is no trace."""
+
+
+def run_program(program: Program, config: RunConfig) -> ProgramRun:
+    """Run it to its end.
+
+    Args:
+        config: `steps` are profiled after `warmup` others, unless the program starts a profiler of its own.
+
+    Raises:
+        UsageError: there is no such program, or it starts other processes that would be the ones to watch.
+        OutputError: the folder cannot be written, or holds other files.
+    """
+    _refuse_launchers(program)
+    program.check()
+    leads = _rank() == 0
+    earlier = claim_folder(config.out, force=config.force) if leads else []
+    watches: list[Watch] = []
+
+    def watch() -> None:
+        from moe_trace.workload.program.watch import Watch
+
+        settled = replace(config, out=_agreed(config.out))
+        watches.append(Watch(settled, worker=_worker()))
+        watches[0].start()
+
+    finder = _TorchFinder(watch)
+    finder.install()
+    try:
+        status = program.run()
+    finally:
+        finder.remove()
+        for one in watches:
+            one.finish()
+    if not watches:
+        return ProgramRun(status, config.out, (), (), False, f"{program.target} did not import torch")
+    seen = watches[0]
+    if seen.traces and leads:
+        for file in earlier:
+            file.unlink(missing_ok=True)
+    out = seen.config.out
+    why = _why_nothing(program, seen)
+    return ProgramRun(status, out, tuple(seen.traces), files_in(out), seen.own_profiler, why)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if _launched() else 0
+
+
+def _launched() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _worker() -> str | None:
+    """The rank is in the name, though the program's process group may be gone when the trace is written."""
+    return f"{socket.gethostname()}_{os.getpid()}.rank{_rank()}" if _launched() else None
+
+
+def has_store() -> bool:
+    """Whether torchrun started this process, whose agent keeps a store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agreed(folder: Path) -> Path:
+    """Rank 0's folder, told through the store that torchrun's agent keeps; the program's group is its own."""
+    if not _launched() or not has_store():
+        return folder
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False)
+    key = f"moe_trace/out/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if _rank() == 0:
+        store.set(key, str(folder))
+        return folder
+    return Path(store.get(key).decode())
+
+
+def _refuse_launchers(program: Program) -> None:
+    name = program.target if program.is_module else Path(program.target).name
+    if name in _LAUNCHERS:
+        raise UsageError(
+            f"{name} starts other processes, which would not be recorded; start it outside: "
+            f"{_LAUNCHERS[name]} [options] -m moe_trace run SCRIPT ..."
+        )
+
+
+def _why_nothing(program: Program, watch: Watch) -> str:
+    if not watch.models:
+        return (
+            f"{program.target} called no model with MoE routers in this process; `moe-trace routers` says "
+            "what would be found"
+        )
+    if watch.own_profiler:
+        return f"{program.target} profiled by itself, and wrote no trace in which a router ran"
+    return (
+        f"{program.target} ended in step {watch.step} of {watch.models[0]}, counted from 0; recorded would "
+        f"have been {watch.config.steps} from step {watch.config.warmup} on: choose others with --steps"
+    )
+
+
+class _TorchFinder(importlib.abc.MetaPathFinder):
+    """Calls `ready` when torch has been imported."""
+
+    def __init__(self, ready: Callable[[], None]) -> None:
+        self._ready = ready
+
+    def install(self) -> None:
+        """Ahead of those that find it."""
+        if "torch" in sys.modules:
+            self._ready()
+        else:
+            sys.meta_path.insert(0, self)
+
+    def remove(self) -> None:
+        """Torch was imported, or never is."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Torch's own, with a loader that tells us."""
+        if name != "torch":
+            return None
+        self.remove()
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_tell(module: ModuleType) -> None:
+                execute(module)
+                loader.exec_module = execute
+                self._ready()
+
+            loader.exec_module = execute_and_tell
+        return spec
