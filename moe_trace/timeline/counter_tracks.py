@@ -17,6 +17,11 @@ from moe_trace.timeline.replay_slices import REPLAY_FIGURES, REPLAY_NAME, find_r
 Tracks = Sequence[Literal["band", "layers", "experts"]]
 
 LANES: tuple[RangeKind, ...] = ("router", "experts")
+OF_ROUTER = (
+    *("router", "step", "call", "phase", "stage", "clock", "tokens", "top_k"),
+    *("router entropy (nats)", "router confidence", "router FLOPs", "in graph"),
+)
+"""What a router's slice shows beside one of its experts."""
 _json = msgspec.json.encode
 
 
@@ -139,12 +144,19 @@ def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
     if not len(placed.of_layers):
         return
     sites = np.array([_json(key.site) for key in placed.calls.keys], object)[placed.calls.router]
-    args = np.array([_json(one) for one in placed.slice_args()], object)  # the same in each lane
+    whole, short = [], []
+    for args in placed.slice_args():
+        whole.append(_json(args))
+        short.append(_json({name: args[name] for name in OF_ROUTER if name in args}))
+    # What is told of the experts stands in their slice, and in the router's where they have none.
+    alone = np.isnan(placed.spans["experts"][:, 0])
+    router = np.where(alone, np.array(whole, object), np.array(short, object))
+    args_of = {"router": router, "experts": np.array(whole, object)}
     for kind in LANES:
         span = placed.spans[kind]
         rows = placed.of_layers[~np.isnan(span[placed.of_layers, 0])]
         for lane, members in enumerate(without_overlap(span, rows)):
-            yield numbered(kind, lane), span[members], sites[members], args[members]
+            yield numbered(kind, lane), span[members], sites[members], args_of[kind][members]
 
 
 def _replay_lanes(placed: PlacedCalls) -> Iterator[_Lane]:

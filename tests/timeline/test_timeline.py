@@ -180,7 +180,11 @@ def test_a_slice_names_the_busiest_experts_and_the_recording_holds_all(
     assert recording_in(data)["samples"]["assignments"] == [s.assignments.tolist() for s in samples]
     counts = {(s.name, s.call): s.assignments for s in samples}
     slices = [e for e in data["traceEvents"] if e.get("cat") == "moe_trace"]
-    for args in (event["args"] for event in slices):
+    whole = [e["args"] for e in slices if "assignments" in e["args"]]
+    assert len(whole) == len(samples) == len(slices) / 2  # those of the experts
+    for event in slices:
+        assert {"router", "call", "tokens", "router entropy (nats)"} <= event["args"].keys()
+    for args in whole:
         chosen = counts[args["router"], args["call"]]
         assert args["assignments"] == chosen.sum()
         assert list(args["busiest experts"].values()) == sorted(chosen[chosen > 0].tolist())[::-1][:4]
