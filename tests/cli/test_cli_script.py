@@ -233,7 +233,7 @@ def test_it_ends_as_it_ends_without_us(tmp_path: Path, ending: str) -> None:
 
 def test_ctrl_c_from_outside(tmp_path: Path) -> None:
     write(tmp_path, MODEL, "while True:\n    model(ids)\n    print('.', flush=True)\n")
-    command = [sys.executable, "-m", "moe_trace", "run", "-o", "runs", "train.py"]
+    command = [sys.executable, "-m", "moe_trace", "run", "-o", "runs", "--steps", "99999", "train.py"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as child:
