@@ -6,6 +6,7 @@ when they are imported.
 
 from __future__ import annotations
 
+import atexit
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -79,7 +80,7 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
     finder = _TorchFinder(watch)
     finder.install()
     try:
-        status = program.run()
+        status = _status_of(program)
     finally:
         finder.remove()
         for one in watches:
@@ -93,6 +94,17 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
     out = seen.config.out
     why = _why_nothing(program, seen)
     return ProgramRun(status, out, tuple(seen.traces), files_in(out), seen.own_profiler, why)
+
+
+def _status_of(program: Program) -> int:
+    """Run it. A process that it forked ends here: forked while a profiler records, it would hang later."""
+    process, status = os.getpid(), program.run()
+    if os.getpid() != process:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _rank() -> int:
