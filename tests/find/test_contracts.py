@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -161,29 +162,43 @@ class StrangeExperts(nn.Module):
 class StrangeBlock(nn.Module):
     """Experts that are told a plan: no contract knows what it means."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate_name: str) -> None:
         super().__init__()
-        self.gate = nn.Linear(8, 4)
+        self.add_module(gate_name, nn.Linear(8, 4))
+        self.gate_name = gate_name
         self.experts = StrangeExperts()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.experts(hidden, self.gate(hidden))
+        return self.experts(hidden, self.get_submodule(self.gate_name)(hidden))
+
+
+LACKS = (
+    "0 (StrangeBlock): no module named gate or router has an output for each of its 4 experts beside it "
+    "(planner, experts)"
+)
 
 
 def test_an_unknown_contract_is_reported_and_not_guessed_at() -> None:
     with pytest.raises(NoRoutersFound) as none:
-        moe_trace.find_routers(nn.Sequential(StrangeBlock()))
+        moe_trace.find_routers(nn.Sequential(StrangeBlock("planner")))
     message = str(none.value)
-    assert "1 modules look like routed experts and follow none of them: 0.experts" in message
-    assert "(StrangeExperts, called as (rows, plan))" in message
+    assert f"1 modules look like routed experts and follow none of them: {LACKS}" in message
     assert "moe_trace.register_adapter" in message
 
 
 def test_an_unknown_contract_beside_known_ones_is_warned_about() -> None:
-    model = nn.Sequential(TomorrowBlock("gate"), StrangeBlock())
-    with pytest.warns(RuntimeWarning, match=r"1\.experts \(StrangeExperts, called as \(rows, plan\)\)"):
+    model = nn.Sequential(StrangeBlock("planner"), TomorrowBlock("gate"))
+    with pytest.warns(RuntimeWarning, match=re.escape(LACKS)):
         sites = moe_trace.find_routers(model)
-    assert [site.name for site in sites] == ["0.gate"]
+    assert [site.name for site in sites] == ["1.gate"]
+
+
+def test_a_gate_whose_experts_are_told_a_plan_is_lost_and_not_guessed_at() -> None:
+    model = nn.Sequential(StrangeBlock("gate"))
+    with moe_trace.MoETracer(model) as tracer, pytest.warns(RuntimeWarning, match="found float32 tensor of"):
+        model(torch.randn(5, 8))
+        assert tracer.samples() == []
+    assert [sum(reasons.values()) for reasons in tracer.recording().lost.calls.values()] == [1]
 
 
 class MaskRouter(TomorrowRouter):

@@ -51,14 +51,6 @@ def test_dense_model_is_refused_with_advice() -> None:
         moe_trace.find_routers(dense_model())
 
 
-def test_models_of_an_old_transformers_are_refused_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", "4.57.6")
-    with pytest.raises(
-        NoRoutersFound, match=r"transformers 4\.57\.6 is installed.*from 5\.0 on.*pip install"
-    ):
-        moe_trace.find_routers(dense_model())
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("where", ["gate", "experts", "attention"])
 def test_exception_inside_the_forward(error: type[BaseException], where: str, tmp_path: Path) -> None:
