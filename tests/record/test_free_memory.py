@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import pytest
 import torch
 
 import moe_trace
 from models import tiny_olmoe, token_batch
-from moe_trace.record.calls import free_memory
+from moe_trace.record.calls import free_memory, sparse_rows
 
 
 @pytest.mark.parametrize(("many", "trimmed"), [(7, [0]), (8, [])])
@@ -22,6 +25,17 @@ def test_memory_is_given_back_where_many_counts_were_recorded(
         model(**token_batch(1, 4))
         assert asked == []  # never while the model runs
     assert len(tracer.samples()) == 1 and asked == trimmed
+
+
+def test_large_counts_are_dense_again_in_pages_of_their_own() -> None:
+    counts = np.zeros((3, sparse_rows._LARGE), dtype=np.int64)
+    counts[0, 7], counts[2, 9] = 300, 2
+    kept = sparse_rows.smallest(counts)
+    assert isinstance(kept, sparse_rows.SparseRows)
+    dense = kept.dense()
+    assert np.array_equal(dense, counts) and isinstance(dense.base, mmap.mmap)
+    row = dense[2].copy() + dense[2]  # writable, and alive as long as a row of it
+    assert row.sum() == 4
 
 
 def test_a_c_library_that_cannot_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
+
+_LARGE = 2**16  # counts
 
 
 @dataclass(slots=True)
@@ -36,10 +39,17 @@ class SparseRows:
 
     def dense(self) -> np.ndarray:
         """[L, X] int64."""
-        dense_LX = np.zeros((len(self), self.width), dtype=np.int64)
+        dense_LX = _zeros(len(self), self.width)
         per_row = np.diff(self.ends_L, prepend=0)
         dense_LX[np.repeat(np.arange(len(self)), per_row), self.columns_N] = self.counts_N
         return dense_LX
+
+
+def _zeros(rows: int, width: int) -> np.ndarray:
+    """[rows, width] int64; large ones in pages of their own, which go back with the last row."""
+    if rows * width < _LARGE:
+        return np.zeros((rows, width), dtype=np.int64)
+    return np.ndarray((rows, width), np.int64, mmap.mmap(-1, 8 * rows * width))
 
 
 def smallest(ints_LX: np.ndarray) -> np.ndarray | SparseRows:
