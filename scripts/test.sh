@@ -12,5 +12,7 @@ ruff format --check .
 mypy moe_trace
 # The oldest transformers that setup.cfg admits; .venv has the newest, `make test-versions` runs the others.
 if [ $# = 0 ]; then python scripts/test_versions.py --ci; fi
+# The frameworks whose routers most people meet; `make test-hosts` runs all of them.
+if [ $# = 0 ]; then python scripts/test_hosts.py --ci; fi
 # One process a core, whole files each: files share their model, their TensorBoard, their browser.
 exec pytest -n auto --maxprocesses 4 --dist loadfile "$@"
