@@ -61,7 +61,7 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
             bars(
                 name,
                 [layer.site for layer in report.layers],
-                [round(row[name], 3) for row in rows],
+                [round(row.get(name) or 0.0, 3) for row in rows],
                 PHASE_COLOURS[name],
                 f"%{{x}} {name}: %{{y:.1f}}<extra></extra>",
             )
@@ -70,7 +70,7 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
         layout=bars_layout("µs a call", 340, barmode="stack", legend={"traceorder": "normal"}),
         headings=("layer", "calls", *(f"{name} µs" for name in names)),
         rows=[
-            (layer.site, layer.count(part), *(row[name] for name in names))
+            (layer.site, layer.count(part), *(row.get(name) for name in names))
             for layer, row in zip(report.layers, rows, strict=True)
         ],
     )
