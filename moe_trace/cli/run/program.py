@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import time
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -40,12 +41,22 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
         for folder in made:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
-    with suppress(OSError, ValueError), redirect_stdout(sys.stderr):  # which the program may have closed
+    with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # it may be closed
         if os.environ.get("RANK", "0") == "0":
             _tell(run)
     if run.status == INTERRUPTED:
         raise ProgramInterrupted
     return run.status
+
+
+class _OursToStderr:
+    """What this thread prints goes to stderr; others, the program's, print where they did."""
+
+    def __init__(self) -> None:
+        self._stdout, self._thread = sys.stdout, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr if threading.get_ident() == self._thread else self._stdout, name)
 
 
 def _tell(run: Any) -> None:
