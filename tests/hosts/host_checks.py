@@ -74,6 +74,16 @@ class Layers(nn.Module):
         return x
 
 
+def in_traces(folder: Path) -> list[list[list[int]]]:
+    """Each trace below a folder, in the order of their names: the counts of each call in it."""
+    traces = []
+    for path in sorted(folder.rglob("*.json*")):
+        recording = moe_trace.read_recording(path)
+        assert not recording.lost.samples_without_range and not recording.lost.misread, path
+        traces.append([counts(sample) for sample in recording.samples])
+    return traces
+
+
 def computes_the_same(model: nn.Module, run: Callable[[], Tensor]) -> None:
     """Output and gradients are equal to the bit with and without the tracer."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from host_checks import (
     Layers,
     computes_the_same,
     counts,
+    in_traces,
     randomised,
     recomputes_the_same,
     recorded,
@@ -107,3 +109,57 @@ def test_automodel_flops_leave_shared_experts_apart() -> None:
     assert site.info.router_flops_per_token == 2 * DIM * EXPERTS
     assert site.info.expert_flops_per_slot == 2 * 3 * DIM * 16
     assert site.info.shared_flops_per_token == 2 * 3 * DIM * 16
+
+
+def test_automodel_recipe_under_a_profiler_writes_the_routing(tmp_path: Any) -> None:
+    """Its own loop over its `StepScheduler`; it starts no torch.profiler, so the optimizer's steps are told.
+
+    The step itself is the test's: the recipe's wants a checkpoint of a whole language model.
+    """
+    train_ft = pytest.importorskip("nemo_automodel.recipes.llm.train_ft")
+    from nemo_automodel.components.training.step_scheduler import StepScheduler
+
+    class Recipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):  # type: ignore[misc, name-defined]
+        def _run_train_optim_step(self, batches: Any, max_grad_norm: float | None = None) -> Any:
+            for batch in batches:
+                self.model_parts[0](batch).square().mean().backward()
+                loads.extend(
+                    [moe.gate._last_expert_load.int().tolist() for moe in self.model_parts[0].layers]
+                )
+            self.optimizer[0].step()
+            return SimpleNamespace(metrics={"loss": 0.0})
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
+
+    model = Layers(automodel_moe() for _ in range(3))
+    loads: list[list[int]] = []
+    for moe in model.layers:
+        moe.gate._track_load_balance = True
+        moe.gate.weight.data /= 10  # else a softmax underflows to 0, which is no assignment
+    recipe = Recipe({})
+    recipe.step_scheduler = StepScheduler(
+        global_batch_size=2,
+        local_batch_size=1,
+        dp_size=1,
+        dataloader=[torch.randn(2, 5, DIM) for _ in range(12)],
+        num_epochs=1,
+        save_checkpoint_every_epoch=False,
+        ckpt_every_steps=100,
+        preemption_signal=None,
+    )
+    recipe.max_grad_norm, recipe.val_dataloaders, recipe.metric_logger_valid = None, {}, {}
+    recipe.metric_logger_train = SimpleNamespace(close=lambda: None)
+    recipe.best_metric_key, recipe.log_train_metrics = "loss", lambda log_data: None
+    recipe.model_parts = [model]
+    recipe.optimizer = [torch.optim.Adam(model.parameters())]
+    with (
+        moe_trace.MoETracer(recipe.model_parts[0]),
+        torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(tmp_path)),
+        ) as prof,
+    ):
+        recipe.optimizer[0].register_step_post_hook(lambda *_: prof.step())
+        recipe.run_train_validation_loop()
+    assert len(loads) == 6 * 2 * 3
+    assert in_traces(tmp_path) == [loads[2 * 6 : 4 * 6]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from host_checks import (
     Layers,
     computes_the_same,
     counts,
+    in_traces,
     randomised,
     recomputes_the_same,
     recorded,
@@ -109,3 +111,51 @@ def test_deepspeed_flops_are_those_of_the_experts() -> None:
     (site,) = moe_trace.find_routers(layer)
     assert site.info.expert_flops_per_slot == 2 * DIM * DIM
     assert site.info.router_flops_per_token == 2 * DIM * EXPERTS
+
+
+@pytest.fixture
+def one_rank(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `deepspeed.initialize` needs on one process, without its own collectives in C++."""
+    ops = pytest.importorskip("deepspeed.ops")
+    from deepspeed.comm import comm
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setitem(ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    monkeypatch.setattr(comm, "cdb", None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_deepspeed_engine_under_a_profiler_writes_the_routing(one_rank: None, tmp_path: Any) -> None:
+    """The training loop of its tutorial on the PyTorch profiler, with its engine and its `MoE`."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
+    limits = {"capacity_factor": 0.5, "min_capacity": 1, "use_rts": False}
+    moes = (MoE(DIM, nn.Linear(DIM, DIM), num_experts=EXPERTS, k=2, **limits) for _ in range(3))
+    model = randomised(Layers(moes))
+    kept = [kept_by(moe.deepspeed_moe.gate) for moe in model.layers]
+    adam = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        dist_init_required=False,
+        config={"train_micro_batch_size_per_gpu": 1, "optimizer": adam},
+    )
+    with (
+        moe_trace.MoETracer(model),
+        torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=2),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(tmp_path / "out")),
+            with_stack=True,
+        ) as profiler,
+    ):
+        for _ in range(8):
+            engine.backward(engine(torch.randn(1, 24, DIM)).square().mean())
+            engine.step()
+            profiler.step()
+    assert engine.global_steps == 8
+    assert in_traces(tmp_path / "out") == [
+        [gate[step] for step in steps for gate in kept] for steps in ((2, 3), (6, 7))
+    ]

@@ -15,12 +15,15 @@ from host_checks import (
     computes_the_same,
     counts,
     flops_are_those_that_torch_counts,
+    in_traces,
     randomised,
     recomputes_the_same,
     recorded,
     report_shows_every_layer,
 )
 from torch import Tensor
+
+import moe_trace
 
 
 @pytest.fixture
@@ -112,3 +115,32 @@ def test_megatron_layers_recompute_and_are_reported(megatron_moe: Any, tmp_path:
     x = torch.randn(6, 2, DIM)
     recomputes_the_same(model, x)
     report_shows_every_layer(model, lambda: model(x), tmp_path, capsys)
+
+
+def test_megatron_profile_writes_the_routing(megatron_moe: Any, tmp_path: Any) -> None:
+    """`--profile --use-pytorch-profiler --profile-step-start 2 --profile-step-end 4 --train-iters 4`.
+
+    Its training loop is not in the package: the profiler is made, stepped and stopped where that does it.
+    """
+    start, end, microbatches = 2, 4, 2
+    model = Layers((megatron_moe() for _ in range(3)), lambda layer, x: layer(x)[0]).train()
+    oracles = [RowsEntered(layer.experts.local_experts) for layer in model.layers]
+    optimizer = torch.optim.Adam(model.parameters())
+    prof = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=start - 1, warmup=1, active=end - start, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(tmp_path / "torch_profile" / "rank-0.json.gz")),
+    )
+    (tmp_path / "torch_profile").mkdir()
+    entered: list[list[int]] = []
+    with moe_trace.MoETracer(model):
+        prof.start()
+        for _ in range(end):
+            prof.step()
+            for _ in range(microbatches):
+                model(torch.randn(6, 2, DIM)).square().mean().backward()
+                entered += [oracle.take() for oracle in oracles]
+            optimizer.step()
+        prof.stop()
+    # Stepped ahead of each: recorded are the iterations 2 and 3 as the loop logs them, counted from 1.
+    per_step = microbatches * len(oracles)
+    assert in_traces(tmp_path / "torch_profile") == [entered[(start - 1) * per_step : (end - 1) * per_step]]

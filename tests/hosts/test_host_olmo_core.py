@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +16,15 @@ from host_checks import (
     Layers,
     computes_the_same,
     counts,
+    in_traces,
     randomised,
     recomputes_the_same,
     recorded,
     report_shows_every_layer,
 )
 from torch import Tensor, nn
+
+import moe_trace
 
 
 def olmo_core_router(version: int) -> Any:
@@ -91,3 +97,26 @@ def test_olmo_core_noise_decides_and_is_counted() -> None:
     assert found == block.experts.received and len(set(map(tuple, found))) > 1
     load = router.batch_size_per_expert
     assert torch.as_tensor(found).sum(0).tolist() == load.int().tolist()
+
+
+def test_olmo_core_profiler_callback_writes_the_routing(tmp_path: Path) -> None:
+    callbacks = pytest.importorskip("olmo_core.train.callbacks.profiler")
+    model = Layers(OlmoCoreBlock(olmo_core_router(1)) for _ in range(3))
+    callback = callbacks.ProfilerCallback(wait=1, warmup=1, active=2, with_stack=False)
+    callback._trainer = SimpleNamespace(
+        work_dir=tmp_path, device=torch.device("cpu"), persist_working_file=lambda path: path
+    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with moe_trace.MoETracer(model):
+            callback.pre_train()
+            for _ in range(6):
+                callback.pre_load_batch()
+                model(torch.randn(2, 5, DIM))
+            callback._exit_stack.close()
+    finally:
+        torch.distributed.destroy_process_group()
+        logging.getLogger("olmo_core").setLevel(logging.WARNING)
+    received = [block.experts.received for block in model.layers]
+    (trace,) = in_traces(tmp_path / "profiler")
+    assert trace == [sizes[step] for step in (2, 3) for sizes in received]

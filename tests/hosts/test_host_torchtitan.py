@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from host_checks import (
     Layers,
     computes_the_same,
     counts,
+    in_traces,
     randomised,
     recomputes_the_same,
     recorded,
@@ -134,3 +136,29 @@ def test_torchtitan_forced_balance() -> None:
     moe.router._debug_force_load_balance = True
     (sample,) = recorded(moe, lambda: moe(torch.randn(2, 8, DIM)))
     assert counts(sample) == moe.tokens_per_expert_E.int().tolist() == [4] * EXPERTS
+
+
+def test_torchtitan_profiler_writes_the_routing(tmp_path: Path) -> None:
+    """Two cycles of its own profiler, which asks for a process group."""
+    profiler = pytest.importorskip("torchtitan.tools.profiler")
+    model = Layers(torchtitan_moe() for _ in range(3)).train()
+    loads: list[list[int]] = []
+    config = profiler.Profiler.Config(
+        enable_profiling=True, profile_freq=3, profiler_warmup=1, profiler_active=2
+    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with moe_trace.MoETracer(model), config.build().active(base_folder=str(tmp_path / "out")) as prof:
+            for _ in range(6):
+                loads += _loads_of_one_forward(model)
+                prof.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert in_traces(tmp_path / "out") == [loads[3:9], loads[12:18]]
+
+
+def _loads_of_one_forward(model: Layers) -> list[list[int]]:
+    for moe in model.layers:
+        moe.tokens_per_expert_E.zero_()
+    model(torch.randn(2, 5, DIM))
+    return [moe.tokens_per_expert_E.int().tolist() for moe in model.layers]
