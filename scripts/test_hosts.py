@@ -58,7 +58,7 @@ HOSTS = {
     ),
     "automodel": Host(
         "nemo-automodel==0.7.0",
-        "",
+        "torchao torchdata",
         "automodel",
         "`Gate` in its `MoE`: softmax, sigmoid, bias, groups, masked padding",
         "its `_last_expert_load`; weights that force the choice",
@@ -77,6 +77,13 @@ HOSTS = {
         "deepspeed",
         "`TopKGate` of 1, 2 and 4 experts in its `MOELayer`, both of its forms: capacity, noise",
         "the routes that capacity kept",
+    ),
+    "trl": Host(
+        "trl==1.16.0",
+        "datasets xxhash dill multiprocess",
+        "trl",
+        "`OlmoeTopKRouter` of transformers 5, trained by its `SFTTrainer`",
+        "the index that the experts receive",
     ),
     "transformers 4": Host(
         "transformers==4.57.6",
