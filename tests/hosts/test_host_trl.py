@@ -17,7 +17,7 @@ from moe_trace.demo import load_demo_model
 STEPS, LAYERS = 4, 3
 
 
-class StepProfiler(TrainerCallback):  # type: ignore[misc]
+class StepProfiler(TrainerCallback):
     def __init__(self, prof: torch.profiler.profile) -> None:
         self.prof = prof
 
