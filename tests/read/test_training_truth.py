@@ -240,6 +240,10 @@ def test_findings(run: Run) -> None:
     assert (
         f"{100 * moved / run.work('forward'):.0f} % of MoE's forward work" in found["moving_tokens"].sentence
     )
+    passes = ("forward", "recompute", "backward")
+    assert found["moving_tokens"].cost_us == pytest.approx(
+        sum(run.us(part, phase) for part in passes for phase in ("dispatch", "combine"))
+    )
     card = run.name.partition("/")[0]
     experts_us = run.us("forward", "experts") + run.us("recompute", "experts")
     flops = len(run.calls) * EXPERT_FLOPS

@@ -77,7 +77,7 @@ def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
 
 
 def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
-    """Dispatch and combine as a share of MoE."""
+    """Dispatch and combine as a share of MoE's forward; their cost is that of every pass."""
     if evidence.phases is None:
         return
     forward = evidence.phases.total.forward
@@ -105,7 +105,9 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
 
 
 def _work_us(report: PhaseReport, phase: str) -> float:
-    return _phase_us(report, report.total.forward[phase])
+    """Of all passes that the trace has."""
+    passes = [report.total.phases_of(part) or {} for part in report.passes()]
+    return sum(_phase_us(report, times[phase]) for times in passes if phase in times)
 
 
 def _phase_us(report: PhaseReport, time: PhaseTime) -> float:
