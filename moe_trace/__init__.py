@@ -31,6 +31,8 @@ _HOME = {
     "RouterSite": "moe_trace.find.routers",
     # files (no torch)
     "merge_into": "moe_trace.timeline.merge",
+    "Routes": "moe_trace.data.routes.options",
+    "RecordedRoutes": "moe_trace.data.routes.columns",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
     "ask": "moe_trace.read.answers",
@@ -63,8 +65,10 @@ __all__ = [
     "MoETraceError",
     "MoETracer",
     "NoRoutersFound",
+    "RecordedRoutes",
     "RouterOutput",
     "RouterSite",
+    "Routes",
     "RoutingSample",
     "ScalarLogger",
     "SimpleBenchmark",
@@ -84,6 +88,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moe_trace.data.errors import MoETraceError, NoRoutersFound
+    from moe_trace.data.routes.columns import RecordedRoutes
+    from moe_trace.data.routes.options import Routes
     from moe_trace.data.schema import RoutingSample
     from moe_trace.data.summary import Summary
     from moe_trace.find.contracts import AdapterMismatch, RouterOutput
