@@ -20,12 +20,12 @@ from moe_trace.data.losses import add_losses
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
+from moe_trace.timeline.correlate.calls import Placed, place_samples
+from moe_trace.timeline.correlate.graphs import place_in_graphs
+from moe_trace.timeline.correlate.launches import read_launches
+from moe_trace.timeline.correlate.missing import MissingRanges
+from moe_trace.timeline.correlate.scan import RangeSearch, trace_path_error, trace_window
 from moe_trace.timeline.counter_tracks import Tracks, band_events, band_label
-from moe_trace.timeline.place.calls import Placed, place_samples
-from moe_trace.timeline.place.graphs import place_in_graphs
-from moe_trace.timeline.place.launches import read_launches
-from moe_trace.timeline.place.missing import MissingRanges
-from moe_trace.timeline.place.scan import RangeSearch, trace_path_error, trace_window
 from moe_trace.timeline.placed_calls import PlacedCalls
 
 _COPY_BYTES = 4 * 2**20

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import moe_trace
 from models import tiny_olmoe, token_batch
 from moe_trace.data.schema import Lost
-from moe_trace.timeline.place import reasons
+from moe_trace.timeline.correlate import reasons
 
 CPU = [ProfilerActivity.CPU]
 

@@ -20,8 +20,8 @@ from moe_trace.data.calls.table import placed_by_clock
 from moe_trace.data.schema import BAND_PID
 from moe_trace.read.check import check, read_checked
 from moe_trace.read.reader import read_recording
+from moe_trace.timeline.correlate import reasons
 from moe_trace.timeline.merge import merge_recording
-from moe_trace.timeline.place import reasons
 from paths import DATA
 from spliced import recording_in, without_additions
 

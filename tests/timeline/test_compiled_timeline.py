@@ -15,7 +15,7 @@ import moe_trace
 from compiled_models import WAYS, run, small_model
 from models import token_batch
 from moe_trace.read.check import check, read_checked
-from moe_trace.timeline.place import reasons
+from moe_trace.timeline.correlate import reasons
 from spliced import without_additions
 
 SHAPE = [(2, 12)]

@@ -19,9 +19,9 @@ from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.read.check import check, read_checked
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
+from moe_trace.timeline.correlate import reasons
+from moe_trace.timeline.correlate.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
-from moe_trace.timeline.place import reasons
-from moe_trace.timeline.place.launches import read_launches
 from moe_trace.timeline.replay_slices import REPLAY_FIGURES
 from paths import DATA
 from spliced import without_additions

@@ -13,8 +13,8 @@ from graph_trace import copy_of_mark, event, replay
 from moe_trace.data.schema import range_name
 from moe_trace.data.trace_json import windows
 from moe_trace.data.trace_json.windows import EventBytes
-from moe_trace.timeline.place.launches import read_launches
-from moe_trace.timeline.place.scan import RangeEvent, RangeSearch
+from moe_trace.timeline.correlate.launches import read_launches
+from moe_trace.timeline.correlate.scan import RangeEvent, RangeSearch
 
 SMALL_EVENT = 300
 """Bytes, in place of `EVENT_MAX`; each event below is shorter."""

@@ -20,9 +20,9 @@ import moe_trace
 from models import tiny_olmoe, token_batch
 from moe_trace.data.schema import BAND_PID, Lost, Span
 from moe_trace.timeline.additions import read_added
+from moe_trace.timeline.correlate.calls import place_samples
+from moe_trace.timeline.correlate.scan import RangeEvent
 from moe_trace.timeline.merge import merge_recording
-from moe_trace.timeline.place.calls import place_samples
-from moe_trace.timeline.place.scan import RangeEvent
 from paths import DATA
 from spliced import recording_in, without_additions
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_trace.data.schema import Placement, RangeKind, Recording, Span
-from moe_trace.timeline.place.launches import Launch, Launches, hull
-from moe_trace.timeline.place.nodes import NodeFinder, NodeSpans
-from moe_trace.timeline.place.reasons import FUSED, UNKNOWN_NODES
+from moe_trace.timeline.correlate.launches import Launch, Launches, hull
+from moe_trace.timeline.correlate.nodes import NodeFinder, NodeSpans
+from moe_trace.timeline.correlate.reasons import FUSED, UNKNOWN_NODES
 
 
 @dataclass(frozen=True)

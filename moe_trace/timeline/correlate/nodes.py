@@ -22,7 +22,7 @@ from moe_trace.data.schema import (
     Span,
     graph_digest,
 )
-from moe_trace.timeline.place.launches import DeviceWork, Launch, hull
+from moe_trace.timeline.correlate.launches import DeviceWork, Launch, hull
 
 
 @dataclass(frozen=True)

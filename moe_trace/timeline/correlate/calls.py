@@ -13,7 +13,7 @@ import numpy as np
 from moe_trace.data.calls.placements import Places
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
-from moe_trace.timeline.place.scan import RangeEvent
+from moe_trace.timeline.correlate.scan import RangeEvent
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import msgspec
 
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.data.trace_json.windows import EventBytes
-from moe_trace.timeline.place.reasons import (
+from moe_trace.timeline.correlate.reasons import (
     DROPPED,
     NO_ANNOTATIONS,
     NO_CPU,

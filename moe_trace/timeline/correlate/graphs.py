@@ -17,14 +17,14 @@ import numpy as np
 
 from moe_trace.data.calls.placements import Places
 from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
-from moe_trace.timeline.place.calls import Placed
-from moe_trace.timeline.place.device_forwards import DeviceForwards
-from moe_trace.timeline.place.host_forwards import HostForwards
-from moe_trace.timeline.place.launches import Launches
-from moe_trace.timeline.place.missing import MissingRanges
-from moe_trace.timeline.place.reasons import NO_RANGE, OTHER_TRACE
-from moe_trace.timeline.place.scan import RangeEvent
-from moe_trace.timeline.place.traced_graphs import Replays, TraceClock
+from moe_trace.timeline.correlate.calls import Placed
+from moe_trace.timeline.correlate.device_forwards import DeviceForwards
+from moe_trace.timeline.correlate.host_forwards import HostForwards
+from moe_trace.timeline.correlate.launches import Launches
+from moe_trace.timeline.correlate.missing import MissingRanges
+from moe_trace.timeline.correlate.reasons import NO_RANGE, OTHER_TRACE
+from moe_trace.timeline.correlate.scan import RangeEvent
+from moe_trace.timeline.correlate.traced_graphs import Replays, TraceClock
 
 
 def place_in_graphs(

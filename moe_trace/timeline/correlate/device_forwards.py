@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.data.schema import GraphMark, RoutingSample, Span
-from moe_trace.timeline.place.launches import Launch, hull
-from moe_trace.timeline.place.reasons import (
+from moe_trace.timeline.correlate.launches import Launch, hull
+from moe_trace.timeline.correlate.reasons import (
     MIXED,
     NO_LAUNCH,
     NO_MARK,
@@ -17,7 +17,7 @@ from moe_trace.timeline.place.reasons import (
     OTHER_TRACE,
     UNKNOWN_GRAPH,
 )
-from moe_trace.timeline.place.traced_graphs import Found, Replays
+from moe_trace.timeline.correlate.traced_graphs import Found, Replays
 
 
 class DeviceForwards:
