@@ -8,7 +8,7 @@ from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.figure import Figure, Spec, layer_columns, safe
-from moe_trace.show.figures.over_calls import Metric, over_calls
+from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 
 
 def load_over_time(summary: TraceSummary) -> Figure:
@@ -21,7 +21,7 @@ def load_over_time(summary: TraceSummary) -> Figure:
         "uneven by chance: one token cannot reach all experts.",
         worst="highest",
     )
-    return over_calls(call_grid(summary.samples, _max_over_mean), metric)
+    return metric_over_time(call_grid(summary.samples, _max_over_mean), metric)
 
 
 def _max_over_mean(sample: RoutingSample) -> float | None:
@@ -37,7 +37,7 @@ def entropy_over_time(summary: TraceSummary) -> Figure:
         caption="How undecided the router is, in nats: 0 is certain, ln E is no preference at all.",
         worst="lowest",
     )
-    return over_calls(call_grid(summary.samples, lambda sample: sample.router_entropy), metric)
+    return metric_over_time(call_grid(summary.samples, lambda sample: sample.router_entropy), metric)
 
 
 def k_histogram(summary: Summary) -> Figure:

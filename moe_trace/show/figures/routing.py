@@ -15,7 +15,7 @@ from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
 from moe_trace.show.figures.expert_heat_map import heat_map_trace
 from moe_trace.show.figures.figure import Cell, Figure, layers_axis, rows_px, safe
-from moe_trace.show.figures.over_calls import Metric, over_calls
+from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 
 LAYER_FIGURE_PX = 270
 
@@ -95,7 +95,7 @@ def confidence_over_time(samples: Sequence[RoutingSample]) -> Figure:
         caption="1 − H/ln E, call by call: 0 is undecided, 1 is certain.",
         worst="lowest",
     )
-    return over_calls(call_grid(samples, lambda sample: sample.confidence), metric)
+    return metric_over_time(call_grid(samples, lambda sample: sample.confidence), metric)
 
 
 def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
@@ -117,7 +117,7 @@ def lost_slots_over_time(samples: Sequence[RoutingSample]) -> Figure:
         worst="highest",
         row="slots",
     )
-    return over_calls(grid, metric)
+    return metric_over_time(grid, metric)
 
 
 def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:

@@ -49,7 +49,7 @@ class Metric:
     """What the grid has a row for."""
 
 
-def over_calls(grid: CallGrid | None, metric: Metric) -> Figure:
+def metric_over_time(grid: CallGrid | None, metric: Metric) -> Figure:
     """The figure that suits the number of layers and forwards; without data where there is no grid."""
     data: list[Spec] = []
     layout: Spec = {}

@@ -13,7 +13,7 @@ from moe_trace.read.analysis import TraceSummary, analyse
 from moe_trace.show.figures.call_grid import CELLS_MAX, CallGrid, call_grid, grouped_columns
 from moe_trace.show.figures.decisions import load_over_time
 from moe_trace.show.figures.expert_heat_map import FRAMES_CELLS_MAX, expert_heat_map
-from moe_trace.show.figures.over_calls import Metric, over_calls
+from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 from moe_trace.show.figures.report import figures
 from paths import DATA
 from tiny_trace import write_tiny
@@ -92,7 +92,7 @@ def test_the_axis_counts_steps_where_there_are_several(
 def test_one_layer_far_off_is_named_and_does_not_hide_the_others() -> None:
     grid = made(61, 1000)
     grid.values_LC[7, 500:] = 200.0
-    figure = over_calls(grid, METRIC)
+    figure = metric_over_time(grid, METRIC)
     heat_map, *others = figure.data
     assert heat_map["type"] == "heatmap" and len(heat_map["z"]) == 61
     assert heat_map["zmax"] < 8 and "what is higher looks the same" in figure.caption
@@ -106,7 +106,7 @@ def test_one_layer_far_off_is_named_and_does_not_hide_the_others() -> None:
 def test_equal_layers_have_no_worst_one() -> None:
     grid = made(16, 4)
     grid.values_LC[:] = 8.0
-    figure = over_calls(grid, METRIC)
+    figure = metric_over_time(grid, METRIC)
     assert [spec["name"] for spec in figure.data[1:]] == [
         "all layers",
         "all layers",
@@ -118,8 +118,8 @@ def test_equal_layers_have_no_worst_one() -> None:
 
 
 def test_few_layers_are_lines_and_a_single_forward_is_bars() -> None:
-    assert [spec["type"] for spec in over_calls(made(4, 9), METRIC).data] == ["scatter"] * 4
-    figure = over_calls(made(16, 1), METRIC)
+    assert [spec["type"] for spec in metric_over_time(made(4, 9), METRIC).data] == ["scatter"] * 4
+    figure = metric_over_time(made(16, 1), METRIC)
     (bars,) = figure.data
     assert (bars["type"], len(bars["x"]), figure.title) == ("bar", 16, "Load of each layer")
 
