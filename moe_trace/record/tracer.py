@@ -19,7 +19,6 @@ from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
-from moe_trace.record.count_losses import losses, recorded_calls, router_infos, unread_in_graphs
 from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import profiler_is_recording
@@ -34,6 +33,7 @@ from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
+from moe_trace.record.lost import lost_so_far, recorded_calls, router_infos, unread_in_graphs
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
@@ -201,7 +201,7 @@ class MoETracer(HookOwner):
             options=self._options.as_recorded(),
             routers=router_infos(self._hooks),
             samples=samples,
-            lost=self._losses(),
+            lost=self._lost(),
             rank=self._parallel.rank,
             world_size=self._parallel.world_size,
             versions=versions(),
@@ -278,8 +278,8 @@ class MoETracer(HookOwner):
         """Forget router calls that an exception interrupted on this thread."""
         self._hooks.abandon_calls()
 
-    def _losses(self) -> Lost:
-        lost = losses(self._hooks, self._recorder, self._graphs, self._traces_lost.values())
+    def _lost(self) -> Lost:
+        lost = lost_so_far(self._hooks, self._recorder, self._graphs, self._traces_lost.values())
         if lost.silent_forwards and not self._silent_told:
             self._silent_told = True
             warn_of_silent_forwards(lost.silent_forwards)

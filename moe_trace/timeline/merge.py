@@ -16,7 +16,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import whole_file
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
@@ -175,7 +175,7 @@ def merge_in_place(
             first=layout.events.empty,
         )
         insert_addition(file, layout.events.end, addition)
-    lost = Lost(**placed.losses())
+    lost = Lost(**placed.lost())
     return Merged([_placed_of(one, own, placed) for one, own in zip(recordings, named, strict=True)], lost)
 
 
@@ -244,8 +244,8 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     """One recording of all tracers, holding only the samples of this trace."""
     first = recordings[0]
     lost = replace(
-        add_losses([recording.lost for recording in recordings], called=()),
-        **placed.losses(),
+        add_lost([recording.lost for recording in recordings], called=()),
+        **placed.lost(),
     )
     model = first.model
     if len(recordings) > 1:

@@ -16,7 +16,7 @@ import msgspec
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.opening import Progress, open_trace_stream
@@ -227,7 +227,7 @@ def joined_recording(plan: MergePlan) -> Recording:
         first,
         routers=tuple(joined_routers(plan)),
         samples=tuple(samples),
-        lost=add_losses([trace.recording.lost for trace in plan.ranks], {sample.name for sample in samples}),
+        lost=add_lost([trace.recording.lost for trace in plan.ranks], {sample.name for sample in samples}),
         parallel=None,
     )
 

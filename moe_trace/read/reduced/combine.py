@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
-from moe_trace.data.losses import add_losses
+from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.opening import Progress
@@ -126,7 +126,7 @@ def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
         first,
         routers=tuple(routers.values()),
         samples=CallTable.concatenated([r.calls for r in recordings if r.rank in counting]),
-        lost=add_losses([r.lost for r in recordings], called),
+        lost=add_lost([r.lost for r in recordings], called),
     )
 
 

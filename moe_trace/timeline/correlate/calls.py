@@ -31,7 +31,7 @@ class Placed:
     untimed: dict[str, int] = field(default_factory=dict)
     """Calls inside graphs that have one, but no latency of their router: why -> how many."""
 
-    def losses(self) -> dict[str, Any]:
+    def lost(self) -> dict[str, Any]:
         """What the trace lacks, by the names that `Lost` has for it."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
 

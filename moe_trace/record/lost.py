@@ -59,7 +59,7 @@ def unread_in_graphs(hooks: ModelHooks, graphs: RingReader) -> dict[str, str]:
     }
 
 
-def losses(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
+def lost_so_far(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
     """All that is not in the recording.
 
     Args:

@@ -1,0 +1,41 @@
+"""What several traces of one run, or several tracers of one trace, lost: taken together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+
+from moe_trace.data.schema import Lost
+
+_COUNTS = tuple(field.name for field in fields(Lost) if isinstance(field.default, int))
+
+
+def add_lost(parts: Sequence[Lost], called: Collection[str]) -> Lost:
+    """The sum; a router is never called only if it was called in none of the traces.
+
+    Args:
+        called: module paths of the routers that were.
+    """
+    never = dict.fromkeys(name for lost in parts for name in lost.never_called if name not in called)
+    counts: dict[str, int] = {name: sum(getattr(lost, name) for lost in parts) for name in _COUNTS}
+    return Lost(
+        misread={name: why for lost in parts for name, why in lost.misread.items()},
+        never_called=tuple(never),
+        without_range=dict(sum((Counter(lost.without_range) for lost in parts), Counter())),
+        unplaced=dict(sum((Counter(lost.unplaced) for lost in parts), Counter())),
+        untimed=dict(sum((Counter(lost.untimed) for lost in parts), Counter())),
+        calls_seen=dict(sum((Counter(lost.calls_seen) for lost in parts), Counter())),
+        calls=_by_router([lost.calls for lost in parts]),
+        not_reached=dict(sum((Counter(lost.not_reached) for lost in parts), Counter())),
+        hook_failure=next((lost.hook_failure for lost in parts if lost.hook_failure), None),
+        **counts,
+    )
+
+
+def _by_router(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, Counter[str]] = {}
+    for lost in parts:
+        for name, reasons in lost.items():
+            total.setdefault(name, Counter()).update(reasons)
+    return {name: dict(reasons) for name, reasons in total.items()}
