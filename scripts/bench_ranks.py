@@ -31,7 +31,7 @@ from bench_pairs import SMALL_SHAPE, TRUE_SHAPE
 
 import moe_trace
 from moe_trace.workload.config import EP_IMPLEMENTATIONS, Split
-from moe_trace.workload.process_group import Team, joined
+from moe_trace.workload.process_group import Worker, joined
 from moe_trace.workload.sharded import load_split_model, require_support
 from moe_trace.workload.steps import make_step
 
@@ -39,7 +39,7 @@ BOUND = 1.005
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-def load(team: Team, device: torch.device, split: Split) -> Any:
+def load(worker: Worker, device: torch.device, split: Split) -> Any:
     """The model's part of this process, random weights."""
     config = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}
     config |= TRUE_SHAPE if device.type == "cuda" else SMALL_SHAPE
@@ -47,7 +47,7 @@ def load(team: Team, device: torch.device, split: Split) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config))
-        model, _ = load_split_model(str(path), split, team, device=device, dtype=dtype, random_weights=True)
+        model, _ = load_split_model(str(path), split, worker, device=device, dtype=dtype, random_weights=True)
     return model
 
 
@@ -106,9 +106,9 @@ def report(pairs: list[tuple[float, float]], counts: tuple[int, int], what: str)
     )
 
 
-def measure(team: Team, device: torch.device, split: Split, arguments: argparse.Namespace) -> int:
-    model = load(team, device, split)
-    step = training_step(model, device, arguments.batch, arguments.length, team.rank // split.tp)
+def measure(worker: Worker, device: torch.device, split: Split, arguments: argparse.Namespace) -> int:
+    model = load(worker, device, split)
+    step = training_step(model, device, arguments.batch, arguments.length, worker.rank // split.tp)
 
     def traced() -> moe_trace.MoETracer:
         return moe_trace.MoETracer(model)
@@ -123,15 +123,15 @@ def measure(team: Team, device: torch.device, split: Split, arguments: argparse.
         order: list[Context] = [nullcontext, traced] if i % 2 == 0 else [traced, nullcontext]
         times = {context: timed(step, context, device, arguments.repeat) for context in order}
         pairs.append((times[nullcontext], times[traced]))
-        if team.is_rank0:  # a run that is cut off has these to show
+        if worker.is_rank0:  # a run that is cut off has these to show
             bare_ms, traced_ms = (1e3 * seconds for seconds in pairs[-1])
             print(
                 f"pair {i + 1}: {bare_ms:.3f} ms, {traced_ms:.3f} ms, {traced_ms / bare_ms:.4f}", flush=True
             )
-    if team.is_rank0:
+    if worker.is_rank0:
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, gloo"
         sizes = f"fsdp {split.fsdp}, tp {split.tp}, ep {split.ep} ({split.ep_implementation})"
-        report(pairs, counts, f"{machine}, {team.world_size} ranks, {sizes}, torch {torch.__version__}")
+        report(pairs, counts, f"{machine}, {worker.world_size} ranks, {sizes}, torch {torch.__version__}")
     return 0 if counts[0] == counts[1] else 1
 
 
@@ -155,10 +155,10 @@ def main() -> int:
     )
     device = torch.device(arguments.device)
     require_support(split, device)
-    with joined(arguments.device, split.processes) as team:
+    with joined(arguments.device, split.processes) as worker:
         if arguments.device == "cuda":
-            device = torch.device("cuda", team.local_rank)
-        return measure(team, device, split, arguments)
+            device = torch.device("cuda", worker.local_rank)
+        return measure(worker, device, split, arguments)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ class StopSignal:
 
 
 @dataclass(frozen=True)
-class Team:
-    """This process among those of the run; a run without torchrun is a team of one."""
+class Worker:
+    """This process among those of the run; a run without torchrun has one worker."""
 
     rank: int = 0
     local_rank: int = 0
@@ -122,7 +122,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined(device_type: str, expected: int | None) -> Iterator[Team]:
+def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
     """Join the process group of torchrun, and leave it at the end.
 
     Args:
@@ -156,9 +156,9 @@ def joined(device_type: str, expected: int | None) -> Iterator[Team]:
     )
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     own = PrefixStore(f"moe_trace{number}", store)
-    team = Team(rank, local_rank, local_world_size, world_size, own)
-    with _listens(team):
-        yield team
+    worker = Worker(rank, local_rank, local_world_size, world_size, own)
+    with _listens(worker):
+        yield worker
     distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
 
 
@@ -173,15 +173,15 @@ def _take_gpu(rank: int, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def _listens(team: Team) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, team.stop if team.is_rank0 else signal.SIG_DFL)
+def _listens(worker: Worker) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, worker.stop if worker.is_rank0 else signal.SIG_DFL)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
+def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:
     """Wait for the files of the other ranks; a sentence for each that left none in the folder.
 
     Args:
@@ -189,9 +189,9 @@ def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
     """
     deadline = time.monotonic() + timeout_s
     problems = []
-    for rank in range(1, team.world_size):
+    for rank in range(1, worker.world_size):
         left = max(0.0, deadline - time.monotonic())
-        answer = team.wait(functools.partial(_answer, team, rank), left)
+        answer = worker.wait(functools.partial(_answer, worker, rank), left)
         if answer is None:
             problems.append(
                 f"rank {rank} has written no trace within {timeout_s:g} s of rank 0 (it died, or is late)"
@@ -206,6 +206,6 @@ def missing_files(team: Team, folder: Path, timeout_s: float) -> list[str]:
     return problems
 
 
-def _answer(team: Team, rank: int) -> Any:
-    failed = team.lookup("failed", rank)
-    return team.lookup("trace", rank) if failed is None else {"failed": failed}
+def _answer(worker: Worker, rank: int) -> Any:
+    failed = worker.lookup("failed", rank)
+    return worker.lookup("trace", rank) if failed is None else {"failed": failed}

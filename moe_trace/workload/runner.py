@@ -25,7 +25,7 @@ from moe_trace.workload.models import ModelError, choose_device, load_model
 from moe_trace.workload.process_group import (
     LeaderFailed,
     RankFailed,
-    Team,
+    Worker,
     is_launched,
     joined,
     missing_files,
@@ -65,19 +65,19 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
     device = choose_device(config.device)
     if not config.split.is_split:
         _refuse_several_processes()
-        trace, prof = _record(config, Team(), device, progress)
+        trace, prof = _record(config, Worker(), device, progress)
         return _result(prof.tracer.summary(), trace, config)
     require_support(config.split, device)
-    with joined(device.type, config.split.processes) as team:
+    with joined(device.type, config.split.processes) as worker:
         if device.type == "cuda":
-            device = torch.device("cuda", team.local_rank)
-        with _failures_told(team, config):
-            trace, _ = _record(config, team, device, progress)
-            team.publish("trace", {"file": trace.name, "host": socket.gethostname()})
-        if not team.is_rank0:
+            device = torch.device("cuda", worker.local_rank)
+        with _failures_told(worker, config):
+            trace, _ = _record(config, worker, device, progress)
+            worker.publish("trace", {"file": trace.name, "host": socket.gethostname()})
+        if not worker.is_rank0:
             return RunResult(None, trace, (trace,))
         progress("waiting for the others", 1, 1)
-        return _result_of_all(team, trace, config)
+        return _result_of_all(worker, trace, config)
 
 
 def _refuse_several_processes() -> None:
@@ -89,12 +89,14 @@ def _refuse_several_processes() -> None:
         )
 
 
-def _record(config: RunConfig, team: Team, device: torch.device, progress: Progress) -> tuple[Path, profile]:
-    earlier = _claim_folder(config, team)
+def _record(
+    config: RunConfig, worker: Worker, device: torch.device, progress: Progress
+) -> tuple[Path, profile]:
+    earlier = _claim_folder(config, worker)
     total = config.warmup + config.steps
     progress("loading the model", 0, total)
     torch.manual_seed(config.seed)
-    step, model = _prepare(config, team, device)
+    step, model = _prepare(config, worker, device)
     prof = _profiler(model, config, device)  # before the warm-up: it knows whether there is a router at all
     for done in range(config.warmup):
         progress("warming up", done, total)
@@ -110,28 +112,30 @@ def _record(config: RunConfig, team: Team, device: torch.device, progress: Progr
             interrupted = True
             prof.tracer.abandon_calls()
         finally:
-            team.stop.only_note()  # torchrun's signal must not break off the writing of what was recorded
+            worker.stop.only_note()  # torchrun's signal must not break off the writing of what was recorded
         progress("writing the trace", total, total)
     if interrupted:
-        raise _interrupted(config, team, earlier, done)
+        raise _interrupted(config, worker, earlier, done)
     if not prof.tracer.summary().totals.calls:
         raise NothingRecorded(
             f"found {len(prof.tracer.sites)} routers, but none was called in {config.steps} steps; "
             f"check --layers and --every ({config.every})"
         )
-    trace = _written(config, team, earlier)
-    for file in earlier if team.is_rank0 else []:  # only now: a run that fails leaves the one before it
+    trace = _written(config, worker, earlier)
+    for file in earlier if worker.is_rank0 else []:  # only now: a run that fails leaves the one before it
         file.unlink(missing_ok=True)
     return trace, prof
 
 
-def _interrupted(config: RunConfig, team: Team, earlier: list[Path], steps: int) -> Interrupted:
+def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: int) -> Interrupted:
     """What Ctrl-C left; an earlier run in the folder stays too, for this one did not end."""
     ended = f"interrupted after {steps} of {config.steps} recorded steps"
-    return Interrupted(f"{ended}; what was recorded until then is kept in {_written(config, team, earlier)}")
+    return Interrupted(
+        f"{ended}; what was recorded until then is kept in {_written(config, worker, earlier)}"
+    )
 
 
-def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step, torch.nn.Module]:
+def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[Step, torch.nn.Module]:
     """The model, and a function that runs one step of it on this process's rows."""
     how: dict[str, Any] = {
         "device": device,
@@ -141,7 +145,7 @@ def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step,
         "experts_implementation": config.experts_implementation,
     }
     if config.split.is_split:
-        model, tokenizer = load_split_model(config.model, config.split, team, **how)
+        model, tokenizer = load_split_model(config.model, config.split, worker, **how)
     else:
         model, tokenizer = load_model(config.model, **how)
     if tokenizer is None and (config.prompt is not None or config.prompts_file is not None):
@@ -151,22 +155,22 @@ def _prepare(config: RunConfig, team: Team, device: torch.device) -> tuple[Step,
         model,
         tokenizer,
         texts,
-        batch=config.batch or _even_rows(len(texts), config, team),
+        batch=config.batch or _even_rows(len(texts), config, worker),
         seq_len=config.seq_len,
         device=device,
         seed=config.seed,
     )
     if config.split.is_split:
-        inputs = rows_of_this_process(model, inputs, team)
+        inputs = rows_of_this_process(model, inputs, worker)
         model = wrapped(model, config.split, config.mode)
     return make_step(model, inputs, mode=config.mode, max_new_tokens=config.max_new_tokens), model
 
 
-def _even_rows(rows: int, config: RunConfig, team: Team) -> int | None:
+def _even_rows(rows: int, config: RunConfig, worker: Worker) -> int | None:
     """So many that each process with tokens of its own gets as many as the others."""
     if not config.split.is_split:
         return None
-    parts = team.world_size if config.split.ddp else config.split.fsdp
+    parts = worker.world_size if config.split.ddp else config.split.fsdp
     return -(-rows // parts) * parts
 
 
@@ -196,21 +200,21 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
 
 
 @contextmanager
-def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
+def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
     """A process that fails says so to the others; rank 0 then says what became of all of them."""
     try:
         yield
     except (MoETraceError, RuntimeError, OSError, MemoryError) as error:
         if not isinstance(error, RankFailed):
-            team.publish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
-        if not team.is_rank0:
+            worker.publish("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        if not worker.is_rank0:
             if isinstance(error, MoETraceError) and not isinstance(error, LeaderFailed):
-                error.args = (f"rank {team.rank}: {error}",)
+                error.args = (f"rank {worker.rank}: {error}",)
             raise
         if isinstance(error, OutputError | UsageError | NothingRecorded):
             raise
-        team.stop.only_note()
-        others = missing_files(team, config.out, _GIVE_UP_S)
+        worker.stop.only_note()
+        others = missing_files(worker, config.out, _GIVE_UP_S)
         if not others:  # the fault is this rank's own
             raise
         kept = [file.name for file in traces_in(config.out)]
@@ -220,12 +224,12 @@ def _failures_told(team: Team, config: RunConfig) -> Iterator[None]:
         ) from error
 
 
-def _result_of_all(team: Team, trace: Path, config: RunConfig) -> RunResult:
+def _result_of_all(worker: Worker, trace: Path, config: RunConfig) -> RunResult:
     """One summary of what all processes wrote; those that wrote nothing are named."""
     from moe_trace.read.reader import read_summary
 
-    team.stop.only_note()
-    problems = tuple(missing_files(team, config.out, config.rank_timeout))
+    worker.stop.only_note()
+    problems = tuple(missing_files(worker, config.out, config.rank_timeout))
     return _result(read_summary(config.out), trace, config, problems)
 
 
@@ -233,29 +237,29 @@ def _result(summary: Summary, trace: Path, config: RunConfig, problems: tuple[st
     return RunResult(summary, trace, files_in(config.out), problems)
 
 
-def _written(config: RunConfig, team: Team, earlier: list[Path]) -> Path:
+def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
     """The trace that this process wrote."""
-    name = f".rank{team.rank}." if team.store is not None else ""
+    name = f".rank{worker.rank}." if worker.store is not None else ""
     known = {file.name for file in earlier}
     traces = [f for f in traces_in(config.out) if name in f.name]
     return [f for f in traces if f.name not in known][-1]
 
 
-def _claim_folder(config: RunConfig, team: Team) -> list[Path]:
+def _claim_folder(config: RunConfig, worker: Worker) -> list[Path]:
     """Rank 0 makes the folder, and the others write into it too.
 
     Returns what an earlier run wrote, which `force` allows to replace.
     """
-    if not team.is_rank0:
-        team.wait_for_leader("folder", _CLAIM_S)
+    if not worker.is_rank0:
+        worker.wait_for_leader("folder", _CLAIM_S)
         config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
         return list(files_in(config.out))
     try:
         earlier = claim_folder(config.out, force=config.force)
     except OutputError:
-        team.publish("folder", {"failed": True})
+        worker.publish("folder", {"failed": True})
         raise
-    team.publish("folder", {"failed": False})
+    worker.publish("folder", {"failed": False})
     return earlier
 
 

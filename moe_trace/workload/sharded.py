@@ -17,7 +17,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.demo import demo_path
 from moe_trace.workload.config import Mode, Split
 from moe_trace.workload.models import load_model, load_tokenizer
-from moe_trace.workload.process_group import LeaderFailed, Team
+from moe_trace.workload.process_group import LeaderFailed, Worker
 
 _DRAWING_S, _READING_S = 1800.0, 600.0  # large models take minutes
 
@@ -67,7 +67,7 @@ def wrapped(model: nn.Module, split: Split, mode: Mode) -> nn.Module:
 def load_split_model(
     source: str,
     split: Split,
-    team: Team,
+    worker: Worker,
     *,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -86,7 +86,7 @@ def load_split_model(
         return load_model(source, device=device, dtype=dtype, random_weights=random_weights, **changed)
     if not random_weights:
         return load_model(source, device=device, dtype=dtype, distributed_config=_config(split), **changed)
-    with _random_weights_on_disk(source, team, dtype) as folder:
+    with _random_weights_on_disk(source, worker, dtype) as folder:
         config = _config(split)
         model, _ = load_model(str(folder), device=device, dtype=dtype, distributed_config=config, **changed)
     origin = str(demo_path()) if source == "demo" else source
@@ -109,47 +109,47 @@ def _config(split: Split) -> Any:
 
 
 @contextmanager
-def _random_weights_on_disk(source: str, team: Team, dtype: torch.dtype | None) -> Iterator[Path]:
+def _random_weights_on_disk(source: str, worker: Worker, dtype: torch.dtype | None) -> Iterator[Path]:
     """Weights drawn by one process per machine, since only `from_pretrained` knows how to split.
 
     The folder goes when all processes of the machine have read it, or failed to.
     """
-    if team.local_rank != 0:
-        yield Path(_folder_of(team, team.rank - team.local_rank))
-        team.publish("read", True)
+    if worker.local_rank != 0:
+        yield Path(_folder_of(worker, worker.rank - worker.local_rank))
+        worker.publish("read", True)
         return
     with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:
         model, _ = load_model(source, device="cpu", dtype=dtype, random_weights=True)
         model.save_pretrained(folder)  # type: ignore[operator]
         del model
-        team.publish("weights", folder)
+        worker.publish("weights", folder)
         try:
             yield Path(folder)
         finally:
-            for rank in range(team.rank + 1, team.rank + team.local_world_size):
-                team.wait(partial(_told_of, team, "read", rank), _READING_S)
+            for rank in range(worker.rank + 1, worker.rank + worker.local_world_size):
+                worker.wait(partial(_told_of, worker, "read", rank), _READING_S)
 
 
-def _folder_of(team: Team, maker: int) -> str:
-    folder = team.wait(partial(_told_of, team, "weights", maker), _DRAWING_S)
-    if folder is None or team.lookup("failed", maker):
+def _folder_of(worker: Worker, maker: int) -> str:
+    folder = worker.wait(partial(_told_of, worker, "weights", maker), _DRAWING_S)
+    if folder is None or worker.lookup("failed", maker):
         raise LeaderFailed(f"rank {maker} could not draw the weights")
     return str(folder)
 
 
-def _told_of(team: Team, what: str, rank: int) -> Any:
+def _told_of(worker: Worker, what: str, rank: int) -> Any:
     """What a rank told, or else why it failed."""
-    answer = team.lookup(what, rank)
-    return team.lookup("failed", rank) if answer is None else answer
+    answer = worker.lookup(what, rank)
+    return worker.lookup("failed", rank) if answer is None else answer
 
 
-def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
+def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], worker: Worker) -> dict[str, Tensor]:
     """The rows of the batch that are this process's: processes that split a model's tensors share theirs.
 
     Raises:
         UsageError: the rows cannot be shared out evenly.
     """
-    part, parts = _data_rank(model, team)
+    part, parts = _data_rank(model, worker)
     rows = len(inputs["input_ids"])
     if rows % parts:
         raise UsageError(f"a batch of {rows} cannot be shared by {parts} processes evenly; set --batch")
@@ -157,9 +157,9 @@ def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], team: Team
     return {name: value[part * share : (part + 1) * share] for name, value in inputs.items()}
 
 
-def _data_rank(model: nn.Module, team: Team) -> tuple[int, int]:
+def _data_rank(model: nn.Module, worker: Worker) -> tuple[int, int]:
     manager = getattr(model, "_mesh_manager", None)
     if manager is None:
-        return team.rank, team.world_size
+        return worker.rank, worker.world_size
     mesh = manager.get_mesh("fsdp")
     return mesh.get_local_rank(), mesh.size()

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_trace.cli import main
 from moe_trace.workload import runner
-from moe_trace.workload.process_group import Team
+from moe_trace.workload.process_group import Worker
 
 LATE_S = 20.0
 
@@ -40,10 +40,10 @@ def fail(*_: Any) -> None:
     raise RuntimeError("out of memory, says the fault of this test")
 
 
-def late(team: Team, what: str, value: object) -> None:
+def late(worker: Worker, what: str, value: object) -> None:
     if what == "trace":
         time.sleep(LATE_S)
-    team.store.set(f"{what}/{team.rank}", "null")
+    worker.store.set(f"{what}/{worker.rank}", "null")
 
 
 def lose(self: Any, *arguments: Any, **options: Any) -> None:
@@ -61,12 +61,12 @@ if __name__ == "__main__":
             make_step = runner.make_step
             runner.make_step = lambda *a, **k: make_step(*a, **k) and fail
         elif fault == "late":
-            Team.publish = late
+            Worker.publish = late
         elif fault == "lose":
-            tell = Team.publish
-            Team.publish = lambda team, what, value: (
-                what == "trace" and lose(team),
-                tell(team, what, value),
+            tell = Worker.publish
+            Worker.publish = lambda worker, what, value: (
+                what == "trace" and lose(worker),
+                tell(worker, what, value),
             )[1]
     elif fault == "die":
         runner._run = note_that_it_records(runner._run)

@@ -27,7 +27,7 @@ from moe_trace.read.reader import read_recording
 from moe_trace.workload import runner
 from moe_trace.workload.config import RunConfig, Split
 from moe_trace.workload.models import ModelError
-from moe_trace.workload.process_group import RankFailed, Team, joined, missing_files
+from moe_trace.workload.process_group import RankFailed, Worker, joined, missing_files
 
 SMALL = ("--steps", 1, "--warmup", 0, "--batch", 2, "--seq-len", 12)
 SPLIT = ("--fsdp", 2, "--ep", 2, "--ep-implementation", "all_to_all")
@@ -133,8 +133,8 @@ def test_torchruns_signal_does_not_break_off_the_writing(
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a rank dies, the signal comes whenever it comes: here when the writing of the trace begins."""
-    team, out = Team(), tmp_path / "run"
-    before = signal.signal(signal.SIGTERM, team.stop)
+    worker, out = Worker(), tmp_path / "run"
+    before = signal.signal(signal.SIGTERM, worker.stop)
 
     def handler(*arguments: Any, **options: Any) -> Callable[[Any], None]:
         write = tensorboard_trace_handler(*arguments, **options)
@@ -155,10 +155,10 @@ def test_torchruns_signal_does_not_break_off_the_writing(
     config = RunConfig(out=out, steps=1, warmup=0, batch=1, seq_len=8)
     try:
         with pytest.raises(ModelError, match="closed by peer") if fails else nullcontext():
-            runner._record(config, team, torch.device("cpu"), lambda what, done, total: None)
+            runner._record(config, worker, torch.device("cpu"), lambda what, done, total: None)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert team.stop.asked
+    assert worker.stop.asked
     assert len(list(out.glob("*.pt.trace.json.gz"))) == 1
 
 
@@ -281,9 +281,9 @@ def test_waiting_for_files_ends_when_a_stop_is_asked_for(tmp_path: Path) -> None
     from torch.distributed import HashStore
 
     store = HashStore()
-    Team(rank=2, world_size=3, store=store).publish("trace", {"file": "trace.json", "host": "here"})
+    Worker(rank=2, world_size=3, store=store).publish("trace", {"file": "trace.json", "host": "here"})
     (tmp_path / "trace.json").touch()
-    leader = Team(world_size=3, store=store)
+    leader = Worker(world_size=3, store=store)
     leader.stop.only_note()
     leader.stop(15, None)
     start = time.monotonic()
@@ -291,4 +291,4 @@ def test_waiting_for_files_ends_when_a_stop_is_asked_for(tmp_path: Path) -> None
     assert problem.startswith("rank 1 has written no trace")
     assert time.monotonic() - start < 10
     with pytest.raises(RankFailed, match="another one ended"):
-        Team(store=store).stop(15, None)
+        Worker(store=store).stop(15, None)
