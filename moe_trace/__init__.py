@@ -35,7 +35,7 @@ _HOME = {
     "RecordedRoutes": "moe_trace.data.routes.columns",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
-    "ask": "moe_trace.read.answers",
+    "ask": "moe_trace.read.ask",
     "compare": "moe_trace.read.diff",
     "Comparison": "moe_trace.read.diff",
     "Summary": "moe_trace.data.summary",
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from moe_trace.integrations.handler import tensorboard_trace_handler
     from moe_trace.integrations.scalar_logger import ScalarLogger
     from moe_trace.integrations.trainer import MoETraceCallback
-    from moe_trace.read.answers import ask
+    from moe_trace.read.ask import ask
     from moe_trace.read.diff import Comparison, compare
     from moe_trace.read.reader import read_recording, read_summary
     from moe_trace.record.profiler import profile

@@ -11,8 +11,8 @@ from typing import ClassVar
 from moe_trace.cli.arguments import add_filters, read_chosen
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
-from moe_trace.read.answers import QUESTIONS, ask
-from moe_trace.show.answers import plain_answers, render_answers
+from moe_trace.read.ask import QUESTIONS, ask
+from moe_trace.show.ask import plain_answers, render_answers
 from moe_trace.show.json import without_nonfinite
 
 

@@ -14,7 +14,7 @@ import pytest
 from brute_force import load
 from moe_trace.data.display.tables import share
 from moe_trace.data.schema import BAND_PID
-from moe_trace.read.answers import ask
+from moe_trace.read.ask import ask
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.csv import render_csv
 from moe_trace.show.html import render_fragment

@@ -15,7 +15,7 @@ import pytest
 
 from brute_force import PHASES, Brute, Slice
 from moe_trace.data.schema import RoutingSample
-from moe_trace.read.answers import ask
+from moe_trace.read.ask import ask
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.text import render_text
 from paths import DATA

@@ -16,9 +16,9 @@ import moe_trace
 from brute_force import PHASES, Brute
 from moe_trace.cli import main
 from moe_trace.data.errors import UsageError
-from moe_trace.read.answers import QUESTIONS, Answer, ask
+from moe_trace.read.ask import QUESTIONS, Answer, ask
 from moe_trace.read.reader import TraceSummary, read_summary
-from moe_trace.show.answers import render_answers
+from moe_trace.show.ask import render_answers
 from paths import DATA
 from tiny_trace import write_tiny
 

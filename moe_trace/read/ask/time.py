@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.answers.answer import each, multiplied, steps_and_tokens
+from moe_trace.read.ask.answer import each, multiplied, steps_and_tokens
 from moe_trace.read.findings.finding import duration, percent
 from moe_trace.read.time.imbalance import ImbalanceCost, saved_by
 from moe_trace.read.time.layers import PASSES, Pass, PhaseReport

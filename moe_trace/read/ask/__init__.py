@@ -1,6 +1,6 @@
 """Questions that an engineer asks of a trace, answered by name."""
 
-from moe_trace.read.answers.answer import QUESTIONS, Answer
-from moe_trace.read.answers.ask import ask
+from moe_trace.read.ask.answer import QUESTIONS, Answer
+from moe_trace.read.ask.questions import ask
 
 __all__ = ["QUESTIONS", "Answer", "ask"]

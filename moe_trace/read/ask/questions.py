@@ -8,9 +8,9 @@ from typing import Any
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Stage
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.answers.answer import QUESTIONS, Answer, each, multiplied
-from moe_trace.read.answers.routing import imbalance, served, served_apart
-from moe_trace.read.answers.time import balance, shares
+from moe_trace.read.ask.answer import QUESTIONS, Answer, each, multiplied
+from moe_trace.read.ask.routing import imbalance, served, served_apart
+from moe_trace.read.ask.time import balance, shares
 from moe_trace.read.diff import compare
 from moe_trace.read.findings.rules import Finding
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.tables import fixed, number, paragraph, printable, screen_width, share, table
-from moe_trace.read.answers import QUESTIONS, Answer
+from moe_trace.read.ask import QUESTIONS, Answer
 
 _LAYERS_SHOWN = 8
 
