@@ -78,7 +78,7 @@ class RecordedRoutes:
             )
         if not len(self.layers) == len(self.num_experts) == len(self.top_k) == shape[1]:
             raise ValueError(f"expected a path, num_experts and top_k for each of {shape[1]} layers")
-        expected = {name: (tokens,) for name in _TOKEN_COLUMNS}
+        expected: dict[str, tuple[int, ...]] = {name: (tokens,) for name in _TOKEN_COLUMNS}
         expected |= {"weights": shape, "lost_layers": shape[:2]}
         for name, form in expected.items():
             column = getattr(self, name)

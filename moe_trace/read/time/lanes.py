@@ -1,4 +1,4 @@
-"""One step of a trace as pieces of work: which layer and phase, when, on which clock, under what name."""
+"""One step of a trace: its pieces of work (layer, phase, clock, name), and the counters beside them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.schema import RoutingSample
+from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.time.blocks import find_blocks
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
+from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 
 IntArray = npt.NDArray[np.int64]
 Clock = Literal["device", "host"]
 SEGMENTS_MAX = 4000
+COUNTED_MAX = 1500
+
+CounterTrack = tuple[str, list[tuple[Span, float]]]
+"""A figure's name, and for each call the interval of its MoE block with the figure's value."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +191,23 @@ def add_up(pieces: Pieces, lanes: Lanes) -> list[Work]:
         for i, key in enumerate(keys)
     ]
     return sorted(found, key=lambda work: -work.total_us)
+
+
+def counter_tracks(
+    samples: Sequence[RoutingSample], clock: Clock, window_ns: tuple[int, int]
+) -> list[CounterTrack]:
+    """The figures of the trace's counters that are not 0 throughout, over the calls that touch the window."""
+    calls = CallTable.of(samples)
+    calls = calls.take(~np.isnan(calls.duration_us(clock, "router")))
+    placed = PlacedCalls.on(np.full(len(calls), clock == "device"), calls)
+    low, high = window_ns[0] / 1000, window_ns[1] / 1000
+    rows = np.flatnonzero((placed.moe.sum(1) >= low) & (placed.moe[:, 0] <= high))
+    rows = rows[:: max(1, -(-len(rows) // COUNTED_MAX))]
+    tracks = []
+    for name, figure in FIGURES.items():
+        values = figure(placed)[rows]
+        told = values == values
+        if values[told].any():
+            spans = [Span(*span) for span in placed.moe[rows[told]].tolist()]
+            tracks.append((name, list(zip(spans, map(float, values[told]), strict=True))))
+    return tracks

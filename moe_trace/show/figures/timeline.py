@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_trace.data.schema import Span
-from moe_trace.read.time.counters import counter_tracks
-from moe_trace.read.time.lanes import Clock, Lanes, Segments
+from moe_trace.read.time.lanes import Clock, Lanes, Segments, counter_tracks
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
 
