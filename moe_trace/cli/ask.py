@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, read_chosen
 from moe_trace.cli.pipes import TRACE
+from moe_trace.data.display.json import json_text
 from moe_trace.data.errors import UsageError
 from moe_trace.read.ask import QUESTIONS, ask
 from moe_trace.show.ask import plain_answers, render_answers
-from moe_trace.show.json import without_nonfinite
 
 
 class AskCommand:
@@ -58,8 +57,7 @@ class AskCommand:
             labels=labels,
         )
         if arguments.format == "json":
-            plain = without_nonfinite(plain_answers(answers))
-            print(json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False))
+            print(json_text(plain_answers(answers)), end="")
         else:
             print(render_answers(answers), end="")
         return 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import ClassVar
 
 from moe_trace.cli.arguments import reading_progress
 from moe_trace.cli.pipes import TRACE
+from moe_trace.data.display.json import json_text
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
@@ -53,7 +53,7 @@ class CheckCommand:
                 file: {rule: [asdict(v) for v in found] for rule, found in rules.items()}
                 for file, rules in results.items()
             }
-            print(json.dumps(plain, indent=1, ensure_ascii=False))
+            print(json_text(plain), end="")
         else:
             for name, rules in results.items():
                 print("\n".join(_lines(name, rules)))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, read_chosen
 from moe_trace.cli.pipes import TRACE
+from moe_trace.data.display.json import json_text
 from moe_trace.data.errors import UsageError
 from moe_trace.read.diff import Change, Comparison, compare
 from moe_trace.read.diff.conditions import Condition, missing, parse_condition
 from moe_trace.read.diff.metrics import HOST_FLOOR, METRICS
-from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text
-from moe_trace.show.json import without_nonfinite
+from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text, size_of
 
 
 class DiffCommand:
@@ -72,13 +71,8 @@ class DiffCommand:
         failed = _failures(conditions, changes)
         print(_render(arguments, comparison, failed), end="")
         for condition, change in failed:
-            size = (
-                f"{100 * change.relative:+.1f} %"
-                if change.relative is not None
-                else f"{change.difference:+g}"
-            )
-            where = f"{change.site}, {change.stage},"
-            print(f"moe-trace: failed on {condition.text}: {where} changed by {size}", file=sys.stderr)
+            where = f"{change.site}, {change.stage}, changed by {size_of(change)}"
+            print(f"moe-trace: failed on {condition.text}: {where}", file=sys.stderr)
         return 1 if failed else 0
 
 
@@ -97,4 +91,4 @@ def _render(
     if arguments.format == "csv":
         return render_diff_csv(comparison)
     plain = {**plain_diff(comparison), "failed": [condition.text for condition, _ in failed]}
-    return json.dumps(without_nonfinite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(plain)

@@ -62,9 +62,11 @@ class ReportCommand:
 
 def _render(summaries: list[TraceSummary], form: str) -> str:
     if form == "json":
-        from moe_trace.show.json import render_json, render_json_list
+        from moe_trace.data.display.json import json_text
+        from moe_trace.show.json import to_plain
 
-        return render_json(summaries[0]) if len(summaries) == 1 else render_json_list(summaries)
+        plain = [to_plain(summary) for summary in summaries]
+        return json_text(plain[0] if len(plain) == 1 else plain)
     if form == "csv":
         from moe_trace.show.csv import render_csv
 

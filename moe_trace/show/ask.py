@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moe_trace.data.display.tables import fixed, number, paragraph, printable, screen_width, share, table
+from moe_trace.data.display.columns import Cell, Column, text_table
+from moe_trace.data.display.tables import number, paragraph, printable, share, wrapped
 from moe_trace.read.ask import QUESTIONS, Answer
 
 _LAYERS_SHOWN = 8
@@ -33,53 +33,46 @@ def _one(answer: Answer) -> str:
 
 
 def _share_rows(answer: Answer) -> str:
-    headings = ("part", "MoE", "router", "router/MoE", "ms a step", "µs a token", "µs a call")
+    shares = (Column(part, terminal=share) for part in ("MoE", "router", "router/MoE"))
     rows = [
-        [
+        (
             ", ".join(row["passes"]) if row["part"] == "backward" else row["part"],
-            share(row["moe_of_model"]),
-            share(row["router_of_model"]),
-            share(row["router_of_moe"]),
-            number(row["us_per_step"] / 1000 if row["us_per_step"] is not None else None),
-            number(row["us_per_token"]),
-            number(row["us_per_call"]),
-        ]
+            *(row["moe_of_model"], row["router_of_model"], row["router_of_moe"]),
+            None if row["us_per_step"] is None else row["us_per_step"] / 1000,
+            *(row["us_per_token"], row["us_per_call"]),
+        )
         for row in answer.rows
     ]
-    return table(headings, rows)
+    return text_table(("part", *shares, "ms a step", "µs a token", "µs a call"), rows)
 
 
 def _balance_rows(answer: Answer) -> str:
     shown = sorted(answer.rows, key=lambda row: -abs(row["us_per_call"] or 0.0))[:_LAYERS_SHOWN]
     rows = [
-        [
-            printable(row["layer"], 20),
-            number(row["us_per_call"]),
-            f"{number(row['low_us'])} to {number(row['high_us'])}",
-        ]
+        (row["layer"], row["us_per_call"], f"{number(row['low_us'])} to {number(row['high_us'])}")
         for row in shown
     ]
-    return table(("layer", "imbalance costs, µs a call", "95 % interval"), rows) + _more(answer, len(shown))
+    headings = ("layer", "imbalance costs, µs a call", "95 % interval")
+    return text_table(headings, rows) + _more(answer, len(shown))
 
 
 def _expert_rows(answer: Answer) -> str:
     if "busiest" in answer.rows[0]:
-        rows = [
-            [printable(row["layer"], 20), *(f"{e} ({share(part)})" for e, part in row["busiest"])]
+        most = max(len(row["busiest"]) for row in answer.rows)
+        busiest = [
+            (row["layer"], *(f"{e} ({share(part)})" for e, part in row["busiest"]), *[""] * most)
             for row in answer.rows
         ]
-        width = max(map(len, rows))
-        rows = [row + [""] * (width - len(row)) for row in rows]
-        return table(("layer", "busiest", *[""] * (width - 2)), rows)
+        return text_table(("layer", "busiest", *[""] * (most - 1)), [row[: most + 1] for row in busiest])
     labels = [key for key in answer.rows[0] if key not in ("layer", "moved", "chance")]
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for row in answer.rows[:_LAYERS_SHOWN]:
-        first = [printable(row["layer"], 20), fixed(row["moved"], 3), fixed(row["chance"], 3)]
-        for label, begin in zip(labels, (first, ["", "", ""]), strict=True):
+        first = (row["layer"], row["moved"], row["chance"])
+        for label, begin in zip(labels, (first, ("", "", "")), strict=True):
             served = (f"{e}: {share(here)} ({share(there)})" for e, here, there in row[label][:2])
-            rows.append([*begin, printable(label, 20), ", ".join(served)])
+            rows.append((*begin, label, ", ".join(served)))
     headings = ("layer", "moved", "chance", "text", "experts that serve it more (other text)")
-    return table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
+    return text_table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
 
 
 def _more(answer: Answer, shown: int) -> str:
@@ -92,15 +85,8 @@ def _next_rows(answer: Answer) -> str:
     for i, row in enumerate(answer.rows, 1):
         of = f" in {row['stages'][0]}" if len(row["stages"]) > 1 else ""
         cost = f" At most to save{of}: {row['at_most']}." if row["at_most"] else ""
-        text = f"{printable(row['why'], 2000)} {printable(row['try'], 2000)}{cost}"
         lines.append(
-            textwrap.fill(
-                text,
-                screen_width(),
-                initial_indent=f"  {i}. ",
-                subsequent_indent="     ",
-                break_on_hyphens=False,
-            )
+            wrapped(f"{printable(row['why'], 2000)} {printable(row['try'], 2000)}{cost}", f"  {i}. ")
         )
     return "\n".join(lines)
 

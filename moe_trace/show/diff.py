@@ -6,13 +6,25 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moe_trace.data.display.columns import Column, text_table
 from moe_trace.data.display.csv import csv_text
-from moe_trace.data.display.tables import fixed, number, paragraph, printable, share, table
+from moe_trace.data.display.tables import number, paragraph, printable, share, signed_percent
 from moe_trace.read.diff import Change, Comparison
 from moe_trace.read.diff.routing import ExpertShift, RoutingChange
 
 _LAYERS_SHOWN = 8
-_VALUE_WIDTH = 24
+
+
+def _value(value: float) -> str:
+    if abs(value) >= 1e6:
+        return f"{value:.2e}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.0e}"
+    return number(value)
+
+
+SIDES = tuple(Column(side, terminal=_value) for side in "AB")
+"""Columns of figures that reach from shares to FLOP/s."""
 
 
 def render_diff_text(comparison: Comparison, *, everything: bool = False) -> str:
@@ -49,7 +61,7 @@ def headline(comparison: Comparison) -> str:
         )
     together = [c for c in comparison.changed_metrics if c.site == "all"]
     for change in sorted(together, key=lambda c: -abs(c.relative or 0))[:3]:
-        found.append(f"{words(change.metric)} {_size(change)}, {change.stage}")
+        found.append(f"{words(change.metric)} {size_of(change)}, {change.stage}")
     single = {c.site for c in comparison.changed_metrics} - {"all"}
     if single and not together:
         found.append(f"metrics of {', '.join(sorted(single)[:4])}")
@@ -91,8 +103,9 @@ def words(metric: str) -> str:
     return _WORDS.get(base, base) + ("" if quantile == "p50" else f" ({quantile})")
 
 
-def _size(change: Change) -> str:
-    return f"{100 * change.relative:+.1f} %" if change.relative is not None else f"{change.difference:+.3g}"
+def size_of(change: Change) -> str:
+    """The relative change, or the difference where A is 0."""
+    return f"{change.difference:+.3g}" if change.relative is None else signed_percent(change.relative)
 
 
 # -- sections -----------------------------------------------------------------------------------------
@@ -101,10 +114,8 @@ def _size(change: Change) -> str:
 def _setup_part(comparison: Comparison) -> str:
     if not comparison.setup:
         return "Set-up: no difference recorded."
-    rows = [
-        [printable(v, _VALUE_WIDTH) for v in (change.fact, change.a, change.b)] for change in comparison.setup
-    ]
-    return "Set-up\n" + table(("differs", "A", "B"), rows, left=3)
+    rows = [(change.fact, change.a, change.b) for change in comparison.setup]
+    return "Set-up\n" + text_table(("differs", "A", "B"), rows, left=3)
 
 
 def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool) -> str:
@@ -117,18 +128,15 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
     )
     if not shown or all(r.same_counts for r in routing):
         return paragraph(f"Routing, {stage}: {_no_layer(routing)}.")
+    headings = ("layer", "moved", "chance", "verdict", "gained", "lost")
     rows = [
-        [
-            printable(r.site, 12),
-            fixed(r.total_variation, 3),
-            fixed(r.chance, 3),
-            "changed" if r.changed else "chance",
-            shifts(r.gained),
-            shifts(r.lost),
-        ]
+        (
+            *(r.site, r.total_variation, r.chance, "changed" if r.changed else "chance"),
+            *(shifts(r.gained), shifts(r.lost)),
+        )
         for r in shown
     ]
-    parts = [paragraph(title), table(("layer", "moved", "chance", "verdict", "gained", "lost"), rows)]
+    parts = [text_table(headings, rows, title=title)]
     if len(shown) < len(moved):
         parts.append(f"… and {len(moved) - len(shown)} more layers; --all shows them.")
     if routing[0].same_counts and moved:
@@ -171,18 +179,8 @@ def _figure_parts(changes: Sequence[Change], stage: str, everything: bool) -> li
 
 
 def _table(changes: Sequence[Change]) -> str:
-    rows = [
-        [
-            change.metric,
-            _value(change.a),
-            _value(change.b),
-            f"{100 * change.relative:+.1f} %" if change.relative is not None else "-",
-            _interval(change),
-            change.verdict,
-        ]
-        for change in changes
-    ]
-    return table(("metric", "A", "B", "change", "interval", "verdict"), rows)
+    rows = [(c.metric, c.a, c.b, c.relative, _interval(c), c.verdict) for c in changes]
+    return text_table(("metric", *SIDES, "change", "interval", "verdict"), rows)
 
 
 def _interval(change: Change) -> str:
@@ -194,14 +192,6 @@ def _interval(change: Change) -> str:
     if max(abs(low), abs(high)) >= 1000:
         return "over ±1000 %"
     return f"{low:+.1f} to {high:+.1f} %"
-
-
-def _value(value: float | None) -> str:
-    if value is not None and abs(value) >= 1e6:
-        return f"{value:.2e}"
-    if value is not None and 0 < abs(value) < 0.001:
-        return f"{value:.0e}"
-    return number(value)
 
 
 # -- data ---------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from moe_trace.data.display.columns import column_of, number_text
+from moe_trace.data.display.columns import columns_of, number_text
+from moe_trace.data.display.json import without_nonfinite
 from moe_trace.data.display.tables import scaled, share
 from moe_trace.data.errors import UsageError
 from moe_trace.read.analysis import TraceSummary
@@ -18,7 +19,6 @@ from moe_trace.read.findings.finding import Finding
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.figures.report import figures
-from moe_trace.show.json import without_nonfinite
 from moe_trace.show.notebook import load_picture_html
 from moe_trace.show.text.phases import shares_sentence
 from moe_trace.show.text.ranks import rank_sentences
@@ -227,7 +227,7 @@ def _slider(key: str, figure: Figure) -> str:
 
 
 def _table(figure: Figure) -> str:
-    columns = [column_of(heading) for heading in figure.headings]
+    columns = columns_of(figure.headings)
     head = "".join(f'<th scope="col" title="{escape(c.definition)}">{escape(c.label)}</th>' for c in columns)
     body = "\n".join(
         "<tr>"

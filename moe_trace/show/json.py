@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from moe_trace.data.display.json import json_text
 from moe_trace.data.schema import SCHEMA_VERSION
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
@@ -15,26 +13,7 @@ from moe_trace.read.analysis import TraceSummary
 
 def render_json(summary: Summary) -> str:
     """Indented JSON text, without NaN or infinity."""
-    return (
-        json.dumps(without_nonfinite(to_plain(summary)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-
-
-def render_json_list(summaries: Sequence[Summary]) -> str:
-    """Several reports as one JSON array."""
-    plain = [without_nonfinite(to_plain(summary)) for summary in summaries]
-    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def without_nonfinite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity; absurd times in a broken file can make them: null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_nonfinite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nonfinite(inner) for inner in value]
-    return value
+    return json_text(to_plain(summary))
 
 
 def to_plain(summary: Summary) -> dict[str, Any]:

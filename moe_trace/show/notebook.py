@@ -6,23 +6,29 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from moe_trace.data.display.columns import column_of
+from moe_trace.data.display.columns import Cell, Column, columns_of
 from moe_trace.data.display.load_picture import TOP, load_picture, png
-from moe_trace.data.display.tables import fixed, number, share
+from moe_trace.data.display.tables import fixed, share
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.diff import Comparison
-from moe_trace.show.diff import headline
+from moe_trace.show.diff import SIDES, headline
 
 _BAR_PX = 160
 
 
-def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A plain table; every cell is escaped."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def html_table(headings: Sequence[str | Column], rows: Iterable[Sequence[Cell]]) -> str:
+    """A plain table of the figures as a terminal shows them, and of texts in full; every cell is escaped."""
+    columns = columns_of(headings)
+    titles = (f' title="{escape(c.definition)}"' * bool(c.definition) for c in columns)
+    head = "".join(f"<th{title}>{escape(c.label)}</th>" for c, title in zip(columns, titles, strict=True))
+    body = "".join(f"<tr>{''.join(map(_cell, columns, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(column: Column, value: Cell) -> str:
+    return f"<td>{escape(value if isinstance(value, str) else column.terminal_cell(value))}</td>"
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -35,11 +41,8 @@ def comparison_html(comparison: Comparison) -> str:
         parts.append(_distances(comparison))
     shown = [c for c in comparison.changes if c.site == "all" or c.verdict == "changed"]
     if shown:
-        rows = (
-            (c.stage, c.site, c.metric, number(c.a), number(c.b), _percent(c.relative), c.verdict)
-            for c in shown
-        )
-        parts.append(html_table(("stage", "layer", "metric", "A", "B", "change", "verdict"), rows))
+        rows = ((c.stage, c.site, c.metric, c.a, c.b, c.relative, c.verdict) for c in shown)
+        parts.append(html_table(("stage", "layer", "metric", *SIDES, "change", "verdict"), rows))
     parts += [f"<p>{escape(note)}</p>" for note in comparison.notes]
     return f"<div>{''.join(parts)}</div>"
 
@@ -58,14 +61,9 @@ def _distances(comparison: Comparison) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f} %"
-
-
 def summary_html(summary: Summary) -> str:
     """A line per router."""
     headings = ("layer", "calls", "tokens", "max÷mean", "CV", "dead", "router entropy", "router confidence")
-    columns = [column_of(heading) for heading in headings]
     rows = (
         (
             *(r.info.site, r.calls, r.tokens, r.load.max_over_mean, r.load.cv, len(r.load.dead_experts)),
@@ -73,10 +71,9 @@ def summary_html(summary: Summary) -> str:
         )
         for r in summary.routers
     )
-    cells = ([c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows)
     name = str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
     picture = load_picture_html(summary.routers)
-    return f"<div><h3>{escape(name)}</h3>{picture}{html_table(headings, cells)}</div>"
+    return f"<div><h3>{escape(name)}</h3>{picture}{html_table(headings, rows)}</div>"
 
 
 def load_picture_html(routers: Sequence[RouterSummary]) -> str:

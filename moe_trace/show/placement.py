@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
 from moe_trace.data.display.columns import text_table
+from moe_trace.data.display.json import json_text
 from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
 from moe_trace.placement.plan import Floats
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
-from moe_trace.show.json import without_nonfinite
 
 _LAYERS_SHOWN = 12
 
@@ -229,7 +228,7 @@ def render_placement_json(study: PlacementStudy) -> str:
         "clusters": [_plain_cluster(cluster) for cluster in study.clusters],
         "notes": [*counts.notes, *_advice(study)],
     }
-    return json.dumps(without_nonfinite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(plain)
 
 
 def _plain_cluster(cluster: ClusterStudy) -> dict[str, Any]:

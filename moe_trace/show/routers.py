@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from moe_trace.data.display.tables import WIDTH, printable, scaled, table
+from moe_trace.data.display.columns import Cell, count_column, text_table
+from moe_trace.data.display.json import json_text
+from moe_trace.data.display.tables import WIDTH, printable
 from moe_trace.data.schema import RouterInfo
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number
@@ -18,7 +19,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a numb
 def render_routers_json(model: str, routers: Sequence[RouterInfo]) -> str:
     """All that is known of each router, as indented JSON."""
     plain = {"model": {"class": model}, "routers": [asdict(router) for router in routers]}
-    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(plain)
 
 
 def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[str, str]) -> str:
@@ -49,20 +50,20 @@ def group_routers(routers: Sequence[RouterInfo]) -> list[list[RouterInfo]]:
 
 def _table(names: Sequence[str], groups: Sequence[Sequence[RouterInfo]]) -> str:
     """Two lines a group: the parameters of one router and what belongs to it, and the FLOPs of one token."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name, group in zip(names, groups, strict=True):
         info = group[0]
-        size = [name, runs([router.layer for router in group]), str(info.num_experts), str(info.top_k or "-")]
+        size = (name, runs([router.layer for router in group]), str(info.num_experts), info.top_k or None)
         rows += _two_lines(size, [info])
     everything = [router for group in groups for router in group]
     if len(everything) > 1:
         # No sum of FLOPs: a token of an image never meets the experts of text.
-        rows.append(_two_lines(["all", "", "", ""], everything)[0])
-    headings = ("", "layers", "E", "k", "", "router", "experts", "shared experts")
-    return table(headings, rows, left=2)
+        rows.append(_two_lines(("all", "", "", ""), everything)[0])
+    sizes = [count_column(part) for part in ("router", "experts", "shared experts")]
+    return text_table(("", "layers", "E", "k", "", *sizes), rows, left=2)
 
 
-def _two_lines(first: list[str], routers: Sequence[RouterInfo]) -> list[list[str]]:
+def _two_lines(first: tuple[Cell, ...], routers: Sequence[RouterInfo]) -> list[tuple[Cell, ...]]:
     parameters = [sum(r.parameters.get(part, 0) for r in routers) for part in ("router", "experts", "shared")]
     flops = [
         sum(router.router_flops_per_token for router in routers),
@@ -70,8 +71,8 @@ def _two_lines(first: list[str], routers: Sequence[RouterInfo]) -> list[list[str
         sum(router.shared_flops_per_token for router in routers),
     ]
     return [
-        [*first, "parameters", *(scaled(value) if value else "-" for value in parameters)],
-        ["", "", "", "", "FLOP/token", *(scaled(value) if value else "-" for value in flops)],
+        (*first, "parameters", *(value or None for value in parameters)),
+        ("", "", "", "", "FLOP/token", *(value or None for value in flops)),
     ]
 
 

@@ -6,11 +6,20 @@ several with units, clocks and steps round them: `host p95 µs` is `host`, and `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from moe_trace.data.display.tables import fixed, number, paragraph, printable, scaled, share, table
+from moe_trace.data.display.tables import (
+    fixed,
+    number,
+    paragraph,
+    printable,
+    scaled,
+    share,
+    signed_percent,
+    table,
+)
 
 Cell = str | int | float | None
 
@@ -20,11 +29,6 @@ def number_text(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-def signed_percent(value: float) -> str:
-    """A relative difference."""
-    return f"{100 * value:+.1f} %"
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,15 @@ def text_table(
     headings: Sequence[str | Column], rows: Sequence[Sequence[Cell]], *, left: int = 1, title: str = ""
 ) -> str:
     """Values as a `table`, each written as its column says, below the title."""
-    columns = [heading if isinstance(heading, Column) else column_of(heading) for heading in headings]
+    columns = columns_of(headings)
     cells = [[c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows]
     text = table([column.label for column in columns], cells, left=left)
     return f"{paragraph(title)}\n{text}" if title else text
+
+
+def columns_of(headings: Iterable[str | Column]) -> list[Column]:
+    """The columns of a table, by themselves or by the headings that name them."""
+    return [heading if isinstance(heading, Column) else column_of(heading) for heading in headings]
 
 
 DEFINITIONS = {
@@ -124,13 +133,13 @@ DEFINITIONS = {
     "straggler": "The rank with the most MoE work, without what its kernels waited for others where that is "
     "known. The others wait for it.",
 }
-_FORMATS = {"share": share, "relative": signed_percent}
+_FORMATS = {"share": share, "relative": signed_percent, "change": signed_percent}
 _DECIMALS = {
     **dict.fromkeys(("max÷mean", "CV", "chance", "Gini", "entropy", "confidence"), 3),
-    **dict.fromkeys(("load entropy", "router entropy", "router confidence"), 3),
+    **dict.fromkeys(("load entropy", "router entropy", "router confidence", "moved"), 3),
 }
 """In a terminal, where figures that are compared stand below each other."""
-_WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16}
+_WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16, "differs": 24, "A": 24, "B": 24}
 _UNITS = ("µs", "GB/s", "FLOP/s", "%")
 
 

@@ -98,13 +98,19 @@ def share(part: float | None) -> str:
     return f"{percent:.1f} %" if percent >= 0.1 or percent == 0 else "<0.1 %"
 
 
-def wrapped(text: str) -> str:
-    """An item of a list within the screen, its first line marked with a dash."""
+def signed_percent(part: float | None) -> str:
+    """A relative difference; `-` for None."""
+    return "-" if part is None else f"{100 * part:+.1f} %"
+
+
+def wrapped(text: str, mark: str = "  - ") -> str:
+    """An item of a list within the screen, its first line marked."""
+    beside = " " * len(mark)
     return textwrap.fill(
-        text, screen_width(), initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
+        text, screen_width(), initial_indent=mark, subsequent_indent=beside, break_on_hyphens=False
     )
 
 
 def paragraph(text: str) -> str:
     """Text within the screen."""
-    return textwrap.fill(text, screen_width(), break_on_hyphens=False)
+    return wrapped(text, "")

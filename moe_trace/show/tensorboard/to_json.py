@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_trace.data.display.columns import Column, column_of
+from moe_trace.data.display.columns import Column, columns_of
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
 
 JsonDict = dict[str, Any]
@@ -25,7 +25,7 @@ def plain_figure(figure: Figure) -> JsonDict:
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> JsonDict:
     """Cells are texts, or [text, number]."""
-    columns = [column_of(heading) for heading in headings]
+    columns = columns_of(headings)
     return {
         "headings": [column.label for column in columns],
         "definitions": [column.definition for column in columns],
