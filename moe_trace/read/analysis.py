@@ -18,7 +18,6 @@ from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.ranks.inputs import RankInput, Ranks
 from moe_trace.read.reduced.combine import combined, joined, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
-from moe_trace.read.rows import call_rows
 from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.outside_moe import add_surroundings
@@ -131,13 +130,18 @@ class TraceSummary(Summary):
         return self.moe_time_fraction
 
     def to_dataframe(self) -> Any:
-        """One row per router call, as a pandas DataFrame.
+        """One row per router call, as a pandas DataFrame; `attrs["columns"]` says what each column is.
 
         Raises:
             MissingPackage: pandas is not installed.
         """
         pandas = optional_package("pandas", "to_dataframe()", "pandas")
-        return pandas.DataFrame(call_rows(self.samples, self.times, self.busy_us))
+        from moe_trace.read.rows import COLUMNS, call_rows
+
+        rows = call_rows(self.samples, self.times, self.busy_us)
+        frame = pandas.DataFrame(rows, columns=list(COLUMNS))
+        frame.attrs["columns"] = {name: column.described() for name, column in COLUMNS.items()}
+        return frame
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file, write_text
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.rows import call_rows
+from moe_trace.read.rows import COLUMNS, call_rows
 
 
 def expert_counts(summary: Summary) -> np.ndarray:
@@ -50,6 +50,8 @@ def write_eplb(summary: Summary, target: Path) -> None:
 def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
     """One row per call; counts per expert as lists; the same columns and types in every file.
 
+    Each field's metadata has its label, unit and definition.
+
     Raises:
         MissingPackage: pyarrow is not installed.
     """
@@ -57,10 +59,16 @@ def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
     parquet = optional_package("pyarrow.parquet", "Parquet", "'moe_trace[export]'")
     rows = [{"trace": s.trace, **row} for s in summaries for row in call_rows(s.samples, s.times, s.busy_us)]
     names = list(rows[0]) if rows else []
-    schema = pyarrow.schema([(name, _arrow_type(pyarrow, name)) for name in names])
+    schema = pyarrow.schema(
+        [pyarrow.field(name, _arrow_type(pyarrow, name), metadata=_metadata(name)) for name in names]
+    )
     table = pyarrow.Table.from_pylist(rows, schema=schema)
     with whole_file(target) as temporary:
         parquet.write_table(table, temporary)
+
+
+def _metadata(name: str) -> dict[str, str]:
+    return COLUMNS[name].described() if name in COLUMNS else {}
 
 
 _TEXTS = ("trace", "site", "name", "phase", "stage")

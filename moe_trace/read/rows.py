@@ -5,51 +5,95 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy.typing as npt
+
+from moe_trace.data.display.columns import Column, column_of
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
 from moe_trace.data.summary import SampleKey, host_us
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes
 
-_COUNTS = (
-    "call",
-    "step",
-    "phase",
-    "stage",
-    "tokens",
-    "top_k",
-    "skipped",
-    "computed_slots",
-    "padding_assignments",
-    "nonfinite_tokens",
-    "router_entropy",
-    "confidence",
-    "top1_prob",
-    "topk_mass",
-    "z_loss",
-    "router_flops",
-    "expert_flops",
-    "memory_allocated_bytes",
-)
+_OF_SAMPLES = {
+    "site": Column("layer", "Label of the router: its layer, and which of its routers where it has several."),
+    "name": Column("router", "Path of the router's module."),
+    "layer": Column("layer index", "Index of the layer in the model."),
+    "call": Column("call", "0, 1, 2 ... per router, over the calls that were recorded."),
+    "step": Column("step", "The profiler's or the tracer's step that the call is of."),
+    "phase": Column("pass", "recompute: gradient checkpointing ran the forward again. It counts in no load."),
+    "stage": Column("stage", "What the model was doing: prefill, decode, train."),
+    "tokens": Column("tokens", "Rows that the router saw, padding included.", unit="tokens"),
+    "top_k": Column("k", "Slots of each token.", unit="slots"),
+    "skipped": column_of("skipped"),
+    "computed_slots": Column("computed slots", "Slots whose expert ran: the base of FLOPs.", unit="slots"),
+    "padding_assignments": column_of("padding"),
+    "nonfinite_tokens": Column("nonfinite", "Tokens whose logits hold NaN or infinity.", unit="tokens"),
+    "router_entropy": column_of("router entropy"),
+    "confidence": column_of("router confidence"),
+    "top1_prob": Column("top-1 probability", "Largest softmax probability, mean over tokens."),
+    "topk_mass": Column("top-k mass", "Softmax probability of the chosen experts, mean over tokens."),
+    "z_loss": Column("z-loss", "Mean of logsumexp(logits)²: ST-MoE, arXiv:2202.08906, equation 5."),
+    "router_flops": Column("router FLOP", "Of the call, by formula.", unit="FLOP"),
+    "expert_flops": Column("experts FLOP", "Of the routed experts, by formula.", unit="FLOP"),
+    "memory_allocated_bytes": Column("memory", "What torch's allocator held on the device.", unit="bytes"),
+}
+"""Fields of `RoutingSample`."""
+
+COLUMNS: dict[str, Column] = {
+    **_OF_SAMPLES,
+    "load_max_over_mean": column_of("max÷mean"),
+    "load_cv": column_of("CV"),
+    "load_gini": column_of("Gini"),
+    "load_entropy": column_of("entropy"),
+    "active_experts": column_of("active"),
+    "router_host_us": column_of("router host µs"),
+    "router_device_busy_us": column_of("router device busy µs"),
+    **{
+        f"{kind}_{name}_us": Column(f"{kind} {label}", definition, unit="µs")
+        for kind in RANGE_KINDS
+        for name, label, definition in (
+            ("start", "start", "Start of its range on the host, since the trace's `baseTimeNanoseconds`."),
+            ("range", "range", "Length of its range on the host."),
+            ("device_start", "device start", "Start of its first kernel."),
+            ("device_span", "device span", "From its first kernel to its last, gaps included."),
+        )
+    },
+    **{
+        f"phase_{phase}_{name}_us": column_of(f"{phase} {label} µs")
+        for name, label in (
+            *(("host", "host"), ("device", "device busy")),
+            *(("backward_host", "backward host"), ("backward_device", "backward device busy")),
+        )
+        for phase in PHASES
+    },
+    "block_host_us": column_of("block host µs"),
+    "block_host_gap_us": column_of("block host gap µs"),
+    "block_device_gap_us": column_of("block device gap µs"),
+    "assignments": column_of("assignments"),
+    "k_histogram": Column("k histogram", "Tokens by the number of slots that they used.", unit="tokens"),
+}
+"""Name in the rows -> its label, unit and definition, in the order of the rows."""
 
 
 def call_rows(
     samples: Sequence[RoutingSample], times: CallTimes | None, busy_us: Mapping[SampleKey, float]
 ) -> list[dict[str, Any]]:
-    """Flat rows with the same keys throughout; times in microseconds; lists for counts per expert."""
+    """Flat rows whose keys are `COLUMNS`; None where a figure is not known; lists for counts per expert."""
     index = {(s.name, s.call): i for i, s in enumerate(times.samples)} if times is not None else {}
+    columns_ns = _phases_ns(times) if times is not None else {}
     rows = []
     for sample in samples:
-        key = (sample.name, sample.call)
-        rows.append(_row(sample, busy_us.get(key)) | _phase_columns(times, index.get(key)) | _lists(sample))
+        row = _row(sample, busy_us.get((sample.name, sample.call)))
+        i = index.get((sample.name, sample.call))
+        if i is not None:
+            row |= {name: int(values[i]) / 1000 for name, values in columns_ns.items()}
+        rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
 
 def _row(sample: RoutingSample, busy_us: float | None) -> dict[str, Any]:
     load = describe_load(sample.assignments)
-    row: dict[str, Any] = {"site": sample.site, "name": sample.name, "layer": sample.layer}
-    row |= {name: getattr(sample, name) for name in _COUNTS}
-    row |= {
+    row = {name: getattr(sample, name) for name in _OF_SAMPLES} | {
         "load_max_over_mean": load.max_over_mean,
         "load_cv": load.cv,
         "load_gini": load.gini,
@@ -57,41 +101,27 @@ def _row(sample: RoutingSample, busy_us: float | None) -> dict[str, Any]:
         "active_experts": load.active_experts,
         "router_host_us": host_us(sample),
         "router_device_busy_us": busy_us,
+        "assignments": sample.assignments.tolist(),
+        "k_histogram": sample.k_histogram.tolist(),
     }
-    placement = sample.placement
-    for kind in RANGE_KINDS:
-        host = placement.host.get(kind) if placement is not None else None
-        device = placement.device.get(kind) if placement is not None else None
-        row[f"{kind}_start_us"] = host.start_us if host is not None else None
-        row[f"{kind}_range_us"] = host.duration_us if host is not None else None
-        row[f"{kind}_device_start_us"] = device.start_us if device is not None else None
-        row[f"{kind}_device_span_us"] = device.duration_us if device is not None else None
+    if sample.placement is not None:
+        for kind, span in sample.placement.host.items():
+            row |= {f"{kind}_start_us": span.start_us, f"{kind}_range_us": span.duration_us}
+        for kind, span in sample.placement.device.items():
+            row |= {f"{kind}_device_start_us": span.start_us, f"{kind}_device_span_us": span.duration_us}
     return row
 
 
-def _lists(sample: RoutingSample) -> dict[str, Any]:
-    return {"assignments": sample.assignments.tolist(), "k_histogram": sample.k_histogram.tolist()}
-
-
-def _phase_columns(times: CallTimes | None, index: int | None) -> dict[str, float | None]:
-    row: dict[str, float | None] = {}
-    device = times is not None and times.device_known
-    sources = {
-        "host_us": times.forward.host_ns if times else None,
-        "device_us": times.forward.busy_ns if times and device else None,
-        "backward_host_us": times.backward.host_ns if times and times.backward else None,
-        "backward_device_us": times.backward.busy_ns if times and times.backward and device else None,
-    }
-    for suffix, values in sources.items():
-        for column, phase in enumerate(PHASES):
-            known = values is not None and index is not None
-            row[f"phase_{phase}_{suffix}"] = int(values[index, column]) / 1000 if known else None  # type: ignore[index]
-    whole = {
-        "block_host_us": times.block_host_ns if times else None,
-        "block_host_gap_us": times.host_gap_ns if times else None,
-        "block_device_gap_us": times.device_gap_ns if times and device else None,
-    }
-    for name, column_values in whole.items():
-        known = column_values is not None and index is not None
-        row[name] = int(column_values[index]) / 1000 if known else None  # type: ignore[index]
-    return row
+def _phases_ns(times: CallTimes) -> dict[str, npt.NDArray]:
+    """What is known of the calls' phases, a value per row of the times."""
+    columns = {"block_host_us": times.block_host_ns, "block_host_gap_us": times.host_gap_ns}
+    if times.device_known:
+        columns["block_device_gap_us"] = times.device_gap_ns
+    for way, of_way in (("", times.forward), ("backward_", times.backward)):
+        if of_way is None:
+            continue
+        for i, phase in enumerate(PHASES):
+            columns[f"phase_{phase}_{way}host_us"] = of_way.host_ns[:, i]
+            if times.device_known:
+                columns[f"phase_{phase}_{way}device_us"] = of_way.busy_ns[:, i]
+    return columns

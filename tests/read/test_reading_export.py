@@ -15,7 +15,9 @@ import pytest
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import CounterDescriptor, Trace, TrackEvent
 
 from moe_trace.cli import main
+from moe_trace.data.display.columns import DEFINITIONS
 from moe_trace.read.reader import read_summary
+from moe_trace.read.rows import COLUMNS
 from paths import DATA
 from tiny_trace import write_tiny
 
@@ -67,6 +69,20 @@ def test_data_frame_equals_parquet(tmp_path: Path) -> None:
     stored = pandas.read_parquet(export(H200, "parquet", tmp_path / "a.parquet")).drop(columns="trace")
     assert list(frame.columns) == list(stored.columns)
     assert np.allclose(frame["router_start_us"], stored["router_start_us"])
+
+
+def test_files_and_frames_say_what_their_columns_are(tmp_path: Path) -> None:
+    """By the definitions that reports have, and with a unit wherever the name has one."""
+    said = read_summary(H200).to_dataframe().attrs["columns"]
+    schema = pyarrow.parquet.read_schema(export(H200, "parquet", tmp_path / "a.parquet"))
+    assert list(said) == schema.names[1:] == list(COLUMNS)
+    for name, of_frame in said.items():
+        of_file = {key.decode(): value.decode() for key, value in schema.field(name).metadata.items()}
+        assert of_frame == {key: of_file[key] for key in ("label", "unit", "definition")}
+        assert of_frame["label"] and of_frame["definition"]
+        assert (of_frame["unit"] == "µs") == name.endswith("_us")
+    assert said["load_cv"]["definition"] == DEFINITIONS["CV"]
+    assert said["router_entropy"]["unit"] == "nats"
 
 
 def test_eplb_is_layers_by_experts(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ class Column:
             return "-"
         return value if isinstance(value, str) else self.text(value)
 
+    def described(self) -> dict[str, str]:
+        """What files and data frames say of it."""
+        return {"label": self.label, "unit": self.unit, "definition": self.definition}
+
     def terminal_cell(self, value: Cell) -> str:
         """A cell's text in a table of a terminal."""
         if value is None or isinstance(value, str):
@@ -94,6 +98,7 @@ DEFINITIONS = {
     "CV": "Population standard deviation of the experts' assignments over their mean: 0 is even.",
     "Gini": "0 for equal loads, (E − 1)/E when one expert takes all.",
     "entropy": "Entropy of the experts' shares over ln E: 1 is even, 0 is all on one expert.",
+    "active": "Experts that got at least one assignment.",
     "busiest expert": "The expert with the most assignments.",
     "× equal share": "An expert's assignments over the mean of its layer: 1× is an equal share.",
     "skipped": "Slots whose index is out of range, or whose weight is exactly 0.",
@@ -106,6 +111,8 @@ DEFINITIONS = {
     "combine": "After the experts' last product: weighting, scatter, sum, all-to-all.",
     "shared": "Products outside router and routed experts: shared experts.",
     "other": "The rest of the block.",
+    "block": "The MoE block: router, routed and shared experts, and what moves tokens between them.",
+    "backward": "Of the backward pass, joined by Kineto's forward-backward links.",
     "gap": "Time of the block in which none of its kernels (on the host: no operator) ran.",
     "host": "Time on the CPU thread that launches the work.",
     "device busy": "Sum of the kernels launched inside the range.",
@@ -141,6 +148,10 @@ _DECIMALS = {
 """In a terminal, where figures that are compared stand below each other."""
 _WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16, "differs": 24, "A": 24, "B": 24}
 _UNITS = ("µs", "GB/s", "FLOP/s", "%")
+_UNIT_OF = {
+    **dict.fromkeys(("assignments", "skipped", "padding"), "slots"),
+    **{"router entropy": "nats", "active": "experts", "tokens": "tokens"},
+}
 
 
 def column_of(heading: str) -> Column:
@@ -149,13 +160,14 @@ def column_of(heading: str) -> Column:
     if words in DEFINITIONS:
         definition = DEFINITIONS[words]
     else:
-        parts = [label for label in DEFINITIONS if f" {label} " in f" {words} "]
+        named = [label for label in DEFINITIONS if f" {label} " in f" {words} "]
+        parts = [label for label in named if not any(label != other and label in other for other in named)]
         definition = " ".join(f"{label}: {DEFINITIONS[label]}" for label in parts)
     last = words.rpartition(" ")[2]
     is_ratio = words.startswith("×")  # of an equal share: a multiple, not a part
     text = number_text if is_ratio else _FORMATS.get(last, number_text)
     terminal = partial(fixed, decimals=_DECIMALS[words]) if words in _DECIMALS else _FORMATS.get(last, number)
-    unit = last if last in _UNITS else ""
+    unit = last if last in _UNITS else _UNIT_OF.get(words, "")
     return Column(words, definition, text, unit, terminal, _WIDTHS.get(words, 60))
 
 
