@@ -33,6 +33,7 @@ _HOME = {
     "merge_into": "moe_trace.timeline.merge",
     "Routes": "moe_trace.data.routes.options",
     "RecordedRoutes": "moe_trace.data.routes.columns",
+    "read_routes": "moe_trace.data.routes.file",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
     "ask": "moe_trace.read.ask",
@@ -79,6 +80,7 @@ __all__ = [
     "merge_into",
     "profile",
     "read_recording",
+    "read_routes",
     "read_summary",
     "register_adapter",
     "replace_router",
@@ -89,6 +91,7 @@ __all__ = [
 if TYPE_CHECKING:
     from moe_trace.data.errors import MoETraceError, NoRoutersFound
     from moe_trace.data.routes.columns import RecordedRoutes
+    from moe_trace.data.routes.file import read_routes
     from moe_trace.data.routes.options import Routes
     from moe_trace.data.schema import RoutingSample
     from moe_trace.data.summary import Summary

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.routes.writer import save_routes
 
 UNKNOWN = -1
 """Of a sequence, a position or a token id that nobody told."""
@@ -67,6 +69,8 @@ class RecordedRoutes:
     versions: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Tokens that are not here, by reason."""
+    incomplete: str = ""
+    """What a file lacks that was not closed, in words."""
     others: tuple[RecordedRoutes, ...] = ()
     """Groups of layers that saw other tokens; see `groups`."""
 
@@ -124,6 +128,18 @@ class RecordedRoutes:
         chosen: Any = {name: column[tokens] for name, column in self.columns().items()}
         return replace(self, others=(), **chosen)
 
+    def save(self, path: str | Path, *, level: int = 1) -> Path:
+        """Write all groups to a file, whole or not at all; `moe_trace.read_routes` reads it.
+
+        Args:
+            path: by convention ends in `.routes.npz`.
+            level: of zlib, 0 to 9.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        return save_routes(self, path, level=level)
+
     def assignments(self) -> np.ndarray:
         """[L, E] int64: slots by layer and expert, padding included; E is the most of any layer."""
         experts = max(self.num_experts, default=0)
@@ -144,7 +160,7 @@ _TOKEN_COLUMNS = (
     "token_ids",
 )
 COLUMNS = ("expert_ids", *_TOKEN_COLUMNS, "lost_layers", "weights")
-_ABSENT = {"recomputed": False, "lost_layers": False, "token_ids": UNKNOWN, "weights": np.nan}
+ABSENT = {"recomputed": False, "lost_layers": False, "token_ids": UNKNOWN, "weights": np.nan}
 """What an optional column holds for tokens of a part without it."""
 
 
@@ -175,4 +191,4 @@ def _column(part: RecordedRoutes, name: str) -> np.ndarray:
     tokens, layers, slots = part.expert_ids.shape
     shape = {"weights": (tokens, layers, slots), "lost_layers": (tokens, layers)}.get(name, (tokens,))
     kind = {"weights": np.float16, "token_ids": np.int32}.get(name, np.bool_)
-    return np.full(shape, _ABSENT[name], kind)
+    return np.full(shape, ABSENT[name], kind)

@@ -1,0 +1,236 @@
+"""The file of routes: `RoutesWriter` appends to it, `read_routes` reads it. Its format: `writer.py`."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.routes.archive import Damaged, Member, is_finished, members
+from moe_trace.data.routes.columns import ABSENT, COLUMNS, RecordedRoutes
+from moe_trace.data.routes.header import (
+    END_BYTES,
+    HEADER_BYTES,
+    ChunkEnd,
+    Group,
+    Header,
+    read_chunk_end,
+    read_header,
+)
+from moe_trace.data.routes.writer import RoutesWriter as RoutesWriter
+from moe_trace.data.routes.writer import save_routes as save_routes
+
+SUFFIX = ".routes.npz"
+_NPY_HEADER_BYTES = 256
+_FREE_BYTES, _EXPANSION = 1 << 30, 200
+"""A file may expand to the first, or to so many times its own size."""
+_CHUNK_MEMBER = re.compile(r"c(\d{6,9})\.(?:(\w{1,20})\.npy|json)")
+
+
+class IncompleteRoutes(UserWarning):
+    """The file was not closed: the run goes on or has crashed. Its whole chunks were read."""
+
+
+def read_routes(path: str | Path) -> RecordedRoutes:
+    """Read a file of routes.
+
+    A file that was not closed is read up to its last whole chunk; `RecordedRoutes.incomplete` and a warning
+    say so.
+
+    Raises:
+        TraceFileError: no such file, another format, or damaged.
+    """
+    shown = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            if not file.seekable():
+                raise TraceFileError(f"{shown}: a pipe, where a file is expected; save it first")
+            size = file.seek(0, os.SEEK_END)
+            try:
+                return _read(file, size, shown)
+            except Damaged as error:
+                raise TraceFileError(
+                    f"{shown}: found {error}; expected a file of routes as RecordedRoutes.save and "
+                    "`moe-trace run --routes` write them. Write it again, or bring other captures in with "
+                    "`moe-trace routes import`"
+                ) from error
+    except OSError as error:
+        raise TraceFileError(
+            f"{shown}: cannot be read ({error.strerror or error}), expected a file of routes "
+            f"(*{SUFFIX}); check the path"
+        ) from error
+
+
+@dataclass
+class _Contents:
+    """What the headers and the chunks' ends say."""
+
+    header: Header | None = None
+    headers: int = 0
+    chunks: list[tuple[ChunkEnd, dict[str, Member]]] = field(default_factory=list)
+    whole_bytes: int = 0
+
+
+def _read(file: BinaryIO, size: int, shown: str) -> RecordedRoutes:
+    if not size:
+        raise Damaged("an empty file")
+    contents, columns, incomplete = _Contents(), {}, ""
+    finished = is_finished(file, size)
+    try:
+        _scan(file, size, contents)
+    except Damaged:
+        if finished or not contents.chunks:
+            raise
+    header = contents.header
+    if header is None or not (finished or contents.chunks):
+        raise Damaged("a file that ends before its first whole chunk")
+    _bound(contents, size)
+    columns = _columns(file, contents, finished)
+    if not finished:
+        tokens = sum(end.tokens for end, _ in contents.chunks)
+        incomplete = (
+            f"not closed: its run goes on or has crashed. {len(contents.chunks)} whole chunks of {tokens:,} "
+            f"tokens were read; the last {size - contents.whole_bytes:,} bytes hold no whole chunk"
+        )
+        warnings.warn(f"{shown}: {incomplete}", IncompleteRoutes, stacklevel=3)
+    groups = header.groups or (Group((), (), (), 0, "|u1"),)
+    first, *others = [
+        RecordedRoutes(
+            layers=group.layers,
+            num_experts=group.num_experts,
+            top_k=group.top_k,
+            dropped=_dropped(contents, number),
+            incomplete=incomplete,
+            **columns[number],
+            **header.run,
+        )
+        for number, group in enumerate(groups)
+    ]
+    return replace(first, others=tuple(others))
+
+
+def _scan(file: BinaryIO, size: int, contents: _Contents) -> None:
+    waiting: dict[str, Member] = {}
+    for member in members(file, size):
+        if member.name == f"header.{contents.headers}.json" and not waiting:
+            header = read_header(member.read(file, HEADER_BYTES))
+            known = contents.header.groups if contents.header else ()
+            if known and (header.groups[: len(known)] != known or len(header.groups) == len(known)):
+                raise Damaged("a second header that contradicts the first")
+            contents.header, contents.headers = header, contents.headers + 1
+            continue
+        match = _CHUNK_MEMBER.fullmatch(member.name)
+        if match is None or int(match[1]) != len(contents.chunks):
+            raise Damaged(f"a member {member.name!r} that has no place here")
+        if contents.header is None:
+            raise Damaged("no header")
+        if match[2] is not None:
+            waiting[match[2]] = member
+            if len(waiting) > len(COLUMNS):
+                raise Damaged(f"chunk {len(contents.chunks)} of other columns")
+            continue
+        end = read_chunk_end(member.read(file, END_BYTES), len(contents.chunks), contents.header.groups)
+        if end.columns != {name: column.crc for name, column in waiting.items()}:
+            raise Damaged(f"chunk {len(contents.chunks)} without the columns that it names")
+        contents.chunks.append((end, waiting))
+        contents.whole_bytes = member.start + member.compressed
+        waiting = {}
+    if waiting:
+        raise Damaged(f"chunk {len(contents.chunks)} without its end")
+
+
+def _bound(contents: _Contents, size: int) -> None:
+    """Before memory is taken."""
+    total = sum(end.group.nbytes(name, end.tokens) for end, columns in contents.chunks for name in columns)
+    if total > max(_FREE_BYTES, _EXPANSION * size):
+        raise Damaged(f"{size:,} bytes that would expand to {total:,}")
+
+
+def _columns(file: BinaryIO, contents: _Contents, finished: bool) -> dict[int, dict[str, Any]]:
+    """The columns of each group. Of a file that was not closed, chunks from the first damaged one on are left
+    out."""
+    columns = _room(contents)
+    filled = dict.fromkeys(columns, 0)
+    for place, (end, found) in enumerate(contents.chunks):
+        start = filled[end.group_number]
+        try:
+            for name, column in columns[end.group_number].items():
+                rows = column[start : start + end.tokens]
+                rows[...] = _array(file, found[name], name, end) if name in found else ABSENT[name]
+        except Damaged:
+            if finished or not place:
+                raise
+            del contents.chunks[place:]
+            contents.whole_bytes = min(member.start for member in found.values())
+            break
+        filled[end.group_number] += end.tokens
+    present = [_present(contents, number) for number in columns]
+    return {
+        number: {name: column[: filled[number]] for name, column in own.items() if name in present[number]}
+        for number, own in columns.items()
+    }
+
+
+def _present(contents: _Contents, group: int) -> set[str]:
+    """Names of the columns of a group: optional ones where a chunk has them."""
+    written = {name for end, _ in contents.chunks if end.group_number == group for name in end.columns}
+    return written | (set(COLUMNS) - set(ABSENT))
+
+
+def _room(contents: _Contents) -> dict[int, dict[str, Any]]:
+    """Empty columns of each group."""
+    groups = contents.header.groups if contents.header else ()
+    room: dict[int, dict[str, Any]] = {}
+    for number, group in enumerate(groups or (Group((), (), (), 0, "|u1"),)):
+        tokens = sum(end.tokens for end, _ in contents.chunks if end.group_number == number)
+        present = _present(contents, number)
+        room[number] = {
+            name: np.empty(group.shape(name, tokens), group.dtype(name).newbyteorder("="))
+            for name in COLUMNS
+            if name in present
+        }
+    return room
+
+
+def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarray:
+    group = end.group
+    shape, dtype, nbytes = (
+        group.shape(name, end.tokens),
+        group.dtype(name),
+        group.nbytes(name, end.tokens),
+    )
+    data = member.read(file, nbytes + _NPY_HEADER_BYTES)
+    buffer = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(buffer) != (1, 0):
+            raise ValueError("another version of .npy")
+        found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(buffer)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise Damaged(f"{member.name} that is no array of numbers") from error
+    if found_shape != shape or found_dtype != dtype or len(data) - buffer.tell() != nbytes:
+        raise Damaged(f"{member.name} of {found_dtype} {found_shape} where {dtype} {shape} is expected")
+    if dtype == np.bool_ and max(data[buffer.tell() :], default=0) > 1:
+        raise Damaged(f"{member.name} with bytes that are neither 0 nor 1")
+    array: np.ndarray = np.frombuffer(data, dtype, offset=buffer.tell()).reshape(
+        shape, order="F" if fortran else "C"
+    )
+    if name == "stage_codes" and array.max(initial=0) >= len(STAGES):
+        raise Damaged(f"{member.name} with an unknown stage")
+    return array
+
+
+def _dropped(contents: _Contents, group: int) -> dict[str, int]:
+    dropped: dict[str, int] = {}
+    for end, _ in contents.chunks:
+        if end.group_number == group:
+            for reason, tokens in end.dropped.items():
+                dropped[reason] = dropped.get(reason, 0) + tokens
+    return dropped

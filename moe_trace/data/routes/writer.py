@@ -1,0 +1,292 @@
+"""`RoutesWriter`: routes appended to a file while a run goes on.
+
+The file is a zip archive that `numpy.load` opens. Its members, in this order:
+
+- `header.0.json`: version of the format, model, versions, rank, and the groups of layers: paths, experts,
+  top-k, slots and type of the ids. A group that is met later brings another header, `header.1.json`, with all
+  groups so far.
+- chunk by chunk, `c000000.expert_ids.npy` and the other columns of up to `CHUNK_BYTES` of ids of one group,
+  then `c000000.json`, which names the group, the tokens, the columns with their CRC-32, and what was dropped.
+  A chunk counts once that last member is there.
+
+Columns of [T, L, K] lie in Fortran order: the ids of one layer and slot stand together, which deflates to
+two thirds of what rows give.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from moe_trace.data.errors import OutputError
+from moe_trace.data.files import whole_file
+from moe_trace.data.version import __version__
+
+FORMAT = "moe_trace routes"
+VERSION = 1
+CHUNK_BYTES = 2 << 20
+TYPES: dict[str, str] = {
+    "padding": "|b1",
+    "step": "<i8",
+    "forward": "<i8",
+    "sequence": "<i4",
+    "position": "<i4",
+    "stage_codes": "|u1",
+    "recomputed": "|b1",
+    "token_ids": "<i4",
+    "lost_layers": "|b1",
+    "weights": "<f2",
+}
+"""Types in the file; that of `expert_ids` stands in the header."""
+
+
+class Part(Protocol):
+    """What of `RecordedRoutes` is written."""
+
+    @property
+    def expert_ids(self) -> np.ndarray: ...
+    @property
+    def layers(self) -> Sequence[str]: ...
+    @property
+    def num_experts(self) -> Sequence[int]: ...
+    @property
+    def top_k(self) -> Sequence[int]: ...
+    @property
+    def dropped(self) -> Mapping[str, int]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+    @property
+    def groups(self) -> Sequence[Part]: ...
+    def columns(self) -> dict[str, np.ndarray]: ...
+
+
+@dataclass
+class _Group:
+    """Layers that see the same tokens, and what waits for a chunk of its own."""
+
+    description: dict[str, Any]
+    waiting: list[dict[str, np.ndarray]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(columns["expert_ids"]) for columns in self.waiting)
+
+    @property
+    def chunk_tokens(self) -> int:
+        width = len(self.description["layers"]) * self.description["slots"]
+        return max(
+            1, min(1 << 16, CHUNK_BYTES // max(1, width * np.dtype(self.description["type"]).itemsize))
+        )
+
+
+class RoutesWriter:
+    """Appends routes to a file, a chunk at a time; also a context manager.
+
+    What was appended waits in memory until it fills a chunk of 2 MiB of ids; `flush` writes it at once.
+    After a crash the file can be read up to its last whole chunk.
+
+    Args:
+        path: the file, by convention `<stem of the trace>.routes.npz`; replaced if it exists.
+        level: of zlib, 0 to 9.
+
+    Raises:
+        OutputError: the file cannot be written, here or later.
+    """
+
+    def __init__(self, path: str | Path, *, level: int = 1) -> None:
+        self.path = Path(path)
+        self._level = level
+        self._groups: dict[tuple[str, ...], _Group] = {}
+        self._run: dict[str, Any] = {}
+        self._headers = self._chunks = 0
+        self._closed = True
+        try:
+            self._file = self.path.open("wb")
+            self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=level)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._closed = False
+
+    def append(self, part: Part) -> None:
+        """Add the tokens of a part, its other groups included.
+
+        Raises:
+            ValueError: a layer's experts, top-k, slots or type differ from those of earlier parts, or a value
+                does not fit its column.
+            OutputError: the disk is full.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: the writer is closed; open another file")
+        known = len(self._groups)
+        pairs = [(self._group(group), group) for group in part.groups]
+        if not self._run:
+            self._run = {"rank": part.rank, "world_size": part.world_size}
+            self._run |= {"model": dict(part.model), "versions": dict(part.versions)}
+        if len(self._groups) > known or not self._headers:
+            self._write_header()
+        for number, group in pairs:
+            self._take(number, group)
+
+    def flush(self) -> None:
+        """Write what waits as chunks, and hand the file to the operating system."""
+        for group in self._groups.values():
+            if group.waiting or group.dropped:
+                self._write_chunk(group)
+
+    def close(self) -> None:
+        """Write what waits and the archive's directory; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if not self._headers:
+                self._write_header()
+            for group in self._groups.values():
+                if group.waiting or group.dropped:
+                    self._write_chunk(group)
+        finally:
+            try:
+                self._zip.close()
+                self._file.close()
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def __enter__(self) -> RoutesWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # else the archive would be finished without what waits
+            self.close()
+
+    def _group(self, part: Part) -> _Group:
+        description = {
+            "layers": list(part.layers),
+            "num_experts": [int(experts) for experts in part.num_experts],
+            "top_k": [int(slots) for slots in part.top_k],
+            "slots": int(part.expert_ids.shape[2]),
+            "type": part.expert_ids.dtype.newbyteorder("<").str,
+        }
+        group = self._groups.setdefault(tuple(part.layers), _Group(description))
+        if group.description != description:
+            raise ValueError(
+                f"expected parts with the same experts, top-k, slots and type of ids as the first, "
+                f"{_told(group.description)}; found {_told(description)}"
+            )
+        return group
+
+    def _take(self, group: _Group, part: Part) -> None:
+        columns = {name: _typed(name, column) for name, column in part.columns().items()}
+        for reason, tokens in part.dropped.items():
+            group.dropped[reason] = group.dropped.get(reason, 0) + int(tokens)
+        if group.waiting and group.waiting[0].keys() != columns.keys():
+            self._write_chunk(group)
+        tokens, start = len(part.expert_ids), 0
+        if not tokens and not group.waiting:
+            group.waiting.append(columns)  # which columns there are is kept too
+        while start < tokens:
+            end = min(tokens, start + group.chunk_tokens - group.tokens)
+            group.waiting.append({name: column[start:end].copy() for name, column in columns.items()})
+            start = end
+            if group.tokens >= group.chunk_tokens:
+                self._write_chunk(group)
+
+    def _write_header(self) -> None:
+        groups = [group.description for group in self._groups.values()]
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "moe_trace": __version__,
+            **self._run,
+            "groups": groups,
+        }
+        self._write(f"header.{self._headers}.json", json.dumps(header, default=str).encode())
+        self._headers += 1
+
+    def _write_chunk(self, group: _Group) -> None:
+        name = f"c{self._chunks:06}"
+        checksums: dict[str, int] = {}
+        waiting = group.waiting or [{}]
+        for column in waiting[0]:
+            data = _npy(np.concatenate([columns[column] for columns in waiting]))
+            checksums[column] = zlib.crc32(data)
+            self._write(f"{name}.{column}.npy", data)
+        number = list(self._groups.values()).index(group)
+        end: dict[str, Any] = {"chunk": self._chunks, "group": number, "tokens": group.tokens}
+        end |= {"columns": checksums, "dropped": group.dropped}
+        self._write(f"{name}.json", json.dumps(end).encode())
+        self._chunks += 1
+        group.waiting, group.dropped = [], {}
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write(self, name: str, data: bytes) -> None:
+        member = zipfile.ZipInfo(name)  # of 1980: the same routes give the same bytes
+        member.compress_type = zipfile.ZIP_DEFLATED
+        try:
+            self._zip.writestr(member, data, compresslevel=self._level)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path}: cannot be written ({error.strerror or error}); free some space or choose another "
+            "folder. What was appended before can be read up to the last whole chunk"
+        )
+
+
+def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:
+    """Write routes to a file, whole or not at all; returns the path.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with whole_file(path) as temporary, RoutesWriter(temporary, level=level) as writer:
+        writer.append(routes)
+    return Path(os.fspath(path))
+
+
+def _typed(name: str, column: np.ndarray) -> np.ndarray:
+    wanted = np.dtype(TYPES[name]) if name in TYPES else column.dtype.newbyteorder("<")
+    if column.dtype == wanted:
+        return column
+    with np.errstate(over="ignore"):
+        typed = column.astype(wanted)
+    if not np.array_equal(typed, column, equal_nan=wanted.kind == "f"):
+        raise ValueError(f"expected {name} to fit {wanted}; found other values, of {column.dtype}")
+    return typed
+
+
+def _npy(column: np.ndarray) -> bytes:
+    """As `numpy.save` writes it, columns of several axes with the tokens running fastest."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.asfortranarray(column), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _told(description: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {description[name]}" for name in ("num_experts", "top_k", "slots", "type"))
