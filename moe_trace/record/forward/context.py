@@ -6,10 +6,9 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.private.module_calls import is_inside
 
 
 @dataclass(slots=True, eq=False)
@@ -84,14 +83,13 @@ class ForwardStack:
         stack = self.stacks.get(thread)
         return stack[-1] if stack else None
 
-    def is_stale(self, thread: int, level: int, module: nn.Module) -> bool:
-        """Whether a module is entered that lies outside those that the thread is said to be in, but not in
-        a call of itself.
+    def is_stale(self, thread: int, level: int) -> bool:
+        """Whether a module is entered that lies outside those that the thread is said to be in.
 
         They were left by an exception that no hook is told of, such as a KeyboardInterrupt.
         """
         stack = self.stacks.get(thread)
-        return stack is not None and level <= stack[0].level and not is_inside(module)
+        return stack is not None and level <= stack[0].level
 
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
         """A thread enters a module."""
@@ -116,14 +114,6 @@ class ForwardStack:
     def drop(self, thread: int) -> None:
         """The thread is in no forward."""
         self.stacks.pop(thread, None)
-
-    def contexts(self, *, without: int | None, innermost: bool) -> set[ForwardContext]:
-        """The forwards under way, but for all of a thread, or but for its innermost one."""
-        return {
-            entered.context
-            for thread, stack in list(self.stacks.items())
-            for entered in (stack if thread != without else stack[:-1] if innermost else ())
-        }
 
     @property
     def busy(self) -> int:

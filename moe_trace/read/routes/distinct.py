@@ -1,0 +1,69 @@
+"""Distinct experts of a step: how many experts' weights a batch of B tokens reads.
+
+For B tokens drawn without replacement from the N of the file, expert e being in the top k of n_e of them:
+
+    mean |union of S| = sum_e (1 - C(N - n_e, B) / C(N, B))
+
+exactly, for every B at once: C(N - n, B) / C(N, B) is the product of (N - n - i) / (N - i) over i < B. That
+is a step of B sequences that have nothing to do with each other. Beside it stands what the recorded decode
+steps themselves used, by their number of tokens. Consecutive tokens of one sequence are
+`Locality.distinct_in_window`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.sets import sizes
+from moe_trace.read.routes.tokens import LayerTokens
+
+BATCH_MAX = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Distinct:
+    """Of one layer."""
+
+    expected: npt.NDArray[np.float64]
+    """[B] mean for 1, 2, ... B tokens drawn from the file, B up to `BATCH_MAX` or the tokens there are."""
+    batch_sizes: npt.NDArray[np.int64]
+    """[M] numbers of tokens that the recorded decode steps had."""
+    steps: npt.NDArray[np.int64]
+    """[M] how many steps."""
+    measured: npt.NDArray[np.float64]
+    """[M] mean number of experts that they used."""
+
+
+def distinct(routes: RecordedRoutes, tokens: LayerTokens) -> Distinct:
+    """Of all stages drawn, and of decode steps measured."""
+    rows = tokens.order.rows
+    decode = np.flatnonzero(routes.stage_codes[rows] == STAGES.index("decode"))
+    forward = routes.forward[rows[decode]]
+    sorting = np.argsort(forward, kind="stable")
+    decode, forward = decode[sorting], forward[sorting]
+    starts = np.flatnonzero(np.diff(forward, prepend=forward[:1] - 1))
+    batch_M, of_step, steps_M = np.unique(
+        np.diff(starts, append=len(forward)), return_inverse=True, return_counts=True
+    )
+    unions = np.bitwise_or.reduceat(tokens.sets[decode], starts, axis=0) if len(starts) else tokens.sets[:0]
+    sums_M = np.bincount(of_step, weights=sizes(unions), minlength=len(batch_M))
+    return Distinct(
+        expected=expected_distinct(tokens.counts, len(tokens)),
+        batch_sizes=batch_M.astype(np.int64),
+        steps=steps_M.astype(np.int64),
+        measured=sums_M / np.maximum(steps_M, 1),
+    )
+
+
+def expected_distinct(
+    counts_E: npt.NDArray[np.int64], tokens: int, most: int = BATCH_MAX
+) -> npt.NDArray[np.float64]:
+    """[B] mean size of the union for 1 ... B of `tokens` tokens, `counts_E` of which have each expert."""
+    drawn = np.arange(min(most, tokens))[:, None]
+    missing_BE = np.maximum(0, tokens - counts_E[None] - drawn) / (tokens - drawn)
+    return (1 - np.cumprod(missing_BE, axis=0)).sum(axis=1)

@@ -1,0 +1,93 @@
+"""Gating weights: how much of the output each expert gives, against how many assignments it has.
+
+- mass: sum of the weights with which an expert was chosen, over that of all experts; beside it the share of
+  assignments. An expert with less mass than assignments is chosen often and weighs little.
+- margin: a token's largest weight minus its second largest. How far the k-th expert was from the first that
+  was not chosen is unknown: its weight is not recorded.
+- last: a token's smallest weight over the sum of its weights, what leaving out its last expert takes away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.tokens import CHUNK, LayerTokens
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """Of one layer, over tokens whose weights were recorded."""
+
+    tokens: int
+    mass_share: npt.NDArray[np.float64]
+    """[E] share of the weights' sum."""
+    assignment_share: npt.NDArray[np.float64]
+    """[E] share of the same tokens' assignments."""
+    by_rank: npt.NDArray[np.float64]
+    """[K] mean weight of each slot, in the router's order; NaN where a slot was always skipped."""
+    margin: npt.NDArray[np.float64]
+    """[5] `QUANTILES` over tokens with two experts or more; NaN where there are none."""
+    margin_mean: float
+    last: npt.NDArray[np.float64]
+    """[5] `QUANTILES` over the same tokens."""
+    last_mean: float
+
+
+def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | None:
+    """Of one layer; None where no weights were recorded."""
+    if routes.weights is None:
+        return None
+    experts, slots = tokens.experts, tokens.ids.shape[1]
+    mass, chosen = np.zeros(experts + 1), np.zeros(experts + 1, np.int64)
+    rank_sum, rank_count, counted = np.zeros(slots), np.zeros(slots, np.int64), 0
+    margins, lasts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    for start in range(0, len(tokens), CHUNK):
+        rows = tokens.order.rows[start : start + CHUNK]
+        weights = routes.weights[rows, layer, :slots].astype(np.float32)
+        ids = tokens.ids[start : start + CHUNK]
+        used = ids < experts
+        told = (np.isfinite(weights) | ~used).all(axis=1) & used.any(axis=1)
+        weights, ids, used = np.where(used, weights, 0)[told], ids[told], used[told]
+        mass += np.bincount(ids.ravel(), weights.ravel(), minlength=experts + 1)
+        chosen += np.bincount(ids.ravel(), minlength=experts + 1)
+        rank_sum += weights.sum(axis=0, dtype=np.float64)
+        rank_count += used.sum(axis=0)
+        counted += len(ids)
+        margin, last = _margins(weights, used)
+        margins.append(margin)
+        lasts.append(last)
+    if not counted:
+        return None
+    margin, last = np.concatenate(margins), np.concatenate(lasts)
+    return Gates(
+        tokens=counted,
+        mass_share=ratio(mass[:-1], mass[:-1].sum()),
+        assignment_share=ratio(chosen[:-1], chosen[:-1].sum()),
+        by_rank=ratio(rank_sum, rank_count),
+        margin=_quantiles(margin),
+        margin_mean=float(margin.mean(dtype=np.float64)) if len(margin) else float("nan"),
+        last=_quantiles(last),
+        last_mean=float(last.mean(dtype=np.float64)) if len(last) else float("nan"),
+    )
+
+
+def _margins(weights: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the tokens with two experts or more: the largest minus the second, and the smallest over the sum."""
+    several = used.sum(axis=1) >= 2
+    weights, used = weights[several], used[several]
+    if not len(weights):
+        return weights[:, :0].ravel(), weights[:, :0].ravel()
+    highest = np.sort(np.where(used, weights, -np.inf), axis=1)
+    smallest = np.where(used, weights, np.inf).min(axis=1)
+    return highest[:, -1] - highest[:, -2], ratio(smallest, weights.sum(axis=1)).astype(np.float32)
+
+
+def _quantiles(values: np.ndarray) -> npt.NDArray[np.float64]:
+    return np.quantile(values, QUANTILES).astype(np.float64) if len(values) else np.full(5, np.nan)

@@ -1,0 +1,138 @@
+"""Temporal locality: how soon the tokens of a sequence come back to the same experts.
+
+S_t is the set of experts of token t. All figures are taken within runs (see `tokens`), over sets as they
+are: a slot that was skipped makes a set smaller.
+
+- `lags`: sum_t |S_t and S_(t-d)| / sum_t |S_t| over the tokens with d tokens before them in their run; d = 1
+  is the reuse of consecutive tokens. Chance is k / E for uniform routing; what the layer's load alone gives,
+  were tokens independent of each other, is sum_e p_e^2 / sum_e p_e with p_e the share of tokens with e.
+- `reuse_within`: the cumulative distribution of the reuse distance, in tokens since the same run last used
+  the expert, over all assignments of tokens in runs; what is missing to 1 was never used before.
+- `distinct_in_window`: mean of |union of S| over every d consecutive tokens, what a verify step of d
+  speculated tokens reads.
+- `segment_coverage`: runs cut into segments of m tokens (an incomplete last one is left out); mean over
+  segments of the share of assignments that the c most used experts of that segment cover, for every c. No set
+  of c experts that stays fixed through a segment covers more. (Local routing consistency, arXiv 2505.16056,
+  asks this question; its SRP and SCH are defined through a model's scores, and are not computed here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.sets import Words, total_size
+from moe_trace.read.routes.tokens import LayerTokens
+
+Floats = npt.NDArray[np.float64]
+SEGMENTS = (16, 128)
+_BINS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Locality:
+    """Of one layer; NaN where no run is long enough."""
+
+    distances: npt.NDArray[np.int64]
+    """[D] 1, 2, 4, ... tokens, up to the longest run."""
+    lags: Floats
+    """[D] share of a token's experts that the token so far before it used, too."""
+    by_chance: float
+    """The same of uniform routing: k / E."""
+    by_load: float
+    """The same of independent tokens with this layer's load."""
+    reuse_within: Floats
+    """[D] share of assignments whose expert the run used at most so many tokens ago."""
+    distinct_in_window: Floats
+    """[D] mean number of experts of so many consecutive tokens."""
+    segments: tuple[int, ...]
+    """[M] lengths of segments in tokens."""
+    segment_coverage: Floats
+    """[M, E] share covered by the best 1, 2, ... E experts of each segment."""
+    fixed_coverage: Floats
+    """[E] share covered by the 1, 2, ... E most used experts of the layer, in all tokens."""
+
+    @property
+    def consecutive(self) -> float:
+        """Share of a token's experts that the token just before it used."""
+        return float(self.lags[0]) if len(self.lags) else float("nan")
+
+    @property
+    def first_use(self) -> float:
+        """Share of assignments whose expert the run had not used before."""
+        return float(1 - self.reuse_within[-1]) if len(self.reuse_within) else float("nan")
+
+
+def locality(tokens: LayerTokens, segments: tuple[int, ...] = SEGMENTS) -> Locality | None:
+    """Of the tokens whose place is known; None where there are none."""
+    if not tokens.order.known.all():
+        known = tokens.order.known
+        tokens = LayerTokens(tokens.ids[known], tokens.experts, tokens.order.only(known))
+    total = tokens.assignments
+    if not total:
+        return None
+    longest = int(tokens.order.place.max(initial=0))
+    distances = 1 << np.arange(max(0, longest - 1).bit_length() + 1 if longest else 0)
+    figures = np.array([_at(tokens, windows, d) for d, windows in _windows(tokens, distances)])
+    lags, reuse, distinct = figures.reshape(-1, 3).T
+    shares = ratio(tokens.counts, np.array(len(tokens)))
+    return Locality(
+        distances=distances,
+        lags=lags,
+        by_chance=total / len(tokens) / tokens.experts,
+        by_load=float((shares**2).sum() / shares.sum()),
+        reuse_within=reuse / total,
+        distinct_in_window=distinct,
+        segments=segments,
+        segment_coverage=np.array([_coverage(tokens, length) for length in segments]),
+        fixed_coverage=np.cumsum(np.sort(tokens.counts)[::-1]) / total,
+    )
+
+
+def _windows(tokens: LayerTokens, distances: npt.NDArray[np.int64]) -> Iterator[tuple[int, Words]]:
+    """(d, [N, W] union of the run's last d sets up to each token): each from the one before, in place."""
+    place, windows = tokens.order.place, tokens.sets.copy()
+    for d in distances.tolist():
+        yield d, windows
+        windows[d:] |= np.where((place[d:] >= d)[:, None], windows[:-d], np.uint64(0))
+
+
+def _at(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, float]:
+    """Overlap at lag d, assignments reused within d, distinct experts of d consecutive tokens."""
+    sets, place = tokens.sets, tokens.order.place
+    far = place[d:] >= d
+    own = sets[d:][far]
+    lag = total_size(own & sets[:-d][far]), total_size(own)
+    follows = tokens.order.follows[1:]
+    reused = total_size((sets[1:] & windows_NW[:-1])[follows])
+    whole = windows_NW[place >= d - 1]
+    return (
+        lag[0] / lag[1] if lag[1] else float("nan"),
+        reused,
+        total_size(whole) / len(whole) if len(whole) else float("nan"),
+    )
+
+
+def _coverage(tokens: LayerTokens, length: int) -> Floats:
+    """[E] mean over the complete segments of what their best 1, 2, ... experts cover."""
+    experts, place = tokens.experts, tokens.order.place
+    ends = np.flatnonzero(place % length == length - 1)
+    sums, segments = np.zeros(experts), 0
+    at_once = max(1, _BINS // (experts + 1))
+    for start in range(0, len(ends), at_once):
+        chosen = ends[start : start + at_once]
+        rows = chosen[:, None] - np.arange(length - 1, -1, -1)
+        ids = tokens.ids[rows].reshape(len(chosen), -1)
+        codes = ids + (np.arange(len(chosen)) * (experts + 1))[:, None]
+        counts = np.bincount(codes.ravel(), minlength=len(chosen) * (experts + 1))
+        counts = counts.reshape(len(chosen), -1)[:, :experts].astype(np.int32)
+        whole = counts.sum(axis=1)
+        some = whole > 0
+        covered = np.cumsum(np.sort(counts[some], axis=1)[:, ::-1], axis=1)
+        sums += (covered / whole[some, None]).sum(axis=0)
+        segments += int(some.sum())
+    return sums / segments if segments else np.full(experts, np.nan)

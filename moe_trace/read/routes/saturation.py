@@ -1,0 +1,79 @@
+"""Router saturation: how early in training the router's choices settle.
+
+    saturation(t) = mean over tokens x of |top_k of checkpoint t (x) and top_k of the last checkpoint (x)| / k
+
+for the same tokens under several checkpoints (OLMoE, arXiv 2409.02060, section 5.1). Uniform routing gives
+k / E. Top 1 compares the first slots alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.overlap import shared_experts
+
+
+@dataclass(frozen=True, eq=False)
+class Saturation:
+    """Checkpoints in the order given, each against the last."""
+
+    labels: tuple[str, ...]
+    """The C files."""
+    top_k: npt.NDArray[np.float64]
+    """[C, L] share of the last checkpoint's experts that this one chose, too; 1 for the last."""
+    top_1: npt.NDArray[np.float64]
+    """[C, L] share of tokens whose first slot is the same."""
+    uniform: npt.NDArray[np.float64]
+    """[L] k / E."""
+
+
+def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
+    """Whether the rows of several files are the same tokens, as far as was recorded: equally many, with the
+    same padding, positions and token ids, in layers of the same paths."""
+    first = parts[0]
+    for part in parts[1:]:
+        if len(part) != len(first) or part.layers != first.layers or part.top_k != first.top_k:
+            return False
+        for name in ("padding", "position", "token_ids"):
+            mine, other = getattr(first, name), getattr(part, name)
+            if (mine is None) != (other is None) or (mine is not None and not np.array_equal(mine, other)):
+                return False
+    return len(parts) > 1
+
+
+def saturation(
+    parts: Sequence[RecordedRoutes], labels: Sequence[str], rows: npt.NDArray[np.int64]
+) -> Saturation:
+    """Of files that hold the same tokens.
+
+    Args:
+        rows: the rows that count.
+    """
+    last = parts[-1]
+    figures = np.array(
+        [[_compared(part, last, layer, rows) for layer in range(len(last.layers))] for part in parts]
+    )
+    shape = (len(parts), len(last.layers), 2)
+    top_k, top_1 = np.moveaxis(figures.reshape(shape), 2, 0)
+    uniform = np.array(last.top_k) / np.array(last.num_experts)
+    return Saturation(tuple(labels), top_k, top_1, uniform)
+
+
+def _compared(
+    part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """Of the tokens that have an expert in both: shared experts over the last's, and equal first slots."""
+    experts, slots = last.num_experts[layer], last.top_k[layer]
+    mine, final = (np.minimum(p.expert_ids[rows, layer, :slots], experts) for p in (part, last))
+    both = (mine < experts).any(axis=1) & (final < experts).any(axis=1)
+    mine, final = mine[both], final[both]
+    if not len(mine):
+        return float("nan"), float("nan")
+    total = int(shared_experts(final, final, experts).sum())
+    shared = int(shared_experts(mine, final, experts).sum())
+    return shared / total, float(((mine[:, 0] == final[:, 0]) & (final[:, 0] < experts)).mean())

@@ -1,0 +1,52 @@
+"""Sets of experts as bits of 64-bit words: unions, overlaps and sizes of millions of tokens at once.
+
+Ids as `LayerTokens` has them: E, and whatever is beyond, stands for no expert.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+"""[..., W] sets of experts: expert e is bit e % 64 of word e // 64."""
+
+
+def expert_sets(ids_NK: np.ndarray, experts: int) -> Words:
+    """[N, W] the set of each row's experts."""
+    words = max(1, -(-experts // 64))
+    bits_EW = np.zeros((np.iinfo(ids_NK.dtype).max + 1, words), np.uint64)
+    ids_E = np.arange(experts)
+    bits_EW[ids_E, ids_E // 64] = np.uint64(1) << (ids_E % 64).astype(np.uint64)
+    sets_NW = np.zeros((len(ids_NK), words), np.uint64)
+    for ids_N in ids_NK.T:
+        sets_NW |= bits_EW.take(ids_N, axis=0)
+    return sets_NW
+
+
+def members(sets_NW: Words, experts: int) -> npt.NDArray[np.bool_]:
+    """[N, E] whether each expert is in each set."""
+    little = np.ascontiguousarray(sets_NW, dtype="<u8").view(np.uint8)
+    return np.unpackbits(little, axis=1, count=experts, bitorder="little").view(np.bool_)
+
+
+def sizes(sets_NW: Words) -> npt.NDArray[np.int64]:
+    """[N] how many experts each set holds."""
+    if hasattr(np, "bitwise_count"):
+        counts_NW = np.bitwise_count(sets_NW)
+    else:  # numpy 1
+        counts_NW = _BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)]
+    if counts_NW.shape[1] == 1:
+        return counts_NW[:, 0].astype(np.int64)
+    sizes_N: npt.NDArray[np.int64] = counts_NW.sum(axis=1, dtype=np.int64)
+    return sizes_N
+
+
+def total_size(sets_NW: Words) -> int:
+    """Sum of the sizes."""
+    if hasattr(np, "bitwise_count"):
+        return int(np.bitwise_count(sets_NW).sum(dtype=np.int64))
+    return int(_BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)].sum(dtype=np.int64))
+
+
+_BITS_OF_16 = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)

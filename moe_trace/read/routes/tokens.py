@@ -1,0 +1,113 @@
+"""Which rows count, which of them follow each other in a sequence, and what one layer says of them.
+
+Padding and recomputed rows are left out. A token follows another where the next row of the same sequence
+number, in the order of the calls, stands one position further; a chain of such tokens is a run. Where
+sequence or position is unknown, a token follows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.sets import Words, expert_sets
+
+CHUNK = 1 << 16
+"""Tokens that are worked on at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOrder:
+    """The N rows that count, sequence after sequence; those of an unknown place last."""
+
+    rows: npt.NDArray[np.int64]
+    """[N] row numbers."""
+    follows: npt.NDArray[np.bool_]
+    """[N] whether it is the token after the one before it."""
+    known: npt.NDArray[np.bool_]
+    """[N] whether its sequence and position were recorded."""
+
+    @classmethod
+    def of(cls, routes: RecordedRoutes) -> TokenOrder:
+        """Of one group of layers."""
+        counted = ~routes.padding
+        if routes.recomputed is not None:
+            counted &= ~routes.recomputed
+        known = (routes.sequence >= 0) & (routes.position >= 0)
+        sequence = np.where(known, routes.sequence.astype(np.int64), np.iinfo(np.int64).max)
+        rows = np.flatnonzero(counted)
+        rows = rows[np.argsort(sequence[rows], kind="stable")]
+        follows = np.zeros(len(rows), np.bool_)
+        sequence, position, known = sequence[rows], routes.position[rows], known[rows]
+        follows[1:] = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1) & known[1:]
+        return cls(rows, follows, known)
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> TokenOrder:
+        """Some of them; what followed a token that is gone follows nothing."""
+        after_kept = np.concatenate([[False], kept[:-1]])
+        return TokenOrder(self.rows[kept], (self.follows & after_kept)[kept], self.known[kept])
+
+    @cached_property
+    def place(self) -> npt.NDArray[np.int64]:
+        """[N] tokens of the run that stand before it."""
+        at_N = np.arange(len(self.rows))
+        return at_N - np.maximum.accumulate(np.where(self.follows, 0, at_N))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTokens:
+    """The experts of the tokens in one layer; tokens whose call in it was lost are left out."""
+
+    ids: np.ndarray
+    """[N, K] uint8 or uint16, the router's order kept; `experts` where there is none."""
+    experts: int
+    order: TokenOrder
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def sets(self) -> Words:
+        """[N, W] the experts of each token as bits."""
+        return expert_sets(self.ids, self.experts)
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """[E] slots that went to each expert."""
+        return np.bincount(self.ids.ravel(), minlength=self.experts + 1)[: self.experts]
+
+    @property
+    def assignments(self) -> int:
+        """Slots that went to an expert."""
+        return int(self.counts.sum())
+
+    def chunks(self) -> Iterator[npt.NDArray[np.int64]]:
+        """[K, n] ids of the tokens in order, some at a time."""
+        for start in range(0, len(self.ids), CHUNK):
+            yield self.ids[start : start + CHUNK].T.astype(np.int64)
+
+
+def layer_tokens(routes: RecordedRoutes, order: TokenOrder, layer: int) -> LayerTokens:
+    """What layer number `layer` says of the tokens in `order`."""
+    if routes.lost_layers is not None:
+        lost = routes.lost_layers[order.rows, layer]
+        order = order.only(~lost) if lost.any() else order
+    experts, slots = routes.num_experts[layer], routes.top_k[layer]
+    ids_NK = routes.expert_ids[order.rows, layer, :slots]
+    return LayerTokens(np.minimum(ids_NK, ids_NK.dtype.type(experts), out=ids_NK), experts, order)
+
+
+def of_same_tokens(first: LayerTokens, second: LayerTokens) -> tuple[LayerTokens, LayerTokens]:
+    """Both without the tokens that were lost in the other."""
+    if len(first) == len(second) and np.array_equal(first.order.rows, second.order.rows):
+        return first, second
+    pair = []
+    for own, other in ((first, second), (second, first)):
+        kept = np.isin(own.order.rows, other.order.rows)
+        pair.append(replace(own, ids=own.ids[kept], order=own.order.only(kept)))
+    return pair[0], pair[1]

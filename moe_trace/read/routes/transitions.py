@@ -1,0 +1,102 @@
+"""Transitions between layers: what a token's experts in layer l say of those in layer l + 1.
+
+    P(e' | e) = tokens with e in layer l and e' in layer l + 1 / tokens with e in layer l
+
+How well l predicts l + 1 is measured on tokens that the table was not counted on: counted on the first half
+of the tokens (sequence after sequence), asked about the second. Prediction: the k' experts with the largest
+sum of P(e' | e) over the token's experts e; against it, the k' most used experts of the first half, the same
+for every token. Recall: predicted experts that were used, over all that were used. Ties go to the lower id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.sets import expert_sets, total_size
+from moe_trace.read.routes.tokens import LayerTokens, of_same_tokens
+
+TOKENS_ASKED = 1 << 14
+"""Held-out tokens that are predicted, evenly spaced; all of them where there are fewer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """From one layer to the next."""
+
+    counts: npt.NDArray[np.int64]
+    """[E, E'] tokens with expert e here and e' in the next layer."""
+    used: npt.NDArray[np.int64]
+    """[E] tokens with e here."""
+    recall: float
+    """Of the experts that held-out tokens use in the next layer, the share that this layer predicts; NaN
+    where there are too few tokens."""
+    recall_by_load: float
+    """The same of the most used experts of the next layer."""
+    tokens_asked: int
+    """Held-out tokens that were predicted."""
+
+    @property
+    def probability(self) -> npt.NDArray[np.float64]:
+        """[E, E'] P(e' | e); NaN in rows of experts that no token chose."""
+        return ratio(self.counts, self.used[:, None])
+
+
+def transition(here: LayerTokens, after: LayerTokens) -> Transition:
+    """Count, and hold the second half against what the first says."""
+    here, after = of_same_tokens(here, after)
+    middle = len(here) // 2
+    halves = [slice(0, middle), slice(middle, None)]
+    first, second = (pair_counts(here.ids[h], after.ids[h], here.experts, after.experts) for h in halves)
+    used_E, used_next_E = (_counts(t.ids[:middle], t.experts) for t in (here, after))
+    asked = middle + np.unique(np.linspace(0, len(here) - middle - 1, TOKENS_ASKED).astype(np.int64))
+    asked = asked[asked < len(here)] if middle else asked[:0]
+    slots = min(after.ids.shape[1], after.experts)
+    guesses = predict(np.nan_to_num(ratio(first, used_E[:, None])), here.ids[asked], slots)
+    by_load = np.tile(_largest(used_next_E[None].astype(np.float64), slots), (len(asked), 1))
+    actual = expert_sets(after.ids[asked], after.experts)
+    hits = [total_size(expert_sets(g, after.experts) & actual) for g in (guesses, by_load)]
+    total = total_size(actual)
+    return Transition(
+        counts=first + second,
+        used=here.counts,
+        recall=hits[0] / total if total else float("nan"),
+        recall_by_load=hits[1] / total if total else float("nan"),
+        tokens_asked=len(asked),
+    )
+
+
+def pair_counts(
+    here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int
+) -> npt.NDArray[np.int64]:
+    """[E, E'] tokens with e in one layer and e' in another; ids from `experts` on are no expert."""
+    bins = (experts + 1) * (experts_after + 1)
+    counts = np.zeros(bins, np.int64)
+    for start in range(0, len(here_NK), 1 << 16):
+        here_Kn = here_NK[start : start + (1 << 16)].T.astype(np.int64)
+        after_Kn = after_NK[start : start + (1 << 16)].T.astype(np.int64)
+        for ids_n in here_Kn:
+            counts += np.bincount((ids_n * (experts_after + 1) + after_Kn).ravel(), minlength=bins)
+    return counts.reshape(experts + 1, -1)[:experts, :experts_after]
+
+
+def predict(probability: npt.NDArray[np.float64], ids_NK: np.ndarray, slots: int) -> np.ndarray:
+    """[N, slots] ids of the experts with the largest sum of `probability` [E, E'] over each row's experts."""
+    padded = np.concatenate([probability, np.zeros((1, probability.shape[1]))])
+    guesses = np.empty((len(ids_NK), slots), np.uint16)
+    for start in range(0, len(ids_NK), 1 << 12):
+        ids = ids_NK[start : start + (1 << 12)]
+        scores = sum((padded[ids_N] for ids_N in ids.T), np.zeros((len(ids), probability.shape[1])))
+        guesses[start : start + len(ids)] = _largest(scores, slots)
+    return guesses
+
+
+def _largest(scores_NE: npt.NDArray[np.float64], slots: int) -> np.ndarray:
+    return np.argsort(-scores_NE, axis=1, kind="stable")[:, :slots].astype(np.uint16)
+
+
+def _counts(ids_NK: np.ndarray, experts: int) -> npt.NDArray[np.int64]:
+    return np.bincount(ids_NK.ravel(), minlength=experts + 1)[:experts]
