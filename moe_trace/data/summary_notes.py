@@ -15,6 +15,8 @@ LOST_CALLS = {
     "is nothing to do",
     "interrupted": "were interrupted before their experts were called, by an error or because recording was "
     "stopped; run those forwards again, whole",
+    "unjoined": "could not be joined with their experts, which ran on other threads after their block had "
+    "ended, or received none of the router's own tensors; wait for them inside the block",
     "rewritten": "were written over before they were read; later ones are copied at once, so run the model "
     "again",
 }

@@ -18,7 +18,7 @@ class AdapterMismatch(MoETraceError):
     """A call of a router has another form than its contract expects."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """What the hooks saw in one call of a router; `None` for a module that was not called."""
 

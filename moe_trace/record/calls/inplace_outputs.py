@@ -85,7 +85,9 @@ class TensorCopies:
                 return copied
         if not self.static:
             self._look_at(value.detach())
-        return value.detach().clone()
+        copied = value.detach().clone()
+        copied.copy_of = value.detach()  # type: ignore[attr-defined]
+        return copied
 
     def _look_at(self, tensor: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
@@ -103,6 +105,12 @@ class TensorCopies:
         self.static |= any(tensor._version != version for tensor, version in noted)
         if self.static or self._calls > _LEARNED_FROM:
             self._earlier, self._of_call = {}, {}
+
+
+def original_of(tensor: Tensor) -> Tensor:
+    """What a copy was made of, which it keeps alive; the tensor itself where it is none."""
+    original: Tensor = getattr(tensor, "copy_of", tensor)
+    return original
 
 
 def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:

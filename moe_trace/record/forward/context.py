@@ -6,9 +6,10 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
+from moe_trace.find.private.module_calls import is_inside
 
 
 @dataclass(slots=True, eq=False)
@@ -83,13 +84,14 @@ class ForwardStack:
         stack = self.stacks.get(thread)
         return stack[-1] if stack else None
 
-    def is_stale(self, thread: int, level: int) -> bool:
-        """Whether a module is entered that lies outside those that the thread is said to be in.
+    def is_stale(self, thread: int, level: int, module: nn.Module) -> bool:
+        """Whether a module is entered that lies outside those that the thread is said to be in, but not in
+        a call of itself.
 
         They were left by an exception that no hook is told of, such as a KeyboardInterrupt.
         """
         stack = self.stacks.get(thread)
-        return stack is not None and level <= stack[0].level
+        return stack is not None and level <= stack[0].level and not is_inside(module)
 
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
         """A thread enters a module."""
@@ -114,6 +116,14 @@ class ForwardStack:
     def drop(self, thread: int) -> None:
         """The thread is in no forward."""
         self.stacks.pop(thread, None)
+
+    def contexts(self, *, without: int | None, innermost: bool) -> set[ForwardContext]:
+        """The forwards under way, but for all of a thread, or but for its innermost one."""
+        return {
+            entered.context
+            for thread, stack in list(self.stacks.items())
+            for entered in (stack if thread != without else stack[:-1] if innermost else ())
+        }
 
     @property
     def busy(self) -> int:

@@ -117,7 +117,8 @@ class ForwardWatch:
     ) -> None:
         """The same where a forward is under way."""
         around = self.forwards.top(thread)
-        if around is not None and self.forwards.is_stale(thread, entry.level) and graph_task_id() == -1:
+        stale = around is not None and self.forwards.is_stale(thread, entry.level, entry.module)
+        if stale and graph_task_id() == -1:
             self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
             around = None
         if around is None:
@@ -128,8 +129,8 @@ class ForwardWatch:
                 self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
             return
         around.inside += 1
-        context = around.context
-        if context.recorded and not context.recomputed and not (context.told and around.inside == 1):
+        context, own_inputs = around.context, around.inside > 1 or entry.level <= around.level
+        if context.recorded and not context.recomputed and (own_inputs or not context.told):
             context = self._begin_inside(entry, thread, context, args, kwargs)
         self.forwards.push(thread, entry.level, context)
 
@@ -187,7 +188,7 @@ class ForwardWatch:
         if not told:
             return context
         if context.told:
-            self.calls.flush(thread)
+            self.calls.flush_passed()
             context = context.inner(stage, None)
             context.start_ns = time_ns()
             context.epoch = self.graphs.forwards.begin(context)
@@ -270,7 +271,7 @@ class ForwardWatch:
             context.failed = True
         left_all = len(stack) == 1
         if left_all or (context.recorded and stack[-2].context is not context):
-            self.calls.flush(thread)
+            self.calls.flush(thread, innermost=True)
         self.forwards.pop(thread)
         if left_all:
             self._end_forward(context, thread)

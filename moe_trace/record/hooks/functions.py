@@ -1,8 +1,7 @@
 """What the hooks on one router, its experts and its block do: they append to a list, and open ranges.
 
-They do no arithmetic, never wait for the device, and never raise. What they saw is joined and read when the
-forward ends (`joining.py`, `router_outputs.py`). What is known for a whole forward is not asked in each call:
-other hooks are put on (`site.py`).
+They do no arithmetic, never wait for the device, and never raise. What is known for a whole forward is not
+asked in each call: other hooks are put on (`site.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from moe_trace.data.schema import range_name
+from moe_trace.find.private.module_calls import raised_before_forward
 from moe_trace.find.private.torch_names import graph_task_id
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
@@ -93,7 +93,7 @@ class SiteObserver(HookOwner):
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
         raise NotImplementedError
 
-    # -- hooks: the first three run in every call of every router, so they do the least possible ---------
+    # -- the first three run in every call of every router, so they do the least possible ----------------
 
     def _before_router(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
@@ -111,13 +111,16 @@ class SiteObserver(HookOwner):
         self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
 
     def _after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
-        # Without `output`: taken off by another thread after torch had begun to call the module's hooks, so
-        # that torch takes it for a hook without keyword arguments.
+        # Without `output`: taken off by another thread while torch called the hooks, which then takes it for
+        # one without keyword arguments.
         given = {} if output is _MISSING else kwargs
         if is_dynamo_compiling():
             self._traced.after_experts(args, given)
             return
         if module is not self._experts_module and detach_if_copy(module, self._experts_module):
+            return
+        if output is None and raised_before_forward():
+            self._log.note((self._experts, get_ident(), None, None, None))
             return
         if self._traced.call is not None:
             self._adopt_traced()
@@ -195,20 +198,16 @@ class SiteObserver(HookOwner):
             return
         now_ns = time_ns()
         if self._clock is not None:
-            self._stop_clock()
+            noted = self._log.last_first(self._index, get_ident())
+            mark = next((items[2] for kind, items in noted if kind == BEGIN), None)
+            if mark is not None:
+                self._clock.stop(mark)
         thread = get_ident()
         if self._ranges.stacks:
             self._ranges.close(self._router_range, thread)
         if self.copies is not None:  # which is no work of the router's
             output = self.copies.router_output(output)
         self._log.note((self._router, thread, now_ns, output, graph_task_id()))
-
-    def _stop_clock(self) -> None:
-        """Of the router that returns now: the last one that began on this thread."""
-        for kind, items in self._log.last_first(self._index, get_ident()):
-            if kind == BEGIN:
-                self._clock.stop(items[2])  # type: ignore[union-attr]
-                return
 
     def _before_experts(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
@@ -242,15 +241,15 @@ class SiteObserver(HookOwner):
                 self._clock.stop(mark)
         if self._ranges.stacks:
             self._ranges.close(self._experts_range, thread)
+        if output is None and raised_before_forward():
+            self._log.note((self._experts, thread, None, None, None))
+            return
         if self._traced.call is not None:
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
-        if given or self.copies is not None or self._keeps_arguments:
-            args, given = self._trimmed(args, given)
-        else:
-            args = (None, *args[1:])
-        extra = None if sending is None and mark is None else (sending, mark)
-        self._log.note((self._experts, thread, args, given, extra))
+        args, given = self._trimmed(args, given)
+        more = None if sending is None and mark is None else (sending, mark)
+        self._log.note((self._experts, thread, args, given, more))
 
     def _before_block(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():

@@ -1,17 +1,18 @@
 """Join what the hooks saw into router calls: per site, thread and execution of the block.
 
 Router calls, experts calls and blocks are observed apart. A router call has none, one or several calls of
-its experts, which may run on another thread. What does not join is counted with its reason.
+its experts. Which router call they belong to is told by the memory of what they received where several
+could be, then by the execution of the block and by the thread; on another thread by memory, or by the only
+execution of the block that waits for experts. What does not join is counted with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
-from moe_trace.find.contracts import Call
+from moe_trace.record.calls.router_call import Block, ExpertsCall, RouterCall, SiteState, by_memory
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.hooks.events import (
     BEGIN,
@@ -24,51 +25,6 @@ from moe_trace.record.hooks.events import (
     ROWS,
     WIDTH,
 )
-
-
-@dataclass(slots=True)
-class ExpertsCall:
-    """One call of an experts module, as it received it."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    sending: Any = None
-    mark: Any = None
-    recomputed: bool = False
-    """Where its router is not called again with it, it belongs to a decision of the forward."""
-
-
-@dataclass(slots=True, eq=False)
-class RouterCall(Call):
-    """One call of a router with all that was joined to it."""
-
-    site: int = 0
-    thread: int = 0
-    context: ForwardContext | None = None
-    start_ns: int = 0
-    end_ns: int = 0
-    mark: Any = None
-    recomputed: bool = False
-    returned: bool = False
-    experts: list[ExpertsCall] = field(default_factory=list)
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the expert, rows) of each call of one that is a module of its own."""
-    fused: bool = False
-    """Its block ended without having called any experts."""
-    reading: Any = None
-    """Of a block that called neither its router nor its experts: what `Found.read_block` read."""
-
-
-class SiteState:
-    """What earlier events of a site taught."""
-
-    __slots__ = ("block_seen", "experts_called")
-
-    def __init__(self) -> None:
-        self.experts_called = False
-        """Whether its experts were ever called as a module."""
-        self.block_seen = False
-        """Whether its block is observed."""
 
 
 class CallJoiner:
@@ -100,13 +56,14 @@ class CallJoiner:
         """Of each site, all that call the same experts as it, if there are others."""
         self._context_of = context_of
         self._orphan = orphan
-        self._open: dict[tuple[int, int], RouterCall] = {}
-        """The last router call by site and thread."""
-        self._blocks: dict[tuple[int, int], list[RouterCall]] = {}
-        """Router calls of the block under way."""
+        self._open: dict[tuple[int, int], list[RouterCall]] = {}
+        """Router calls that are not finished by site and thread, in order."""
+        self._blocks: dict[tuple[int, int], list[Block]] = {}
+        """Executions of the block under way, outermost first."""
         self._begun: list[RouterCall] = []
         """All calls that are not finished, in order."""
         self._orphans: list[tuple[int, ExpertsCall]] = []
+        """Calls of experts, and their site, that belong to no router call so far."""
         self._contexts: dict[int, ForwardContext] = {}
         """Of the call that a thread begins next."""
 
@@ -128,44 +85,87 @@ class CallJoiner:
                 within = self._contexts.pop(thread, None) or context or self._context_of(thread)
                 self._begin(site, thread, within, first, second, third)
             elif kind == EXPERTS:
-                self._experts(site, thread, ExpertsCall(first, second, *(third or ())))
+                self._experts(site, thread, first, second, third)
             elif kind == CONTEXT:
                 self._contexts[thread] = first
             elif kind == BLOCK:
                 self.states[site].block_seen = True
-                self._blocks[site, thread] = []
+                block = Block(context or self._context_of(thread))
+                self._blocks.setdefault((site, thread), []).append(block)
             elif kind == BLOCK_END:
                 self._end_block(site, thread, first)
             elif kind == ROWS:
                 self._rows(site, thread, (first, second))
             else:
-                call = self._open.get((site, thread))
-                if call is None:
-                    continue
-                if kind == ROUTER:
-                    call.end_ns, call.router_output = first, second
-                    call.returned, call.recomputed = second is not None, third != -1
-                else:
-                    call.watched_output = first
+                self._end_router(site, thread, kind, first, second, third)
 
-    def _experts(self, site: int, thread: int, experts: ExpertsCall) -> None:
-        self.states[site].experts_called = True
-        call = self._open.get((site, thread))
-        called = [c for s in self._sharing[site] if (c := self._open.get((s, thread))) and c.returned]
-        if called and max(called, key=attrgetter("end_ns")) is not call:
-            return  # its hooks see the calls of other layers too
-        if call is None or not call.returned:
-            call = self._router_of(site, experts)
+    def _end_router(self, site: int, thread: int, kind: int, first: Any, second: Any, third: Any) -> None:
+        call = next((c for c in reversed(self._open.get((site, thread), ())) if not c.end_ns), None)
         if call is None:
-            self._orphans.append((site, experts))
+            return
+        if kind == ROUTER:
+            call.end_ns, call.router_output = first, second
+            call.returned, call.recomputed = second is not None, third != -1
         else:
+            call.watched_output = first
+
+    def _experts(self, site: int, thread: int, args: Any, kwargs: Any, extra: Any) -> None:
+        self.states[site].experts_called = True
+        own = self._last(site, thread)
+        called = [c for s in self._sharing[site] if (c := self._last(s, thread))]
+        if called and max(called, key=attrgetter("end_ns")) is not own:
+            return  # its hooks see the calls of other layers too
+        if args is None:
+            if own is not None:
+                own.refused = True
+            return
+        experts = ExpertsCall(args, kwargs, *(extra or ()))
+        if own is None and self.states[site].thread not in (None, thread):
+            self.states[site].elsewhere = True
+        call = self._router_of(site, experts, own)
+        if call is not None:
             call.experts.append(experts)
+            return
+        blocks = self._blocks_of(site)
+        (blocks[0].elsewhere if len(blocks) == 1 else self._orphans).append((site, experts))
+
+    def _last(self, site: int, thread: int) -> RouterCall | None:
+        """The router call that a thread made last, in the block that it is in; None where it has none."""
+        blocks = self._blocks.get((site, thread))
+        calls = (blocks[-1].calls if blocks else ()) or self._open.get((site, thread))
+        return calls[-1] if calls and calls[-1].returned else None
+
+    def _router_of(self, site: int, experts: ExpertsCall, own: RouterCall | None) -> RouterCall | None:
+        """The router call of experts: by memory where others than that of their own thread may be."""
+        others = [
+            call
+            for (other, _), calls in self._open.items()
+            if other == site
+            for call in calls
+            if call.returned and not call.experts and call is not own
+        ]
+        if not others:
+            return own
+        found = by_memory(experts, [*others, *([] if own is None else [own])])
+        if len(found) == 1:
+            return found[0]
+        return own if not found or own in found else None
+
+    def _blocks_of(self, site: int) -> list[Block]:
+        """Executions of a site's block under way, on all threads."""
+        return [block for (s, _), blocks in self._blocks.items() if s == site for block in blocks]
 
     def _rows(self, site: int, thread: int, rows: tuple[int, int]) -> None:
-        call = self._open.get((site, thread))
-        if call is None or not call.returned:
-            others = [c for (s, _), c in self._open.items() if s == site and c.returned]
-            call = others[0] if len(others) == 1 else None
+        call = self._last(site, thread)
+        if call is None:
+            state, blocks = self.states[site], self._blocks_of(site)
+            state.elsewhere = True
+            waiting = [c for block in blocks for c in block.calls if c.returned]
+            if len(blocks) == 1 and waiting and not state.loose:
+                call = waiting[-1]
+            else:  # whose they are cannot be told
+                for one in (one for (s, _), calls in self._open.items() if s == site for one in calls):
+                    one.unjoined = True
         if call is not None:
             call.rows.append(rows)
 
@@ -173,65 +173,71 @@ class CallJoiner:
         self, site: int, thread: int, context: ForwardContext, start_ns: int, args: Any, mark: Any
     ) -> None:
         call = RouterCall(args, site=site, thread=thread)
+        self.states[site].thread = thread
         call.context, call.start_ns, call.mark = context, start_ns, mark
-        self._open[site, thread] = call
+        self._open.setdefault((site, thread), []).append(call)
         self._begun.append(call)
-        block = self._blocks.get((site, thread))
-        if block is not None:
-            block.append(call)
-
-    def _router_of(self, site: int, experts: ExpertsCall) -> RouterCall | None:
-        """The router call of experts called on another thread: by its tensors, else the only one."""
-        found = [c for (s, _), c in self._open.items() if s == site and c.returned]
-        given = {id(value) for value in (*experts.args, *experts.kwargs.values()) if value is not None}
-        for call in found:
-            output = call.router_output
-            parts = output if isinstance(output, tuple | list) else (output,)
-            if any(id(part) in given for part in parts):
-                return call
-        return found[0] if len(found) == 1 else None
+        blocks = self._blocks.get((site, thread))
+        if blocks:
+            blocks[-1].calls.append(call)
 
     def _end_block(self, site: int, thread: int, reading: Any) -> None:
-        calls = self._blocks.pop((site, thread), None)
-        if reading is not None and not calls:
+        blocks = self._blocks.get((site, thread))
+        if not blocks:
+            return
+        block, state = blocks.pop(), self.states[site]
+        returned = [call for call in block.calls if call.returned]
+        if reading is not None and not block.calls:
             call = RouterCall(site=site, thread=thread)
             call.context = self._context_of(thread)
             call.start_ns = call.end_ns = reading[0]
             call.reading, call.recomputed, call.returned = reading[1], reading[2], True
             self._begun.append(call)
-        elif calls and not any(call.experts for call in calls):
-            returned = [call for call in calls if call.returned]
-            if returned:  # where the router is called more than once, the last one decides
-                returned[-1].fused = True
+        elif returned and not any(call.experts or call.rows for call in block.calls):
+            # Where the router is called more than once, the last one decides.
+            if block.elsewhere and not state.loose:
+                returned[-1].experts += [experts for _, experts in block.elsewhere]
+                block.elsewhere = []
+            else:
+                returned[-1].fused = not (returned[-1].refused or state.elsewhere)
+                state.loose = True
+        self._orphans += block.elsewhere
 
-    def finished(self, ended: Callable[[int], bool]) -> list[RouterCall]:
+    def finished(self, under_way: Collection[ForwardContext]) -> list[RouterCall]:
         """Remove the calls to which nothing can be joined any more.
 
         Args:
-            ended: whether the forward that a thread was in has ended.
+            under_way: the forwards that have not ended.
         """
-        still: list[RouterCall] = []
-        done: list[RouterCall] = []
-        for call in self._begun:
-            (done if ended(call.thread) else still).append(call)
-        self._begun = still
-        for key in [key for key in self._open if ended(key[1])]:
-            del self._open[key]
-        for key in [key for key in self._blocks if ended(key[1])]:
-            del self._blocks[key]
+        done = [call for call in self._begun if call.context not in under_way]
+        self._remove(done)
+        for key, blocks in list(self._blocks.items()):
+            left = [block for block in blocks if block.context in under_way]
+            self._orphans += [one for block in blocks if block not in left for one in block.elsewhere]
+            self._blocks[key] = left
+            if not left:
+                del self._blocks[key]
         if self._orphans:
-            self._retry_orphans(keep=bool(still))
+            self._retry_orphans(keep=bool(self._begun))
         return done
+
+    def _remove(self, calls: Sequence[RouterCall]) -> None:
+        if len(calls) == len(self._begun):
+            self._begun = []
+            self._open.clear()
+            return
+        gone = set(calls)
+        self._begun = [call for call in self._begun if call not in gone]
+        for key in {(call.site, call.thread) for call in calls} & self._open.keys():
+            self._open[key] = [call for call in self._open[key] if call not in gone]
+            if not self._open[key]:
+                del self._open[key]
 
     def passed(self) -> list[RouterCall]:
         """Remove the calls whose thread has begun another one since, and that are complete by all signs."""
         last: dict[int, RouterCall] = {call.thread: call for call in self._begun}
         done = [call for call in self._begun if last[call.thread] is not call and self._is_complete(call)]
-        if done:
-            gone = set(map(id, done))
-            self._begun = [call for call in self._begun if id(call) not in gone]
-            for key in [key for key, call in self._open.items() if id(call) in gone]:
-                del self._open[key]
+        self._remove(done)
         return done
 
     def _is_complete(self, call: RouterCall) -> bool:
@@ -242,17 +248,10 @@ class CallJoiner:
     def _retry_orphans(self, *, keep: bool) -> None:
         orphans, self._orphans = self._orphans, []
         for site, experts in orphans:
-            call = self._router_of(site, experts)
+            call = self._router_of(site, experts, None)
             if call is not None:
                 call.experts.append(experts)
             elif keep:
                 self._orphans.append((site, experts))
             elif not experts.recomputed:
                 self._orphan(site)
-
-    def forget(self, thread: int) -> None:
-        """Drop what a thread has under way: its forward was interrupted, and no hook saw it."""
-        self._begun = [call for call in self._begun if call.thread != thread]
-        for table in (self._open, self._blocks):
-            for key in [key for key in table if key[1] == thread]:
-                table.pop(key)

@@ -13,11 +13,12 @@ from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
 from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.calls.router_call import RouterCall, why_no_decision
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
 from moe_trace.record.hooks.events import CallClock, EventLog
-from moe_trace.record.hooks.joining import CallJoiner, RouterCall
+from moe_trace.record.hooks.joining import CallJoiner
 from moe_trace.record.hooks.listed_experts import total_rows
 from moe_trace.record.hooks.plain import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
@@ -80,8 +81,11 @@ class CallCollector:
         """Whether there is nothing to join."""
         return not self._log.items and self._joiner.idle
 
-    def flush(self, thread: int | None) -> bool:
-        """The forward of a thread ends: its calls, and those of threads that are in none, are complete.
+    def flush(self, thread: int | None, *, innermost: bool = False) -> bool:
+        """The forward of a thread ends: its calls, and those that are in none, are complete.
+
+        Args:
+            innermost: whether those around it on the thread go on.
 
         Returns:
             Whether there was anything to join.
@@ -95,9 +99,8 @@ class CallCollector:
             if context is not None and self._plain.keep(items, context):
                 return True
             self._plain.work_off()
-            busy = set(self._forwards.threads()) - {thread}
             self._joiner.add(items)
-            calls = self._joiner.finished(lambda t: t not in busy)
+            calls = self._joiner.finished(self._forwards.contexts(without=thread, innermost=innermost))
             recorded = self._finish(calls)
             if context is not None and recorded == len(calls) == len({call.site for call in calls}) > 0:
                 self._plain.learn(items)
@@ -106,7 +109,7 @@ class CallCollector:
     def _join_late(self, items: list[Any], context: ForwardContext) -> None:
         """A plain forward that waited, in which something was not as expected; nothing else is under way."""
         self._joiner.add(items, context)
-        self._finish(self._joiner.finished(lambda thread: True))
+        self._finish(self._joiner.finished(()))
 
     def _plain_context(self, thread: int | None) -> ForwardContext | None:
         """The forward that ends, if nothing else is under way and it is a first, whole and recorded one."""
@@ -143,7 +146,8 @@ class CallCollector:
                 router.copy_from_now_on()
 
     def flush_passed(self) -> None:
-        """Join what is complete by all signs, so that little is kept."""
+        """Join what is complete by all signs, so that little is kept, and before another forward begins
+        inside the one under way."""
         with self._lock:
             self.checks.start_again()
             self._plain.work_off()
@@ -153,9 +157,8 @@ class CallCollector:
     def forget(self, thread: int) -> None:
         """The calling thread's calls under way were interrupted, and no hook was told."""
         with self._lock:
-            context = self._forwards.of(thread)
-            if context is not None:
-                context.failed = True
+            for entered in self._forwards.stacks.get(thread, ()):
+                entered.context.failed = True
             self.flush(thread)
 
     # -- joined ---------------------------------------------------------------------------------------
@@ -172,6 +175,9 @@ class CallCollector:
             return 0
         self._plain.settle()
         before = sum(counts.recorded for counts in self._counts)
+        for last in {call.context: call for call in calls if call.context and call.context.failed}.values():
+            # Of whose experts nobody knows which were still to come.
+            last.cut_off = bool(self._routers[last.site].site.listed)
         with apart():
             for call in calls:
                 self._finish_one(call, self._context(call))
@@ -190,7 +196,10 @@ class CallCollector:
             return
         counts = self._counts[call.site]
         context.reached.append((call.site,))
-        reason = self._why_no_decision(call, context)
+        router, state = self._routers[call.site], self._joiner.states[call.site]
+        reason = why_no_decision(call, router.site, state, context)
+        if state.elsewhere or reason in ("without_experts", "unjoined"):
+            router.keep_block()
         if reason is not None:
             # A recomputation that is cut short decided nothing that the forward had not.
             if not (call.recomputed or context.recomputed):
@@ -204,21 +213,6 @@ class CallCollector:
         except Exception as error:  # a contract of the user's may raise anything
             counts.lost["unreadable"] += 1
             self._misread(call.site, error)
-
-    def _why_no_decision(self, call: RouterCall, context: ForwardContext) -> str | None:
-        """Why a router call assigned nothing, or nothing that was seen; None where it did."""
-        router = self._routers[call.site]
-        if not call.returned:
-            return "interrupted"
-        if call.experts or call.reading is not None or router.site.experts is None:
-            return None
-        if call.recomputed or context.failed:
-            return "interrupted"
-        state = self._joiner.states[call.site]
-        if call.fused or not (state.block_seen or state.experts_called):
-            return None  # a fused block, which called its router but not its experts
-        router.keep_block()
-        return "without_experts"
 
     def _read(self, call: RouterCall) -> RouterOutput:
         router, site = self._routers[call.site], self._routers[call.site].site

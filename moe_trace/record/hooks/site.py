@@ -37,7 +37,7 @@ class SiteHooks(SiteObserver):
     def __init__(self, *arguments: Any, owner: object, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.level = Level.OFF
-        self.observe_block = self.site.experts is not None
+        self.observe_block = self.site.experts is not None or bool(self.site.listed)
         """Whether the block is hooked to record: until it has shown that each router call has its experts."""
         self.irregular = False
         """Whether a router call was ever seen without its experts: then the block stays observed."""
@@ -193,7 +193,8 @@ class SiteHooks(SiteObserver):
         self.on_change()
 
     def keep_block(self) -> None:
-        """A router call was seen without its experts: only its block can tell whether that ran fused."""
+        """Only its block can tell whether a call without experts ran fused, or had them on another thread."""
+        self.irregular = True
         if not self.observe_block:
-            self.observe_block = self.irregular = True
+            self.observe_block = True
             self.on_change()

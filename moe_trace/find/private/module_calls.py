@@ -1,0 +1,30 @@
+"""What Python's own stack tells of the calls of modules under way."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def raised_before_forward() -> bool:
+    """Asked in an always-called forward hook that was given no output: whether a pre-hook had raised.
+
+    torch calls such a hook while it handles the exception; behind the last pre-hook it binds `bw_hook`. A
+    torch in which that has another name is taken to have begun the forward.
+    """
+    error = sys.exc_info()[1]
+    trace = None if error is None else error.__traceback__
+    if trace is None or trace.tb_frame is not sys._getframe(2) or trace.tb_next is None:
+        return False
+    inside = trace.tb_next.tb_frame
+    return "bw_hook" in inside.f_code.co_varnames and "bw_hook" not in inside.f_locals
+
+
+def is_inside(module: nn.Module) -> bool:
+    """Asked in a hook of a module: whether the calling thread is inside another call of it."""
+    frame, calls, code = sys._getframe(1), 0, nn.Module.__call__.__code__
+    while frame is not None and calls < 2:
+        calls += frame.f_code is code and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls == 2

@@ -1,0 +1,117 @@
+"""One router call as it is joined from what the hooks saw; its experts are told by the memory of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from moe_trace.find.contracts import Call
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.inplace_outputs import original_of
+from moe_trace.record.forward.context import ForwardContext
+
+
+@dataclass(slots=True)
+class ExpertsCall:
+    """One call of an experts module, as it received it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sending: Any = None
+    mark: Any = None
+    recomputed: bool = False
+    """Where its router is not called again with it, it belongs to a decision of the forward."""
+
+
+@dataclass(slots=True, eq=False)
+class RouterCall(Call):
+    """One call of a router with all that was joined to it."""
+
+    site: int = 0
+    thread: int = 0
+    context: ForwardContext | None = None
+    start_ns: int = 0
+    end_ns: int = 0
+    mark: Any = None
+    recomputed: bool = False
+    returned: bool = False
+    experts: list[ExpertsCall] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    """(number of the expert, rows) of each call of one that is a module of its own."""
+    fused: bool = False
+    """Its block ended without having called any experts."""
+    refused: bool = False
+    """Its experts were called, and a hook before them raised: nothing was received."""
+    cut_off: bool = False
+    """An exception ended its forward before the experts that are modules of their own had all been called."""
+    unjoined: bool = False
+    """Experts of its site ran on another thread, for it or for another call."""
+    reading: Any = None
+    """Of a block that called neither its router nor its experts: what `Found.read_block` read."""
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One execution of a block."""
+
+    context: ForwardContext | None
+    calls: list[RouterCall] = field(default_factory=list)
+    elsewhere: list[tuple[int, ExpertsCall]] = field(default_factory=list)
+    """Calls of its site's experts on other threads meanwhile, whose memory does not tell whose they are."""
+
+
+class SiteState:
+    """What earlier events of a site taught."""
+
+    __slots__ = ("block_seen", "elsewhere", "experts_called", "loose", "thread")
+
+    def __init__(self) -> None:
+        self.elsewhere = False
+        """Whether its experts were ever called on another thread than its router."""
+        self.loose = False
+        """Whether its block ever ended without its experts, which may then run at any later time."""
+        self.thread: int | None = None
+        """Where its router was called last."""
+        self.experts_called = False
+        """Whether its experts were ever called as a module."""
+        self.block_seen = False
+        """Whether its block is observed."""
+
+
+def why_no_decision(
+    call: RouterCall, site: RouterSite, state: SiteState, context: ForwardContext
+) -> str | None:
+    """Why a router call assigned nothing, or nothing that was seen; None where it did."""
+    if not call.returned or (call.refused and not call.experts):
+        return "interrupted"
+    if call.unjoined:
+        return "unjoined"
+    if call.experts or call.reading is not None or site.experts is None:
+        return "interrupted" if call.cut_off else None
+    if call.recomputed or context.failed:
+        return "interrupted"
+    if call.fused or not (state.block_seen or state.experts_called):
+        return None  # a fused block, which called its router but not its experts
+    return "unjoined" if state.elsewhere else "without_experts"
+
+
+def by_memory(experts: ExpertsCall, calls: Iterable[RouterCall]) -> list[RouterCall]:
+    """Those of the router calls whose output shares memory with what the experts received."""
+    given = set(_memory((*experts.args, *experts.kwargs.values())))
+    return [call for call in calls if not given.isdisjoint(_memory((call.router_output,)))]
+
+
+def _memory(values: Iterable[Any]) -> Iterator[int]:
+    """What tells the memory of tensors: the address of their storage, which is theirs while they live."""
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from _memory(value)
+        elif isinstance(value, Tensor):
+            original = original_of(value)
+            try:
+                yield original.untyped_storage().data_ptr() or id(original)
+            except Exception:  # a subclass or a wrapper of torch.func, without a storage of its own
+                yield id(original)

@@ -1,0 +1,315 @@
+"""A decision is joined with its experts by memory, block and thread, or is counted as lost; never guessed."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moe_trace
+from models import tiny_olmoe, token_batch
+
+EXPERTS = 8
+Block = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+class Received(dict[int, list[list[int]]]):
+    """By layer: tokens per expert of each call that the experts' own forward was given."""
+
+
+@contextmanager
+def received(model: nn.Module) -> Iterator[Received]:
+    """Wraps the forward of the experts' class, beneath all hooks."""
+    layers = [layer.mlp.experts for layer in model.model.layers]  # type: ignore[union-attr]
+    of, kind, calls = {id(one): n for n, one in enumerate(layers)}, type(layers[0]), Received()
+    inner = kind.forward
+
+    @functools.wraps(inner)
+    def forward(self: Any, hidden: Any, index: Any, weights: Any) -> Any:
+        counts = torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
+        out = inner(self, hidden, index, weights)
+        calls.setdefault(of[id(self)], []).append(counts)
+        return out
+
+    kind.forward = forward
+    try:
+        yield calls
+    finally:
+        kind.forward = inner
+
+
+def with_block(model: nn.Module, block: Block) -> None:
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.mlp.forward = types.MethodType(
+            lambda self, hidden: block(self, hidden.flatten(0, 1)).view_as(hidden), layer.mlp
+        )
+
+
+def run(model: nn.Module, count: int = 6) -> None:
+    with torch.no_grad():
+        for seed in range(count):
+            model(**token_batch(2, 3, seed=seed))
+
+
+def by_layer(tracer: moe_trace.MoETracer) -> dict[int, list[list[int]]]:
+    found: dict[int, list[list[int]]] = {}
+    for sample in tracer.samples():
+        found.setdefault(sample.layer, []).append(sample.assignments.tolist())
+    return found
+
+
+def check(tracer: moe_trace.MoETracer, calls: Received, *, all_of_them: bool = True) -> None:
+    """Nothing is recorded that the experts did not receive, and every router call is accounted for."""
+    found, lost = by_layer(tracer), tracer.recording().lost
+    for layer in calls.keys() | found.keys():
+        extra = Counter(map(tuple, found.get(layer, []))) - Counter(map(tuple, calls.get(layer, [])))
+        assert not extra, f"layer {layer}"
+    names = {site.layer: site.name for site in tracer.sites}
+    for layer, name in names.items():
+        recorded = len(found.get(layer, []))
+        assert lost.calls_seen.get(name, 0) == recorded + sum(lost.calls.get(name, {}).values())
+    if all_of_them:
+        assert found == calls
+        assert not lost.calls and lost.experts_without_router == 0
+
+
+def elsewhere(pool: ThreadPoolExecutor, changed: bool) -> Block:
+    """Experts on another thread, which the block waits for."""
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        if changed:
+            index, weights = (index + 1) % EXPERTS, weights * 0.5
+
+        def go() -> torch.Tensor:
+            with torch.no_grad():
+                return self.experts(tokens, index, weights)
+
+        return pool.submit(go).result()
+
+    return block
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_experts_that_their_block_waits_for_on_another_thread(changed: bool) -> None:
+    model = tiny_olmoe(layers=2)
+    with ThreadPoolExecutor(2) as pool, received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        with_block(model, elsewhere(pool, changed))
+        run(model)
+    check(tracer, calls)
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_experts_that_outlive_their_forward_are_not_given_to_the_next_one(profiled: bool) -> None:
+    """Those of each forward run while the next one is between the gate and the experts of its block."""
+    model = tiny_olmoe(layers=2)
+    late: list[Any] = []
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        if len(late) == 2:
+            pool.submit(late.pop(0)).result()
+
+        def go() -> None:
+            with torch.no_grad():
+                self.experts(tokens, (index + 3) % EXPERTS, weights.clone())
+
+        late.append(go)
+        return tokens
+
+    with_block(model, block)
+    with ThreadPoolExecutor(1) as pool, received(model) as calls:
+        with moe_trace.profile(model) if profiled else moe_trace.MoETracer(model) as traced:
+            run(model, 1)
+            first = [*late]
+            run(model, 5)
+            for go in late:
+                pool.submit(go).result()
+    assert len(first) == 2
+    tracer = traced.tracer if profiled else traced
+    lost, found = tracer.recording().lost, by_layer(tracer)
+    # Until an experts module was called, a block without such a call can only be a fused one.
+    assert all(len(found.get(layer, [])) <= 1 for layer in (0, 1))
+    assert sum(reasons["unjoined"] for reasons in lost.calls.values()) >= 10
+    assert lost.experts_without_router == 12 == sum(map(len, calls.values()))
+    assert "wait for them inside the block" in " ".join(tracer.summary().notes)
+
+
+def test_each_of_two_threads_runs_the_experts_of_the_others_router() -> None:
+    """Told by the memory of what they received: by thread, each would get the other's."""
+    model = tiny_olmoe(layers=1)
+    block = model.model.layers[0].mlp
+    torch.manual_seed(0)
+    with torch.no_grad(), received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        for _ in range(8):
+            given = []
+            with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+                for pool in (one, two):
+                    tokens = torch.randn(5, model.config.hidden_size)
+                    given.append((tokens, *pool.submit(no_grad, block.gate, tokens).result()[:0:-1]))
+                for pool, own in ((two, given[0]), (one, given[1])):
+                    pool.submit(no_grad, block.experts, *own).result()
+    logits_of = {tuple(s.assignments.tolist()): s.router_entropy for s in tracer.samples()}
+    assert {*map(tuple, calls[0])} == {*logits_of}
+    check(tracer, calls, all_of_them=False)
+    assert not tracer.recording().lost.calls and tracer.recording().lost.experts_without_router == 0
+    for counts, tokens in zip(calls[0][-2:], (given[0][0], given[1][0]), strict=True):
+        with torch.no_grad():
+            p = block.gate(tokens)[0].float().softmax(-1)
+        entropy = -(p * p.log()).sum(-1).mean().item()
+        assert logits_of[tuple(counts)] == pytest.approx(entropy, rel=1e-4)
+
+
+def no_grad(function: Any, *args: Any) -> Any:
+    with torch.no_grad():
+        return function(*args)
+
+
+def test_experts_that_somebody_else_calls_meanwhile_belong_to_no_router() -> None:
+    model = tiny_olmoe(layers=1)
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        pool.submit(no_grad, self.experts, tokens, index * 0 + torch.tensor([1, 2]), weights * 2).result()
+        return self.experts(tokens, index, weights)
+
+    with ThreadPoolExecutor(1) as pool, received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        with_block(model, block)
+        run(model)
+    assert by_layer(tracer)[0] == calls[0][1::2]
+    lost = tracer.recording().lost
+    assert not lost.calls and lost.experts_without_router == 6
+
+
+@pytest.mark.parametrize("through", ["model", "model.model"])
+def test_a_forward_between_a_gate_and_its_experts(through: str) -> None:
+    model = tiny_olmoe(layers=2)
+    entered = [False]
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        if not entered[0]:
+            entered[0] = True
+            (model if through == "model" else model.model)(**token_batch(1, 5, seed=9))
+            entered[0] = False
+        return self.experts(tokens, index, weights)
+
+    with_block(model, block)
+    with torch.no_grad(), received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        for seed in range(4):
+            (model if through == "model" else model.model)(**token_batch(2, 3, seed=seed))
+    found = by_layer(tracer)
+    assert {n: sorted(c) for n, c in found.items()} == {n: sorted(c) for n, c in calls.items()}
+    assert len(calls[0]) == 4 * 3
+    assert not tracer.recording().lost.calls and tracer.recording().lost.experts_without_router == 0
+    assert {s.step for s in tracer.samples()} == {0, 1, 2, 3}  # one step each, whatever is called inside
+
+
+@pytest.mark.parametrize("caught", ["outside", "in the block"])
+def test_experts_that_a_hook_keeps_from_running_received_nothing(caught: str) -> None:
+    model = tiny_olmoe(layers=2)
+    calls_of_hook = [0]
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        calls_of_hook[0] += 1
+        if calls_of_hook[0] % 3 == 0:
+            raise ValueError("the user's")
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        try:
+            return self.experts(tokens, index, weights)
+        except ValueError:
+            if caught == "outside":
+                raise
+            return tokens
+
+    with_block(model, block)
+    with torch.no_grad(), received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        model.model.layers[1].mlp.experts.register_forward_pre_hook(refuse)
+        for seed in range(9):
+            try:
+                model(**token_batch(2, 3, seed=seed))
+            except ValueError:
+                assert caught == "outside"
+    assert (len(calls[0]), len(calls[1])) == (9, 6)
+    assert by_layer(tracer) == calls
+    assert tracer.recording().lost.calls == {"model.layers.1.mlp.gate": {"interrupted": 3}}
+    check(tracer, calls, all_of_them=False)
+
+
+class ListedBlock(nn.Module):
+    """A linear gate beside a list of experts, which run on a pool where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(EXPERTS))
+        self.pool: Any = None
+        self.fails_at = EXPERTS
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        weights, index = torch.topk(self.gate(tokens).softmax(-1), 2, dim=-1)
+        out, waiting = torch.zeros_like(tokens), []
+        for number in range(EXPERTS):
+            rows, slot = (index == number).nonzero(as_tuple=True)
+            if number == self.fails_at:
+                raise ValueError("the user's")
+            if len(rows):
+                call = (no_grad, self.experts[number], tokens[rows])
+                one = call[0](*call[1:]) if self.pool is None else self.pool.submit(*call)
+                waiting.append((rows, weights[rows, slot, None], one))
+        for rows, weight, one in waiting:
+            out.index_add_(0, rows, weight * (one if self.pool is None else one.result()))
+        self.received = torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
+        return out
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ListedBlock() for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return tokens
+
+
+def test_listed_experts_on_other_threads() -> None:
+    torch.manual_seed(0)
+    model, calls = Listed(), Received()
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool, moe_trace.MoETracer(model) as tracer:
+        for layer in model.layers:
+            layer.pool = pool
+        for _ in range(6):
+            model(torch.randn(7, 16))
+            for number, layer in enumerate(model.layers):
+                calls.setdefault(number, []).append(layer.received)
+    check(tracer, calls)
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 7])
+def test_listed_experts_of_which_some_were_called(fails_at: int) -> None:
+    torch.manual_seed(0)
+    model, calls = Listed(), Received()
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for step in range(6):
+            model.layers[1].fails_at = fails_at if step % 2 else EXPERTS
+            try:
+                model(torch.randn(7, 16))
+            except ValueError:
+                assert step % 2
+            else:
+                calls.setdefault(1, []).append(model.layers[1].received)
+            calls.setdefault(0, []).append(model.layers[0].received)
+    assert by_layer(tracer) == calls
+    assert tracer.recording().lost.calls == {"layers.1.gate": {"interrupted": 3}}
