@@ -54,6 +54,8 @@ class RouterSite:
     """See `Found.listed`."""
     times_experts: bool = True
     """See `Found.times_experts`."""
+    shares_router: bool = False
+    """Whether other layers call the same router: a call of it is that of the layer whose block runs."""
 
     @property
     def site(self) -> str:
@@ -100,17 +102,36 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
 def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
     """(path of the module looked at, contract, what it found there), in the order of the modules.
 
-    The first contract to find anything at a module has it; and what is inside a router is none.
+    The first contract to find anything at a module has it; and what is inside a router is none. A router that
+    several layers share is found in each.
     """
     seen: set[int] = set()
+    layers: dict[int, list[Found]] = {}
     for path, module in model.named_modules():
         for contract in CONTRACTS:
-            found = [item for item in contract.find(module) if id(item.router) not in seen]
+            found = [
+                item
+                for item in contract.find(module)
+                if id(item.router) not in seen or _is_another_layer(item, layers.get(id(item.router), []))
+            ]
             for item in found:
                 seen.update(map(id, item.router.modules()))
+                layers.setdefault(id(item.router), []).append(item)
                 yield path, contract, with_experts(item)
             if found:
                 break
+
+
+def _is_another_layer(item: Found, others: Sequence[Found]) -> bool:
+    """Whether it has a block and experts of its own, beside those of the layers that call the same router."""
+    if item.block is None or not others:
+        return False
+    parts, experts = set(item.block.modules()), set(_weights(item))
+    return all(
+        other.block not in parts and item.block not in set(other.block.modules())
+        for other in others
+        if other.block is not None
+    ) and experts.isdisjoint(part for other in others for part in _weights(other))
 
 
 def _without_shared_experts(
@@ -127,7 +148,7 @@ def _without_shared_experts(
 def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[RouterSite]:
     names = [f"{path}.{item.router_path}".lstrip(".") for path, _, item in found]
     data_parallel = DataParallelDims(model)
-    sites = []
+    sites, callers = [], Counter(id(item.router) for _, _, item in found)
     counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
     for (path, contract, item), name, label in zip(found, names, _labels(names), strict=True):
         shared = shared_modules(model, path, item)
@@ -147,6 +168,7 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
                 watched=item.watched,
                 listed=item.listed,
                 times_experts=item.times_experts,
+                shares_router=callers[id(item.router)] > 1,
             )
         )
     return sites

@@ -68,8 +68,8 @@ class RouterReplacement:
     """What `replace_router` returns: active while entered; may be entered again afterwards."""
 
     def __init__(self, sites: list[RouterSite], fn: RoutingRule, renormalise: Renormalise) -> None:
-        self.sites = sites
-        self._applied = [_AppliedRule(site.name, fn, renormalise) for site in sites]
+        self.sites = [*{site.router: site for site in reversed(sites)}.values()][::-1]  # one a router
+        self._applied = [_AppliedRule(site.name, fn, renormalise) for site in self.sites]
         self._active = False
 
     def __enter__(self) -> RouterReplacement:

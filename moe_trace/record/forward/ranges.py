@@ -93,6 +93,10 @@ class OpenRanges:
         if not stack and thread != self.thread:
             self.stacks.pop(thread, None)
 
+    def has(self, name: str, thread: int) -> bool:
+        """Whether a range of that name is open on a thread."""
+        return name in self.stacks.get(thread, [])[::2]
+
     def end(self, thread: int) -> None:
         """Close what the calling thread has open: its forward is over, or was interrupted."""
         if thread == self.thread:

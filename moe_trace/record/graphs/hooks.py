@@ -33,15 +33,21 @@ class TracedSite:
         self.call: Call | None = None
         """None again before the graph ends: what is kept beyond it, the graph would have to return."""
         self._wrote = False
+        self._shared = site.shares_router
+        self._listens = not self._shared
+        """Whether a call of the router is one of this site."""
 
     def before_block(self) -> None:
         """The block that holds the router is called."""
+        if self._shared:
+            self._listens = True
         if self._fused_block:
             self._wrote = False
 
     def before_router(self, args: Any) -> None:
         """A call begins."""
-        self.call = Call(router_args=args)
+        if self._listens:
+            self.call = Call(router_args=args)
 
     def after_router(self, output: Any) -> None:
         """The router returned; the call ends here if no experts module follows."""
@@ -64,6 +70,8 @@ class TracedSite:
 
     def after_block(self, args: Any, output: Any) -> None:
         """The block returned, perhaps without having called its experts, or even its router."""
+        if self._shared:
+            self._listens = False
         if self.call is not None:
             self._write()
         elif self._fused_block and not self._wrote and output is not None:

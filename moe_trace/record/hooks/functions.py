@@ -181,7 +181,7 @@ class SiteObserver(HookOwner):
             self._captures.begin(self.site.name, self.site.site, "router")
             return
         thread = get_ident()
-        if self.ranged:
+        if self.ranged and (not self.site.shares_router or self._ranges.has(self._block_range, thread)):
             self._ranges.open(self._router_range, thread)
         mark = None if self._clock is None else self._clock.start(args)
         kept = args if self._keeps_arguments else None

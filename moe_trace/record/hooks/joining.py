@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
+from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.router_call import Block, ExpertsCall, RouterCall, SiteState, by_memory
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.hooks.events import (
@@ -31,20 +32,19 @@ class CallJoiner:
     """Turns events into router calls, in the order in which the routers were called.
 
     Args:
-        experts: of each site, the module whose call ends the decision; None where there is none.
         context_of: the forward that a thread is in, for the first event of a call.
         orphan: told the site of each experts call that belongs to no router call.
     """
 
     def __init__(
         self,
-        experts: Sequence[object],
+        sites: Sequence[RouterSite],
         *,
         context_of: Callable[[int], ForwardContext],
         orphan: Callable[[int], None],
     ) -> None:
-        self.states = [SiteState() for _ in experts]
-        self._needs_experts = [one is not None for one in experts]
+        self.states = [SiteState() for _ in sites]
+        self._sites, experts = sites, [site.experts for site in sites]
         self._sharing = [
             [
                 site
@@ -172,12 +172,14 @@ class CallJoiner:
     def _begin(
         self, site: int, thread: int, context: ForwardContext, start_ns: int, args: Any, mark: Any
     ) -> None:
+        blocks = self._blocks.get((site, thread))
+        if not blocks and self._sites[site].shares_router:
+            return  # that of another layer
         call = RouterCall(args, site=site, thread=thread)
         self.states[site].thread = thread
         call.context, call.start_ns, call.mark = context, start_ns, mark
         self._open.setdefault((site, thread), []).append(call)
         self._begun.append(call)
-        blocks = self._blocks.get((site, thread))
         if blocks:
             blocks[-1].calls.append(call)
 
@@ -243,7 +245,7 @@ class CallJoiner:
     def _is_complete(self, call: RouterCall) -> bool:
         if call.experts or call.reading is not None:
             return True
-        return call.returned and not self._needs_experts[call.site]
+        return call.returned and self._sites[call.site].experts is None
 
     def _retry_orphans(self, *, keep: bool) -> None:
         orphans, self._orphans = self._orphans, []

@@ -56,7 +56,7 @@ class CallCollector:
         self._recorder = recorder
         self._clock = clock
         self._joiner = CallJoiner(
-            [router.site.experts for router in routers],
+            [router.site for router in routers],
             context_of=self._context_of,
             orphan=self._orphan,
         )

@@ -39,8 +39,8 @@ class SiteHooks(SiteObserver):
         self.level = Level.OFF
         self.observe_block = self.site.experts is not None or bool(self.site.listed)
         """Whether the block is hooked to record: until it has shown that each router call has its experts."""
-        self.irregular = False
-        """Whether a router call was ever seen without its experts: then the block stays observed."""
+        self.irregular = self.site.shares_router
+        """Whether only the block tells of a call what it is: then it stays observed."""
         self.on_change: Callable[[], None] = lambda: None
         """Told that the block needs other hooks than are on."""
         self.read = self.site.read
