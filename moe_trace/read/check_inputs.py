@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from moe_trace.data.schema import Recording, is_band
-from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import JsonStream, decoders, loads_lenient
 from moe_trace.read.file.coverage import TimeCoverage
 from moe_trace.read.file.events import EventTable, to_ns
 from moe_trace.read.file.launches import find_kernels
@@ -54,18 +54,6 @@ class _RawEvent(msgspec.Struct, gc=False):
     args: msgspec.Raw = msgspec.Raw(b"null")
 
 
-_raw_batch = msgspec.json.Decoder(list[_RawEvent]).decode
-
-
-def _raw_one(text: bytes) -> _RawEvent:
-    try:
-        value = loads_lenient(text)
-        kept = {key: value[key] for key in ("ph", "name", "pid", "tid", "ts", "dur") if key in value}
-        return msgspec.convert(kept, _RawEvent)
-    except (ValueError, TypeError, OverflowError):
-        return _RawEvent()
-
-
 def read_checked(path: Path, progress: Progress | None = None) -> Checked:
     """Read a merged trace twice: its own events, and what merging added.
 
@@ -90,7 +78,7 @@ def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
         if key != "traceEvents":
             stream.skip()
             continue
-        for batch in stream.batches(_raw_batch, _raw_one):
+        for batch in stream.batches(*decoders(_RawEvent)):
             for event in batch:
                 if is_band(event.pid) and event.ph in "CX":
                     yield _band_event(event)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import events_as
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.correlate.reasons import (
     DROPPED,
@@ -59,28 +59,10 @@ class MissingRanges:
     @cached_property
     def _host_threads(self) -> frozenset[Any]:
         """Threads with events of the host."""
-        events = self._events
-        events.file.seek(events.start - 1)
-        stream = JsonStream(events.file.read, events.file.name)
-        return frozenset(
-            event.tid
-            for batch in stream.batches(_decode_threads, _decode_one)
-            for event in batch
-            if event.cat in _HOST_CATEGORIES
-        )
+        events = events_as(_OfThread, self._events)
+        return frozenset(event.tid for event in events if event.cat in _HOST_CATEGORIES)
 
 
 class _OfThread(msgspec.Struct, gc=False):
     cat: str | None = None
     tid: int | str | None = None
-
-
-_decode_threads = msgspec.json.Decoder(list[_OfThread]).decode
-
-
-def _decode_one(text: bytes) -> _OfThread:
-    try:
-        value = loads_lenient(text)
-        return msgspec.convert({key: value[key] for key in ("cat", "tid") if key in value}, _OfThread)
-    except (ValueError, TypeError):
-        return _OfThread()

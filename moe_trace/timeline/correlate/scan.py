@@ -15,7 +15,7 @@ import msgspec
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import RANGE_NAME, RANGE_PREFIX, RangeKind, Span
 from moe_trace.data.trace_json import windows
-from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import events_as
 from moe_trace.data.trace_json.windows import EventBytes, Window
 
 _SAMPLE = 256 * 2**10
@@ -152,22 +152,10 @@ def _range_event(event: dict[str, Any]) -> RangeEvent | None:
 
 
 class _Timed(msgspec.Struct, gc=False):
-    ph: str = ""
-    cat: str | None = None
+    ph: str = "M"  # an event without a phase has no time
+    cat: Any = None
     ts: float = 0.0
     dur: float = 0.0
-
-
-_NO_TIME = _Timed(ph="M")
-_decode_timed = msgspec.json.Decoder(list[_Timed]).decode
-
-
-def _decode_one(text: bytes) -> _Timed:
-    try:
-        value = loads_lenient(text)
-        return msgspec.convert({key: value[key] for key in ("ph", "ts", "dur") if key in value}, _Timed)
-    except (ValueError, TypeError):
-        return _NO_TIME
 
 
 def trace_window(events: EventBytes) -> Span | None:
@@ -192,15 +180,12 @@ def _profiler_span(text: bytes) -> Span | None:
 
 
 def _hull_of_events(events: EventBytes) -> Span | None:
-    events.file.seek(events.start - 1)
     start, end = math.inf, -math.inf
-    stream = JsonStream(events.file.read, events.file.name)
-    for batch in stream.batches(_decode_timed, _decode_one):
-        for event in batch:
-            if event.ph == "X" and event.cat == "Trace":  # the profiler's own, wherever a tool put it
-                return Span(event.ts, event.dur)
-            if event.ph != "M":
-                start, end = min(start, event.ts), max(end, event.ts + event.dur)
+    for event in events_as(_Timed, events):
+        if event.ph == "X" and event.cat == "Trace":  # the profiler's own, wherever a tool put it
+            return Span(event.ts, event.dur)
+        if event.ph != "M":
+            start, end = min(start, event.ts), max(end, event.ts + event.dur)
     return Span(start, end - start) if start <= end else None
 
 
