@@ -221,7 +221,7 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Uniform:
     """The spread Q of uniform routing."""
 

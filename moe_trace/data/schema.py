@@ -196,7 +196,7 @@ class Parallel:
     """How tokens reach their experts; None without expert parallelism."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Recording:
     """All that was recorded about one model, or that one trace file holds."""
 

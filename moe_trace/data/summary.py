@@ -124,7 +124,7 @@ class Totals:
     flops_experts: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Summary(ShownInNotebooks):
     """What was recorded, per router and in all."""
 

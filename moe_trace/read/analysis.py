@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moe_trace.read.ranks.report import RankReport
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class TraceSummary(Summary):
     """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
 
@@ -180,7 +180,7 @@ def analyse(
     return replace(whole, stages=stages, findings=findings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Traces:
     """All that was read; the answer to any question is a filter away."""
 

@@ -32,7 +32,7 @@ _TAIL_BYTES = 64 * 2**10
 _MAYBE_OURS = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Addition:
     """What merging put at the end of the events, as offsets in the file."""
 

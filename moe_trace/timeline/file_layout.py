@@ -19,7 +19,7 @@ Cut = tuple[int, int]
 """Bytes to take out: from, to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceLayout:
     """The top level of a trace's JSON."""
 

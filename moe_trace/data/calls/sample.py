@@ -64,7 +64,7 @@ def moe_span(spans: dict[RangeKind, Span]) -> Span:
     return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class RoutingSample(ShortRepr, ShownInNotebooks):
     """What one router decided in one call. E experts, K slots per token, T tokens."""
 

@@ -31,7 +31,7 @@ def number_text(value: float) -> str:
     return f"{value:.4g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """One column of a table."""
 

@@ -11,7 +11,7 @@ EVENT_MAX = 64 * 2**10
 """Bytes of one event, on each side of what is found in it; ours are below 1 KiB."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """A piece of a file with what stands round it; the buffer is overwritten once the next is asked for."""
 
@@ -29,7 +29,7 @@ class Window:
         return replace(self, until=min(self.until, end), filled=end)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EventBytes:
     """The part of a trace's file that holds its events."""
 

@@ -71,7 +71,7 @@ def is_comm(name: str) -> bool:
     return name == PARAMETERS or name.startswith((OPERATOR, GLOO))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CommFacts:
     """What the arguments of one event say; None for what they leave open."""
 
@@ -97,7 +97,7 @@ class CommFacts:
         return None if self.dtype is None else self.dtype.lower() in _INTEGERS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CommEvent:
     """One such event; times in nanoseconds on the trace's clock, `thread` an index of the table's threads."""
 

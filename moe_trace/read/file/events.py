@@ -77,7 +77,7 @@ class _KindOf(dict[str | None, Kind | None]):
         return kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EventTable:
     """Columns of equal length, in the order of the file."""
 

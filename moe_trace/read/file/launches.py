@@ -20,7 +20,7 @@ _EARLY_NS = 10**6
 _FEW = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernels:
     """Kernels, copies and memsets whose launch the trace holds, sorted by thread and time of the launch."""
 

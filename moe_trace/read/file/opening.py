@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceSource:
     """A trace that is open."""
 

@@ -55,7 +55,7 @@ class Alignment:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RankPart:
     """What belongs to one rank of a merged trace."""
 
@@ -75,7 +75,7 @@ class RankPart:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MergedRanks:
     """The ranks of a merged trace, and how they came together."""
 

@@ -44,7 +44,7 @@ def _carrier(text: bytes) -> _Carrier:
         return _Carrier()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceFile:
     """What one trace holds."""
 

@@ -56,7 +56,7 @@ class Finding:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RuleInput:
     """What the rules look at: the calls of one stage."""
 

@@ -36,7 +36,7 @@ Nanoseconds = tuple[int, int]
 """Start and end."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Collective:
     """One call of a collective, times in nanoseconds on the trace's clock."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a trace of one rank, of which nobody asks these, is reporte
     from moe_trace.read.ranks.loads import CallLoad, RankRecords
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RankInput:
     """What one rank's traces say."""
 
@@ -32,7 +32,7 @@ class RankInput:
     """From the trace's first event on the host to its last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranks:
     """The ranks of a run, and what several answers ask of them, found once."""
 

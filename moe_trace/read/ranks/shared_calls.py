@@ -42,7 +42,7 @@ def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
     return int((calls.host_start_ns[known] - spans_ns(calls.places.span("host", "router"))[known, 0]).min())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RankCalls:
     """The collectives of one rank, as its own trace has them."""
 
@@ -70,7 +70,7 @@ def rank_calls(trace: TraceFile, kernels: Kernels) -> RankCalls:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SharedCalls:
     """C calls of one kind that the R ranks of a group made together; row c is the c-th of them."""
 

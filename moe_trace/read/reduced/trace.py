@@ -27,7 +27,7 @@ _OPERATORS = "aten::"
 """What findings ask for by name; kernels' names are many and long."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ReducedTrace:
     """One trace, or one rank of it."""
 

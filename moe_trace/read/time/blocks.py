@@ -37,7 +37,7 @@ class Intervals:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks(Intervals):
     """B calls that have ranges in the trace, sorted by thread and time. [B] arrays, nanoseconds."""
 

@@ -44,7 +44,7 @@ _T_975 = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calls:
     """N calls of layers that are alike. [N] arrays."""
 
@@ -57,7 +57,7 @@ class Calls:
     """What the time may follow."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """Time follows these figures of the load, so much a unit."""
 

@@ -88,7 +88,7 @@ def saved_by(models: Sequence[LoadModel]) -> str:
     return f"the experts take {slopes_in_words(model)}, and {why}."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Imbalance:
     """The answers for all layers, and the models behind them."""
 
@@ -120,7 +120,7 @@ def imbalance_costs(
     return Imbalance(tuple(models), tuple(layers[r.name] for r in routers if r.name in layers))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rows:
     """The forward calls of layers that are alike."""
 

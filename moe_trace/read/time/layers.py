@@ -162,7 +162,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Measure:
     """Adds calls up, as shares of all MoE work of the same pass and of the model's work."""
 

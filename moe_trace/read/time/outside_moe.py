@@ -41,7 +41,7 @@ Bounds = tuple[int, int]
 """Start and end in nanoseconds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceTotals:
     """Work and time of the whole trace, or of a part of it, which the shares are of; None: not known."""
 
@@ -57,7 +57,7 @@ NOTHING = TraceTotals(0.0, None)
 UNKNOWN = TraceTotals(None, None, None, None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceWork:
     """The work of one trace, as a whole and by step and stage."""
 
@@ -143,7 +143,7 @@ def step_ranges(events: EventTable) -> dict[int, Bounds]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Work:
     """Pieces of work by the time at which they were launched."""
 
@@ -165,7 +165,7 @@ class _Work:
 # -- windows --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Forward:
     """Calls of one step and stage that follow one another."""
 

@@ -50,7 +50,7 @@ WRITES = _aten(
 # fmt: on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steps(Intervals):
     """I outermost operators and launches inside blocks, sorted by thread and time. [I] arrays."""
 

@@ -26,7 +26,7 @@ from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
 IntArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Times:
     """B calls x P phases, nanoseconds; `PHASES` names the columns."""
 
@@ -52,7 +52,7 @@ CALL_COLUMNS = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns
 """[B] arrays of `CallTimes`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallTimes:
     """The times of B calls; the row of each array is the call's."""
 

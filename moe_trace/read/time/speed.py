@@ -120,7 +120,7 @@ def _width(model: dict[str, Any]) -> int | None:
     return width if isinstance(width, int) and not isinstance(width, bool) and width > 0 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Measure:
     times: CallTimes
     peak: Peak
