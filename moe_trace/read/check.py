@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -200,39 +201,24 @@ def events_can_be_read(checked: Checked) -> Iterator[tuple[str, str]]:
         yield "events", f"{checked.events.unreadable} events could not be read"
 
 
-def ranges_hold_operators(checked: Checked) -> Iterator[tuple[str, str]]:
-    """The calls' ranges are in the trace, on the thread of the operators."""
-    yield from _loss(checked, "calls")
+_JOINED = {
+    "ranges_hold_operators": "calls",
+    "kernels_have_launches": "kernels",
+    "launches_have_kernels": "launches",
+    "flows_have_both_ends": "backward",
+    "collectives_have_their_work": "collectives",
+}
+"""Rule -> the part of the coverage, all of which was joined with what it belongs to."""
 
 
-def kernels_have_launches(checked: Checked) -> Iterator[tuple[str, str]]:
-    """What ran on a device was launched by a call that the trace holds."""
-    yield from _loss(checked, "kernels")
-
-
-def launches_have_kernels(checked: Checked) -> Iterator[tuple[str, str]]:
-    """What was launched inside an MoE layer ran on a device."""
-    yield from _loss(checked, "launches")
-
-
-def flows_have_both_ends(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Each backward node is linked to its forward operator."""
-    yield from _loss(checked, "backward")
-
-
-def collectives_have_their_work(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Each collective of an MoE layer has its kernels, or its range on the backend's thread."""
-    yield from _loss(checked, "collectives")
-
-
-def _loss(checked: Checked, name: str) -> Iterator[tuple[str, str]]:
-    coverage: Coverage = getattr(checked.coverage, name)
-    sentence = loss_sentence(name, coverage)
+def _joined(part: str, checked: Checked) -> Iterator[tuple[str, str]]:
+    coverage: Coverage = getattr(checked.coverage, part)
+    sentence = loss_sentence(part, coverage)
     if sentence is not None and (coverage.share or 0.0) < NEARLY_ALL:
         yield "trace", sentence
 
 
-RULES: tuple[Rule, ...] = (
+_OF_CALLS: tuple[Rule, ...] = (
     versions_known,
     samples_are_accounted_for,
     ranges_are_accounted_for,
@@ -246,21 +232,16 @@ RULES: tuple[Rule, ...] = (
     slices_are_the_calls,
     times_are_inside_graphs,
     events_can_be_read,
-    ranges_hold_operators,
-    kernels_have_launches,
-    launches_have_kernels,
-    flows_have_both_ends,
-    collectives_have_their_work,
 )
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in _OF_CALLS}
+RULES |= {name: partial(_joined, part) for name, part in _JOINED.items()}
 
 
 def check(checked: Checked) -> dict[str, list[Violation]]:
     """Violations by the name of the rule; every rule is there, kept or not."""
     return {
-        rule.__name__: [
-            Violation(rule=rule.__name__, where=where, message=message) for where, message in rule(checked)
-        ]
-        for rule in RULES
+        name: [Violation(rule=name, where=where, message=message) for where, message in rule(checked)]
+        for name, rule in RULES.items()
     }
 
 
