@@ -9,9 +9,8 @@ from typing import ClassVar
 
 from moe_trace.cli.arguments import add_output, reading_progress, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
-from moe_trace.data.display.tables import printable, wrapped
+from moe_trace.data.display.tables import number_ranges, printable, wrapped
 from moe_trace.data.errors import UsageError
-from moe_trace.read.ranks.loads import rank_names
 from moe_trace.read.ranks.merge_plan import MergePlan, plan_merge
 from moe_trace.read.ranks.merged_file import write_merged
 from moe_trace.show.text.ranks import clock_lines
@@ -26,7 +25,6 @@ class MergeCommand:
     Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
     """
 
-    name = "merge"
     reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -57,7 +55,7 @@ def _warnings(plan: MergePlan) -> list[str]:
     warnings = [f"{printable(file, 200)} was left out: {why}" for file, why in plan.left_out.items()]
     if plan.missing:
         world_size = max(trace.recording.world_size for trace in plan.ranks)
-        named = rank_names(plan.missing)
+        named = ", ".join(number_ranges(plan.missing))
         warnings.append(
             f"world_size is {world_size}, but {len(plan.ranks)} ranks were found; no trace of rank {named}"
         )

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from moe_trace.data.display.columns import Cell, count_column, text_table
 from moe_trace.data.display.json import json_text
-from moe_trace.data.display.tables import WIDTH, printable
+from moe_trace.data.display.tables import WIDTH, number_ranges, printable
 from moe_trace.data.schema import RouterInfo
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a number
@@ -124,10 +124,4 @@ def runs(numbers: Sequence[int]) -> str:
     steps = {b - a for a, b in itertools.pairwise(ordered)}
     if len(ordered) > 2 and len(steps) == 1 and steps != {1}:
         return f"{ordered[0]}-{ordered[-1]} step {steps.pop()}"
-    parts: list[list[int]] = []
-    for number in ordered:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+    return ",".join(number_ranges(ordered))

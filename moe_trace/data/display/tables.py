@@ -75,6 +75,17 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:#.{digits}g}"
 
 
+def number_ranges(numbers: Sequence[int]) -> list[str]:
+    """Ascending numbers, neighbours as a range, so that a thousand stay readable: `0-2`, `5`, `7-9`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ["-".join(map(str, ends)) for ends in found]
+
+
 def fixed(value: float | None, decimals: int) -> str:
     """A fixed number of decimals; `-` for None."""
     return "-" if value is None else f"{value:,.{decimals}f}"

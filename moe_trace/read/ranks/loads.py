@@ -67,17 +67,6 @@ class RankRecords:
         return found.pop() if len(found) == 1 else None
 
 
-def rank_names(ranks: Sequence[int]) -> str:
-    """Ascending ranks in words: neighbours as a range, so that a thousand stay readable."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], rank]
-        else:
-            runs.append([rank])
-    return ", ".join("-".join(map(str, run)) for run in runs)
-
-
 def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
     """The forward calls by their number; the n-th call of a router is one call on all ranks."""
     counts: defaultdict[str, int] = defaultdict(int)

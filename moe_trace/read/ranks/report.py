@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_trace.data.display.notebook import ShortRepr
+from moe_trace.data.display.tables import number_ranges
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
@@ -21,7 +22,7 @@ from moe_trace.read.ranks.collective_times import (
     total_wait_us,
 )
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix, max_over_mean, rank_names
+from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix, max_over_mean
 from moe_trace.read.ranks.shared_calls import match_calls
 
 
@@ -147,7 +148,7 @@ def _held(records: RankRecords) -> dict[int, int | None]:
 def _notes(records: RankRecords, loads: Sequence[CallLoad]) -> list[str]:
     notes = []
     if records.missing:
-        named = rank_names(records.missing)
+        named = ", ".join(number_ranges(records.missing))
         notes.append(
             f"{len(records.missing)} of {records.world_size} ranks have no trace here (rank {named}): what "
             "they computed is not in these figures; look at their logs, and give their traces too"
