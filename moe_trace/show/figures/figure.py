@@ -96,6 +96,31 @@ def bars_layout(unit: str, height: int, **more: Any) -> Spec:
     return {"xaxis": layer_columns(), "yaxis": yaxis, "height": height, **more}
 
 
+def layers_map(
+    layers: Sequence[str], columns: Sequence[str], z: list[list[Any]], unit: str, hover: str, **more: Any
+) -> tuple[Spec, Spec]:
+    """Data and layout of a heat map with a row a layer; `hover` is what a pointer on a cell shows."""
+    labels = [safe(layer) for layer in layers]
+    layout = {
+        "xaxis": {"type": "category"},
+        "yaxis": layers_axis(labels),
+        "height": 120 + rows_px(len(labels)),
+    }
+    return heat_map(z, columns, labels, unit, hover, **more), layout
+
+
+def heat_map(
+    z: list[list[Any]], x: Sequence[Any], y: Sequence[str], unit: str, hover: str, **more: Any
+) -> Spec:
+    """Cells of `x` and `y`; `hover` is what a pointer on one shows."""
+    return {
+        **{"type": "heatmap", "z": z, "x": x, "y": y, "colorscale": "Viridis"},
+        "colorbar": {"title": {"text": unit}, "thickness": 14},
+        "hovertemplate": f"{hover}<extra></extra>",
+        **more,
+    }
+
+
 def layer_columns() -> Spec:
     """The horizontal axis of figures with a bar a layer; names are left out where they would not fit."""
     return {"type": "category", "nticks": 32}

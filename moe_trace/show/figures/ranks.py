@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,8 @@ from moe_trace.show.figures.figure import (
     Spec,
     bars,
     bars_layout,
-    layers_axis,
-    rows_px,
-    safe,
+    heat_map,
+    layers_map,
 )
 
 MATRIX_TABLE_MAX = 16
@@ -39,14 +37,15 @@ def sent_matrix(report: RankReport) -> Figure:
     layers = [layer.sent for layer in report.layers if layer.sent is not None]
     total = np.sum(layers, axis=0) if layers else np.zeros((0, 0), np.int64)
     columns = [f"rank {rank}" for rank in range(total.shape[1])]
-    rows = [f"rank {rank}" for rank in report.ranks] if layers else []
+    rows = _names(report) if layers else []
     headings, table = _matrix_table(report, total)
+    numbers = _numbers_in(total.size, "%{z:,}")
     return Figure(
         key="rank-sent",
         title="Assignments sent from rank to rank",
         caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. An assignment "
         "is a token with one of its experts; the diagonal stays at home. All layers and steps.",
-        data=[_heat_map(total.tolist(), columns, rows, "assignments", _SENT, "%{z:,}")] if rows else [],
+        data=[heat_map(total.tolist(), columns, rows, "assignments", _SENT, **numbers)] if rows else [],
         layout={
             "xaxis": {"type": "category", "title": {"text": "to"}},
             "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "from"}},
@@ -71,32 +70,21 @@ def _matrix_table(report: RankReport, total: np.ndarray) -> tuple[tuple[str, ...
 
 def share_map(report: RankReport) -> Figure:
     """Layers x ranks: each rank's assignments over the mean rank's."""
-    sites = [layer.site for layer in report.layers]
+    sites, ranks = [layer.site for layer in report.layers], _names(report)
+    over_mean = [_over_mean(layer.load) for layer in report.layers]
+    hover = "layer %{y}, %{x}: %{z:.2f} of the mean rank's assignments"
+    numbers = _numbers_in(len(sites) * len(ranks), "%{z:.2f}")
+    data, layout = layers_map(sites, ranks, over_mean, "÷ mean", hover, **numbers)
     return Figure(
         key="rank-share",
         title="Assignments that each rank computes",
         caption="Over the mean of the ranks, layer by layer: 1 is even. The largest of a row is what the "
         "others wait for.",
-        data=[
-            _heat_map(
-                [_over_mean(layer.load) for layer in report.layers],
-                [f"rank {rank}" for rank in report.ranks],
-                [safe(site) for site in sites],
-                "÷ mean",
-                "layer %{y}, %{x}: %{z:.2f} of the mean rank's assignments",
-                "%{z:.2f}",
-            )
-        ]
-        if sites
-        else [],
-        layout={
-            "xaxis": {"type": "category"},
-            "yaxis": layers_axis([safe(site) for site in sites]),
-            "height": 120 + rows_px(len(sites)),
-        },
+        data=[data] if sites else [],
+        layout=layout,
         headings=(
             "layer",
-            *(("least", "most") if len(report.ranks) > MATRIX_TABLE_MAX else _names(report)),
+            *(("least", "most") if len(ranks) > MATRIX_TABLE_MAX else ranks),
             "max÷mean",
             "hot rank",
             "hot expert",
@@ -108,8 +96,8 @@ def share_map(report: RankReport) -> Figure:
     )
 
 
-def _names(report: RankReport) -> tuple[str, ...]:
-    return tuple(f"rank {rank}" for rank in report.ranks)
+def _names(report: RankReport) -> list[str]:
+    return [f"rank {rank}" for rank in report.ranks]
 
 
 def _layer_row(layer: LayerRanks, report: RankReport) -> tuple[Cell, ...]:
@@ -217,14 +205,6 @@ def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, a
     }
 
 
-def _heat_map(z: list[list[Any]], x: list[str], y: list[str], unit: str, hover: str, number: str) -> Spec:
-    return {
-        "type": "heatmap",
-        "z": z,
-        "x": x,
-        "y": y,
-        "colorscale": "Viridis",
-        "colorbar": {"title": {"text": unit}, "thickness": 14},
-        "hovertemplate": hover + "<extra></extra>",
-        **({"texttemplate": number} if len(x) * len(y) <= CELLS_NAMED else {}),
-    }
+def _numbers_in(cells: int, form: str) -> Spec:
+    """Where there is room for them."""
+    return {"texttemplate": form} if cells <= CELLS_NAMED else {}

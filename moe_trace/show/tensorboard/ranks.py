@@ -11,10 +11,12 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.ranks.inputs import Ranks
 from moe_trace.read.ranks.report import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
-from moe_trace.show.figures.figure import Figure, Spec, layers_axis, rows_px, safe
+from moe_trace.show.figures.figure import Figure, Spec, bars, bars_layout, layers_map
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key
 from moe_trace.show.text.ranks import rank_sentences
+
+_ADDED = ("tokens", "assignments", "calls", "moe_work_us", "traces")
 
 
 def rank_digest(summary: TraceSummary) -> JsonDict:
@@ -27,7 +29,8 @@ def rank_digest(summary: TraceSummary) -> JsonDict:
         "assignments": summary.totals.assignments,
         "calls": summary.totals.calls,
         "on_device": bool(phases and phases.whole.on_device),
-        "moe_work_us": phases.whole.moe_work_us if phases else None,
+        "moe_work_us": phases.whole.moe_work_us or 0.0 if phases else 0.0,
+        "traces": 1,
         "work_us": work,
         "loads": {r.info.site: list(r.assignments) for r in summary.routers if sum(r.assignments)},
     }
@@ -65,22 +68,9 @@ def by_rank(digests: Sequence[JsonDict]) -> list[JsonDict]:
     """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
     rows: dict[int, JsonDict] = {}
     for digest in digests:
-        row = rows.setdefault(
-            digest["rank"],
-            {
-                **digest,
-                "tokens": 0,
-                "assignments": 0,
-                "calls": 0,
-                "moe_work_us": 0.0,
-                "work_us": {},
-                "traces": 0,
-            },
-        )
-        row["traces"] += 1
-        for name in ("tokens", "assignments", "calls"):
+        row = rows.setdefault(digest["rank"], {**digest, **dict.fromkeys(_ADDED, 0), "work_us": {}})
+        for name in _ADDED:
             row[name] += digest[name]
-        row["moe_work_us"] += digest["moe_work_us"] or 0.0
         for site, us in digest["work_us"].items():
             row["work_us"][site] = row["work_us"].get(site, 0.0) + us
     return [rows[rank] for rank in sorted(rows)]
@@ -139,48 +129,34 @@ def _straggler(rows: Sequence[JsonDict], slowest: JsonDict) -> JsonDict | None:
 
 def load_per_rank(rows: Sequence[JsonDict]) -> Figure:
     """Tokens that each rank's routers saw."""
-    mean = sum(row["tokens"] for row in rows) / len(rows)
+    tokens = [row["tokens"] for row in rows]
     return Figure(
         key="rank-load",
         title="Load per rank",
         caption="Tokens that each rank's routers saw, once for every router call.",
-        data=[_bars([row["tokens"] for row in rows], rows, "#0072B2", "tokens")],
-        layout=_bar_layout("tokens"),
+        data=[_bars(tokens, rows, "#0072B2", "tokens")],
+        layout=bars_layout("tokens", 280),
         headings=("rank", "traces", "calls", "tokens", "÷ mean", "assignments"),
         rows=[
-            (
-                f"rank {row['rank']}",
-                row["traces"],
-                row["calls"],
-                row["tokens"],
-                row["tokens"] / mean if mean else None,
-                row["assignments"],
-            )
-            for row in rows
+            (name, row["traces"], row["calls"], row["tokens"], ratio, row["assignments"])
+            for name, row, ratio in zip(_names(rows), rows, _over_mean(tokens), strict=True)
         ],
     )
 
 
-def _waits_said(without_waits: bool) -> str:
-    return " Time spent waiting in collectives is left out." if without_waits else ""
-
-
 def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
     """MoE work of each rank."""
-    mean = sum(row["moe_work_us"] for row in rows) / len(rows)
+    work_us = [row["moe_work_us"] for row in rows]
     clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
     return Figure(
         key="rank-work",
         title="MoE work per rank",
         caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace."
         + _waits_said(without_waits),
-        data=[_bars([row["moe_work_us"] for row in rows], rows, "#009E73", "µs")] if mean else [],
-        layout=_bar_layout("µs"),
+        data=[_bars(work_us, rows, "#009E73", "µs")] if sum(work_us) else [],
+        layout=bars_layout("µs", 280),
         headings=("rank", "MoE work µs", "÷ mean"),
-        rows=[
-            (f"rank {row['rank']}", row["moe_work_us"], row["moe_work_us"] / mean if mean else None)
-            for row in rows
-        ],
+        rows=list(zip(_names(rows), work_us, _over_mean(work_us), strict=True)),
     )
 
 
@@ -192,45 +168,33 @@ def work_map(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
     )
     mean = work.mean(1, keepdims=True)
     ratio = np.divide(work, mean, out=np.ones_like(work), where=mean > 0)
-    data = {
-        "type": "heatmap",
-        "z": [[round(float(v), 4) for v in row] for row in ratio],
-        "x": [f"rank {row['rank']}" for row in rows],
-        "y": [safe(site) for site in sites],
-        "colorscale": "Viridis",
-        "colorbar": {"title": {"text": "÷ mean"}, "thickness": 14},
-        "hovertemplate": "layer %{y}, %{x}: %{z:.2f} of the mean rank's work<extra></extra>",
-    }
+    hover = "layer %{y}, %{x}: %{z:.2f} of the mean rank's work"
+    data, layout = layers_map(sites, _names(rows), ratio.round(4).tolist(), "÷ mean", hover)
     return Figure(
         key="rank-layers",
         title="Forward work of each layer, rank by rank",
         caption="Each rank's forward MoE work over the mean of all ranks; 1 is even."
         + _waits_said(without_waits),
         data=[data] if sites else [],
-        layout={
-            "xaxis": {"type": "category"},
-            "yaxis": layers_axis([safe(site) for site in sites]),
-            "height": 120 + rows_px(len(sites)),
-        },
-        headings=("layer", *(f"rank {row['rank']} µs" for row in rows)),
+        layout=layout,
+        headings=("layer", *(f"{name} µs" for name in _names(rows))),
         rows=[(site, *map(float, work[i])) for i, site in enumerate(sites)],
     )
 
 
+def _names(rows: Sequence[JsonDict]) -> list[str]:
+    return [f"rank {row['rank']}" for row in rows]
+
+
+def _over_mean(values: Sequence[float]) -> list[float | None]:
+    mean = sum(values) / len(values)
+    return [value / mean if mean else None for value in values]
+
+
+def _waits_said(without_waits: bool) -> str:
+    return " Time spent waiting in collectives is left out." if without_waits else ""
+
+
 def _bars(values: list[float], rows: Sequence[JsonDict], colour: str, unit: str) -> Spec:
-    return {
-        "type": "bar",
-        "x": [f"rank {row['rank']}" for row in rows],
-        "y": values,
-        "marker": {"color": colour},
-        "showlegend": False,
-        "hovertemplate": f"%{{x}}: %{{y:,}} {unit}<extra></extra>",
-    }
-
-
-def _bar_layout(unit: str) -> Spec:
-    return {
-        "xaxis": {"type": "category"},
-        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
-        "height": 280,
-    }
+    hover = f"%{{x}}: %{{y:,}} {unit}<extra></extra>"
+    return bars(unit, _names(rows), values, colour, hover, showlegend=False)
