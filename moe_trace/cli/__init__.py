@@ -1,8 +1,8 @@
 """The command line: each command is a small class in a module of its own, imported only when it is asked for.
 
-A command class has a docstring (its help; the last paragraph is an example), a `name`,
-`reads` (the arguments that name what is read, each with the ending of a copy of what comes from a pipe),
-`add_arguments(parser)` and `run(arguments) -> exit code`.
+A command class has a docstring (its help; the last paragraph is an example), `reads` (the arguments that name
+what is read, each with the ending of a copy of what comes from a pipe), `add_arguments(parser)` and
+`run(arguments) -> exit code`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ class AskCommand:
     Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
     """
 
-    name = "ask"
     reads: ClassVar[dict[str, str]] = {"path": TRACE, "other": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,6 @@ class CheckCommand:
     Example: moe-trace check runs/demo
     """
 
-    name = "check"
     reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

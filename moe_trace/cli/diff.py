@@ -28,7 +28,6 @@ class DiffCommand:
     Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
     """
 
-    name = "diff"
     reads: ClassVar[dict[str, str]] = {"a": TRACE, "b": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,6 @@ class ExportCommand:
     Example: moe-trace export runs/demo --to parquet --out calls.parquet
     """
 
-    name = "export"
     reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

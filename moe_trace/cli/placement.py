@@ -29,7 +29,6 @@ class PlacementCommand:
     Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
     """
 
-    name = "placement"
     reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

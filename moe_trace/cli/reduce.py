@@ -21,7 +21,6 @@ class ReduceCommand:
     Example: moe-trace reduce runs/ep256
     """
 
-    name = "reduce"
     reads: ClassVar[dict[str, str]] = {}  # there is nothing beside a pipe
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,6 @@ class ReportCommand:
     Example: moe-trace report runs/demo --html report.html
     """
 
-    name = "report"
     reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

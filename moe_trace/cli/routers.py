@@ -16,7 +16,6 @@ class RoutersCommand:
     Example: moe-trace routers demo
     """
 
-    name = "routers"
     reads: ClassVar[dict[str, str]] = {"model": ".json"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

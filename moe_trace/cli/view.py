@@ -40,7 +40,6 @@ class ViewCommand:
     Example: moe-trace view runs --port 6007 --open
     """
 
-    name = "view"
     reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,6 @@ class RunCommand:
     Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
     """
 
-    name = "run"
     reads: ClassVar[dict[str, str]] = {"model": ".json", "prompts_file": ".txt", "script": ".py"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
