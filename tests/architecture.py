@@ -45,11 +45,14 @@ FUNCTION_LINES_MAX = 40
 PUBLIC_METHODS_MAX = 12
 
 
+parsed = functools.cache(ast.parse)
+
+
 @functools.cache
 def imported(source: str) -> frozenset[str]:
     """Dotted names that the source imports anywhere; of `from a import b` both `a` and `a.b`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -126,7 +129,7 @@ def too_long(sources: Sources) -> dict[str, int]:
         lines = len(source.splitlines())
         if lines > MODULE_LINES_MAX:
             found[path] = lines
-        for name, count, most in _sizes(ast.parse(source)):
+        for name, count, most in _sizes(parsed(source)):
             if count > most:
                 found[f"{path}:{name}"] = count
     return found

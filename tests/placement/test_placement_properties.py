@@ -17,7 +17,7 @@ from moe_trace.placement.refine import refine
 from moe_trace.placement.replication import replicate
 from moe_trace.placement.volume import routes, volume
 
-SETTINGS = settings(max_examples=40, deadline=None)
+SETTINGS = settings(max_examples=20, deadline=None)
 
 
 @st.composite
