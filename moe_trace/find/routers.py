@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from moe_trace.data.errors import NoRoutersFound, UsageError
+from moe_trace.data.layer_labels import layer_labels
 from moe_trace.data.schema import RouterInfo
 from moe_trace.find.contracts import Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.modules import class_name, unwrapped
@@ -150,7 +150,7 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
     data_parallel = DataParallelDims(model)
     sites, callers = [], Counter(id(item.router) for _, _, item in found)
     counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
-    for (path, contract, item), name, label in zip(found, names, _labels(names), strict=True):
+    for (path, contract, item), name, label in zip(found, names, layer_labels(names), strict=True):
         shared = shared_modules(model, path, item)
         held = held_experts(_weights(item), item.num_experts, data_parallel)
         info = replace(_info(name, label, contract, item, shared), held_experts=held)
@@ -202,38 +202,6 @@ def _info(
 def _weights(item: Found) -> tuple[nn.Module, ...]:
     """The modules that hold the weights of the routed experts."""
     return item.weights or ((item.experts,) if item.experts is not None else ())
-
-
-def _labels(paths: list[str]) -> list[tuple[str, int]]:
-    """(label, layer) of each path: `L03`, or `L03.text` where a layer index holds several routers."""
-    layers = [_layer_index(path, default=i) for i, path in enumerate(paths)]
-    crowded = {layer for layer, count in Counter(layers).items() if count > 1}
-    labels = []
-    for path, layer in zip(paths, layers, strict=True):
-        label = f"L{layer:02d}"
-        if layer in crowded:
-            peers = [p for p, other in zip(paths, layers, strict=True) if other == layer and p != path]
-            label += f".{_distinguishing_part(path, peers)}"
-        labels.append((label, layer))
-    return labels
-
-
-def _layer_index(path: str, default: int) -> int:
-    """The first number after `layers`, `blocks` and the like; else the first number of the path."""
-    after_name = re.findall(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)", path)
-    numbers = after_name or re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
-    return int(numbers[0]) if numbers else default
-
-
-def _distinguishing_part(path: str, peers: list[str]) -> str:
-    """The shortest run of path components, from the first that differs, which no peer shares."""
-    parts = path.split(".")
-    others = [peer.split(".") for peer in peers]
-    first = next((i for i in range(len(parts)) if any(parts[i : i + 1] != o[i : i + 1] for o in others)), 0)
-    for end in range(first + 1, len(parts) + 1):
-        if all(parts[first:end] != other[first:end] for other in others):
-            return ".".join(part.removesuffix("_moe").removesuffix("_model") for part in parts[first:end])
-    return path
 
 
 def _select(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:

@@ -38,7 +38,10 @@ class Frame:
     """One position of a figure's slider."""
 
     label: str
-    z: list[list[float | None]]
+    z: list[list[float | None]] = field(default_factory=list)
+    """Of a heat map."""
+    traces: list[Spec] = field(default_factory=list)
+    """What changes in each trace of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Figure:
     rows: Sequence[tuple[Cell, ...]]
     frames: list[Frame] = field(default_factory=list)
     """For a slider; the first is what `data` shows."""
+    slider: str = "Step"
+    """What the slider chooses."""
 
 
 def safe(name: object) -> str:

@@ -1,4 +1,4 @@
-// Follows theme.js in one module script.
+// Follows theme.js, dom.js and tokens.js in one module script.
 
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const root = document.documentElement;
@@ -25,7 +25,7 @@ for (const figure of figures) {
   const output = document.getElementById(`${figure.id}-label`);
   slider.addEventListener("input", () => {
     const frame = figure.frames[Number(slider.value)];
-    figure.data[0].z = frame.z;
+    showFrame(figure.data, frame);
     output.textContent = frame.label;
     slider.setAttribute("aria-valuetext", frame.label);
     drawOne(figure);
@@ -41,3 +41,8 @@ let before = "light";
 window.addEventListener("beforeprint", () => { before = root.dataset.theme; setTheme("light"); });
 window.addEventListener("afterprint", () => setTheme(before));
 setTheme(dark.matches ? "dark" : "light");
+
+// The tokens of each group of layers: its pages stand in this file.
+for (const {id, header, pages} of JSON.parse(document.getElementById("routes").textContent)) {
+  document.getElementById(id).append(tokens(header, async (i) => pages[i]).element);
+}

@@ -21,6 +21,7 @@ from moe_trace.show.tensorboard.comparison import comparison
 from moe_trace.show.tensorboard.overview import in_graphs, overview
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
 from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
+from moe_trace.show.tensorboard.routes import RoutesFiles, routes_file
 from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers
 from moe_trace.show.tensorboard.store import Store
 from moe_trace.show.tensorboard.timeline import kernels, timeline
@@ -35,6 +36,7 @@ class Dashboard:
     def __init__(self, catalogs: Catalogs) -> None:
         self.catalogs = catalogs
         self.store = Store()
+        self._routes = RoutesFiles()
         self._views: dict[str, Callable[[Parameters], JsonDict]] = {
             "runs": self.runs_impl,
             "trace": self.trace_impl,
@@ -47,6 +49,9 @@ class Dashboard:
             "kernels": self.kernels_impl,
             "compare": self.compare_impl,
             "ranks": self.ranks_impl,
+            "routes": lambda p: self._routes.header(self._trace(p), p),
+            "routes_page": lambda p: self._routes.page(self._trace(p), p),
+            "routes_study": lambda p: self._routes.study(self._trace(p), p),
         }
 
     def answer(self, view: str, parameters: Parameters) -> JsonDict:
@@ -94,6 +99,7 @@ class Dashboard:
             "label": trace.label,
             "size_bytes": trace.size_bytes,
             "version": f"{trace.mtime_ns}-{trace.size_bytes}",
+            "routes": routes_file(trace) is not None,
         }
         summary, reason = self.store.known(trace), self.store.reason(trace)
         if summary is not None:

@@ -35,6 +35,9 @@ VIEWS = (
     "kernels",
     "compare",
     "ranks",
+    "routes",
+    "routes_page",
+    "routes_study",
 )
 A_DAY_S = 86_400
 

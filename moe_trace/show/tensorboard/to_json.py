@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.columns import Column, columns_of
@@ -19,6 +20,8 @@ def plain_figure(figure: Figure) -> JsonDict:
         "caption": figure.caption,
         "data": figure.data,
         "layout": figure.layout,
+        "frames": [asdict(frame) for frame in figure.frames],
+        "slider": figure.slider,
         "table": plain_table(figure.headings, figure.rows),
     }
 

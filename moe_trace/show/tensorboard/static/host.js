@@ -7,8 +7,8 @@
 
 const PLUGIN = "moe";
 const PREFIX = `p.${PLUGIN}.`; // TensorBoard's own form for parameters of a plugin
-const KNOWN = ["view", "run", "trace", "stage", "from", "to", "site", "expert", "step", "clock", "start", "end", "run_b",
-  "trace_b", "stage_b"];
+const KNOWN = ["view", "run", "trace", "stage", "from", "to", "site", "expert", "step", "clock", "start", "end", "page", "slot",
+  "group", "run_b", "trace_b", "stage_b"];
 
 function parentWindow() {
   try {

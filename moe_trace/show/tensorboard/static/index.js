@@ -12,6 +12,7 @@ import {show as time} from "./views/time.js";
 import {show as timeline} from "./views/timeline.js";
 import {show as compare} from "./views/compare.js";
 import {show as ranks} from "./views/ranks.js";
+import {show as routes} from "./views/routes.js";
 
 const VIEWS = {
   overview: ["Overview", overview],
@@ -20,9 +21,15 @@ const VIEWS = {
   timeline: ["Timeline", timeline],
   compare: ["Compare", compare],
   ranks: ["Ranks", ranks],
+  routes: ["Tokens", routes],
 };
 // What belongs to one trace, and means nothing in another.
-const OF_TRACE = ["stage", "from", "to", "site", "expert", "step", "clock", "start", "end"];
+const OF_TRACE = ["stage", "from", "to", "site", "expert", "step", "clock", "start", "end", "page", "slot", "group"];
+// Views that only some traces have.
+const HAS = {
+  ranks: (app) => app.picker.manyRanks(app.state.run),
+  routes: (app) => app.picker.chosenTrace?.routes,
+};
 
 class App {
   constructor() {
@@ -141,8 +148,7 @@ class App {
       onclick: () => this.go({view: name}),
     }, VIEWS[name][0]);
     const focused = this.nav.contains(document.activeElement);
-    const names = Object.keys(VIEWS).filter((name) => name !== "ranks" || this.picker.manyRanks(this.state.run)
-      || current === "ranks");
+    const names = Object.keys(VIEWS).filter((name) => !HAS[name] || HAS[name](this) || current === name);
     clear(this.nav).append(...names.map(link));
     if (focused) this.nav.querySelector("[aria-current]")?.focus();
   }
@@ -154,6 +160,7 @@ export async function render() {
   await new Promise((done) => {
     document.head.append(el("meta", {name: "viewport", content: "width=device-width, initial-scale=1"}),
       el("link", {rel: "icon", href: "data:,"}),
+      el("link", {rel: "stylesheet", href: "static/tokens.css"}),
       el("link", {rel: "stylesheet", href: "static/style.css", onload: done, onerror: done}));
   });
   onTheme((theme) => {

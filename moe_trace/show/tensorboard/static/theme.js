@@ -55,6 +55,12 @@ function template({ink, grid, line, panel}) {
   };
 }
 
+// One position of a figure's slider.
+export function showFrame(data, frame) {
+  if (frame.z.length) data[0].z = frame.z;
+  frame.traces.forEach((changes, i) => Object.assign(data[i], changes));
+}
+
 // What plotly draws of a figure in that theme: "light" or "dark".
 export function themed(figure, theme) {
   return {

@@ -1,0 +1,101 @@
+"""Routes as the texts that they belong to: a sequence from its prefill to its last decoded token.
+
+Rows stand in the order of the calls, a batch of sequences at a time; here they are put in the order of
+reading.
+Array names end in their shape: T tokens, R runs (the rows of one sequence in one forward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
+
+_NO_POSITION = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One sequence, or what a forward ran of unknown sequences."""
+
+    label: str
+    first: int
+    """Place of its first token in `Texts.rows`."""
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """All texts of a group of layers."""
+
+    rows: np.ndarray
+    """[T] int64: rows of the routes, text by text."""
+    texts: tuple[Text, ...]
+
+
+def find_texts(routes: RecordedRoutes) -> Texts:
+    """The texts, in the order in which they began.
+
+    A run goes on with the text of its sequence where its first position is at most one beyond the last one:
+    decoding, chunked prefill, and tokens that speculation ran twice. From position 0 on it is another text.
+    """
+    if not len(routes):
+        return Texts(rows=np.empty(0, np.int64), texts=())
+    again_T = routes.recomputed if routes.recomputed is not None else np.zeros(len(routes), bool)
+    by_sequence_T = np.lexsort((again_T, routes.sequence))  # stable: the order of the calls within each
+    keys = [column[by_sequence_T] for column in (routes.forward, routes.sequence, again_T)]
+    starts_T = np.ones(len(routes), bool)
+    starts_T[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    first_R = np.flatnonzero(starts_T)
+    text_R = np.cumsum(_begins_text(routes, by_sequence_T, first_R)) - 1
+    began_at = np.full(text_R[-1] + 1, _NO_POSITION)
+    np.minimum.at(began_at, text_R, by_sequence_T[first_R])
+    size_R = np.diff(first_R, append=len(routes))
+    text_T = np.repeat(text_R, size_R)
+    rows_T = by_sequence_T[np.argsort(began_at[text_T], kind="stable")]
+    sizes = np.bincount(text_T)[np.argsort(began_at, kind="stable")]
+    ends = np.cumsum(sizes)
+    texts = (
+        Text(label=_label(routes, rows_T[end - size : end]), first=int(end - size), tokens=int(size))
+        for size, end in zip(sizes, ends, strict=True)
+    )
+    return Texts(rows=rows_T, texts=tuple(texts))
+
+
+def _begins_text(routes: RecordedRoutes, rows_T: np.ndarray, first_R: np.ndarray) -> np.ndarray:
+    """[R] bool: whether a run does not go on with the run before it."""
+    position_T = routes.position[rows_T].astype(np.int64)
+    unknown_T = routes.padding[rows_T] | (position_T < 0)
+    lowest_R = np.minimum.reduceat(np.where(unknown_T, _NO_POSITION, position_T), first_R)
+    highest_R = np.maximum.reduceat(np.where(unknown_T, UNKNOWN, position_T), first_R)
+    sequence_R = routes.sequence[rows_T[first_R]]
+    again_R = np.zeros(len(first_R), bool)
+    if routes.recomputed is not None:
+        again_R = routes.recomputed[rows_T[first_R]]
+    begins_R = np.ones(len(first_R), bool)
+    begins_R[1:] = (
+        (sequence_R[1:] != sequence_R[:-1])
+        | (sequence_R[1:] == UNKNOWN)
+        | (again_R[1:] != again_R[:-1])
+        | (lowest_R[1:] == 0)
+        | (lowest_R[1:] > highest_R[:-1] + 1)
+    )
+    return begins_R
+
+
+def _label(routes: RecordedRoutes, rows: np.ndarray) -> str:
+    first, last = rows[0], rows[-1]
+    steps = sorted({int(routes.step[first]), int(routes.step[last])})
+    words = [f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[1]}"]
+    if routes.sequence[first] == UNKNOWN:
+        words.append(f"forward {routes.forward[first]}, sequence unknown")
+    else:
+        words.append(f"sequence {routes.sequence[first]}")
+    stages = dict.fromkeys(STAGES[code] for code in (routes.stage_codes[first], routes.stage_codes[last]))
+    words.append(" and ".join(stages))
+    if routes.recomputed is not None and routes.recomputed[first]:
+        words.append("recomputed")
+    return ", ".join(words)

@@ -1,0 +1,151 @@
+"""Figures of routes as matrices: which experts are chosen together, and which follow in the next layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_trace.data.display.colours import DIVERGING
+from moe_trace.data.layer_labels import layer_labels
+from moe_trace.read.routes.study import LayerStudy, RoutesStudy
+from moe_trace.show.figures.figure import Cell, Figure, Frame, Spec, cap_said, colour_cap
+
+CELLS_MAX = 120_000
+"""Of all layers of one figure; of more, the most used experts are drawn."""
+EXPERTS_MIN = 16
+PAIRS_NAMED = 3
+SIDE_PX = 520
+
+
+def site_labels(found: RoutesStudy) -> list[str]:
+    """Short names of the layers."""
+    return [label for label, _ in layer_labels([layer.layer for layer in found.layers])]
+
+
+def coactivation_map(found: RoutesStudy) -> Figure:
+    """P(j | i) of every two experts of a layer."""
+    labels, chosen = site_labels(found), [_most_used(layer, len(found.layers)) for layer in found.layers]
+    pairs = "all pairs of a token's experts" if found.pairs == "all" else "experts of neighbouring slots"
+    return _heat_maps(
+        Figure(
+            key="coactivation",
+            title="Experts chosen together",
+            caption="P(j | i): of the tokens that chose expert i (row), the share that chose expert "
+            f"j (column), too; {pairs}.{_left_out(found, chosen)} The table has the strongest pairs.",
+            data=[],
+            layout=_square("expert j", "expert i"),
+            headings=("layer", "expert i", "expert j", "P(j | i)"),
+            rows=[
+                (site, i, j, p)
+                for site, layer in zip(labels, found.layers, strict=True)
+                for i, j, p in layer.coactivation.strongest(PAIRS_NAMED)
+            ],
+        ),
+        [
+            _Map(site, e, e, layer.coactivation.probability[np.ix_(e, e)])
+            for site, layer, e in zip(labels, found.layers, chosen, strict=True)
+        ],
+        hover="of the tokens with expert %{y}, %{z:.1%} have expert %{x}, too<extra></extra>",
+    )
+
+
+def transition_map(found: RoutesStudy) -> Figure:
+    """P(e' | e) from each layer to the next."""
+    labels, chosen = site_labels(found), [_most_used(layer, len(found.layers)) for layer in found.layers]
+    maps: list[_Map] = []
+    rows: list[tuple[Cell, ...]] = []
+    for i, layer in enumerate(found.layers):
+        if layer.transition is None:
+            continue
+        name, here, after = f"{labels[i]} to {labels[i + 1]}", chosen[i], chosen[i + 1]
+        maps.append(_Map(name, here, after, layer.transition.probability[np.ix_(here, after)]))
+        recall = (layer.transition.recall, layer.transition.recall_by_load)
+        rows.append((name, *(known(number) for number in recall)))
+    return _heat_maps(
+        Figure(
+            key="transition",
+            title="From layer to layer",
+            caption="P(e' | e): of the tokens with an expert in one layer (row), the share with an expert "
+            f"of the next (column).{_left_out(found, chosen)} Recall: of the experts that held-out tokens "
+            "use in the next layer, the share that this layer's predict, and what the most used give.",
+            data=[],
+            layout=_square("expert of the next layer", "expert of the layer"),
+            headings=("layers", "recall", "recall of the most used"),
+            rows=rows,
+        ),
+        maps,
+        hover="of the tokens with expert %{y}, %{z:.1%} have %{x} in the next layer<extra></extra>",
+    )
+
+
+def known(number: float, digits: int = 4) -> float | None:
+    """Rounded; None for NaN, which JSON does not have."""
+    return None if math.isnan(number) else round(float(number), digits)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """One layer's matrix."""
+
+    label: str
+    rows: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+
+def _most_used(layer: LayerStudy, layers: int) -> np.ndarray:
+    """Ids of the experts that are drawn, ascending: all, or the most used where they are too many."""
+    most = max(EXPERTS_MIN, math.isqrt(CELLS_MAX // max(1, layers)))
+    return np.sort(np.argsort(-layer.counts, kind="stable")[:most])
+
+
+def _left_out(found: RoutesStudy, chosen: Sequence[np.ndarray]) -> str:
+    if all(len(e) == layer.num_experts for e, layer in zip(chosen, found.layers, strict=True)):
+        return ""
+    return f" Drawn are the {max(map(len, chosen))} most used experts of each layer."
+
+
+def _square(columns: str, rows: str) -> Spec:
+    category = {"type": "category", "nticks": 32}
+    return {
+        "height": SIDE_PX,
+        "xaxis": {"title": {"text": columns}, **category},
+        "yaxis": {"title": {"text": rows}, "autorange": "reversed", **category},
+    }
+
+
+def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
+    """The figure with one map a layer, all on one scale."""
+    values = np.concatenate([one.values.ravel() for one in maps]) if maps else np.zeros(0)
+    values = values[values > 0]  # NaN is not
+    if not len(values):
+        return figure
+    cap = colour_cap(values, least=0.05)
+    traces: list[Spec] = [
+        {
+            "x": [f"e{e}" for e in one.columns.tolist()],
+            "y": [f"e{e}" for e in one.rows.tolist()],
+            "z": [[known(v, 3) for v in row] for row in one.values.tolist()],
+        }
+        for one in maps
+    ]
+    data: Spec = {
+        "type": "heatmap",
+        **traces[0],
+        "colorscale": [[0.0, DIVERGING[2]], [0.5, DIVERGING[3]], [1.0, DIVERGING[4]]],
+        "zmin": 0.0,
+        "zmax": cap,
+        "colorbar": {"tickformat": ".0%", "thickness": 14},
+        "hovertemplate": hover,
+    }
+    frames = [Frame(label=one.label, traces=[trace]) for one, trace in zip(maps, traces, strict=True)]
+    return replace(
+        figure,
+        caption=figure.caption + cap_said(cap, values),
+        data=[data],
+        frames=frames if len(frames) > 1 else [],
+        slider="Layer",
+    )

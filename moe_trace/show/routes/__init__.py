@@ -1,0 +1,1 @@
+"""Routes as text, JSON, and pages of tokens."""

@@ -1,0 +1,125 @@
+"""Routes as one self-contained page: the text in the colours of its experts, and the study's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from moe_trace.data.display.tables import printable
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.tokenizer import Vocabulary
+from moe_trace.show.document import document, figure_html, figure_spec
+from moe_trace.show.figures.figure import Figure
+from moe_trace.show.routes.tokens import TokenPages
+
+TOKENS_MAX_BYTES = 32 * 2**20
+"""Of all tokens in a page, as they stand in it: a browser reads the whole file before it shows anything."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The tokens of one group of layers, as a page holds them."""
+
+    key: str
+    """Id of the element that they are shown in."""
+    content: dict[str, Any]
+    """What tokens.js takes."""
+    left_out: int
+    """Tokens beyond `TOKENS_MAX_BYTES`."""
+
+
+def token_view(key: str, routes: RecordedRoutes, vocabulary: Vocabulary | None) -> TokenView:
+    """As many pages of tokens as fit."""
+    pages = TokenPages(routes, vocabulary)
+    found: list[dict[str, Any]] = []
+    size_bytes = shown = 0
+    for index in range(len(pages)):
+        page = pages.page(index)
+        size_bytes += len(page["data"])
+        if found and size_bytes > TOKENS_MAX_BYTES:
+            break
+        found.append(page)
+        shown += page["tokens"]
+    header = pages.header()
+    header["pages"] = header["pages"][: len(found)]
+    return TokenView(key, {"id": key, "header": header, "pages": found}, len(routes) - shown)
+
+
+def render_routes_page(
+    routes: RecordedRoutes,
+    *,
+    label: str,
+    vocabulary: Vocabulary | None = None,
+    figures: Sequence[Figure] = (),
+) -> str:
+    """The whole page of a file of routes.
+
+    Args:
+        routes: what the file holds, all its groups of layers.
+        label: names the file.
+        vocabulary: says the text of the tokens, where their ids were recorded.
+        figures: of the study of the same file.
+
+    Raises:
+        UsageError: plotly is not installed.
+    """
+    views = [token_view(f"tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
+    title = printable(str(routes.model.get("name") or routes.model.get("class") or "unnamed model"), 120)
+    label = printable(label, 200)
+    body = f"""<section aria-label="{escape(label)}">
+<p class="path">{escape(label)}</p>
+{_facts(routes)}
+{"".join(f"<p class='soft'>{escape(note)}</p>" for note in notes(routes, vocabulary))}
+{"".join(map(_view, views))}
+{"".join(figure_html("routes", figure) for figure in figures)}
+</section>"""
+    specs = [figure_spec("routes", figure) for figure in figures]
+    return document(f"{title}: routes", body, specs, routes=[view.content for view in views])
+
+
+def notes(routes: RecordedRoutes, vocabulary: Vocabulary | None, how: str = "--tokenizer PATH") -> list[str]:
+    """What is not here, and why; `how` a tokenizer is named."""
+    found = []
+    if routes.token_ids is None:
+        found.append(
+            "The text was not recorded, so tokens stand as their positions; "
+            "Routes(token_ids=True) records the ids of the prompt's tokens."
+        )
+    elif vocabulary is None:
+        found.append(f"Tokens stand as their ids; {how} says their text.")
+    dropped = {reason: tokens for reason, tokens in routes.dropped.items() if tokens}
+    if dropped:
+        reasons = ", ".join(f"{tokens:,} ({reason})" for reason, tokens in dropped.items())
+        found.append(f"Tokens that the recorder dropped are not here: {reasons}.")
+    return found
+
+
+def _facts(routes: RecordedRoutes) -> str:
+    facts = [
+        ("tokens", f"{len(routes):,}"),
+        ("of them padding", f"{int(routes.padding.sum()):,}"),
+        ("layers", f"{sum(len(group.layers) for group in routes.groups):,}"),
+        ("experts", _span([e for group in routes.groups for e in group.num_experts])),
+        ("experts a token", _span([k for group in routes.groups for k in group.top_k])),
+    ]
+    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return f'<dl class="totals">{items}</dl>'
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "-"
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _view(view: TokenView) -> str:
+    rest = (
+        f"<p class='soft'>The last {view.left_out:,} tokens are left out: they would make this page too "
+        "large. TensorBoard's MoE tab shows all of them.</p>"
+        if view.left_out
+        else ""
+    )
+    return f'<h2>Tokens</h2>{rest}<div id="{view.key}"></div>'

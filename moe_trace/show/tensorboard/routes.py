@@ -1,0 +1,135 @@
+"""The routes beside a trace: pages of tokens, and the figures of their study, in bounded answers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.data.routes.file import SUFFIX, read_routes
+from moe_trace.read.routes.study import study
+from moe_trace.read.routes.tokenizer import Vocabulary, read_vocabulary
+from moe_trace.show.figures.routes_curves import study_figures
+from moe_trace.show.routes.tokens import TokenPages
+from moe_trace.show.routes_page import notes
+from moe_trace.show.tensorboard.catalog import TRACE_NAME, Trace, is_below
+from moe_trace.show.tensorboard.parameters import Parameters, integer
+from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure
+
+TOKENIZER = "MOE_TRACE_TOKENIZER"
+"""Environment variable: where `read_vocabulary` finds the text of the token ids."""
+KEPT_MAX = 2
+STUDIED_MAX_SLOTS = 32_000_000
+"""Of one file; some seconds of work."""
+
+
+def routes_file(trace: Trace) -> Path | None:
+    """The file of routes beside a trace, if there is one in the log folder."""
+    match = TRACE_NAME.match(trace.path.name)
+    if match is None:
+        return None
+    path = trace.path.with_name(match["stem"] + SUFFIX)
+    return path if path.is_file() and is_below(path, trace.root) else None
+
+
+@dataclass
+class _Kept:
+    """What was read of one file."""
+
+    routes: RecordedRoutes
+    pages: list[TokenPages]
+    computing: threading.Lock = field(default_factory=threading.Lock)
+    figures: dict[int, JsonDict] = field(default_factory=dict)
+
+
+class RoutesFiles:
+    """Answers the view's questions; keeps the files that were asked for last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int, int], _Kept] = OrderedDict()
+
+    def header(self, trace: Trace, parameters: Parameters) -> JsonDict:
+        """What holds for all tokens of a group of layers; `{"missing": True}` without a file."""
+        kept = self._read(trace)
+        if kept is None:
+            return {"missing": True}
+        vocabulary = next((pages.vocabulary for pages in kept.pages), None)
+        groups = [", ".join(group.layers[:1]) + f" … ({len(group.layers)})" for group in kept.routes.groups]
+        return {
+            "header": self._group(kept, parameters).header(),
+            "notes": notes(kept.routes, vocabulary, how=f"the environment variable {TOKENIZER}"),
+            "groups": groups,
+        }
+
+    def page(self, trace: Trace, parameters: Parameters) -> JsonDict:
+        """One page of tokens.
+
+        Raises:
+            KeyError: no such page or group.
+        """
+        kept = self._read(trace)
+        if kept is None:
+            return {"missing": True}
+        return self._group(kept, parameters).page(integer(parameters, "page", 0))
+
+    def study(self, trace: Trace, parameters: Parameters) -> JsonDict:
+        """Figures of one group of layers."""
+        kept = self._read(trace)
+        if kept is None:
+            return {"missing": True}
+        group = integer(parameters, "group", 0)
+        routes = self._group(kept, parameters).routes
+        with kept.computing:
+            if group not in kept.figures:
+                kept.figures[group] = _studied(routes, trace.label)
+            return kept.figures[group]
+
+    def _group(self, kept: _Kept, parameters: Parameters) -> TokenPages:
+        group = integer(parameters, "group", 0)
+        if not 0 <= group < len(kept.pages):
+            raise KeyError("group of layers of that number")
+        return kept.pages[group]
+
+    def _read(self, trace: Trace) -> _Kept | None:
+        path = routes_file(trace)
+        if path is None:
+            return None
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = _read(path)
+                while len(self._kept) > KEPT_MAX:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+def _read(path: Path) -> _Kept:
+    try:
+        routes = read_routes(path)
+    except MemoryError as error:
+        raise TraceFileError(f"{path.name}: too large for the memory that this machine has left") from error
+    vocabulary = _vocabulary() if routes.token_ids is not None else None
+    return _Kept(routes, [TokenPages(group, vocabulary) for group in routes.groups])
+
+
+def _vocabulary() -> Vocabulary | None:
+    path = os.environ.get(TOKENIZER)
+    return read_vocabulary(path) if path else None
+
+
+def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
+    """As many of the first tokens as can be studied while somebody waits."""
+    per_token = max(1, routes.expert_ids[:1].size)
+    most = max(1, STUDIED_MAX_SLOTS // per_token)
+    part = routes[:most] if len(routes) > most else routes
+    found = study([part], [label])
+    figures = [plain_figure(figure) for figure in study_figures(found)]
+    note = f"Studied are the first {most:,} of {len(routes):,} tokens." if len(routes) > most else ""
+    return {"figures": figures, "note": note}
