@@ -153,8 +153,8 @@ def test_numpy_opens_the_file(tmp_path: Path) -> None:
     routes = routes_of(optional=True)
     routes.save(tmp_path / "a.routes.npz")
     with np.load(tmp_path / "a.routes.npz", allow_pickle=False) as file:
-        np.testing.assert_array_equal(file["c000000.expert_ids"], routes.expert_ids)
-        np.testing.assert_array_equal(file["c000000.weights"], routes.weights)
+        np.testing.assert_array_equal(file["c000000.expert_ids"].swapaxes(0, 1), routes.expert_ids)
+        np.testing.assert_array_equal(file["c000000.weights"].swapaxes(0, 1), routes.weights)
         header = json.loads(file["header.0.json"])
     assert header["groups"][0]["layers"] == list(routes.layers) and header["model"] == routes.model
 
@@ -257,9 +257,9 @@ def hostile(members: dict[str, bytes]) -> dict[str, dict[str, bytes] | bytes]:
         "no end": {name: data for name, data in members.items() if name != "c000000.json"},
         "path": {**members, "../../evil.npy": b"x"},
         "other member": {**members, "c000001.weights.npy": b"x"},
-        "wide ids": with_ids(npy(np.full((6, 2, 2), 1 << 32))),
-        "more rows": with_ids(npy(np.zeros((7, 2, 2), np.uint8))),
-        "other axes": with_ids(npy(np.zeros((2, 6, 2), np.uint8))),
+        "wide ids": with_ids(npy(np.full((2, 6, 2), 1 << 32))),
+        "more rows": with_ids(npy(np.zeros((2, 7, 2), np.uint8))),
+        "other axes": with_ids(npy(np.zeros((6, 2, 2), np.uint8))),
         "pickle": with_ids(npy(np.array([[[print]]], object), pickled=True)),
         "bomb": with_ids(npy(np.zeros(100_000_000, np.uint8))),
         "no array": with_ids(b"x" * 152),

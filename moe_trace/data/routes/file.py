@@ -202,11 +202,9 @@ def _room(contents: _Contents) -> dict[int, dict[str, Any]]:
 
 def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarray:
     group = end.group
-    shape, dtype, nbytes = (
-        group.shape(name, end.tokens),
-        group.dtype(name),
-        group.nbytes(name, end.tokens),
-    )
+    tokens, *rest = group.shape(name, end.tokens)
+    shape = (rest[0], tokens, *rest[1:]) if rest else (tokens,)
+    dtype, nbytes = group.dtype(name), group.nbytes(name, end.tokens)
     data = member.read(file, nbytes + _NPY_HEADER_BYTES)
     buffer = io.BytesIO(data)
     try:
@@ -215,16 +213,14 @@ def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarr
         found_shape, fortran, found_dtype = np.lib.format.read_array_header_1_0(buffer)
     except (ValueError, SyntaxError, TypeError) as error:
         raise Damaged(f"{member.name} that is no array of numbers") from error
-    if found_shape != shape or found_dtype != dtype or len(data) - buffer.tell() != nbytes:
+    if found_shape != shape or fortran or found_dtype != dtype or len(data) - buffer.tell() != nbytes:
         raise Damaged(f"{member.name} of {found_dtype} {found_shape} where {dtype} {shape} is expected")
     if dtype == np.bool_ and max(data[buffer.tell() :], default=0) > 1:
         raise Damaged(f"{member.name} with bytes that are neither 0 nor 1")
-    array: np.ndarray = np.frombuffer(data, dtype, offset=buffer.tell()).reshape(
-        shape, order="F" if fortran else "C"
-    )
+    array: np.ndarray = np.frombuffer(data, dtype, offset=buffer.tell()).reshape(shape)
     if name == "stage_codes" and array.max(initial=0) >= len(STAGES):
         raise Damaged(f"{member.name} with an unknown stage")
-    return array
+    return np.moveaxis(array, 0, 1) if rest else array
 
 
 def _dropped(contents: _Contents, group: int) -> dict[str, int]:

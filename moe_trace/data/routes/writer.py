@@ -9,8 +9,7 @@ The file is a zip archive that `numpy.load` opens. Its members, in this order:
   then `c000000.json`, which names the group, the tokens, the columns with their CRC-32, and what was dropped.
   A chunk counts once that last member is there.
 
-Columns of [T, L, K] lie in Fortran order: the ids of one layer and slot stand together, which deflates to
-two thirds of what rows give.
+Columns of [T, L, K] are written as [L, T, K]: tokens of one layer resemble each other, which deflate finds.
 """
 
 from __future__ import annotations
@@ -282,9 +281,10 @@ def _typed(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _npy(column: np.ndarray) -> bytes:
-    """As `numpy.save` writes it, columns of several axes with the tokens running fastest."""
+    """As `numpy.save` writes it, the layers first."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.asfortranarray(column), version=(1, 0), allow_pickle=False)
+    layers_first = np.moveaxis(column, 1, 0) if column.ndim > 1 else column
+    np.lib.format.write_array(buffer, np.ascontiguousarray(layers_first), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
