@@ -29,10 +29,19 @@ def page() -> str:
     parts = [HEAD, "| command | what it does |\n|---|---|\n"]
     parts += [f"| [{name}](#{name}) | {line} |\n" for name, (_, _, line) in COMMANDS.items()]
     for name in COMMANDS:
-        parser = _parser(name)[0]
-        actions = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        parts.append(f"\n## {name}\n\n```text\n{actions.choices[name].format_help().rstrip()}\n```\n")
+        parser = _subparsers(_parser(name)[0])[name]
+        parts.append(_section(name, parser))
+        parts += [_section(f"{name} {inner}", sub) for inner, sub in _subparsers(parser).items()]
     return "".join(parts)
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def _section(name: str, parser: argparse.ArgumentParser) -> str:
+    return f"\n## {name}\n\n```text\n{parser.format_help().rstrip()}\n```\n"
 
 
 def main() -> int:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
-from moe_trace.data.display.tables import paragraph
+from moe_trace.cli.subcommands import add_command
 from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
@@ -46,6 +45,7 @@ COMMANDS = {
         "PlacementCommand",
         "what another placement of experts would give",
     ),
+    "routes": ("moe_trace.cli.routes", "RoutesCommand", "which token went where: check, compare, study"),
 }
 
 
@@ -104,13 +104,5 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
             commands.add_parser(name, help=line)
             continue
         command = getattr(importlib.import_module(module), class_name)()
-        *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")
-        sub = commands.add_parser(
-            name,
-            help=line,
-            description="\n\n".join(map(paragraph, description)),
-            epilog=paragraph(example),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_arguments(sub)
+        add_command(commands, name, line, command)
     return parser, command

@@ -109,6 +109,8 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
             return type(given)(target)
 
         for name, ending in reads.items():
+            if not hasattr(arguments, name):
+                continue  # of another command of `moe-trace routes`
             setattr(arguments, name, copied(getattr(arguments, name), ending))
         try:
             yield

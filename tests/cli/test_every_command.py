@@ -19,6 +19,7 @@ import pytest
 from moe_trace.cli import COMMANDS
 from paths import ROOT
 from tiny_ranks import Run, write_ranks
+from tiny_routes import random_routes
 from tiny_trace import write_tiny
 
 Result = subprocess.CompletedProcess[bytes]
@@ -33,7 +34,7 @@ model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**CONFIG))
 model(torch.arange(8)[None])
 """.replace("CONFIG", repr({k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}))
 
-# {a}, {b}: traces of two ranks; {o}: the beginning of a name of an output that is not there.
+# {a}, {b}: traces of two ranks; {r}: routes; {o}: the beginning of a name of an output that is not there.
 READING = {
     "report": "report {a} --format json",
     "report --html": "report {a} --html {o}.html",
@@ -45,6 +46,7 @@ READING = {
     "export --to eplb": "export {a} --to eplb --out {o}.npy",
     "merge": "merge {a} {b} --out {o}.json",
     "placement": "placement {a} --ranks 2 --format json --out {o}.json",
+    "routes check": "routes check {r} --format json",
 }
 BESIDE = {"reduce": "reduce {a}"}
 MODELS = {
@@ -67,7 +69,8 @@ def written(folder: Path) -> dict[str, str]:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "program.py").write_text(PROGRAM)
     a, b = sorted(folder.glob("*trace.json*"))
-    paths = {"a": a, "b": b, "config": folder / "config.json", "program": folder / "program.py"}
+    routes = random_routes(40).save(folder / "r.routes.npz")
+    paths = {"a": a, "b": b, "r": routes, "config": folder / "config.json", "program": folder / "program.py"}
     return {**{name: shlex.quote(str(path)) for name, path in paths.items()}, "o": f"{folder}/out"}
 
 
@@ -105,7 +108,7 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize("command", [*READING, "routers"])
 def test_a_pipe_gives_what_the_file_gives(command: str, kind: str, files: dict[str, str]) -> None:
     template = {**READING, **MODELS}[command]
-    source = "config" if command == "routers" else "a"
+    source = {"routers": "config", "routes": "r"}.get(command.split()[0], "a")
     truth = shell("moe " + template.format(**files))
     given = {**files, source: f"<(cat {files[source]})" if kind == "pipe" else "-", "o": files["o"] + "2"}
     stdin = f" < {files[source]}" if kind == "standard input" else ""
@@ -205,7 +208,7 @@ def test_a_run_under_a_name_that_torch_cannot_write_is_refused_in_words(tmp_path
 @pytest.mark.parametrize(
     "command",
     [
-        *(READING[name].replace("{a}", "{long}") for name in READING),
+        *(READING[name].replace("{a}", "{long}").replace("{r}", "{long}") for name in READING),
         *(READING[name].replace("{o}", "{long}") for name in READING if "{o}" in READING[name]),
         "reduce {long}",
         "view {long}",

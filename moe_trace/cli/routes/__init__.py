@@ -1,0 +1,44 @@
+"""`moe-trace routes`: commands on files of routes. A command of it is a class as those of `moe-trace` are.
+
+All their modules are imported together, so each imports what it reads with when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from moe_trace.cli.subcommands import add_command
+
+COMMANDS = {
+    "check": ("moe_trace.cli.routes.check", "CheckRoutesCommand", "what is wrong with captured routes"),
+}
+
+
+class RoutesCommand:
+    """Check, compare and study which token went to which experts, from files of routes.
+
+    `moe-trace run --routes` and `MoETracer(model, routes=True)` record them; captures of vLLM, SGLang, verl
+    and Megatron are read too.
+
+    Example: moe-trace routes check runs/demo/trace.routes.npz
+    """
+
+    name = "routes"
+
+    def __init__(self) -> None:
+        self.reads: dict[str, str] = {}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the commands."""
+        commands = parser.add_subparsers(
+            metavar="COMMAND", title="commands", required=True, help="what to do with them"
+        )
+        for name, (module, class_name, line) in COMMANDS.items():
+            command = getattr(importlib.import_module(module), class_name)()
+            add_command(commands, name, line, command)
+            self.reads |= command.reads
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Run the command that was named."""
+        return int(arguments.chosen_command.run(arguments))

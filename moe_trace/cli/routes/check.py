@@ -1,0 +1,75 @@
+"""`moe-trace routes check`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, ClassVar
+
+from moe_trace.data.display.tables import printable, wrapped
+from moe_trace.data.errors import TraceFileError
+
+if TYPE_CHECKING:
+    from moe_trace.read.routes.check import RoutesProblem
+
+_SHOWN = 5
+ENDING = ".routes.npz"
+
+
+class CheckRoutesCommand:
+    """Check that routes can be what a router decided.
+
+    Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
+    row is stale, padding is marked. With --reference, layers are held against those of another file of the
+    same tokens, to find an offset between layers. The exit status is 1 where something is wrong.
+
+    Example: moe-trace routes check runs/demo/trace.routes.npz
+    """
+
+    name = "check"
+    reads: ClassVar[dict[str, str]] = {"files": ENDING, "reference": ENDING}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("files", nargs="+", metavar="FILE", help="files of routes, or captures that `import` reads")
+        add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
+        add("--format", choices=("text", "json"), default="text", help="default: text")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Check each file; print what holds and what does not."""
+        from moe_trace.cli.routes.reading import named, routes_of
+        from moe_trace.read.routes.check import RoutesProblem, check_routes
+
+        reference = routes_of(arguments.reference, arguments) if arguments.reference else None
+        results: dict[str, dict[str, list[RoutesProblem]]] = {}
+        for path in arguments.files:
+            try:
+                routes = routes_of(path, arguments)
+            except TraceFileError as error:
+                if len(arguments.files) == 1:
+                    raise
+                results[named(path, arguments)] = {"file_can_be_read": [RoutesProblem.of_file(str(error))]}
+                continue
+            results[named(path, arguments)] = check_routes(routes, reference)
+        if arguments.format == "json":
+            plain = {
+                file: {rule: [asdict(problem) for problem in found] for rule, found in rules.items()}
+                for file, rules in results.items()
+            }
+            print(json.dumps(plain, indent=1, ensure_ascii=False))
+        else:
+            for name, rules in results.items():
+                print("\n".join(_lines(name, rules)))
+        return int(any(found for rules in results.values() for found in rules.values()))
+
+
+def _lines(file: str, rules: dict[str, list[RoutesProblem]]) -> list[str]:
+    lines = [printable(file, 200)]
+    for rule, found in rules.items():
+        lines.append(f"  {'BROKEN' if found else 'ok    '}  {rule.replace('_', ' ')}")
+        lines += [wrapped(printable(problem.sentence, 500)) for problem in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            lines.append(wrapped(f"… and in {len(found) - _SHOWN} more layers"))
+    return lines

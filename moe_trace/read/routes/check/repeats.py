@@ -1,0 +1,144 @@
+"""Rows that repeat the row before them, or the same ids in all layers, beyond what a router does.
+
+A token that follows itself may have nearly the routes of its predecessor, and now and then exactly those. A
+router that does so leaves near misses behind, a stale buffer does not; so exact repetitions are held against
+near ones, and against how often two rows of the file agree wherever they stand.
+"""
+
+from __future__ import annotations
+
+from math import perm, prod
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
+from moe_trace.read.routes.check.layers import ENOUGH_ROWS
+from moe_trace.read.routes.tokens import TokenOrder
+
+_NEAR = 4, 32
+"""A near miss differs in at most so many slots, or in one of so many."""
+_ENOUGH_SLOTS = 8
+"""Of a row in all layers: rows of fewer may well repeat where a token follows itself."""
+_SIGMAS = 5
+_TOO_ALIKE = 0.2
+"""Rows that agree so often anyway say nothing by agreeing with their neighbours."""
+_UNLIKELY = 1e-6
+"""Rows that agree more often where all choices are equally likely say nothing: one layer of top 1."""
+_NATURAL = 8
+"""Rows that repeat none, of which the chance of a repetition can be told."""
+_START = 4
+"""A sequence may begin with one token so many times: their states are equal, whatever the position."""
+
+
+def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
+    """Rows that are equal to that of the token before in all slots, where there are too many of them.
+
+    The token before is the one of the position before in the same sequence; where nobody told sequences, the
+    row before. With token ids, tokens that follow themselves are left out.
+    """
+    layers = [layer for layer in range(len(routes.layers)) if layer not in fixed]
+    if len(routes) < ENOUGH_ROWS or sum(routes.top_k[layer] for layer in layers) < _ENOUGH_SLOTS:
+        return np.zeros(0, np.int64)
+    rows = _compact(routes.expert_ids, layers)
+    before, after = _pairs(routes, np.any(used_TL[:, layers], axis=1))
+    differing = _differing(rows, before, after)
+    exact = differing == 0
+    near = int(((differing > 0) & (differing <= max(_NEAR[0], rows.shape[1] // _NEAR[1]))).sum())
+    repeated = after[exact]
+    if routes.token_ids is not None:
+        other = routes.token_ids[before[exact]] != routes.token_ids[after[exact]]
+        repeated = repeated[other]
+    else:
+        repeated = repeated[~_opening(routes, repeated)]
+    natural = np.delete(rows, after[exact], axis=0)
+    chance = max(_agreement(natural if len(natural) >= _NATURAL else rows), _even(routes, layers))
+    many = len(repeated) > 2 * near and _beyond(len(repeated), chance, len(after))
+    judged = many and chance < _TOO_ALIKE and _even(routes, layers) < _UNLIKELY
+    return np.sort(repeated) if judged else repeated[:0]
+
+
+def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
+    """Rows whose ids are the same in all of at least two layers, where chance gives fewer."""
+    ids_TLK: np.ndarray = routes.expert_ids
+    layers = [layer for layer in range(ids_TLK.shape[1]) if layer not in fixed]
+    if len(layers) < 2 or not len(ids_TLK):
+        return np.zeros(0, np.int64)
+    equal: np.ndarray = np.all(used_TL[:, layers], axis=1, keepdims=True)[:, 0]
+    for layer in layers[1:]:
+        equal &= (ids_TLK[:, layer] == ids_TLK[:, layers[0]]).all(1)
+    shuffled = np.ones(len(ids_TLK))
+    for layer in layers[1:]:  # the share of rows of that layer that any row of the first would meet
+        shuffled *= _meeting(ids_TLK[:, layers[0]], ids_TLK[:, layer])
+    rows = np.flatnonzero(equal)
+    even = _even(routes, layers[1:])
+    chance = max(even, float(shuffled[~equal].mean())) if len(rows) < len(equal) else even
+    return rows if chance < _UNLIKELY and _beyond(len(rows), chance, len(equal)) else rows[:0]
+
+
+def _even(routes: RecordedRoutes, layers: list[int]) -> float:
+    """The chance that two rows agree in some layers where all choices are equally likely."""
+    return 1 / prod(max(1, perm(routes.num_experts[layer], routes.top_k[layer])) for layer in layers)
+
+
+def _compact(ids_TLK: np.ndarray, layers: list[int]) -> np.ndarray:
+    kept = ids_TLK if len(layers) == ids_TLK.shape[1] else ids_TLK[:, layers]
+    return np.ascontiguousarray(kept).reshape(len(kept), -1)
+
+
+def _pairs(routes: RecordedRoutes, used: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens, and those of the tokens after them."""
+    order = TokenOrder.of(routes)
+    if order.known.all():
+        follows = order.follows[1:] & used[order.rows[1:]] & used[order.rows[:-1]]
+        return order.rows[:-1][follows], order.rows[1:][follows]
+    rows = np.flatnonzero(used)
+    return rows[:-1], rows[1:]
+
+
+def _differing(rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Slots that differ, pair by pair, in pieces that fit a cache."""
+    differing = np.empty(len(before), np.int32)
+    for start in range(0, len(before), 1 << 14):
+        piece = slice(start, start + (1 << 14))
+        differing[piece] = np.count_nonzero(rows[before[piece]] != rows[after[piece]], axis=1)
+    return differing
+
+
+def _opening(routes: RecordedRoutes, rows: np.ndarray) -> np.ndarray:
+    """Which of the rows belong to the first few of a sequence."""
+    position = routes.position[rows]
+    opening: np.ndarray = (position != UNKNOWN) & (position < _START)
+    return opening
+
+
+def _agreement(rows: np.ndarray) -> float:
+    """The chance that two of the rows are equal, wherever they stand."""
+    if len(rows) < 2:
+        return 0.0
+    _, counts = np.unique(_hashed(rows), return_counts=True)
+    pairs = len(rows) * (len(rows) - 1)
+    return float((counts * (counts - 1.0)).sum() / pairs)
+
+
+def _hashed(rows: np.ndarray) -> np.ndarray:
+    factors: Any = np.random.default_rng(0).integers(1, 1 << 62, rows.shape[1])
+    hashed: Any = np.zeros(len(rows), np.uint64)
+    for column in range(rows.shape[1]):
+        hashed += rows[:, column].astype(np.uint64) * np.uint64(2 * int(factors[column]) + 1)
+    return hashed
+
+
+def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
+    """[T]: for each row of the first, the share of rows of the second that equal it."""
+    together = _hashed(np.concatenate([one_TK, two_TK]))
+    _, places = np.unique(together, return_inverse=True)
+    counts = np.bincount(places[len(one_TK) :], minlength=int(places.max()) + 1)
+    share: np.ndarray = counts[places[: len(one_TK)]] / len(one_TK)
+    return share
+
+
+def _beyond(count: int, chance: float, of: int) -> bool:
+    """Whether a count is more than chance gives, by five standard deviations."""
+    expected = chance * of
+    return count > expected + _SIGMAS * float(np.sqrt(expected * max(0.0, 1 - chance)))
