@@ -108,10 +108,8 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
             _copy(str(given), target)
             return type(given)(target)
 
-        for name, ending in reads.items():
-            if not hasattr(arguments, name):
-                continue  # of another command of `moe-trace routes`
-            setattr(arguments, name, copied(getattr(arguments, name), ending))
+        for name in filter(vars(arguments).__contains__, reads):
+            setattr(arguments, name, copied(getattr(arguments, name), reads[name]))
         try:
             yield
         except MoETraceError as error:
