@@ -9,15 +9,15 @@ from typing import Any
 from moe_trace.data.display.tables import paragraph
 
 
-def add_command(commands: Any, name: str, line: str, command: Any) -> None:
-    """Add a command's parser to argparse's subparsers.
+def add_command(commands: Any, name: str, line: str, command: Any) -> argparse.ArgumentParser:
+    """Add a command's parser to argparse's subparsers, and return it.
 
     Args:
         line: one line for the overview.
         command: its docstring's last paragraph is an example.
     """
     *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")
-    parser = commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=line,
         description="\n\n".join(map(paragraph, description)),
@@ -25,4 +25,4 @@ def add_command(commands: Any, name: str, line: str, command: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    parser.set_defaults(chosen_command=command)
+    return parser

@@ -36,7 +36,7 @@ class RoutesCommand:
         )
         for name, (module, class_name, line) in COMMANDS.items():
             command = getattr(importlib.import_module(module), class_name)()
-            add_command(commands, name, line, command)
+            add_command(commands, name, line, command).set_defaults(chosen_command=command)
             self.reads |= command.reads
 
     def run(self, arguments: argparse.Namespace) -> int:
