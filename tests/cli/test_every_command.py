@@ -90,7 +90,9 @@ def in_words(result: Result) -> str:
 def numbers(value: Any) -> list[Any]:
     """All keys and leaves of a JSON value but texts and names of files."""
     if isinstance(value, dict):
-        return [k for key, one in value.items() for k in (key * ("/" not in key), *numbers(one))]
+        return [
+            k for key, one in value.items() for k in (key * ("/" not in key and key != "-"), *numbers(one))
+        ]
     if isinstance(value, list):
         return [number for one in value for number in numbers(one)]
     return [] if isinstance(value, str) else [value]
