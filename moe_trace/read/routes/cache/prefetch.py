@@ -1,0 +1,98 @@
+"""Prefetching by transition: while layer l runs, load what its experts predict for layer l + 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.read.routes.cache.requests import Requests
+from moe_trace.read.routes.cache.stack import Stack, StackPolicy
+from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.sets import Words, expert_sets, members
+
+_ROWS = 1 << 13
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prefetch:
+    """What prefetching adds, over the second half of the steps: the first half is what it learned from.
+
+    The k experts of the next layer with the largest sum of P(e' | e) over the experts e that the step needs
+    in this layer are loaded beside the memory unless they are in it; used or not, they leave what the policy
+    keeps as it is. The first layer has nothing to be predicted from.
+    """
+
+    requests: int
+    """Experts that these steps needed, all layers together."""
+    hits: int
+    """Those in memory without prefetching."""
+    hidden: int
+    """Those not in memory, but loaded ahead: loads that nobody waits for."""
+    loaded_ahead: int
+    """Experts that were loaded ahead; `hidden` of them were needed, the others moved for nothing."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Requests that were in memory or loaded ahead, over all."""
+        return (self.hits + self.hidden) / self.requests if self.requests else float("nan")
+
+    @property
+    def hit_rate_without(self) -> float:
+        """The same steps' hits without prefetching, over their requests."""
+        return self.hits / self.requests if self.requests else float("nan")
+
+    @property
+    def precision(self) -> float:
+        """Share of what was loaded ahead that was needed."""
+        return self.hidden / self.loaded_ahead if self.loaded_ahead else float("nan")
+
+
+def prefetch(
+    policy: StackPolicy, needed: Requests, top_k: Sequence[int], memory_sizes: Sequence[int]
+) -> list[Prefetch]:
+    """One for each size of memory."""
+    half = needed.steps // 2
+    totals = np.zeros((len(memory_sizes), 4), np.int64)
+    for layer, sets in enumerate(needed.sets):
+        ahead = np.zeros_like(sets)
+        if layer:
+            ahead[half:] = predicted(needed, layer - 1, half, top_k[layer])
+        stack = Stack(policy, sets, needed.experts[layer])
+        for column, asked in enumerate((sets, sets & ahead, ahead)):
+            for steps, _, places in stack.places(asked):
+                late = places[steps >= half]
+                there = np.array([(late < min(size, stack.wide)).sum() for size in memory_sizes])
+                totals[:, column] += there if column == 0 else len(late) - there
+                totals[:, 3] += len(late) if column == 0 else 0
+    return [
+        Prefetch(requests=int(r), hits=int(hits), hidden=int(hidden), loaded_ahead=int(loaded))
+        for hits, hidden, loaded, r in totals
+    ]
+
+
+def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
+    """[S - half, W] what the second half of the steps expects of layer + 1, from the counts of the first."""
+    here, after = needed.sets[layer], needed.sets[layer + 1]
+    experts, experts_after = needed.experts[layer], needed.experts[layer + 1]
+    counts = np.zeros((experts, experts_after))
+    for start in range(0, half, _ROWS):
+        rows = slice(start, min(start + _ROWS, half))
+        together = members(here[rows], experts).T.astype(np.float32) @ members(after[rows], experts_after)
+        counts += together
+    used_E = sum_of(members(here[:half], experts)) if half else np.zeros(experts, np.int64)
+    probability = np.nan_to_num(ratio(counts, used_E[:, None]))
+    found = [after[:0]]
+    for start in range(half, len(here), _ROWS):
+        scores = members(here[start : start + _ROWS], experts) @ probability
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : min(slots, experts_after)]
+        found.append(expert_sets(best.astype(np.uint16), experts_after))
+    return np.concatenate(found)
+
+
+def sum_of(used_SE: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """[E] steps that need each expert."""
+    counts: npt.NDArray[np.int64] = used_SE.sum(axis=0)
+    return counts

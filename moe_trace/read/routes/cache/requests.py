@@ -1,0 +1,80 @@
+"""What each step needs of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.sets import Words, expert_sets
+
+Together = Literal["forward", "token"]
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """Steps in the order of the calls."""
+
+    sets: tuple[Words, ...]
+    """[S, W] of each layer: the experts that each step needs."""
+    experts: tuple[int, ...]
+    """Of each layer."""
+    tokens: int
+    """Tokens of these steps."""
+    steps_recorded: int
+    """Steps of the file; S may be fewer."""
+
+    @property
+    def steps(self) -> int:
+        """S."""
+        return len(self.sets[0]) if self.sets else 0
+
+    def in_one_memory(self) -> Requests:
+        """All layers as one, which takes a step for each of them, one after the other.
+
+        Expert e of layer l is number 64 * (words of the layers before l) + e.
+        """
+        words = [sets.shape[1] for sets in self.sets]
+        joined = np.zeros((self.steps, len(words), sum(words)), np.uint64)
+        for layer, sets in enumerate(self.sets):
+            at = sum(words[:layer])
+            joined[:, layer, at : at + words[layer]] = sets
+        flat = joined.reshape(self.steps * len(words), -1)
+        return Requests((flat,), (64 * sum(words),), self.tokens, self.steps_recorded)
+
+
+def requests_of(routes: RecordedRoutes, together: Together, most_steps: int | None) -> Requests:
+    """The first `most_steps` steps of a group of layers; all where it is None."""
+    counted = ~routes.padding
+    if routes.recomputed is not None:
+        counted &= ~routes.recomputed
+    rows = np.flatnonzero(counted)
+    if together == "forward":
+        rows = rows[np.argsort(routes.forward[rows], kind="stable")]
+        forward = routes.forward[rows]
+        starts = np.flatnonzero(np.diff(forward, prepend=forward[:1] - 1))
+    else:
+        starts = np.arange(len(rows))
+    recorded = len(starts)
+    if most_steps is not None and recorded > most_steps:
+        rows, starts = rows[: starts[most_steps]], starts[:most_steps]
+    return Requests(
+        tuple(_needed(routes, layer, rows, starts) for layer in range(len(routes.layers))),
+        routes.num_experts,
+        len(rows),
+        recorded,
+    )
+
+
+def _needed(
+    routes: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]
+) -> Words:
+    experts = routes.num_experts[layer]
+    ids = routes.expert_ids[rows, layer, : routes.top_k[layer]]
+    sets = expert_sets(ids, experts)
+    if len(starts) == len(rows):
+        return sets
+    return np.bitwise_or.reduceat(sets, starts, axis=0) if len(starts) else sets
