@@ -20,8 +20,6 @@ from moe_trace.read.routes.sets import total_size
 Policy = Literal["lru", "lfu", "static", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 Ints = npt.NDArray[np.int64]
-STEPS_MAX = 100_000
-"""Steps that `moe-trace routes cache` simulates unless it is told otherwise."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,15 +88,12 @@ def simulate(
     expert_bytes: int | None = None,
     most_steps: int | None = None,
 ) -> CacheStudy:
-    """Simulate a memory of experts.
+    """Simulate a memory of experts, for the first group of layers.
 
     Args:
-        routes: the first group of layers is simulated.
-        experts_in_memory: experts of each layer that fit; where `shared`, of all layers so many times L fit.
-        together: what needs its experts at once: a `"forward"`, or each `"token"` by itself, as if it had
-            been decoded alone.
-        prefetch_by: `"transition"`: also say what loading the experts that a layer's experts predict for the
-            next layer gives (see `Prefetch`).
+        experts_in_memory: experts of each layer that fit; where `shared`, L times as many of all layers.
+        together: what needs its experts at once: a `"forward"`, or each `"token"`, as if decoded alone.
+        prefetch_by: `"transition"`: also say what loading ahead for the next layer gives (see `Prefetch`).
         expert_bytes: bytes of one expert's weights, to say bytes beside experts.
         most_steps: simulate the first so many steps; of a shared memory each layer's turn is a step.
 
@@ -106,19 +101,11 @@ def simulate(
         UsageError: an unknown policy, sizes below 1, or prefetching into a shared memory.
     """
     _check(experts_in_memory, policies, shared, prefetch_by, expert_bytes)
-    layers = len(routes.layers)
     if most_steps is not None and shared:
-        most_steps = max(1, most_steps // max(1, layers))
+        most_steps = max(1, most_steps // max(1, len(routes.layers)))
     needed = requests_of(routes, together, most_steps)
     run = _Run(needed, routes.top_k, tuple(experts_in_memory), shared, expert_bytes)
-    results: list[CacheResult] = []
-    curves: dict[str, npt.NDArray[np.float64]] = {}
-    for policy in policies if layers and needed.steps else ():
-        if policy == "belady":
-            results += run.best()
-        else:
-            curves[policy], found = run.stacked(policy, prefetch_by is not None)
-            results += found
+    results, curves = run.simulated(policies if needed.steps else (), prefetch_by is not None)
     return CacheStudy(
         layers=routes.layers,
         together=together,
@@ -127,7 +114,7 @@ def simulate(
         steps_recorded=needed.steps_recorded,
         tokens=needed.tokens,
         expert_bytes=expert_bytes,
-        results=tuple(results),
+        results=results,
         curves=curves,
     )
 
@@ -165,6 +152,20 @@ class _Run:
     @property
     def _memories(self) -> Requests:
         return self.needed.in_one_memory() if self.shared else self.needed
+
+    def simulated(
+        self, policies: Sequence[Policy], fetch: bool
+    ) -> tuple[tuple[CacheResult, ...], dict[str, npt.NDArray[np.float64]]]:
+        """The results of every policy and size, and the curves of those that have one."""
+        results: list[CacheResult] = []
+        curves: dict[str, npt.NDArray[np.float64]] = {}
+        for policy in policies:
+            if policy == "belady":
+                results += self.best()
+            else:
+                curves[policy], found = self.stacked(policy, fetch)
+                results += found
+        return tuple(results), curves
 
     def stacked(self, policy: StackPolicy, fetch: bool) -> tuple[npt.NDArray[np.float64], list[CacheResult]]:
         """Hit rates for every size, and the results for those asked for."""

@@ -1,0 +1,120 @@
+"""A simulated cache as text and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+from moe_trace.data.display.columns import Cell, Column, text_table
+from moe_trace.data.display.json import without_nonfinite
+from moe_trace.data.display.tables import fixed, paragraph, scaled, share
+from moe_trace.read.routes.cache import CacheResult, CacheStudy
+from moe_trace.show.routes.study import layer_label
+
+
+def render_cache_text(study: CacheStudy, *, every_layer: bool = False) -> str:
+    """A line for each policy and size; with `every_layer`, the hit rates of the layers below."""
+    parts = [_header(study)]
+    known = study.expert_bytes is not None
+    rows: list[tuple[Cell, ...]] = []
+    for result in study.results:
+        row: list[Cell] = [result.policy, result.experts_in_memory, _told(result.hit_rate)]
+        row += [_told(result.loads_per_token), *([_told(result.bytes_per_token)] if known else [])]
+        rows.append(tuple(row))
+    headings: list[str | Column] = ["policy", "in memory", Column("hit rate", terminal=share)]
+    headings += [Column("loads a token", terminal=partial(fixed, decimals=2))]
+    headings += [Column("bytes a token", terminal=partial(scaled, unit="B"))] if known else []
+    parts.append(text_table(headings, rows))
+    fetched = [result for result in study.results if result.prefetch is not None]
+    parts += [_prefetch(fetched)] if fetched else []
+    parts += [_layers(study)] if every_layer else []
+    if not known:
+        parts.append(paragraph("Bytes are unknown: --expert-bytes says how large one expert's weights are."))
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(study: CacheStudy) -> str:
+    step = "a forward's tokens together" if study.together == "forward" else "each token by itself"
+    what = "one memory for all layers" if study.shared else "a memory for each layer"
+    of = f"{study.steps:,} steps, {study.tokens:,} tokens"
+    if study.steps < study.steps_recorded:
+        part = share(study.steps / study.steps_recorded)
+        of = f"the first {study.steps:,} of {study.steps_recorded:,} steps ({part}), {study.tokens:,} tokens"
+    return paragraph(
+        f"Experts in memory, simulated: {what}, {of}, {step}. In memory: experts of a layer. Belady knows "
+        "the future: no policy has more hits."
+    )
+
+
+def _prefetch(results: list[CacheResult]) -> str:
+    rows = [
+        (
+            result.policy,
+            result.experts_in_memory,
+            *map(_told, (ahead.hit_rate_without, ahead.hit_rate, ahead.precision)),
+        )
+        for result in results
+        if (ahead := result.prefetch) is not None
+    ]
+    names = ("hit rate without", "with", "precision")
+    return text_table(
+        ("policy", "in memory", *(Column(name, terminal=share) for name in names)),
+        rows,
+        title="Prefetching by transition from the layer before, over the second half of the steps; "
+        "precision: share of what was loaded ahead that was needed",
+    )
+
+
+def _layers(study: CacheStudy) -> str:
+    headings = [Column(f"{r.policy} {r.experts_in_memory}", terminal=share) for r in study.results]
+    rows = [
+        (layer_label(path), *(_told(float(r.layer_hit_rates[number])) for r in study.results))
+        for number, path in enumerate(study.layers)
+    ]
+    return text_table(("layer", *headings), rows, title="Hit rate by layer")
+
+
+def _told(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def render_cache_json(study: CacheStudy) -> str:
+    """Indented JSON text; docs/routes_study.md has the keys."""
+    plain = {
+        "layers": list(study.layers),
+        "together": study.together,
+        "shared": study.shared,
+        "steps": study.steps,
+        "steps_recorded": study.steps_recorded,
+        "tokens": study.tokens,
+        "expert_bytes": study.expert_bytes,
+        "results": [_plain(result) for result in study.results],
+        "curves": {policy: curve.tolist() for policy, curve in study.curves.items()},
+    }
+    return json.dumps(without_nonfinite(plain), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(result: CacheResult) -> dict[str, Any]:
+    ahead = result.prefetch
+    return {
+        "policy": result.policy,
+        "experts_in_memory": result.experts_in_memory,
+        "hit_rate": result.hit_rate,
+        "loads_per_token": result.loads_per_token,
+        "bytes_per_token": result.bytes_per_token,
+        "layer_hit_rates": result.layer_hit_rates.tolist(),
+        "requests": result.requests.tolist(),
+        "hits": result.hits.tolist(),
+        "prefetch": ahead
+        and {
+            "hit_rate": ahead.hit_rate,
+            "hit_rate_without": ahead.hit_rate_without,
+            "precision": ahead.precision,
+            "requests": ahead.requests,
+            "hits": ahead.hits,
+            "hidden": ahead.hidden,
+            "loaded_ahead": ahead.loaded_ahead,
+        },
+    }
