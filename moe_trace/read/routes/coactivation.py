@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from moe_trace.read.routes.tokens import LayerTokens
 
+_CODES = 1 << 16
 Pairs = Literal["all", "adjacent"]
 
 
@@ -50,14 +51,21 @@ def coactivation(tokens: LayerTokens, pairs: Pairs = "all") -> Coactivation:
     """Count the pairs of every token."""
     side = tokens.experts + 1
     together = np.zeros(side * side, np.int64)
-    for ids_Kn in tokens.chunks():
-        for slot in range(len(ids_Kn) - 1):
-            later = ids_Kn[slot + 1 :] if pairs == "all" else ids_Kn[slot + 1 : slot + 2]
-            together += np.bincount((ids_Kn[slot] * side + later).ravel(), minlength=side * side)
+    slots = tokens.ids.shape[1]
+    first, second = (
+        np.triu_indices(slots, 1) if pairs == "all" else (np.arange(slots - 1), np.arange(1, slots))
+    )
+    for ids_Kn in tokens.chunks(tokens_at_once(side * side, len(first))):
+        together += np.bincount((ids_Kn[first] * side + ids_Kn[second]).ravel(), minlength=side * side)
     square = together.reshape(side, side)[:-1, :-1]
     square = square + square.T
     np.fill_diagonal(square, 0)
     return Coactivation(square, tokens.counts)
+
+
+def tokens_at_once(bins: int, pairs: int) -> int:
+    """Tokens to count pairs of at a time: their codes stay in a core's cache, and outnumber the bins."""
+    return max(_CODES, 2 * bins) // max(1, pairs) + 1
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> npt.NDArray[np.float64]:

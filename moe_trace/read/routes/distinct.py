@@ -47,16 +47,16 @@ def distinct(routes: RecordedRoutes, tokens: LayerTokens) -> Distinct:
     sorting = np.argsort(forward, kind="stable")
     decode, forward = decode[sorting], forward[sorting]
     starts = np.flatnonzero(np.diff(forward, prepend=forward[:1] - 1))
-    batch_M, of_step, steps_M = np.unique(
-        np.diff(starts, append=len(forward)), return_inverse=True, return_counts=True
-    )
+    batches = np.diff(starts, append=len(forward))
+    steps_B = np.bincount(batches)
     unions = np.bitwise_or.reduceat(tokens.sets[decode], starts, axis=0) if len(starts) else tokens.sets[:0]
-    sums_M = np.bincount(of_step, weights=sizes(unions), minlength=len(batch_M))
+    used_B = np.bincount(batches, weights=sizes(unions))
+    recorded = np.flatnonzero(steps_B)
     return Distinct(
         expected=expected_distinct(tokens.counts, len(tokens)),
-        batch_sizes=batch_M.astype(np.int64),
-        steps=steps_M.astype(np.int64),
-        measured=sums_M / np.maximum(steps_M, 1),
+        batch_sizes=recorded,
+        steps=steps_B[recorded],
+        measured=used_B[recorded] / steps_B[recorded],
     )
 
 

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.coactivation import ratio
-from moe_trace.read.routes.tokens import CHUNK, LayerTokens
+from moe_trace.read.routes.tokens import LayerTokens
 
+CHUNK = 1 << 16
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

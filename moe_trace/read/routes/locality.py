@@ -105,15 +105,14 @@ def _at(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, f
     """Overlap at lag d, assignments reused within d, distinct experts of d consecutive tokens."""
     sets, place = tokens.sets, tokens.order.place
     far = place[d:] >= d
-    own = sets[d:][far]
-    lag = total_size(own & sets[:-d][far]), total_size(own)
-    follows = tokens.order.follows[1:]
-    reused = total_size((sets[1:] & windows_NW[:-1])[follows])
-    whole = windows_NW[place >= d - 1]
+    shared, own = total_size(sets[d:] & sets[:-d], far), total_size(sets[d:], far)
+    reused = total_size(sets[1:] & windows_NW[:-1], tokens.order.follows[1:])
+    whole = place >= d - 1
+    number = np.count_nonzero(whole)
     return (
-        lag[0] / lag[1] if lag[1] else float("nan"),
+        shared / own if own else float("nan"),
         reused,
-        total_size(whole) / len(whole) if len(whole) else float("nan"),
+        total_size(windows_NW, whole) / number if number else float("nan"),
     )
 
 
@@ -129,10 +128,11 @@ def _coverage(tokens: LayerTokens, length: int) -> Floats:
         ids = tokens.ids[rows].reshape(len(chosen), -1)
         codes = ids + (np.arange(len(chosen)) * (experts + 1))[:, None]
         counts = np.bincount(codes.ravel(), minlength=len(chosen) * (experts + 1))
-        counts = counts.reshape(len(chosen), -1)[:, :experts].astype(np.int32)
-        whole = counts.sum(axis=1)
-        some = whole > 0
-        covered = np.cumsum(np.sort(counts[some], axis=1)[:, ::-1], axis=1)
-        sums += (covered / whole[some, None]).sum(axis=0)
-        segments += int(some.sum())
-    return sums / segments if segments else np.full(experts, np.nan)
+        counts = counts.reshape(len(chosen), -1)[:, :experts].astype(
+            np.uint16 if length < 1 << 8 else np.int64
+        )
+        whole = counts.sum(axis=1, dtype=np.int64)
+        weight = np.divide(1, whole, where=whole > 0, out=np.zeros(len(whole)))
+        sums += weight @ np.sort(counts, axis=1)[:, ::-1].astype(np.float64)
+        segments += int((whole > 0).sum())
+    return np.cumsum(sums) / segments if segments else np.full(experts, np.nan)

@@ -32,21 +32,26 @@ def members(sets_NW: Words, experts: int) -> npt.NDArray[np.bool_]:
 
 def sizes(sets_NW: Words) -> npt.NDArray[np.int64]:
     """[N] how many experts each set holds."""
-    if hasattr(np, "bitwise_count"):
-        counts_NW = np.bitwise_count(sets_NW)
-    else:  # numpy 1
-        counts_NW = _BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)]
+    counts_NW = _bit_counts(sets_NW)
     if counts_NW.shape[1] == 1:
         return counts_NW[:, 0].astype(np.int64)
     sizes_N: npt.NDArray[np.int64] = counts_NW.sum(axis=1, dtype=np.int64)
     return sizes_N
 
 
-def total_size(sets_NW: Words) -> int:
-    """Sum of the sizes."""
+def total_size(sets_NW: Words, chosen_N: npt.NDArray[np.bool_] | None = None) -> int:
+    """Sum of the sizes, of all or of some sets."""
+    counts_NW = _bit_counts(sets_NW)
+    if chosen_N is not None:
+        counts_NW = counts_NW * chosen_N[:, None]
+    return int(counts_NW.sum(dtype=np.int64))
+
+
+def _bit_counts(sets_NW: Words) -> npt.NDArray[np.uint8]:
+    """[N, words of some size] bits that are set."""
     if hasattr(np, "bitwise_count"):
-        return int(np.bitwise_count(sets_NW).sum(dtype=np.int64))
-    return int(_BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)].sum(dtype=np.int64))
+        return np.bitwise_count(sets_NW)
+    return _BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)].reshape(len(sets_NW), -1)  # numpy 1
 
 
 _BITS_OF_16 = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)

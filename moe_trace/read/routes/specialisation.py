@@ -25,7 +25,7 @@ from moe_trace.read.routes.tokens import LayerTokens
 Floats = npt.NDArray[np.float64]
 OFTEN = 10
 """Occurrences from which on an id counts as frequent, as in the authors' script."""
-_BINS = 1 << 22
+_BINS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,39 +77,34 @@ def domains(tokens: LayerTokens, domain_N: npt.NDArray[np.int64], number: int) -
 class IdOrder:
     """The tokens that have an id, id after id: made once, used by every layer."""
 
-    rows: npt.NDArray[np.int64]
-    """[T] row numbers in the file, of equal ids one after the other."""
+    tokens: npt.NDArray[np.int64]
+    """[T] places of the tokens, of equal ids one after the other."""
     number: npt.NDArray[np.int64]
     """[T] which id it is, counted from 0."""
 
     @classmethod
-    def of(cls, rows: npt.NDArray[np.int64], ids: np.ndarray) -> IdOrder:
-        """Of rows and the ids that belong to them; negative ids are unknown."""
-        rows, ids = rows[ids >= 0], ids[ids >= 0]
-        sorting = np.argsort(ids, kind="stable")
-        ids = ids[sorting]
-        return cls(rows[sorting], _numbered(ids))
+    def of(cls, ids_N: np.ndarray) -> IdOrder:
+        """Of N tokens' ids; negative ids are unknown."""
+        known = np.flatnonzero(ids_N >= 0)
+        tokens = known[np.argsort(ids_N[known], kind="stable")]
+        return cls(tokens, _numbered(ids_N[tokens]))
 
-    def only(self, kept_T: npt.NDArray[np.bool_]) -> IdOrder:
-        """Of some of the file's rows."""
-        kept = kept_T[self.rows]
-        return self if kept.all() else IdOrder(self.rows[kept], _numbered(self.number[kept]))
+    def only(self, kept_N: npt.NDArray[np.bool_]) -> IdOrder:
+        """Of some of the tokens, which are counted anew."""
+        kept = kept_N[self.tokens]
+        return IdOrder((np.cumsum(kept_N) - 1)[self.tokens[kept]], _numbered(self.number[kept]))
 
 
 def _numbered(sorted_ids: np.ndarray) -> npt.NDArray[np.int64]:
     return np.cumsum(np.diff(sorted_ids, prepend=sorted_ids[:1]) != 0)
 
 
-def vocabulary(expert_ids_TK: np.ndarray, experts: int, order: IdOrder) -> Vocabulary | None:
-    """Of one layer; None where no token has an id.
-
-    Args:
-        expert_ids_TK: ids of the experts, of all rows of the file; from `experts` on they are no expert.
-    """
-    number = order.number
-    if not len(number):
+def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
+    """Of one layer; None where no token has an id."""
+    experts = tokens.experts
+    if not len(order.number):
         return None
-    occurrences, best, favourite, first = _favourites(expert_ids_TK, experts, order)
+    occurrences, best, favourite, first = _favourites(tokens, order)
     often = (occurrences >= OFTEN) & (best > 0)
     share = best / occurrences
     favourites = np.bincount(favourite[often], minlength=experts)
@@ -125,9 +120,9 @@ def vocabulary(expert_ids_TK: np.ndarray, experts: int, order: IdOrder) -> Vocab
     )
 
 
-def _favourites(expert_ids_TK: np.ndarray, experts: int, order: IdOrder) -> Sequence[np.ndarray]:
+def _favourites(tokens: LayerTokens, order: IdOrder) -> Sequence[np.ndarray]:
     """Of every id: occurrences, those with its favourite expert, that expert, those with its first slot's."""
-    side, number = experts + 1, order.number
+    side, number = tokens.experts + 1, order.number
     starts = np.flatnonzero(np.diff(number, prepend=-1))
     occurrences = np.diff(starts, append=len(number))
     best, favourite, first = (np.zeros(len(starts), np.int64) for _ in range(3))
@@ -135,14 +130,12 @@ def _favourites(expert_ids_TK: np.ndarray, experts: int, order: IdOrder) -> Sequ
     for low in range(0, len(starts), at_once):
         high = min(low + at_once, len(starts))
         part = slice(starts[low], starts[high] if high < len(starts) else len(number))
-        base = (number[part] - low) * side
-        ids_nK = np.minimum(expert_ids_TK[order.rows[part]], experts)
-        counts = np.zeros((high - low) * side, np.int64)
-        for slot, ids_n in enumerate(ids_nK.T):
-            counts += np.bincount(base + ids_n, minlength=len(counts))
-            if slot == 0:
-                first[low:high] = counts.reshape(-1, side)[:, :-1].max(axis=1)
+        base_n = (number[part] - low) * side
+        ids_nK = tokens.ids.take(order.tokens[part], axis=0)
+        counts = np.bincount((base_n[:, None] + ids_nK).ravel(), minlength=(high - low) * side)
         table = counts.reshape(-1, side)[:, :-1]
         favourite[low:high] = table.argmax(axis=1)
-        best[low:high] = table.max(axis=1)
+        best[low:high] = np.take_along_axis(table, favourite[low:high, None], axis=1)[:, 0]
+        firsts = np.bincount(base_n + ids_nK[:, 0], minlength=(high - low) * side)
+        first[low:high] = firsts.reshape(-1, side)[:, :-1].max(axis=1)
     return occurrences, best, favourite, first

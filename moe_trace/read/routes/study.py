@@ -168,9 +168,9 @@ def _named_ids(routes: RecordedRoutes, order: TokenOrder, predicted: np.ndarray 
     if routes.token_ids is not None:
         ids = routes.token_ids[order.rows]
         after = np.append(np.where(order.follows[1:], ids[1:], UNKNOWN), UNKNOWN)[: len(ids)]
-        named = {"input": IdOrder.of(order.rows, ids), "target": IdOrder.of(order.rows, after)}
+        named = {"input": IdOrder.of(ids), "target": IdOrder.of(after)}
     if predicted is not None:
-        named["predicted"] = IdOrder.of(order.rows, predicted[order.rows])
+        named["predicted"] = IdOrder.of(predicted[order.rows])
     return named
 
 
@@ -205,31 +205,30 @@ class _Layers:
             tokens=len(here),
             skipped=here.ids.size - here.assignments,
             counts=here.counts,
-            load=describe_load(self._forward_counts(layer)),
+            load=describe_load(self._forward_counts(layer, here)),
             coactivation=coactivation(here, self.pairs),
             distinct=distinct(routes, here),
             locality=locality(here),
             transition=transition(here, after) if after is not None else None,
             gates=gates(routes, layer, here),
             domains=domains(here, files_N, self.files) if self.files > 1 else None,
-            vocabulary=self._vocabulary(layer, here),
+            vocabulary=self._vocabulary(here),
         )
 
-    def _forward_counts(self, layer: int) -> npt.NDArray[np.int64]:
-        """[E] assignments of all tokens of the forward passes."""
-        ids_TK, experts = self.routes.expert_ids[:, layer], self.routes.num_experts[layer]
+    def _forward_counts(self, layer: int, here: LayerTokens) -> npt.NDArray[np.int64]:
+        """[E] assignments of all tokens of the forward passes: those that count, and padding."""
+        padding = self.routes.padding
         if self.routes.recomputed is not None:
-            ids_TK = ids_TK[~self.routes.recomputed]
-        return np.bincount(ids_TK.ravel(), minlength=self.routes.no_expert + 1)[:experts]
+            padding = padding & ~self.routes.recomputed
+        ids_TK = self.routes.expert_ids[padding, layer]
+        added = np.bincount(ids_TK.ravel(), minlength=self.routes.no_expert + 1)
+        return here.counts + added[: here.experts]
 
-    def _vocabulary(self, layer: int, here: LayerTokens) -> dict[str, Vocabulary]:
-        if not self.ids:
-            return {}
-        told = np.zeros(len(self.routes), np.bool_)
-        told[here.order.rows] = True
-        expert_ids_TK = self.routes.expert_ids[:, layer, : self.routes.top_k[layer]]
+    def _vocabulary(self, here: LayerTokens) -> dict[str, Vocabulary]:
+        whole = len(here) == len(self.order.rows)
+        kept = None if whole or not self.ids else np.isin(self.order.rows, here.order.rows)
         found = {
-            kind: vocabulary(expert_ids_TK, here.experts, order.only(told))
+            kind: vocabulary(here, order if kept is None else order.only(kept))
             for kind, order in self.ids.items()
         }
         return {kind: one for kind, one in found.items() if one is not None}

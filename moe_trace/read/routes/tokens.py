@@ -17,8 +17,8 @@ import numpy.typing as npt
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.sets import Words, expert_sets
 
-CHUNK = 1 << 16
-"""Tokens that are worked on at a time."""
+CHUNK = 1 << 12
+"""Tokens that are worked on at a time: what stays in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +79,19 @@ class LayerTokens:
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:
         """[E] slots that went to each expert."""
-        return np.bincount(self.ids.ravel(), minlength=self.experts + 1)[: self.experts]
+        side = self.experts + 1
+        parts = (np.bincount(ids_Kn.ravel(), minlength=side) for ids_Kn in self.chunks())
+        return sum(parts, np.zeros(side, np.int64))[: self.experts]
 
     @property
     def assignments(self) -> int:
         """Slots that went to an expert."""
         return int(self.counts.sum())
 
-    def chunks(self) -> Iterator[npt.NDArray[np.int64]]:
-        """[K, n] ids of the tokens in order, some at a time."""
-        for start in range(0, len(self.ids), CHUNK):
-            yield self.ids[start : start + CHUNK].T.astype(np.int64)
+    def chunks(self, size: int = CHUNK) -> Iterator[npt.NDArray[np.int64]]:
+        """[K, n] ids of the tokens in order, `size` tokens at a time."""
+        for start in range(0, len(self.ids), size):
+            yield np.ascontiguousarray(self.ids[start : start + size].T, np.int64)
 
 
 def layer_tokens(routes: RecordedRoutes, order: TokenOrder, layer: int) -> LayerTokens:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.coactivation import ratio, tokens_at_once
 from moe_trace.read.routes.sets import expert_sets, total_size
 from moe_trace.read.routes.tokens import LayerTokens, of_same_tokens
 
@@ -73,14 +73,15 @@ def pair_counts(
     here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int
 ) -> npt.NDArray[np.int64]:
     """[E, E'] tokens with e in one layer and e' in another; ids from `experts` on are no expert."""
-    bins = (experts + 1) * (experts_after + 1)
+    side = experts_after + 1
+    bins = (experts + 1) * side
     counts = np.zeros(bins, np.int64)
-    for start in range(0, len(here_NK), 1 << 16):
-        here_Kn = here_NK[start : start + (1 << 16)].T.astype(np.int64)
-        after_Kn = after_NK[start : start + (1 << 16)].T.astype(np.int64)
-        for ids_n in here_Kn:
-            counts += np.bincount((ids_n * (experts_after + 1) + after_Kn).ravel(), minlength=bins)
-    return counts.reshape(experts + 1, -1)[:experts, :experts_after]
+    at_once = tokens_at_once(bins, here_NK.shape[1] * after_NK.shape[1])
+    for start in range(0, len(here_NK), at_once):
+        here_Kn = np.ascontiguousarray(here_NK[start : start + at_once].T, np.int64) * side
+        after_Kn = np.ascontiguousarray(after_NK[start : start + at_once].T, np.int64)
+        counts += np.bincount((here_Kn[:, None] + after_Kn).ravel(), minlength=bins)
+    return counts.reshape(-1, side)[:experts, :experts_after]
 
 
 def predict(probability: npt.NDArray[np.float64], ids_NK: np.ndarray, slots: int) -> np.ndarray:
