@@ -47,6 +47,8 @@ READING = {
     "merge": "merge {a} {b} --out {o}.json",
     "placement": "placement {a} --ranks 2 --format json --out {o}.json",
     "routes check": "routes check {r} --format json",
+    "routes study": "routes study {r} --format json",
+    "routes cache": "routes cache {r} --experts-in-memory 2,4 --format json",
 }
 BESIDE = {"reduce": "reduce {a}"}
 MODELS = {

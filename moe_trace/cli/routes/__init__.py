@@ -12,6 +12,12 @@ from moe_trace.cli.subcommands import add_command
 
 COMMANDS = {
     "check": ("moe_trace.cli.routes.check", "CheckRoutesCommand", "what is wrong with captured routes"),
+    "study": ("moe_trace.cli.routes.study", "StudyRoutesCommand", "which experts, after which, for what"),
+    "cache": (
+        "moe_trace.cli.routes.cache",
+        "CacheRoutesCommand",
+        "what keeping some experts in memory gives",
+    ),
 }
 
 

@@ -127,8 +127,9 @@ def _check(
     expert_bytes: int | None,
 ) -> None:
     unknown = [policy for policy in policies if policy not in POLICIES]
-    if unknown:
-        raise UsageError(f"found policy {unknown[0]!r}, expected one of {', '.join(POLICIES)}")
+    if unknown or not policies:
+        found = f"policy {unknown[0]!r}" if unknown else "no policy"
+        raise UsageError(f"found {found}, expected one of {', '.join(POLICIES)}")
     if not sizes_C or min(sizes_C) < 1:
         raise UsageError(f"found {list(sizes_C)} experts in memory, expected numbers from 1 on")
     if prefetch_by not in (None, "transition"):

@@ -1,0 +1,61 @@
+"""`moe-trace routes study`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import PurePath
+from typing import ClassVar
+
+from moe_trace.data.errors import UsageError
+
+
+class StudyRoutesCommand:
+    """Study which token went to which experts.
+
+    Experts that are chosen together, reuse from token to token, how well a layer predicts the next, distinct
+    experts of a step by its size; gating weights and vocabulary where they were recorded. Several files of
+    one model are domains, named by --labels; several files of the same tokens are checkpoints, whose
+    saturation is told. The formulas are in docs/routes_study.md.
+
+    Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
+    """
+
+    name = "study"
+    reads: ClassVar[dict[str, str]] = {"files": ".routes.npz"}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("files", nargs="+", metavar="FILE", help="files of routes")
+        add("--labels", metavar="A,B", help="a name for each file; default: its own")
+        add(
+            "--pairs",
+            choices=("all", "adjacent"),
+            default="all",
+            help="co-activation: all pairs of a token's experts (default), or those of neighbouring ranks, "
+            "as the OLMoE authors' script counts",
+        )
+        add("--format", choices=("text", "json"), default="text", help="default: text")
+        add("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+        add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, study, print."""
+        from moe_trace.cli.routes.reading import named, routes_of
+        from moe_trace.read.routes.study import study
+        from moe_trace.show.routes.study import render_study_text
+        from moe_trace.show.routes.study_json import render_study_json
+
+        names = [PurePath(named(path, arguments)).name for path in arguments.files]
+        labels = [part.strip() for part in arguments.labels.split(",")] if arguments.labels else names
+        if len(labels) != len(names):
+            raise UsageError(
+                f"found --labels {arguments.labels}, expected {len(names)} names, with commas between them"
+            )
+        parts = [routes_of(path, arguments) for path in arguments.files]
+        found = study(parts, labels, pairs=arguments.pairs)
+        if arguments.format == "json":
+            print(render_study_json(found, matrices=arguments.matrices), end="")
+        else:
+            print(render_study_text(found), end="")
+        return 0
