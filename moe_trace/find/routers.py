@@ -96,7 +96,7 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
             RuntimeWarning,
             stacklevel=2,
         )
-    return _select(_sites(model, found), layers)
+    return select_sites(_sites(model, found), layers)
 
 
 def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
@@ -204,7 +204,8 @@ def _weights(item: Found) -> tuple[nn.Module, ...]:
     return item.weights or ((item.experts,) if item.experts is not None else ())
 
 
-def _select(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
+def select_sites(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
+    """Those of the routers that `layers` names; see `find_routers`."""
     if layers is None:
         return sites
     if callable(layers):

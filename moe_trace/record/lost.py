@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from moe_trace.data.schema import Lost, RouterInfo
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.graphs.compiled import something_was_compiled
+from moe_trace.record.graphs.compiled import something_was_compiled, warn_of_silent_forwards
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.model import ModelHooks
 
@@ -60,7 +60,7 @@ def unread_in_graphs(hooks: ModelHooks, graphs: RingReader) -> dict[str, str]:
 
 
 def lost_so_far(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
-    """All that is not in the recording.
+    """All that is not in the recording; says once if compiled code kept its hooks silent.
 
     Args:
         traces: what merging into each trace lost.
@@ -71,13 +71,17 @@ def lost_so_far(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, trace
     ]
     unread = recorder.refusals.why | unread_in_graphs(hooks, graphs)
     calls = {name: dict(counts.lost + recorder.lost_of(name)) for name, counts, _ in rows}
+    silent = _silent_forwards(hooks, graphs)
+    if silent and not hooks.silence_told:
+        hooks.silence_told = True
+        warn_of_silent_forwards(silent)
     return Lost(
         samples_without_range=sum(lost.samples_without_range for lost in traces),
         ranges_without_sample=sum(lost.ranges_without_sample for lost in traces),
         without_range=dict(sum((Counter(lost.without_range) for lost in traces), Counter())),
         unplaced=dict(sum((Counter(lost.unplaced) for lost in traces), Counter())),
         untimed=dict(sum((Counter(lost.untimed) for lost in traces), Counter())),
-        silent_forwards=_silent_forwards(hooks, graphs),
+        silent_forwards=silent,
         overwritten=recorder.overwritten + graphs.overwritten,
         unreduced=recorder.unreduced,
         padding_unknown=hooks.watch.padding_unknown + hooks.calls.padding_unclear,

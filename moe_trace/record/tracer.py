@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.errors import MoETraceError
+from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.data.routes.options import Routes
 from moe_trace.data.schema import Lost, Placement, Recording, RoutingSample
 from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
@@ -21,14 +23,9 @@ from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.copied_models import HookOwner
-from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.graphs.compiled import (
-    is_capturing,
-    warn_if_compiled_before,
-    warn_of_silent_forwards,
-)
+from moe_trace.record.graphs.compiled import is_capturing, warn_if_compiled_before
 from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
@@ -37,6 +34,7 @@ from moe_trace.record.lost import lost_so_far, recorded_calls, router_infos, unr
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
+from moe_trace.record.routes.recorder import routes_recorder
 from moe_trace.record.sessions import Sessions
 from moe_trace.timeline.counter_tracks import Tracks
 from moe_trace.timeline.merge import merge_recording
@@ -51,10 +49,10 @@ class MoETracer(HookOwner):
         every: record every n-th step.
         warmup: steps to leave out at the start.
         capacity: router calls kept; beyond it the oldest are dropped and counted.
-        capacity_bytes: memory that their figures may take on the host, beyond which the oldest are dropped
-            too; 256 MiB by default, which 100,000 calls of 64 experts do not reach.
+        capacity_bytes: memory of their figures on the host; beyond it the oldest are dropped too.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
         clock: times each router and its experts by another clock too, such as `DeviceClock`.
+        routes: record which token went to which expert too, for `routes()`; True, or `Routes` with options.
         auto_attach: add the routing to the traces of every torch profiler that records while the tracer is
             active, whoever made it. With False, only to those that `attach` names.
 
@@ -78,6 +76,7 @@ class MoETracer(HookOwner):
         tracks: Tracks = ("band",),
         clock: CallClock | None = None,
         auto_attach: bool = True,
+        routes: bool | Routes = False,
     ) -> None:
         self._options = TracerOptions(layers, every, warmup, capacity, capacity_bytes)
         self.model = model
@@ -85,6 +84,7 @@ class MoETracer(HookOwner):
         self.tracks = tracks
         self._steps = Steps(every=every, warmup=warmup)
         self._recorder = Recorder(capacity=capacity, capacity_bytes=capacity_bytes)
+        self._recorder.routes = routes_recorder(routes, self.sites, self._steps)
         self._graphs = RingReader(
             self.sites,
             self._recorder,
@@ -98,7 +98,6 @@ class MoETracer(HookOwner):
         self._active = False
         self._sessions = Sessions(self, self._steps, auto=auto_attach)
         self._placements: dict[tuple[str, int], Placement] = {}
-        self._silent_told = False
         self._traces_lost: dict[str, Lost] = {}
         """By path: what merging into each trace lost."""
         self.exported_samples: Sequence[RoutingSample] = ()
@@ -193,6 +192,19 @@ class MoETracer(HookOwner):
         found = ((s, placements.get((s.name, s.call))) for s in self._recorder.drain(since_step))
         return [s if place is None else replace(s, placement=place) for s, place in found]
 
+    def routes(self) -> RecordedRoutes:
+        """The experts of each token, in the order of the calls. Waits for the device.
+
+        Raises:
+            UsageError: the tracer was not given `routes=`.
+        """
+        if self._recorder.routes is None:
+            raise UsageError("this MoETracer records no routes; make it with MoETracer(model, routes=True)")
+        self._collect()
+        self._recorder.reduce()
+        parallel = self._parallel
+        return self._recorder.routes.routes(self._description, parallel.rank, parallel.world_size)
+
     def recording(self) -> Recording:
         """Everything recorded, with the model's description and what was lost."""
         samples = tuple(self.samples())
@@ -201,7 +213,7 @@ class MoETracer(HookOwner):
             options=self._options.as_recorded(),
             routers=router_infos(self._hooks),
             samples=samples,
-            lost=self._lost(),
+            lost=lost_so_far(self._hooks, self._recorder, self._graphs, self._traces_lost.values()),
             rank=self._parallel.rank,
             world_size=self._parallel.world_size,
             versions=versions(),
@@ -278,13 +290,6 @@ class MoETracer(HookOwner):
         """Forget router calls that an exception interrupted on this thread."""
         self._hooks.abandon_calls()
 
-    def _lost(self) -> Lost:
-        lost = lost_so_far(self._hooks, self._recorder, self._graphs, self._traces_lost.values())
-        if lost.silent_forwards and not self._silent_told:
-            self._silent_told = True
-            warn_of_silent_forwards(lost.silent_forwards)
-        return lost
-
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.
 
@@ -292,8 +297,4 @@ class MoETracer(HookOwner):
             profiled: whether a profiler recorded it; None for whether one records now.
         """
         if self._graphs.writes and self._active:
-            step = None if self._steps.are_forwards else self._steps.now()
-            sampled = step is None or self._steps.samples(step)
-            recording = profiler_is_recording()
-            segment = Segment(step, recording if profiled is None else profiled, sampled)
-            self._graphs.mark(segment, in_trace=recording)
+            self._graphs.mark_step(self._steps, profiled)

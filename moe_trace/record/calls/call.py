@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class CallRecord:
     rows: ExpertRows | None = None
     told_E: Tensor | None = None
     """See `RouterOutput`, both."""
+    tokens: Any = None
+    """`ForwardTokens` where its routes are recorded."""
 
     def __len__(self) -> int:
         return 1
@@ -74,6 +77,7 @@ class ForwardRecords:
                 context.thread,
                 context.profiled,
                 order=(context.epoch, 0),
+                tokens=context.tokens,
             )
 
 

@@ -32,7 +32,7 @@ from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore
 from moe_trace.record.calls.reduction import reduce_group
 from moe_trace.record.calls.refusals import Refusals
-from moe_trace.record.calls.samples import Batch
+from moe_trace.record.calls.samples import Batch, by_device_and_width
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host
@@ -64,6 +64,8 @@ class Recorder:
         self._lock = threading.RLock()
         self.on_rewritten: Callable[[set[str]], None] | None = None
         """Told the routers whose tensors were written over while they waited here; None: nobody looks."""
+        self.routes: Any = None
+        """`RoutesRecorder`, where routes are recorded: takes each group of calls that was reduced."""
         self.refusals = Refusals()
         self._pending = PendingStore()
         self._on_device: list[Batch] = []
@@ -142,6 +144,8 @@ class Recorder:
                 batch = reduce_group(group)
                 batch.memory_bytes = memory
                 self._store(batch)
+                if self.routes is not None:
+                    self.routes.take(group)
         except Exception as error:
             self._count_unreduced([record.site.name for record in group.records], error)
 
@@ -210,12 +214,14 @@ class Recorder:
 
     def _ship(self) -> None:
         """Start the copies of all batches on a device to pinned host memory."""
+        if self.routes is not None:
+            self.routes.ship()
         for batch in self._on_host:
             if batch.copied is not None:
                 before = batch.nbytes
                 batch.unpin_if_copied()
                 self._bytes += batch.nbytes - before
-        for device, batches in _by_device_and_width(self._on_device):
+        for device, batches in by_device_and_width(self._on_device):
             with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
                 wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
                 (ints, floats), copied = copies_on_host(wide)
@@ -290,11 +296,3 @@ def _allocated_bytes(device: torch.device) -> int | None:
     # `torch.cuda.memory_allocated` spends over 100 us on flattening figures that nobody reads.
     figures: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(device) if device.type == "cuda" else {}
     return figures.get("allocated_bytes", {}).get("all", {}).get("current")
-
-
-def _by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:
-    groups: dict[Any, list[Batch]] = {}
-    for batch in batches:
-        groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
-    for (device, _, _), group in groups.items():
-        yield device, group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,3 +173,12 @@ def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | Non
         "topk_mass": mean["topk_mass"],
         "z_loss": mean["z_loss"],
     }
+
+
+def by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:
+    """Batches that one copy can take."""
+    groups: dict[Any, list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
+    for (device, _, _), group in groups.items():
+        yield device, group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ class ForwardContext:
     thread: int = field(default_factory=threading.get_native_id)
     """Native id of the thread that runs it."""
     ident: int = field(default_factory=threading.get_ident)
+    tokens: Any = None
+    """`ForwardTokens` where its routes are recorded."""
 
     def inner(self, stage: Stage, padding_T: Tensor | None) -> ForwardContext:
         """A forward inside this one with inputs of its own, such as a token of a `generate` inside."""

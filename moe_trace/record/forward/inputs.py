@@ -16,6 +16,7 @@ from moe_trace.record.forward.isolation import apart
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
+_POSITIONS = ("position_ids", "positions", "input_pos")
 _CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
 
 
@@ -30,6 +31,9 @@ class ModelInputs:
         names = _DECODER_TOKENS if self._encoder_decoder else _TOKENS
         self._tokens = self._places(names)
         self._caches, self._mask = self._places(_CACHES), self._places(("attention_mask",))
+        self._own_mask = self._places(("decoder_attention_mask",)) if self._encoder_decoder else self._mask
+        self.position_names = ("decoder_position_ids",) if self._encoder_decoder else _POSITIONS
+        """Arguments that tell the position of each token."""
         self.names_tokens = any(name in self._positions for name in (*_TOKENS, *_DECODER_TOKENS))
         """Whether the module's forward is one of a language model: it is given tokens by name."""
         self.names_mask = "attention_mask" in self._positions
@@ -37,12 +41,12 @@ class ModelInputs:
 
     def length(self, args: Any, kwargs: dict[str, Any]) -> int | None:
         """Tokens per row of the model's input; of the decoder's, where there is one."""
-        tokens = self._tensor(args, kwargs)
+        tokens = self.tokens(args, kwargs)
         return None if tokens is None else int(tokens.shape[1])
 
     def look(self, args: Any, kwargs: dict[str, Any]) -> tuple[Stage, int | None, bool]:
         """(stage, tokens of all rows as far as the first tensor tells, whether they were named)."""
-        named = tokens = self._tensor(args, kwargs) if kwargs or self.names_tokens else None
+        named = tokens = self.tokens(args, kwargs) if kwargs or self.names_tokens else None
         if tokens is None:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor):
@@ -57,7 +61,7 @@ class ModelInputs:
 
     def stage(self, args: Any, kwargs: dict[str, Any]) -> Stage:
         """`decode` for one token a row that follows what a cache holds."""
-        return self._stage(self._tensor(args, kwargs), args, kwargs)
+        return self._stage(self.tokens(args, kwargs), args, kwargs)
 
     def _stage(self, tokens: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Stage:
         if torch.is_grad_enabled() and self._module.training:
@@ -88,12 +92,26 @@ class ModelInputs:
         except Exception:  # a mask of a kind that nobody thought of
             return None, True
 
-    def _tensor(self, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    def tokens(self, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """Ids or embeddings of the model's input, a row a sequence; of the decoder's, where there is one."""
         for name, position in self._tokens:
             tokens = args[position] if position < len(args) else kwargs.get(name)
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
                 return tokens
         return None
+
+    def given(self, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> Any:
+        """The first argument of these names that is given."""
+        return self._given(args, kwargs, self._places(names))
+
+    def mask(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The attention mask of the tokens, of whatever form."""
+        return self._given(args, kwargs, self._own_mask)
+
+    def cached(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Tokens in a cache before each row: a number, a tensor, or None where it does not tell."""
+        cache = self._given(args, kwargs, self._caches)
+        return 0 if cache is None else _cached(cache)
 
     def _places(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """(name, position) of arguments; a position that no call reaches where there is none."""
@@ -112,11 +130,15 @@ def _cached_tokens(cache: Any) -> int | None:
     """Tokens that a cache holds: 0 without one, None where only the device knows."""
     if cache is None:
         return 0
+    length = _cached(cache)
+    return length if isinstance(length, int) else None
+
+
+def _cached(cache: Any) -> Any:
     try:
-        length = cache.get_seq_length()
+        return cache.get_seq_length()
     except (AttributeError, TypeError, IndexError, ValueError):
         return None
-    return length if isinstance(length, int) else None
 
 
 def _parameter_names(module: nn.Module) -> list[str]:

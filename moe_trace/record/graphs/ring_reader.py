@@ -21,6 +21,8 @@ from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.forward.ranges import profiler_is_recording
+from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
@@ -97,6 +99,13 @@ class RingReader:
             self.ship()
         self._unshipped += 1
         self.rings.start_on_host(forward.epoch, forward.stage)
+
+    def mark_step(self, steps: Steps, profiled: bool | None) -> None:
+        """All forwards since the last mark belong to the step under way; see `MoETracer.mark_graphs`."""
+        step = None if steps.are_forwards else steps.now()
+        recording = profiler_is_recording()
+        sampled = step is None or steps.samples(step)
+        self.mark(Segment(step, recording if profiled is None else profiled, sampled), in_trace=recording)
 
     def mark(self, segment: Segment, *, in_trace: bool) -> None:
         """All forwards since the last mark belong to `segment`; nothing waits.

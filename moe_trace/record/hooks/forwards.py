@@ -35,6 +35,7 @@ from moe_trace.record.hooks.events import EventLog
 from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import Level, SiteHooks
+from moe_trace.record.routes.recorder import RoutesRecorder
 
 
 @dataclass(eq=False)
@@ -67,6 +68,7 @@ class ForwardWatch:
         self._graphs_write = self.graphs.rings.counters
         """Not empty where any graph writes into a ring."""
         self.calls: CallCollector
+        self.routes: RoutesRecorder | None = self.recorder.routes
 
     def abandon(self, thread: int) -> None:
         """Forget router calls that an exception interrupted on a thread."""
@@ -83,14 +85,10 @@ class ForwardWatch:
         """What is known of a router called outside any forward: a submodule on its own."""
         stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
         step = self.steps.now()
-        return ForwardContext(
-            step,
-            stage,
-            epoch=self.graphs.forwards.epoch,
-            recorded=self.steps.samples(step),
-            of_model=False,
-            profiled=any_thread_is_profiled(),
-        )
+        context = ForwardContext(step, stage, None, self.graphs.forwards.epoch, self.steps.samples(step))
+        context.of_model, context.profiled = False, any_thread_is_profiled()
+        context.tokens = self.routes and self.routes.outside(step)
+        return context
 
     # -- a forward ------------------------------------------------------------------------------------
 
@@ -162,7 +160,7 @@ class ForwardWatch:
         self._want(context, thread)
         if sampled:
             self.forwards_recorded += 1
-            if kwargs or entry.inputs.names_mask:
+            if kwargs or entry.inputs.names_mask or self.routes is not None:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
@@ -214,6 +212,8 @@ class ForwardWatch:
         context.padding_T, unknown = entry.inputs.padding(args, kwargs)
         self.padding_unknown += unknown and not context.padding_unclear
         context.padding_unclear |= unknown
+        if self.routes is not None:
+            self.routes.look(context, entry.inputs, args, kwargs)
 
     def _is_compiled(self) -> bool:
         if self.steps.forwards == 1 and compiled_parts(self.model):  # since the start

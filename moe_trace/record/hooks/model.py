@@ -46,6 +46,8 @@ class ModelHooks:
         clock: CallClock | None,
     ) -> None:
         self._model = model
+        self.silence_told = False
+        """Whether the user was told of forwards whose compiled code has no hooks."""
         self._ranges, log = OpenRanges(), EventLog()
         shared: dict[str, Any] = {"ranges": self._ranges, "captures": captures, "clock": clock}
         self.routers = [

@@ -254,6 +254,7 @@ class CallCollector:
             sending=call.experts[0].sending if call.experts else None,
             rows=reading.rows,
             told_E=reading.told_E if counts.recorded < _TOLD_CALLS else None,
+            tokens=context.tokens,
         )
         self._recorder.add(record, reading, mask)
         if self._clock is not None:

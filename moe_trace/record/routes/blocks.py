@@ -1,0 +1,227 @@
+"""Calls of one forward joined into rows, on the host, within a bound of bytes."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moe_trace.data.routes.columns import UNKNOWN
+from moe_trace.data.schema import Stage
+from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.routes.identity import Identity, identity_of
+from moe_trace.record.routes.tokens import ForwardTokens
+
+_TOKEN_BYTES = 32  # of a row without its ids
+_COLUMN_BYTES, _BLOCK_BYTES = 120, 1500  # of Python's objects, which are most of a step that decodes
+_FORWARDS_BEHIND = 1024  # whose ids may be on a device still
+_LEAST_SHARE = 8  # rows are dropped by an eighth of a block at least, so that few copies are made
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """T rows of layers that saw the same tokens of one forward."""
+
+    key: tuple[object, ...]
+    order: tuple[int, int]
+    step: int
+    stage: Stage
+    tokens: ForwardTokens
+    count: int
+    """Rows as the routers saw them."""
+    kept: np.ndarray | None = None
+    """Numbers of the rows that are left; None for all."""
+    ids: dict[int, np.ndarray] = field(default_factory=dict)
+    """By router: [T, K]."""
+    weights: dict[int, np.ndarray] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
+    """Routers whose decision turned out to be unknown."""
+    recomputed: bool = False
+    _identity: Identity | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.count if self.kept is None else len(self.kept)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of each row that is left."""
+        columns = [*self.ids.values(), *self.weights.values()]
+        return _TOKEN_BYTES + sum(column.shape[1] * column.itemsize for column in columns)
+
+    @property
+    def nbytes(self) -> int:
+        columns = len(self.ids) + len(self.weights)
+        return self.rows * self.row_bytes + columns * _COLUMN_BYTES + _BLOCK_BYTES
+
+    def add(self, router: int, ids: np.ndarray, weights: np.ndarray | None) -> None:
+        """The decision of one router, copied."""
+        rows = slice(None) if self.kept is None else self.kept
+        self.ids[router] = np.array(ids[rows])
+        if weights is not None:
+            self.weights[router] = np.array(weights[rows])
+
+    def keep(self, rows: np.ndarray) -> int:
+        """Forget all rows but some of those that are left; returns how many were forgotten."""
+        before = self.rows
+        self.kept = np.arange(self.count)[rows] if self.kept is None else self.kept[rows]
+        for columns in (self.ids, self.weights):
+            for router, column in columns.items():
+                columns[router] = column[rows]
+        return before - self.rows
+
+    def identity(self) -> Identity:
+        """Of the rows that are left."""
+        if self._identity is None:
+            self._identity = identity_of(self.tokens, self.count)
+        whole, rows = self._identity, self.kept
+        if rows is None:
+            return whole
+        ids = None if whole.token_ids is None else whole.token_ids[rows]
+        return Identity(whole.sequence[rows], whole.position[rows], whole.padding[rows], ids)
+
+
+class Blocks:
+    """All that is kept in memory, in the order of the forwards.
+
+    Args:
+        max_bytes: beyond it rows are dropped, and counted in `dropped`.
+        keep: the `"newest"` rows; or a `"reservoir"`, in which every sequence has a random number, and those
+            of the greatest are dropped, with all that is decoded for them later (bottom-k sampling).
+    """
+
+    def __init__(self, max_bytes: int, keep: Literal["newest", "reservoir"]) -> None:
+        self.max_bytes, self._keep = max_bytes, keep
+        self.blocks: list[Block] = []
+        self.nbytes = 0
+        self.dropped: Counter[str] = Counter()
+        """Rows, by reason."""
+        self._by_key: dict[tuple[object, ...], list[Block]] = {}
+        self._again: dict[tuple[object, ...], None] = {}
+        """Blocks to come that were recomputed."""
+        self._threshold = 1.0
+        """Sequences of greater numbers are not kept."""
+
+    def add(
+        self,
+        record: CallRecord,
+        router: int,
+        ids: np.ndarray,
+        weights: np.ndarray | None,
+        *,
+        part: int = 0,
+        lost: bool = False,
+    ) -> None:
+        """The decision of one call.
+
+        Args:
+            part: of the model, where parts see other tokens than each other: its encoder.
+            lost: what it decided is unknown after all.
+        """
+        block = self._block(record, router, len(ids), part)
+        before = block.nbytes
+        block.add(router, ids, weights)
+        if lost:
+            block.lost.add(router)
+        self.nbytes += block.nbytes - before
+        if self.nbytes > self.max_bytes:
+            self._drop(block)
+
+    def recomputed(self, record: CallRecord, count: int, part: int) -> None:
+        """A call was made again by the backward."""
+        key = (record.order, id(record.tokens), count, part)
+        if key not in self._by_key:  # on its way from the device, or dropped
+            self._again[key] = None
+            if len(self._again) > _FORWARDS_BEHIND:
+                del self._again[next(iter(self._again))]
+        for block in self._by_key.get(key, ()):
+            block.recomputed = True
+
+    def take(self, *, but: Block | None = None) -> list[Block]:
+        """Remove all blocks, or those before one."""
+        until = len(self.blocks) if but is None else self.blocks.index(but)
+        taken, self.blocks = self.blocks[:until], self.blocks[until:]
+        self._forget(taken)
+        return taken
+
+    def _block(self, record: CallRecord, router: int, count: int, part: int) -> Block:
+        key = (record.order, id(record.tokens), count, part)
+        found = self._by_key.setdefault(key, [])
+        for block in found:
+            if router not in block.ids:
+                return block
+        tokens = record.tokens
+        block = Block(key, record.order, record.step, record.stage, tokens, count)
+        if self._threshold < 1:
+            self.dropped["reservoir"] += block.keep(self._numbers(block) < self._threshold)
+        block.recomputed = key in self._again
+        found.append(block)
+        insort(self.blocks, block, key=lambda one: one.order)  # calls of other forms were reduced earlier
+        self.nbytes += block.nbytes
+        return block
+
+    def _forget(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            self.nbytes -= block.nbytes
+            found = self._by_key[block.key]
+            found.remove(block)
+            if not found:
+                del self._by_key[block.key]
+
+    def _drop(self, latest: Block) -> None:
+        """Keep within the bound.
+
+        Args:
+            latest: its other layers are still to come.
+        """
+        self._drop_oldest() if self._keep == "newest" else self._drop_sequences(latest)
+
+    def _drop_oldest(self) -> None:
+        over, gone = self.nbytes - self.max_bytes, 0
+        while over > 0 and gone < len(self.blocks):
+            block = self.blocks[gone]
+            if block.nbytes <= over:
+                over -= block.nbytes
+                self.dropped["overwritten"] += block.rows
+                gone += 1
+                continue
+            rows = min(block.rows, max(-(-over // block.row_bytes), block.rows // _LEAST_SHARE))
+            self.nbytes -= rows * block.row_bytes
+            self.dropped["overwritten"] += block.keep(np.arange(rows, block.rows))
+            break
+        dropped, self.blocks = self.blocks[:gone], self.blocks[gone:]
+        self._forget(dropped)
+
+    def _drop_sequences(self, latest: Block) -> None:
+        wanted = self.max_bytes * 7 // 8  # with room for those that follow
+        while self.nbytes > wanted and any(block.rows for block in self.blocks):
+            numbers = [self._numbers(block) for block in self.blocks]
+            together = np.sort(np.concatenate(numbers))
+            share = min(7 / 8, wanted / self.nbytes)
+            self._threshold = float(together[int(share * len(together))])
+            for block, own in zip(self.blocks, numbers, strict=True):
+                if (own >= self._threshold).any():
+                    self.nbytes -= block.nbytes
+                    self.dropped["reservoir"] += block.keep(np.flatnonzero(own < self._threshold))
+                    self.nbytes += block.nbytes
+            self._forget([block for block in self.blocks if not block.rows and block is not latest])
+            self.blocks = [block for block in self.blocks if block.rows or block is latest]
+
+    @staticmethod
+    def _numbers(block: Block) -> np.ndarray:
+        """[rows] in [0, 1): the random number of each row's sequence, which all its forwards share."""
+        sequence = block.identity().sequence.astype(np.int64)
+        # Of one whose sequence is unknown, the forward is one.
+        owner = np.where(sequence == UNKNOWN, -1 - block.order[0] * 4096 - block.order[1], block.tokens.run)
+        state = owner.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + sequence.astype(np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+        numbers: np.ndarray = (state ^ (state >> np.uint64(31))) / 2.0**64
+        return numbers
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)

@@ -1,0 +1,192 @@
+"""`RoutesRecorder`: takes the router calls that a recorder reduces, and keeps which token went where.
+
+look     references to what tells whose tokens a forward has             tokens.py, when it begins
+take     ids of many calls cast to one or two bytes, on the device       chunks.py, when they are reduced
+ship     copies to pinned memory, behind an event                        with the recorder's own
+settle   joined into rows of a forward, within the bound                 blocks.py, once they have arrived
+routes   columns                                                         rows.py, when somebody asks
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.data.routes.options import Routes
+from moe_trace.find.contracts import AdapterMismatch
+from moe_trace.find.routers import RouterSite, select_sites
+from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.calls.pending import PendingCalls
+from moe_trace.record.calls.settled_rows import settled_counts
+from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.forward.inputs import ModelInputs
+from moe_trace.record.forward.isolation import warn_user
+from moe_trace.record.forward.steps import Steps
+from moe_trace.record.parallel.environment import versions
+from moe_trace.record.routes.blocks import Blocks
+from moe_trace.record.routes.chunks import Chunk, cast
+from moe_trace.record.routes.rows import Layers, as_routes
+from moe_trace.record.routes.tokens import ForwardTokens, look_at_tokens, ship_tokens
+
+_ON_DEVICE_MAX = 8 * 2**20  # bytes of ids on a device before their copies are started
+
+
+class RoutesRecorder:
+    """The routes of one tracer. Any thread may call it.
+
+    Args:
+        sites: the routers whose routes are wanted.
+        steps: which steps are recorded; `options.every` counts those.
+    """
+
+    def __init__(self, options: Routes, sites: Sequence[RouterSite], steps: Steps) -> None:
+        self.options = options
+        self._steps = steps
+        self._routers = {site.name: number for number, site in enumerate(sites)}
+        self._layers = Layers(
+            [site.name for site in sites],
+            [site.info.num_experts for site in sites],
+            [site.info.top_k for site in sites],
+        )
+        self._part = [int(".encoder." in f".{site.name}.") for site in sites]
+        self._runs = 0
+        """Prefills and training steps seen."""
+        self._nobody = ForwardTokens()
+        self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
+        self._dropped: Counter[str] = Counter()
+        self._on_device: list[Chunk] = []
+        self._device_bytes = 0
+        self._shipped: deque[Chunk] = deque()
+        self._lock = threading.RLock()
+
+    # -- in the forward's time ------------------------------------------------------------------------
+
+    def look(self, context: ForwardContext, inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward begins, or its arguments are told: keep what they say of its tokens."""
+        if self._wants(context.step):
+            tokens = look_at_tokens(inputs, args, kwargs, context.padding_T, token_ids=self.options.token_ids)
+            self._runs += context.stage != "decode" and not tokens.continues
+            context.tokens, tokens.run = tokens, self._runs
+
+    def outside(self, step: int) -> ForwardTokens | None:
+        """What is known of the tokens of a router that is called outside any forward: nothing."""
+        return self._nobody if self._wants(step) else None
+
+    def _wants(self, step: int) -> bool:
+        steps = self._steps
+        return (step - steps.warmup) // steps.every % self.options.every == 0
+
+    def take(self, group: PendingCalls) -> None:
+        """Calls of one form were reduced: keep their ids. Nothing waits, and nothing raises."""
+        with self._lock:
+            try:
+                self._take(group)
+            except Exception as error:
+                self._failed(len(group) * group.shape[0], error)
+
+    def _take(self, group: PendingCalls) -> None:
+        wanted: list[CallRecord] = []
+        index, weights = [], []
+        for record, index_TK, weights_TK in zip(group.records, group.index, group.weights, strict=True):
+            router = self._routers.get(record.site.name)
+            if record.tokens is None or router is None:
+                continue
+            if record.phase == "recompute":  # the same tokens again
+                self._settle_arrived()
+                self._blocks.recomputed(record, len(index_TK), self._part[router])
+                continue
+            wanted.append(record)
+            index.append(index_TK)
+            weights.append(weights_TK)
+        if not wanted:
+            return
+        experts = wanted[0].site.info.num_experts or group.logits[0].shape[-1]
+        chunk = cast(wanted, index, weights, experts, group.stream, keep_weights=self.options.weights)
+        if not chunk.ids.is_cuda:
+            ship_tokens(_tokens_of([chunk]))
+            self._settle(chunk)
+            return
+        self._on_device.append(chunk)
+        self._device_bytes += chunk.nbytes
+        if self._device_bytes > _ON_DEVICE_MAX:
+            self.ship()
+
+    def ship(self) -> None:
+        """Start the copies of all that is on a device; what has arrived since the last time is settled."""
+        with self._lock:
+            self._settle_arrived()
+            ship_tokens(_tokens_of(self._on_device))
+            for chunk in self._on_device:
+                chunk.ship()
+            self._shipped.extend(self._on_device)
+            self._on_device.clear()
+            self._device_bytes = 0
+
+    # -- on the host ----------------------------------------------------------------------------------
+
+    def _settle_arrived(self) -> None:
+        while self._shipped and self._shipped[0].arrived:
+            self._settle(self._shipped.popleft())
+
+    def _settle(self, chunk: Chunk) -> None:
+        ids_LTK, weights_LTK = chunk.arrays()
+        for number, record in enumerate(chunk.records):
+            router = self._routers[record.site.name]
+            self._layers.learn(router, chunk.num_experts, ids_LTK.shape[-1])
+            self._blocks.add(
+                record,
+                router,
+                ids_LTK[number],
+                None if weights_LTK is None else weights_LTK[number],
+                part=self._part[router],
+                lost=record.rows is not None and _is_contradicted(record, ids_LTK[number], chunk.num_experts),
+            )
+
+    def _failed(self, tokens: int, error: Exception) -> None:
+        if not self._dropped["failed"]:
+            warn_user(
+                f"routes could not be recorded ({type(error).__name__}: {error}); they are counted in "
+                "`dropped`, and the model runs on"
+            )
+        self._dropped["failed"] += tokens
+
+    def routes(self, model: Mapping[str, Any], rank: int, world_size: int) -> RecordedRoutes:
+        """All that is kept; see `RecordedRoutes` for the arguments. Waits for the device."""
+        run = {"model": model, "rank": rank, "world_size": world_size, "versions": versions()}
+        with self._lock:
+            self.ship()
+            while self._shipped:
+                self._settle(self._shipped.popleft())
+            return as_routes(self._blocks.blocks, self._layers, self._dropped + self._blocks.dropped, run)
+
+
+def routes_recorder(asked: bool | Routes, sites: Sequence[RouterSite], steps: Steps) -> RoutesRecorder | None:
+    """What records the routes that are asked for; None where none are.
+
+    Raises:
+        UsageError: `Routes.layers` selects nothing.
+    """
+    if not asked:
+        return None
+    options = Routes() if asked is True else asked
+    return RoutesRecorder(options, select_sites(list(sites), options.layers), steps)
+
+
+def _tokens_of(chunks: Sequence[Chunk]) -> list[ForwardTokens]:
+    return list({id(record.tokens): record.tokens for chunk in chunks for record in chunk.records}.values())
+
+
+def _is_contradicted(record: CallRecord, ids_TK: np.ndarray, num_experts: int) -> bool:
+    """Whether the rows that entered the experts are not those of the decision: then whose they were is
+    unknown."""
+    assert record.rows is not None
+    counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)[:num_experts]
+    try:
+        return not np.array_equal(settled_counts(record.rows, counts_E, len(ids_TK)), counts_E)
+    except AdapterMismatch:
+        return True

@@ -1,0 +1,144 @@
+"""From blocks to `RecordedRoutes`: which layers stand in one group, and their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes, id_type
+from moe_trace.data.schema import STAGES
+from moe_trace.record.routes.blocks import Block
+
+
+@dataclass(slots=True)
+class Layers:
+    """The routers whose routes are recorded, and what was learned of each."""
+
+    names: Sequence[str]
+    num_experts: list[int]
+    top_k: list[int]
+    called: set[int] = field(default_factory=set)
+
+    def learn(self, router: int, num_experts: int, top_k: int) -> None:
+        """A call had so many experts and slots."""
+        self.called.add(router)
+        self.num_experts[router] = max(self.num_experts[router], num_experts)
+        self.top_k[router] = max(self.top_k[router], top_k)
+
+
+def as_routes(
+    blocks: Sequence[Block], layers: Layers, dropped: Mapping[str, int], run: Mapping[str, Any]
+) -> RecordedRoutes:
+    """The rows of all blocks, in the order of the calls; layers of other tokens in groups of their own.
+
+    Args:
+        run: columns of `RecordedRoutes` that are the same for all tokens.
+    """
+    ordered = sorted(blocks, key=lambda block: block.order)
+    groups = [replace(_group(ordered, members, layers), **run) for members in _groups(ordered, layers)]
+    groups.sort(key=lambda group: -group.expert_ids.size)
+    first, *others = groups
+    return replace(first, dropped=dict(dropped), others=tuple(others))
+
+
+def _groups(blocks: Iterable[Block], layers: Layers) -> list[list[int]]:
+    """Of the routers that were called, those that saw the same tokens in every forward that they share."""
+    forwards: dict[Any, dict[int, set[int]]] = {}
+    for block in blocks:
+        parts = forwards.setdefault((block.order, id(block.tokens)), {})
+        parts.setdefault(hash(block.key), set()).update(block.ids)
+    groups = [set(layers.called) or set(range(len(layers.names)))]
+    for forward in {tuple(map(frozenset, parts.values())) for parts in forwards.values()}:
+        apart = _apart(forward)
+        if len(apart) > 1:
+            groups = [piece for group in groups for piece in _split(group, apart)]
+    return [sorted(group) for group in groups]
+
+
+def _apart(parts: Sequence[frozenset[int]]) -> list[set[int]]:
+    """Parts of a forward; those that share a router are one: it was called on pieces of its tokens."""
+    found: list[set[int]] = []
+    for part in parts:
+        merged = set(part)
+        for other in [other for other in found if other & merged]:
+            merged |= other
+            found.remove(other)
+        found.append(merged)
+    return found
+
+
+def _split(group: set[int], apart: Sequence[set[int]]) -> list[set[int]]:
+    pieces = [piece for part in apart if (piece := group & part)]
+    if len(pieces) < 2:
+        return [group]
+    rest = group.difference(*pieces)
+    max(pieces, key=len).update(rest)
+    return pieces
+
+
+def _group(blocks: Sequence[Block], members: Sequence[int], layers: Layers) -> RecordedRoutes:
+    mine = [block for block in blocks if not block.ids.keys().isdisjoint(members)]
+    tokens, slots = sum(block.rows for block in mine), max(layers.top_k[router] for router in members)
+    kind = id_type(max(layers.num_experts[router] for router in members))
+    ids = np.full((tokens, len(members), slots), np.iinfo(kind).max, kind)
+    weights = np.full(ids.shape, np.nan, np.float16) if any(block.weights for block in mine) else None
+    lost = np.zeros(ids.shape[:2], bool)
+    start = 0
+    for block in mine:
+        rows = slice(start, start := start + block.rows)
+        for place, router in enumerate(members):
+            found = block.ids.get(router)
+            if found is None or router in block.lost:
+                lost[rows, place] = True
+                continue
+            part = ids[rows, place, : found.shape[1]]
+            part[...] = found
+            if found.dtype != kind:
+                part[found == np.iinfo(found.dtype).max] = np.iinfo(kind).max
+            if weights is not None and router in block.weights:
+                weights[rows, place, : found.shape[1]] = block.weights[router]
+    return RecordedRoutes(
+        expert_ids=ids,
+        layers=tuple(layers.names[router] for router in members),
+        num_experts=tuple(layers.num_experts[router] for router in members),
+        top_k=tuple(layers.top_k[router] for router in members),
+        weights=weights,
+        lost_layers=lost if lost.any() else None,
+        **_token_columns(mine),
+    )
+
+
+def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
+    counts = [block.rows for block in blocks]
+    whose = [block.identity() for block in blocks]
+
+    def each(values: Iterable[Any], kind: Any) -> np.ndarray:
+        return np.repeat(np.array(list(values), kind), counts)
+
+    def joined(columns: Iterable[Any], kind: Any) -> np.ndarray:
+        return np.concatenate([np.empty(0, kind), *columns], dtype=kind)
+
+    columns = {
+        "padding": joined((one.padding for one in whose), bool),
+        "step": each((block.step for block in blocks), np.int64),
+        "forward": each((_number(block) for block in blocks), np.int64),
+        "sequence": joined((one.sequence for one in whose), np.int32),
+        "position": joined((one.position for one in whose), np.int32),
+        "stage_codes": each((STAGES.index(block.stage) for block in blocks), np.uint8),
+    }
+    if any(block.recomputed for block in blocks):
+        columns["recomputed"] = each((block.recomputed for block in blocks), bool)
+    if any(one.token_ids is not None for one in whose):
+        none = (np.full(count, UNKNOWN) for count in counts)
+        ids = [own if one.token_ids is None else one.token_ids for one, own in zip(whose, none, strict=True)]
+        columns["token_ids"] = joined(ids, np.int32)
+    return columns
+
+
+def _number(block: Block) -> int:
+    """Of the forward, from 0 on."""
+    host, in_graph = block.order
+    return max(0, (in_graph or host) - 1)

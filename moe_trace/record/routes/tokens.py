@@ -1,0 +1,161 @@
+"""What the arguments of a forward tell of its tokens, kept without waiting for the device.
+
+Tensors are copied, since the caller may write to them before anybody reads them; they come to the host with
+the expert ids, and `identity.py` makes columns of them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_trace.record.forward.inputs import ModelInputs
+from moe_trace.record.forward.isolation import apart
+from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.reduce.streams import on_stream, stream_of_now
+
+_IDS = ("input_ids", "tokens", "idx")
+_STARTS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens")
+
+
+@dataclass(slots=True, eq=False)
+class ForwardTokens:
+    """The tokens of one forward, [rows, length] of them."""
+
+    rows: int = 0
+    """0 where nobody told."""
+    length: int = 0
+    flat: bool = False
+    """Given without a batch axis: whose tokens they are is not known by their place."""
+    cached: int | None = None
+    """Tokens of each row that stand before them; None where a tensor tells or nobody does."""
+    continues: bool = False
+    """Whether tokens are known to stand before them."""
+    run: int = 0
+    """Shared by the forwards of the same sequences: a prefill and what is decoded after it."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """[n] int32 each: `token_ids`, `positions`, `padding`, `before` (real tokens before, by
+    row), `starts` (of packed sequences)."""
+    stream: int = 0
+    """On which the parts were made."""
+    _arriving: tuple[Any, Any, dict[str, slice]] | None = None
+    _host: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * self.length
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The parts on the host, once they were shipped. Waits for the copy."""
+        if self._arriving is not None:
+            copy, copied, places = self._arriving
+            if copied is not None:
+                copied.synchronize()
+            flat = copy.numpy()
+            self._host |= {name: flat[place].copy() for name, place in places.items()}
+            self._arriving = None
+        return self._host
+
+
+def ship_tokens(forwards: Iterable[ForwardTokens]) -> None:
+    """Start the copies of all parts to the host, one for each device; nothing waits."""
+    by_stream: dict[Any, list[tuple[ForwardTokens, str, Tensor]]] = {}
+    for tokens in forwards:
+        for name, part in tokens.parts.items():
+            by_stream.setdefault((part.device, tokens.stream), []).append((tokens, name, part))
+        tokens.parts = {}
+    for (_, stream), found in by_stream.items():
+        with on_stream(found[0][-1], stream):
+            (copy,), copied = copies_on_host([torch.cat([part for _, _, part in found])])
+        start = 0
+        places: dict[ForwardTokens, dict[str, slice]] = {}
+        for tokens, name, part in found:
+            places.setdefault(tokens, {})[name] = slice(start, start := start + len(part))
+        for tokens, own in places.items():
+            tokens.arrays()  # of another device
+            tokens._arriving = (copy, copied, own)
+
+
+def look_at_tokens(
+    inputs: ModelInputs, args: Any, kwargs: dict[str, Any], padding_T: Tensor | None, *, token_ids: bool
+) -> ForwardTokens:
+    """Keep what the arguments of a forward tell.
+
+    Args:
+        padding_T: which tokens are padding, where that is known; nobody writes to it.
+        token_ids: keep the ids too.
+    """
+    try:
+        with apart():
+            return _look(inputs, args, kwargs, padding_T, token_ids)
+    except Exception:  # arguments of a kind that nobody thought of tell nothing
+        return ForwardTokens()
+
+
+def _look(
+    inputs: ModelInputs, args: Any, kwargs: dict[str, Any], padding_T: Tensor | None, token_ids: bool
+) -> ForwardTokens:
+    given = inputs.tokens(args, kwargs)
+    if given is None:
+        given = _unnamed(inputs, args, kwargs)
+        if given is None:
+            return ForwardTokens()
+    flat = given.dim() == 1
+    rows, length = (1, given.shape[0]) if flat else (given.shape[0], given.shape[1])
+    tokens, parts = ForwardTokens(rows, length, flat), {}
+    if token_ids:
+        ids = inputs.given(args, kwargs, _IDS) if given.is_floating_point() else given
+        if isinstance(ids, Tensor) and ids.numel() == tokens.count:
+            parts["token_ids"] = _flat(ids)
+    positions = inputs.given(args, kwargs, inputs.position_names)
+    if isinstance(positions, Tensor) and positions.dim() <= 2 and positions.numel() in (tokens.count, length):
+        parts["positions"] = _flat(positions.expand(rows, length) if not flat else positions)
+    starts = inputs.given(args, kwargs, _STARTS)
+    if isinstance(starts, Tensor) and starts.dim() == 1 and starts.numel() > 1:
+        parts["starts"] = _flat(starts)
+    if padding_T is not None and padding_T.numel() == tokens.count:
+        parts["padding"] = _flat(padding_T)
+    _look_before(tokens, parts, inputs, args, kwargs)
+    tokens.parts, tokens.stream = parts, stream_of_now(given)
+    return tokens
+
+
+def _look_before(
+    tokens: ForwardTokens, parts: dict[str, Tensor], inputs: ModelInputs, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """What stands before the tokens of each row: in a cache, less its padding, which the mask tells."""
+    cached = inputs.cached(args, kwargs)
+    mask = inputs.mask(args, kwargs)
+    if mask is not None:
+        if "padding" not in parts:
+            return
+        if mask.shape[1] > tokens.length:
+            tokens.continues = True
+            parts["before"] = _flat((mask[:, : -tokens.length] != 0).sum(1))
+        elif cached == 0:
+            tokens.cached = 0
+    elif isinstance(cached, Tensor) and cached.numel() == 1:
+        parts["before"] = _flat(cached.expand(tokens.rows))
+    elif isinstance(cached, int):
+        tokens.cached, tokens.continues = cached, cached > 0
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.int32, copy=True).flatten()
+
+
+def _unnamed(inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Ids without a batch axis, or the first argument where it can be nothing but ids."""
+    named = inputs.given(args, kwargs, _IDS)
+    first = named if isinstance(named, Tensor) else args[0] if args else None
+    if not isinstance(first, Tensor) or first.is_floating_point() or first.is_complex():
+        return None
+    if first.dtype == torch.bool or first.dim() not in (1, 2) or (first is not named and first.dim() == 1):
+        return None
+    return first
