@@ -13,6 +13,8 @@ LOST_CALLS = {
     "unreadable": "could not be read",
     "without_experts": "were made without their experts, as prefetching does: they assign nothing, so there "
     "is nothing to do",
+    "replaced": "were made in blocks whose experts were replaced since the tracer was made; make a new "
+    "MoETracer after changing the model",
     "interrupted": "were interrupted before their experts were called, by an error or because recording was "
     "stopped; run those forwards again, whole",
     "unjoined": "could not be joined with their experts, which ran on other threads after their block had "

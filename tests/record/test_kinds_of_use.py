@@ -296,8 +296,9 @@ def test_experts_replaced_while_traced_are_counted_and_a_new_tracer_records_them
         block.experts = Quantised(copy.deepcopy(block.experts))
         forwards(model)
     lost, name = tracer.recording().lost, tracer.sites[0].name
-    recorded = sum(s.name == name for s in tracer.samples())
-    assert lost.calls_seen[name] == recorded + sum(lost.calls.get(name, {}).values()) == 18
+    assert lost.calls == {name: {"replaced": 9}} and lost.calls_seen[name] == 18
+    assert sum(s.name == name for s in tracer.samples()) == 9
+    assert "make a new MoETracer" in " ".join(tracer.summary().notes)
     with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as again:
         forwards(model)
     assert [s.assignments.tolist() for s in again.samples()] == [c.assignments(EXPERTS) for c in calls]

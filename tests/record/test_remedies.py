@@ -19,6 +19,7 @@ from moe_trace.data.summary_notes import LOST_CALLS
 
 TESTED_ELSEWHERE = {
     "rewritten": "test_plain_forwards.py",
+    "replaced": "test_kinds_of_use.py",
     "unjoined": "test_joined_by_identity.py",
     "interrupted": "test_stopped_and_detached.py",
     "unreduced": "test_kinds_of_use.py",

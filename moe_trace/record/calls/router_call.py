@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_trace.find.contracts import Call
 from moe_trace.find.routers import RouterSite
@@ -66,7 +66,7 @@ class Block:
 class SiteState:
     """What earlier events of a site taught."""
 
-    __slots__ = ("block_seen", "elsewhere", "experts_called", "loose", "thread")
+    __slots__ = ("elsewhere", "experts_called", "loose", "thread")
 
     def __init__(self) -> None:
         self.elsewhere = False
@@ -77,8 +77,6 @@ class SiteState:
         """Where its router was called last."""
         self.experts_called = False
         """Whether its experts were ever called as a module."""
-        self.block_seen = False
-        """Whether its block is observed."""
 
 
 def why_no_decision(
@@ -93,9 +91,16 @@ def why_no_decision(
         return "interrupted" if call.cut_off else None
     if call.recomputed or context.failed:
         return "interrupted"
-    if call.fused or not (state.block_seen or state.experts_called):
+    if site.block is not None and not _holds(site.block, site.experts):
+        return "replaced"
+    if call.fused or (site.block is None and not state.experts_called):
         return None  # a fused block, which called its router but not its experts
     return "unjoined" if state.elsewhere else "without_experts"
+
+
+def _holds(block: nn.Module, part: nn.Module) -> bool:
+    """Whether a module is in a block; mostly it is a child."""
+    return any(child is part for child in block.children()) or part in set(block.modules())
 
 
 def by_memory(experts: ExpertsCall, calls: Iterable[RouterCall]) -> list[RouterCall]:

@@ -89,7 +89,6 @@ class CallJoiner:
             elif kind == CONTEXT:
                 self._contexts[thread] = first
             elif kind == BLOCK:
-                self.states[site].block_seen = True
                 block = Block(context or self._context_of(thread))
                 self._blocks.setdefault((site, thread), []).append(block)
             elif kind == BLOCK_END:
