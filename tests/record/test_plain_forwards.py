@@ -17,9 +17,9 @@ def in_columns(tracer: moe_trace.MoETracer) -> list[int]:
     plain, taken = tracer._hooks.calls._plain, [0]
     take = plain._take
 
-    def counted(plan: Any, forwards: Any) -> bool:
-        done = take(plan, forwards)
-        taken[0] += done * len(forwards)
+    def counted(plan: Any, items: Any, contexts: Any) -> bool:
+        done = take(plan, items, contexts)
+        taken[0] += done * len(contexts)
         return done
 
     plain._take = counted  # type: ignore[method-assign,assignment]

@@ -69,7 +69,8 @@ class EventChecks:
     def _looked_at(self, event: Sequence[Any]) -> Sequence[Any]:
         (site, kind), thread = divmod(event[0], KINDS), event[1]
         if kind == BEGIN:
-            if len(self._log.items) > WIDTH * _EVENTS_MAX or self._kept_bytes > KEPT_BYTES_MAX:
+            noted = len(self._log.items) - self._log.waiting
+            if noted > WIDTH * _EVENTS_MAX or self._kept_bytes > KEPT_BYTES_MAX:
                 self._join_passed()
             self._natives[thread] = threading.get_native_id()
             if self._forwards.of(thread) is not None:

@@ -49,14 +49,21 @@ class ForwardPlan:
     inference: bool = field(default_factory=torch.is_inference_mode_enabled)
     """Whose tensors have no versions."""
 
-    def has_graph(self, items: list[Any]) -> bool:
+    @property
+    def length(self) -> int:
+        """Items of a forward."""
+        return WIDTH * len(self.codes)
+
+    def has_graph(self, items: list[Any], start: int) -> bool:
         """Whether the last router was called with gradients, as far as its first output tells."""
-        output = items[self.last_output]
+        output = items[start + self.last_output]
         return getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
 
-    def columns(self, items: list[Any], forwards: int = 1) -> Columns | None:
-        """The tensors of all calls of some forwards; None where one of them is unlike the plan."""
-        firsts, seconds = items[2::WIDTH], items[3::WIDTH]
+    def columns(self, items: list[Any], thread: int, forwards: int = 1) -> Columns | None:
+        """The tensors of all calls of a thread's forwards; None where one of them is unlike the plan."""
+        threads, firsts, seconds = items[1::WIDTH], items[2::WIDTH], items[3::WIDTH]
+        if threads.count(thread) != len(threads):
+            return None
         if items[4::WIDTH] != self.lasts * forwards or any(self.experts(seconds)):
             return None
         if self.block_ends is not None and any(one is not None for one in self.block_ends(firsts)):
@@ -68,7 +75,7 @@ class ForwardPlan:
             return None
 
     def records(
-        self, items: list[Any], forwards: Sequence[tuple[list[Any], ForwardContext]]
+        self, items: list[Any], contexts: Sequence[ForwardContext]
     ) -> list[ForwardRecords]:
         """What is known of the calls of forwards beside their tensors."""
         times, calls = items[2::WIDTH], len(self.sites)
@@ -82,7 +89,7 @@ class ForwardPlan:
                 begins[number * calls : (number + 1) * calls],
                 ends[number * calls : (number + 1) * calls],
             )
-            for number, (_, context) in enumerate(forwards)
+            for number, context in enumerate(contexts)
         ]
 
 
@@ -131,7 +138,7 @@ def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan |
         lasts=[_EXPECTED[code % KINDS] for code in codes],
         read=reader,
     )
-    columns = plan.columns(items)
+    columns = plan.columns(items, items[1])
     if columns is None:
         return None
     try:

@@ -60,24 +60,33 @@ class CallClock(Protocol):
 class EventLog:
     """The events that are not joined yet."""
 
-    __slots__ = ("items", "note")
+    __slots__ = ("items", "note", "waiting")
 
     def __init__(self) -> None:
         self.items: list[Any] = []
         self.note: Callable[[Event], Any] = self.items.extend
         """What the hooks call: adds to the list, or has somebody look at each event first."""
+        self.waiting = 0
+        """How many items, the first ones, are those of forwards that wait for others: see `plain.py`."""
 
     def take(self) -> list[Any]:
-        """Remove what stands in it now; other threads may add meanwhile."""
-        count = len(self.items)
-        taken = self.items[:count]
-        del self.items[:count]
+        """Remove what stands behind them now; other threads may add meanwhile."""
+        start, end = self.waiting, len(self.items)
+        taken = self.items[start:end]
+        del self.items[start:end]
+        return taken
+
+    def take_waiting(self) -> list[Any]:
+        """Remove those of the forwards that wait."""
+        end, self.waiting = self.waiting, 0
+        taken = self.items[:end]
+        del self.items[:end]
         return taken
 
     def last_first(self, site: int, thread: int) -> Iterator[tuple[int, list[Any]]]:
         """(kind, its three items) of each event of a site on a thread, the last one first."""
         items = self.items
-        for at in range(len(items) - WIDTH, -1, -WIDTH):
+        for at in range(len(items) - WIDTH, self.waiting - 1, -WIDTH):
             code, on = items[at], items[at + 1]
             if on == thread and code // KINDS == site:
                 yield code % KINDS, items[at + 2 : at + WIDTH]

@@ -135,7 +135,7 @@ class ForwardWatch:
     def _begin_forward(self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any]) -> None:
         if self.ranges.stacks:
             self.ranges.end(thread)
-        if self.log.items and self.calls.flush(None):  # what was called outside any forward
+        if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # what was called outside any forward
             self.recorder.end_forward()
         if graph_task_id() != -1 and self.forwards.last is not None:
             # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.

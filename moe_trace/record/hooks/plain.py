@@ -13,7 +13,7 @@ from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.hooks.columns import ForwardPlan, plan_of
-from moe_trace.record.hooks.events import WIDTH
+from moe_trace.record.hooks.events import WIDTH, EventLog
 from moe_trace.record.hooks.site import SiteHooks
 
 _PLANS_MAX = 64
@@ -26,6 +26,8 @@ _WAITING_BYTES_MAX = 2**20
 class PlainForwards:
     """Takes the events of forwards that follow a plan. Its user serialises.
 
+    They stay where the hooks put them until enough forwards wait.
+
     Args:
         padding: `padding(context, tokens)`: which tokens of a call are padding, where that is known.
         join: has the events of a forward joined one by one, where they turn out to be unlike its plan.
@@ -36,18 +38,19 @@ class PlainForwards:
         routers: Sequence[SiteHooks],
         counts: Sequence[SiteCounts],
         recorder: Recorder,
+        log: EventLog,
         *,
         padding: Callable[[ForwardContext, int], Tensor | None],
         join: Callable[[list[Any], ForwardContext], None],
     ) -> None:
-        self._routers, self._counts, self._recorder = routers, counts, recorder
+        self._routers, self._counts, self._recorder, self._log = routers, counts, recorder, log
         self._padding, self._join = padding, join
         self._plans: dict[Any, ForwardPlan] = {}
         self._last: ForwardPlan | None = None
         """What the last forward followed."""
         self._counting: ForwardPlan | None = None
         """A plan that has counted forwards which are not counted router by router yet."""
-        self._waiting: list[tuple[ForwardPlan, list[Any], ForwardContext]] = []
+        self._waiting: list[tuple[ForwardPlan, ForwardContext]] = []
         self._bytes = 0.0
 
     def forget(self) -> None:
@@ -63,25 +66,26 @@ class PlainForwards:
                 self._plans.clear()
             self._plans[_key(plan.codes)] = plan
 
-    def keep(self, items: list[Any], context: ForwardContext) -> bool:
-        """Keep the events of a forward that ends, if they follow a plan as far as they tell by themselves."""
-        codes, plan = items[0::WIDTH], self._last
+    def keep(self, context: ForwardContext) -> bool:
+        """Let a forward that ends wait, if its events follow a plan as far as they tell by themselves."""
+        log, plan = self._log, self._last
+        start = log.waiting
+        codes = log.items[start::WIDTH]
         if plan is None or plan.codes != codes or plan.inference != torch.is_inference_mode_enabled():
             plan = self._last = self._plans.get(_key(codes))
             if plan is None:
                 return False
-        threads = items[1::WIDTH]
-        if threads.count(context.ident) != len(threads):
-            return False
-        self._waiting.append((plan, items, context))
+        log.waiting = start + plan.length
+        waiting = self._waiting
+        waiting.append((plan, context))
         context.reached.append(plan.indices)
         self._bytes += context.held_bytes
         if (
             self._bytes > _WAITING_BYTES_MAX
-            or len(self._waiting) >= _WAITING_MAX
+            or len(waiting) >= _WAITING_MAX
             or not self._recorder.may_defer
             or torch.is_grad_enabled()  # what is kept would keep the activations
-            or plan.has_graph(items)
+            or plan.has_graph(log.items, start)
         ):
             self.work_off()
         return True
@@ -91,20 +95,27 @@ class PlainForwards:
         if not self._waiting:
             return
         waiting, self._waiting, self._bytes = self._waiting, [], 0.0
-        for (plan, _), run in groupby(waiting, key=lambda one: (one[0], one[2].held_bytes)):
-            forwards = [(items, context) for _, items, context in run]
-            if len(forwards) == 1 or not self._take(plan, forwards):
-                for forward in forwards:
-                    if not self._take(plan, [forward]):
-                        self.settle()
-                        self._join(*forward)
-            for _, context in forwards:
+        all_items, at = self._log.take_waiting(), 0
+        for (plan, *_), run in groupby(waiting, key=lambda one: (one[0], one[1].held_bytes, one[1].ident)):
+            contexts, size = [context for _, context in run], plan.length
+            items = all_items if len(contexts) == len(waiting) else all_items[at : at + size * len(contexts)]
+            at += size * len(contexts)
+            if not self._take(plan, items, contexts):
+                self._take_singly(plan, items, contexts)
+            for context in contexts:
                 context.padding_T = None  # the context is kept for longer
 
-    def _take(self, plan: ForwardPlan, forwards: Sequence[tuple[list[Any], ForwardContext]]) -> bool:
-        """Record forwards of one plan; nothing is where one of them is unlike the others."""
-        items = forwards[0][0] if len(forwards) == 1 else [*chain.from_iterable([one for one, _ in forwards])]
-        columns = plan.columns(items, len(forwards))
+    def _take_singly(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> None:
+        """One of them is unlike its plan."""
+        for number, context in enumerate(contexts):
+            own = items[number * plan.length : (number + 1) * plan.length]
+            if len(contexts) == 1 or not self._take(plan, own, [context]):
+                self.settle()
+                self._join(own, context)
+
+    def _take(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> bool:
+        """Record forwards of one plan and thread; nothing is where one of them is unlike the others."""
+        columns = plan.columns(items, contexts[0].ident, len(contexts))
         if columns is None:
             return False
         if plan is not self._counting:
@@ -116,14 +127,14 @@ class PlainForwards:
             tokens = {tensor.shape[0] for tensor in chain(*first_calls)}
             if len(tokens) > 1:
                 return False
-            masks = [context.padding_T for _, context in forwards]
+            masks = [context.padding_T for context in contexts]
             if any(mask is not None for mask in masks):
-                masks = [self._padding(context, *tokens) for _, context in forwards]
-            if not self._recorder.add_forwards(plan.records(items, forwards), columns, plan.versions, masks):
+                masks = [self._padding(context, *tokens) for context in contexts]
+            if not self._recorder.add_forwards(plan.records(items, contexts), columns, plan.versions, masks):
                 return False
         except Exception:  # read one by one, the call that is wrong will be named
             return False
-        plan.taken += len(forwards)
+        plan.taken += len(contexts)
         return True
 
     def settle(self) -> None:

@@ -62,7 +62,7 @@ class CallCollector:
         )
         self._lock = threading.RLock()
         self._plain = PlainForwards(
-            routers, self._counts, recorder, padding=self._padding, join=self._join_late
+            routers, self._counts, recorder, log, padding=self._padding, join=self._join_late
         )
         recorder.on_rewritten = self._copy_from_now_on
         self.checks = EventChecks(
@@ -79,7 +79,7 @@ class CallCollector:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to join."""
-        return not self._log.items and self._joiner.idle
+        return len(self._log.items) == self._log.waiting and self._joiner.idle
 
     def flush(self, thread: int | None, *, innermost: bool = False) -> bool:
         """The forward of a thread ends: its calls, and those that are in none, are complete.
@@ -94,11 +94,11 @@ class CallCollector:
             return False
         with self._lock:
             self.checks.start_again()
-            items = self._log.take()
             context = self._plain_context(thread)
-            if context is not None and self._plain.keep(items, context):
+            if context is not None and self._plain.keep(context):
                 return True
             self._plain.work_off()
+            items = self._log.take()
             self._joiner.add(items)
             calls = self._joiner.finished(self._forwards.contexts(without=thread, innermost=innermost))
             recorded = self._finish(calls)
