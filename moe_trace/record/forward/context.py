@@ -30,6 +30,12 @@ class ForwardContext:
     """Whether a profiler records, be it another thread only."""
     told: bool = False
     """Whether the arguments of a module told stage and padding."""
+    start_ns: int = 0
+    """When it began, where the host saw that."""
+    ident: int = field(default_factory=threading.get_ident)
+    """The thread that runs it."""
+    thread: int = field(default_factory=threading.get_native_id)
+    """Its native id."""
     recomputed: bool = False
     """Checkpointed as a whole, and run again by the backward."""
     failed: bool = False
@@ -40,11 +46,6 @@ class ForwardContext:
     """Sites whose router was called, some at a time; shared by all that `replace` makes of it."""
     held_bytes: float = float("inf")
     """Of the tensors that its routers hand out, about, where that is known."""
-    start_ns: int = 0
-    """When it began, where the host saw that."""
-    thread: int = field(default_factory=threading.get_native_id)
-    """Native id of the thread that runs it."""
-    ident: int = field(default_factory=threading.get_ident)
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
 

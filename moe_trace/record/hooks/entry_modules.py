@@ -7,7 +7,6 @@ each module that a forward may begin with is hooked; the outermost one that is c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -20,7 +19,6 @@ from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.graphs.compiled import give_stable_id
 
 Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
-_NOTHING = nullcontext()
 End = Callable[["ModelEntry", Any], None]
 
 
@@ -60,13 +58,19 @@ class ModelEntry(HookOwner):
         replica = module is not self.module
         if replica and detach_if_copy(module, self.module):
             return
-        with outside_functions() if count_function_modes() else _NOTHING:
+        if count_function_modes():
+            with outside_functions():
+                self._begin(self, args, kwargs or {}, replica)
+        else:
             self._begin(self, args, kwargs or {}, replica)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
         if module is self.module or not detach_if_copy(module, self.module):
-            with outside_functions() if count_function_modes() else _NOTHING:
+            if count_function_modes():
+                with outside_functions():
+                    self._end(self, output)
+            else:
                 self._end(self, output)
 
 

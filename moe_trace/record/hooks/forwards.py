@@ -133,29 +133,30 @@ class ForwardWatch:
         self.forwards.push(thread, entry.level, context)
 
     def _begin_forward(self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any]) -> None:
+        log, levels, graphs_write = self.log, self.levels, self._graphs_write
         if self.ranges.stacks:
             self.ranges.end(thread)
-        if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # what was called outside any forward
+        if len(log.items) != log.waiting and self.calls.flush(None):  # what was called outside any forward
             self.recorder.end_forward()
         if graph_task_id() != -1 and self.forwards.last is not None:
-            # Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own.
-            context = self.forwards.last.again()
-            self.forwards.push(thread, entry.level, context)
-            self._want(context, thread)
+            self._begin_again(self.forwards.last, entry, thread)
             return
         step, sampled = self.steps.begin()
         # What torch.jit traces becomes part of somebody's program: nothing of ours may.
         sampled = sampled and tracing_state() is None
         tokens, context = None, self._left_out  # one for all, of which nobody will ask more
-        if sampled or self._graphs_write:
+        if sampled or graphs_write:
             stage, tokens, told = entry.inputs.look(args, kwargs)
-            context = self._context(step, stage, thread, sampled, told)
+            profiled = sampled and any_thread_is_profiled()
+            if profiled and (graphs_write or levels.kept) and profiler_is_recording():
+                self._open_graph_range()
+            context = ForwardContext(step, stage, None, 0, sampled, True, profiled, told, time_ns(), thread)
         context.epoch = self.graphs.forwards.begin(context)
-        if self._graphs_write:
+        self.forwards.push(thread, entry.level, context)
+        if graphs_write:
             self.graphs.start_on_host(context)
         self._in_graph.on_host = True
-        self.forwards.push(thread, entry.level, context)
-        if not self.levels.kept and self._is_compiled():
+        if not levels.kept and (self.steps.forwards == 1 or may_be_compiled()) and self._is_compiled():
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
         self._want(context, thread)
         if sampled:
@@ -164,13 +165,11 @@ class ForwardWatch:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
-    def _context(self, step: int, stage: Stage, thread: int, sampled: bool, told: bool) -> ForwardContext:
-        profiled = sampled and any_thread_is_profiled()
-        if profiled and (self._graphs_write or self.levels.kept) and profiler_is_recording():
-            self._open_graph_range()
-        return ForwardContext(
-            step, stage, None, 0, sampled, True, profiled, told, start_ns=time_ns(), ident=thread
-        )
+    def _begin_again(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
+        """Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own."""
+        context = context.again()
+        self.forwards.push(thread, entry.level, context)
+        self._want(context, thread)
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
@@ -269,16 +268,19 @@ class ForwardWatch:
         context = stack[-1].context
         if output is None:
             context.failed = True
-        left_all = len(stack) == 1
-        if left_all or (context.recorded and stack[-2].context is not context):
-            self.calls.flush(thread, innermost=True)
-        self.forwards.pop(thread)
-        if left_all:
-            self._end_forward(context, thread)
+        if len(stack) > 1:
+            if context.recorded and stack[-2].context is not context:
+                self.calls.flush(thread, innermost=True)
+            stack.pop()
+            return
+        self.calls.flush(thread, innermost=True)
+        del self._busy[thread]
+        self._end_forward(context, thread)
 
     def _end_forward(self, context: ForwardContext, thread: int) -> None:
-        if self.ranges.stacks:
-            self.ranges.end(thread)
+        ranges, levels = self.ranges, self.levels
+        if ranges.stacks:
+            ranges.end(thread)
         if self._graphs_write:
             self.graphs.rings.end_on_host()
         self._in_graph.on_host = False
@@ -289,12 +291,12 @@ class ForwardWatch:
             elif not (context.failed or context.recomputed):
                 self.missing.look(context.reached)
             self.log.note = self.calls.checks.note
-            if self.levels.unsettled:
-                self.levels.settle_blocks(self.calls.counts)
+            if levels.unsettled:
+                levels.settle_blocks(self.calls.counts)
         else:
-            self.ranges.quiet.discard(thread)
-        self.levels.wanted.pop(thread, None)  # hooks change when the next one begins
+            ranges.quiet.discard(thread)
+        levels.wanted.pop(thread, None)  # hooks change when the next one begins
         if not self._busy:
-            self.ranges.wanted = None
-            if self.levels.stale:
-                self.levels.settle()
+            ranges.wanted = None
+            if levels.stale:
+                levels.settle()

@@ -50,7 +50,8 @@ class PlainForwards:
         """What the last forward followed."""
         self._counting: ForwardPlan | None = None
         """A plan that has counted forwards which are not counted router by router yet."""
-        self._waiting: list[tuple[ForwardPlan, ForwardContext]] = []
+        self.waiting: list[tuple[ForwardPlan, ForwardContext]] = []
+        """Forwards that are not recorded yet."""
         self._bytes = 0.0
 
     def forget(self) -> None:
@@ -76,7 +77,7 @@ class PlainForwards:
             if plan is None:
                 return False
         log.waiting = start + plan.length
-        waiting = self._waiting
+        waiting = self.waiting
         waiting.append((plan, context))
         context.reached.append(plan.indices)
         self._bytes += context.held_bytes
@@ -92,9 +93,9 @@ class PlainForwards:
 
     def work_off(self) -> None:
         """Record the forwards that wait."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        waiting, self._waiting, self._bytes = self._waiting, [], 0.0
+        waiting, self.waiting, self._bytes = self.waiting, [], 0.0
         all_items, at = self._log.take_waiting(), 0
         for (plan, *_), run in groupby(waiting, key=lambda one: (one[0], one[1].held_bytes, one[1].ident)):
             contexts, size = [context for _, context in run], plan.length
