@@ -15,7 +15,8 @@ def raised_before_forward() -> bool:
     """
     error = sys.exc_info()[1]
     trace = None if error is None else error.__traceback__
-    if trace is None or trace.tb_frame is not sys._getframe(2) or trace.tb_next is None:
+    callers = sys._getframe(2), sys._getframe(3)  # of the hook, which another one may have handed on
+    if trace is None or trace.tb_frame not in callers or trace.tb_next is None:
         return False
     inside = trace.tb_next.tb_frame
     return "bw_hook" in inside.f_code.co_varnames and "bw_hook" not in inside.f_locals

@@ -74,9 +74,7 @@ class ForwardPlan:
         except Exception:  # read one by one, the call that is wrong will be named
             return None
 
-    def records(
-        self, items: list[Any], contexts: Sequence[ForwardContext]
-    ) -> list[ForwardRecords]:
+    def records(self, items: list[Any], contexts: Sequence[ForwardContext]) -> list[ForwardRecords]:
         """What is known of the calls of forwards beside their tensors."""
         times, calls = items[2::WIDTH], len(self.sites)
         begins, ends = self.begins(times), self.routers(times)

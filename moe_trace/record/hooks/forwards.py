@@ -167,9 +167,8 @@ class ForwardWatch:
 
     def _begin_again(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
         """Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own."""
-        context = context.again()
-        self.forwards.push(thread, entry.level, context)
-        self._want(context, thread)
+        self.forwards.push(thread, entry.level, again := context.again())
+        self._want(again, thread)
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
@@ -215,9 +214,8 @@ class ForwardWatch:
             self.routes.look(context, entry.inputs, args, kwargs)
 
     def _is_compiled(self) -> bool:
-        if self.steps.forwards == 1 and compiled_parts(self.model):  # since the start
-            return True
-        return may_be_compiled() and is_called_through_compile()
+        since_start = self.steps.forwards == 1 and bool(compiled_parts(self.model))
+        return since_start or is_called_through_compile()
 
     def _want(self, context: ForwardContext, thread: int) -> None:
         """Put on what the calling thread's forward needs."""

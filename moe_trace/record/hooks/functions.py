@@ -39,7 +39,8 @@ from moe_trace.record.hooks.events import (
 )
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
-_MISSING: Any = object()
+MISSING: Any = object()
+"""For what torch did not give a hook."""
 
 
 class SiteObserver(HookOwner):
@@ -70,22 +71,20 @@ class SiteObserver(HookOwner):
         """Tells from the arguments of the experts what the call moves between processes; None where the
         process runs alone."""
         self.copies: TensorCopies | None = TensorCopies()
-        self._module, self._experts_module = site.router, site.experts
         self._index = index
         self._log = log
         self._begin, self._router, self._watched, self._experts, self._block, self._block_end = (
             event_code(kind, index) for kind in (BEGIN, ROUTER, WATCHED, EXPERTS, BLOCK, BLOCK_END)
         )
-        self._traced = TracedSite(site, rings)
+        self.traced = TracedSite(site, rings)
         self._captures = captures
         self._capturing = self._cuda = False
         self._expert_marks: dict[int, Any] = {}
         self._ranges = ranges
         self._clock = clock
         self._keeps_arguments = not site.contract.reads_late
-        self._router_range, self._experts_range, self._block_range = (
-            range_name(kind, site.site) for kind in ("router", "experts", "block")
-        )
+        self.range_names = tuple(range_name(kind, site.site) for kind in ("router", "experts", "block"))
+        self._router_range, self._experts_range, self._block_range = self.range_names
         self._of_block = (False, False)
         """Whether the block is observed, and whether it is read; else it is a range alone."""
 
@@ -93,46 +92,11 @@ class SiteObserver(HookOwner):
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
         raise NotImplementedError
 
-    # -- the first three run in every call of every router, so they do the least possible ----------------
-
-    def _before_router(self, module: nn.Module, args: Any) -> None:
-        if is_dynamo_compiling():
-            self._traced.before_router(args)
-        elif module is self._module or not detach_if_copy(module, self._module):
-            self._log.note((self._begin, get_ident(), time_ns(), None, None))
-
-    def _after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_dynamo_compiling():
-            self._traced.after_router(output)
-            return
-        now_ns = time_ns()
-        if self.copies is not None:
-            output = self.copies.router_output(output)
-        self._log.note((self._router, get_ident(), now_ns, output, graph_task_id()))
-
-    def _after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
-        # Without `output`: taken off by another thread while torch called the hooks, which then takes it for
-        # one without keyword arguments.
-        given = {} if output is _MISSING else kwargs
-        if is_dynamo_compiling():
-            self._traced.after_experts(args, given)
-            return
-        if module is not self._experts_module and detach_if_copy(module, self._experts_module):
-            return
-        if output is None and raised_before_forward():
-            self._log.note((self._experts, get_ident(), None, None, None))
-            return
-        if self._traced.call is not None:
-            self._adopt_traced()
-        if given or self.copies is not None or self._keeps_arguments:
-            args, given = self._trimmed(args, given)
-        else:
-            args = (None, *args[1:])  # hidden states would keep their memory until the forward ends
-        self._log.note((self._experts, get_ident(), args, given, None))
+    # -- hooks: plain calls do without most of it (`plain_calls.py`) --------------------------------------
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling() or self._capturing:
-            self._traced.after_watched(output)
+            self.traced.after_watched(output)
             return
         if self.copies is not None:
             output = self.copies.copy(output)
@@ -156,7 +120,7 @@ class SiteObserver(HookOwner):
 
     def _adopt_traced(self) -> None:
         """The router ran inside compiled code and its experts do not: it has no time of its own."""
-        call = self._traced.take()
+        call = self.traced.take()
         if call is not None:
             now_ns, thread = time_ns(), get_ident()
             self._log.note((self._begin, thread, now_ns, None, None))
@@ -166,18 +130,16 @@ class SiteObserver(HookOwner):
             self._log.note((self._watched, thread, call.watched_output, None, None))
             self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
-    # -- the same where ranges, clocks, captures or several processes take part --------------------------
-
-    def _before_router_timed(self, module: nn.Module, args: Any) -> None:
+    def before_router(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
-            self._traced.before_router(args)
+            self.traced.before_router(args)
             return
         if module is not self.site.router and detach_if_copy(module, self.site.router):
             return
         if self._cuda and captures_now():
             self._capturing = True
             self.time_captured_experts()
-            self._traced.before_router(args)
+            self.traced.before_router(args)
             self._captures.begin(self.site.name, self.site.site, "router")
             return
         thread = get_ident()
@@ -187,13 +149,13 @@ class SiteObserver(HookOwner):
         kept = args if self._keeps_arguments else None
         self._log.note((self._begin, thread, time_ns(), kept, mark))
 
-    def _after_router_timed(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():
-            self._traced.after_router(output)
+            self.traced.after_router(output)
             return
         if self._capturing:
             self._captures.end(self.site.name, "router")
-            self._traced.after_router(output)
+            self.traced.after_router(output)
             self._capturing = self.site.experts is not None and output is not None
             return
         now_ns = time_ns()
@@ -209,7 +171,7 @@ class SiteObserver(HookOwner):
             output = self.copies.router_output(output)
         self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
-    def _before_experts(self, module: nn.Module, args: Any) -> None:
+    def before_experts(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
             return
         if self._capturing:
@@ -221,16 +183,18 @@ class SiteObserver(HookOwner):
         if self._clock is not None:
             self._expert_marks[thread] = self._clock.start(args)
 
-    def _after_experts_timed(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
-        given = {} if output is _MISSING else kwargs
+    def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
+        # Without `output`: taken off by another thread while torch called the hooks, which then takes it for
+        # one without keyword arguments.
+        given = {} if output is MISSING else kwargs
         if is_dynamo_compiling():
-            self._traced.after_experts(args, given)
+            self.traced.after_experts(args, given)
             return
         if self._capturing:
             self._capturing = False
             if self.site.times_experts:
                 self._captures.end(self.site.name, "experts")
-            self._traced.after_experts(args, given)
+            self.traced.after_experts(args, given)
             return
         if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
@@ -244,16 +208,16 @@ class SiteObserver(HookOwner):
         if output is None and raised_before_forward():
             self._log.note((self._experts, thread, None, None, None))
             return
-        if self._traced.call is not None:
+        if self.traced.call is not None:
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
         args, given = self._trimmed(args, given)
         more = None if sending is None and mark is None else (sending, mark)
         self._log.note((self._experts, thread, args, given, more))
 
-    def _before_block(self, module: nn.Module, args: Any) -> None:
+    def before_block(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
-            self._traced.before_block()
+            self.traced.before_block()
             return
         if module is not self.site.block and detach_if_copy(module, self.site.block):
             return
@@ -263,12 +227,12 @@ class SiteObserver(HookOwner):
         if True in self._of_block:
             self._log.note((self._block, thread, time_ns(), None, None))
 
-    def _after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = _MISSING) -> None:
-        if output is _MISSING:
+    def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
+        if output is MISSING:
             kwargs, output = {}, kwargs
         given = (*args, *kwargs.values())
         if is_dynamo_compiling():
-            self._traced.after_block(given, output)
+            self.traced.after_block(given, output)
             return
         thread = get_ident()
         if output is not None and True in self._of_block:
@@ -294,6 +258,6 @@ class SiteObserver(HookOwner):
             reading = error
         if captures_now():
             if not isinstance(reading, Exception):
-                self._traced.rings.write_captured(reading)
+                self.traced.rings.write_captured(reading)
             return None
         return start_ns, reading, graph_task_id() != -1

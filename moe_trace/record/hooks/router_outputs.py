@@ -19,8 +19,8 @@ from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
 from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.joining import CallJoiner
-from moe_trace.record.hooks.listed_experts import total_rows
 from moe_trace.record.hooks.plain import PlainForwards
+from moe_trace.record.hooks.plain_calls import total_rows
 from moe_trace.record.hooks.site import SiteHooks
 
 _TOLD_CALLS = 4

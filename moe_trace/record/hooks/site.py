@@ -13,7 +13,7 @@ from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
-from moe_trace.record.hooks.listed_experts import ListedExpert
+from moe_trace.record.hooks.plain_calls import ListedExpert, PlainCalls, PlainRanges
 
 
 class Level(IntEnum):
@@ -55,6 +55,8 @@ class SiteHooks(SiteObserver):
         """Whether a hook tells when the experts begin."""
         self._copies_received = False
         """Whether a hook copies what the experts are given before they run."""
+        self._plain_calls = PlainCalls(self, self._index, self._log)
+        self._plain_ranges = PlainRanges(self, self._index, self._log, self._ranges)
         self._first = True
         """Whether hooks may be put before those of others."""
 
@@ -62,17 +64,23 @@ class SiteHooks(SiteObserver):
     def functions(cls) -> list[Callable[..., Any]]:
         """All hooks that are ever put on a module."""
         return [
-            cls._before_block,
-            cls._after_block,
-            cls._before_router,
-            cls._before_router_timed,
-            cls._after_router,
-            cls._after_router_timed,
+            cls.before_block,
+            cls.after_block,
+            cls.before_router,
+            cls.after_router,
             cls._after_watched,
-            cls._before_experts,
+            cls.before_experts,
             cls._before_copied,
-            cls._after_experts,
-            cls._after_experts_timed,
+            cls.after_experts,
+            PlainCalls.before_router,
+            PlainCalls.after_router,
+            PlainCalls.after_experts,
+            PlainRanges.before_block,
+            PlainRanges.after_block,
+            PlainRanges.before_router,
+            PlainRanges.after_router,
+            PlainRanges.before_experts,
+            PlainRanges.after_experts,
             ListedExpert.before,
         ]
 
@@ -117,41 +125,55 @@ class SiteHooks(SiteObserver):
         self._cuda = any(p.is_cuda for p in site.router.parameters())
         self._copies_received = self.copies is not None
         block, router, experts = site.block, site.router, site.experts
+        hooks = self._plain(level) or self
         if block is not None and (ranged or self.observe_block or self.reads_block):
+            of_block = hooks if isinstance(hooks, PlainRanges) and True not in self._of_block else self
             # Inside everybody's hooks, where the weights of a sharded router are still gathered; outside them
             # where it is a range.
             inner = self.reads_block and self._first
-            add(block.register_forward_pre_hook(self._before_block, prepend=self._first))
+            add(block.register_forward_pre_hook(of_block.before_block, prepend=self._first))
             add(
                 block.register_forward_hook(
-                    self._after_block, always_call=True, with_kwargs=True, prepend=inner
+                    of_block.after_block, always_call=True, with_kwargs=True, prepend=inner
                 )
             )
-        plain = not timed and not self._cuda and not self._keeps_arguments
-        before = self._before_router if plain else self._before_router_timed
-        add(router.register_forward_pre_hook(before, prepend=timed and self._first))
-        after = self._after_router_timed if timed or self._cuda else self._after_router
-        add(router.register_forward_hook(after, always_call=True))
+        add(router.register_forward_pre_hook(hooks.before_router, prepend=timed and self._first))
+        add(router.register_forward_hook(hooks.after_router, always_call=True))
         if site.watched is not None:
             add(site.watched.register_forward_hook(self._after_watched))
         if experts is not None:
             self._times_experts = timed and site.times_experts
             if self._times_experts:
-                add(experts.register_forward_pre_hook(self._before_experts, prepend=self._first))
+                before = hooks.before_experts if isinstance(hooks, PlainRanges) else self.before_experts
+                add(experts.register_forward_pre_hook(before, prepend=self._first))
             if self._copies_received:
                 add(experts.register_forward_pre_hook(self._before_copied, with_kwargs=True))
-            lean = not timed and not self._cuda and self.sending is None
-            received = self._after_experts if lean else self._after_experts_timed
-            add(experts.register_forward_hook(received, always_call=True, with_kwargs=True))
+            add(experts.register_forward_hook(hooks.after_experts, always_call=True, with_kwargs=True))
         for number, expert in enumerate(site.listed):
             before_one = ListedExpert(expert, self._index, number, self._log).before
             add(expert.register_forward_pre_hook(before_one, with_kwargs=True))
+
+    def _plain(self, level: Level) -> PlainCalls | None:
+        """The hooks of plain calls, where there will be any."""
+        if (
+            self._cuda
+            or self._clock is not None
+            or self._keeps_arguments
+            or self.copies is not None
+            or self.sending is not None
+            or self.site.shares_router
+            or (level == Level.RANGES and not self.ranged)
+        ):
+            return None
+        hooks = self._plain_calls if level == Level.RECORD else self._plain_ranges
+        hooks.start()
+        return hooks
 
     def time_captured_experts(self) -> None:
         experts = self.site.experts
         if experts is not None and self.site.times_experts and not self._times_experts:
             self._times_experts = True
-            self._handles.append(experts.register_forward_pre_hook(self._before_experts, prepend=True))
+            self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -190,6 +212,8 @@ class SiteHooks(SiteObserver):
     def copy_from_now_on(self) -> None:
         """The router writes into memory that it handed out before."""
         self.copies = TensorCopies(static=True)
+        self._plain_calls.stop()
+        self._plain_ranges.stop()
         self.on_change()
 
     def keep_block(self) -> None:

@@ -1,0 +1,193 @@
+"""The hooks that run in most calls of most routers: they append to a list, and open ranges, and no more.
+
+What is not plain goes to the hooks that know of everything (`functions.py`). Those of a site have an object
+of their own with little in it: between two calls, the model takes the place in the processor's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import get_ident
+from time import time_ns
+from typing import Any
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from moe_trace.find.private.torch_names import graph_task_id
+from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
+from moe_trace.record.forward.ranges import OpenRanges
+from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog, event_code
+from moe_trace.record.hooks.functions import MISSING, SiteObserver
+
+
+class PlainCalls(HookOwner):
+    """The hooks of a site whose calls are timed by the host's clock alone, and kept by reference.
+
+    Args:
+        general: takes every other call.
+        index: number of the site in the events.
+    """
+
+    def __init__(self, general: SiteObserver, index: int, log: EventLog) -> None:
+        self.general, self.log = general, log
+        self.router: nn.Module | None = None
+        self.experts: nn.Module | None = None
+        """Those that calls must be of; None while none is plain."""
+        self.traced = general.traced
+        self.begin_code, self.router_code, self.experts_code = (
+            event_code(kind, index) for kind in (BEGIN, ROUTER, EXPERTS)
+        )
+
+    def start(self) -> None:
+        """Take calls."""
+        self.router, self.experts = self.general.site.router, self.general.site.experts
+
+    def stop(self) -> None:
+        """Take no more, though the hooks may still be on."""
+        self.router = self.experts = None
+
+    def before_router(self, module: nn.Module, args: Any) -> None:
+        if is_dynamo_compiling() or module is not self.router:
+            self.general.before_router(module, args)
+        else:
+            self.log.note((self.begin_code, get_ident(), time_ns(), None, None))
+
+    def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_dynamo_compiling() or module is not self.router:
+            self.general.after_router(module, args, output)
+        else:
+            now_ns = time_ns()
+            self.log.note((self.router_code, get_ident(), now_ns, output, graph_task_id()))
+
+    def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
+        if (
+            is_dynamo_compiling()
+            or module is not self.experts
+            or kwargs
+            or output is None
+            or output is MISSING
+            or self.traced.call is not None
+        ):
+            self.general.after_experts(module, args, kwargs, output)
+        else:  # hidden states would keep their memory until the forward ends
+            self.log.note((self.experts_code, get_ident(), (None, *args[1:]), kwargs, None))
+
+
+class PlainRanges(PlainCalls):
+    """The same while a profiler records: on the thread whose forward it records, each is a range too."""
+
+    def __init__(self, general: SiteObserver, index: int, log: EventLog, ranges: OpenRanges) -> None:
+        super().__init__(general, index, log)
+        self.block: nn.Module | None = None
+        self.ranges = ranges
+        self.router_range, self.experts_range, self.block_range = general.range_names
+
+    def start(self) -> None:
+        super().start()
+        self.block = self.general.site.block
+
+    def stop(self) -> None:
+        super().stop()
+        self.block = None
+
+    def before_block(self, module: nn.Module, args: Any) -> None:
+        ranges = self.ranges
+        if module is not self.block or get_ident() != ranges.thread or is_dynamo_compiling():
+            self.general.before_block(module, args)
+        else:
+            ranges.own.extend((self.block_range, ranges.enter(self.block_range)))
+
+    def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
+        own = self.ranges.own
+        if (
+            module is not self.block
+            or get_ident() != self.ranges.thread
+            or is_dynamo_compiling()
+            or not own
+            or own[-2] is not self.block_range
+        ):
+            self.general.after_block(module, args, kwargs, output)
+        else:
+            self.ranges.leave(own.pop())
+            own.pop()
+
+    def before_router(self, module: nn.Module, args: Any) -> None:
+        ranges, thread = self.ranges, get_ident()
+        if module is not self.router or thread != ranges.thread or is_dynamo_compiling():
+            self.general.before_router(module, args)
+        else:
+            ranges.own.extend((self.router_range, ranges.enter(self.router_range)))
+            self.log.note((self.begin_code, thread, time_ns(), None, None))
+
+    def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
+        now_ns, thread, own = time_ns(), get_ident(), self.ranges.own
+        if (
+            module is not self.router
+            or thread != self.ranges.thread
+            or is_dynamo_compiling()
+            or not own
+            or own[-2] is not self.router_range
+        ):
+            self.general.after_router(module, args, output)
+        else:
+            self.ranges.leave(own.pop())
+            own.pop()
+            self.log.note((self.router_code, thread, now_ns, output, graph_task_id()))
+
+    def before_experts(self, module: nn.Module, args: Any) -> None:
+        ranges = self.ranges
+        if module is not self.experts or get_ident() != ranges.thread or is_dynamo_compiling():
+            self.general.before_experts(module, args)
+        else:
+            ranges.own.extend((self.experts_range, ranges.enter(self.experts_range)))
+
+    def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
+        thread, own = get_ident(), self.ranges.own
+        if (
+            module is not self.experts
+            or thread != self.ranges.thread
+            or is_dynamo_compiling()
+            or kwargs
+            or output is None
+            or output is MISSING
+            or self.traced.call is not None
+            or not own
+            or own[-2] is not self.experts_range
+        ):
+            self.general.after_experts(module, args, kwargs, output)
+        else:
+            self.ranges.leave(own.pop())
+            own.pop()
+            self.log.note((self.experts_code, thread, (None, *args[1:]), kwargs, None))
+
+
+class ListedExpert(HookOwner):
+    """The hook of one expert.
+
+    Args:
+        site: number of the router in the events.
+        number: of the expert among those of the router.
+    """
+
+    def __init__(self, expert: nn.Module, site: int, number: int, log: EventLog) -> None:
+        self._expert, self._code, self._number, self._log = expert, event_code(ROWS, site), number, log
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        """Forward pre-hook: shapes alone, which the host knows."""
+        if is_dynamo_compiling():
+            return
+        if module is not self._expert and detach_if_copy(module, self._expert):
+            return
+        given = (*args, *(kwargs or {}).values())
+        shape = next((value.shape for value in given if isinstance(value, Tensor)), None)
+        if shape is not None:
+            self._log.note((self._code, get_ident(), self._number, shape[:-1].numel(), None))
+
+
+def total_rows(calls: Sequence[tuple[int, int]], experts: int) -> tuple[int, ...]:
+    """[E] of what each call of an expert received; one may be called several times, or never."""
+    rows = [0] * experts
+    for number, count in calls:
+        rows[number] += count
+    return tuple(rows)
