@@ -272,7 +272,7 @@ class ForwardWatch:
             stack.pop()
             return
         self.calls.flush(thread, innermost=True)
-        del self._busy[thread]
+        self.forwards.drop(thread)
         self._end_forward(context, thread)
 
     def _end_forward(self, context: ForwardContext, thread: int) -> None:
