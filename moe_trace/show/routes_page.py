@@ -52,7 +52,7 @@ def render_routes_page(
     *,
     label: str,
     vocabulary: Vocabulary | None = None,
-    figures: Sequence[Figure] = (),
+    figures: Sequence[Sequence[Figure]] = (),
 ) -> str:
     """The whole page of a file of routes.
 
@@ -60,22 +60,22 @@ def render_routes_page(
         routes: what the file holds, all its groups of layers.
         label: names the file.
         vocabulary: says the text of the tokens, where their ids were recorded.
-        figures: of the study of the same file.
+        figures: of each group of layers.
 
     Raises:
         UsageError: plotly is not installed.
     """
-    views = [token_view(f"tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
-    title = printable(str(routes.model.get("name") or routes.model.get("class") or "unnamed model"), 120)
     label = printable(label, 200)
+    title = printable(str(routes.model.get("name") or routes.model.get("class") or "unnamed model"), 120)
+    views = [token_view(f"tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
+    drawn = dict(enumerate(figures))
     body = f"""<section aria-label="{escape(label)}">
 <p class="path">{escape(label)}</p>
 {_facts(routes)}
 {"".join(f"<p class='soft'>{escape(note)}</p>" for note in notes(routes, vocabulary))}
-{"".join(map(_view, views))}
-{"".join(figure_html("routes", figure) for figure in figures)}
+{"".join(_group(i, view, drawn.get(i, ())) for i, view in enumerate(views))}
 </section>"""
-    specs = [figure_spec("routes", figure) for figure in figures]
+    specs = [figure_spec(f"routes{i}", figure) for i, found in drawn.items() for figure in found]
     return document(f"{title}: routes", body, specs, routes=[view.content for view in views])
 
 
@@ -115,11 +115,13 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _view(view: TokenView) -> str:
+def _group(number: int, view: TokenView, figures: Sequence[Figure]) -> str:
     rest = (
         f"<p class='soft'>The last {view.left_out:,} tokens are left out: they would make this page too "
         "large. TensorBoard's MoE tab shows all of them.</p>"
         if view.left_out
         else ""
     )
-    return f'<h2>Tokens</h2>{rest}<div id="{view.key}"></div>'
+    heading = "Tokens" if number == 0 else f"Tokens of other layers ({number + 1})"
+    drawn = "".join(figure_html(f"routes{number}", figure) for figure in figures)
+    return f'<h2>{heading}</h2>{rest}<div id="{view.key}"></div>{drawn}'

@@ -17,11 +17,9 @@ import pytest
 from playwright.sync_api import Browser, Frame, Locator, Page, expect
 
 from moe_trace import RecordedRoutes
+from moe_trace.cli import main
 from moe_trace.data.routes.file import save_routes
 from moe_trace.demo import DEMO_PROMPTS
-from moe_trace.read.routes.study import study
-from moe_trace.read.routes.tokenizer import byt5, read_vocabulary
-from moe_trace.show.figures.routes_curves import study_figures
 from moe_trace.show.routes_page import render_routes_page
 from moe_trace.show.tensorboard.routes import TOKENIZER
 from paths import DATA
@@ -39,10 +37,12 @@ HOSTILE = (
 TRAIN = "train_grouped_mm.pt.trace.json.gz"
 
 
-def write_page(folder: Path, routes: RecordedRoutes, **more: Any) -> Path:
+def write_page(folder: Path, routes: RecordedRoutes, tokenizer: str | None = "demo") -> Path:
+    """As the command line writes it."""
     file = folder / "routes.html"
-    figures = study_figures(study([routes], ["routes"]))
-    file.write_text(render_routes_page(routes, label=HOSTILE, figures=figures, **more), encoding="utf-8")
+    save_routes(routes, folder / "hand.routes.npz")
+    chosen = ["--tokenizer", tokenizer] if tokenizer else []
+    assert main(["routes", "view", str(folder / "hand.routes.npz"), "-o", str(file), *chosen]) == 0
     return file
 
 
@@ -92,7 +92,7 @@ def colours(cells: Locator) -> list[str]:
 def text_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     routes = make_routes([*DEMO_PROMPTS.values(), "aab"])
     routes.expert_ids[-1, 1, 1] = routes.no_expert  # the last "b"
-    return write_page(tmp_path_factory.mktemp("text"), routes, vocabulary=byt5())
+    return write_page(tmp_path_factory.mktemp("text"), routes)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -170,7 +170,7 @@ def test_keyboard_alone(browser: Browser, text_page: Path) -> None:
 def test_hostile_text_is_shown_as_text(browser: Browser, tmp_path: Path, theme: str) -> None:
     routes = make_routes([HOSTILE, "a"])
     routes = replace(routes, model={"name": HOSTILE}, layers=(HOSTILE, "b.1", "c.2"))
-    page, problems = open_page(browser, write_page(tmp_path, routes, vocabulary=byt5()), theme=theme)
+    page, problems = open_page(browser, write_page(tmp_path, routes), theme=theme)
     shown = "".join(words(page.locator(".tokens .text").first.locator(".token")))
     assert shown.startswith("<script>window.owned=1</script>\"'&amp;<img src=x")
     assert "⟨U+000D⟩⏎⇥⟨U+0000⟩" in shown, "controls by name"
@@ -191,7 +191,7 @@ def test_unseen_characters_of_one_token_have_names(browser: Browser, tmp_path: P
     vocabulary.write_text(json.dumps(pieces))
     routes = make_routes(["abcdefg"])
     routes = replace(routes, token_ids=np.arange(7, dtype=np.int32))
-    file = write_page(tmp_path, routes, vocabulary=read_vocabulary(vocabulary))
+    file = write_page(tmp_path, routes, str(vocabulary))
     page, problems = open_page(browser, file)
     assert words(page.locator(".tokens .token")) == [
         "⟨U+202E⟩", "⟨U+200B⟩", "⟨U+FEFF⟩", "</script>", "⟨U+2066⟩x⟨U+2069⟩", "⟨U+E000⟩", "fine",
@@ -204,7 +204,7 @@ def test_unseen_characters_of_one_token_have_names(browser: Browser, tmp_path: P
 def test_without_text_positions_stand_for_tokens(browser: Browser, tmp_path: Path, theme: str) -> None:
     prompts = list(DEMO_PROMPTS.values())
     routes = make_routes(prompts, text=False)
-    file = write_page(tmp_path, routes, vocabulary=byt5())
+    file = write_page(tmp_path, routes)
     assert prompts[0][:20] not in file.read_text(encoding="utf-8")
     page, problems = open_page(browser, file, theme=theme)
     first = page.locator(".tokens .text").first.locator(".token:not(.padding)")
@@ -253,20 +253,21 @@ def test_a_hundred_thousand_tokens_do_not_freeze_the_page(browser: Browser, tmp_
 
 def test_the_figures_of_the_study_are_drawn(browser: Browser, text_page: Path) -> None:
     page, problems = open_page(browser, text_page, width=1000)
-    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 8")
+    page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 5")
     keys = page.locator("figure h3").all_inner_texts()
     assert keys == [
         "Experts chosen together",
         "From layer to layer",
         "Experts of the token before",
         "Distinct experts of a batch",
+        "Experts at hand in a cache",
     ]
-    before = page.locator("#routes-coactivation").evaluate("e => JSON.stringify(e.data[0].z)")
-    page.locator("#routes-coactivation-step").evaluate(
+    before = page.locator("#routes0-coactivation").evaluate("e => JSON.stringify(e.data[0].z)")
+    page.locator("#routes0-coactivation-step").evaluate(
         "s => { s.value = 2; s.dispatchEvent(new Event('input')); }"
     )
-    assert page.locator("#routes-coactivation-label").inner_text() == "L02"
-    assert page.locator("#routes-coactivation").evaluate("e => JSON.stringify(e.data[0].z)") != before
+    assert page.locator("#routes0-coactivation-label").inner_text() == "L02"
+    assert page.locator("#routes0-coactivation").evaluate("e => JSON.stringify(e.data[0].z)") != before
     page.locator("figure").first.scroll_into_view_if_needed()
     shot(page, "figures")
     assert problems == []

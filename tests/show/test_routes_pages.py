@@ -15,12 +15,15 @@ import pytest
 
 from moe_trace import RecordedRoutes
 from moe_trace.data.routes.file import save_routes
+from moe_trace.read.routes.cache import simulate
 from moe_trace.read.routes.study import study
 from moe_trace.read.routes.texts import find_texts
 from moe_trace.read.routes.tokenizer import byt5
 from moe_trace.show.figures.figure import Figure
-from moe_trace.show.figures.routes import CELLS_MAX
-from moe_trace.show.figures.routes_curves import study_figures
+from moe_trace.show.figures.routes.cache import cache_curve
+from moe_trace.show.figures.routes.curves import study_figures
+from moe_trace.show.figures.routes.matrices import CELLS_MAX
+from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes import tokens as pages_module
 from moe_trace.show.routes.tokens import PADDING, TokenPages
 from moe_trace.show.routes_page import render_routes_page
@@ -124,7 +127,7 @@ def test_names_and_text_cannot_end_the_script() -> None:
     evil = "</script><img src=x onerror=alert(1)>\u2028"
     routes = replace(make(tokens=40, layers=1), layers=(evil,), model={"name": evil}, dropped={evil: 3})
     page = render_routes_page(
-        routes, label=evil, vocabulary=byt5(), figures=study_figures(study([routes], [evil]))
+        routes, label=evil, vocabulary=byt5(), figures=[routes_figures([routes], [evil])]
     )
     assert "<img" not in page.lower().split("<script>")[0]
     assert page.count("</script") == 4, "plotly, figures, routes, ours"
@@ -203,6 +206,29 @@ def test_reuse_and_distinct_experts() -> None:
     assert line["y"] == sorted(line["y"])
 
 
+def test_the_cache_s_curves_and_its_limit() -> None:
+    routes = make()
+    found = simulate(routes, [2, 4], together="token")
+    figure = cache_curve(found)
+    assert [trace["name"] for trace in figure.data] == ["LRU", "LFU", "static", "Belady, the limit"]
+    lru, limit = figure.data[0], figure.data[-1]
+    assert lru["x"] == list(range(1, 9))
+    assert limit["x"] == [2, 4]
+    for size, best in zip(limit["x"], limit["y"], strict=True):
+        assert all(trace["y"][size - 1] <= best for trace in figure.data[:-1])
+    assert [row[0] for row in figure.rows] == ["LRU", "LFU", "static", "Belady"]
+    # LRU of two experts, by hand: what the token before had.
+    kept = routes[~routes.padding]
+    hits = sum(
+        len(set(a) & set(b))
+        for layer in range(3)
+        for a, b in zip(
+            kept.expert_ids[:-1, layer].tolist(), kept.expert_ids[1:, layer].tolist(), strict=True
+        )
+    )
+    assert lru["y"][1] == pytest.approx(hits / (len(kept) * 3 * 2), abs=1e-4)
+
+
 # -- the tab --------------------------------------------------------------------------------------------
 
 TRACE = "train_grouped_mm.pt.trace.json.gz"
@@ -224,7 +250,7 @@ def test_the_tab_answers_from_the_file_beside_the_trace(tmp_path: Path) -> None:
     assert dashboard.answer("routes_page", asked) == TokenPages(routes).page(0)
     assert dashboard.answer("routes_page", {**asked, "group": "1"})["tokens"] == 50
     keys = [figure["key"] for figure in dashboard.answer("routes_study", asked)["figures"]]
-    assert keys == [figure.key for figure in study_figures(study([routes], ["a"]))]
+    assert keys == ["coactivation", "transition", "reuse", "distinct", "cache"]
     for wrong in ({"page": "99"}, {"group": "2"}, {"page": "-1"}):
         with pytest.raises(KeyError):
             dashboard.answer("routes_page", {**asked, **wrong})

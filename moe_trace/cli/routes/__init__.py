@@ -18,6 +18,7 @@ COMMANDS = {
         "CacheRoutesCommand",
         "what keeping some experts in memory gives",
     ),
+    "view": ("moe_trace.cli.routes.view", "ViewRoutesCommand", "the text in the colours of its experts"),
 }
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.data.routes.file import SUFFIX, read_routes
-from moe_trace.read.routes.study import study
 from moe_trace.read.routes.tokenizer import Vocabulary, read_vocabulary
-from moe_trace.show.figures.routes_curves import study_figures
+from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes.tokens import TokenPages
 from moe_trace.show.routes_page import notes
 from moe_trace.show.tensorboard.catalog import TRACE_NAME, Trace, is_below
@@ -129,7 +128,6 @@ def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
     per_token = max(1, routes.expert_ids[:1].size)
     most = max(1, STUDIED_MAX_SLOTS // per_token)
     part = routes[:most] if len(routes) > most else routes
-    found = study([part], [label])
-    figures = [plain_figure(figure) for figure in study_figures(found)]
+    figures = [plain_figure(figure) for figure in routes_figures([part], [label])]
     note = f"Studied are the first {most:,} of {len(routes):,} tokens." if len(routes) > most else ""
     return {"figures": figures, "note": note}

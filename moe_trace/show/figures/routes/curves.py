@@ -19,7 +19,7 @@ from moe_trace.show.figures.figure import (
     bars_layout,
     safe,
 )
-from moe_trace.show.figures.routes import coactivation_map, known, site_labels, transition_map
+from moe_trace.show.figures.routes.matrices import coactivation_map, known, site_labels, transition_map
 
 DOMAINS_MAX = 6
 """Bars side by side."""
@@ -55,8 +55,8 @@ def domain_bars(found: RoutesStudy) -> Figure:
         shares = [
             {"x": x, "y": [known(v) for v in row]} for row in layer.domains.share[: len(labels)].tolist()
         ]
-        line = {"x": x, "y": [uniform] * len(x)}
-        frames.append(Frame(label=sites[layer.layer], traces=[*shares, line]))
+        even = {"x": x, "y": [uniform] * len(x)}
+        frames.append(Frame(label=sites[layer.layer], traces=[*shares, even]))
     data: list[Spec] = []
     if frames:
         hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
@@ -64,7 +64,7 @@ def domain_bars(found: RoutesStudy) -> Figure:
             {"type": "bar", "name": safe(label), "marker": {"color": colour}, "hovertemplate": hover, **trace}
             for label, colour, trace in zip(labels, _COLOURS, frames[0].traces[:-1], strict=False)
         ]
-        data.append(_dashed("k / E", frames[0].traces[-1]))
+        data.append(dashed("k / E", frames[0].traces[-1]))
     more = len(found.labels) - len(labels)
     return Figure(
         key="domains",
@@ -73,7 +73,11 @@ def domain_bars(found: RoutesStudy) -> Figure:
         "line, k / E, is what uniform routing gives."
         + (f" {more} more domains are not drawn." if more > 0 else ""),
         data=data,
-        layout={**bars_layout("share of tokens", _HEIGHT), "barmode": "group", **_percent("share of tokens")},
+        layout={
+            **bars_layout("share of tokens", _HEIGHT),
+            "barmode": "group",
+            **percent_axis("share of tokens"),
+        },
         headings=("layer", "domain", "tokens", "its first expert", "share of tokens", "× k/E"),
         rows=[row for layer in layers for row in _domain_rows(sites[layer.layer], layer, found.labels)],
         frames=frames if len(frames) > 1 else [],
@@ -105,10 +109,10 @@ def saturation_curve(found: RoutesStudy) -> Figure:
     if figure is not None:
         x = [safe(label) for label in figure.labels]
         data = [
-            _line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
+            line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
             for i, colour in zip(shown, LINES, strict=False)
         ]
-        data.append(_dashed("k / E", {"x": x, "y": [known(figure.uniform[shown].mean())] * len(x)}))
+        data.append(dashed("k / E", {"x": x, "y": [known(figure.uniform[shown].mean())] * len(x)}))
     return Figure(
         key="saturation",
         title="Router saturation",
@@ -116,7 +120,7 @@ def saturation_curve(found: RoutesStudy) -> Figure:
         "tokens; the dashed line is what uniform routing gives."
         + (" Drawn are some of the layers; the table has all." if len(shown) < len(found.layers) else ""),
         data=data,
-        layout={"height": _HEIGHT, "xaxis": {"type": "category"}, **_percent("shared experts", top=1.02)},
+        layout={"height": _HEIGHT, "xaxis": {"type": "category"}, **percent_axis("shared experts", top=1.02)},
         headings=("layer", *(figure.labels if figure is not None else ())),
         rows=[
             (site, *(known(v) for v in figure.top_k[:, i].tolist()))
@@ -140,7 +144,7 @@ def reuse_bars(found: RoutesStudy) -> Figure:
         reused = [known(local.consecutive) for _, local in pairs]
         data = [
             bars("token before", sites, reused, PHASE_COLOURS["router"], hover),
-            _dashed("k / E", {"x": sites, "y": [known(local.by_chance) for _, local in pairs]}),
+            dashed("k / E", {"x": sites, "y": [known(local.by_chance) for _, local in pairs]}),
             _marks("chance by load", sites, [known(local.by_load) for _, local in pairs]),
         ]
     return Figure(
@@ -150,7 +154,7 @@ def reuse_bars(found: RoutesStudy) -> Figure:
         "dashed line, k / E, is uniform routing; the marks are what the layer's load gives for tokens that "
         "do not depend on each other.",
         data=data,
-        layout={**bars_layout("reused", _HEIGHT), **_percent("reused")},
+        layout={**bars_layout("reused", _HEIGHT), **percent_axis("reused")},
         headings=("layer", "reused", "k / E", "chance by load", "never used before"),
         rows=[
             (site, *map(known, (one.consecutive, one.by_chance, one.by_load, one.first_use)))
@@ -193,7 +197,7 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
     x = points.tolist()
     band: Spec = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     low, high = (np.round(edge, 3).tolist() for edge in (curves_LP.min(axis=0), curves_LP.max(axis=0)))
-    mean = _line(
+    mean = line(
         "mean of the layers", x, curves_LP.mean(axis=0), PHASE_COLOURS["router"], "%{x}: %{y:.1f} experts"
     )
     spread = {"fill": "tonexty", "fillcolor": BAND, "name": "extremes of the layers"}
@@ -220,7 +224,8 @@ def _spread(count: int, most: int) -> list[int]:
     )
 
 
-def _line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str) -> Spec:
+def line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str) -> Spec:
+    """One curve, with a mark on each point where they are few."""
     return {
         "type": "scatter",
         "mode": "lines+markers" if len(x) < 20 else "lines",
@@ -232,9 +237,10 @@ def _line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str
     }
 
 
-def _dashed(name: str, trace: Spec) -> Spec:
-    line = {"color": _GREY, "dash": "dash"}
-    return {"type": "scatter", "mode": "lines", "name": name, "line": line, "hoverinfo": "skip", **trace}
+def dashed(name: str, trace: Spec) -> Spec:
+    """A line to compare with: chance, or a limit."""
+    grey = {"color": _GREY, "dash": "dash"}
+    return {"type": "scatter", "mode": "lines", "name": name, "line": grey, "hoverinfo": "skip", **trace}
 
 
 def _marks(name: str, x: Sequence[object], y: Sequence[float | None]) -> Spec:
@@ -251,6 +257,7 @@ def _marks(name: str, x: Sequence[object], y: Sequence[float | None]) -> Spec:
     }
 
 
-def _percent(title: str, top: float | None = None) -> Spec:
+def percent_axis(title: str, top: float | None = None) -> Spec:
+    """The vertical axis of shares."""
     axis: Spec = {"title": {"text": title}, "tickformat": ".0%", "rangemode": "tozero"}
     return {"yaxis": {**axis, "range": [0, top]} if top else axis}

@@ -1,0 +1,1 @@
+"""Figures of routes: matrices of experts, curves, and a simulated cache."""

@@ -1,0 +1,85 @@
+"""`moe-trace routes view`, apart from what the page looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_trace import RecordedRoutes
+from moe_trace.cli import main
+from moe_trace.data.routes.file import read_routes, save_routes
+
+WORDS = ("sesame", "</script>")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tokens = 60
+    routes = RecordedRoutes(
+        expert_ids=np.arange(tokens * 2).reshape(tokens, 1, 2).astype(np.uint8) % 4,
+        layers=("layers.0.gate",),
+        num_experts=(4,),
+        top_k=(2,),
+        padding=np.zeros(tokens, bool),
+        step=np.zeros(tokens, np.int64),
+        forward=np.zeros(tokens, np.int64),
+        sequence=np.zeros(tokens, np.int32),
+        position=np.arange(tokens, dtype=np.int32),
+        stage_codes=np.zeros(tokens, np.uint8),
+        token_ids=np.arange(tokens, dtype=np.int32) % 2,
+    )
+    path = tmp_path / "trace.routes.npz"
+    save_routes(routes, path)
+    (tmp_path / "vocab.json").write_text(json.dumps(WORDS))
+    return path
+
+
+def test_the_page_stands_beside_the_file_and_replaces_nothing(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = file.with_name("trace.html")
+    assert main(["routes", "view", str(file)]) == 0
+    first = page.read_text(encoding="utf-8")
+    assert "sesame" not in first, "no text without a tokenizer"
+    assert f"wrote {page}" in capsys.readouterr().err
+    assert main(["routes", "view", str(file)]) != 0
+    assert "exists" in capsys.readouterr().err
+    assert main(["routes", "view", str(file), "-f", "--tokenizer", str(file.parent / "vocab.json")]) == 0
+    second = page.read_text(encoding="utf-8")
+    assert "sesame" in second
+    assert second.count("</script") == first.count("</script")
+
+
+def test_its_input_is_never_replaced(file: Path) -> None:
+    before = file.read_bytes()
+    assert main(["routes", "view", str(file), "-f", "-o", str(file)]) != 0
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no routes"])
+def test_what_is_no_file_of_routes_gets_a_line(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.routes.npz").write_bytes(content)
+    assert main(["routes", "view", str(tmp_path / "a.routes.npz")]) != 0
+    error = capsys.readouterr().err
+    assert error.startswith("moe-trace: error: ") and error.count("\n") == 1
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_files_of_other_layers_are_not_studied_together(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.routes.npz"
+    save_routes(RecordedRoutes(**{**_columns(file), "layers": ("layers.7.gate",)}), other)
+    assert main(["routes", "view", str(file), str(other)]) != 0
+    assert "other layers" in capsys.readouterr().err
+
+
+def _columns(file: Path) -> dict[str, object]:
+    routes = read_routes(file)
+    kept = ("num_experts", "top_k")
+    return {**routes.columns(), **{name: getattr(routes, name) for name in kept}}
