@@ -16,8 +16,16 @@ import moe_trace
 from models import tiny_olmoe, token_batch
 from moe_trace.data.schema import Lost
 from moe_trace.timeline.correlate import reasons
+from paths import ROOT
 
 CPU = [ProfilerActivity.CPU]
+HERE = {"OTHER_THREAD", "NO_ANNOTATIONS", "DROPPED", "NO_RANGE"}
+TESTED_ELSEWHERE = {
+    **dict.fromkeys(("NO_CPU", "NO_HOST_EVENTS"), "timeline/test_activities.py"),
+    **dict.fromkeys(("NO_LAUNCH", "UNKNOWN_GRAPH", "OTHER_COUNT", "NO_MARK"), "record/test_cuda_remedies.py"),
+    **dict.fromkeys(("OTHER_STREAM", "MIXED"), "record/test_cuda_remedies.py"),
+}
+NOTHING_TO_DO = {"FUSED", "OTHER_TRACE", "UNKNOWN_NODES"}
 
 
 def forwards(model: nn.Module, count: int = 3) -> None:
@@ -99,3 +107,11 @@ def test_code_that_is_compiled_while_the_profiler_records(tmp_path: Path) -> Non
     assert lost().unplaced.keys() == {reasons.NO_RANGE}
     assert whole(lost(schedule=torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=1)))
     torch._dynamo.reset()
+
+
+def test_every_reason_is_in_one_of_these_lists() -> None:
+    assert {
+        name for name in vars(reasons) if name.isupper()
+    } == HERE | TESTED_ELSEWHERE.keys() | NOTHING_TO_DO
+    for name, file in TESTED_ELSEWHERE.items():
+        assert f"reasons.{name}" in (ROOT / "tests" / file).read_text("utf-8")
