@@ -7,19 +7,20 @@ without true logits, everything of a router that was not called.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, mean_over_tokens
 from moe_trace.data.display.csv import csv_text
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
+from moe_trace.data.summary import distribution
 
 NAN = float("nan")
 MIB = 2**20
+_LATENCY = ("mean", "std", "min", "max", "p50", "p95", "p99")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,12 @@ class RouterMetrics:
         forward = calls.take(calls.forward)
         return {
             **_flops(calls),
-            **_latency([row.latency_ms for row in self.rows]),
-            **_spread("active_experts", forward.assignments.used()),
+            **_spread("latency", (row.latency_ms for row in self.rows), *_LATENCY, unit="_ms"),
+            **_spread("active_experts", forward.assignments.used(), "mean", "std"),
             **_k(forward),
             **_load(forward),
             **_confidence(forward),
-            **_memory([row.memory_mb for row in self.rows]),
+            **_spread("memory", (row.memory_mb for row in self.rows), "mean", "max", unit="_mb"),
             "total_steps": len(np.unique(forward.step)),
             "total_tokens": forward.total("tokens"),
         }
@@ -139,32 +140,13 @@ def _number(value: float | None) -> float:
 def _flops(calls: CallTable) -> dict[str, float]:
     used = calls.take(calls.tokens > 0)
     router, expert = used.router_flops / used.tokens, used.expert_flops / used.tokens
-    total = router + expert
-    p50, p95, p99 = _percentiles(total)
     return {
-        **_spread("flops_total", total),
-        "flops_total_p50": p50,
-        "flops_total_p95": p95,
-        "flops_total_p99": p99,
-        "flops_router_mean": _mean(router),
-        "flops_expert_mean": _mean(expert),
+        **_spread("flops_total", router + expert, "mean", "std", "p50", "p95", "p99"),
+        **_spread("flops_router", router, "mean"),
+        **_spread("flops_expert", expert, "mean"),
         "flops_total": calls.total("router_flops") + calls.total("expert_flops"),
         "flops_router": calls.total("router_flops"),
         "flops_expert": calls.total("expert_flops"),
-    }
-
-
-def _latency(milliseconds: Sequence[float]) -> dict[str, float]:
-    known = _known(milliseconds)
-    p50, p95, p99 = _percentiles(known)
-    return {
-        "latency_mean_ms": _mean(known),
-        "latency_std_ms": float(known.std()) if known.size else NAN,
-        "latency_min_ms": float(known.min()) if known.size else NAN,
-        "latency_max_ms": float(known.max()) if known.size else NAN,
-        "latency_p50_ms": p50,
-        "latency_p95_ms": p95,
-        "latency_p99_ms": p99,
     }
 
 
@@ -188,7 +170,7 @@ def _load(calls: CallTable) -> dict[str, float]:
     loads_E = calls.assignments.summed()
     load = describe_load(loads_E)
     return {
-        **_spread("expert_load", loads_E),
+        **_spread("expert_load", loads_E, "mean", "std"),
         "expert_load_cv": _number(load.cv),
         "expert_load_gini": _number(load.gini),
         "expert_load_entropy": _number(load.entropy),
@@ -205,31 +187,7 @@ def _confidence(calls: CallTable) -> dict[str, float]:
     return {"router_confidence_mean": mean, "router_confidence_std": deviation}
 
 
-def _memory(mebibytes: Sequence[float]) -> dict[str, float]:
-    known = _known(mebibytes)
-    return {"memory_mean_mb": _mean(known), "memory_max_mb": float(known.max()) if known.size else NAN}
-
-
-def _spread(name: str, values: npt.ArrayLike) -> dict[str, float]:
-    array = _array(values)
-    return {f"{name}_mean": _mean(array), f"{name}_std": float(array.std()) if array.size else NAN}
-
-
-def _array(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    return np.asarray(values, dtype=np.float64)
-
-
-def _known(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    array = _array(values)
-    return array[~np.isnan(array)]
-
-
-def _mean(values: npt.NDArray[np.float64]) -> float:
-    return float(values.mean()) if values.size else NAN
-
-
-def _percentiles(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-    if not values.size:
-        return NAN, NAN, NAN
-    p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
-    return p50, p95, p99
+def _spread(name: str, values: Iterable[float], *figures: str, unit: str = "") -> dict[str, float]:
+    """Figures of a `Distribution` of the values that are known."""
+    found = distribution(value for value in values if value == value)
+    return {f"{name}_{one}{unit}": NAN if found is None else getattr(found, one) for one in figures}
