@@ -16,7 +16,7 @@ from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import read_rank_recordings
 from moe_trace.read.ranks.loads import RankRecords
-from moe_trace.read.ranks.same_run import copies
+from moe_trace.read.ranks.same_run import said_again
 from moe_trace.read.reduced.file import is_reduced
 from moe_trace.read.reduced.inputs import find_inputs, load
 from moe_trace.read.time.peaks import BYTES_OF
@@ -40,11 +40,8 @@ def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCo
 
 
 def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
-    """As reports do: a rank that died does not hide the others, and a merged trace does not count beside the
-    traces that it was made of.
-    """
-    single: list[Recording] = []
-    merged: list[tuple[Path, list[Recording]]] = []
+    """As reports do: a rank that died does not hide the others, and no call counts twice."""
+    reads: list[tuple[Path, Recording, bool]] = []
     broken: list[TraceFileError] = []
     for file in files:
         try:
@@ -54,26 +51,13 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
         except TraceFileError as error:
             broken.append(error)
             continue
-        if is_merged:
-            merged.append((file, recordings))
-        else:
-            single += recordings
-    notes = [f"one of the traces was left out: {error}" for error in broken]
-    ranks = {recording.rank for recording in single}
-    for file, recordings in merged:
-        if ranks.isdisjoint(recording.rank for recording in recordings):
-            single += recordings
-        else:
-            notes.append(
-                f"{file.name} was left out: it is merged from traces that are read here on their own"
-            )
-    again = set(copies(single))
-    if again:
-        single = [recording for i, recording in enumerate(single) if i not in again]
-        notes.append(f"{len(again)} of the traces hold the same calls as others here, and were left out")
-    if broken and all(recording.world_size == 1 for recording in single):
+        reads += [(file, recording, is_merged) for recording in recordings]
+    again = said_again(reads)
+    kept = [recording for file, recording, _ in reads if file not in again]
+    if broken and all(recording.world_size == 1 for recording in kept):
         raise broken[0]
-    return single, notes
+    notes = [f"one of the traces was left out: {error}" for error in broken]
+    return kept, notes + [f"{path.name} was left out: {why}" for path, why in sorted(again.items())]
 
 
 def _recordings(file: Path) -> tuple[list[Recording], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_trace.data.schema import Recording, RouterInfo
 
@@ -90,6 +91,21 @@ def copies(recordings: Sequence[Recording]) -> list[int]:
     return found
 
 
+def said_again(reads: Sequence[tuple[Path, Recording, bool]]) -> dict[Path, str]:
+    """Files that repeat what others here say, and why: a merged trace beside those that it was made of, and
+    copies.
+
+    Args:
+        reads: each file with the recording of one rank, and whether the file is merged from several.
+    """
+    single = {recording.rank for _, recording, is_merged in reads if not is_merged}
+    found = {path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in single}
+    others = [(path, recording) for path, recording, _ in reads if path not in found]
+    return found | {others[i][0]: _AGAIN for i in copies([recording for _, recording in others])}
+
+
+_MERGED = "it is merged from traces that are read here on their own"
+_AGAIN = "it holds the same calls as another trace that is read here"
 _WORKER = re.compile(r"(?P<worker>.+)\.\d{10,}\.pt\.trace\.json(\.gz)?")
 
 

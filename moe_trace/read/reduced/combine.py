@@ -15,14 +15,11 @@ from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
 from moe_trace.read.file.opening import Progress
-from moe_trace.read.ranks.same_run import copies, first_difference, pooled
+from moe_trace.read.ranks.same_run import first_difference, pooled, said_again
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load
 from moe_trace.read.reduced.trace import ReducedTrace, call_numbers
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
-
-_MERGED = "it is merged from traces that are read here on their own"
-_AGAIN = "it holds the same calls as another trace that is read here"
 
 
 def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTrace]:
@@ -89,12 +86,9 @@ def _loaded(
 
 
 def _without_doubled(reads: Sequence[ReducedTrace]) -> list[ReducedTrace]:
-    single = {read.recording.rank for read in reads if read.alignment is None}
-    merged = {r.path: _MERGED for r in reads if r.alignment is not None and r.recording.rank in single}
-    others = [read for read in reads if read.path not in merged]
-    again = {others[i].path: _AGAIN for i in copies([read.recording for read in others])}
-    kept = [read for read in others if read.path not in again]
-    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted((merged | again).items()))
+    again = said_again([(read.path, read.recording, read.alignment is not None) for read in reads])
+    kept = [read for read in reads if read.path not in again]
+    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted(again.items()))
     return [replace(kept[0], notes=(*kept[0].notes, *notes)), *kept[1:]]
 
 
