@@ -217,9 +217,3 @@ def _sum(arrays: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     for array in arrays:
         total[: len(array)] += array
     return total
-
-
-def max_over_mean(load_R: npt.ArrayLike) -> float | None:
-    """Largest over mean; None where all are 0."""
-    load = np.asarray(load_R, np.float64)
-    return float(load.max() / load.mean()) if load.size and load.sum() > 0 else None

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.display.tables import number_ranges
+from moe_trace.data.load_stats import max_over_mean
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
@@ -22,7 +23,7 @@ from moe_trace.read.ranks.collective_times import (
     total_wait_us,
 )
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix, max_over_mean
+from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix
 from moe_trace.read.ranks.shared_calls import match_calls
 
 
@@ -192,7 +193,7 @@ def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait
         site=loads[0].site,
         name=loads[0].key[0],
         load=tuple(load_R.tolist()),
-        max_over_mean=max_over_mean(load_R),
+        max_over_mean=max_over_mean(load_R) if load_R.any() else None,
         sent=None if sent is None else tuple(tuple(row) for row in sent.tolist()),
         wait_us=total_wait_us(waits) if waits else None,
         waited_for=max(blame, key=blame.__getitem__) if any(blame.values()) else None,

@@ -46,6 +46,9 @@ class Rate:
     calls: what the timeline's counter `expert TFLOP/s (with gaps)` shows call by call."""
 
 
+_BY_SLOTS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound", "above_roofline_us")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpeed:
     """Router and expert products of one layer."""
@@ -142,16 +145,7 @@ class _Measure:
         rate = self._rate(calls.total("expert_flops"), rows, EXPERTS, items)
         if self.experts_are_split:
             # What rests on the slots that it computed, which are not those that its routers assigned.
-            return Rate(
-                flops=rate.flops,
-                work_us=rate.work_us,
-                flops_per_s=None,
-                share_of_peak=None,
-                least_bytes=None,
-                intensity=None,
-                bound=None,
-                above_roofline_us=None,
-            )
+            return replace(rate, **dict.fromkeys(_BY_SLOTS))  # type: ignore[arg-type]
         range_us = experts_range_us(calls)
         known = (range_us > 0) & (calls.expert_flops > 0)
         flops, us = int(calls.expert_flops[known].sum()), float(range_us[known].sum())
