@@ -70,7 +70,7 @@ def describe_load(assignments: npt.ArrayLike) -> Load:
     loads_E = np.asarray(assignments, dtype=np.float64)
     dead = tuple(np.flatnonzero(loads_E == 0).tolist())
     some = np.add.reduce(loads_E) > 0
-    figures = [float(one_N[0]) for one_N in _figures(loads_E[None])] if some else [None] * 4
+    figures = [float(one_N[0]) for one_N in load_figures(loads_E[None])] if some else [None] * 4
     max_over_mean, cv, gini, entropy = figures
     return Load(
         max_over_mean=max_over_mean,
@@ -102,7 +102,7 @@ def describe_loads(assignments: CountLists) -> Loads:
         for start in range(0, len(alike), _CALLS_AT_ONCE):
             rows = alike[start : start + _CALLS_AT_ONCE]
             loads_NE = assignments.take(rows).values.reshape(-1, experts).astype(np.float64)
-            figures[:, rows] = _figures(loads_NE)
+            figures[:, rows] = load_figures(loads_NE)
     max_over_mean, cv, gini, entropy = figures
     return Loads(max_over_mean, cv, gini, entropy, assignments.used())
 
@@ -112,7 +112,7 @@ def max_over_mean(loads_E: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> f
     return float(np.maximum.reduce(loads_E) / (np.add.reduce(loads_E) / len(loads_E)))
 
 
-def _figures(loads_NE: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def load_figures(loads_NE: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     """[N] max÷mean, CV, Gini and entropy of loads that are not all 0.
 
     The Gini coefficient is sum_i (2i - E - 1) x_i / (E sum x), x ascending, i from 1; the entropy is

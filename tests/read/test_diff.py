@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_trace.data.calls.placements import Places
+from moe_trace.data.calls.ragged import CountLists
+from moe_trace.data.calls.table import CallTable, RouterKey
 from moe_trace.data.display.csv import csv_text
 from moe_trace.read.diff import compare
 from moe_trace.read.diff.comparison import Change, _change, _host_apart
@@ -101,15 +104,13 @@ class _Calls:
 
 
 def _side(calls: dict[str, _Calls]) -> Side:
-    from types import SimpleNamespace
-
-    samples, unit = [], []
-    for name, own in calls.items():
-        for i, counts in enumerate(own.counts):
-            samples.append(SimpleNamespace(name=name, assignments=counts))
-            unit.append(i)
-    units = max(unit) + 1
-    return Side(tuple(samples), np.array(unit), units, draw(units), {}, {})  # type: ignore[arg-type]
+    units = max(len(own.counts) for own in calls.values())
+    unit = np.concatenate([np.arange(len(own.counts)) for own in calls.values()])
+    router = np.repeat(np.arange(len(calls)), [len(own.counts) for own in calls.values()])
+    counts = CountLists.of([row for own in calls.values() for row in own.counts])
+    keys = tuple(RouterKey(name, name, layer) for layer, name in enumerate(calls))
+    table = CallTable(keys, router, {}, {"assignments": counts}, Places.of((), len(router)))
+    return Side(table, unit, units, draw(units), {}, frozenset())
 
 
 def _routing(seed: int, *, moved: float = 0.0, units: int = 8, slots: int = 400) -> Any:

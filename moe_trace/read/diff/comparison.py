@@ -116,7 +116,7 @@ def compare(
     changes: list[Change] = []
     for stage, *parts in shared if routers else ():
         sides = [side_of(part, with_times=problem is None) for part in parts]
-        called = [r for r in routers if all(s.rows(n) for s, n in zip(sides, r[1:], strict=True))]
+        called = [r for r in routers if all(len(s.rows(n)) for s, n in zip(sides, r[1:], strict=True))]
         routing += compare_routing(sides[0], sides[1], called, stage)
         changes += _metric_changes(sides, called, stage, only, stages=len(shared), host_floor=host_floor)
         notes += _few_forwards(stage, min(side.units for side in sides))

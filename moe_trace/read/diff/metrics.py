@@ -4,14 +4,13 @@ mean of the layers' own, so that no layer's spread passes for noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.data.load_stats import describe_load
-from moe_trace.data.schema import RoutingSample
-from moe_trace.data.summary import host_us
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.load_stats import describe_load, load_figures
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
 from moe_trace.read.time.phase_detection import EXPERTS, PHASES
@@ -29,7 +28,7 @@ beyond it as a whole (docs/reading.md)."""
 class Side:
     """The forward calls of one stage of one recording, by router."""
 
-    samples: tuple[RoutingSample, ...]
+    calls: CallTable
     unit: Ints
     """[N] the step, or stretch of steps, of each call."""
     units: int
@@ -40,14 +39,13 @@ class Side:
     host_clock: frozenset[str]
     """Metrics of `columns` that are times on the host."""
 
-    def rows(self, name: str) -> list[int]:
+    def rows(self, name: str) -> Ints:
         """Which calls are of this router."""
-        return [i for i, sample in enumerate(self.samples) if sample.name == name]
+        return np.flatnonzero(self.calls.of_router(name))
 
 
 # -- times --------------------------------------------------------------------------------------------
 
-Columns = Callable[[TraceSummary, Sequence[RoutingSample]], dict[str, Floats]]
 QUANTILES = {
     "host_p50": 0.5,
     "host_p95": 0.95,
@@ -67,45 +65,44 @@ _UNITS_FOR_P95 = 20
 
 def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
     """What is compared of one recording's stage."""
-    samples = tuple(s for s in summary.samples if s.phase == "forward")
-    unit, units = units_of(_forwards(samples))
-    columns = _times(summary, samples) if with_times else {}
+    calls = summary.calls.take(summary.calls.forward)
+    unit, units = units_of(_forwards(calls))
+    columns = _times(summary, calls) if with_times else {}
     on_device = summary.times is not None and summary.times.on_device
     host_clock = frozenset(m for m in columns if m.startswith("host") or not on_device)
-    return Side(samples, unit, units, draw(max(1, units)), columns, host_clock)
+    return Side(calls, unit, units, draw(max(1, units)), columns, host_clock)
 
 
-def _forwards(samples: Sequence[RoutingSample]) -> list[int]:
+def _forwards(calls: CallTable) -> Ints:
     """The forward of each call: every router's own count where all were called as often, else the step."""
-    calls: dict[str, int] = {}
-    order = []
-    for sample in samples:
-        order.append(calls.setdefault(sample.name, 0))
-        calls[sample.name] += 1
-    return order if len(set(calls.values())) == 1 else [s.step for s in samples]
+    order, counts = np.zeros(len(calls), np.int64), set()
+    for router in np.unique(calls.router):
+        rows = np.flatnonzero(calls.router == router)
+        order[rows] = np.arange(len(rows))
+        counts.add(len(rows))
+    return order if len(counts) == 1 else calls.step
 
 
-def _times(summary: TraceSummary, samples: Sequence[RoutingSample]) -> dict[str, Floats]:
-    spans = [None if s.placement is None else s.placement.device.get("router") for s in samples]
-    busy = np.array([summary.busy_us.get((s.name, s.call), np.nan) for s in samples])
-    host = np.array([host_us(s) for s in samples])
+def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
+    busy = np.array([summary.busy_us.get(key, np.nan) for key in calls.call_keys()])
+    host = calls.host_us()
     host[host <= 0] = np.nan  # a call inside a graph has no time of its own on the host
     columns = {
         "host_p50": host,
         "host_p95": host,
-        "device_span_p50": np.array([np.nan if span is None else span.duration_us for span in spans]),
+        "device_span_p50": calls.duration_us("device", "router"),
         "device_busy_p50": busy,
         "device_busy_p95": busy,
     }
     times = summary.times
     if times is None:
         return columns
-    row_of = {(s.name, s.call): i for i, s in enumerate(times.samples)}
-    rows = np.array([row_of.get((s.name, s.call), -1) for s in samples])
+    row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
+    rows = np.array([row_of.get(key, -1) for key in calls.call_keys()])
     known = rows >= 0
 
     def placed(values: np.ndarray) -> Floats:
-        column = np.full((len(samples), *values.shape[1:]), np.nan)
+        column = np.full((len(calls), *values.shape[1:]), np.nan)
         column[known] = values[rows[known]]
         return column
 
@@ -118,7 +115,7 @@ def _times(summary: TraceSummary, samples: Sequence[RoutingSample]) -> dict[str,
         for i, phase in enumerate(PHASES):
             columns[f"{phase}_p50"] = work_us[:, i]
             columns[f"{phase}_share"] = work_us[:, i] / work_us.sum(1)
-        flops = np.array([s.expert_flops or np.nan for s in samples], np.float64)
+        flops = np.where(calls.expert_flops > 0, calls.expert_flops, np.nan)
         rate = flops / work_us[:, EXPERTS] * 1e6
     columns["experts_flops_p50"] = np.where(np.isfinite(rate), rate, np.nan)
     return columns
@@ -165,7 +162,7 @@ def _with_all(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estima
     ]
 
 
-def _quantile(side: Side, metric: str, rows: Sequence[int]) -> _Part | None:
+def _quantile(side: Side, metric: str, rows: Ints) -> _Part | None:
     q = QUANTILES[metric]
     values, unit = side.columns[metric][rows], side.unit[rows]
     values, unit = values[~np.isnan(values)], unit[~np.isnan(values)]
@@ -186,14 +183,11 @@ def _by_unit(values: Floats, unit: Ints, units: int) -> Floats | None:
     return (ordered[starts + (counts - 1) // 2] + ordered[starts + counts // 2]) / 2
 
 
-def _mean(side: Side, name: str, rows: Sequence[int]) -> _Part | None:
-    table = np.zeros((side.units, 2))
-    for i in rows:
-        sample = side.samples[i]
-        value = getattr(sample, name)
-        if value is not None:
-            weight = sample.tokens - sample.nonfinite_tokens
-            table[side.unit[i]] += (weight, weight * value)
+def _mean(side: Side, name: str, rows: Ints) -> _Part | None:
+    rows = rows[~np.isnan(side.calls.numbers[name][rows])]
+    weights = (side.calls.tokens - side.calls.nonfinite_tokens)[rows].astype(np.float64)
+    columns = (weights, weights * side.calls.numbers[name][rows])
+    table: Floats = np.stack([np.bincount(side.unit[rows], one, side.units) for one in columns], axis=1)
     if not table[:, 0].all() or not len(rows):
         return None
     sums = resampled_sums(table, side.drawn)
@@ -202,40 +196,22 @@ def _mean(side: Side, name: str, rows: Sequence[int]) -> _Part | None:
     )
 
 
-def counts_by_unit(side: Side, rows: Sequence[int]) -> Floats:
+def counts_by_unit(side: Side, rows: Ints) -> Floats:
     """[units, E] assignments of one router."""
-    experts = max((len(side.samples[i].assignments) for i in rows), default=1)
-    counts_UE = np.zeros((side.units, experts))
-    for i in rows:
-        assignments = side.samples[i].assignments
-        counts_UE[side.unit[i], : len(assignments)] += assignments
-    return counts_UE
+    counts = side.calls.assignments.take(rows)
+    return counts.summed_by(side.unit[rows], side.units, least=1).astype(np.float64)
 
 
-def _loads(side: Side, rows: Sequence[int]) -> dict[str, _Part | None]:
+def _loads(side: Side, rows: Ints) -> dict[str, _Part | None]:
     counts_UE = counts_by_unit(side, rows)
     value = describe_load(counts_UE.sum(0))
     if value.max_over_mean is None:  # no assignment: none of the figures exists
         return dict.fromkeys(LOADS)
-    sums = resampled_sums(counts_UE, side.drawn)
-    return {
-        name: _Part(getattr(value, name), load_figures(sums, name), load_figures(counts_UE, name))
-        for name in LOADS
-    }
+    drawn, series = map(_figures, (resampled_sums(counts_UE, side.drawn), counts_UE))
+    values = (getattr(value, name) for name in LOADS)
+    return {name: _Part(*part) for name, *part in zip(LOADS, values, drawn, series, strict=True)}
 
 
-def load_figures(counts_BE: Floats, name: str) -> Floats:
-    """[B] the figures of `describe_load` for many loads at once."""
-    loads = np.where(counts_BE.sum(1, keepdims=True) > 0, counts_BE, 1).astype(np.float64)
-    n = loads.shape[1]
-    mean = loads.mean(1)
-    if name == "max_over_mean":
-        return loads.max(1) / mean
-    if name == "cv":
-        return loads.std(1) / mean
-    if name == "gini":
-        ranks = 2 * np.arange(1, n + 1) - n - 1
-        return (np.sort(loads, axis=1) * ranks).sum(1) / (n * loads.sum(1))
-    shares = loads / loads.sum(1, keepdims=True)
-    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-    return -(shares * logs).sum(1) / np.log(n) if n > 1 else np.ones(len(loads))
+def _figures(counts_BE: Floats) -> tuple[Floats, ...]:
+    """[B] `LOADS` of many loads at once; of one without assignments, as if it were even."""
+    return load_figures(np.where(counts_BE.sum(1, keepdims=True) > 0, counts_BE, 1.0))

@@ -32,7 +32,7 @@ class Estimate:
     units: float
 
 
-def units_of(steps: Sequence[int]) -> tuple[Ints, int]:
+def units_of(steps: Sequence[int] | Ints) -> tuple[Ints, int]:
     """Unit of each call by its step, and how many units there are: steps, or stretches of them."""
     distinct, rank = np.unique(np.asarray(steps, dtype=np.int64), return_inverse=True)
     count = len(distinct)

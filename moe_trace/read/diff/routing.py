@@ -145,8 +145,5 @@ def _shifts(a: Floats, b: Floats) -> dict[str, tuple[ExpertShift, ...]]:
 
 
 def _same_counts(a: Side, b: Side, names: Sequence[str]) -> bool:
-    calls = [
-        [side.samples[i].assignments for i in side.rows(name)]
-        for side, name in zip((a, b), names, strict=True)
-    ]
-    return len(calls[0]) == len(calls[1]) and all(np.array_equal(x, y) for x, y in zip(*calls, strict=True))
+    x, y = (s.calls.assignments.take(s.rows(name)) for s, name in zip((a, b), names, strict=True))
+    return np.array_equal(x.starts, y.starts) and np.array_equal(x.values, y.values)

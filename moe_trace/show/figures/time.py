@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 
-from moe_trace.data.summary import host_us
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
@@ -172,9 +171,10 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
 
 def latency_distribution(summary: TraceSummary) -> Figure:
     """How many router calls took how long, by three clocks."""
+    spans_us = summary.calls.duration_us("device", "router")
     clocks = {
-        "host": (np.array([host_us(s) for s in summary.samples]), HOST),
-        "device span": (_spans_us(summary), SPAN),
+        "host": (summary.calls.host_us(), HOST),
+        "device span": (spans_us[~np.isnan(spans_us)], SPAN),
         "device busy": (np.array(list(summary.busy_us.values())), BUSY),
     }
     known = {name: (values, colour) for name, (values, colour) in clocks.items() if (values > 0).any()}
@@ -211,11 +211,6 @@ def _ticks(data: Sequence[Spec]) -> Spec:
     values = [m * 10.0**e for e in range(-3, 9) for m in (1, 2, 5)]
     values = [value for value in values if min(edges) <= value <= max(edges)]
     return {"tickvals": values, "ticktext": [f"{value:g}" for value in values]} if len(values) > 1 else {}
-
-
-def _spans_us(summary: TraceSummary) -> np.ndarray:
-    placements = [s.placement.device.get("router") for s in summary.samples if s.placement is not None]
-    return np.array([span.duration_us for span in placements if span is not None])
 
 
 def _histogram(name: str, values: np.ndarray, colour: str, edges: np.ndarray) -> Spec:
