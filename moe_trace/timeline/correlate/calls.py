@@ -13,6 +13,7 @@ import numpy as np
 from moe_trace.data.calls.placements import Places
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Placement, RangeKind, RoutingSample, Span
+from moe_trace.timeline.correlate.launches import hull
 from moe_trace.timeline.correlate.scan import RangeEvent
 
 
@@ -160,9 +161,10 @@ class _Timeline:
             events["experts"] = experts
         host = {kind: event.span for kind, event in events.items()}
         device = {kind: span for kind, event in events.items() if (span := self._device_span(event))}
-        if block is not None and device:
+        whole = hull(device.values())
+        if block is not None and whole is not None:
             # Kineto gives a kernel to the innermost annotation only, so the block's own leaves these out.
-            device["block"] = _hull(list(device.values()))
+            device["block"] = whole
         return Placement(host=host, device=device)
 
     def block(self, site: str, thread: int, time_us: float) -> Placement | None:
@@ -189,13 +191,5 @@ class _Timeline:
 
     def _device_span(self, event: RangeEvent) -> Span | None:
         """From the first kernel to the last of the range, over all streams that it launched on."""
-        parts = self._device.get(event.external_id) if event.external_id is not None else None
-        return _hull([part.span for part in parts]) if parts else None
-
-
-def _hull(spans: Sequence[Span]) -> Span:
-    if len(spans) == 1:
-        return spans[0]
-    start = min(span.start_us for span in spans)
-    # The sum of a start and a duration is no more exact than the clock, which counts nanoseconds.
-    return Span(start, round(max(span.end_us for span in spans) - start, 3))
+        parts = self._device.get(event.external_id, ()) if event.external_id is not None else ()
+        return hull(part.span for part in parts)

@@ -81,8 +81,8 @@ class Launches:
 def hull(spans: Iterable[Span]) -> Span | None:
     """From the first start to the last end; None without spans."""
     found = list(spans)
-    if not found:
-        return None
+    if len(found) < 2:
+        return found[0] if found else None
     start = min(span.start_us for span in found)
     # The sum of a start and a duration is no more exact than the clock, which counts nanoseconds.
     return Span(start, round(max(span.end_us for span in found) - start, 3))
