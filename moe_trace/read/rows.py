@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
+from moe_trace.data.calls.table import NUMBERS, CallTable, RouterKey, known_values
 from moe_trace.data.display.columns import Column, column_of
-from moe_trace.data.load_stats import describe_load
+from moe_trace.data.load_stats import describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
-from moe_trace.data.summary import SampleKey, host_us
+from moe_trace.data.summary import SampleKey
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes
 
@@ -39,12 +40,11 @@ _OF_SAMPLES = {
 }
 """Fields of `RoutingSample`."""
 
+_OF_LOADS = {"max_over_mean": "max÷mean", "cv": "CV", "gini": "Gini", "entropy": "entropy"}
+
 COLUMNS: dict[str, Column] = {
     **_OF_SAMPLES,
-    "load_max_over_mean": column_of("max÷mean"),
-    "load_cv": column_of("CV"),
-    "load_gini": column_of("Gini"),
-    "load_entropy": column_of("entropy"),
+    **{f"load_{name}": column_of(heading) for name, heading in _OF_LOADS.items()},
     "active_experts": column_of("active"),
     "router_host_us": column_of("router host µs"),
     "router_device_busy_us": column_of("router device busy µs"),
@@ -79,37 +79,28 @@ def call_rows(
     samples: Sequence[RoutingSample], times: CallTimes | None, busy_us: Mapping[SampleKey, float]
 ) -> list[dict[str, Any]]:
     """Flat rows whose keys are `COLUMNS`; None where a figure is not known; lists for counts per expert."""
-    index = {(s.name, s.call): i for i, s in enumerate(times.samples)} if times is not None else {}
-    columns_ns = _phases_ns(times) if times is not None else {}
-    rows = []
-    for sample in samples:
-        row = _row(sample, busy_us.get((sample.name, sample.call)))
-        i = index.get((sample.name, sample.call))
-        if i is not None:
-            row |= {name: int(values[i]) / 1000 for name, values in columns_ns.items()}
-        rows.append({name: row.get(name) for name in COLUMNS})
-    return rows
-
-
-def _row(sample: RoutingSample, busy_us: float | None) -> dict[str, Any]:
-    load = describe_load(sample.assignments)
-    row = {name: getattr(sample, name) for name in _OF_SAMPLES} | {
-        "load_max_over_mean": load.max_over_mean,
-        "load_cv": load.cv,
-        "load_gini": load.gini,
-        "load_entropy": load.entropy,
-        "active_experts": load.active_experts,
-        "router_host_us": host_us(sample),
-        "router_device_busy_us": busy_us,
-        "assignments": sample.assignments.tolist(),
-        "k_histogram": sample.k_histogram.tolist(),
+    calls = CallTable.of(samples)
+    keys, loads = calls.call_keys(), describe_loads(calls.assignments)
+    nothing = [None] * len(calls)
+    columns: dict[str, Iterable[Any]] = {
+        **dict.fromkeys(COLUMNS, nothing),
+        **{name: getattr(calls, name).tolist() for name in RouterKey._fields},
+        **{name: calls.values(name) for name in _OF_SAMPLES if name in NUMBERS},
+        **{f"load_{name}": known_values(getattr(loads, name)) for name in _OF_LOADS},
+        "active_experts": loads.active_experts.tolist(),
+        "router_host_us": calls.host_us().tolist(),
+        "router_device_busy_us": map(busy_us.get, keys),
+        **{name: calls.lists[name].to_lists() for name in ("assignments", "k_histogram")},
     }
-    if sample.placement is not None:
-        for kind, span in sample.placement.host.items():
-            row |= {f"{kind}_start_us": span.start_us, f"{kind}_range_us": span.duration_us}
-        for kind, span in sample.placement.device.items():
-            row |= {f"{kind}_device_start_us": span.start_us, f"{kind}_device_span_us": span.duration_us}
-    return row
+    for (side, kind), spans in calls.places.spans.items():
+        names = ("start", "range") if side == "host" else ("device_start", "device_span")
+        columns |= {f"{kind}_{name}_us": known_values(spans[:, i]) for i, name in enumerate(names)}
+    if times is not None:
+        row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
+        rows = [row_of.get(key) for key in keys]
+        for name, values in _phases_ns(times).items():
+            columns[name] = [None if row is None else int(values[row]) / 1000 for row in rows]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _phases_ns(times: CallTimes) -> dict[str, npt.NDArray]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.placements import Floats, IntArray, Side
-from moe_trace.data.calls.table import CallTable, Mask
+from moe_trace.data.calls.table import CallTable, Mask, known_values
 from moe_trace.data.load_stats import Loads, describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RangeKind
 
@@ -95,10 +95,10 @@ class PlacedCalls:
             "assignments": self.totals.tolist(),
             "busiest experts": self._busiest(),
             **{name: calls.values(name) for name in ("skipped", "padding_assignments")},
-            "load max÷mean": _plain(loads.max_over_mean),
-            "load CV": _plain(loads.cv),
-            "load Gini": _plain(loads.gini),
-            "load entropy": _plain(loads.entropy),
+            "load max÷mean": known_values(loads.max_over_mean),
+            "load CV": known_values(loads.cv),
+            "load Gini": known_values(loads.gini),
+            "load entropy": known_values(loads.entropy),
             "active experts": loads.active_experts.tolist(),
             "router entropy (nats)": calls.values("router_entropy"),
             "router confidence": calls.values("confidence"),
@@ -142,10 +142,6 @@ def _whole(spans: Mapping[RangeKind, Floats]) -> Floats:
 
 def _there(span: Floats) -> Mask:
     return ~np.isnan(span[:, 0])
-
-
-def _plain(values: Floats) -> list[float | None]:
-    return [None if value != value else value for value in values.tolist()]
 
 
 # -- figures --------------------------------------------------------------------------------------------

@@ -199,12 +199,17 @@ class CallTable(Sequence[RoutingSample]):
 
     def values(self, name: str) -> list[Any]:
         """A column as plain values, None where the call does not tell."""
-        column = self.numbers[name].tolist()
+        column = self.numbers[name]
         if name not in OPTIONAL:
-            return column
+            return column.tolist()
         if kind_of(name) is float:
-            return [None if value != value else value for value in column]
-        return [None if value == NONE else value for value in column]
+            return known_values(column)
+        return [None if value == NONE else value for value in column.tolist()]
+
+
+def known_values(values: npt.NDArray[np.float64]) -> list[float | None]:
+    """Plain values, None for NaN."""
+    return [None if value != value else value for value in values.tolist()]
 
 
 def mean_over_tokens(calls: CallTable, figure: str) -> float | None:
