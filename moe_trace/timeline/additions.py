@@ -19,7 +19,7 @@ import msgspec
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, is_band
-from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.data.trace_json.windows import Window
 from moe_trace.timeline.file_layout import Cut, TraceLayout, read_layout
 
@@ -231,10 +231,7 @@ def _is_own_event(file: BinaryIO, text: bytes) -> bool:
     """Whether merging added this event."""
     if not _MAYBE_OURS.search(text):
         return False
-    try:
-        event = loads_lenient(text)
-    except ValueError:
-        return False
+    event = value_or_none(text)
     if not isinstance(event, dict):
         return False
     arguments = event.get("args")

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moe_trace.data.trace_json.stream import loads_lenient
+from moe_trace.data.trace_json.stream import value_or_none
 
 KEYS = ("deviceProperties", "baseTimeNanoseconds", "host_name", "distributedInfo")
 
 
 def device_names(text: bytes) -> tuple[str, ...]:
-    try:
-        devices = loads_lenient(text)
-    except ValueError:
-        return ()
+    devices = value_or_none(text)
     if not isinstance(devices, list):
         return ()
     return tuple(str(d["name"]) for d in devices if isinstance(d, dict) and isinstance(d.get("name"), str))
 
 
-def _lenient(text: bytes) -> Any:
-    try:
-        return loads_lenient(text)
-    except ValueError:
-        return None
-
-
 def base_time(text: bytes) -> int:
     """Nanoseconds; 0 where the value is none. Some tools write whole numbers as floats or strings."""
-    value = _lenient(text)
+    value = value_or_none(text)
     if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
         value = int(value)
     if type(value) not in (int, float) or not abs(value) < 2**62:
@@ -37,13 +25,13 @@ def base_time(text: bytes) -> int:
 
 
 def host_name(text: bytes) -> str | None:
-    value = _lenient(text)
+    value = value_or_none(text)
     return value if isinstance(value, str) and value else None
 
 
 def group_ranks(text: bytes) -> tuple[tuple[int, ...], ...]:
     """Each set of ranks once, in the order of the file."""
-    info = _lenient(text)
+    info = value_or_none(text)
     groups = info.get("pg_config") if isinstance(info, dict) else None
     found = []
     for group in groups if isinstance(groups, list) else []:

@@ -230,3 +230,11 @@ def loads_lenient(text: bytes) -> Any:
         return json.loads(text.decode("utf-8", "replace"), strict=False)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def value_or_none(text: bytes) -> Any:
+    """The same, None for what is no JSON."""
+    try:
+        return loads_lenient(text)
+    except ValueError:
+        return None

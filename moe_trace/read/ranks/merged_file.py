@@ -18,7 +18,7 @@ from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
 from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
-from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
+from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.read.file.opening import Progress, open_trace_stream
 from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
 from moe_trace.read.ranks.merge_plan import MergePlan, RankTrace
@@ -103,7 +103,7 @@ class _Writer:
         kept = {k: v for k, v in self._plan.ranks[0].head.items() if k not in _OWN_KEYS}
         devices: list[Any] = []
         for trace in self._plan.ranks:
-            found = _value(trace.head.get("deviceProperties", b"[]"))
+            found = value_or_none(trace.head.get("deviceProperties", b"[]"))
             devices += [d for d in found if d not in devices] if isinstance(found, list) else []
         return {
             **kept,
@@ -183,15 +183,8 @@ _decode = msgspec.json.Decoder(list[dict[str, Any]]).decode
 
 
 def _decode_one(text: bytes) -> Event:
-    value = _value(text)
+    value = value_or_none(text)
     return value if isinstance(value, dict) else _UNREADABLE
-
-
-def _value(text: bytes) -> Any:
-    try:
-        return loads_lenient(text)
-    except ValueError:
-        return None
 
 
 def _encode(event: Event) -> bytes:
