@@ -27,6 +27,7 @@ _HOME = {
     "MoEProfiler": "moe_trace.simple.profiler",
     "SimpleBenchmark": "moe_trace.simple.benchmark",
     "replace_router": "moe_trace.routing",
+    "PruningScores": "moe_trace.record.pruning",
     "MoETraceCallback": "moe_trace.integrations.trainer",
     "RouterSite": "moe_trace.find.routers",
     # files (no torch)
@@ -66,6 +67,7 @@ __all__ = [
     "MoETraceError",
     "MoETracer",
     "NoRoutersFound",
+    "PruningScores",
     "RecordedRoutes",
     "RouterOutput",
     "RouterSite",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from moe_trace.read.diff import Comparison, compare
     from moe_trace.read.reader import read_recording, read_summary
     from moe_trace.record.profiler import profile
+    from moe_trace.record.pruning import PruningScores
     from moe_trace.record.tracer import MoETracer
     from moe_trace.routing import replace_router
     from moe_trace.simple.benchmark import SimpleBenchmark

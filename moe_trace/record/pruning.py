@@ -1,0 +1,299 @@
+"""Pruning scores: what each expert gives to its layer's output, from its own outputs.
+
+Over the tokens x that expert j was chosen for, with g_j(x) its gating weight and f_j(x) its output before
+that weight:
+
+    REAP_j = mean of g_j(x) * ||f_j(x)||_2      (router-weighted expert activation pruning, arXiv 2510.13999)
+    EAN_j  = mean of ||f_j(x)||_2               (expert activation norm)
+
+beside the number of those tokens (frequency) and the sum of g_j(x) (gate mass). Kernels give the sum over
+experts alone, so each expert's output is computed a second time, slot by slot: measuring costs about as
+much again as the experts' forward, and the memory of one slot's outputs, [T, H]. The second computation is
+checked against what the model computed: where the weighted outputs do not add up to it, a layer has no
+scores, and `unscored` says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from moe_trace.data.errors import UsageError
+from moe_trace.data.files import whole_file
+from moe_trace.find.contracts import Call, RouterOutput
+from moe_trace.find.contracts.modules import forward_parameters, unwrapped
+from moe_trace.find.private.torch_names import graph_task_id
+from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
+from moe_trace.record.forward.inputs import ModelInputs
+from moe_trace.record.forward.isolation import apart
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_TOLERANCE_HALF = 5e-2
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertScores:
+    """Of one layer."""
+
+    tokens: int
+    """Tokens without padding."""
+    frequency: npt.NDArray[np.int64]
+    """[E] tokens that the expert was chosen for; skipped slots are none."""
+    gate_mass: npt.NDArray[np.float64]
+    """[E] sum of the gating weights with which it was chosen."""
+    ean: npt.NDArray[np.float64]
+    """[E] mean norm of its output; NaN where it was never chosen."""
+    reap: npt.NDArray[np.float64]
+    """[E] mean of weight times norm; NaN where it was never chosen."""
+
+
+@dataclass
+class _Sums:
+    tokens: int = 0
+    totals: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((4, 0)))
+    """[4, E] tokens, weights, norms, weights times norms."""
+
+
+class PruningScores:
+    """Measures the scores of every expert in the forwards of `model` inside a `with` block.
+
+        with moe_trace.PruningScores(model) as scores:
+            for batch in batches:
+                model(**batch)
+        scores.save("scores.json")
+
+    Gradients, the model's output and its random numbers stay as they are. The model is run eagerly: compiled
+    forwards and CUDA graphs do not call hooks.
+
+    Args:
+        model: any model whose routers `find_routers` finds.
+        layers: which of them, as for `MoETracer`.
+
+    Raises:
+        NoRoutersFound: the model holds no router that is known.
+        UsageError: `layers` selects none.
+    """
+
+    def __init__(self, model: nn.Module, *, layers: LayerSelector = None) -> None:
+        self._model, self._sites = model, find_routers(model, layers=layers)
+        self._inputs = ModelInputs(model)
+        self._padding_T: Tensor | None = None
+        self._sums = {site.name: _Sums() for site in self._sites}
+        self._handles: list[Any] = []
+        self.unscored: dict[str, str] = {}
+        """Module paths of routers whose experts could not be scored, and why."""
+
+    def __enter__(self) -> PruningScores:
+        add = self._handles.append
+        add(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for site in self._sites:
+            scored = _Listed(site) if site.listed else _Stacked(site)
+            try:
+                scored.hook(partial(self._measure, site, scored), add)
+            except ValueError as error:
+                self.unscored[site.name] = str(error)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._padding_T = None
+
+    @property
+    def layers(self) -> dict[str, ExpertScores]:
+        """Scores by module path of the router, so far."""
+        return {
+            name: _scores(sums)
+            for name, sums in self._sums.items()
+            if name not in self.unscored and sums.tokens
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores: `.json`, or `.npz` with arrays named `<module path>/<score>`.
+
+        Raises:
+            UsageError: another suffix.
+        """
+        plain = {name: vars(scores) for name, scores in self.layers.items()}
+        suffix = Path(path).suffix
+        if suffix not in (".json", ".npz"):
+            raise UsageError(f"found {path}, expected a file name that ends in .json or .npz")
+        with whole_file(path) as temporary:
+            if suffix == ".json":
+                listed = {name: {key: _listed(v) for key, v in one.items()} for name, one in plain.items()}
+                text = json.dumps({"layers": listed, "unscored": self.unscored}, indent=1, allow_nan=False)
+                temporary.write_text(text + "\n", encoding="utf-8")
+            else:
+                arrays: Any = {
+                    f"{name}/{key}": value for name, one in plain.items() for key, value in one.items()
+                }
+                with open(temporary, "wb") as file:
+                    np.savez_compressed(file, **arrays)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._padding_T, _ = self._inputs.padding(args, kwargs)
+
+    def _measure(self, site: RouterSite, scored: _Stacked | _Listed, *seen: Any) -> None:
+        if site.name in self.unscored or graph_task_id() != -1:  # a recomputation, in a backward pass
+            return
+        try:
+            with apart(), torch.no_grad(), torch.random.fork_rng(enabled=self._model.training):
+                found = scored.norms(*seen)
+        except Exception as error:  # a model's own code may raise anything when it is called once more
+            self.unscored[site.name] = str(error) or type(error).__name__
+            return
+        if found is not None:
+            self._add(site, *found)
+
+    def _add(self, site: RouterSite, choice: RouterOutput, norm_TK: Tensor) -> None:
+        sums, experts = self._sums[site.name], site.info.num_experts
+        index_TK, weights_TK = choice.index_TK.detach().cpu(), choice.weights_TK.detach().double().cpu()
+        used_TK = _used(index_TK, weights_TK, experts)
+        tokens = len(index_TK)
+        padding_T = self._padding_T
+        if padding_T is not None and len(padding_T) == tokens:
+            used_TK &= ~padding_T.cpu()[:, None]
+            tokens -= int(padding_T.sum())
+        ids = index_TK[used_TK].numpy()
+        weights, norms = weights_TK[used_TK].numpy(), norm_TK.double().cpu()[used_TK].numpy()
+        columns = (np.ones_like(norms), weights, norms, weights * norms)
+        totals = np.array([np.bincount(ids, column, minlength=experts) for column in columns])
+        sums.totals = sums.totals + totals if sums.totals.size else totals
+        sums.tokens += tokens
+
+
+def _used(index_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
+    return (index_TK >= 0) & (index_TK < experts) & (weights_TK != 0)
+
+
+def _scores(sums: _Sums) -> ExpertScores:
+    count, mass, norms, weighted = sums.totals
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ExpertScores(sums.tokens, count.astype(np.int64), mass, norms / count, weighted / count)
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return [None if number != number else number for number in value.tolist()]
+
+
+@dataclass
+class _Stacked:
+    """Experts in one module, `experts(hidden_states, index, weights)`: one call a slot, with weights of 1."""
+
+    site: RouterSite
+
+    def hook(self, measure: Callable[..., None], add: Callable[[Any], None]) -> None:
+        """Have each call of the experts measured."""
+        experts = self.site.experts
+        if experts is None or self.site.contract.name != "topk-experts" or not self.site.times_experts:
+            raise ValueError(f"experts of the kind '{self.site.contract.name}' are not scored")
+        add(experts.register_forward_hook(measure, with_kwargs=True))
+
+    def norms(
+        self, experts: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> tuple[RouterOutput, Tensor] | None:
+        """[T, K] norms of the outputs of one call."""
+        named = [kwargs[name] for name in forward_parameters(unwrapped(experts)) if name in kwargs]
+        given = [*args, *named]
+        if len(given) != 3 or not isinstance(output, Tensor):
+            raise ValueError(f"expected experts(hidden_states, index, weights), found {len(given)} arguments")
+        hidden, index_TK, weights_TK = given
+        if index_TK.dim() != 2 or index_TK.shape != weights_TK.shape:
+            raise ValueError("expected an index and weights of one shape [T, K]")
+        norms, total = [], torch.zeros_like(output, dtype=torch.float32)
+        for slot in range(index_TK.shape[1]):
+            one = weights_TK.new_ones(len(index_TK), 1)
+            alone = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), one).float()
+            norms.append(alone.reshape(len(index_TK), -1).norm(dim=1))
+            total += (alone.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(total)
+        if not _adds_up(total, output):
+            raise ValueError(_NOT_THE_SUM)
+        return RouterOutput(index_TK, weights_TK, None), torch.stack(norms, dim=1)
+
+
+@dataclass
+class _Listed:
+    """A module for each expert: each is called on its tokens, when the block has ended."""
+
+    site: RouterSite
+    call: Call | None = None
+    rows: Counter[int] = field(default_factory=Counter)
+
+    def hook(self, measure: Callable[..., None], add: Callable[[Any], None]) -> None:
+        """Keep the router's last call; have each call of the block measured."""
+        if self.site.block is None:
+            raise ValueError("the block that holds the experts is not called as a module")
+        add(self.site.router.register_forward_hook(self._keep))
+        for number, expert in enumerate(self.site.listed):
+            add(expert.register_forward_pre_hook(partial(self._count, number)))
+        add(self.site.block.register_forward_hook(measure))
+
+    def _keep(self, router: nn.Module, args: Any, output: Any) -> None:
+        self.call = Call(router_args=args, router_output=output)
+        self.rows.clear()
+
+    def _count(self, number: int, expert: nn.Module, args: Any) -> None:
+        self.rows[number] += args[0].shape[:-1].numel() if args and isinstance(args[0], Tensor) else 0
+
+    def norms(self, block: nn.Module, args: Any, output: Any) -> tuple[RouterOutput, Tensor] | None:
+        """[T, K] norms of the outputs of one call."""
+        call, self.call = self.call, None
+        if call is None or not call.router_args:
+            return None
+        call.expert_rows = tuple(self.rows[number] for number in range(len(self.site.listed)))
+        choice = self.site.read(call)
+        hidden_TH = call.router_args[0].flatten(0, -2)
+        index_TK = choice.index_TK
+        if len(hidden_TH) != len(index_TK):
+            raise ValueError(f"found {len(hidden_TH)} tokens and {len(index_TK)} decisions, expected as many")
+        norm_TK = torch.zeros(index_TK.shape, device=hidden_TH.device)
+        possible = _possible_weights(choice)
+        totals = [torch.zeros(hidden_TH.shape, device=hidden_TH.device) for _ in possible]
+        for expert, module in enumerate(self.site.listed):
+            tokens, slots = torch.where((index_TK == expert) & (choice.weights_TK != 0))
+            if len(tokens):
+                alone = module.forward(hidden_TH[tokens]).float()
+                norm_TK[tokens, slots] = alone.norm(dim=1)
+                for total, weights_TK in zip(totals, possible, strict=True):
+                    total.index_add_(0, tokens, alone * weights_TK[tokens, slots, None].float())
+        whole = output[0] if isinstance(output, tuple) else output
+        found = next((w for w, total in zip(possible, totals, strict=True) if _adds_up(total, whole)), None)
+        if found is None:
+            raise ValueError(_NOT_THE_SUM)
+        return RouterOutput(index_TK, found, None), norm_TK
+
+
+def _possible_weights(choice: RouterOutput) -> list[Tensor]:
+    """[T, K] what may scale the outputs: the router's own word; of a gate that tells logits alone also their
+    softmax, over all experts or over the chosen. Which of them it is, the layer's output tells."""
+    if choice.logits_TE is None:
+        return [choice.weights_TK]
+    chosen = choice.index_TK.clamp(0, choice.logits_TE.shape[1] - 1)
+    softmax_TK = choice.logits_TE.float().softmax(-1).gather(1, chosen)
+    return [choice.weights_TK, softmax_TK, softmax_TK / softmax_TK.sum(-1, keepdim=True)]
+
+
+_NOT_THE_SUM = (
+    "the weighted outputs of the experts do not add up to the layer's output: it holds something else (a "
+    "shared expert), or the weights are others than the router tells"
+)
+
+
+def _adds_up(total: Tensor, output: Tensor) -> bool:
+    """Whether weighted outputs are the layer's output, up to rounding."""
+    output = output.detach()
+    far = (total - output.reshape(total.shape).float()).norm()
+    return bool(far <= _TOLERANCE.get(output.dtype, _TOLERANCE_HALF) * output.float().norm())
