@@ -48,8 +48,40 @@ def compiled_layers(model: OlmoeForCausalLM) -> Replay:
     return _calls(model)
 
 
-def _calls(forward: Any) -> Replay:
-    ids = tokens(1, 1)
+def without_graphs(model: OlmoeForCausalLM) -> Replay:
+    """Compiled, and launched kernel by kernel."""
+    return _calls(torch.compile(model, fullgraph=True), batch=4, length=16)
+
+
+def layers_without_graphs(model: OlmoeForCausalLM) -> Replay:
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True)
+    return _calls(model, batch=4, length=16)
+
+
+def compiled_blocks(model: OlmoeForCausalLM) -> Replay:
+    """The MoE blocks alone, as regional compilation does."""
+    for layer in model.model.layers:
+        layer.mlp.compile(fullgraph=True)
+    return _calls(model, batch=4, length=16)
+
+
+def compiled_training(model: OlmoeForCausalLM) -> Replay:
+    """Forward and backward of a model that is compiled as a whole."""
+    forward, ids = torch.compile(model, fullgraph=True), tokens(4, 16)
+
+    @torch.enable_grad()
+    def run() -> None:
+        forward(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    for _ in range(2):
+        run()
+    return run
+
+
+def _calls(forward: Any, batch: int = 1, length: int = 1) -> Replay:
+    ids = tokens(batch, length)
 
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -80,6 +112,10 @@ WORKLOADS: dict[str, Callable[[OlmoeForCausalLM], Replay]] = {
     "compiled_layers": compiled_layers,
     "compiled_function": compiled_function,
     "by_hand": by_hand,
+    "without_graphs": without_graphs,
+    "layers_without_graphs": layers_without_graphs,
+    "compiled_blocks": compiled_blocks,
+    "compiled_training": compiled_training,
 }
 
 
@@ -100,7 +136,7 @@ def record(name: str, model: OlmoeForCausalLM, out: Path) -> None:
         prof.export_chrome_trace(str(target))
         _print(target, tracer)
     for layer in model.model.layers:
-        layer._compiled_call_impl = None
+        layer._compiled_call_impl = layer.mlp._compiled_call_impl = None
 
 
 def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
@@ -111,6 +147,8 @@ def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
     print(f"  {len(tracer.exported_samples)} calls, {len(placements)} placed, {timed} routers timed")
     for why, count in (*recording.lost.unplaced.items(), *recording.lost.untimed.items()):
         print(f"  {count}: {why}")
+    for compiled in recording.compiled_graphs:
+        print(f"  compiled: {len(compiled.launches)} launches, {len(compiled.parts)} parts")
     for graph in recording.captured_graphs:
         print(f"  captured: {graph.nodes} nodes, {len(graph.calls)} calls, problem: {graph.problem}")
 

@@ -27,6 +27,7 @@ from moe_trace.data.calls.table import (
     column_of,
     kind_of,
 )
+from moe_trace.data.compiled_graph import decode_compiled, encode_compiled
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import (
     RANGE_KINDS,
@@ -103,6 +104,9 @@ def decode_recording(payload: Any) -> Recording:
             versions=msgspec.convert(payload["versions"], dict[str, str]),
             parallel=_decode_parallel(payload.get("parallel"), rank, max(rank + 1, world_size)),
             **_decode_graphs(payload.get("graphs")),
+            compiled_graphs=decode_compiled(payload["compiled_graphs"])
+            if "compiled_graphs" in payload
+            else (),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.DecodeError) as error:
         raise TraceFileError(
@@ -119,7 +123,10 @@ def _encode_graphs(recording: Recording) -> dict[str, Any]:
         "annotated": recording.annotated_nodes,
         "compiled": recording.graphs_compiled,
     }
-    return {"graphs": graphs} if any(graphs.values()) else {}
+    encoded: dict[str, Any] = {"graphs": graphs} if any(graphs.values()) else {}
+    if recording.compiled_graphs:
+        encoded["compiled_graphs"] = encode_compiled(recording.compiled_graphs)
+    return encoded
 
 
 def _decode_graphs(value: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from moe_trace.data.calls.sample import Span as Span
 from moe_trace.data.calls.sample import Stage as Stage
 from moe_trace.data.calls.sample import moe_span as moe_span
 from moe_trace.data.calls.table import CallTable
+from moe_trace.data.compiled_graph import CompiledGraph
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "moe_trace"  # of an event's arguments; of the trace's JSON in older files
@@ -221,6 +222,9 @@ class Recording:
     annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
     `graph node id`."""
+
+    compiled_graphs: tuple[CompiledGraph, ...] = ()
+    """What torch.compile made while the tracer was active, by the compiler's notes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", CallTable.of(self.samples))

@@ -130,12 +130,18 @@ def _graph_notes(recording: Recording) -> list[str]:
     if not len(calls):
         return []
     placed = np.count_nonzero(calls.places.placed)
-    timed = np.count_nonzero(~np.isnan(calls.duration_us("device", "router")))
+    timed = max(0, placed - sum(lost.untimed.values()))
     notes = [
         f"{len(calls)} router calls were made inside compiled code or CUDA graphs: their decisions are "
         f"exact, but padding is not counted apart; {placed} have a place in the trace, that of "
         f"their graph or forward, and {timed} a time of the router itself"
     ]
+    if recording.graphs_compiled and not recording.compiled_graphs:
+        notes.append(
+            "phases inside compiled code are unknown, for its kernels lack the compiler's notes: the code "
+            "came from Inductor's cache on disk, or was compiled before the tracer started. Start the tracer "
+            "before the first compiled call, and run once with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+        )
     notes += [
         f"{count} router calls have no place in the trace: {why}" for why, count in lost.unplaced.items()
     ]

@@ -16,9 +16,10 @@ from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.ranks.inputs import RankInput, Ranks
-from moe_trace.read.reduced.combine import combined, joined, notes_of, read_all
+from moe_trace.read.reduced.combine import combined, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
+from moe_trace.read.time.joined import joined
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.outside_moe import add_surroundings
 from moe_trace.read.time.peaks import find_peak

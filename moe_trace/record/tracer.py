@@ -93,8 +93,8 @@ class MoETracer(HookOwner):
             samples_step=self._steps.samples,
         )
         self._captures = CaptureNotes()
-        parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs, "clock": clock}
-        self._hooks = ModelHooks(model, self.sites, steps=self._steps, **parts, captures=self._captures)
+        parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs, "steps": self._steps}
+        self._hooks = ModelHooks(model, self.sites, **parts, clock=clock, captures=self._captures)
         self._active = False
         self._sessions = Sessions(self, self._steps, auto=auto_attach)
         self._placements: dict[tuple[str, int], Placement] = {}
@@ -122,7 +122,7 @@ class MoETracer(HookOwner):
 
     @property
     def forwards_recorded(self) -> int:
-        """Those of them that belong to a recorded step."""
+        """Those that belong to a recorded step."""
         return self._hooks.watch.forwards_recorded
 
     def start(self) -> None:
@@ -149,6 +149,7 @@ class MoETracer(HookOwner):
         unread = unread_in_graphs(self._hooks, self._graphs)
         warn_if_compiled_before(self.model, called=self.called or bool(unread))
         self._hooks.remove()
+        self._graphs.launches.stop()
         self._active = False
         if not is_capturing():
             self._recorder.reduce()
@@ -222,6 +223,7 @@ class MoETracer(HookOwner):
             captured_graphs=self._captures.graphs(),
             graphs_compiled=self._graphs.rings.compiled,
             annotated_nodes=self._captures.annotated_nodes(),
+            compiled_graphs=self._graphs.launches.graphs(),
         )
 
     def summary(self) -> Summary:
@@ -261,10 +263,8 @@ class MoETracer(HookOwner):
     def calls_by_router(self) -> dict[str, int]:
         """Recorded calls by module path of the router."""
         self._collect()
-        return {
-            site.name: calls
-            for site, calls in zip(self.sites, recorded_calls(self._hooks, self._graphs), strict=True)
-        }
+        counts = recorded_calls(self._hooks, self._graphs)
+        return {site.name: calls for site, calls in zip(self.sites, counts, strict=True)}
 
     def _collect(self) -> None:
         """Bring all that was seen to the recorder. Waits for the device where graphs write."""

@@ -54,6 +54,10 @@ class TimeCoverage:
     """Backward nodes whose forward operator the trace holds."""
     collectives: Coverage = Coverage()
     """Collectives of MoE layers whose kernels, or range on the backend's thread, the trace holds."""
+    compiled: Coverage = Coverage()
+    """Router calls inside compiled code whose kernels the compiler's notes name."""
+    unshared: Coverage = Coverage()
+    """Kernels of those calls that were not fused from several phases, layers or the rest of the model."""
 
     def __add__(self, other: TimeCoverage) -> TimeCoverage:
         return TimeCoverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -74,6 +78,10 @@ _LOSSES = {
     "calls": ("router calls have their ranges in the trace, with operators inside", "device times"),
     "backward": ("backward nodes have a forward operator", "backward times"),
     "collectives": ("collectives of MoE layers have their kernels or their work", "times of collectives"),
+    "compiled": (
+        "router calls inside compiled code have kernels that follow the compiler's notes of its launches",
+        "their phases",
+    ),
 }
 
 
@@ -96,7 +104,20 @@ def loss_sentence(name: str, coverage: Coverage) -> str | None:
 def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
     """One sentence for each kind of loss."""
     whole = sum(parts, TimeCoverage())
-    return [text for name, coverage in whole.items() if (text := loss_sentence(name, coverage)) is not None]
+    notes = [loss_sentence(name, coverage) for name, coverage in whole.items() if name in _LOSSES]
+    return [note for note in (*notes, fusion_sentence(whole.unshared)) if note is not None]
+
+
+def fusion_sentence(unshared: Coverage) -> str | None:
+    """What times of compiled code rest on, and how much of them kernels share; None without compiled code."""
+    if not unshared.total_ns:
+        return None
+    shared = 1 - unshared.joined_ns / unshared.total_ns
+    return (
+        "phases inside compiled code are told by the compiler's provenance; "
+        f"{_percent(shared)} of their kernel time is of kernels fused from several phases, layers or the "
+        "rest of the model, and counts in equal parts"
+    )
 
 
 def _percent(share: float) -> str:

@@ -31,6 +31,8 @@ class Kernels:
     name: npt.NDArray[np.int32]
     """Index into the table's names."""
     link: npt.NDArray[np.int64]
+    stream: npt.NDArray[np.int32]
+    """Index into the table's threads: the device and its stream."""
     coverage: Coverage
     """How many kernels of the trace these are."""
 
@@ -73,6 +75,7 @@ def find_kernels(events: EventTable) -> Kernels:
         duration_ns=device.duration_ns[order],
         name=device.name[order],
         link=device.link[order],
+        stream=device.thread[order],
         coverage=Coverage(
             joined=len(device),
             total=len(every),

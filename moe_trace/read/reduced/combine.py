@@ -7,19 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
-from moe_trace.read.file.coverage import TimeCoverage, coverage_notes
+from moe_trace.read.file.coverage import coverage_notes
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.ranks.same_run import first_difference, pooled, said_again
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load
 from moe_trace.read.reduced.trace import ReducedTrace, call_numbers
-from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
 
 
 def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTrace]:
@@ -122,32 +119,6 @@ def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
         samples=CallTable.concatenated([r.calls for r in recordings if r.rank in counting]),
         lost=add_lost([r.lost for r in recordings], called),
     )
-
-
-def joined(parts: Sequence[CallTimes]) -> CallTimes:
-    """The times of all calls."""
-    if len(parts) == 1:
-        return parts[0]
-    backward = [p.backward for p in parts]
-    return CallTimes(
-        samples=CallTable.concatenated([p.samples for p in parts]),
-        forward=_joined_times([p.forward for p in parts]),
-        backward=None
-        if all(b is None for b in backward)
-        else _joined_times([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
-        on_device=any(p.on_device for p in parts),
-        coverage=sum((p.coverage for p in parts), TimeCoverage()),
-        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in CALL_COLUMNS},
-    )
-
-
-def _joined_times(parts: Sequence[Times]) -> Times:
-    names = Times.__dataclass_fields__
-    return Times(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
-
-
-def _no_times(part: CallTimes) -> Times:
-    return Times(**{name: np.zeros_like(part.forward.host_ns) for name in Times.__dataclass_fields__})
 
 
 def notes_of(reads: Sequence[ReducedTrace]) -> list[str]:

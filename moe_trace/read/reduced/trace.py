@@ -20,8 +20,9 @@ from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage
 from moe_trace.read.ranks.inputs import RankInput
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
+from moe_trace.read.time.joined import measure_all, routers_in_graphs_us, without_timed
 from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
-from moe_trace.read.time.phases import CallTimes, measure_calls
+from moe_trace.read.time.phases import CallTimes
 
 _OPERATORS = "aten::"
 """What findings ask for by name; kernels' names are many and long."""
@@ -135,7 +136,8 @@ def _reduce(trace: TraceFile) -> ReducedTrace:
     recording = with_call_numbers(trace.recording, call_numbers(trace.recording, {}))
     samples = recording.samples
     kernels = find_kernels(trace.events)
-    times = measure_calls(samples, trace.events, kernels)
+    times = measure_all(recording, trace.events, kernels)
+    recording = replace(recording, lost=without_timed(recording.lost, times))
     calls = rank_calls(replace(trace, recording=recording), kernels)
     coverage = replace(times.coverage, collectives=work_coverage(calls.collectives))
     times = replace(times, coverage=coverage)
@@ -145,7 +147,7 @@ def _reduce(trace: TraceFile) -> ReducedTrace:
         recording=recording,
         own_numbers=own_numbers,
         times=times,
-        busy_us=router_busy_us(samples, trace.events, kernels, joined),
+        busy_us=router_busy_us(samples, trace.events, kernels, joined) | routers_in_graphs_us(times),
         work=trace_work(samples, trace.events, kernels),
         devices=trace.devices,
         operators=frozenset(name for name in trace.events.names if name.startswith(_OPERATORS)),

@@ -194,7 +194,7 @@ class _Measure:
         backwards = 0
         if times is not None:
             backward = self._phases(times, np.flatnonzero(mine), "backward")
-            backwards = int(times.host_ns[mine].any(axis=1).sum())
+            backwards = int(times.ran[mine].sum())
         return LayerPhases(
             site=site,
             name=name,

@@ -135,7 +135,7 @@ def _phases(
     phase = np.full(len(block), OTHER, dtype=np.int64)
     phase[in_router] = ROUTER
     rows = np.flatnonzero(in_experts)
-    phase[rows] = _in_experts(block[rows], products[rows], gathers[rows], writes[rows])
+    phase[rows] = phases_in_experts(block[rows], products[rows], gathers[rows], writes[rows])
     rows = np.flatnonzero(~in_router & ~in_experts)
     before = (start_ns < router[:, 0]).astype(np.int64) + (start_ns < experts[:, 0])
     stretch = (block * 3 + before)[rows]
@@ -146,7 +146,7 @@ def _phases(
     return phase
 
 
-def _in_experts(
+def phases_in_experts(
     block: npt.NDArray,
     products: npt.NDArray[np.bool_],
     gathers: npt.NDArray[np.bool_],

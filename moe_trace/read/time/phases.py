@@ -43,9 +43,14 @@ class Times:
         """Those calls."""
         return Times(self.host_ns[rows], self.busy_ns[rows], self.span_ns[rows], self.kernels[rows])
 
+    @property
+    def ran(self) -> npt.NDArray[np.bool_]:
+        """[B] whether anything did. Compiled code has no operators of its own on the host."""
+        return (self.host_ns.any(axis=1) | self.kernels.any(axis=1)).astype(bool)
+
     def unless_empty(self) -> Times | None:
         """None where nothing ran."""
-        return self if self.host_ns.any() else None
+        return self if self.ran.any() else None
 
 
 CALL_COLUMNS = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns", "device_overlap_ns")
@@ -109,7 +114,7 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
     block_host_ns = blocks.end_ns - blocks.start_ns
     forward = _device_times(len(blocks), steps, kernels, launched, host_ns)
     busy = launched >= 0
-    span_ns, union_ns = _span_and_union(
+    span_ns, union_ns = span_and_union(
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
     )
     backward, linked = _backward(blocks, steps, events, kernels)
@@ -165,21 +170,33 @@ def _device_times(rows: int, steps: Steps, kernels: Kernels, step: IntArray, hos
     """Times of the kernels whose step is known (`step` is -1 for the others)."""
     known = step >= 0
     row, phase = steps.block[step[known]], steps.phase[step[known]]
-    start, duration = kernels.start_ns[known], kernels.duration_ns[known]
+    times = device_times(rows, row, phase, kernels.start_ns[known], kernels.duration_ns[known])
+    return replace(times, host_ns=host_ns)
+
+
+def device_times(
+    rows: int,
+    row: IntArray,
+    phase: IntArray,
+    start_ns: IntArray,
+    duration_ns: IntArray,
+    share: IntArray | int = 1,
+) -> Times:
+    """Times of kernels by call and phase; one that is shared counts with a part of its time."""
     first = np.full((rows, len(PHASES)), np.iinfo(np.int64).max)
     last = np.zeros((rows, len(PHASES)), dtype=np.int64)
-    np.minimum.at(first, (row, phase), start)
-    np.maximum.at(last, (row, phase), start + duration)
-    count = _sums(rows, row, phase, np.ones_like(start))
+    np.minimum.at(first, (row, phase), start_ns)
+    np.maximum.at(last, (row, phase), start_ns + duration_ns)
+    count = _sums(rows, row, phase, np.ones_like(start_ns))
     return Times(
-        host_ns=host_ns,
-        busy_ns=_sums(rows, row, phase, duration),
+        host_ns=np.zeros((rows, len(PHASES)), dtype=np.int64),
+        busy_ns=_sums(rows, row, phase, duration_ns // share),
         span_ns=np.where(count > 0, last - np.where(count > 0, first, 0), 0),
         kernels=count,
     )
 
 
-def _span_and_union(
+def span_and_union(
     rows: int, row: IntArray, start: IntArray, duration: IntArray
 ) -> tuple[IntArray, IntArray]:
     """[B] first start to last end, and the time covered by at least one interval."""
@@ -216,7 +233,7 @@ def _backward(
         return None, Coverage()
     at = find_links(backward.link, forward.link)
     linked = at >= 0
-    nodes, found = _node_intervals(events, backward)
+    nodes, found = node_intervals(events, backward)
     coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
     nodes, at = nodes.select(linked), at[linked]
     step = steps.at(forward.thread[at], forward.start_ns[at])
@@ -253,7 +270,7 @@ def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
     return replace(nodes, start_ns=start_ns)
 
 
-def _node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
+def node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
     """The backward nodes as slices, and which were found: a flow ends at the start of its node, the longest
     operator there.
     """

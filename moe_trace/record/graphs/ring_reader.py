@@ -26,6 +26,7 @@ from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
+from moe_trace.record.graphs.launch_lists import LaunchLists
 from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring_buffer import STAGES, unpad
 
@@ -48,8 +49,14 @@ class RingReader:
         forwards: Callable[[], int],
         samples_step: Callable[[int], bool],
     ) -> None:
+        self.launches = launches = LaunchLists(sites)
+
+        def graph_started() -> None:
+            started()
+            launches.watch()
+
         self.forwards = GraphForwards(forwards, samples_step)
-        self.rings = ModelRings(sites, self.forwards, started=started, counting=self._counting)
+        self.rings = ModelRings(sites, self.forwards, started=graph_started, counting=self._counting)
         self.calls = [0] * len(sites)
         """Calls drained so far, by router."""
         self._routers = list(sites)

@@ -37,8 +37,12 @@ class DeviceWork:
     """Process and thread of the trace, which are the device and its stream."""
     node_id: int
     """The `graph node id` that newer profilers write; 0 without."""
-    scatters: bool = False
-    """Whether it scatters into a tensor, as every write into a ring does."""
+    name: str = ""
+
+    @property
+    def scatters(self) -> bool:
+        """Whether it scatters into a tensor, as every write into a ring does."""
+        return _SCATTER in self.name
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def _device_work(event: dict[str, Any]) -> DeviceWork | None:
         _span(event),
         stream,
         node_id if isinstance(node_id, int) else 0,
-        scatters=_SCATTER in str(event.get("name")),
+        str(event.get("name")),
     )
 
 

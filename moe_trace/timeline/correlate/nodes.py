@@ -4,7 +4,7 @@ By the ids of their nodes, where the graph was captured with annotations. Else b
 graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
 plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
 noted one must be those of the replay. Where the profiler shows no copies and memsets, the kernels alone are
-told.
+told. Graphs of compiled code: by the compiler's notes of what each of their kernels computes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import (
     RANGE_NAME,
     CapturedGraph,
@@ -21,6 +23,13 @@ from moe_trace.data.schema import (
     Recording,
     Span,
     graph_digest,
+)
+from moe_trace.timeline.correlate.compiled_launches import (
+    Stretch,
+    is_consistent,
+    match_launches,
+    part_of,
+    usual_sequences,
 )
 from moe_trace.timeline.correlate.launches import DeviceWork, Launch, hull
 
@@ -37,16 +46,52 @@ class NodeSpans:
 class NodeFinder:
     """Finds routers and experts in the launches of graphs that one tracer knows."""
 
-    def __init__(self, recording: Recording) -> None:
-        self._recording = recording
+    def __init__(self, recording: Recording, launches: Sequence[Launch]) -> None:
+        self._recording, self._launches = recording, launches
         self._found: dict[int, dict[str, dict[RangeKind, NodeSpans]]] = {}
 
     def of(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
         """By module path of the router; empty for a launch of a graph that is not known."""
         if launch.correlation not in self._found:
-            by_ids = _by_ids(launch, self._recording)
-            self._found[launch.correlation] = by_ids or _by_positions(launch, self._recording.captured_graphs)
+            self._found[launch.correlation] = (
+                _by_ids(launch, self._recording)
+                or _by_positions(launch, self._recording.captured_graphs)
+                or self._by_compiler(launch)
+            )
         return self._found[launch.correlation]
+
+    def _by_compiler(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
+        """By the compiler's notes, where the layers of a graph have code of their own."""
+        names = tuple(item.name for item in launch.work)
+        fitting = _fitting(names, self._recording.compiled_graphs)
+        if len(launch.streams) != 1 or len(fitting) != 1 or self._usual[fitting[0][0]] != names:
+            return {}
+        graph, stretches = fitting[0]
+        work: dict[tuple[str, RangeKind], list[DeviceWork]] = defaultdict(list)
+        for stretch in stretches:
+            whole = part_of(stretch, graph)
+            for part in (graph.parts[number] for number in (whole.parts if whole is not None else ())):
+                if len(part.routers) == 1 and part.place != "block":
+                    work[part.routers[0], part.place].extend(launch.work[i] for i in stretch.kernels)
+        found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
+        for (name, kind), items in work.items():
+            found[name][kind] = _spans_of(items)
+        return dict(found)
+
+    @cached_property
+    def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
+        """The kernels that each compiled graph runs."""
+        graphs = self._recording.compiled_graphs
+        every = (tuple(item.name for item in launch.work) for launch in self._launches)
+        return usual_sequences((graph, names) for names in every for graph, _ in _fitting(names, graphs))
+
+
+def _fitting(
+    names: Sequence[str], graphs: Sequence[CompiledGraph]
+) -> list[tuple[CompiledGraph, list[Stretch]]]:
+    """The compiled graphs whose launches these kernels can be."""
+    found = [(graph, match_launches(names, graph)) for graph in graphs if not graph.backward]
+    return [(g, match) for g, match in found if match is not None and is_consistent(names, match, g)]
 
 
 def _by_ids(launch: Launch, recording: Recording) -> dict[str, dict[RangeKind, NodeSpans]]:

@@ -37,7 +37,7 @@ class Replays:
 
     def __init__(self, recording: Recording, launches: Launches, clock: TraceClock) -> None:
         self.recording, self.launches, self.clock = recording, launches, clock
-        self.nodes = NodeFinder(recording)
+        self.nodes = NodeFinder(recording, launches.graphs)
 
     def placement(self, launch: Launch, name: str) -> Placement:
         """Of the router of that path, at its launch."""

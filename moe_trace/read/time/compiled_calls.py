@@ -1,0 +1,234 @@
+"""The calls of compiled graphs in a trace: which kernels each launched, and for which router calls.
+
+The profiler shows each call as an operator of Inductor's (`## Call CompiledFxGraph`). A forward's are those
+inside its range, or the one that holds the launch of its CUDA graph; a backward's are joined to its forward's
+by Kineto's flow from one autograd node to the other. Which launch each
+kernel is tells `timeline/correlate/compiled_launches.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
+from moe_trace.data.schema import GRAPH_LAUNCH
+from moe_trace.read.file.events import EventTable, Kind, find_links, spans_ns
+from moe_trace.read.file.launches import Kernels
+from moe_trace.read.time.phases import node_intervals
+from moe_trace.timeline.correlate.compiled_launches import (
+    Stretch,
+    is_consistent,
+    kernels_of_calls,
+    match_launches,
+    part_of,
+    split,
+    usual_sequences,
+)
+
+IntArray = npt.NDArray[np.int64]
+_CALL = "## Call CompiledFxGraph"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel, as far as it is one router call's. `step` orders the launches of a call."""
+
+    call: int
+    """Row of the table of calls."""
+    step: int
+    place: Place
+    kernel: int
+    """Row of the table of kernels."""
+    launch: CompiledLaunch
+
+    @property
+    def share(self) -> int:
+        """Of how many parts of the model the kernel is."""
+        return len(self.launch.parts) + self.launch.outside
+
+
+@dataclass(frozen=True)
+class _GraphCall:
+    """One call of a compiled graph, and what its kernels are."""
+
+    graph: CompiledGraph
+    rows: IntArray
+    """Of the kernels, in the order of the stream."""
+    stretches: Sequence[Stretch]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Which router calls one call of a graph makes."""
+
+    row_of: Mapping[str, int]
+    """By router's path, those of its forward."""
+    number: int
+    """Which run of the graph in the forward it is, of how many."""
+    runs: int
+
+    def row(self, part: LaunchPart) -> int | None:
+        """Where layers share the code, each run is of one of them, in their order."""
+        routers = [name for name in part.routers if name in self.row_of]
+        return self.row_of[routers[self.number]] if len(routers) == self.runs else None
+
+
+class CompiledCalls:
+    """Joins the calls inside compiled code of one trace with their kernels."""
+
+    def __init__(
+        self, calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
+    ) -> None:
+        self._calls, self._graphs, self._kernels, self._events = calls, graphs, kernels, events
+        self._ops = events.select((events.kind == Kind.OP) & _named(events, _CALL))
+        self._ops = self._ops.select(np.lexsort((self._ops.start_ns, self._ops.thread)))
+        self._replays = events.select((events.kind == Kind.LAUNCH) & _named(events, GRAPH_LAUNCH))
+        self._found: dict[int, list[_GraphCall]] = {}
+        self._runs: dict[int, _Run] = {}
+        """By row of `_ops`: those of forwards that were joined."""
+
+    def forward(self, inside: IntArray) -> list[Work]:
+        """What ran for the calls of some rows, as far as it can be told."""
+        groups: dict[tuple[float, ...], list[int]] = defaultdict(list)
+        spans = self._calls.places.span("host", "graph")[inside].tolist()
+        threads = self._calls.thread[inside].tolist()
+        for row, thread, span in zip(inside.tolist(), threads, spans, strict=True):
+            groups[thread, *span].append(row)
+        return [one for rows in groups.values() for one in self._of_forward(np.array(rows, np.int64))]
+
+    def backward(self) -> list[Work]:
+        """The same for the backwards of what `forward` joined."""
+        return [
+            one
+            for op, forward in self._backwards()
+            if (found := self._matched(op, backward=True)) is not None
+            for one in _work(found, self._runs[forward], step=0)
+        ]
+
+    def _of_forward(self, rows: IntArray) -> Iterator[Work]:
+        names = self._calls.name[rows].tolist()
+        if len(set(names)) < len(names):  # a router that ran twice: whose launches are whose is not known
+            return
+        row_of = dict(zip(names, rows.tolist(), strict=True))
+        found = [(op, one) for op in self._ops_of(int(rows[0])) if (one := self._matched(op)) is not None]
+        runs, done = Counter(one.graph for _, one in found), Counter[CompiledGraph]()
+        step = 0
+        for op, one in found:
+            self._runs[op] = _Run(row_of, done[one.graph], runs[one.graph])
+            done[one.graph] += 1
+            yield from _work(one, self._runs[op], step)
+            step += len(one.stretches)
+
+    def _ops_of(self, row: int) -> list[int]:
+        """Rows of `_ops`: in the range of the call's forward, or round the launch that is its place."""
+        start, end = spans_ns(self._calls.places.span("host", "graph")[[row]])[0]
+        launched = np.flatnonzero(self._replays.start_ns == start)
+        if len(launched):
+            threads = set(self._replays.thread[launched].tolist())
+        else:
+            number = self._calls.thread[row]
+            threads = {at for at, (_, thread) in enumerate(self._events.threads) if thread == number}
+        begin, stop = self._ops.start_ns, self._ops.end_ns
+        holds = ((start <= begin) & (stop <= end)) | ((begin <= start) & (end <= stop))
+        return [int(op) for op in np.flatnonzero(holds) if self._ops.thread[op] in threads]
+
+    def _backwards(self) -> Iterator[tuple[int, int]]:
+        """(backward's, forward's) rows of `_ops` whose autograd nodes a flow joins."""
+        flows = [self._events.select(self._events.kind == kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
+        at = find_links(flows[1].link, flows[0].link)
+        ends, starts = flows[1].select(at >= 0), flows[0].select(at[at >= 0])
+        sides = [node_intervals(self._events, side)[0] for side in (ends, starts)] if len(ends) else []
+        for pair in zip(*(self._only_op_in(side) for side in sides), strict=True):
+            if pair[0] >= 0 and pair[1] in self._runs:
+                yield pair
+
+    def _only_op_in(self, nodes: EventTable) -> list[int]:
+        """Of each node, the row of `_ops` inside it; -1 without one, or with several."""
+        found = []
+        for thread, start, end in zip(nodes.thread, nodes.start_ns, nodes.end_ns, strict=True):
+            inside = (self._ops.thread == thread) & (start <= self._ops.start_ns) & (self._ops.end_ns <= end)
+            rows = np.flatnonzero(inside)
+            found.append(int(rows[0]) if len(rows) == 1 else -1)
+        return found
+
+    def _matched(self, op: int, *, backward: bool = False) -> _GraphCall | None:
+        """The graph whose launches are those of a call; None without one, or where several fit."""
+        found = []
+        for one in self._fitting(op):
+            names = self._names_of(one.rows)
+            if self._usual[one.graph] != tuple(names):
+                continue
+            parts = [split(names, stretch, one.graph, self._lengths) for stretch in one.stretches]
+            stretches = [stretch for several in parts for stretch in several]
+            if one.graph.backward == backward and all(part_of(part, one.graph) for part in stretches):
+                found.append(replace(one, stretches=stretches))
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
+        """The kernels that each graph runs."""
+        fitting = (one for op in range(len(self._ops)) for one in self._fitting(op))
+        return usual_sequences((one.graph, self._names_of(one.rows)) for one in fitting)
+
+    @cached_property
+    def _lengths(self) -> dict[str, set[int]]:
+        """How many kernels a library's call runs, by operator, where the trace tells."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for one in (one for op in range(len(self._ops)) for one in self._fitting(op)):
+            for operator, kernels in kernels_of_calls(self._names_of(one.rows), one.stretches, one.graph):
+                found[operator].add(kernels)
+        return found
+
+    def _fitting(self, op: int) -> list[_GraphCall]:
+        """The graphs that a call may be of, by the names of its kernels."""
+        if op not in self._found:
+            self._found[op] = self._find(op)
+        return self._found[op]
+
+    def _find(self, op: int) -> list[_GraphCall]:
+        ops = self._ops
+        launched = self._kernels.within_ns(int(ops.thread[op]), int(ops.start_ns[op]), int(ops.end_ns[op]))
+        rows = np.arange(launched.start, launched.stop)
+        replayed = np.flatnonzero(np.isin(self._kernels.link[rows], self._replays.link))
+        # A CUDA graph's inputs are copied before its launch, by kernels that are not its own.
+        found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
+        return found or self._of_kernels(rows)
+
+    def _of_kernels(self, rows: IntArray) -> list[_GraphCall]:
+        rows = rows[np.argsort(self._kernels.start_ns[rows], kind="stable")]
+        if len(set(self._kernels.stream[rows].tolist())) != 1:
+            return []
+        names = self._names_of(rows)
+        return [
+            _GraphCall(graph, rows, stretches)
+            for graph in self._graphs
+            if (stretches := match_launches(names, graph)) is not None
+            and is_consistent(names, stretches, graph)
+        ]
+
+    def _names_of(self, rows: IntArray) -> list[str]:
+        return [self._events.names[name] for name in self._kernels.name[rows].tolist()]
+
+
+def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
+    """The kernels of a call of a graph that are some router call's."""
+    for number, stretch in enumerate(call.stretches):
+        launch = part_of(stretch, call.graph)
+        assert launch is not None  # else the graph did not fit
+        for part in (call.graph.parts[at] for at in launch.parts):
+            row = run.row(part)
+            if row is not None:
+                for at in stretch.kernels:
+                    yield Work(row, step + number, part.place, int(call.rows[at]), launch)
+
+
+def _named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
+    named = np.array([name.startswith(prefix) for name in events.names], bool)
+    return named[events.name] if len(named) else np.zeros(len(events), bool)

@@ -1,0 +1,168 @@
+"""Which part of an MoE layer each launch of compiled code computes, by the compiler's notes of its graph.
+
+Asked for when a graph takes up the hooks, until the tracer stops. A fused kernel lists all nodes that it
+computes, also those that several kernels compute again because that is cheaper than to store them: what it
+is for are the nodes that no other kernel lists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
+from moe_trace.find.private.inductor import (
+    GraphNode,
+    LaunchNodes,
+    listen_to_compiles,
+    stop_listening,
+)
+from moe_trace.find.routers import RouterSite
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "int_mm")
+_GATHERS = ("index", "index_select", "gather", "take", "take_along_dim")
+_WRITES = ("index_add", "index_put", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+_FREE = (  # what a fused kernel does on its way, at no cost of its own
+    *("view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "alias", "clone"),
+    *("slice", "select", "split", "split_with_sizes", "getitem", "full", "iota", "constant_pad_nd"),
+    "convert_element_type",
+)
+_OURS = str(Path(__file__).parents[2])
+_GENERATED = ("triton_", "cpp_")
+_GRAPHS_MAX = 1000
+
+
+class LaunchLists:
+    """The graphs that were compiled while one tracer was active."""
+
+    def __init__(self, sites: Sequence[RouterSite]) -> None:
+        self._places = _module_places(sites)
+        self._found: dict[CompiledGraph, None] = {}
+
+    def watch(self) -> None:
+        """A graph takes up the hooks: listen to what is compiled from now on."""
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            listen_to_compiles(self._told)
+
+    def stop(self) -> None:
+        """Listen no more; what was told is kept."""
+        stop_listening(self._told)
+
+    def graphs(self) -> tuple[CompiledGraph, ...]:
+        """Those with a router or experts in them, in the order in which they were compiled."""
+        return tuple(self._found)
+
+    def _told(self, launches: Sequence[LaunchNodes], nodes: Sequence[GraphNode], backward: bool) -> None:
+        graph = describe(launches, nodes, self._places, backward=backward)
+        if any(part.place != "block" for part in graph.parts) and len(self._found) < _GRAPHS_MAX:
+            self._found[graph] = None
+
+
+def _module_places(sites: Sequence[RouterSite]) -> dict[str, dict[str, Place]]:
+    """Router's path -> path of a module of its layer -> what that is."""
+    return {site.name: _places_in_block(site) for site in sites}
+
+
+def _places_in_block(site: RouterSite) -> dict[str, Place]:
+    block = site.router if site.block is None else site.block
+    within = {id(module): name for name, module in block.named_modules()}
+    router = within.get(id(site.router))
+    if router is None:
+        return {site.name: "router"}
+    above = site.name[: len(site.name) - len(router)].rstrip(".")
+    modules: tuple[tuple[nn.Module | None, Place], ...] = (
+        (block, "block"),
+        (site.experts, "experts"),
+        (site.router, "router"),
+    )
+    return {
+        ".".join(filter(None, (above, within[id(module)]))): place
+        for module, place in modules
+        if id(module) in within
+    }
+
+
+def describe(
+    launches: Sequence[LaunchNodes],
+    nodes: Sequence[GraphNode],
+    places: Mapping[str, Mapping[str, Place]],
+    *,
+    backward: bool = False,
+) -> CompiledGraph:
+    """The launches with the parts of the model that they compute."""
+    known = {node.name: node for node in nodes}
+    part_of = {node.name: _part_of(node, places) for node in nodes}
+    listed = Counter(name for launch in launches for name in set(launch.nodes))
+    libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
+    parts: dict[LaunchPart, int] = {}
+    described = []
+    for launch in launches:
+        own = _own_nodes(launch, listed, libraries, known)
+        found = dict.fromkeys(part_of[name] for name in own)
+        operators = {_operator(known[name].target) for name in own}
+        inside = [part for part in found if part is not None]
+        described.append(
+            CompiledLaunch(
+                kernel=launch.kernel,
+                generated=_is_generated(launch),
+                parts=tuple(parts.setdefault(part, len(parts)) for part in inside),
+                outside=None in found and bool(inside),
+                product=any(operator in _PRODUCTS for operator in operators),
+                gather=any(operator in _GATHERS for operator in operators),
+                write=any(operator in _WRITES for operator in operators),
+            )
+        )
+    return CompiledGraph(parts=tuple(parts), launches=tuple(described), backward=backward)
+
+
+def _is_generated(launch: LaunchNodes) -> bool:
+    return launch.kernel.startswith(_GENERATED)
+
+
+def _own_nodes(
+    launch: LaunchNodes, listed: Mapping[str, int], libraries: set[str], known: Mapping[str, GraphNode]
+) -> list[str]:
+    """The nodes that a launch is for, as far as it is known where they come from."""
+    if not _is_generated(launch):
+        return [name for name in launch.nodes[:1] if name in known]
+    computed = [name for name in launch.nodes if name in known and name not in libraries]
+    working = [name for name in computed if _operator(known[name].target) not in _FREE]
+    for candidates in ([name for name in working if listed[name] == 1], working, computed):
+        told = [name for name in candidates if known[name].modules]
+        if told:
+            return told
+    return []
+
+
+def _operator(target: str) -> str:
+    """`index_put` of `aten.index_put_.default`."""
+    parts = target.removeprefix("<built-in function ").rstrip(">").split(".")
+    name = parts[-2] if len(parts) > 1 else parts[0]
+    return name.strip("_").removesuffix("_fallback").removesuffix("_backward")
+
+
+def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> LaunchPart | None:
+    """The part of an MoE layer, by the innermost of its modules; None for the rest of the model."""
+    if f'"{_OURS}' in node.source:
+        return None
+    for path in reversed(node.modules):
+        wanted = path.rpartition("']")[2].lstrip(".")
+        found = _matching(wanted, places) if wanted else {}
+        if found:
+            place = next(iter(found.values()))
+            return LaunchPart(routers=tuple(found), place=place)
+    return None
+
+
+def _matching(path: str, places: Mapping[str, Mapping[str, Place]]) -> dict[str, Place]:
+    """The routers in whose layer a module of that path, as seen from what was compiled, is one of ours."""
+    return {
+        router: place
+        for router, modules in places.items()
+        for name, place in modules.items()
+        if name == path or name.endswith(f".{path}")
+    }

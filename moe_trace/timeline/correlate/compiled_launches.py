@@ -1,0 +1,145 @@
+"""Which launch of a compiled graph each kernel of a call of it is: joined as a whole sequence, name by name.
+
+A generated kernel has the name that the compiler gave it, and stands where the compiler put it; what runs
+between two of them are the kernels of the libraries' calls between them. Where both sequences agree
+throughout, each is who it is said to be. Where they do not, at one place, nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
+
+_GENERATED = ("triton_", "cpp_")
+_NO_WORK = ("Memset", "Memcpy")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Kernels that follow each other, and the launches that they are of: one, or several of a library."""
+
+    kernels: range
+    launches: tuple[int, ...]
+
+
+def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
+    """The launches of the kernels of one call of a compiled graph; None where the two do not agree.
+
+    Args:
+        names: of the kernels, copies and memsets that the call launched, in the order of the stream.
+    """
+    found: list[Stretch] = []
+    at, waiting = 0, []  # the libraries' calls since the last generated kernel
+    for number, launch in enumerate(graph.launches):
+        if not launch.generated:
+            waiting.append(number)
+            continue
+        stop = next((i for i in range(at, len(names)) if names[i].startswith(_GENERATED)), len(names))
+        if stop == len(names) or names[stop] != launch.kernel:
+            return None
+        if not _take(names, range(at, stop), waiting, found):
+            return None
+        found.append(Stretch(range(stop, stop + 1), (number,)))
+        at, waiting = stop + 1, []
+    if any(name.startswith(_GENERATED) for name in names[at:]):
+        return None
+    return found if _take(names, range(at, len(names)), waiting, found) else None
+
+
+def _take(names: Sequence[str], kernels: range, launches: list[int], found: list[Stretch]) -> bool:
+    """Kernels between two generated ones are those of the libraries' calls there, each of at least one."""
+    working = sum(not names[i].startswith(_NO_WORK) for i in kernels)
+    if working < len(launches) or (working and not launches):
+        return False
+    if len(launches) == working == len(kernels):
+        found.extend(Stretch(range(i, i + 1), (n,)) for i, n in zip(kernels, launches, strict=True))
+    elif launches:
+        found.append(Stretch(kernels, tuple(launches)))
+    return True
+
+
+def kernels_of_calls(
+    names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph
+) -> Iterator[tuple[str, int]]:
+    """(operator, how many kernels it runs) of the libraries' calls that stand alone, or among their like."""
+    for stretch in stretches:
+        calls = {graph.launches[number].kernel for number in stretch.launches}
+        working = sum(not names[i].startswith(_NO_WORK) for i in stretch.kernels)
+        each, rest = divmod(working, len(stretch.launches))
+        if len(calls) == 1 and not rest and not graph.launches[stretch.launches[0]].generated:
+            yield calls.pop(), each
+
+
+def split(
+    names: Sequence[str], stretch: Stretch, graph: CompiledGraph, lengths: Mapping[str, set[int]]
+) -> list[Stretch]:
+    """The calls of a stretch one by one, where it is known how many kernels each runs; else the stretch.
+
+    Args:
+        lengths: by operator, how many kernels its calls run elsewhere.
+    """
+    if part_of(stretch, graph) is not None:
+        return [stretch]
+    known = [lengths.get(graph.launches[number].kernel, set()) for number in stretch.launches]
+    working = [i for i in stretch.kernels if not names[i].startswith(_NO_WORK)]
+    # Where as many run as at the least, each runs its least: no other division adds up.
+    if not all(known) or sum(map(min, known)) != len(working):
+        return [stretch]
+    found, at, start = [], 0, stretch.kernels.start
+    for number, each in zip(stretch.launches, known, strict=True):
+        at += min(each)
+        stop = stretch.kernels.stop if at == len(working) else working[at - 1] + 1
+        found.append(Stretch(range(start, stop), (number,)))
+        start = stop
+    return found
+
+
+def part_of(stretch: Stretch, graph: CompiledGraph) -> CompiledLaunch | None:
+    """A launch that stands for all of a stretch; None where they compute different parts of the model."""
+    launches = [graph.launches[number] for number in stretch.launches]
+    if len({(launch.parts, launch.outside) for launch in launches}) > 1:
+        return None
+    return replace(
+        launches[0],
+        product=any(one.product for one in launches),
+        gather=any(one.gather for one in launches),
+        write=any(one.write for one in launches),
+    )
+
+
+def usual_sequences(
+    found: Iterable[tuple[CompiledGraph, Sequence[str]]],
+) -> dict[CompiledGraph, tuple[str, ...] | None]:
+    """Of each graph, the kernels of more than half of its calls; None where they differ more than that.
+
+    A graph runs the same kernels in each call: what ran beside them in one call is not among the others.
+    """
+    counts: dict[CompiledGraph, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    for graph, names in found:
+        counts[graph][tuple(names)] += 1
+    usual = {}
+    for graph, seen in counts.items():
+        names, often = seen.most_common(1)[0]
+        usual[graph] = names if 2 * often > seen.total() else None
+    return usual
+
+
+def is_consistent(names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph) -> bool:
+    """Whether the libraries' calls run the same kernels wherever they stand between the same generated ones.
+
+    Layers repeat, so this finds a kernel too many or too few that the libraries' names do not tell.
+    """
+    seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    around = [(), *((graph.launches[one.launches[0]].kernel,) for one in stretches), ()]
+    for number, stretch in enumerate(stretches):
+        if graph.launches[stretch.launches[0]].generated:
+            continue
+        calls = tuple(graph.launches[n].kernel for n in stretch.launches)
+        kernels = tuple(names[i] for i in stretch.kernels)
+        if seen.setdefault((around[number], calls, around[number + 2]), kernels) != kernels:
+            return False
+    return True

@@ -1,0 +1,217 @@
+"""Phases inside compiled code: real traces of an H100 against their kernels by hand, and changed ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_trace import read_summary
+from moe_trace.data.codec import decode_recording, encode_recording
+from moe_trace.data.compiled_graph import CompiledGraph, decode_compiled, encode_compiled
+from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.time.joined import measure_all
+from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
+from moe_trace.read.time.phases import CallTimes
+from moe_trace.timeline.correlate.compiled_launches import (
+    is_consistent,
+    match_launches,
+    part_of,
+    usual_sequences,
+)
+from paths import ROOT
+
+FOLDER = ROOT / "tests" / "data" / "h100_compiled"
+ALL = sorted(file.name.split(".")[0] for file in FOLDER.iterdir())
+ONE_BY_ONE = ["without_graphs", "layers_without_graphs", "compiled_training"]
+GROUPED = ("prepare_grouped_gemm_data", "enable_3x_kernel_for_sm9xINS_4gemm6kernel13Gemm")
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / f"{name}.pt.trace.json.gz"
+
+
+@cache
+def times_of(name: str) -> CallTimes:
+    trace = read_trace(path_of(name))
+    return measure_all(trace.recording, trace.events, find_kernels(trace.events))
+
+
+@cache
+def kernels_of(name: str) -> list[list[dict[str, Any]]]:
+    """Kernels, copies and memsets of each forward's compiled calls, by a plain reading of the JSON."""
+    events = json.loads(gzip.decompress(path_of(name).read_bytes()))["traceEvents"]
+    slices = [e for e in events if e.get("ph") == "X"]
+    threads = {e["tid"] for e in slices if e["name"].startswith(("moe.graph/", "cudaGraphLaunch"))}
+    calls = [e for e in slices if e["name"].startswith("## Call Compiled") and e["tid"] in threads]
+    launches = [e for e in slices if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    work = defaultdict(list)
+    for event in slices:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            work[event["args"]["correlation"]].append(event)
+    found = []
+    for call in sorted(calls, key=lambda e: e["ts"]):
+        inside = [
+            event
+            for launch in launches
+            if launch["tid"] == call["tid"] and call["ts"] <= launch["ts"] <= call["ts"] + call["dur"]
+            for event in work[launch["args"].get("correlation")]
+        ]
+        found.append(sorted(inside, key=lambda e: e["ts"]))
+    return found
+
+
+def test_every_way_of_compiling_tells_all_phases_of_all_calls() -> None:
+    assert len(ALL) == 6
+    for name in ALL:
+        times = times_of(name)
+        assert times.coverage.compiled.joined == times.coverage.compiled.total == 6, name
+        assert (times.forward.busy_ns[:, [ROUTER, DISPATCH, EXPERTS, COMBINE]] > 0).all(), name
+        assert not times.forward.busy_ns[:, COMBINE + 1 :].any(), name
+        assert times.forward.kernels[:, ROUTER].tolist() == [4] * 6, name  # product, softmax, topk: 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_experts_take_what_their_products_take_by_hand(name: str) -> None:
+    times = times_of(name)
+    by_hand = [e for call in kernels_of(name) for e in call if any(part in e["name"] for part in GROUPED)]
+    products = sum(round(1000 * e["dur"]) for e in by_hand)
+    assert products > 0
+    # 3 %: the activation stands between the products, and is the experts' too.
+    assert times.forward.busy_ns[:, EXPERTS].sum() == pytest.approx(products, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "compiled_training"])
+def test_routers_are_the_same_kernels_in_every_layer_and_replay(name: str) -> None:
+    topk = [e for call in kernels_of(name) for e in call if "topk" in e["name"].lower()]
+    assert len(topk) == 6
+    times = times_of(name)
+    assert times.forward.busy_ns[:, ROUTER].min() > min(round(1000 * e["dur"]) for e in topk)
+    busy = times.forward.busy_ns.sum(1)
+    assert busy.max() < 1.15 * busy.min()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_phases_gaps_and_overlap_add_up_to_the_span(name: str) -> None:
+    times = times_of(name)
+    busy = times.forward.busy_ns.sum(1)
+    assert (busy + times.device_gap_ns - times.device_overlap_ns == times.device_span_ns).all()
+    assert (times.device_gap_ns >= 0).all()
+    total = sum(round(1000 * e["dur"]) for call in kernels_of(name) for e in call)
+    assert 0 < busy.sum() < total
+
+
+def test_a_backward_takes_about_twice_its_forward() -> None:
+    times = times_of("compiled_training")
+    assert times.backward is not None and times.backward.ran.all()
+    ratio = times.backward.busy_ns[:, EXPERTS].sum() / times.forward.busy_ns[:, EXPERTS].sum()
+    assert 1.8 < ratio < 2.4
+
+
+@pytest.mark.parametrize("name", ["compiled_model", "without_graphs"])
+def test_the_report_gives_routers_their_time_and_says_where_it_is_from(name: str) -> None:
+    summary = read_summary(path_of(name))
+    assert len(summary.busy_us) == 6 and all(us > 0 for us in summary.busy_us.values())
+    notes = " ".join(summary.notes)
+    assert "the compiler's provenance" in notes and "no router latency" not in notes
+    assert "6 a time of the router itself" in notes
+
+
+def test_without_the_compilers_notes_nothing_is_claimed() -> None:
+    trace = read_trace(path_of("compiled_model"))
+    bare = replace(trace.recording, compiled_graphs=())
+    assert len(measure_all(bare, trace.events, find_kernels(trace.events)).samples) == 0
+
+
+# -- the list of launches -----------------------------------------------------------------------------
+
+
+@cache
+def graph_and_names(name: str) -> tuple[CompiledGraph, tuple[tuple[str, ...], ...]]:
+    graphs = [g for g in read_trace(path_of(name)).recording.compiled_graphs if not g.backward]
+    calls = [tuple(e["name"] for e in call) for call in kernels_of(name)]
+    first = graphs[0].launches[0].kernel
+    return graphs[0], tuple(call[call.index(first) :] for call in calls)
+
+
+def labels(names: tuple[str, ...], graph: CompiledGraph) -> list[Any] | None:
+    """The part of the model of each kernel; None where nothing is claimed, an empty tuple outside MoE."""
+    stretches = match_launches(names, graph)
+    if stretches is None or not is_consistent(names, stretches, graph):
+        return None
+    found: list[Any] = [()] * len(names)
+    for stretch in stretches:
+        launch = part_of(stretch, graph)
+        for i in stretch.kernels:
+            found[i] = launch.parts if launch is not None else None
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_changed_replays_are_told_right_or_not_at_all(data: st.DataObject) -> None:
+    graph, calls = graph_and_names(data.draw(st.sampled_from(["compiled_model", "without_graphs"])))
+    names = list(calls[0])
+    truth: list[Any] = list(labels(calls[0], graph) or [])
+    assert truth
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(names) - 1))
+        kind = data.draw(st.sampled_from(["rename", "drop", "add", "swap"]))
+        if kind == "rename":
+            names[at] = data.draw(st.sampled_from([*names, "another_kernel"]))
+        elif kind == "drop" and len(names) > 1:
+            del names[at], truth[at]
+        elif kind == "add":
+            names.insert(at, data.draw(st.sampled_from([*names, "another_kernel"])))
+            truth.insert(at, "foreign")
+        else:
+            other = data.draw(st.integers(0, len(names) - 1))
+            names[at], names[other] = names[other], names[at]
+            truth[at], truth[other] = truth[other], truth[at]
+    if tuple(names) == calls[0]:
+        return  # two changes undid each other, or swapped what is alike
+    usual = usual_sequences((graph, sequence) for sequence in (calls[0], tuple(names), calls[0]))
+    assert usual[graph] == calls[0] != tuple(names), "the changed replay is not the usual one: it is unknown"
+    alone = labels(tuple(names), graph)
+    if alone is not None:  # what the names alone let pass: no generated kernel is another than it says
+        generated = [n for n in names if n.startswith("triton_")]
+        assert generated == [launch.kernel for launch in graph.launches if launch.generated]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_graphs_survive_the_file(name: str) -> None:
+    recording = read_trace(path_of(name)).recording
+    text = encode_recording(recording)
+    assert decode_recording(json.loads(text)).compiled_graphs == recording.compiled_graphs
+    encoded = json.dumps(encode_compiled(recording.compiled_graphs))
+    assert len(encoded) < 200 * sum(len(graph.launches) for graph in recording.compiled_graphs)
+    assert decode_compiled(json.loads(encoded) | {"version": 2}) == ()
+
+
+@pytest.mark.parametrize(
+    "broken", [{"kernels": []}, {"graphs": [{"parts": [["attic", "a"]], "launches": [], "backward": False}]}]
+)
+def test_a_changed_list_is_refused(broken: dict[str, Any]) -> None:
+    graph, _ = graph_and_names("compiled_model")
+    with pytest.raises((ValueError, LookupError)):
+        decode_compiled(encode_compiled([graph]) | broken)
+
+
+def test_kernels_on_another_stream_are_not_told() -> None:
+    trace = read_trace(path_of("compiled_model"))
+    kernels = find_kernels(trace.events)
+    stream = kernels.stream.copy()
+    link = np.bincount(kernels.link).argmax()  # a replay's
+    stream[np.flatnonzero(kernels.link == link)[::2]] += 1
+    times = measure_all(trace.recording, trace.events, replace(kernels, stream=stream))
+    assert times.coverage.compiled.joined == 4 and times.coverage.compiled.total == 6

@@ -1,0 +1,138 @@
+"""What the compiler notes of its launches while a tracer is active: which part of a layer each computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import config
+from torch._inductor.graph import GraphLowering
+
+from models import tiny_olmoe
+from moe_trace import MoETracer, find_routers
+from moe_trace.data.compiled_graph import CompiledGraph
+from moe_trace.find.private.inductor import GraphNode, LaunchNodes, listen_to_compiles, stop_listening
+from moe_trace.record.graphs.launch_lists import LaunchLists, describe
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Nothing of earlier tests or processes: what a cache holds is not compiled, so nothing is noted."""
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        yield
+
+
+class Blocks(nn.Module):
+    """The MoE blocks of a model without its attention, which would take long to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer.mlp for layer in tiny_olmoe(layers=2).model.layers)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return hidden
+
+
+NAMES = ("layers.0.gate", "layers.1.gate")
+
+
+def places(graph: CompiledGraph) -> dict[tuple[str, ...], set[str]]:
+    found: dict[tuple[str, ...], set[str]] = {}
+    for launch in graph.launches:
+        for part in (graph.parts[number] for number in launch.parts):
+            found.setdefault(part.routers, set()).add(part.place)
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_each_layers_parts_have_launches_of_their_own_forward_and_backward(device: str) -> None:
+    before = GraphLowering.compile_to_module, config.trace.provenance_tracking_level
+    model = Blocks().to(device)
+    with MoETracer(model) as tracer:
+        torch.compile(model)(torch.randn(2, 4, 32, device=device)).sum().backward()
+    assert len(tracer.samples()) == 2
+    forward, backward = tracer.recording().compiled_graphs
+    assert (forward.backward, backward.backward) == (False, True)
+    for name in NAMES:
+        assert places(forward)[name,] >= {"router", "experts"}
+        assert "experts" in places(backward)[name,]
+    products = [one for one in forward.launches if one.product and one.parts]
+    assert {forward.parts[one.parts[0]].place for one in products} == {"router", "experts"}
+    assert (GraphLowering.compile_to_module, config.trace.provenance_tracking_level) == before
+
+
+@pytest.mark.cuda
+def test_layers_that_share_code_are_named_together() -> None:
+    model = Blocks().cuda()
+    with MoETracer(model) as tracer, torch.no_grad():
+        for layer in model.layers:
+            layer.compile()
+        model(torch.randn(2, 4, 32, device="cuda"))
+    (graph,) = tracer.recording().compiled_graphs
+    assert set(places(graph)) == {NAMES}
+
+
+def test_what_the_tracer_writes_is_no_part_of_the_layer() -> None:
+    ours = f'File "{MoETracer.__module__}"'
+    here = __import__("moe_trace").__file__
+    nodes = [
+        GraphNode("mm", "aten.mm.default", ("L['self'].gate",), ""),
+        GraphNode("put", "aten.index_put_.default", ("L['self'].gate",), f'File "{here}", line 1\n{ours}'),
+    ]
+    launches = [LaunchNodes("extern_kernels.mm", ("mm",)), LaunchNodes("triton_poi_0", ("put",))]
+    graph = describe(launches, nodes, {"model.gate": {"model.gate": "router"}})
+    assert [launch.parts for launch in graph.launches] == [(0,), ()]
+
+
+def test_a_fused_kernel_is_for_what_no_other_computes() -> None:
+    nodes = [
+        GraphNode("norm", "aten.mul.Tensor", ("L['self'].norm",), ""),
+        GraphNode("gather", "aten.index.Tensor", ("L['self'].mlp.experts",), ""),
+        GraphNode("view", "aten.reshape.default", ("L['self'].mlp.gate",), ""),
+        GraphNode("softmax", "aten._softmax.default", ("L['self'].mlp.gate",), ""),
+    ]
+    launches = [
+        LaunchNodes("triton_red_0", ("norm",)),
+        LaunchNodes("triton_poi_1", ("gather", "norm", "view")),
+        LaunchNodes("triton_poi_2", ("gather", "softmax")),
+    ]
+    modules = {"mlp.gate": {"mlp": "block", "mlp.experts": "experts", "mlp.gate": "router"}}
+    graph = describe(launches[:2], nodes, modules)
+    assert [[graph.parts[n].place for n in one.parts] for one in graph.launches] == [[], ["experts"]]
+    assert graph.launches[1].gather and not graph.launches[1].outside
+    graph = describe([launches[2], LaunchNodes("triton_poi_3", ("norm", "softmax"))], nodes, modules)
+    assert [(len(one.parts), one.outside) for one in graph.launches] == [(1, False), (0, False)]
+    alone = describe([LaunchNodes("triton_poi_4", ("norm", "gather", "softmax"))], nodes, modules)
+    assert (len(alone.launches[0].parts), alone.launches[0].outside) == (2, True)
+
+
+def test_a_listener_that_raises_costs_nobody_their_compilation() -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no")
+
+    assert listen_to_compiles(broken)
+    try:
+        assert torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(3)).shape == (3,)
+    finally:
+        stop_listening(broken)
+
+
+def test_tracers_listen_until_the_last_has_stopped() -> None:
+    before = GraphLowering.compile_to_module
+    model = tiny_olmoe(layers=1)
+    lists = [LaunchLists(find_routers(model)) for _ in range(2)]
+    for one in lists:
+        one.watch()
+        one.watch()
+    lists[1].stop()
+    assert GraphLowering.compile_to_module is not before
+    lists[0].stop()
+    lists[0].stop()
+    assert GraphLowering.compile_to_module is before
