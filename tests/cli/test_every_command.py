@@ -34,7 +34,7 @@ model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**CONFIG))
 model(torch.arange(8)[None])
 """.replace("CONFIG", repr({k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}))
 
-# {a}, {b}: traces of two ranks; {r}: routes; {o}: the beginning of a name of an output that is not there.
+# {a}, {b}: traces of two ranks; {r}, {s}: routes; {o}: the beginning of an output's name.
 READING = {
     "report": "report {a} --format json",
     "report --html": "report {a} --html {o}.html",
@@ -49,6 +49,7 @@ READING = {
     "routes check": "routes check {r} --format json",
     "routes study": "routes study {r} --format json",
     "routes cache": "routes cache {r} --experts-in-memory 2,4 --format json",
+    "routes diff": "routes diff {r} {s} --format json",
 }
 BESIDE = {"reduce": "reduce {a}"}
 MODELS = {
@@ -72,7 +73,14 @@ def written(folder: Path) -> dict[str, str]:
     (folder / "program.py").write_text(PROGRAM)
     a, b = sorted(folder.glob("*trace.json*"))
     routes = random_routes(40).save(folder / "r.routes.npz")
-    paths = {"a": a, "b": b, "r": routes, "config": folder / "config.json", "program": folder / "program.py"}
+    paths = {
+        "a": a,
+        "b": b,
+        "r": routes,
+        "s": routes,
+        "config": folder / "config.json",
+        "program": folder / "program.py",
+    }
     return {**{name: shlex.quote(str(path)) for name, path in paths.items()}, "o": f"{folder}/out"}
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
         "what keeping some experts in memory gives",
     ),
     "view": ("moe_trace.cli.routes.view", "ViewRoutesCommand", "the text in the colours of its experts"),
+    "diff": ("moe_trace.cli.routes.diff", "DiffRoutesCommand", "the same tokens under several routings"),
 }
 
 
@@ -30,8 +31,6 @@ class RoutesCommand:
 
     Example: moe-trace routes check runs/demo/trace.routes.npz
     """
-
-    name = "routes"
 
     def __init__(self) -> None:
         self.reads: dict[str, str] = {}

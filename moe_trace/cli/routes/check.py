@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, ClassVar
 
+from moe_trace.cli.routes.reading import ROUTES, named, routes_of
+from moe_trace.data.display.json import json_text
 from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from moe_trace.read.routes.check import RoutesProblem
 
 _SHOWN = 5
-ENDING = ".routes.npz"
 
 
 class CheckRoutesCommand:
@@ -27,19 +27,17 @@ class CheckRoutesCommand:
     Example: moe-trace routes check runs/demo/trace.routes.npz
     """
 
-    name = "check"
-    reads: ClassVar[dict[str, str]] = {"files": ENDING, "reference": ENDING}
+    reads: ClassVar[dict[str, str]] = {"files": ROUTES, "reference": ROUTES}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the options."""
         add = parser.add_argument
-        add("files", nargs="+", metavar="FILE", help="files of routes, or captures that `import` reads")
+        add("files", nargs="+", metavar="FILE", help="files of routes")
         add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
         add("--format", choices=("text", "json"), default="text", help="default: text")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Check each file; print what holds and what does not."""
-        from moe_trace.cli.routes.reading import named, routes_of
         from moe_trace.read.routes.check import RoutesProblem, check_routes
 
         reference = routes_of(arguments.reference, arguments) if arguments.reference else None
@@ -58,7 +56,7 @@ class CheckRoutesCommand:
                 file: {rule: [asdict(problem) for problem in found] for rule, found in rules.items()}
                 for file, rules in results.items()
             }
-            print(json.dumps(plain, indent=1, ensure_ascii=False))
+            print(json_text(plain), end="")
         else:
             for name, rules in results.items():
                 print("\n".join(_lines(name, rules)))

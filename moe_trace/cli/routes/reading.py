@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from moe_trace.data.display.tables import printable
-from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.data.routes.file import IncompleteRoutes, read_routes
+
+if TYPE_CHECKING:  # `--help` needs no numpy
+    from moe_trace.data.routes.columns import RecordedRoutes
 
 ROUTES = ".routes.npz"
 """How the copy of a pipe's content is named."""
@@ -16,6 +18,8 @@ ROUTES = ".routes.npz"
 
 def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
     """Read a file of routes, and say what it lacks."""
+    from moe_trace.data.routes.file import IncompleteRoutes, read_routes
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IncompleteRoutes)
         routes = read_routes(path)

@@ -9,7 +9,7 @@ import numpy as np
 ENOUGH_ROWS = 16
 """Fewer tokens than these may well agree."""
 _SAMPLE = 4096
-_MOSTLY = 0.5
+_MOSTLY = 0.9
 
 
 def fixed_layers(ids_TLK: np.ndarray, used_TL: np.ndarray) -> frozenset[int]:
@@ -30,9 +30,9 @@ def fixed_layers(ids_TLK: np.ndarray, used_TL: np.ndarray) -> frozenset[int]:
 def equal_layers(
     ids_TLK: np.ndarray, used_TL: np.ndarray, fixed: frozenset[int]
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(layer, an earlier one, rows that are equal) where most rows of the two are equal in all slots.
+    """(layer, an earlier one, rows that are equal) where nearly all rows of the two are equal in all slots.
 
-    More than half must be, and twice as many as two layers would share whose rows were shuffled. Layers are
+    More than nine in ten must be, and twice as many as where the rows of one are shuffled. Layers are
     compared in a sample of 4096 rows first.
     """
     step = max(1, len(ids_TLK) // _SAMPLE)

@@ -1,0 +1,90 @@
+"""The same tokens and layer under two routings, compared token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.overlap import shared_experts
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPiece:
+    """Some n tokens in one layer."""
+
+    compared: np.ndarray
+    """[n] bool: tokens that have an expert in either, and whose call was lost in neither."""
+    overlap: np.ndarray
+    """[n] float: |A ∩ B| / max(|A|, |B|), which is k where no slot was skipped; 0 where not compared."""
+    same_rank: np.ndarray
+    """[n] float: ranks with the same expert, over the same."""
+
+
+def compare_piece(
+    a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray, layers: tuple[int, int]
+) -> LayerPiece:
+    """Rows of a layer against the same tokens' rows of the other's."""
+    one, two = a.expert_ids[rows_a, layers[0]], b.expert_ids[rows_b, layers[1]]
+    experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
+    one, two = one[:, :slots], two[:, :slots]
+    sizes_a, sizes_b = np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1)
+    size = np.maximum(sizes_a, sizes_b)
+    compared = size > 0
+    for routes, rows, layer in ((a, rows_a, layers[0]), (b, rows_b, layers[1])):
+        if routes.lost_layers is not None:
+            compared = compared & ~routes.lost_layers[rows, layer]
+    divisor = np.where(compared, size, 1)
+    shared = shared_experts(one, two, experts)
+    same = np.count_nonzero((one == two) & (one < experts), axis=1)
+    return LayerPiece(
+        compared,
+        np.where(compared, shared, 0) / divisor,
+        np.where(compared, same, 0) / divisor,
+    )
+
+
+def weight_distance(
+    a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray, layers: tuple[int, int]
+) -> np.ndarray:
+    """[n] sum over experts of |weight in A - weight in B|, 0 for those not chosen; NaN where unrecorded."""
+    experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
+    (ids_a, given_a), (ids_b, given_b) = (
+        _chosen(routes, rows, layer, experts, slots)
+        for routes, rows, layer in ((a, rows_a, layers[0]), (b, rows_b, layers[1]))
+    )
+    total, left = np.zeros(len(rows_a), np.float32), given_b.copy()
+    for rank_a in range(slots):
+        met = np.zeros(len(rows_a), np.float32)
+        for rank_b in range(slots):
+            equal = (ids_a[:, rank_a] == ids_b[:, rank_b]) & (ids_a[:, rank_a] < experts)
+            met += np.where(equal, given_b[:, rank_b], 0)
+            left[equal, rank_b] = 0
+        total += np.abs(given_a[:, rank_a] - met)
+    distance: np.ndarray = total + np.abs(left).sum(axis=1)
+    return distance
+
+
+def margins(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarray:
+    """[n] a token's largest weight minus its second; NaN where there are not two."""
+    slots = routes.top_k[layer]
+    if slots < 2:
+        return np.full(len(rows), np.nan, np.float32)
+    ids, given = _chosen(routes, rows, layer, routes.num_experts[layer], slots)
+    used = ids < routes.num_experts[layer]
+    highest = np.sort(np.where(used, given, -np.inf), axis=1)
+    margin = np.where(used.sum(axis=1) >= 2, highest[:, -1], np.nan) - np.where(
+        used.sum(axis=1) >= 2, highest[:, -2], 0
+    )
+    return np.where(np.isfinite(given).all(axis=1), margin, np.nan)
+
+
+def _chosen(
+    routes: RecordedRoutes, rows: np.ndarray, layer: int, experts: int, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and weights that are 0 where there is no expert."""
+    assert routes.weights is not None
+    ids = routes.expert_ids[rows, layer, :slots]
+    weights = routes.weights[rows, layer, :slots].astype(np.float32)
+    return ids, np.where(ids < experts, weights, np.float32(0))
