@@ -289,7 +289,7 @@ def _drop_repeats(text: str, seen: set[str]) -> str:
     return "\n\n".join(blocks).strip()[:MAX_DOCUMENT_CHARS]
 
 
-def _is_held_out(name: str) -> bool:
+def is_held_out(name: str) -> bool:
     """By the hash of the document's name, so that a change elsewhere moves no document across the split."""
     return hashlib.sha256(name.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
@@ -304,7 +304,7 @@ def build_corpus(domain: str) -> Corpus:
         cleaned = [(name, _drop_repeats(text, seen)) for name, text in source.read()]
         documents = [(name, text) for name, text in cleaned if text]
         for name, text in documents:
-            (held_out if _is_held_out(name) else train).append(text)
+            (held_out if is_held_out(name) else train).append(text)
         data = "\0".join(text for _, text in documents).encode()
         records.append(
             SourceRecord(

@@ -14,7 +14,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault(
@@ -138,8 +138,16 @@ def load_imbalance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch
     return torch.stack(losses).mean()
 
 
-def train(model: OlmoeForCausalLM, corpora: list[Corpus], args: argparse.Namespace) -> float:
-    """Trains `model` in place and returns the mean training loss (nats a token) of the last 50 steps."""
+def train(
+    model: OlmoeForCausalLM,
+    corpora: list[Corpus],
+    args: argparse.Namespace,
+    after_step: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Trains `model` in place and returns the mean training loss (nats a token) of the last 50 steps.
+
+    `after_step` is told how many steps are done.
+    """
     optimizer = make_optimizer(model, args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_share(step, args.steps)
@@ -158,6 +166,7 @@ def train(model: OlmoeForCausalLM, corpora: list[Corpus], args: argparse.Namespa
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(output.loss.detach())
+        after_step(step + 1)
         if step % 50 == 49 or step + 1 == args.steps:
             mean, seconds = torch.stack(losses[-50:]).mean().item(), time.monotonic() - start
             print(

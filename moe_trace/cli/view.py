@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
+import os
 import shlex
 import signal
 import socket
@@ -52,6 +53,7 @@ class ViewCommand:
             help="a folder with traces in it or below it, or one trace",
         )
         add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
+        add("--tokenizer", metavar="PATH", help="for the text of routes: as of `moe-trace routes view`")
         add(
             "--port",
             type=int,
@@ -65,6 +67,8 @@ class ViewCommand:
         path: Path = arguments.path
         if not path.exists():
             raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")
+        if arguments.tokenizer:
+            name_tokenizer(arguments.tokenizer)
         viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
         # Whatever started this may end it by a signal: the server must end too.
         signal.signal(signal.SIGTERM, _end_by_signal)
@@ -74,6 +78,18 @@ class ViewCommand:
             return show_tab(path, arguments.port, arguments.open)
         except KeyboardInterrupt:
             return 0
+
+
+def name_tokenizer(path: str) -> None:
+    """Have the tab, which runs in another process, read the text of token ids there.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from moe_trace.read.routes.tokenizer import TOKENIZER, read_vocabulary
+
+    read_vocabulary(path)
+    os.environ[TOKENIZER] = path if path == "demo" else os.path.abspath(path)
 
 
 def _end_by_signal(number: int, _: object) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_trace.data.errors import UsageError
 
+TOKENIZER = "MOE_TRACE_TOKENIZER"
+"""Environment variable: what the tab gives to `read_vocabulary`."""
 _BYTES = range(256)
 _BYT5_FIRST = 3
 """ByT5's ids 0, 1 and 2 are padding, end and unknown; a byte's id is its value and this."""

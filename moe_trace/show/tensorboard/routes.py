@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.data.routes.file import SUFFIX, read_routes
-from moe_trace.read.routes.tokenizer import Vocabulary, read_vocabulary
+from moe_trace.read.routes.tokenizer import TOKENIZER, Vocabulary, read_vocabulary
 from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes.tokens import TokenPages
 from moe_trace.show.routes_page import notes
@@ -19,8 +19,6 @@ from moe_trace.show.tensorboard.catalog import TRACE_NAME, Trace, is_below
 from moe_trace.show.tensorboard.parameters import Parameters, integer
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure
 
-TOKENIZER = "MOE_TRACE_TOKENIZER"
-"""Environment variable: where `read_vocabulary` finds the text of the token ids."""
 KEPT_MAX = 2
 STUDIED_MAX_SLOTS = 32_000_000
 """Of one file; some seconds of work."""
