@@ -13,10 +13,12 @@ from moe_trace.cli.arguments import (
     refuse_to_replace,
 )
 from moe_trace.cli.pipes import TRACE
+from moe_trace.data.errors import TraceFileError
 from moe_trace.data.files import write_text
 
 if TYPE_CHECKING:
     from moe_trace.read.analysis import TraceSummary
+    from moe_trace.show.routes_page import RoutesPart
 
 
 class ReportCommand:
@@ -52,11 +54,31 @@ class ReportCommand:
         if arguments.html is not None:
             from moe_trace.show.html import render_page
 
-            write_text(arguments.html, render_page(summaries))
+            routes = [_routes_of(f"f{i}-", path) for i, path in enumerate(arguments.paths)]
+            write_text(arguments.html, render_page(summaries, routes))
             print(f"wrote {arguments.html}", file=sys.stderr)
         else:
             print(_render(summaries, arguments.format), end="")
         return 0
+
+
+def _routes_of(prefix: str, path: str) -> RoutesPart | None:
+    """What lies beside a trace as its routes; a file that cannot be read is told and left out."""
+    from moe_trace.data.routes.file import read_routes
+    from moe_trace.read.routes.beside import routes_beside
+    from moe_trace.show.figures.routes.report import routes_figures
+    from moe_trace.show.routes_page import routes_part
+
+    file = routes_beside(Path(path))
+    if file is None:
+        return None
+    try:
+        routes = read_routes(file)
+    except TraceFileError as error:
+        print(f"moe-trace: note: left out of the page: {error}", file=sys.stderr)
+        return None
+    figures = [routes_figures([group], [file.name]) for group in routes.groups]
+    return routes_part(prefix, routes, figures=figures)
 
 
 def _render(summaries: list[TraceSummary], form: str) -> str:

@@ -16,23 +16,30 @@ from moe_trace.show.figures.figure import Figure
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.figures.report import figures
 from moe_trace.show.notebook import load_picture_html
+from moe_trace.show.routes_page import RoutesPart
 from moe_trace.show.text.phases import shares_sentence
 from moe_trace.show.text.ranks import rank_sentences
 
 _IN_NOTEBOOKS = ("experts", "latency", "forward")
 
 
-def render_page(summaries: Sequence[TraceSummary]) -> str:
+def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart | None] | None = None) -> str:
     """The whole page; plotly's own bundle is inside.
+
+    Args:
+        routes: of each summary, where they were recorded beside it.
 
     Raises:
         UsageError: plotly is not installed.
     """
     drawn = [_parts(f"f{i}", summary) for i, summary in enumerate(summaries)]
-    sections = "\n".join(map(_section, summaries, drawn))
+    beside = routes or [None] * len(summaries)
+    sections = "\n".join(map(_section, summaries, drawn, beside))
     specs = [figure_spec(part.prefix, figure) for parts in drawn for part in parts for figure in part.figures]
+    found = [part for part in beside if part is not None]
+    specs += [spec for part in found for spec in part.specs]
     title = _title(summaries[0]) if len(summaries) == 1 else f"{len(summaries)} traces"
-    return document(title, sections, specs)
+    return document(title, sections, specs, routes=[view for part in found for view in part.views])
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,13 @@ def _title(summary: TraceSummary) -> str:
     return str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
 
 
-def _section(summary: TraceSummary, parts: Sequence[_Part]) -> str:
+def _section(summary: TraceSummary, parts: Sequence[_Part], routes: RoutesPart | None) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
     return f"""<section aria-label="{escape(str(summary.trace))}">
 <p class="path">{escape(str(summary.trace))}</p>
 {"".join(map(_part, parts))}
 {_findings_of_run(summary)}
+{f'<h2 class="part">Routes</h2>{routes.html}' if routes is not None else ""}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
 </section>"""
 

@@ -47,6 +47,40 @@ def token_view(key: str, routes: RecordedRoutes, vocabulary: Vocabulary | None) 
     return TokenView(key, {"id": key, "header": header, "pages": found}, len(routes) - shown)
 
 
+@dataclass(frozen=True)
+class RoutesPart:
+    """Routes as a part of a page."""
+
+    html: str
+    specs: list[dict[str, object]]
+    """Of its figures."""
+    views: list[dict[str, Any]]
+    """Its tokens."""
+
+
+def routes_part(
+    prefix: str,
+    routes: RecordedRoutes,
+    vocabulary: Vocabulary | None = None,
+    figures: Sequence[Sequence[Figure]] = (),
+) -> RoutesPart:
+    """All groups of layers of a file.
+
+    Args:
+        prefix: of the ids of elements.
+        vocabulary: says the text of the tokens, where their ids were recorded.
+        figures: of each group of layers.
+    """
+    views = [token_view(f"{prefix}tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
+    drawn = [*figures, *[()] * len(views)][: len(views)]
+    groups = zip(views, drawn, strict=True)
+    html = f"""{_facts(routes)}
+{"".join(f"<p class='soft'>{escape(note)}</p>" for note in notes(routes, vocabulary))}
+{"".join(_group(f"{prefix}routes{i}", i, view, found) for i, (view, found) in enumerate(groups))}"""
+    specs = [figure_spec(f"{prefix}routes{i}", figure) for i, found in enumerate(drawn) for figure in found]
+    return RoutesPart(html, specs, [view.content for view in views])
+
+
 def render_routes_page(
     routes: RecordedRoutes,
     *,
@@ -57,26 +91,22 @@ def render_routes_page(
     """The whole page of a file of routes.
 
     Args:
-        routes: what the file holds, all its groups of layers.
+        routes: what the file holds.
         label: names the file.
-        vocabulary: says the text of the tokens, where their ids were recorded.
-        figures: of each group of layers.
+        vocabulary: as in `routes_part`.
+        figures: likewise.
 
     Raises:
         UsageError: plotly is not installed.
     """
     label = printable(label, 200)
     title = printable(str(routes.model.get("name") or routes.model.get("class") or "unnamed model"), 120)
-    views = [token_view(f"tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
-    drawn = dict(enumerate(figures))
+    part = routes_part("", routes, vocabulary, figures)
     body = f"""<section aria-label="{escape(label)}">
 <p class="path">{escape(label)}</p>
-{_facts(routes)}
-{"".join(f"<p class='soft'>{escape(note)}</p>" for note in notes(routes, vocabulary))}
-{"".join(_group(i, view, drawn.get(i, ())) for i, view in enumerate(views))}
+{part.html}
 </section>"""
-    specs = [figure_spec(f"routes{i}", figure) for i, found in drawn.items() for figure in found]
-    return document(f"{title}: routes", body, specs, routes=[view.content for view in views])
+    return document(f"{title}: routes", body, part.specs, routes=part.views)
 
 
 def notes(routes: RecordedRoutes, vocabulary: Vocabulary | None, how: str = "--tokenizer PATH") -> list[str]:
@@ -115,7 +145,7 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _group(number: int, view: TokenView, figures: Sequence[Figure]) -> str:
+def _group(prefix: str, number: int, view: TokenView, figures: Sequence[Figure]) -> str:
     rest = (
         f"<p class='soft'>The last {view.left_out:,} tokens are left out: they would make this page too "
         "large. TensorBoard's MoE tab shows all of them.</p>"
@@ -123,5 +153,5 @@ def _group(number: int, view: TokenView, figures: Sequence[Figure]) -> str:
         else ""
     )
     heading = "Tokens" if number == 0 else f"Tokens of other layers ({number + 1})"
-    drawn = "".join(figure_html(f"routes{number}", figure) for figure in figures)
+    drawn = "".join(figure_html(prefix, figure) for figure in figures)
     return f'<h2>{heading}</h2>{rest}<div id="{view.key}"></div>{drawn}'

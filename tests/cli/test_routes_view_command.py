@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from moe_trace import RecordedRoutes
 from moe_trace.cli import main
 from moe_trace.data.routes.file import read_routes, save_routes
+from paths import DATA
 
 WORDS = ("sesame", "</script>")
 
@@ -77,6 +79,22 @@ def test_files_of_other_layers_are_not_studied_together(
     save_routes(RecordedRoutes(**{**_columns(file), "layers": ("layers.7.gate",)}), other)
     assert main(["routes", "view", str(file), str(other)]) != 0
     assert "other layers" in capsys.readouterr().err
+
+
+def test_a_report_s_page_has_the_routes_beside_the_trace(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.pt.trace.json.gz"
+    shutil.copy(DATA / "h200" / "train_grouped_mm.pt.trace.json.gz", trace)
+    page = tmp_path / "report.html"
+    assert main(["report", str(trace), "--html", str(page)]) == 0
+    assert 'id="f0-tokens0"' in page.read_text(encoding="utf-8")
+    assert 'id="f0-routes0-coactivation"' in page.read_text(encoding="utf-8")
+    file.write_bytes(b"no routes")
+    capsys.readouterr()
+    assert main(["report", str(trace), "--html", str(page), "-f"]) == 0
+    assert "left out of the page" in capsys.readouterr().err
+    assert 'id="f0-tokens0"' not in page.read_text(encoding="utf-8")
 
 
 def _columns(file: Path) -> dict[str, object]:

@@ -255,7 +255,9 @@ def test_the_tab_answers_from_the_file_beside_the_trace(tmp_path: Path) -> None:
         with pytest.raises(KeyError):
             dashboard.answer("routes_page", {**asked, **wrong})
 
-    save_routes(make(tokens=70), file)  # another run
+    file.unlink()
+    file = tmp_path / "train_grouped_mm.pt.trace.routes.npz"  # as the recorder names it
+    save_routes(make(tokens=70), file)
     assert dashboard.answer("routes", asked)["header"]["tokens"] == 70
     file.write_bytes(b"no routes")
     assert "broken" in dashboard.answer("routes", asked)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.data.routes.file import SUFFIX, read_routes
+from moe_trace.data.routes.file import read_routes
+from moe_trace.read.routes.beside import routes_beside
 from moe_trace.read.routes.tokenizer import TOKENIZER, Vocabulary, read_vocabulary
 from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes.tokens import TokenPages
@@ -26,11 +27,9 @@ STUDIED_MAX_SLOTS = 32_000_000
 
 def routes_file(trace: Trace) -> Path | None:
     """The file of routes beside a trace, if there is one in the log folder."""
-    match = TRACE_NAME.match(trace.path.name)
-    if match is None:
-        return None
-    path = trace.path.with_name(match["stem"] + SUFFIX)
-    return path if path.is_file() and is_below(path, trace.root) else None
+    match = TRACE_NAME.match(trace.path.name)  # or what a trace that is gone was reduced to
+    path = routes_beside(trace.path.with_name(match[0])) if match else None
+    return path if path is not None and is_below(path, trace.root) else None
 
 
 @dataclass
