@@ -86,7 +86,7 @@ def name_tokenizer(path: str) -> None:
     Raises:
         UsageError: it cannot be read.
     """
-    from moe_trace.read.routes.tokenizer import TOKENIZER, read_vocabulary
+    from moe_trace.read.routes.text.tokenizer import TOKENIZER, read_vocabulary
 
     read_vocabulary(path)
     os.environ[TOKENIZER] = path if path == "demo" else os.path.abspath(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_trace.data.display.tables import printable
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.tokenizer import Vocabulary
+from moe_trace.read.routes.text.tokenizer import Vocabulary
 from moe_trace.show.document import document, figure_html, figure_spec
 from moe_trace.show.figures.figure import Figure
 from moe_trace.show.routes.tokens import TokenPages

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from moe_trace import RecordedRoutes
 from moe_trace.data.calls.sample import STAGES
 from moe_trace.data.errors import UsageError
-from moe_trace.read.routes.texts import find_texts
-from moe_trace.read.routes.tokenizer import byt5, read_vocabulary
+from moe_trace.read.routes.text.texts import find_texts
+from moe_trace.read.routes.text.tokenizer import byt5, read_vocabulary
 
 PAD = -1
 Row = tuple[int, int, int, str]

@@ -17,8 +17,8 @@ from moe_trace import RecordedRoutes
 from moe_trace.data.routes.file import save_routes
 from moe_trace.read.routes.cache import simulate
 from moe_trace.read.routes.study import study
-from moe_trace.read.routes.texts import find_texts
-from moe_trace.read.routes.tokenizer import byt5
+from moe_trace.read.routes.text.texts import find_texts
+from moe_trace.read.routes.text.tokenizer import byt5
 from moe_trace.show.figures.figure import Figure
 from moe_trace.show.figures.routes.cache import cache_curve
 from moe_trace.show.figures.routes.curves import study_figures
@@ -261,6 +261,24 @@ def test_the_tab_answers_from_the_file_beside_the_trace(tmp_path: Path) -> None:
     assert dashboard.answer("routes", asked)["header"]["tokens"] == 70
     file.write_bytes(b"no routes")
     assert "broken" in dashboard.answer("routes", asked)
+
+
+def test_the_tab_compares_the_files_of_a_run(tmp_path: Path) -> None:
+    """Of the same tokens as checkpoints, of other tokens as domains; another rank's are not compared."""
+    routes = make()
+    last = replace(routes, expert_ids=(routes.expert_ids + 1) % 8)
+    asked = {"run": ".", "trace": "b.pt.trace.json.gz"}
+    for name, part in (("a", routes), ("b", last), ("other", replace(last, rank=1))):
+        shutil.copy(DATA / "h200" / TRACE, tmp_path / f"{name}.pt.trace.json.gz")
+        save_routes(part, tmp_path / f"{name}.routes.npz")
+    (saturation,) = Dashboard(Catalogs(str(tmp_path))).answer("routes_study", asked)["compared"]
+    assert saturation["key"] == "saturation"
+    assert saturation["data"][0]["x"] == ["a", "b"]
+    save_routes(routes[:300], tmp_path / "a.routes.npz")
+    (domains,) = Dashboard(Catalogs(str(tmp_path))).answer("routes_study", asked)["compared"]
+    assert [trace["name"] for trace in domains["data"]] == ["a", "b", "k / E"]
+    (tmp_path / "a.routes.npz").unlink()
+    assert Dashboard(Catalogs(str(tmp_path))).answer("routes_study", asked)["compared"] == []
 
 
 def test_a_link_out_of_the_log_folder_is_not_followed(tmp_path: Path) -> None:

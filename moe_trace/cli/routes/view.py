@@ -42,7 +42,7 @@ class ViewRoutesCommand:
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, study, write."""
         from moe_trace.cli.routes.reading import named, routes_of
-        from moe_trace.read.routes.tokenizer import read_vocabulary
+        from moe_trace.read.routes.text.tokenizer import read_vocabulary
         from moe_trace.show.figures.routes.report import routes_figures
         from moe_trace.show.routes_page import render_routes_page
 

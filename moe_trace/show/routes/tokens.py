@@ -13,8 +13,8 @@ import numpy as np
 from moe_trace.data.calls.sample import STAGES
 from moe_trace.data.layer_labels import layer_labels
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
-from moe_trace.read.routes.texts import Text, find_texts
-from moe_trace.read.routes.tokenizer import Vocabulary
+from moe_trace.read.routes.text.texts import Text, find_texts
+from moe_trace.read.routes.text.tokenizer import Vocabulary
 
 JsonDict = dict[str, Any]
 

@@ -51,7 +51,7 @@ class Dashboard:
             "ranks": self.ranks_impl,
             "routes": lambda p: self._routes.header(self._trace(p), p),
             "routes_page": lambda p: self._routes.page(self._trace(p), p),
-            "routes_study": lambda p: self._routes.study(self._trace(p), p),
+            "routes_study": lambda p: self._routes.study(self._trace(p), self._run(p), p),
         }
 
     def answer(self, view: str, parameters: Parameters) -> JsonDict:
@@ -112,6 +112,10 @@ class Dashboard:
 
     def _trace(self, parameters: Parameters, suffix: str = "") -> Trace:
         return self.catalogs.find(parameters.get("run" + suffix, ""), parameters.get("trace" + suffix, ""))
+
+    def _run(self, parameters: Parameters) -> list[Trace]:
+        run = parameters.get("run", "")
+        return [trace for trace in self.catalogs.get(FRESH_S).traces.values() if trace.run == run]
 
     def _part(self, parameters: Parameters, suffix: str = "") -> StagePart:
         """The trace, and of it the stage that is asked for, without one A's, without that the first."""
@@ -216,8 +220,7 @@ class Dashboard:
 
     def ranks_impl(self, parameters: Parameters) -> JsonDict:
         """The ranks of a run; traces that cannot be read are named."""
-        run = parameters.get("run", "")
-        traces = [t for t in self.catalogs.get(FRESH_S).traces.values() if t.run == run]
+        traces = self._run(parameters)
         summaries, broken = [], []
         for trace in traces:
             try:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_trace.data.errors import TraceFileError
+from moe_trace.data.errors import MoETraceError, TraceFileError
+from moe_trace.data.routes.beside import routes_beside
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.data.routes.file import read_routes
-from moe_trace.read.routes.beside import routes_beside
-from moe_trace.read.routes.tokenizer import TOKENIZER, Vocabulary, read_vocabulary
+from moe_trace.read.routes.study import study
+from moe_trace.read.routes.text.tokenizer import TOKENIZER, Vocabulary, read_vocabulary
+from moe_trace.show.figures.routes.curves import domain_bars, saturation_curve
 from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes.tokens import TokenPages
 from moe_trace.show.routes_page import notes
@@ -21,6 +25,8 @@ from moe_trace.show.tensorboard.parameters import Parameters, integer
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure
 
 KEPT_MAX = 2
+COMPARED_MAX = 12
+"""Files of a run that are compared."""
 STUDIED_MAX_SLOTS = 32_000_000
 """Of one file; some seconds of work."""
 
@@ -39,7 +45,7 @@ class _Kept:
     routes: RecordedRoutes
     pages: list[TokenPages]
     computing: threading.Lock = field(default_factory=threading.Lock)
-    figures: dict[int, JsonDict] = field(default_factory=dict)
+    figures: dict[Hashable, JsonDict] = field(default_factory=dict)
 
 
 class RoutesFiles:
@@ -73,17 +79,25 @@ class RoutesFiles:
             return {"missing": True}
         return self._group(kept, parameters).page(integer(parameters, "page", 0))
 
-    def study(self, trace: Trace, parameters: Parameters) -> JsonDict:
-        """Figures of one group of layers."""
+    def study(self, trace: Trace, run: Sequence[Trace], parameters: Parameters) -> JsonDict:
+        """Figures of one group of layers, and of the other files of its run held against it.
+
+        Args:
+            run: all traces of the run.
+        """
         kept = self._read(trace)
         if kept is None:
             return {"missing": True}
         group = integer(parameters, "group", 0)
         routes = self._group(kept, parameters).routes
+        others = [one for one in run if routes_file(one) is not None][:COMPARED_MAX]
+        key = (group, *(one.key for one in others))
         with kept.computing:
-            if group not in kept.figures:
-                kept.figures[group] = _studied(routes, trace.label)
-            return kept.figures[group]
+            if key not in kept.figures:
+                kept.figures = {
+                    key: _studied(routes, trace.label) | {"compared": _compared(routes, others, group)}
+                }
+            return kept.figures[key]
 
     def _group(self, kept: _Kept, parameters: Parameters) -> TokenPages:
         group = integer(parameters, "group", 0)
@@ -128,3 +142,23 @@ def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
     figures = [plain_figure(figure) for figure in routes_figures([part], [label])]
     note = f"Studied are the first {most:,} of {len(routes):,} tokens." if len(routes) > most else ""
     return {"figures": figures, "note": note}
+
+
+def _compared(routes: RecordedRoutes, others: Sequence[Trace], group: int) -> list[JsonDict]:
+    """Files of one rank and the same layers, as checkpoints or as domains."""
+    parts, labels = [], []
+    most = max(1, STUDIED_MAX_SLOTS // max(1, routes.expert_ids[:1].size * len(others)))
+    for other in others:
+        path = routes_file(other)
+        with suppress(
+            MoETraceError, IndexError, OSError
+        ):  # one that cannot be read says so when it is chosen
+            part = read_routes(path).groups[group] if path is not None else routes
+            same = (part.layers, part.num_experts, part.top_k, part.rank)
+            if same == (routes.layers, routes.num_experts, routes.top_k, routes.rank):
+                parts.append(part[:most])
+                labels.append(other.label)
+    if len(parts) < 2:
+        return []
+    found = study(parts, labels)
+    return [plain_figure(figure) for figure in (domain_bars(found), saturation_curve(found)) if figure.data]

@@ -30,10 +30,13 @@ export async function show(place, context) {
   if (!isCurrent()) return;
   const studied = await askOnce("routes_study", {run, trace, group});
   if (!isCurrent() || isBroken(below, studied)) return;
+  const compared = studied.compared.map(card);
   const cards = studied.figures.map(card);
-  below.replaceChildren(el("h2", {class: "section"}, "What the routes say"),
+  below.replaceChildren(...(compared.length ? [el("h2", {class: "section"}, "The files of this run"),
+    el("div", {class: "grid"}, ...compared)] : []),
+  el("h2", {class: "section"}, "What the routes say"),
     studied.note && el("p", {class: "soft"}, studied.note), el("div", {class: "grid"}, ...cards));
-  await Promise.all(cards.map((one) => one.drawn));
+  await Promise.all([...compared, ...cards].map((one) => one.drawn));
 }
 
 // A figure with a position of its slider for each layer.

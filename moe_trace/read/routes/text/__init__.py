@@ -1,0 +1,1 @@
+"""The texts that routes belong to, and the text of their tokens."""
