@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from moe_trace.cli import COMMANDS
+from moe_trace.read.routes.interchange.files import export_routes
 from paths import ROOT
 from tiny_ranks import Run, write_ranks
 from tiny_routes import random_routes
@@ -34,7 +35,7 @@ model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**CONFIG))
 model(torch.arange(8)[None])
 """.replace("CONFIG", repr({k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}))
 
-# {a}, {b}: traces of two ranks; {r}, {s}: routes; {o}: the beginning of an output's name.
+# {a}, {b}: traces of two ranks; {r}, {s}: routes; {n}: captured ids; {o}: the beginning of an output's name.
 READING = {
     "report": "report {a} --format json",
     "report --html": "report {a} --html {o}.html",
@@ -50,6 +51,8 @@ READING = {
     "routes study": "routes study {r} --format json",
     "routes cache": "routes cache {r} --experts-in-memory 2,4 --format json",
     "routes diff": "routes diff {r} {s} --format json",
+    "routes import": "routes import {n} --as .npy --out {o}.routes.npz",
+    "routes export": "routes export {r} --to npy --out {o}.npy",
 }
 BESIDE = {"reduce": "reduce {a}"}
 MODELS = {
@@ -57,7 +60,7 @@ MODELS = {
     "run": "run --model {config} --random-weights --steps 1 --warmup 0 --seq-len 8 --out {o}",
     "run a program": "run --steps 1 --out {o} {program}",
 }
-SILENT = ("report --html", "export", "export --to perfetto", "export --to eplb")
+SILENT = ("report --html", "export", "export --to perfetto", "export --to eplb", "routes export")
 """They say where they wrote to on standard error."""
 
 
@@ -73,11 +76,13 @@ def written(folder: Path) -> dict[str, str]:
     (folder / "program.py").write_text(PROGRAM)
     a, b = sorted(folder.glob("*trace.json*"))
     routes = random_routes(40).save(folder / "r.routes.npz")
+    export_routes(random_routes(40), folder / "n.npy", "npy")
     paths = {
         "a": a,
         "b": b,
         "r": routes,
         "s": routes,
+        "n": folder / "n.npy",
         "config": folder / "config.json",
         "program": folder / "program.py",
     }
@@ -120,7 +125,7 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize("command", [*READING, "routers"])
 def test_a_pipe_gives_what_the_file_gives(command: str, kind: str, files: dict[str, str]) -> None:
     template = {**READING, **MODELS}[command]
-    source = {"routers": "config", "routes": "r"}.get(command.split()[0], "a")
+    source = {"routers": "config", "routes import": "n"}.get(command, "r" if "routes" in command else "a")
     truth = shell("moe " + template.format(**files))
     given = {**files, source: f"<(cat {files[source]})" if kind == "pipe" else "-", "o": files["o"] + "2"}
     stdin = f" < {files[source]}" if kind == "standard input" else ""
@@ -220,7 +225,10 @@ def test_a_run_under_a_name_that_torch_cannot_write_is_refused_in_words(tmp_path
 @pytest.mark.parametrize(
     "command",
     [
-        *(READING[name].replace("{a}", "{long}").replace("{r}", "{long}") for name in READING),
+        *(
+            READING[name].replace("{a}", "{long}").replace("{r}", "{long}").replace("{n}", "{long}")
+            for name in READING
+        ),
         *(READING[name].replace("{o}", "{long}") for name in READING if "{o}" in READING[name]),
         "reduce {long}",
         "view {long}",

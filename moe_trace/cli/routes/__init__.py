@@ -20,6 +20,12 @@ COMMANDS = {
     ),
     "view": ("moe_trace.cli.routes.view", "ViewRoutesCommand", "the text in the colours of its experts"),
     "diff": ("moe_trace.cli.routes.diff", "DiffRoutesCommand", "the same tokens under several routings"),
+    "import": (
+        "moe_trace.cli.routes.interchange",
+        "ImportRoutesCommand",
+        "routes that another tool captured",
+    ),
+    "export": ("moe_trace.cli.routes.interchange", "ExportRoutesCommand", "routes for other tools"),
 }
 
 

@@ -1,0 +1,80 @@
+"""`moe-trace routes import` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from moe_trace.cli.arguments import add_output, refuse_to_replace
+from moe_trace.cli.routes.reading import ROUTES, named, routes_of
+
+
+class ImportRoutesCommand:
+    """Read the routes that another tool captured.
+
+    Arrays of vLLM, SGLang and verl (.npy, .npz with routed_experts, .safetensors), responses of their servers
+    (.json, or .jsonl with one a line), Megatron's router trace (.jsonl), and what `export` wrote.
+
+    Example: moe-trace routes import routed_experts.npy --num-experts 64 --out vllm.routes.npz
+    """
+
+    reads: ClassVar[dict[str, str]] = {"capture": ""}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("capture", metavar="FILE", help="what was captured")
+        add("--num-experts", type=int, metavar="E", help="experts of each layer; default: what the ids say")
+        add("--layers", type=int, metavar="L", help="layers of ids that came flat, as SGLang's do")
+        add("--top-k", type=int, metavar="K", help="experts per token of ids that came flat")
+        add("--as", dest="ending", metavar=".json", help="read it as a file of this ending")
+        add_output(parser, "FILE", "the file of routes to write", required=True)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, tell what was done, and write."""
+        from moe_trace.read.routes.interchange.files import Told, import_routes
+
+        refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.capture])
+        told = Told(arguments.num_experts, arguments.layers, arguments.top_k, arguments.ending)
+        routes, notes = import_routes(arguments.capture, told)
+        routes.save(arguments.out)
+        shape = " x ".join(f"{size:,}" for size in routes.expert_ids.shape)
+        print(f"{shape} ids (tokens x layers x top-k), {int(routes.padding.sum()):,} tokens of padding")
+        for note in notes:
+            print(f"moe-trace: note: {note}", file=sys.stderr)
+        print(f"wrote {arguments.out}", file=sys.stderr)
+        return 0
+
+
+class ExportRoutesCommand:
+    """Write routes for other tools.
+
+    npy is [tokens, layers, top_k] as vLLM returns it, -1 for no expert; npz has the other columns beside it;
+    megatron is a router trace; parquet, arrow and safetensors hold all columns and can be imported again.
+
+    Example: moe-trace routes export runs/demo/trace.routes.npz --to parquet --out routes.parquet
+    """
+
+    reads: ClassVar[dict[str, str]] = {"file": ROUTES}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the options."""
+        add = parser.add_argument
+        add("file", metavar="FILE", help="a file of routes")
+        forms = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")
+        add("--to", required=True, choices=forms, help="the form; see above")
+        add_output(parser, "FILE", "default: FILE's name with another ending, here")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Read, then write one file."""
+        from moe_trace.read.routes.interchange.files import FORMS, export_routes
+
+        given = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)
+        target = arguments.out or Path((given.strip("-") or "routes") + FORMS[arguments.to])
+        refuse_to_replace(target, force=arguments.force, inputs=[arguments.file])
+        for note in export_routes(routes_of(arguments.file, arguments), target, arguments.to):
+            print(f"moe-trace: note: {note}", file=sys.stderr)
+        print(f"wrote {target}", file=sys.stderr)
+        return 0

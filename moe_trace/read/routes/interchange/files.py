@@ -1,0 +1,169 @@
+"""Files of other tools by their endings: `import_routes` and `export_routes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from moe_trace.data.errors import TraceFileError, UsageError
+from moe_trace.data.files import whole_file
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.interchange.arrays import Capture, capture_of_arrays
+from moe_trace.read.routes.interchange.megatron import (
+    capture_of_router_trace,
+    is_router_trace,
+    router_trace_lines,
+)
+from moe_trace.read.routes.interchange.responses import capture_of_responses
+from moe_trace.read.routes.interchange.tables import (
+    read_arrow,
+    read_safetensors,
+    routes_of_columns,
+    write_arrow,
+    write_safetensors,
+)
+
+ENDINGS = (".npy", ".npz", ".json", ".jsonl", ".parquet", ".arrow", ".feather", ".safetensors")
+FORMS = {
+    "npy": ".npy",
+    "npz": ".npz",
+    "megatron": ".jsonl",
+    "parquet": ".parquet",
+    "arrow": ".arrow",
+    "safetensors": ".safetensors",
+}
+"""Form of an export -> its ending."""
+_FREE_BYTES, _EXPANSION = 1 << 30, 200
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a capture does not say of itself."""
+
+    num_experts: int | None = None
+    layers: int | None = None
+    top_k: int | None = None
+    ending: str | None = None
+    """Read it as a file of this ending."""
+
+
+def import_routes(path: str | Path, told: Told | None = None) -> tuple[RecordedRoutes, list[str]]:
+    """Routes that another tool captured, and what was done to them, in words.
+
+    Raises:
+        TraceFileError: the file cannot be read, or holds no expert ids.
+        UsageError: its ending is unknown, or something must be told.
+        MissingPackage: the form needs a package that is not installed.
+    """
+    told = told or Told()
+    file = Path(path)
+    ending = told.ending or file.suffix
+    if ending not in ENDINGS:
+        raise UsageError(f"found {file.name!r}, expected a file that ends in {', '.join(ENDINGS)}")
+    if file.is_dir():
+        raise TraceFileError(f"{file}: is a folder, expected a file; name one of those in it")
+    try:
+        return _imported(file, ending, told)
+    except OSError as error:
+        raise TraceFileError(
+            f"{file}: cannot be read ({error.strerror or error}), expected captured routes; check the path"
+        ) from error
+
+
+def _imported(file: Path, ending: str, told: Told) -> tuple[RecordedRoutes, list[str]]:
+    if ending in (".parquet", ".arrow", ".feather"):
+        return read_arrow(file, parquet=ending == ".parquet"), []
+    if ending == ".safetensors":
+        tensors, text = read_safetensors(file)
+        if text is not None:
+            return routes_of_columns(tensors, text, str(file)), []
+        capture = capture_of_arrays(tensors, str(file))
+    elif ending in (".json", ".jsonl"):
+        capture = _capture_of_json(file, ending, told)
+    else:
+        capture = capture_of_arrays(_arrays(file, ending), str(file))
+    return capture.routes(str(file), told.num_experts), capture.notes
+
+
+def _capture_of_json(file: Path, ending: str, told: Told) -> Capture:
+    try:
+        text = file.read_text("utf-8")
+        values = (
+            [json.loads(line) for line in text.splitlines() if line.strip()] if ending == ".jsonl" else None
+        )
+        if values is None:
+            plain = json.loads(text)
+            values = plain if isinstance(plain, list) else [plain]
+    except (ValueError, RecursionError) as error:
+        raise TraceFileError(
+            f"{file}: found no JSON ({error!s:.100}), expected responses of a server or a router trace"
+        ) from error
+    if is_router_trace(values):
+        return capture_of_router_trace(values, str(file))
+    return capture_of_responses(values, str(file), layers=told.layers, top_k=told.top_k)
+
+
+def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
+    """Arrays of a .npy or .npz, none of which is pickled or expands beyond reason."""
+    try:
+        if ending == ".npy":
+            return {"routed_experts": np.load(file, mmap_mode="r", allow_pickle=False)}
+        with zipfile.ZipFile(file) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        size = os.path.getsize(file)
+        if total > max(_FREE_BYTES, _EXPANSION * size):
+            raise ValueError(f"{size:,} bytes would expand to {total:,}")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: array for name in arrays.files if isinstance(array := arrays[name], np.ndarray)}
+    except (ValueError, EOFError, SyntaxError, zipfile.BadZipFile, NotImplementedError, MemoryError) as error:
+        raise TraceFileError(
+            f"{file}: found no arrays of numbers ({error!s:.150}), expected {ending} of expert ids; save it "
+            "with numpy.save or numpy.savez"
+        ) from error
+
+
+def export_routes(routes: RecordedRoutes, target: str | Path, form: str) -> list[str]:
+    """Write the first group of layers for other tools, whole or not at all; returns what was left out.
+
+    npy is [tokens, layers, top_k] of int16 with -1 for no expert, as vLLM returns it, in the order of the
+    rows; npz has padding, sequence, position and the rest beside it; megatron is a router trace.
+
+    Raises:
+        OutputError: the file cannot be written.
+        MissingPackage: the form needs a package that is not installed.
+        UsageError: an unknown form.
+    """
+    if form not in FORMS:
+        raise UsageError(f"found the form {form!r}, expected one of {', '.join(FORMS)}")
+    first = replace(routes, others=())
+    with whole_file(target) as temporary:
+        if form in ("npy", "npz"):
+            with temporary.open("wb") as file:
+                _write_numpy(first, file, form)
+        elif form == "megatron":
+            with temporary.open("w", encoding="utf-8") as file_of_lines:
+                file_of_lines.writelines(line + "\n" for line in router_trace_lines(first))
+        elif form == "safetensors":
+            write_safetensors(first, temporary)
+        else:
+            write_arrow(first, temporary, parquet=form == "parquet")
+    if not routes.others:
+        return []
+    layers = sum(len(group.layers) for group in routes.others)
+    return [f"{layers} layers of {len(routes.others)} other groups, which saw other tokens, are left out"]
+
+
+def _write_numpy(routes: RecordedRoutes, file: BinaryIO, form: str) -> None:
+    ids = routes.expert_ids.astype(np.int16 if max(routes.num_experts, default=0) < 1 << 15 else np.int32)
+    ids[routes.skipped] = -1
+    if form == "npy":
+        np.save(file, ids)
+        return
+    others: Any = {name: column for name, column in routes.columns().items() if name != "expert_ids"}
+    np.savez_compressed(file, routed_experts=ids, **others)

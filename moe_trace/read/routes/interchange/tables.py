@@ -1,0 +1,131 @@
+"""Routes as columns with a JSON text beside them: Parquet, Arrow and safetensors, and `.npz` of one group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.errors import TraceFileError, optional_package
+from moe_trace.data.routes.columns import COLUMNS, RecordedRoutes
+
+KEY = "moe_trace_routes"
+"""Of the JSON text in the file's metadata."""
+_INSTALL = "'moe_trace[export]'"
+_DESCRIBED = ("layers", "num_experts", "top_k", "rank", "world_size", "model", "versions", "dropped")
+
+
+def described(routes: RecordedRoutes) -> str:
+    """All that is no column, of the first group."""
+    plain: dict[str, Any] = {name: getattr(routes, name) for name in _DESCRIBED}
+    plain["shape"] = routes.expert_ids.shape[1:]
+    return json.dumps(plain, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def routes_of_columns(columns: Mapping[str, np.ndarray], text: str | bytes, source: str) -> RecordedRoutes:
+    """The routes that `described` and their columns make.
+
+    Raises:
+        TraceFileError: they do not fit together.
+    """
+    try:
+        plain = json.loads(text)
+        shape = tuple(plain.pop("shape"))
+        chosen: dict[str, Any] = {name: plain[name] for name in _DESCRIBED}
+        chosen |= {name: tuple(chosen[name]) for name in ("layers", "num_experts", "top_k")}
+        for name in COLUMNS:
+            if name in columns:
+                wide = {"expert_ids": shape, "weights": shape, "lost_layers": shape[:1]}.get(name, ())
+                chosen[name] = np.ascontiguousarray(columns[name]).reshape(-1, *wide)
+        if (chosen["stage_codes"] > 2).any():
+            raise ValueError("an unknown stage")
+        return RecordedRoutes(**chosen)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TraceFileError(
+            f"{source}: found columns that are no routes ({error!s:.150}); expected a file that `moe-trace "
+            "routes export` wrote"
+        ) from error
+
+
+def write_arrow(routes: RecordedRoutes, target: Path, *, parquet: bool) -> None:
+    """A row for each token; [layers, top_k] of it is a list of fixed size.
+
+    Raises:
+        MissingPackage: pyarrow is not installed.
+    """
+    arrow = optional_package("pyarrow", "Arrow", _INSTALL)
+    arrays = {}
+    for name, column in routes.columns().items():
+        flat = arrow.array(np.ascontiguousarray(column).reshape(-1))
+        width = int(np.prod(column.shape[1:], dtype=np.int64))
+        arrays[name] = arrow.FixedSizeListArray.from_arrays(flat, width) if column.ndim > 1 else flat
+    table = arrow.table(arrays).replace_schema_metadata({KEY: described(routes)})
+    if parquet:  # with a dictionary, for Parquet has no numbers of 8 bits
+        writer = optional_package("pyarrow.parquet", "Parquet", _INSTALL)
+        writer.write_table(table, target, compression="zstd", use_dictionary=True)
+    else:
+        feather = optional_package("pyarrow.feather", "Arrow", _INSTALL)
+        feather.write_feather(table, target, compression="zstd")
+
+
+def read_arrow(path: Path, *, parquet: bool) -> RecordedRoutes:
+    """What `write_arrow` wrote.
+
+    Raises:
+        TraceFileError: it is another table, or none.
+        MissingPackage: pyarrow is not installed.
+    """
+    arrow = optional_package("pyarrow", "Arrow", _INSTALL)
+    module = "pyarrow.parquet" if parquet else "pyarrow.feather"
+    reader = optional_package(module, "Parquet" if parquet else "Arrow", _INSTALL)
+    try:
+        table = reader.read_table(path)
+    except arrow.ArrowException as error:
+        raise _unreadable(path, error) from error
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        flat = column.flatten() if arrow.types.is_fixed_size_list(column.type) else column
+        columns[name] = flat.to_numpy(zero_copy_only=False)
+    return routes_of_columns(columns, (table.schema.metadata or {}).get(KEY.encode(), b"null"), str(path))
+
+
+def write_safetensors(routes: RecordedRoutes, target: Path) -> None:
+    """A tensor for each column.
+
+    Raises:
+        MissingPackage: safetensors is not installed.
+    """
+    module = optional_package("safetensors.numpy", "safetensors", "safetensors")
+    columns = {name: np.ascontiguousarray(column) for name, column in routes.columns().items()}
+    module.save_file(columns, target, metadata={KEY: described(routes)})
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """Its tensors, and our description where it has one.
+
+    Raises:
+        TraceFileError: it is no safetensors file.
+        MissingPackage: safetensors is not installed.
+    """
+    module = optional_package("safetensors", "safetensors", "safetensors")
+    try:
+        with module.safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(KEY)
+            return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118
+    except (module.SafetensorError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> TraceFileError:
+    first = (str(error).splitlines() or [""])[0]
+    return TraceFileError(
+        f"{path}: cannot be read ({first:.150}), expected routes; write the file again, or choose another"
+    )
