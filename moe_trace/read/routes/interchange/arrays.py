@@ -43,24 +43,15 @@ class Capture:
         Raises:
             TraceFileError: it is no [N, L, K] of expert ids.
         """
-        ids = self.ids
+        ids, tokens = self.ids, len(self.ids)
         if ids.ndim != 3 or ids.dtype.kind not in "iu":
             raise TraceFileError(
                 f"{source}: found an array of {ids.dtype} {ids.shape}, expected integers of "
                 "[tokens, layers, top_k], or [batch, tokens, layers, top_k] with an attention mask"
             )
-        tokens, layers, slots = ids.shape
-        empty = ids < 0 if ids.dtype.kind == "i" else np.zeros(ids.shape, np.bool_)
-        if ids.dtype == np.uint8 and (num_experts or 0) < 256:
-            empty = ids == 255
-        greatest = int(ids[~empty].max(initial=0))
-        experts = num_experts or greatest + 1
-        if max(greatest, experts) >= _MOST_EXPERTS:
-            raise TraceFileError(
-                f"{source}: found the id {greatest:,}, expected at most {_MOST_EXPERTS - 1:,} experts; "
-                "is this an array of expert ids?"
-            )
-        kind = id_type(max(experts, greatest + 1))
+        layers, slots = ids.shape[1:]
+        empty = _empty(ids, num_experts)
+        experts, kind = _experts(ids[~empty], num_experts, source)
         filled = np.where(empty, np.iinfo(kind).max, ids).astype(kind)
         self._note(empty, experts, given=num_experts is not None)
         unrouted: np.ndarray = empty.all((1, 2)) & (ids.size > 0)  # type: ignore[assignment]
@@ -89,6 +80,25 @@ class Capture:
             )
         if not given:
             self.notes.append(f"the greatest id says {experts} experts; --num-experts says it for sure")
+
+
+def _empty(ids: np.ndarray, num_experts: int | None) -> np.ndarray:
+    """[N, L, K] bool: fills."""
+    if ids.dtype == np.uint8 and (num_experts or 0) < 256:
+        return ids == 255
+    return ids < 0 if ids.dtype.kind == "i" else np.zeros(ids.shape, np.bool_)
+
+
+def _experts(ids: np.ndarray, num_experts: int | None, source: str) -> tuple[int, np.dtype[Any]]:
+    """How many experts a layer has, and the type that holds their ids and those that are none of them."""
+    greatest = int(ids.max(initial=0))
+    experts = num_experts or greatest + 1
+    if max(greatest, experts) >= _MOST_EXPERTS:
+        raise TraceFileError(
+            f"{source}: found the id {greatest:,}, expected at most {_MOST_EXPERTS - 1:,} experts; is this "
+            "an array of expert ids?"
+        )
+    return experts, id_type(max(experts, greatest + 1))
 
 
 def _column(column: np.ndarray | None, tokens: int, fill: int, kind: Any) -> np.ndarray:

@@ -50,19 +50,19 @@ def capture_of_responses(
             "shapes; expected [tokens, layers, top_k], the same in all responses"
         )
     lengths = [sum(map(len, arrays)) for arrays, _, _ in found]
-    stages = [
-        np.repeat(np.array([0, 1], np.uint8), (len(arrays[0]), sum(map(len, arrays[1:]))))
-        if has_prompt
-        else np.zeros(len(arrays[0]), np.uint8)
-        for arrays, _, has_prompt in found
-    ]
     return Capture(
         np.concatenate([array for arrays, _, _ in found for array in arrays]),
         found[0][1],
         sequence=np.repeat(np.arange(len(found)), lengths),
         position=np.concatenate([np.arange(length) for length in lengths]),
-        stage_codes=np.concatenate(stages),
+        stage_codes=np.concatenate([_stages(arrays, prompt) for arrays, _, prompt in found]),
     )
+
+
+def _stages(arrays: list[np.ndarray], has_prompt: bool) -> np.ndarray:
+    """Prefill of the prompt, decoding of the rest; all prefill where they cannot be told apart."""
+    first = np.zeros(len(arrays[0]), np.uint8)
+    return np.concatenate([first, *(np.full(len(a), int(has_prompt), np.uint8) for a in arrays[1:])])
 
 
 def _parts(response: Any) -> Iterator[tuple[Any, Any, str]]:
