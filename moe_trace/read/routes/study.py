@@ -7,6 +7,7 @@ forward passes, as a report of the same run has it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -186,18 +187,14 @@ class _Layers:
     ids: dict[str, IdOrder]
 
     def studied(self) -> tuple[LayerStudy, ...]:
-        """All layers, with two at a time in memory."""
-        found, here = [], layer_tokens(self.routes, self.order, 0) if self.routes.layers else None
-        for layer in range(len(self.routes.layers)):
-            last = layer + 1 == len(self.routes.layers)
-            after = None if last else layer_tokens(self.routes, self.order, layer + 1)
-            assert here is not None
-            found.append(self._one(layer, here, after))
-            here = after
-        return tuple(found)
+        """All layers, two at a time: numpy lets another thread run while it works on an array."""
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            return tuple(pool.map(self._one, range(len(self.routes.layers))))
 
-    def _one(self, layer: int, here: LayerTokens, after: LayerTokens | None) -> LayerStudy:
-        routes, files_N = self.routes, self.file_of[here.order.rows]
+    def _one(self, layer: int) -> LayerStudy:
+        routes, last = self.routes, layer + 1 == len(self.routes.layers)
+        here = layer_tokens(routes, self.order, layer)
+        files_N = self.file_of[here.order.rows]
         return LayerStudy(
             layer=routes.layers[layer],
             num_experts=here.experts,
@@ -209,7 +206,7 @@ class _Layers:
             coactivation=coactivation(here, self.pairs),
             distinct=distinct(routes, here),
             locality=locality(here),
-            transition=transition(here, after) if after is not None else None,
+            transition=None if last else transition(here, layer_tokens(routes, self.order, layer + 1)),
             gates=gates(routes, layer, here),
             domains=domains(here, files_N, self.files) if self.files > 1 else None,
             vocabulary=self._vocabulary(here),
