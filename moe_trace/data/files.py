@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and say why one cannot be opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_trace.data.errors import OutputError
+from moe_trace.data.errors import OutputError, TraceFileError
 
 
 @contextmanager
@@ -51,3 +51,8 @@ def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with whole_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
+
+
+def trace_path_error(path: Path, error: OSError) -> TraceFileError:
+    """The error for a trace that cannot be opened."""
+    return TraceFileError(f"{path}: cannot be read ({error.strerror}); give the path of an existing trace")

@@ -15,7 +15,7 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
-from moe_trace.data.files import whole_file
+from moe_trace.data.files import trace_path_error, whole_file
 from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
@@ -24,7 +24,7 @@ from moe_trace.timeline.correlate.calls import Placed, place_samples
 from moe_trace.timeline.correlate.graphs import place_in_graphs
 from moe_trace.timeline.correlate.launches import read_launches
 from moe_trace.timeline.correlate.missing import MissingRanges
-from moe_trace.timeline.correlate.scan import RangeSearch, trace_path_error, trace_window
+from moe_trace.timeline.correlate.scan import RangeSearch, trace_window
 from moe_trace.timeline.counter_tracks import Tracks, band_events, band_label
 from moe_trace.timeline.placed_calls import PlacedCalls
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moe_trace.data.errors import TraceFileError
+from moe_trace.data.files import trace_path_error
 from moe_trace.data.trace_json.stream import JsonStream
-from moe_trace.timeline.correlate.scan import trace_path_error
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of the file read so far, and its size."""

@@ -7,12 +7,10 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import RANGE_NAME, RANGE_PREFIX, RangeKind, Span
 from moe_trace.data.trace_json import windows
 from moe_trace.data.trace_json.stream import events_as
@@ -187,8 +185,3 @@ def _hull_of_events(events: EventBytes) -> Span | None:
         if event.ph != "M":
             start, end = min(start, event.ts), max(end, event.ts + event.dur)
     return Span(start, end - start) if start <= end else None
-
-
-def trace_path_error(path: Path, error: OSError) -> TraceFileError:
-    """The error for a trace that cannot be opened."""
-    return TraceFileError(f"{path}: cannot be read ({error.strerror}); give the path of an existing trace")
