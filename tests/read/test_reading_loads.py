@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_trace.data.calls.ragged import CountLists
@@ -46,6 +46,7 @@ def test_published_figures(domain: str, layer: int, expected: tuple[float, ...])
 
 
 @given(st.lists(st.lists(st.integers(0, 9) | st.just(0), min_size=1, max_size=70), max_size=12))
+@settings(max_examples=40, deadline=None)
 def test_many_loads_at_once_are_those_of_each_to_the_bit(counts: list[list[int]]) -> None:
     many = describe_loads(CountLists.of(counts))
     for i, each in enumerate(map(describe_load, counts)):

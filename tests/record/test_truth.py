@@ -47,7 +47,7 @@ def assert_same_assignments(samples: list[Any], calls: list[Any], experts: int) 
 
 
 @given(config=CONFIGS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 def test_assignments_equal_what_the_experts_received(config: dict[str, Any]) -> None:
     model = tiny_olmoe(
         layers=config["layers"],
