@@ -67,6 +67,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
         SAMPLES_KEY: columns,
+        **({} if recording.routes is None else {"routes": recording.routes}),
         **_encode_graphs(recording),
         **extra,
     }
@@ -107,6 +108,7 @@ def decode_recording(payload: Any) -> Recording:
             compiled_graphs=decode_compiled(payload["compiled_graphs"])
             if "compiled_graphs" in payload
             else (),
+            routes=msgspec.convert(payload.get("routes"), str | None),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.DecodeError) as error:
         raise TraceFileError(

@@ -222,6 +222,8 @@ class Recording:
     annotated_nodes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Range name -> ids of the nodes that it made in graphs captured with annotations; the trace has them as
     `graph node id`."""
+    routes: str | None = None
+    """File of the routes of each token, relative to the trace; None where they were not recorded."""
 
     compiled_graphs: tuple[CompiledGraph, ...] = ()
     """What torch.compile made while the tracer was active, by the compiler's notes."""

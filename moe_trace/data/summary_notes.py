@@ -62,7 +62,16 @@ def notes_of(recording: Recording) -> list[str]:
     nonfinite = recording.calls.total("nonfinite_tokens")
     if nonfinite:
         notes.append(f"{nonfinite} tokens had NaN or infinite router logits; the means leave them out")
-    return notes + _router_notes(recording.routers)
+    return notes + _routes_notes(recording.routes) + _router_notes(recording.routers)
+
+
+def _routes_notes(routes: str | None) -> list[str]:
+    if routes is None:
+        return []
+    return [
+        f"the experts of each token stand in {routes}, from the trace's folder on; `moe-trace routes study` "
+        "and `moe-trace routes view` read it"
+    ]
 
 
 def _lost_calls(lost: Lost) -> list[str]:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerAction
 from torch.profiler import schedule as make_schedule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_trace.data.routes.options import Routes
 from moe_trace.data.schema import RoutingSample
 from moe_trace.find.routers import LayerSelector
 from moe_trace.integrations.handler import tensorboard_trace_handler
@@ -50,6 +51,7 @@ class MoETraceCallback(TrainerCallback):
         every: record the routing of every n-th step.
         per_layer: log each layer too, as `moe_load_max_over_mean/L03`.
         capacity: router calls kept; the oldest are dropped beyond it.
+        routes: record which token went to which expert too, for `tracer.routes()`; see `MoETracer`.
         profiler_arguments: further arguments of `torch.profiler.profile`.
 
     An exception in the training leaves the profiler running, because the Trainer then tells its callbacks
@@ -65,6 +67,7 @@ class MoETraceCallback(TrainerCallback):
         every: int = 1,
         per_layer: bool = False,
         capacity: int = 20_000,
+        routes: bool | Routes = False,
         **profiler_arguments: Any,
     ) -> None:
         self.folder = folder
@@ -73,6 +76,7 @@ class MoETraceCallback(TrainerCallback):
         """The tracer of the training that runs or ran last."""
         self._schedule = schedule or make_schedule(wait=1, warmup=1, active=3, repeat=1)
         self._recording: dict[str, Any] = {"layers": layers, "every": every, "capacity": capacity}
+        self._recording["routes"] = routes
         self._profiler_arguments = profiler_arguments
         self._profiler: profile | None = None
         self._running = False

@@ -187,7 +187,7 @@ def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
     try:
         merged = merge_in_place(
             plain,
-            [t.recording() for t in tracers],
+            [t.recording(trace=path if t is tracers[0] else None) for t in tracers],
             tracks=tracers[0].tracks,
             activities=_activities(prof),
         )

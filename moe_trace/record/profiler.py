@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_trace.data.routes.options import Routes
 from moe_trace.find.routers import LayerSelector
 from moe_trace.record.attach import attached_tracers as attached_tracers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES
@@ -20,7 +21,7 @@ class profile(torch.profiler.profile):
 
     Args:
         model: holds the routers.
-        layers, every, warmup, capacity, capacity_bytes, tracks: see `MoETracer`.
+        layers, every, warmup, capacity, capacity_bytes, tracks, routes: see `MoETracer`.
         profiler_arguments: every argument of `torch.profiler.profile`, unchanged.
 
     `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` give the figures.
@@ -39,6 +40,7 @@ class profile(torch.profiler.profile):
         capacity: int = 100_000,
         capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
         tracks: Tracks = ("band",),
+        routes: bool | Routes = False,
         **profiler_arguments: Any,
     ) -> None:
         super().__init__(**profiler_arguments)
@@ -51,6 +53,7 @@ class profile(torch.profiler.profile):
             capacity_bytes=capacity_bytes,
             tracks=tracks,
             auto_attach=False,
+            routes=routes,
         )
         self.tracer.attach(self)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from moe_trace.data.calls.table import CallTable
@@ -25,7 +24,7 @@ from moe_trace.record.dry_run import rehearse
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.graphs.compiled import is_capturing, warn_if_compiled_before
+from moe_trace.record.graphs.compiled import is_capturing, recompile, warn_if_compiled_before
 from moe_trace.record.graphs.forwards import Segment
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
@@ -34,6 +33,7 @@ from moe_trace.record.lost import lost_so_far, recorded_calls, router_infos, unr
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
+from moe_trace.record.routes.beside import write_beside
 from moe_trace.record.routes.recorder import routes_recorder
 from moe_trace.record.sessions import Sessions
 from moe_trace.timeline.counter_tracks import Tracks
@@ -51,7 +51,7 @@ class MoETracer(HookOwner):
         capacity: router calls kept; beyond it the oldest are dropped and counted.
         capacity_bytes: memory of their figures on the host; beyond it the oldest are dropped too.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
-        clock: times each router and its experts by another clock too, such as `DeviceClock`.
+        clock: times each router and its experts too, such as `DeviceClock`.
         routes: record which token went to which expert too, for `routes()`; True, or `Routes` with options.
         auto_attach: add the routing to the traces of every torch profiler that records while the tracer is
             active, whoever made it. With False, only to those that `attach` names.
@@ -153,6 +153,8 @@ class MoETracer(HookOwner):
         self._active = False
         if not is_capturing():
             self._recorder.reduce()
+            if self._recorder.routes is not None:
+                self._recorder.routes.end(self.routes)
 
     def __enter__(self) -> MoETracer:
         self.start()
@@ -206,8 +208,12 @@ class MoETracer(HookOwner):
         parallel = self._parallel
         return self._recorder.routes.routes(self._description, parallel.rank, parallel.world_size)
 
-    def recording(self) -> Recording:
-        """Everything recorded, with the model's description and what was lost."""
+    def recording(self, *, trace: str | Path | None = None) -> Recording:
+        """Everything recorded, with the model's description and what was lost.
+
+        Args:
+            trace: that it is for; recorded routes are written beside it, and the recording names their file.
+        """
         samples = tuple(self.samples())
         return Recording(
             model=self._description,
@@ -224,6 +230,7 @@ class MoETracer(HookOwner):
             graphs_compiled=self._graphs.rings.compiled,
             annotated_nodes=self._captures.annotated_nodes(),
             compiled_graphs=self._graphs.launches.graphs(),
+            routes=write_beside(trace, self._recorder.routes, self.routes),
         )
 
     def summary(self) -> Summary:
@@ -232,7 +239,7 @@ class MoETracer(HookOwner):
 
     def merge_into(self, trace_path: str | Path) -> None:
         """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
-        merged = merge_recording(Path(trace_path), [self.recording()], tracks=self.tracks)
+        merged = merge_recording(Path(trace_path), [self.recording(trace=trace_path)], tracks=self.tracks)
         self.accept(merged.placed[0], merged.lost, trace_path)
 
     def accept(self, placed: CallTable, lost: Lost, trace_path: str | Path) -> None:
@@ -277,14 +284,7 @@ class MoETracer(HookOwner):
         """Whether any router was called, or compiled with its hooks."""
         return self._graphs.writes or any(one.seen for one in self._hooks.calls.counts)
 
-    @staticmethod
-    def recompile() -> None:
-        """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
-
-        For a tracer that was started after the first compiled call, and for models that shall run without
-        the recording that was compiled into them. Everything compiled is compiled again at its next call.
-        """
-        torch.compiler.reset()
+    recompile = staticmethod(recompile)
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_trace.data.errors import NothingRecorded, UsageError, deprecated, optional_package
 from moe_trace.data.files import write_text
+from moe_trace.data.routes.options import Routes
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import host_us
 from moe_trace.find.routers import LayerSelector
@@ -37,6 +38,7 @@ class MoEProfiler:
         warmup: steps to leave out at the start.
         every: record every n-th step after that.
         capacity: router calls kept; beyond it the oldest are dropped, and the summary says so.
+        routes: record which token went to which expert too, for `tracer.routes()`; see `MoETracer`.
         warmup_steps: older name of `warmup`.
         sampling_rate: older name of `every`.
 
@@ -53,6 +55,7 @@ class MoEProfiler:
         warmup: int = 0,
         every: int = 1,
         capacity: int = 100_000,
+        routes: bool | Routes = False,
         warmup_steps: int | None = None,
         sampling_rate: int | None = None,
     ) -> None:
@@ -72,6 +75,7 @@ class MoEProfiler:
             warmup=warmup,
             capacity=capacity,
             clock=self._clock,
+            routes=routes,
         )
         """The `MoETracer` that does the work."""
         self._devices = {site.name: _device_of(site.router) for site in self.tracer.sites}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from moe_trace.data.errors import UsageError
+from moe_trace.data.routes.file import SUFFIX
+from moe_trace.data.routes.options import Routes
 
 Mode = Literal["prefill", "generate", "train"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,6 +95,8 @@ class RunConfig:
     """By default float32 on a CPU and bfloat16 on a GPU; the demo's own type stays."""
     layers: tuple[int | str, ...] | None = None
     every: int = 1
+    routes: bool | Path = False
+    """Whether to record which token went to which expert: beside each trace, or in this file."""
     record_shapes: bool = False
     with_stack: bool = False
     out: Path = Path("moe_trace_runs")
@@ -115,3 +120,13 @@ class RunConfig:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
         if self.prompt is not None and self.prompts_file is not None:
             raise UsageError("give --prompt or --prompts-file, not both")
+
+
+def routes_of(config: RunConfig) -> bool | Routes:
+    """Which routes this process records; each of several has a file of its own."""
+    if isinstance(config.routes, bool):
+        return config.routes
+    path, rank = config.routes, os.environ.get("RANK", "0")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        path = path.with_name(f"{path.name.removesuffix(SUFFIX).removesuffix('.npz')}.rank{rank}{SUFFIX}")
+    return Routes(path=path.absolute())  # a program may go elsewhere

@@ -18,7 +18,7 @@ from moe_trace.data.summary import Summary
 from moe_trace.find.contracts.modules import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.profiler import profile
-from moe_trace.workload.config import RunConfig
+from moe_trace.workload.config import RunConfig, routes_of
 from moe_trace.workload.folder import claim_folder, files_in, traces_in
 from moe_trace.workload.inputs import make_inputs, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
@@ -192,6 +192,7 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
         model,
         layers=config.layers,
         every=config.every,
+        routes=routes_of(config),
         activities=activities,
         record_shapes=config.record_shapes,
         with_stack=config.with_stack,

@@ -16,6 +16,7 @@ from moe_trace.cli.pipes import console
 from moe_trace.cli.run.program import (
     SCRIPT_STEPS,
     new_folder,
+    parse_routes,
     parse_steps,
     print_files,
     print_next,
@@ -93,6 +94,8 @@ def _run_models(values: dict[str, Any]) -> int:
     from moe_trace.workload.sweep import variants
 
     runs = variants(config, lengths)
+    if len(runs) > 1 and not isinstance(config.routes, bool):
+        raise UsageError(f"--routes {config.routes}: {len(runs)} runs need a file each; leave out its name")
     results = []
     problems: tuple[str, ...] = ()
     for name, one in runs:
@@ -159,6 +162,15 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         help="only these routers: indices, labels or module paths (default all)",
     )
     add("--every", type=int, default=d.every, metavar="N", help=f"record every n-th step (default {d.every})")
+    add(
+        "--routes",
+        nargs="?",
+        type=parse_routes,
+        const=True,
+        default=d.routes,
+        metavar="FILE.npz",
+        help="record which token went to which expert: beside the trace, or in this file as the run goes on",
+    )
     add("--record-shapes", action="store_true", help="operators' shapes, as torch.profiler records them")
     add("--with-stack", action="store_true", help="source lines, as torch.profiler records them")
 

@@ -21,7 +21,7 @@ from moe_trace.workload.program.as_main import INTERRUPTED, Program
 from moe_trace.workload.program.run import has_store, run_program
 
 SCRIPT_STEPS = 32
-_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "record_shapes", "with_stack", "out", "force")
+_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "routes", "record_shapes", "with_stack", "out", "force")
 
 
 def record_program(program: Program, values: dict[str, Any]) -> int:
@@ -103,6 +103,16 @@ def parse_steps(text: str) -> int | range:
     if int(last) < int(first):
         raise argparse.ArgumentTypeError(f"{text}: the last step comes before the first")
     return range(int(first), int(last) + 1)
+
+
+def parse_routes(text: str) -> Path:
+    """A file for routes; what looks like something else is taken to be the program's name."""
+    if not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(
+            f"expected a file that ends in .npz, found {text}; to record beside the trace put another option "
+            f"between, or -- : --routes -- {text}"
+        )
+    return Path(text)
 
 
 def settle_steps(values: dict[str, Any], steps: int, warmup: int) -> None:

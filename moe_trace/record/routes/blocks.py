@@ -141,9 +141,9 @@ class Blocks:
         for block in self._by_key.get(key, ()):
             block.recomputed = True
 
-    def take(self, *, but: Block | None = None) -> list[Block]:
-        """Remove all blocks, or those before one."""
-        until = len(self.blocks) if but is None else self.blocks.index(but)
+    def take(self, *, but: int = 0) -> list[Block]:
+        """Remove all blocks but the last ones."""
+        until = max(0, len(self.blocks) - but)
         taken, self.blocks = self.blocks[:until], self.blocks[until:]
         self._forget(taken)
         return taken

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,14 @@ from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.parallel.environment import versions
-from moe_trace.record.routes.blocks import Blocks
+from moe_trace.record.routes.blocks import Block, Blocks
 from moe_trace.record.routes.chunks import Chunk, cast
 from moe_trace.record.routes.rows import Layers, as_routes
+from moe_trace.record.routes.stream import RoutesStream
 from moe_trace.record.routes.tokens import ForwardTokens, look_at_tokens, ship_tokens
 
+_STREAMED_BYTES = 4 * 2**20  # of rows that wait for the file
+_FORWARDS_OPEN = 2  # the last ones, to which calls may be added yet
 _ON_DEVICE_MAX = 8 * 2**20  # bytes of ids on a device before their copies are started
 
 
@@ -59,6 +63,9 @@ class RoutesRecorder:
         self._nobody = ForwardTokens()
         self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
         self._dropped: Counter[str] = Counter()
+        self.stream = None if options.path is None else RoutesStream(options.path, self._blocks.max_bytes)
+        """Where rows go that are complete; None where they stay in memory."""
+        self._run: dict[str, Any] = {}
         self._on_device: list[Chunk] = []
         self._device_bytes = 0
         self._shipped: deque[Chunk] = deque()
@@ -146,6 +153,25 @@ class RoutesRecorder:
                 part=self._part[router],
                 lost=record.rows is not None and _is_contradicted(record, ids_LTK[number], chunk.num_experts),
             )
+        if self.stream is not None and self._blocks.nbytes > _STREAMED_BYTES:
+            self._stream(self._blocks.take(but=_FORWARDS_OPEN))
+
+    def _stream(self, blocks: list[Block]) -> None:
+        """Have rows written, whose columns are made on the thread that writes."""
+        if self.stream is not None and blocks:
+            layers, run = self._layers.copy(), self._run
+            rows, nbytes = sum(block.rows for block in blocks), sum(block.nbytes for block in blocks)
+            self.stream.append(rows, nbytes, lambda: as_routes(blocks, layers, {}, run))
+
+    def end(self, collect: Callable[[], RecordedRoutes]) -> None:
+        """Recording ends: finish the file, where rows are streamed to one.
+
+        Args:
+            collect: brings what is still on its way.
+        """
+        if self.stream is not None:
+            collect()
+            self.stream.close()
 
     def _failed(self, tokens: int, error: Exception) -> None:
         if not self._dropped["failed"]:
@@ -157,12 +183,17 @@ class RoutesRecorder:
 
     def routes(self, model: Mapping[str, Any], rank: int, world_size: int) -> RecordedRoutes:
         """All that is kept; see `RecordedRoutes` for the arguments. Waits for the device."""
-        run = {"model": model, "rank": rank, "world_size": world_size, "versions": versions()}
+        self._run = {"model": model, "rank": rank, "world_size": world_size, "versions": versions()}
         with self._lock:
             self.ship()
             while self._shipped:
                 self._settle(self._shipped.popleft())
-            return as_routes(self._blocks.blocks, self._layers, self._dropped + self._blocks.dropped, run)
+            dropped = self._dropped + self._blocks.dropped
+            if self.stream is None:
+                return as_routes(self._blocks.blocks, self._layers, dropped, self._run)
+            self._stream(self._blocks.take())
+            found = self.stream.read() or as_routes([], self._layers, {}, self._run)
+            return replace(found, dropped=dict(dropped + self.stream.dropped))
 
 
 def routes_recorder(asked: bool | Routes, sites: Sequence[RouterSite], steps: Steps) -> RoutesRecorder | None:

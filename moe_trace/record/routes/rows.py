@@ -22,6 +22,10 @@ class Layers:
     top_k: list[int]
     called: set[int] = field(default_factory=set)
 
+    def copy(self) -> Layers:
+        """As they are known now."""
+        return Layers(self.names, list(self.num_experts), list(self.top_k), set(self.called))
+
     def learn(self, router: int, num_experts: int, top_k: int) -> None:
         """A call had so many experts and slots."""
         self.called.add(router)

@@ -31,7 +31,7 @@ from moe_trace.find.routers import find_routers
 from moe_trace.integrations.handler import tensorboard_trace_handler
 from moe_trace.record.sessions import listen, unlisten
 from moe_trace.record.tracer import MoETracer
-from moe_trace.workload.config import RunConfig
+from moe_trace.workload.config import RunConfig, routes_of
 
 
 class _Tracer(MoETracer):
@@ -122,7 +122,9 @@ class Watch:
             return
         if routers <= set(self._routers):
             return
-        tracer = _Tracer(module, layers=self.config.layers, every=self.config.every)
+        tracer = _Tracer(
+            module, layers=self.config.layers, every=self.config.every, routes=routes_of(self.config)
+        )
         tracer.traces = self.traces
         self._routers.update(routers)
         self._tracers.add(tracer)
