@@ -351,3 +351,24 @@ def test_listed_experts_of_which_some_were_called(fails_at: int) -> None:
             calls.setdefault(0, []).append(model.layers[0].received)
     assert by_layer(tracer) == calls
     assert tracer.recording().lost.calls == {"layers.1.gate": {"interrupted": 3}}
+
+
+def test_a_block_that_is_fused_after_its_experts_were_called_is_traced_by_another_tracer() -> None:
+    """The router's own word is not taken for a decision where experts are modules that are called."""
+    model = tiny_olmoe(layers=2)
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        return self.experts.forward(tokens, index, weights)
+
+    with received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model, 3)
+        with_block(model, block)
+        run(model, 5)
+    assert by_layer(tracer) == {layer: counts[:3] for layer, counts in calls.items()}
+    check(tracer, calls, all_of_them=False)
+    assert all(lost["unjoined"] >= 4 for lost in tracer.recording().lost.calls.values())
+    assert "a MoETracer of its own" in " ".join(tracer.summary().notes)
+    with received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model, 5)
+    check(tracer, calls)

@@ -40,6 +40,7 @@ class User:
         self.results: list[Any] = []
         self.handles: list[Any] = []
         self.batches = 0
+        self.tracer: Any = None
 
     @property
     def blocks(self) -> list[Any]:
@@ -117,6 +118,98 @@ def generates_on_a_thread(user: User) -> Any:
     thread.start()
     thread.join()
     return out
+
+
+@act
+def calls_it_on_two_threads(user: User) -> Any:
+    batches, out = [user.batch(), user.batch()], {}
+
+    def go(number: int) -> None:
+        with torch.no_grad():
+            out[number] = user.model(**batches[number], use_cache=False).logits
+
+    threads = [threading.Thread(target=go, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [out[0], out[1]]
+
+
+@act
+def dies_on_a_thread(user: User) -> Any:
+    """`sys.exit` on a thread ends that thread alone, and no hook is told."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit
+
+    handle = user.blocks[0].experts.register_forward_pre_hook(leave)
+    thread = threading.Thread(target=user.forward)
+    thread.start()
+    thread.join()
+    handle.remove()
+
+
+@act
+def works_on_no_tokens(user: User) -> Any:
+    with torch.no_grad():
+        return user.blocks[0](torch.zeros(1, 0, user.model.config.hidden_size))
+
+
+@act
+def changes_the_dtype(user: User) -> Any:
+    user.model.to(torch.bfloat16)
+    try:
+        with torch.no_grad():
+            return user.forward()
+    finally:
+        user.model.to(torch.float32)
+
+
+@act
+def asks_for_what_is_recorded(user: User) -> None:
+    if user.tracer is not None:
+        user.tracer.samples()
+
+
+def _behind(steered: bool) -> Act:
+    def leaves_experts_behind(user: User) -> Any:
+        """They run on a thread when the forward is over, or while the next one is under way."""
+        user.leave()
+        with torch.no_grad():
+            user.forward()  # until experts were called, a block without such a call can only be a fused one
+        pool, waiting = ThreadPoolExecutor(1), []
+        go = threading.Event()
+
+        def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+            _, weights, index = self.gate(tokens)
+            if steered:
+                index, weights = (index + 1) % EXPERTS, weights.clone()
+
+            def late() -> None:
+                go.wait(10)
+                with torch.no_grad():
+                    self.experts(tokens, index, weights)
+
+            waiting.append(pool.submit(late))
+            return tokens
+
+        user.with_blocks(block)
+        with torch.no_grad():
+            out = [user.forward()]
+            go.set()
+            out.append(user.forward())
+        for one in waiting:
+            one.result()
+        pool.shutdown()
+        user.leave()
+        return out
+
+    leaves_experts_behind.__name__ += "_steered" * steered
+    return leaves_experts_behind
+
+
+ACTS += [_behind(False), _behind(True)]
 
 
 def trains(user: User) -> Any:
@@ -416,10 +509,10 @@ def test_whatever_users_do(acts: list[Act], profiled: bool, ends: bool) -> None:
     hooks = moe_trace.profile if profiled else moe_trace.MoETracer
     layer_of = {id(block.experts): number for number, block in enumerate(user.blocks)}
     with received() as calls, hooks(user.model) as traced:
+        user.tracer = traced.tracer if profiled else traced
         does(user, acts)
     assert same(user.results, bare.results)
-    tracer = traced.tracer if profiled else traced
-    check(tracer, [(layer_of[which], counts) for which, counts in calls])
+    check(user.tracer, [(layer_of[which], counts) for which, counts in calls])
     for a, b in zip(user.model.modules(), bare.model.modules(), strict=True):
         assert len(a._forward_hooks) == len(b._forward_hooks)
         assert len(a._forward_pre_hooks) == len(b._forward_pre_hooks)

@@ -93,9 +93,11 @@ def why_no_decision(
         return "interrupted"
     if site.block is not None and not _holds(site.block, site.experts):
         return "replaced"
-    if call.fused or (site.block is None and not state.experts_called):
-        return None  # a fused block, which called its router but not its experts
-    return "unjoined" if state.elsewhere else "without_experts"
+    if state.elsewhere or (call.fused and state.experts_called):
+        return "unjoined"
+    # A fused block calls its router but never its experts.
+    fused = call.fused or (site.block is None and not state.experts_called)
+    return None if fused else "without_experts"
 
 
 def _holds(block: nn.Module, part: nn.Module) -> bool:

@@ -200,7 +200,7 @@ class CallJoiner:
                 returned[-1].experts += [experts for _, experts in block.elsewhere]
                 block.elsewhere = []
             else:
-                returned[-1].fused = not (returned[-1].refused or state.elsewhere)
+                returned[-1].fused = not returned[-1].refused
                 state.loose = True
         self._orphans += block.elsewhere
 

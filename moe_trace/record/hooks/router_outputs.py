@@ -198,7 +198,7 @@ class CallCollector:
         context.reached.append((call.site,))
         router, state = self._routers[call.site], self._joiner.states[call.site]
         reason = why_no_decision(call, router.site, state, context)
-        if state.elsewhere or reason in ("without_experts", "unjoined"):
+        if state.elsewhere or call.fused or reason in ("without_experts", "unjoined"):
             router.keep_block()
         if reason is not None:
             # A recomputation that is cut short decided nothing that the forward had not.
