@@ -110,30 +110,40 @@ def calls_a_gate(user: User) -> Any:
         return user.blocks[0].gate(torch.ones(3, user.model.config.hidden_size))[0]
 
 
-@act
-def generates_on_a_thread(user: User) -> Any:
-    ids, out = user.batch()["input_ids"], []
-    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    thread = threading.Thread(target=lambda: out.append(user.model.generate(ids, **options)))
-    thread.start()
-    thread.join()
-    return out
-
-
-@act
-def calls_it_on_two_threads(user: User) -> Any:
-    batches, out = [user.batch(), user.batch()], {}
+def on_threads(*functions: Callable[[], Any]) -> list[Any]:
+    """What each returns on a thread of its own, or the kind of error that it ends with."""
+    out: dict[int, Any] = {}
 
     def go(number: int) -> None:
-        with torch.no_grad():
-            out[number] = user.model(**batches[number], use_cache=False).logits
+        try:
+            out[number] = functions[number]()
+        except BaseException as error:
+            out[number] = type(error).__name__
 
-    threads = [threading.Thread(target=go, args=(number,)) for number in range(2)]
+    threads = [threading.Thread(target=go, args=(number,)) for number in range(len(functions))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [out[0], out[1]]
+    return [out[number] for number in range(len(functions))]
+
+
+@act
+def generates_on_a_thread(user: User) -> Any:
+    ids = user.batch()["input_ids"]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    return on_threads(lambda: user.model.generate(ids, **options))
+
+
+@act
+def calls_it_on_two_threads(user: User) -> Any:
+    batches = [user.batch(), user.batch()]
+
+    def forward(number: int) -> Any:
+        with torch.no_grad():
+            return user.model(**batches[number], use_cache=False).logits
+
+    return on_threads(lambda: forward(0), lambda: forward(1))
 
 
 @act
@@ -144,10 +154,10 @@ def dies_on_a_thread(user: User) -> Any:
         raise SystemExit
 
     handle = user.blocks[0].experts.register_forward_pre_hook(leave)
-    thread = threading.Thread(target=user.forward)
-    thread.start()
-    thread.join()
-    handle.remove()
+    try:
+        return on_threads(user.forward)
+    finally:
+        handle.remove()
 
 
 @act
