@@ -79,6 +79,17 @@ def test_layers_that_share_code_are_named_together() -> None:
     assert set(places(graph)) == {NAMES}
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["L['self'].layers.0.gate", "G['m']._modules['layers']._modules['0'].gate", "L['x'].layers.0.gate"],
+)
+def test_a_path_is_read_however_torch_writes_it(path: str) -> None:
+    launches = [LaunchNodes("extern_kernels.mm", ("mm",))]
+    modules = {f"layers.{i}.gate": {f"layers.{i}.gate": "router"} for i in (0, 1)}
+    graph = describe(launches, [GraphNode("mm", "aten.mm.default", (path,), "")], modules)
+    assert [part.routers for part in graph.parts] == [("layers.0.gate",)]
+
+
 def test_what_the_tracer_writes_is_no_part_of_the_layer() -> None:
     ours = f'File "{MoETracer.__module__}"'
     here = __import__("moe_trace").__file__

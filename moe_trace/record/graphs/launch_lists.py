@@ -7,6 +7,7 @@ is for are the nodes that no other kernel lists.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ _FREE = (  # what a fused kernel does on its way, at no cost of its own
     *("slice", "select", "split", "split_with_sizes", "getitem", "full", "iota", "constant_pad_nd"),
     "convert_element_type",
 )
+_MODULES, _ROOT = re.compile(r"\._modules\['([^']+)'\]"), re.compile(r"^\w+\[[^]]*\]\.?")
 _OURS = str(Path(__file__).parents[2])
 _GENERATED = ("triton_", "cpp_")
 _GRAPHS_MAX = 1000
@@ -150,12 +152,17 @@ def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> Laun
     if f'"{_OURS}' in node.source:
         return None
     for path in reversed(node.modules):
-        wanted = path.rpartition("']")[2].lstrip(".")
+        wanted = _below_root(path)
         found = _matching(wanted, places) if wanted else {}
         if found:
             place = next(iter(found.values()))
             return LaunchPart(routers=tuple(found), place=place)
     return None
+
+
+def _below_root(path: str) -> str:
+    """`layers.0` of `L['self'].layers.0`, and of what older torch writes, `L['self']._modules['layers']…`."""
+    return _ROOT.sub("", _MODULES.sub(r".\1", path))
 
 
 def _matching(path: str, places: Mapping[str, Mapping[str, Place]]) -> dict[str, Place]:
