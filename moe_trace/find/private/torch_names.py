@@ -122,7 +122,9 @@ def thread_is_profiled() -> bool:
 
 def any_thread_is_profiled() -> bool:
     """Either of them."""
-    return getattr(_profiler, "_is_profiler_enabled", False) or thread_is_profiled()
+    if getattr(_profiler, "_is_profiler_enabled", False):
+        return True
+    return _thread_is_profiled is not None and _thread_is_profiled()
 
 
 def profiles_all_threads(config: Any) -> bool:

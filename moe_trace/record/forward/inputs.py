@@ -57,6 +57,8 @@ class ModelInputs:
             count = tokens.numel()
             if tokens.is_floating_point() and tokens.dim():
                 count //= tokens.shape[-1] or 1
+        if named is None and not (torch.is_grad_enabled() and self._module.training):
+            return "prefill", count, False
         return self._stage(named, args, kwargs), count, named is not None
 
     def stage(self, args: Any, kwargs: dict[str, Any]) -> Stage:

@@ -50,13 +50,15 @@ class EventChecks:
         self._kept_bytes = 0
         """Of the tensors in events that are not joined."""
         self._awaits_backward = False
+        self.has_looked = False
+        """Whether any of the events that are not joined was looked at."""
         self._natives: dict[int, int] = {}
         self._log, self._forwards = log, forwards
         self._outside, self._join_passed, self._end_backward = outside, join_passed, end_backward
 
     def start_again(self) -> None:
         """What was noted is being joined. (A backward that failed calls nobody.)"""
-        self._kept_bytes, self._awaits_backward = 0, False
+        self._kept_bytes, self._awaits_backward, self.has_looked = 0, False, False
 
     def note(self, event: Sequence[Any]) -> None:
         """Note an event."""
@@ -67,6 +69,7 @@ class EventChecks:
         self._log.items.extend(event)
 
     def _looked_at(self, event: Sequence[Any]) -> Sequence[Any]:
+        self.has_looked = True
         (site, kind), thread = divmod(event[0], KINDS), event[1]
         if kind == BEGIN:
             noted = len(self._log.items) - self._log.waiting

@@ -222,16 +222,16 @@ class ForwardWatch:
         if not context.recorded:
             self.ranges.quiet.add(thread)
             if self.levels.level != Level.OFF:
-                self.levels.want(Level.OFF, thread)
+                self.levels.set(Level.OFF, thread)
             return
         if self.ranges.quiet:
             self.ranges.quiet.discard(thread)
         if context.profiled and profiler_is_recording():
             self.ranges.want(thread)
-            self.levels.want(Level.RANGES, thread)
+            self.levels.set(Level.RANGES, thread)
         else:
             self.ranges.wanted = None if self.ranges.wanted else False
-            self.levels.want(Level.RECORD, thread)
+            self.levels.set(Level.RECORD, thread)
 
     def send_events(self, tokens: int | None = None, context: ForwardContext | None = None) -> None:
         """Where events go: straight into the list in a forward that is known to be small."""

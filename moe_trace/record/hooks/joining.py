@@ -60,17 +60,12 @@ class CallJoiner:
         """Router calls that are not finished by site and thread, in order."""
         self._blocks: dict[tuple[int, int], list[Block]] = {}
         """Executions of the block under way, outermost first."""
-        self._begun: list[RouterCall] = []
+        self.begun: list[RouterCall] = []
         """All calls that are not finished, in order."""
         self._orphans: list[tuple[int, ExpertsCall]] = []
         """Calls of experts, and their site, that belong to no router call so far."""
         self._contexts: dict[int, ForwardContext] = {}
         """Of the call that a thread begins next."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether no call is under way."""
-        return not self._begun
 
     def add(self, items: Sequence[Any], context: ForwardContext | None = None) -> None:
         """Fold events in.
@@ -178,7 +173,7 @@ class CallJoiner:
         self.states[site].thread = thread
         call.context, call.start_ns, call.mark = context, start_ns, mark
         self._open.setdefault((site, thread), []).append(call)
-        self._begun.append(call)
+        self.begun.append(call)
         if blocks:
             blocks[-1].calls.append(call)
 
@@ -193,7 +188,7 @@ class CallJoiner:
             call.context = self._context_of(thread)
             call.start_ns = call.end_ns = reading[0]
             call.reading, call.recomputed, call.returned = reading[1], reading[2], True
-            self._begun.append(call)
+            self.begun.append(call)
         elif returned and not any(call.experts or call.rows for call in block.calls):
             # Where the router is called more than once, the last one decides.
             if block.elsewhere and not state.loose:
@@ -210,7 +205,7 @@ class CallJoiner:
         Args:
             under_way: the forwards that have not ended.
         """
-        done = [call for call in self._begun if call.context not in under_way]
+        done = [call for call in self.begun if call.context not in under_way]
         self._remove(done)
         for key, blocks in list(self._blocks.items()):
             left = [block for block in blocks if block.context in under_way]
@@ -219,16 +214,16 @@ class CallJoiner:
             if not left:
                 del self._blocks[key]
         if self._orphans:
-            self._retry_orphans(keep=bool(self._begun))
+            self._retry_orphans(keep=bool(self.begun))
         return done
 
     def _remove(self, calls: Sequence[RouterCall]) -> None:
-        if len(calls) == len(self._begun):
-            self._begun = []
+        if len(calls) == len(self.begun):
+            self.begun = []
             self._open.clear()
             return
         gone = set(calls)
-        self._begun = [call for call in self._begun if call not in gone]
+        self.begun = [call for call in self.begun if call not in gone]
         for key in {(call.site, call.thread) for call in calls} & self._open.keys():
             self._open[key] = [call for call in self._open[key] if call not in gone]
             if not self._open[key]:
@@ -236,8 +231,8 @@ class CallJoiner:
 
     def passed(self) -> list[RouterCall]:
         """Remove the calls whose thread has begun another one since, and that are complete by all signs."""
-        last: dict[int, RouterCall] = {call.thread: call for call in self._begun}
-        done = [call for call in self._begun if last[call.thread] is not call and self._is_complete(call)]
+        last: dict[int, RouterCall] = {call.thread: call for call in self.begun}
+        done = [call for call in self.begun if last[call.thread] is not call and self._is_complete(call)]
         self._remove(done)
         return done
 

@@ -37,26 +37,30 @@ class HookLevels:
         self.on_others: Callable[[], object] = lambda: None
         """Told that somebody put hooks on a router, or took them off."""
 
-    def set(self, level: Level) -> None:
-        """Hook what `level` needs, whatever threads want; cheap when nothing changes."""
-        # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
-        if level == self.level and (
-            self.kept or level == Level.OFF or list(map(len, self._router_hooks)) == self._installed
-        ):
-            return
-        if level == self.level:
-            self.on_others()
+    def set(self, level: Level, thread: int | None = None) -> None:
+        """Hook what `level` needs; cheap when nothing changes.
+
+        Args:
+            thread: whose forward needs it; of all threads, the one that needs most wins.
+        """
+        with self._lock:
+            if thread is not None:
+                self.wanted[thread] = level
+                if len(self.wanted) > 1:
+                    level = max(self.wanted.values())
+            # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
+            if level == self.level:
+                if self.kept or level == Level.OFF or [*map(len, self._router_hooks)] == self._installed:
+                    return
+                self.on_others()
+            self._put_on(level)
+
+    def _put_on(self, level: Level) -> None:
         self.level = level
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
-        self._installed = list(map(len, self._router_hooks))
-
-    def want(self, level: Level, thread: int) -> None:
-        """A thread's forward needs `level`; of all threads, the one that needs most wins."""
-        with self._lock:
-            self.wanted[thread] = level
-            self.set(level if len(self.wanted) == 1 else max(self.wanted.values()))
+        self._installed = [*map(len, self._router_hooks)]
 
     def keep(self) -> None:
         """Compiled code has the hooks in it from now on; may run while it is being traced.

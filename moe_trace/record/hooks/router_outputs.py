@@ -76,11 +76,6 @@ class CallCollector:
         self.flush(None)
         self._recorder.end_forward()
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to join."""
-        return len(self._log.items) == self._log.waiting and self._joiner.idle
-
     def flush(self, thread: int | None, *, innermost: bool = False) -> bool:
         """The forward of a thread ends: its calls, and those that are in none, are complete.
 
@@ -90,10 +85,12 @@ class CallCollector:
         Returns:
             Whether there was anything to join.
         """
-        if self.idle:
+        # Few functions until the forward is kept: each that runs once a forward is in no cache.
+        if len(self._log.items) == self._log.waiting and not self._joiner.begun:
             return False
         with self._lock:
-            self.checks.start_again()
+            if self.checks.has_looked:
+                self.checks.start_again()
             context = self._plain_context(thread)
             if context is not None and self._plain.keep(context):
                 return True
@@ -113,10 +110,11 @@ class CallCollector:
 
     def _plain_context(self, thread: int | None) -> ForwardContext | None:
         """The forward that ends, if nothing else is under way and it is a first, whole and recorded one."""
-        if thread is None or self._clock is not None or self._forwards.busy != 1 or not self._joiner.idle:
+        stacks = self._forwards.stacks
+        if len(stacks) != 1 or thread not in stacks or self._joiner.begun or self._clock is not None:
             return None
-        context = self._forwards.of(thread)
-        if context is None or not context.recorded or context.recomputed or context.failed:
+        context = stacks[thread][-1].context
+        if not context.recorded or context.recomputed or context.failed:
             return None
         return context if context.ident == thread else None
 
