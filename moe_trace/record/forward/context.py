@@ -65,7 +65,7 @@ class ForwardContext:
 
 
 @dataclass(slots=True)
-class _Entered:
+class Entered:
     """A module of the model that a thread is in."""
 
     level: int
@@ -78,12 +78,12 @@ class ForwardStack:
     """The modules that each thread entered the model through, outermost first."""
 
     def __init__(self) -> None:
-        self.stacks: dict[int, list[_Entered]] = {}
+        self.stacks: dict[int, list[Entered]] = {}
         """By thread; of none that is in no forward."""
         self.last: ForwardContext | None = None
         """The forward that began last: what a recomputation in the backward belongs to."""
 
-    def top(self, thread: int) -> _Entered | None:
+    def top(self, thread: int) -> Entered | None:
         """The innermost module that a thread is in."""
         stack = self.stacks.get(thread)
         return stack[-1] if stack else None
@@ -101,10 +101,10 @@ class ForwardStack:
         """A thread enters a module."""
         stack = self.stacks.get(thread)
         if stack is None:
-            self.stacks[thread] = [_Entered(level, context)]
+            self.stacks[thread] = [Entered(level, context)]
             self.last = context
         else:
-            stack.append(_Entered(level, context))
+            stack.append(Entered(level, context))
 
     def pop(self, thread: int) -> tuple[ForwardContext | None, ForwardContext | None]:
         """It leaves the innermost one: (the forward it was in, the one that it is in now)."""

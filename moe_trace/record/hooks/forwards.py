@@ -20,7 +20,7 @@ from moe_trace.find.private.torch_names import (
     tracing_state,
 )
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.forward.context import ForwardContext, ForwardStack
+from moe_trace.record.forward.context import Entered, ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.forward.ranges import OpenRanges, owns_ranges, profiler_is_recording
 from moe_trace.record.forward.steps import Steps
@@ -142,8 +142,7 @@ class ForwardWatch:
             self._begin_again(self.forwards.last, entry, thread)
             return
         step, sampled = self.steps.begin()
-        # What torch.jit traces becomes part of somebody's program: nothing of ours may.
-        sampled = sampled and tracing_state() is None
+        sampled = sampled and tracing_state() is None  # else it became part of what torch.jit traces
         tokens, context = None, self._left_out  # one for all, of which nobody will ask more
         if sampled or graphs_write:
             stage, tokens, told = entry.inputs.look(args, kwargs)
@@ -152,7 +151,7 @@ class ForwardWatch:
                 self._open_graph_range()
             context = ForwardContext(step, stage, None, 0, sampled, True, profiled, told, time_ns(), thread)
         context.epoch = self.graphs.forwards.begin(context)
-        self.forwards.push(thread, entry.level, context)
+        self._busy[thread], self.forwards.last = [Entered(entry.level, context)], context
         if graphs_write:
             self.graphs.start_on_host(context)
         self._in_graph.on_host = True
@@ -271,8 +270,9 @@ class ForwardWatch:
                 self.calls.flush(thread, innermost=True)
             stack.pop()
             return
-        self.calls.flush(thread, innermost=True)
-        self.forwards.drop(thread)
+        if context.recorded or len(self.log.items) != self.log.waiting:
+            self.calls.flush(thread, innermost=True)
+        self._busy.pop(thread, None)
         self._end_forward(context, thread)
 
     def _end_forward(self, context: ForwardContext, thread: int) -> None:
