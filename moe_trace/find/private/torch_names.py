@@ -122,9 +122,7 @@ def thread_is_profiled() -> bool:
 
 def any_thread_is_profiled() -> bool:
     """Either of them."""
-    if getattr(_profiler, "_is_profiler_enabled", False):
-        return True
-    return _thread_is_profiled is not None and _thread_is_profiled()
+    return getattr(_profiler, "_is_profiler_enabled", False) or (_thread_is_profiled or bool)()
 
 
 def profiles_all_threads(config: Any) -> bool:
