@@ -52,9 +52,11 @@ const count = (number) => number.toLocaleString("en");
 const percent = (part, whole) => (whole ? `${(100 * part / whole).toFixed(1)} %` : "-");
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
+const hue = (expert) => ((expert * 137.508 + 210) % 360).toFixed(1);
+
 // Experts next to each other are far apart in hue, and of three degrees of lightness.
 function paint(element, expert) {
-  element.style.setProperty("--hue", ((expert * 137.508 + 210) % 360).toFixed(1));
+  element.style.setProperty("--hue", hue(expert));
   element.style.setProperty("--step", String((expert % 3) - 1));
 }
 
@@ -211,6 +213,7 @@ class Tokens {
       else if (this.isLost(i, layer)) lost += 1;
       else if (isNone) skipped += 1;
     });
+    this.element.style.setProperty("--chosen", hue(expert ?? 0));
     this.sayKeys(padding, skipped, lost);
     this.showPath(this.shown);
     this.showGot();
