@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from moe_trace.data.display.json import without_nonfinite
 from moe_trace.data.errors import UsageError
 from moe_trace.data.files import whole_file
 from moe_trace.find.contracts import Call, RouterOutput
@@ -131,8 +132,11 @@ class PruningScores:
             raise UsageError(f"found {path}, expected a file name that ends in .json or .npz")
         with whole_file(path) as temporary:
             if suffix == ".json":
-                listed = {name: {key: _listed(v) for key, v in one.items()} for name, one in plain.items()}
-                text = json.dumps({"layers": listed, "unscored": self.unscored}, indent=1, allow_nan=False)
+                listed = {
+                    name: {k: np.asarray(v).tolist() for k, v in one.items()} for name, one in plain.items()
+                }
+                whole = without_nonfinite({"layers": listed, "unscored": self.unscored})
+                text = json.dumps(whole, indent=1, allow_nan=False)
                 temporary.write_text(text + "\n", encoding="utf-8")
             else:
                 arrays: Any = {
@@ -183,12 +187,6 @@ def _scores(sums: _Sums) -> ExpertScores:
         return ExpertScores(sums.tokens, count.astype(np.int64), mass, norms / count, weighted / count)
 
 
-def _listed(value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    return [None if number != number else number for number in value.tolist()]
-
-
 @dataclass
 class _Stacked:
     """Experts in one module, `experts(hidden_states, index, weights)`: one call a slot, with weights of 1."""
@@ -216,7 +214,10 @@ class _Stacked:
         norms, total = [], torch.zeros_like(output, dtype=torch.float32)
         for slot in range(index_TK.shape[1]):
             one = weights_TK.new_ones(len(index_TK), 1)
-            alone = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), one).float()
+            try:
+                alone = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), one).float()
+            except (ValueError, IndexError, RuntimeError) as error:
+                raise ValueError(f"the experts cannot be called for one slot alone ({error})") from error
             norms.append(alone.reshape(len(index_TK), -1).norm(dim=1))
             total += (alone.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(total)
         if not _adds_up(total, output):

@@ -12,6 +12,7 @@ import pytest
 
 from moe_trace.cli import main
 from moe_trace.read.routes.cache import simulate
+from moe_trace.read.routes.cache.expert_bytes import expert_bytes
 from moe_trace.read.routes.study import study
 from tiny_routes import random_routes
 
@@ -133,3 +134,19 @@ def test_arguments_that_cannot_be(arguments: list[str], said: str, tmp_path: Pat
     paths["g"] = replace(one, layers=("a", "b", "c", "d")).save(tmp_path / "g.routes.npz")
     given = [argument.format(**paths) for argument in arguments]
     assert said in printed(capsys, *given, code=2)
+
+
+def test_bytes_come_from_the_shape_that_the_model_was_recorded_with(tmp_path: Path, capsys: Any) -> None:
+    config = {"hidden_size": 2048, "intermediate_size": 1024}
+    model = {"dtype": "bfloat16", "config": config}
+    path = str(random_routes(9, model=model).save(tmp_path / "a.routes.npz"))
+    text = printed(capsys, "cache", path, "--experts-in-memory", "2")
+    assert "One expert's weights: 12.6 MB" in text, "OLMoE-1B-7B: 3 x 2048 x 1024 numbers of 2 bytes"
+    assert (
+        json.loads(printed(capsys, "cache", path, "--experts-in-memory", "2", "--json"))["expert_bytes"]
+        == 12_582_912
+    )
+    for unknown in ({**model, "dtype": "uint4"}, {"config": config}, {"dtype": "bfloat16"}):
+        assert expert_bytes(unknown) is None
+    assert expert_bytes({**model, "config": {**config, "quantization_config.bits": 4}}) is None
+    assert expert_bytes({**model, "config": {**config, "moe_intermediate_size": 10}}) == 3 * 2048 * 10 * 2

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hand_written
+from families.configs import BY_NAME
 from models import tiny_olmoe, token_batch
-from moe_trace import PruningScores
+from moe_trace import PruningScores, find_routers
 from moe_trace.data.errors import UsageError
 
 Norms = list[tuple[int, float, float]]
@@ -146,3 +147,23 @@ def test_scores_are_written_as_json_and_npz(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="ends in"):
         scores.save(tmp_path / "s.txt")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["s.json", "s.npz"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "longcat_flash", "llama4", "jetmoe"]
+)
+def test_families_are_scored_or_say_why_not(name: str) -> None:
+    """What is scored adds up to what the layers gave: that is checked in each call."""
+    family = BY_NAME[f"{name}/text"]
+    model = family.build()
+    routers = [site.name for site in find_routers(model)]
+    with PruningScores(model) as scores:
+        family.run(model)
+    if name in ("llama4", "jetmoe", "longcat_flash"):
+        assert not scores.layers and set(scores.unscored) == set(routers)
+        assert all("not scored" in why or "one slot alone" in why for why in scores.unscored.values())
+        return
+    assert list(scores.layers) == routers and not scores.unscored
+    for layer in scores.layers.values():
+        chosen = layer.frequency > 0
+        assert (layer.reap[chosen] > 0).all() and np.isnan(layer.reap[~chosen]).all()

@@ -32,7 +32,9 @@ class CacheRoutesCommand:
         add("--shared", action="store_true", help="one memory for all layers, of as many experts in all")
         add("--each-token", action="store_true", help="take each token as a step, as if decoded alone")
         add("--prefetch", choices=("transition",), help="load ahead what a layer's experts predict")
-        add("--expert-bytes", type=int, metavar="N", help="bytes of one expert's weights")
+        add(
+            "--expert-bytes", type=int, metavar="N", help="bytes of one expert's weights, if not by its shape"
+        )
         add(
             "--steps",
             type=int,
@@ -48,19 +50,21 @@ class CacheRoutesCommand:
         """Read, simulate, print."""
         from moe_trace.cli.routes.reading import routes_of
         from moe_trace.read.routes.cache import simulate
+        from moe_trace.read.routes.cache.expert_bytes import expert_bytes
         from moe_trace.show.routes.cache import render_cache_json, render_cache_text
 
         sizes = _numbers(arguments.experts_in_memory)
         if arguments.steps < 0:
             raise UsageError(f"found --steps {arguments.steps}, expected a number from 0 on")
+        routes, given = routes_of(arguments.file, arguments), arguments.expert_bytes
         found = simulate(
-            routes_of(arguments.file, arguments),
+            routes,
             sizes,
             [part.strip() for part in arguments.policy.split(",") if part.strip()],
             shared=arguments.shared,
             together="token" if arguments.each_token else "forward",
             prefetch_by=arguments.prefetch,
-            expert_bytes=arguments.expert_bytes,
+            expert_bytes=expert_bytes(routes.model) if given is None else given,
             most_steps=arguments.steps or None,
         )
         if arguments.format == "json":

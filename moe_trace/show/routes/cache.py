@@ -30,8 +30,10 @@ def render_cache_text(study: CacheStudy, *, every_layer: bool = False) -> str:
     fetched = [result for result in study.results if result.prefetch is not None]
     parts += [_prefetch(fetched)] if fetched else []
     parts += [_layers(study)] if every_layer else []
-    if not known:
+    if study.expert_bytes is None:
         parts.append(paragraph("Bytes are unknown: --expert-bytes says how large one expert's weights are."))
+    else:
+        parts.append(paragraph(f"One expert's weights: {scaled(study.expert_bytes, 'B')}."))
     return "\n\n".join(parts) + "\n"
 
 
