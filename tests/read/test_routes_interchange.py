@@ -281,6 +281,9 @@ def test_the_commands_import_export_and_check(
     np.testing.assert_array_equal(read_routes("a.routes.npz").expert_ids, ids)
     assert main(["routes", "import", "routed_experts.npy", "-o", "a.routes.npz"]) == 6
     assert main(["routes", "check", "a.routes.npz"]) == 0
+    assert main(["routes", "check", "routed_experts.npy"]) == 0
+    assert "--num-experts" in capsys.readouterr().err
+    assert main(["routes", "diff", "a.routes.npz", "routed_experts.npy"]) == (2 if ids.max() < 15 else 0)
     assert main(["routes", "export", "a.routes.npz", "--to", "npy"]) == 0
     np.testing.assert_array_equal(np.load("a.npy"), ids)
     assert main(["routes", "export", "a.routes.npz", "--to", "npy"]) == 6

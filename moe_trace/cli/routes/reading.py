@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_trace.data.display.tables import printable
@@ -17,15 +18,19 @@ ROUTES = ".routes.npz"
 
 
 def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
-    """Read a file of routes, and say what it lacks."""
+    """Read a file of routes, or a capture whose ending says its form, and say what it lacks."""
     from moe_trace.data.routes.file import IncompleteRoutes, read_routes
+    from moe_trace.read.routes.interchange.files import ENDINGS, import_routes
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", IncompleteRoutes)
-        routes = read_routes(path)
-    if routes.incomplete:
-        shown = printable(arguments.copies.get(path, path), 200)
-        print(f"moe-trace: note: {shown}: {routes.incomplete}", file=sys.stderr)
+    if Path(path).suffix in ENDINGS and not path.endswith(".npz"):
+        routes, notes = import_routes(path)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IncompleteRoutes)
+            routes = read_routes(path)
+        notes = [routes.incomplete] if routes.incomplete else []
+    for note in notes:
+        print(f"moe-trace: note: {printable(named(path, arguments), 200)}: {note}", file=sys.stderr)
     return routes
 
 
