@@ -216,6 +216,8 @@ class RingReader:
                 num_experts=shape.num_experts,
                 classes=shape.classes,
             )
+            if self._recorder.routes is not None:
+                self._recorder.routes.miss_in_graph(record, tokens)
 
     def _count_lost(self, index: int, last: int, forwards: set[int], seen_by_host: int) -> None:
         """Rows written over before anybody shipped them; the host's forwards are shipped in time."""

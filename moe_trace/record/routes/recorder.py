@@ -58,6 +58,8 @@ class RoutesRecorder:
             [site.info.top_k for site in sites],
         )
         self._part = [int(".encoder." in f".{site.name}.") for site in sites]
+        self._missed = (-1, -1)
+        """The last forward in a graph."""
         self._runs = 0
         """Prefills and training steps seen."""
         self._nobody = ForwardTokens()
@@ -155,6 +157,13 @@ class RoutesRecorder:
             )
         if self.stream is not None and self._blocks.nbytes > _STREAMED_BYTES:
             self._stream(self._blocks.take(but=_FORWARDS_OPEN))
+
+    def miss_in_graph(self, record: CallRecord, tokens: int) -> None:
+        """A call was made inside a graph, which writes counts alone: its tokens are dropped, counted once for
+        all layers of a forward."""
+        if self._wants(record.step) and record.order != self._missed:
+            self._missed = record.order
+            self._dropped["in a graph"] += tokens
 
     def _stream(self, blocks: list[Block]) -> None:
         """Have rows written, whose columns are made on the thread that writes."""
