@@ -46,13 +46,14 @@ def unplaced(
 ) -> dict[str, int]:
     """Calls without a place, by reason, of some profiled steps."""
     tracer = moe_trace.MoETracer(model)
+    static = ids(2, 8, seed=0)  # the graph reads it in each replay, so it must live as long
     with torch.no_grad(), tracer:
         forward()
-        replays: list[Any] = [captured(model, ids(2, 8, seed=0))]
+        replay = captured(model, static)
         with profile(activities=BOTH) as prof:
             prof.step()
             for _ in range(STEPS):
-                step((prof, replays[0], forward))
+                step((prof, replay, forward))
             torch.cuda.synchronize()
         prof.export_chrome_trace(str(path))
     return tracer.recording().lost.unplaced
