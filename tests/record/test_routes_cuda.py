@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 import moe_trace
-from models import ExpertsCall, tiny_olmoe, token_batch, watch_experts
+from graph_models import WAYS, gpu_model, ids, run
+from models import ExpertsCall, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
 from moe_trace import Routes
 
 pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def received(calls: list[ExpertsCall], layers: int) -> np.ndarray:
@@ -56,3 +67,62 @@ def test_nothing_waits_while_routes_are_recorded_and_copied() -> None:
     routes = tracer.routes()
     assert len(routes) == 440 * 1024 and routes.dropped == {}
     assert (routes.expert_ids[-1024:] == routes.expert_ids[:1024]).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (4, 64)])
+@torch.no_grad()
+def test_reduce_overhead_records_each_token(way: str, shape: tuple[int, int]) -> None:
+    tokens, model, expected = shape[0] * shape[1], gpu_model(), []
+    with (
+        watch_compiled_experts(model, tokens) as buffers,
+        moe_trace.MoETracer(model, routes=True) as tracer,
+    ):
+        forward = WAYS[way](model, mode="reduce-overhead", fullgraph=True)
+        for seed in range(8):
+            run(forward, ids(*shape, seed=seed))
+            expected.append(torch.stack(buffers, 1).cpu().numpy())
+    routes = tracer.routes()
+    assert (routes.expert_ids == np.concatenate(expected)).all()
+    assert routes.dropped == {}
+
+
+@torch.no_grad()
+def test_a_captured_graph_records_each_token_of_each_replay() -> None:
+    model, static = gpu_model(), ids(2, 8, seed=0)
+    inputs = [ids(2, 8, seed=seed) for seed in range(6)]
+    with moe_trace.MoETracer(model, routes=True) as tracer:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(static, use_cache=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(static, use_cache=False)
+        for tokens in inputs:
+            static.copy_(tokens)
+            graph.replay()
+        torch.cuda.synchronize()
+    routes, eager = tracer.routes(), gpu_model()
+    with watch_experts(eager) as calls:
+        for tokens in inputs:
+            eager(tokens, use_cache=False)
+    replayed: Any = routes.expert_ids[-6 * 16 :]
+    assert (replayed == received(calls, replayed.shape[1])).all()
+
+
+@torch.no_grad()
+def test_a_static_cache_generation_records_each_token() -> None:
+    model = gpu_model()
+    batch = {name: value.cuda() for name, value in token_batch(2, 8).items()}
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with moe_trace.MoETracer(model, routes=True) as tracer:
+        model.generate(**batch, **options, cache_implementation="static")
+    routes = tracer.routes()
+    total = {name: 0 for name in routes.layers}
+    for sample in tracer.samples():
+        total[sample.name] = total[sample.name] + sample.assignments
+    assert [counts.tolist() for counts in total.values()] == routes.assignments().tolist()
+    assert len(routes) == 2 * 8 + 2 * 7

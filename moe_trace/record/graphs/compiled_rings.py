@@ -7,70 +7,21 @@ All rest runs once, while the graph is being made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.graphs.forward_in_graph import ForwardInGraph
 from moe_trace.record.graphs.forwards import GraphForwards
+from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
 from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
 from moe_trace.record.graphs.ring_buffer import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
 
 _CPU = torch.device("cpu")
-
-
-class ForwardInGraph:
-    """The model's forward that is being traced or captured; outside of one, its routers write at once.
-
-    A compiler makes one kernel of all routers' writes when they stand together at the end of the forward, and
-    one for every second router where they stand apart.
-    """
-
-    def __init__(self) -> None:
-        self.on_host = False
-        """Whether the host saw the forward under way begin: then no module inside it begins one."""
-        self._code: int | None = None
-        self._level = 0
-        self._waiting: list[tuple[GraphRing, Tensor, int]] | None = None
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a forward was begun that has not ended."""
-        return self.on_host or self._code is not None
-
-    def start(self, stage_code: int, level: int, *, together: bool) -> None:
-        """The model's forward begins.
-
-        Args:
-            level: of the module that it begins with, and will end with.
-            together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
-                cannot leave a layer that is checkpointed.
-        """
-        self._code, self._level = stage_code << 1 | 1, level
-        self._waiting = [] if together else None
-
-    def write(self, ring: GraphRing, body: Tensor, tokens: int) -> None:
-        """Write a row, now or at the end."""
-        if self._waiting is None:
-            ring.put(body, tokens, self._code)
-        else:
-            self._waiting.append((ring, body, tokens))
-
-    def end(self, level: int) -> None:
-        """A module that the model may be entered through has returned."""
-        if self._code is None or level != self._level:
-            return
-        for ring, body, tokens in self._waiting or ():
-            ring.put(body, tokens, self._code)
-        self.forget()
-
-    def forget(self, on_host: bool = False) -> None:
-        """No forward is under way, or one `on_host`; what one left that was interrupted is dropped."""
-        self._code = self._waiting = None
-        self.on_host = on_host
 
 
 class SiteRings:
@@ -84,9 +35,16 @@ class SiteRings:
         self,
         num_experts: int,
         forward: ForwardInGraph,
-        allocate: Callable[[SiteRings, RingKind, int, int], None],
+        allocate: Callable[[SiteRings, RingKind | int, int, int], None],
+        *,
+        keeps_ids: bool,
     ) -> None:
         self.num_experts = num_experts
+        self.keeps_ids = keeps_ids
+        """Whether routes are recorded."""
+        self.ids_512: IdsRing | None = None
+        self.ids_4096: IdsRing | None = None
+        self.ids_32768: IdsRing | None = None
         self._forward = forward
         self.small: GraphRing | None = None
         self.medium: GraphRing | None = None
@@ -102,6 +60,13 @@ class SiteRings:
         self.traced |= not captures_now()
         if getattr(self, kind) is None:
             self._allocate(self, kind, top_k, classes)
+        return 0
+
+    @torch.compiler.assume_constant_result
+    def prepare_ids(self, room: int, top_k: int, classes: int) -> int:
+        """The same for the ids of large calls."""
+        if getattr(self, f"ids_{room}") is None:
+            self._allocate(self, room, top_k, classes)
         return 0
 
     @torch.compiler.assume_constant_result
@@ -122,15 +87,31 @@ class SiteRings:
         assert ring is not None  # `prepare` made it
         body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
         self._forward.write(ring, body, tokens)
+        if self.keeps_ids and kind == "reduced":
+            self._write_ids(reading, tokens, top_k, classes)
+
+    def _write_ids(self, reading: RouterOutput, tokens: int, top_k: int, classes: int) -> None:
+        room = room_for(tokens)
+        if room is not None:
+            self.prepare_ids(room, top_k, classes)
+            ring = self.ids_512 if room == 512 else self.ids_4096 if room == 4096 else self.ids_32768
+            assert ring is not None  # `prepare_ids` made it
+            self._forward.write(ring, ring.body(reading), tokens)
 
     def write_captured(self, reading: RouterOutput) -> None:
         """The same while a stream is captured into a graph, whose replays will write."""
         with torch.no_grad():
             self.write(reading)
         keep_for_graphs([memory for ring in self.all() for memory in (ring.data, *ring.counter.memory)])
+        keep_for_graphs([ring.data for ring in self.ids().values()])
 
     def all(self) -> Iterator[GraphRing]:
         yield from (ring for ring in (self.small, self.medium, self.reduced) if ring is not None)
+
+    def ids(self) -> dict[int, IdsRing]:
+        """Those of ids, by room."""
+        found = {room: getattr(self, f"ids_{room}") for room in ROOMS}
+        return {room: ring for room, ring in found.items() if ring is not None}
 
 
 class ModelRings:
@@ -141,6 +122,7 @@ class ModelRings:
         forwards: what the host knows of the model's forwards.
         started: called while tracing or capturing, whenever a graph takes up the hooks.
         counting: called when a counter was made, with the number of the last forward that it does not count.
+        keeps_ids: whether routes are recorded.
     """
 
     def __init__(
@@ -150,9 +132,13 @@ class ModelRings:
         *,
         started: Callable[[], None],
         counting: Callable[[int], None],
+        keeps_ids: bool = False,
     ) -> None:
         self.in_graph = ForwardInGraph()
-        self.sites = [SiteRings(router.info.num_experts, self.in_graph, self._allocate) for router in routers]
+        self.sites = [
+            SiteRings(router.info.num_experts, self.in_graph, self._allocate, keeps_ids=keeps_ids)
+            for router in routers
+        ]
         self.counters: list[ForwardCounter] = []
         self._routers = list(routers)
         self._forwards = forwards
@@ -162,7 +148,8 @@ class ModelRings:
     @property
     def slots(self) -> int:
         """Forwards after which the first slot of some ring is written again."""
-        return min((ring.slots for site in self.sites for ring in site.all()), default=1)
+        slots = [ring.slots for site in self.sites for ring in site.all()]
+        return min(slots + [ring.slots for site in self.sites for ring in site.ids().values()], default=1)
 
     @property
     def compiled(self) -> bool:
@@ -231,23 +218,31 @@ class ModelRings:
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)
 
-    def _allocate(self, site: SiteRings, kind: RingKind, top_k: int, classes: int) -> None:
+    def ids_by_room(self, sites: Sequence[int]) -> dict[int, list[int]]:
+        """Of some routers those that have a ring of ids of each room."""
+        found: dict[int, list[int]] = {}
+        for index in sites:
+            for room in self.sites[index].ids():
+                found.setdefault(room, []).append(index)
+        return found
+
+    def _allocate(self, site: SiteRings, kind: RingKind | int, top_k: int, classes: int) -> None:
         wanted = self._routers[self.sites.index(site)].info
         for other, router in zip(self.sites, self._routers, strict=True):
             # All routers of a kind at once: a layer whose ring appears later could not share their code.
             alike = (router.info.num_experts, router.info.top_k) == (wanted.num_experts, wanted.top_k)
-            if alike and getattr(other, kind) is None:
+            name = f"ids_{kind}" if isinstance(kind, int) else kind
+            if alike and getattr(other, name) is None:
                 counter = self._counter(_device(router))
+                sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
+                sizes |= {"sites": len(self.sites), "counter": counter}
                 with outside_graphs(counter.device):
-                    ring = GraphRing(
-                        kind,
-                        num_experts=site.num_experts or classes,
-                        top_k=top_k,
-                        classes=classes,
-                        sites=len(self.sites),
-                        counter=counter,
+                    made = (
+                        IdsRing(kind, **sizes)
+                        if isinstance(kind, int)
+                        else GraphRing(kind, classes=classes, **sizes)
                     )
-                setattr(other, kind, ring)
+                setattr(other, name, made)
         self._started()
 
     def _counter(self, device: torch.device) -> ForwardCounter:

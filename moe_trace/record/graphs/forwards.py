@@ -146,7 +146,7 @@ class GraphForwards:
         if seen is None:
             self.forgotten += 1
             return False
-        record.step, record.stage = seen.step, seen.stage
+        record.step, record.stage, record.tokens = seen.step, seen.stage, seen.tokens
         record.start_ns = record.end_ns = seen.start_ns
         record.thread, record.profiled = seen.thread, seen.profiled
         return seen.recorded

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import mark_static_address
+from moe_trace.record.reduce.small_ids import small_ids
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
 HEADER = 4
@@ -202,6 +203,15 @@ def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
         shape.num_experts,
         None,
     )
+
+
+def raw_routes(rings: Sequence[GraphRing]) -> tuple[Tensor, Tensor]:
+    """(ids as of `small_ids`, weights in float16), [S * slots, tokens, K] each, of rings of small calls."""
+    shape = rings[0].shape
+    rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
+    tokens_LTW = rows[:, HEADER:].view(len(rows), _TOKENS[shape.kind], shape.token_width)
+    index, weights = tokens_LTW[..., : 2 * shape.top_k].split(shape.top_k, dim=-1)
+    return small_ids(index.round().long(), weights, shape.num_experts), weights.half()
 
 
 def unpad(shape: RingShape, ints: Tensor, tokens: int) -> None:

@@ -26,6 +26,7 @@ from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
+from moe_trace.record.graphs.ids_ring import ship_ids
 from moe_trace.record.graphs.launch_lists import LaunchLists
 from moe_trace.record.graphs.memory import is_capturing
 from moe_trace.record.graphs.ring_buffer import STAGES, unpad
@@ -56,7 +57,13 @@ class RingReader:
             launches.watch()
 
         self.forwards = GraphForwards(forwards, samples_step)
-        self.rings = ModelRings(sites, self.forwards, started=graph_started, counting=self._counting)
+        self.rings = ModelRings(
+            sites,
+            self.forwards,
+            started=graph_started,
+            counting=self._counting,
+            keeps_ids=recorder.routes is not None,
+        )
         self.calls = [0] * len(sites)
         """Calls drained so far, by router."""
         self._routers = list(sites)
@@ -136,7 +143,13 @@ class RingReader:
             self._shipped_epoch = self.forwards.epoch
             for shape, indices in by_shape.items():
                 rings = [getattr(self.rings.sites[index], shape.kind) for index in indices]
-                self._shipped.append(ship(shape, indices, rings))
+                routes = self._recorder.routes is not None
+                self._shipped.append(shipped := ship(shape, indices, rings, routes=routes))
+                if routes and shape.kind == "reduced":
+                    for room, sites in self.rings.ids_by_room(indices).items():
+                        shipped.large[room] = ship_ids(
+                            sites, [self.rings.sites[i].ids()[room] for i in sites]
+                        )
             if sum(shipped.rows for shipped in self._shipped) > self._recorder.capacity + REMEMBERED:
                 self._take()  # the recorder keeps to its capacity, and counts what it drops
 
@@ -217,7 +230,7 @@ class RingReader:
                 classes=shape.classes,
             )
             if self._recorder.routes is not None:
-                self._recorder.routes.miss_in_graph(record, tokens)
+                self._recorder.routes.add_from_graph(record, rows.routes(index, row, forward, tokens), tokens)
 
     def _count_lost(self, index: int, last: int, forwards: set[int], seen_by_host: int) -> None:
         """Rows written over before anybody shipped them; the host's forwards are shipped in time."""

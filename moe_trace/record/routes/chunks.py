@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_trace.data.routes.columns import id_type
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.reduce.small_ids import small_ids
 from moe_trace.record.reduce.streams import on_stream
 
 
@@ -62,14 +63,9 @@ def cast(
     *,
     keep_weights: bool,
 ) -> Chunk:
-    """Expert ids in as few bytes as hold them; "no expert" where a slot was skipped.
-
-    Skipped is what the samples count as skipped: ids out of range, and slots of weight 0.
-    """
+    """The ids of these calls, on their device; see `small_ids`."""
     index_LTK, weights_LTK = _stack(index), _stack(weights)
-    skipped = (index_LTK < 0) | (index_LTK >= num_experts) | (weights_LTK == 0)
-    small = id_type(num_experts) == np.uint8
-    ids = index_LTK.masked_fill(skipped, 255 if small else -1).to(torch.uint8 if small else torch.int16)
+    ids = small_ids(index_LTK, weights_LTK, num_experts)
     return Chunk(records, num_experts, ids, weights_LTK.half() if keep_weights else None, stream)
 
 

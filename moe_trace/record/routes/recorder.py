@@ -58,8 +58,8 @@ class RoutesRecorder:
             [site.info.top_k for site in sites],
         )
         self._part = [int(".encoder." in f".{site.name}.") for site in sites]
-        self._missed = (-1, -1)
-        """The last forward in a graph."""
+        self._lost_order = (-1, -1)
+        """Of the last forward in a graph whose ids were lost."""
         self._runs = 0
         """Prefills and training steps seen."""
         self._nobody = ForwardTokens()
@@ -158,12 +158,28 @@ class RoutesRecorder:
         if self.stream is not None and self._blocks.nbytes > _STREAMED_BYTES:
             self._stream(self._blocks.take(but=_FORWARDS_OPEN))
 
-    def miss_in_graph(self, record: CallRecord, tokens: int) -> None:
-        """A call was made inside a graph, which writes counts alone: its tokens are dropped, counted once for
-        all layers of a forward."""
-        if self._wants(record.step) and record.order != self._missed:
-            self._missed = record.order
-            self._dropped["in a graph"] += tokens
+    def add_from_graph(self, record: CallRecord, found: tuple[Any, Any], tokens: int) -> None:
+        """A call inside a graph has come to the host.
+
+        Args:
+            record: without `tokens` where the host did not see its forward begin.
+            found: (ids, weights) [tokens, K]; None for what was not kept.
+        """
+        router, (ids, weights) = self._routers.get(record.site.name), found
+        if router is None or not self._wants(record.step):
+            return
+        with self._lock:
+            record.tokens = record.tokens or self._nobody
+            ship_tokens([record.tokens])
+            if ids is None:
+                if record.order != self._lost_order:  # once for all layers of a forward
+                    self._dropped["in a graph"] += tokens
+                self._lost_order = record.order
+                return
+            experts = record.site.info.num_experts or int(ids.max(initial=0)) + 1
+            self._layers.learn(router, experts, ids.shape[-1])
+            weights = weights if self.options.weights else None
+            self._blocks.add(record, router, ids, weights, part=self._part[router])
 
     def _stream(self, blocks: list[Block]) -> None:
         """Have rows written, whose columns are made on the thread that writes."""

@@ -1,0 +1,59 @@
+"""The model's forward that is being traced or captured."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_trace.record.graphs.ids_ring import IdsRing
+from moe_trace.record.graphs.ring_buffer import GraphRing
+
+
+class ForwardInGraph:
+    """The model's forward that is being traced or captured; outside of one, its routers write at once.
+
+    A compiler makes one kernel of all routers' writes when they stand together at the end of the forward, and
+    one for every second router where they stand apart.
+    """
+
+    def __init__(self) -> None:
+        self.on_host = False
+        """Whether the host saw the forward under way begin: then no module inside it begins one."""
+        self._code: int | None = None
+        self._level = 0
+        self._waiting: list[tuple[GraphRing | IdsRing, Tensor, int]] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward was begun that has not ended."""
+        return self.on_host or self._code is not None
+
+    def start(self, stage_code: int, level: int, *, together: bool) -> None:
+        """The model's forward begins.
+
+        Args:
+            level: of the module that it begins with, and will end with.
+            together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
+                cannot leave a layer that is checkpointed.
+        """
+        self._code, self._level = stage_code << 1 | 1, level
+        self._waiting = [] if together else None
+
+    def write(self, ring: GraphRing | IdsRing, body: Tensor, tokens: int) -> None:
+        """Write a row, now or at the end."""
+        if self._waiting is None:
+            ring.put(body, tokens, self._code)
+        else:
+            self._waiting.append((ring, body, tokens))
+
+    def end(self, level: int) -> None:
+        """A module that the model may be entered through has returned."""
+        if self._code is None or level != self._level:
+            return
+        for ring, body, tokens in self._waiting or ():
+            ring.put(body, tokens, self._code)
+        self.forget()
+
+    def forget(self, on_host: bool = False) -> None:
+        """No forward is under way, or one `on_host`; what one left that was interrupted is dropped."""
+        self._code = self._waiting = None
+        self.on_host = on_host
