@@ -43,6 +43,8 @@ def new_threads(before: set[threading.Thread], *, grace_s: float = JOIN_GRACE_S)
     for thread in set(threading.enumerate()) - before - {threading.current_thread()}:
         if thread_origin(thread).startswith(LIFELONG_THREADS):
             continue
+        if isinstance(thread, threading._DummyThread):
+            continue  # a thread of C++, such as autograd's, that ran some Python: it ends with the process
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             left.append(thread)

@@ -67,7 +67,7 @@ def test_forwards_that_the_host_sees_have_their_identity() -> None:
 def test_what_a_ring_no_longer_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ids_ring, "_SLOTS", 4)
     with moe_trace.MoETracer(model := small_model(), routes=True) as tracer:
-        forward = torch.compile(model)
+        forward = torch.compile(lambda **batch: model(**batch).logits)
         run(forward, [(2, 40)] * 12)  # nothing tells the host of a step
         routes = tracer.routes()
     assert len(routes) + routes.dropped["in a graph"] == 12 * 80

@@ -53,7 +53,7 @@ def test_nothing_waits_while_routes_are_recorded_and_copied() -> None:
     @torch.no_grad()
     def steps(count: int) -> None:
         for _ in range(count):
-            model(**batch, use_cache=False)
+            model(**batch)  # without a cache, transformers waits to look for packed sequences
 
     steps(2)
     with moe_trace.MoETracer(model, routes=Routes(weights=True, token_ids=True)) as tracer:
