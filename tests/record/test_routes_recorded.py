@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, StaticCache
 
 import moe_trace
+from hand_written import DIM, NanoMoE
 from models import ExpertsCall, tiny_olmoe, token_batch, watch_experts
 from moe_trace import RecordedRoutes, Routes
 from moe_trace.data.errors import UsageError
@@ -260,3 +261,26 @@ def test_without_routes_nothing_is_kept_and_the_model_computes_the_same() -> Non
     assert tracer._recorder.routes is tracer._hooks.watch.routes is None
     with pytest.raises(UsageError, match="routes=True"):
         tracer.routes()
+
+
+class SequenceFirst(nn.Module):
+    """Ids [B, S]; its MoE sees [S, B, H], as Megatron's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.moe = nn.Embedding(50, DIM), NanoMoE()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.moe(self.embed(input_ids).transpose(0, 1).contiguous())
+
+
+def test_whose_token_a_row_is_is_unknown_where_the_sequence_may_come_first() -> None:
+    model = SequenceFirst().eval()
+    with moe_trace.MoETracer(model, routes=Routes(token_ids=True)) as tracer, torch.no_grad():
+        model(input_ids=torch.arange(12).reshape(3, 4))
+        model(input_ids=torch.arange(4)[None])
+    routes = tracer.routes()
+    assert len(routes) == 16 and routes.token_ids is not None
+    for column in (routes.sequence, routes.position, routes.token_ids):
+        assert column[:12].tolist() == [-1] * 12
+    assert routes.sequence[12:].tolist() == [0] * 4 and routes.token_ids[12:].tolist() == [0, 1, 2, 3]

@@ -21,6 +21,7 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.data.routes.options import Routes
 from moe_trace.find.contracts import AdapterMismatch
 from moe_trace.find.routers import RouterSite, select_sites
+from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.pending import PendingCalls
 from moe_trace.record.calls.settled_rows import settled_counts
@@ -63,6 +64,8 @@ class RoutesRecorder:
         self._runs = 0
         """Prefills and training steps seen."""
         self._nobody = ForwardTokens()
+        self._rows_first = all(site.contract is not ROUTER_BESIDE_EXPERTS for site in sites)
+        """Whether routers see the batch row by row. In other frameworks the sequence may come first."""
         self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
         self._dropped: Counter[str] = Counter()
         self.stream = None if options.path is None else RoutesStream(options.path, self._blocks.max_bytes)
@@ -79,6 +82,8 @@ class RoutesRecorder:
         """A forward begins, or its arguments are told: keep what they say of its tokens."""
         if self._wants(context.step):
             tokens = look_at_tokens(inputs, args, kwargs, context.padding_T, token_ids=self.options.token_ids)
+            if not self._rows_first and tokens.rows > 1 and tokens.length > 1:
+                tokens = ForwardTokens()
             self._runs += context.stage != "decode" and not tokens.continues
             context.tokens, tokens.run = tokens, self._runs
 
