@@ -96,7 +96,7 @@ def _hooks_and_reduction_ms(model: Any, ids: Tensor) -> tuple[float, float]:
     profiler = MoEProfiler(model)
     spent = {"hooks": 0.0, "reduce": 0.0}
     for hooks in profiler.tracer._hooks.routers:
-        for name in ("_before_router", "_after_router", "_before_experts", "_after_experts"):
+        for name in ("before_router", "after_router", "before_experts", "after_experts"):
             setattr(hooks, name, _clocked(getattr(hooks, name), spent, "hooks"))
     recorder = profiler.tracer._recorder
     recorder.reduce = _clocked(recorder.reduce, spent, "reduce")  # type: ignore[method-assign]

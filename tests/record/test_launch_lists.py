@@ -149,3 +149,12 @@ def test_tracers_listen_until_the_last_has_stopped() -> None:
     lists[0].stop()
     lists[0].stop()
     assert GraphLowering.compile_to_module is before
+
+
+def test_a_torch_without_the_name_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(GraphLowering, "compile_to_module")
+    assert not listen_to_compiles(print)
+    lists = LaunchLists(find_routers(tiny_olmoe(layers=1)))
+    lists.watch()
+    lists.stop()
+    assert lists.graphs() == ()
