@@ -19,6 +19,7 @@ import torch
 
 from distributed.launching import TESTS, environment, torchrun, transformers_splits_experts
 from model_config import CONFIG
+from moe_trace import read_routes
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording
 from moe_trace.integrations.handler import tensorboard_trace_handler
@@ -49,12 +50,30 @@ def counts(recording: Recording) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def split_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("split") / "run"
-    return out, torchrun(2, "-m", "moe_trace", "run", "--model", "demo", *SMALL, *SPLIT, "--out", out)
+    return out, torchrun(
+        2, "-m", "moe_trace", "run", "--model", "demo", *SMALL, *SPLIT, "--routes", "--out", out
+    )
 
 
 def moe_trace(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe_trace", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment(**variables))
+
+
+def test_each_rank_writes_the_routes_of_its_own_tokens(
+    split_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, _ = split_run
+    found = {routes.rank: routes for routes in map(read_routes, out.glob("*.routes.npz"))}
+    for recording in recordings(out):
+        routes = found[recording.rank]
+        assert recording.routes is not None and (out / recording.routes).exists()
+        assert routes.world_size == 2 and len(routes) == 12 and routes.dropped == {}
+        sums = np.zeros_like(routes.assignments())
+        for sample in recording.samples:
+            sums[routes.layers.index(sample.name)] += sample.assignments
+        assert (routes.assignments() == sums).all() and sums.sum() > 0
+    assert not np.array_equal(found[0].expert_ids, found[1].expert_ids), "each has its part of the batch"
 
 
 def test_ranks_together_say_what_a_single_process_says(
