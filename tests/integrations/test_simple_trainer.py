@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models import tiny_olmoe, token_batch, watch_experts
-from moe_trace import MoETraceCallback, read_summary
+from moe_trace import MoETraceCallback, Routes, read_summary
 
 FIGURES = {
     "moe_load_max_over_mean",
@@ -184,3 +184,17 @@ def test_the_scalars_of_a_trace_stand_at_the_trainers_steps(tmp_path: Path) -> N
     assert set(written) == {1, 2, 3, 4} and set(logged) & set(written)
     for step, value in logged.items():
         assert value == pytest.approx(written[step], rel=1e-5)
+
+
+def test_routes_of_a_training_are_what_the_experts_received(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, steps=2)
+    callback = MoETraceCallback(routes=Routes(token_ids=True)).add_to(trainer)
+    with watch_experts(trainer.model) as calls:
+        trainer.train()
+    assert callback.tracer is not None
+    routes = callback.tracer.routes()
+    received = [np.concatenate([c.index for c in calls if c.layer == layer]) for layer in range(3)]
+    assert np.array_equal(routes.expert_ids, np.stack(received, 1))
+    assert set(routes.stage) == {"train"} and routes.step.tolist() == [0] * 16 + [1] * 16
+    assert routes.sequence.tolist() == ([0] * 8 + [1] * 8) * 2 and routes.position.tolist() == [*range(8)] * 4
+    assert routes.token_ids is not None and (routes.token_ids >= 0).all()
