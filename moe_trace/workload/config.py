@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -130,3 +131,10 @@ def routes_of(config: RunConfig) -> bool | Routes:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         path = path.with_name(f"{path.name.removesuffix(SUFFIX).removesuffix('.npz')}.rank{rank}{SUFFIX}")
     return Routes(path=path.absolute())  # a program may go elsewhere
+
+
+def routes_elsewhere(config: RunConfig, files: Iterable[Path]) -> list[Path]:
+    """The file of routes that was asked for by name, where it is not among `files`."""
+    routes = routes_of(config)
+    path = Path(routes.path) if isinstance(routes, Routes) and routes.path is not None else None
+    return [] if path is None or path in {file.absolute() for file in files} else [path]

@@ -25,7 +25,7 @@ from moe_trace.cli.run.program import (
 )
 from moe_trace.data.display.tables import paragraph
 from moe_trace.data.errors import Interrupted, UsageError
-from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split
+from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split, routes_elsewhere
 from moe_trace.workload.program.as_main import Program
 
 
@@ -109,7 +109,7 @@ def _run_models(values: dict[str, Any]) -> int:
         results.append((name, result.summary))
         print(f"== {name}\n" if len(runs) > 1 else "", end="")
         print(render_text(result.summary))
-        print_files(result.files)
+        print_files((*result.files, *routes_elsewhere(one, result.files)))
         problems += result.problems
     if not results:
         return 0
