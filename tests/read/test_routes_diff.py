@@ -186,7 +186,7 @@ def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     truth = compare_routes(a, b)
     assert main(["routes", "diff", *paths]) == 0
     text = capsys.readouterr().out
-    assert f"{100 * truth.differing:.1f} %" in text and "layers.3.gate" in text and "weights L1" in text
+    assert f"{100 * truth.differing:.1f} %" in text and "L03" in text and "weights L1" in text
     assert main(["routes", "diff", *paths, "--format", "json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["layers"][2]["overlap"] == pytest.approx(truth.overlap[2])

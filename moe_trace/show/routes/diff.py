@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_trace.data.display.columns import Cell, Column, text_table
 from moe_trace.data.display.tables import paragraph, printable, share
+from moe_trace.data.layer_labels import layer_labels
 from moe_trace.read.routes.compare.comparison import RoutesComparison
 
 _SHARE = "Share of the tokens that have an expert in either routing: "
@@ -62,7 +63,7 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
     headings = [LAYER, UNIFORM, *(Column(f"{n}", terminal=share) for n in range(1, len(found) + 1))]
     rows = [
         [layer, found[0].top_k[i] / found[0].num_experts[i], *(_cell(float(one.overlap[i])) for one in found)]
-        for i, layer in enumerate(layers)
+        for i, (layer, _) in enumerate(layer_labels(layers))
     ]
     by_layer = text_table(headings, rows, title="By layer; checkpoints in the order given.")
     return f"{listed}\n\n{overall}\n\n{by_layer}\n"
@@ -124,10 +125,11 @@ def _headline(found: RoutesComparison) -> str:
         sentences.append("Of no token do the experts differ.")
     else:
         most = int(found.begins.argmax())
+        labels = [label for label, _ in layer_labels(found.layers)]
         sentences.append(
             f"The experts of {share(found.differing)} differ in some layer. Drift begins in "
-            f"{printable(found.layers[found.drift_begins], 60)}; most tokens that differ do so first in "
-            f"{printable(found.layers[most], 60)} ({share(float(found.begins[most]))} of all)."
+            f"{labels[found.drift_begins]}; most tokens that differ do so first in "
+            f"{labels[most]} ({share(float(found.begins[most]))} of all)."
         )
     sentences.append(f"{share(found.identical)} have the same experts at the same ranks in all layers.")
     return " ".join(sentences)
@@ -145,7 +147,7 @@ def _layer_table(found: RoutesComparison) -> str:
             headings.append(heading)
             columns.append(column)
     rows: list[list[Cell]] = []
-    for place, layer in enumerate(found.layers):
+    for place, (layer, _) in enumerate(layer_labels(found.layers)):
         chance = found.top_k[place] / found.num_experts[place]
         rows.append([layer, *(chance if c is None else _cell(float(c[place])) for c in columns)])
     return text_table(headings, rows)
