@@ -45,3 +45,16 @@ def nothing_left_behind(leak_watch: LeakWatch) -> Iterator[None]:
     yield
     left = leak_watch.problems()
     assert not left, "the test left behind: " + "; ".join(left)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """One thread, and nothing compiled that another test left."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)

@@ -39,3 +39,17 @@ WAYS = {"model": compile_model, "layers": compile_layers}
 def run(forward: Any, tokens: torch.Tensor) -> None:
     torch.compiler.cudagraph_mark_step_begin()
     forward(tokens, use_cache=False)
+
+
+def capture(model: Any, static: torch.Tensor, **options: Any) -> torch.cuda.CUDAGraph:
+    """Warm up on a side stream, as torch asks for, and capture one forward."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model(static, use_cache=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, **options):
+        model(static, use_cache=False)
+    return graph

@@ -13,6 +13,7 @@ from moe_trace import RecordedRoutes
 from moe_trace.cli import main
 from moe_trace.data.routes.file import read_routes, save_routes
 from paths import DATA
+from tiny_routes import routes_of
 
 WORDS = ("sesame", "</script>")
 
@@ -20,19 +21,8 @@ WORDS = ("sesame", "</script>")
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     tokens = 60
-    routes = RecordedRoutes(
-        expert_ids=np.arange(tokens * 2).reshape(tokens, 1, 2).astype(np.uint8) % 4,
-        layers=("layers.0.gate",),
-        num_experts=(4,),
-        top_k=(2,),
-        padding=np.zeros(tokens, bool),
-        step=np.zeros(tokens, np.int64),
-        forward=np.zeros(tokens, np.int64),
-        sequence=np.zeros(tokens, np.int32),
-        position=np.arange(tokens, dtype=np.int32),
-        stage_codes=np.zeros(tokens, np.uint8),
-        token_ids=np.arange(tokens, dtype=np.int32) % 2,
-    )
+    ids = np.arange(tokens * 2).reshape(tokens, 1, 2) % 4
+    routes = routes_of(ids, 4, token_ids=np.arange(tokens, dtype=np.int32) % 2)
     path = tmp_path / "trace.routes.npz"
     save_routes(routes, path)
     (tmp_path / "vocab.json").write_text(json.dumps(WORDS))

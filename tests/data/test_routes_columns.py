@@ -10,29 +10,15 @@ import pytest
 from moe_trace import RecordedRoutes, Routes
 from moe_trace.data.errors import UsageError
 from moe_trace.data.routes.columns import UNKNOWN, concatenate, id_type
+from tiny_routes import random_routes
 
 
-def routes_of(
-    tokens: int = 5, layers: int = 2, slots: int = 2, experts: int = 4, seed: int = 0
-) -> RecordedRoutes:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, experts, (tokens, layers, slots)).astype(id_type(experts))
-    return RecordedRoutes(
-        expert_ids=ids,
-        layers=tuple(f"layers.{i}.gate" for i in range(layers)),
-        num_experts=(experts,) * layers,
-        top_k=(slots,) * layers,
-        padding=np.zeros(tokens, bool),
-        step=np.zeros(tokens, np.int64),
-        forward=np.zeros(tokens, np.int64),
-        sequence=np.zeros(tokens, np.int32),
-        position=np.arange(tokens, dtype=np.int32),
-        stage_codes=np.zeros(tokens, np.uint8),
-    )
+def some_routes(tokens: int = 5, *, layers: int = 2, seed: int = 0) -> RecordedRoutes:
+    return random_routes(tokens, layers=layers, slots=2, experts=4, seed=seed)
 
 
 def test_assignments_are_what_the_ids_add_up_to_and_skipped_slots_are_none() -> None:
-    routes = routes_of()
+    routes = some_routes()
     routes.expert_ids[0, 0, 1] = routes.no_expert
     counts = routes.assignments()
     for layer in range(2):
@@ -47,7 +33,7 @@ def test_an_id_type_has_room_for_no_expert() -> None:
 
 
 def test_parts_are_joined_with_what_only_some_of_them_have() -> None:
-    first, second = routes_of(seed=1), routes_of(3, seed=2)
+    first, second = some_routes(seed=1), some_routes(3, seed=2)
     second = replace(second, token_ids=np.arange(3, dtype=np.int32), dropped={"max_mib": 4})
     joined = concatenate([first, second])
     assert np.array_equal(joined.expert_ids, np.concatenate([first.expert_ids, second.expert_ids]))
@@ -58,9 +44,9 @@ def test_parts_are_joined_with_what_only_some_of_them_have() -> None:
 
 def test_columns_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected position of shape \(5,\); found \(4,\)"):
-        replace(routes_of(), position=np.arange(4))
+        replace(some_routes(), position=np.arange(4))
     with pytest.raises(ValueError, match="same layers"):
-        concatenate([routes_of(), routes_of(layers=3)])
+        concatenate([some_routes(), some_routes(layers=3)])
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -20,6 +20,7 @@ from moe_trace.read.routes.cache.belady import belady_hits
 from moe_trace.read.routes.cache.simulate import POLICIES, simulate
 from moe_trace.read.routes.cache.stack import Stack
 from moe_trace.read.routes.sets import expert_sets
+from tiny_routes import decoded_routes
 
 some = settings(max_examples=40, deadline=None)
 Step = set[int]
@@ -193,32 +194,15 @@ def test_belady_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_first_steps_are_simulated_where_that_is_asked() -> None:
-    routes = tokens_of([[0], [1], [0], [1], [0]])
+    routes = decoded_routes([[0], [1], [0], [1], [0]])
     found = simulate(routes, [2], ["lru"], most_steps=3)
     assert (found.steps, found.steps_recorded, found.tokens) == (3, 5, 3)
     assert found.results[0].hits.tolist() == [1]
     assert found.results[0].bytes_per_token is None, "nobody said how large an expert is"
 
 
-def tokens_of(experts: list[list[int]]) -> RecordedRoutes:
-    """One layer of four experts, one token a step."""
-    tokens = len(experts)
-    return RecordedRoutes(
-        expert_ids=np.array(experts, np.uint8)[:, None],
-        layers=("gate",),
-        num_experts=(4,),
-        top_k=(len(experts[0]),),
-        padding=np.zeros(tokens, np.bool_),
-        step=np.zeros(tokens, np.int64),
-        forward=np.arange(tokens),
-        sequence=np.zeros(tokens, np.int32),
-        position=np.arange(tokens, dtype=np.int32),
-        stage_codes=np.ones(tokens, np.uint8),
-    )
-
-
 def test_a_step_that_needs_more_than_fits_streams_the_rest() -> None:
-    found = simulate(tokens_of([[0, 1, 2], [0, 1, 2]]), [2])
+    found = simulate(decoded_routes([[0, 1, 2], [0, 1, 2]]), [2])
     assert {r.policy: int(r.hits[0]) for r in found.results} == dict.fromkeys(POLICIES, 2)
 
 
@@ -235,7 +219,7 @@ def test_a_step_that_needs_more_than_fits_streams_the_rest() -> None:
 )
 def test_what_cannot_be_simulated_is_refused(sizes: list[int], options: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        simulate(tokens_of([[0]]), sizes, **options)
+        simulate(decoded_routes([[0]]), sizes, **options)
 
 
 def test_a_place_in_the_order_is_the_number_of_experts_used_since() -> None:

@@ -16,23 +16,13 @@ from moe_trace import RecordedRoutes
 from moe_trace.cli import main
 from moe_trace.data.errors import UsageError
 from moe_trace.read.routes.check import RULES, check_routes
+from tiny_routes import routes_of
 
 
-def routes_of(ids: np.ndarray, experts: int, **columns: Any) -> RecordedRoutes:
-    tokens, layers, slots = ids.shape
-    given = {
-        "expert_ids": ids.astype(np.uint8),
-        "layers": tuple(f"layers.{i}.gate" for i in range(layers)),
-        "num_experts": (experts,) * layers,
-        "top_k": (slots,) * layers,
-        "padding": np.zeros(tokens, bool),
-        "step": np.zeros(tokens, np.int64),
-        "forward": np.zeros(tokens, np.int64),
-        "sequence": np.full(tokens, -1, np.int32),
-        "position": np.full(tokens, -1, np.int32),
-        "stage_codes": np.zeros(tokens, np.uint8),
-    }
-    return RecordedRoutes(**{**given, **columns})
+def captured(ids: np.ndarray, experts: int, **columns: Any) -> RecordedRoutes:
+    """As other tools capture them: whose tokens they are is unknown."""
+    unknown = np.full(len(ids), -1, np.int32)
+    return routes_of(ids, experts, **{"sequence": unknown, "position": unknown, **columns})
 
 
 def routed(
@@ -50,7 +40,7 @@ def routed(
     for layer in range(layers):
         logits = state @ rng.standard_normal((16, experts)) + skew * rng.standard_normal(experts)
         ids[:, layer] = np.argsort(-logits, axis=1)[:, :slots]
-    return routes_of(ids, experts)
+    return captured(ids, experts)
 
 
 def broken(routes: RecordedRoutes, reference: RecordedRoutes | None = None) -> dict[str, list[Any]]:

@@ -22,6 +22,7 @@ from moe_trace.read.routes.distinct import expected_distinct
 from moe_trace.read.routes.gates import QUANTILES
 from moe_trace.read.routes.study import study
 from paths import DATA
+from tiny_routes import decoded_routes
 
 some = settings(max_examples=50, deadline=None)
 
@@ -274,8 +275,8 @@ def test_domains(routes: RecordedRoutes, data: Any) -> None:
 
 
 def test_sequences_of_two_files_do_not_follow_each_other() -> None:
-    first = drawn_of([[0, 1], [1, 2]], position=[0, 1])
-    second = drawn_of([[2, 3], [0, 3]], position=[2, 3])
+    first = decoded_routes([[0, 1], [1, 2]], position=[0, 1])
+    second = decoded_routes([[2, 3], [0, 3]], position=[2, 3])
     together = study([first, second]).layers[0].locality
     assert together is not None
     assert together.consecutive == (1 + 1) / 4
@@ -310,23 +311,6 @@ def same_has(routes: RecordedRoutes, layer: int, rows: set[int]) -> bool:
     return any((routes.expert_ids[row, layer] != routes.no_expert).any() for row in rows)
 
 
-def drawn_of(experts: list[list[int]], position: list[int]) -> RecordedRoutes:
-    """One layer of four experts, one sequence, one token a decode step."""
-    tokens = len(experts)
-    return RecordedRoutes(
-        expert_ids=np.array(experts, np.uint8)[:, None],
-        layers=("gate",),
-        num_experts=(4,),
-        top_k=(len(experts[0]),),
-        padding=np.zeros(tokens, np.bool_),
-        step=np.zeros(tokens, np.int64),
-        forward=np.arange(tokens),
-        sequence=np.zeros(tokens, np.int32),
-        position=np.array(position, np.int32),
-        stage_codes=np.ones(tokens, np.uint8),
-    )
-
-
 def test_real_counts_give_the_load_that_their_samples_give() -> None:
     """OLMoE-1B-7B's published counts, dealt to tokens of eight different experts each."""
     recorded = json.loads((DATA / "olmoe_expert_counts.json").read_text())
@@ -355,7 +339,7 @@ def test_real_counts_give_the_load_that_their_samples_give() -> None:
 
 
 def test_layers_of_another_number_of_tokens_are_studied_apart() -> None:
-    text, picture = drawn_of([[0, 1]] * 3, [0, 1, 2]), drawn_of([[2, 3]] * 5, [0, 1, 2, 3, 4])
+    text, picture = decoded_routes([[0, 1]] * 3, [0, 1, 2]), decoded_routes([[2, 3]] * 5, [0, 1, 2, 3, 4])
     found = study([replace(text, others=(picture,))])
     assert (found.rows, [other.rows for other in found.others]) == (3, [5])
     assert found.others[0].layers[0].counts.tolist() == [0, 0, 5, 5]
@@ -370,11 +354,11 @@ def test_layers_of_another_number_of_tokens_are_studied_apart() -> None:
 )
 def test_what_does_not_match_is_refused(change: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        study([drawn_of([[0, 1]], [0])], **change)
+        study([decoded_routes([[0, 1]], [0])], **change)
 
 
 def test_files_of_other_models_are_refused() -> None:
-    one = drawn_of([[0, 1]], [0])
+    one = decoded_routes([[0, 1]], [0])
     with pytest.raises(UsageError, match="b has other layers"):
         study([one, replace(one, layers=("other",))], ["a", "b"])
     with pytest.raises(UsageError, match="at least one"):

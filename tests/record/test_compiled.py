@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ import moe_trace
 from compiled_models import WAYS, compile_layers, run, small_model
 from models import counted, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SHAPES = [(1, 1), (1, 1), (2, 12), (3, 40), (1, 1)]  # raw in two sizes, and reduced in the graph
 EXPERTS = 8
 
@@ -25,17 +26,6 @@ EXPERTS = 8
 def warm_inductor() -> None:
     """Inductor keeps a thread for the whole process from its first compilation on."""
     torch.compile(lambda x: x.sin().sum(), mode="max-autotune-no-cudagraphs")(torch.ones(64))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """One thread, and nothing compiled that another test left."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    dynamo.reset()
-    yield
-    dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def eager_assignments(shapes: list[tuple[int, int]]) -> list[list[list[int]]]:

@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import moe_trace
-from graph_models import BOTH, WAYS, gpu_model, ids, run
+from graph_models import BOTH, WAYS, capture, gpu_model, ids, run
 from models import counted, tiny_olmoe, watch_compiled_experts, watch_experts
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("fresh_compiler")]
 
 EXPERTS = 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def eager_counts(inputs: list[torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> list[list[int]]:
@@ -116,15 +108,7 @@ def test_a_captured_graph_records_every_replay() -> None:
     static = ids(2, 8, seed=0)
     inputs = [ids(2, 8, seed=i) for i in range(6)]
     with moe_trace.MoETracer(model) as tracer:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                model(static, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(static, use_cache=False)
+        graph = capture(model, static)
         for tokens in inputs:
             static.copy_(tokens)
             graph.replay()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,12 @@ import torch
 from torch.profiler import profile
 
 import moe_trace
-from graph_models import BOTH, gpu_model, ids
+from graph_models import BOTH, capture, gpu_model, ids
 from moe_trace.timeline.correlate import reasons
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("fresh_compiler")]
 
 STEPS, LAYERS = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def captured(model: Any, static: torch.Tensor) -> Callable[[], None]:
-    """A graph of one forward; on a side stream first, as torch's documentation has it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            model(static, use_cache=False)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(static, use_cache=False)
-    return graph.replay
 
 
 def unplaced(
@@ -49,7 +28,7 @@ def unplaced(
     static = ids(2, 8, seed=0)  # the graph reads it in each replay, so it must live as long
     with torch.no_grad(), tracer:
         forward()
-        replay = captured(model, static)
+        replay = capture(model, static).replay
         with profile(activities=BOTH) as prof:
             prof.step()
             for _ in range(STEPS):

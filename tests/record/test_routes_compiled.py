@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -15,17 +13,9 @@ from models import token_batch, watch_experts
 from moe_trace import Routes
 from moe_trace.record.graphs import ids_ring
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SHAPES = [(1, 1), (1, 1), (2, 12), (3, 40), (1, 1), (2, 40)]  # copied raw in two sizes, and large
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    dynamo.reset()
-    yield
-    dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def eager_ids(shapes: list[tuple[int, int]], seed: int = 0) -> np.ndarray:

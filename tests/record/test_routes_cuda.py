@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,11 @@ import pytest
 import torch
 
 import moe_trace
-from graph_models import WAYS, gpu_model, ids, run
+from graph_models import WAYS, capture, gpu_model, ids, run
 from models import ExpertsCall, tiny_olmoe, token_batch, watch_compiled_experts, watch_experts
 from moe_trace import Routes
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def received(calls: list[ExpertsCall], layers: int) -> np.ndarray:
@@ -92,15 +84,7 @@ def test_a_captured_graph_records_each_token_of_each_replay() -> None:
     model, static = gpu_model(), ids(2, 8, seed=0)
     inputs = [ids(2, 8, seed=seed) for seed in range(6)]
     with moe_trace.MoETracer(model, routes=True) as tracer:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                model(static, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(static, use_cache=False)
+        graph = capture(model, static)
         for tokens in inputs:
             static.copy_(tokens)
             graph.replay()

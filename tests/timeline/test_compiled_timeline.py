@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo as dynamo
 
 import moe_trace
 from compiled_models import WAYS, run, small_model
@@ -18,6 +16,8 @@ from moe_trace.read.check import check, read_checked
 from moe_trace.timeline.correlate import reasons
 from spliced import without_additions
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SHAPE = [(2, 12)]
 
 
@@ -25,13 +25,6 @@ SHAPE = [(2, 12)]
 def warm_inductor() -> None:
     """Inductor keeps a thread for the whole process from its first compilation on."""
     torch.compile(lambda x: x.sin().sum())(torch.ones(64))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    dynamo.reset()
-    yield
-    dynamo.reset()
 
 
 def profiled(model: Any, forward: Any, path: Path, steps: int = 3) -> moe_trace.MoETracer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,11 @@ import pytest
 import torch
 
 import moe_trace
-from graph_models import BOTH, WAYS, gpu_model, ids, run
+from graph_models import BOTH, WAYS, capture, gpu_model, ids, run
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.check import check, read_checked
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def capture(model: Any, static: torch.Tensor, **options: Any) -> torch.cuda.CUDAGraph:
-    """Warm up on a side stream, as torch asks for, and capture one forward."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            model(static, use_cache=False)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, **options):
-        model(static, use_cache=False)
-    return graph
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("fresh_compiler")]
 
 
 def work_in(events: list[Any], span: Span) -> list[Any]:
