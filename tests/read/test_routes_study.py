@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawn_routes import drawn_routes, plain_runs, plain_tokens
 from moe_trace.data.errors import UsageError
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.compare.comparison import compare_routes
 from moe_trace.read.routes.distinct import expected_distinct
 from moe_trace.read.routes.gates import QUANTILES
 from moe_trace.read.routes.study import study
@@ -294,21 +295,35 @@ def test_saturation_is_against_the_last_checkpoint(routes: RecordedRoutes, seed:
     found = study([replace(routes, expert_ids=early), routes], ["1 %", "end"]).saturation
     assert found is not None
     for layer, k in enumerate(routes.top_k):
-        counted = {t["row"] for t in plain_tokens(routes, layer)}
-        shared, total, equal, number = 0, 0, 0, 0
-        for row in counted:
+        overlaps, equal = [], 0
+        for row in range(len(routes)):
             a, b = (x[row, layer, :k].tolist() for x in (early, routes.expert_ids))
             a_set, b_set = (set(x) - {routes.no_expert} for x in (a, b))
-            if a_set and b_set:
-                shared, total, number = shared + len(a_set & b_set), total + len(b_set), number + 1
+            if not routes.padding[row] and not recomputed(routes, row) and (a_set or b_set):
+                overlaps.append(len(a_set & b_set) / max(len(a_set), len(b_set)))
                 equal += a[0] == b[0] != routes.no_expert
-        same(found.top_k[0, layer], shared / total if total else math.nan)
-        same(found.top_1[0, layer], equal / number if number else math.nan)
-        same(found.top_k[1, layer], 1 if total or same_has(routes, layer, counted) else math.nan)
+        same(found.top_k[0, layer], sum(overlaps) / len(overlaps) if overlaps else math.nan)
+        same(found.top_1[0, layer], equal / len(overlaps) if overlaps else math.nan)
 
 
-def same_has(routes: RecordedRoutes, layer: int, rows: set[int]) -> bool:
-    return any((routes.expert_ids[row, layer] != routes.no_expert).any() for row in rows)
+def recomputed(routes: RecordedRoutes, row: int) -> bool:
+    return routes.recomputed is not None and bool(routes.recomputed[row])
+
+
+@some
+@given(drawn_routes(lost=False), st.integers(0, 2**32 - 1))
+def test_saturation_is_the_overlap_that_a_comparison_tells(routes: RecordedRoutes, seed: int) -> None:
+    early = replace(routes, expert_ids=np.random.default_rng(seed).permutation(routes.expert_ids))
+    found = study([early, routes], ["1 %", "end"]).saturation
+    kept = ~routes.padding if routes.recomputed is None else ~routes.padding & ~routes.recomputed
+    if (
+        found is None
+        or not kept.any()
+        or len(set(zip(routes.sequence, routes.position, strict=True))) < len(routes)
+    ):
+        assume(False)  # nothing to compare, or tokens that a comparison cannot tell apart
+    compared = compare_routes(early[kept], routes[kept])
+    assert np.allclose(found.top_k[0], compared.overlap, equal_nan=True)
 
 
 def test_real_counts_give_the_load_that_their_samples_give() -> None:

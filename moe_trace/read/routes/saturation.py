@@ -2,8 +2,8 @@
 
     saturation(t) = mean over tokens x of |top_k of checkpoint t (x) and top_k of the last checkpoint (x)| / k
 
-for the same tokens under several checkpoints (OLMoE, arXiv 2409.02060, section 5.1). Uniform routing gives
-k / E. Top 1 compares the first slots alone.
+for the same tokens under several checkpoints (OLMoE, arXiv 2409.02060, section 5.1): the overlap of
+`moe-trace routes diff`. Uniform routing gives k / E. Top 1 compares the first slots alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.overlap import shared_experts
+from moe_trace.read.routes.compare.pieces import compare_piece
+
+_PIECE = 1 << 16  # rows that are compared at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +69,14 @@ def saturation(
 def _compared(
     part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Of the tokens that have an expert in both: shared experts over the last's, and equal first slots."""
-    experts, slots = last.num_experts[layer], last.top_k[layer]
-    mine, final = (np.minimum(p.expert_ids[rows, layer, :slots], experts) for p in (part, last))
-    both = (mine < experts).any(axis=1) & (final < experts).any(axis=1)
-    mine, final = mine[both], final[both]
-    if not len(mine):
-        return float("nan"), float("nan")
-    total = int(shared_experts(final, final, experts).sum())
-    shared = int(shared_experts(mine, final, experts).sum())
-    return shared / total, float(((mine[:, 0] == final[:, 0]) & (final[:, 0] < experts)).mean())
+    """Of the tokens that `compare_routes` compares: its overlap, and equal first slots."""
+    overlap, equal, compared = 0.0, 0, 0
+    for start in range(0, len(rows), _PIECE):
+        piece = rows[start : start + _PIECE]
+        found = compare_piece(part, piece, last, piece, (layer, layer))
+        mine, final = (one.expert_ids[piece, layer, 0] for one in (part, last))
+        same = found.compared & (mine == final) & (final < last.num_experts[layer])
+        overlap += float(found.overlap.sum())
+        equal += int(same.sum())
+        compared += int(found.compared.sum())
+    return (overlap / compared, equal / compared) if compared else (float("nan"), float("nan"))
