@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,31 @@ def test_bytes_come_from_the_shape_that_the_model_was_recorded_with(tmp_path: Pa
         assert expert_bytes(unknown) is None
     assert expert_bytes({**model, "config": {**config, "quantization_config.bits": 4}}) is None
     assert expert_bytes({**model, "config": {**config, "moe_intermediate_size": 10}}) == 3 * 2048 * 10 * 2
+
+
+def test_predicted_ids_are_studied_as_the_others_are(files: list[str], tmp_path: Path, capsys: Any) -> None:
+    ids = np.random.default_rng(5).integers(-1, 4, 60)
+    np.save(tmp_path / "predicted.npy", ids)
+    plain = json.loads(
+        printed(capsys, "study", files[0], "--predicted", str(tmp_path / "predicted.npy"), "--json")
+    )
+    found = study([read(files[0])], predicted=[ids]).layers
+    means = [one["vocabulary"]["predicted"]["mean"] for one in plain["layers"]]
+    assert means == [layer.vocabulary["predicted"].mean for layer in found]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros(60), r"expected whole numbers, one for each row; found float64 \(60,\)"),
+        (np.zeros((60, 2), int), r"found int64 \(60, 2\)"),
+        (np.zeros(59, int), "expected one predicted token id for each row"),
+        (np.array([{}]), "no .npy array of predicted token ids"),
+    ],
+)
+def test_predicted_ids_of_another_form_are_refused(
+    files: list[str], tmp_path: Path, capsys: Any, array: np.ndarray, said: str
+) -> None:
+    np.save(tmp_path / "predicted.npy", array, allow_pickle=True)
+    text = printed(capsys, "study", files[0], "--predicted", str(tmp_path / "predicted.npy"), code=2)
+    assert re.search(said, text) and text.count("\n") == 1

@@ -13,6 +13,7 @@ from torch._inductor.graph import GraphLowering
 from models import tiny_olmoe
 from moe_trace import MoETracer, find_routers
 from moe_trace.data.compiled_graph import CompiledGraph
+from moe_trace.find.private import inductor
 from moe_trace.find.private.inductor import GraphNode, LaunchNodes, listen_to_compiles, stop_listening
 from moe_trace.record.graphs.launch_lists import LaunchLists, describe
 
@@ -126,13 +127,20 @@ def test_a_fused_kernel_is_for_what_no_other_computes() -> None:
     assert (len(alone.launches[0].parts), alone.launches[0].outside) == (2, True)
 
 
-def test_a_listener_that_raises_costs_nobody_their_compilation() -> None:
+def test_a_listener_that_raises_is_said_and_costs_nobody_their_compilation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("no")
+        raise LookupError("no such node")
 
+    monkeypatch.setattr(inductor, "_said", [])
     assert listen_to_compiles(broken)
     try:
-        assert torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(3)).shape == (3,)
+        with pytest.warns(RuntimeWarning, match=r"could not be read \(LookupError: no such node\)") as said:
+            for size in (3, 4):
+                torch._dynamo.reset()
+                assert torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(size)).shape == (size,)
+        assert sum("could not be read" in str(one.message) for one in said) == 1
     finally:
         stop_listening(broken)
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_trace.data.display.tables import printable
+from moe_trace.data.errors import UsageError
 
 if TYPE_CHECKING:  # `--help` needs no numpy
+    import numpy as np
+
     from moe_trace.data.routes.columns import RecordedRoutes
 
 ROUTES = ".routes.npz"
@@ -32,6 +35,24 @@ def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
     for note in notes:
         print(f"moe-trace: note: {printable(named(path, arguments), 200)}: {note}", file=sys.stderr)
     return routes
+
+
+def predicted_ids(path: str) -> np.ndarray:
+    """The token ids that a model predicted, one a row.
+
+    Raises:
+        UsageError: no array of whole numbers in one dimension.
+    """
+    import numpy as np
+
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{printable(path, 200)}: no .npy array of predicted token ids ({error})") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive of arrays"
+        raise UsageError(f"{printable(path, 200)}: expected whole numbers, one for each row; found {found}")
+    return ids
 
 
 def named(path: str, arguments: argparse.Namespace) -> str:

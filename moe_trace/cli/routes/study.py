@@ -35,13 +35,20 @@ class StudyRoutesCommand:
             help="co-activation: all pairs of a token's experts (default), or those of neighbouring ranks, "
             "as the OLMoE authors' script counts",
         )
+        add(
+            "--predicted",
+            nargs="+",
+            metavar="FILE.npy",
+            help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
+            "what experts specialise in is told of these too",
+        )
         add("--format", choices=("text", "json"), default="text", help="default: text")
         add("--json", action="store_const", const="json", dest="format", help="the same as --format json")
         add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, study, print."""
-        from moe_trace.cli.routes.reading import named, routes_of
+        from moe_trace.cli.routes.reading import named, predicted_ids, routes_of
         from moe_trace.read.routes.study import study
         from moe_trace.show.routes.study import render_study_text
         from moe_trace.show.routes.study_json import render_study_json
@@ -53,7 +60,10 @@ class StudyRoutesCommand:
                 f"found --labels {arguments.labels}, expected {len(names)} names, with commas between them"
             )
         parts = [routes_of(path, arguments) for path in arguments.files]
-        found = study(parts, labels, pairs=arguments.pairs)
+        predicted = (
+            None if arguments.predicted is None else [predicted_ids(one) for one in arguments.predicted]
+        )
+        found = study(parts, labels, pairs=arguments.pairs, predicted=predicted)
         if arguments.format == "json":
             print(render_study_json(found, matrices=arguments.matrices), end="")
         else:

@@ -7,6 +7,7 @@ public name; where one is missing, or anything fails, nothing is told and the us
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ Told = Callable[[Sequence[LaunchNodes], Sequence[GraphNode], bool], None]
 
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
+_said: list[bool] = []
 
 
 def listen_to_compiles(told: Told) -> bool:
@@ -64,6 +66,17 @@ def stop_listening(told: Told) -> None:
             _undo.pop()()
 
 
+def _say_once(error: Exception) -> None:
+    if not _said:
+        _said.append(True)
+        warnings.warn(
+            f"the compiler's notes of its kernels could not be read ({type(error).__name__}: {error}); the "
+            "code runs and is recorded, but reports do not tell its phases",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _switch_on() -> bool:
     try:
         from torch._inductor import config, debug
@@ -81,8 +94,8 @@ def _switch_on() -> bool:
             launches, nodes = _launches(kernels_of()), [*map(_node, self.module.graph.nodes)]
             for told in list(_listeners):
                 told(launches, nodes, bool(getattr(self, "is_backward", False)))
-        except Exception:  # the user's compilation is worth more than our notes
-            pass
+        except Exception as error:  # the user's compilation is worth more than our notes
+            _say_once(error)
         return module
 
     def undo() -> None:
