@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.compare.pieces import compare_piece
+from moe_trace.read.routes.overlap import compare_piece
 
 _PIECE = 1 << 16  # rows that are compared at once
 

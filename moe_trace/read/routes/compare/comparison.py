@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
 from moe_trace.read.routes.compare.align import Alignment, align
-from moe_trace.read.routes.compare.pieces import compare_piece, margins, weight_distance
+from moe_trace.read.routes.compare.weights import margins, weight_distance
+from moe_trace.read.routes.overlap import compare_piece
 
 _PIECE = 1 << 16
 Figures = npt.NDArray[np.float64]

@@ -1,48 +1,10 @@
-"""The same tokens and layer under two routings, compared token by token."""
+"""Gating weights of the same tokens and layer under two routings, compared token by token."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.overlap import shared_experts
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPiece:
-    """Some n tokens in one layer."""
-
-    compared: np.ndarray
-    """[n] bool: tokens that have an expert in either, and whose call was lost in neither."""
-    overlap: np.ndarray
-    """[n] float: |A ∩ B| / max(|A|, |B|), which is k where no slot was skipped; 0 where not compared."""
-    same_rank: np.ndarray
-    """[n] float: ranks with the same expert, over the same."""
-
-
-def compare_piece(
-    a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray, layers: tuple[int, int]
-) -> LayerPiece:
-    """Rows of a layer against the same tokens' rows of the other's."""
-    one, two = a.expert_ids[rows_a, layers[0]], b.expert_ids[rows_b, layers[1]]
-    experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
-    one, two = one[:, :slots], two[:, :slots]
-    sizes_a, sizes_b = np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1)
-    size = np.maximum(sizes_a, sizes_b)
-    compared = size > 0
-    for routes, rows, layer in ((a, rows_a, layers[0]), (b, rows_b, layers[1])):
-        if routes.lost_layers is not None:
-            compared = compared & ~routes.lost_layers[rows, layer]
-    divisor = np.where(compared, size, 1)
-    shared = shared_experts(one, two, experts)
-    same = np.count_nonzero((one == two) & (one < experts), axis=1)
-    return LayerPiece(
-        compared,
-        np.where(compared, shared, 0) / divisor,
-        np.where(compared, same, 0) / divisor,
-    )
 
 
 def weight_distance(
