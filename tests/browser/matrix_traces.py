@@ -40,6 +40,8 @@ RECORDED = {
         "generate_static_cache",
     )
 }
+RECORDED["compiled_with_notes"] = DATA / "h100_compiled" / f"compiled_model{ENDING}"
+"""Its kernels are told apart by the compiler's notes."""
 NAMES = ("cpu_eager", *RECORDED, "two_ranks")
 
 

@@ -23,6 +23,7 @@ from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
+from moe_trace.show.figures.time import time_figures
 from moe_trace.timeline.correlate.compiled_launches import (
     is_consistent,
     match_launches,
@@ -125,6 +126,15 @@ def test_the_report_gives_routers_their_time_and_says_where_it_is_from(name: str
     notes = " ".join(summary.notes)
     assert "the compiler's provenance" in notes and "no router latency" not in notes
     assert "6 a time of the router itself" in notes
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_host_times_of_compiled_code_are_unknown_and_not_zero(name: str) -> None:
+    summary = read_summary(path_of(name))
+    assert summary.phases is not None
+    whole = summary.phases.whole
+    assert not whole.host_known and whole.moe_share_of_step is None and whole.moe_share_of_model is not None
+    assert not any("host" in figure.key for figure in time_figures(summary))
 
 
 def test_without_the_compilers_notes_nothing_is_claimed() -> None:

@@ -90,6 +90,9 @@ class ModelTotals:
 
     on_device: bool
     """Whether these are device times; False too where a device's times are not known."""
+    host_known: bool
+    """Whether the host times are of all calls: not where some ran inside compiled code, of which only the
+    device's are known."""
     moe_work_us: float | None
     """Forward, recomputed and backward; None where the device's times are not known."""
     model_work_us: float | None
@@ -106,7 +109,8 @@ class ModelTotals:
     moe_share_of_backward: float | None
     """MoE's recomputed calls and backwards, of the model's backward; None without one."""
     moe_share_of_step: float | None
-    """Host time of the blocks (forward and recomputed) over that of the steps."""
+    """Host time of the blocks (forward and recomputed) over that of the steps; None where they are not
+    known of all calls."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -140,13 +144,14 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     work_us = _sum(measure.work_us.values())
     forward_us, backward_us = _model_passes(around) if measure.model_us is not None else (None, None)
     again_us = _sum([measure.work_us["recompute"], measure.work_us["backward"]])
-    block_us = int(times.block_host_ns.sum()) / 1000
+    block_us, host_known = int(times.block_host_ns.sum()) / 1000, not calls.in_graph.any()
     tokens = np.bincount(calls.router[calls.forward], weights=calls.tokens[calls.forward])
     return PhaseReport(
         layers=layers,
         total=measure.layer(np.ones(len(calls), bool), "all", None),
         whole=ModelTotals(
             on_device=times.device_known,
+            host_known=host_known,
             moe_work_us=work_us,
             model_work_us=measure.model_us,
             model_forward_us=forward_us,
@@ -155,7 +160,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
             moe_share_of_model=_ratio(work_us, measure.model_us),
             moe_share_of_forward=_ratio(measure.work_us["forward"], forward_us),
             moe_share_of_backward=_ratio(again_us, backward_us),
-            moe_share_of_step=_ratio(block_us, around.step_us),
+            moe_share_of_step=_ratio(block_us if host_known else None, around.step_us),
         ),
         steps=len(set(calls.step.tolist())),
         tokens=int(tokens.max(initial=0)),

@@ -43,7 +43,10 @@ def phase_figures(report: PhaseReport, *, every_clock: bool = False) -> list[Fig
 
 
 def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
-    return ("device", "host") if report.whole.on_device else ("host",)
+    """The host's beside the device's where it is known of all calls, as it is not inside compiled code."""
+    if not report.whole.on_device:
+        return ("host",)
+    return ("device", "host") if report.whole.host_known else ("device",)
 
 
 def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:

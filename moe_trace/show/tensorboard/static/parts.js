@@ -103,8 +103,8 @@ export function empty(words, advice, ...more) {
   return el("div", {class: "state"}, el("p", {class: "lead"}, words), el("p", {class: "soft"}, ...advice), ...more);
 }
 
-export const inGraphs = ["The kernels of a CUDA graph belong to no phase. The trace's own timeline has the graphs: "
-  + "moe-trace view TRACE, or torch-tb-profiler's Trace view."];
+export const inGraphs = ["Compiled code and CUDA graphs open no ranges. The trace's own timeline has them, and routers and "
+  + "experts where their kernels are known: moe-trace view TRACE, or torch-tb-profiler's Trace view."];
 
 export function problem(words, retry) {
   return el("div", {class: "state problem", role: "alert"}, el("p", {class: "lead"}, "This view cannot be shown."),

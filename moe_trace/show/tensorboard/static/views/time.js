@@ -19,7 +19,7 @@ export async function show(place, {ask, isCurrent}) {
   place.replaceChildren();
   if (!answer.has_phases) {
     place.append(answer.in_graphs
-      ? empty("The calls ran inside CUDA graphs, so there are no phases.", inGraphs)
+      ? empty("The calls ran inside compiled code or CUDA graphs whose kernels are not known, so there are no phases.", inGraphs)
       : empty("The trace has no MoE ranges, so there are no phases.",
         ["Record it with moe_trace.profile, or attach the tracer to your profiler before it starts."]));
   }
