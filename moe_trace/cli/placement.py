@@ -11,7 +11,7 @@ from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map
-from moe_trace.placement.sources import read_counts
+from moe_trace.placement.sources import counts_of_array, read_counts
 from moe_trace.placement.split import WAYS, Split, split_by, split_named
 from moe_trace.placement.study import clusters_for, study_placement
 from moe_trace.show.placement import render_placement_json, render_placement_text
@@ -24,7 +24,8 @@ class PlacementCommand:
 
     Load per rank and all-to-all volume for contiguous placement (what runs by default), balanced placement,
     and placement with second copies of hot experts, each judged on steps that it was not chosen on. PATH is
-    a trace, a folder of traces, or counts per expert (export --to eplb, or JSON with counts per text).
+    a trace, a folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or what
+    SGLang's expert distribution recorder dumped, .pt).
 
     Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
     """
@@ -61,7 +62,7 @@ class PlacementCommand:
             groups=arguments.groups,
             hedge=arguments.hedge,
         )
-        counts = read_counts(arguments.path, chosen=chosen_filter(arguments), slot_bytes=arguments.slot_bytes)
+        counts = _counts(arguments)
         study = study_placement(counts, _split(counts, arguments), options)
         if arguments.format == "json":
             print(render_placement_json(study), end="")
@@ -71,6 +72,17 @@ class PlacementCommand:
             write_map(study, arguments.out)
             print(f"wrote {arguments.out}", file=sys.stderr)
         return 0
+
+
+def _counts(arguments: argparse.Namespace) -> ExpertCounts:
+    chosen, slot_bytes = chosen_filter(arguments), arguments.slot_bytes
+    if not arguments.path.endswith(".pt"):
+        return read_counts(arguments.path, chosen=chosen, slot_bytes=slot_bytes)
+    from moe_trace.integrations.sglang.dumps import counts_of_dump
+
+    return counts_of_array(
+        arguments.path, counts_of_dump(arguments.path), chosen=chosen, slot_bytes=slot_bytes
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
     """Says what else in the block works on every token, such as the projections round latent experts."""
     if found.block is None:
         return None
-    counted = {id(m) for m in (found.router, found.experts, *(found.weights or ()), *shared)}
+    counted = {id(m) for m in (found.router, found.gate, found.experts, *(found.weights or ()), *shared)}
     rest = {
         name: flops
         for name, child in found.block.named_children()

@@ -20,6 +20,7 @@ from moe_trace.find.contracts.modules import (
     unwrapped,
 )
 from moe_trace.find.contracts.olmoe_mixtral_qwen import TOPK_EXPERTS
+from moe_trace.find.contracts.sglang import SGLANG_TOPK
 from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_experts, with_experts
 from moe_trace.find.contracts.switch_nllb import ONE_HOT
 from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS
@@ -30,6 +31,7 @@ CONTRACTS: list[Contract] = [
     PRODUCT_KEY,
     SORTED_DISPATCH,
     DENSE_SCORES,
+    SGLANG_TOPK,
     TOPK_EXPERTS,
     ROUTER_BESIDE_EXPERTS,
 ]

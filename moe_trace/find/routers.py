@@ -179,7 +179,7 @@ def _info(
 ) -> RouterInfo:
     site, layer = label
     weights = _weights(item)
-    beside = projection_note(item, shared)
+    beside, gate = projection_note(item, shared), item.gate or item.router
     return RouterInfo(
         site=site,
         name=name,
@@ -189,10 +189,10 @@ def _info(
         contract=contract.name,
         num_experts=item.num_experts,
         top_k=item.top_k,
-        router_flops_per_token=router_flops_per_token(item.router),
+        router_flops_per_token=router_flops_per_token(gate),
         expert_flops_per_slot=expert_flops_per_slot(weights, item.num_experts),
         shared_flops_per_token=sum(map(dense_flops_per_token, shared)),
-        parameters={"router": parameter_count([item.router]), "experts": parameter_count(weights)},
+        parameters={"router": parameter_count([gate]), "experts": parameter_count(weights)},
         identity_experts=item.identity_experts,
         every_expert_computes=item.every_expert_computes,
         notes=item.notes if beside is None else (*item.notes, beside),

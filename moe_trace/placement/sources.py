@@ -18,7 +18,7 @@ from moe_trace.read.file.opening import open_trace_stream
 
 _FORMS = (
     "a trace, a folder of traces, what `moe-trace export --to eplb` wrote, or JSON with "
-    '`"counts": {text: [layers][experts]}`'
+    '`"counts": {text: [layers][experts]}` or `"logical_count": [steps][layers][experts]`'
 )
 
 
@@ -34,6 +34,10 @@ class _CountsFile(msgspec.Struct):
     counts: dict[str, list[list[int]]] | list[list[int]]
     layers: list[_Entry | int] = []
     model: Any = None
+
+
+class _SGLangCounts(msgspec.Struct):
+    logical_count: list[Any]
 
 
 def read_counts(
@@ -54,11 +58,28 @@ def read_counts(
     if not is_array:
         _refuse_other_files(path)
     if is_array:
-        found = _of_array(path)
-    elif path.is_file() and path.suffix == ".json" and _holds_counts(path):
-        found = _of_json(path)
-    else:
-        return _with_bytes(counts_of_traces(path, chosen), slot_bytes)
+        return counts_of_array(path, _loaded(path), chosen=chosen, slot_bytes=slot_bytes)
+    key = _counts_key(path) if path.is_file() and path.suffix == ".json" else None
+    if key == "logical_count":
+        return counts_of_array(path, _of_sglang(path), chosen=chosen, slot_bytes=slot_bytes)
+    if key is not None:
+        return _with_bytes(_of_layers(_of_json(path), chosen or Filter()), slot_bytes)
+    return _with_bytes(counts_of_traces(path, chosen), slot_bytes)
+
+
+def counts_of_array(
+    path: str | Path, array: Any, *, chosen: Filter | None = None, slot_bytes: int | None = None
+) -> ExpertCounts:
+    """Whole numbers [layers, experts] or [steps, layers, experts] that stood in a file.
+
+    Raises:
+        UsageError: counts of another form, or none at all.
+    """
+    counts = _whole_numbers(Path(path), array)
+    counts = counts[None] if counts.ndim == 2 else counts
+    entries = [_Entry(f"L{i:02d}", "", i) for i in range(counts.shape[1])]
+    labels = tuple(str(i) for i in range(len(counts)))
+    found = _made(Path(path), "step", labels, entries, counts)
     return _with_bytes(_of_layers(found, chosen or Filter()), slot_bytes)
 
 
@@ -102,23 +123,37 @@ def _with_bytes(counts: ExpertCounts, slot_bytes: int | None) -> ExpertCounts:
     return replace(counts, layers=tuple(replace(layer, slot_bytes=slot_bytes) for layer in counts.layers))
 
 
-def _holds_counts(path: Path) -> bool:
-    """Whether a JSON file's top level has counts, and no trace before them."""
+def _counts_key(path: Path) -> str | None:
+    """The key of a JSON file that holds counts; None where there is none, or a trace before it."""
     with open_trace_stream(path) as stream:
         for key in stream.walk():
-            if key in ("counts", "traceEvents"):
-                return key == "counts"
+            if key in ("counts", "logical_count", "traceEvents"):
+                return None if key == "traceEvents" else key
             stream.skip()
-    return False
+    return None
 
 
-def _of_array(path: Path) -> ExpertCounts:
+def _of_sglang(path: Path) -> np.ndarray:
+    """`{"logical_count": [steps][layers][experts] or [layers][experts]}`, as SGLang's server is given it."""
     try:
-        array = np.load(path, allow_pickle=False)
+        return np.array(msgspec.json.decode(path.read_bytes(), type=_SGLangCounts).logical_count)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{path}: found a logical_count of another form ({error!s:.100}); expected whole numbers "
+            "[layers][experts] or [steps][layers][experts]"
+        ) from error
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UsageError(
             f"{path}: found no array that numpy can read ({error}); expected {_FORMS}"
         ) from error
+
+
+def _whole_numbers(path: Path, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (2, 3):
         form = (
             f"{array.dtype} of the form {list(array.shape)}"
@@ -130,10 +165,7 @@ def _of_array(path: Path) -> ExpertCounts:
         )
     if array.size and array.max() >= 2**53:
         raise UsageError(f"{path}: found a count of 2^53 or more; scale the counts down")
-    counts = array.astype(np.int64)
-    counts = counts[None] if counts.ndim == 2 else counts
-    labels = tuple(str(i) for i in range(len(counts)))
-    return _made(path, "step", labels, [_Entry(f"L{i:02d}", "", i) for i in range(counts.shape[1])], counts)
+    return array.astype(np.int64)
 
 
 def _of_json(path: Path) -> ExpertCounts:

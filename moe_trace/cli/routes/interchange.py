@@ -15,7 +15,8 @@ class ImportRoutesCommand:
     """Read the routes that another tool captured.
 
     Arrays of vLLM, SGLang and verl (.npy, .npz with routed_experts, .safetensors), responses of their servers
-    (.json, or .jsonl with one a line), Megatron's router trace (.jsonl), and what `export` wrote.
+    (.json, or .jsonl with one a line), Megatron's router trace (.jsonl), SGLang's recorder of expert loads
+    (.pt, per_token), and what `export` wrote.
 
     Example: moe-trace routes import routed_experts.npy --num-experts 64 --out vllm.routes.npz
     """
@@ -38,7 +39,13 @@ class ImportRoutesCommand:
 
         refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.capture])
         told = Told(arguments.num_experts, arguments.layers, arguments.top_k, arguments.ending)
-        routes, notes = import_routes(arguments.capture, told)
+        if (told.ending or Path(arguments.capture).suffix) == ".pt":
+            from moe_trace.integrations.sglang.dumps import routes_of_dump
+
+            capture = routes_of_dump(arguments.capture)
+            routes, notes = capture.routes(arguments.capture, told.num_experts), capture.notes
+        else:
+            routes, notes = import_routes(arguments.capture, told)
         routes.save(arguments.out)
         shape = " x ".join(f"{size:,}" for size in routes.expert_ids.shape)
         print(f"{shape} ids (tokens x layers x top-k), {int(routes.padding.sum()):,} tokens of padding")

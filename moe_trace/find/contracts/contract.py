@@ -83,6 +83,8 @@ class Found:
     """How the calls of this very router are read, where its contract knows more than one way."""
     read_block: Callable[[tuple[Any, ...], Any], RouterOutput] | None = None
     """`read_block(arguments, output)` of a call of the block in which the router was not called."""
+    gate: nn.Module | None = None
+    """The module beside the router that holds its weights, where the router itself holds none."""
     watched: nn.Module | None = None
     """A module inside the router whose output `read` needs."""
     listed: tuple[nn.Module, ...] = ()
