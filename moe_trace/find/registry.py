@@ -10,6 +10,7 @@ from torch import nn
 from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.doge import PRODUCT_KEY
+from moe_trace.find.contracts.engines.sglang import SGLANG_TOPK
 from moe_trace.find.contracts.jetmoe import SORTED_DISPATCH
 from moe_trace.find.contracts.llama4 import DENSE_SCORES
 from moe_trace.find.contracts.modules import (
@@ -20,7 +21,6 @@ from moe_trace.find.contracts.modules import (
     unwrapped,
 )
 from moe_trace.find.contracts.olmoe_mixtral_qwen import TOPK_EXPERTS
-from moe_trace.find.contracts.sglang import SGLANG_TOPK
 from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_experts, with_experts
 from moe_trace.find.contracts.switch_nllb import ONE_HOT
 from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS

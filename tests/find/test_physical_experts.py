@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_trace.find.contracts.physical_experts import logical_ids
+from moe_trace.find.contracts.engines.physical_experts import logical_ids
 
 
 def experts_to_slots(expert_P: list[int], experts: int, width: int) -> Tensor:

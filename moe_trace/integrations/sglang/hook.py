@@ -1,7 +1,7 @@
 """The routing in the traces that SGLang's own profiler writes, by its option `--forward-hooks`.
 
 Written after `model_executor/hook_manager.py` of SGLang, and not run on it. Routers are read as
-`find/contracts/sglang.py` says: eager mode, `--disable-cuda-graph`.
+`find/contracts/engines/sglang.py` says: eager mode, `--disable-cuda-graph`.
 """
 
 from __future__ import annotations
