@@ -1,6 +1,6 @@
 """What SGLang's expert distribution recorder dumps: `expert_distribution_recorder_<time>[_<rank>].pt`.
 
-Written after `eplb/expert_distribution.py` of SGLang, and not run on it. By its
+Written after `sglang.srt.eplb.expert_distribution`, and not run on it. By its
 `--expert-distribution-recorder-mode`:
 
     stat, stat_approx   logical_count [steps, layers, experts], summed over ranks; a ring of buffered steps

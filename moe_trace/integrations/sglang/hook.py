@@ -1,6 +1,6 @@
 """The routing in the traces that SGLang's own profiler writes, by its option `--forward-hooks`.
 
-Written after `model_executor/hook_manager.py` of SGLang, and not run on it. Routers are read as
+Written after `sglang.srt.model_executor.hook_manager`, and not run on it. Routers are read as
 `find/contracts/engines/sglang.py` says: eager mode, `--disable-cuda-graph`.
 """
 
