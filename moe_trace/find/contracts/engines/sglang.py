@@ -1,6 +1,6 @@
 """sglang-topk: SGLang's `TopK(hidden_states, router_logits) -> StandardTopKOutput`, told by its structure.
 
-Written after SGLang's module `sglang.srt.layers.moe.topk` and not run on it. The decision is what `TopK` returns, in eager
+Written after `sglang.srt.layers.moe.topk`, and not run on it. The decision is what `TopK` returns, in eager
 mode (`--disable-cuda-graph`): ids of physical experts where there are redundant ones, columns of fused shared
 experts last, -1 for padding. The gate beside it is not always called as a module, and some blocks append
 shared experts to what the experts are handed, so neither is read. `BypassedTopKOutput` and
