@@ -11,6 +11,7 @@ from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
 from moe_trace.find.contracts.doge import PRODUCT_KEY
 from moe_trace.find.contracts.engines.sglang import SGLANG_TOPK
+from moe_trace.find.contracts.engines.vllm import VLLM_FUSED_MOE
 from moe_trace.find.contracts.jetmoe import SORTED_DISPATCH
 from moe_trace.find.contracts.llama4 import DENSE_SCORES
 from moe_trace.find.contracts.modules import (
@@ -32,6 +33,7 @@ CONTRACTS: list[Contract] = [
     SORTED_DISPATCH,
     DENSE_SCORES,
     SGLANG_TOPK,
+    VLLM_FUSED_MOE,
     TOPK_EXPERTS,
     ROUTER_BESIDE_EXPERTS,
 ]

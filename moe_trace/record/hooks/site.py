@@ -122,7 +122,9 @@ class SiteHooks(SiteObserver):
         ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
         self.ranged = ranged
         timed = ranged or self._clock is not None or level == Level.RANGES
-        self._cuda = any(p.is_cuda for p in site.router.parameters())
+        self._cuda = any(
+            p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters()
+        )
         self._copies_received = self.copies is not None
         block, router, experts = site.block, site.router, site.experts
         hooks = self._plain(level) or self

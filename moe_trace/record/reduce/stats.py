@@ -78,6 +78,7 @@ def count_per_row(ids_LN: Tensor, bins: int) -> Tensor:
     if flat.device.type == "cuda" and not torch.compiler.is_compiling():
         # bincount waits for the device; histc with fixed bounds does not, and takes half of scatter_add_.
         return torch.histc(flat, bins=rows * bins, min=0, max=rows * bins).view(rows, bins)
+    flat = flat.long()  # which is all that scatter_add_ and gather take while dynamo traces them
     counts = torch.zeros(rows * bins, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(rows, bins)
 
@@ -111,7 +112,7 @@ def _logit_sums(
     probs_LTE = logits_LTE.softmax(-1, dtype=dtype)
     max_LT1 = logits_LTE.amax(-1, keepdim=True)
     top1_LT = probs_LTE.amax(-1)
-    chosen_LTK = probs_LTE.gather(-1, index_LTK.clamp(0, logits_LTE.shape[-1] - 1))
+    chosen_LTK = probs_LTE.gather(-1, index_LTK.clamp(0, logits_LTE.shape[-1] - 1).long())
     logsumexp_LT = max_LT1.squeeze(-1) - top1_LT.log()
     figures = torch.stack(
         [

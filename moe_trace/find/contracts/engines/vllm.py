@@ -1,0 +1,194 @@
+"""vllm-fused-moe: vLLM's `MoERunner`, told by its structure; nothing of vLLM is imported.
+
+The runner calls `router.select_experts(hidden_states=, router_logits=)`, and hands what it returns to
+`routed_experts.forward_modular(x=, topk_weights=, topk_ids=)`. Neither is the call of a module, so both
+methods are led through one, a tap, which forward hooks see. The gate's own call is no part of it: off the CPU
+it may run inside compiled code, or be fused, while both methods run side by side in the operator
+`vllm::moe_forward`.
+
+Shape suffixes: T tokens, E experts, K slots per token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
+from moe_trace.find.contracts.modules import described, int_attribute, require_2d
+
+_CHOICE, _EXPERTS, _MONOLITHIC = "select_experts", "forward_modular", "forward_monolithic"
+_NEEDS = {
+    _CHOICE: ("router_logits",),
+    _EXPERTS: ("x", "topk_weights", "topk_ids"),
+    _MONOLITHIC: ("router_logits",),
+}
+"""By method: the arguments that are read."""
+_NOTE = "the router's time is that of choosing (select_experts): its gate's product is no part of it"
+
+
+class Tap(nn.Module):
+    """A method of vLLM's as a module: what calls the method calls the module, which calls the method.
+
+    It stands in the owner's `__dict__`, so that the owner's modules and state are what they were.
+
+    Args:
+        owner: has the method.
+        name: of the method.
+        holds: modules whose parameters are to be the tap's own, such as the router's gate.
+    """
+
+    method: Callable[..., Any]
+
+    def __init__(self, owner: Any, name: str, holds: nn.Module | None) -> None:
+        super().__init__()
+        self.held = holds
+        object.__setattr__(self, "method", getattr(owner, name))
+        self.names = tuple(inspect.signature(self.method).parameters)
+
+    def redirect(self, *args: Any, **kwargs: Any) -> Any:
+        """What stands in the method's place."""
+        raise NotImplementedError
+
+    def _named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class RouterTap(Tap):
+    """`select_experts` as a router of other frameworks: it returns (logits, weights, ids)."""
+
+    def redirect(self, *args: Any, **kwargs: Any) -> Any:
+        return self(self._named(args, kwargs))[1:]
+
+    def forward(self, given: dict[str, Any]) -> Any:
+        weights, ids = self.method(**given)
+        return given["router_logits"], weights, ids
+
+
+class ExpertsTap(Tap):
+    """`forward_modular` as experts of other frameworks: called with (x, ids, weights, all else)."""
+
+    def redirect(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._named(args, kwargs)
+        x, weights, ids = given.pop("x"), given.pop("topk_weights"), given.pop("topk_ids")
+        return self(x, ids, weights, given)
+
+    def forward(self, x: Any, ids: Any, weights: Any, others: dict[str, Any]) -> Any:
+        return self.method(x=x, topk_weights=weights, topk_ids=ids, **others)
+
+
+class MonolithicTap(Tap):
+    """`forward_monolithic`, whose kernel chooses the experts and runs them: a decision that nobody sees."""
+
+    def redirect(self, *args: Any, **kwargs: Any) -> Any:
+        return self(self._named(args, kwargs))
+
+    def forward(self, given: dict[str, Any]) -> Any:
+        return self.method(**given)
+
+
+def is_runner(module: nn.Module) -> bool:
+    """Whether a module is built as vLLM's `MoERunner`."""
+    experts = getattr(module, "routed_experts", None)
+    return (
+        isinstance(experts, nn.Module)
+        and callable(getattr(experts, _EXPERTS, None))
+        and callable(getattr(getattr(module, "router", None), _CHOICE, None))
+    )
+
+
+def find_vllm(block: nn.Module) -> list[Found]:
+    """The runners among a block's children. Puts taps on them, which `remove_taps` takes off."""
+    return [_found(block, name, child) for name, child in block.named_children() if is_runner(child)]
+
+
+def _found(block: nn.Module, name: str, runner: Any) -> Found:
+    gates = (("gate", getattr(block, "gate", None)), (f"{name}.gate", getattr(runner, "gate", None)))
+    path, gate = next(((p, g) for p, g in gates if isinstance(g, nn.Module)), (f"{name}.router", None))
+    experts, config = runner.routed_experts, getattr(runner, "moe_config", None)
+    fields: dict[str, Any] = {
+        "router_path": path,
+        "block": runner,
+        "num_experts": int_attribute(config, "num_experts") or int_attribute(experts, "global_num_experts"),
+        "top_k": int_attribute(config, "experts_per_token") or int_attribute(experts, "top_k"),
+        "gate": gate,
+        "weights": (experts,),
+        "notes": (
+            "the router's time is that of choosing (select_experts): its gate's product is no part of it",
+        ),
+    }
+    if getattr(runner, "is_monolithic", False):
+        router = _tap(MonolithicTap, experts, _MONOLITHIC, gate)
+        return Found(router=router, experts=None, read=_monolithic, **fields)
+    router = _tap(RouterTap, runner.router, _CHOICE, gate)
+    return Found(router=router, experts=_tap(ExpertsTap, experts, _EXPERTS, None), **fields)
+
+
+def _tap(kind: type[Tap], owner: Any, name: str, holds: nn.Module | None) -> Tap:
+    there = getattr(owner.__dict__.get(name), "__self__", None)
+    if isinstance(there, Tap):
+        return there
+    # Named as the class whose method it stands for, which is what a reader looks for.
+    tap = type(type(owner).__name__, (kind,), {})(owner, name, holds)
+    if missing := [one for one in _NEEDS[name] if one not in tap.names]:
+        raise AdapterMismatch(
+            f"expected {type(owner).__name__}.{name} to take {', '.join(missing)}; "
+            f"it takes {', '.join(tap.names)}"
+        )
+    owner.__dict__[name] = tap.redirect
+    return tap
+
+
+def remove_taps(model: nn.Module) -> None:
+    """Give the methods back that `find_vllm` led through modules; hooks still on them see no call."""
+    for runner in model.modules():
+        if is_runner(runner):
+            for owner in (runner.router, runner.routed_experts):
+                for name in _NEEDS:
+                    if isinstance(getattr(owner.__dict__.get(name), "__self__", None), Tap):
+                        del owner.__dict__[name]
+
+
+def read_vllm(call: Call) -> RouterOutput:
+    """Ids and weights as the experts received them, and the logits that the router was given."""
+    given, output = call.experts_args, call.router_output
+    if given is None or len(given) < 3:
+        raise AdapterMismatch("expected forward_modular to follow select_experts; it was not called")
+    index, weights, logits = given[1], given[2], output[0]
+    require_2d("topk_ids", index, integer=True)
+    require_2d("topk_weights", weights)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
+        raise AdapterMismatch(
+            f"expected logits [T, E] beside topk_ids [T, K], found {described(logits)}, {described(index)}"
+        )
+    return RouterOutput(index, weights, logits)
+
+
+def vllm_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """What `read_vllm` reads, of many calls."""
+    return (
+        [given[1] for given in experts_args],
+        [given[2] for given in experts_args],
+        [output[0] for output in outputs],
+    )
+
+
+def _monolithic(call: Call) -> RouterOutput:
+    raise AdapterMismatch(
+        "vLLM runs this layer with a monolithic kernel, which chooses the experts inside itself; "
+        "another MoE backend (--moe-backend) has them chosen outside"
+    )
+
+
+_columns: dict[Callable[[Call], RouterOutput], Any] = {read_vllm: vllm_columns}
+VLLM_FUSED_MOE = Contract(
+    name="vllm-fused-moe",
+    description="vLLM: router.select_experts(router_logits=); routed_experts.forward_modular(topk_ids=)",
+    find=find_vllm,
+    read=read_vllm,
+    reads_late=True,
+    columns=_columns,
+)

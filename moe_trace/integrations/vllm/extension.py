@@ -1,0 +1,70 @@
+"""The door without any patch: a class that vLLM mixes into its workers, for `collective_rpc`.
+
+    llm = LLM(..., worker_extension_cls="moe_trace.integrations.vllm.extension.MoETraceWorker")
+    llm.collective_rpc("moe_trace_start")
+    llm.start_profile(); llm.generate(...); llm.stop_profile()
+    llm.collective_rpc("moe_trace_stop")
+
+It records in eager mode (`enforce_eager=True`): what vLLM has compiled before has no hooks in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_trace.data.errors import UsageError
+from moe_trace.find.contracts.engines.vllm import remove_taps
+from moe_trace.record.tracer import MoETracer
+
+
+class MoETraceWorker:
+    """Methods that each worker gets. All that they return can be sent to another process."""
+
+    _moe_tracer: MoETracer | None = None
+
+    def moe_trace_start(self, **options: Any) -> list[str]:
+        """Hook the routers; the torch profilers that record from now on have the routing in their traces.
+
+        Args:
+            options: of `MoETracer`, such as `every` and `routes`.
+
+        Returns:
+            The paths of the routers.
+
+        Raises:
+            UsageError: it records already.
+            NoRoutersFound: the model has no routers.
+        """
+        if self._moe_tracer is not None:
+            raise UsageError("moe_trace records already in this worker; call moe_trace_stop first")
+        tracer = MoETracer(self.get_model(), **options)  # type: ignore[attr-defined]
+        tracer.start()
+        self._moe_tracer = tracer
+        return [site.name for site in tracer.sites]
+
+    def moe_trace_stop(self, trace: str | None = None) -> dict[str, list[list[int]]]:
+        """Take everything off again.
+
+        Args:
+            trace: path of a trace that some other profiler wrote meanwhile, to merge the routing into.
+
+        Returns:
+            By path of the router: the tokens per expert of each call, [calls][E].
+
+        Raises:
+            UsageError: nothing records.
+            MoETraceError: the trace cannot be merged into; it is left as it was.
+        """
+        tracer = self._moe_tracer
+        if tracer is None:
+            raise UsageError("moe_trace does not record in this worker; call moe_trace_start first")
+        self._moe_tracer = None
+        tracer.stop()
+        remove_taps(tracer.model)
+        if trace is not None:
+            tracer.merge_into(Path(trace))
+        counts: dict[str, list[list[int]]] = {site.name: [] for site in tracer.sites}
+        for sample in tracer.samples():
+            counts[sample.name].append(sample.assignments.tolist())
+        return counts

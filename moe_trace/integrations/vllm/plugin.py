@@ -1,0 +1,68 @@
+"""The entry point of vLLM's plugins (`vllm.general_plugins`): it runs in every process of an engine.
+
+It wraps one method, `WorkerWrapperBase.init_device`, which runs once in each worker. Where vLLM's torch
+profiler is not configured, that is all that ever happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+SWITCH = "MOE_TRACE_VLLM"
+"""Environment variable; `0` keeps moe_trace out of vLLM."""
+_WORKERS, _WRAPPER, _METHOD = "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"
+
+
+def register() -> None:
+    """Called by vLLM, in some processes more than once; it never raises."""
+    if os.environ.get(SWITCH, "1").strip().lower() in ("0", "false", "off", "no"):
+        return
+    try:
+        wrapper: Any = getattr(importlib.import_module(_WORKERS), _WRAPPER)
+        method = getattr(wrapper, _METHOD)
+    except Exception as error:
+        _say(f"expected {_WORKERS}.{_WRAPPER}.{_METHOD}, found {error!r}")
+        return
+    if getattr(method, "_moe_trace", False):
+        return
+
+    @functools.wraps(method)
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        _equip(getattr(self, "worker", None), getattr(self, "vllm_config", None))
+        return result
+
+    init_device._moe_trace = True  # type: ignore[attr-defined]
+    setattr(wrapper, _METHOD, init_device)
+
+
+def unregister() -> None:
+    """Undo `register`; workers that were made since stay as they are."""
+    wrapper: Any = getattr(importlib.import_module(_WORKERS), _WRAPPER)
+    method = getattr(wrapper, _METHOD)
+    if getattr(method, "_moe_trace", False):
+        setattr(wrapper, _METHOD, method.__wrapped__)
+
+
+def _equip(worker: Any, config: Any) -> None:
+    """A worker has its device, and no model yet."""
+    try:
+        profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
+        if worker is None or profiler != "torch":
+            return
+        from moe_trace.integrations.vllm.worker import WorkerTracing
+
+        WorkerTracing(worker, config).install()
+    except Exception as error:
+        _say(repr(error))
+
+
+def _say(what: str) -> None:
+    import logging
+
+    logging.getLogger("vllm.moe_trace").warning(
+        "moe_trace does not fit this vLLM, which runs on as without it: %s", what
+    )

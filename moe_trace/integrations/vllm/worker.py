@@ -1,0 +1,158 @@
+"""What happens in a worker of vLLM whose torch profiler is configured.
+
+Methods of the worker object itself are wrapped, never those of vLLM's classes. While its profiler records,
+the routers are hooked, and the profiler's trace gets the routing. Where the model will be compiled or
+captured into graphs, it is hooked for good: vLLM drops the guards of compiled code, which looks its hooks up
+and fails without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from moe_trace.data.errors import NoRoutersFound
+from moe_trace.find.contracts.engines.vllm import remove_taps
+from moe_trace.record.tracer import MoETracer
+
+logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's, which prints it as its own
+
+_AOT = "VLLM_USE_AOT_COMPILE"
+"""vLLM's cache of whole programs: one that is loaded was never traced, so that no hook is in it."""
+
+
+class WorkerTracing:
+    """Records the routing of one worker.
+
+    Args:
+        worker: vLLM's, before its model is loaded.
+        config: its `VllmConfig`.
+    """
+
+    def __init__(self, worker: Any, config: Any) -> None:
+        self.worker, self.config = worker, config
+        self.tracer: MoETracer | None = None
+        self.compiles = _compiles(config)
+        """Whether the model is compiled, or captured into graphs."""
+        self._failed = False
+        self._followed: Any = None
+
+    def install(self) -> None:
+        """Wrap the methods of the worker that tell when to record."""
+        worker = self.worker
+        if self.compiles:
+            keep_caches_apart(self.config)
+            _wrap(worker, "load_model", after=self._guarded(self.begin))
+        profile = worker.profile
+
+        @functools.wraps(profile)
+        def start_or_stop(is_start: bool = True, *args: Any, **kwargs: Any) -> Any:
+            if is_start:
+                self._guarded(self._profile_starts)(kwargs.get("delay_iterations"))
+            try:
+                return profile(is_start, *args, **kwargs)
+            finally:
+                self._guarded(self._profile_started if is_start else self.end)()
+
+        worker.profile = start_or_stop
+
+    # -- when to record ---------------------------------------------------------------------------------
+
+    def _profile_starts(self, delay: int | None) -> None:
+        """vLLM is asked to profile: at once, or after some steps, which then its profiler tells."""
+        if delay is None:
+            delay = getattr(self.config.profiler_config, "delay_iterations", 0)
+        if self._followed is None and not delay:
+            self.begin()
+
+    def _profile_started(self) -> None:
+        profiler = getattr(self.worker, "profiler", None)
+        if profiler is not None and profiler is not self._followed:
+            self._followed = profiler
+            _wrap(profiler, "_start", before=self._guarded(self.begin))
+            _wrap(profiler, "_stop", after=self._guarded(self.end))
+        if not getattr(profiler, "is_running", True):  # it could not be started, or waits
+            self.end()
+
+    def begin(self) -> None:
+        """Hook the routers; every torch profiler that records from now on has the routing in its trace."""
+        if self.tracer is None:
+            tracer = MoETracer(self.worker.get_model())
+            tracer.start()
+            self.tracer = tracer
+            logger.info("moe_trace records the routing of %d MoE layers", len(tracer.sites))
+
+    def end(self) -> None:
+        """Profiling is over and the trace is written: nothing of ours stays, but in compiled code."""
+        tracer = self.tracer
+        if tracer is None:
+            return
+        profiler = getattr(getattr(self.worker, "profiler", None), "profiler", None)
+        if profiler is not None:
+            tracer.detach(profiler)
+        if not self.compiles:
+            self.tracer = None
+            tracer.stop()
+            remove_taps(self.worker.get_model())
+
+    # -- nothing of ours raises into vLLM ---------------------------------------------------------------
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if self._failed:
+                return
+            try:
+                function(*args)
+            except NoRoutersFound:
+                self._failed = True
+                logger.info("moe_trace found no MoE layers that it can read: vLLM's traces stay as they are")
+            except Exception as error:
+                self._failed = True
+                logger.warning(
+                    "moe_trace adds no routing to vLLM's traces from now on; vLLM runs on: %r", error
+                )
+
+        return call
+
+
+def _wrap(
+    owner: Any,
+    name: str,
+    *,
+    before: Callable[[], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Have an object's method call something before or after itself, whether it raises or not."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if after is not None:
+                after()
+
+    setattr(owner, name, call)
+
+
+def _compiles(config: Any) -> bool:
+    compilation = getattr(config, "compilation_config", None)
+    modes = (getattr(compilation, name, None) for name in ("mode", "cudagraph_mode"))
+    return any(mode is not None and getattr(mode, "name", str(mode)) != "NONE" for mode in modes)
+
+
+def keep_caches_apart(config: Any) -> None:
+    """Code that is compiled with hooks is never used without, nor the other way round."""
+    os.environ[_AOT] = "0"
+    if isinstance(getattr(config, "additional_config", None), dict):  # part of the hash of vLLM's cache
+        config.additional_config["moe_trace"] = "routing"
+    else:
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
