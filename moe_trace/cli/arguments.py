@@ -14,9 +14,10 @@ from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
 
 if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of it
-    from moe_trace.read.analysis import PeakOverride, TraceSummary
+    from moe_trace.read.analysis import TraceSummary
     from moe_trace.read.file.filters import Filter
     from moe_trace.read.file.opening import Progress
+    from moe_trace.read.time.peaks import PeakOverride
 
 
 def add_output(
@@ -63,7 +64,7 @@ def chosen_filter(arguments: argparse.Namespace) -> Filter:
 
 def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
     """The peaks that the options give."""
-    from moe_trace.read.analysis import PeakOverride
+    from moe_trace.read.time.peaks import PeakOverride
 
     for value in (arguments.peak_tflops, arguments.peak_gbps):
         if value is not None and not 0 < value < float("inf"):

@@ -83,6 +83,9 @@ class RouterInfo:
     """What a reader must know about the figures of this router."""
     held_experts: tuple[int, ...] | None = None
     """Global ids of the experts whose weights this process computes with; None where it is all of them."""
+    expert_bytes: int | None = None
+    """Bytes of one routed expert's weights in this process, scales included; of a tensor-parallel rank its
+    part. None where they are not known, as in files of older releases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,8 @@ class Parallel:
     """How one process of a distributed run takes part in it; ranks are global."""
 
     mesh: dict[str, int]
-    """Sizes of what the run is split by, those of 1 left out: `dp_replicate`, `fsdp`, `tp`, `ep`, `pp`."""
+    """Sizes of what the run is split by, those of 1 left out: `dp` (engines that serve), `dp_replicate`,
+    `fsdp`, `tp`, `ep`, `etp` (tensor parallelism of the experts, where it is not that of the rest), `pp`."""
     token_ranks: tuple[int, ...]
     """Ranks whose routers see the same tokens as this one's, itself among them, ascending: their counts are
     one decision, to be counted once."""
@@ -242,4 +246,6 @@ class Recording:
         """Whether this process computes other slots than its routers assigned, or a part of each: the time of
         its experts is then not that of its calls' FLOPs."""
         parallel = self.parallel
-        return parallel is not None and (bool(parallel.expert_ranks) or parallel.mesh.get("tp", 1) > 1)
+        if parallel is None:
+            return False
+        return bool(parallel.expert_ranks) or max(parallel.mesh.get(dim, 1) for dim in ("tp", "etp")) > 1

@@ -20,7 +20,8 @@ def held_experts(
 ) -> tuple[int, ...] | None:
     """Global ids of the experts whose weights this process computes with; None where it is all of them.
 
-    A dimension of FSDP's does not count: its shards are gathered before the experts compute.
+    A dimension of FSDP's does not count: its shards are gathered before the experts compute. A serving
+    engine's plain weights tell nothing, but its map from global to local ids does.
 
     Args:
         weights: the modules that hold the experts' weights.
@@ -28,6 +29,9 @@ def held_experts(
         data_parallel: of the model that the experts belong to.
     """
     for module in weights:
+        mapped = getattr(module, "expert_map", None)
+        if isinstance(mapped, torch.Tensor) and mapped.shape == (num_experts,):  # vLLM: -1 is held elsewhere
+            return tuple(torch.nonzero(mapped >= 0).flatten().tolist())
         for _, parameter in expert_matrices(module):
             split = list(expert_dims(parameter, data_parallel))
             if split:

@@ -8,12 +8,14 @@ does in eager mode.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from moe_trace.find.contracts import Found
 from moe_trace.find.contracts.modules import expert_matrices, expert_modules, int_attribute, unwrapped
+from moe_trace.find.device_mesh import DataParallelDims, layout_dims
 
 # Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
 _PACKED = (torch.uint8, torch.int8)
@@ -30,6 +32,32 @@ def router_flops_per_token(router: nn.Module) -> int:
 def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int:
     """2 x the matrix weights of one expert, summed over the modules that hold the experts' weights."""
     return 2 * sum(_elements_of_one_expert(unwrapped(module), num_experts) for module in weights)
+
+
+def expert_bytes(
+    weights: Iterable[nn.Module], num_experts: int, data_parallel: DataParallelDims
+) -> int | None:
+    """Bytes of one expert's weights in this process, with biases and scales; None where they are not known.
+
+    Under data parallelism those that it gathers; under tensor parallelism its part.
+
+    Args:
+        weights: the modules that hold the experts' weights.
+        num_experts: E, without identity experts.
+        data_parallel: of the model that the experts belong to.
+    """
+    total = 0.0
+    for module in map(unwrapped, weights):
+        listed = expert_modules(module)
+        rows = 1 if listed else next((p.shape[0] for _, p in expert_matrices(module)), num_experts)
+        for parameter in (listed[0] if listed else module).parameters():
+            parts = 1
+            for dim in layout_dims(parameter, data_parallel):
+                placement = cast("Any", parameter).placements[dim]
+                if placement.is_shard() and (listed or placement.dim != 0):
+                    parts *= cast("Any", parameter).device_mesh.size(dim)
+            total += parameter.numel() * parameter.element_size() / rows / parts if rows else 0
+    return round(total) or None
 
 
 def dense_flops_per_token(module: nn.Module) -> int:

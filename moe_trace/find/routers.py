@@ -24,6 +24,7 @@ from moe_trace.find.contracts.shared_experts import (
 from moe_trace.find.device_mesh import DataParallelDims, held_experts
 from moe_trace.find.flops import (
     dense_flops_per_token,
+    expert_bytes,
     expert_flops_per_slot,
     parameter_count,
     projection_note,
@@ -153,7 +154,13 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
     for (path, contract, item), name, label in zip(found, names, layer_labels(names), strict=True):
         shared = shared_modules(model, path, item)
         held = held_experts(_weights(item), item.num_experts, data_parallel)
-        info = replace(_info(name, label, contract, item, shared), held_experts=held)
+        info = replace(
+            _info(name, label, contract, item, shared),
+            held_experts=held,
+            expert_bytes=expert_bytes(
+                _weights(item), item.num_experts - item.identity_experts, data_parallel
+            ),
+        )
         info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
         counted.update(map(id, shared))
         sites.append(

@@ -12,17 +12,18 @@ from moe_trace.data.errors import deprecated, optional_package
 from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
+from moe_trace.read.experts.distinct import DistinctReport, report_distinct
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
 from moe_trace.read.ranks.inputs import RankInput, Ranks
-from moe_trace.read.reduced.combine import combined, notes_of, read_all
+from moe_trace.read.reduced.combine import combined, notes_alone, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
 from moe_trace.read.time.joined import joined
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.outside_moe import add_surroundings
-from moe_trace.read.time.peaks import find_peak
+from moe_trace.read.time.peaks import Peak, PeakOverride, find_peak
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.speed import SpeedReport, report_speed
 
@@ -51,6 +52,8 @@ class TraceSummary(Summary):
     """The ranks of the run together; None for a single one."""
     rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
     """What each rank brings to such a report, so that traces read one by one can be reported together."""
+    distinct: DistinctReport | None = None
+    """Experts that a forward reads, by its tokens; of all stages together, None in those without decode."""
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
     stage: Stage | None = None
@@ -145,14 +148,6 @@ class TraceSummary(Summary):
         return frame
 
 
-@dataclass(frozen=True)
-class PeakOverride:
-    """What the user knows better than the table of devices."""
-
-    tflops: float | None = None
-    gb_per_s: float | None = None
-
-
 def analyse(
     files: Sequence[Path],
     *,
@@ -170,12 +165,16 @@ def analyse(
     chosen = chosen or Filter()
     reads = read_all(files, progress)
     traces = _Traces(reads, combined(reads, label), label, peak or PeakOverride())
-    whole = traces.answer(chosen)
+    whole = traces.with_distinct(traces.answer(chosen), chosen)
     if whole.stage is not None:
         return whole
     there = set(whole.calls.stage.tolist())
     stages = {
         stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in STAGES if stage in there
+    }
+    stages = {
+        stage: part if stage in ("prefill", "train") else replace(part, distinct=whole.distinct)
+        for stage, part in stages.items()
     }
     findings = find_apart(traces.evidence(whole), {stage: part.findings for stage, part in stages.items()})
     return replace(whole, stages=stages, findings=findings)
@@ -207,8 +206,7 @@ class _Traces:
         stages = set(recording.calls.stage.tolist())
         notes = [
             *notes_of(reads),
-            *(_SPLIT if split else ()),
-            *(ranks.notes if ranks is not None else _alone(recording)),
+            *(ranks.notes if ranks is not None else notes_alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
         imbalance = _imbalance(reads, together, times, recording)
@@ -228,6 +226,18 @@ class _Traces:
             rank_inputs=together.inputs,
             experts_are_split=split,
         )
+        return self.judged(answered)
+
+    def with_distinct(self, answered: TraceSummary, chosen: Filter) -> TraceSummary:
+        """With what forwards of all stages read, which no stage tells alone."""
+        assert answered.times is not None
+        records = Ranks.of(answered.rank_inputs).records
+        recording = chosen.apply(self.recording)
+        found = report_distinct(recording, records, answered.times, self._peak.bytes_per_s)
+        return self.judged(replace(answered, distinct=found))
+
+    def judged(self, answered: TraceSummary) -> TraceSummary:
+        """With what the rules find."""
         return replace(answered, findings=find(self.evidence(answered)))
 
     def evidence(self, answered: TraceSummary) -> RuleInput:
@@ -242,19 +252,28 @@ class _Traces:
             load_models=answered.load_models,
             model=answered.model,
             stage=answered.stage,
+            distinct=answered.distinct,
         )
 
     def _speed(self, times: CallTimes, recording: Recording) -> SpeedReport | None:
-        devices = tuple(dict.fromkeys(device for r in self.reads for device in r.devices))
-        dtype = recording.model.get("dtype")
-        peak = find_peak(
-            devices,
+        split = any(r.recording.experts_are_split for r in self.reads)
+        return report_speed(
+            times, recording.routers, recording.model, self._peak, self._devices, experts_are_split=split
+        )
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(device for r in self.reads for device in r.devices))
+
+    @property
+    def _peak(self) -> Peak:
+        dtype = self.recording.model.get("dtype")
+        return find_peak(
+            self._devices,
             dtype if isinstance(dtype, str) else None,
             tflops=self.peak.tflops,
             gb_per_s=self.peak.gb_per_s,
         )
-        split = any(r.recording.experts_are_split for r in self.reads)
-        return report_speed(times, recording.routers, recording.model, peak, devices, experts_are_split=split)
 
 
 def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | None:
@@ -276,18 +295,3 @@ def _imbalance(
 
         return rank_imbalance(ranks, {r.recording.rank: r.times for r in reads})
     return imbalance_costs(times, recording.routers, experts_are_split=split)
-
-
-_SPLIT = (
-    "experts are split over ranks: a rank computes other slots than its routers assigned, so no speed of its "
-    "experts is given",
-)
-
-
-def _alone(recording: Recording) -> list[str]:
-    if recording.world_size < 2:
-        return []
-    return [
-        f"this is rank {recording.rank} alone, of {recording.world_size}: what the others computed is not in "
-        "these figures; give the folder with the traces of all ranks"
-    ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_trace.read.analysis import PeakOverride, TraceSummary, analyse
+from moe_trace.read.analysis import TraceSummary, analyse
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.trace_file import read_recording
 from moe_trace.read.reduced.inputs import find_inputs
+from moe_trace.read.time.peaks import PeakOverride
 
 __all__ = ["Filter", "PeakOverride", "TraceSummary", "read_recording", "read_summary"]
 

@@ -60,6 +60,8 @@ def _figures(summary: Summary) -> dict[str, Any]:
             "load_models": [asdict(model) for model in summary.load_models],
             "findings": [asdict(finding) for finding in summary.findings],
         }
+        if summary.distinct is not None:
+            plain["distinct"] = asdict(summary.distinct)
         if summary.ranks is not None:
             plain["ranks"] = asdict(summary.ranks)
     return plain

@@ -175,3 +175,13 @@ def test_sizes_are_known_before_a_call(family: Family) -> None:
     for sample in seen.samples.values():
         info = seen.infos[sample.name]
         assert (info.num_experts, info.top_k) == (len(sample.assignments), sample.top_k)
+
+
+@named(ROUTED)
+def test_bytes_of_an_expert_add_up_to_those_of_all(family: Family) -> None:
+    for info in recorded(family).infos.values():
+        assert info.expert_bytes is not None
+        rows = 4 * info.parameters["experts"] / info.expert_bytes  # tiny models are of float32
+        # transformers' LongCat has rows of weights for its identity experts, too.
+        assert rows in (info.num_experts - info.identity_experts, info.num_experts)
+        assert info.expert_bytes >= 4 * info.expert_flops_per_slot // 2

@@ -388,6 +388,27 @@ def check_load(found: dict[tuple[str | None, str], Finding], stage: Stage) -> No
         assert f"{site} {len(dead[site])} of 64 ({ids}, …)" in finding.sentence
 
 
+def test_distinct_experts_of_steps(stages: dict[str, Stage]) -> None:
+    assert "Distinct experts" not in stages["prefill"].text
+    table = stages["decode"].text.split("Distinct experts", 1)[1].split("\n\n", 1)[0]
+    rows = {cells[0]: cells[1:] for cells in (re.split(r" {2,}", r.strip()) for r in table.splitlines())}
+    for stage in both(stages):
+        (tokens,) = {c.sample.tokens for c in stage.calls}
+        calls, fewest, median, most, uniform, of, read, least, took = rows[f"{tokens:,}"]
+        used = [int(np.count_nonzero(c.sample.assignments)) for c in stage.calls]
+        forwards = len(used) // LAYERS
+        weights = sum(used) / forwards * EXPERT_WEIGHTS * 2
+        shown(calls, len(used))
+        shown(fewest, min(used))
+        shown(median, float(np.median(used)))
+        shown(most, max(used))
+        shown(uniform, EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** tokens))
+        assert of == str(EXPERTS)
+        shown(read.removesuffix("B"), weights)
+        shown(least, weights / BANDWIDTH * 1e6)
+        shown(took, stage.busy_us("experts") / forwards)
+
+
 def test_nothing_is_left_unread(stages: dict[str, Stage]) -> None:
     """Every block of a stage's text is one that a test above takes apart."""
     known = (
@@ -398,6 +419,8 @@ def test_nothing_is_left_unread(stages: dict[str, Stage]) -> None:
         "Breakdown forward",
         "MoE is",
         "Speed",
+        "Distinct experts",
+        "Least µs",
         "Cost of imbalance",
     )
     for stage in both(stages):

@@ -15,11 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drawn_routes import drawn_routes, plain_runs, plain_tokens
+from moe_trace.data.distinct import drawn_distinct
 from moe_trace.data.errors import UsageError
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.compare.comparison import compare_routes
-from moe_trace.read.routes.distinct import expected_distinct
+from moe_trace.read.routes.distinct import BATCH_MAX
 from moe_trace.read.routes.gates import QUANTILES
 from moe_trace.read.routes.study import study
 from paths import DATA
@@ -178,7 +179,7 @@ def test_distinct_experts_of_recorded_decode_steps(routes: RecordedRoutes) -> No
 @given(st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=7))
 def test_distinct_experts_of_drawn_tokens_are_the_mean_over_all_draws(tokens: list[set[int]]) -> None:
     counts = np.array([sum(e in one for one in tokens) for e in range(6)])
-    for batch, found in enumerate(expected_distinct(counts, len(tokens)), start=1):
+    for batch, found in enumerate(drawn_distinct(counts, len(tokens), BATCH_MAX), start=1):
         draws = [len(set().union(*draw)) for draw in itertools.combinations(tokens, batch)]
         same(found, sum(draws) / len(draws))
 

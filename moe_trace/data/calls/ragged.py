@@ -90,8 +90,12 @@ class CountLists:
         np.maximum.at(found, np.repeat(np.arange(len(self)), self.sizes), self.values)
         return found
 
-    def used(self) -> IntArray:
-        """[N] how many counts of each are not 0."""
+    def used(self, first: int | None = None) -> IntArray:
+        """[N] how many counts of each, or of its first ones, are not 0."""
+        if first is not None:
+            place = np.arange(len(self.values)) - np.repeat(self.starts[:-1], self.sizes)
+            row = np.repeat(np.arange(len(self)), self.sizes)
+            return np.bincount(row[(self.values != 0) & (place < first)], minlength=len(self))
         return np.bincount(np.repeat(np.arange(len(self)), self.sizes)[self.values != 0], minlength=len(self))
 
     def summed(self, *, least: int = 0) -> IntArray:

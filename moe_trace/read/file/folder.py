@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from moe_trace.data.errors import TraceFileError
+from moe_trace.read.file.worker_names import is_frontend
 
 TRACE_SUFFIXES = (".json", ".json.gz")
 REDUCED_SUFFIX = ".moe_trace"
@@ -14,7 +15,7 @@ NO_EVENTS = "found reduced traces, which hold no events; give the traces themsel
 
 
 def find_traces(path: str | Path) -> list[Path]:
-    """The trace itself, or the traces below a folder, by name.
+    """The trace itself, or the traces below a folder, by name: of frontends only where there are no others.
 
     Raises:
         TraceFileError: nothing is there.
@@ -33,7 +34,7 @@ def find_traces(path: str | Path) -> list[Path]:
             f"{path}: found no trace (*.json, *.json.gz) in this folder; record one with "
             f"`moe-trace run --out {path}`, or give the file itself"
         )
-    return traces
+    return [trace for trace in traces if not is_frontend(trace.name)] or traces
 
 
 def visible_files(folder: Path) -> list[Path]:

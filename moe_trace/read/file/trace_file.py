@@ -19,6 +19,7 @@ from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
 from moe_trace.read.file.opening import Progress, counting, open_trace_stream, opened
 from moe_trace.read.file.processes import events_of_recording
 from moe_trace.read.file.rank_parts import MergedRanks, decode_merged, events_of, rank_recordings
+from moe_trace.read.file.worker_names import is_frontend, with_rank_of_name
 from moe_trace.timeline.additions import read_added
 
 
@@ -207,6 +208,11 @@ def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRa
     Raises:
         TraceFileError: there was none, or it does not follow the schema.
     """
+    if text is None and is_frontend(path.name):
+        raise TraceFileError(
+            f"{path}: found the trace of vLLM's frontend (async_llm), in which no model runs; give those of "
+            "its workers, which lie in the same folder"
+        )
     if text is None:
         raise TraceFileError(
             f"{path}: found a trace without moe_trace data; record it with moe_trace.profile, or add the "
@@ -214,7 +220,8 @@ def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRa
         )
     try:
         payload = decode_payload(text)
-        return decode_recording(payload), decode_merged(payload)
+        recording, merged = decode_recording(payload), decode_merged(payload)
+        return (recording if merged is not None else with_rank_of_name(recording, path)), merged
     except TraceFileError as error:
         raise type(error)(f"{path}: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_trace.data.schema import Stage
 from moe_trace.data.summary import RouterSummary
+from moe_trace.read.experts.distinct import DistinctReport
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 from moe_trace.read.time.layers import PhaseReport
 from moe_trace.read.time.speed import SpeedReport
@@ -71,6 +72,8 @@ class RuleInput:
     load_models: Sequence[LoadModel] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage | None = None
+    distinct: DistinctReport | None = None
+    """Experts that the forwards of all stages read; None without decode."""
 
     @property
     def experts_are_apart(self) -> bool:

@@ -15,7 +15,7 @@ from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding, Rule, RuleI
 
 __all__ = ["FINDINGS_SHOWN", "RULES", "Finding", "Rule", "RuleInput", "find", "find_apart"]
 
-RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.uncounted_flops)
+RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.weights_bind, time.uncounted_flops)
 """About the run as a whole, whatever its stages."""
 RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 

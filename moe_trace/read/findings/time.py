@@ -13,6 +13,7 @@ GAP_SHARE = 0.5
 MOVE_SHARE = 0.25
 COST_SHARE = 0.05
 PEAK_SHARE = 0.2
+READ_SHARE = 0.5
 
 
 def experts_untimed(evidence: RuleInput) -> Iterator[Finding]:
@@ -192,6 +193,29 @@ def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
             else "."
         ),
         advice=why.get(rate.bound or "", "Compare tokens per expert with the roofline's ridge."),
+    )
+
+
+def weights_bind(evidence: RuleInput) -> Iterator[Finding]:
+    """Forwards whose experts take little longer than reading their weights must."""
+    report = evidence.distinct
+    if report is None or not report.on_device:
+        return
+    size = max(report.sizes, key=lambda one: one.calls)
+    if not size.least_us or not size.experts_us or size.least_us / size.experts_us < READ_SHARE:
+        return
+    share = size.least_us / size.experts_us
+    yield Finding(
+        rule="weights_bind",
+        site=None,
+        value=share,
+        threshold=READ_SHARE,
+        sentence=f"In forwards of {size.label} token{'' if size.tokens_max == 1 else 's'} a layer reads the "
+        f"weights of {size.mean:.1f} of {size.experts:.0f} experts (uniform routing: {size.uniform:.1f}): at "
+        f"least {duration(size.least_us)} of the {duration(size.experts_us)} that the experts take, "
+        f"{percent(share)} (threshold {percent(READ_SHARE)}).",
+        advice="Memory bandwidth binds them: more tokens a forward cost only the experts that they add, and "
+        "narrower weights save their share of the bytes.",
     )
 
 

@@ -173,7 +173,10 @@ def _sent(
     if records.exchange != "all_to_all":
         return None
     sent = np.zeros((len(records.ranks), records.world_size), np.int64)
+    counting = records.counting_ranks()
     for row, rank in enumerate(records.ranks):
+        if samples[rank].dispatched is None and rank not in counting:
+            continue  # another rank that routes the same tokens stands for all of them
         group = records.parallel(rank).expert_ranks or (rank,)
         of_group = held[group]
         if of_group is None:

@@ -13,6 +13,7 @@ from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.file.coverage import coverage_notes
 from moe_trace.read.file.opening import Progress
+from moe_trace.read.file.worker_names import frontends_beside
 from moe_trace.read.ranks.same_run import first_difference, pooled, said_again
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load
@@ -136,8 +137,24 @@ def notes_of(reads: Sequence[ReducedTrace]) -> list[str]:
         if r.processes > 1
     ]
     notes += pooled([(r.path.name, r.recording.rank) for r in reads])
+    notes += frontends_beside(r.path for r in reads)
     notes += coverage_notes([r.times.coverage for r in reads])
+    if any(r.recording.experts_are_split for r in reads):
+        notes.append(
+            "experts are split over ranks: a rank computes other slots than its routers assigned, so no "
+            "speed of its experts is given"
+        )
     placed = sum(len(r.times.samples) for r in reads)
     if not placed and any(r.recording.samples for r in reads):
         notes.append("no call has its ranges in the trace, so there are no phases and no device times")
     return [*notes, *dict.fromkeys(note for read in reads for note in read.notes)]
+
+
+def notes_alone(recording: Recording) -> list[str]:
+    """What a reader must know of the trace of one rank without the others."""
+    if recording.world_size < 2:
+        return []
+    return [
+        f"this is rank {recording.rank} alone, of {recording.world_size}: what the others computed is not in "
+        "these figures; give the folder with the traces of all ranks"
+    ]

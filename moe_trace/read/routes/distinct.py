@@ -1,13 +1,8 @@
 """Distinct experts of a step: how many experts' weights a batch of B tokens reads.
 
-For B tokens drawn without replacement from the N of the file, expert e being in the top k of n_e of them:
-
-    mean |union of S| = sum_e (1 - C(N - n_e, B) / C(N, B))
-
-exactly, for every B at once: C(N - n, B) / C(N, B) is the product of (N - n - i) / (N - i) over i < B. That
-is a step of B sequences that have nothing to do with each other. Beside it stands what the recorded decode
-steps themselves used, by their number of tokens. Consecutive tokens of one sequence are
-`Locality.distinct_in_window`.
+For B tokens drawn from those of the file (`drawn_distinct`), exactly and for every B at once: a step of B
+sequences that have nothing to do with each other. Beside it stands what the recorded decode steps themselves
+used, by their number of tokens. Consecutive tokens of one sequence are `Locality.distinct_in_window`.
 """
 
 from __future__ import annotations
@@ -18,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.distinct import drawn_distinct
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.sets import sizes
 from moe_trace.read.routes.tokens import LayerTokens
@@ -53,17 +49,8 @@ def distinct(routes: RecordedRoutes, tokens: LayerTokens) -> Distinct:
     used_B = np.bincount(batches, weights=sizes(unions))
     recorded = np.flatnonzero(steps_B)
     return Distinct(
-        expected=expected_distinct(tokens.counts, len(tokens)),
+        expected=drawn_distinct(tokens.counts, len(tokens), BATCH_MAX),
         batch_sizes=recorded,
         steps=steps_B[recorded],
         measured=used_B[recorded] / steps_B[recorded],
     )
-
-
-def expected_distinct(
-    counts_E: npt.NDArray[np.int64], tokens: int, most: int = BATCH_MAX
-) -> npt.NDArray[np.float64]:
-    """[B] mean size of the union for 1 ... B of `tokens` tokens, `counts_E` of which have each expert."""
-    drawn = np.arange(min(most, tokens))[:, None]
-    missing_BE = np.maximum(0, tokens - counts_E[None] - drawn) / (tokens - drawn)
-    return (1 - np.cumprod(missing_BE, axis=0)).sum(axis=1)

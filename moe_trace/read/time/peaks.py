@@ -24,6 +24,14 @@ class Peak:
     bytes_per_s: float | None
 
 
+@dataclass(frozen=True)
+class PeakOverride:
+    """What the user knows better than the table of devices."""
+
+    tflops: float | None = None
+    gb_per_s: float | None = None
+
+
 # (part of the device's name, TFLOP/s of half types, GB/s); the first that fits counts.
 _TABLE: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 8000.0),

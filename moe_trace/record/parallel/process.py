@@ -2,7 +2,7 @@
 
 transformers keeps the meshes that it built (`_mesh_manager`); of other models the wrappers (DDP, FSDP) and
 the layout of the parameters tell. A model with none of them runs on this process alone: its tokens are its
-own, whatever the other processes do.
+own, whatever the other processes do. A serving engine keeps its groups itself (`engine.py`).
 
 Nothing here starts a collective: groups, ranks and layouts are known to every process.
 """
@@ -26,9 +26,10 @@ from moe_trace.find.device_mesh import (
     ranks_along,
 )
 from moe_trace.record.parallel.dispatch import DispatchInfo
+from moe_trace.record.parallel.engine import engine_layout
 from moe_trace.record.parallel.environment import rank_and_world_size
 
-MESH_DIMS = ("dp_replicate", "fsdp", "tp", "ep", "pp")
+MESH_DIMS = ("dp", "dp_replicate", "fsdp", "tp", "ep", "etp", "pp")
 
 
 class ParallelModel:
@@ -47,8 +48,13 @@ class ParallelModel:
             return
         self._read_wrappers(model)
         holder = next((m for m in model.modules() if getattr(m, "_mesh_manager", None) is not None), None)
+        engine = engine_layout(model)
         if holder is not None:
             self._read_manager(holder)
+        elif engine is not None:
+            self._sizes = dict(engine.sizes)
+            self._tokens_shared_by, self._expert_ranks = engine.token_ranks, engine.expert_ranks
+            self._exchange = engine.exchange
         else:
             self._read_layouts(model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
+from moe_trace.show.figures.distinct import distinct_figure
 from moe_trace.show.figures.expert_heat_map import expert_heat_map
 from moe_trace.show.figures.figure import Figure
 from moe_trace.show.figures.latency import latency
@@ -17,5 +18,6 @@ def figures(summary: Summary) -> list[Figure]:
     if isinstance(summary, TraceSummary):
         found += [load_over_time(summary), entropy_over_time(summary), latency(summary)]
         found += phase_figures(summary.phases) if summary.phases is not None else []
+        found.append(distinct_figure(summary.distinct))
     found.append(k_histogram(summary))
     return [figure for figure in found if figure.data]

@@ -10,6 +10,7 @@ import numpy as np
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
+from moe_trace.show.figures.distinct import distinct_figure
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, bars, bars_layout, layer_columns
 from moe_trace.show.figures.latency import latency
 
@@ -32,7 +33,7 @@ def time_figures(summary: TraceSummary) -> list[Figure]:
         found = [*phase_figures(report, every_clock=True), launch_gaps(report)]
         if report.total.backward is not None:
             found.append(passes_side_by_side(report))
-    found += [latency(summary), latency_distribution(summary)]
+    found += [latency(summary), latency_distribution(summary), distinct_figure(summary.distinct)]
     return [figure for figure in found if figure.data]
 
 

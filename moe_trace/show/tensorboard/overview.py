@@ -20,6 +20,7 @@ VIEW_OF_RULE = {
     "far_from_peak": "time",
     "uncounted_flops": "time",
     "costly_imbalance": "time",
+    "weights_bind": "time",
 }
 """Every other rule is about the routing."""
 

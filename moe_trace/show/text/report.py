@@ -6,6 +6,7 @@ from moe_trace.data.display.tables import paragraph, printable, screen_width, wr
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import FINDINGS_SHOWN
+from moe_trace.show.text.distinct import distinct_part
 from moe_trace.show.text.imbalance import imbalance_part
 from moe_trace.show.text.load import load_parts
 from moe_trace.show.text.phases import phase_parts, speed_part
@@ -29,7 +30,8 @@ def render_text(summary: Summary) -> str:
 def _figures(summary: Summary) -> list[str]:
     parts = load_parts(summary)
     if isinstance(summary, TraceSummary):
-        parts += [*phase_parts(summary), *speed_part(summary), *imbalance_part(summary)]
+        parts += [*phase_parts(summary), *speed_part(summary), *distinct_part(summary)]
+        parts += imbalance_part(summary)
         parts += rank_parts(summary)
     return parts
 

@@ -14,7 +14,7 @@ export async function show(place, {ask, isCurrent}) {
     const clocks = ["device", "host"].map((clock) => figures[`${part}-${clock}`]).filter(Boolean);
     cards.push(...clocks.map(stack));
   }
-  const rest = ["gaps", "directions", "latency", "latencies"].map((key) => figures[key]).filter(Boolean);
+  const rest = ["gaps", "directions", "latency", "latencies", "distinct"].map((key) => figures[key]).filter(Boolean);
   cards.push(...rest.map((spec) => figure(spec)));
   place.replaceChildren();
   if (!answer.has_phases) {

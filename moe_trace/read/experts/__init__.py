@@ -1,0 +1,1 @@
+"""What forwards read of the experts."""

@@ -1,0 +1,242 @@
+"""Distinct experts of a forward, by its number of tokens: whose weights it reads, and how long that takes.
+
+A layer reads the weights of every expert that got a token, padding's among them, at least once. Beside it
+stands what uniform routing of as many tokens would read (`uniform_distinct`). A forward is a step of
+decoding, a prefill, or both: those of all stages but training count, each with all of its tokens, for prefill
+and decode tokens of one forward are computed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.display.notebook import ShortRepr
+from moe_trace.data.distinct import uniform_distinct
+from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.read.ranks.loads import RankRecords, held_matrix
+from moe_trace.read.time.peaks import BYTES_OF
+from moe_trace.read.time.phase_detection import EXPERTS
+from moe_trace.read.time.phases import CallTimes
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SIZES_MAX = 10
+"""So many numbers of tokens are told apart; more are put together by powers of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistinctExperts:
+    """Forwards of one size, or of sizes from one power of two to the next."""
+
+    tokens_min: int
+    tokens_max: int
+    calls: int
+    """Router calls: of all layers, that is forwards times layers."""
+    min: int
+    median: float
+    max: int
+    mean: float
+    uniform: float
+    """Mean under uniform routing of as many tokens, call by call."""
+    experts: float
+    """E, mean over the calls: all that there are to read."""
+    bytes: float | None
+    """Weights of the experts that a forward reads, in a layer or in all of them: mean over forwards. Where
+    ranks hold different experts, of the rank that reads most. None where it is not known."""
+    least_us: float | None
+    """What reading them takes at the device's memory bandwidth; None where either is not known."""
+    experts_us: float | None
+    """What the experts took in such a forward, mean; None where the trace does not tell."""
+
+    @property
+    def label(self) -> str:
+        """The tokens: `16`, or `9-16`."""
+        low, high = self.tokens_min, self.tokens_max
+        return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDistinct:
+    """One layer."""
+
+    site: str
+    name: str
+    expert_bytes: int | None
+    """Of one expert's weights in a process."""
+    sizes: tuple[DistinctExperts, ...]
+    """Fewest tokens first."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DistinctReport(ShortRepr):
+    """All layers: their calls together, and the bytes and times of a forward added up."""
+
+    sizes: tuple[DistinctExperts, ...]
+    layers: tuple[LayerDistinct, ...]
+    bytes_per_s: float | None
+    """The device's memory bandwidth."""
+    on_device: bool
+    """Whether the experts' times are a device's."""
+    unknown: str | None = None
+    """Why there are no bytes."""
+
+
+def report_distinct(
+    recording: Recording, records: RankRecords, times: CallTimes, bytes_per_s: float | None
+) -> DistinctReport | None:
+    """None where no forward decodes: a prefill's tokens choose all experts anyway.
+
+    Args:
+        recording: of all traces together, each decision once.
+        records: the recording of each rank.
+    """
+    calls = recording.calls
+    counted = calls.forward & (calls.stage != "train") & (calls.tokens > 0)
+    if not (counted & (calls.stage != "prefill")).any():
+        return None
+    calls = calls.take(counted)
+    columns = _Columns.of(calls, _experts_us(calls, times), _bin_of(calls.tokens), bytes_per_s)
+    groups = {records.parallel(rank).expert_ranks for rank in records.ranks}
+    apart = records.exchange == "all_to_all" or len(groups) > 1
+    layers = []
+    for router in recording.routers:
+        rows = np.flatnonzero(calls.of_router(router.name))
+        if len(rows):
+            expert_bytes = _expert_bytes(router, recording)
+            columns.fill(rows, router, None if apart else expert_bytes, records)
+            sizes = columns.sizes(rows)
+            layers.append(
+                LayerDistinct(site=router.site, name=router.name, expert_bytes=expert_bytes, sizes=sizes)
+            )
+    sizes = columns.sizes(np.arange(len(calls)))
+    return DistinctReport(
+        sizes=sizes,
+        layers=tuple(layers),
+        bytes_per_s=bytes_per_s,
+        on_device=times.on_device,
+        unknown=_why_unknown(sizes, apart=apart),
+    )
+
+
+def _why_unknown(sizes: Sequence[DistinctExperts], *, apart: bool) -> str | None:
+    if apart:
+        return "ranks exchange tokens: a rank's experts also compute those of other ranks'"
+    if all(size.bytes is None for size in sizes):
+        return "the recordings do not tell the size of an expert, or which rank holds it"
+    return None
+
+
+def _expert_bytes(router: RouterInfo, recording: Recording) -> int | None:
+    if router.expert_bytes is not None:
+        return router.expert_bytes
+    dtype = recording.model.get("dtype")
+    number = BYTES_OF.get(dtype) if isinstance(dtype, str) else None
+    if number is None or recording.experts_are_split:
+        return None
+    return router.expert_flops_per_slot // 2 * number or None  # an older file: without biases and scales
+
+
+def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
+    """[N] of the experts' work in each call; NaN where it is not known."""
+    work_ns = times.work_ns(times.forward)
+    us = np.full(len(calls), np.nan)
+    if work_ns is not None:
+        row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
+        rows = np.array([row_of.get(key, -1) for key in calls.call_keys()], np.int64)
+        us[rows >= 0] = work_ns[rows[rows >= 0], EXPERTS] / 1000
+    return np.where(us > 0, us, np.nan)
+
+
+def _bin_of(tokens_N: Ints) -> Ints:
+    """[N] what the calls are put together by: the number of tokens, or its power of two, rounded up."""
+    if len(np.unique(tokens_N)) <= SIZES_MAX:
+        return tokens_N
+    return 2 ** np.ceil(np.log2(tokens_N)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Of N calls, NaN where a figure is not known."""
+
+    calls: CallTable
+    used: Ints
+    uniform: Floats
+    experts: Ints
+    bytes: Floats
+    us: Floats
+    bins: Ints
+    bytes_per_s: float | None
+
+    @staticmethod
+    def of(calls: CallTable, us: Floats, bins: Ints, bytes_per_s: float | None) -> _Columns:
+        """Without what depends on the router."""
+        whole, real = np.zeros((2, len(calls)), np.int64), np.full((2, len(calls)), np.nan)
+        return _Columns(calls, whole[0], real[0], whole[1], real[1], us, bins, bytes_per_s)
+
+    def fill(self, rows: Ints, router: RouterInfo, expert_bytes: int | None, records: RankRecords) -> None:
+        """What depends on the router."""
+        calls = self.calls.take(rows)
+        own = router.num_experts - router.identity_experts
+        self.experts[rows] = own
+        self.used[rows] = calls.assignments.used(own)
+        per_token = calls.assignments.totals() / calls.tokens
+        share = own / router.num_experts  # identity experts read nothing
+        self.uniform[rows] = share * uniform_distinct(router.num_experts, per_token, calls.tokens)
+        if expert_bytes is not None:
+            read = _read_by_busiest(self.used[rows], calls, router, records)
+            self.bytes[rows] = own * expert_bytes if router.every_expert_computes else read * expert_bytes
+
+    def sizes(self, rows: Ints) -> tuple[DistinctExperts, ...]:
+        """Those calls by size."""
+        bins = self.bins[rows]
+        return tuple(self._size(rows[bins == size]) for size in np.unique(bins).tolist())
+
+    def _size(self, rows: Ints) -> DistinctExperts:
+        tokens, used = self.calls.tokens[rows], self.used[rows]
+        read = self._of_a_forward(self.bytes, rows)
+        return DistinctExperts(
+            tokens_min=int(tokens.min()),
+            tokens_max=int(tokens.max()),
+            calls=len(rows),
+            min=int(used.min()),
+            median=float(np.median(used)),
+            max=int(used.max()),
+            mean=float(used.mean()),
+            uniform=float(self.uniform[rows].mean()),
+            experts=float(self.experts[rows].mean()),
+            bytes=read,
+            least_us=1e6 * read / self.bytes_per_s if read is not None and self.bytes_per_s else None,
+            experts_us=self._of_a_forward(self.us, rows),
+        )
+
+    def _of_a_forward(self, values: Floats, rows: Ints) -> float | None:
+        """The sum over layers of each one's mean; None where a call's is not known."""
+        router, here = self.calls.router[rows], values[rows]
+        if np.isnan(here).any():
+            return None
+        calls = np.bincount(router)
+        sums = np.bincount(router, weights=here)
+        return float((sums[calls > 0] / calls[calls > 0]).sum())
+
+
+def _read_by_busiest(used: Ints, calls: CallTable, router: RouterInfo, records: RankRecords) -> Floats:
+    """[N] experts that the rank reads which reads most; NaN where it is not known who holds what."""
+    group = records.parallel(records.ranks[0]).expert_ranks
+    if not group:
+        return used.astype(np.float64)
+    held_GE = held_matrix(records, router.name, group)
+    if held_GE is None:
+        return np.full(len(used), np.nan)
+    found = np.empty(len(used))
+    for i, row in enumerate(calls.assignments.rows()):
+        chosen = np.zeros(held_GE.shape[1], np.int64)
+        if row is not None:
+            chosen[: len(row)] = row[: len(chosen)] != 0
+        found[i] = (held_GE @ chosen).max()
+    return found

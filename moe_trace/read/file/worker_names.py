@@ -1,0 +1,127 @@
+"""What vLLM says of a rank in the name of its trace, for recordings that do not say it themselves.
+
+    worker          [prefix_]dp0_pp0_tp1_dcp0_ep1_rank1.<ns>.pt.trace.json.gz  (get_worker_rank_suffix)
+    older releases  <instance>-rank-1.<ns>.pt.trace.json.gz
+    the server      [prefix_]<host>_<pid>.async_llm.<ns>.pt.trace.json.gz: the frontend, where no model runs
+
+`rank` counts within one engine, and data-parallel engines each begin at 0, so a rank's place among all comes
+from its place in each dimension, the outermost first: data, pipeline, tensor (decode context parallelism
+divides the tensor-parallel ranks again). How large these are, the names of the folder's other traces tell.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moe_trace.data.schema import Parallel, Recording
+
+_ENDING = r"\.\d+\.pt\.trace\.json"
+"""What follows it is of packed files, and of what they were reduced to."""
+_WORKER = re.compile(rf"(?P<run>(?:.*_)?)(?P<place>dp\d+_pp\d+_tp\d+(?:_[a-z]+\d+)*){_ENDING}.*")
+_OLDER = re.compile(rf"(?P<run>.+)-(?P<place>rank-\d+){_ENDING}.*")
+_PART = re.compile(r"([a-z]+)-?(\d+)")
+_FRONTEND = re.compile(rf".*\.async_llm{_ENDING}(\.gz)?")
+
+_DIMS = ("dp", "pp", "tp")
+"""Outermost first: neighbours in the last have neighbouring ranks."""
+_RANKS_MAX = 2**14
+"""Of one run; names that say more are not of ranks."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of an engine, by the name of its trace."""
+
+    run: str
+    """What stands before its place: the same for all of a run."""
+    place: dict[str, int]
+    """Its index by dimension, such as `{"dp": 0, "pp": 0, "tp": 1, "rank": 1}`."""
+
+
+def worker_of(name: str) -> Worker | None:
+    """None where the name is of another form."""
+    match = _WORKER.fullmatch(name) or _OLDER.fullmatch(name)
+    if match is None:
+        return None
+    place = {dim: int(index) for dim, index in _PART.findall(match["place"])}
+    return Worker(match["run"], place) if max(place.values()) < _RANKS_MAX else None
+
+
+def is_frontend(name: str) -> bool:
+    """Whether the trace is of vLLM's server process."""
+    return _FRONTEND.fullmatch(name) is not None
+
+
+def frontends_beside(files: Iterable[Path]) -> list[str]:
+    """A sentence on the frontends' traces in the folders of these, which nobody needs to read."""
+    folders = dict.fromkeys(file.parent for file in files)
+    count = sum(is_frontend(name) for folder in folders for name in _names(folder))
+    if not count:
+        return []
+    traces, are = ("trace", "is") if count == 1 else ("traces", "are")
+    return [f"{count} {traces} beside these {are} of vLLM's frontend (async_llm), in which no model runs"]
+
+
+def with_rank_of_name(recording: Recording, path: Path) -> Recording:
+    """The recording with what names tell of its rank, where it says nothing of ranks itself."""
+    if recording.parallel is not None or recording.world_size > 1:
+        return recording
+    mine = worker_of(path.name)
+    if mine is None:
+        return recording
+    others = (worker_of(name) for name in _names(path.parent))
+    places = [mine.place, *(other.place for other in others if other is not None and other.run == mine.run)]
+    dims = [dim for dim in _DIMS if dim in mine.place]
+    if not dims:
+        rank = mine.place["rank"]
+        return replace(recording, rank=rank, world_size=1 + max(place.get("rank", 0) for place in places))
+    sizes = {dim: 1 + max(place.get(dim, 0) for place in places) for dim in dims}
+    if not 2 <= math.prod(sizes.values()) <= _RANKS_MAX:
+        return recording
+    return replace(
+        recording,
+        rank=_rank(mine.place, sizes),
+        world_size=math.prod(sizes.values()),
+        parallel=_parallel(recording, mine.place, sizes),
+    )
+
+
+def _parallel(recording: Recording, place: dict[str, int], sizes: dict[str, int]) -> Parallel:
+    """By the engine's rules: tensor-parallel ranks route the same tokens; where experts are split, they are
+    split over all ranks of a pipeline stage, in order of rank."""
+    split = any(router.held_experts is not None for router in recording.routers)
+    stage = _ranks(place, sizes, [dim for dim in sizes if dim != "pp"])
+    mesh = {dim: size for dim, size in sizes.items() if size > 1}
+    return Parallel(
+        mesh={**mesh, **({"ep": len(stage)} if split else {})},
+        token_ranks=_ranks(place, sizes, ["tp"]),
+        expert_ranks=stage if split else (),
+        expert_exchange=("all_to_all" if sizes["dp"] > 1 else "all_reduce") if split else None,
+    )
+
+
+def _ranks(place: dict[str, int], sizes: dict[str, int], along: Sequence[str]) -> tuple[int, ...]:
+    """Those that differ from this place only in these dimensions, ascending."""
+    places = [place]
+    for dim in along:
+        places = [{**one, dim: i} for one in places for i in range(sizes.get(dim, 1))]
+    return tuple(sorted({_rank(one, sizes) for one in places}))
+
+
+def _rank(place: dict[str, int], sizes: dict[str, int]) -> int:
+    rank = 0
+    for dim, size in sizes.items():
+        rank = rank * size + place.get(dim, 0)
+    return rank
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

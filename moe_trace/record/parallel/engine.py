@@ -1,0 +1,73 @@
+"""How a process of a serving engine takes part in its run, where neither wrappers nor layouts tell.
+
+vLLM gives each process plain tensors of its own, keeps the groups in `vllm.distributed.parallel_state`, and
+each MoE layer has its `FusedMoEParallelConfig`. Both are read as they stand: nothing of vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_trace.data.schema import ExpertExchange
+
+_GROUPS = "vllm.distributed.parallel_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayout:
+    """See `Parallel`."""
+
+    sizes: dict[str, int]
+    token_ranks: tuple[int, ...]
+    expert_ranks: tuple[int, ...]
+    exchange: ExpertExchange | None
+
+
+def engine_layout(model: nn.Module) -> EngineLayout | None:
+    """None where no engine that we know runs the model."""
+    groups = sys.modules.get(_GROUPS)
+    found = next(_moe_layers(model), None) if groups is not None else None
+    if groups is None or found is None:
+        return None
+    layer, config = found
+    tensor = tuple(groups.get_tp_group().ranks)
+    everyone = tuple(groups.get_ep_group().ranks)  # data, prefill context and tensor parallel ranks together
+    gathered = _is_gathered(layer, config)
+    split_tokens = config.sp_size > 1 and not gathered
+    own = (groups.get_world_group().rank,)
+    apart = config.dp_size * config.pcp_size * config.sp_size > 1
+    exchange: ExpertExchange = "all_to_all" if apart and not gathered else "all_reduce"
+    sizes = {"dp": config.dp_size, "tp": len(tensor), "pp": len(groups.get_pp_group().ranks)}
+    if config.use_ep:
+        sizes["ep"] = config.ep_size
+    elif config.tp_size != len(tensor):
+        sizes["etp"] = config.tp_size
+    return EngineLayout(
+        sizes=sizes,
+        token_ranks=everyone if gathered else own if split_tokens else tensor,
+        expert_ranks=everyone if config.use_ep else (),
+        exchange=exchange if config.use_ep else None,
+    )
+
+
+def _moe_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """(layer, its configuration), those first that know whether they gather their tokens."""
+    found = [
+        (module, config)
+        for module in model.modules()
+        if (config := getattr(getattr(module, "moe_config", None), "moe_parallel_config", None)) is not None
+    ]
+    yield from sorted(found, key=lambda pair: not hasattr(pair[0], "do_naive_dispatch_combine"))
+
+
+def _is_gathered(layer: nn.Module, config: Any) -> bool:
+    """Whether all ranks have the tokens of all before the router decides: the routers' inputs are gathered
+    for kernels that do not exchange tokens themselves."""
+    if getattr(layer, "do_naive_dispatch_combine", False):
+        return True
+    return bool(config.pcp_size > 1 and config.dp_size == 1 and not config.use_all2all_kernels)

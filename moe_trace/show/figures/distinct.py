@@ -1,0 +1,83 @@
+"""Figure of how many experts a step reads, by its number of tokens."""
+
+from __future__ import annotations
+
+from moe_trace.read.experts.distinct import DistinctExperts, DistinctReport
+from moe_trace.show.figures.figure import BAND, PHASE_COLOURS, Cell, Figure, Spec
+
+HEADINGS = (
+    "tokens",
+    "calls",
+    "fewest",
+    "median",
+    "most",
+    "uniform",
+    "of",
+    "read MB",
+    "least µs",
+)
+
+
+def distinct_figure(report: DistinctReport | None) -> Figure:
+    """Median and extremes over all layers' calls, beside uniform routing; no data where there are none."""
+    sizes = report.sizes if report is not None else ()
+    return Figure(
+        key="distinct",
+        title="Distinct experts of a forward",
+        caption="Experts of a layer that got a token in a forward, by its tokens: these weights are "
+        "read. Line: median of all layers' calls; band: extremes; dashed: uniform routing of as many tokens. "
+        "Read, and least µs at the device's memory bandwidth: of all layers together.",
+        data=_lines(sizes) if sizes else [],
+        layout={
+            "height": 320,
+            "xaxis": {"type": "log", "title": {"text": "tokens in a forward"}, "dtick": "D2"},
+            "yaxis": {"title": {"text": "experts"}, "rangemode": "tozero"},
+        },
+        headings=HEADINGS,
+        rows=[row(size) for size in sizes],
+    )
+
+
+def row(size: DistinctExperts) -> tuple[Cell, ...]:
+    """The cells of `HEADINGS`."""
+    read = None if size.bytes is None else size.bytes / 1e6
+    counts = (size.min, size.median, size.max, size.uniform, size.experts)
+    return (size.label, size.calls, *counts, read, size.least_us)
+
+
+def _lines(sizes: tuple[DistinctExperts, ...]) -> list[Spec]:
+    x = [(size.tokens_min * size.tokens_max) ** 0.5 for size in sizes]
+    mode = "lines+markers"
+    names = [size.label for size in sizes]
+    edge: Spec = {"type": "scatter", "mode": mode, "x": x, "line": {"width": 0}, "hoverinfo": "skip"}
+    return [
+        {**edge, "y": [size.min for size in sizes], "marker": {"size": 1}, "showlegend": False},
+        {
+            **edge,
+            "y": [size.max for size in sizes],
+            "marker": {"size": 1},
+            "fill": "tonexty",
+            "fillcolor": BAND,
+            "name": "extremes",
+        },
+        {
+            "type": "scatter",
+            "mode": mode,
+            "name": "median",
+            "x": x,
+            "y": [size.median for size in sizes],
+            "customdata": names,
+            "line": {"color": PHASE_COLOURS["experts"]},
+            "hovertemplate": "%{customdata} tokens: %{y:.1f} experts<extra></extra>",
+        },
+        {
+            "type": "scatter",
+            "mode": mode,
+            "name": "uniform routing",
+            "x": x,
+            "y": [round(size.uniform, 3) for size in sizes],
+            "customdata": names,
+            "line": {"color": "#888888", "dash": "dash"},
+            "hovertemplate": "%{customdata} tokens: %{y:.1f} experts by uniform routing<extra></extra>",
+        },
+    ]
