@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
+from moe_trace.find.contracts.engines.physical_experts import logical_ids
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d
 
 _CHOICE, _EXPERTS, _MONOLITHIC = "select_experts", "forward_modular", "forward_monolithic"
@@ -106,7 +108,8 @@ def find_vllm(block: nn.Module) -> list[Found]:
 
 
 def _found(block: nn.Module, name: str, runner: Any) -> Found:
-    gates = (("gate", getattr(block, "gate", None)), (f"{name}.gate", getattr(runner, "gate", None)))
+    beside = ((path, getattr(block, path, None)) for path in ("gate", "router"))
+    gates = (*beside, (f"{name}.gate", getattr(runner, "gate", None)))
     path, gate = next(((p, g) for p, g in gates if isinstance(g, nn.Module)), (f"{name}.router", None))
     experts, config = runner.routed_experts, getattr(runner, "moe_config", None)
     fields: dict[str, Any] = {
@@ -123,8 +126,25 @@ def _found(block: nn.Module, name: str, runner: Any) -> Found:
     if getattr(runner, "is_monolithic", False):
         router = _tap(MonolithicTap, experts, _MONOLITHIC, gate)
         return Found(router=router, experts=None, read=_monolithic, **fields)
+    if getattr(runner, "eplb_state", None) is not None:
+        fields |= _balanced(runner, fields)
     router = _tap(RouterTap, runner.router, _CHOICE, gate)
     return Found(router=router, experts=_tap(ExpertsTap, experts, _EXPERTS, None), **fields)
+
+
+def _balanced(runner: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """What differs under a load balancer: the experts receive ids of slots, some of which hold replicas."""
+    slots = fields["num_experts"]
+    experts = int_attribute(runner.moe_config, "num_logical_experts") or slots
+    note = (
+        f"{experts} experts on {slots} physical slots (EPLB): counts are of experts, and add up those of an "
+        "expert's replicas"
+    )
+    return {
+        "num_experts": experts,
+        "notes": (*fields["notes"], note),
+        "read": partial(read_balanced, runner=runner, num_slots=slots),
+    }
 
 
 def _tap(kind: type[Tap], owner: Any, name: str, holds: nn.Module | None) -> Tap:
@@ -165,6 +185,15 @@ def read_vllm(call: Call) -> RouterOutput:
             f"expected logits [T, E] beside topk_ids [T, K], found {described(logits)}, {described(index)}"
         )
     return RouterOutput(index, weights, logits)
+
+
+def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
+    """With ids of slots taken back to experts. The map changes between forwards: `read` runs as one ends."""
+    found, state = read_vllm(call), runner.eplb_state
+    slots_ER = getattr(state, "logical_to_physical_map", None)
+    if isinstance(slots_ER, Tensor):  # else the balancer has not begun, and the router leaves ids as they are
+        found.index_TK = logical_ids(found.index_TK, slots_ER, num_slots)
+    return found
 
 
 def vllm_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:

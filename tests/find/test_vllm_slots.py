@@ -1,0 +1,146 @@
+"""vLLM's load balancer (EPLB) by its structure: counts are of experts, whatever slots hold them.
+
+vLLM's own EPLB needs expert parallelism on GPUs: not run. The runner here maps ids as `_apply_eplb_mapping`
+of its routers does, and the balancer moves experts between forwards, in place, as `_commit_eplb_maps` does.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moe_trace
+
+DIM, EXPERTS, SLOTS, TOP_K = 8, 6, 9, 2
+
+
+class State:
+    """`EplbLayerState`: a slot for each expert, and replicas of some in those that are left."""
+
+    def __init__(self) -> None:
+        self.logical_to_physical_map = torch.full((EXPERTS, SLOTS - EXPERTS + 1), -1)
+        self.logical_replica_count = torch.zeros(EXPERTS, dtype=torch.int64)
+        self.move()
+
+    def move(self) -> None:
+        held = torch.cat([torch.arange(EXPERTS), torch.randint(EXPERTS, (SLOTS - EXPERTS,))])
+        self.held = held[torch.randperm(SLOTS)]
+        self.logical_to_physical_map.fill_(-1)
+        for expert in range(EXPERTS):
+            slots = (self.held == expert).nonzero().flatten()
+            self.logical_to_physical_map[expert, : len(slots)] = slots
+            self.logical_replica_count[expert] = len(slots)
+
+
+class Router:
+    def __init__(self) -> None:
+        self.state = State()
+        self.begun = True
+        self.logical: list[Tensor] = []
+        self.physical: list[Tensor] = []
+
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = router_logits.softmax(-1).topk(TOP_K, dim=-1)
+        state, token = self.state, torch.arange(len(ids)).unsqueeze(-1)
+        physical = state.logical_to_physical_map[ids, token % state.logical_replica_count[ids]]
+        self.logical.append(ids)
+        self.physical.append(physical)
+        return weights, (physical if self.begun else ids).to(torch.int32)
+
+
+class RoutedExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13_weight = nn.Parameter(torch.randn(SLOTS, 2 * DIM, DIM))
+        self.w2_weight = nn.Parameter(torch.randn(SLOTS, DIM, DIM))
+
+    def forward_modular(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return x * topk_weights.sum(-1, keepdim=True)
+
+
+class Runner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.routed_experts = Router(), RoutedExperts()
+        self.moe_config = SimpleNamespace(
+            num_experts=SLOTS, num_logical_experts=EXPERTS, experts_per_token=TOP_K
+        )
+        self.is_monolithic = False
+
+    @property
+    def eplb_state(self) -> Any:
+        return self.router.state if self.router.begun else SimpleNamespace(logical_to_physical_map=None)
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+        weights, ids = self.router.select_experts(hidden_states=hidden_states, router_logits=router_logits)
+        return self.routed_experts.forward_modular(x=hidden_states, topk_weights=weights, topk_ids=ids)
+
+
+class Block(nn.Module):
+    """As GPT-OSS's, whose gate is named router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(DIM, EXPERTS), Runner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(hidden_states=x, router_logits=self.router(x))
+
+
+def counts(ids: list[Tensor], size: int) -> list[list[int]]:
+    return [torch.bincount(one.flatten(), minlength=size).tolist() for one in ids]
+
+
+@pytest.mark.parametrize("tokens", [5, 900], ids=["waits", "reduced_at_once"])
+def test_counts_are_of_experts_though_the_balancer_moves_them(tokens: int) -> None:
+    torch.manual_seed(0)
+    block: Any = Block().eval()
+    model, router = nn.Sequential(block), block.experts.router
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for _ in range(40):  # more than are taken apart together
+            model(torch.randn(tokens, DIM))
+            router.state.move()
+    found = [sample.assignments.tolist() for sample in tracer.samples()]
+    assert found == counts(router.logical, EXPERTS) and not tracer.recording().lost.calls
+    assert found != [row[:EXPERTS] for row in counts(router.physical, SLOTS)], "slots are others"
+    (site,) = tracer.sites
+    assert site.name == "0.router" and site.info.num_experts == EXPERTS
+    assert site.info.expert_flops_per_slot == 2 * 3 * DIM * DIM
+    assert f"{EXPERTS} experts on {SLOTS} physical slots" in " ".join(site.info.notes)
+    assert all(sample.router_entropy is not None for sample in tracer.samples())
+
+
+def test_ids_are_left_as_they_are_until_the_balancer_begins() -> None:
+    torch.manual_seed(0)
+    block: Any = Block().eval()
+    model, router = nn.Sequential(block), block.experts.router
+    router.begun = False
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(torch.randn(5, DIM))
+        router.begun = True
+        model(torch.randn(5, DIM))
+    assert [s.assignments.tolist() for s in tracer.samples()] == counts(router.logical, EXPERTS)
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_reads_the_map_of_its_replay() -> None:
+    """A CUDA graph is captured once and replayed after the balancer moved: the map is read on the device."""
+    from moe_trace.find.contracts.engines.physical_experts import logical_ids
+
+    torch.manual_seed(0)
+    state = State()
+    slots = state.logical_to_physical_map.cuda()
+    ids = torch.arange(SLOTS).cuda().unsqueeze(-1)
+    logical_ids(ids, slots, SLOTS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = logical_ids(ids, slots, SLOTS)
+    for _ in range(3):
+        state.move()
+        slots.copy_(state.logical_to_physical_map)
+        graph.replay()
+        assert found.flatten().tolist() == state.held.tolist()
