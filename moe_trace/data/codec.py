@@ -53,8 +53,13 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     calls = recording.calls
     by_key = np.array([index[key.name] for key in calls.keys], np.int64)
     columns: dict[str, Any] = {"router": by_key[calls.router].tolist()}
-    columns |= {name: calls.values(name) for name in NUMBERS}
-    columns |= {name: _raw_list(map(msgspec.json.encode, calls.lists[name].to_lists())) for name in LISTS}
+    left_out = {name for name in (*NUMBERS, *LISTS) if _left_out(name, calls)}
+    columns |= {name: calls.values(name) for name in NUMBERS if name not in left_out}
+    columns |= {
+        name: _raw_list(map(msgspec.json.encode, calls.lists[name].to_lists()))
+        for name in LISTS
+        if name not in left_out
+    }
     columns["placement"] = _raw_list(_encode_places(calls.places))
     payload = {
         "schema_version": SCHEMA_VERSION,
@@ -140,6 +145,15 @@ def _decode_graphs(value: Any) -> dict[str, Any]:
         "graphs_compiled": msgspec.convert(value["compiled"], bool),
         "annotated_nodes": msgspec.convert(value["annotated"], dict[str, tuple[int, ...]]),
     }
+
+
+def _left_out(name: str, calls: CallTable) -> bool:
+    """Whether a column that came later is one of Nones throughout: a file without it says the same."""
+    if DEFAULTS.get(name, 0) is not None:
+        return False
+    if name in LISTS:
+        return not calls.lists[name].known.any()
+    return all(value is None for value in calls.values(name))
 
 
 def _rank(value: int) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.calls.stages import requests_per_forward
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
 from moe_trace.data.display.notebook import ShortRepr, ShownInNotebooks
 from moe_trace.data.errors import optional_package
 from moe_trace.data.load_stats import Chance, Load, describe_chance, describe_load
-from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample
+from moe_trace.data.schema import Lost, Recording, RouterInfo
 from moe_trace.data.summary_notes import notes_of
 
 SampleKey = tuple[str, int]
@@ -122,6 +123,8 @@ class Totals:
     """Of forward and recomputed calls."""
     flops_router: int
     flops_experts: int
+    requests_per_forward: float | None = None
+    """Mean over forwards; None where no host framework told which tokens are whose."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,13 +256,6 @@ def _latency(calls: CallTable, busy_us: Mapping[SampleKey, float]) -> Latency:
     )
 
 
-def host_us(sample: RoutingSample) -> float:
-    """Host time of a router call: its range in the trace, or the clock between its hooks."""
-    if sample.placement is not None and "router" in sample.placement.host:
-        return sample.placement.host["router"].duration_us
-    return (sample.host_end_ns - sample.host_start_ns) / 1000
-
-
 def distribution(values: Iterable[float]) -> Distribution | None:
     """None where there are no values."""
     array = np.fromiter(values, dtype=np.float64)
@@ -297,4 +293,5 @@ def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
         router_host_us=sum(host) if host else None,
         flops_router=sum(r.flops.router for r in routers),
         flops_experts=sum(r.flops.experts for r in routers),
+        requests_per_forward=requests_per_forward(calls),
     )

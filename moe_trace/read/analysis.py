@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_trace.data.calls.stages import stages_of
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import deprecated, optional_package
 from moe_trace.data.load_stats import most_uneven
-from moe_trace.data.schema import STAGES, Recording, RoutingSample, Stage
+from moe_trace.data.schema import Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.experts.distinct import DistinctReport, report_distinct
 from moe_trace.read.file.filters import Filter
@@ -60,10 +61,11 @@ class TraceSummary(Summary):
     """That of all calls; None where they are of several."""
     stages: Mapping[Stage, TraceSummary] = field(default_factory=dict, repr=False)
     """Where the calls are of several stages: each on its own, as a filter by stage would give it. What is
-    given for all of them together then averages calls that have little in common."""
+    given for all of them together then averages calls that have little in common. Prefill and decode have
+    their parts of mixed calls too, without the time, which is that of the whole call in `mixed`."""
 
     def by_stage(self) -> dict[Stage, TraceSummary]:
-        """Each stage on its own, in the order prefill, decode, train; a single one is the summary itself."""
+        """Each stage on its own, in the order of `STAGES`; a single one is the summary itself."""
         if self.stages:
             return dict(self.stages)
         return {self.stage: self} if self.stage is not None else {}
@@ -166,18 +168,16 @@ def analyse(
     reads = read_all(files, progress)
     traces = _Traces(reads, combined(reads, label), label, peak or PeakOverride())
     whole = traces.with_distinct(traces.answer(chosen), chosen)
-    if whole.stage is not None:
+    there = stages_of(whole.calls)
+    if len(there) < 2 or "mixed" in chosen.stages:
         return whole
-    there = set(whole.calls.stage.tolist())
-    stages = {
-        stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in STAGES if stage in there
-    }
+    stages = {stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in there}
     stages = {
         stage: part if stage in ("prefill", "train") else replace(part, distinct=whole.distinct)
         for stage, part in stages.items()
     }
     findings = find_apart(traces.evidence(whole), {stage: part.findings for stage, part in stages.items()})
-    return replace(whole, stages=stages, findings=findings)
+    return replace(whole, stage=None, stages=stages, findings=findings)
 
 
 @dataclass(frozen=True, eq=False)

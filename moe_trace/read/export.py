@@ -13,7 +13,7 @@ from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file, write_text
 from moe_trace.data.summary import Summary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.rows import COLUMNS, call_rows
+from moe_trace.read.rows import COLUMNS, LISTS_OF_ROWS, call_rows
 
 
 def expert_counts(summary: Summary) -> np.ndarray:
@@ -72,14 +72,13 @@ def _metadata(name: str) -> dict[str, str]:
 
 
 _TEXTS = ("trace", "site", "name", "phase", "stage")
-_LISTS = ("assignments", "k_histogram")
 _FLOATS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
 
 
 def _arrow_type(pyarrow: Any, name: str) -> Any:
     if name in _TEXTS:
         return pyarrow.string()
-    if name in _LISTS:
+    if name in LISTS_OF_ROWS:
         return pyarrow.list_(pyarrow.int64())
     if name in _FLOATS or name.startswith("load_") or name.endswith("_us"):
         return pyarrow.float64()

@@ -22,7 +22,7 @@ _OF_SAMPLES = {
     "call": Column("call", "0, 1, 2 ... per router, over the calls that were recorded."),
     "step": Column("step", "The profiler's or the tracer's step that the call is of."),
     "phase": Column("pass", "recompute: gradient checkpointing ran the forward again. It counts in no load."),
-    "stage": Column("stage", "What the model was doing: prefill, decode, train."),
+    "stage": Column("stage", "What the model was doing: prefill, decode, train, mixed."),
     "tokens": Column("tokens", "Rows that the router saw, padding included.", unit="tokens"),
     "top_k": Column("k", "Slots of each token.", unit="slots"),
     "skipped": column_of("skipped"),
@@ -37,9 +37,14 @@ _OF_SAMPLES = {
     "router_flops": Column("router FLOP", "Of the call, by formula.", unit="FLOP"),
     "expert_flops": Column("experts FLOP", "Of the routed experts, by formula.", unit="FLOP"),
     "memory_allocated_bytes": Column("memory", "What torch's allocator held on the device.", unit="bytes"),
+    "prefill_tokens": Column("prefill tokens", "Where a host framework told of them.", unit="tokens"),
+    "decode_tokens": Column("decode tokens", "Generated tokens, where a host framework told.", unit="tokens"),
+    "requests": Column("requests", "Whose tokens they are, where a host framework told."),
+    "prefill_requests": Column("prefill requests", "Those with a prefill token."),
 }
 """Fields of `RoutingSample`."""
 
+LISTS_OF_ROWS = ("assignments", "prefill_assignments", "decode_assignments", "k_histogram")
 _OF_LOADS = {"max_over_mean": "max÷mean", "cv": "CV", "gini": "Gini", "entropy": "entropy"}
 
 COLUMNS: dict[str, Column] = {
@@ -70,6 +75,8 @@ COLUMNS: dict[str, Column] = {
     "block_host_gap_us": column_of("block host gap µs"),
     "block_device_gap_us": column_of("block device gap µs"),
     "assignments": column_of("assignments"),
+    "prefill_assignments": Column("prefill assignments", "Those of prefill tokens.", unit="slots"),
+    "decode_assignments": Column("decode assignments", "Those of decode tokens.", unit="slots"),
     "k_histogram": Column("k histogram", "Tokens by the number of slots that they used.", unit="tokens"),
 }
 """Name in the rows -> its label, unit and definition, in the order of the rows."""
@@ -90,7 +97,7 @@ def call_rows(
         "active_experts": loads.active_experts.tolist(),
         "router_host_us": calls.host_us().tolist(),
         "router_device_busy_us": map(busy_us.get, keys),
-        **{name: calls.lists[name].to_lists() for name in ("assignments", "k_histogram")},
+        **{name: calls.lists[name].to_lists() for name in LISTS_OF_ROWS},
     }
     for (side, kind), spans in calls.places.spans.items():
         names = ("start", "range") if side == "host" else ("device_start", "device_span")

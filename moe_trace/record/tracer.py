@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -21,8 +20,10 @@ from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.dry_run import rehearse
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
+from moe_trace.record.forward.token_source import TokenProvider
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import is_capturing, recompile, warn_if_compiled_before
 from moe_trace.record.graphs.forwards import Segment
@@ -33,7 +34,7 @@ from moe_trace.record.lost import lost_so_far, recorded_calls, router_infos, unr
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
-from moe_trace.record.routes.beside import write_beside
+from moe_trace.record.routes.beside import end_routes, write_beside
 from moe_trace.record.routes.recorder import routes_recorder
 from moe_trace.record.sessions import Sessions
 from moe_trace.timeline.counter_tracks import Tracks
@@ -86,11 +87,7 @@ class MoETracer(HookOwner):
         self._recorder = Recorder(capacity=capacity, capacity_bytes=capacity_bytes)
         self._recorder.routes = routes_recorder(routes, self.sites, self._steps)
         self._graphs = RingReader(
-            self.sites,
-            self._recorder,
-            started=lambda: self._hooks.watch.graph_started(),
-            forwards=lambda: self._steps.forwards,
-            samples_step=self._steps.samples,
+            self.sites, self._recorder, self._steps, started=lambda: self._hooks.watch.graph_started()
         )
         self._captures = CaptureNotes()
         parts: dict[str, Any] = {"recorder": self._recorder, "graphs": self._graphs, "steps": self._steps}
@@ -153,16 +150,13 @@ class MoETracer(HookOwner):
         self._active = False
         if not is_capturing():
             self._recorder.reduce()
-            if self._recorder.routes is not None:
-                self._recorder.routes.end(self.routes)
+            end_routes(self._recorder.routes, self.routes)
 
     def __enter__(self) -> MoETracer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None:
             self.abandon_calls()
         self.stop()
@@ -175,6 +169,14 @@ class MoETracer(HookOwner):
     def count_steps_by_hand(self) -> None:
         """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
         self._steps.count_by_hand()
+
+    def describe_tokens(self, told: BatchTokens | TokenProvider | None) -> None:
+        """Tell whose tokens a forward has, where its arguments do not; before the model is compiled.
+
+        Args:
+            told: `BatchTokens` of the next forward, or what is asked for those of each; None ends it.
+        """
+        self._hooks.describe(told)
 
     def attach(self, prof: Any) -> None:
         """Merge the routing into what one profiler exports, for good; its `step_num` then is the step.
@@ -191,8 +193,7 @@ class MoETracer(HookOwner):
     def samples(self, *, since_step: int = 0) -> list[RoutingSample]:
         """One sample per router call recorded since a step, in order of time. Waits for the device."""
         self._collect()
-        placements = self._placements
-        found = ((s, placements.get((s.name, s.call))) for s in self._recorder.drain(since_step))
+        found = ((s, self._placements.get((s.name, s.call))) for s in self._recorder.drain(since_step))
         return [s if place is None else replace(s, placement=place) for s, place in found]
 
     def routes(self) -> RecordedRoutes:
@@ -205,8 +206,7 @@ class MoETracer(HookOwner):
             raise UsageError("this MoETracer records no routes; make it with MoETracer(model, routes=True)")
         self._collect()
         self._recorder.reduce()
-        parallel = self._parallel
-        return self._recorder.routes.routes(self._description, parallel.rank, parallel.world_size)
+        return self._recorder.routes.routes(self._description, self._parallel)
 
     def recording(self, *, trace: str | Path | None = None) -> Recording:
         """Everything recorded, with the model's description and what was lost.

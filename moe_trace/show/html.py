@@ -127,6 +127,8 @@ def _totals(summary: TraceSummary) -> str:
         ("mean load max÷mean", _number(totals.load_max_over_mean_mean)),
         ("expert FLOP", scaled(totals.flops_experts)),
     ]
+    if totals.requests_per_forward is not None:
+        facts.append(("requests a forward", _number(totals.requests_per_forward)))
     if phases is not None and phases.whole.moe_share_of_model is not None:
         facts.append(("MoE of the model's work", share(phases.whole.moe_share_of_model)))
     if speed is not None and speed.experts.flops_per_s is not None:

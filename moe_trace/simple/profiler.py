@@ -15,7 +15,6 @@ from moe_trace.data.errors import NothingRecorded, UsageError, deprecated, optio
 from moe_trace.data.files import write_text
 from moe_trace.data.routes.options import Routes
 from moe_trace.data.schema import RoutingSample
-from moe_trace.data.summary import host_us
 from moe_trace.find.routers import LayerSelector
 from moe_trace.record.device_clock import CallTimes, DeviceClock
 from moe_trace.record.tracer import MoETracer
@@ -185,7 +184,7 @@ class MoEProfiler:
 
     def _row(self, sample: RoutingSample, times: CallTimes | None) -> CallRow:
         on_device = times is not None and times.clock == "cuda_event"
-        router_ms = times.router_ms if on_device and times is not None else host_us(sample) / 1000
+        router_ms = times.router_ms if on_device and times is not None else _host_us(sample) / 1000
         return call_row(
             sample,
             device=times.device if times is not None else self._devices[sample.name],
@@ -231,3 +230,10 @@ def _require_count(name: str, value: Any, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         advice = "; to record a tenth of the steps, give 10" if name == "every" else ""
         raise UsageError(f"expected {name} to be a whole number of at least {least}, found {value!r}{advice}")
+
+
+def _host_us(sample: RoutingSample) -> float:
+    """Host time of a router call: its range in the trace, or the clock between its hooks."""
+    if sample.placement is not None and "router" in sample.placement.host:
+        return sample.placement.host["router"].duration_us
+    return (sample.host_end_ns - sample.host_start_ns) / 1000

@@ -78,6 +78,14 @@ class Places:
         """The rows of an index."""
         return self._mapped(lambda column: column[index])
 
+    def without(self, rows: npt.NDArray[np.bool_]) -> Places:
+        """The same, but those rows have no place."""
+        return Places(
+            self.placed & ~rows,
+            {key: np.where(rows[:, None], np.nan, column) for key, column in self.spans.items()},
+            {kind: np.where(rows, np.nan, column) for kind, column in self.busy_us.items()},
+        )
+
     def _mapped(self, change: Callable[[npt.NDArray], npt.NDArray]) -> Places:
         return Places(
             change(self.placed),

@@ -16,8 +16,9 @@ RANGE_KINDS: tuple[RangeKind, ...] = ("router", "experts", "block", "graph")
 """`graph` stands round a forward of a model that has compiled parts; its label is the model's class."""
 
 Phase = Literal["forward", "recompute"]
-Stage = Literal["prefill", "decode", "train"]
-STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
+Stage = Literal["prefill", "decode", "train", "mixed"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode", "train", "mixed")
+"""`mixed`: prefill and decode tokens in one forward, as servers batch them."""
 
 
 class Span(msgspec.Struct, frozen=True, gc=False):
@@ -130,3 +131,15 @@ class RoutingSample(ShortRepr, ShownInNotebooks):
     """Which forward it belongs to, as the device counted them; where the host saw none begin."""
     slot_bytes: int | None = None
     """Bytes of one token's hidden state as the experts receive it: what a dispatched slot moves, one way."""
+    prefill_tokens: int | None = None
+    """Tokens that prefill, where a host framework told (`MoETracer.describe_tokens`), as it told the fields
+    below: tokens - prefill_tokens - decode_tokens are padding."""
+    decode_tokens: int | None = None
+    prefill_assignments: npt.NDArray[np.int64] | None = None
+    """[E] those of `assignments` that prefill tokens made; with `decode_assignments` and those of padding
+    they are all."""
+    decode_assignments: npt.NDArray[np.int64] | None = None
+    requests: int | None = None
+    """Requests that the tokens are of."""
+    prefill_requests: int | None = None
+    """Those of them with a prefill token."""

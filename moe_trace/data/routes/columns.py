@@ -49,7 +49,8 @@ class RecordedRoutes:
     forward: np.ndarray
     """[T] int64: number of the forward of the model; the tokens of a batch ran together."""
     sequence: np.ndarray
-    """[T] int32: row of the batch, or number of the packed sequence; `UNKNOWN` where nobody told."""
+    """[T] int32: row of the batch, number of the packed sequence, or of the request where a host framework
+    told; `UNKNOWN` where nobody did."""
     position: np.ndarray
     """[T] int32: position within the sequence, padding not counted; `UNKNOWN` where nobody told."""
     stage_codes: np.ndarray
@@ -109,7 +110,7 @@ class RecordedRoutes:
 
     @property
     def stage(self) -> np.ndarray:
-        """[T] str: `prefill`, `decode` or `train`."""
+        """[T] str: `prefill`, `decode` or `train`; `mixed` where nobody told a forward's tokens apart."""
         return np.array(STAGES)[self.stage_codes]
 
     @property

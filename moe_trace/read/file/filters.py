@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moe_trace.data.calls.stages import of_stages, stages_of, whole_stages
 from moe_trace.data.errors import UsageError
 from moe_trace.data.schema import Recording, RouterInfo, Stage
 
@@ -28,20 +29,27 @@ class Filter:
         return not self.layers or bool({str(router.layer), router.site, router.name} & self.layers)
 
     def takes_time(self, step: int, stage: Stage) -> bool:
-        """Whether the filter selects that stage of that step."""
-        return (not self.steps or step in self.steps) and (not self.stages or stage in self.stages)
+        """Whether the filter selects that stage of that step: of a mixed forward the whole, not a part."""
+        wanted = not self.stages or stage in whole_stages(self.stages)
+        return wanted and (not self.steps or step in self.steps)
 
     def narrow(self, recording: Recording) -> Recording:
-        """The recording with the selected routers and calls, of which there may be none."""
+        """The recording with the selected routers and calls, of which there may be none.
+
+        Of mixed calls it has the part of a selected stage, see `of_stages`.
+        """
         if not self:
             return recording
         routers = tuple(r for r in recording.routers if self.takes_router(r))
         names = {router.name for router in routers}
         calls = recording.calls
-        chosen = [key.name in names for key in calls.keys]
-        times = zip(calls.router.tolist(), calls.step.tolist(), calls.stage.tolist(), strict=True)
-        rows = [i for i, (r, *time) in enumerate(times) if chosen[r] and self.takes_time(*time)]
-        return replace(recording, routers=routers, samples=calls.take(np.array(rows, np.int64)))
+        rows = np.isin(calls.router, [i for i, key in enumerate(calls.keys) if key.name in names])
+        if self.steps:
+            rows &= np.isin(calls.step, list(self.steps))
+        chosen = calls.take(rows)
+        return replace(
+            recording, routers=routers, samples=of_stages(chosen, self.stages) if self.stages else chosen
+        )
 
     def apply(self, recording: Recording) -> Recording:
         """The recording with the selected routers and calls.
@@ -54,7 +62,7 @@ class Filter:
             raise UsageError(
                 f"no call is left after the filters; the trace has layers {_list(recording)}, steps "
                 f"{_ranges(recording.calls.step.tolist())} and stages "
-                f"{', '.join(sorted(set(recording.calls.stage.tolist()))) or 'none'}"
+                f"{', '.join(sorted(stages_of(recording.calls))) or 'none'}"
             )
         return narrowed
 

@@ -63,7 +63,10 @@ class ReducedTrace:
         if not chosen:
             return self
         recording = chosen.narrow(self.recording)
-        taken = set(recording.calls.call_keys())
+        calls = self.recording.calls
+        times = zip(calls.call_keys(), calls.step.tolist(), calls.stage.tolist(), strict=True)
+        # Of a mixed call the time is that of the whole.
+        taken = {key for key, *time in times if chosen.takes_time(*time)} & set(recording.calls.call_keys())
         rows = [i for i, key in enumerate(self.times.samples.call_keys()) if key in taken]
         collectives = tuple(
             c if c.call is None or c.call in taken else replace(c, call=None, role=None)

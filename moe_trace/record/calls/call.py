@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_trace.data.schema import Phase, Stage
 from moe_trace.find.contracts import ExpertRows, RouterOutput
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
@@ -40,6 +41,8 @@ class CallRecord:
     """See `RouterOutput`, both."""
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
+    batch: BatchTokens | None = None
+    """What a host framework told of its tokens."""
 
     def __len__(self) -> int:
         return 1
@@ -78,6 +81,7 @@ class ForwardRecords:
                 context.profiled,
                 order=(context.epoch, 0),
                 tokens=context.tokens,
+                batch=context.batch,
             )
 
 

@@ -43,7 +43,7 @@ class PendingCalls:
     logits: list[Tensor] = field(default_factory=list)
     """Empty where the routers have no true logits."""
     masks: list[Tensor] = field(default_factory=list)
-    """Padding of each; empty where it is not known."""
+    """Padding of each, or the phases of its tokens; empty where it is not known."""
     versions: list[tuple[int, ...]] = field(default_factory=list)
     """Of each call's tensors when they were handed out."""
 
@@ -107,7 +107,7 @@ class PendingStore:
         tensors = (index, weights) if logits is None else (index, weights, logits)
         columns = [[tensor] for tensor in tensors]
         stream = stream_of_now(index) if stream is None else stream
-        form = (stream, *map(_form, tensors), record.site.info.num_experts, mask is None, record.sending)
+        form = (stream, *map(_form, tensors), record.site.info.num_experts, _kind(mask), record.sending)
         group = self._group(form, tensors, record.site.info.num_experts, 1)
         self._extend(group, [record], columns, versions_of(columns), [mask], 1)  # type: ignore[arg-type]
 
@@ -128,7 +128,7 @@ class PendingStore:
         Returns:
             False where they are too many for one batch, or only some have a mask, and nothing was kept.
         """
-        if len({mask is None for mask in masks}) > 1:
+        if len(set(map(_kind, masks))) > 1:
             return False
         first, calls, group, mask = columns[0][0], len(columns[0]), self._last, masks[0]
         # What goes to the same group as the last forward is told by the least that can be looked at.
@@ -136,12 +136,12 @@ class PendingStore:
             group is None
             or group.room < calls
             or group.shape != first.shape
-            or bool(group.masks) == (mask is None)
+            or (group.masks[0].dtype if group.masks else None) != _kind(mask)
             or len(columns) != len(group.columns)
             or group.stream != stream_of_now(first)
         ):
             tensors, experts = [column[0] for column in columns], records[0].sites[0].info.num_experts
-            form = (stream_of_now(first), *map(_form, tensors), experts, mask is None, None)
+            form = (stream_of_now(first), *map(_form, tensors), experts, _kind(mask), None)
             group = self._last = self._group(form, tensors, experts, calls)
         if group is None:
             return False
@@ -185,6 +185,10 @@ class PendingStore:
         held = sum(tensor.nbytes for tensor in tensors)
         group = self._open[form] = PendingCalls(form[0], tensors[0].shape, room, held)
         return group
+
+
+def _kind(mask: Tensor | None) -> torch.dtype | None:
+    return None if mask is None else mask.dtype
 
 
 def versions_of(columns: Columns) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_trace.data.schema import OVERHEAD_RANGE, RoutingSample
 from moe_trace.find.contracts import RouterOutput
-from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.free_memory import give_back_memory
 from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore
@@ -177,20 +177,10 @@ class Recorder:
         self._bytes += batch.nbytes
         self._on_host.append(batch)
 
-    def add_reduced(
-        self,
-        records: list[CallRecord],
-        ints: Tensor,
-        floats: Tensor,
-        *,
-        tokens: int,
-        top_k: int,
-        num_experts: int,
-        classes: int,
-    ) -> None:
+    def add_reduced(self, batch: Batch) -> None:
         """Keep calls whose figures are on the host already."""
         with self._lock:
-            self._store(Batch(Records(records), top_k, tokens, num_experts, classes, ints, floats))
+            self._store(batch)
 
     def _drop_oldest(self) -> None:
         """Keep to the capacity; batches stand in order of time, those still on the device last."""

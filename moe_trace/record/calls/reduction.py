@@ -13,13 +13,14 @@ from moe_trace.record.calls.pending import PendingCalls
 from moe_trace.record.calls.samples import Batch
 from moe_trace.record.parallel.dispatch import append_sent_counts
 from moe_trace.record.reduce.kernel_cache import FUSED
-from moe_trace.record.reduce.stats import PackedStats, routing_stats
+from moe_trace.record.reduce.stats import PackedStats, phase_counts, routing_stats
 from moe_trace.record.reduce.streams import on_device
 
 
 def reduce_group(group: PendingCalls) -> Batch:
     """Reduce calls of one form, on the device and the stream that made them; nothing waits."""
     group.index, group.weights, group.logits = map(_own_part, (group.index, group.weights, group.logits))
+    group.masks = _masks(group)
     first = next(iter(group.records))
     classes = group.logits[0].shape[-1] if group.logits else 0
     tokens, top_k = group.index[0].shape
@@ -35,6 +36,7 @@ def reduce_group(group: PendingCalls) -> Batch:
         classes=classes,
         ints=append_sent_counts(stats.ints, first.sending, group.index, num_experts),
         floats=stats.floats,
+        in_phases=_in_phases(group),
         stream=group.stream,
     )
 
@@ -58,7 +60,7 @@ def _by_operators(group: PendingCalls, num_experts: int) -> PackedStats:
         _stack(group.weights),
         _stack(group.index),
         num_experts,
-        _stack(_masks(group)) if group.masks else None,
+        _stack(group.masks) if group.masks else None,
     )
 
 
@@ -74,19 +76,31 @@ def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:
     try:
         with on_device(device):
             stats: PackedStats = fused.fused_routing_stats(
-                logits or None, group.weights, index, num_experts, _masks(group) if group.masks else None
+                logits or None, group.weights, index, num_experts, group.masks or None
             )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         FUSED.failed(device, error)
         return None
-    return stats
+    if not _in_phases(group):
+        return stats
+    kinds = (_stack(index), _stack(group.weights), _stack(group.masks))
+    return PackedStats(torch.cat([stats.ints, phase_counts(*kinds, num_experts)], dim=-1), stats.floats)
+
+
+def _in_phases(group: PendingCalls) -> bool:
+    """Whether the masks tell the phases of tokens, rather than only which are padding."""
+    return bool(group.masks) and group.masks[0].dtype == torch.uint8
 
 
 def _masks(group: PendingCalls) -> list[Tensor]:
-    """The mask stands where the model's input is; with a device map its later layers are elsewhere."""
-    return [mask.to(group.index[0].device, non_blocking=True) for mask in group.masks]
+    """The mask stands where the model's input is; with a device map its later layers are elsewhere. Phases
+    stand on the host, and are copied in one piece."""
+    device, masks = group.index[0].device, group.masks
+    if masks and masks[0].device.type == "cpu" != device.type:
+        return list(torch.stack(masks).pin_memory().to(device, non_blocking=True))
+    return [mask.to(device, non_blocking=True) for mask in masks]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -34,6 +34,8 @@ class Batch:
     """Logits per token, which may be more than the experts; 0 without true logits."""
     ints: Any
     floats: Any
+    in_phases: bool = False
+    """Whether assignments are counted by phase too."""
     stream: int = 0
     memory_bytes: int | None = None
     """Allocated on the device when they were reduced."""
@@ -98,6 +100,8 @@ def _held_against(rows: ExpertRows, sample: RoutingSample, info: RouterInfo) -> 
         k_histogram=k_histogram(counts_E, sample.tokens, sample.top_k),
         topk_mass=None,
         aux_loss=None,
+        prefill_assignments=None,
+        decode_assignments=None,
     )
 
 
@@ -139,7 +143,25 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
         dispatched=sent_counts(ints, record.sending, experts),
         slot_bytes=None if record.sending is None else record.sending.slot_bytes,
         **means,
+        **_told(batch, record, ints),
     )
+
+
+def _told(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
+    """What a host framework told of the tokens, and the figures that follow from that."""
+    told = record.batch
+    if told is None or not batch.in_phases or len(told) != batch.tokens:
+        return {}
+    start, (requests, in_prefill) = batch.num_experts + batch.top_k + 5, told.counted_requests()
+    by_phase = ints[start : start + 2 * batch.num_experts]
+    return {
+        "prefill_tokens": told.prefill_tokens,
+        "decode_tokens": told.decode_tokens,
+        "prefill_assignments": by_phase[: batch.num_experts],
+        "decode_assignments": by_phase[batch.num_experts :],
+        "requests": requests,
+        "prefill_requests": in_prefill,
+    }
 
 
 def _aux_loss(batch: Batch, sums: np.ndarray, finite: int) -> float | None:

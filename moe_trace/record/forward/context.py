@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_trace.data.schema import Stage
 from moe_trace.find.private.module_calls import is_inside
+from moe_trace.record.forward.batch_tokens import BatchTokens
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +21,7 @@ class ForwardContext:
     step: int
     stage: Stage
     padding_T: Tensor | None = None
+    """Which tokens are padding; the phases of all where `batch` tells them."""
     epoch: int = 0
     """Forwards of the model that the host has seen; orders samples that have no time."""
     recorded: bool = True
@@ -48,6 +50,12 @@ class ForwardContext:
     """Of the tensors that its routers hand out, about, where that is known."""
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
+    batch: BatchTokens | None = None
+    """What a host framework told."""
+
+    def tell(self, batch: BatchTokens) -> None:
+        """A host framework tells its tokens."""
+        self.batch, self.stage, self.padding_T, self.told = batch, batch.stage, batch.as_tensor(), True
 
     def inner(self, stage: Stage, padding_T: Tensor | None) -> ForwardContext:
         """A forward inside this one with inputs of its own, such as a token of a `generate` inside."""

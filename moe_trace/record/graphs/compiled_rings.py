@@ -15,6 +15,7 @@ from moe_trace.data.schema import Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.graphs.forward_in_graph import ForwardInGraph
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
@@ -140,6 +141,8 @@ class ModelRings:
             for router in routers
         ]
         self.counters: list[ForwardCounter] = []
+        self.tells = False
+        """Whether a host framework tells the phases of tokens; asked when a graph is made."""
         self._routers = list(routers)
         self._forwards = forwards
         self._started = started
@@ -212,11 +215,18 @@ class ModelRings:
         self.in_graph.start(stage_code, level, together=False)
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
-    def start_on_host(self, epoch: int, stage: Stage) -> None:
+    def start_on_host(self, epoch: int, stage: Stage, batch: BatchTokens | None) -> None:
         """The same where the model's hook runs eagerly."""
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)
+        self.describe(batch)
+
+    def describe(self, batch: BatchTokens | None) -> None:
+        """The tokens of the forward that begins are told."""
+        with torch.no_grad():
+            for counter in self.counters:
+                counter.describe(batch)
 
     def ids_by_room(self, sites: Sequence[int]) -> dict[int, list[int]]:
         """Of some routers those that have a ring of ids of each room."""
@@ -251,7 +261,9 @@ class ModelRings:
                 return counter
         seen = self._forwards.seen()
         with outside_graphs(device):
-            counter = ForwardCounter(device, forwards=seen, epoch=self._forwards.epoch)
+            numbers = {"forwards": seen, "epoch": self._forwards.epoch}
+            counter = ForwardCounter(device, **numbers, tells=self.tells)
+            counter.describe(self._forwards.batch)
         self.counters.append(counter)
         self._counting(seen - 1)  # the forward under way is the first that writes
         return counter

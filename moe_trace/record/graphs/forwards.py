@@ -17,11 +17,13 @@ from torch import Tensor
 
 from moe_trace.data.schema import GraphMark
 from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.graphs.ring_buffer import EXACT
 from moe_trace.record.reduce.pinned import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
+_TOLD_MAX = 1024  # forwards between two marks
 _MARKS_IN_TRACES = 10_000  # more steps than a trace can hold
 
 
@@ -33,6 +35,8 @@ class Segment:
     """None where a step is one forward."""
     profiled: bool
     sampled: bool
+    batches: tuple[BatchTokens, ...] = ()
+    """What a host framework told of them, one of each, if it told all."""
 
 
 @dataclass(slots=True)
@@ -79,6 +83,12 @@ class GraphForwards:
         """Forwards that the host saw begin."""
         self.forgotten = 0
         """Calls whose forward was no longer remembered."""
+        self.batch: BatchTokens | None = None
+        """What was told of the forward that began, or begins, last."""
+        self.counted_after = 0
+        """The last forward before those that the device counts."""
+        self._told: deque[BatchTokens] = deque(maxlen=_TOLD_MAX)
+        """Of forwards since the last mark that the host did not see."""
         self._samples_step = samples_step
         self._latest: ForwardContext | None = None
         self._by_epoch: dict[int, ForwardContext] = {}
@@ -91,8 +101,15 @@ class GraphForwards:
     def begin(self, forward: ForwardContext) -> int:
         """The host sees a forward begin; returns its epoch."""
         self.epoch += 1
-        self._latest = forward
+        self._latest, self.batch = forward, forward.batch
+        if self._told and self._told[-1] is forward.batch:
+            self._told.pop()
         return self.epoch
+
+    def describe(self, batch: BatchTokens) -> None:
+        """A host framework tells the tokens of the forward that begins next."""
+        self.batch = batch
+        self._told.append(batch)
 
     def remember(self) -> bool:
         """Graphs write in the forward that began last; returns whether the host saw any begin."""
@@ -112,6 +129,8 @@ class GraphForwards:
         Returns:
             The device's count at the last mark that it is known to have passed.
         """
+        segment.batches = tuple(self._told)
+        self._told.clear()
         start_ns = time.time_ns()
         copies, copied = copies_on_host([count])
         end_ns, thread = time.time_ns(), threading.get_native_id()
@@ -147,6 +166,7 @@ class GraphForwards:
             self.forgotten += 1
             return False
         record.step, record.stage, record.tokens = seen.step, seen.stage, seen.tokens
+        record.batch = seen.batch
         record.start_ns = record.end_ns = seen.start_ns
         record.thread, record.profiled = seen.thread, seen.profiled
         return seen.recorded
@@ -156,9 +176,14 @@ class GraphForwards:
     ) -> bool:
         """Give a call the step of a forward that was only counted; returns whether it is wanted."""
         record.graph_forward = forward
-        segment = next((s for end, s in segments if forward <= end), None)
-        if segment is None:
+        place = next((i for i, (end, _) in enumerate(segments) if forward <= end), None)
+        if place is None:
             return False
+        end, segment = segments[place]
+        before = segments[place - 1][0] if place else self.counted_after
+        if segment.batches and len(segment.batches) == end - before:
+            record.batch = segment.batches[forward - before - 1]
+            record.stage = record.batch.stage
         record.step = forward - 1 if segment.step is None else segment.step
         record.profiled = segment.profiled
         return segment.sampled and (segment.step is not None or self._samples_step(record.step))
@@ -172,5 +197,5 @@ class GraphForwards:
         for begun in list(self._by_epoch):
             if begun < epoch:
                 self._by_epoch.pop(begun, None)
-        while self._marks and self._marks[0].forwards() < oldest:
+        while len(self._marks) > 1 and self._marks[1].forwards() < oldest:  # the one before tells a beginning
             self._marks.popleft()

@@ -12,21 +12,23 @@ row has one width. Shape suffixes: S sites, T tokens, E experts, K slots per tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_trace.data.schema import Stage
+from moe_trace.data.schema import STAGES, Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import mark_static_address
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.reduce.small_ids import small_ids
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
 
 HEADER = 4
 EXACT = 2**24  # integers below this are exact in float32
-STAGES: tuple[Stage, ...] = ("prefill", "decode", "train")
+PHASES_MAX = 2**17
+"""Tokens of a forward whose phases graphs can read."""
 
 RingKind = Literal["small", "medium", "reduced"]
 _TOKENS: dict[RingKind, int] = {"small": 4, "medium": 64}  # calls of up to so many tokens are copied raw
@@ -40,19 +42,45 @@ class ForwardCounter:
     `forwards` counts them; `code` is epoch << 8 | stage << 1 | counted inside a graph. The host starts an
     epoch with each forward that it sees, and keeps that forward's times under it. Both have no dimension:
     a compiler that takes sizes for symbols would compare theirs with those of the batch.
+
+    Args:
+        tells: whether a host framework tells the phases of tokens, which graphs then read from `phases`.
     """
 
-    def __init__(self, device: torch.device, *, forwards: int, epoch: int) -> None:
+    def __init__(self, device: torch.device, *, forwards: int, epoch: int, tells: bool = False) -> None:
         self.device = device
+        self.phases: Tensor | None = None
+        self._described = False
+        if tells:
+            self.phases = torch.zeros(PHASES_MAX, dtype=torch.uint8, device=device)
+            mark_static_address(self.phases)
         self.forwards = torch.full((), forwards, dtype=torch.int64, device=device)
         self.code = torch.full((), epoch << 8, dtype=torch.int64, device=device)
         mark_static_address(self.forwards)
         mark_static_address(self.code)
 
     @property
-    def memory(self) -> tuple[Tensor, Tensor]:
-        """All that graphs write to."""
-        return self.forwards, self.code
+    def memory(self) -> tuple[Tensor, ...]:
+        """All that graphs use."""
+        return (self.forwards, self.code) if self.phases is None else (self.forwards, self.code, self.phases)
+
+    def describe(self, batch: BatchTokens | None) -> None:
+        """Write the phases of the tokens of the forward that begins; nothing waits."""
+        if self.phases is None:
+            return
+        if batch is not None:
+            phases = batch.as_tensor()[:PHASES_MAX]
+            phases = phases.pin_memory() if self.device.type == "cuda" else phases
+            self.phases[: len(phases)].copy_(phases, non_blocking=True)
+        elif self._described:
+            self.phases.zero_()
+        self._described = batch is not None
+
+    def phases_of(self, tokens: int) -> Tensor | None:
+        """[tokens] uint8, of the forward under way; plain tensor work only."""
+        if self.phases is None:
+            return None
+        return self.phases[:tokens] if tokens <= PHASES_MAX else self.phases.new_zeros(tokens)
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """Two launches, no copy from the host, so nothing waits."""
@@ -75,6 +103,8 @@ class RingShape:
     kind: RingKind
     slots: int
     device: torch.device
+    tells: bool = False
+    """Whether it has the phases of tokens too."""
 
     @property
     def width(self) -> int:
@@ -85,11 +115,11 @@ class RingShape:
 
     @property
     def token_width(self) -> int:
-        return 2 * self.top_k + self.classes
+        return 2 * self.top_k + self.classes + self.tells
 
     @property
     def ints_width(self) -> int:
-        return self.num_experts + 2 + self.top_k + 1 + 2
+        return self.num_experts + 2 + self.top_k + 1 + 2 + 2 * self.num_experts * self.tells
 
 
 def ring_kind(tokens: int) -> RingKind:
@@ -114,9 +144,9 @@ class GraphRing:
         sites: int,
         counter: ForwardCounter,
     ) -> None:
-        one = RingShape(num_experts, top_k, classes, kind, 1, counter.device)
+        one = RingShape(num_experts, top_k, classes, kind, 1, counter.device, counter.phases is not None)
         slots = max(1, min(_SLOTS[kind], _BYTES // (4 * one.width * sites)))
-        self.shape = RingShape(num_experts, top_k, classes, kind, slots, counter.device)
+        self.shape = replace(one, slots=slots)
         self.width, self.slots = self.shape.width, slots
         self.num_experts = num_experts
         self.counter = counter
@@ -125,21 +155,24 @@ class GraphRing:
         mark_static_address(self.data)
 
     def raw(self, reading: RouterOutput) -> Tensor:
-        """What `put` writes of a call as it is, [T * (2 K + C)]; plain tensor work only."""
+        """What `put` writes of a call as it is, [T * `token_width`]; plain tensor work only."""
         parts = [reading.index_TK, reading.weights_TK]
         if reading.logits_TE is not None:
             parts.append(reading.logits_TE)
+        phases_T = self.counter.phases_of(reading.index_TK.shape[0])
+        if phases_T is not None:
+            parts.append(phases_T.unsqueeze(-1))
         return _side_by_side([part.detach().float() for part in parts]).flatten()
 
     def reduced(self, reading: RouterOutput) -> Tensor:
         """What `put` writes of a call that is reduced first; plain tensor work only."""
-        logits = reading.logits_TE
+        logits, phases_T = reading.logits_TE, self.counter.phases_of(reading.index_TK.shape[0])
         stats = routing_stats(
             None if logits is None else logits.detach().unsqueeze(0),
             reading.weights_TK.detach().unsqueeze(0),
             reading.index_TK.unsqueeze(0),
             self.num_experts,
-            None,
+            None if phases_T is None else phases_T.unsqueeze(0),
         )
         return torch.cat([stats.ints[0].float(), stats.floats[0]])
 
@@ -193,7 +226,8 @@ def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
         ints, floats = body.split([shape.ints_width, len(FLOAT_FIELDS)], dim=-1)
         return headers, PackedStats(ints.round().long(), floats)
     tokens_LTW = body.view(len(rows), _TOKENS[shape.kind], shape.token_width)
-    index, weights, logits = tokens_LTW.split([shape.top_k, shape.top_k, shape.classes], dim=-1)
+    parts = [shape.top_k, shape.top_k, shape.classes, int(shape.tells)]
+    index, weights, logits, phases = tokens_LTW.split(parts, dim=-1)
     unused = torch.arange(tokens_LTW.shape[1], device=rows.device) >= headers[:, 3:4]
     unused_LT1 = unused.unsqueeze(-1)
     return headers, routing_stats(
@@ -201,7 +235,7 @@ def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
         weights.masked_fill(unused_LT1, 1.0),
         index.round().long().masked_fill(unused_LT1, -1),
         shape.num_experts,
-        None,
+        phases.squeeze(-1).round().to(torch.uint8) if shape.tells else None,
     )
 
 

@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moe_trace.data.schema import GraphMark
+from moe_trace.data.schema import STAGES, GraphMark
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.calls.call import CallRecord
+from moe_trace.record.calls.call import CallRecord, Records
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.calls.samples import Batch
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
@@ -29,7 +31,7 @@ from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
 from moe_trace.record.graphs.ids_ring import ship_ids
 from moe_trace.record.graphs.launch_lists import LaunchLists
 from moe_trace.record.graphs.memory import is_capturing
-from moe_trace.record.graphs.ring_buffer import STAGES, unpad
+from moe_trace.record.graphs.ring_buffer import PHASES_MAX, unpad
 
 
 class RingReader:
@@ -37,18 +39,16 @@ class RingReader:
 
     Args:
         started: called while tracing or capturing, whenever a graph takes up the hooks.
-        forwards: returns how many forwards the host has seen.
-        samples_step: whether the decisions of a step are wanted.
+        steps: which are wanted, and how many forwards the host has seen.
     """
 
     def __init__(
         self,
         sites: Sequence[RouterSite],
         recorder: Recorder,
+        steps: Steps,
         *,
         started: Callable[[], None],
-        forwards: Callable[[], int],
-        samples_step: Callable[[int], bool],
     ) -> None:
         self.launches = launches = LaunchLists(sites)
 
@@ -56,7 +56,7 @@ class RingReader:
             started()
             launches.watch()
 
-        self.forwards = GraphForwards(forwards, samples_step)
+        self.forwards = GraphForwards(lambda: steps.forwards, steps.samples)
         self.rings = ModelRings(
             sites,
             self.forwards,
@@ -97,6 +97,7 @@ class RingReader:
     def _counting(self, before: int) -> None:
         """A counter was made; the first forward that it counts is the one after `before`."""
         self._drained = [before] * len(self._routers)
+        self.forwards.counted_after = before
         if self.forwards.remember():
             self._unshipped = 1
 
@@ -112,7 +113,12 @@ class RingReader:
         if self._unshipped >= self.rings.slots:
             self.ship()
         self._unshipped += 1
-        self.rings.start_on_host(forward.epoch, forward.stage)
+        self.rings.start_on_host(forward.epoch, forward.stage, forward.batch)
+
+    def describe(self, batch: BatchTokens) -> None:
+        """A host framework tells the tokens of the next forward, which it may see begin or not."""
+        self.forwards.describe(batch)
+        self.rings.describe(batch)
 
     def mark_step(self, steps: Steps, profiled: bool | None) -> None:
         """All forwards since the last mark belong to the step under way; see `MoETracer.mark_graphs`."""
@@ -220,15 +226,17 @@ class RingReader:
             self.calls[index] += 1
             ints, shape = rows.ints[row : row + 1].clone(), rows.shape
             unpad(shape, ints, tokens)
-            self._recorder.add_reduced(
-                [record],
-                ints=ints,
-                floats=rows.floats[row : row + 1],
-                tokens=tokens,
+            made = Batch(
+                Records([record]),
                 top_k=shape.top_k,
+                tokens=tokens,
                 num_experts=shape.num_experts,
                 classes=shape.classes,
+                ints=ints,
+                floats=rows.floats[row : row + 1],
+                in_phases=shape.tells and tokens <= PHASES_MAX,
             )
+            self._recorder.add_reduced(made)
             if self._recorder.routes is not None:
                 self._recorder.routes.add_from_graph(record, rows.routes(index, row, forward, tokens), tokens)
 

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from moe_trace.data.schema import Stage, range_name
+from moe_trace.data.schema import STAGES, Stage, range_name
 from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import (
     any_thread_is_profiled,
     graph_task_id,
-    may_be_compiled,
     tracing_state,
 )
 from moe_trace.record.calls.recorder import Recorder
@@ -24,10 +23,10 @@ from moe_trace.record.forward.context import Entered, ForwardContext, ForwardSta
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.forward.ranges import OpenRanges, owns_ranges, profiler_is_recording
 from moe_trace.record.forward.steps import Steps
+from moe_trace.record.forward.token_source import TokenSource
 from moe_trace.record.forward.unreached_routers import MissingSites
-from moe_trace.record.graphs.compiled import compiled_parts, is_called_through_compile
+from moe_trace.record.graphs.compiled import is_compiled
 from moe_trace.record.graphs.memory import captures_now
-from moe_trace.record.graphs.ring_buffer import STAGES
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.checks import KEPT_BYTES_MAX, bytes_of_token
 from moe_trace.record.hooks.entry_modules import ModelEntry
@@ -56,7 +55,7 @@ class ForwardWatch:
     forwards_recorded: int = 0
     padding_unknown: int = 0
     failures: Failures = field(default_factory=Failures)
-    """Of our own hooks."""
+    source: TokenSource = field(default_factory=TokenSource)
 
     def __post_init__(self) -> None:
         sites = [router.site for router in self.routers]
@@ -143,6 +142,7 @@ class ForwardWatch:
             return
         step, sampled = self.steps.begin()
         sampled = sampled and tracing_state() is None  # else it became part of what torch.jit traces
+        told_of = self.source.take(wanted=sampled or bool(graphs_write)) if self.source.tells else None
         tokens, context = None, self._left_out  # one for all, of which nobody will ask more
         if sampled or graphs_write:
             stage, tokens, told = entry.inputs.look(args, kwargs)
@@ -150,12 +150,14 @@ class ForwardWatch:
             if profiled and (graphs_write or levels.kept) and profiler_is_recording():
                 self._open_graph_range()
             context = ForwardContext(step, stage, None, 0, sampled, True, profiled, told, time_ns(), thread)
+            if told_of is not None:
+                context.tell(told_of)
         context.epoch = self.graphs.forwards.begin(context)
         self._busy[thread], self.forwards.last = [Entered(entry.level, context)], context
         if graphs_write:
             self.graphs.start_on_host(context)
         self._in_graph.on_host = True
-        if not levels.kept and (self.steps.forwards == 1 or may_be_compiled()) and self._is_compiled():
+        if not levels.kept and is_compiled(self.model, first=self.steps.forwards == 1):
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
         self._want(context, thread)
         if sampled:
@@ -180,7 +182,7 @@ class ForwardWatch:
     ) -> ForwardContext:
         """A module inside another one that did not tell, or that calls several: it has inputs of its own."""
         stage, tokens, told = entry.inputs.look(args, kwargs)
-        if not told:
+        if not told or context.batch is not None:
             return context
         if context.told:
             self.calls.flush_passed()
@@ -206,15 +208,12 @@ class ForwardWatch:
     def _find_padding(
         self, context: ForwardContext, entry: ModelEntry, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        context.padding_T, unknown = entry.inputs.padding(args, kwargs)
-        self.padding_unknown += unknown and not context.padding_unclear
-        context.padding_unclear |= unknown
+        if context.batch is None:
+            context.padding_T, unknown = entry.inputs.padding(args, kwargs)
+            self.padding_unknown += unknown and not context.padding_unclear
+            context.padding_unclear |= unknown
         if self.routes is not None:
             self.routes.look(context, entry.inputs, args, kwargs)
-
-    def _is_compiled(self) -> bool:
-        since_start = self.steps.forwards == 1 and bool(compiled_parts(self.model))
-        return since_start or is_called_through_compile()
 
     def _want(self, context: ForwardContext, thread: int) -> None:
         """Put on what the calling thread's forward needs."""

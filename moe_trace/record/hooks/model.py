@@ -10,8 +10,10 @@ from torch import nn
 
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.forward.steps import Steps
+from moe_trace.record.forward.token_source import TokenProvider
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
 from moe_trace.record.graphs.ring_reader import RingReader
@@ -89,6 +91,16 @@ class ModelHooks:
             entry.install()
         self.watch.send_events()
         self._levels.set(Level.RANGES if recording else Level.OFF)
+
+    def describe(self, told: BatchTokens | TokenProvider | None) -> None:
+        """A host framework tells the tokens of forwards: see `MoETracer.describe_tokens`."""
+        source, graphs = self.watch.source, self.watch.graphs
+        graphs.rings.tells |= told is not None
+        if isinstance(told, BatchTokens):
+            source.next = told
+            graphs.describe(told)
+        else:
+            source.provider, source.next = told, None
 
     def remove(self) -> None:
         """Remove all hooks and close every range; router calls under way are recorded."""

@@ -253,6 +253,7 @@ class CallCollector:
             rows=reading.rows,
             told_E=reading.told_E if counts.recorded < _TOLD_CALLS else None,
             tokens=context.tokens,
+            batch=context.batch,
         )
         self._recorder.add(record, reading, mask)
         if self._clock is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_trace.record.forward.batch_tokens import DECODE, PADDING
+
 # exp() of anything below is 0; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
 _SMALLEST_EXPONENT = -1e4
 
@@ -22,7 +24,7 @@ class PackedStats:
 
     ints: Tensor
     """[L, E + 2 + K + 1 + 2] int64: assignments, slots of weight 0, slots out of range, k histogram,
-    padding assignments, tokens with finite logits."""
+    padding assignments, tokens with finite logits. Where phases are known, 2 E more, of `phase_counts`."""
     floats: Tensor
     """[L, 5] float32: sums over the finite tokens, in the order of `FLOAT_FIELDS`; the last is the sum over
     experts of (slots that chose it) x (its softmax probability, summed over the finite tokens)."""
@@ -42,7 +44,7 @@ def routing_stats(
         weights_LTK: [L, T, K] what scales each slot's output.
         index_LTK: [L, T, K] expert ids.
         num_experts: E.
-        padding_LT: [L, T] bool, True for padding tokens; None if it is not known.
+        padding_LT: [L, T] bool, True for padding tokens, or their phases in uint8; None if it is not known.
     """
     slots_LN = _slot_ids(index_LTK, weights_LTK, num_experts).flatten(1)
     used_LTK = (slots_LN < num_experts).view_as(index_LTK)
@@ -56,7 +58,10 @@ def routing_stats(
         finite_L1, floats = _no_logits(index_LTK)
     else:
         finite_L1, floats = _logit_sums(logits_LTE, index_LTK, used_LTK, counts_LX[:, :num_experts])
-    return PackedStats(torch.cat([*ints, finite_L1], dim=-1), floats)
+    ints.append(finite_L1)
+    if padding_LT is not None and padding_LT.dtype == torch.uint8:
+        ints.append(phase_counts(index_LTK, weights_LTK, padding_LT, num_experts))
+    return PackedStats(torch.cat(ints, dim=-1), floats)
 
 
 def _slot_ids(index_LTK: Tensor, weights_LTK: Tensor, num_experts: int) -> Tensor:
@@ -92,7 +97,21 @@ def _k_histogram(used_LTK: Tensor) -> Tensor:
 def _padding_assignments(used_LTK: Tensor, padding_LT: Tensor | None) -> Tensor:
     if padding_LT is None:
         return used_LTK.new_zeros((used_LTK.shape[0], 1), dtype=torch.int64)
+    padding_LT = padding_LT == PADDING if padding_LT.dtype == torch.uint8 else padding_LT
     return (used_LTK & padding_LT.unsqueeze(-1)).sum((-1, -2)).unsqueeze(-1)
+
+
+def phase_counts(index_LTK: Tensor, weights_LTK: Tensor, phases_LT: Tensor, num_experts: int) -> Tensor:
+    """[L, 2 E] int64: assignments of prefill tokens by expert, and those of decode tokens.
+
+    Args:
+        phases_LT: [L, T] uint8.
+    """
+    slots_LTK = _slot_ids(index_LTK, weights_LTK, num_experts)
+    decodes_LT1 = (phases_LT == DECODE).unsqueeze(-1)
+    nobody = (slots_LTK >= num_experts) | (phases_LT == PADDING).unsqueeze(-1)
+    ids_LTK = (slots_LTK + num_experts * decodes_LT1).masked_fill(nobody, 2 * num_experts)
+    return count_per_row(ids_LTK.flatten(1), 2 * num_experts + 1)[:, :-1]
 
 
 def _no_logits(index_LTK: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ def fused_routing_stats(
         weights: L tensors [T, K]: what scales each slot's output.
         index: L tensors [T, K]: expert ids.
         num_experts: E.
-        padding: L tensors [T] bool, True for padding tokens; None if it is not known.
+        padding: L tensors [T] bool, True for padding tokens, or their phases in uint8; None if it is not
+            known.
     """
     kinds = [_contiguous(kind) for kind in (weights, index, logits or weights, padding or weights)]
     device, calls = kinds[1][0].device, len(index)
@@ -211,7 +212,7 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
         histogram_TK += is_count_TK.to(tl.int32)
         if has_padding != 0:
             mask_T = tl.load(mask.to(tl.pointer_type(tl.int8)) + rows_T, mask=live_T, other=0)
-            is_padding_T = mask_T != 0
+            is_padding_T = mask_T == 1  # `PADDING` where these are phases
             padding_T += tl.where(is_padding_T, used_T, 0)
         if logit_kind != 0:
             exists_TE = live_T[:, None] & (experts_E < classes)[None, :]

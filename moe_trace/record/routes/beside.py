@@ -13,6 +13,12 @@ from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.routes.recorder import RoutesRecorder
 
 
+def end_routes(recorder: RoutesRecorder | None, routes: Callable[[], RecordedRoutes]) -> None:
+    """Recording ends: finish the file, where routes are streamed to one; arguments as of `write_beside`."""
+    if recorder is not None:
+        recorder.end(routes)
+
+
 def write_beside(
     trace: str | Path | None, recorder: RoutesRecorder | None, routes: Callable[[], RecordedRoutes]
 ) -> str | None:

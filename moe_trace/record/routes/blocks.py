@@ -78,11 +78,7 @@ class Block:
         """Of the rows that are left."""
         if self._identity is None:
             self._identity = identity_of(self.tokens, self.count)
-        whole, rows = self._identity, self.kept
-        if rows is None:
-            return whole
-        ids = None if whole.token_ids is None else whole.token_ids[rows]
-        return Identity(whole.sequence[rows], whole.position[rows], whole.padding[rows], ids)
+        return self._identity if self.kept is None else self._identity.take(self.kept)
 
 
 class Blocks:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_trace.data.routes.columns import UNKNOWN
+from moe_trace.data.schema import STAGES
+from moe_trace.record.forward.batch_tokens import DECODE, PADDING, BatchTokens
 from moe_trace.record.routes.tokens import ForwardTokens
 
 
@@ -19,11 +21,21 @@ class Identity:
     position: np.ndarray
     padding: np.ndarray
     token_ids: np.ndarray | None
+    stages: np.ndarray | None = None
+    """Places in `STAGES`; None for the stage of the forward."""
+
+    def take(self, rows: np.ndarray) -> Identity:
+        """Of some rows."""
+        ids = None if self.token_ids is None else self.token_ids[rows]
+        stages = None if self.stages is None else self.stages[rows]
+        return Identity(self.sequence[rows], self.position[rows], self.padding[rows], ids, stages)
 
 
 def identity_of(tokens: ForwardTokens, count: int) -> Identity:
     """Of a block of `count` rows; nothing is known of one of other tokens than the model was given."""
     arrays = tokens.arrays()
+    if tokens.batch is not None and len(tokens.batch) == count:
+        return _told(tokens.batch, arrays.get("token_ids"))
     if tokens.count != count or not count:
         unknown = np.full(count, UNKNOWN, np.int32)
         return Identity(unknown, unknown.copy(), np.zeros(count, bool), None)
@@ -43,6 +55,18 @@ def identity_of(tokens: ForwardTokens, count: int) -> Identity:
         np.where(padding, UNKNOWN, position).astype(np.int32).ravel(),
         padding.ravel(),
         ids,
+    )
+
+
+def _told(batch: BatchTokens, token_ids: np.ndarray | None) -> Identity:
+    padding, codes = batch.phases == PADDING, {phase: STAGES.index(phase) for phase in ("prefill", "decode")}
+    decodes = (batch.phases == DECODE) | (padding & (batch.decode_tokens > 0))
+    return Identity(
+        np.where(padding, UNKNOWN, batch.requests).astype(np.int32),
+        np.where(padding, UNKNOWN, batch.positions).astype(np.int32),
+        padding,
+        token_ids if token_ids is not None and len(token_ids) == len(batch) else None,
+        np.where(decodes, codes["decode"], codes["prefill"]).astype(np.uint8),
     )
 
 

@@ -30,6 +30,7 @@ from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.parallel.environment import versions
+from moe_trace.record.parallel.process import ParallelModel
 from moe_trace.record.routes.blocks import Block, Blocks
 from moe_trace.record.routes.chunks import Chunk, cast
 from moe_trace.record.routes.rows import Layers, as_routes
@@ -63,7 +64,7 @@ class RoutesRecorder:
         """Of the last forward in a graph whose ids were lost."""
         self._runs = 0
         """Prefills and training steps seen."""
-        self._nobody = ForwardTokens()
+        self._nobody = self._described = ForwardTokens()
         self._rows_first = all(site.contract is not ROUTER_BESIDE_EXPERTS for site in sites)
         """Whether routers see the batch row by row. In other frameworks the sequence may come first."""
         self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
@@ -81,7 +82,11 @@ class RoutesRecorder:
     def look(self, context: ForwardContext, inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward begins, or its arguments are told: keep what they say of its tokens."""
         if self._wants(context.step):
-            tokens = look_at_tokens(inputs, args, kwargs, context.padding_T, token_ids=self.options.token_ids)
+            padding_T = None if context.batch is not None else context.padding_T
+            tokens = look_at_tokens(inputs, args, kwargs, padding_T, token_ids=self.options.token_ids)
+            if context.batch is not None:
+                tokens.batch, context.tokens = context.batch, tokens
+                return
             if not self._rows_first and tokens.rows > 1 and tokens.length > 1:
                 tokens = ForwardTokens()
             self._runs += context.stage != "decode" and not tokens.continues
@@ -174,7 +179,7 @@ class RoutesRecorder:
         if router is None or not self._wants(record.step):
             return
         with self._lock:
-            record.tokens = record.tokens or self._nobody
+            record.tokens = record.tokens or self._told(record)
             ship_tokens([record.tokens])
             if ids is None:
                 if record.order != self._lost_order:  # once for all layers of a forward
@@ -185,6 +190,14 @@ class RoutesRecorder:
             self._layers.learn(router, experts, ids.shape[-1])
             weights = weights if self.options.weights else None
             self._blocks.add(record, router, ids, weights, part=self._part[router])
+
+    def _told(self, record: CallRecord) -> ForwardTokens:
+        """What is known of the tokens of a forward that the host did not see, one for all its calls."""
+        if record.batch is None:
+            return self._nobody
+        if self._described.batch is not record.batch:
+            self._described = ForwardTokens(batch=record.batch)
+        return self._described
 
     def _stream(self, blocks: list[Block]) -> None:
         """Have rows written, whose columns are made on the thread that writes."""
@@ -211,9 +224,10 @@ class RoutesRecorder:
             )
         self._dropped["failed"] += tokens
 
-    def routes(self, model: Mapping[str, Any], rank: int, world_size: int) -> RecordedRoutes:
+    def routes(self, model: Mapping[str, Any], parallel: ParallelModel) -> RecordedRoutes:
         """All that is kept; see `RecordedRoutes` for the arguments. Waits for the device."""
-        self._run = {"model": model, "rank": rank, "world_size": world_size, "versions": versions()}
+        ranks = {"rank": parallel.rank, "world_size": parallel.world_size}
+        self._run = {"model": model, **ranks, "versions": versions()}
         with self._lock:
             self.ship()
             while self._shipped:

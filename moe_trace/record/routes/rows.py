@@ -11,6 +11,7 @@ import numpy as np
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes, id_type
 from moe_trace.data.schema import STAGES
 from moe_trace.record.routes.blocks import Block
+from moe_trace.record.routes.identity import Identity
 
 
 @dataclass(slots=True)
@@ -131,7 +132,7 @@ def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
         "forward": each((_number(block) for block in blocks), np.int64),
         "sequence": joined((one.sequence for one in whose), np.int32),
         "position": joined((one.position for one in whose), np.int32),
-        "stage_codes": each((STAGES.index(block.stage) for block in blocks), np.uint8),
+        "stage_codes": joined(map(_stages, blocks, whose), np.uint8),
     }
     if any(block.recomputed for block in blocks):
         columns["recomputed"] = each((block.recomputed for block in blocks), bool)
@@ -140,6 +141,12 @@ def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
         ids = [own if one.token_ids is None else one.token_ids for one, own in zip(whose, none, strict=True)]
         columns["token_ids"] = joined(ids, np.int32)
     return columns
+
+
+def _stages(block: Block, whose: Identity) -> np.ndarray:
+    if whose.stages is not None:
+        return whose.stages
+    return np.full(block.rows, STAGES.index(block.stage), np.uint8)
 
 
 def _number(block: Block) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import apart
 from moe_trace.record.reduce.pinned import copies_on_host
@@ -41,6 +42,8 @@ class ForwardTokens:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """[n] int32 each: `token_ids`, `positions`, `padding`, `before` (real tokens before, by
     row), `starts` (of packed sequences)."""
+    batch: BatchTokens | None = None
+    """What a host framework told, in place of all but the ids."""
     stream: int = 0
     """On which the parts were made."""
     _arriving: tuple[Any, Any, dict[str, slice]] | None = None

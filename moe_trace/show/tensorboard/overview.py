@@ -38,10 +38,12 @@ def overview(summary: TraceSummary) -> JsonDict:
 
 
 def _stage(stage: str, part: TraceSummary, found: Sequence[Finding]) -> JsonDict:
+    totals, requests = part.totals, part.totals.requests_per_forward
+    counted = f"{totals.calls:,} calls in {totals.steps:,} {'step' if totals.steps == 1 else 'steps'}"
+    counted += f", {totals.tokens:,} tokens"
     return {
         "stage": stage,
-        "counted": f"{part.totals.calls:,} calls in {part.totals.steps:,} "
-        f"{'step' if part.totals.steps == 1 else 'steps'}, {part.totals.tokens:,} tokens",
+        "counted": counted if requests is None else f"{counted}, {requests:,.1f} requests a forward",
         "cards": cards(part, path_of(stage)),
         "findings": _findings(found),
         "phases": shares_sentence(part.phases) if part.phases is not None else None,
@@ -83,6 +85,8 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
         ("skipped", "totals.skipped", totals.skipped),
         ("padding", "totals.padding_assignments", totals.padding_assignments),
     ]
+    if totals.requests_per_forward is not None:
+        counted.append(("requests a forward", "totals.requests_per_forward", totals.requests_per_forward))
     found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
     found += [
         {"label": label, "text": number_text(value), "value": value, "path": path}

@@ -74,6 +74,8 @@ def _facts(summary: Summary) -> str:
         facts.append(f"{totals.skipped:,} skipped assignments")
     if totals.padding_assignments:
         facts.append(f"{totals.padding_assignments:,} of padding")
+    if totals.requests_per_forward is not None:
+        facts.append(f"{totals.requests_per_forward:,.1f} requests a forward")
     if isinstance(summary, TraceSummary) and summary.stage is not None:
         facts.append(f"stage {summary.stage}")
     return ", ".join(facts)

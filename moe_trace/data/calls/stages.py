@@ -1,0 +1,105 @@
+"""Calls by stage: of those whose tokens are of several stages, the part that is of one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.ragged import CountLists
+from moe_trace.data.calls.sample import STAGES, Stage
+from moe_trace.data.calls.table import NONE, CallTable
+
+_SPLIT: tuple[Stage, ...] = ("prefill", "decode")
+_OF_THE_WHOLE = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss", "aux_loss")
+"""Means over all tokens of a call, which its parts do not tell."""
+
+
+def stages_of(calls: CallTable) -> list[Stage]:
+    """The stages that calls, or parts of mixed ones, are of, in the order of `STAGES`."""
+    there = set(calls.stage.tolist())
+    return [stage for stage in STAGES if stage in there or _has_part(calls, stage).any()]
+
+
+def whole_stages(stages: Collection[Stage]) -> Collection[Stage]:
+    """The stages whose calls are wholly of these: mixed ones too where prefill and decode both are."""
+    return {*stages, "mixed"} if set(_SPLIT) <= set(stages) else stages
+
+
+def of_stages(calls: CallTable, stages: Collection[Stage]) -> CallTable:
+    """The calls of some stages, and of each mixed call the part that is of them, under its number.
+
+    A part has the tokens, assignments, requests and FLOPs of its stage, without padding. Its time cannot be
+    told from that of the whole, nor can the means over tokens: both are unknown.
+    """
+    whole = whole_stages(stages)
+    rows = np.isin(calls.stage, list(whole))
+    stage = next((stage for stage in _SPLIT if stage in stages), None)
+    if stage is None or "mixed" in whole:
+        return calls.take(rows)
+    part = _has_part(calls, stage)
+    index = np.flatnonzero(rows | part)
+    found = calls.take(index)
+    return _as_parts(found, part[index], stage) if part.any() else found
+
+
+def requests_per_forward(calls: CallTable) -> float | None:
+    """Mean over the forward calls of the requests in them; None where nobody told."""
+    known = calls.requests[calls.forward & (calls.requests != NONE)]
+    return float(known.mean()) if len(known) else None
+
+
+def _has_part(calls: CallTable, stage: Stage) -> npt.NDArray[np.bool_]:
+    """[N] whether the call is mixed and some of its tokens are of the stage."""
+    if stage not in _SPLIT:
+        return np.zeros(len(calls), bool)
+    known = calls.lists[f"{stage}_assignments"].known
+    found: npt.NDArray[np.bool_] = (calls.stage == "mixed") & known & (calls.numbers[f"{stage}_tokens"] > 0)
+    return found
+
+
+def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> CallTable:
+    lists, numbers = dict(calls.lists), dict(calls.numbers)
+    of_stage, other = lists[f"{stage}_assignments"], _SPLIT[1 - _SPLIT.index(stage)]
+    tokens, slots = numbers[f"{stage}_tokens"], of_stage.totals()
+    in_prefill = numbers["prefill_requests"]
+    told = in_prefill != NONE
+    # Exact where a slot that chose an expert is one that it computed.
+    computed = numbers["computed_slots"] * slots // np.maximum(1, lists["assignments"].totals())
+    requests = in_prefill if stage == "prefill" else np.where(told, numbers["requests"] - in_prefill, NONE)
+    changed = {
+        "stage": np.full(len(calls), stage),
+        "tokens": tokens,
+        "skipped": np.maximum(0, tokens * numbers["top_k"] - slots),
+        "computed_slots": computed,
+        "padding_assignments": np.zeros(len(calls), np.int64),
+        "nonfinite_tokens": np.zeros(len(calls), np.int64),
+        "router_flops": numbers["router_flops"] // np.maximum(1, numbers["tokens"]) * tokens,
+        "expert_flops": numbers["expert_flops"] // np.maximum(1, numbers["computed_slots"]) * computed,
+        "host_end_ns": numbers["host_start_ns"],
+        f"{other}_tokens": np.zeros(len(calls), np.int64),
+        "requests": requests,
+        "prefill_requests": np.where(told, requests if stage == "prefill" else 0, NONE),
+        **{name: np.full(len(calls), np.nan) for name in _OF_THE_WHOLE},
+    }
+    for name, values in changed.items():
+        numbers[name] = np.where(part, values, numbers[name])
+    empty, unknown = np.zeros(0, np.int64), None
+    lists["assignments"] = _chosen(part, of_stage, lists["assignments"])
+    lists[f"{other}_assignments"] = _filled(part, lists[f"{other}_assignments"], empty)
+    lists["k_histogram"] = _filled(part, lists["k_histogram"], empty)
+    lists["dispatched"] = _filled(part, lists["dispatched"], unknown)
+    return CallTable(calls.keys, calls.router, numbers, lists, calls.places.without(part))
+
+
+def _chosen(part: npt.NDArray[np.bool_], of_part: CountLists, whole: CountLists) -> CountLists:
+    """`of_part` where the call is a part."""
+    return CountLists.concatenated([of_part, whole]).take(np.where(part, 0, len(part)) + np.arange(len(part)))
+
+
+def _filled(
+    part: npt.NDArray[np.bool_], whole: CountLists, value: npt.NDArray[np.int64] | None
+) -> CountLists:
+    """`value` where the call is a part."""
+    return _chosen(part, CountLists.of([value] * len(part)), whole)
