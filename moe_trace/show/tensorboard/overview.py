@@ -76,7 +76,7 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
         ("device", device or "unknown"),
         ("type", model.get("dtype") or "unknown"),
     ]
-    counted = [
+    counted: list[tuple[str, str, float]] = [
         ("MoE layers", "totals.routers", totals.routers),
         ("steps", "totals.steps", totals.steps),
         ("calls", "totals.calls", totals.calls),
