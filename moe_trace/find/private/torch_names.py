@@ -115,14 +115,13 @@ def process_is_profiled() -> bool:
     return bool(getattr(_profiler, "_is_profiler_enabled", False))
 
 
-def thread_is_profiled() -> bool:
-    """Whether a torch profiler records the calling thread."""
-    return process_is_profiled() if _thread_is_profiled is None else _thread_is_profiled()
+thread_is_profiled: Callable[[], bool] = _thread_is_profiled or process_is_profiled
+"""Whether a torch profiler records the calling thread."""
 
 
 def any_thread_is_profiled() -> bool:
     """Either of them."""
-    return getattr(_profiler, "_is_profiler_enabled", False) or (_thread_is_profiled or bool)()
+    return getattr(_profiler, "_is_profiler_enabled", False) or thread_is_profiled()
 
 
 def profiles_all_threads(config: Any) -> bool:
@@ -197,7 +196,8 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
 def may_be_compiled() -> bool:
     """Whether `torch.compile` was ever asked for, or did anything before a `torch.compiler.reset`."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return frames is not None and (bool(getattr(frames, "cached_backends", True)) or frames_compiled() > 0)
+    # None is the backend of what dynamo shall leave alone, such as the methods of optimizers.
+    return any(getattr(frames, "cached_backends", {0: frames}).values()) or frames_compiled() > 0
 
 
 def is_exporting() -> bool:

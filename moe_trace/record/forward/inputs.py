@@ -54,9 +54,10 @@ class ModelInputs:
                     break
         count = None
         if tokens is not None:
-            count = tokens.numel()
-            if tokens.is_floating_point() and tokens.dim():
-                count //= tokens.shape[-1] or 1
+            shape = tokens.shape
+            count = shape.numel()
+            if tokens.is_floating_point() and shape:
+                count //= shape[-1] or 1
         if named is None and not (torch.is_grad_enabled() and self._module.training):
             return "prefill", count, False
         return self._stage(named, args, kwargs), count, named is not None

@@ -22,6 +22,8 @@ from moe_trace.find.private.torch_names import (
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
 _public_alone = weakref.WeakSet[object]()  # profilers that must be told of a range by `record_function`
 
+_functions = {publicly: range_functions(publicly=publicly) for publicly in (False, True)}
+
 
 def profiler_is_recording() -> bool:
     """Whether a torch profiler records the calling thread now."""
@@ -46,48 +48,46 @@ class OpenRanges:
     __slots__ = ("enter", "leave", "own", "quiet", "stacks", "thread", "wanted")
 
     def __init__(self) -> None:
-        self.stacks: dict[int, list[Any]] = {}
-        """By thread: name and entry of each range in turn; empty where nothing can be open, which is cheap to
-        ask."""
+        self.stacks: dict[int, list[tuple[str, Any]]] = {}
+        """By thread: (name, entry) of each range; empty where nothing can be open, which is cheap to ask."""
         self.wanted: bool | None = None
         """Whether a profiler records the forwards under way; None where nobody knows, so it is asked."""
         self.quiet: set[int] = set()
         """Threads whose forward is not recorded."""
         self.thread = -1
         """Whose profiled forward began last: its ranges are opened without asking."""
-        self.own: list[Any] = []
+        self.own: list[tuple[str, Any]] = []
         """Its stack."""
-        self.enter, self.leave = range_functions(publicly=False)
+        self.enter, self.leave = _functions[False]
 
     def want(self, thread: int) -> None:
         """A profiler records the forward that the calling thread begins."""
         self.wanted, self.thread = True, thread
         self.own = self.stacks.setdefault(thread, [])
-        self.enter, self.leave = range_functions(publicly=bool(_public_alone))
+        self.enter, self.leave = _functions[bool(_public_alone)]
 
     def open(self, name: str, thread: int) -> None:
         """Open a range on the calling thread, if it is wanted."""
         if thread == self.thread:
-            self.own += name, self.enter(name)
+            self.own.append((name, self.enter(name)))
             return
         if not self.wanted and (self.wanted is False or not profiler_is_recording()):
             return
         if thread not in self.quiet:
-            enter, _ = range_functions(publicly=bool(_public_alone))
-            self.stacks.setdefault(thread, []).extend((name, enter(name)))
+            enter, _ = _functions[bool(_public_alone)]
+            self.stacks.setdefault(thread, []).append((name, enter(name)))
 
     def close(self, name: str, thread: int) -> None:
         """Close the innermost open range of that name, and any that was left open inside it."""
         if thread == self.thread:
             stack = self.own
-            if stack and stack[-2] is name:
-                self.leave(stack.pop())
-                stack.pop()
+            if stack and stack[-1][0] is name:
+                self.leave(stack.pop()[1])
                 return
         else:
             stack = self.stacks.get(thread, [])
-        if name in stack[::2]:
-            at = len(stack) - 2 - 2 * stack[-2::-2].index(name)
+        at = max((at for at, (opened, _) in enumerate(stack) if opened == name), default=None)
+        if at is not None:
             self._close(stack[at:])
             del stack[at:]
         if not stack and thread != self.thread:
@@ -95,13 +95,15 @@ class OpenRanges:
 
     def has(self, name: str, thread: int) -> bool:
         """Whether a range of that name is open on a thread."""
-        return name in self.stacks.get(thread, [])[::2]
+        return any(opened == name for opened, _ in self.stacks.get(thread, ()))
 
     def end(self, thread: int) -> None:
         """Close what the calling thread has open: its forward is over, or was interrupted."""
         if thread == self.thread:
             self.thread = -1
-        self._close(self.stacks.pop(thread, []))
+        left_open = self.stacks.pop(thread, None)
+        if left_open:
+            self._close(left_open)
 
     def close_all(self) -> None:
         """Close everything, whichever thread opened it."""
@@ -109,12 +111,12 @@ class OpenRanges:
             self.end(thread)
 
     @staticmethod
-    def _close(stack: list[Any]) -> None:
-        for entry in stack[::-2]:
+    def _close(stack: list[tuple[str, Any]]) -> None:
+        for _, entry in reversed(stack):
             leave_range(entry)
 
     def __len__(self) -> int:
-        return sum(map(len, self.stacks.values())) // 2
+        return sum(map(len, self.stacks.values()))
 
 
 # Two tracers on one model would open every range twice; the first to come opens them.

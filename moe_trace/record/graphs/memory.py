@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.cuda import is_current_stream_capturing, is_initialized
 
 from moe_trace.find.private.torch_names import without_fake_tensors
 from moe_trace.record.graphs.cuda_driver import relaxed_capture_mode
@@ -30,7 +31,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def captures_now() -> bool:
     """The same for whatever device is current; false as long as nothing has used a GPU."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return is_initialized() and is_current_stream_capturing()
 
 
 @contextmanager

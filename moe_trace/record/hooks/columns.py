@@ -54,9 +54,9 @@ class ForwardPlan:
         """Items of a forward."""
         return WIDTH * len(self.codes)
 
-    def has_graph(self, items: list[Any], start: int) -> bool:
-        """Whether the last router was called with gradients, as far as its first output tells."""
-        output = items[start + self.last_output]
+    @staticmethod
+    def has_graph(output: Any) -> bool:
+        """Whether a router was called with gradients, as far as its first output tells."""
         return getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
 
     def columns(self, items: list[Any], thread: int, forwards: int = 1) -> Columns | None:

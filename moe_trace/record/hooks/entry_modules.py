@@ -6,20 +6,39 @@ each module that a forward may begin with is hooked; the outermost one that is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import count_function_modes, outside_functions
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.inputs import ModelInputs
+from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.graphs.compiled import give_stable_id
+from moe_trace.record.graphs.memory import captures_now
 
-Begin = Callable[["ModelEntry", Any, dict[str, Any], bool], None]
-End = Callable[["ModelEntry", Any], None]
+
+class Watch(Protocol):
+    """Told of the calls of such modules."""
+
+    failures: Failures
+
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
+        """It is called, and runs eagerly."""
+
+    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
+        """It, or a replica of it, is called; nothing is known of how it runs."""
+
+    def end(self, entry: ModelEntry, output: Any) -> None:
+        """It has returned, eagerly; None where it raised."""
+
+    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
+        """The same where nothing is known of how it ran."""
 
 
 class ModelEntry(HookOwner):
@@ -27,14 +46,11 @@ class ModelEntry(HookOwner):
 
     Args:
         level: modules around it; smaller is further outside.
-        begin: called before the module runs, with its arguments, and whether it is a replica of it.
-        end: called when it has returned, with its output; None where it raised.
     """
 
-    def __init__(self, module: nn.Module, level: int, *, begin: Begin, end: End) -> None:
-        self.module, self.level = module, level
+    def __init__(self, module: nn.Module, level: int, watch: Watch) -> None:
+        self.module, self.level, self._watch = module, level, watch
         self.inputs = ModelInputs(module)
-        self._begin, self._end = begin, end
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
@@ -55,23 +71,27 @@ class ModelEntry(HookOwner):
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         """Forward pre-hook."""
-        replica = module is not self.module
-        if replica and detach_if_copy(module, self.module):
-            return
-        if count_function_modes():
-            with outside_functions():
-                self._begin(self, args, kwargs or {}, replica)
-        else:
-            self._begin(self, args, kwargs or {}, replica)
+        watch, kwargs = self._watch, kwargs or {}
+        if module is self.module and not (count_function_modes() or is_compiling() or captures_now()):
+            try:
+                watch.begin(self, args, kwargs)
+            except Exception as error:
+                watch.failures.note(error)
+        elif module is self.module or not detach_if_copy(module, self.module):
+            with outside_functions() if count_function_modes() else nullcontext():
+                watch.begin_otherwise(self, args, kwargs, module is not self.module)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
-        if module is self.module or not detach_if_copy(module, self.module):
-            if count_function_modes():
-                with outside_functions():
-                    self._end(self, output)
-            else:
-                self._end(self, output)
+        watch = self._watch
+        if module is self.module and not (count_function_modes() or is_compiling() or captures_now()):
+            try:
+                watch.end(self, output)
+            except Exception as error:
+                watch.failures.note(error)
+        elif module is self.module or not detach_if_copy(module, self.module):
+            with outside_functions() if count_function_modes() else nullcontext():
+                watch.end_otherwise(self, output)
 
 
 def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:

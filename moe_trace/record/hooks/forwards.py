@@ -91,51 +91,17 @@ class ForwardWatch:
 
     # -- a forward ------------------------------------------------------------------------------------
 
-    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """A module that the model may be entered through is called."""
-        if is_compiling():
-            self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
-            return
-        try:  # few functions from here on: what runs once a forward finds nothing of it in any cache
-            if captures_now():
-                self.levels.set(Level.RANGES)  # which tells where the experts end
-                self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
-                return
-            thread = get_ident()
-            if thread in self._busy or replica:
-                self._begin_within(entry, thread, args, kwargs, replica)
-            else:
-                self._begin_forward(entry, thread, args, kwargs)
-        except Exception as error:
-            self.failures.note(error)
+    # Few functions on the way of a usual forward: what runs once in it finds nothing of it in any cache.
 
-    def _begin_within(
-        self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
-    ) -> None:
-        """The same where a forward is under way."""
-        around = self.forwards.top(thread)
-        stale = around is not None and self.forwards.is_stale(thread, entry.level, entry.module)
-        if stale and graph_task_id() == -1:
-            self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
-            around = None
-        if around is None:
-            whole = self.forwards.of(thread) if replica else None
-            if whole is None:
-                self._begin_forward(entry, thread, args, kwargs)
-            else:  # DataParallel runs a part of the batch on a thread of its own
-                self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
+        """A module that the model may be entered through is called, and runs eagerly."""
+        thread, levels, graphs_write = get_ident(), self.levels, self._graphs_write
+        if thread in self._busy:
+            self._begin_within(entry, thread, args, kwargs, False)
             return
-        around.inside += 1
-        context, own_inputs = around.context, around.inside > 1 or entry.level <= around.level
-        if context.recorded and not context.recomputed and (own_inputs or not context.told):
-            context = self._begin_inside(entry, thread, context, args, kwargs)
-        self.forwards.push(thread, entry.level, context)
-
-    def _begin_forward(self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any]) -> None:
-        log, levels, graphs_write = self.log, self.levels, self._graphs_write
         if self.ranges.stacks:
             self.ranges.end(thread)
-        if len(log.items) != log.waiting and self.calls.flush(None):  # what was called outside any forward
+        if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # called outside any forward
             self.recorder.end_forward()
         if graph_task_id() != -1 and self.forwards.last is not None:
             self._begin_again(self.forwards.last, entry, thread)
@@ -159,17 +125,55 @@ class ForwardWatch:
         self._in_graph.on_host = True
         if not levels.kept and is_compiled(self.model, first=self.steps.forwards == 1):
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
-        self._want(context, thread)
+        levels.want(context, thread)
         if sampled:
             self.forwards_recorded += 1
             if kwargs or entry.inputs.names_mask or self.routes is not None:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
+    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
+        """The same where code is compiled, a stream captured, or a replica of the module called."""
+        if is_compiling():
+            self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
+            return
+        try:
+            if captures_now():
+                self.levels.set(Level.RANGES)  # which tells where the experts end
+                self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
+            elif replica:
+                self._begin_within(entry, get_ident(), args, kwargs, replica)
+            else:
+                self.begin(entry, args, kwargs)
+        except Exception as error:
+            self.failures.note(error)
+
+    def _begin_within(
+        self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
+    ) -> None:
+        """The same where a forward is under way."""
+        around = self.forwards.top(thread)
+        stale = around is not None and self.forwards.is_stale(thread, entry.level, entry.module)
+        if stale and graph_task_id() == -1:
+            self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
+            around = None
+        if around is None:
+            whole = self.forwards.of(thread) if replica else None
+            if whole is None:
+                self.begin(entry, args, kwargs)
+            else:  # DataParallel runs a part of the batch on a thread of its own
+                self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
+            return
+        around.inside += 1
+        context, own_inputs = around.context, around.inside > 1 or entry.level <= around.level
+        if context.recorded and not context.recomputed and (own_inputs or not context.told):
+            context = self._begin_inside(entry, thread, context, args, kwargs)
+        self.forwards.push(thread, entry.level, context)
+
     def _begin_again(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
         """Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own."""
         self.forwards.push(thread, entry.level, again := context.again())
-        self._want(again, thread)
+        self.levels.want(again, thread)
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
@@ -215,22 +219,6 @@ class ForwardWatch:
         if self.routes is not None:
             self.routes.look(context, entry.inputs, args, kwargs)
 
-    def _want(self, context: ForwardContext, thread: int) -> None:
-        """Put on what the calling thread's forward needs."""
-        if not context.recorded:
-            self.ranges.quiet.add(thread)
-            if self.levels.level != Level.OFF:
-                self.levels.set(Level.OFF, thread)
-            return
-        if self.ranges.quiet:
-            self.ranges.quiet.discard(thread)
-        if context.profiled and profiler_is_recording():
-            self.ranges.want(thread)
-            self.levels.set(Level.RANGES, thread)
-        else:
-            self.ranges.wanted = None if self.ranges.wanted else False
-            self.levels.set(Level.RECORD, thread)
-
     def send_events(self, tokens: int | None = None, context: ForwardContext | None = None) -> None:
         """Where events go: straight into the list in a forward that is known to be small."""
         log = self.log
@@ -242,52 +230,33 @@ class ForwardWatch:
         log.note = self.calls.checks.note
 
     def end(self, entry: ModelEntry, output: Any) -> None:
-        if is_compiling():
+        """It has returned; without output, it raised."""
+        thread, ranges, levels, log = get_ident(), self.ranges, self.levels, self.log
+        stack, graphs_write = self._busy.get(thread), self._graphs_write
+        if levels.kept or graphs_write:  # it may have begun in a graph that was broken off
             self.graphs.rings.end_in_graph(entry.level)
+        within = stack is None or len(stack) > 1 or stack[0].level != entry.level
+        if within and not self._is_outermost(entry, thread, output):
             return
-        try:
-            self._end_eagerly(entry, output)
-        except Exception as error:
-            self.failures.note(error)
-
-    def _end_eagerly(self, entry: ModelEntry, output: Any) -> None:
-        if self.levels.kept or self._graphs_write:  # it may have begun in a graph that was broken off
-            self.graphs.rings.end_in_graph(entry.level)
-        if captures_now():
-            return
-        thread = get_ident()
-        stack = self._busy.get(thread)
-        while stack and stack[-1].level > entry.level:  # left by an interruption that was caught inside
-            self.forwards.pop(thread)
-        if not stack or stack[-1].level != entry.level:
-            return
-        context = stack[-1].context
+        context = self._busy[thread][0].context
         if output is None:
             context.failed = True
-        if len(stack) > 1:
-            if context.recorded and stack[-2].context is not context:
-                self.calls.flush(thread, innermost=True)
-            stack.pop()
-            return
-        if context.recorded or len(self.log.items) != self.log.waiting:
-            self.calls.flush(thread, innermost=True)
+        seen = context.recorded or len(log.items) != log.waiting
+        joined = seen and self.calls.flush(thread, innermost=True)
         self._busy.pop(thread, None)
-        self._end_forward(context, thread)
-
-    def _end_forward(self, context: ForwardContext, thread: int) -> None:
-        ranges, levels = self.ranges, self.levels
         if ranges.stacks:
             ranges.end(thread)
-        if self._graphs_write:
+        if graphs_write:
             self.graphs.rings.end_on_host()
         self._in_graph.on_host = False
-        if context.recorded:
+        if joined:
             self.recorder.end_forward()
-            if self._graphs_write:  # which remember the forward for longer
+        if context.recorded:
+            if graphs_write:  # which remember the forward for longer
                 context.padding_T = None
             elif not (context.failed or context.recomputed):
                 self.missing.look(context.reached)
-            self.log.note = self.calls.checks.note
+            log.note = self.calls.checks.note
             if levels.unsettled:
                 levels.settle_blocks(self.calls.counts)
         else:
@@ -297,3 +266,33 @@ class ForwardWatch:
             ranges.wanted = None
             if levels.stale:
                 levels.settle()
+
+    def _is_outermost(self, entry: ModelEntry, thread: int, output: Any) -> bool:
+        """Leave a module; whether it is the outermost that the thread entered, whose forward is over."""
+        stack = self._busy.get(thread, [])
+        while stack and stack[-1].level > entry.level:  # left by an interruption that was caught inside
+            self.forwards.pop(thread)
+        if not stack or stack[-1].level != entry.level:
+            return False
+        if len(stack) == 1:
+            return True
+        context = stack[-1].context
+        if output is None:
+            context.failed = True
+        if context.recorded and stack[-2].context is not context:
+            self.calls.flush(thread, innermost=True)
+        stack.pop()
+        return False
+
+    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
+        """The same where code is compiled, or a stream captured."""
+        if is_compiling():
+            self.graphs.rings.end_in_graph(entry.level)
+            return
+        try:
+            if not captures_now():
+                self.end(entry, output)
+            elif self.levels.kept or self._graphs_write:
+                self.graphs.rings.end_in_graph(entry.level)
+        except Exception as error:
+            self.failures.note(error)

@@ -9,13 +9,16 @@ import torch
 
 from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
+from moe_trace.record.forward.context import ForwardContext
+from moe_trace.record.forward.ranges import OpenRanges, profiler_is_recording
 from moe_trace.record.hooks.site import Level, SiteHooks
 
 
 class HookLevels:
     """Puts the hooks of all routers on and off, as the forwards under way need them."""
 
-    def __init__(self, hooks: Sequence[SiteHooks]) -> None:
+    def __init__(self, hooks: Sequence[SiteHooks], ranges: OpenRanges) -> None:
+        self._ranges = ranges
         self.kept = False
         """Compiled code has the hooks in it, so they stay on: what they see in a forward that is not
         recorded is forgotten when it ends."""
@@ -36,6 +39,25 @@ class HookLevels:
         self._lock = threading.RLock()
         self.on_others: Callable[[], object] = lambda: None
         """Told that somebody put hooks on a router, or took them off."""
+
+    def want(self, context: ForwardContext, thread: int) -> None:
+        """The calling thread begins a forward: hook what it needs."""
+        ranges, level = self._ranges, Level.RECORD
+        if not context.recorded:
+            ranges.quiet.add(thread)
+            if self.level != Level.OFF:
+                self.set(Level.OFF, thread)
+            return
+        if ranges.quiet:
+            ranges.quiet.discard(thread)
+        if context.profiled and profiler_is_recording():
+            ranges.want(thread)
+            level = Level.RANGES
+        else:
+            ranges.wanted = None if ranges.wanted else False
+        self.wanted[thread] = level
+        if level != self.level or len(self.wanted) > 1 or [*map(len, self._router_hooks)] != self._installed:
+            self.set(level, thread)
 
     def set(self, level: Level, thread: int | None = None) -> None:
         """Hook what `level` needs; cheap when nothing changes.

@@ -56,7 +56,7 @@ class ModelHooks:
             SiteHooks(site, index, rings=rings, owner=self, log=log, **shared)
             for index, (site, rings) in enumerate(zip(sites, graphs.rings.sites, strict=True))
         ]
-        self._levels = HookLevels(self.routers)
+        self._levels = HookLevels(self.routers, self._ranges)
         self.watch = ForwardWatch(
             model, self.routers, steps, recorder, graphs, self._ranges, self._levels, log, owner=self
         )
@@ -70,8 +70,7 @@ class ModelHooks:
         )
         self._levels.on_others = self.calls.forget_plans
         self._entries = [
-            ModelEntry(module, level, begin=self.watch.begin, end=self.watch.end)
-            for module, level in entry_modules(model, sites)
+            ModelEntry(module, level, self.watch) for module, level in entry_modules(model, sites)
         ]
 
     def install(self, *, recording: bool, sending: Callable[[Any], DispatchInfo | None] | None) -> None:

@@ -86,7 +86,7 @@ class PlainForwards:
             or len(waiting) >= _WAITING_MAX
             or not self._recorder.may_defer
             or torch.is_grad_enabled()  # what is kept would keep the activations
-            or plan.has_graph(log.items, start)
+            or plan.has_graph(log.items[start + plan.last_output])
         ):
             self.work_off()
         return True

@@ -21,6 +21,13 @@ from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog
 from moe_trace.record.hooks.functions import MISSING, SiteObserver
 
 
+def _without_hidden(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What experts received, less the hidden states, which would keep their memory until the forward ends."""
+    if len(args) == 3:  # (hidden states, index, weights), as mostly: the general way takes five times as long
+        return None, args[1], args[2]
+    return None, *args[1:]
+
+
 class PlainCalls(HookOwner):
     """The hooks of a site whose calls are timed by the host's clock alone, and kept by reference.
 
@@ -70,8 +77,8 @@ class PlainCalls(HookOwner):
             or self.traced.call is not None
         ):
             self.general.after_experts(module, args, kwargs, output)
-        else:  # hidden states would keep their memory until the forward ends
-            self.log.note((self.experts_code, get_ident(), (None, *args[1:]), kwargs, None))
+        else:
+            self.log.note((self.experts_code, get_ident(), _without_hidden(args), kwargs, None))
 
 
 class PlainRanges(PlainCalls):
@@ -96,7 +103,7 @@ class PlainRanges(PlainCalls):
         if module is not self.block or get_ident() != ranges.thread or is_dynamo_compiling():
             self.general.before_block(module, args)
         else:
-            ranges.own.extend((self.block_range, ranges.enter(self.block_range)))
+            ranges.own.append((self.block_range, ranges.enter(self.block_range)))
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         own = self.ranges.own
@@ -105,19 +112,18 @@ class PlainRanges(PlainCalls):
             or get_ident() != self.ranges.thread
             or is_dynamo_compiling()
             or not own
-            or own[-2] is not self.block_range
+            or own[-1][0] is not self.block_range
         ):
             self.general.after_block(module, args, kwargs, output)
         else:
-            self.ranges.leave(own.pop())
-            own.pop()
+            self.ranges.leave(own.pop()[1])
 
     def before_router(self, module: nn.Module, args: Any) -> None:
         ranges, thread = self.ranges, get_ident()
         if module is not self.router or thread != ranges.thread or is_dynamo_compiling():
             self.general.before_router(module, args)
         else:
-            ranges.own.extend((self.router_range, ranges.enter(self.router_range)))
+            ranges.own.append((self.router_range, ranges.enter(self.router_range)))
             self.log.note((self.begin_code, thread, time_ns(), None, None))
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -127,12 +133,11 @@ class PlainRanges(PlainCalls):
             or thread != self.ranges.thread
             or is_dynamo_compiling()
             or not own
-            or own[-2] is not self.router_range
+            or own[-1][0] is not self.router_range
         ):
             self.general.after_router(module, args, output)
         else:
-            self.ranges.leave(own.pop())
-            own.pop()
+            self.ranges.leave(own.pop()[1])
             self.log.note((self.router_code, thread, now_ns, output, graph_task_id()))
 
     def before_experts(self, module: nn.Module, args: Any) -> None:
@@ -140,7 +145,7 @@ class PlainRanges(PlainCalls):
         if module is not self.experts or get_ident() != ranges.thread or is_dynamo_compiling():
             self.general.before_experts(module, args)
         else:
-            ranges.own.extend((self.experts_range, ranges.enter(self.experts_range)))
+            ranges.own.append((self.experts_range, ranges.enter(self.experts_range)))
 
     def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         thread, own = get_ident(), self.ranges.own
@@ -153,13 +158,12 @@ class PlainRanges(PlainCalls):
             or output is MISSING
             or self.traced.call is not None
             or not own
-            or own[-2] is not self.experts_range
+            or own[-1][0] is not self.experts_range
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
-            self.ranges.leave(own.pop())
-            own.pop()
-            self.log.note((self.experts_code, thread, (None, *args[1:]), kwargs, None))
+            self.ranges.leave(own.pop()[1])
+            self.log.note((self.experts_code, thread, _without_hidden(args), kwargs, None))
 
 
 class ListedExpert(HookOwner):

@@ -83,7 +83,7 @@ class CallCollector:
             innermost: whether those around it on the thread go on.
 
         Returns:
-            Whether there was anything to join.
+            Whether calls were handed to the recorder. Those of a plain forward wait for others.
         """
         # Few functions until the forward is kept: each that runs once a forward is in no cache.
         if len(self._log.items) == self._log.waiting and not self._joiner.begun:
@@ -91,9 +91,13 @@ class CallCollector:
         with self._lock:
             if self.checks.has_looked:
                 self.checks.start_again()
-            context = self._plain_context(thread)
-            if context is not None and self._plain.keep(context):
-                return True
+            context, stacks = None, self._forwards.stacks
+            if len(stacks) == 1 and thread in stacks and not self._joiner.begun and self._clock is None:
+                context = stacks[thread][-1].context  # nothing else is under way
+                if not context.recorded or context.recomputed or context.failed or context.ident != thread:
+                    context = None
+                elif self._plain.keep(context):
+                    return not self._plain.waiting
             self._plain.work_off()
             items = self._log.take()
             self._joiner.add(items)
@@ -107,16 +111,6 @@ class CallCollector:
         """A plain forward that waited, in which something was not as expected; nothing else is under way."""
         self._joiner.add(items, context)
         self._finish(self._joiner.finished(()))
-
-    def _plain_context(self, thread: int | None) -> ForwardContext | None:
-        """The forward that ends, if nothing else is under way and it is a first, whole and recorded one."""
-        stacks = self._forwards.stacks
-        if len(stacks) != 1 or thread not in stacks or self._joiner.begun or self._clock is not None:
-            return None
-        context = stacks[thread][-1].context
-        if not context.recorded or context.recomputed or context.failed:
-            return None
-        return context if context.ident == thread else None
 
     @property
     def counts(self) -> list[SiteCounts]:
