@@ -10,7 +10,7 @@ FAST := tests/test_architecture.py tests/find/test_contracts.py tests/record/tes
 	tests/simple/test_simple_profiler.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test-fast test test-versions test-hosts test-cuda release-check bench docs
+.PHONY: help setup lint test-fast test test-versions test-hosts test-vllm test-cuda release-check bench docs
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test-versions:  ## the truth-first tests on all admitted versions; writes docs/v
 
 test-hosts:  ## the routers of torchtitan, OLMo-core, Megatron-core and others; writes docs/frameworks.md
 	$(PYTHON) scripts/test_hosts.py
+
+test-vllm:  ## the real vLLM engine on a CPU, in an environment of its own (3 GB, cached)
+	bash scripts/test_vllm.sh
 
 release-check:  ## wheel and sdist, used as a stranger would, in a clean environment
 	$(PYTHON) scripts/check_release.py
