@@ -125,8 +125,9 @@ def capture(counts: list[list[int]], num_experts: int) -> Callable[[Any], None]:
 
 def main(family: str, folder: Path) -> None:
     """Load, answer without the profiler, answer under it, print."""
-    from moe_trace.integrations.vllm.plugin import register
     from vllm import LLM, SamplingParams
+
+    from moe_trace.integrations.vllm.plugin import register
 
     register()  # as the entry point does, so that nothing must be installed
     llm = LLM(
