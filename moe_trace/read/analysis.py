@@ -172,8 +172,9 @@ def analyse(
     if len(there) < 2 or "mixed" in chosen.stages:
         return whole
     stages = {stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in there}
+    shown_in = next((stage for stage in ("decode", "mixed") if stage in stages), None)
     stages = {
-        stage: part if stage in ("prefill", "train") else replace(part, distinct=whole.distinct)
+        stage: replace(part, distinct=whole.distinct) if stage == shown_in else part
         for stage, part in stages.items()
     }
     findings = find_apart(traces.evidence(whole), {stage: part.findings for stage, part in stages.items()})

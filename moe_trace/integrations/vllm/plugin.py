@@ -13,6 +13,8 @@ from typing import Any
 
 SWITCH = "MOE_TRACE_VLLM"
 """Environment variable; `0` keeps moe_trace out of vLLM."""
+METRICS = "MOE_TRACE_VLLM_METRICS"
+"""Environment variable: file that a serving run's figures go to, with or without a profiler."""
 _WORKERS, _WRAPPER, _METHOD = "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"
 
 
@@ -28,6 +30,8 @@ def register() -> None:
         return
     if getattr(method, "_moe_trace", False):
         return
+    if os.environ.get(METRICS):
+        _answer()
 
     @functools.wraps(method)
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,11 +55,21 @@ def _equip(worker: Any, config: Any) -> None:
     """A worker has its device, and no model yet."""
     try:
         profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
-        if worker is None or profiler != "torch":
+        if worker is None or (profiler != "torch" and not os.environ.get(METRICS)):
             return
         from moe_trace.integrations.vllm.worker import WorkerTracing
 
         WorkerTracing(worker, config).install()
+    except Exception as error:
+        _say(repr(error))
+
+
+def _answer() -> None:
+    """This may be the process that answers `/metrics`."""
+    try:
+        from moe_trace.integrations.vllm.metrics_page import serve_metrics
+
+        serve_metrics()
     except Exception as error:
         _say(repr(error))
 

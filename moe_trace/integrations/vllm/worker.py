@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_trace.data.errors import NoRoutersFound
 from moe_trace.find.contracts.engines.vllm import remove_taps
+from moe_trace.integrations.vllm.metrics import MetricsWriter, every, start_metrics, wanted
 from moe_trace.record.tracer import MoETracer
 
 logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's, which prints it as its own
@@ -37,6 +38,9 @@ class WorkerTracing:
         self.tracer: MoETracer | None = None
         self.compiles = _compiles(config)
         """Whether the model is compiled, or captured into graphs."""
+        self.metrics: MetricsWriter | None = None
+        self.stays = self.compiles or wanted()
+        """Whether the routers are hooked from the start to the end."""
         self._failed = False
         self._followed: Any = None
 
@@ -45,7 +49,10 @@ class WorkerTracing:
         worker = self.worker
         if self.compiles:
             keep_caches_apart(self.config)
+        if self.stays:
             _wrap(worker, "load_model", after=self._guarded(self.begin))
+        if wanted():
+            self._measure(worker)
         profile = worker.profile
 
         @functools.wraps(profile)
@@ -58,6 +65,26 @@ class WorkerTracing:
                 self._guarded(self._profile_started if is_start else self.end)()
 
         worker.profile = start_or_stop
+
+    def _measure(self, worker: Any) -> None:
+        """Wrap what tells a step of the engine from the runs of random tokens that it makes beside them."""
+
+        def when_idle(name: str) -> Callable[..., None]:
+            def call() -> None:
+                if self.metrics is not None and not self._is_profiling:
+                    getattr(self.metrics, name)()
+
+            return self._guarded(call)
+
+        _wrap(worker, "compile_or_warm_up_model", after=when_idle("forget"))
+        _wrap(worker, "execute_dummy_batch", before=when_idle("keep"), after=when_idle("forget"))
+        _wrap(worker, "execute_model", after=when_idle("step"))
+        _wrap(worker, "shutdown", before=when_idle("close"))
+
+    @property
+    def _is_profiling(self) -> bool:
+        """Whether what is recorded belongs into a trace first."""
+        return bool(getattr(getattr(self.worker, "profiler", None), "is_running", False))
 
     # -- when to record ---------------------------------------------------------------------------------
 
@@ -80,9 +107,11 @@ class WorkerTracing:
     def begin(self) -> None:
         """Hook the routers; every torch profiler that records from now on has the routing in its trace."""
         if self.tracer is None:
-            tracer = MoETracer(self.worker.get_model())
+            configured = getattr(getattr(self.config, "profiler_config", None), "profiler", None)
+            tracer = MoETracer(self.worker.get_model(), every=every() if configured is None else 1)
             tracer.start()
             self.tracer = tracer
+            self.metrics = start_metrics(tracer)
             logger.info("moe_trace records the routing of %d MoE layers", len(tracer.sites))
 
     def end(self) -> None:
@@ -93,7 +122,7 @@ class WorkerTracing:
         profiler = getattr(getattr(self.worker, "profiler", None), "profiler", None)
         if profiler is not None:
             tracer.detach(profiler)
-        if not self.compiles:
+        if not self.stays:
             self.tracer = None
             tracer.stop()
             remove_taps(self.worker.get_model())

@@ -1,0 +1,169 @@
+"""Routing figures of a serving run, without a trace: JSON Lines, and what vLLM's `/metrics` carries.
+
+    MOE_TRACE_VLLM_METRICS=/var/log/moe.jsonl vllm serve ...
+
+A worker appends a line for each window of time. The process that answers `/metrics` is another one, so it
+reads the last lines of that file when it is asked (`metrics_page`, in prometheus_client's default registry).
+Where `PROMETHEUS_MULTIPROC_DIR` is set, as with several API servers, vLLM's `/metrics` shows only what
+processes left there; then the workers leave theirs there, too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
+from moe_trace.data.schema import RoutingSample
+from moe_trace.integrations.scalars import scalar_points
+from moe_trace.integrations.vllm.metrics_page import COUNTS, FIGURES, MULTIPROCESS, PATH, values_of
+from moe_trace.record.parallel.engine import engine_layout
+from moe_trace.record.parallel.environment import rank_and_world_size
+from moe_trace.record.tracer import MoETracer
+
+SECONDS = "MOE_TRACE_VLLM_METRICS_SECONDS"
+EVERY = "MOE_TRACE_VLLM_METRICS_EVERY"
+_WAITING = 64
+
+logger = logging.getLogger("vllm.moe_trace")
+
+
+def window(samples: Sequence[RoutingSample]) -> dict[str, Any]:
+    """The figures of some router calls taken together: `tokens`, `forwards`, and `layers` with `FIGURES`.
+
+    Experts are dead where their layer made `ENOUGH_PER_EXPERT` assignments an expert; else that is None.
+    """
+    calls = CallTable.of(samples)
+    calls = calls.take(calls.forward).with_numbers(step=np.zeros(int(calls.forward.sum()), np.int64))
+    layers: dict[str, dict[str, float | int | None]] = {}
+    for tag, value, _ in scalar_points(calls):
+        figure, site = tag.removeprefix("moe_").split("/", 1)
+        if figure in FIGURES and site in {key.site for key in calls.keys}:
+            layers.setdefault(site, {})[figure] = round(value, 4)
+    forwards, tokens = 0, 0
+    for index, key in enumerate(calls.keys):
+        own = calls.take(calls.router == index)
+        if not len(own):
+            continue
+        loads_E = own.assignments.summed()
+        enough = len(loads_E) and loads_E.mean() >= ENOUGH_PER_EXPERT
+        found = layers.setdefault(key.site, {})
+        found["distinct_experts"] = round(float(own.assignments.used().mean()), 4)
+        found["dead_experts"] = int((loads_E == 0).sum()) if enough else None
+        forwards, tokens = max(forwards, len(own)), max(tokens, own.total("tokens"))
+    return {"tokens": tokens, "forwards": forwards, "layers": layers}
+
+
+class MetricsWriter:
+    """Appends a window's figures to the file, from a thread of its own.
+
+    Args:
+        tracer: records while it lasts.
+        path: of the JSON Lines.
+        rank: named in each line.
+        seconds: length of a window.
+    """
+
+    def __init__(self, tracer: MoETracer, path: Path, *, rank: int, seconds: float) -> None:
+        self._tracer, self._path, self._rank, self._seconds = tracer, path, rank, seconds
+        self._totals = dict.fromkeys(COUNTS, 0)
+        self._shared = _shared() if os.environ.get(MULTIPROCESS) else {}
+        self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._held: list[Any] = []
+        self._since = time.monotonic()
+        self._thread = threading.Thread(target=self._write_all, name="moe_trace metrics", daemon=True)
+        self._thread.start()
+
+    def forget(self) -> None:
+        """Drop what was recorded outside steps: vLLM's runs of random tokens."""
+        self._tracer.take_batches()
+
+    def keep(self) -> None:
+        """Set apart what was recorded so far, before such a run."""
+        self._held += self._tracer.take_batches()
+
+    def step(self) -> None:
+        """A step of the engine is over; hands the window on where its time is up, without waiting."""
+        if time.monotonic() - self._since >= self._seconds:
+            self._hand_on()
+
+    def close(self) -> None:
+        """Write the last window, and end the thread."""
+        if self._thread.is_alive():
+            self._hand_on()
+            self._queue.put(None)
+            self._thread.join()
+
+    def _hand_on(self) -> None:
+        self._since = time.monotonic()
+        batches, self._held = [*self._held, *self._tracer.take_batches()], []
+        try:
+            self._queue.put_nowait(batches)
+        except queue.Full:
+            logger.warning("moe_trace left out a window of its metrics: %s is written too slowly", self._path)
+
+    def _write_all(self) -> None:
+        try:
+            while (batches := self._queue.get()) is not None:
+                samples = self._tracer.samples_of(batches)
+                if samples:
+                    self._write(window(samples))
+        except Exception as error:
+            logger.warning("moe_trace writes no more metrics to %s: %r", self._path, error)
+
+    def _write(self, found: dict[str, Any]) -> None:
+        for name in COUNTS:
+            self._totals[name] += found[name]
+        total = {f"{name}_total": count for name, count in self._totals.items()}
+        line = {"time": round(time.time(), 3), "rank": self._rank, **found, **total}
+        with self._path.open("ab", buffering=0) as file:  # one write: lines of several ranks stay whole
+            file.write(json.dumps(line).encode() + b"\n")
+        for name in COUNTS if self._shared else ():
+            self._shared[name].labels(str(self._rank)).inc(found[name])
+        for name, labels, value in values_of(line) if self._shared else ():
+            if name in FIGURES:
+                self._shared[name].labels(*labels).set(value)
+
+
+def every() -> int:
+    """Of so many forwards one is recorded."""
+    return int(os.environ.get(EVERY, "1"))
+
+
+def wanted() -> bool:
+    """Whether metrics are asked for."""
+    return bool(os.environ.get(PATH))
+
+
+def start_metrics(tracer: MoETracer) -> MetricsWriter | None:
+    """None where they are not asked for, or another rank routes the same tokens and writes them."""
+    path = os.environ.get(PATH)
+    layout = engine_layout(tracer.model)
+    rank = rank_and_world_size()[0]
+    if not path or (layout is not None and min(layout.token_ranks) != rank):
+        return None
+    return MetricsWriter(tracer, Path(path), rank=rank, seconds=float(os.environ.get(SECONDS, "10")))
+
+
+def _shared() -> dict[str, Any]:
+    """Metrics of this process that go to the shared folder."""
+    from prometheus_client import Counter, Gauge
+
+    labels = ["rank", "layer"]
+    return {
+        **{
+            name: Gauge(f"moe_trace_{name}", text, labels, multiprocess_mode="livemostrecent")
+            for name, text in FIGURES.items()
+        },
+        **{name: Counter(f"moe_trace_{name}", text, ["rank"]) for name, text in COUNTS.items()},
+    }
