@@ -15,6 +15,7 @@ from typing import Any
 
 from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.engines.vllm import remove_taps
+from moe_trace.integrations.vllm.tokens import StepTokens, tell_tokens
 from moe_trace.record.tracer import MoETracer
 
 
@@ -22,6 +23,7 @@ class MoETraceWorker:
     """Methods that each worker gets. All that they return can be sent to another process."""
 
     _moe_tracer: MoETracer | None = None
+    _moe_tokens: StepTokens | None = None
 
     def moe_trace_start(self, **options: Any) -> list[str]:
         """Hook the routers; the torch profilers that record from now on have the routing in their traces.
@@ -39,6 +41,7 @@ class MoETraceWorker:
         if self._moe_tracer is not None:
             raise UsageError("moe_trace records already in this worker; call moe_trace_stop first")
         tracer = MoETracer(self.get_model(), **options)  # type: ignore[attr-defined]
+        self._moe_tokens = tell_tokens(tracer, self)
         tracer.start()
         self._moe_tracer = tracer
         return [site.name for site in tracer.sites]
@@ -61,6 +64,8 @@ class MoETraceWorker:
             raise UsageError("moe_trace does not record in this worker; call moe_trace_start first")
         self._moe_tracer = None
         tracer.stop()
+        if self._moe_tokens is not None:
+            self._moe_tokens.leave()
         remove_taps(tracer.model)
         if trace is not None:
             tracer.merge_into(Path(trace))

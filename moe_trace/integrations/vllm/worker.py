@@ -17,6 +17,7 @@ from typing import Any
 from moe_trace.data.errors import NoRoutersFound
 from moe_trace.find.contracts.engines.vllm import remove_taps
 from moe_trace.integrations.vllm.metrics import MetricsWriter, every, start_metrics, wanted
+from moe_trace.integrations.vllm.tokens import StepTokens, tell_tokens
 from moe_trace.record.tracer import MoETracer
 
 logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's, which prints it as its own
@@ -36,6 +37,7 @@ class WorkerTracing:
     def __init__(self, worker: Any, config: Any) -> None:
         self.worker, self.config = worker, config
         self.tracer: MoETracer | None = None
+        self.tokens: StepTokens | None = None
         self.compiles = _compiles(config)
         """Whether the model is compiled, or captured into graphs."""
         self.metrics: MetricsWriter | None = None
@@ -109,6 +111,7 @@ class WorkerTracing:
         if self.tracer is None:
             configured = getattr(getattr(self.config, "profiler_config", None), "profiler", None)
             tracer = MoETracer(self.worker.get_model(), every=every() if configured is None else 1)
+            self.tokens = tell_tokens(tracer, self.worker)
             tracer.start()
             self.tracer = tracer
             self.metrics = start_metrics(tracer)
@@ -125,6 +128,8 @@ class WorkerTracing:
         if not self.stays:
             self.tracer = None
             tracer.stop()
+            if self.tokens is not None:
+                self.tokens.leave()
             remove_taps(self.worker.get_model())
 
     # -- nothing of ours raises into vLLM ---------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Whose tokens a forward of vLLM has: phase, request and position of each, padding and dummy batches.
+
+Read from what vLLM's model runner keeps on the host, as its scheduler filled it; nothing comes from a device.
+
+decode     a generated token that is computed for the first time: the newest of its request, at position
+           max(prompt's length, tokens known - 1), and the draft tokens that a speculator put behind it
+prefill    every other token: prompts, whole or in chunks, and what a preempted request had generated before
+           it was preempted, which is computed again in one piece when it resumes
+padding    what fills a batch up to the size of a graph, or of the other data-parallel ranks, and all of a
+           dummy batch
+
+Nothing is told of batches that vLLM splits for overlap (`ubatch_slices`), nor of forwards that run as one
+CUDA graph (`FULL`), in which the host sees no model. With speculative decoding under asynchronous scheduling
+vLLM's own positions on the host are upper bounds, and so are these.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+
+from moe_trace.record.forward.batch_tokens import BatchTokens
+from moe_trace.record.tracer import MoETracer
+
+_CONTEXT = "vllm.forward_context"
+
+
+class StepTokens:
+    """Asked in each forward of a model runner: what `MoETracer.describe_tokens` takes.
+
+    Methods of the runner object are wrapped while it follows, never those of its class.
+
+    Args:
+        runner: the worker's `model_runner`, of either version.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self._scheduled: Any = None
+        """The scheduler's output of the step under way; None between steps, where dummy batches run."""
+        self._batch: Any = None
+        """What the second version prepared of it."""
+        self._numbers: dict[str, int] = {}
+        """By request id, while the request lives."""
+        self._next = 0
+        self._wrapped: list[str] = []
+
+    def follow(self) -> None:
+        """From now on know which step is under way."""
+        execute, runner = self.runner.execute_model, self.runner
+
+        @functools.wraps(execute)
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._scheduled = None if kwargs.get("dummy_run") else scheduler_output
+            try:
+                return execute(scheduler_output, *args, **kwargs)
+            finally:
+                self._forget(self._scheduled)
+                self._scheduled = self._batch = None
+
+        self._wrap("execute_model", execute_model)
+        prepare = getattr(runner, "prepare_inputs", None)
+        if prepare is not None:
+
+            @functools.wraps(prepare)
+            def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+                self._batch = prepare(*args, **kwargs)
+                return self._batch
+
+            self._wrap("prepare_inputs", prepare_inputs)
+
+    def leave(self) -> None:
+        """The runner is as it was before."""
+        for name in self._wrapped:
+            self.runner.__dict__.pop(name, None)
+        self._wrapped.clear()
+
+    def _wrap(self, name: str, function: Any) -> None:
+        if name not in self.runner.__dict__:
+            self._wrapped.append(name)
+            setattr(self.runner, name, function)
+
+    def __call__(self) -> BatchTokens | None:
+        """The tokens of the forward under way; None where they cannot be told apart."""
+        context = _forward_context()
+        if context is None or getattr(context, "ubatch_slices", None) is not None:
+            return None
+        descriptor = getattr(context, "batch_descriptor", None)
+        size = None if descriptor is None else int(descriptor.num_tokens)
+        if self._scheduled is None:
+            return None if size is None else self._told([], [], [], [], size)
+        return self._of_prepared(self._batch, size) if self._batch is not None else self._of_runner(size)
+
+    def _of_runner(self, size: int | None) -> BatchTokens:
+        """The first version keeps the requests of a step in its `input_batch`."""
+        batch, counts = self.runner.input_batch, self._scheduled.num_scheduled_tokens
+        ids = list(batch.req_ids)
+        some = slice(0, len(ids))
+        prompts = np.asarray(batch.num_prompt_tokens[some], np.int64)
+        known = np.asarray(batch.num_tokens_no_spec[some], np.int64)
+        starts = batch.num_computed_tokens_cpu[some]
+        return self._told(ids, [counts[one] for one in ids], starts, np.maximum(prompts, known - 1), size)
+
+    def _of_prepared(self, batch: Any, size: int | None) -> BatchTokens:
+        """The second returns an `InputBatch`, in which a request that resumes has all it knew as prefill."""
+        states = np.asarray(batch.idx_mapping_np)[: batch.num_reqs]
+        prompts = np.asarray(self.runner.req_states.prompt_len.np, np.int64)[states]
+        known = np.asarray(batch.prefill_len_np[: batch.num_reqs], np.int64)
+        tokens = np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
+        starts = batch.num_computed_tokens_np[: batch.num_reqs]
+        size = int(batch.num_tokens_after_padding) if size is None else size
+        return self._told(list(batch.req_ids), tokens, starts, np.maximum(prompts, known - 1), size)
+
+    def _told(self, ids: list[str], tokens: Any, starts: Any, first: Any, size: int | None) -> BatchTokens:
+        for one in ids:
+            if one not in self._numbers:
+                self._numbers[one] = self._next
+                self._next += 1
+        numbers = [self._numbers[one] for one in ids]
+        return BatchTokens.of_requests(numbers, tokens=tokens, starts=starts, decode_from=first, size=size)
+
+    def _forget(self, scheduled: Any) -> None:
+        """Requests that are over; an id may come again."""
+        for one in getattr(scheduled, "finished_req_ids", None) or ():
+            self._numbers.pop(one, None)
+
+
+def tell_tokens(tracer: MoETracer, worker: Any) -> StepTokens | None:
+    """Have a tracer told of the tokens of a worker's forwards; None where the worker has no such runner."""
+    runner = getattr(worker, "model_runner", None)
+    if not hasattr(runner, "execute_model"):
+        return None
+    tokens = StepTokens(runner)
+    tokens.follow()
+    tracer.describe_tokens(tokens)
+    return tokens
+
+
+def _forward_context() -> Any:
+    """vLLM's, while it runs a forward."""
+    module = sys.modules.get(_CONTEXT)
+    return module.get_forward_context() if module and module.is_forward_context_available() else None
