@@ -59,8 +59,9 @@ def watch_forwards(runner: Any, model: Any, orders: list[Any], given: list[Any])
 
 def main(folder: Path, compiled: bool) -> None:
     """Load, answer under the profiler, print."""
-    from moe_trace.integrations.vllm.plugin import register
     from vllm import LLM, SamplingParams
+
+    from moe_trace.integrations.vllm.plugin import register
 
     register()
     llm = LLM(

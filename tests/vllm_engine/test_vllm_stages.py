@@ -24,13 +24,14 @@ pytest.importorskip("vllm.version", reason="needs vLLM: make test-vllm")
 
 ENGINE = Path(__file__).with_name("stage_engine.py")
 EXPERTS = 8
+pytestmark = pytest.mark.timeout(600)
 
 
 def serve(folder: Path, *options: str) -> tuple[dict[str, Any], Path]:
     """What the engine said, and the trace that it wrote."""
     done = subprocess.run(
         [sys.executable, str(ENGINE), str(folder), *options],
-        env=os.environ | QUIET,
+        env=os.environ | QUIET | {"VLLM_CACHE_ROOT": str(folder / "cache")},
         capture_output=True,
         text=True,
         timeout=500,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_trace.data.errors import NoRoutersFound
+from moe_trace.data.version import __version__
 from moe_trace.find.contracts.engines.vllm import remove_taps
 from moe_trace.integrations.vllm.metrics import MetricsWriter, every, start_metrics, wanted
 from moe_trace.integrations.vllm.tokens import StepTokens, tell_tokens
@@ -127,9 +128,9 @@ class WorkerTracing:
             tracer.detach(profiler)
         if not self.stays:
             self.tracer = None
-            tracer.stop()
             if self.tokens is not None:
                 self.tokens.leave()
+            tracer.stop()
             remove_taps(self.worker.get_model())
 
     # -- nothing of ours raises into vLLM ---------------------------------------------------------------
@@ -187,6 +188,6 @@ def keep_caches_apart(config: Any) -> None:
     """Code that is compiled with hooks is never used without, nor the other way round."""
     os.environ[_AOT] = "0"
     if isinstance(getattr(config, "additional_config", None), dict):  # part of the hash of vLLM's cache
-        config.additional_config["moe_trace"] = "routing"
+        config.additional_config["moe_trace"] = f"routing and phases, {__version__}"
     else:
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
