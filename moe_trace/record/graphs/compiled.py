@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled, may_be_compiled, skip_in_dynamo
+from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled, skip_in_dynamo
 
 _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
 
@@ -88,8 +88,6 @@ def is_compiled(model: nn.Module, *, first: bool) -> bool:
     Args:
         first: whether it is the first since the tracer started.
     """
-    if not (first or may_be_compiled()):
-        return False
     return (first and bool(compiled_parts(model))) or is_called_through_compile()
 
 

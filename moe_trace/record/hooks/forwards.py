@@ -16,6 +16,7 @@ from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import (
     any_thread_is_profiled,
     graph_task_id,
+    may_be_compiled,
     tracing_state,
 )
 from moe_trace.record.calls.recorder import Recorder
@@ -123,7 +124,8 @@ class ForwardWatch:
         if graphs_write:
             self.graphs.start_on_host(context)
         self._in_graph.on_host = True
-        if not levels.kept and is_compiled(self.model, first=self.steps.forwards == 1):
+        first = self.steps.forwards == 1
+        if not levels.kept and (first or may_be_compiled()) and is_compiled(self.model, first=first):
             self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
         levels.want(context, thread)
         if sampled:
