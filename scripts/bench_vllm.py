@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS, EXPERTS, TOP_K, REQUESTS, TOKENS = 8, 32, 8, 8, 24
+LAYERS, EXPERTS, TOP_K, REQUESTS, TOKENS = 4, 32, 8, 8, 24
 MODEL = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -96,6 +96,7 @@ def engine(case: Case, folder: Path) -> None:
         enforce_eager=not case.compiled,
         max_model_len=128,
         max_num_seqs=REQUESTS,
+        max_num_batched_tokens=256,
         seed=0,
         enable_prefix_caching=False,
         disable_log_stats=True,
