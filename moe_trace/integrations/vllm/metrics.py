@@ -10,6 +10,7 @@ processes left there; then the workers leave theirs there, too.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -152,7 +153,9 @@ def start_metrics(tracer: MoETracer) -> MetricsWriter | None:
     rank = rank_and_world_size()[0]
     if not path or (layout is not None and min(layout.token_ranks) != rank):
         return None
-    return MetricsWriter(tracer, Path(path), rank=rank, seconds=float(os.environ.get(SECONDS, "10")))
+    writer = MetricsWriter(tracer, Path(path), rank=rank, seconds=float(os.environ.get(SECONDS, "10")))
+    atexit.register(writer.close)  # an engine in this process is not always shut down
+    return writer
 
 
 def _shared() -> dict[str, Any]:
