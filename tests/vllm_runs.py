@@ -12,6 +12,14 @@ import moe_trace
 PROMPT_TOKENS = 40 + 25 + 31 + 17
 ROUTERS = [f"model.layers.{layer}.mlp.gate" for layer in range(4)]
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
 
 @dataclass(frozen=True)
 class EngineRun:
@@ -37,8 +45,3 @@ def counts_in(trace: Path) -> dict[str, list[list[int]]]:
     for sample in moe_trace.read_recording(trace).samples:
         found.setdefault(sample.name, []).append(sample.assignments.tolist())
     return found
-
-
-def totals_in(trace: Path) -> list[list[int]]:
-    """By layer, the tokens per expert of all calls."""
-    return [[sum(column) for column in zip(*calls, strict=True)] for calls in counts_in(trace).values()]

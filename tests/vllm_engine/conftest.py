@@ -18,16 +18,9 @@ from typing import Any
 import pytest
 
 from paths import ROOT
-from vllm_runs import EngineRun, Runner
+from vllm_runs import ENVIRONMENT, EngineRun, Runner
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,10 +53,13 @@ def engine_run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
         in_process: bool = False,
         profiler: bool = True,
         environment: dict[str, str] | None = None,
+        compiled_oracle: bool = False,
         **engine: Any,
     ) -> EngineRun:
         folder = tmp_path_factory.mktemp("engine")
-        env = os.environ | ENVIRONMENT | {"PYTHONPATH": str(installed)} | (environment or {})
+        env = (
+            os.environ | ENVIRONMENT | {"PYTHONPATH": f"{installed}{os.pathsep}{HERE}"} | (environment or {})
+        )
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         env.setdefault("VLLM_CACHE_ROOT", str(folder / "cache"))
         if in_process:
@@ -72,6 +68,7 @@ def engine_run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
             options = {"torch_profiler_dir": str(folder / "traces"), "torch_profiler_with_stack": False}
             engine["profiler_config"] = {"profiler": "torch", **options}
         spec = {"out": str(folder / "result.json"), "phases": phases, "engine": engine}
+        spec["compiled_oracle"] = compiled_oracle
         done = subprocess.run(
             [sys.executable, str(HERE / "engine_run.py"), json.dumps(spec)],
             env=env,
@@ -79,7 +76,7 @@ def engine_run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=500,
         )
         assert done.returncode == 0, done.stdout[-4000:]
         traces = sorted((folder / "traces").glob("*.pt.trace.json*"), key=os.path.getmtime)

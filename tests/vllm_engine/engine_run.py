@@ -30,19 +30,12 @@ def prompts() -> list[dict[str, Any]]:
 
 
 def generate(llm: Any) -> dict[str, Any]:
-    """Tokens of each request, and by layer how often vLLM says that each expert was chosen."""
-    import numpy as np
+    """Tokens of each request."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    outputs = [one.outputs[0] for one in llm.generate(prompts(), sampling, use_tqdm=False)]
-    found: dict[str, Any] = {"tokens": [list(one.token_ids) for one in outputs]}
-    if outputs[0].routed_experts is not None:
-        chosen = np.concatenate([one.routed_experts for one in outputs])  # [tokens, layers, K]
-        layers = range(chosen.shape[1])
-        found["routed"] = [np.bincount(chosen[:, i].ravel(), minlength=16).tolist() for i in layers]
-        found["routed_tokens"] = len(chosen)
-    return found
+    outputs = llm.generate(prompts(), sampling, use_tqdm=False)
+    return {"tokens": [list(one.outputs[0].token_ids) for one in outputs]}
 
 
 class Oracle:
@@ -80,6 +73,60 @@ class Oracle:
         return {"by_logits": self.by_logits, "captured": self.captured}
 
 
+class CompiledOracle:
+    """The same where the model is compiled: ids are written into a buffer of ours, inside the compiled code,
+    as vLLM's own capturer does. It must be there before vLLM compiles."""
+
+    def __init__(self) -> None:
+        from vllm.v1.worker.gpu_worker import Worker
+
+        self.calls: list[list[list[int]]] = []
+        load, execute = Worker.load_model, Worker.execute_model
+
+        def load_and_capture(worker: Any, *args: Any, **kwargs: Any) -> None:
+            load(worker, *args, **kwargs)
+            self._capture(worker.get_model())
+
+        def execute_and_count(worker: Any, *args: Any, **kwargs: Any) -> Any:
+            self.ids.fill_(-1)
+            result = execute(worker, *args, **kwargs)
+            if (self.ids >= 0).any():
+                self.calls.append([ids[ids >= 0].bincount(minlength=16).tolist() for ids in self.ids])
+            return result
+
+        Worker.load_model, Worker.execute_model = load_and_capture, execute_and_count
+
+    def _capture(self, model: Any) -> None:
+        import torch
+
+        runners = [module for module in model.modules() if hasattr(module, "routed_experts")]
+        self.ids = torch.full((len(runners), 4096, 4), -1, dtype=torch.int64)
+        for runner, ids_TK in zip(runners, self.ids, strict=True):
+
+            def captured(ids: Any, to: Any = ids_TK) -> None:
+                to[: ids.shape[0]].copy_(ids)
+
+            runner.router.set_capture_fn(captured)
+
+    def close(self) -> dict[str, Any]:
+        """[calls][layers][E] since the last time."""
+        calls, self.calls = self.calls, []
+        return {"captured_steps": calls}
+
+
+class OracleWorker:
+    """The same in a worker of its own process, for `worker_extension_cls`."""
+
+    def oracle_start(self) -> None:
+        self.oracle = Oracle(self.get_model())  # type: ignore[attr-defined]
+
+    def oracle_stop(self, out: str | None = None) -> dict[str, Any]:
+        found = self.oracle.close()
+        if out is not None:
+            Path(out).write_text(json.dumps(found))
+        return found
+
+
 def worker_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
@@ -102,11 +149,15 @@ def left_on(worker: Any) -> dict[str, list[str]]:
     return {"hooks": hooks, "attributes": attributes}
 
 
-def run_phase(llm: Any, phase: dict[str, Any], in_process: bool) -> dict[str, Any]:
+def run_phase(llm: Any, phase: dict[str, Any], in_process: bool, compiled: Any) -> dict[str, Any]:
     kind, found = phase["kind"], {}
-    oracle = Oracle(worker_of(llm).get_model()) if phase.get("oracle") else None
+    if compiled is not None:
+        compiled.close()
+    oracle = Oracle(worker_of(llm).get_model()) if phase.get("oracle") and in_process else compiled
+    if phase.get("oracle") and not in_process:
+        llm.collective_rpc("oracle_start")
     if kind == "profile":
-        llm.start_profile(*phase.get("prefix", []))
+        llm.start_profile(**phase.get("options", {}))
     if kind == "rpc":
         found["sites"] = llm.collective_rpc("moe_trace_start")
     if in_process:
@@ -118,6 +169,8 @@ def run_phase(llm: Any, phase: dict[str, Any], in_process: bool) -> dict[str, An
         found["counts"] = llm.collective_rpc("moe_trace_stop")
     if oracle is not None:
         found |= oracle.close()
+    if phase.get("oracle") and not in_process:
+        found["ranks"] = llm.collective_rpc("oracle_stop")
     if in_process:
         found["after"] = left_on(worker_of(llm))
     return found
@@ -137,8 +190,11 @@ def main() -> None:
         "seed": 0,
         "disable_log_stats": True,
     }
+    compiled = CompiledOracle() if spec.get("compiled_oracle") else None
     llm = LLM(model=str(demo_path()), **(arguments | spec["engine"]))
-    result = {"phases": [run_phase(llm, phase, in_process) for phase in spec["phases"]]}
+    result: dict[str, Any] = {
+        "phases": [run_phase(llm, phase, in_process, compiled) for phase in spec["phases"]]
+    }
     if in_process:
         worker = worker_of(llm)
         result["wrapped"] = sorted(key for key, value in vars(worker).items() if callable(value))

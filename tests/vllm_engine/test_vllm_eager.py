@@ -20,8 +20,9 @@ def eager(engine_run: Runner) -> EngineRun:
         {"kind": "plain"},
         {"kind": "profile", "oracle": True},
         {"kind": "plain"},
-        {"kind": "profile", "oracle": True, "prefix": ["again"]},
+        {"kind": "profile", "oracle": True, "options": {"profile_prefix": "again"}},
         {"kind": "rpc", "oracle": True},
+        {"kind": "profile", "oracle": True, "options": {"delay_iterations": 2, "max_iterations": 2}},
     ]
     return engine_run(phases, in_process=True, enforce_eager=True, worker_extension_cls=EXTENSION)
 
@@ -48,6 +49,11 @@ def test_every_call_is_placed_and_the_trace_passes_check(eager: EngineRun, numbe
         assert sample.placement is not None and {"router", "experts", "block"} <= set(sample.placement.host)
     assert not any(recording.lost.calls.values()) and recording.lost.samples_without_range == 0
     assert main(["check", str(eager.traces[number])]) == 0
+
+
+def test_a_profiler_that_waits_and_stops_by_itself_has_its_own_steps(eager: EngineRun) -> None:
+    phase = eager.result["phases"][5]
+    assert counts_in(eager.traces[2]) == {name: calls[1:3] for name, calls in phase["captured"].items()}
 
 
 def test_the_tokens_are_those_of_vllm_alone(eager: EngineRun, without: EngineRun) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from moe_trace.data.errors import UsageError
 from moe_trace.find.contracts.engines.vllm import remove_taps
 from moe_trace.integrations.vllm.tokens import StepTokens, tell_tokens
+from moe_trace.integrations.vllm.worker import compiles
 from moe_trace.record.tracer import MoETracer
 
 
@@ -35,11 +36,16 @@ class MoETraceWorker:
             The paths of the routers.
 
         Raises:
-            UsageError: it records already.
+            UsageError: it records already, or vLLM has compiled its model.
             NoRoutersFound: the model has no routers.
         """
         if self._moe_tracer is not None:
             raise UsageError("moe_trace records already in this worker; call moe_trace_stop first")
+        if compiles(getattr(self, "vllm_config", None)):
+            raise UsageError(
+                "vLLM has compiled its model, without hooks; give enforce_eager=True, or leave the recording "
+                "to moe_trace's plugin, which is there when vLLM compiles (profiler_config=)"
+            )
         tracer = MoETracer(self.get_model(), **options)  # type: ignore[attr-defined]
         self._moe_tokens = tell_tokens(tracer, self)
         tracer.start()

@@ -39,7 +39,7 @@ class WorkerTracing:
         self.worker, self.config = worker, config
         self.tracer: MoETracer | None = None
         self.tokens: StepTokens | None = None
-        self.compiles = _compiles(config)
+        self.compiles = compiles(config)
         """Whether the model is compiled, or captured into graphs."""
         self.metrics: MetricsWriter | None = None
         self.stays = self.compiles or wanted()
@@ -178,7 +178,8 @@ def _wrap(
     setattr(owner, name, call)
 
 
-def _compiles(config: Any) -> bool:
+def compiles(config: Any) -> bool:
+    """Whether a `VllmConfig` has the model compiled, or captured into graphs."""
     compilation = getattr(config, "compilation_config", None)
     modes = (getattr(compilation, name, None) for name in ("mode", "cudagraph_mode"))
     return any(mode is not None and getattr(mode, "name", str(mode)) != "NONE" for mode in modes)
