@@ -71,6 +71,7 @@ class LeakWatch:
         """One sentence for each thing that the test left behind; it is then forgotten."""
         found = [f"thread {t.name!r} of {thread_origin(t)} still runs" for t in new_threads(self._threads)]
         found += [f"range {getattr(r, 'name', r)!r} is still open" for r in self._open_ranges.values()]
+        self._remove_muted()
         found += [f"hook {hook!r} is still registered" for hook in self._our_hooks()]
         found += [f"{owner.__name__}.{name} of torch is still wrapped" for owner, name in self._our_wraps()]
         self._hook_dicts.clear()
@@ -85,6 +86,13 @@ class LeakWatch:
     def _our_hooks(self) -> Iterator[Any]:
         for hooks in self._hook_dicts:
             yield from (h for h in hooks.values() if origin(h).split(".")[0] == OUR_PACKAGE)
+
+    @staticmethod
+    def _remove_muted() -> None:
+        """Those that stay on a compiled model on purpose, and go when they are asked to."""
+        muted = sys.modules.get(f"{OUR_PACKAGE}.record.muted")
+        if muted is not None:
+            muted.remove_all()
 
     def _our_wraps(self) -> Iterator[tuple[type, str]]:
         sessions = sys.modules.get(f"{OUR_PACKAGE}.record.sessions")

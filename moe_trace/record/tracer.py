@@ -25,12 +25,12 @@ from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.forward.token_source import TokenProvider
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.graphs.compiled import is_capturing, recompile, warn_if_compiled_before
-from moe_trace.record.graphs.forwards import Segment
+from moe_trace.record.graphs.compiled import is_capturing, warn_if_compiled_before
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
 from moe_trace.record.lost import lost_so_far, recorded_calls, router_infos, unread_in_graphs
+from moe_trace.record.muted import mute, recompile, unmute
 from moe_trace.record.options import TracerOptions
 from moe_trace.record.parallel.environment import describe_model, versions
 from moe_trace.record.parallel.process import ParallelModel
@@ -134,19 +134,18 @@ class MoETracer(HookOwner):
         warn_of_missing()
         rehearse(self.sites)
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
-        self._graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # ran while it was off
+        compiled = unmute(self.sites, self._graphs)
         sending = self._parallel.sending if self._parallel.world_size > 1 else None
-        self._hooks.install(recording=self.samples_this_step(), sending=sending)
+        self._hooks.install(recording=self.samples_this_step(), sending=sending, compiled=compiled)
         self._sessions.start()
 
     def stop(self) -> None:
-        """Take the hooks off and close every range; what was recorded is kept."""
+        """Take the hooks off, but for muted ones where they were compiled in; what was recorded is kept."""
         self._sessions.stop()
         self.mark_graphs()
-        unread = unread_in_graphs(self._hooks, self._graphs)
-        warn_if_compiled_before(self.model, called=self.called or bool(unread))
-        self._hooks.remove()
-        self._graphs.launches.stop()
+        unread = bool(unread_in_graphs(self._hooks, self._graphs))
+        warn_if_compiled_before(self.model, called=self.called or unread)
+        mute(self._hooks, self._graphs)
         self._active = False
         if not is_capturing():
             self._recorder.reduce()
@@ -262,7 +261,7 @@ class MoETracer(HookOwner):
 
     def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
         """The samples that `take_batches` removed, and those of compiled code. Waits for the copies."""
-        if self._graphs.writes:
+        if self._graphs.writes or self._graphs.shipped:
             self._graphs.collect()
             batches = batches + self._recorder.take(reduce=False)
         return self._recorder.samples_of(batches)

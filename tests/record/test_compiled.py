@@ -238,7 +238,7 @@ def test_what_runs_while_the_tracer_is_off_is_not_recorded() -> None:
     with tracer:
         forward = torch.compile(model, backend="aot_eager")
         run(forward, [(1, 3)])
-    run(forward, [(1, 3)])  # compiled again, without the hooks
+    run(forward, [(1, 3)])  # with muted hooks
     with tracer:
         tracer.recompile()
         run(forward, [(1, 3)])

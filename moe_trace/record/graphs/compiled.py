@@ -121,12 +121,3 @@ def warn_if_compiled_before(model: nn.Module, *, called: bool) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def recompile() -> None:
-    """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
-
-    For a tracer that was started after the first compiled call, and for models that shall run without
-    the recording that was compiled into them. Everything compiled is compiled again at its next call.
-    """
-    torch.compiler.reset()

@@ -19,10 +19,10 @@ from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.graphs.forward_in_graph import ForwardInGraph
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
-from moe_trace.record.graphs.memory import captures_now, keep_for_graphs, outside_graphs
+from moe_trace.record.graphs.memory import captures_now, device_of, keep_for_graphs, outside_graphs
 from moe_trace.record.graphs.ring_buffer import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
 
-_CPU = torch.device("cpu")
+_RINGS = ("small", "medium", "reduced", *(f"ids_{room}" for room in ROOMS))
 
 
 class SiteRings:
@@ -103,8 +103,15 @@ class SiteRings:
         """The same while a stream is captured into a graph, whose replays will write."""
         with torch.no_grad():
             self.write(reading)
-        keep_for_graphs([memory for ring in self.all() for memory in (ring.data, *ring.counter.memory)])
-        keep_for_graphs([ring.data for ring in self.ids().values()])
+        keep_for_graphs([memory for ring in self.memory() for memory in (ring.data, *ring.counter.memory)])
+
+    def take_over(self, other: SiteRings) -> None:
+        """Write where another wrote, and leave it without memory."""
+        self.traced |= other.traced
+        self.misreads |= other.misreads
+        for name in _RINGS:
+            setattr(self, name, getattr(other, name))
+            setattr(other, name, None)
 
     def all(self) -> Iterator[GraphRing]:
         yield from (ring for ring in (self.small, self.medium, self.reduced) if ring is not None)
@@ -113,6 +120,10 @@ class SiteRings:
         """Those of ids, by room."""
         found = {room: getattr(self, f"ids_{room}") for room in ROOMS}
         return {room: ring for room, ring in found.items() if ring is not None}
+
+    def memory(self) -> list[GraphRing | IdsRing]:
+        """All rings."""
+        return [*self.all(), *self.ids().values()]
 
 
 class ModelRings:
@@ -151,8 +162,7 @@ class ModelRings:
     @property
     def slots(self) -> int:
         """Forwards after which the first slot of some ring is written again."""
-        slots = [ring.slots for site in self.sites for ring in site.all()]
-        return min(slots + [ring.slots for site in self.sites for ring in site.ids().values()], default=1)
+        return min((ring.slots for site in self.sites for ring in site.memory()), default=1)
 
     @property
     def compiled(self) -> bool:
@@ -171,7 +181,7 @@ class ModelRings:
     def prepare(self) -> int:
         """Make the counters; runs while tracing, never in the graph."""
         if not self.counters:
-            for device in {_device(site): None for site in self._routers}:
+            for device in {device_of(site.router): None for site in self._routers}:
                 self._counter(device)
             self._counting(self._forwards.seen())  # the one under way is counted by the graph itself
         self._started()
@@ -196,6 +206,25 @@ class ModelRings:
             return
         with torch.no_grad():
             self.in_graph.end(level)
+
+    def take_over(self, other: ModelRings, *, forwards: int | None = None) -> None:
+        """Have what compiled code writes, which an earlier tracer had; count on from `forwards`, if given."""
+        theirs = {(id(r.router), r.name): rings for r, rings in zip(other._routers, other.sites, strict=True)}
+        for router, mine in zip(self._routers, self.sites, strict=True):
+            if (rings := theirs.get((id(router.router), router.name))) is not None:
+                mine.take_over(rings)
+        self.tells |= other.tells
+        self.counters += other.counters
+        other.counters.clear()
+        if forwards is None:
+            return
+        for counter in self.counters:
+            with outside_graphs(counter.device):
+                counter.restart(forwards=forwards, epoch=self._forwards.epoch)
+                for ring in (one for site in self.sites for one in site.memory()):
+                    if ring.counter is counter:
+                        ring.data.zero_()
+        self._counting(forwards)
 
     def begin_on_host(self) -> None:
         """A forward begins that the host sees."""
@@ -228,14 +257,6 @@ class ModelRings:
             for counter in self.counters:
                 counter.describe(batch)
 
-    def ids_by_room(self, sites: Sequence[int]) -> dict[int, list[int]]:
-        """Of some routers those that have a ring of ids of each room."""
-        found: dict[int, list[int]] = {}
-        for index in sites:
-            for room in self.sites[index].ids():
-                found.setdefault(room, []).append(index)
-        return found
-
     def _allocate(self, site: SiteRings, kind: RingKind | int, top_k: int, classes: int) -> None:
         wanted = self._routers[self.sites.index(site)].info
         for other, router in zip(self.sites, self._routers, strict=True):
@@ -243,7 +264,7 @@ class ModelRings:
             alike = (router.info.num_experts, router.info.top_k) == (wanted.num_experts, wanted.top_k)
             name = f"ids_{kind}" if isinstance(kind, int) else kind
             if alike and getattr(other, name) is None:
-                counter = self._counter(_device(router))
+                counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
                 sizes |= {"sites": len(self.sites), "counter": counter}
                 with outside_graphs(counter.device):
@@ -267,11 +288,3 @@ class ModelRings:
         self.counters.append(counter)
         self._counting(seen - 1)  # the forward under way is the first that writes
         return counter
-
-
-def _device(site: RouterSite) -> torch.device:
-    """Where the router's weights are, which is where its decision is made."""
-    for tensor in (*site.router.parameters(), *site.router.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU

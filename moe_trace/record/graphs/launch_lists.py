@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,10 @@ class LaunchLists:
         """A graph takes up the hooks: listen to what is compiled from now on."""
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             listen_to_compiles(self._told)
+
+    def know(self, graphs: Iterable[CompiledGraph]) -> None:
+        """Those that an earlier tracer of the model was told of."""
+        self._found |= dict.fromkeys(graphs)
 
     def stop(self) -> None:
         """Listen no more; what was told is kept."""

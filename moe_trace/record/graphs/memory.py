@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.cuda import is_current_stream_capturing, is_initialized
 
 from moe_trace.find.private.torch_names import without_fake_tensors
@@ -64,3 +64,12 @@ def _stream_beside(device: torch.device) -> torch.cuda.Stream:
             if not torch.cuda.is_current_stream_capturing():
                 return stream
     return torch.cuda.Stream(device, priority=-1)  # of another pool
+
+
+def device_of(router: nn.Module) -> torch.device:
+    """Where the router's weights are, which is where its decision is made."""
+    for tensor in (*router.parameters(), *router.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    current = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return torch.device("cpu") if current is None else torch.device("cuda", current)

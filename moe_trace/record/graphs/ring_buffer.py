@@ -82,6 +82,12 @@ class ForwardCounter:
             return None
         return self.phases[:tokens] if tokens <= PHASES_MAX else self.phases.new_zeros(tokens)
 
+    def restart(self, *, forwards: int, epoch: int) -> None:
+        """Count on from there."""
+        self.describe(None)
+        self.forwards.fill_(forwards)
+        self.code.fill_(epoch << 8)
+
     def start_on_host(self, epoch: int, stage: Stage) -> None:
         """Two launches, no copy from the host, so nothing waits."""
         self.forwards.add_(1)

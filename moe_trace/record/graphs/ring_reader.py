@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import STAGES, GraphMark
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord, Records
@@ -30,8 +31,8 @@ from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
 from moe_trace.record.graphs.ids_ring import ship_ids
 from moe_trace.record.graphs.launch_lists import LaunchLists
-from moe_trace.record.graphs.memory import is_capturing
-from moe_trace.record.graphs.ring_buffer import PHASES_MAX, unpad
+from moe_trace.record.graphs.memory import captures_now, is_capturing
+from moe_trace.record.graphs.ring_buffer import EXACT, PHASES_MAX, unpad
 
 
 class RingReader:
@@ -69,7 +70,7 @@ class RingReader:
         self._routers = list(sites)
         self._recorder = recorder
         self._lock = threading.RLock()
-        self._shipped: deque[Shipment] = deque()
+        self.shipped: deque[Shipment] = deque()
         self._unshipped = 0
         """Forwards that the host saw begin since the rings were shipped."""
         self._shipped_at = 0
@@ -100,6 +101,29 @@ class RingReader:
         self.forwards.counted_after = before
         if self.forwards.remember():
             self._unshipped = 1
+
+    def release(self) -> bool:
+        """Read the rings for the last time, so that others may; whether compiled code writes there."""
+        if not self.rings.compiled or not self._may_read():
+            return False
+        self.ship()
+        return True
+
+    def take_over(self, rings: ModelRings, graphs: Iterable[CompiledGraph]) -> bool:
+        """Read what code writes that was compiled under an earlier tracer, from the next forward on.
+
+        Returns:
+            False, and nothing is read, where graphs write to rings of our own.
+        """
+        if self.writes:
+            return False
+        with self._lock:
+            self._take()
+            forwards = max([self.forwards.seen(), *(last for last, _ in self.forwards.segments())])
+            self.rings.take_over(rings, forwards=forwards)
+            self._shipped_at = forwards
+        self.launches.know(graphs)
+        return True
 
     # -- in the forward's time ------------------------------------------------------------------------
 
@@ -150,28 +174,37 @@ class RingReader:
             for shape, indices in by_shape.items():
                 rings = [getattr(self.rings.sites[index], shape.kind) for index in indices]
                 routes = self._recorder.routes is not None
-                self._shipped.append(shipped := ship(shape, indices, rings, routes=routes))
+                self.shipped.append(shipped := ship(shape, indices, rings, routes=routes))
                 if routes and shape.kind == "reduced":
-                    for room, sites in self.rings.ids_by_room(indices).items():
+                    for room, sites in self._ids_by_room(indices).items():
                         shipped.large[room] = ship_ids(
                             sites, [self.rings.sites[i].ids()[room] for i in sites]
                         )
-            if sum(shipped.rows for shipped in self._shipped) > self._recorder.capacity + REMEMBERED:
+            if sum(shipped.rows for shipped in self.shipped) > self._recorder.capacity + REMEMBERED:
                 self._take()  # the recorder keeps to its capacity, and counts what it drops
+
+    def _ids_by_room(self, sites: Sequence[int]) -> dict[int, list[int]]:
+        """Of some routers those that have a ring of ids of each room."""
+        found: dict[int, list[int]] = {}
+        for index in sites:
+            for room in self.rings.sites[index].ids():
+                found.setdefault(room, []).append(index)
+        return found
 
     # -- when samples are wanted ----------------------------------------------------------------------
 
     def drain(self) -> None:
         """Hand every decision made so far to the recorder. Waits for the device."""
-        if not self._may_read():
+        if captures_now():
             return
         with self._lock:
-            self.ship()
+            if self.writes:
+                self.ship()
             self._take()
 
     def collect(self) -> None:
         """Hand what was shipped to the recorder. Waits for the copies; may run on any thread."""
-        for shipped in list(self._shipped):
+        for shipped in list(self.shipped):
             shipped.wait()
         with self._lock:
             self._take()
@@ -180,8 +213,14 @@ class RingReader:
         return self.writes and not is_capturing(self.rings.counters[0].device)
 
     def _take(self) -> None:
-        new = [NewRows(shipped, self._drained) for shipped in self._shipped]
-        self._shipped.clear()
+        if not self.shipped:
+            return
+        new = [NewRows(shipped, self._drained) for shipped in self.shipped]
+        slots: dict[int, int] = {}
+        for shipped in self.shipped:
+            for index in shipped.sites:
+                slots[index] = min(shipped.shape.slots, slots.get(index, EXACT))
+        self.shipped.clear()
         segments = self.forwards.segments()
         before, found = list(self._drained), [set[int]() for _ in self._routers]
         seen_by_host = self.forwards.seen_by_host(self._shipped_epoch)
@@ -196,7 +235,7 @@ class RingReader:
         for index, forwards in enumerate(found):
             if forwards:
                 self._drained[index] = max(forwards)
-                self._count_lost(index, before[index], forwards, seen_by_host)
+                self._count_lost(slots[index], before[index], forwards, seen_by_host)
         self.forwards.forget(min(self._drained), self._shipped_epoch)
 
     def _store(
@@ -240,9 +279,8 @@ class RingReader:
             if self._recorder.routes is not None:
                 self._recorder.routes.add_from_graph(record, rows.routes(index, row, forward, tokens), tokens)
 
-    def _count_lost(self, index: int, last: int, forwards: set[int], seen_by_host: int) -> None:
+    def _count_lost(self, slots: int, last: int, forwards: set[int], seen_by_host: int) -> None:
         """Rows written over before anybody shipped them; the host's forwards are shipped in time."""
         span = max(forwards) - last
-        slots = min(ring.slots for ring in self.rings.sites[index].all())
         if span > slots:
             self._written_over += max(0, span - len(forwards) - seen_by_host)

@@ -14,12 +14,14 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.data.schema import STAGES
 from moe_trace.find.private.torch_names import count_function_modes, outside_functions
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.graphs.compiled import give_stable_id
+from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.memory import captures_now
 
 
@@ -46,10 +48,11 @@ class ModelEntry(HookOwner):
 
     Args:
         level: modules around it; smaller is further outside.
+        rings: told of forwards inside a graph that is being compiled, which has nothing else of its tracer.
     """
 
-    def __init__(self, module: nn.Module, level: int, watch: Watch) -> None:
-        self.module, self.level, self._watch = module, level, watch
+    def __init__(self, module: nn.Module, level: int, watch: Watch, rings: ModelRings) -> None:
+        self.module, self.level, self._watch, self._rings = module, level, watch, rings
         self.inputs = ModelInputs(module)
         self._handles: list[RemovableHandle] = []
 
@@ -78,6 +81,9 @@ class ModelEntry(HookOwner):
             except Exception as error:
                 watch.failures.note(error)
         elif module is self.module or not detach_if_copy(module, self.module):
+            if is_compiling():
+                self._rings.start_in_graph(STAGES.index(self.inputs.stage(args, kwargs)), self.level)
+                return
             with outside_functions() if count_function_modes() else nullcontext():
                 watch.begin_otherwise(self, args, kwargs, module is not self.module)
 
@@ -90,6 +96,9 @@ class ModelEntry(HookOwner):
             except Exception as error:
                 watch.failures.note(error)
         elif module is self.module or not detach_if_copy(module, self.module):
+            if is_compiling():
+                self._rings.end_in_graph(self.level)
+                return
             with outside_functions() if count_function_modes() else nullcontext():
                 watch.end_otherwise(self, output)
 

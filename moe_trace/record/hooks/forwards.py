@@ -81,6 +81,10 @@ class ForwardWatch:
         if is_compiling() or not captures_now():
             self.levels.keep()  # what is captured holds none of the hooks' Python
 
+    def graph_known(self) -> None:
+        """Code that was compiled before has these hooks in it."""
+        self.recorder.may_defer = False
+
     def outside(self) -> ForwardContext:
         """What is known of a router called outside any forward: a submodule on its own."""
         stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
@@ -135,10 +139,7 @@ class ForwardWatch:
             self.send_events(tokens, context)
 
     def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """The same where code is compiled, a stream captured, or a replica of the module called."""
-        if is_compiling():
-            self.graphs.rings.start_in_graph(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
-            return
+        """The same where a stream is captured, or a replica of the module called."""
         try:
             if captures_now():
                 self.levels.set(Level.RANGES)  # which tells where the experts end
@@ -287,10 +288,7 @@ class ForwardWatch:
         return False
 
     def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
-        """The same where code is compiled, or a stream captured."""
-        if is_compiling():
-            self.graphs.rings.end_in_graph(entry.level)
-            return
+        """The same where a stream is captured."""
         try:
             if not captures_now():
                 self.end(entry, output)

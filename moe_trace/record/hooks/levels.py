@@ -11,7 +11,7 @@ from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import OpenRanges, profiler_is_recording
-from moe_trace.record.hooks.site import Level, SiteHooks
+from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
 
 
 class HookLevels:
@@ -83,6 +83,15 @@ class HookLevels:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
         self._installed = [*map(len, self._router_hooks)]
+
+    def put_on_as(self, compiled: Sequence[HooksOn | None]) -> None:
+        """Hook as code that was compiled before expects it, so that it is used again; all where None."""
+        self.kept, self.level = True, None
+        for hooks, on in zip(self._hooks, compiled, strict=True):
+            if on is None:
+                hooks.set_level(Level.RANGES, first=False)
+            else:
+                hooks.put_on_as(on)
 
     def keep(self) -> None:
         """Compiled code has the hooks in it from now on; may run while it is being traced.

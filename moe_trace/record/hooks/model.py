@@ -22,7 +22,7 @@ from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.forwards import ForwardWatch
 from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
-from moe_trace.record.hooks.site import Level, SiteHooks
+from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 
@@ -69,27 +69,44 @@ class ModelHooks:
             clock=clock,
         )
         self._levels.on_others = self.calls.forget_plans
-        self._entries = [
-            ModelEntry(module, level, self.watch) for module, level in entry_modules(model, sites)
+        self.entries = [
+            ModelEntry(module, level, self.watch, graphs.rings)
+            for module, level in entry_modules(model, sites)
         ]
 
-    def install(self, *, recording: bool, sending: Callable[[Any], DispatchInfo | None] | None) -> None:
+    def install(
+        self,
+        *,
+        recording: bool,
+        sending: Callable[[Any], DispatchInfo | None] | None,
+        compiled: Sequence[HooksOn | None] = (),
+    ) -> None:
         """Install all hooks.
 
         Args:
             recording: whether the step under way is recorded. The hook on the model asks again at its next
                 forward; a caller of a submodule never gets there.
             sending: tells from the arguments of the experts what a call moves between processes.
+            compiled: of each router, the hooks that stand in code that was compiled before.
         """
         run_hooks_in_python([ModelEntry.before, ModelEntry.after, *SiteHooks.functions()])
         for router in self.routers:
             router.sending = sending
-        if compiled_parts(self._model):
+        if compiled:
+            self.watch.graph_known()
+        elif compiled_parts(self._model):
             self.watch.graph_started()
-        for entry in self._entries:
+        for entry in self.entries:
             entry.install()
         self.watch.send_events()
-        self._levels.set(Level.RANGES if recording else Level.OFF)
+        if compiled:
+            self._levels.put_on_as(compiled)
+        else:
+            self._levels.set(Level.RANGES if recording else Level.OFF)
+
+    def hooks_on(self) -> list[HooksOn]:
+        """Of each router, the hooks that are on."""
+        return [router.hooks_on for router in self.routers]
 
     def describe(self, told: BatchTokens | TokenProvider | None) -> None:
         """A host framework tells the tokens of forwards: see `MoETracer.describe_tokens`."""
@@ -103,7 +120,7 @@ class ModelHooks:
 
     def remove(self) -> None:
         """Remove all hooks and close every range; router calls under way are recorded."""
-        for entry in self._entries:
+        for entry in self.entries:
             entry.remove()
         self._levels.remove()
         for thread in self.watch.forwards.threads():

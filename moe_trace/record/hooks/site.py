@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -26,15 +27,29 @@ class Level(IntEnum):
     """The block too, and ranges while a profiler records."""
 
 
+@dataclass(frozen=True)
+class HooksOn:
+    """Which hooks are on a router, its experts and its block, and where: what a compiler looks at."""
+
+    level: Level
+    of_block: tuple[bool, bool]
+    copies: bool
+    ranged: bool
+    timed: bool
+    """By another clock."""
+    sending: bool
+    first: bool
+
+
 class SiteHooks(SiteObserver):
     """Install and remove the hooks of one site.
 
     Args:
-        owner: the tracer, for the claim on the router's ranges.
+        owner: the tracer, for the claim on the router's ranges; None for hooks that record nothing.
         others: see `SiteObserver`.
     """
 
-    def __init__(self, *arguments: Any, owner: object, **others: Any) -> None:
+    def __init__(self, *arguments: Any, owner: object | None, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.level = Level.OFF
         self.observe_block = self.site.experts is not None or bool(self.site.listed)
@@ -110,17 +125,42 @@ class SiteHooks(SiteObserver):
         self.level, self._first = level, first
         if level == Level.OFF:
             return
-        claim_ranges(self.site.router, self._owner)
+        if self._owner is not None:
+            claim_ranges(self.site.router, self._owner)
         self._install(level)
         for handle in self._handles:
             give_stable_id(handle)
         self._router_hooks = len(hooks_of(self.site.router))
 
+    @property
+    def hooks_on(self) -> HooksOn:
+        """Those that are on."""
+        return HooksOn(
+            level=self.level,
+            of_block=self._of_block,
+            copies=self._copies_received,
+            ranged=self.ranged,
+            timed=self._clock is not None,
+            sending=self.sending is not None,
+            first=self._first,
+        )
+
+    def put_on_as(self, on: HooksOn) -> None:
+        """Install the same hooks as those."""
+        self.observe_block, self.reads_block = on.of_block
+        self.ranged = on.ranged
+        if not on.copies:
+            self.copies = None
+        elif self.copies is None:
+            self.copies = TensorCopies()
+        self.set_level(on.level, first=on.first)
+
     def _install(self, level: Level) -> None:
         site, add = self.site, self._handles.append
         self._of_block = (self.observe_block, self.reads_block)
-        ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
-        self.ranged = ranged
+        ranged = self.ranged
+        if self._owner is not None:
+            ranged = self.ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
         timed = ranged or self._clock is not None or level == Level.RANGES
         self._cuda = any(
             p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters()
@@ -181,7 +221,8 @@ class SiteHooks(SiteObserver):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        release_ranges(self.site.router, self._owner)
+        if self._owner is not None:
+            release_ranges(self.site.router, self._owner)
 
     def settle(self, *, calls: int, fused: int) -> None:
         """A recorded forward has ended: what need not be observed any more is not hooked in the next one.

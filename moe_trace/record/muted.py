@@ -1,0 +1,191 @@
+"""The hooks that compiled code expects, between two tracers of its model: they record nothing.
+
+Dynamo compiles a model anew when the hooks in its code are gone, and does not ask for hooks in what it then
+has. So where code was compiled under a tracer, its hooks stay on when the tracer stops. They cost what they
+cost while it was active, in the graph, and keep the rings and nothing else that was recorded. The next tracer
+of the same routers has them replaced by its own, which write to the same rings.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_trace.data.compiled_graph import CompiledGraph
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.inplace_outputs import TensorCopies
+from moe_trace.record.forward.isolation import Failures
+from moe_trace.record.forward.ranges import OpenRanges
+from moe_trace.record.graphs.capture import CaptureNotes
+from moe_trace.record.graphs.compiled_rings import ModelRings
+from moe_trace.record.graphs.forwards import GraphForwards, Segment
+from moe_trace.record.graphs.memory import device_of
+from moe_trace.record.graphs.ring_reader import RingReader
+from moe_trace.record.hooks.entry_modules import ModelEntry
+from moe_trace.record.hooks.events import EventLog
+from moe_trace.record.hooks.model import ModelHooks
+from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
+
+
+class MutedHooks:
+    """Stand in for those of a tracer that has stopped, as long as the model lives or until the next one."""
+
+    def __init__(self, hooks: ModelHooks, graphs: RingReader, on: Sequence[HooksOn]) -> None:
+        self.sites = [router.site for router in hooks.routers]
+        self.graphs: tuple[CompiledGraph, ...] = graphs.launches.graphs()
+        self.rings = ModelRings(
+            self.sites,
+            GraphForwards(lambda: 0, lambda _: False),
+            started=_nothing,
+            counting=_nothing,
+            keeps_ids=any(rings.keeps_ids for rings in graphs.rings.sites),
+        )
+        self.rings.take_over(graphs.rings)
+        self.failures = Failures()
+        self._outermost: int | None = None
+        """Level of the module that the forward under way began with."""
+        self._routers = _silent_hooks(self.sites, self.rings, on)
+        self._entries = [ModelEntry(entry.module, entry.level, self, self.rings) for entry in hooks.entries]
+        for entry in self._entries:
+            entry.install()
+        for router, as_before in zip(self._routers, on, strict=True):
+            router.put_on_as(as_before)
+        self.on = {_key(site): as_before for site, as_before in zip(self.sites, on, strict=True)}
+        _muted.add(self)
+
+    def remove(self) -> None:
+        """Take them off."""
+        _muted.discard(self)
+        for entry in self._entries:
+            entry.remove()
+        for router in self._routers:
+            router.set_level(Level.OFF)
+
+    def shares(self, sites: Sequence[RouterSite]) -> bool:
+        """Whether they are on one of these routers."""
+        mine = {id(site.router) for site in self.sites}
+        return any(id(site.router) in mine for site in sites)
+
+    @property
+    def moved(self) -> bool:
+        """Whether some router is on another device than what it writes to."""
+        return any(
+            ring.counter.device != device_of(site.router)
+            for site, rings in zip(self.sites, self.rings.sites, strict=True)
+            for ring in rings.memory()
+        )
+
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
+        """A module that the model may be entered through is called."""
+        if self._outermost is None or entry.level <= self._outermost:
+            self._outermost = entry.level
+            self.rings.begin_on_host()  # which compiled code asks for
+
+    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
+        """While a stream is captured, or of a replica."""
+
+    def end(self, entry: ModelEntry, output: Any) -> None:
+        """It has returned."""
+        self.rings.end_in_graph(entry.level)
+        if entry.level == self._outermost:
+            self._outermost = None
+            self.rings.end_on_host()
+
+    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
+        """The same as of `begin_otherwise`."""
+
+
+_muted = weakref.WeakSet[MutedHooks]()
+
+
+def mute(hooks: ModelHooks, graphs: RingReader) -> None:
+    """Take a tracer's hooks off, and leave muted ones where compiled code expects some."""
+    on = hooks.hooks_on()
+    hooks.remove()
+    graphs.launches.stop()
+    if graphs.release():
+        MutedHooks(hooks, graphs, on)
+
+
+def unmute(sites: Sequence[RouterSite], graphs: RingReader) -> list[HooksOn | None]:
+    """Take the muted hooks off these routers, and have their rings read from the next forward on.
+
+    Returns:
+        Of each router the hooks to put on, so that the code is used again; empty where there is no such code.
+    """
+    found: list[HooksOn | None] = []
+    for muted in [one for one in _muted if one.shares(sites)]:
+        muted.remove()
+        if not (found or muted.moved) and graphs.take_over(muted.rings, muted.graphs):
+            found = [muted.on.get(_key(site)) for site in sites]
+    graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # what ran while it was off
+    missing = [site.name for site, on in zip(sites, found, strict=True) if on is None] if found else []
+    if missing:
+        warnings.warn(
+            f"code of this model was compiled under a tracer that left out {missing[0]}"
+            f"{f' and {len(missing) - 1} more routers' if missing[1:] else ''}; torch may use it again, and "
+            "their calls are not recorded then. Call tracer.recompile() after starting this tracer",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def remove_all() -> None:
+    """Take all muted hooks off, of whatever model; code that has hooks in it is compiled again."""
+    for muted in list(_muted):
+        muted.remove()
+
+
+def recompile() -> None:
+    """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
+
+    For a tracer that was started after the first compiled call, and for models that shall run without
+    the recording that was compiled into them. Everything compiled is compiled again at its next call.
+    """
+    remove_all()
+    torch.compiler.reset()
+
+
+def _silent_hooks(sites: Sequence[RouterSite], rings: ModelRings, like: Sequence[HooksOn]) -> list[SiteHooks]:
+    log, ranges = EventLog(), OpenRanges()
+    log.note, ranges.wanted = _nothing, False
+    shared: dict[str, Any] = {"ranges": ranges, "captures": CaptureNotes(), "log": log, "owner": None}
+    found = []
+    for index, (site, its_rings, on) in enumerate(zip(sites, rings.sites, like, strict=True)):
+        clock = _NoClock() if on.timed else None
+        hooks = SiteHooks(site, index, rings=its_rings, clock=clock, **shared)
+        hooks.copies = _NoCopies()
+        hooks.sending = _nothing if on.sending else None
+        found.append(hooks)
+    return found
+
+
+def _key(site: RouterSite) -> tuple[int, str]:
+    return id(site.router), site.name
+
+
+def _nothing(*_: Any) -> None: ...
+
+
+class _NoClock:
+    start = stop = keep = staticmethod(_nothing)
+
+
+class _NoCopies(TensorCopies):
+    """What is not recorded need not be copied."""
+
+    def router_output(self, output: Any) -> Any:
+        return output
+
+    def receive(self, args: Any, kwargs: dict[str, Any]) -> None: ...
+
+    def received(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs
+
+    def copy(self, value: Any) -> Any:
+        return value
