@@ -13,18 +13,18 @@ def distinct_part(summary: TraceSummary) -> list[str]:
     report = summary.distinct
     if report is None:
         return []
-    headings: list[Column | str] = [Column("tokens"), "calls", "fewest", "median", "most", "uniform", "of"]
+    headings: list[Column | str] = [Column("tokens"), "calls", "min", "median", "max", "uniform", "of"]
     rows: list[tuple[Cell, ...]] = [
         (size.label, size.calls, size.min, size.median, size.max, size.uniform, number_text(size.experts))
         for size in report.sizes
     ]
     title = "Distinct experts by the tokens of a forward, in all layers' calls (uniform: were all alike)."
     if report.unknown is None:
-        headings += [Column("read", terminal=lambda b: scaled(b, "B")), "least µs", "experts µs"]
+        headings += [Column("read", terminal=lambda b: scaled(b, "B")), "least µs", "took µs"]
         times = [(size.bytes, size.least_us, size.experts_us) for size in report.sizes]
         rows = [(*row, *cells) for row, cells in zip(rows, times, strict=True)]
         clock = "on the device" if report.on_device else "on the host"
-        title += f" Read: their weights, in all layers of a forward; experts µs: what they took {clock}."
+        title += f" Read: their weights, in all layers; took µs: what the experts took {clock}."
     sentences = [_said_of_bytes(report), *_apart(report)]
     return [text_table(headings, rows, title=title), paragraph(" ".join(sentences))]
 
