@@ -49,8 +49,11 @@ def expert_bytes(
     total = 0.0
     for module in map(unwrapped, weights):
         listed = expert_modules(module)
-        rows = 1 if listed else next((p.shape[0] for _, p in expert_matrices(module)), num_experts)
+        stacked = [matrix.shape[0] for _, matrix in expert_matrices(module)] or [num_experts]
         for parameter in (listed[0] if listed else module).parameters():
+            # LongCat's matrices differ in their rows: some have them for identity experts, too.
+            first = parameter.shape[0] if parameter.dim() else 0
+            rows = 1 if listed else first if first in stacked else stacked[0]
             parts = 1
             for dim in layout_dims(parameter, data_parallel):
                 placement = cast("Any", parameter).placements[dim]

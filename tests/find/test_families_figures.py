@@ -182,6 +182,6 @@ def test_bytes_of_an_expert_add_up_to_those_of_all(family: Family) -> None:
     for info in recorded(family).infos.values():
         assert info.expert_bytes is not None
         rows = 4 * info.parameters["experts"] / info.expert_bytes  # tiny models are of float32
-        # transformers' LongCat has rows of weights for its identity experts, too.
-        assert rows in (info.num_experts - info.identity_experts, info.num_experts)
+        # Some of the matrices of transformers' LongCat have rows for its identity experts, too.
+        assert info.num_experts - info.identity_experts <= rows <= info.num_experts
         assert info.expert_bytes >= 4 * info.expert_flops_per_slot // 2

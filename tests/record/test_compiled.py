@@ -284,7 +284,7 @@ def test_forwards_inside_a_larger_graph_are_counted_by_the_device(
             run(function, [(1, 3)])
             if steps:
                 tracer.step()
-    slots = tracer._graphs.rings.slots
+        slots = tracer._graphs.rings.slots
     assert 4 < slots < 30
     expected = 60 if steps else slots
     assert recorded(tracer) == eager_assignments([(1, 3)]) * expected

@@ -87,13 +87,13 @@ def test_every_tracer_records_what_its_forwards_decided_and_nothing_is_compiled_
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_inductors_code_is_used_again_with_equal_outputs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@inductor_config.patch(force_disable_caches=True)  # what is not compiled has no notes
+def test_inductors_code_is_used_again_with_equal_outputs(mode: str) -> None:
     model, plain = small_model(), small_model()
     batch = token_batch(2, 12)
     with torch.no_grad():
         expected = plain(**batch, use_cache=False).logits
     compiled: Any = None
-    monkeypatch.setattr(inductor_config, "force_disable_caches", True)  # what is not compiled has no notes
     counters = dynamo.utils.counters["stats"]
     graphs = set()
     for _ in range(3):
