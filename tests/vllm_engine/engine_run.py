@@ -100,7 +100,8 @@ class CompiledOracle:
         import torch
 
         runners = [module for module in model.modules() if hasattr(module, "routed_experts")]
-        self.ids = torch.full((len(runners), 4096, 4), -1, dtype=torch.int64)
+        device = next(model.parameters()).device
+        self.ids = torch.full((len(runners), 4096, 4), -1, dtype=torch.int64, device=device)
         for runner, ids_TK in zip(runners, self.ids, strict=True):
 
             def captured(ids: Any, to: Any = ids_TK) -> None:
