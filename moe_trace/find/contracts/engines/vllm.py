@@ -119,9 +119,7 @@ def _found(block: nn.Module, name: str, runner: Any) -> Found:
         "top_k": int_attribute(config, "experts_per_token") or int_attribute(experts, "top_k"),
         "gate": gate,
         "weights": (experts,),
-        "notes": (
-            "the router's time is that of choosing (select_experts): its gate's product is no part of it",
-        ),
+        "notes": (_NOTE,),
     }
     if getattr(runner, "is_monolithic", False):
         router = _tap(MonolithicTap, experts, _MONOLITHIC, gate)
