@@ -85,6 +85,15 @@ def compiled_decode(bench: Bench, batch: int) -> None:
     )
     assert len(tracer.samples()) > before, "the traced half must record"
     tracer.stop()
+    # The hooks in the code are muted now, for the next tracer.
+    bench.compare(
+        f"{name}, after the tracer stopped",
+        decode.step,
+        bare=decode.using(bare),
+        traced=decode.using(traced),
+        bound=1.01,
+        repeat=decode.STEPS,
+    )
     torch._dynamo.reset()
 
 

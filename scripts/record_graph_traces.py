@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,47 @@ def compiled_blocks(model: OlmoeForCausalLM) -> Replay:
     return _calls(model, batch=4, length=16)
 
 
+def compiled_router(model: OlmoeForCausalLM) -> Replay:
+    """The routers alone; the experts run as written."""
+    for layer in model.model.layers:
+        layer.mlp.gate.compile(fullgraph=True)
+    return _calls(model, batch=4, length=16)
+
+
+def compiled_experts(model: OlmoeForCausalLM) -> Replay:
+    """The experts alone; the routers run as written."""
+    for layer in model.model.layers:
+        layer.mlp.experts.compile(fullgraph=True)
+    return _calls(model, batch=4, length=16)
+
+
 def compiled_training(model: OlmoeForCausalLM) -> Replay:
     """Forward and backward of a model that is compiled as a whole."""
-    forward, ids = torch.compile(model, fullgraph=True), tokens(4, 16)
+    return _training(torch.compile(model, fullgraph=True), model)
+
+
+def training_with_graphs(model: OlmoeForCausalLM) -> Replay:
+    """The same, in CUDA graphs."""
+    return _training(torch.compile(model, mode="reduce-overhead", fullgraph=True), model)
+
+
+def training_layers(model: OlmoeForCausalLM) -> Replay:
+    """Each layer compiled by itself, forward and backward."""
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True)
+    return _training(model, model)
+
+
+def _training(forward: Any, model: OlmoeForCausalLM) -> Replay:
+    ids = tokens(4, 16)
 
     @torch.enable_grad()
     def run() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         forward(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad()
 
-    for _ in range(2):
+    for _ in range(4):
         run()
     return run
 
@@ -116,6 +148,10 @@ WORKLOADS: dict[str, Callable[[OlmoeForCausalLM], Replay]] = {
     "layers_without_graphs": layers_without_graphs,
     "compiled_blocks": compiled_blocks,
     "compiled_training": compiled_training,
+    "compiled_router": compiled_router,
+    "compiled_experts": compiled_experts,
+    "training_with_graphs": training_with_graphs,
+    "training_layers": training_layers,
 }
 
 
@@ -136,7 +172,8 @@ def record(name: str, model: OlmoeForCausalLM, out: Path) -> None:
         prof.export_chrome_trace(str(target))
         _print(target, tracer)
     for layer in model.model.layers:
-        layer._compiled_call_impl = layer.mlp._compiled_call_impl = None
+        for module in (layer, layer.mlp, layer.mlp.gate, layer.mlp.experts):
+            module._compiled_call_impl = None
 
 
 def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
@@ -166,8 +203,15 @@ def main() -> None:
     with torch.device("cuda"):
         model = OlmoeForCausalLM(true_shape(arguments.layers)).to(torch.bfloat16).eval()
     model.set_experts_implementation("grouped_mm")
+    failed = []
     for name in arguments.only:
-        record(name, model, arguments.out)
+        try:
+            record(name, model, arguments.out)
+        except Exception:  # the others go on
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,38 @@ def test_reduce_overhead_in_float32_equals_the_eager_run(way: str, shape: tuple[
     assert found == expected, f"calls {different} (layer = call % 2) of {shape}: {found} != {expected}"
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 64)])
+@torch.no_grad()
+def test_the_next_tracer_records_replays_of_the_same_graphs(
+    way: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """Captured once: replays under a tracer are its own, those between two tracers are nobody's."""
+    model, forward = gpu_model(torch.float32), None
+    expected = []
+    for number in range(3):
+        inputs = [ids(*shape, seed=10 * number + i) for i in range(5)]
+        with moe_trace.MoETracer(model) as tracer:
+            if forward is None:
+                forward = WAYS[way](model, mode="reduce-overhead", fullgraph=True)
+            for tokens in inputs:
+                run(forward, tokens)
+        expected.append(eager_counts(inputs, torch.float32))
+        assert counts(tracer) == expected[-1], number
+        lost = tracer.recording().lost
+        assert lost.overwritten == lost.silent_forwards == 0
+        with torch.profiler.profile(activities=BOTH) as prof:
+            for i in range(3 * 64):  # more than a ring holds
+                run(forward, ids(*shape, seed=500 + i))
+            torch.cuda.synchronize()
+        path = tmp_path / f"{number}.json"
+        prof.export_chrome_trace(str(path))
+        names = [e["name"] for e in json.loads(path.read_bytes())["traceEvents"]]
+        assert names.count("cudaGraphLaunch") == 3 * 64 * (1 if way == "model" else 2)
+        assert not [n for n in names if n.startswith("moe.")]
+        assert counts(tracer) == expected[-1]
+
+
 @torch.no_grad()
 def test_compiled_decode_adds_no_synchronisation() -> None:
     model = gpu_model()
