@@ -34,11 +34,27 @@ def first_gate(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def compiled_routers(model: nn.Module) -> Iterator[Run]:
+def compiled_routers(model: nn.Module, backend: str = "eager") -> Iterator[Run]:
     for layer in model.model.layers:  # type: ignore[union-attr,operator]
-        layer.mlp.gate.compile(backend="eager")
+        layer.mlp.gate.compile(backend=backend)
     yield lambda: forwards(model)
     torch._dynamo.reset()
+
+
+@contextmanager
+def routers_compiled_ahead_of_time(model: nn.Module) -> Iterator[Run]:
+    """What AOTAutograd's code hands out was written to once, in every call."""
+    with torch.no_grad(), compiled_routers(model, "aot_eager") as run:
+        yield run
+
+
+@contextmanager
+def outputs_written_to(model: nn.Module) -> Iterator[Run]:
+    """By a hook of the user's, in every call, before the experts receive them."""
+    for layer in model.model.layers:  # type: ignore[union-attr,operator]
+        layer.mlp.gate.register_forward_hook(lambda m, args, out: [tensor.mul_(1) for tensor in out] and None)
+    with torch.no_grad():
+        yield lambda: forwards(model)
 
 
 @contextmanager
@@ -207,6 +223,8 @@ def in_inference_mode(model: nn.Module) -> Iterator[Run]:
 
 USES = [
     compiled_routers,
+    routers_compiled_ahead_of_time,
+    outputs_written_to,
     another_default_dtype,
     half_precision,
     later_hooks,

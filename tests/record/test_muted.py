@@ -109,6 +109,18 @@ def test_inductors_code_is_used_again_with_equal_outputs(mode: str) -> None:
     assert notes and any(launch.parts for launch in notes[0].launches)
 
 
+@inductor_config.patch(force_disable_caches=True)
+def test_what_is_compiled_under_the_next_tracer_has_notes_of_its_own() -> None:
+    model, lists = small_model(), []
+    for way in ("model", "layers"):
+        dynamo.reset()
+        with moe_trace.MoETracer(model) as tracer:
+            run(ALL_WAYS[way](model), [(1, 3)])
+        lists.append(tracer.recording().compiled_graphs)
+    [whole], [also, layer] = lists
+    assert also == whole and len(layer.launches) < len(whole.launches)
+
+
 def test_a_profile_of_code_that_is_compiled_has_a_place_for_each_of_its_calls(tmp_path: Path) -> None:
     model = small_model()
     forward: Any = None

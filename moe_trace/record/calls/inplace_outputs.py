@@ -113,6 +113,11 @@ def original_of(tensor: Tensor) -> Tensor:
     return original
 
 
+def is_copy(value: Any) -> bool:
+    """Whether it is a copy that was made here."""
+    return hasattr(value, "copy_of")
+
+
 def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:
     """Of each group, the calls whose tensors are not any more what they were when they were handed out.
 

@@ -123,6 +123,7 @@ class RingReader:
             self.rings.take_over(rings, forwards=forwards)
             self._shipped_at = forwards
         self.launches.know(graphs)
+        self.launches.watch()  # what is compiled now finds rings, and need not ask for any
         return True
 
     # -- in the forward's time ------------------------------------------------------------------------

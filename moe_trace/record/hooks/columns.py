@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_trace.find.contracts.contract import ColumnReader
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import ForwardRecords
+from moe_trace.record.calls.inplace_outputs import is_copy
 from moe_trace.record.calls.pending import Columns, versions_of
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, KINDS, ROUTER, WIDTH
@@ -91,6 +92,10 @@ class ForwardPlan:
         ]
 
 
+def _has_copies(output: Any) -> bool:
+    return any(is_copy(value) for value in (output if isinstance(output, tuple) else (output,)))
+
+
 def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
     """What keeps no graph alive."""
     return [tensor.detach() for tensor in column]
@@ -137,8 +142,8 @@ def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan |
         read=reader,
     )
     columns = plan.columns(items, items[1])
-    if columns is None:
-        return None
+    if columns is None or any(map(_has_copies, plan.routers(items[3::WIDTH]))):
+        return None  # of a copy the version is another than of what it was made of
     try:
         plan.versions = versions_of(columns)
     except (AttributeError, TypeError, RuntimeError):  # not tensors
