@@ -60,6 +60,10 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         for name in LISTS
         if name not in left_out
     }
+    if "slot_experts" in columns:  # a map that changes seldom
+        columns["slot_experts"] = _raw_list(
+            map(msgspec.json.encode, calls.lists["slot_experts"].changes(calls.router))
+        )
     columns["placement"] = _raw_list(_encode_places(calls.places))
     payload = {
         "schema_version": SCHEMA_VERSION,
@@ -250,11 +254,13 @@ def _decode_calls(value: Any, routers: tuple[RouterInfo, ...]) -> CallTable:
     for name, column in numbers.items():
         if kind_of(name) is float:
             _require_finite(column, [value is not None for value in cells[name]])
+    lists = {name: CountLists.of(cells[name]) for name in LISTS}
+    lists["slot_experts"] = lists["slot_experts"].unchanged(router)
     return CallTable(
         tuple(RouterKey(r.site, r.name, r.layer) for r in routers),
         router,
         numbers,
-        {name: CountLists.of(cells[name]) for name in LISTS},
+        lists,
         _decode_places(cells["placement"]),
     )
 

@@ -82,7 +82,11 @@ class RouterInfo:
     notes: tuple[str, ...] = ()
     """What a reader must know about the figures of this router."""
     held_experts: tuple[int, ...] | None = None
-    """Global ids of the experts whose weights this process computes with; None where it is all of them."""
+    """Global ids of the experts whose weights this process computes with; None where it is all of them. With
+    `num_slots` they are ids of slots."""
+    num_slots: int = 0
+    """P: physical slots on all ranks together, on which a load balancer (EPLB) puts experts and replicas of
+    some, and moves them while the run goes on; 0 where each expert has its place."""
     expert_bytes: int | None = None
     """Bytes of one routed expert's weights in this process, scales included; of a tensor-parallel rank its
     part. None where they are not known, as in files of older releases."""

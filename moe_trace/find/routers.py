@@ -153,7 +153,7 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
     counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
     for (path, contract, item), name, label in zip(found, names, layer_labels(names), strict=True):
         shared = shared_modules(model, path, item)
-        held = held_experts(_weights(item), item.num_experts, data_parallel)
+        held = held_experts(_weights(item), item.num_slots or item.num_experts, data_parallel)
         info = replace(
             _info(name, label, contract, item, shared),
             held_experts=held,
@@ -196,6 +196,7 @@ def _info(
         contract=contract.name,
         num_experts=item.num_experts,
         top_k=item.top_k,
+        num_slots=item.num_slots,
         router_flops_per_token=router_flops_per_token(gate),
         expert_flops_per_slot=expert_flops_per_slot(weights, item.num_experts),
         shared_flops_per_token=sum(map(dense_flops_per_token, shared)),

@@ -6,14 +6,18 @@ of its routers does, and the balancer moves experts between forwards, in place, 
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moe_trace
+from moe_trace.data.codec import decode_recording, encode_recording
+from moe_trace.find.contracts.engines.physical_experts import slots_of_call
 
 DIM, EXPERTS, SLOTS, TOP_K = 8, 6, 9, 2
 
@@ -42,6 +46,7 @@ class Router:
         self.begun = True
         self.logical: list[Tensor] = []
         self.physical: list[Tensor] = []
+        self.held: list[list[int]] = []
 
     def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = router_logits.softmax(-1).topk(TOP_K, dim=-1)
@@ -49,7 +54,29 @@ class Router:
         physical = state.logical_to_physical_map[ids, token % state.logical_replica_count[ids]]
         self.logical.append(ids)
         self.physical.append(physical)
+        self.held.append(state.held.tolist())
         return weights, (physical if self.begun else ids).to(torch.int32)
+
+
+class CompilableRouter(Router):
+    """Keeps what it decides in buffers, which compiled code can write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(2, 900, TOP_K, dtype=torch.int64)
+
+    def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = router_logits.softmax(-1).topk(TOP_K, dim=-1)
+        state, token = self.state, torch.arange(len(ids)).unsqueeze(-1)
+        physical = state.logical_to_physical_map[ids, token % state.logical_replica_count[ids]]
+        self.kept[:, : len(ids)].copy_(torch.stack([ids, physical]))
+        return weights, physical.to(torch.int32)
+
+    def take(self, tokens: int) -> None:
+        logical, physical = self.kept[:, :tokens].clone()
+        self.logical.append(logical)
+        self.physical.append(physical)
+        self.held.append(self.state.held.tolist())
 
 
 class RoutedExperts(nn.Module):
@@ -112,6 +139,52 @@ def test_counts_are_of_experts_though_the_balancer_moves_them(tokens: int) -> No
     assert site.info.expert_flops_per_slot == 2 * 3 * DIM * DIM
     assert f"{EXPERTS} experts on {SLOTS} physical slots" in " ".join(site.info.notes)
     assert all(sample.router_entropy is not None for sample in tracer.samples())
+
+
+@pytest.mark.parametrize("tokens", [5, 900], ids=["waits", "reduced_at_once"])
+def test_what_each_slot_got_and_held_is_in_the_recording_and_its_file(tokens: int) -> None:
+    torch.manual_seed(0)
+    block: Any = Block().eval()
+    model, router = nn.Sequential(block), block.experts.router
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for step in range(40):
+            model(torch.randn(tokens, DIM))
+            if step % 8 == 7:
+                router.state.move()
+    written = encode_recording(tracer.recording())
+    for samples in (tracer.samples(), decode_recording(json.loads(written)).samples):
+        assert [s.slot_assignments.tolist() for s in samples] == counts(router.physical, SLOTS)
+        assert [s.slot_experts.tolist() for s in samples] == router.held
+        for sample in samples:
+            added_up = np.bincount(sample.slot_experts, sample.slot_assignments, EXPERTS)
+            assert added_up.tolist() == sample.assignments.tolist()
+    maps = json.loads(written)["samples"]["slot_experts"]
+    assert [len(row) for row in maps] == [SLOTS, *[0] * 7] * 5, "written where it changes"
+    assert tracer.recording().routers[0].num_slots == SLOTS
+
+
+def test_a_slot_of_weight_zero_or_out_of_use_counts_nowhere() -> None:
+    ids, weights = torch.tensor([[0, 3], [1, -1], [0, 2]]), torch.tensor([[1.0, 1], [0, 1], [1, 1]])
+    slots = slots_of_call(ids, weights, torch.tensor([[0, 2], [1, -1]]), 4)
+    assert slots.tolist() == [2, 0, 1, 0, *[0, 1, 0, -1]]
+
+
+def test_compiled_code_counts_slots_too_by_the_map_of_each_call() -> None:
+    torch.manual_seed(0)
+    block: Any = Block().eval()
+    block.experts.router = CompilableRouter()
+    model, router = nn.Sequential(block), block.experts.router
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False)
+        for tokens in (3, 40, 900, 3, 40, 900):
+            compiled(torch.randn(tokens, DIM))
+            router.take(tokens)
+            router.state.move()
+    samples = tracer.samples()
+    assert all(sample.in_graph for sample in samples)
+    assert [s.assignments.tolist() for s in samples] == counts(router.logical, EXPERTS)
+    assert [s.slot_assignments.tolist() for s in samples] == counts(router.physical, SLOTS)
+    assert [s.slot_experts.tolist() for s in samples] == router.held
 
 
 def test_ids_are_left_as_they_are_until_the_balancer_begins() -> None:

@@ -143,3 +143,8 @@ class RoutingSample(ShortRepr, ShownInNotebooks):
     """Requests that the tokens are of."""
     prefill_requests: int | None = None
     """Those of them with a prefill token."""
+    slot_assignments: npt.NDArray[np.int64] | None = None
+    """[P] what each physical slot got of `assignments`, where a load balancer puts experts on slots
+    (`RouterInfo.num_slots`); adds up to it by `slot_experts`."""
+    slot_experts: npt.NDArray[np.int64] | None = None
+    """[P] the expert that each slot held in this call; -1 for none."""

@@ -89,7 +89,8 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
     lists["assignments"] = _chosen(part, of_stage, lists["assignments"])
     lists[f"{other}_assignments"] = _filled(part, lists[f"{other}_assignments"], empty)
     lists["k_histogram"] = _filled(part, lists["k_histogram"], empty)
-    lists["dispatched"] = _filled(part, lists["dispatched"], unknown)
+    for name in ("dispatched", "slot_assignments", "slot_experts"):
+        lists[name] = _filled(part, lists[name], unknown)
     return CallTable(calls.keys, calls.router, numbers, lists, calls.places.without(part))
 
 

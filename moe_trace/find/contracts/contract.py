@@ -58,6 +58,9 @@ class RouterOutput:
     """Where each expert is a module of its own."""
     told_E: Tensor | None = None
     """Tokens per expert in the router's own words: never the source, only compared."""
+    slots_2P: Tensor | None = None
+    """Where a load balancer puts experts on P physical slots: [2 P] integers, the assignments that went to each
+    slot, then the expert that it held in this call (-1: none)."""
 
 
 ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[Any], ...]]
@@ -79,6 +82,8 @@ class Found:
     """E: classes of the decision, identity experts included; 0 where only a call can tell."""
     top_k: int
     """K; 0 where only a call can tell."""
+    num_slots: int = 0
+    """P: see `RouterInfo.num_slots`."""
     read: Callable[[Call], RouterOutput] | None = None
     """How the calls of this very router are read, where its contract knows more than one way."""
     read_block: Callable[[tuple[Any, ...], Any], RouterOutput] | None = None

@@ -39,6 +39,8 @@ class CallRecord:
     rows: ExpertRows | None = None
     told_E: Tensor | None = None
     """See `RouterOutput`, both."""
+    slots_2P: Tensor | None = None
+    """See `RouterOutput`."""
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
     batch: BatchTokens | None = None

@@ -107,7 +107,15 @@ class PendingStore:
         tensors = (index, weights) if logits is None else (index, weights, logits)
         columns = [[tensor] for tensor in tensors]
         stream = stream_of_now(index) if stream is None else stream
-        form = (stream, *map(_form, tensors), record.site.info.num_experts, _kind(mask), record.sending)
+        slots = None if record.slots_2P is None else record.slots_2P.shape
+        form = (
+            stream,
+            *map(_form, tensors),
+            record.site.info.num_experts,
+            _kind(mask),
+            record.sending,
+            slots,
+        )
         group = self._group(form, tensors, record.site.info.num_experts, 1)
         self._extend(group, [record], columns, versions_of(columns), [mask], 1)  # type: ignore[arg-type]
 

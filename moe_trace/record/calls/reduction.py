@@ -22,21 +22,24 @@ def reduce_group(group: PendingCalls) -> Batch:
     group.index, group.weights, group.logits = map(_own_part, (group.index, group.weights, group.logits))
     group.masks = _masks(group)
     first = next(iter(group.records))
+    has_slots = first.slots_2P is not None
     classes = group.logits[0].shape[-1] if group.logits else 0
     tokens, top_k = group.index[0].shape
     num_experts = first.site.info.num_experts or classes
     stats = _fused(group, num_experts)
     if stats is None:
         stats = _by_operators(group, num_experts)
+    ints = append_sent_counts(stats.ints, first.sending, group.index, num_experts)
     return Batch(
         records=group.records,
         top_k=top_k,
         tokens=tokens,
         num_experts=num_experts,
         classes=classes,
-        ints=append_sent_counts(stats.ints, first.sending, group.index, num_experts),
+        ints=_with_slots(ints, group) if has_slots else ints,
         floats=stats.floats,
         in_phases=_in_phases(group),
+        num_slots=first.site.info.num_slots if has_slots else 0,
         stream=group.stream,
     )
 
@@ -87,6 +90,15 @@ def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:
         return stats
     kinds = (_stack(index), _stack(group.weights), _stack(group.masks))
     return PackedStats(torch.cat([stats.ints, phase_counts(*kinds, num_experts)], dim=-1), stats.floats)
+
+
+def _with_slots(ints: Tensor, group: PendingCalls) -> Tensor:
+    """`ints` [L, n] with `slots_2P` of each call behind."""
+    slots = []
+    for record in group.records:
+        slots.append(record.slots_2P)
+        record.slots_2P = None  # the record is kept for longer
+    return torch.cat([ints, torch.stack(slots).to(ints.dtype)], dim=-1)  # type: ignore[arg-type]
 
 
 def _in_phases(group: PendingCalls) -> bool:

@@ -36,6 +36,8 @@ class Batch:
     floats: Any
     in_phases: bool = False
     """Whether assignments are counted by phase too."""
+    num_slots: int = 0
+    """P, where what went to each physical slot is counted too."""
     stream: int = 0
     memory_bytes: int | None = None
     """Allocated on the device when they were reduced."""
@@ -140,10 +142,11 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
         aux_loss=_aux_loss(batch, sums, finite),
         in_graph=record.in_graph,
         graph_forward=record.graph_forward,
-        dispatched=sent_counts(ints, record.sending, experts),
+        dispatched=sent_counts(ints[: len(ints) - 2 * batch.num_slots], record.sending, experts),
         slot_bytes=None if record.sending is None else record.sending.slot_bytes,
         **means,
         **_told(batch, record, ints),
+        **_slots(batch, ints),
     )
 
 
@@ -162,6 +165,14 @@ def _told(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
         "requests": requests,
         "prefill_requests": in_prefill,
     }
+
+
+def _slots(batch: Batch, ints: np.ndarray) -> dict[str, Any]:
+    """What went to each physical slot, and the expert that it held; nothing where no slot's is known."""
+    counts_P, experts_P = ints[len(ints) - 2 * batch.num_slots :].reshape(2, -1)
+    if not (experts_P >= 0).any():
+        return {}
+    return {"slot_assignments": counts_P, "slot_experts": experts_P}
 
 
 def _aux_loss(batch: Batch, sums: np.ndarray, finite: int) -> float | None:

@@ -22,6 +22,7 @@ from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
 from moe_trace.record.graphs.memory import captures_now, device_of, keep_for_graphs, outside_graphs
 from moe_trace.record.graphs.ring_buffer import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
 
+_ALIKE = ("num_experts", "top_k", "num_slots")
 _RINGS = ("small", "medium", "reduced", *(f"ids_{room}" for room in ROOMS))
 
 
@@ -261,17 +262,18 @@ class ModelRings:
         wanted = self._routers[self.sites.index(site)].info
         for other, router in zip(self.sites, self._routers, strict=True):
             # All routers of a kind at once: a layer whose ring appears later could not share their code.
-            alike = (router.info.num_experts, router.info.top_k) == (wanted.num_experts, wanted.top_k)
+            alike = all(getattr(router.info, key) == getattr(wanted, key) for key in _ALIKE)
             name = f"ids_{kind}" if isinstance(kind, int) else kind
             if alike and getattr(other, name) is None:
                 counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
+                slots = router.info.num_slots
                 sizes |= {"sites": len(self.sites), "counter": counter}
                 with outside_graphs(counter.device):
                     made = (
                         IdsRing(kind, **sizes)
                         if isinstance(kind, int)
-                        else GraphRing(kind, classes=classes, **sizes)
+                        else GraphRing(kind, classes=classes, num_slots=slots, **sizes)
                     )
                 setattr(other, name, made)
         self._started()

@@ -111,13 +111,20 @@ class RingShape:
     device: torch.device
     tells: bool = False
     """Whether it has the phases of tokens too."""
+    num_slots: int = 0
+    """P: rows begin with what went to each physical slot, and the expert that it held."""
+
+    @property
+    def start(self) -> int:
+        """Where the decision stands in a row."""
+        return HEADER + 2 * self.num_slots
 
     @property
     def width(self) -> int:
         """Floats of a row."""
         if self.kind == "reduced":
-            return HEADER + self.ints_width + len(FLOAT_FIELDS)
-        return HEADER + _TOKENS[self.kind] * self.token_width
+            return self.start + self.ints_width + len(FLOAT_FIELDS)
+        return self.start + _TOKENS[self.kind] * self.token_width
 
     @property
     def token_width(self) -> int:
@@ -149,8 +156,11 @@ class GraphRing:
         classes: int,
         sites: int,
         counter: ForwardCounter,
+        num_slots: int = 0,
     ) -> None:
-        one = RingShape(num_experts, top_k, classes, kind, 1, counter.device, counter.phases is not None)
+        one = RingShape(
+            num_experts, top_k, classes, kind, 1, counter.device, counter.phases is not None, num_slots
+        )
         slots = max(1, min(_SLOTS[kind], _BYTES // (4 * one.width * sites)))
         self.shape = replace(one, slots=slots)
         self.width, self.slots = self.shape.width, slots
@@ -168,7 +178,7 @@ class GraphRing:
         phases_T = self.counter.phases_of(reading.index_TK.shape[0])
         if phases_T is not None:
             parts.append(phases_T.unsqueeze(-1))
-        return _side_by_side([part.detach().float() for part in parts]).flatten()
+        return self._behind_slots(_side_by_side([part.detach().float() for part in parts]).flatten(), reading)
 
     def reduced(self, reading: RouterOutput) -> Tensor:
         """What `put` writes of a call that is reduced first; plain tensor work only."""
@@ -180,7 +190,15 @@ class GraphRing:
             self.num_experts,
             None if phases_T is None else phases_T.unsqueeze(0),
         )
-        return torch.cat([stats.ints[0].float(), stats.floats[0]])
+        return self._behind_slots(torch.cat([stats.ints[0].float(), stats.floats[0]]), reading)
+
+    def _behind_slots(self, body: Tensor, reading: RouterOutput) -> Tensor:
+        if not self.shape.num_slots:
+            return body
+        slots = reading.slots_2P
+        return _side_by_side(
+            [body.new_full((self.shape.start - HEADER,), -1) if slots is None else slots.float(), body]
+        )
 
     def put(self, body: Tensor, tokens: int, code: int | None) -> None:
         """Write the row of a call into the slot of the forward under way.
@@ -227,29 +245,31 @@ def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
     """
     shape = rings[0].shape
     rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
-    headers, body = rows[:, :HEADER], rows[:, HEADER:]
+    parts = [HEADER, shape.start - HEADER, shape.width - shape.start]
+    headers, slots, body = rows.split(parts, dim=-1)
     if shape.kind == "reduced":
         ints, floats = body.split([shape.ints_width, len(FLOAT_FIELDS)], dim=-1)
-        return headers, PackedStats(ints.round().long(), floats)
+        return headers, PackedStats(torch.cat([ints, slots], dim=-1).round().long(), floats)
     tokens_LTW = body.view(len(rows), _TOKENS[shape.kind], shape.token_width)
     parts = [shape.top_k, shape.top_k, shape.classes, int(shape.tells)]
     index, weights, logits, phases = tokens_LTW.split(parts, dim=-1)
     unused = torch.arange(tokens_LTW.shape[1], device=rows.device) >= headers[:, 3:4]
     unused_LT1 = unused.unsqueeze(-1)
-    return headers, routing_stats(
+    stats = routing_stats(
         logits.masked_fill(unused_LT1, torch.nan) if shape.classes else None,
         weights.masked_fill(unused_LT1, 1.0),
         index.round().long().masked_fill(unused_LT1, -1),
         shape.num_experts,
         phases.squeeze(-1).round().to(torch.uint8) if shape.tells else None,
     )
+    return headers, PackedStats(torch.cat([stats.ints, slots.round().long()], dim=-1), stats.floats)
 
 
 def raw_routes(rings: Sequence[GraphRing]) -> tuple[Tensor, Tensor]:
     """(ids as of `small_ids`, weights in float16), [S * slots, tokens, K] each, of rings of small calls."""
     shape = rings[0].shape
     rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
-    tokens_LTW = rows[:, HEADER:].view(len(rows), _TOKENS[shape.kind], shape.token_width)
+    tokens_LTW = rows[:, shape.start :].view(len(rows), _TOKENS[shape.kind], shape.token_width)
     index, weights = tokens_LTW[..., : 2 * shape.top_k].split(shape.top_k, dim=-1)
     return small_ids(index.round().long(), weights, shape.num_experts), weights.half()
 

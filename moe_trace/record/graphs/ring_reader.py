@@ -275,6 +275,7 @@ class RingReader:
                 ints=ints,
                 floats=rows.floats[row : row + 1],
                 in_phases=shape.tells and tokens <= PHASES_MAX,
+                num_slots=shape.num_slots,
             )
             self._recorder.add_reduced(made)
             if self._recorder.routes is not None:

@@ -246,6 +246,7 @@ class CallCollector:
             sending=call.experts[0].sending if call.experts else None,
             rows=reading.rows,
             told_E=reading.told_E if counts.recorded < _TOLD_CALLS else None,
+            slots_2P=reading.slots_2P,
             tokens=context.tokens,
             batch=context.batch,
         )

@@ -1,8 +1,8 @@
 """Experts and the slots that hold them: under a load balancer (EPLB), hot experts have replicas.
 
 A router chooses among E experts; the kernel is handed ids of P >= E slots. vLLM keeps the map from experts to
-slots on the device and writes it anew, in place, between two forwards; so ids are taken back to experts while
-their forward ends.
+slots on the device and writes it anew, in place, between two forwards; so ids are taken back to experts, and
+the map is kept, while their forward ends.
 """
 
 from __future__ import annotations
@@ -23,14 +23,33 @@ def logical_ids(ids_TK: Tensor, slots_ER: Tensor, num_slots: int) -> Tensor:
         num_slots: P.
     """
     with overhead_range():
-        experts_E = torch.arange(slots_ER.shape[0], device=slots_ER.device)
-        # One place more than slots: what is none is written to, and read from, the last.
-        expert_P = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slots_ER.device)
-        expert_P.scatter_(
-            0, _or_last(slots_ER, num_slots).flatten(), experts_E.repeat_interleave(slots_ER.shape[1])
-        )
-        expert_P[-1:] = -1
-        return expert_P[_or_last(ids_TK, num_slots)]
+        return _expert_of_slot(slots_ER, num_slots)[_or_last(ids_TK, num_slots)]
+
+
+def slots_of_call(ids_TK: Tensor, weights_TK: Tensor, slots_ER: Tensor, num_slots: int) -> Tensor:
+    """`RouterOutput.slots_2P` of a call; slots of weight 0 and ids of no slot in use count nowhere.
+
+    Args:
+        weights_TK: what scales each id's output.
+    """
+    with overhead_range():
+        expert_P1 = _expert_of_slot(slots_ER, num_slots)
+        ids_N = _or_last(ids_TK.masked_fill(weights_TK == 0, -1), num_slots).flatten()
+        counted_N = (expert_P1[ids_N] >= 0).long()
+        counts_P1 = torch.zeros_like(expert_P1).scatter_add_(0, ids_N, counted_N)
+        return torch.cat([counts_P1[:-1], expert_P1[:-1]])
+
+
+def _expert_of_slot(slots_ER: Tensor, num_slots: int) -> Tensor:
+    """[P + 1] expert that each slot holds, -1 for none; the last is of ids that are no slot."""
+    experts_E = torch.arange(slots_ER.shape[0], device=slots_ER.device)
+    # One place more than slots: what is none is written to, and read from, the last.
+    expert_P1 = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slots_ER.device)
+    expert_P1.scatter_(
+        0, _or_last(slots_ER, num_slots).flatten(), experts_E.repeat_interleave(slots_ER.shape[1])
+    )
+    expert_P1[-1:] = -1
+    return expert_P1
 
 
 def _or_last(ids: Tensor, num_slots: int) -> Tensor:

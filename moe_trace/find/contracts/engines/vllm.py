@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
-from moe_trace.find.contracts.engines.physical_experts import logical_ids
+from moe_trace.find.contracts.engines.physical_experts import logical_ids, slots_of_call
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d
 
 _CHOICE, _EXPERTS, _MONOLITHIC = "select_experts", "forward_modular", "forward_monolithic"
@@ -135,11 +135,12 @@ def _balanced(runner: Any, fields: dict[str, Any]) -> dict[str, Any]:
     slots = fields["num_experts"]
     experts = int_attribute(runner.moe_config, "num_logical_experts") or slots
     note = (
-        f"{experts} experts on {slots} physical slots (EPLB): counts are of experts, and add up those of an "
-        "expert's replicas"
+        f"{experts} experts on {slots} physical slots (EPLB): loads are of experts, those of an expert's "
+        "replicas added up; what each slot got stands apart"
     )
     return {
         "num_experts": experts,
+        "num_slots": slots,
         "notes": (*fields["notes"], note),
         "read": partial(read_balanced, runner=runner, num_slots=slots),
     }
@@ -190,7 +191,9 @@ def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
     found, state = read_vllm(call), runner.eplb_state
     slots_ER = getattr(state, "logical_to_physical_map", None)
     if isinstance(slots_ER, Tensor):  # else the balancer has not begun, and the router leaves ids as they are
-        found.index_TK = logical_ids(found.index_TK, slots_ER, num_slots)
+        ids_TK = found.index_TK
+        found.slots_2P = slots_of_call(ids_TK, found.weights_TK, slots_ER, num_slots)
+        found.index_TK = logical_ids(ids_TK, slots_ER, num_slots)
     return found
 
 
