@@ -57,6 +57,8 @@ class Run:
     steps: bool = True
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
     world_size: int | None = None
+    slots: int = 0
+    """Of a load balancer, over all ranks; 0 where each expert has its place."""
     suffix: str = ".pt.trace.json"
 
 
@@ -69,8 +71,8 @@ MODEL = {
 }
 
 
-def held_by(rank: int, ranks: int) -> tuple[int, ...]:
-    each = EXPERTS // ranks
+def held_by(rank: int, ranks: int, experts: int = EXPERTS) -> tuple[int, ...]:
+    each = experts // ranks
     return tuple(range(rank * each, (rank + 1) * each))
 
 
@@ -110,7 +112,7 @@ def write_rank(folder: Path, run: Run, rank: int) -> Path:
 def recording_of(run: Run, rank: int, samples: Sequence[RoutingSample]) -> Recording:
     everyone = tuple(range(run.ranks))
     shared = run.exchange == "all_reduce"
-    held = held_by(rank, run.ranks) if run.exchange else None
+    held = held_by(rank, run.ranks, run.slots or EXPERTS) if run.exchange else None
     parallel = Parallel(
         mesh={"ep": run.ranks},
         token_ranks=everyone if shared else (rank,),
@@ -120,7 +122,9 @@ def recording_of(run: Run, rank: int, samples: Sequence[RoutingSample]) -> Recor
     return Recording(
         model=run.model,
         options={},
-        routers=tuple(replace(router(layer), held_experts=held) for layer in range(LAYERS)),
+        routers=tuple(
+            replace(router(layer), held_experts=held, num_slots=run.slots) for layer in range(LAYERS)
+        ),
         samples=tuple(samples),
         lost=Lost(),
         rank=rank,

@@ -14,6 +14,7 @@ from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
 from moe_trace.read.experts.distinct import DistinctReport, report_distinct
+from moe_trace.read.experts.physical import PhysicalReport, report_physical
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
@@ -55,6 +56,8 @@ class TraceSummary(Summary):
     """What each rank brings to such a report, so that traces read one by one can be reported together."""
     distinct: DistinctReport | None = None
     """Experts that a forward reads, by its tokens; of all stages together, None in those without decode."""
+    physical: PhysicalReport | None = None
+    """What each slot of a load balancer (EPLB) got."""
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
     stage: Stage | None = None
@@ -210,13 +213,13 @@ class _Traces:
             *(ranks.notes if ranks is not None else notes_alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
-        imbalance = _imbalance(reads, together, times, recording)
+        imbalance = _imbalance(reads, together, times, recording, split)
         answered = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
             stage=stages.pop() if len(stages) == 1 else None,
             phases=report_phases(times, add_surroundings([r.work.of(chosen) for r in reads])),
-            speed=self._speed(times, recording),
+            speed=self._speed(times, recording, split),
             imbalance=imbalance.layers,
             load_models=imbalance.models,
             findings=(),
@@ -226,6 +229,7 @@ class _Traces:
             ranks=ranks,
             rank_inputs=together.inputs,
             experts_are_split=split,
+            physical=report_physical(recording, together.records),
         )
         return self.judged(answered)
 
@@ -256,8 +260,7 @@ class _Traces:
             distinct=answered.distinct,
         )
 
-    def _speed(self, times: CallTimes, recording: Recording) -> SpeedReport | None:
-        split = any(r.recording.experts_are_split for r in self.reads)
+    def _speed(self, times: CallTimes, recording: Recording, split: bool) -> SpeedReport | None:
         return report_speed(
             times, recording.routers, recording.model, self._peak, self._devices, experts_are_split=split
         )
@@ -287,10 +290,9 @@ def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | No
 
 
 def _imbalance(
-    reads: Sequence[ReducedTrace], ranks: Ranks, times: CallTimes, recording: Recording
+    reads: Sequence[ReducedTrace], ranks: Ranks, times: CallTimes, recording: Recording, split: bool
 ) -> Imbalance:
     """Of each layer on its device, or on its ranks where these share the experts."""
-    split = any(r.recording.experts_are_split for r in reads)
     if split and len(ranks.inputs) == len(reads) > 1:
         from moe_trace.read.ranks.imbalance import rank_imbalance
 

@@ -62,6 +62,8 @@ def _figures(summary: Summary) -> dict[str, Any]:
         }
         if summary.distinct is not None:
             plain["distinct"] = asdict(summary.distinct)
+        if summary.physical is not None:
+            plain["physical"] = asdict(summary.physical)
         if summary.ranks is not None:
             plain["ranks"] = asdict(summary.ranks)
     return plain

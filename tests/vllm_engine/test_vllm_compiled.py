@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import moe_trace
@@ -75,3 +77,25 @@ def test_two_workers_record_the_same_decisions(engine_run: Runner) -> None:
     assert {sum(map(sum, calls)) for calls in first["captured"].values()} == {4 * (PROMPT_TOKENS + 4 * 5)}
     assert run.tokens[0] == run.tokens[1]
     assert sorted(trace.name[:12] for trace in run.traces) == ["dp0_pp0_tp0_", "dp0_pp0_tp1_"]
+
+
+def test_two_workers_record_the_same_decisions_in_compiled_code(engine_run: Runner) -> None:
+    """Each compiles its own part of the model, in a process of its own."""
+    parts: dict[str, Any] = {
+        "tensor_parallel_size": 2,
+        "worker_extension_cls": "compiled_oracle_worker.CompiledOracleWorker",
+    }
+    without = engine_run([{"kind": "plain"}], environment={"MOE_TRACE_VLLM": "0"}, **parts)
+    run = engine_run([{"kind": "profile", "oracle": True}, {"kind": "plain"}], **parts)
+    ranks = {}
+    for trace in run.traces:
+        recording = moe_trace.read_recording(trace)
+        ranks[recording.rank, recording.world_size] = list(counts_in(trace).values())
+        assert all(sample.placement is not None and sample.in_graph for sample in recording.samples)
+        assert not any(recording.lost.calls.values()) and not recording.lost.unplaced
+        assert main(["check", str(trace)]) == 0
+    steps = [oracle["captured_steps"] for oracle in run.result["phases"][0]["ranks"]]
+    first, second = ([list(calls) for calls in zip(*one, strict=True)] for one in steps)
+    assert ranks == {(0, 2): first, (1, 2): second} and first == second
+    assert {sum(map(sum, calls)) for calls in first} == {4 * (PROMPT_TOKENS + 4 * 5)}
+    assert run.tokens[0] == run.tokens[1] == without.tokens[0]

@@ -72,26 +72,6 @@ class CountLists:
         """All of them, one by one, as JSON has them."""
         return (None if row is None else row.tolist() for row in self.rows())
 
-    def changes(self, group: IntArray) -> Iterator[list[int] | None]:
-        """The same, an empty list where the last one before it in its group is equal.
-
-        Args:
-            group: [N] the group of each row.
-        """
-        last: dict[int, list[int]] = {}
-        for key, row in zip(group.tolist(), self.to_lists(), strict=True):
-            yield row if row is None or row != last.get(key) else []
-            if row is not None:
-                last[key] = row
-
-    def unchanged(self, group: IntArray) -> CountLists:
-        """From what `changes` made: all of them again."""
-        index = np.arange(len(self))
-        for key in np.unique(group[self.known]):
-            rows = np.flatnonzero(self.known & (group == key))
-            index[rows] = rows[np.maximum.accumulate(np.where(self.sizes[rows] > 0, np.arange(len(rows)), 0))]
-        return self.take(index)
-
     def take(self, index: IntArray) -> CountLists:
         """The rows of an index."""
         sizes = self.sizes[index]
@@ -137,6 +117,28 @@ class CountLists:
             place = np.arange(len(self.values)) - np.repeat(self.starts[:-1], sizes)
             np.add.at(found, (np.repeat(group, sizes), place), self.values)
         return found
+
+
+def changes_only(lists: CountLists, group: IntArray) -> Iterator[list[int] | None]:
+    """All of them, one by one; an empty list where the last one before it in its group is equal.
+
+    Args:
+        group: [N] the group of each row.
+    """
+    last: dict[int, list[int]] = {}
+    for key, row in zip(group.tolist(), lists.to_lists(), strict=True):
+        yield row if row is None or row != last.get(key) else []
+        if row is not None:
+            last[key] = row
+
+
+def with_unchanged(lists: CountLists, group: IntArray) -> CountLists:
+    """From what `changes_only` gave: all of them again."""
+    index = np.arange(len(lists))
+    for key in set(group[lists.known].tolist()):
+        rows = np.flatnonzero(lists.known & (group == key))
+        index[rows] = rows[np.maximum.accumulate(np.where(lists.sizes[rows] > 0, np.arange(len(rows)), 0))]
+    return lists.take(index) if lists.known.any() else lists
 
 
 def _starts(sizes: IntArray) -> IntArray:

@@ -59,8 +59,8 @@ class RouterOutput:
     told_E: Tensor | None = None
     """Tokens per expert in the router's own words: never the source, only compared."""
     slots_2P: Tensor | None = None
-    """Where a load balancer puts experts on P physical slots: [2 P] integers, the assignments that went to each
-    slot, then the expert that it held in this call (-1: none)."""
+    """Where a load balancer puts experts on P physical slots: [2 P] integers, the assignments that went to
+    each slot, then the expert that it held in this call (-1: none)."""
 
 
 ColumnReader = Callable[[Sequence[Any], Sequence[tuple[Any, ...]]], tuple[list[Any], ...]]

@@ -234,7 +234,8 @@ def _read_by_busiest(used: Ints, calls: CallTable, router: RouterInfo, records: 
     if held_GE is None:
         return np.full(len(used), np.nan)
     found = np.empty(len(used))
-    for i, row in enumerate(calls.assignments.rows()):
+    slots = calls.lists["slot_assignments"]  # each replica that a rank computes with is read
+    for i, row in enumerate((slots if slots.known.all() else calls.assignments).rows()):
         chosen = np.zeros(held_GE.shape[1], np.int64)
         if row is not None:
             chosen[: len(row)] = row[: len(chosen)] != 0

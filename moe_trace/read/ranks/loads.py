@@ -28,11 +28,13 @@ class RankRecords:
 
     @cached_property
     def experts(self) -> dict[str, int]:
-        """By module path of the router: how many experts it chooses from."""
+        """By module path of the router: how many experts it chooses from, or slots that a load balancer puts
+        them on: what ranks hold."""
         found: dict[str, int] = {}
         for recording in self.by_rank.values():
             for router in recording.routers:
-                found[router.name] = max(found.get(router.name, 0), router.num_experts)
+                size = router.num_slots or router.num_experts
+                found[router.name] = max(found.get(router.name, 0), size)
         return found
 
     @cached_property
@@ -79,7 +81,7 @@ def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
 
 
 def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> npt.NDArray[np.int64] | None:
-    """[G, E] 1 where a rank of the group holds an expert.
+    """[G, E] 1 where a rank of the group holds an expert, or [G, P] a slot of a load balancer.
 
     A rank without a recording holds what no other of its group does; None where two are missing.
     """
@@ -102,7 +104,8 @@ def _held_by(records: RankRecords, name: str, rank: int) -> Sequence[int] | None
         return None
     for router in records.by_rank[rank].routers:
         if router.name == name:
-            return range(router.num_experts) if router.held_experts is None else router.held_experts
+            everything = range(router.num_slots or router.num_experts)
+            return everything if router.held_experts is None else router.held_experts
     return ()
 
 
@@ -119,6 +122,10 @@ class CallLoad:
     """[R, W] slots from each recorded rank (row) to each rank of the world; None without an all-to-all."""
     expert_E: npt.NDArray[np.int64]
     """[E] slots per expert, each token once."""
+    slot_P: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    """[P] of each slot of a load balancer, each token once; None without one."""
+    slot_experts_P: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    """[P] the expert that each held."""
     exact: bool = True
     """Whether what each rank dispatched is known: a slot of weight 0 counts as skipped, but may travel."""
 
@@ -151,17 +158,27 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 sent_RW=sent,
                 exact=all(map(_is_exact, samples.values())),
                 expert_E=_sum([samples[rank].assignments for rank in counting]),
+                slot_P=_slots([samples[rank] for rank in counting]),
+                slot_experts_P=first.slot_experts,
             )
         )
     return tuple(found)
 
 
 def sent_slots(sample: RoutingSample) -> npt.NDArray[np.int64]:
-    """[E] slots that the sample's own rank dispatches."""
+    """[E] slots that the sample's own rank dispatches, or [P] by the load balancer's."""
+    if sample.slot_assignments is not None:
+        return sample.slot_assignments  # those of the ranks that share its tokens too: see `_sent`
     return sample.assignments if sample.dispatched is None else sample.dispatched
 
 
+def _computed(sample: RoutingSample) -> npt.NDArray[np.int64]:
+    return sample.assignments if sample.slot_assignments is None else sample.slot_assignments
+
+
 def _is_exact(sample: RoutingSample) -> bool:
+    if sample.slot_assignments is not None and sample.dispatched is not None:
+        return False
     return sample.dispatched is not None or sample.computed_slots == int(sample.assignments.sum())
 
 
@@ -175,7 +192,8 @@ def _sent(
     sent = np.zeros((len(records.ranks), records.world_size), np.int64)
     counting = records.counting_ranks()
     for row, rank in enumerate(records.ranks):
-        if samples[rank].dispatched is None and rank not in counting:
+        sliced = samples[rank].dispatched is not None and samples[rank].slot_assignments is None
+        if not sliced and rank not in counting:
             continue  # another rank that routes the same tokens stands for all of them
         group = records.parallel(rank).expert_ranks or (rank,)
         of_group = held[group]
@@ -206,13 +224,34 @@ def _load(
     load = np.zeros(len(records.ranks), np.int64)
     for row, rank in enumerate(records.ranks):
         group = records.parallel(rank).expert_ranks or (rank,)
-        of_group, slots = held[group], samples[rank].assignments
+        of_group, slots = held[group], _computed(samples[rank])
         mine = _held_by(records, samples[rank].name, rank) if of_group is None else None
         if of_group is not None:
             load[row] = _by_holder(of_group, slots)[group.index(rank)]
         elif mine is not None:
             load[row] = slots[[i for i in mine if i < len(slots)]].sum()
     return load
+
+
+def _slots(samples: Sequence[RoutingSample]) -> npt.NDArray[np.int64] | None:
+    known = [s.slot_assignments for s in samples if s.slot_assignments is not None]
+    return _sum(known) if len(known) == len(samples) else None
+
+
+def expert_load_of_rank(loads: Sequence[CallLoad], held_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[E] what a rank computes of each expert in those calls of one router.
+
+    Args:
+        held_E: [E] or [P], its row of `held_matrix`.
+    """
+    total = np.zeros(max(len(load.expert_E) for load in loads), np.int64)
+    for load in loads:
+        if load.slot_P is None or load.slot_experts_P is None:
+            total[: len(load.expert_E)] += held_E[: len(load.expert_E)] * load.expert_E
+            continue
+        known = np.flatnonzero(load.slot_experts_P >= 0)
+        np.add.at(total, load.slot_experts_P[known], (held_E * load.slot_P)[known])
+    return total
 
 
 def _sum(arrays: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

@@ -23,7 +23,7 @@ from moe_trace.read.ranks.collective_times import (
     total_wait_us,
 )
 from moe_trace.read.ranks.inputs import Ranks
-from moe_trace.read.ranks.loads import CallLoad, RankRecords, held_matrix
+from moe_trace.read.ranks.loads import CallLoad, RankRecords, expert_load_of_rank, held_matrix
 from moe_trace.read.ranks.shared_calls import match_calls
 
 
@@ -211,10 +211,9 @@ def _hot_expert(
         return None, None
     group = records.parallel(hot).expert_ranks or (hot,)
     held = held_matrix(records, loads[0].key[0], group)
-    experts = np.sum([load.expert_E for load in loads], axis=0)
     if held is None or not total:
         return None, None
-    mine = held[group.index(hot), : len(experts)] * experts
+    mine = expert_load_of_rank(loads, held[group.index(hot)])
     busiest = int(mine.argmax())
     return (busiest, float(mine[busiest] / mine.sum())) if mine.any() else (None, None)
 

@@ -115,7 +115,7 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
     padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
     info = record.site.info
     computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
-    means = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
+    means: dict[str, Any] = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
     return RoutingSample(
         site=info.site,
         name=info.name,
@@ -144,9 +144,7 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
         graph_forward=record.graph_forward,
         dispatched=sent_counts(ints[: len(ints) - 2 * batch.num_slots], record.sending, experts),
         slot_bytes=None if record.sending is None else record.sending.slot_bytes,
-        **means,
-        **_told(batch, record, ints),
-        **_slots(batch, ints),
+        **(means | _told(batch, record, ints) | _slots(batch, ints)),
     )
 
 

@@ -255,10 +255,9 @@ class RingReader:
             thread=0,
             profiled=False,
             in_graph=True,
-            order=(epoch, 0),
+            order=(epoch, forward if code & 1 else 0),
         )
         if code & 1:
-            record.order = (epoch, forward)
             wanted = self.forwards.attribute_to_segment(record, forward, segments)
         else:
             wanted = self.forwards.attribute_to_host(record, epoch)

@@ -9,6 +9,7 @@ from moe_trace.show.figures.distinct import distinct_figure
 from moe_trace.show.figures.expert_heat_map import expert_heat_map
 from moe_trace.show.figures.figure import Figure
 from moe_trace.show.figures.latency import latency
+from moe_trace.show.figures.physical import physical_figure
 from moe_trace.show.figures.time import phase_figures
 
 
@@ -16,6 +17,7 @@ def figures(summary: Summary) -> list[Figure]:
     """All figures that the summary has data for."""
     found = [expert_heat_map(summary)]
     if isinstance(summary, TraceSummary):
+        found.append(physical_figure(summary.physical))
         found += [load_over_time(summary), entropy_over_time(summary), latency(summary)]
         found += phase_figures(summary.phases) if summary.phases is not None else []
         found.append(distinct_figure(summary.distinct))

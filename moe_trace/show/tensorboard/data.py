@@ -13,6 +13,7 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.lanes import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
 from moe_trace.show.figures.expert_heat_map import expert_heat_map, step_label
+from moe_trace.show.figures.physical import physical_figure
 from moe_trace.show.figures.routing import layer_figures, layer_summary
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
@@ -141,6 +142,7 @@ class Dashboard:
         part = self._part(parameters)
         figure = self._derived(part, "map", lambda s: replace(expert_heat_map(s), frames=[]))
         over_time = self._derived(part, "over time", lambda s: [load_over_time(s), entropy_over_time(s)])
+        physical = self._derived(part, "physical", lambda s: physical_figure(s.physical))
         routers = loaded_routers(part.summary)
         worst = part.summary.most_imbalanced_layer()
         return {
@@ -148,7 +150,9 @@ class Dashboard:
             "sites": [router.info.site for router in routers],
             "worst": worst.info.site if worst is not None else None,
             "map": plain_figure(figure) if figure.data else None,
-            "over_time": figures_by_key(over_time if len(routers) > 1 else []),
+            "over_time": figures_by_key(
+                [*([physical] if physical.data else []), *(over_time if len(routers) > 1 else [])]
+            ),
         }
 
     def heat_impl(self, parameters: Parameters) -> JsonDict:

@@ -10,6 +10,7 @@ from moe_trace.show.text.distinct import distinct_part
 from moe_trace.show.text.imbalance import imbalance_part
 from moe_trace.show.text.load import load_parts
 from moe_trace.show.text.phases import phase_parts, speed_part
+from moe_trace.show.text.physical import physical_part
 from moe_trace.show.text.ranks import rank_parts
 
 
@@ -30,6 +31,7 @@ def render_text(summary: Summary) -> str:
 def _figures(summary: Summary) -> list[str]:
     parts = load_parts(summary)
     if isinstance(summary, TraceSummary):
+        parts += physical_part(summary)
         parts += [*phase_parts(summary), *speed_part(summary), *distinct_part(summary)]
         parts += imbalance_part(summary)
         parts += rank_parts(summary)

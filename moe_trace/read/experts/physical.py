@@ -1,0 +1,168 @@
+"""Physical experts: what each slot of a load balancer (EPLB) got, beside what its logical expert got.
+
+A balancer gives hot experts replicas, spreads all over P slots, and moves them while the run goes on. So what
+a slot got is the load of a place; how the replicas of an expert share its tokens is told between two moves,
+and then added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.display.notebook import ShortRepr
+from moe_trace.data.load_stats import describe_load
+from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.read.ranks.loads import RankRecords, held_matrix
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicatedExpert:
+    """An expert that several slots held."""
+
+    expert: int
+    slots: tuple[int, ...]
+    """That held it in some call."""
+    assignments: int
+    """In the calls in which several did."""
+    max_over_mean: float | None
+    """The busiest replica's assignments over the mean replica's, maximum and mean added up from move to move:
+    1 is shared evenly. None without an assignment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicalLoad:
+    """One layer, all calls that tell."""
+
+    site: str
+    name: str
+    calls: int
+    experts: int
+    """E."""
+    maps: int
+    """Different ways in which the balancer had put experts on the slots."""
+    assignments: tuple[int, ...]
+    """[P] of each slot."""
+    slot_experts: tuple[int, ...]
+    """[P] the expert that each held last; -1 for none."""
+    slot_ranks: tuple[int, ...] | None
+    """[P] the rank that holds each; None where that is not known."""
+    rank_assignments: dict[int, int]
+    """By rank; empty where it is not known which slots it holds."""
+    expert_max_over_mean: float | None
+    """Of logical experts, whose replicas' assignments are added up."""
+    slot_max_over_mean: float | None
+    """Of the slots in use."""
+    rank_max_over_mean: float | None
+    replicas: tuple[ReplicatedExpert, ...]
+    """Those shared least evenly first."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PhysicalReport(ShortRepr):
+    """All layers whose experts a load balancer places."""
+
+    layers: tuple[PhysicalLoad, ...]
+
+
+def report_physical(recording: Recording, records: RankRecords) -> PhysicalReport | None:
+    """None where no call tells of slots.
+
+    Args:
+        recording: of all traces together, each decision once.
+        records: the recording of each rank.
+    """
+    calls = recording.calls
+    told = calls.forward & calls.lists["slot_assignments"].known & calls.lists["slot_experts"].known
+    if not told.any():
+        return None
+    calls = calls.take(told)
+    layers = [
+        _layer(router, own, records)
+        for router in recording.routers
+        if len(own := calls.take(calls.of_router(router.name)))
+    ]
+    return PhysicalReport(layers=tuple(layers))
+
+
+def _layer(router: RouterInfo, calls: CallTable, records: RankRecords) -> PhysicalLoad:
+    counts, held = calls.lists["slot_assignments"], calls.lists["slot_experts"]
+    size = max(int(counts.sizes.max()), int(held.sizes.max()), router.num_slots)
+    maps_MP, map_N = np.unique(_rows(held, size, -1), axis=0, return_inverse=True)
+    loads_MP = counts.summed_by(map_N.ravel(), len(maps_MP), least=size)
+    slots_P, last_P = loads_MP.sum(0), maps_MP[map_N.ravel()[-1]]
+    ranks_P = _rank_of_slot(router, records, size)
+    by_rank = (
+        {}
+        if ranks_P is None
+        else {rank: int(slots_P[ranks_P == rank].sum()) for rank in np.unique(ranks_P).tolist()}
+    )
+    return PhysicalLoad(
+        site=router.site,
+        name=router.name,
+        calls=len(calls),
+        experts=router.num_experts,
+        maps=len(maps_MP),
+        assignments=tuple(slots_P.tolist()),
+        slot_experts=tuple(last_P.tolist()),
+        slot_ranks=None if ranks_P is None else tuple(ranks_P.tolist()),
+        rank_assignments=by_rank,
+        expert_max_over_mean=_uneven(calls.assignments.summed(least=router.num_experts)),
+        slot_max_over_mean=_uneven(slots_P[(maps_MP >= 0).any(0)]),
+        rank_max_over_mean=_uneven(list(by_rank.values())),
+        replicas=_replicas(maps_MP, loads_MP),
+    )
+
+
+def _rows(lists: object, size: int, filler: int) -> Ints:
+    rows = lists.rows()  # type: ignore[attr-defined]
+    found = np.full((len(rows), size), filler, np.int64)
+    for row, values in zip(found, rows, strict=True):
+        row[: len(values)] = values
+    return found
+
+
+def _uneven(load: Ints | Sequence[int]) -> float | None:
+    return describe_load(load).max_over_mean if len(load) else None
+
+
+def _replicas(maps_MP: Ints, loads_MP: Ints) -> tuple[ReplicatedExpert, ...]:
+    slots: dict[int, set[int]] = {}
+    total: dict[int, int] = {}
+    most: dict[int, int] = {}
+    mean: dict[int, float] = {}
+    for held_P, load_P in zip(maps_MP, loads_MP, strict=True):
+        experts, copies = np.unique(held_P[held_P >= 0], return_counts=True)
+        for expert in experts[copies > 1].tolist():
+            mine = held_P == expert
+            shares = load_P[mine]
+            slots.setdefault(expert, set()).update(np.flatnonzero(mine).tolist())
+            total[expert] = total.get(expert, 0) + int(shares.sum())
+            most[expert] = most.get(expert, 0) + int(shares.max())
+            mean[expert] = mean.get(expert, 0.0) + float(shares.mean())
+    found = [
+        ReplicatedExpert(
+            expert=expert,
+            slots=tuple(sorted(slots[expert])),
+            assignments=total[expert],
+            max_over_mean=most[expert] / mean[expert] if total[expert] else None,
+        )
+        for expert in slots
+    ]
+    return tuple(sorted(found, key=lambda one: (-(one.max_over_mean or 0.0), one.expert)))
+
+
+def _rank_of_slot(router: RouterInfo, records: RankRecords, size: int) -> Ints | None:
+    groups = {records.parallel(rank).expert_ranks for rank in records.ranks}
+    if len(groups) != 1 or not (group := groups.pop()):
+        return None
+    held_GP = held_matrix(records, router.name, group)
+    if held_GP is None or held_GP.shape[1] != size or (held_GP.sum(0) != 1).any():
+        return None
+    return np.array(group, np.int64)[held_GP.argmax(0)]
