@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import ClassVar
 
 from moe_trace.cli.arguments import reading_progress
@@ -48,11 +47,7 @@ class CheckCommand:
                     unread = Violation(rule="file_can_be_read", where="file", message=str(error))
                     results[str(file)] = {"file_can_be_read": [unread]}
         if arguments.format == "json":
-            plain = {
-                file: {rule: [asdict(v) for v in found] for rule, found in rules.items()}
-                for file, rules in results.items()
-            }
-            print(json_text(plain), end="")
+            print(json_text(results), end="")
         else:
             for name, rules in results.items():
                 print("\n".join(_lines(name, rules)))

@@ -15,7 +15,6 @@ scores, and `unscored` says why.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from moe_trace.data.display.json import without_nonfinite
+from moe_trace.data.display.json import json_text
 from moe_trace.data.errors import UsageError
 from moe_trace.data.files import whole_file
 from moe_trace.find.contracts import Call, RouterOutput
@@ -126,21 +125,18 @@ class PruningScores:
         Raises:
             UsageError: another suffix.
         """
-        plain = {name: vars(scores) for name, scores in self.layers.items()}
         suffix = Path(path).suffix
         if suffix not in (".json", ".npz"):
             raise UsageError(f"found {path}, expected a file name that ends in .json or .npz")
         with whole_file(path) as temporary:
             if suffix == ".json":
-                listed = {
-                    name: {k: np.asarray(v).tolist() for k, v in one.items()} for name, one in plain.items()
-                }
-                whole = without_nonfinite({"layers": listed, "unscored": self.unscored})
-                text = json.dumps(whole, indent=1, allow_nan=False)
-                temporary.write_text(text + "\n", encoding="utf-8")
+                text = json_text({"layers": self.layers, "unscored": self.unscored})
+                temporary.write_text(text, encoding="utf-8")
             else:
                 arrays: Any = {
-                    f"{name}/{key}": value for name, one in plain.items() for key, value in one.items()
+                    f"{name}/{key}": value
+                    for name, scores in self.layers.items()
+                    for key, value in vars(scores).items()
                 }
                 with open(temporary, "wb") as file:
                     np.savez_compressed(file, **arrays)

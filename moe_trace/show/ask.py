@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.columns import Cell, Column, text_table
@@ -101,5 +100,5 @@ _ROWS = {
 
 
 def plain_answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """As JSON holds them."""
-    return [{"asked": QUESTIONS[answer.question], **asdict(answer)} for answer in answers]
+    """What their JSON holds."""
+    return [{"asked": QUESTIONS[answer.question], **vars(answer)} for answer in answers]

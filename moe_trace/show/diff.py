@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.columns import Column, text_table
 from moe_trace.data.display.csv import csv_text
+from moe_trace.data.display.json import attributes
 from moe_trace.data.display.tables import number, paragraph, printable, share, signed_percent
 from moe_trace.read.diff import Change, Comparison
 from moe_trace.read.diff.routing import ExpertShift, RoutingChange
@@ -197,22 +197,17 @@ def _interval(change: Change) -> str:
 # -- data ---------------------------------------------------------------------------------------------
 
 
+_CHANGE = ("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict", "stage")
+
+
 def render_diff_csv(comparison: Comparison) -> str:
     """One row per layer and metric."""
-    keys = ("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict", "stage")
-    return csv_text(keys, ([getattr(change, key) for key in keys] for change in comparison.changes))
+    return csv_text(_CHANGE, (list(attributes(change, *_CHANGE).values()) for change in comparison.changes))
 
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:
-    """As JSON holds it."""
-    return {
-        "a": comparison.a,
-        "b": comparison.b,
-        "unchanged": comparison.unchanged,
-        "setup": [asdict(change) for change in comparison.setup],
-        "routing": [asdict(change) for change in comparison.routing],
-        "changes": [
-            {**asdict(c), "difference": c.difference, "relative": c.relative} for c in comparison.changes
-        ],
-        "notes": list(comparison.notes),
+    """What its JSON holds."""
+    told = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
+    return told | {
+        "changes": [{**vars(c), **attributes(c, "difference", "relative")} for c in comparison.changes]
     }

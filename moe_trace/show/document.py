@@ -6,12 +6,11 @@ import importlib.util
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 from moe_trace.data.display.columns import columns_of
-from moe_trace.data.display.json import without_nonfinite
+from moe_trace.data.display.json import attributes, plain
 from moe_trace.data.errors import UsageError
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 
@@ -79,13 +78,7 @@ def _head(title: str) -> str:
 
 def figure_spec(prefix: str, figure: Figure) -> dict[str, object]:
     """What the page's script hands to plotly."""
-    frames = [asdict(frame) for frame in figure.frames]
-    return {
-        "id": f"{prefix}-{figure.key}",
-        "data": figure.data,
-        "layout": figure.layout,
-        "frames": frames,
-    }
+    return {"id": f"{prefix}-{figure.key}", **attributes(figure, "data", "layout", "frames")}
 
 
 def figure_html(prefix: str, figure: Figure) -> str:
@@ -133,7 +126,7 @@ def table_html(figure: Figure) -> str:
 
 def _script_json(value: object) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(without_nonfinite(value), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

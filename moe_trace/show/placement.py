@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.display.columns import text_table
-from moe_trace.data.display.json import json_text
+from moe_trace.data.display.json import attributes, json_text
 from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
 from moe_trace.placement.plan import Floats
@@ -202,55 +202,40 @@ def _range(values: Floats) -> str:
 def render_placement_json(study: PlacementStudy) -> str:
     """Everything, per layer and fold; without the maps, which `--out` writes."""
     counts = study.counts
-    plain = {
-        "schema_version": SCHEMA_VERSION,
-        "source": counts.source,
-        "model": counts.model,
-        "kind": counts.kind,
-        "labels": list(counts.labels),
-        "num_experts": counts.num_experts,
-        "layers": [
-            {"site": x.site, "name": x.name, "layer": x.layer, "slot_bytes": x.slot_bytes}
-            for x in counts.layers
-        ],
-        "split": {
-            "words": study.split.words,
-            "in_sample": study.split.in_sample,
-            "folds": [
-                {
-                    "chosen": [counts.labels[i] for i in fold.chosen],
-                    "judged": [counts.labels[i] for i in fold.judged],
-                }
-                for fold in study.split.folds
-            ],
-        },
-        "judged_observations": study.observations,
-        "clusters": [_plain_cluster(cluster) for cluster in study.clusters],
-        "notes": [*counts.notes, *_advice(study)],
-    }
-    return json_text(plain)
+    folds = [
+        {part: [counts.labels[i] for i in getattr(fold, part)] for part in ("chosen", "judged")}
+        for fold in study.split.folds
+    ]
+    return json_text(
+        {
+            "schema_version": SCHEMA_VERSION,
+            **attributes(counts, "source", "model", "kind", "labels", "num_experts"),
+            "layers": [attributes(one, "site", "name", "layer", "slot_bytes") for one in counts.layers],
+            "split": {**attributes(study.split, "words", "in_sample"), "folds": folds},
+            "judged_observations": study.observations,
+            "clusters": [_cluster(cluster) for cluster in study.clusters],
+            "notes": [*counts.notes, *_advice(study)],
+        }
+    )
 
 
-def _plain_cluster(cluster: ClusterStudy) -> dict[str, Any]:
-    options = cluster.options
+def _cluster(cluster: ClusterStudy) -> dict[str, Any]:
+    plans = [
+        {
+            "plan": plan.name,
+            "max_over_mean_all_layers": plan.all_layers_F,
+            "max_over_mean": plan.max_over_mean_FL,
+            "max_over_mean_per_observation": plan.per_observation_FL,
+            "rank_loads": plan.loads_LR,
+            "slots_own_rank": plan.volume.own_rank_L,
+            "slots_own_node": plan.volume.own_node_L,
+            "slots_other_node": plan.volume.other_node_L,
+        }
+        for plan in cluster.plans
+    ]
     return {
-        "ranks": options.cluster.ranks,
-        "nodes": options.cluster.nodes,
-        "replicas": options.replicas,
-        "groups": options.groups,
-        "hedge": options.hedge,
-        "least_without_copies": cluster.least_without_copies_FL.tolist(),
-        "plans": [
-            {
-                "plan": plan.name,
-                "max_over_mean_all_layers": plan.all_layers_F.tolist(),
-                "max_over_mean": plan.max_over_mean_FL.tolist(),
-                "max_over_mean_per_observation": plan.per_observation_FL.tolist(),
-                "rank_loads": plan.loads_LR.tolist(),
-                "slots_own_rank": plan.volume.own_rank_L.tolist(),
-                "slots_own_node": plan.volume.own_node_L.tolist(),
-                "slots_other_node": plan.volume.other_node_L.tolist(),
-            }
-            for plan in cluster.plans
-        ],
+        **attributes(cluster.options.cluster, "ranks", "nodes"),
+        **attributes(cluster.options, "replicas", "groups", "hedge"),
+        "least_without_copies": cluster.least_without_copies_FL,
+        "plans": plans,
     }

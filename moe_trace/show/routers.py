@@ -18,8 +18,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a numb
 
 def render_routers_json(model: str, routers: Sequence[RouterInfo]) -> str:
     """All that is known of each router, as indented JSON."""
-    plain = {"model": {"class": model}, "routers": [asdict(router) for router in routers]}
-    return json_text(plain)
+    return json_text({"model": {"class": model}, "routers": routers})
 
 
 def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[str, str]) -> str:

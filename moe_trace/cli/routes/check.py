@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_trace.cli.routes.reading import ROUTES, named, routes_of
@@ -52,11 +51,7 @@ class CheckRoutesCommand:
                 continue
             results[named(path, arguments)] = check_routes(routes, reference)
         if arguments.format == "json":
-            plain = {
-                file: {rule: [asdict(problem) for problem in found] for rule, found in rules.items()}
-                for file, rules in results.items()
-            }
-            print(json_text(plain), end="")
+            print(json_text(results), end="")
         else:
             for name, rules in results.items():
                 print("\n".join(_lines(name, rules)))

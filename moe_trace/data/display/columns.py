@@ -45,8 +45,8 @@ class Column:
     """Of texts in a terminal."""
 
     def cell(self, value: str | float | None) -> str:
-        """A cell's text; `-` for what is not known."""
-        if value is None:
+        """A cell's text; `-` for what is not known: None and NaN."""
+        if value is None or value != value:
             return "-"
         return value if isinstance(value, str) else self.text(value)
 
@@ -56,8 +56,10 @@ class Column:
 
     def terminal_cell(self, value: Cell) -> str:
         """A cell's text in a table of a terminal."""
-        if value is None or isinstance(value, str):
-            return "-" if value is None else printable(value, self.width)
+        if value is None or value != value:
+            return "-"
+        if isinstance(value, str):
+            return printable(value, self.width)
         return f"{value:,}" if isinstance(value, int) and self.terminal is number else self.terminal(value)
 
 

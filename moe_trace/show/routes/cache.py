@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from functools import partial
 from typing import Any
 
 from moe_trace.data.display.columns import Cell, Column, text_table
-from moe_trace.data.display.json import without_nonfinite
+from moe_trace.data.display.json import attributes, json_text
 from moe_trace.data.display.tables import fixed, paragraph, scaled, share
 from moe_trace.read.routes.cache import CacheResult, CacheStudy
 from moe_trace.show.routes.study import layer_label
@@ -20,9 +18,8 @@ def render_cache_text(study: CacheStudy, *, every_layer: bool = False) -> str:
     known = study.expert_bytes is not None
     rows: list[tuple[Cell, ...]] = []
     for result in study.results:
-        row: list[Cell] = [result.policy, result.experts_in_memory, _told(result.hit_rate)]
-        row += [_told(result.loads_per_token), *([_told(result.bytes_per_token)] if known else [])]
-        rows.append(tuple(row))
+        moved = (result.loads_per_token, *((result.bytes_per_token,) if known else ()))
+        rows.append((result.policy, result.experts_in_memory, result.hit_rate, *moved))
     headings: list[str | Column] = ["policy", "in memory", Column("hit rate", terminal=share)]
     headings += [Column("loads a token", terminal=partial(fixed, decimals=2))]
     headings += [Column("bytes a token", terminal=partial(scaled, unit="B"))] if known else []
@@ -53,9 +50,8 @@ def _header(study: CacheStudy) -> str:
 def _prefetch(results: list[CacheResult]) -> str:
     rows = [
         (
-            result.policy,
-            result.experts_in_memory,
-            *map(_told, (ahead.hit_rate_without, ahead.hit_rate, ahead.precision)),
+            *(result.policy, result.experts_in_memory),
+            *(ahead.hit_rate_without, ahead.hit_rate, ahead.precision),
         )
         for result in results
         if (ahead := result.prefetch) is not None
@@ -71,52 +67,24 @@ def _prefetch(results: list[CacheResult]) -> str:
 
 def _layers(study: CacheStudy) -> str:
     headings = [Column(f"{r.policy} {r.experts_in_memory}", terminal=share) for r in study.results]
-    rows = [
-        (layer_label(path), *(_told(float(r.layer_hit_rates[number])) for r in study.results))
+    rows: list[tuple[Cell, ...]] = [
+        (layer_label(path), *(float(r.layer_hit_rates[number]) for r in study.results))
         for number, path in enumerate(study.layers)
     ]
     return text_table(("layer", *headings), rows, title="Hit rate by layer")
 
 
-def _told(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
-
-
 def render_cache_json(study: CacheStudy) -> str:
     """Indented JSON text; docs/routes_study.md has the keys."""
-    plain = {
-        "layers": list(study.layers),
-        "together": study.together,
-        "shared": study.shared,
-        "steps": study.steps,
-        "steps_recorded": study.steps_recorded,
-        "tokens": study.tokens,
-        "expert_bytes": study.expert_bytes,
-        "results": [_plain(result) for result in study.results],
-        "curves": {policy: curve.tolist() for policy, curve in study.curves.items()},
-    }
-    return json.dumps(without_nonfinite(plain), indent=1, allow_nan=False) + "\n"
+    told = attributes(study, "layers", "together", "shared", "steps", "steps_recorded", "tokens")
+    told |= attributes(study, "expert_bytes", "curves")
+    return json_text({**told, "results": [_result(result) for result in study.results]})
 
 
-def _plain(result: CacheResult) -> dict[str, Any]:
-    ahead = result.prefetch
-    return {
-        "policy": result.policy,
-        "experts_in_memory": result.experts_in_memory,
-        "hit_rate": result.hit_rate,
-        "loads_per_token": result.loads_per_token,
-        "bytes_per_token": result.bytes_per_token,
-        "layer_hit_rates": result.layer_hit_rates.tolist(),
-        "requests": result.requests.tolist(),
-        "hits": result.hits.tolist(),
-        "prefetch": ahead
-        and {
-            "hit_rate": ahead.hit_rate,
-            "hit_rate_without": ahead.hit_rate_without,
-            "precision": ahead.precision,
-            "requests": ahead.requests,
-            "hits": ahead.hits,
-            "hidden": ahead.hidden,
-            "loaded_ahead": ahead.loaded_ahead,
-        },
-    }
+def _result(result: CacheResult) -> dict[str, Any]:
+    told = attributes(result, "policy", "experts_in_memory", "hit_rate", "loads_per_token", "bytes_per_token")
+    told |= attributes(result, "layer_hit_rates", "requests", "hits", "prefetch")
+    if result.prefetch is not None:
+        rates = attributes(result.prefetch, "hit_rate", "hit_rate_without", "precision")
+        told["prefetch"] = {**rates, **vars(result.prefetch)}
+    return told

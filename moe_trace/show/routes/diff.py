@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_trace.data.display.columns import Cell, Column, text_table
+from moe_trace.data.display.json import attributes
 from moe_trace.data.display.tables import paragraph, printable, share
 from moe_trace.data.layer_labels import layer_labels
 from moe_trace.read.routes.compare.comparison import RoutesComparison
@@ -61,8 +62,8 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
     ]
     overall = text_table([FILE, OVERLAP, ANYWHERE], over_all, title=title)
     headings = [LAYER, UNIFORM, *(Column(f"{n}", terminal=share) for n in range(1, len(found) + 1))]
-    rows = [
-        [layer, found[0].top_k[i] / found[0].num_experts[i], *(_cell(float(one.overlap[i])) for one in found)]
+    rows: list[list[Cell]] = [
+        [layer, found[0].top_k[i] / found[0].num_experts[i], *(float(one.overlap[i]) for one in found)]
         for i, (layer, _) in enumerate(layer_labels(layers))
     ]
     by_layer = text_table(headings, rows, title="By layer; checkpoints in the order given.")
@@ -71,36 +72,23 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
 
 def plain_routes_diff(names: Sequence[str], found: RoutesComparison) -> dict[str, Any]:
     """All figures by name."""
-    columns = ("overlap", "same_rank", "differs", "reordered", "begins")
-    optional = ("weights_l1", "margin_differing", "margin_same")
-    layers = []
-    for place, layer in enumerate(found.layers):
-        plain = {"layer": layer, "num_experts": found.num_experts[place], "top_k": found.top_k[place]}
-        plain |= {"compared": int(found.compared[place])}
-        plain |= {name: float(getattr(found, name)[place]) for name in columns}
-        told = {name: getattr(found, name) for name in optional}
-        layers.append(plain | {name: None if v is None else float(v[place]) for name, v in told.items()})
+    figures = ("compared", "overlap", "same_rank", "differs", "reordered", "begins")
+    of_weights = ("weights_l1", "margin_differing", "margin_same")
+    layers = [
+        {
+            "layer": layer,
+            **{name: getattr(found, name)[place] for name in ("num_experts", "top_k", *figures)},
+            **{name: None if (v := getattr(found, name)) is None else v[place] for name in of_weights},
+        }
+        for place, layer in enumerate(found.layers)
+    ]
+    begins = found.drift_begins
     return {
-        "a": names[0],
-        "b": names[1],
-        "tokens": found.tokens,
-        "aligned_by": found.aligned_by,
-        "only_a": found.only_a,
-        "only_b": found.only_b,
-        "differing": found.differing,
-        "identical": found.identical,
-        "drift_begins": None if found.drift_begins is None else found.layers[found.drift_begins],
+        **dict(zip("ab", names, strict=True)),
+        **attributes(found, "tokens", "aligned_by", "only_a", "only_b", "differing", "identical"),
+        "drift_begins": None if begins is None else found.layers[begins],
         "layers": layers,
-        "positions": [
-            {
-                "first": part.first,
-                "last": part.last,
-                "tokens": part.tokens,
-                "overlap": part.overlap.tolist(),
-                "differing": part.differing,
-            }
-            for part in found.positions
-        ],
+        "positions": found.positions,
     }
 
 
@@ -109,9 +97,9 @@ def plain_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) ->
     return {
         "last": names[-1],
         "tokens": found[0].tokens,
-        "layers": list(found[0].layers),
+        "layers": found[0].layers,
         "saturation": [
-            {"file": name, "overlap": one.overlap.tolist(), "differing": one.differing}
+            {"file": name, "overlap": one.overlap, "differing": one.differing}
             for name, one in zip(names, found, strict=False)
         ],
     }
@@ -149,7 +137,7 @@ def _layer_table(found: RoutesComparison) -> str:
     rows: list[list[Cell]] = []
     for place, (layer, _) in enumerate(layer_labels(found.layers)):
         chance = found.top_k[place] / found.num_experts[place]
-        rows.append([layer, *(chance if c is None else _cell(float(c[place])) for c in columns)])
+        rows.append([layer, *(chance if c is None else float(c[place]) for c in columns)])
     return text_table(headings, rows)
 
 
@@ -159,10 +147,6 @@ def _position_table(found: RoutesComparison) -> str:
         span = f"{part.first}" if part.first == part.last else f"{part.first}-{part.last}"
         rows.append([span, part.tokens, _mean(part.overlap.tolist()), part.differing])
     return text_table([POSITIONS, TOKENS, OVERLAP, ANYWHERE], rows, title="By position, all layers together.")
-
-
-def _cell(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -48,11 +47,6 @@ def _tables(study: RoutesStudy) -> list[str]:
     return [text for text in (make(study) for make in made) if text]
 
 
-def _told(value: float | None) -> float | None:
-    """None, which is drawn as -, for NaN."""
-    return None if value is None or math.isnan(value) else float(value)
-
-
 def _shares(*labels: str) -> list[str | Column]:
     return [Column(label, terminal=share) for label in labels]
 
@@ -93,7 +87,7 @@ def _locality(study: RoutesStudy) -> str:
         within = dict(zip(found.distances.tolist(), found.reuse_within.tolist(), strict=True))
         covered = found.segment_coverage[_SEGMENT_SHOWN][min(2 * layer.top_k, layer.num_experts) - 1]
         values = (found.consecutive, found.by_load, found.by_chance, within.get(16), found.first_use, covered)
-        return tuple(map(_told, values))
+        return values
 
     headings = _shares("next token", "by load", "by chance", "within 16", "first use", "2k of segment")
     return _by_layer(
@@ -112,7 +106,7 @@ def _next_layer(study: RoutesStudy) -> str:
         found = layer.transition
         if found is None or not found.tokens_asked:
             return None
-        return _told(found.recall), _told(found.recall_by_load), found.tokens_asked
+        return found.recall, found.recall_by_load, found.tokens_asked
 
     return _by_layer(
         study,
@@ -182,7 +176,7 @@ def _domains(study: RoutesStudy) -> str:
                 continue
             others = np.nanmean(np.delete(shares, domain, axis=0), axis=0)
             expert = int(np.argmax(shares[domain] - others))
-            values = (float(shares[domain, expert]), _told(others[expert]), layer.domains.uniform)
+            values = (float(shares[domain, expert]), float(others[expert]), layer.domains.uniform)
             rows.append((layer_label(layer.layer), label, expert, *values))
     title = (
         "Domains: the expert that stands out most, in what share of the domain's tokens and of the others'"
@@ -195,8 +189,8 @@ def _vocabulary(study: RoutesStudy) -> str:
     rows: list[Row] = []
     for layer in study.layers:
         for kind, found in layer.vocabulary.items():
-            values = tuple(map(_told, (found.mean, found.mean_often, found.mean_first)))
-            rows.append((layer_label(layer.layer), kind, found.ids, *values))
+            means = (found.mean, found.mean_often, found.mean_first)
+            rows.append((layer_label(layer.layer), kind, found.ids, *means))
     title = (
         "Vocabulary: mean over token ids of the largest share of their occurrences that one expert of the "
         f"top k got; over ids with {OFTEN} occurrences or more; and in the first slot alone"
@@ -215,7 +209,7 @@ def _gates(study: RoutesStudy) -> str:
             return None
         heavy, light = int(np.nanargmax(ratio)), int(np.nanargmin(ratio))
         ends = (f"{expert}  {ratio[expert]:.2f}×" for expert in (heavy, light))
-        return (*ends, *map(_told, (found.margin[2], found.margin[0], found.last[2])))
+        return (*ends, *map(float, (found.margin[2], found.margin[0], found.last[2])))
 
     three = partial(fixed, decimals=3)
     middle = [Column(label, terminal=three) for label in ("margin p50", "margin p5")]
@@ -233,7 +227,7 @@ def _saturation(study: RoutesStudy) -> str:
     if found is None:
         return ""
     rows: list[Row] = [
-        (layer_label(layer.layer), *map(_told, found.top_k[:, number].tolist()), float(found.uniform[number]))
+        (layer_label(layer.layer), *found.top_k[:, number].tolist(), float(found.uniform[number]))
         for number, layer in enumerate(study.layers)
     ]
     headings = ["layer", *_shares(*(printable(label, 16) for label in found.labels), "uniform")]

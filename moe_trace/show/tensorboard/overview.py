@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_trace.data.display.columns import number_text
+from moe_trace.data.display.json import attributes
 from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
@@ -56,15 +57,8 @@ def _findings(found: Sequence[Finding]) -> JsonDict:
 
 
 def _finding(finding: Finding) -> JsonDict:
-    return {
-        "rule": finding.rule,
-        "severity": finding.severity,
-        "price": finding.price,
-        "site": finding.site,
-        "sentence": finding.sentence,
-        "advice": finding.advice,
-        "view": VIEW_OF_RULE.get(finding.rule, "routing"),
-    }
+    told = attributes(finding, "rule", "severity", "price", "site", "sentence", "advice")
+    return {**told, "view": VIEW_OF_RULE.get(finding.rule, "routing")}
 
 
 def facts(summary: TraceSummary) -> list[JsonDict]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from moe_trace.data.display.columns import Column, columns_of
+from moe_trace.data.display.json import attributes, plain
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
 
 JsonDict = dict[str, Any]
@@ -14,16 +14,8 @@ JsonDict = dict[str, Any]
 
 def plain_figure(figure: Figure) -> JsonDict:
     """The plot's specification and the table that says the same."""
-    return {
-        "key": figure.key,
-        "title": figure.title,
-        "caption": figure.caption,
-        "data": figure.data,
-        "layout": figure.layout,
-        "frames": [asdict(frame) for frame in figure.frames],
-        "slider": figure.slider,
-        "table": plain_table(figure.headings, figure.rows),
-    }
+    told = attributes(figure, "key", "title", "caption", "data", "layout", "frames", "slider")
+    return {**told, "frames": plain(figure.frames), "table": plain_table(figure.headings, figure.rows)}
 
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> JsonDict:
