@@ -27,7 +27,7 @@ def page() -> str:
     from moe_trace.cli import COMMANDS, _parser
 
     parts = [HEAD, "| command | what it does |\n|---|---|\n"]
-    parts += [f"| [{name}](#{name}) | {line} |\n" for name, (_, _, line) in COMMANDS.items()]
+    parts += [f"| [{name}](#{name}) | {line} |\n" for name, (_, line) in COMMANDS.items()]
     for name in COMMANDS:
         parser = _subparsers(_parser(name)[0])[name]
         parts.append(_section(name, parser))

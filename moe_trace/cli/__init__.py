@@ -8,44 +8,31 @@ what is read, each with the ending of a copy of what comes from a pipe), `add_ar
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
-from moe_trace.cli.subcommands import add_command
+from moe_trace.cli.subcommands import add_command, load_command
 from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
-# name -> (module, class, one line for the overview); modules are imported late, so that reading a trace
+# name -> (module and class, one line for the overview); modules are imported late, so that reading a trace
 # never imports torch.
 COMMANDS = {
-    "run": (
-        "moe_trace.cli.run.command",
-        "RunCommand",
-        "run a model and record its routing in a profiler trace",
-    ),
-    "routers": ("moe_trace.cli.routers", "RoutersCommand", "list what would be traced in a model"),
-    "report": ("moe_trace.cli.report", "ReportCommand", "what a trace says about the routing"),
-    "ask": ("moe_trace.cli.ask", "AskCommand", "questions answered: imbalance, MoE's share, what to try"),
-    "view": ("moe_trace.cli.view", "ViewCommand", "start TensorBoard on a folder and its MoE tab"),
-    "merge": ("moe_trace.cli.merge", "MergeCommand", "the traces of a run's ranks as one, on one clock"),
-    "reduce": (
-        "moe_trace.cli.reduce",
-        "ReduceCommand",
-        "what a report needs of a trace, in a small file",
-    ),
-    "diff": ("moe_trace.cli.diff", "DiffCommand", "what changed between two traces, and what is noise"),
-    "check": ("moe_trace.cli.check", "CheckCommand", "whether a merged trace keeps its promises"),
-    "export": ("moe_trace.cli.export", "ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),
-    "placement": (
-        "moe_trace.cli.placement",
-        "PlacementCommand",
-        "what another placement of experts would give",
-    ),
-    "routes": ("moe_trace.cli.routes", "RoutesCommand", "which token went where: check, compare, study"),
+    "run": ("run.command:RunCommand", "run a model and record its routing in a profiler trace"),
+    "routers": ("routers:RoutersCommand", "list what would be traced in a model"),
+    "report": ("report:ReportCommand", "what a trace says about the routing"),
+    "ask": ("ask:AskCommand", "questions answered: imbalance, MoE's share, what to try"),
+    "view": ("view:ViewCommand", "start TensorBoard on a folder and its MoE tab"),
+    "merge": ("merge:MergeCommand", "the traces of a run's ranks as one, on one clock"),
+    "reduce": ("reduce:ReduceCommand", "what a report needs of a trace, in a small file"),
+    "diff": ("diff:DiffCommand", "what changed between two traces, and what is noise"),
+    "check": ("check:CheckCommand", "whether a merged trace keeps its promises"),
+    "export": ("export:ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),
+    "placement": ("placement:PlacementCommand", "what another placement of experts would give"),
+    "routes": ("routes:RoutesCommand", "which token went where: check, compare, study"),
 }
 
 
@@ -99,10 +86,10 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
     parser.add_argument("--version", action="version", version=f"moe-trace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     command = None
-    for name, (module, class_name, line) in COMMANDS.items():
+    for name, (place, line) in COMMANDS.items():
         if name != chosen:
             commands.add_parser(name, help=line)
             continue
-        command = getattr(importlib.import_module(module), class_name)()
+        command = load_command(place)
         add_command(commands, name, line, command)
     return parser, command

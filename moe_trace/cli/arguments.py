@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moe_trace.data.display.json import json_text
+from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of
     from moe_trace.read.file.opening import Progress
     from moe_trace.read.time.peaks import PeakOverride
 
+_BROKEN_SHOWN = 5
+"""Of what breaks a rule."""
+
 
 def add_output(
     parser: argparse.ArgumentParser, metavar: str, help: str, *, name: str = "--out", required: bool = False
@@ -27,6 +32,39 @@ def add_output(
     add = parser.add_argument
     add("-o", name, type=Path, required=required, metavar=metavar, help=help)
     add("-f", "--force", action="store_true", help=f"replace {metavar} if it exists")
+
+
+def add_format(
+    parser: argparse.ArgumentParser, *more: str, alias: bool = False, help: str = "default: text"
+) -> None:
+    """`--format`: text, JSON, and what else there is.
+
+    Args:
+        alias: `--json`, too.
+    """
+    parser.add_argument("--format", choices=("text", "json", *more), default="text", help=help)
+    if alias:
+        same = "the same as --format json"
+        parser.add_argument("--json", action="store_const", const="json", dest="format", help=same)
+
+
+def parse_names(text: str | None) -> list[str]:
+    """`a, b` -> ["a", "b"]."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def parse_numbers(option: str, text: str | None, most: int | None = None) -> tuple[int, ...]:
+    """`8,16,8` -> (8, 16).
+
+    Raises:
+        UsageError: not whole numbers from 1 on.
+    """
+    parts = parse_names(text)
+    end = 10**9 if most is None else most
+    if not parts or not all(part.isdecimal() and 1 <= int(part[:10]) <= end for part in parts):
+        upto = "on" if most is None else f"to {most}"
+        raise UsageError(f"found {option} {text}, expected whole numbers from 1 {upto} such as 8,16,32")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +93,8 @@ def chosen_filter(arguments: argparse.Namespace) -> Filter:
     """The filter that the options describe."""
     from moe_trace.read.file.filters import Filter
 
-    layers = frozenset(part.strip() for part in (arguments.layer or "").split(",") if part.strip())
     # `03` and `3` are one layer index.
-    layers = frozenset(str(int(part)) if part.isdecimal() else part for part in layers)
+    layers = frozenset(str(int(name)) if name.isdecimal() else name for name in parse_names(arguments.layer))
     stages = frozenset([arguments.stage]) if arguments.stage else frozenset()
     return Filter(layers=layers, steps=parse_steps(arguments.step), stages=stages)
 
@@ -98,6 +135,26 @@ def parse_steps(text: str | None) -> frozenset[int]:
             raise UsageError(f"found --step {text}, which is more steps than any trace holds")
         steps.update(range(int(first), end + 1))
     return frozenset(steps)
+
+
+def tell_checked(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str) -> int:
+    """Print what each file keeps of each rule and what breaks it; the exit status.
+
+    Args:
+        results: file -> rule -> what breaks it, each with a `sentence`.
+    """
+    if form == "json":
+        print(json_text(results), end="")
+    for file, rules in results.items() if form == "text" else ():
+        print(printable(file, 200))
+        for rule, found in rules.items():
+            count = f": {len(found)}" if found else ""
+            print(f"  {'BROKEN' if found else 'ok    '}  {rule.replace('_', ' ')}{count}")
+            for one in found[:_BROKEN_SHOWN]:
+                print(wrapped(printable(one.sentence, 500)))
+            if len(found) > _BROKEN_SHOWN:
+                print(wrapped(f"… and {len(found) - _BROKEN_SHOWN} more"))
+    return int(any(found for rules in results.values() for found in rules.values()))
 
 
 def refuse_to_replace(target: Path, *, force: bool, inputs: Sequence[str | Path] = ()) -> None:

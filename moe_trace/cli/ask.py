@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_filters, read_chosen
+from moe_trace.cli.arguments import add_filters, add_format, read_chosen
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.display.json import json_text
 from moe_trace.data.errors import UsageError
@@ -41,7 +41,7 @@ class AskCommand:
             help=f"answer only this one of {', '.join(QUESTIONS)}; may be given several times (default: all)",
         )
         add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
-        add("--format", choices=("text", "json"), default="text", help="default: text")
+        add_format(parser)
         add_filters(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:

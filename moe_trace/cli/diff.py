@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_filters, read_chosen
+from moe_trace.cli.arguments import add_filters, add_format, read_chosen
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.display.json import json_text
 from moe_trace.data.errors import UsageError
@@ -35,7 +35,7 @@ class DiffCommand:
         add = parser.add_argument
         add("a", metavar="A", help="a trace or a folder of traces: before")
         add("b", metavar="B", help="the same: after")
-        add("--format", choices=("text", "json", "csv"), default="text", help="default: text")
+        add_format(parser, "csv")
         add(
             "--fail-on",
             action="append",

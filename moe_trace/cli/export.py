@@ -7,12 +7,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from moe_trace.cli.arguments import (
-    add_filters,
-    add_output,
-    read_chosen,
-    refuse_to_replace,
-)
+from moe_trace.cli.arguments import add_filters, add_output, read_chosen, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.files import write_text
 from moe_trace.read.reader import TraceSummary

@@ -6,7 +6,16 @@ import argparse
 import sys
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_choice, add_output, chosen_filter, parse_steps, refuse_to_replace
+from moe_trace.cli.arguments import (
+    add_choice,
+    add_format,
+    add_output,
+    chosen_filter,
+    parse_names,
+    parse_numbers,
+    parse_steps,
+    refuse_to_replace,
+)
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
@@ -45,7 +54,7 @@ class PlacementCommand:
         add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
         add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
         add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
-        add("--format", choices=("text", "json"), default="text", help="default: text")
+        add_format(parser)
         add("--all", action="store_true", help="show every layer")
         add_output(parser, "MAP.json", "write the plans: which slot holds which expert")
         add_choice(parser)
@@ -54,7 +63,7 @@ class PlacementCommand:
         """Read, plan, judge, print; write the map."""
         if arguments.out is not None:
             refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
-        ranks = _numbers(arguments.ranks)
+        ranks = parse_numbers("--ranks", arguments.ranks, MAX_RANKS)
         options = clusters_for(
             ranks,
             nodes=arguments.nodes,
@@ -85,13 +94,6 @@ def _counts(arguments: argparse.Namespace) -> ExpertCounts:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and 1 <= int(part[:9]) <= MAX_RANKS for part in parts):
-        raise UsageError(f"found --ranks {text}, expected numbers from 1 to {MAX_RANKS} such as 8,16,64")
-    return tuple(dict.fromkeys(int(part) for part in parts))
-
-
 def _split(counts: ExpertCounts, arguments: argparse.Namespace) -> Split:
     if arguments.choose_on is None and arguments.judge_on is None:
         return split_by(counts, arguments.split)
@@ -108,7 +110,7 @@ def _split(counts: ExpertCounts, arguments: argparse.Namespace) -> Split:
 def _labels(counts: ExpertCounts, text: str | None) -> list[str] | None:
     if text is None:
         return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
+    names = parse_names(text)
     if counts.kind == "step" and not all(name in counts.labels for name in names):
         return [str(step) for step in sorted(parse_steps(text))]
     return names

@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_trace.cli.arguments import (
-    add_filters,
-    read_chosen,
-    refuse_to_replace,
-)
+from moe_trace.cli.arguments import add_filters, add_format, read_chosen, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.files import write_text
@@ -36,12 +32,7 @@ class ReportCommand:
         """Declare the options."""
         add = parser.add_argument
         add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add(
-            "--format",
-            choices=("text", "json", "csv"),
-            default="text",
-            help="default: text; csv: one row per router call",
-        )
+        add_format(parser, "csv", help="default: text; csv: one row per router call")
         add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
         add("-f", "--force", action="store_true", help="replace FILE if it exists")
         add_filters(parser)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import ClassVar
 
+from moe_trace.cli.arguments import add_format
+
 
 class RoutersCommand:
     """List the routers of a model: what would be traced, without running it.
@@ -22,7 +24,7 @@ class RoutersCommand:
         """Declare the options."""
         known = "the demo in this package, an id on the hub, a folder, or a config"
         parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
-        parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+        add_format(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print a row per group of equal routers, or all of them as JSON."""

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 from typing import Any
 
 from moe_trace.data.display.tables import paragraph
+
+
+def load_command(place: str) -> Any:
+    """The command of a module of this package: `report:ReportCommand`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"moe_trace.cli.{module}"), name)()
 
 
 def add_command(commands: Any, name: str, line: str, command: Any) -> argparse.ArgumentParser:

@@ -34,6 +34,11 @@ class Violation:
     where: str
     message: str
 
+    @property
+    def sentence(self) -> str:
+        """All of it in one line."""
+        return f"{self.where}: {self.message}"
+
 
 __all__ = ["RULES", "Checked", "Violation", "check", "read_checked"]
 

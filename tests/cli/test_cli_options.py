@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import os
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from moe_trace.cli import COMMANDS, main
 from moe_trace.cli.run.program import new_folder
+from moe_trace.cli.subcommands import load_command
 from moe_trace.data.display import tables
 from moe_trace.data.errors import Interrupted
 from moe_trace.read.reader import read_recording, read_summary
@@ -34,9 +34,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command: str) -> None:
-    module, name, _ = COMMANDS[command]
     parser = argparse.ArgumentParser()
-    getattr(importlib.import_module(module), name)().add_arguments(parser)
+    load_command(COMMANDS[command][0]).add_arguments(parser)
     silent = [a.option_strings or a.dest for a in parser._actions if a.help in (None, "")]
     assert silent == [] or silent == [["--phase"]]
     assert "%%" not in parser.format_help()

@@ -121,8 +121,8 @@ def test_cache_prints_what_was_simulated(tmp_path: Path, capsys: Any) -> None:
     ("arguments", "said"),
     [
         (["study", "{f}", "--labels", "a,b"], "expected 1 names"),
-        (["cache", "{f}", "--experts-in-memory", "no"], "expected numbers from 1 on"),
-        (["cache", "{f}", "--experts-in-memory", "0"], "expected numbers from 1 on"),
+        (["cache", "{f}", "--experts-in-memory", "no"], "expected whole numbers from 1 on"),
+        (["cache", "{f}", "--experts-in-memory", "0"], "expected whole numbers from 1 on"),
         (["cache", "{f}", "--experts-in-memory", "2", "--policy", "fifo"], "expected one of lru, lfu"),
         (["cache", "{f}", "--experts-in-memory", "2", "--policy", ","], "expected one of lru, lfu"),
         (["cache", "{f}", "--experts-in-memory", "2", "--steps", "-1"], "from 0 on"),

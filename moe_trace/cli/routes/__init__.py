@@ -6,26 +6,17 @@ All their modules are imported together, so each imports what it reads with when
 from __future__ import annotations
 
 import argparse
-import importlib
 
-from moe_trace.cli.subcommands import add_command
+from moe_trace.cli.subcommands import add_command, load_command
 
 COMMANDS = {
-    "check": ("moe_trace.cli.routes.check", "CheckRoutesCommand", "what is wrong with captured routes"),
-    "study": ("moe_trace.cli.routes.study", "StudyRoutesCommand", "which experts, after which, for what"),
-    "cache": (
-        "moe_trace.cli.routes.cache",
-        "CacheRoutesCommand",
-        "what keeping some experts in memory gives",
-    ),
-    "view": ("moe_trace.cli.routes.view", "ViewRoutesCommand", "the text in the colours of its experts"),
-    "diff": ("moe_trace.cli.routes.diff", "DiffRoutesCommand", "the same tokens under several routings"),
-    "import": (
-        "moe_trace.cli.routes.interchange",
-        "ImportRoutesCommand",
-        "routes that another tool captured",
-    ),
-    "export": ("moe_trace.cli.routes.interchange", "ExportRoutesCommand", "routes for other tools"),
+    "check": ("routes.check:CheckRoutesCommand", "what is wrong with captured routes"),
+    "study": ("routes.study:StudyRoutesCommand", "which experts, after which, for what"),
+    "cache": ("routes.cache:CacheRoutesCommand", "what keeping some experts in memory gives"),
+    "view": ("routes.view:ViewRoutesCommand", "the text in the colours of its experts"),
+    "diff": ("routes.diff:DiffRoutesCommand", "the same tokens under several routings"),
+    "import": ("routes.interchange:ImportRoutesCommand", "routes that another tool captured"),
+    "export": ("routes.interchange:ExportRoutesCommand", "routes for other tools"),
 }
 
 
@@ -46,8 +37,8 @@ class RoutesCommand:
         commands = parser.add_subparsers(
             metavar="COMMAND", title="commands", required=True, help="what to do with them"
         )
-        for name, (module, class_name, line) in COMMANDS.items():
-            command = getattr(importlib.import_module(module), class_name)()
+        for name, (place, line) in COMMANDS.items():
+            command = load_command(place)
             add_command(commands, name, line, command).set_defaults(chosen_command=command)
             self.reads |= command.reads
 

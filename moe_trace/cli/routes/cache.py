@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from moe_trace.cli.arguments import add_format, parse_names, parse_numbers
 from moe_trace.data.errors import UsageError
 
 STEPS_MAX = 100_000
@@ -20,7 +21,6 @@ class CacheRoutesCommand:
     Example: moe-trace routes cache runs/demo/trace.routes.npz --experts-in-memory 4,8
     """
 
-    name = "cache"
     reads: ClassVar[dict[str, str]] = {"file": ".routes.npz"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,7 @@ class CacheRoutesCommand:
             help=f"simulate the first N steps, 0 for all; default: {STEPS_MAX:,}",
         )
         add("--layers", action="store_true", help="show the hit rates of every layer")
-        add("--format", choices=("text", "json"), default="text", help="default: text")
-        add("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+        add_format(parser, alias=True)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, simulate, print."""
@@ -53,14 +52,15 @@ class CacheRoutesCommand:
         from moe_trace.read.routes.cache.expert_bytes import expert_bytes
         from moe_trace.show.routes.cache import render_cache_json, render_cache_text
 
-        sizes = _numbers(arguments.experts_in_memory)
+        sizes = parse_numbers("--experts-in-memory", arguments.experts_in_memory)
+        policies: list[Any] = parse_names(arguments.policy)
         if arguments.steps < 0:
             raise UsageError(f"found --steps {arguments.steps}, expected a number from 0 on")
         routes, given = routes_of(arguments.file, arguments), arguments.expert_bytes
         found = simulate(
             routes,
             sizes,
-            [part.strip() for part in arguments.policy.split(",") if part.strip()],
+            policies,
             shared=arguments.shared,
             together="token" if arguments.each_token else "forward",
             prefetch_by=arguments.prefetch,
@@ -72,10 +72,3 @@ class CacheRoutesCommand:
         else:
             print(render_cache_text(found, every_layer=arguments.layers), end="")
         return 0
-
-
-def _numbers(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and 1 <= int(part[:9]) <= 1_000_000 for part in parts):
-        raise UsageError(f"found --experts-in-memory {text}, expected numbers from 1 on such as 8,16,32")
-    return list(dict.fromkeys(int(part) for part in parts))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, ClassVar
 
+from moe_trace.cli.arguments import add_format, tell_checked
 from moe_trace.cli.routes.reading import ROUTES, named, routes_of
-from moe_trace.data.display.json import json_text
-from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import TraceFileError
 
 if TYPE_CHECKING:
     from moe_trace.read.routes.check import RoutesProblem
-
-_SHOWN = 5
 
 
 class CheckRoutesCommand:
@@ -33,7 +30,7 @@ class CheckRoutesCommand:
         add = parser.add_argument
         add("files", nargs="+", metavar="FILE", help="files of routes")
         add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
-        add("--format", choices=("text", "json"), default="text", help="default: text")
+        add_format(parser)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Check each file; print what holds and what does not."""
@@ -50,19 +47,4 @@ class CheckRoutesCommand:
                 results[named(path, arguments)] = {"file_can_be_read": [RoutesProblem.of_file(str(error))]}
                 continue
             results[named(path, arguments)] = check_routes(routes, reference)
-        if arguments.format == "json":
-            print(json_text(results), end="")
-        else:
-            for name, rules in results.items():
-                print("\n".join(_lines(name, rules)))
-        return int(any(found for rules in results.values() for found in rules.values()))
-
-
-def _lines(file: str, rules: dict[str, list[RoutesProblem]]) -> list[str]:
-    lines = [printable(file, 200)]
-    for rule, found in rules.items():
-        lines.append(f"  {'BROKEN' if found else 'ok    '}  {rule.replace('_', ' ')}")
-        lines += [wrapped(printable(problem.sentence, 500)) for problem in found[:_SHOWN]]
-        if len(found) > _SHOWN:
-            lines.append(wrapped(f"… and in {len(found) - _SHOWN} more layers"))
-    return lines
+        return tell_checked(results, arguments.format)

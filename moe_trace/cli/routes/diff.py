@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import ClassVar
 
+from moe_trace.cli.arguments import add_format
 from moe_trace.cli.routes.reading import ROUTES, named, routes_of
 from moe_trace.data.errors import UsageError
 
@@ -26,8 +27,7 @@ class DiffRoutesCommand:
         """Declare the options."""
         add = parser.add_argument
         add("files", nargs="+", metavar="FILE", help="A and B, or checkpoints in order of training")
-        add("--format", choices=("text", "json"), default="text", help="default: text")
-        add("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+        add_format(parser, alias=True)
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Compare and print."""

@@ -6,6 +6,7 @@ import argparse
 from pathlib import PurePath
 from typing import ClassVar
 
+from moe_trace.cli.arguments import add_format
 from moe_trace.data.errors import UsageError
 
 
@@ -20,7 +21,6 @@ class StudyRoutesCommand:
     Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
     """
 
-    name = "study"
     reads: ClassVar[dict[str, str]] = {"files": ".routes.npz"}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,7 @@ class StudyRoutesCommand:
             help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
             "what experts specialise in is told of these too",
         )
-        add("--format", choices=("text", "json"), default="text", help="default: text")
-        add("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+        add_format(parser, alias=True)
         add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
 
     def run(self, arguments: argparse.Namespace) -> int:

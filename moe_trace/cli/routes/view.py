@@ -24,7 +24,6 @@ class ViewRoutesCommand:
     Example: moe-trace routes view runs/demo/trace.routes.npz --tokenizer demo -o routes.html
     """
 
-    name = "view"
     reads: ClassVar[dict[str, str]] = {"files": ENDING}
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:

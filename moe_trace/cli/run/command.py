@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_trace.cli.arguments import add_output
+from moe_trace.cli.arguments import add_output, parse_names, parse_numbers
 from moe_trace.cli.pipes import console
 from moe_trace.cli.run.program import (
     SCRIPT_STEPS,
@@ -82,7 +82,8 @@ class RunCommand:
 def _run_models(values: dict[str, Any]) -> int:
     """Record a model, or a run for each prompt and length."""
     settle_steps(values, RunConfig().steps, RunConfig().warmup)
-    lengths = parse_lengths(values.pop("seq_len"))
+    given = values.pop("seq_len")
+    lengths = () if given is None else parse_numbers("--seq-len", given)
     values["out"] = values["out"] or new_folder(
         values["model"], values["mode"], alone=os.environ.get("WORLD_SIZE", "1") == "1"
     )
@@ -201,20 +202,7 @@ def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
     """`0,3,L05` -> (0, 3, "L05")."""
     if text is None:
         return None
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return tuple(int(part) if part.isdigit() else part for part in parts)
-
-
-def parse_lengths(text: str | None) -> tuple[int, ...]:
-    """`32,128` -> (32, 128).
-
-    Raises:
-        UsageError: not whole numbers of at least 1.
-    """
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) >= 1 for part in parts) or (text is not None and not parts):
-        raise UsageError(f"--seq-len {text}: expected whole numbers of at least 1, separated by commas")
-    return tuple(dict.fromkeys(map(int, parts)))
+    return tuple(int(part) if part.isdigit() else part for part in parse_names(text))
 
 
 def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
