@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_trace.data.calls.stages import stages_of
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.errors import deprecated, optional_package
+from moe_trace.data.display.columns import data_frame
+from moe_trace.data.errors import deprecated
 from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
@@ -144,13 +145,9 @@ class TraceSummary(Summary):
         Raises:
             MissingPackage: pandas is not installed.
         """
-        pandas = optional_package("pandas", "to_dataframe()", "pandas")
         from moe_trace.read.rows import COLUMNS, call_rows
 
-        rows = call_rows(self.samples, self.times, self.busy_us)
-        frame = pandas.DataFrame(rows, columns=list(COLUMNS))
-        frame.attrs["columns"] = {name: column.described() for name, column in COLUMNS.items()}
-        return frame
+        return data_frame(call_rows(self.samples, self.times, self.busy_us), COLUMNS, "to_dataframe()")
 
 
 def analyse(

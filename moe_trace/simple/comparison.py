@@ -9,20 +9,27 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_trace.data.display.columns import Cell, Column, count_column, text_table
+from moe_trace.data.display.columns import (
+    DEFINITIONS,
+    Cell,
+    as_column,
+    columns_of_fields,
+    data_frame,
+    text_table,
+)
 from moe_trace.data.display.csv import csv_text
-from moe_trace.data.display.tables import fixed
-from moe_trace.data.errors import optional_package
+from moe_trace.data.display.tables import fixed, scaled
 from moe_trace.data.files import write_text
 
 CONFIDENCE = 0.95
+_TWO, _THREE = partial(fixed, decimals=2), partial(fixed, decimals=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +75,47 @@ class Timed:
 class ComparedConfig:
     """One line of the table."""
 
-    config: str
-    text: str
-    """Name of the text, or `all`."""
-    rounds: int
-    tokens: int
-    """Of one round."""
-    tokens_per_s: Timed
-    latency_ms: Timed
-    """Of a forward, the mean over the texts."""
-    router_ms: Timed
-    experts_ms: Timed
-    flops_per_token: Timed
-    load_max_over_mean: Timed
-    router_confidence: Timed
-    k_mean: Timed
-    skipped_share: Timed
+    config: str = field(metadata=as_column("config"))
+    text: str = field(metadata=as_column("text", "Name of the text, or `all`."))
+    rounds: int = field(metadata=as_column("rounds"))
+    tokens: int = field(metadata=as_column("tokens", "Of one round.", "tokens"))
+    tokens_per_s: Timed = field(metadata=as_column("tokens/s", terminal=partial(fixed, decimals=0)))
+    latency_ms: Timed = field(
+        metadata=as_column("latency ms", "Of a forward, the mean over the texts.", "ms")
+    )
+    router_ms: Timed = field(metadata=as_column("router ms", "All routers of one hooked forward.", "ms"))
+    experts_ms: Timed = field(metadata=as_column("experts ms", "All experts of one hooked forward.", "ms"))
+    flops_per_token: Timed = field(
+        metadata=as_column("FLOP/token", "Routers and routed experts.", "FLOP", scaled)
+    )
+    load_max_over_mean: Timed = field(metadata=as_column("max÷mean", DEFINITIONS["max÷mean"], terminal=_TWO))
+    router_confidence: Timed = field(
+        metadata=as_column("confidence", DEFINITIONS["router confidence"], terminal=_THREE)
+    )
+    k_mean: Timed = field(metadata=as_column("k", "Experts that a token really used.", terminal=_TWO))
+    skipped_share: Timed = field(metadata=as_column("skipped", "Of all slots: " + DEFINITIONS["skipped"]))
 
 
-_FIGURES = tuple(field.name for field in fields(ComparedConfig))[4:]
+_OF_LINE = columns_of_fields(ComparedConfig)
+_FIGURES = tuple(_OF_LINE)[4:]
+_PARTS = {
+    "": ("median", "median of the rounds"),
+    "_min": ("low", "smallest of the rounds"),
+    "_max": ("high", "largest of the rounds"),
+    "_ratio": ("ratio", "over the first configuration's"),
+    "_ratio_low": ("ratio_low", "low end of that ratio's interval"),
+    "_ratio_high": ("ratio_high", "high end of that ratio's interval"),
+}
+COLUMNS = {name: _OF_LINE[name] for name in tuple(_OF_LINE)[:4]} | {
+    name + suffix: replace(
+        _OF_LINE[name],
+        label=f"{_OF_LINE[name].label}, {words}",
+        unit="" if "ratio" in suffix else _OF_LINE[name].unit,
+    )
+    for name in _FIGURES
+    for suffix, (_, words) in _PARTS.items()
+}
+"""Name in the rows -> label, definition and unit."""
 
 
 class Comparison:
@@ -105,7 +134,7 @@ class Comparison:
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
-        return list(self.rows[0]) if self.lines else []
+        return list(COLUMNS) if self.lines else []
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -117,17 +146,16 @@ class Comparison:
         return [row[column] for row in self.rows]
 
     def to_df(self) -> Any:
-        """The rows as a `pandas.DataFrame`.
+        """The rows as a `pandas.DataFrame`; `attrs["columns"]` says what each column is.
 
         Raises:
             MissingPackage: pandas is not installed; `rows` and `to_csv` need none.
         """
-        pandas = optional_package("pandas", "to_df()", "pandas")
-        return pandas.DataFrame(self.rows)
+        return data_frame(self.rows, COLUMNS)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV, whole or not at all; an unknown figure is an empty cell."""
-        write_text(Path(path), csv_text(self.columns, ([row[c] for c in self.columns] for row in self.rows)))
+        write_text(Path(path), csv_text(self.columns, (list(row.values()) for row in self.rows)))
 
     def __str__(self) -> str:
         return _render(self)
@@ -221,53 +249,35 @@ def _compare_one(
 
 
 def _row(line: ComparedConfig) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "config": line.config,
-        "text": line.text,
-        "rounds": line.rounds,
-        "tokens": line.tokens,
+    return {name: getattr(line, name) for name in ("config", "text", "rounds", "tokens")} | {
+        name + suffix: getattr(getattr(line, name), part)
+        for name in _FIGURES
+        for suffix, (part, _) in _PARTS.items()
     }
-    for name in _FIGURES:
-        value: Timed = getattr(line, name)
-        row[name] = value.median
-        row[f"{name}_min"] = value.low
-        row[f"{name}_max"] = value.high
-        row[f"{name}_ratio"] = value.ratio
-        row[f"{name}_ratio_low"] = value.ratio_low
-        row[f"{name}_ratio_high"] = value.ratio_high
-    return row
 
 
 def _render(comparison: Comparison) -> str:
-    by_text = any(line.text != "all" for line in comparison.lines)
-    two = partial(fixed, decimals=2)
-    figures = (
-        count_column("FLOP/token"),
-        Column("max÷mean", terminal=two),
-        "confidence",
-        Column("k", terminal=two),
-    )
-    times = ("latency ms", "router ms", "experts ms")
-    per_s = Column("tokens/s", terminal=partial(fixed, decimals=0))
-    headings = ("config", *(("text",) if by_text else ()), per_s, "× first", *times, *figures)
-    rows = [_cells(line, by_text) for line in comparison.lines]
-    if not rows:
+    if not comparison.lines:
         return "no configuration was run"
+    named = ("config", "text") if any(line.text != "all" for line in comparison.lines) else ("config",)
+    shown = [name for name in _FIGURES if name not in ("tokens_per_s", "skipped_share")]
+    headings = (*named, _OF_LINE["tokens_per_s"], "× first", *(_OF_LINE[name] for name in shown))
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(getattr(line, name) for name in named),
+            *(line.tokens_per_s.median, _speed(line.tokens_per_s)),
+            *(getattr(line, name).median for name in shown),
+        )
+        for line in comparison.lines
+    ]
     rounds = comparison.lines[0].rounds
     explain = (
         f"Medians of {rounds} interleaved {'round' if rounds == 1 else 'rounds'}; × first: tokens/s over the "
         f"first configuration's, with its {comparison.interval_coverage:.0%} interval."
     )
-    return text_table(headings, rows, left=2 if by_text else 1) + "\n" + explain
+    return text_table(headings, rows, left=len(named)) + "\n" + explain
 
 
-def _cells(line: ComparedConfig, by_text: bool) -> tuple[Cell, ...]:
-    speed = line.tokens_per_s
+def _speed(speed: Timed) -> str:
     span = "" if math.isnan(speed.ratio_low) else f" ({speed.ratio_low:.2f}-{speed.ratio_high:.2f})"
-    times = (line.latency_ms, line.router_ms, line.experts_ms)
-    figures = (line.flops_per_token, line.load_max_over_mean, line.router_confidence, line.k_mean)
-    return (
-        *((line.config, line.text) if by_text else (line.config,)),
-        *(speed.median, f"{speed.ratio:.2f}{span}"),
-        *(figure.median for figure in (*times, *figures)),
-    )
+    return f"{speed.ratio:.2f}{span}"

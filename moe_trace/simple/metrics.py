@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable, mean_over_tokens
+from moe_trace.data.display.columns import DEFINITIONS, as_column, columns_of_fields
 from moe_trace.data.display.csv import csv_text
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import Phase, RouterInfo, RoutingSample
@@ -25,38 +26,46 @@ _LATENCY = ("mean", "std", "min", "max", "p50", "p95", "p99")
 
 @dataclass(frozen=True, kw_only=True)
 class CallRow:
-    """One call of one router; the fields are the columns of the CSV, in this order."""
+    """One call of one router: a row of the CSV, whose columns are the fields, in this order."""
 
-    step: int
-    layer: int
-    name: str
-    tokens: int
-    flops_total: int
-    """Of the whole call: router and routed experts."""
-    flops_router: int
-    flops_expert: int
-    active_experts: int
-    """Experts that got at least one assignment."""
-    k_avg: float
-    """Assignments per token."""
-    latency_ms: float
-    """Of the router, by `latency_clock`."""
-    router_conf: float
-    load_max_over_mean: float
-    memory_mb: float
-    """MiB that torch's allocator held on the device; NaN on a CPU."""
-    timestamp: float
-    """Unix time in seconds when the router was called."""
-    device: str
-    latency_clock: str
-    """`cuda_event` (what passed on the stream) or `host`."""
-    experts_ms: float
-    """Of the experts module, by the same clock."""
-    phase: Phase
-    """`recompute` when gradient checkpointing ran the forward again; it counts in no load."""
+    step: int = field(metadata=as_column("step", "The tracer's step that the call is of."))
+    layer: int = field(metadata=as_column("layer index", "Index of the layer in the model."))
+    name: str = field(metadata=as_column("router", "Path of the router's module."))
+    tokens: int = field(metadata=as_column("tokens", "Rows that the router saw, padding included.", "tokens"))
+    flops_total: int = field(
+        metadata=as_column("FLOP", "Of the whole call: router and routed experts.", "FLOP")
+    )
+    flops_router: int = field(metadata=as_column("router FLOP", "Of the call, by formula.", "FLOP"))
+    flops_expert: int = field(
+        metadata=as_column("experts FLOP", "Of the routed experts, by formula.", "FLOP")
+    )
+    active_experts: int = field(
+        metadata=as_column("active", "Experts that got at least one assignment.", "experts")
+    )
+    k_avg: float = field(metadata=as_column("k", "Assignments per token."))
+    latency_ms: float = field(metadata=as_column("router ms", "Of the router, by `latency_clock`.", "ms"))
+    router_conf: float = field(metadata=as_column("router confidence", DEFINITIONS["router confidence"]))
+    load_max_over_mean: float = field(metadata=as_column("max÷mean", DEFINITIONS["max÷mean"]))
+    memory_mb: float = field(
+        metadata=as_column("memory", "What torch's allocator held on the device; NaN on a CPU.", "MiB")
+    )
+    timestamp: float = field(metadata=as_column("timestamp", "Unix time when the router was called.", "s"))
+    device: str = field(metadata=as_column("device"))
+    latency_clock: str = field(
+        metadata=as_column("clock", "`cuda_event` (what passed on the stream) or `host`.")
+    )
+    experts_ms: float = field(
+        metadata=as_column("experts ms", "Of the experts module, by the same clock.", "ms")
+    )
+    phase: Phase = field(
+        metadata=as_column(
+            "pass", "recompute: gradient checkpointing ran the forward again. It counts in no load."
+        )
+    )
 
 
-COLUMNS = tuple(field.name for field in fields(CallRow))
+COLUMNS = columns_of_fields(CallRow)
+"""Name in the CSV and in data frames -> label, definition and unit."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ def call_row(
 
 def rows_to_csv(rows: Iterable[CallRow]) -> str:
     """The rows as CSV text with a heading; an unknown figure is an empty cell."""
-    return csv_text(COLUMNS, ([getattr(row, name) for name in COLUMNS] for row in rows))
+    return csv_text(tuple(COLUMNS), ([getattr(row, name) for name in COLUMNS] for row in rows))
 
 
 def _number(value: float | None) -> float:

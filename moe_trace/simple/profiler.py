@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.data.errors import NothingRecorded, UsageError, deprecated, optional_package
+from moe_trace.data.display.columns import data_frame
+from moe_trace.data.errors import NothingRecorded, UsageError, deprecated
 from moe_trace.data.files import write_text
 from moe_trace.data.routes.options import Routes
 from moe_trace.data.schema import RoutingSample
@@ -153,13 +154,12 @@ class MoEProfiler:
         return sorted(rows, key=lambda row: row.timestamp)
 
     def to_df(self) -> Any:
-        """The rows as a `pandas.DataFrame`.
+        """The rows as a `pandas.DataFrame`; `attrs["columns"]` says what each column is.
 
         Raises:
             MissingPackage: pandas is not installed; `rows` and `save_csv` need none.
         """
-        pandas = optional_package("pandas", "to_df()", "pandas")
-        return pandas.DataFrame(self.rows(), columns=list(COLUMNS))
+        return data_frame(self.rows(), COLUMNS)
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV, whole or not at all; a file that exists is replaced. Needs no pandas.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -30,7 +29,7 @@ def _table(routers: Sequence[RouterMetrics]) -> str:
 
 
 def _row(router: RouterMetrics) -> tuple[Cell, ...]:
-    known = {name: None if math.isnan(value) else value for name, value in router.get_summary().items()}
+    known = router.get_summary()
     figures = (
         "expert_load_cv",
         "router_confidence_mean",

@@ -246,8 +246,8 @@ def test_rows_and_csv_columns(tmp_path: Path) -> None:
     profiler.save_csv(tmp_path / "m.csv")
     with (tmp_path / "m.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert list(COLUMNS[: len(CSV_COLUMNS)]) == CSV_COLUMNS
+    assert list(rows[0]) == list(COLUMNS)
+    assert list(COLUMNS)[: len(CSV_COLUMNS)] == CSV_COLUMNS
     assert [(r["step"], r["layer"]) for r in rows] == [(str(s), str(n)) for s in range(2) for n in range(3)]
     for row, call in zip(rows, calls, strict=True):
         counts = np.array(call.assignments(8))
@@ -260,6 +260,13 @@ def test_rows_and_csv_columns(tmp_path: Path) -> None:
         assert float(row["latency_ms"]) > 0 and float(row["experts_ms"]) > 0
     frame = profiler.to_df()
     assert list(frame.columns) == list(COLUMNS)
+    said = frame.attrs["columns"]
+    assert said["latency_ms"] == {
+        "label": "router ms",
+        "unit": "ms",
+        "definition": "Of the router, by `latency_clock`.",
+    }
+    assert all(one["label"] for one in said.values())
     assert frame["flops_total"].tolist() == [int(r["flops_total"]) for r in rows]
     profiler.save_csv(tmp_path / "m.csv")  # replaces the file
 
