@@ -143,14 +143,18 @@ class Summary(ShownInNotebooks):
     """What a reader must know before trusting the figures."""
 
     def __repr__(self) -> str:
-        name = self.model.get("name") or self.model.get("class") or "unnamed model"
         t = self.totals
-        return f"<Summary of {name}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
+        return f"<Summary of {model_name(self.model)}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
 
     def to_dataframe(self) -> Any:
         """One row per router, as a pandas DataFrame (`MissingPackage`, an `ImportError`, without pandas)."""
         pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame([_flat_router(router) for router in self.routers])
+
+
+def model_name(model: Mapping[str, Any], most: int = 200) -> str:
+    """What to call a recorded model, at most so many characters of it."""
+    return str(model.get("name") or model.get("class") or "unnamed model")[:most]
 
 
 def _flat_router(router: RouterSummary) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from moe_trace.data.calls.table import NONE, load_by_step
 from moe_trace.data.errors import SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording, RouterInfo
+from moe_trace.data.summary import model_name
 from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import read_rank_recordings
@@ -94,7 +95,7 @@ def counts_of_recordings(
     several = len({run for run, _ in keys}) > 1
     return ExpertCounts(
         source=source,
-        model=str(recordings[0].model.get("name") or recordings[0].model.get("class") or "unnamed model"),
+        model=model_name(recordings[0].model),
         kind="step",
         labels=tuple(f"{run}:{step}" if several else str(step) for run, step in keys),
         layers=tuple(_layer(router, recordings) for router in routers),

@@ -9,6 +9,7 @@ from html import escape
 
 from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import scaled, share
+from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
 from moe_trace.show.document import document, figure_html, figure_spec, table_html
@@ -38,7 +39,7 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
     specs = [figure_spec(part.prefix, figure) for parts in drawn for part in parts for figure in part.figures]
     found = [part for part in beside if part is not None]
     specs += [spec for part in found for spec in part.specs]
-    title = _title(summaries[0]) if len(summaries) == 1 else f"{len(summaries)} traces"
+    title = model_name(summaries[0].model, 120) if len(summaries) == 1 else f"{len(summaries)} traces"
     return document(title, sections, specs, routes=[view for part in found for view in part.views])
 
 
@@ -87,11 +88,7 @@ def render_fragment(summary: TraceSummary) -> str:
         picture = load_picture_html(part.routers)
         shown.append(f"{heading}{_totals(part)}{_findings(apart[stage])}{picture}{tables}")
     shown.append(_findings_of_run(summary))
-    return f"<div><h3>{escape(_title(summary))}</h3>{''.join(shown)}</div>"
-
-
-def _title(summary: TraceSummary) -> str:
-    return str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
+    return f"<div><h3>{escape(model_name(summary.model, 120))}</h3>{''.join(shown)}</div>"
 
 
 def _section(summary: TraceSummary, parts: Sequence[_Part], routes: RoutesPart | None) -> str:

@@ -11,7 +11,7 @@ from moe_trace.data.display.load_picture import TOP, load_picture, png
 from moe_trace.data.display.tables import fixed, share
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.schema import RoutingSample
-from moe_trace.data.summary import RouterSummary, Summary
+from moe_trace.data.summary import RouterSummary, Summary, model_name
 from moe_trace.read.diff import Comparison
 from moe_trace.show.diff import SIDES, headline
 
@@ -71,7 +71,7 @@ def summary_html(summary: Summary) -> str:
         )
         for r in summary.routers
     )
-    name = str(summary.model.get("name") or summary.model.get("class") or "unnamed model")[:120]
+    name = model_name(summary.model, 120)
     picture = load_picture_html(summary.routers)
     return f"<div><h3>{escape(name)}</h3>{picture}{html_table(headings, rows)}</div>"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_trace.data.display.tables import printable
 from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.data.summary import model_name
 from moe_trace.read.routes.text.tokenizer import Vocabulary
 from moe_trace.show.document import document, figure_html, figure_spec
 from moe_trace.show.figures.figure import Figure
@@ -100,7 +101,7 @@ def render_routes_page(
         UsageError: plotly is not installed.
     """
     label = printable(label, 200)
-    title = printable(str(routes.model.get("name") or routes.model.get("class") or "unnamed model"), 120)
+    title = printable(model_name(routes.model), 120)
     part = routes_part("", routes, vocabulary, figures)
     body = f"""<section aria-label="{escape(label)}">
 <p class="path">{escape(label)}</p>

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.sample import STAGES
-from moe_trace.data.routes.writer import save_routes
+from moe_trace.data.routes.writer import added_up, save_routes
 
 UNKNOWN = -1
 """Of a sequence, a position or a token id that nobody told."""
@@ -109,6 +109,16 @@ class RecordedRoutes:
         return self.expert_ids == self.no_expert
 
     @property
+    def again(self) -> np.ndarray:
+        """[T] bool: `recomputed`, also where none was."""
+        return np.zeros(len(self), bool) if self.recomputed is None else self.recomputed
+
+    @property
+    def counted(self) -> np.ndarray:
+        """[T] bool: tokens that figures are of, which are no padding and were not run again."""
+        return ~(self.padding | self.again)
+
+    @property
     def stage(self) -> np.ndarray:
         """[T] str: `prefill`, `decode` or `train`; `mixed` where nobody told a forward's tokens apart."""
         return np.array(STAGES)[self.stage_codes]
@@ -178,10 +188,7 @@ def concatenate(parts: Sequence[RecordedRoutes]) -> RecordedRoutes:
         raise ValueError("expected parts of the same layers; found others")
     present = [name for name in COLUMNS if any(getattr(part, name) is not None for part in parts)]
     joined: Any = {name: np.concatenate([_column(part, name) for part in parts]) for name in present}
-    dropped: dict[str, int] = {}
-    for part in parts:
-        for reason, tokens in part.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + tokens
+    dropped = added_up(part.dropped for part in parts)
     return replace(first, dropped=dropped, others=(), **joined)
 
 

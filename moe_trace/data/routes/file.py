@@ -26,6 +26,7 @@ from moe_trace.data.routes.header import (
     read_header,
 )
 from moe_trace.data.routes.writer import RoutesWriter as RoutesWriter
+from moe_trace.data.routes.writer import added_up
 from moe_trace.data.routes.writer import save_routes as save_routes
 
 SUFFIX = ".routes.npz"
@@ -107,7 +108,7 @@ def _read(file: BinaryIO, size: int, shown: str) -> RecordedRoutes:
             layers=group.layers,
             num_experts=group.num_experts,
             top_k=group.top_k,
-            dropped=_dropped(contents, number),
+            dropped=added_up(end.dropped for end, _ in contents.chunks if end.group_number == number),
             incomplete=incomplete,
             **columns[number],
             **header.run,
@@ -221,12 +222,3 @@ def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarr
     if name == "stage_codes" and array.max(initial=0) >= len(STAGES):
         raise Damaged(f"{member.name} with an unknown stage")
     return np.moveaxis(array, 0, 1) if rest else array
-
-
-def _dropped(contents: _Contents, group: int) -> dict[str, int]:
-    dropped: dict[str, int] = {}
-    for end, _ in contents.chunks:
-        if end.group_number == group:
-            for reason, tokens in end.dropped.items():
-                dropped[reason] = dropped.get(reason, 0) + tokens
-    return dropped

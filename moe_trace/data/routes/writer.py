@@ -19,7 +19,8 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,8 +199,7 @@ class RoutesWriter:
 
     def _take(self, group: _Group, part: Part) -> None:
         columns = {name: _typed(name, column) for name, column in part.columns().items()}
-        for reason, tokens in part.dropped.items():
-            group.dropped[reason] = group.dropped.get(reason, 0) + int(tokens)
+        group.dropped = added_up([group.dropped, part.dropped])
         if group.waiting and group.waiting[0].keys() != columns.keys():
             self._write_chunk(group)
         tokens, start = len(part.expert_ids), 0
@@ -267,6 +267,14 @@ def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:
     with whole_file(path) as temporary, RoutesWriter(temporary, level=level) as writer:
         writer.append(routes)
     return Path(os.fspath(path))
+
+
+def added_up(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Tokens by reason, of several."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return {reason: int(tokens) for reason, tokens in total.items()}
 
 
 def _typed(name: str, column: np.ndarray) -> np.ndarray:

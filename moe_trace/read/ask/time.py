@@ -52,7 +52,7 @@ def shares(part: TraceSummary) -> dict[str, Any]:
 def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: TraceSummary) -> dict[str, Any]:
     times = [time for one in passes if (time := report.total.phases_of(one))]
     us = {
-        phase: sum(_work_us(time[phase], report) for time in times)
+        phase: sum(report.work_us(time[phase]) for time in times)
         for phase in dict.fromkeys(phase for time in times for phase in time)
     }
     total, router = sum(us.values()), us.get("router", 0.0)
@@ -84,10 +84,6 @@ def _parts(report: PhaseReport) -> list[str]:
     found = report.passes()
     again = ["recompute", "backward alone"] if "recompute" in found else []
     return ["forward", *again, "backward", "all"] if "backward" in found or again else ["all"]
-
-
-def _work_us(time: Any, report: PhaseReport) -> float:
-    return (time.device_busy_us or 0.0) if report.whole.on_device else float(time.host_us)
 
 
 def balance(part: TraceSummary) -> dict[str, Any]:

@@ -106,22 +106,16 @@ class EventTable:
 
     def select(self, mask: npt.NDArray[Any]) -> EventTable:
         """The rows of a mask or an index."""
-        return EventTable(
-            self.kind[mask],
-            self.name[mask],
-            self.thread[mask],
-            self.start_ns[mask],
-            self.duration_ns[mask],
-            self.link[mask],
-            self.names,
-            self.threads,
-            self.unreadable,
-        )
+        chosen: Any = {name: getattr(self, name)[mask] for name in _COLUMNS}
+        return replace(self, **chosen, comms=(), processes=1)
 
     @property
     def end_ns(self) -> npt.NDArray[np.int64]:
         """Ends of the slices."""
         return self.start_ns + self.duration_ns
+
+
+_COLUMNS = ("kind", "name", "thread", "start_ns", "duration_ns", "link")
 
 
 def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -218,23 +212,17 @@ class EventTableBuilder:
         """The table of everything that was added, without events whose time is far from all others."""
         if not self._parts:
             self.add([])
-        kind, name, thread, start, duration, link = (
-            np.concatenate([part[i] for part in self._parts]) for i in range(6)
-        )
+        columns = map(np.concatenate, zip(*self._parts, strict=True))
+        named: Any = dict(zip(_COLUMNS, columns, strict=True))
         table = EventTable(
-            kind,
-            name,
-            thread,
-            start,
-            duration,
-            link,
-            tuple(self._names),
-            tuple(self._threads),
-            self.unreadable,
-            tuple(self._comms),
+            **named,
+            names=tuple(self._names),
+            threads=tuple(self._threads),
+            unreadable=self.unreadable,
+            comms=tuple(self._comms),
         )
-        first, last = main_stretch(start)
-        inside = (start >= first) & (start <= last)
+        first, last = main_stretch(table.start_ns)
+        inside = (table.start_ns >= first) & (table.start_ns <= last)
         if inside.all():
             return table
         return replace(

@@ -8,7 +8,7 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -98,11 +98,6 @@ class MergedRanks:
                 for rank, count in self.unreadable.items()
             ),
         )
-
-
-def encode_merged(merged: MergedRanks) -> dict[str, Any]:
-    """Plain data for the `ranks` key."""
-    return asdict(merged)
 
 
 def decode_merged(payload: Any) -> MergedRanks | None:

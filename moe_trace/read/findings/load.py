@@ -121,11 +121,9 @@ def padding(evidence: RuleInput) -> Iterator[Finding]:
     total = sum(sum(router.assignments) for router in evidence.routers)
     share = sum(router.padding_assignments for router in evidence.routers) / total if total else 0.0
     if share > PADDING_SHARE:
-        known = evidence.phases is not None and evidence.phases.whole.moe_work_us is not None
-        times = evidence.phases.total.forward if evidence.phases is not None and known else None
-        on_device = evidence.phases is not None and evidence.phases.whole.on_device
-        experts = times["experts"] if times is not None else None
-        work_us = None if experts is None else experts.device_busy_us if on_device else experts.host_us
+        report = evidence.phases
+        known = report is not None and report.whole.moe_work_us is not None
+        work_us = report.work_us(report.total.forward["experts"]) if report is not None and known else None
         yield Finding(
             rule="padding",
             site=None,

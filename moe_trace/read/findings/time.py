@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moe_trace.read.findings.finding import Finding, RuleInput, count, duration, in_one_line, percent
 from moe_trace.read.time.imbalance import slopes_in_words
-from moe_trace.read.time.layers import PhaseReport, PhaseTime
+from moe_trace.read.time.layers import PhaseReport
 
 BUSY_SHARE = 0.1
 GAP_SHARE = 0.5
@@ -23,7 +23,7 @@ def experts_untimed(evidence: RuleInput) -> Iterator[Finding]:
         return
     found = []
     for layer in report.layers:
-        us = {name: _phase_us(report, time) for name, time in layer.forward.items()}
+        us = {name: report.work_us(time) for name, time in layer.forward.items()}
         if us["router"] > 0 and us["router"] == sum(us.values()):
             found.append(layer.site)
     if found:
@@ -108,11 +108,7 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
 def _work_us(report: PhaseReport, phase: str) -> float:
     """Of all passes that the trace has."""
     passes = [report.total.phases_of(part) or {} for part in report.passes()]
-    return sum(_phase_us(report, times[phase]) for times in passes if phase in times)
-
-
-def _phase_us(report: PhaseReport, time: PhaseTime) -> float:
-    return (time.device_busy_us or 0.0) if report.whole.on_device else time.host_us
+    return sum(report.work_us(times[phase]) for times in passes if phase in times)
 
 
 def router_waits(evidence: RuleInput) -> Iterator[Finding]:

@@ -82,7 +82,16 @@ def check_bytes(
                 different += 1
                 wrong = [i for i, (want, have) in enumerate(zip(*both, strict=True)) if want != have]
                 mismatches += [
-                    _mismatch(found[1], one.rank, collective, side, group[i], both[0][i], both[1][i])
+                    ByteMismatch(
+                        site=found[1].site,
+                        step=found[1].step,
+                        rank=one.rank,
+                        part=collective.role,
+                        direction=side,
+                        peer=group[i],
+                        expected_bytes=both[0][i],
+                        found_bytes=both[1][i],
+                    )
                     for i in wrong[: max(0, SHOWN - len(mismatches))]
                 ]
     return BytesCheck(equal=equal, different=different, unknown=unknown, mismatches=tuple(mismatches))
@@ -124,24 +133,3 @@ def slot_bytes(recording: Recording, sample: RoutingSample) -> int | None:
         return sample.slot_bytes
     width, item = recording.model.get("hidden_size"), BYTES_OF.get(str(recording.model.get("dtype")))
     return width * item if isinstance(width, int) and item is not None else None
-
-
-def _mismatch(
-    sample: RoutingSample,
-    rank: int,
-    collective: Collective,
-    side: str,
-    peer: int,
-    expected: int,
-    found: int,
-) -> ByteMismatch:
-    return ByteMismatch(
-        site=sample.site,
-        step=sample.step,
-        rank=rank,
-        part=str(collective.role),
-        direction=side,
-        peer=peer,
-        expected_bytes=expected,
-        found_bytes=found,
-    )

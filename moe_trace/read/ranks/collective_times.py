@@ -19,7 +19,7 @@ from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import on_one_clock
 from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
-from moe_trace.read.ranks.loads import CallKey
+from moe_trace.read.ranks.loads import CallKey, calls_by_key
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls
 
 
@@ -77,14 +77,8 @@ class SampleIndex:
 
 def sample_index(rank: int, recording: Recording) -> SampleIndex:
     """From a call's own number to its number among the forward calls of its router."""
-    found: dict[tuple[str, int], tuple[CallKey, RoutingSample]] = {}
-    counts: dict[str, int] = {}
-    for sample in recording.samples:
-        if sample.phase == "forward":
-            number = counts.get(sample.name, 0)
-            counts[sample.name] = number + 1
-            found[sample.name, sample.call] = ((sample.name, number), sample)
-    return SampleIndex(rank, found)
+    calls = calls_by_key(recording).items()
+    return SampleIndex(rank, {(sample.name, sample.call): (key, sample) for key, sample in calls})
 
 
 def part_of(collective: Collective) -> str:

@@ -15,7 +15,7 @@ Who belongs to what:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -160,20 +160,9 @@ def _in_layers(
         roles = _roles([found[i].facts for i in exchanges], [int(phase[i]) for i in exchanges])
         role_of = dict(zip(exchanges, roles, strict=True))
         for i in indices:
-            changed[i] = _joined(found[i], calls[b], role_of.get(i))
+            changed[i] = replace(found[i], call=calls[b], role=role_of.get(i))
     changed.sort(key=lambda c: c.host_ns)
     return tuple(changed)
-
-
-def _joined(collective: Collective, call: SampleKey, role: Role | None) -> Collective:
-    return Collective(
-        facts=collective.facts,
-        host_ns=collective.host_ns,
-        work_ns=collective.work_ns,
-        on_device=collective.on_device,
-        call=call,
-        role=role,
-    )
 
 
 def _phases(

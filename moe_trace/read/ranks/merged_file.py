@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,7 +20,7 @@ from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.read.file.opening import Progress, open_trace_stream
-from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart, encode_merged
+from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart
 from moe_trace.read.ranks.merge_plan import MergePlan, RankTrace
 from moe_trace.read.ranks.renumber import Event, Pids, Renamer
 from moe_trace.timeline.additions import encode_addition
@@ -91,7 +91,7 @@ class _Writer:
     def _put_recording(self, merged: MergedRanks) -> None:
         recording = joined_recording(self._plan)
         label = band_label(recording.rank, self._label_us or 0.0)
-        added = encode_recording(recording, **{RANKS_KEY: encode_merged(merged)})
+        added = encode_recording(recording, **{RANKS_KEY: asdict(merged)})
         self._put(encode_addition(b"", label, added, offset=self._at, first=self._first_event))
 
     def _put(self, data: bytes) -> None:

@@ -145,7 +145,7 @@ def _group(
         labels=names,
         rows=len(routes),
         padding=int(routes.padding.sum()),
-        recomputed=int((routes.recomputed & ~routes.padding).sum()) if routes.recomputed is not None else 0,
+        recomputed=int((routes.again & ~routes.padding).sum()),
         unknown=int((~order.known).sum()),
         runs=int((order.known & ~order.follows).sum()),
         pairs=pairs,
@@ -214,10 +214,7 @@ class _Layers:
 
     def _forward_counts(self, layer: int, here: LayerTokens) -> npt.NDArray[np.int64]:
         """[E] assignments of all tokens of the forward passes: those that count, and padding."""
-        padding = self.routes.padding
-        if self.routes.recomputed is not None:
-            padding = padding & ~self.routes.recomputed
-        ids_TK = self.routes.expert_ids[padding, layer]
+        ids_TK = self.routes.expert_ids[self.routes.padding & ~self.routes.again, layer]
         added = np.bincount(ids_TK.ravel(), minlength=self.routes.no_expert + 1)
         return here.counts + added[: here.experts]
 

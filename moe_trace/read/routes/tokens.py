@@ -35,12 +35,9 @@ class TokenOrder:
     @classmethod
     def of(cls, routes: RecordedRoutes) -> TokenOrder:
         """Of one group of layers."""
-        counted = ~routes.padding
-        if routes.recomputed is not None:
-            counted &= ~routes.recomputed
         known = (routes.sequence >= 0) & (routes.position >= 0)
         sequence = np.where(known, routes.sequence.astype(np.int64), np.iinfo(np.int64).max)
-        rows = np.flatnonzero(counted)
+        rows = np.flatnonzero(routes.counted)
         rows = rows[np.argsort(sequence[rows], kind="stable")]
         follows = np.zeros(len(rows), np.bool_)
         sequence, position, known = sequence[rows], routes.position[rows], known[rows]

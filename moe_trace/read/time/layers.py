@@ -129,6 +129,10 @@ class PhaseReport(ShortRepr):
         """Those that the trace has."""
         return tuple(part for part in PASSES if self.total.phases_of(part) is not None)
 
+    def work_us(self, time: PhaseTime) -> float:
+        """Device busy time where there is a device, else time in operators."""
+        return (time.device_busy_us or 0.0) if self.whole.on_device else time.host_us
+
 
 def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     """Add the calls up; None where no call has ranges in the trace."""

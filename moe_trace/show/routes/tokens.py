@@ -64,8 +64,8 @@ class TokenPages:
     def header(self) -> JsonDict:
         """What holds for all pages."""
         routes = self.routes
-        left_out = routes.padding if routes.recomputed is None else routes.padding | routes.recomputed
-        counts_LE = (routes[~left_out] if left_out.any() else routes).assignments()
+        counted = routes.counted
+        counts_LE = (routes if counted.all() else routes[counted]).assignments()
         return {
             "layers": [label for label, _ in layer_labels(routes.layers)],
             "paths": list(routes.layers),
@@ -135,9 +135,7 @@ def _title(parts: Sequence[_Part]) -> str:
 
 def _columns(chosen: RecordedRoutes) -> dict[str, np.ndarray]:
     """By falling size of an element, so that each begins at a multiple of it."""
-    flags = chosen.padding * np.uint8(PADDING)
-    if chosen.recomputed is not None:
-        flags = flags | chosen.recomputed * np.uint8(RECOMPUTED)
+    flags = chosen.padding * np.uint8(PADDING) | chosen.again * np.uint8(RECOMPUTED)
     found: dict[str, np.ndarray | None] = {
         "position": chosen.position.astype(np.int32),
         "step": chosen.step.clip(UNKNOWN, 2**31 - 1).astype(np.int32),

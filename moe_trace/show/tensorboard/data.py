@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from moe_trace.data.display.columns import DEFINITIONS
 from moe_trace.data.errors import MoETraceError
+from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.lanes import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
@@ -105,7 +106,7 @@ class Dashboard:
         summary, reason = self.store.known(trace), self.store.reason(trace)
         if summary is not None:
             ranks = len(summary.ranks.ranks) if summary.ranks is not None else 1
-            model = str(summary.model.get("name") or summary.model.get("class") or "unnamed")[:200]
+            model = model_name(summary.model)
             model += f", {len(summary.routers)} routers"  # a shorter model of the same class is another one
             known = {"rank": summary.rank, "ranks": ranks, "stages": list(summary.by_stage()), "model": model}
             return {**found, "state": "ok", **known}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.json import attributes
 from moe_trace.data.display.tables import number, scaled, share
+from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
 from moe_trace.show.tensorboard.chosen_stage import path_of
@@ -66,7 +67,7 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
     model, totals, speed = summary.model, summary.totals, summary.speed
     device = speed.device if speed is not None and speed.device else model.get("device")
     plain = [
-        ("model", model.get("name") or model.get("class") or "unnamed"),
+        ("model", model_name(model)),
         ("device", device or "unknown"),
         ("type", model.get("dtype") or "unknown"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_trace.data.display.columns import Column, count_column, text_table
 from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport, PhaseTime
+from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 
 _COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
@@ -26,12 +26,6 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
     title = f"Breakdown {part}, {clock} µs, mean of {report.total.count(part):,} {noun}{gap}"
     return f"{paragraph(title)}\n{_pass_table(report, part)}"
-
-
-def phase_us(phase: PhaseTime, report: PhaseReport) -> float:
-    """Device busy time where there is a device, else time in operators."""
-    busy = phase.device_busy_us
-    return busy if report.whole.on_device and busy is not None else phase.host_us
 
 
 def gap_and_block(layer: BlockTime) -> tuple[float, float]:
@@ -60,7 +54,7 @@ def _pass_table(report: PhaseReport, part: Pass) -> str:
 def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
     """The phases of a pass, then gap and block, of which the backward has its sum only."""
     times = layer.phases_of(part) or {}
-    values = [phase_us(times[phase], report) if phase in times else 0.0 for phase in _used(report)]
+    values = [report.work_us(times[phase]) if phase in times else 0.0 for phase in _used(report)]
     if part == "backward":
         return [*values, sum(values)]
     block = layer.recompute if part == "recompute" else layer
@@ -71,7 +65,7 @@ def _used(report: PhaseReport) -> list[str]:
     """Leave out the columns of phases that no pass has."""
     passes = [report.total.phases_of(part) or {} for part in report.passes()]
     return [
-        phase for phase in PHASES if any(phase_us(times[phase], report) for times in passes if phase in times)
+        phase for phase in PHASES if any(report.work_us(times[phase]) for times in passes if phase in times)
     ]
 
 
@@ -82,7 +76,7 @@ def shares_sentence(report: PhaseReport) -> str:
     work = report.whole.moe_work_us
 
     def us(*names: str) -> float:
-        return sum(phase_us(times[n], report) for times in passes.values() if times for n in names)
+        return sum(report.work_us(times[n]) for times in passes.values() if times for n in names)
 
     whole = report.whole.moe_share_of_model
     passes_of = {"forward": report.whole.moe_share_of_forward, "backward": report.whole.moe_share_of_backward}
@@ -94,7 +88,7 @@ def shares_sentence(report: PhaseReport) -> str:
     parts = [f"{' and '.join(names)} {share(us(*names) / work if work else None)}" for names in by_phase]
     lines.append(f"Of MoE's {clock}: {', '.join(parts)}.")
     if len(passes) > 1:
-        sums = [sum(phase_us(time, report) for time in (times or {}).values()) for times in passes.values()]
+        sums = [sum(report.work_us(time) for time in (times or {}).values()) for times in passes.values()]
         shares = [share(value / work if work else None) for value in sums]
         parts = [f"{part} {value}" for part, value in zip(passes, shares, strict=True)]
         lines.append(f"By pass: {', '.join(parts)}.")

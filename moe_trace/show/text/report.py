@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_trace.data.display.tables import paragraph, printable, screen_width, wrapped
-from moe_trace.data.summary import Summary
+from moe_trace.data.summary import Summary, model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import FINDINGS_SHOWN
 from moe_trace.show.text.distinct import distinct_part
@@ -50,7 +50,7 @@ def _findings(summary: TraceSummary) -> list[str]:
 
 def _heading(summary: Summary) -> str:
     model = summary.model
-    lines = [printable(model.get("name") or model.get("class") or "unnamed model")]
+    lines = [printable(model_name(model))]
     lines.append(paragraph(_facts(summary)))
     if isinstance(summary, TraceSummary) and summary.stages:
         stages = [f"{stage} ({part.totals.calls:,} calls)" for stage, part in summary.stages.items()]

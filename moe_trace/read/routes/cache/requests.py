@@ -48,10 +48,7 @@ class Requests:
 
 def requests_of(routes: RecordedRoutes, together: Together, most_steps: int | None) -> Requests:
     """The first `most_steps` steps of a group of layers; all where it is None."""
-    counted = ~routes.padding
-    if routes.recomputed is not None:
-        counted &= ~routes.recomputed
-    rows = np.flatnonzero(counted)
+    rows = np.flatnonzero(routes.counted)
     if together == "forward":
         rows = rows[np.argsort(routes.forward[rows], kind="stable")]
         forward = routes.forward[rows]

@@ -38,7 +38,7 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
             or no layer is in both.
     """
     layers = _layers(a, b)
-    rows_a, rows_b = _tokens(a), _tokens(b)
+    rows_a, rows_b = np.flatnonzero(a.counted), np.flatnonzero(b.counted)
     counts = len(rows_a), len(rows_b)
     if _placed(a, rows_a) and _placed(b, rows_b):
         by = "sequence and position"
@@ -59,13 +59,6 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
         by = f"token ids, {by}"
         _same_ids(a, rows_a, b, rows_b)
     return Alignment(rows_a, rows_b, layers, by, counts[0] - len(rows_a), counts[1] - len(rows_b))
-
-
-def _tokens(routes: RecordedRoutes) -> np.ndarray:
-    counted = ~routes.padding
-    if routes.recomputed is not None:
-        counted = counted & ~routes.recomputed
-    return np.flatnonzero(counted)
 
 
 def _placed(routes: RecordedRoutes, rows: np.ndarray) -> bool:

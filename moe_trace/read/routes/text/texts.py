@@ -44,7 +44,7 @@ def find_texts(routes: RecordedRoutes) -> Texts:
     """
     if not len(routes):
         return Texts(rows=np.empty(0, np.int64), texts=())
-    again_T = routes.recomputed if routes.recomputed is not None else np.zeros(len(routes), bool)
+    again_T = routes.again
     by_sequence_T = np.lexsort((again_T, routes.sequence))  # stable: the order of the calls within each
     keys = [column[by_sequence_T] for column in (routes.forward, routes.sequence, again_T)]
     starts_T = np.ones(len(routes), bool)
@@ -72,9 +72,7 @@ def _begins_text(routes: RecordedRoutes, rows_T: np.ndarray, first_R: np.ndarray
     lowest_R = np.minimum.reduceat(np.where(unknown_T, _NO_POSITION, position_T), first_R)
     highest_R = np.maximum.reduceat(np.where(unknown_T, UNKNOWN, position_T), first_R)
     sequence_R = routes.sequence[rows_T[first_R]]
-    again_R = np.zeros(len(first_R), bool)
-    if routes.recomputed is not None:
-        again_R = routes.recomputed[rows_T[first_R]]
+    again_R = routes.again[rows_T[first_R]]
     begins_R = np.ones(len(first_R), bool)
     begins_R[1:] = (
         (sequence_R[1:] != sequence_R[:-1])
@@ -96,6 +94,6 @@ def _label(routes: RecordedRoutes, rows: np.ndarray) -> str:
         words.append(f"sequence {routes.sequence[first]}")
     stages = dict.fromkeys(STAGES[code] for code in (routes.stage_codes[first], routes.stage_codes[last]))
     words.append(" and ".join(stages))
-    if routes.recomputed is not None and routes.recomputed[first]:
+    if routes.again[first]:
         words.append("recomputed")
     return ", ".join(words)
