@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from moe_trace.read.experts.distinct import DistinctExperts, DistinctReport
-from moe_trace.show.figures.figure import BAND, PHASE_COLOURS, Cell, Figure, Spec
+from moe_trace.show.figures.figure import BAND, DASHED, PHASE_COLOURS, Cell, Figure, Spec, axis, curve
 
-HEADINGS = (
-    "tokens",
-    "calls",
-    "fewest",
-    "median",
-    "most",
-    "uniform",
-    "of",
-    "read MB",
-    "least µs",
-)
+HEADINGS = ("tokens", "calls", "fewest", "median", "most", "uniform", "of", "read MB", "least µs")
 
 
 def distinct_figure(report: DistinctReport | None) -> Figure:
@@ -31,7 +21,7 @@ def distinct_figure(report: DistinctReport | None) -> Figure:
         layout={
             "height": 320,
             "xaxis": {"type": "log", "title": {"text": "tokens in a forward"}, "dtick": "D2"},
-            "yaxis": {"title": {"text": "experts"}, "rangemode": "tozero"},
+            "yaxis": axis("experts"),
         },
         headings=HEADINGS,
         rows=[row(size) for size in sizes],
@@ -47,37 +37,13 @@ def row(size: DistinctExperts) -> tuple[Cell, ...]:
 
 def _lines(sizes: tuple[DistinctExperts, ...]) -> list[Spec]:
     x = [(size.tokens_min * size.tokens_max) ** 0.5 for size in sizes]
-    mode = "lines+markers"
-    names = [size.label for size in sizes]
-    edge: Spec = {"type": "scatter", "mode": mode, "x": x, "line": {"width": 0}, "hoverinfo": "skip"}
+    edge: Spec = {"mode": "lines+markers", "line": {"width": 0}, "marker": {"size": 1}}
+    named: Spec = {"mode": "lines+markers", "customdata": [size.label for size in sizes]}
+    low, high, median = ([getattr(size, name) for size in sizes] for name in ("min", "max", "median"))
+    uniform, said = [round(size.uniform, 3) for size in sizes], "%{customdata} tokens: %{y:.1f} experts"
     return [
-        {**edge, "y": [size.min for size in sizes], "marker": {"size": 1}, "showlegend": False},
-        {
-            **edge,
-            "y": [size.max for size in sizes],
-            "marker": {"size": 1},
-            "fill": "tonexty",
-            "fillcolor": BAND,
-            "name": "extremes",
-        },
-        {
-            "type": "scatter",
-            "mode": mode,
-            "name": "median",
-            "x": x,
-            "y": [size.median for size in sizes],
-            "customdata": names,
-            "line": {"color": PHASE_COLOURS["experts"]},
-            "hovertemplate": "%{customdata} tokens: %{y:.1f} experts<extra></extra>",
-        },
-        {
-            "type": "scatter",
-            "mode": mode,
-            "name": "uniform routing",
-            "x": x,
-            "y": [round(size.uniform, 3) for size in sizes],
-            "customdata": names,
-            "line": {"color": "#888888", "dash": "dash"},
-            "hovertemplate": "%{customdata} tokens: %{y:.1f} experts by uniform routing<extra></extra>",
-        },
+        curve("extremes", x, low, **edge, showlegend=False),
+        curve("extremes", x, high, **edge, fill="tonexty", fillcolor=BAND),
+        curve("median", x, median, said, **named, line={"color": PHASE_COLOURS["experts"]}),
+        curve("uniform routing", x, uniform, f"{said} by uniform routing", **named, line=DASHED),
     ]

@@ -17,6 +17,7 @@ from moe_trace.show.figures.figure import (
     Spec,
     cap_said,
     colour_cap,
+    heat_map,
     layers_axis,
     rows_px,
     safe,
@@ -62,32 +63,24 @@ def heat_map_trace(
     """Layers x experts on a diverging scale: both arms use all of their colours, however uneven they are."""
     middle = (centre - low) / (high - low)
     places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
-    return {
-        "type": "heatmap",
-        "z": z,
-        "x": list(range(max(map(len, z), default=0))),
-        "y": [safe(site) for site in sites],
-        "colorscale": [[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
-        "zmin": low,
-        "zmax": high,
-        "colorbar": {"title": {"text": unit}, "thickness": 14},
-        "hovertemplate": "layer %{y}, expert %{x}: %{z:.2f}× equal share<extra></extra>",
-    }
+    return heat_map(
+        z,
+        list(range(max(map(len, z), default=0))),
+        [safe(site) for site in sites],
+        unit,
+        "layer %{y}, expert %{x}: %{z:.2f}× equal share",
+        colorscale=[[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
+        zmin=low,
+        zmax=high,
+    )
 
 
 def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
     load = router.load
     busiest = max(range(len(router.assignments)), key=router.assignments.__getitem__)
-    return (
-        router.info.site,
-        router.tokens,
-        load.max_over_mean,
-        load.cv,
-        load.gini,
-        load.entropy,
-        busiest,
-        len(load.dead_experts) if router.chance.tells_dead else None,
-    )
+    dead = len(load.dead_experts) if router.chance.tells_dead else None
+    figures = (load.max_over_mean, load.cv, load.gini, load.entropy)
+    return (router.info.site, router.tokens, *figures, busiest, dead)
 
 
 def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:

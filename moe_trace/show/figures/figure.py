@@ -30,6 +30,8 @@ PHASE_COLOURS = {
     "gap": "rgba(128,128,128,0.25)",
 }
 LINES = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
+DASHED = {"color": "#888888", "dash": "dash"}
+"""Of lines to compare with."""
 BAND, INNER_BAND = "rgba(128,128,128,0.22)", "rgba(128,128,128,0.45)"
 
 
@@ -90,15 +92,26 @@ def rows_px(rows: int) -> int:
 def bars(
     name: str, x: Sequence[str], y: Sequence[float | None], colour: str, hover: str, **more: Any
 ) -> Spec:
-    """A bar for each of `x`; `hover` is what a pointer on one shows."""
+    """A bar for each of `x`; `hover` is what a pointer on one shows, its value by default."""
+    shown = {"hovertemplate": hover} if hover else {}
     spec: Spec = {"type": "bar", "name": name, "x": [safe(label) for label in x], "y": y}
-    return {**spec, "marker": {"color": colour}, "hovertemplate": hover, **more}
+    return {**spec, "marker": {"color": colour}, **shown, **more}
+
+
+def curve(name: str, x: Sequence[Any], y: Sequence[float | None], hover: str = "", **more: Any) -> Spec:
+    """A line through `y`; `hover` is what a pointer on it shows, nothing by default."""
+    shown = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y), **shown, **more}
+
+
+def axis(title: str, **more: Any) -> Spec:
+    """One that is named, and begins at 0 unless `rangemode` says otherwise."""
+    return {"title": {"text": title}, "rangemode": "tozero", **more}
 
 
 def bars_layout(unit: str, height: int, **more: Any) -> Spec:
     """Of figures with a bar, or a group of them, a layer."""
-    yaxis = {"title": {"text": unit}, "rangemode": "tozero"}
-    return {"xaxis": layer_columns(), "yaxis": yaxis, "height": height, **more}
+    return {"xaxis": layer_columns(), "yaxis": axis(unit), "height": height, **more}
 
 
 def layers_map(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.figure import Figure, Spec, bars_layout, safe
+from moe_trace.show.figures.figure import Figure, Spec, bars, bars_layout
 
 CLOCKS = (
     ("host", "host", "#0072B2"),
@@ -45,18 +45,13 @@ def latency(summary: TraceSummary) -> Figure:
 
 def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution | None], colour: str) -> Spec:
     """Bars at the median, with whiskers up to the 95th percentile."""
-    return {
-        "type": "bar",
-        "name": name,
-        "x": [safe(site) for site in sites],
-        "y": [d.p50 if d is not None else None for d in found],
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": [d.p95 - d.p50 if d is not None else 0 for d in found],
-            "arrayminus": [0] * len(found),
-            "thickness": 1,
-            "color": "#888888",
-        },
-        "marker": {"color": colour},
+    whiskers = {
+        "type": "data",
+        "symmetric": False,
+        "array": [d.p95 - d.p50 if d is not None else 0 for d in found],
+        "arrayminus": [0] * len(found),
+        "thickness": 1,
+        "color": "#888888",
     }
+    medians = [d.p50 if d is not None else None for d in found]
+    return bars(name, sites, medians, colour, "", error_y=whiskers)

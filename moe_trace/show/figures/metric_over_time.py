@@ -21,9 +21,13 @@ from moe_trace.show.figures.figure import (
     Cell,
     Figure,
     Spec,
+    axis,
+    bars,
+    bars_layout,
     cap_said,
     colour_cap,
-    layer_columns,
+    curve,
+    heat_map,
     layers_axis,
     rows_px,
     safe,
@@ -104,19 +108,10 @@ def _bars(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec],
     worst = worst_layers(grid, metric.worst, min(NAMED, len(grid.sites) // 2))
     tied = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # at a ceiling there may be many
     coloured = tied if len(tied) <= len(grid.sites) // 2 else set()
-    data: Spec = {
-        "type": "bar",
-        "x": [safe(site) for site in grid.sites],
-        "y": _plain(values_L),
-        "marker": {"color": [LINES[0] if i in coloured else BAND for i in range(len(grid.sites))]},
-        "hovertemplate": f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>",
-    }
-    return [data], {
-        "xaxis": layer_columns(),
-        "yaxis": {"title": {"text": metric.unit}, "rangemode": "tozero"},
-        "height": 280,
-        "showlegend": False,
-    }
+    colours = [LINES[0] if i in coloured else BAND for i in range(len(grid.sites))]
+    hover = f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>"
+    data = bars(metric.title, grid.sites, _plain(values_L), "", hover, marker={"color": colours})
+    return [data], bars_layout(metric.unit, 280, showlegend=False)
 
 
 def _lines(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
@@ -126,7 +121,7 @@ def _lines(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec]
     ]
     return data, {
         "xaxis": _forwards_axis(columns),
-        "yaxis": {"title": {"text": metric.unit}, "rangemode": "tozero"},
+        "yaxis": axis(metric.unit),
         "height": 320,
         "showlegend": len(data) > 1,
     }
@@ -135,18 +130,18 @@ def _lines(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec]
 def _map_and_spread(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
     map_px = rows_px(len(grid.sites))
     share = BAND_PX / (BAND_PX + GAP_PX + map_px)
-    heat_map: Spec = {
-        "type": "heatmap",
-        "x": columns.labels,
-        "y": [safe(site) for site in grid.sites],
-        "z": [_plain(row) for row in columns.values_LB],
-        "yaxis": "y2",
-        "colorscale": "Viridis",
-        "zmin": float(np.nanmin(columns.values_LB)),
-        "zmax": colour_cap(columns.values_LB),
-        "colorbar": {"title": {"text": metric.unit}, "thickness": 14, "len": 1 - share, "y": (1 + share) / 2},
-        "hovertemplate": f"%{{y}}, {columns.title} %{{x}}: %{{z:.3f}} {metric.unit}<extra></extra>",
-    }
+    colorbar = {"title": {"text": metric.unit}, "thickness": 14, "len": 1 - share, "y": (1 + share) / 2}
+    cells = heat_map(
+        [_plain(row) for row in columns.values_LB],
+        columns.labels,
+        [safe(site) for site in grid.sites],
+        metric.unit,
+        f"%{{y}}, {columns.title} %{{x}}: %{{z:.3f}} {metric.unit}",
+        yaxis="y2",
+        zmin=float(np.nanmin(columns.values_LB)),
+        zmax=colour_cap(columns.values_LB),
+        colorbar=colorbar,
+    )
     layout: Spec = {
         "xaxis": {**_forwards_axis(columns), "anchor": "y"},
         "yaxis": {"title": {"text": metric.unit}, "domain": [0, round(share, 4)]},
@@ -158,7 +153,7 @@ def _map_and_spread(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[l
         "height": 90 + BAND_PX + GAP_PX + map_px,
         "hovermode": "closest",
     }
-    return [heat_map, *_spread(columns, metric), *_named(grid, columns, metric)], layout
+    return [cells, *_spread(columns, metric), *_named(grid, columns, metric)], layout
 
 
 def _spread(columns: Columns, metric: Metric) -> list[Spec]:
@@ -166,20 +161,10 @@ def _spread(columns: Columns, metric: Metric) -> list[Spec]:
     with np.errstate(invalid="ignore"):
         low, q1, median, q3, high = np.nanpercentile(columns.values_LB, (0, 25, 50, 75, 100), axis=0)
     bands: list[Spec] = []
-    for name, bottom, top, fill in (
-        ("all layers", low, high, BAND),
-        ("middle half", q1, q3, INNER_BAND),
-    ):
-        common = {
-            "type": "scatter",
-            "mode": "lines",
-            "x": columns.labels,
-            "line": {"width": 0, "color": fill},
-            "hoverinfo": "skip",
-            "legendgroup": name,
-        }
-        bands.append({**common, "name": name, "y": _plain(bottom), "showlegend": False})
-        bands.append({**common, "name": name, "y": _plain(top), "fill": "tonexty", "fillcolor": fill})
+    for name, bottom, top, fill in (("all layers", low, high, BAND), ("middle half", q1, q3, INNER_BAND)):
+        edge: Spec = {"line": {"width": 0, "color": fill}, "legendgroup": name}
+        bands.append(curve(name, columns.labels, _plain(bottom), **edge, showlegend=False))
+        bands.append(curve(name, columns.labels, _plain(top), **edge, fill="tonexty", fillcolor=fill))
     middle = _line("median layer", columns, median, metric, "#888888")
     return [*bands, {**middle, "line": {"width": 2, "color": "#888888", "dash": "dot"}}]
 
@@ -199,16 +184,10 @@ def _named(grid: CallGrid, columns: Columns, metric: Metric) -> list[Spec]:
 
 
 def _line(name: str, columns: Columns, values: npt.NDArray[np.float64], metric: Metric, colour: str) -> Spec:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if len(columns.labels) <= 40 else "lines",
-        "name": name,
-        "x": columns.labels,
-        "y": _plain(values),
-        "line": {"width": 1.5, "color": colour},
-        "marker": {"size": 4},
-        "hovertemplate": f"{name}, {columns.title} %{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>",
-    }
+    hover = f"{name}, {columns.title} %{{x}}: %{{y:.3f}} {metric.unit}"
+    mode = "lines+markers" if len(columns.labels) <= 40 else "lines"
+    drawn = {"mode": mode, "line": {"width": 1.5, "color": colour}, "marker": {"size": 4}}
+    return curve(name, columns.labels, _plain(values), hover, **drawn)
 
 
 def _forwards_axis(columns: Columns) -> Spec:

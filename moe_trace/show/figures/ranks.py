@@ -13,8 +13,10 @@ from moe_trace.show.figures.figure import (
     Cell,
     Figure,
     Spec,
+    axis,
     bars,
     bars_layout,
+    curve,
     heat_map,
     layers_map,
 )
@@ -167,19 +169,13 @@ def balance_over_steps(report: RankReport) -> Figure:
     ]
     layout: Spec = {
         "xaxis": {"title": {"text": "step"}, **({"type": "category"} if len(steps) <= STEPS_NAMED else {})},
-        "yaxis": {"title": {"text": "load max÷mean"}, "rangemode": "tozero"},
+        "yaxis": axis("load max÷mean"),
         "height": 300,
     }
     if any(step.wait_us is not None for step in report.steps):
         data.append(_line(steps, [s.wait_us for s in report.steps], "wait µs", WAITING, "y2"))
-        layout["yaxis2"] = {
-            "title": {"text": "wait µs"},
-            "overlaying": "y",
-            "tickmode": "auto",
-            "side": "right",
-            "rangemode": "tozero",
-            "showgrid": False,
-        }
+        right = {"overlaying": "y", "tickmode": "auto", "side": "right", "showgrid": False}
+        layout["yaxis2"] = axis("wait µs", **right)
     return Figure(
         key="rank-balance",
         title="Balance of the ranks, step by step",
@@ -192,17 +188,10 @@ def balance_over_steps(report: RankReport) -> Figure:
     )
 
 
-def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, axis: str) -> Spec:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": list(map(str, x)) if len(x) <= STEPS_NAMED else list(x),
-        "y": list(y),
-        "yaxis": axis,
-        "line": {"color": colour},
-        "hovertemplate": f"step %{{x}}: %{{y:.4g}} {name}<extra></extra>",
-    }
+def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, yaxis: str) -> Spec:
+    steps = list(map(str, x)) if len(x) <= STEPS_NAMED else x
+    drawn = {"mode": "lines+markers", "yaxis": yaxis, "line": {"color": colour}}
+    return curve(name, steps, y, f"step %{{x}}: %{{y:.4g}} {name}", **drawn)
 
 
 def _numbers_in(cells: int, form: str) -> Spec:

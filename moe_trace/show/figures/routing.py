@@ -14,7 +14,7 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
 from moe_trace.show.figures.expert_heat_map import heat_map_trace
-from moe_trace.show.figures.figure import Cell, Figure, layers_axis, rows_px, safe
+from moe_trace.show.figures.figure import Cell, Figure, axis, bars, layers_axis, rows_px, safe
 from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 
 LAYER_FIGURE_PX = 270
@@ -55,15 +55,16 @@ def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
     order = np.argsort(-counts_E, kind="stable")
     ratios = [float(counts_E[e]) * len(counts_E) / total if total else 0.0 for e in order]
     data = [
-        {
-            "type": "bar",
-            "x": [str(int(e)) for e in order],
-            "y": [round(r, 4) for r in ratios],
-            "customdata": [int(counts_E[e]) for e in order],
-            "marker": {"color": ["#B35806" if r > 1 else "#2166AC" for r in ratios]},
-            "hovertemplate": "expert %{x}: %{customdata:,} assignments, %{y:.2f}× equal share<extra></extra>",
-            "showlegend": False,
-        }
+        bars(
+            "load",
+            [str(int(e)) for e in order],
+            [round(r, 4) for r in ratios],
+            "",
+            "expert %{x}: %{customdata:,} assignments, %{y:.2f}× equal share<extra></extra>",
+            customdata=[int(counts_E[e]) for e in order],
+            marker={"color": ["#B35806" if r > 1 else "#2166AC" for r in ratios]},
+            showlegend=False,
+        )
     ]
     return Figure(
         key="sorted",
@@ -72,7 +73,7 @@ def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
         data=data if total else [],
         layout={
             "xaxis": {"type": "category", "title": {"text": "expert"}, "nticks": 32},
-            "yaxis": {"title": {"text": "× equal share"}, "rangemode": "tozero"},
+            "yaxis": axis("× equal share"),
             "shapes": [_equal_share_line()],
             "height": 300,
         },

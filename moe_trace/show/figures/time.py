@@ -11,7 +11,16 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.distinct import distinct_figure
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, bars, bars_layout, layer_columns
+from moe_trace.show.figures.figure import (
+    PHASE_COLOURS,
+    Figure,
+    Spec,
+    axis,
+    bars,
+    bars_layout,
+    curve,
+    layer_columns,
+)
 from moe_trace.show.figures.latency import latency
 
 Clock = Literal["device", "host"]
@@ -124,7 +133,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
         layout={
             "barmode": "group",
             "xaxis": layer_columns(),
-            "yaxis": {"title": {"text": "share of the block"}, "tickformat": ".0%", "rangemode": "tozero"},
+            "yaxis": axis("share of the block", tickformat=".0%"),
             "height": 300,
             "showlegend": len(data) > 1,
         },
@@ -195,7 +204,7 @@ def latency_distribution(summary: TraceSummary) -> Figure:
         data=data,
         layout={
             "xaxis": {"type": "log", "title": {"text": "µs"}, **_ticks(data)},
-            "yaxis": {"title": {"text": "calls"}, "rangemode": "tozero"},
+            "yaxis": axis("calls"),
             "height": 300,
             "showlegend": len(data) > 1,
         },
@@ -219,12 +228,5 @@ def _ticks(data: Sequence[Spec]) -> Spec:
 
 def _histogram(name: str, values: np.ndarray, colour: str, edges: np.ndarray) -> Spec:
     counts, _ = np.histogram(values, edges)
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": [round(float(edge), 4) for edge in edges],
-        "y": [*counts.tolist(), 0],
-        "line": {"shape": "hv", "width": 2, "color": colour},
-        "hovertemplate": f"{name}: %{{y}} calls from %{{x:.1f}} µs<extra></extra>",
-    }
+    x, hover = [round(float(edge), 4) for edge in edges], f"{name}: %{{y}} calls from %{{x:.1f}} µs"
+    return curve(name, x, [*counts.tolist(), 0], hover, line={"shape": "hv", "width": 2, "color": colour})

@@ -9,7 +9,7 @@ import numpy as np
 from moe_trace.data.schema import Span
 from moe_trace.read.time.lanes import Clock, Lanes, Segments, counter_tracks
 from moe_trace.read.time.phase_detection import PHASES
-from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, safe
+from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, curve, safe
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84
 COUNTER_COLOUR = "#7A5195"
@@ -84,18 +84,16 @@ def _counter(name: str, points: Sequence[tuple[Span, float]], origin_ns: int, ax
     for span, value in points:
         times += [span.start_us - origin_ns / 1000, span.end_us - origin_ns / 1000]
         values += [round(value, 4), 0]
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": [round(time, 3) for time in times],
-        "y": values,
-        "yaxis": axis,
-        "line": {"shape": "hv", "width": 1.2, "color": COUNTER_COLOUR},
-        "fill": "tozeroy",
-        "showlegend": False,
-        "hovertemplate": f"{name}: %{{y:.3~f}}<extra></extra>",
-    }
+    return curve(
+        name,
+        [round(time, 3) for time in times],
+        values,
+        f"{name}: %{{y:.3~f}}",
+        yaxis=axis,
+        line={"shape": "hv", "width": 1.2, "color": COUNTER_COLOUR},
+        fill="tozeroy",
+        showlegend=False,
+    )
 
 
 def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_ns: tuple[int, int]) -> Spec:

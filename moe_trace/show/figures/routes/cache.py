@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moe_trace.read.routes.cache import CacheStudy
-from moe_trace.show.figures.figure import LINES, Figure, Spec
+from moe_trace.show.figures.figure import LINES, Figure, Spec, axis
 from moe_trace.show.figures.routes.curves import dashed, line, percent_axis
 from moe_trace.show.figures.routes.matrices import known
 
@@ -37,7 +37,7 @@ def cache_curve(found: CacheStudy) -> Figure:
         data=data if found.steps else [],
         layout={
             "height": _HEIGHT,
-            "xaxis": {"title": {"text": "experts of a layer in memory"}, "rangemode": "tozero"},
+            "xaxis": axis("experts of a layer in memory"),
             **percent_axis("hit rate", top=1.02),
         },
         headings=("policy", *(f"{size} in memory" for size in sizes)),

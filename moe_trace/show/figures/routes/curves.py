@@ -10,20 +10,22 @@ from moe_trace.read.routes.distinct import Distinct
 from moe_trace.read.routes.study import LayerStudy, RoutesStudy
 from moe_trace.show.figures.figure import (
     BAND,
+    DASHED,
     LINES,
     PHASE_COLOURS,
     Figure,
     Frame,
     Spec,
+    axis,
     bars,
     bars_layout,
+    curve,
     safe,
 )
 from moe_trace.show.figures.routes.matrices import coactivation_map, known, site_labels, transition_map
 
 DOMAINS_MAX = 6
 """Bars side by side."""
-_GREY = "#888888"
 _HEIGHT = 320
 _COLOURS = tuple(
     PHASE_COLOURS[part] for part in ("router", "dispatch", "experts", "combine", "shared", "other")
@@ -61,7 +63,7 @@ def domain_bars(found: RoutesStudy) -> Figure:
     if frames:
         hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
         data = [
-            {"type": "bar", "name": safe(label), "marker": {"color": colour}, "hovertemplate": hover, **trace}
+            bars(safe(label), trace["x"], trace["y"], colour, hover)
             for label, colour, trace in zip(labels, _COLOURS, frames[0].traces[:-1], strict=False)
         ]
         data.append(dashed("k / E", frames[0].traces[-1]))
@@ -183,7 +185,7 @@ def distinct_curve(found: RoutesStudy) -> Figure:
         layout={
             "height": _HEIGHT,
             "xaxis": {"type": "log", "title": {"text": "tokens in a batch"}, "dtick": "D2"},
-            "yaxis": {"title": {"text": "experts"}, "rangemode": "tozero"},
+            "yaxis": axis("experts"),
         },
         headings=("layer", *(f"{b} tokens" if b > 1 else "1 token" for b in batches)),
         rows=[
@@ -195,16 +197,12 @@ def distinct_curve(found: RoutesStudy) -> Figure:
 
 def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence[Distinct]) -> list[Spec]:
     x = points.tolist()
-    band: Spec = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
     low, high = (np.round(edge, 3).tolist() for edge in (curves_LP.min(axis=0), curves_LP.max(axis=0)))
-    mean = line(
-        "mean of the layers", x, curves_LP.mean(axis=0), PHASE_COLOURS["router"], "%{x}: %{y:.1f} experts"
-    )
-    spread = {"fill": "tonexty", "fillcolor": BAND, "name": "extremes of the layers"}
-    lines: list[Spec] = [
-        {**band, "x": x, "y": low, "showlegend": False},
-        {**band, "x": x, "y": high, **spread},
-        mean,
+    mean, extremes = curves_LP.mean(axis=0), "extremes of the layers"
+    lines = [
+        curve(extremes, x, low, line={"width": 0}, showlegend=False),
+        curve(extremes, x, high, line={"width": 0}, fill="tonexty", fillcolor=BAND),
+        line("mean of the layers", x, mean, PHASE_COLOURS["router"], "%{x}: %{y:.1f} experts"),
     ]
     measured: dict[int, list[float]] = {}
     for one in figures:
@@ -212,8 +210,8 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
             measured.setdefault(batch, []).append(experts)
     if measured:
         sizes = sorted(measured)
-        lines.append(_marks("decode steps", sizes, [known(float(np.mean(measured[s]))) for s in sizes]))
-        lines[-1]["hovertemplate"] = "%{x} tokens: %{y:.1f} experts<extra></extra>"
+        means = [known(float(np.mean(measured[s]))) for s in sizes]
+        lines.append(_marks("decode steps", sizes, means, "%{x} tokens: %{y:.1f} experts"))
     return lines
 
 
@@ -226,38 +224,21 @@ def _spread(count: int, most: int) -> list[int]:
 
 def line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str) -> Spec:
     """One curve, with a mark on each point where they are few."""
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if len(x) < 20 else "lines",
-        "name": safe(name),
-        "x": list(x),
-        "y": [known(v) for v in y.tolist()],
-        "line": {"color": colour},
-        "hovertemplate": f"{safe(name)}, {hover}<extra></extra>",
-    }
+    mode, values = "lines+markers" if len(x) < 20 else "lines", [known(v) for v in y.tolist()]
+    return curve(safe(name), x, values, f"{safe(name)}, {hover}", mode=mode, line={"color": colour})
 
 
 def dashed(name: str, trace: Spec) -> Spec:
     """A line to compare with: chance, or a limit."""
-    grey = {"color": _GREY, "dash": "dash"}
-    return {"type": "scatter", "mode": "lines", "name": name, "line": grey, "hoverinfo": "skip", **trace}
+    return curve(name, trace["x"], trace["y"], line=DASHED)
 
 
-def _marks(name: str, x: Sequence[object], y: Sequence[float | None]) -> Spec:
-    marker = {"color": LINES[0], "symbol": "diamond", "size": 8}
-    hover = "%{x}: %{y:.1%}<extra></extra>"
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "marker": marker,
-        "hovertemplate": hover,
-    }
+def _marks(name: str, x: Sequence[object], y: Sequence[float | None], hover: str = "%{x}: %{y:.1%}") -> Spec:
+    return curve(
+        name, x, y, hover, mode="markers", marker={"color": LINES[0], "symbol": "diamond", "size": 8}
+    )
 
 
 def percent_axis(title: str, top: float | None = None) -> Spec:
     """The vertical axis of shares."""
-    axis: Spec = {"title": {"text": title}, "tickformat": ".0%", "rangemode": "tozero"}
-    return {"yaxis": {**axis, "range": [0, top]} if top else axis}
+    return {"yaxis": axis(title, tickformat=".0%", **({"range": [0, top]} if top else {}))}

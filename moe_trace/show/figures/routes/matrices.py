@@ -11,7 +11,7 @@ import numpy as np
 from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.layer_labels import layer_labels
 from moe_trace.read.routes.study import LayerStudy, RoutesStudy
-from moe_trace.show.figures.figure import Cell, Figure, Frame, Spec, cap_said, colour_cap
+from moe_trace.show.figures.figure import Cell, Figure, Frame, Spec, cap_said, colour_cap, heat_map
 
 CELLS_MAX = 120_000
 """Of all layers of one figure; of more, the most used experts are drawn."""
@@ -48,7 +48,7 @@ def coactivation_map(found: RoutesStudy) -> Figure:
             _Map(site, e, e, layer.coactivation.probability[np.ix_(e, e)])
             for site, layer, e in zip(labels, found.layers, chosen, strict=True)
         ],
-        hover="of the tokens with expert %{y}, %{z:.1%} have expert %{x}, too<extra></extra>",
+        hover="of the tokens with expert %{y}, %{z:.1%} have expert %{x}, too",
     )
 
 
@@ -77,7 +77,7 @@ def transition_map(found: RoutesStudy) -> Figure:
             rows=rows,
         ),
         maps,
-        hover="of the tokens with expert %{y}, %{z:.1%} have %{x} in the next layer<extra></extra>",
+        hover="of the tokens with expert %{y}, %{z:.1%} have %{x} in the next layer",
     )
 
 
@@ -132,15 +132,15 @@ def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
         }
         for one in maps
     ]
-    data: Spec = {
-        "type": "heatmap",
+    data = heat_map(
         **traces[0],
-        "colorscale": [[0.0, DIVERGING[2]], [0.5, DIVERGING[3]], [1.0, DIVERGING[4]]],
-        "zmin": 0.0,
-        "zmax": cap,
-        "colorbar": {"tickformat": ".0%", "thickness": 14},
-        "hovertemplate": hover,
-    }
+        unit="",
+        hover=hover,
+        colorscale=[[0.0, DIVERGING[2]], [0.5, DIVERGING[3]], [1.0, DIVERGING[4]]],
+        zmin=0.0,
+        zmax=cap,
+        colorbar={"tickformat": ".0%", "thickness": 14},
+    )
     frames = [Frame(label=one.label, traces=[trace]) for one, trace in zip(maps, traces, strict=True)]
     return replace(
         figure,
