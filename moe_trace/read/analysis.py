@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_trace.data.calls.stages import stages_of
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.display.columns import data_frame
+from moe_trace.data.data_frame import data_frame
 from moe_trace.data.errors import deprecated
 from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import Recording, RoutingSample, Stage

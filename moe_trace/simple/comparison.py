@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.data_frame import data_frame
 from moe_trace.data.display.columns import (
     DEFINITIONS,
     Cell,
     as_column,
     columns_of_fields,
-    data_frame,
     text_table,
 )
 from moe_trace.data.display.csv import csv_text

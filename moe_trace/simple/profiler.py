@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_trace.data.display.columns import data_frame
+from moe_trace.data.data_frame import data_frame
 from moe_trace.data.errors import NothingRecorded, UsageError, deprecated
 from moe_trace.data.files import write_text
 from moe_trace.data.routes.options import Routes

@@ -6,10 +6,9 @@ several with units, clocks and steps round them: `host p95 µs` is `host`, and `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 from moe_trace.data.display.tables import (
     fixed,
@@ -21,7 +20,6 @@ from moe_trace.data.display.tables import (
     signed_percent,
     table,
 )
-from moe_trace.data.errors import optional_package
 
 Cell = str | int | float | None
 
@@ -185,18 +183,6 @@ def as_column(
 def columns_of_fields(kind: type) -> dict[str, Column]:
     """Field -> its column, in the order of the fields."""
     return {one.name: one.metadata["column"] for one in fields(kind)}
-
-
-def data_frame(rows: Iterable[Any], columns: Mapping[str, Column], feature: str = "to_df()") -> Any:
-    """A `pandas.DataFrame` of those columns; `attrs["columns"]` says what each one is.
-
-    Raises:
-        MissingPackage: pandas is not installed.
-    """
-    pandas = optional_package("pandas", feature, "pandas")
-    frame = pandas.DataFrame(rows, columns=list(columns))
-    frame.attrs["columns"] = {name: column.described() for name, column in columns.items()}
-    return frame
 
 
 def count_column(label: str, unit: str = "") -> Column:
