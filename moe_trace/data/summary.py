@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_trace.data.calls.stages import requests_per_forward
 from moe_trace.data.calls.table import CallTable, mean_over_calls, mean_over_tokens
+from moe_trace.data.display.json import attributes
 from moe_trace.data.display.notebook import ShortRepr, ShownInNotebooks
 from moe_trace.data.errors import optional_package
 from moe_trace.data.load_stats import Chance, Load, describe_chance, describe_load
@@ -190,11 +191,7 @@ def summarize(
     )
     return Summary(
         trace=trace,
-        model=recording.model,
-        options=recording.options,
-        rank=recording.rank,
-        versions=recording.versions,
-        lost=recording.lost,
+        **attributes(recording, "model", "options", "rank", "versions", "lost"),
         routers=routers,
         totals=_totals(routers, calls),
         notes=(*notes_of(recording), *notes),

@@ -82,8 +82,7 @@ class RunCommand:
 def _run_models(values: dict[str, Any]) -> int:
     """Record a model, or a run for each prompt and length."""
     settle_steps(values, RunConfig().steps, RunConfig().warmup)
-    given = values.pop("seq_len")
-    lengths = () if given is None else parse_numbers("--seq-len", given)
+    lengths = parse_numbers("--seq-len", given) if (given := values.pop("seq_len")) is not None else ()
     values["out"] = values["out"] or new_folder(
         values["model"], values["mode"], alone=os.environ.get("WORLD_SIZE", "1") == "1"
     )

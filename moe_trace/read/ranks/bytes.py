@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.display.json import attributes
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.collectives import Collective, split_bytes
@@ -70,6 +72,7 @@ def check_bytes(
             found = index[one.rank].of(collective)
             if found is None or collective.role not in ("dispatch", "combine") or not group:
                 continue
+            about: Any = {**attributes(found[1], "site", "step"), "rank": one.rank, "part": collective.role}
             for side in ("sent", "received"):
                 slots = _slots(sent.get(found[0]), rows, one.rank, group, side)
                 both = _both(records.by_rank[one.rank], found[1], collective, slots, side)
@@ -83,15 +86,9 @@ def check_bytes(
                 wrong = [i for i, (want, have) in enumerate(zip(*both, strict=True)) if want != have]
                 mismatches += [
                     ByteMismatch(
-                        site=found[1].site,
-                        step=found[1].step,
-                        rank=one.rank,
-                        part=collective.role,
-                        direction=side,
-                        peer=group[i],
-                        expected_bytes=both[0][i],
-                        found_bytes=both[1][i],
+                        **about, direction=side, peer=group[i], expected_bytes=want[i], found_bytes=have[i]
                     )
+                    for want, have in (both,)
                     for i in wrong[: max(0, SHOWN - len(mismatches))]
                 ]
     return BytesCheck(equal=equal, different=different, unknown=unknown, mismatches=tuple(mismatches))
