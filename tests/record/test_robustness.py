@@ -606,3 +606,60 @@ def test_a_traced_model_can_be_saved_whole(tmp_path: Path) -> None:
         loaded = torch.load(tmp_path / "model.pt", weights_only=False)
         assert torch.equal(loaded(**batch).logits, expected)
     assert len(tracer.samples()) == len(tracer.sites)
+
+
+PLAIN = 10
+"""Forwards after which a router is known to hand out other memory each time, and has the plainest hooks."""
+
+
+def our_ranges(trace: Path) -> list[tuple[str, float, float]]:
+    """(name, start, end) of each range of the first layer, in order of their starts."""
+    events = json.loads(trace.read_bytes())["traceEvents"]
+    found = [e for e in events if e.get("cat") == "user_annotation" and e["name"].endswith("/L00")]
+    return sorted(((e["name"], e["ts"], e["ts"] + e["dur"]) for e in found), key=lambda one: one[1])
+
+
+def test_ranges_of_a_block_that_calls_itself_are_nested(tmp_path: Path) -> None:
+    """In tiles of its tokens; and each range is over when its module has returned."""
+    model = tiny_olmoe(layers=1)
+    block = model.model.layers[0].mlp
+
+    def tiled(hidden: torch.Tensor) -> Any:
+        if hidden.shape[1] > 6:
+            parts = [block(part.contiguous()) for part in hidden.split(6, dim=1)]
+            torch.ones(1) + 1  # an operator behind them, inside the outer block
+            return torch.cat(parts, dim=1)
+        return type(block).forward(block, hidden)
+
+    block.forward = tiled
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        for _ in range(PLAIN):
+            model(**token_batch())
+        with torch.profiler.profile(activities=CPU) as prof:
+            model(**token_batch())
+    prof.export_chrome_trace(str(path := tmp_path / "trace.json"))
+    ranges = our_ranges(path)
+    names = [name.split("/")[0] for name, *_ in ranges]
+    assert names == ["moe.block", *["moe.block", "moe.router", "moe.experts"] * 2]
+    outer, first, router, experts, second, *_ = ranges
+    assert outer[1] <= first[1] <= router[1] <= router[2] <= experts[1] <= experts[2] <= first[2]
+    assert first[2] <= second[1] <= ranges[-1][2] <= second[2] < outer[2]
+    assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(8) for c in calls]
+
+
+def test_a_range_that_an_interruption_left_ends_with_its_forward(tmp_path: Path) -> None:
+    model = tiny_olmoe(layers=1)
+    with torch.no_grad(), moe_trace.MoETracer(model):
+        for _ in range(PLAIN):
+            model(**token_batch())
+        with torch.profiler.profile(activities=CPU) as prof:
+            model(**token_batch())
+            model.model.layers[0].mlp.experts.forward = _raiser(KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**token_batch())
+            del model.model.layers[0].mlp.experts.forward
+            model(**token_batch())
+    prof.export_chrome_trace(str(path := tmp_path / "trace.json"))
+    ranges = our_ranges(path)
+    assert [name.split("/")[0] for name, *_ in ranges] == ["moe.block", "moe.router", "moe.experts"] * 3
+    assert ranges[4][2] <= ranges[6][1] and ranges[5][2] <= ranges[6][1]

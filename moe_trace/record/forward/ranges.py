@@ -11,18 +11,17 @@ from typing import Any
 from torch import nn
 
 from moe_trace.find.private.torch_names import (
+    enter_private,
+    enter_range,
     learns_of_public_ranges_alone,
     leave_range,
     process_is_profiled,
     profiles_all_threads,
-    range_functions,
     thread_is_profiled,
 )
 
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
 _public_alone = weakref.WeakSet[object]()  # profilers that must be told of a range by `record_function`
-
-_functions = {publicly: range_functions(publicly=publicly) for publicly in (False, True)}
 
 
 def profiler_is_recording() -> bool:
@@ -45,7 +44,7 @@ def note_profiler(prof: object) -> None:
 class OpenRanges:
     """The ranges that one tracer has open, per thread, innermost last."""
 
-    __slots__ = ("enter", "leave", "own", "quiet", "stacks", "thread", "wanted")
+    __slots__ = ("in_slots", "own", "quiet", "slots", "stacks", "thread", "wanted")
 
     def __init__(self) -> None:
         self.stacks: dict[int, list[tuple[str, Any]]] = {}
@@ -56,41 +55,45 @@ class OpenRanges:
         """Threads whose forward is not recorded."""
         self.thread = -1
         """Whose profiled forward began last: its ranges are opened without asking."""
-        self.own: list[tuple[str, Any]] = []
-        """Its stack."""
-        self.enter, self.leave = _functions[False]
+        self.slots: dict[str, int] = {}
+        self.in_slots: dict[int, list[Any]] = {}
+        """By thread whose profiled forward is under way: by slot, what it has open outside its stack, as
+        (what was open there before, entry). Such a range ends when nothing refers to it."""
+        self.own: list[Any] = []
+        """Of `thread`."""
+
+    def slot(self, name: str) -> int:
+        """Where a range of that name stands in `own`."""
+        return self.slots.setdefault(name, len(self.slots))
 
     def want(self, thread: int) -> None:
         """A profiler records the forward that the calling thread begins."""
-        self.wanted, self.thread = True, thread
-        self.own = self.stacks.setdefault(thread, [])
-        self.enter, self.leave = _functions[bool(_public_alone)]
+        self.wanted = True
+        self.stacks.setdefault(thread, [])
+        if enter_private is not None and not _public_alone:
+            self.thread, self.own = thread, [None] * len(self.slots)
+            self.in_slots[thread] = self.own
 
     def open(self, name: str, thread: int) -> None:
         """Open a range on the calling thread, if it is wanted."""
-        if thread == self.thread:
-            self.own.append((name, self.enter(name)))
-            return
-        if not self.wanted and (self.wanted is False or not profiler_is_recording()):
-            return
-        if thread not in self.quiet:
-            enter, _ = _functions[bool(_public_alone)]
-            self.stacks.setdefault(thread, []).append((name, enter(name)))
+        if thread != self.thread:
+            if not self.wanted and (self.wanted is False or not profiler_is_recording()):
+                return
+            if thread in self.quiet:
+                return
+        entry = enter_range(name, publicly=bool(_public_alone))
+        self.stacks.setdefault(thread, []).append((name, entry))
 
     def close(self, name: str, thread: int) -> None:
         """Close the innermost open range of that name, and any that was left open inside it."""
-        if thread == self.thread:
-            stack = self.own
-            if stack and stack[-1][0] is name:
-                self.leave(stack.pop()[1])
-                return
-        else:
-            stack = self.stacks.get(thread, [])
+        stack, own = self.stacks.get(thread, []), self.in_slots.get(thread)
         at = max((at for at, (opened, _) in enumerate(stack) if opened == name), default=None)
         if at is not None:
             self._close(stack[at:])
             del stack[at:]
-        if not stack and thread != self.thread:
+        elif own and (left := own[slot := self.slots[name]]):
+            own[slot] = left[0]
+        if not stack and own is None:
             self.stacks.pop(thread, None)
 
     def has(self, name: str, thread: int) -> bool:
@@ -100,7 +103,8 @@ class OpenRanges:
     def end(self, thread: int) -> None:
         """Close what the calling thread has open: its forward is over, or was interrupted."""
         if thread == self.thread:
-            self.thread = -1
+            self.thread, self.own = -1, []
+        self.in_slots.pop(thread, None)
         left_open = self.stacks.pop(thread, None)
         if left_open:
             self._close(left_open)
@@ -116,7 +120,9 @@ class OpenRanges:
             leave_range(entry)
 
     def __len__(self) -> int:
-        return sum(map(len, self.stacks.values()))
+        return sum(map(len, self.stacks.values())) + sum(
+            entry is not None for own in self.in_slots.values() for entry in own
+        )
 
 
 # Two tracers on one model would open every range twice; the first to come opens them.

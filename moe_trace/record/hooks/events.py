@@ -22,7 +22,7 @@ ROUTER = 1
 WATCHED = 2
 """(output, None, None): see `Found.watched`."""
 EXPERTS = 3
-"""(arguments, keyword arguments, None or (`DispatchInfo`, mark) and, in a backward, True): the experts
+"""(arguments, keyword arguments or None, None or (`DispatchInfo`, mark) and, in a backward, True): experts
 received these. None instead of arguments where a hook before them raised, so that they received nothing."""
 BLOCK = 4
 """(time in ns, None, None): the block that holds the router is called."""

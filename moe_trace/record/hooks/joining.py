@@ -113,7 +113,7 @@ class CallJoiner:
             if own is not None:
                 own.refused = True
             return
-        experts = ExpertsCall(args, kwargs, *(extra or ()))
+        experts = ExpertsCall(args, kwargs or {}, *(extra or ()))
         if own is None and self.states[site].thread not in (None, thread):
             self.states[site].elsewhere = True
         call = self._router_of(site, experts, own)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from moe_trace.find.private.torch_names import graph_task_id
+from moe_trace.find.private.torch_names import enter_private, graph_task_id
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog, event_code
@@ -78,7 +78,7 @@ class PlainCalls(HookOwner):
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
-            self.log.note((self.experts_code, get_ident(), _without_hidden(args), kwargs, None))
+            self.log.note((self.experts_code, get_ident(), _without_hidden(args), None, None))
 
 
 class PlainRanges(PlainCalls):
@@ -89,6 +89,7 @@ class PlainRanges(PlainCalls):
         self.block: nn.Module | None = None
         self.ranges = ranges
         self.router_range, self.experts_range, self.block_range = general.range_names
+        self.router_slot, self.experts_slot, self.block_slot = map(ranges.slot, general.range_names)
 
     def start(self) -> None:
         super().start()
@@ -103,67 +104,69 @@ class PlainRanges(PlainCalls):
         if module is not self.block or get_ident() != ranges.thread or is_dynamo_compiling():
             self.general.before_block(module, args)
         else:
-            ranges.own.append((self.block_range, ranges.enter(self.block_range)))
+            own, slot = ranges.own, self.block_slot
+            own[slot] = own[slot], enter_private(self.block_range)
 
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
-        own = self.ranges.own
+        ranges = self.ranges
         if (
             module is not self.block
-            or get_ident() != self.ranges.thread
+            or get_ident() != ranges.thread
             or is_dynamo_compiling()
-            or not own
-            or own[-1][0] is not self.block_range
+            or not (opened := ranges.own[self.block_slot])
         ):
             self.general.after_block(module, args, kwargs, output)
         else:
-            self.ranges.leave(own.pop()[1])
+            ranges.own[self.block_slot] = opened[0]
 
     def before_router(self, module: nn.Module, args: Any) -> None:
-        ranges, thread = self.ranges, get_ident()
-        if module is not self.router or thread != ranges.thread or is_dynamo_compiling():
+        ranges = self.ranges
+        if module is not self.router or get_ident() != ranges.thread or is_dynamo_compiling():
             self.general.before_router(module, args)
         else:
-            ranges.own.append((self.router_range, ranges.enter(self.router_range)))
-            self.log.note((self.begin_code, thread, time_ns(), None, None))
+            own, slot = ranges.own, self.router_slot
+            own[slot] = own[slot], enter_private(self.router_range)
+            self.log.note((self.begin_code, ranges.thread, time_ns(), None, None))
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        now_ns, thread, own = time_ns(), get_ident(), self.ranges.own
+        now_ns, ranges = time_ns(), self.ranges
         if (
             module is not self.router
-            or thread != self.ranges.thread
+            or get_ident() != ranges.thread
             or is_dynamo_compiling()
-            or not own
-            or own[-1][0] is not self.router_range
+            or not (opened := ranges.own[self.router_slot])
         ):
             self.general.after_router(module, args, output)
         else:
-            self.ranges.leave(own.pop()[1])
-            self.log.note((self.router_code, thread, now_ns, output, graph_task_id()))
+            ranges.own[self.router_slot] = opened[0]
+            opened = None  # ends it
+            self.log.note((self.router_code, ranges.thread, now_ns, output, graph_task_id()))
 
     def before_experts(self, module: nn.Module, args: Any) -> None:
         ranges = self.ranges
         if module is not self.experts or get_ident() != ranges.thread or is_dynamo_compiling():
             self.general.before_experts(module, args)
         else:
-            ranges.own.append((self.experts_range, ranges.enter(self.experts_range)))
+            own, slot = ranges.own, self.experts_slot
+            own[slot] = own[slot], enter_private(self.experts_range)
 
     def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
-        thread, own = get_ident(), self.ranges.own
+        ranges = self.ranges
         if (
             module is not self.experts
-            or thread != self.ranges.thread
+            or get_ident() != ranges.thread
             or is_dynamo_compiling()
             or kwargs
             or output is None
             or output is MISSING
             or self.traced.call is not None
-            or not own
-            or own[-1][0] is not self.experts_range
+            or not (opened := ranges.own[self.experts_slot])
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
-            self.ranges.leave(own.pop()[1])
-            self.log.note((self.experts_code, thread, _without_hidden(args), kwargs, None))
+            ranges.own[self.experts_slot] = opened[0]
+            opened = None
+            self.log.note((self.experts_code, ranges.thread, _without_hidden(args), None, None))
 
 
 class ListedExpert(HookOwner):
