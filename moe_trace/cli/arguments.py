@@ -137,7 +137,7 @@ def parse_steps(text: str | None) -> frozenset[int]:
     return frozenset(steps)
 
 
-def tell_checked(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str) -> int:
+def print_results(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str) -> int:
     """Print what each file keeps of each rule and what breaks it; the exit status.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import ClassVar
 
-from moe_trace.cli.arguments import add_format, reading_progress, tell_checked
+from moe_trace.cli.arguments import add_format, print_results, reading_progress
 from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
@@ -42,4 +42,4 @@ class CheckCommand:
                         raise
                     unread = Violation(rule="file_can_be_read", where="file", message=str(error))
                     results[str(file)] = {"file_can_be_read": [unread]}
-        return tell_checked(results, arguments.format)
+        return print_results(results, arguments.format)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
+from typing import Any
 
 from moe_trace.data.schema import Lost
 
@@ -18,19 +19,21 @@ def add_lost(parts: Sequence[Lost], called: Collection[str]) -> Lost:
         called: module paths of the routers that were.
     """
     never = dict.fromkeys(name for lost in parts for name in lost.never_called if name not in called)
-    counts: dict[str, int] = {name: sum(getattr(lost, name) for lost in parts) for name in _COUNTS}
+    counts: Any = {name: sum(getattr(lost, name) for lost in parts) for name in _COUNTS}
     return Lost(
         misread={name: why for lost in parts for name, why in lost.misread.items()},
         never_called=tuple(never),
-        without_range=dict(sum((Counter(lost.without_range) for lost in parts), Counter())),
-        unplaced=dict(sum((Counter(lost.unplaced) for lost in parts), Counter())),
-        untimed=dict(sum((Counter(lost.untimed) for lost in parts), Counter())),
-        calls_seen=dict(sum((Counter(lost.calls_seen) for lost in parts), Counter())),
+        **summed(parts, "without_range", "unplaced", "untimed", "calls_seen", "not_reached"),
         calls=_by_router([lost.calls for lost in parts]),
-        not_reached=dict(sum((Counter(lost.not_reached) for lost in parts), Counter())),
         hook_failure=next((lost.hook_failure for lost in parts if lost.hook_failure), None),
         **counts,
     )
+
+
+def summed(parts: Iterable[Lost], *names: str) -> dict[str, Any]:
+    """Fields that count by name, each added up over the parts."""
+    parts = tuple(parts)
+    return {name: dict(sum((Counter(getattr(lost, name)) for lost in parts), Counter())) for name in names}
 
 
 def _by_router(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

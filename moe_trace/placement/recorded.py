@@ -20,7 +20,7 @@ from moe_trace.read.ranks.loads import RankRecords
 from moe_trace.read.ranks.same_run import said_again
 from moe_trace.read.reduced.file import is_reduced
 from moe_trace.read.reduced.inputs import find_inputs, load
-from moe_trace.read.time.peaks import BYTES_OF
+from moe_trace.read.time.peaks import hidden_bytes
 
 _StepKey = tuple[int, int]
 """(how many files of the same rank came before, step)"""
@@ -151,9 +151,7 @@ def _slot_bytes(router: RouterInfo, recordings: Sequence[Recording]) -> int | No
         known = np.flatnonzero(calls.of_router(router.name) & (calls.slot_bytes != NONE))
         if len(known):
             return int(calls.slot_bytes[known[0]])
-    model = recordings[0].model
-    width, item = model.get("hidden_size"), BYTES_OF.get(str(model.get("dtype")))
-    return width * item if isinstance(width, int) and item is not None else None
+    return hidden_bytes(recordings[0].model)
 
 
 def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording]]) -> tuple[str, ...]:

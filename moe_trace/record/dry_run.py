@@ -1,4 +1,4 @@
-"""Recording rehearsed on made-up calls, so that a step pays for nothing that happens only once.
+"""Warm-up of the recording on made-up calls, so that a step pays for nothing that happens only once.
 
 The first use of anything on a GPU takes long: kernels are compiled or loaded, pinned memory is allocated. So
 all of it is used once when a tracer starts, before a profiler records: once for each kind of router in a
@@ -25,10 +25,10 @@ from moe_trace.record.reduce.stats import routing_stats
 _TOKENS = 512
 
 _Kind = tuple[torch.device, torch.dtype, int, int]  # of routers: their weights', experts, slots
-_rehearsed: set[_Kind] = set()
+_warm: set[_Kind] = set()
 
 
-def rehearse(sites: Sequence[RouterSite]) -> None:
+def warm_up(sites: Sequence[RouterSite]) -> None:
     """Run what recording calls of these routers will run; nothing on a CPU, and nothing for the second time.
 
     Not while a profiler records: its trace would hold it. What is not ready then is reduced by torch's
@@ -42,13 +42,13 @@ def rehearse(sites: Sequence[RouterSite]) -> None:
         if weight is not None and weight.is_cuda and site.info.num_experts and site.info.top_k:
             kinds[weight.device, weight.dtype, site.info.num_experts, site.info.top_k].append(site)
     for kind, alike in kinds.items():
-        if kind not in _rehearsed and not is_capturing(kind[0]):
-            _rehearsed.add(kind)
-            _rehearse(*kind, alike)
+        if kind not in _warm and not is_capturing(kind[0]):
+            _warm.add(kind)
+            _warm_up(*kind, alike)
 
 
 @torch.no_grad()
-def _rehearse(
+def _warm_up(
     device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int, sites: list[RouterSite]
 ) -> None:
     FUSED.prepare(device, num_experts, top_k)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 
+from moe_trace.data.lost import summed
 from moe_trace.data.schema import Lost, RouterInfo
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.graphs.compiled import something_was_compiled, warn_of_silent_forwards
@@ -78,9 +78,7 @@ def lost_so_far(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, trace
     return Lost(
         samples_without_range=sum(lost.samples_without_range for lost in traces),
         ranges_without_sample=sum(lost.ranges_without_sample for lost in traces),
-        without_range=dict(sum((Counter(lost.without_range) for lost in traces), Counter())),
-        unplaced=dict(sum((Counter(lost.unplaced) for lost in traces), Counter())),
-        untimed=dict(sum((Counter(lost.untimed) for lost in traces), Counter())),
+        **summed(traces, "without_range", "unplaced", "untimed"),
         silent_forwards=silent,
         overwritten=recorder.overwritten + graphs.overwritten,
         unreduced=recorder.unreduced,

@@ -19,7 +19,7 @@ from moe_trace.data.summary import Summary, summarize
 from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
-from moe_trace.record.dry_run import rehearse
+from moe_trace.record.dry_run import warm_up
 from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
@@ -132,7 +132,7 @@ class MoETracer(HookOwner):
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
         warn_of_missing()
-        rehearse(self.sites)
+        warm_up(self.sites)
         self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
         compiled = unmute(self.sites, self._graphs)
         sending = self._parallel.sending if self._parallel.world_size > 1 else None

@@ -207,7 +207,7 @@ def render_diff_csv(comparison: Comparison) -> str:
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:
     """What its JSON holds."""
-    told = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
-    return told | {
+    entries = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
+    return entries | {
         "changes": [{**vars(c), **attributes(c, "difference", "relative")} for c in comparison.changes]
     }

@@ -17,31 +17,31 @@ def render_json(summary: Summary) -> str:
 
 def to_plain(summary: Summary) -> dict[str, Any]:
     """The summary as dicts, lists, strings and numbers."""
-    told: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **attributes(summary, "trace", "model", "options", "rank", "versions", "lost"),
         **_figures(summary),
         "notes": summary.notes,
     }
     if isinstance(summary, TraceSummary):
-        told |= attributes(summary, "files", "stage")
+        entries |= attributes(summary, "files", "stage")
         coverage = summary.times.coverage.items() if summary.times is not None else ()
-        told["coverage"] = {
+        entries["coverage"] = {
             name: attributes(part, "joined", "total", "share", "known") for name, part in coverage
         }
-        told["stages"] = {stage: _figures(part) for stage, part in summary.stages.items()}
-    found: dict[str, Any] = plain(told)
+        entries["stages"] = {stage: _figures(part) for stage, part in summary.stages.items()}
+    found: dict[str, Any] = plain(entries)
     return found
 
 
 def _figures(summary: Summary) -> dict[str, Any]:
     """What differs from stage to stage."""
-    told = {"routers": [_router(router) for router in summary.routers], "totals": summary.totals}
+    entries = {"routers": [_router(router) for router in summary.routers], "totals": summary.totals}
     if isinstance(summary, TraceSummary):
-        told |= attributes(summary, "phases", "speed", "imbalance", "load_models", "findings")
+        entries |= attributes(summary, "phases", "speed", "imbalance", "load_models", "findings")
         optional = attributes(summary, "distinct", "physical", "ranks")
-        told |= {name: figures for name, figures in optional.items() if figures is not None}
-    return told
+        entries |= {name: figures for name, figures in optional.items() if figures is not None}
+    return entries
 
 
 def _router(router: RouterSummary) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_trace.cli.arguments import add_format, tell_checked
+from moe_trace.cli.arguments import add_format, print_results
 from moe_trace.cli.routes.reading import ROUTES, named, routes_of
 from moe_trace.data.errors import TraceFileError
 
@@ -47,4 +47,4 @@ class CheckRoutesCommand:
                 results[named(path, arguments)] = {"file_can_be_read": [RoutesProblem.of_file(str(error))]}
                 continue
             results[named(path, arguments)] = check_routes(routes, reference)
-        return tell_checked(results, arguments.format)
+        return print_results(results, arguments.format)

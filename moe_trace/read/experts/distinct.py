@@ -19,7 +19,7 @@ from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.distinct import uniform_distinct
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.read.ranks.loads import RankRecords, held_matrix
-from moe_trace.read.time.peaks import BYTES_OF
+from moe_trace.read.time.peaks import item_bytes
 from moe_trace.read.time.phase_detection import EXPERTS
 from moe_trace.read.time.phases import CallTimes
 
@@ -135,8 +135,7 @@ def _why_unknown(sizes: Sequence[DistinctExperts], *, apart: bool) -> str | None
 def _expert_bytes(router: RouterInfo, recording: Recording) -> int | None:
     if router.expert_bytes is not None:
         return router.expert_bytes
-    dtype = recording.model.get("dtype")
-    number = BYTES_OF.get(dtype) if isinstance(dtype, str) else None
+    number = item_bytes(recording.model)
     if number is None or recording.experts_are_split:
         return None
     return router.expert_flops_per_slot // 2 * number or None  # an older file: without biases and scales

@@ -23,7 +23,7 @@ from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.collectives import Collective, split_bytes
 from moe_trace.read.ranks.loads import CallLoad, RankRecords
 from moe_trace.read.ranks.shared_calls import RankCalls
-from moe_trace.read.time.peaks import BYTES_OF
+from moe_trace.read.time.peaks import hidden_bytes
 
 SHOWN = 20
 
@@ -128,5 +128,4 @@ def slot_bytes(recording: Recording, sample: RoutingSample) -> int | None:
     """Bytes of a slot's hidden state; from the model's width and type where the call does not say."""
     if sample.slot_bytes is not None:
         return sample.slot_bytes
-    width, item = recording.model.get("hidden_size"), BYTES_OF.get(str(recording.model.get("dtype")))
-    return width * item if isinstance(width, int) and item is not None else None
+    return hidden_bytes(recording.model)

@@ -9,11 +9,23 @@ MI250X, MI300X and MI325X data sheets. Where a sheet gives the figure with spars
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 HALF_TYPES = ("bfloat16", "float16")
 BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+def item_bytes(model: Mapping[str, Any]) -> int | None:
+    """Bytes of a number of a recorded model's type; None where it is not known."""
+    return BYTES_OF.get(str(model.get("dtype")))
+
+
+def hidden_bytes(model: Mapping[str, Any]) -> int | None:
+    """Bytes of a token's hidden state, likewise."""
+    width, item = model.get("hidden_size"), item_bytes(model)
+    return width * item if isinstance(width, int) and item is not None else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.schema import RouterInfo
-from moe_trace.read.time.peaks import BYTES_OF, Peak
+from moe_trace.read.time.peaks import Peak, item_bytes
 from moe_trace.read.time.phase_detection import EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes, IntArray
 from moe_trace.timeline.placed_calls import experts_range_us
@@ -90,7 +90,7 @@ def report_speed(
     if not len(times.samples):
         return None
     dtype = model.get("dtype")
-    measure = _Measure(times, peak, _item_bytes(dtype), _width(model), experts_are_split)
+    measure = _Measure(times, peak, item_bytes(model), _width(model), experts_are_split)
     layers = []
     for router in routers:
         rows = np.flatnonzero(times.samples.of_router(router.name))
@@ -112,10 +112,6 @@ def report_speed(
         layers=tuple(layers),
         experts=measure.experts(everything, {r.name: r for r in routers}),
     )
-
-
-def _item_bytes(dtype: Any) -> int | None:
-    return BYTES_OF.get(dtype) if isinstance(dtype, str) else None
 
 
 def _width(model: dict[str, Any]) -> int | None:

@@ -76,15 +76,15 @@ def _layers(study: CacheStudy) -> str:
 
 def render_cache_json(study: CacheStudy) -> str:
     """Indented JSON text; docs/routes_study.md has the keys."""
-    told = attributes(study, "layers", "together", "shared", "steps", "steps_recorded", "tokens")
-    told |= attributes(study, "expert_bytes", "curves")
-    return json_text({**told, "results": [_result(result) for result in study.results]})
+    entries = attributes(study, "layers", "together", "shared", "steps", "steps_recorded", "tokens")
+    entries |= attributes(study, "expert_bytes", "curves")
+    return json_text({**entries, "results": [_result(result) for result in study.results]})
 
 
 def _result(result: CacheResult) -> dict[str, Any]:
-    told = attributes(result, "policy", "experts_in_memory", "hit_rate", "loads_per_token", "bytes_per_token")
-    told |= attributes(result, "layer_hit_rates", "requests", "hits", "prefetch")
+    entries = attributes(result, "policy", "experts_in_memory", "requests", "hits", "prefetch")
+    entries |= attributes(result, "hit_rate", "layer_hit_rates", "loads_per_token", "bytes_per_token")
     if result.prefetch is not None:
         rates = attributes(result.prefetch, "hit_rate", "hit_rate_without", "precision")
-        told["prefetch"] = {**rates, **vars(result.prefetch)}
-    return told
+        entries["prefetch"] = {**rates, **vars(result.prefetch)}
+    return entries

@@ -26,10 +26,10 @@ def _group(study: RoutesStudy, matrices: bool) -> dict[str, Any]:
 
 def _layer(layer: LayerStudy, matrices: bool) -> dict[str, Any]:
     pairs = layer.coactivation.strongest(_PAIRS)
-    told: dict[str, Any] = {"strongest": [{"i": i, "j": j, "probability": p} for i, j, p in pairs]}
+    entries: dict[str, Any] = {"strongest": [{"i": i, "j": j, "probability": p} for i, j, p in pairs]}
     transition = None if layer.transition is None else dict(vars(layer.transition))
     if matrices:
-        told["together"] = layer.coactivation.together
+        entries["together"] = layer.coactivation.together
     elif transition is not None:
         del transition["counts"]
-    return {**vars(layer), "coactivation": told, "transition": transition}
+    return {**vars(layer), "coactivation": entries, "transition": transition}

@@ -58,8 +58,8 @@ def _findings(found: Sequence[Finding]) -> JsonDict:
 
 
 def _finding(finding: Finding) -> JsonDict:
-    told = attributes(finding, "rule", "severity", "price", "site", "sentence", "advice")
-    return {**told, "view": VIEW_OF_RULE.get(finding.rule, "routing")}
+    entries = attributes(finding, "rule", "severity", "price", "site", "sentence", "advice")
+    return {**entries, "view": VIEW_OF_RULE.get(finding.rule, "routing")}
 
 
 def facts(summary: TraceSummary) -> list[JsonDict]:

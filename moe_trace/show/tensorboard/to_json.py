@@ -14,8 +14,8 @@ JsonDict = dict[str, Any]
 
 def plain_figure(figure: Figure) -> JsonDict:
     """The plot's specification and the table that says the same."""
-    told = attributes(figure, "key", "title", "caption", "data", "layout", "frames", "slider")
-    return {**told, "frames": plain(figure.frames), "table": plain_table(figure.headings, figure.rows)}
+    entries = attributes(figure, "key", "title", "caption", "data", "layout", "frames", "slider")
+    return {**entries, "frames": plain(figure.frames), "table": plain_table(figure.headings, figure.rows)}
 
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> JsonDict:

@@ -43,7 +43,7 @@ _FREE_BYTES, _EXPANSION = 1 << 30, 200
 
 
 @dataclass(frozen=True)
-class Told:
+class CaptureOptions:
     """What a capture does not say of itself."""
 
     num_experts: int | None = None
@@ -53,30 +53,32 @@ class Told:
     """Read it as a file of this ending."""
 
 
-def import_routes(path: str | Path, told: Told | None = None) -> tuple[RecordedRoutes, list[str]]:
+def import_routes(
+    path: str | Path, options: CaptureOptions | None = None
+) -> tuple[RecordedRoutes, list[str]]:
     """Routes that another tool captured, and what was done to them, in words.
 
     Raises:
         TraceFileError: the file cannot be read, or holds no expert ids.
-        UsageError: its ending is unknown, or something must be told.
+        UsageError: its ending is unknown, or something must be options.
         MissingPackage: the form needs a package that is not installed.
     """
-    told = told or Told()
+    options = options or CaptureOptions()
     file = Path(path)
-    ending = told.ending or file.suffix
+    ending = options.ending or file.suffix
     if ending not in ENDINGS:
         raise UsageError(f"found {file.name!r}, expected a file that ends in {', '.join(ENDINGS)}")
     if file.is_dir():
         raise TraceFileError(f"{file}: is a folder, expected a file; name one of those in it")
     try:
-        return _imported(file, ending, told)
+        return _imported(file, ending, options)
     except OSError as error:
         raise TraceFileError(
             f"{file}: cannot be read ({error.strerror or error}), expected captured routes; check the path"
         ) from error
 
 
-def _imported(file: Path, ending: str, told: Told) -> tuple[RecordedRoutes, list[str]]:
+def _imported(file: Path, ending: str, options: CaptureOptions) -> tuple[RecordedRoutes, list[str]]:
     if ending in (".parquet", ".arrow", ".feather"):
         return read_arrow(file, parquet=ending == ".parquet"), []
     if ending == ".safetensors":
@@ -85,13 +87,13 @@ def _imported(file: Path, ending: str, told: Told) -> tuple[RecordedRoutes, list
             return routes_of_columns(tensors, text, str(file)), []
         capture = capture_of_arrays(tensors, str(file))
     elif ending in (".json", ".jsonl"):
-        capture = _capture_of_json(file, ending, told)
+        capture = _capture_of_json(file, ending, options)
     else:
         capture = capture_of_arrays(_arrays(file, ending), str(file))
-    return capture.routes(str(file), told.num_experts), capture.notes
+    return capture.routes(str(file), options.num_experts), capture.notes
 
 
-def _capture_of_json(file: Path, ending: str, told: Told) -> Capture:
+def _capture_of_json(file: Path, ending: str, options: CaptureOptions) -> Capture:
     try:
         text = file.read_text("utf-8")
         values = (
@@ -106,7 +108,7 @@ def _capture_of_json(file: Path, ending: str, told: Told) -> Capture:
         ) from error
     if is_router_trace(values):
         return capture_of_router_trace(values, str(file))
-    return capture_of_responses(values, str(file), layers=told.layers, top_k=told.top_k)
+    return capture_of_responses(values, str(file), layers=options.layers, top_k=options.top_k)
 
 
 def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
