@@ -71,6 +71,17 @@ def test_each_layers_parts_have_launches_of_their_own_forward_and_backward(devic
     assert (GraphLowering.compile_to_module, config.trace.provenance_tracking_level) == before
 
 
+def test_a_backward_has_no_launches_of_another_models() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch._dynamo.reset()
+        model = Blocks().to(dtype)
+        with MoETracer(model) as tracer:
+            torch.compile(model)(torch.randn(2, 4, 32, dtype=dtype)).sum().backward()
+        found.append([len(graph.launches) for graph in tracer.recording().compiled_graphs])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 @pytest.mark.cuda
 def test_layers_that_share_code_are_named_together() -> None:
     model = Blocks().cuda()

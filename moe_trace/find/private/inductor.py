@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,13 @@ def _switch_on() -> bool:
         return False
 
     def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A backward that is compiled when it first runs leaves its notes to the next one.
+        with suppress(Exception):
+            earlier = set(kernels_of())
         module = compile_to_module(self, *args, **kwargs)
         try:
-            launches, nodes = _launches(kernels_of()), [*map(_node, self.module.graph.nodes)]
+            notes = {name: note for name, note in kernels_of().items() if name not in earlier}
+            launches, nodes = _launches(notes), [*map(_node, self.module.graph.nodes)]
             for told in list(_listeners):
                 told(launches, nodes, bool(getattr(self, "is_backward", False)))
         except Exception as error:  # the user's compilation is worth more than our notes
