@@ -80,9 +80,13 @@ class SiteState:
 
 
 def why_no_decision(
-    call: RouterCall, site: RouterSite, state: SiteState, context: ForwardContext
+    call: RouterCall, site: RouterSite, state: SiteState, context: ForwardContext, *, observed: bool
 ) -> str | None:
-    """Why a router call assigned nothing, or nothing that was seen; None where it did."""
+    """Why a router call assigned nothing, or nothing that was seen; None where it did.
+
+    Args:
+        observed: whether it was seen which calls its block made.
+    """
     if not call.returned or (call.refused and not call.experts):
         return "interrupted"
     if call.unjoined:
@@ -97,7 +101,9 @@ def why_no_decision(
         return "unjoined"
     # A fused block calls its router but never its experts.
     fused = call.fused or (site.block is None and not state.experts_called)
-    return None if fused else "without_experts"
+    if fused:
+        return None
+    return "without_experts" if observed or site.block is None else "unjoined"
 
 
 def _holds(block: nn.Module, part: nn.Module) -> bool:

@@ -121,7 +121,8 @@ class CallJoiner:
             call.experts.append(experts)
             return
         blocks = self._blocks_of(site)
-        (blocks[0].elsewhere if len(blocks) == 1 else self._orphans).append((site, experts))
+        waits = len(blocks) == 1 and any(call.returned for call in blocks[0].calls)
+        (blocks[0].elsewhere if waits else self._orphans).append((site, experts))
 
     def _last(self, site: int, thread: int) -> RouterCall | None:
         """The router call that a thread made last, in the block that it is in; None where it has none."""

@@ -23,8 +23,6 @@ from moe_trace.record.hooks.functions import MISSING, SiteObserver
 
 def _without_hidden(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What experts received, less the hidden states, which would keep their memory until the forward ends."""
-    if len(args) == 3:  # (hidden states, index, weights), as mostly: the general way takes five times as long
-        return None, args[1], args[2]
     return None, *args[1:]
 
 
@@ -78,7 +76,9 @@ class PlainCalls(HookOwner):
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
-            self.log.note((self.experts_code, get_ident(), _without_hidden(args), None, None))
+            # Of (hidden states, index, weights), as mostly: the general way takes five times as long.
+            args = (None, args[1], args[2]) if len(args) == 3 else _without_hidden(args)
+            self.log.note((self.experts_code, get_ident(), args, None, None))
 
 
 class PlainRanges(PlainCalls):
@@ -166,7 +166,8 @@ class PlainRanges(PlainCalls):
         else:
             ranges.own[self.experts_slot] = opened[0]
             opened = None
-            self.log.note((self.experts_code, ranges.thread, _without_hidden(args), None, None))
+            args = (None, args[1], args[2]) if len(args) == 3 else _without_hidden(args)
+            self.log.note((self.experts_code, ranges.thread, args, None, None))
 
 
 class ListedExpert(HookOwner):

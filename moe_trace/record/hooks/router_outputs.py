@@ -189,7 +189,7 @@ class CallCollector:
         counts = self._counts[call.site]
         context.reached.append((call.site,))
         router, state = self._routers[call.site], self._joiner.states[call.site]
-        reason = why_no_decision(call, router.site, state, context)
+        reason = why_no_decision(call, router.site, state, context, observed=router.observe_block)
         if state.elsewhere or call.fused or reason in ("without_experts", "unjoined"):
             router.keep_block()
         if reason is not None:
