@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from moe_trace.read.analysis import TraceSummary
@@ -45,7 +46,14 @@ def shares(part: TraceSummary) -> dict[str, Any]:
         sentence += (
             f" On the host its blocks take {percent(report.whole.moe_share_of_step)} of the profiler's steps."
         )
-    figures = {"clock": clock, "moe_of_step": report.whole.moe_share_of_step}
+    found = report.provenance
+    if found is not None:
+        sentence += f" Inside compiled code these times are {found}."
+    figures = {
+        "clock": clock,
+        "moe_of_step": report.whole.moe_share_of_step,
+        **({"by_the_compilers_provenance": asdict(found)} if found is not None else {}),
+    }
     return {"sentence": sentence, "figures": figures, "rows": tuple(rows)}
 
 

@@ -122,6 +122,11 @@ def compare(
         notes += _few_forwards(stage, min(side.units for side in sides))
     notes += [_HOST] * any(change.verdict == "host" for change in changes)
     notes += _floor_note(changes)
+    notes += [
+        f"Times of {side} inside compiled code are {summary.phases.provenance}."
+        for side, summary in (("A", a), ("B", b))
+        if summary.phases is not None and summary.phases.provenance is not None
+    ]
     return Comparison(
         a=a.trace or "A",
         b=b.trace or "B",

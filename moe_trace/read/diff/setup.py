@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.file.coverage import BY_COMPILER
 
 NOT_RECORDED = "not recorded"
 _MODEL_KEYS = {
@@ -85,6 +86,8 @@ def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
         yield f"tracer's {option}", str(summary.options.get(option))
     yield "stages", ", ".join(summary.by_stage()) or "none"
     yield "graph or compiled", any(s.in_graph for s in summary.samples)
+    if summary.phases is not None:
+        yield "phases told", "by ranges" if summary.phases.provenance is None else BY_COMPILER
 
 
 def _of_all(values: set[str]) -> str | None:

@@ -7,7 +7,7 @@ a lower bound, and is shown with its coverage; where less than `KNOWN_MIN` could
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 KNOWN_MIN = 0.9
 """Least share that must be joined for a sum to be given, by number and by time."""
@@ -58,6 +58,8 @@ class TimeCoverage:
     """Router calls inside compiled code whose kernels the compiler's notes name."""
     unshared: Coverage = Coverage()
     """Kernels of those calls that were not fused from several phases, layers or the rest of the model."""
+    cpp_kernels: Coverage = Coverage()
+    """Calls of compiled graphs on a CPU whose C++ kernels the trace shows."""
 
     def __add__(self, other: TimeCoverage) -> TimeCoverage:
         return TimeCoverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -67,9 +69,40 @@ class TimeCoverage:
         """Whether device times can be given."""
         return self.kernels.known and self.launches.known and self.calls.known
 
+    @property
+    def provenance(self) -> Provenance | None:
+        """What times inside compiled code rest on; None without any."""
+        if not self.unshared.total_ns:
+            return None
+        return Provenance(
+            unknown_share=1 - self.compiled.joined / self.compiled.total,
+            shared_share=1 - self.unshared.joined_ns / self.unshared.total_ns,
+        )
+
     def items(self) -> list[tuple[str, Coverage]]:
         """(name, coverage), in the order of the fields."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+BY_COMPILER = "by the compiler's provenance"
+"""The mark of times that were found so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How far the compiler's notes tell the times inside compiled code."""
+
+    unknown_share: float
+    """Of the router calls inside compiled code: those whose kernels do not follow the notes."""
+    shared_share: float
+    """Of the time of the others' kernels: what was fused from several phases, layers or the rest of the
+    model, and counts in equal parts."""
+
+    def __str__(self) -> str:
+        return (
+            f"{BY_COMPILER} ({_percent(self.shared_share)} of the kernel time shared between parts of the "
+            f"model, {_percent(self.unknown_share)} of the calls unknown)"
+        )
 
 
 _LOSSES = {
@@ -80,6 +113,12 @@ _LOSSES = {
     "collectives": ("collectives of MoE layers have their kernels or their work", "times of collectives"),
     "compiled": (
         "router calls inside compiled code have kernels that follow the compiler's notes of its launches",
+        "their phases",
+    ),
+    "cpp_kernels": (
+        "calls of compiled code show Inductor's C++ kernels (for that set "
+        "torch._inductor.config.cpp.enable_kernel_profile = True, or the variable "
+        "TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE=1, before the model is compiled)",
         "their phases",
     ),
 }
@@ -102,22 +141,19 @@ def loss_sentence(name: str, coverage: Coverage) -> str | None:
 
 
 def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
-    """One sentence for each kind of loss."""
+    """One sentence for each kind of loss, and one for what was fused."""
     whole = sum(parts, TimeCoverage())
+    if not whole.cpp_kernels.known:  # which is why none was joined
+        whole = replace(whole, compiled=Coverage())
     notes = [loss_sentence(name, coverage) for name, coverage in whole.items() if name in _LOSSES]
-    return [note for note in (*notes, fusion_sentence(whole.unshared)) if note is not None]
-
-
-def fusion_sentence(unshared: Coverage) -> str | None:
-    """What times of compiled code rest on, and how much of them kernels share; None without compiled code."""
-    if not unshared.total_ns:
-        return None
-    shared = 1 - unshared.joined_ns / unshared.total_ns
-    return (
-        "phases inside compiled code are told by the compiler's provenance; "
-        f"{_percent(shared)} of their kernel time is of kernels fused from several phases, layers or the "
-        "rest of the model, and counts in equal parts"
-    )
+    found = whole.provenance
+    if found is not None:
+        notes.append(
+            f"phases inside compiled code are told {BY_COMPILER}; {_percent(found.shared_share)} of their "
+            "kernel time is of kernels fused from several phases, layers or the rest of the model, and "
+            "counts in equal parts"
+        )
+    return [note for note in notes if note is not None]
 
 
 def _percent(share: float) -> str:

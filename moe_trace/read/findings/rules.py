@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from moe_trace.data.schema import Stage
+from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.findings import load, ranks, time
 from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding, Rule, RuleInput
 
@@ -22,7 +23,16 @@ RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
 def find(evidence: RuleInput) -> tuple[Finding, ...]:
     """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
-    return ranked(finding for rule in RULES for finding in rule(evidence))
+    found = (finding for rule in RULES for finding in rule(evidence))
+    by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
+    return ranked(_marked(finding) if by_compiler else finding for finding in found)
+
+
+def _marked(finding: Finding) -> Finding:
+    """What rests on times inside compiled code says whence they are."""
+    if finding.severity != "time":
+        return finding
+    return replace(finding, sentence=f"{finding.sentence.removesuffix('.')}, {BY_COMPILER}.")
 
 
 def find_apart(whole: RuleInput, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:

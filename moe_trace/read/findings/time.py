@@ -128,7 +128,7 @@ def router_waits(evidence: RuleInput) -> Iterator[Finding]:
         cost_us=sum(span) - sum(busy),
         sentence=f"The router waits on the host: device busy is {percent(share)} of its span (threshold "
         f"{percent(BUSY_SHARE)}), {duration(sum(span) - sum(busy))} are idle.",
-        advice=_LAUNCHES,
+        advice=_how_to_launch(evidence),
     )
 
 
@@ -150,19 +150,21 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
         sentence=f"{percent(gap_us / span_us)} of the MoE blocks' time on the device, first kernel to "
         f"last{_again(evidence.phases)}, is gaps between kernels (threshold {percent(GAP_SHARE)}): "
         f"{duration(gap_us)} of {duration(span_us)}.",
-        advice=(loop if evidence.implementation == "eager" else "") + _LAUNCHES,
+        advice=(loop if evidence.implementation == "eager" else "") + _how_to_launch(evidence),
+    )
+
+
+def _how_to_launch(evidence: RuleInput) -> str:
+    compiled = evidence.phases is not None and evidence.phases.provenance is not None
+    how = "torch.compile's mode='reduce-overhead'" if compiled else "torch.compile (mode='reduce-overhead')"
+    return (
+        f"The host launches more slowly than the device works: use CUDA graphs, {how}, or larger batches. A "
+        "profiler itself slows launches: compare with the step's time without it."
     )
 
 
 def _again(report: PhaseReport | None) -> str:
     return " (forward and recomputed calls)" if report is not None and report.total.recompute else ""
-
-
-_LAUNCHES = (
-    "The host launches more slowly than the device works: use CUDA graphs, torch.compile "
-    "(mode='reduce-overhead'), or larger batches. A profiler itself slows launches: compare with the step's "
-    "time without it."
-)
 
 
 def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ model counts in equal parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,11 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.read.file.coverage import Coverage, TimeCoverage
-from moe_trace.read.file.events import EventTable
+from moe_trace.read.file.decoding import NO_LINK
+from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.launches import Kernels
-from moe_trace.read.time.compiled_calls import CompiledCalls, Work
+from moe_trace.read.time.blocks import Intervals
+from moe_trace.read.time.compiled_calls import CALL, CompiledCalls, Work, compiled_calls, named
 from moe_trace.read.time.phase_detection import (
     COMBINE,
     DISPATCH,
@@ -25,6 +28,7 @@ from moe_trace.read.time.phase_detection import (
     OTHER,
     ROUTER,
     SHARED,
+    outermost_slices,
     phases_in_experts,
 )
 from moe_trace.read.time.phases import CallTimes, Times, device_times, span_and_union
@@ -32,41 +36,103 @@ from moe_trace.read.time.phases import CallTimes, Times, device_times, span_and_
 IntArray = npt.NDArray[np.int64]
 
 
+def join_compiled(
+    calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
+) -> CompiledCalls | None:
+    """The calls inside compiled code with their kernels, on a CPU the operators inside them; None without."""
+    inside = np.flatnonzero(calls.in_graph & ~np.isnan(calls.places.span("host", "graph")[:, 0]))
+    if not len(inside) or not graphs:
+        return None
+    if not (events.kind == Kind.DEVICE).any():
+        kernels = operators_of_calls(events)
+    elif not len(kernels.start_ns):
+        return None
+    return CompiledCalls(calls, inside, graphs, events, kernels)
+
+
+def forward_phases(join: CompiledCalls) -> tuple[list[Work], IntArray]:
+    """What ran for the forward calls, by call and place in it, with the phase of each."""
+    work = sorted(join.forward(), key=lambda one: (one.call, one.step))
+    return work, _phases(work, np.array([one.call for one in work], np.int64), backward=False)
+
+
 def measure_compiled(
     calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
 ) -> CallTimes | None:
     """Times of the calls inside compiled code whose kernels are known; None where there are no such calls."""
-    inside = np.flatnonzero(calls.in_graph & ~np.isnan(calls.places.span("host", "graph")[:, 0]))
-    if not len(inside) or not graphs or not len(kernels.start_ns):
+    join = join_compiled(calls, graphs, events, kernels)
+    if join is None:
         return None
-    join = CompiledCalls(calls, graphs, events, kernels)
-    forward = join.forward(inside)
-    backward = join.backward()
+    on_device, kernels = bool((events.kind == Kind.DEVICE).any()), join.kernels
+    forward, backward = join.forward(), join.backward()
     timed = sorted({one.call for one in forward})
     span, union, whole = _span_union_whole(forward, timed, kernels)
-    times = _times(forward, timed, kernels)
+    busy = _times(forward, timed, kernels)
+    gap = span - union + whole - busy.busy_ns.sum(1)
+    busy_back = _times(backward, timed, kernels, backward=True)
     nothing = np.zeros(len(timed), np.int64)
-    shared = sum(one.share > 1 for one in forward)
-    shared_ns = sum(int(kernels.duration_ns[one.kernel]) // one.share for one in forward if one.share > 1)
     return CallTimes(
         samples=calls.take(np.array(timed, np.int64)),
-        forward=times,
-        backward=_times(backward, timed, kernels, backward=True).unless_empty(),
-        block_host_ns=nothing,
-        host_gap_ns=nothing.copy(),
-        device_span_ns=span,
-        device_gap_ns=span - union + whole - times.busy_ns.sum(1),
-        device_overlap_ns=whole - union,
-        on_device=True,
+        forward=busy if on_device else _on_host(busy),
+        backward=(busy_back if on_device else _on_host(busy_back)).unless_empty(),
+        block_host_ns=nothing if on_device else span,
+        host_gap_ns=nothing if on_device else gap,
+        device_span_ns=span if on_device else nothing,
+        device_gap_ns=gap if on_device else nothing,
+        device_overlap_ns=whole - union if on_device else nothing,
+        on_device=on_device,
         coverage=TimeCoverage(
-            compiled=Coverage(joined=len(timed), total=len(inside)),
-            unshared=Coverage(
-                joined=len(forward) - shared,
-                total=len(forward),
-                joined_ns=int(times.busy_ns.sum()) - shared_ns,
-                total_ns=int(times.busy_ns.sum()),
-            ),
+            compiled=Coverage(joined=len(timed), total=len(join.inside)),
+            unshared=_unshared([*forward, *backward], kernels),
+            cpp_kernels=Coverage() if on_device else join.cpp_kernels(),
         ),
+    )
+
+
+def operators_of_calls(events: EventTable) -> Kernels:
+    """The outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
+    calls = compiled_calls(events)
+    ops = events.select((events.kind == Kind.OP) & ~named(events, CALL))
+    at = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
+        ops.thread, ops.start_ns, ops.end_ns
+    )
+    ops = outermost_slices(ops.select(at >= 0))
+    return Kernels(
+        launch_thread=ops.thread,
+        launch_ns=ops.start_ns,
+        start_ns=ops.start_ns,
+        duration_ns=ops.duration_ns,
+        name=ops.name,
+        link=np.full(len(ops), NO_LINK),
+        stream=ops.thread,
+        coverage=Coverage(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stretches(Intervals):
+    """Calls, which do not overlap on their thread."""
+
+    thread: IntArray
+    start_ns: IntArray
+    end_ns: IntArray
+
+
+def _on_host(times: Times) -> Times:
+    """A CPU's kernels are operators of the host, which do not overlap on their thread."""
+    nothing = np.zeros_like(times.host_ns)
+    return Times(host_ns=times.busy_ns, busy_ns=nothing, span_ns=nothing.copy(), kernels=nothing.copy())
+
+
+def _unshared(work: Sequence[Work], kernels: Kernels) -> Coverage:
+    """How much of the work is of kernels that are of one part of the model."""
+    parts_ns = [int(kernels.duration_ns[one.kernel]) // one.share for one in work]
+    whole = [one.share == 1 for one in work]
+    return Coverage(
+        joined=sum(whole),
+        total=len(work),
+        joined_ns=sum(ns for ns, own in zip(parts_ns, whole, strict=True) if own),
+        total_ns=sum(parts_ns),
     )
 
 
@@ -96,7 +162,9 @@ def _span_union_whole(
 
 
 def _phases(work: Sequence[Work], row: IntArray, *, backward: bool) -> IntArray:
-    """Of each kernel. A backward goes the other way: what comes before the products is the combine's."""
+    """Of each kernel. A backward goes the other way: what comes before the products is the combine's, and the
+    gradient of a gather is a write, which may stand between them, for those of the weights come late.
+    """
     place = np.array([one.place for one in work], object)
     product, gather, write = (
         np.array([getattr(one.launch, name) for one in work], bool) for name in ("product", "gather", "write")
@@ -104,17 +172,14 @@ def _phases(work: Sequence[Work], row: IntArray, *, backward: bool) -> IntArray:
     phase = np.full(len(work), OTHER, np.int64)
     phase[place == "router"] = ROUTER
     experts = np.flatnonzero(place == "experts")
-    if not backward:
-        phase[experts] = phases_in_experts(row[experts], product[experts], gather[experts], write[experts])
-    for kind in ("experts", "block") if backward else ("block",):
-        mine = np.flatnonzero(place == kind)
-        for call in set(row[mine].tolist()):
-            rows = mine[row[mine] == call]
-            products = np.flatnonzero(product[rows])
-            if kind == "experts":
-                phase[rows] = EXPERTS
-            if len(products):
-                before, after = (COMBINE, DISPATCH) if kind == "experts" else (OTHER, OTHER)
-                phase[rows[: products[0]]], phase[rows[products[-1] + 1 :]] = before, after
-                phase[rows[products[0] : products[-1] + 1]] = EXPERTS if kind == "experts" else SHARED
+    gather &= not backward
+    found = phases_in_experts(row[experts], product[experts], gather[experts], write[experts])
+    mirrored = np.choose(found, [ROUTER, COMBINE, EXPERTS, DISPATCH, SHARED, OTHER])
+    phase[experts] = mirrored if backward else found
+    block = np.flatnonzero(place == "block")
+    for call in set(row[block].tolist()):
+        rows = block[row[block] == call]
+        products = np.flatnonzero(product[rows])
+        if len(products):
+            phase[rows[products[0] : products[-1] + 1]] = SHARED
     return phase

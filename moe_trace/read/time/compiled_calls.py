@@ -3,11 +3,13 @@
 The profiler shows each call as an operator of Inductor's (`## Call CompiledFxGraph`). A forward's are those
 inside its range, or the one that holds the launch of its CUDA graph; a backward's are joined to its forward's
 by Kineto's flow from one autograd node to the other. Which launch each
-kernel is tells `timeline/correlate/compiled_launches.py`.
+kernel is tells `timeline/correlate/compiled_launches.py`. On a CPU the kernels are the operators right inside
+the call: those of the libraries, and the ranges that Inductor's C++ kernels open where they were compiled so.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
 from moe_trace.data.schema import GRAPH_LAUNCH
+from moe_trace.read.file.coverage import Coverage
 from moe_trace.read.file.events import EventTable, Kind, find_links, spans_ns
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.phases import node_intervals
@@ -33,7 +36,10 @@ from moe_trace.timeline.correlate.compiled_launches import (
 )
 
 IntArray = npt.NDArray[np.int64]
-_CALL = "## Call CompiledFxGraph"
+CALL = "## Call CompiledFxGraph"
+_OPERATOR = re.compile(r"\w+::\w+")
+_CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
+"""What a C++ kernel's range has before the kernel's name, with `cpp.enable_kernel_profile`."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +90,25 @@ class CompiledCalls:
     """Joins the calls inside compiled code of one trace with their kernels."""
 
     def __init__(
-        self, calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
+        self,
+        calls: CallTable,
+        inside: IntArray,
+        graphs: Sequence[CompiledGraph],
+        events: EventTable,
+        kernels: Kernels,
     ) -> None:
-        self._calls, self._graphs, self._kernels, self._events = calls, graphs, kernels, events
-        self._ops = events.select((events.kind == Kind.OP) & _named(events, _CALL))
-        self._ops = self._ops.select(np.lexsort((self._ops.start_ns, self._ops.thread)))
-        self._replays = events.select((events.kind == Kind.LAUNCH) & _named(events, GRAPH_LAUNCH))
+        self.inside, self.kernels = inside, kernels
+        """Rows of the calls that were made inside compiled code and have a place; and what ran."""
+        self._calls, self._graphs, self._events = calls, graphs, events
+        self._ops = compiled_calls(events)
+        self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
         self._runs: dict[int, _Run] = {}
         """By row of `_ops`: those of forwards that were joined."""
 
-    def forward(self, inside: IntArray) -> list[Work]:
-        """What ran for the calls of some rows, as far as it can be told."""
+    def forward(self) -> list[Work]:
+        """What ran for the calls, as far as it can be told."""
+        inside = self.inside
         groups: dict[tuple[float, ...], list[int]] = defaultdict(list)
         spans = self._calls.places.span("host", "graph")[inside].tolist()
         threads = self._calls.thread[inside].tolist()
@@ -111,6 +124,14 @@ class CompiledCalls:
             if (found := self._matched(op, backward=True)) is not None
             for one in _work(found, self._runs[forward], step=0)
         ]
+
+    def cpp_kernels(self) -> Coverage:
+        """The calls of graphs, where the lists hold C++ kernels: these all have ranges, or none has."""
+        listed = any(one.kernel.startswith("cpp_") for graph in self._graphs for one in graph.launches)
+        names = (self._events.names[name] for name in set(self.kernels.name.tolist()))
+        shown = any(_CPP_RANGE.match(name) for name in names)
+        total = len(self._ops) if listed else 0
+        return Coverage(joined=total if shown else 0, total=total)
 
     def _of_forward(self, rows: IntArray) -> Iterator[Work]:
         names = self._calls.name[rows].tolist()
@@ -194,16 +215,16 @@ class CompiledCalls:
 
     def _find(self, op: int) -> list[_GraphCall]:
         ops = self._ops
-        launched = self._kernels.within_ns(int(ops.thread[op]), int(ops.start_ns[op]), int(ops.end_ns[op]))
+        launched = self.kernels.within_ns(int(ops.thread[op]), int(ops.start_ns[op]), int(ops.end_ns[op]))
         rows = np.arange(launched.start, launched.stop)
-        replayed = np.flatnonzero(np.isin(self._kernels.link[rows], self._replays.link))
+        replayed = np.flatnonzero(np.isin(self.kernels.link[rows], self._replays.link))
         # A CUDA graph's inputs are copied before its launch, by kernels that are not its own.
         found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
         return found or self._of_kernels(rows)
 
     def _of_kernels(self, rows: IntArray) -> list[_GraphCall]:
-        rows = rows[np.argsort(self._kernels.start_ns[rows], kind="stable")]
-        if len(set(self._kernels.stream[rows].tolist())) != 1:
+        rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]
+        if len(set(self.kernels.stream[rows].tolist())) != 1:
             return []
         names = self._names_of(rows)
         return [
@@ -211,10 +232,34 @@ class CompiledCalls:
             for graph in self._graphs
             if (stretches := match_launches(names, graph)) is not None
             and is_consistent(names, stretches, graph)
+            and _have_their_operators(names, stretches, graph)
         ]
 
     def _names_of(self, rows: IntArray) -> list[str]:
-        return [self._events.names[name] for name in self._kernels.name[rows].tolist()]
+        return [_CPP_RANGE.sub("", self._events.names[name]) for name in self.kernels.name[rows].tolist()]
+
+
+def _have_their_operators(names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph) -> bool:
+    """Whether the libraries' calls ran the operators that they name, which only a CPU shows."""
+    pairs = (
+        (names[i], graph.launches[number].kernel)
+        for one in stretches
+        if len(one.kernels) == len(one.launches)
+        for i, number in zip(one.kernels, one.launches, strict=True)
+    )
+    return all(_bare(name) == _bare(call) for name, call in pairs if _OPERATOR.fullmatch(name))
+
+
+def _bare(operator: str) -> str:
+    """`topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of `extern_kernels.bias_addmm`."""
+    parts = re.split(r"::|\.", operator.removeprefix("torch.ops."))
+    return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
+
+
+def compiled_calls(events: EventTable) -> EventTable:
+    """Inductor's operators, one a call of a compiled graph, sorted by thread and time."""
+    ops = events.select((events.kind == Kind.OP) & named(events, CALL))
+    return ops.select(np.lexsort((ops.start_ns, ops.thread)))
 
 
 def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
@@ -229,6 +274,7 @@ def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
                     yield Work(row, step + number, part.place, int(call.rows[at]), launch)
 
 
-def _named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
+def named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
+    """Which events have a name that begins so."""
     named = np.array([name.startswith(prefix) for name in events.names], bool)
     return named[events.name] if len(named) else np.zeros(len(events), bool)

@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
+from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.file.launches import find_kernels
+from moe_trace.read.file.launches import Kernels, find_kernels
 from moe_trace.read.time.blocks import find_blocks
+from moe_trace.read.time.compiled import forward_phases, join_compiled
+from moe_trace.read.time.compiled_calls import CompiledCalls
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
 from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 
@@ -95,20 +98,47 @@ class Work:
     layers: int
 
 
-def find_lanes(samples: Sequence[RoutingSample], events: EventTable) -> Lanes:
-    """Join kernels and operators with the MoE calls that they belong to."""
-    blocks = find_blocks(samples, events)
+def find_lanes(
+    samples: Sequence[RoutingSample], events: EventTable, graphs: Sequence[CompiledGraph] = ()
+) -> Lanes:
+    """Join kernels and operators with the MoE calls that they belong to.
+
+    Args:
+        graphs: what the compiler noted of the calls inside compiled code.
+    """
+    blocks, kernels, calls = find_blocks(samples, events), find_kernels(events), CallTable.of(samples)
     steps = find_steps(events, blocks)
+    device, host = _device_pieces(kernels, steps), _host_pieces(events, steps)
+    join = join_compiled(calls, graphs, events, kernels)
+    if join is None:
+        return Lanes(samples=blocks.samples, device=device, host=host, names=events.names)
+    timed, compiled = _compiled_pieces(join, len(blocks.samples))
+    on_device = join.kernels is kernels
     return Lanes(
-        samples=blocks.samples,
-        device=_device_pieces(events, steps),
-        host=_host_pieces(events, steps),
+        samples=CallTable.concatenated([blocks.samples, calls.take(timed)]),
+        device=_together(device, compiled) if on_device else device,
+        host=host if on_device else _together(host, compiled),
         names=events.names,
     )
 
 
-def _device_pieces(events: EventTable, steps: Steps) -> Pieces:
-    kernels = find_kernels(events)
+def _compiled_pieces(join: CompiledCalls, first: int) -> tuple[IntArray, Pieces]:
+    """The rows of calls inside compiled code whose kernels are known, and these; calls count from `first`."""
+    work, phase = forward_phases(join)
+    kernel = np.array([one.kernel for one in work], np.int64)
+    timed, block = np.unique(np.array([one.call for one in work], np.int64), return_inverse=True)
+    start = join.kernels.start_ns[kernel]
+    end, name = start + join.kernels.duration_ns[kernel], join.kernels.name[kernel].astype(np.int64)
+    return timed, Pieces(first + block, phase, start, end, name)
+
+
+def _together(one: Pieces, other: Pieces) -> Pieces:
+    names = Pieces.__dataclass_fields__
+    both = Pieces(**{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names})
+    return both.select(np.argsort(both.start_ns, kind="stable"))
+
+
+def _device_pieces(kernels: Kernels, steps: Steps) -> Pieces:
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     known = np.flatnonzero(launched >= 0)
     known = known[np.argsort(kernels.start_ns[known], kind="stable")]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.display.notebook import ShortRepr
+from moe_trace.read.file.coverage import Provenance
 from moe_trace.read.time.outside_moe import TraceTotals
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes, IntArray, Times
@@ -91,8 +92,8 @@ class ModelTotals:
     on_device: bool
     """Whether these are device times; False too where a device's times are not known."""
     host_known: bool
-    """Whether the host times are of all calls: not where some ran inside compiled code, of which only the
-    device's are known."""
+    """Whether the host times are of all calls: not where some ran on a device inside compiled code, of which
+    only the device's are known."""
     moe_work_us: float | None
     """Forward, recomputed and backward; None where the device's times are not known."""
     model_work_us: float | None
@@ -124,6 +125,8 @@ class PhaseReport(ShortRepr):
     """Steps that the calls are of."""
     tokens: int
     """Tokens of the forward calls, once for all layers: those of the layer that saw most."""
+    provenance: Provenance | None = None
+    """What the times of calls inside compiled code rest on; None without such calls."""
 
     def passes(self) -> tuple[Pass, ...]:
         """Those that the trace has."""
@@ -148,7 +151,8 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
     work_us = _sum(measure.work_us.values())
     forward_us, backward_us = _model_passes(around) if measure.model_us is not None else (None, None)
     again_us = _sum([measure.work_us["recompute"], measure.work_us["backward"]])
-    block_us, host_known = int(times.block_host_ns.sum()) / 1000, not calls.in_graph.any()
+    host_known = not (times.on_device and calls.in_graph.any())
+    block_us = int(times.block_host_ns.sum()) / 1000
     tokens = np.bincount(calls.router[calls.forward], weights=calls.tokens[calls.forward])
     return PhaseReport(
         layers=layers,
@@ -168,6 +172,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
         ),
         steps=len(set(calls.step.tolist())),
         tokens=int(tokens.max(initial=0)),
+        provenance=times.coverage.provenance if calls.in_graph.any() else None,
     )
 
 

@@ -148,7 +148,7 @@ def _operator(target: str) -> str:
     """`index_put` of `aten.index_put_.default`."""
     parts = target.removeprefix("<built-in function ").rstrip(">").split(".")
     name = parts[-2] if len(parts) > 1 else parts[0]
-    return name.strip("_").removesuffix("_fallback").removesuffix("_backward")
+    return name.strip("_").removesuffix("_backward").removesuffix("_fallback")
 
 
 def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> LaunchPart | None:

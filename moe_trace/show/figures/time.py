@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.distinct import distinct_figure
@@ -67,7 +68,7 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     return Figure(
         key=f"{part}-{clock}",
         title=f"Breakdown of an MoE call, {part}, {clock} time",
-        caption=f"Mean time in {of} of one {_CALL[part]}."
+        caption=f"Mean time in {of} of one {_CALL[part]}{_mark(report)}."
         + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
         data=[
             bars(
@@ -86,6 +87,10 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
             for layer, row in zip(report.layers, rows, strict=True)
         ],
     )
+
+
+def _mark(report: PhaseReport) -> str:
+    return "" if report.provenance is None else f", inside compiled code {report.provenance}"
 
 
 def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
@@ -162,6 +167,7 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
         caption=f"Mean {'kernel' if clock == 'device' else 'operator'} time of one call. Backward nodes are "
         "found by the profiler's forward-backward links; the backward of matrix products costs twice their "
         "forward."
+        + (f" Inside compiled code {BY_COMPILER}." if report.provenance is not None else "")
         + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
         data=[
             bars(

@@ -208,8 +208,12 @@ class Dashboard:
 
     def _lanes(self, parameters: Parameters) -> Lanes:
         part = self._part(parameters)
-        read = self.store.read_events
-        return self._derived(part, "lanes", lambda summary: find_lanes(summary.samples, read(part.trace)))
+
+        def lanes(summary: TraceSummary) -> Lanes:
+            trace = self.store.read_file(part.trace)
+            return find_lanes(summary.samples, trace.events, trace.recording.compiled_graphs)
+
+        return self._derived(part, "lanes", lanes)
 
     def compare_impl(self, parameters: Parameters) -> JsonDict:
         """B against A: difference map, and every metric with its interval."""

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from moe_trace.data.errors import MoETraceError, TraceFileError
 from moe_trace.read.analysis import TraceSummary, analyse
-from moe_trace.read.file.events import EventTable
-from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.file.trace_file import TraceFile, read_trace
 from moe_trace.read.reduced.inputs import quickest
 from moe_trace.show.tensorboard.catalog import OUTSIDE, Catalog, Trace, is_below
 
@@ -82,8 +81,8 @@ class Store:
             found: _T = kept.derived[what]
             return found
 
-    def read_events(self, trace: Trace) -> EventTable:
-        """The trace's own events, which are too large to be kept: keep what you make of them.
+    def read_file(self, trace: Trace) -> TraceFile:
+        """The trace with its own events, which are too large to be kept: keep what you make of them.
 
         Raises:
             TraceFileError: it cannot be read.
@@ -91,7 +90,7 @@ class Store:
         if trace.is_reduced:
             raise TraceFileError(_NO_EVENTS)
         with self._reading:
-            return self._read(trace, lambda: read_trace(trace.path).events)
+            return self._read(trace, lambda: read_trace(trace.path))
 
     def forget_old(self, catalog: Catalog) -> None:
         """Drop what was read from files that have changed or gone."""

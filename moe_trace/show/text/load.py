@@ -89,22 +89,28 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
 
 
 def _router_table(routers: Sequence[RouterSummary]) -> str:
-    on_device = any(router.latency.device_span is not None for router in routers)
+    on_host = any(router.latency.host is not None for router in routers)
+    on_device = [
+        any(latency is not None for latency in of_all)
+        for of_all in zip(*((r.latency.device_span, r.latency.device_busy) for r in routers), strict=True)
+    ]
     again = any(router.recomputed_calls for router in routers)
-    device_headings = ("span", "busy") if on_device else ()
+    columns = [name for name, known in zip(("span", "busy"), on_device, strict=True) if known]
+    time_headings = (*(("p50", "p95") if on_host else ()), *columns)
     rows: list[tuple[Cell, ...]] = []
     for router in routers:
         latency, decisions, flops = router.latency, router.decisions, router.flops
         host = (_figure(latency.host, "p50"), _figure(latency.host, "p95"))
-        device = (_figure(latency.device_span, "p50"), _figure(latency.device_busy, "p50"))
-        times = (*host, *device) if on_device else host
+        device = {"span": latency.device_span, "busy": latency.device_busy}
+        times = (*(host if on_host else ()), *(_figure(device[name], "p50") for name in columns))
         figures = (decisions.entropy_mean, decisions.confidence_mean, *times, flops.router, flops.experts)
         rows.append((label(router), *figures))
     work = (count_column("router"), count_column("experts"))
-    headings = ("layer", "entropy", "confidence", "p50", "p95", *device_headings, *work)
-    clocks = "host p50 and p95, device span and busy p50" if on_device else "host p50 and p95"
+    headings = ("layer", "entropy", "confidence", *time_headings, *work)
     counted = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    title = f"Routers (router entropy in nats; µs a forward call: {clocks}; {counted})"
+    clocks = ["host p50 and p95"] * on_host + [f"device {' and '.join(columns)} p50"] * bool(columns)
+    latencies = f"µs a forward call: {', '.join(clocks)}; " if clocks else ""
+    title = f"Routers (router entropy in nats; {latencies}{counted})"
     return text_table(headings, rows, title=title)
 
 

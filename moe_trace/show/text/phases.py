@@ -5,6 +5,7 @@ from __future__ import annotations
 from moe_trace.data.display.columns import Column, count_column, text_table
 from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 
@@ -24,7 +25,8 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     worker = "kernel" if report.whole.on_device else "operator"
     gap = "" if part == "backward" else f" (gap: no {worker} ran)"
     noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
-    title = f"Breakdown {part}, {clock} µs, mean of {report.total.count(part):,} {noun}{gap}"
+    mark = f", {BY_COMPILER}" if report.provenance is not None else ""
+    title = f"Breakdown {part}, {clock} µs{mark}, mean of {report.total.count(part):,} {noun}{gap}"
     return f"{paragraph(title)}\n{_pass_table(report, part)}"
 
 
@@ -99,6 +101,8 @@ def shares_sentence(report: PhaseReport) -> str:
         lines.append(
             f"On the host MoE blocks take {share(report.whole.moe_share_of_step)} of the profiler's steps."
         )
+    if report.provenance is not None:
+        lines.append(f"Inside compiled code these times are {report.provenance}.")
     return paragraph(" ".join(filter(None, lines)))
 
 
@@ -123,8 +127,10 @@ def speed_part(summary: TraceSummary) -> list[str]:
     peak = f"peak {scaled(speed.peak_flops_per_s, 'FLOP/s')}" if known else "peak unknown"
     bandwidth = speed.peak_bytes_per_s
     memory = f", {scaled(bandwidth, 'B/s')}" if bandwidth is not None else ""
+    report = summary.phases
+    mark = f", times {BY_COMPILER}" if report is not None and report.provenance is not None else ""
     title = (
-        f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory}). "
+        f"Speed ({device}, {printable(speed.dtype or 'unknown type')}, {peak}{memory}{mark}). "
         "FLOP/s of the router's and the experts' phase without gaps, and of the experts' range with gaps"
     )
     return [text_table(headings, rows, title=title)]
