@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+BY_COMPILER = "by the compiler's provenance"
+"""The mark of times that are known by these notes."""
 Place = Literal["router", "experts", "block"]
 """Inside the router, inside the experts, or elsewhere in their MoE block."""
 
@@ -18,6 +20,16 @@ class LaunchPart:
     """Module paths of the routers of the layer; several where layers share the compiled code, which then runs
     once for each of them."""
     place: Place
+
+    def router(self, number: int, runs: int, among: Container[str]) -> str | None:
+        """Whose a run of the graph in a forward is: where layers share the code, one layer's, in their order.
+
+        Args:
+            number: which of the graph's `runs` in the forward it is.
+            among: the routers that the forward calls.
+        """
+        routers = [name for name in self.routers if name in among]
+        return routers[number] if len(routers) == runs else None
 
 
 @dataclass(frozen=True, kw_only=True)

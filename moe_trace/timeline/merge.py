@@ -166,7 +166,11 @@ def merge_in_place(
         named = _with_own_names(recordings)
         placed = _place(trace_events, search, named, layout.base_time_ns, window, activities)
         combined = _combine(named, placed)
-        band = PlacedCalls.of(combined.calls, experts_are_split=combined.experts_are_split)
+        band = PlacedCalls.of(
+            combined.calls,
+            experts_are_split=combined.experts_are_split,
+            by_compiler=bool(combined.compiled_graphs) and not combined.captured_graphs,
+        )
         addition = encode_addition(
             b",\n".join(band_events(band, rank=combined.rank, tracks=tracks)),
             band_label(combined.rank, band.start_us if len(band) else window.start_us),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.placements import Floats, IntArray, Side
 from moe_trace.data.calls.table import CallTable, Mask, known_values
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.load_stats import Loads, describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RangeKind
 
@@ -29,12 +30,15 @@ class PlacedCalls:
     on_device: Mask
     experts_are_split: bool = False
     """See `Recording.experts_are_split`."""
+    by_compiler: bool = False
+    """Whether routers and experts inside graphs are told by the compiler's notes."""
 
     @staticmethod
-    def of(calls: CallTable, *, experts_are_split: bool = False) -> PlacedCalls:
+    def of(calls: CallTable, *, experts_are_split: bool = False, by_compiler: bool = False) -> PlacedCalls:
         """Those of a table that have a placement."""
         calls = calls.take(calls.places.placed)
-        return PlacedCalls.on(_drawn_on_device(calls), calls, experts_are_split=experts_are_split)
+        placed = PlacedCalls.on(_drawn_on_device(calls), calls, experts_are_split=experts_are_split)
+        return replace(placed, by_compiler=by_compiler)
 
     @staticmethod
     def on(on_device: Mask, calls: CallTable, *, experts_are_split: bool = False) -> PlacedCalls:
@@ -105,9 +109,10 @@ class PlacedCalls:
             "router FLOPs": calls.values("router_flops"),
             "expert FLOPs": calls.values("expert_flops"),
         }
+        graph = {"in graph": True} | ({"router and experts": BY_COMPILER} if self.by_compiler else {})
         rows = zip(zip(*columns.values(), strict=True), calls.in_graph.tolist(), strict=True)
         for row, in_graph in rows:
-            yield dict(zip(columns, row, strict=True)) | ({"in graph": True} if in_graph else {})
+            yield dict(zip(columns, row, strict=True)) | (graph if in_graph else {})
 
     def _busiest(self) -> Iterator[dict[str, int]]:
         """The first few by load, however many experts there are: all of them stand in the recording."""

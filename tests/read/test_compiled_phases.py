@@ -15,15 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_trace import read_summary
+from moe_trace import ask, merge_into, read_summary
 from moe_trace.data.codec import decode_recording, encode_recording
-from moe_trace.data.compiled_graph import CompiledGraph, decode_compiled, encode_compiled
+from moe_trace.data.compiled_graph import BY_COMPILER, CompiledGraph, decode_compiled, encode_compiled
+from moe_trace.read.diff import compare
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
+from moe_trace.read.time.lanes import find_lanes
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.show.figures.time import time_figures
+from moe_trace.show.json import to_plain
+from moe_trace.show.text.report import render_text
 from moe_trace.timeline.correlate.compiled_launches import (
     is_consistent,
     match_launches,
@@ -137,6 +141,73 @@ def test_the_host_times_of_compiled_code_are_unknown_and_not_zero(name: str) -> 
     whole = summary.phases.whole
     assert not whole.host_known and whole.moe_share_of_step is None and whole.moe_share_of_model is not None
     assert not any("host" in figure.key for figure in time_figures(summary))
+
+
+def test_layers_that_share_code_have_lanes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(path_of("compiled_layers").read_bytes())
+    merge_into(path, read_trace(path).recording)
+    calls = read_trace(path).recording.calls
+    topk_us = [
+        e["dur"] for call in kernels_of("compiled_layers") for e in call if "topk" in e["name"].lower()
+    ]
+    spans = calls.places.span("device", "router")
+    assert len(topk_us) == len(spans) == 6 and (spans[:, 1] > min(topk_us)).all()
+    # In order of time the runs are the layers', in their order.
+    assert calls.layer[np.argsort(spans[:, 0])].tolist() == [0, 1] * 3
+    experts = calls.places.span("device", "experts")
+    assert (experts[:, 0] >= spans.sum(1) - 0.001).all()
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    marked = [e for e in events if e.get("args", {}).get("router and experts") == BY_COMPILER]
+    assert sorted(e["args"]["router"] for e in marked) == sorted(calls.name.tolist())
+    times = measure_all(read_trace(path).recording, *_events_and_kernels(path))
+    assert (times.forward.busy_ns == times_of("compiled_layers").forward.busy_ns).all()
+
+
+def test_a_forward_with_one_run_fewer_than_layers_has_no_lanes() -> None:
+    trace = read_trace(path_of("compiled_layers"))
+    graphs = trace.recording.compiled_graphs
+    part = graphs[0].parts[0]
+    assert part.router(0, 2, set(part.routers)) == part.routers[0]
+    assert part.router(0, 1, set(part.routers)) is None
+    assert part.router(0, 1, set(part.routers[1:])) == part.routers[1]
+
+
+def _events_and_kernels(path: Path) -> tuple[Any, Any]:
+    events = read_trace(path).events
+    return events, find_kernels(events)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_answer_says_whence_its_times_are(name: str) -> None:
+    summary = read_summary(path_of(name))
+    assert summary.phases is not None and summary.phases.provenance is not None
+    assert summary.phases.provenance.unknown_share == 0 <= summary.phases.provenance.shared_share < 0.05
+    text = render_text(summary)
+    assert " ".join(text.split()).count(BY_COMPILER) >= 4
+    plain = json.loads(json.dumps(to_plain(summary)))
+    assert set(plain["phases"]["provenance"]) == {"unknown_share", "shared_share"}
+    phases = [f for f in time_figures(summary) if f.key.startswith(("forward", "backward"))]
+    assert phases and all(BY_COMPILER in figure.caption for figure in phases)
+    assert all(BY_COMPILER in f.sentence for f in summary.findings if f.severity == "time")
+    (answer,) = ask(summary, questions=["share"])
+    assert BY_COMPILER in answer.sentence and "by_the_compilers_provenance" in answer.figures
+    lanes = find_lanes(summary.samples, *_events_and_graphs(path_of(name)))
+    assert len(lanes.samples) == 6 and lanes.clocks()[0] == "device"
+    assert set(lanes.device.phase.tolist()) == {ROUTER, DISPATCH, EXPERTS, COMBINE}
+
+
+def test_a_difference_of_eager_and_compiled_code_says_whence_the_times_are() -> None:
+    eager = ROOT / "tests" / "data" / "h100" / "prefill_all_options.pt.trace.json.gz"
+    found = compare(read_summary(eager), read_summary(path_of("compiled_model")))
+    told = {change.fact: (change.a, change.b) for change in found.setup}
+    assert told["phases told"] == ("by ranges", BY_COMPILER)
+    assert [note for note in found.notes if BY_COMPILER in note]
+
+
+def _events_and_graphs(path: Path) -> tuple[Any, Any]:
+    trace = read_trace(path)
+    return trace.events, trace.recording.compiled_graphs
 
 
 def test_without_the_compilers_notes_nothing_is_claimed() -> None:

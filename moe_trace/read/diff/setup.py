@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.coverage import BY_COMPILER
 
 NOT_RECORDED = "not recorded"
 _MODEL_KEYS = {

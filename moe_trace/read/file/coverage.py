@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from moe_trace.data.compiled_graph import BY_COMPILER
+
 KNOWN_MIN = 0.9
 """Least share that must be joined for a sum to be given, by number and by time."""
 
@@ -82,10 +84,6 @@ class TimeCoverage:
     def items(self) -> list[tuple[str, Coverage]]:
         """(name, coverage), in the order of the fields."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
-
-
-BY_COMPILER = "by the compiler's provenance"
-"""The mark of times that were found so."""
 
 
 @dataclass(frozen=True, kw_only=True)

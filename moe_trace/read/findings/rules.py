@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.schema import Stage
-from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.findings import load, ranks, time
 from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding, Rule, RuleInput
 

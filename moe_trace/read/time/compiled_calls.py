@@ -81,9 +81,9 @@ class _Run:
     runs: int
 
     def row(self, part: LaunchPart) -> int | None:
-        """Where layers share the code, each run is of one of them, in their order."""
-        routers = [name for name in part.routers if name in self.row_of]
-        return self.row_of[routers[self.number]] if len(routers) == self.runs else None
+        """The call of the part's router."""
+        router = part.router(self.number, self.runs, self.row_of)
+        return None if router is None else self.row_of[router]
 
 
 class CompiledCalls:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.distinct import distinct_figure

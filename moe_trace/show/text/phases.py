@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.display.columns import Column, count_column, text_table
 from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.file.coverage import BY_COMPILER
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 

@@ -59,6 +59,7 @@ class HostForwards:
                 for launch in self._replays.launches.graphs
                 if launch.tid == event.tid and _holds(event.span, launch.span)
             ]
+            self._replays.nodes.know_forward(self._inside[id(event)])
         return self._inside[id(event)]
 
     def _whole(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:

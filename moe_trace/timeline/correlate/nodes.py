@@ -49,6 +49,16 @@ class NodeFinder:
     def __init__(self, recording: Recording, launches: Sequence[Launch]) -> None:
         self._recording, self._launches = recording, launches
         self._found: dict[int, dict[str, dict[RangeKind, NodeSpans]]] = {}
+        self._run: dict[int, tuple[int, int]] = {}
+        """By launch: which run of its compiled graph in the forward it is, and how many there are."""
+
+    def know_forward(self, launches: Sequence[Launch]) -> None:
+        """All launches of one forward, in order: where layers share code, each is one layer's."""
+        graphs = [None if (fit := self._fit(launch)) is None else fit[0] for launch in launches]
+        runs, done = Counter(graphs), Counter[CompiledGraph | None]()
+        for launch, graph in zip(launches, graphs, strict=True):
+            self._run[launch.correlation] = (done[graph], runs[graph])
+            done[graph] += 1
 
     def of(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
         """By module path of the router; empty for a launch of a graph that is not known."""
@@ -61,22 +71,31 @@ class NodeFinder:
         return self._found[launch.correlation]
 
     def _by_compiler(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
-        """By the compiler's notes, where the layers of a graph have code of their own."""
-        names = tuple(item.name for item in launch.work)
-        fitting = _fitting(names, self._recording.compiled_graphs)
-        if len(launch.streams) != 1 or len(fitting) != 1 or self._usual[fitting[0][0]] != names:
+        """By the compiler's notes."""
+        fit = self._fit(launch)
+        if fit is None:
             return {}
-        graph, stretches = fitting[0]
+        graph, stretches = fit
+        number, runs = self._run.get(launch.correlation, (0, 1))
+        among = {router.name for router in self._recording.routers}
         work: dict[tuple[str, RangeKind], list[DeviceWork]] = defaultdict(list)
         for stretch in stretches:
             whole = part_of(stretch, graph)
             for part in (graph.parts[number] for number in (whole.parts if whole is not None else ())):
-                if len(part.routers) == 1 and part.place != "block":
-                    work[part.routers[0], part.place].extend(launch.work[i] for i in stretch.kernels)
+                router = part.router(number, runs, among)
+                if router is not None and part.place != "block":
+                    work[router, part.place].extend(launch.work[i] for i in stretch.kernels)
         found: dict[str, dict[RangeKind, NodeSpans]] = defaultdict(dict)
         for (name, kind), items in work.items():
             found[name][kind] = _spans_of(items)
         return dict(found)
+
+    def _fit(self, launch: Launch) -> tuple[CompiledGraph, list[Stretch]] | None:
+        """The compiled graph that it replays; None where none fits, or several."""
+        names = tuple(item.name for item in launch.work)
+        fitting = _fitting(names, self._recording.compiled_graphs)
+        known = len(launch.streams) == 1 == len(fitting) and self._usual[fitting[0][0]] == names
+        return fitting[0] if known else None
 
     @cached_property
     def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
