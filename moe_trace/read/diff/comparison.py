@@ -122,11 +122,7 @@ def compare(
         notes += _few_forwards(stage, min(side.units for side in sides))
     notes += [_HOST] * any(change.verdict == "host" for change in changes)
     notes += _floor_note(changes)
-    notes += [
-        f"Times of {side} inside compiled code are {summary.phases.provenance}."
-        for side, summary in (("A", a), ("B", b))
-        if summary.phases is not None and summary.phases.provenance is not None
-    ]
+    notes += _provenance(a, b)
     return Comparison(
         a=a.trace or "A",
         b=b.trace or "B",
@@ -135,6 +131,14 @@ def compare(
         changes=tuple(changes),
         notes=tuple(notes),
     )
+
+
+def _provenance(a: TraceSummary, b: TraceSummary) -> list[str]:
+    return [
+        f"Times of {side} inside compiled code are {summary.phases.provenance}."
+        for side, summary in (("A", a), ("B", b))
+        if summary.phases is not None and summary.phases.provenance is not None
+    ]
 
 
 def _shared_routers(a: TraceSummary, b: TraceSummary) -> list[Shared]:
