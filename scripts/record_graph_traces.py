@@ -126,7 +126,7 @@ def _calls(forward: Any, batch: int = 1, length: int = 1) -> Replay:
 
 def by_hand(model: OlmoeForCausalLM) -> Replay:
     """One forward captured into a graph; each replay is a step."""
-    ids = tokens(1, 16)
+    ids = tokens(4, 16)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
