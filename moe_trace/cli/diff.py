@@ -48,8 +48,8 @@ class DiffCommand:
             type=float,
             default=100 * HOST_FLOOR,
             metavar="PERCENT",
-            help="a change of a time on the host's clock is told only beyond it; device times have no such "
-            f"limit (default: {100 * HOST_FLOOR:.0f})",
+            help="a change of a time on the host's clock is reported only beyond it; device times have no "
+            f"such limit (default: {100 * HOST_FLOOR:.0f})",
         )
         add("--all", action="store_true", help="show what did not change too")
         add_filters(parser)
@@ -77,8 +77,8 @@ class DiffCommand:
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:
     """A stage of too few calls is judged only where no other stage can be."""
-    told = {(change.site, change.metric) for change in changes if change.verdict != "few calls"}
-    judged = [c for c in changes if c.verdict != "few calls" or (c.site, c.metric) not in told]
+    compared = {(change.site, change.metric) for change in changes if change.verdict != "few calls"}
+    judged = [c for c in changes if c.verdict != "few calls" or (c.site, c.metric) not in compared]
     return [(condition, change) for condition in conditions for change in judged if condition.fails(change)]
 
 

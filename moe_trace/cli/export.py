@@ -31,7 +31,7 @@ class ExportCommand:
         """Declare the options."""
         add = parser.add_argument
         add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add("--to", required=True, choices=tuple(SUFFIXES), help="the form; see above")
+        add("--to", required=True, choices=tuple(SUFFIXES), help="the format; see above")
         add_output(parser, "FILE", "default: PATH's name with another ending, here")
         add_filters(parser)
 

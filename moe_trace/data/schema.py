@@ -134,7 +134,7 @@ class CapturedGraph:
     copies: tuple[int, ...] = ()
     """Which of the nodes are copies or memsets."""
     problem: str | None = None
-    """Why the events of a replay cannot be told by their order; None where they can."""
+    """Why the events of a replay cannot be identified by their order; None where they can."""
 
 
 def graph_digest(kernels: Iterable[str]) -> str:
@@ -181,7 +181,7 @@ class Lost:
     hook_failure: str | None = None
     """What went wrong in a hook of ours, the first time; the calls of that forward may be missing."""
     unplaced: dict[str, int] = field(default_factory=dict)
-    """Profiled calls inside graphs whose place in the trace cannot be told: why -> how many."""
+    """Profiled calls inside graphs whose place in the trace is unknown: why -> how many."""
     untimed: dict[str, int] = field(default_factory=dict)
     """Calls inside graphs that have a place, but whose router has no latency: why -> how many."""
 

@@ -125,7 +125,7 @@ class Totals:
     flops_router: int
     flops_experts: int
     requests_per_forward: float | None = None
-    """Mean over forwards; None where no host framework told which tokens are whose."""
+    """Mean over forwards; None where no host framework reports which tokens are whose."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -37,9 +37,11 @@ _OF_SAMPLES = {
     "router_flops": Column("router FLOP", "Of the call, by formula.", unit="FLOP"),
     "expert_flops": Column("experts FLOP", "Of the routed experts, by formula.", unit="FLOP"),
     "memory_allocated_bytes": Column("memory", "What torch's allocator held on the device.", unit="bytes"),
-    "prefill_tokens": Column("prefill tokens", "Where a host framework told of them.", unit="tokens"),
-    "decode_tokens": Column("decode tokens", "Generated tokens, where a host framework told.", unit="tokens"),
-    "requests": Column("requests", "Whose tokens they are, where a host framework told."),
+    "prefill_tokens": Column("prefill tokens", "Where a host framework reports them.", unit="tokens"),
+    "decode_tokens": Column(
+        "decode tokens", "Generated tokens, where a host framework reports them.", unit="tokens"
+    ),
+    "requests": Column("requests", "Whose tokens they are, where a host framework reports it."),
     "prefill_requests": Column("prefill requests", "Those with a prefill token."),
 }
 """Fields of `RoutingSample`."""

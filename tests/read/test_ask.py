@@ -125,7 +125,7 @@ def test_an_unknown_model_s_share_is_not_0(h100: TraceSummary) -> None:
     found = answer(replace(part, phases=replace(part.phases, whole=unknown)), "share")
     assert found.rows[-1]["moe_of_model"] is None
     assert (
-        "cannot be told apart here: record with prof.step()" in found.sentence
+        "cannot be separated here: record with prof.step()" in found.sentence
         and "MoE is" not in found.sentence
     )
     assert answer(replace(part, phases=None), "share").sentence.startswith("Cannot tell")

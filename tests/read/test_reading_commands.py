@@ -254,7 +254,7 @@ def test_without_kernels_a_change_of_time_has_a_floor(
     assert run("diff", a, b, *condition)[0] == told
     assert run("diff", a, b, *condition, "--host-floor", "0")[0] == 1
     assert (
-        "Host clock (all times): a change is told only where its whole interval lies beyond 12 %"
+        "Host clock (all times): a change is reported only where its whole interval lies beyond 12 %"
         in " ".join(run("diff", a, b, "--host-floor", "12")[1].split())
     )
     code, _, err = run("diff", a, b, "--host-floor", "-1")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moe_trace import RecordedRoutes, read_routes
 from moe_trace.cli import main
 from moe_trace.data.errors import MoETraceError, TraceFileError, UsageError
-from moe_trace.read.routes.interchange.files import FORMS, CaptureOptions, export_routes, import_routes
+from moe_trace.read.routes.interchange.files import FORMATS, CaptureOptions, export_routes, import_routes
 from tiny_routes import random_routes
 
 KEPT = ("layers", "num_experts", "top_k", "rank", "world_size", "dropped")
@@ -46,7 +46,7 @@ def full(seed: int = 0, experts: int = 16) -> RecordedRoutes:
 def test_what_is_exported_with_all_columns_comes_back(form: str, seed: int, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow" if form != "safetensors" else "safetensors")
     routes = full(seed)
-    target = tmp_path / f"routes{FORMS[form]}"
+    target = tmp_path / f"routes{FORMATS[form]}"
     assert export_routes(routes, target, form) == []
     found, notes = import_routes(target)
     assert notes == []
@@ -60,7 +60,7 @@ def test_what_is_exported_with_all_columns_comes_back(form: str, seed: int, tmp_
 @pytest.mark.parametrize("form", ["npy", "npz", "megatron"])
 def test_ids_and_fills_come_back_from_the_plain_forms(form: str, tmp_path: Path) -> None:
     routes = replace(full(), layers=tuple(f"decoder.layers.{i}.mlp.router" for i in range(4)))
-    target = tmp_path / f"routes{FORMS[form]}"
+    target = tmp_path / f"routes{FORMATS[form]}"
     export_routes(routes, target, form)
     found, notes = import_routes(target, CaptureOptions(num_experts=16))
     np.testing.assert_array_equal(found.expert_ids, routes.expert_ids)

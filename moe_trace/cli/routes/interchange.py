@@ -70,16 +70,16 @@ class ExportRoutesCommand:
         """Declare the options."""
         add = parser.add_argument
         add("file", metavar="FILE", help="a file of routes")
-        forms = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")
-        add("--to", required=True, choices=forms, help="the form; see above")
+        formats = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")
+        add("--to", required=True, choices=formats, help="the format; see above")
         add_output(parser, "FILE", "default: FILE's name with another ending, here")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, then write one file."""
-        from moe_trace.read.routes.interchange.files import FORMS, export_routes
+        from moe_trace.read.routes.interchange.files import FORMATS, export_routes
 
         given = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)
-        target = arguments.out or Path((given.strip("-") or "routes") + FORMS[arguments.to])
+        target = arguments.out or Path((given.strip("-") or "routes") + FORMATS[arguments.to])
         refuse_to_replace(target, force=arguments.force, inputs=[arguments.file])
         for note in export_routes(routes_of(arguments.file, arguments), target, arguments.to):
             print(f"moe-trace: note: {note}", file=sys.stderr)

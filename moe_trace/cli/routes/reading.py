@@ -21,7 +21,7 @@ ROUTES = ".routes.npz"
 
 
 def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
-    """Read a file of routes, or a capture whose ending says its form, and say what it lacks."""
+    """Read a file of routes, or a capture whose ending says its format, and say what it lacks."""
     from moe_trace.data.routes.file import IncompleteRoutes, read_routes
     from moe_trace.read.routes.interchange.files import ENDINGS, import_routes
 

@@ -16,7 +16,7 @@ class StudyRoutesCommand:
     Experts that are chosen together, reuse from token to token, how well a layer predicts the next, distinct
     experts of a step by its size; gating weights and vocabulary where they were recorded. Several files of
     one model are domains, named by --labels; several files of the same tokens are checkpoints, whose
-    saturation is told. The formulas are in docs/routes_study.md.
+    saturation is reported. The formulas are in docs/routes_study.md.
 
     Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
     """
@@ -40,7 +40,7 @@ class StudyRoutesCommand:
             nargs="+",
             metavar="FILE.npy",
             help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
-            "what experts specialise in is told of these too",
+            "what experts specialise in is reported of these too",
         )
         add_format(parser, alias=True)
         add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")

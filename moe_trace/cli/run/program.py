@@ -1,4 +1,4 @@
-"""`moe-trace run SCRIPT`: what is asked of a program of the user's, and what is told when it has ended."""
+"""`moe-trace run SCRIPT`: the options of a user's program, and what is reported once it ended."""
 
 from __future__ import annotations
 

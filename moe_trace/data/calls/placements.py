@@ -27,7 +27,7 @@ class Places:
     spans: Mapping[tuple[Side, RangeKind], Floats] = field(default_factory=dict)
     """[N, 2] start and duration in microseconds; NaN where the call lacks the range."""
     busy_us: Mapping[RangeKind, Floats] = field(default_factory=dict)
-    """[N] NaN where it is not told."""
+    """[N] NaN where it is unknown."""
 
     @staticmethod
     def of(placements: Iterable[Placement | None], size: int) -> Places:
@@ -70,7 +70,7 @@ class Places:
         return np.full((len(self), 2), np.nan) if found is None else found
 
     def busy(self, kind: RangeKind) -> Floats:
-        """[N] as told; NaN where it is not."""
+        """[N] as reported; NaN where unknown."""
         found = self.busy_us.get(kind)
         return np.full(len(self), np.nan) if found is None else found
 

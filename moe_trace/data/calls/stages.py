@@ -45,7 +45,7 @@ def of_stages(calls: CallTable, stages: Collection[Stage]) -> CallTable:
 
 
 def requests_per_forward(calls: CallTable) -> float | None:
-    """Mean over the forward calls of the requests in them; None where nobody told."""
+    """Mean over the forward calls of the requests in them; None where unknown."""
     known = calls.requests[calls.forward & (calls.requests != NONE)]
     return float(known.mean()) if len(known) else None
 

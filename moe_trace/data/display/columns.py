@@ -129,7 +129,7 @@ DEFINITIONS = {
     "stretches": "How many parts are drawn; neighbours may be drawn as one.",
     "interval": "99 % bootstrap interval of B − A, over calls. A change counts if it leaves out 0.",
     "verdict": "changed: the interval leaves out 0. noise: it does not. few calls: under 5 on a side, so it "
-    "cannot be told.",
+    "is unknown.",
     "MoE work": "Device busy time of the MoE blocks, forward and backward (on a CPU: time in operators).",
     "GB/s": "Bytes that leave the rank over the time of its collectives without waiting; 1 GB is 1e9 bytes.",
     "bytes": "What went into the collectives, the rank's own part included.",

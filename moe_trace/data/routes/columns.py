@@ -13,7 +13,7 @@ from moe_trace.data.calls.sample import STAGES
 from moe_trace.data.routes.writer import added_up, save_routes
 
 UNKNOWN = -1
-"""Of a sequence, a position or a token id that nobody told."""
+"""A sequence, position or token id that is unknown."""
 
 
 def id_type(num_experts: int) -> np.dtype[Any]:
@@ -52,7 +52,7 @@ class RecordedRoutes:
     """[T] int32: row of the batch, number of the packed sequence, or of the request where a host framework
     told; `UNKNOWN` where nobody did."""
     position: np.ndarray
-    """[T] int32: position within the sequence, padding not counted; `UNKNOWN` where nobody told."""
+    """[T] int32: position within the sequence, padding not counted; `UNKNOWN` where no one reports it."""
     stage_codes: np.ndarray
     """[T] uint8: places in `STAGES`."""
     recomputed: np.ndarray | None = None
@@ -120,7 +120,7 @@ class RecordedRoutes:
 
     @property
     def stage(self) -> np.ndarray:
-        """[T] str: `prefill`, `decode` or `train`; `mixed` where nobody told a forward's tokens apart."""
+        """[T] str: `prefill`, `decode` or `train`; `mixed` where a forward's tokens are not distinguished."""
         return np.array(STAGES)[self.stage_codes]
 
     @property

@@ -193,7 +193,7 @@ class RoutesWriter:
         if group.description != description:
             raise ValueError(
                 f"expected parts with the same experts, top-k, slots and type of ids as the first, "
-                f"{_told(group.description)}; found {_told(description)}"
+                f"{_in_words(group.description)}; found {_in_words(description)}"
             )
         return group
 
@@ -296,5 +296,5 @@ def _npy(column: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _told(description: Mapping[str, Any]) -> str:
+def _in_words(description: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {description[name]}" for name in ("num_experts", "top_k", "slots", "type"))

@@ -1,4 +1,4 @@
-"""Contracts: how a kind of router is told from its modules, and how one of its calls is read.
+"""Contracts: how a kind of router is recognised by its modules, and how one of its calls is read.
 
 A contract is two small functions. `find` looks at one module of a model and answers whether a router of
 its kind stands there; `read` turns what the hooks saw in one call into a `RouterOutput`. Adding a family is

@@ -1,4 +1,4 @@
-"""What a contract is: how a kind of router is told from its modules, and how one of its calls is read.
+"""What a contract is: how a kind of router is recognised by its modules, and how one of its calls is read.
 
 Shape suffixes: T tokens, E experts, K slots per token.
 """

@@ -1,1 +1,1 @@
-"""Routers of any framework, told by what they are built of and by what they return, not by their class."""
+"""Routers of any framework, recognised by their parts and by what they return, not by their class."""

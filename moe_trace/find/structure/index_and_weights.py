@@ -57,7 +57,7 @@ def read_index(parts: Sequence[Any], num_experts: int, *, one_each: bool = False
         one_each: whether ids may be [T], as routers of one expert a token return them.
 
     Raises:
-        AdapterMismatch: there are ids, and what belongs to them cannot be told.
+        AdapterMismatch: there are ids, and what belongs to them is unknown.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if one_each and _tells_one_each(tensors, num_experts):

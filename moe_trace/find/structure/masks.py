@@ -27,7 +27,7 @@ def read_masks(parts: Sequence[Any], num_experts: int, top_k: int) -> Decision |
         top_k: K, the slots of a token; the mask may have fewer.
 
     Raises:
-        AdapterMismatch: there is a mask, and K or the weights cannot be told.
+        AdapterMismatch: there is a mask, and K or the weights are unknown.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     masks = [t for t in tensors if t.dtype == torch.bool and t.dim() in (2, 3) and t.shape[1] == num_experts]

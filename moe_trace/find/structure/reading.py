@@ -1,4 +1,4 @@
-"""What a router decided, told by the form of what it returned, or of what the experts were handed.
+"""What a router decided, recognised by the form of what it returned, or of what the experts were handed.
 
 Experts that are modules of a list are handed nothing but rows. Then the gate's top-k is the decision if it
 sends as many rows to each expert as entered it, which is known when the counts have come to the host

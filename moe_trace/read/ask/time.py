@@ -41,7 +41,7 @@ def shares(part: TraceSummary) -> dict[str, Any]:
         f" {each(rows[-1]['router_us'], part)}, {duration(rows[-1]['router_us_per_call'])} a layer and call."
     )
     if model is None:
-        sentence += " What the rest of the model took cannot be told apart here: record with prof.step()."
+        sentence += " What the rest of the model took cannot be separated here: record with prof.step()."
     if report.whole.moe_share_of_step is not None:
         sentence += (
             f" On the host its blocks take {percent(report.whole.moe_share_of_step)} of the profiler's steps."
@@ -65,7 +65,7 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
     }
     total, router = sum(us.values()), us.get("router", 0.0)
     whole = report.whole
-    # What the model recomputes outside MoE is within its backward, and not told apart from it.
+    # What the model recomputes outside MoE is within its backward, and not separated from it.
     model_us = {
         "forward": whole.model_forward_us,
         "backward": whole.model_backward_us,

@@ -1,4 +1,4 @@
-"""What changed between two recordings: set-up, routing, time; real changes told apart from noise.
+"""What changed between two recordings: set-up, routing, time; real changes distinguished from noise.
 
 Stages are compared apart, and layers are strata (`metrics.py`). A figure changed if its interval leaves out
 0; a time on the host's clock, if it leaves out every change up to `HOST_FLOOR`. The intervals of all figures
@@ -44,7 +44,7 @@ class Change:
     verdict: Verdict
     stage: str
     floor: float = 0.0
-    """Relative change up to which two runs are not told apart, whatever the interval."""
+    """Relative change up to which two runs are not distinguished, whatever the interval."""
 
     @property
     def difference(self) -> float:
@@ -230,7 +230,7 @@ def _floor_note(changes: Sequence[Change]) -> list[str]:
     times = {change.metric for change in changes} & set(QUANTILES)
     which = "all times" if of_host.keys() == times else ", ".join(of_host)
     return [
-        f"Host clock ({which}): a change is told only where its whole interval lies beyond "
+        f"Host clock ({which}): a change is reported only where its whole interval lies beyond "
         f"{100 * max(of_host.values()):.3g} %. Runs of the same thing differ by as much when something else "
         "takes the machine for a while; record both again to see whether a smaller change returns "
         "(--host-floor sets the limit)."

@@ -46,7 +46,7 @@ def setup_changes(a: TraceSummary, b: TraceSummary) -> tuple[SetupChange, ...]:
         value_a, value_b = facts_a.get(fact), facts_b.get(fact)
         if value_a == value_b or (fact.startswith("config.") and None in (value_a, value_b)):
             continue  # configs of older recordings are not in the file, and classes name their own keys
-        found.append(SetupChange(fact=fact, a=_told(value_a), b=_told(value_b)))
+        found.append(SetupChange(fact=fact, a=_in_words(value_a), b=_in_words(value_b)))
     return (*found, *_work(a, b))
 
 
@@ -61,7 +61,7 @@ def clock_problem(a: TraceSummary, b: TraceSummary) -> str | None:
     )
 
 
-def _told(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if value is None:
         return NOT_RECORDED
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

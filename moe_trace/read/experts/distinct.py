@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SIZES_MAX = 10
-"""So many numbers of tokens are told apart; more are put together by powers of two."""
+"""Up to so many numbers of tokens get a row each; more are binned by powers of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
 
 
 def _bin_of(tokens_N: Ints) -> Ints:
-    """[N] what the calls are put together by: the number of tokens, or its power of two, rounded up."""
+    """[N] the calls' bins: the number of tokens, or its power of two, rounded up."""
     if len(np.unique(tokens_N)) <= SIZES_MAX:
         return tokens_N
     return 2 ** np.ceil(np.log2(tokens_N)).astype(np.int64)

@@ -1,7 +1,7 @@
 """Physical experts: what each slot of a load balancer (EPLB) got, beside what its logical expert got.
 
 A balancer gives hot experts replicas, spreads all over P slots, and moves them while the run goes on. So what
-a slot got is the load of a place; how the replicas of an expert share its tokens is told between two moves,
+a slot got is the load of a place; how the replicas of an expert share its tokens is known between two moves,
 and then added up.
 """
 

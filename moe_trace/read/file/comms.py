@@ -155,7 +155,7 @@ def _operator_facts(kind: CommKind, name: str, args: CommArgs) -> CommFacts:
 
 
 def _group(args: CommArgs) -> tuple[int, ...] | None:
-    """The group's ranks; long lists are cut short in the text, but ranks at even distances are told too."""
+    """The group's ranks; long lists are cut short in the text, but ranks at even distances are listed too."""
     ranks = _integers(args.group_ranks)
     if ranks:
         return ranks

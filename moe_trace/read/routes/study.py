@@ -69,7 +69,7 @@ class RoutesStudy:
     recomputed: int
     """Rows left out as run again by a backward pass."""
     unknown: int
-    """Rows that count, but whose sequence or position nobody told; `Locality` leaves them out."""
+    """Rows that count, but whose sequence or position is unknown; `Locality` leaves them out."""
     runs: int
     """Chains of tokens that follow each other in a sequence."""
     pairs: Pairs

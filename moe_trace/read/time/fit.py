@@ -34,7 +34,7 @@ FOLDS = 5
 BOTH_MIN = 0.02
 """How much more two figures together must explain than one."""
 ALIKE = 0.98
-"""Correlation above which two figures cannot be told apart."""
+"""Correlation above which two figures cannot be separated."""
 
 
 # Two-sided 97.5 % points of Student's t by degrees of freedom; beyond the table the next lower entry holds.

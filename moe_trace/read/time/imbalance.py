@@ -5,7 +5,7 @@ number of *active experts*, and as their products take, which follows the *busie
 products run group by group. An uneven load has fewer active experts and a busier busiest one, so it may
 cost time or save it: what it does here is fitted on the trace's calls and checked on held-out ones (`fit`).
 The cost is the fitted difference to the most even load that the trace has for as many slots, so nothing is
-extrapolated. Where the loads hardly vary, or explain little of the time of unseen calls, it cannot be told.
+extrapolated. Where the loads hardly vary, or explain little of the time of unseen calls, it is unknown.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ImbalanceCost:
     name: str
     verdict: Verdict
     reason: str
-    """Why it cannot be told, and what to record; empty otherwise."""
+    """Why it is unknown, and what to record; empty otherwise."""
     calls: int
     measured_us: float | None
     equal_load_us: float | None

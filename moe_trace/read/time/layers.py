@@ -97,7 +97,7 @@ class ModelTotals:
     moe_work_us: float | None
     """Forward, recomputed and backward; None where the device's times are not known."""
     model_work_us: float | None
-    """None where the rest of the model cannot be told apart by the chosen steps and stages."""
+    """None where the rest of the model cannot be separated by the chosen steps and stages."""
     model_forward_us: float | None
     """The model's work outside its backward and its optimizer."""
     model_backward_us: float | None

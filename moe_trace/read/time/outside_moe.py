@@ -63,7 +63,7 @@ class TraceWork:
 
     whole: TraceTotals
     parts: Mapping[Key, TraceTotals]
-    """Of the steps and stages whose time can be told apart."""
+    """Of the steps and stages whose time can be separated."""
     calls: frozenset[Key]
     """All that have calls in the recording."""
 
@@ -179,7 +179,7 @@ class _Forward:
 def find_windows(
     samples: Sequence[RoutingSample], events: EventTable, steps: Mapping[int, Bounds]
 ) -> dict[Key, list[Bounds]]:
-    """The stretches of host time of each step and stage, without those that cannot be told apart."""
+    """The stretches of host time of each step and stage, without those that cannot be separated."""
     forwards = _forwards(samples)
     ranges = [(start, end) for start, end in steps.values()] or [_everything(events)]
     begins = _starts_of(events, FORWARD_BEGINS)

@@ -44,7 +44,7 @@ class CallRecord:
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
     batch: BatchTokens | None = None
-    """What a host framework told of its tokens."""
+    """What a host framework reports of its tokens."""
 
     def __len__(self) -> int:
         return 1

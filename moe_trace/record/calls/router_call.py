@@ -1,4 +1,4 @@
-"""One router call as it is joined from what the hooks saw; its experts are told by the memory of tensors."""
+"""One router call, joined from what the hooks saw; its experts are found by the memory of tensors."""
 
 from __future__ import annotations
 

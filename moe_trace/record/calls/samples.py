@@ -54,7 +54,7 @@ class Batch:
         self.ints, self.floats = self.ints[count:], self.floats[count:]
 
     def to_samples(self) -> list[RoutingSample | AdapterMismatch]:
-        """One sample per call, or why it cannot be told. Waits for the copy."""
+        """One sample per call, or why it is unknown. Waits for the copy."""
         self._to_numpy()
         ints_LX = self.ints.dense() if isinstance(self.ints, SparseRows) else self.ints.astype(np.int64)
         rows = zip(self.records, ints_LX, self.floats, strict=True)
@@ -144,12 +144,12 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
         graph_forward=record.graph_forward,
         dispatched=sent_counts(ints[: len(ints) - 2 * batch.num_slots], record.sending, experts),
         slot_bytes=None if record.sending is None else record.sending.slot_bytes,
-        **(means | _told(batch, record, ints) | _slots(batch, ints)),
+        **(means | _reported(batch, record, ints) | _slots(batch, ints)),
     )
 
 
-def _told(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
-    """What a host framework told of the tokens, and the figures that follow from that."""
+def _reported(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
+    """What a host framework reports of the tokens, and the figures that follow from that."""
     told = record.batch
     if told is None or not batch.in_phases or len(told) != batch.tokens:
         return {}

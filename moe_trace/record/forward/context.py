@@ -51,7 +51,7 @@ class ForwardContext:
     tokens: Any = None
     """`ForwardTokens` where its routes are recorded."""
     batch: BatchTokens | None = None
-    """What a host framework told."""
+    """What a host framework reports."""
 
     def tell(self, batch: BatchTokens) -> None:
         """A host framework tells its tokens."""

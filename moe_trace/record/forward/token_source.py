@@ -38,7 +38,7 @@ class TokenSource:
             except Exception as error:
                 if not self._failed:
                     warn_user(
-                        f"the tokens of a forward could not be told ({type(error).__name__}: {error}); its "
+                        f"the tokens of a forward are unknown ({type(error).__name__}: {error}); its "
                         "stages and requests are unknown"
                     )
                 self._failed = True

@@ -1,4 +1,4 @@
-"""Whose token each row is: sequence, position and padding, from what a forward's arguments told."""
+"""Whose token each row is: sequence, position and padding, from a forward's arguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def identity_of(tokens: ForwardTokens, count: int) -> Identity:
     """Of a block of `count` rows; nothing is known of one of other tokens than the model was given."""
     arrays = tokens.arrays()
     if tokens.batch is not None and len(tokens.batch) == count:
-        return _told(tokens.batch, arrays.get("token_ids"))
+        return _reported(tokens.batch, arrays.get("token_ids"))
     if tokens.count != count or not count:
         unknown = np.full(count, UNKNOWN, np.int32)
         return Identity(unknown, unknown.copy(), np.zeros(count, bool), None)
@@ -58,7 +58,7 @@ def identity_of(tokens: ForwardTokens, count: int) -> Identity:
     )
 
 
-def _told(batch: BatchTokens, token_ids: np.ndarray | None) -> Identity:
+def _reported(batch: BatchTokens, token_ids: np.ndarray | None) -> Identity:
     padding, codes = batch.phases == PADDING, {phase: STAGES.index(phase) for phase in ("prefill", "decode")}
     decodes = (batch.phases == DECODE) | (padding & (batch.decode_tokens > 0))
     return Identity(

@@ -80,7 +80,7 @@ class RoutesRecorder:
     # -- in the forward's time ------------------------------------------------------------------------
 
     def look(self, context: ForwardContext, inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward begins, or its arguments are told: keep what they say of its tokens."""
+        """A forward begins, or its arguments are known: keep what they say of its tokens."""
         if self._wants(context.step):
             padding_T = None if context.batch is not None else context.padding_T
             tokens = look_at_tokens(inputs, args, kwargs, padding_T, token_ids=self.options.token_ids)
@@ -179,7 +179,7 @@ class RoutesRecorder:
         if router is None or not self._wants(record.step):
             return
         with self._lock:
-            record.tokens = record.tokens or self._told(record)
+            record.tokens = record.tokens or self._tokens_of_batch(record)
             ship_tokens([record.tokens])
             if ids is None:
                 if record.order != self._lost_order:  # once for all layers of a forward
@@ -191,7 +191,7 @@ class RoutesRecorder:
             weights = weights if self.options.weights else None
             self._blocks.add(record, router, ids, weights, part=self._part[router])
 
-    def _told(self, record: CallRecord) -> ForwardTokens:
+    def _tokens_of_batch(self, record: CallRecord) -> ForwardTokens:
         """What is known of the tokens of a forward that the host did not see, one for all its calls."""
         if record.batch is None:
             return self._nobody

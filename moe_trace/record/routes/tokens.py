@@ -29,7 +29,7 @@ class ForwardTokens:
     """The tokens of one forward, [rows, length] of them."""
 
     rows: int = 0
-    """0 where nobody told."""
+    """0 where unknown."""
     length: int = 0
     flat: bool = False
     """Given without a batch axis: whose tokens they are is not known by their place."""
@@ -43,7 +43,7 @@ class ForwardTokens:
     """[n] int32 each: `token_ids`, `positions`, `padding`, `before` (real tokens before, by
     row), `starts` (of packed sequences)."""
     batch: BatchTokens | None = None
-    """What a host framework told, in place of all but the ids."""
+    """What a host framework reports, in place of all but the ids."""
     stream: int = 0
     """On which the parts were made."""
     _arriving: tuple[Any, Any, dict[str, slice]] | None = None

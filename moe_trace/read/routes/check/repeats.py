@@ -26,7 +26,7 @@ _TOO_ALIKE = 0.2
 _UNLIKELY = 1e-6
 """Rows that agree more often where all choices are equally likely say nothing: one layer of top 1."""
 _NATURAL = 8
-"""Rows that repeat none, of which the chance of a repetition can be told."""
+"""Rows that repeat none, from which the chance of a repetition is known."""
 _START = 4
 """A sequence may begin with one token so many times: their states are equal, whatever the position."""
 
@@ -34,7 +34,7 @@ _START = 4
 def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
     """Rows that are equal to that of the token before in all slots, where there are too many of them.
 
-    The token before is the one of the position before in the same sequence; where nobody told sequences, the
+    The token before is the one of the position before in the same sequence; where sequences are unknown, the
     row before. With token ids, tokens that follow themselves are left out.
     """
     layers = [layer for layer in range(len(routes.layers)) if layer not in fixed]

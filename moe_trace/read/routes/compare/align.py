@@ -21,7 +21,7 @@ class Alignment:
     layers: tuple[tuple[int, int], ...]
     """(layer of the first, layer of the second)."""
     by: str
-    """What told that the tokens are the same."""
+    """By which column the tokens are matched."""
     only_a: int
     """Tokens without a counterpart; padding and recomputed tokens are never counted."""
     only_b: int

@@ -30,7 +30,7 @@ from moe_trace.read.routes.interchange.tables import (
 )
 
 ENDINGS = (".npy", ".npz", ".json", ".jsonl", ".parquet", ".arrow", ".feather", ".safetensors")
-FORMS = {
+FORMATS = {
     "npy": ".npy",
     "npz": ".npz",
     "megatron": ".jsonl",
@@ -38,7 +38,7 @@ FORMS = {
     "arrow": ".arrow",
     "safetensors": ".safetensors",
 }
-"""Form of an export -> its ending."""
+"""Format of an export -> its ending."""
 _FREE_BYTES, _EXPANSION = 1 << 30, 200
 
 
@@ -61,7 +61,7 @@ def import_routes(
     Raises:
         TraceFileError: the file cannot be read, or holds no expert ids.
         UsageError: its ending is unknown, or something must be options.
-        MissingPackage: the form needs a package that is not installed.
+        MissingPackage: the format needs a package that is not installed.
     """
     options = options or CaptureOptions()
     file = Path(path)
@@ -130,7 +130,7 @@ def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
         ) from error
 
 
-def export_routes(routes: RecordedRoutes, target: str | Path, form: str) -> list[str]:
+def export_routes(routes: RecordedRoutes, target: str | Path, format_name: str) -> list[str]:
     """Write the first group of layers for other tools, whole or not at all; returns what was left out.
 
     npy is [tokens, layers, top_k] of int16 with -1 for no expert, as vLLM returns it, in the order of the
@@ -138,33 +138,33 @@ def export_routes(routes: RecordedRoutes, target: str | Path, form: str) -> list
 
     Raises:
         OutputError: the file cannot be written.
-        MissingPackage: the form needs a package that is not installed.
-        UsageError: an unknown form.
+        MissingPackage: the format needs a package that is not installed.
+        UsageError: an unknown format.
     """
-    if form not in FORMS:
-        raise UsageError(f"found the form {form!r}, expected one of {', '.join(FORMS)}")
+    if format_name not in FORMATS:
+        raise UsageError(f"found the format {format_name!r}, expected one of {', '.join(FORMATS)}")
     first = replace(routes, others=())
     with whole_file(target) as temporary:
-        if form in ("npy", "npz"):
+        if format_name in ("npy", "npz"):
             with temporary.open("wb") as file:
-                _write_numpy(first, file, form)
-        elif form == "megatron":
+                _write_numpy(first, file, format_name)
+        elif format_name == "megatron":
             with temporary.open("w", encoding="utf-8") as file_of_lines:
                 file_of_lines.writelines(line + "\n" for line in router_trace_lines(first))
-        elif form == "safetensors":
+        elif format_name == "safetensors":
             write_safetensors(first, temporary)
         else:
-            write_arrow(first, temporary, parquet=form == "parquet")
+            write_arrow(first, temporary, parquet=format_name == "parquet")
     if not routes.others:
         return []
     layers = sum(len(group.layers) for group in routes.others)
     return [f"{layers} layers of {len(routes.others)} other groups, which saw other tokens, are left out"]
 
 
-def _write_numpy(routes: RecordedRoutes, file: BinaryIO, form: str) -> None:
+def _write_numpy(routes: RecordedRoutes, file: BinaryIO, format_name: str) -> None:
     ids = routes.expert_ids.astype(np.int16 if max(routes.num_experts, default=0) < 1 << 15 else np.int32)
     ids[routes.skipped] = -1
-    if form == "npy":
+    if format_name == "npy":
         np.save(file, ids)
         return
     others: Any = {name: column for name, column in routes.columns().items() if name != "expert_ids"}

@@ -3,7 +3,7 @@
 - vLLM (0.21): `prompt_routed_experts` of the response and `choices[i].routed_experts`, as lists of
   [tokens, layers, top_k], or as `{"encoding": "base64", "dtype", "shape", "data"}`.
 - SGLang: `meta_info.routed_experts` of /generate, or `choices[i].sgl_ext.routed_experts`: base64 of int32,
-  flat, so that layers and top-k must be told.
+  flat, so that layers and top-k must be given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def capture_of_responses(
 
     Raises:
         TraceFileError: no response holds routed experts, or they are of different shapes.
-        UsageError: they are flat, and layers or top-k were not told.
+        UsageError: they are flat, and layers or top-k were not given.
     """
     found = []
     for response in responses:
@@ -60,7 +60,7 @@ def capture_of_responses(
 
 
 def _stages(arrays: list[np.ndarray], has_prompt: bool) -> np.ndarray:
-    """Prefill of the prompt, decoding of the rest; all prefill where they cannot be told apart."""
+    """Prefill of the prompt, decoding of the rest; all prefill where the parts are not distinguished."""
     first = np.zeros(len(arrays[0]), np.uint8)
     return np.concatenate([first, *(np.full(len(a), int(has_prompt), np.uint8) for a in arrays[1:])])
 
