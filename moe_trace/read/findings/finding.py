@@ -28,7 +28,7 @@ class Finding:
     """One sentence that says what was found, and one that says what to do."""
 
     rule: str
-    site: str | None
+    site: str | None = None
     """The layer with the worst value; None where it is about no single layer."""
     value: float
     """The worst."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
 from moe_trace.data.summary import RouterSummary
@@ -20,16 +20,15 @@ COLLAPSED = 0.95
 
 def nonfinite(evidence: RuleInput) -> Iterator[Finding]:
     """NaN or infinite logits."""
-    found = sorted((r for r in evidence.routers if r.nonfinite_tokens), key=lambda r: -r.nonfinite_tokens)
+    found = [(r.nonfinite_tokens, r) for r in evidence.routers if r.nonfinite_tokens]
     if found:
-        layers = [(r.info.site, f"{r.nonfinite_tokens:,}") for r in found]
-        yield Finding(
-            rule="nonfinite",
-            site=found[0].info.site,
-            sites=_sites(found),
-            value=found[0].nonfinite_tokens,
-            threshold=NONFINITE_SHARE,
-            sentence=f"{count(sum(r.nonfinite_tokens for r in found), 'token')} had NaN or infinite router "
+        found.sort(key=lambda pair: -pair[0])
+        layers = [(r.info.site, f"{tokens:,}") for tokens, r in found]
+        yield _of_layers(
+            "nonfinite",
+            found,
+            NONFINITE_SHARE,
+            sentence=f"{count(sum(tokens for tokens, _ in found), 'token')} had NaN or infinite router "
             f"logits: {in_one_line(layers)}.",
             advice="Run the router in float32, and look for the first layer where they appear.",
         )
@@ -52,12 +51,10 @@ def hot_expert(evidence: RuleInput) -> Iterator[Finding]:
     others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in found[1:]]
     ceiling = worst.chance.ceiling
     most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
-    yield Finding(
-        rule="hot_expert",
-        site=worst.info.site,
-        sites=_sites([r for _, r in found]),
-        value=found[0][0],
-        threshold=HOT_SHARE,
+    yield _of_layers(
+        "hot_expert",
+        found,
+        HOT_SHARE,
         sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {found[0][0]:.1f}× its share of the "
         f"assignments (threshold {HOT_SHARE:.0f}×{most})"
         + (f"; also {in_one_line(others)}." if others else "."),
@@ -91,18 +88,16 @@ def _busiest(router: RouterSummary) -> int:
 
 def dead_experts(evidence: RuleInput) -> Iterator[Finding]:
     """Experts without any token, though enough tokens came by."""
-    found = [r for r in evidence.routers if r.load.dead_experts and r.chance.tells_dead]
+    dead = [(len(r.load.dead_experts), r) for r in evidence.routers]
+    found = sorted((one for one in dead if one[0] and one[1].chance.tells_dead), key=lambda pair: -pair[0])
     if not found:
         return
-    found.sort(key=lambda r: -len(r.load.dead_experts))
-    total = sum(len(r.load.dead_experts) for r in found)
-    layers = [(r.info.site, f"{len(r.load.dead_experts)} of {r.info.num_experts} ({_ids(r)})") for r in found]
-    yield Finding(
-        rule="dead_experts",
-        site=found[0].info.site,
-        sites=_sites(found),
-        value=len(found[0].load.dead_experts),
-        threshold=DEAD_SHARE,
+    total = sum(number for number, _ in found)
+    layers = [(r.info.site, f"{number} of {r.info.num_experts} ({_ids(r)})") for number, r in found]
+    yield _of_layers(
+        "dead_experts",
+        found,
+        DEAD_SHARE,
         sentence=f"{count(total, 'expert')} in {count(len(found), 'layer')} got no token, though their "
         f"layers made at least {ENOUGH_PER_EXPERT} assignments an expert: {in_one_line(layers)}.",
         advice="Record more varied text before you call them useless: on this text their weights take memory "
@@ -126,7 +121,6 @@ def padding(evidence: RuleInput) -> Iterator[Finding]:
         work_us = report.work_us(report.total.forward["experts"]) if report is not None and known else None
         yield Finding(
             rule="padding",
-            site=None,
             value=share,
             threshold=PADDING_SHARE,
             cost_us=share * work_us if work_us is not None else None,
@@ -141,12 +135,10 @@ def skipped(evidence: RuleInput) -> Iterator[Finding]:
     shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
     if found:
-        yield Finding(
-            rule="skipped",
-            site=found[0][1].info.site,
-            sites=_sites([r for _, r in found]),
-            value=found[0][0],
-            threshold=SKIPPED_SHARE,
+        yield _of_layers(
+            "skipped",
+            found,
+            SKIPPED_SHARE,
             sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of assignments were "
             f"skipped: {in_one_line([(r.info.site, percent(share)) for share, r in found])}.",
             advice="Tokens are dropped at the experts' capacity, or the model skips on purpose: compare "
@@ -159,12 +151,10 @@ def undecided_router(evidence: RuleInput) -> Iterator[Finding]:
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
     if found:
-        yield Finding(
-            rule="undecided_router",
-            site=found[0][1].info.site,
-            sites=_sites([r for _, r in found]),
-            value=found[0][0],
-            threshold=UNSURE,
+        yield _of_layers(
+            "undecided_router",
+            found,
+            UNSURE,
             sentence=f"The router hardly decides in {count(len(found), 'layer')} (confidence under "
             f"{UNSURE}): {in_one_line([(r.info.site, f'{c:.3f}') for c, r in found])}.",
             advice="Random weights look like this; in a trained model these routers have learnt little.",
@@ -177,20 +167,29 @@ def collapsed_router(evidence: RuleInput) -> Iterator[Finding]:
     found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]
     found.sort(key=lambda pair: -pair[0])
     if found:
-        yield Finding(
-            rule="collapsed_router",
-            site=found[0][1].info.site,
-            sites=_sites([r for _, r in found]),
-            value=found[0][0],
-            threshold=COLLAPSED,
+        yield _of_layers(
+            "collapsed_router",
+            found,
+            COLLAPSED,
             sentence=f"The router is nearly certain of every token in {count(len(found), 'layer')} "
             f"(confidence over {COLLAPSED}): {in_one_line([(r.info.site, f'{c:.3f}') for c, r in found])}.",
             advice="Its gradient vanishes there: look at the z-loss and at the scale of its logits.",
         )
 
 
-def _sites(routers: list[RouterSummary]) -> tuple[str, ...]:
-    return tuple(router.info.site for router in routers)
+def _of_layers(
+    rule: str, found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
+) -> Finding:
+    """One finding of all layers that a rule holds for, worst first."""
+    return Finding(
+        rule=rule,
+        site=found[0][1].info.site,
+        sites=tuple(router.info.site for _, router in found),
+        value=found[0][0],
+        threshold=threshold,
+        sentence=sentence,
+        advice=advice,
+    )
 
 
 RULES = (nonfinite, hot_expert, dead_experts, padding, skipped, undecided_router, collapsed_router)

@@ -71,7 +71,6 @@ def waiting_ranks(evidence: RuleInput) -> Iterator[Finding]:
     part = report.waited_for_us[last] / report.wait_us
     yield Finding(
         rule="waiting_ranks",
-        site=None,
         value=report.wait_share,
         threshold=WAIT_SHARE,
         cost_us=report.wait_us,
@@ -109,7 +108,6 @@ def clocks_disagree(evidence: RuleInput) -> Iterator[Finding]:
         return
     yield Finding(
         rule="clocks_disagree",
-        site=None,
         value=alignment.early_after,
         threshold=EARLY_RECEIVES,
         sentence=f"{alignment.early_after} receives end before their send began, even after alignment.",

@@ -93,7 +93,6 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
     }
     yield Finding(
         rule="moving_tokens",
-        site=None,
         value=share,
         threshold=MOVE_SHARE,
         cost_us=sum(_work_us(evidence.phases, name) for name in ("dispatch", "combine")),
@@ -122,7 +121,6 @@ def router_waits(evidence: RuleInput) -> Iterator[Finding]:
     share = sum(busy) / sum(span)
     yield Finding(
         rule="router_waits",
-        site=None,
         value=share,
         threshold=BUSY_SHARE,
         cost_us=sum(span) - sum(busy),
@@ -143,7 +141,6 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
     loop = "The loop over experts launches kernels for each of them: try grouped_mm. "
     yield Finding(
         rule="launch_gaps",
-        site=None,
         value=gap_us / span_us,
         threshold=GAP_SHARE,
         cost_us=gap_us,
@@ -179,7 +176,6 @@ def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
     }
     yield Finding(
         rule="far_from_peak",
-        site=None,
         value=rate.share_of_peak,
         threshold=PEAK_SHARE,
         cost_us=rate.above_roofline_us,
@@ -205,7 +201,6 @@ def weights_bind(evidence: RuleInput) -> Iterator[Finding]:
     share = size.least_us / size.experts_us
     yield Finding(
         rule="weights_bind",
-        site=None,
         value=share,
         threshold=READ_SHARE,
         sentence=f"In forwards of {size.label} token{'' if size.tokens_max == 1 else 's'} a layer reads the "
@@ -223,7 +218,6 @@ def uncounted_flops(evidence: RuleInput) -> Iterator[Finding]:
     if "aten::_grouped_mm" in evidence.operators and flops:
         yield Finding(
             rule="uncounted_flops",
-            site=None,
             value=flops,
             threshold=0,
             sentence=f"`grouped_mm` FLOPs are missing from torch's own counters: {flops / 1e12:.3g} TFLOP of "

@@ -48,7 +48,7 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
     experts, slots = tokens.experts, tokens.ids.shape[1]
     mass, chosen = np.zeros(experts + 1), np.zeros(experts + 1, np.int64)
     rank_sum, rank_count, counted = np.zeros(slots), np.zeros(slots, np.int64), 0
-    margins, lasts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    margin_parts, last_parts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for start in range(0, len(tokens), CHUNK):
         rows = tokens.order.rows[start : start + CHUNK]
         weights = routes.weights[rows, layer, :slots].astype(np.float32)
@@ -61,12 +61,12 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
         rank_sum += weights.sum(axis=0, dtype=np.float64)
         rank_count += used.sum(axis=0)
         counted += len(ids)
-        margin, last = _margins(weights, used)
-        margins.append(margin)
-        lasts.append(last)
+        several = used.sum(axis=1) >= 2
+        margin_parts.append(margins(weights[several], used[several]))
+        last_parts.append(_last(weights[several], used[several]))
     if not counted:
         return None
-    margin, last = np.concatenate(margins), np.concatenate(lasts)
+    margin, last = np.concatenate(margin_parts), np.concatenate(last_parts)
     return Gates(
         tokens=counted,
         mass_share=ratio(mass[:-1], mass[:-1].sum()),
@@ -79,15 +79,19 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
     )
 
 
-def _margins(weights: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the tokens with two experts or more: the largest minus the second, and the smallest over the sum."""
-    several = used.sum(axis=1) >= 2
-    weights, used = weights[several], used[several]
-    if not len(weights):
-        return weights[:, :0].ravel(), weights[:, :0].ravel()
+def margins(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """[n] a token's largest weight minus its second; NaN where there are not two."""
+    if weights.shape[1] < 2:
+        return np.full(len(weights), np.nan, np.float32)
     highest = np.sort(np.where(used, weights, -np.inf), axis=1)
+    second = np.where(used.sum(axis=1) >= 2, highest[:, -2], np.nan)
+    return (highest[:, -1] - second).astype(np.float32)
+
+
+def _last(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """[n] a token's smallest weight over their sum."""
     smallest = np.where(used, weights, np.inf).min(axis=1)
-    return highest[:, -1] - highest[:, -2], ratio(smallest, weights.sum(axis=1)).astype(np.float32)
+    return ratio(smallest, weights.sum(axis=1)).astype(np.float32)
 
 
 def _quantiles(values: np.ndarray) -> npt.NDArray[np.float64]:

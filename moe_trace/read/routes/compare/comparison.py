@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
 from moe_trace.read.routes.compare.align import Alignment, align
-from moe_trace.read.routes.compare.weights import margins, weight_distance
+from moe_trace.read.routes.compare.weights import recorded_margins, weight_distance
 from moe_trace.read.routes.overlap import compare_piece
 
 _PIECE = 1 << 16
@@ -144,7 +144,7 @@ def _add(
         sums.class_overlap[:, place] += np.bincount(classes, piece.overlap, size)
         sums.class_compared[:, place] += np.bincount(classes, piece.compared, size)
         if a.weights is not None:
-            _add_weights(sums, place, margins(a, rows_a, layers[0]), differs, piece.compared)
+            _add_weights(sums, place, recorded_margins(a, rows_a, layers[0]), differs, piece.compared)
             if b.weights is not None:
                 distance = weight_distance(a, rows_a, b, rows_b, layers)
                 counted = piece.compared & np.isfinite(distance)

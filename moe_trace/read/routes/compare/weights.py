@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.gates import margins
 
 
 def weight_distance(
@@ -28,18 +29,11 @@ def weight_distance(
     return distance
 
 
-def margins(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarray:
-    """[n] a token's largest weight minus its second; NaN where there are not two."""
-    slots = routes.top_k[layer]
-    if slots < 2:
-        return np.full(len(rows), np.nan, np.float32)
-    ids, given = _chosen(routes, rows, layer, routes.num_experts[layer], slots)
-    used = ids < routes.num_experts[layer]
-    highest = np.sort(np.where(used, given, -np.inf), axis=1)
-    margin = np.where(used.sum(axis=1) >= 2, highest[:, -1], np.nan) - np.where(
-        used.sum(axis=1) >= 2, highest[:, -2], 0
-    )
-    return np.where(np.isfinite(given).all(axis=1), margin, np.nan)
+def recorded_margins(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarray:
+    """[n] a token's largest weight minus its second; NaN where there are not two, or one is unrecorded."""
+    experts = routes.num_experts[layer]
+    ids, given = _chosen(routes, rows, layer, experts, routes.top_k[layer])
+    return np.where(np.isfinite(given).all(axis=1), margins(given, ids < experts), np.nan)
 
 
 def _chosen(
