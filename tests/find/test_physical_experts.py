@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_trace.find.contracts.engines.physical_experts import logical_ids
+from moe_trace.find.contracts.engines.physical_experts import experts_of_slots, logical_ids
 
 
 def experts_to_slots(expert_P: list[int], experts: int, width: int) -> Tensor:
@@ -22,7 +22,7 @@ def test_the_example_of_vllm() -> None:
     """The second layer in the docstring of `EplbModelState`."""
     slots = torch.tensor([[0, 2, 4], [3, -1, -1], [1, -1, -1], [5, -1, -1]])
     ids = torch.tensor([[0, 1], [4, 5], [2, 3]], dtype=torch.int32)
-    assert logical_ids(ids, slots, 6).tolist() == [[0, 2], [0, 3], [0, 1]]
+    assert logical_ids(ids, experts_of_slots(slots, 6)).tolist() == [[0, 2], [0, 3], [0, 1]]
 
 
 @given(st.data())
@@ -36,14 +36,17 @@ def test_every_slot_has_its_expert_and_counts_of_replicas_add_up(data: st.DataOb
     ids = torch.tensor(
         data.draw(st.lists(st.integers(-1, len(expert_P)), min_size=1, max_size=20)), dtype=torch.int32
     )
-    found = logical_ids(ids.unsqueeze(-1), experts_to_slots(expert_P, experts, redundant + 1), len(expert_P))
+    slots = experts_to_slots(expert_P, experts, redundant + data.draw(st.integers(1, 3)))
+    found = logical_ids(ids.unsqueeze(-1), experts_of_slots(slots, len(expert_P)))
     expected = [expert_P[i] if 0 <= i < len(expert_P) else -1 for i in ids.tolist()]
     assert found.squeeze(-1).tolist() == expected
 
 
 def test_slots_that_are_out_of_use_are_no_experts() -> None:
     """Elastic expert parallelism keeps room for slots that nobody holds."""
-    assert logical_ids(torch.tensor([[0, 3]]), torch.tensor([[0, -1], [1, -1]]), 4).tolist() == [[0, -1]]
+    assert logical_ids(
+        torch.tensor([[0, 3]]), experts_of_slots(torch.tensor([[0, -1], [1, -1]]), 4)
+    ).tolist() == [[0, -1]]
 
 
 def test_nothing_waits_for_the_device() -> None:
@@ -52,7 +55,7 @@ def test_nothing_waits_for_the_device() -> None:
             mode.from_tensor(torch.zeros(5, 2, dtype=torch.int32)),
             mode.from_tensor(torch.zeros(4, 2).long()),
         )
-        assert logical_ids(ids, slots, 6).shape == (5, 2)
+        assert logical_ids(ids, experts_of_slots(slots, 6)).shape == (5, 2)
 
 
 @pytest.mark.cuda
@@ -60,7 +63,7 @@ def test_nothing_waits_for_a_gpu() -> None:
     slots, ids = torch.tensor([[0, 2], [1, -1]]).cuda(), torch.tensor([[2, 1]]).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = logical_ids(ids, slots, 3)
+        found = logical_ids(ids, experts_of_slots(slots, 3))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.tolist() == [[0, 1]]

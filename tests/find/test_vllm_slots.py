@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import moe_trace
 from moe_trace.data.codec import decode_recording, encode_recording
-from moe_trace.find.contracts.engines.physical_experts import slots_of_call
+from moe_trace.find.contracts.engines.physical_experts import experts_of_slots, logical_ids, slots_of_call
 
 DIM, EXPERTS, SLOTS, TOP_K = 8, 6, 9, 2
 
@@ -165,7 +165,7 @@ def test_what_each_slot_got_and_held_is_in_the_recording_and_its_file(tokens: in
 
 def test_a_slot_of_weight_zero_or_out_of_use_counts_nowhere() -> None:
     ids, weights = torch.tensor([[0, 3], [1, -1], [0, 2]]), torch.tensor([[1.0, 1], [0, 1], [1, 1]])
-    slots = slots_of_call(ids, weights, torch.tensor([[0, 2], [1, -1]]), 4)
+    slots = slots_of_call(ids, weights, experts_of_slots(torch.tensor([[0, 2], [1, -1]]), 4))
     assert slots.tolist() == [2, 0, 1, 0, *[0, 1, 0, -1]]
 
 
@@ -202,16 +202,14 @@ def test_ids_are_left_as_they_are_until_the_balancer_begins() -> None:
 @pytest.mark.cuda
 def test_a_captured_graph_reads_the_map_of_its_replay() -> None:
     """A CUDA graph is captured once and replayed after the balancer moved: the map is read on the device."""
-    from moe_trace.find.contracts.engines.physical_experts import logical_ids
-
     torch.manual_seed(0)
     state = State()
     slots = state.logical_to_physical_map.cuda()
     ids = torch.arange(SLOTS).cuda().unsqueeze(-1)
-    logical_ids(ids, slots, SLOTS)
+    logical_ids(ids, experts_of_slots(slots, SLOTS))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = logical_ids(ids, slots, SLOTS)
+        found = logical_ids(ids, experts_of_slots(slots, SLOTS))
     for _ in range(3):
         state.move()
         slots.copy_(state.logical_to_physical_map)

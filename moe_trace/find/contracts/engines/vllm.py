@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, Contract, Found, RouterOutput
-from moe_trace.find.contracts.engines.physical_experts import logical_ids, slots_of_call
+from moe_trace.find.contracts.engines.physical_experts import experts_of_slots, logical_ids, slots_of_call
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d
 
 _CHOICE, _EXPERTS, _MONOLITHIC = "select_experts", "forward_modular", "forward_monolithic"
@@ -191,9 +191,9 @@ def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
     found, state = read_vllm(call), runner.eplb_state
     slots_ER = getattr(state, "logical_to_physical_map", None)
     if isinstance(slots_ER, Tensor):  # else the balancer has not begun, and the router leaves ids as they are
-        ids_TK = found.index_TK
-        found.slots_2P = slots_of_call(ids_TK, found.weights_TK, slots_ER, num_slots)
-        found.index_TK = logical_ids(ids_TK, slots_ER, num_slots)
+        expert_P1 = experts_of_slots(slots_ER, num_slots)
+        found.slots_2P = slots_of_call(found.index_TK, found.weights_TK, expert_P1)
+        found.index_TK = logical_ids(found.index_TK, expert_P1)
     return found
 
 
