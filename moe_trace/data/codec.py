@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.placements import SIDES, Places, Side
-from moe_trace.data.calls.ragged import CountLists, changes_only, with_unchanged
+from moe_trace.data.calls.ragged import CountLists
+from moe_trace.data.calls.slot_maps import all_maps, changes_only
 from moe_trace.data.calls.table import (
     DEFAULTS,
     LISTS,
@@ -62,7 +63,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     }
     if "slot_experts" in columns:  # a map that changes seldom
         columns["slot_experts"] = _raw_list(
-            map(msgspec.json.encode, changes_only(calls.lists["slot_experts"], calls.router))
+            map(msgspec.json.encode, changes_only(calls.lists["slot_experts"], by_key[calls.router]))
         )
     columns["placement"] = _raw_list(_encode_places(calls.places))
     payload = {
@@ -255,7 +256,8 @@ def _decode_calls(value: Any, routers: tuple[RouterInfo, ...]) -> CallTable:
         if kind_of(name) is float:
             _require_finite(column, [value is not None for value in cells[name]])
     lists = {name: CountLists.of(cells[name]) for name in LISTS}
-    lists["slot_experts"] = with_unchanged(lists["slot_experts"], router)
+    slots = [(r.num_slots, r.num_experts) for r in routers]
+    lists["slot_experts"] = all_maps(lists["slot_experts"], lists["slot_assignments"], router, slots)
     return CallTable(
         tuple(RouterKey(r.site, r.name, r.layer) for r in routers),
         router,

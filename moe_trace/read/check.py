@@ -105,6 +105,11 @@ def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
         found = int(sample.assignments.sum())
         if found != expected:
             yield _call(sample), f"{found} assignments, expected tokens·k - skipped = {expected}"
+        if sample.slot_assignments is not None and sample.slot_experts is not None:
+            known = sample.slot_experts >= 0
+            slots = sample.slot_experts[known], sample.slot_assignments[known]
+            if not np.array_equal(np.bincount(*slots, len(sample.assignments)), sample.assignments):
+                yield _call(sample), "the slots' counts do not add up to those of their experts"
         if not sample.k_histogram.any():  # not known: `record/calls/settled_rows.py`
             continue
         by_k = int((sample.k_histogram * np.arange(len(sample.k_histogram))).sum())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import moe_trace
 from moe_trace.data.codec import decode_recording, encode_recording
+from moe_trace.data.errors import TraceFileError
 from moe_trace.find.contracts.engines.physical_experts import experts_of_slots, logical_ids, slots_of_call
 
 DIM, EXPERTS, SLOTS, TOP_K = 8, 6, 9, 2
@@ -161,6 +162,27 @@ def test_what_each_slot_got_and_held_is_in_the_recording_and_its_file(tokens: in
     maps = json.loads(written)["samples"]["slot_experts"]
     assert [len(row) for row in maps] == [SLOTS, *[0] * 7] * 5, "written where it changes"
     assert tracer.recording().routers[0].num_slots == SLOTS
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"slot_experts": [[0] * SLOTS]},
+        {"slot_experts": [[EXPERTS] * SLOTS] * 2},
+        {"slot_experts": [[0], [0]]},
+    ],
+    ids=["too_few", "no_expert", "too_short"],
+)
+def test_maps_that_are_none_of_the_router_are_refused(wrong: dict[str, Any]) -> None:
+    model = nn.Sequential(Block().eval())
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        for _ in range(2):
+            model(torch.randn(5, DIM))
+    payload = json.loads(encode_recording(tracer.recording()))
+    assert len(decode_recording(payload).samples) == 2
+    payload["samples"] |= wrong
+    with pytest.raises(TraceFileError):
+        decode_recording(payload)
 
 
 def test_a_slot_of_weight_zero_or_out_of_use_counts_nowhere() -> None:

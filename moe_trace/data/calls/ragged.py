@@ -119,28 +119,6 @@ class CountLists:
         return found
 
 
-def changes_only(lists: CountLists, group: IntArray) -> Iterator[list[int] | None]:
-    """All of them, one by one; an empty list where the last one before it in its group is equal.
-
-    Args:
-        group: [N] the group of each row.
-    """
-    last: dict[int, list[int]] = {}
-    for key, row in zip(group.tolist(), lists.to_lists(), strict=True):
-        yield row if row is None or row != last.get(key) else []
-        if row is not None:
-            last[key] = row
-
-
-def with_unchanged(lists: CountLists, group: IntArray) -> CountLists:
-    """From what `changes_only` gave: all of them again."""
-    index = np.arange(len(lists))
-    for key in set(group[lists.known].tolist()):
-        rows = np.flatnonzero(lists.known & (group == key))
-        index[rows] = rows[np.maximum.accumulate(np.where(lists.sizes[rows] > 0, np.arange(len(rows)), 0))]
-    return lists.take(index) if lists.known.any() else lists
-
-
 def _starts(sizes: IntArray) -> IntArray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 

@@ -93,8 +93,8 @@ def report_physical(recording: Recording, records: RankRecords) -> PhysicalRepor
 
 def _layer(router: RouterInfo, calls: CallTable, records: RankRecords) -> PhysicalLoad:
     counts, held = calls.lists["slot_assignments"], calls.lists["slot_experts"]
-    size = max(int(counts.sizes.max()), int(held.sizes.max()), router.num_slots)
-    maps_MP, map_N = np.unique(_rows(held, size, -1), axis=0, return_inverse=True)
+    size = int(held.sizes.max())
+    maps_MP, map_N = np.unique(held.values.reshape(-1, size).astype(np.int64), axis=0, return_inverse=True)
     loads_MP = counts.summed_by(map_N.ravel(), len(maps_MP), least=size)
     slots_P, last_P = loads_MP.sum(0), maps_MP[map_N.ravel()[-1]]
     ranks_P = _rank_of_slot(router, records, size)
@@ -118,14 +118,6 @@ def _layer(router: RouterInfo, calls: CallTable, records: RankRecords) -> Physic
         rank_max_over_mean=_uneven(list(by_rank.values())),
         replicas=_replicas(maps_MP, loads_MP),
     )
-
-
-def _rows(lists: object, size: int, filler: int) -> Ints:
-    rows = lists.rows()  # type: ignore[attr-defined]
-    found = np.full((len(rows), size), filler, np.int64)
-    for row, values in zip(found, rows, strict=True):
-        row[: len(values)] = values
-    return found
 
 
 def _uneven(load: Ints | Sequence[int]) -> float | None:
