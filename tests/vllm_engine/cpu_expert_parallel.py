@@ -1,7 +1,9 @@
-"""Expert parallelism in vLLM's CPU build, whose kernel does not ask `expert_map` and ends in a segmentation
-fault: here ids of experts that the rank holds become those of its weights, the others get the weight 0.
+"""What vLLM's CPU build lacks for experts that are split over ranks; all else in those tests is vLLM's own.
 
-A worker imports this for `worker_extension_cls` before it loads its model. All else is vLLM's own.
+Its kernel does not ask `expert_map`, and ends in a segmentation fault: here ids of experts that the rank
+holds become those of its weights, the others get the weight 0. Its communicator has no collectives of uneven
+parts, with which data-parallel ranks exchange tokens: here they are made of broadcasts and an all-reduce. A
+worker imports this for `worker_extension_cls` before it loads its model.
 """
 
 from __future__ import annotations
@@ -31,8 +33,36 @@ def obey_expert_map() -> None:
     CPUUnquantizedExperts.apply = with_local_ids
 
 
+def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+    import torch
+
+    if isinstance(input_, list):
+        return [all_gatherv(self, one, dim, sizes) for one in input_]
+    parts = [input_.new_empty((rows, *input_.shape[1:])) for rows in sizes or [len(input_)] * self.world_size]
+    parts[self.rank_in_group].copy_(input_)
+    for rank, part in zip(self.ranks, parts, strict=True):
+        torch.distributed.broadcast(part, src=rank, group=self.cpu_group)
+    return torch.cat(parts)
+
+
+def reduce_scatterv(self: Any, input_: Any, dim: int = -1, sizes: list[int] | None = None) -> Any:
+    import torch
+
+    total = input_.float()
+    torch.distributed.all_reduce(total, group=self.cpu_group)
+    parts = total.split(sizes or [len(total) // self.world_size] * self.world_size)
+    return parts[self.rank_in_group].to(input_.dtype)
+
+
+def exchange_uneven_parts() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator.all_gatherv, CpuCommunicator.reduce_scatterv = all_gatherv, reduce_scatterv
+
+
 obey_expert_map()
+exchange_uneven_parts()
 
 
 class ExpertParallelWorker(OracleWorker):
-    """The mend, and the oracle."""
+    """The mends, and the oracle."""
