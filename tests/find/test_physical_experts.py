@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +26,7 @@ def test_the_example_of_vllm() -> None:
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_every_slot_has_its_expert_and_counts_of_replicas_add_up(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))
     redundant = data.draw(st.integers(0, 5))
