@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import NUMBERS, CallTable, RouterKey, known_values
+from moe_trace.data.calls.table import NUMBERS, CallTable, RouterKey, known_values, rows_in
 from moe_trace.data.display.columns import Column, column_of
 from moe_trace.data.load_stats import describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
@@ -105,10 +105,9 @@ def call_rows(
         names = ("start", "range") if side == "host" else ("device_start", "device_span")
         columns |= {f"{kind}_{name}_us": known_values(spans[:, i]) for i, name in enumerate(names)}
     if times is not None:
-        row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
-        rows = [row_of.get(key) for key in keys]
+        rows = rows_in(calls, times.samples).tolist()
         for name, values in _phases_ns(times).items():
-            columns[name] = [None if row is None else int(values[row]) / 1000 for row in rows]
+            columns[name] = [None if row < 0 else int(values[row]) / 1000 for row in rows]
     return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

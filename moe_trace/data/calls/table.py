@@ -207,6 +207,12 @@ class CallTable(Sequence[RoutingSample]):
         return [None if value == NONE else value for value in column.tolist()]
 
 
+def rows_in(calls: CallTable, other: CallTable) -> IntArray:
+    """[N] row of each call in another table; -1 where it has none."""
+    row_of = {key: i for i, key in enumerate(other.call_keys())}
+    return np.array([row_of.get(key, -1) for key in calls.call_keys()], np.int64)
+
+
 def known_values(values: npt.NDArray[np.float64]) -> list[float | None]:
     """Plain values, None for NaN."""
     return [None if value != value else value for value in values.tolist()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, rows_in
 from moe_trace.data.load_stats import describe_load, load_figures
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
@@ -97,8 +97,7 @@ def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
     times = summary.times
     if times is None:
         return columns
-    row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
-    rows = np.array([row_of.get(key, -1) for key in calls.call_keys()])
+    rows = rows_in(calls, times.samples)
     known = rows >= 0
 
     def placed(values: np.ndarray) -> Floats:

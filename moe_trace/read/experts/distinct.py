@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, rows_in
 from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.distinct import uniform_distinct
 from moe_trace.data.schema import Recording, RouterInfo
@@ -146,8 +146,7 @@ def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
     work_ns = times.work_ns(times.forward)
     us = np.full(len(calls), np.nan)
     if work_ns is not None:
-        row_of = {key: i for i, key in enumerate(times.samples.call_keys())}
-        rows = np.array([row_of.get(key, -1) for key in calls.call_keys()], np.int64)
+        rows = rows_in(calls, times.samples)
         us[rows >= 0] = work_ns[rows[rows >= 0], EXPERTS] / 1000
     return np.where(us > 0, us, np.nan)
 
