@@ -66,6 +66,23 @@ def test_a_later_hook_on_a_router_is_seen() -> None:
     assert entropy[1] == pytest.approx(np.log(EXPERTS)) != pytest.approx(entropy[0])
 
 
+def test_what_hooks_of_others_let_be_written_is_found_out_again() -> None:
+    """After they came or went, the choice is written over behind our hooks, in the first forward already."""
+    model = tiny_olmoe(layers=1)
+    block = model.model.layers[0].mlp
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        for _ in range(8):
+            model(**token_batch())
+        handle = block.gate.register_forward_hook(lambda m, a, out: (out[0], out[1], out[2].flip(0)))
+        model(**token_batch())
+        handle.remove()
+        block.experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+        for _ in range(8):
+            model(**token_batch())
+    assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    assert_conserved(tracer)
+
+
 @pytest.mark.parametrize("profiled", [False, True])
 def test_a_gate_called_without_its_experts_assigns_nothing(profiled: bool) -> None:
     """Prefetching the experts of the next layer."""

@@ -343,6 +343,38 @@ def writes_into_the_choice(user: User) -> None:
 
 
 @act
+def writes_over_the_choice(user: User) -> Any:
+    """When the experts are done with it, behind all hooks."""
+    hook = user.blocks[0].experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+    with torch.no_grad():
+        logits = [user.forward() for _ in range(3)]
+    hook.remove()
+    return logits
+
+
+@act
+def tiles_a_block_by_itself(user: User) -> Any:
+    for block in user.blocks:
+        block.forward = lambda hidden, block=block: (
+            torch.cat([block(row.contiguous()) for row in hidden.split(1, dim=1)], dim=1)
+            if hidden.shape[1] > 1
+            else type(block).forward(block, hidden)
+        )
+    with torch.no_grad():
+        logits = [user.forward() for _ in range(2)]
+    for block in user.blocks:
+        del block.forward
+    return logits
+
+
+@act
+def settles(user: User) -> Any:
+    """So many forwards that routers are known, and have the plainest hooks."""
+    with torch.no_grad():
+        return [user.forward() for _ in range(7)]
+
+
+@act
 def calls_gates_twice(user: User) -> None:
     def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
         _, weights, index = self.gate(tokens)

@@ -129,6 +129,9 @@ class CallCollector:
         with self._lock:
             self._plain.work_off()
             self._plain.forget()
+            for router in self._routers:
+                if router.copies is None:
+                    router.copy_from_now_on(static=False)
 
     def _copy_from_now_on(self, names: set[str]) -> None:
         """These routers write into memory that they handed out before: see `calls/inplace_outputs.py`."""

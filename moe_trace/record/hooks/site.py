@@ -252,9 +252,13 @@ class SiteHooks(SiteObserver):
                 self.copies = None
                 self.on_change()
 
-    def copy_from_now_on(self) -> None:
-        """The router writes into memory that it handed out before."""
-        self.copies = TensorCopies(static=True)
+    def copy_from_now_on(self, *, static: bool = True) -> None:
+        """What calls hand out is copied: always, or until it is known again whether it must be.
+
+        Args:
+            static: whether the router writes into memory that it handed out before.
+        """
+        self.copies = TensorCopies(static=static)
         self._plain_calls.stop()
         self._plain_ranges.stop()
         self.on_change()
