@@ -68,13 +68,13 @@ class CompilableRouter(Router):
 
     def select_experts(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = router_logits.softmax(-1).topk(TOP_K, dim=-1)
-        state, token = self.state, torch.arange(len(ids)).unsqueeze(-1)
+        state, token = self.state, torch.arange(len(ids), device=ids.device).unsqueeze(-1)
         physical = state.logical_to_physical_map[ids, token % state.logical_replica_count[ids]]
         self.kept[:, : len(ids)].copy_(torch.stack([ids, physical]))
         return weights, physical.to(torch.int32)
 
     def take(self, tokens: int) -> None:
-        logical, physical = self.kept[:, :tokens].clone()
+        logical, physical = self.kept[:, :tokens].cpu().clone()
         self.logical.append(logical)
         self.physical.append(physical)
         self.held.append(self.state.held.tolist())
@@ -237,3 +237,32 @@ def test_a_captured_graph_reads_the_map_of_its_replay() -> None:
         slots.copy_(state.logical_to_physical_map)
         graph.replay()
         assert found.flatten().tolist() == state.held.tolist()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [3, 40, 900], ids=["small", "medium", "reduced"])
+def test_replays_of_a_captured_graph_count_slots_by_the_map_of_each(tokens: int) -> None:
+    torch.manual_seed(0)
+    block: Any = Block().eval()
+    router = block.experts.router = CompilableRouter()
+    model, router.kept = nn.Sequential(block).cuda(), router.kept.cuda()
+    for name in ("logical_to_physical_map", "logical_replica_count"):
+        setattr(router.state, name, getattr(router.state, name).cuda())
+    x, replays = torch.randn(tokens, DIM, device="cuda"), 5
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        model(x)  # warms up, eagerly
+        router.take(tokens)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(x)
+        for _ in range(replays):
+            router.state.move()
+            x.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            router.take(tokens)
+        samples = tracer.samples()
+    assert [sample.in_graph for sample in samples] == [False, *[True] * replays]
+    assert [s.assignments.tolist() for s in samples] == counts(router.logical, EXPERTS)
+    assert [s.slot_assignments.tolist() for s in samples] == counts(router.physical, SLOTS)
+    assert [s.slot_experts.tolist() for s in samples] == router.held

@@ -55,14 +55,20 @@ def test_counts_of_expert_parallel_ranks_are_vllms_own(experts_split: EngineRun)
 
 
 def test_ranks_compute_the_slots_of_the_experts_that_they_hold(
-    experts_split: EngineRun, capsys: pytest.CaptureFixture[str]
+    experts_split: EngineRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captured = experts_split.result["phases"][0]["ranks"][0]["captured"]
-    assert main(["report", str(experts_split.traces[0].parent), "--format", "json"]) == 0
-    report = json.loads(capsys.readouterr().out)["ranks"]
-    for layer in report["layers"]:
-        slots = [sum(column) for column in zip(*captured[layer["name"]], strict=True)]
-        assert layer["load"] == [sum(slots[expert] for expert in HELD[rank]) for rank in (0, 1)]
+    folder = str(experts_split.traces[0].parent)
+    merged = str(tmp_path / "merged.pt.trace.json.gz")
+    assert main(["merge", folder, "--out", merged]) == 0
+    for where in (folder, merged):
+        capsys.readouterr()
+        assert main(["report", where, "--format", "json"]) == 0
+        report = json.loads(capsys.readouterr().out)["ranks"]
+        assert report["ranks"] == [0, 1]
+        for layer in report["layers"]:
+            slots = [sum(column) for column in zip(*captured[layer["name"]], strict=True)]
+            assert layer["load"] == [sum(slots[expert] for expert in HELD[rank]) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
