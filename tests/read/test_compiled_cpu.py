@@ -134,6 +134,7 @@ def test_phases_and_gap_are_the_block_and_no_more_than_the_wrapper_ran(
     assert (times.host_gap_ns >= 0).all() and not times.forward.busy_ns.any()
     summary = read_summary(path)
     assert summary.phases is not None and summary.phases.whole.host_known
+    assert summary.phases.provenance is not None and not summary.lost.untimed
     assert times.forward.host_ns.sum() < ns([e for call in calls_by_hand(path) for e in call])
 
 

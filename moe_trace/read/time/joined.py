@@ -37,7 +37,7 @@ def without_timed(lost: Lost, times: CallTimes) -> Lost:
     """The routers that merging found no time for, less those whose kernels the compiler's notes name."""
     calls = times.samples
     ranged = ~np.isnan(calls.duration_us("device", "router"))
-    told = int((calls.in_graph & ~ranged).sum()) if times.device_known else 0
+    told = int((calls.in_graph & ~ranged).sum()) if times.work_ns(times.forward) is not None else 0
     left = lost.untimed.get(FUSED, 0) - told
     untimed = {why: count for why, count in lost.untimed.items() if why != FUSED}
     return replace(lost, untimed=untimed | ({FUSED: left} if left > 0 else {}))

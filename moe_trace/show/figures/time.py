@@ -93,6 +93,12 @@ def _mark(report: PhaseReport) -> str:
     return "" if report.provenance is None else f", inside compiled code {report.provenance}"
 
 
+def _inside(report: PhaseReport | None) -> str:
+    """The mark alone, where another figure gives the shares."""
+    known = report is not None and report.provenance is not None
+    return f" Inside compiled code {BY_COMPILER}." if known else ""
+
+
 def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
     calls = max(1, layer.count(part))
     found: dict[str, float] = {phase: 0.0 for phase in PHASES}
@@ -133,7 +139,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
         key="gaps",
         title="Launch gaps",
         caption="Share of the block's time in which none of its kernels (device) or operators (host) ran. "
-        "Large device gaps: the host launches more slowly than the device works.",
+        f"Large device gaps: the host launches more slowly than the device works.{_inside(report)}",
         data=data,
         layout={
             "barmode": "group",
@@ -167,7 +173,7 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
         caption=f"Mean {'kernel' if clock == 'device' else 'operator'} time of one call. Backward nodes are "
         "found by the profiler's forward-backward links; the backward of matrix products costs twice their "
         "forward."
-        + (f" Inside compiled code {BY_COMPILER}." if report.provenance is not None else "")
+        + _inside(report)
         + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
         data=[
             bars(
@@ -206,7 +212,7 @@ def latency_distribution(summary: TraceSummary) -> Figure:
     return Figure(
         key="latencies",
         title="Router latency, distribution over calls",
-        caption="Calls of all layers by their latency; the axis is logarithmic.",
+        caption=f"Calls of all layers by their latency; the axis is logarithmic.{_inside(summary.phases)}",
         data=data,
         layout={
             "xaxis": {"type": "log", "title": {"text": "µs"}, **_ticks(data)},

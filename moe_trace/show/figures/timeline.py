@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.schema import Span
 from moe_trace.read.time.lanes import Clock, Lanes, Segments, counter_tracks
 from moe_trace.read.time.phase_detection import PHASES
@@ -31,12 +32,13 @@ def timeline_figure(
     ]
     apart_us = segments.joined_ns / 1000
     closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
+    compiled = f" Inside compiled code {BY_COMPILER}." if any(s.in_graph for s in samples) else ""
     joined = f" Pieces closer than {closer} µs are drawn as one: zoom in to part them."
     return Figure(
         key="timeline",
         title=f"Step {step}, {clock} time",
         caption=f"A band per layer and in it a line per part, by {_unit(clock)}s. Drag to move, scroll or "
-        f"pinch to zoom." + (joined if segments.joined_ns else ""),
+        f"pinch to zoom." + (joined if segments.joined_ns else "") + compiled,
         data=data if used else [],
         layout=_layout(sites, data, origin_ns, window_ns),
         headings=("layer", "part", "stretches", f"{_unit(clock)}s", "first starts µs", "last ends µs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.json import attributes
 from moe_trace.data.display.tables import number, scaled, share
@@ -120,6 +121,8 @@ def _moe_share(summary: TraceSummary) -> JsonDict:
         return _card(label, "-", None, None, _no_times(summary), "time")
     value = whole.moe_share_of_model
     detail = "of all kernel time" if whole.on_device else "of all time in operators"
+    if summary.phases is not None and summary.phases.provenance is not None:
+        detail += f", {BY_COMPILER}"
     return _card(label, share(value), value, "phases.whole.moe_share_of_model", detail, "time")
 
 
