@@ -135,6 +135,11 @@ def test_phases_and_gap_are_the_block_and_no_more_than_the_wrapper_ran(
     summary = read_summary(path)
     assert summary.phases is not None and summary.phases.whole.host_known
     assert summary.phases.provenance is not None and not summary.lost.untimed
+    whole = summary.phases.whole
+    assert whole.moe_work_us is not None and whole.model_work_us is not None
+    # The model's work is that of the kernels and operators in the wrapper, and of those outside it.
+    in_wrapper = ns([e for call in calls_by_hand(path) for e in call]) / 1000
+    assert whole.moe_work_us < in_wrapper <= whole.model_work_us
     assert times.forward.host_ns.sum() < ns([e for call in calls_by_hand(path) for e in call])
 
 

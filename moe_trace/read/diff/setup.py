@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.read.analysis import TraceSummary
 
 NOT_RECORDED = "not recorded"
@@ -87,7 +86,7 @@ def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
     yield "stages", ", ".join(summary.by_stage()) or "none"
     yield "graph or compiled", any(s.in_graph for s in summary.samples)
     if summary.phases is not None:
-        yield "phases told", "by ranges" if summary.phases.provenance is None else BY_COMPILER
+        yield "phases told", "by ranges" if summary.phases.provenance is None else "by the compiler"
 
 
 def _of_all(values: set[str]) -> str | None:

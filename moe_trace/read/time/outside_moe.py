@@ -27,6 +27,7 @@ from moe_trace.read.file.events import EventTable, Kind
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import host_bounds_ns
+from moe_trace.read.time.compiled_calls import compiled_calls
 from moe_trace.read.time.phase_detection import outermost_slices
 from moe_trace.read.time.phases import IntArray
 
@@ -96,7 +97,7 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
         all_ns = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
         launch_ns, duration_ns = kernels.launch_ns, kernels.duration_ns
     else:
-        ops = outermost_slices(events.select(events.kind == Kind.OP))
+        ops = outermost_slices(_without_wrappers(events.select(events.kind == Kind.OP)))
         all_ns = int(ops.duration_ns.sum())
         launch_ns, duration_ns = ops.start_ns, ops.duration_ns
     of_each = [
@@ -118,6 +119,19 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
         },
         calls=frozenset(_keys(CallTable.of(samples))),
     )
+
+
+def _without_wrappers(ops: EventTable) -> EventTable:
+    """Without what only holds calls of compiled graphs: the work is that of their operators and kernels."""
+    calls = compiled_calls(ops)
+    if not len(calls):
+        return ops
+    stride = int(max(ops.end_ns.max(), 0)) + 1
+    starts = calls.thread.astype(np.int64) * stride + calls.start_ns
+    at = np.searchsorted(starts, ops.thread.astype(np.int64) * stride + ops.start_ns)
+    first = np.minimum(at, len(calls) - 1)
+    holds = (at < len(calls)) & (calls.thread[first] == ops.thread) & (calls.end_ns[first] <= ops.end_ns)
+    return ops.select(~holds)
 
 
 def _starts_within(events: EventTable, kind: Kind, name: str, times_ns: IntArray) -> npt.NDArray[np.bool_]:
