@@ -23,6 +23,8 @@ _version = attrgetter("_version")
 
 Columns = Sequence[Sequence[Tensor]]
 """The tensors of some calls: index, weights and, where there are any, logits."""
+Usual = dict[tuple[bool, ...], tuple[int, ...]]
+"""The versions that the tensors of a router's calls have, by which of them have any."""
 
 
 @dataclass(slots=True)
@@ -95,12 +97,18 @@ class PendingStore:
         return groups
 
     def add(
-        self, record: CallRecord, reading: RouterOutput, mask: Tensor | None, stream: int | None = None
+        self,
+        record: CallRecord,
+        reading: RouterOutput,
+        mask: Tensor | None,
+        stream: int | None = None,
+        usual: Usual | None = None,
     ) -> None:
         """Keep references to the tensors of a call.
 
         Args:
             mask: which tokens are padding, where that is known.
+            usual: of its router, where nobody looked at their versions when they were handed out.
             stream: on which they are made; None for the current one.
         """
         index, weights, logits = reading.index_TK, reading.weights_TK, reading.logits_TE
@@ -117,7 +125,9 @@ class PendingStore:
             slots,
         )
         group = self._group(form, tensors, record.site.info.num_experts, 1)
-        self._extend(group, [record], columns, versions_of(columns), [mask], 1)  # type: ignore[arg-type]
+        now = versions_of(columns)
+        versions = now if usual is None else [usual.setdefault(_key(now[0]), now[0])]
+        self._extend(group, [record], columns, versions, [mask], 1)  # type: ignore[arg-type]
 
     def add_forwards(
         self,
@@ -197,6 +207,10 @@ class PendingStore:
 
 def _kind(mask: Tensor | None) -> torch.dtype | None:
     return None if mask is None else mask.dtype
+
+
+def _key(versions: tuple[int, ...]) -> tuple[bool, ...]:
+    return tuple(version < 0 for version in versions)
 
 
 def versions_of(columns: Columns) -> list[tuple[int, ...]]:

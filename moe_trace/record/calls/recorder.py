@@ -29,7 +29,7 @@ from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.free_memory import give_back_memory
 from moe_trace.record.calls.inplace_outputs import written_over
-from moe_trace.record.calls.pending import PendingCalls, PendingStore
+from moe_trace.record.calls.pending import PendingCalls, PendingStore, Usual
 from moe_trace.record.calls.reduction import reduce_group
 from moe_trace.record.calls.refusals import Refusals
 from moe_trace.record.calls.samples import Batch, by_device_and_width
@@ -76,14 +76,21 @@ class Recorder:
         self._lost: dict[str, Counter[str]] = defaultdict(Counter, unreadable=self.refusals.by_router)
         """By reason, then by router."""
 
-    def add(self, record: CallRecord, reading: RouterOutput, mask: Tensor | None = None) -> None:
+    def add(
+        self,
+        record: CallRecord,
+        reading: RouterOutput,
+        mask: Tensor | None = None,
+        usual: Usual | None = None,
+    ) -> None:
         """Keep references to a call's tensors; reduce early if too much would be kept alive.
 
         Args:
             mask: [T] bool, which tokens are padding, where that is known.
+            usual: see `PendingStore.add`.
         """
         with self._lock:  # another thread may be taking them away
-            self._pending.add(record, reading, mask)
+            self._pending.add(record, reading, mask, usual=usual)
         self._reduce_if_full()
 
     def add_forwards(self, *forwards: Any) -> bool:

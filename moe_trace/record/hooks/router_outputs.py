@@ -253,7 +253,9 @@ class CallCollector:
             tokens=context.tokens,
             batch=context.batch,
         )
-        self._recorder.add(record, reading, mask)
+        router = self._routers[call.site]
+        by_reference = router.copies is None and len(call.experts) == 1  # else what is read was copied
+        self._recorder.add(record, reading, mask, router.usual if by_reference else None)
         if self._clock is not None:
             self._keep_times(call, counts.recorded)
         counts.recorded += 1

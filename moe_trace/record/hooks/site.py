@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.inplace_outputs import TensorCopies
+from moe_trace.record.calls.pending import Usual
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
@@ -59,6 +60,8 @@ class SiteHooks(SiteObserver):
         self.on_change: Callable[[], None] = lambda: None
         """Told that the block needs other hooks than are on."""
         self.read = self.site.read
+        self.usual: Usual = {}
+        """The versions of what its calls hand out, since it is known that nothing need be copied."""
         self._owner = owner
         self._handles: list[RemovableHandle] = []
         self.reads_block = self.site.read_block is not None
@@ -258,7 +261,7 @@ class SiteHooks(SiteObserver):
         Args:
             static: whether the router writes into memory that it handed out before.
         """
-        self.copies = TensorCopies(static=static)
+        self.copies, self.usual = TensorCopies(static=static), {}
         self._plain_calls.stop()
         self._plain_ranges.stop()
         self.on_change()
