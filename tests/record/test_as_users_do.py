@@ -31,7 +31,8 @@ def assert_conserved(tracer: moe_trace.MoETracer) -> None:
     for site in tracer.sites:
         reasons = dict(lost.calls.get(site.name, {}))
         kept = sum(s.name == site.name for s in samples)
-        assert kept == recorded[site.name] - reasons.get("overwritten", 0) - reasons.get("unreduced", 0)
+        gone = sum(reasons.get(reason, 0) for reason in ("overwritten", "rewritten", "unreduced"))
+        assert kept == recorded[site.name] - gone
         assert lost.calls_seen.get(site.name, 0) == kept + sum(reasons.values())
 
 
@@ -80,6 +81,39 @@ def test_what_hooks_of_others_let_be_written_is_found_out_again() -> None:
         for _ in range(8):
             model(**token_batch())
     assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    assert_conserved(tracer)
+
+
+def test_a_choice_that_is_written_over_while_a_thread_is_inside_is_lost_once_and_then_copied() -> None:
+    """Its forward has not ended, so that all others are joined one by one."""
+    model = tiny_olmoe(layers=1)
+    experts, inside, go_on = model.model.layers[0].mlp.experts, threading.Event(), threading.Event()
+
+    def wait(module: Any, args: Any) -> None:
+        if threading.current_thread() is thread:
+            inside.set()
+            go_on.wait()
+
+    def run() -> None:
+        with torch.no_grad():
+            model(**token_batch())
+
+    thread = threading.Thread(target=run)
+    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        experts.register_forward_pre_hook(wait)
+        thread.start()
+        inside.wait()
+        for _ in range(8):
+            model(**token_batch())
+        experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+        for _ in range(4):
+            model(**token_batch())
+        go_on.set()
+        thread.join()
+    lost = tracer.recording().lost.calls["model.layers.0.mlp.gate"]
+    assert set(lost) == {"rewritten"}
+    received = [c.assignments(EXPERTS) for c in calls]
+    assert all(counts in received for counts in counts_of(tracer.samples()))
     assert_conserved(tracer)
 
 
