@@ -19,8 +19,10 @@ from moe_trace import ask, merge_into, read_summary
 from moe_trace.data.codec import decode_recording, encode_recording
 from moe_trace.data.compiled_graph import BY_COMPILER, CompiledGraph, decode_compiled, encode_compiled
 from moe_trace.read.diff import compare
+from moe_trace.read.file.events import spans_ns
 from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.time.compiled_calls import CompiledCalls
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.lanes import find_lanes
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
@@ -37,7 +39,10 @@ from moe_trace.timeline.correlate.compiled_launches import (
 from paths import ROOT
 
 FOLDER = ROOT / "tests" / "data" / "h100_compiled"
-ALL = sorted(file.name.split(".")[0] for file in FOLDER.iterdir())
+PARTS = ["compiled_experts", "compiled_router"]
+"""Only these are compiled; the rest of the block runs as written."""
+ALL = sorted({file.name.split(".")[0] for file in FOLDER.iterdir()} - {*PARTS, "by_hand"})
+TRAINING = ["compiled_training", "training_layers", "training_with_graphs"]
 ONE_BY_ONE = ["without_graphs", "layers_without_graphs", "compiled_training"]
 GROUPED = ("prepare_grouped_gemm_data", "enable_3x_kernel_for_sm9xINS_4gemm6kernel13Gemm")
 
@@ -57,7 +62,8 @@ def kernels_of(name: str) -> list[list[dict[str, Any]]]:
     """Kernels, copies and memsets of each forward's compiled calls, by a plain reading of the JSON."""
     events = json.loads(gzip.decompress(path_of(name).read_bytes()))["traceEvents"]
     slices = [e for e in events if e.get("ph") == "X"]
-    threads = {e["tid"] for e in slices if e["name"].startswith(("moe.graph/", "cudaGraphLaunch"))}
+    threads = {e["tid"] for e in slices if e["name"].startswith("moe.graph/")}
+    threads = threads or {e["tid"] for e in slices if e["name"].startswith("cudaGraphLaunch")}
     calls = [e for e in slices if e["name"].startswith("## Call Compiled") and e["tid"] in threads]
     launches = [e for e in slices if e.get("cat") in ("cuda_runtime", "cuda_driver")]
     work = defaultdict(list)
@@ -77,13 +83,13 @@ def kernels_of(name: str) -> list[list[dict[str, Any]]]:
 
 
 def test_every_way_of_compiling_tells_all_phases_of_all_calls() -> None:
-    assert len(ALL) == 6
+    assert len(ALL) == 10
     for name in ALL:
-        times = times_of(name)
-        assert times.coverage.compiled.joined == times.coverage.compiled.total == 6, name
+        times, calls = times_of(name), 48 if name.endswith("16_layers") else 6
+        assert times.coverage.compiled.joined == times.coverage.compiled.total == calls, name
         assert (times.forward.busy_ns[:, [ROUTER, DISPATCH, EXPERTS, COMBINE]] > 0).all(), name
         assert not times.forward.busy_ns[:, COMBINE + 1 :].any(), name
-        assert times.forward.kernels[:, ROUTER].tolist() == [4] * 6, name  # product, softmax, topk: 2
+        assert times.forward.kernels[:, ROUTER].tolist() == [4] * calls, name  # product, softmax, topk: 2
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -96,10 +102,10 @@ def test_experts_take_what_their_products_take_by_hand(name: str) -> None:
     assert times.forward.busy_ns[:, EXPERTS].sum() == pytest.approx(products, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n != "compiled_training"])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in TRAINING])
 def test_routers_are_the_same_kernels_in_every_layer_and_replay(name: str) -> None:
     topk = [e for call in kernels_of(name) for e in call if "topk" in e["name"].lower()]
-    assert len(topk) == 6
+    assert len(topk) == len(times_of(name).samples)
     times = times_of(name)
     assert times.forward.busy_ns[:, ROUTER].min() > min(round(1000 * e["dur"]) for e in topk)
     busy = times.forward.busy_ns.sum(1)
@@ -116,13 +122,47 @@ def test_phases_gaps_and_overlap_add_up_to_the_span(name: str) -> None:
     assert 0 < busy.sum() < total
 
 
-def test_a_backward_takes_about_twice_its_forward() -> None:
-    times = times_of("compiled_training")
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_backward_takes_about_twice_its_forward(name: str) -> None:
+    times = times_of(name)
     assert times.backward is not None and times.backward.ran.all()
     ratio = times.backward.busy_ns[:, EXPERTS].sum() / times.forward.busy_ns[:, EXPERTS].sum()
     assert 1.8 < ratio < 2.4
     # The gradient of the gather stands before the late products that give the weights' gradients.
     assert (times.backward.busy_ns[:, [ROUTER, DISPATCH, COMBINE]] > 0).all()
+
+
+def test_routers_have_the_kernels_that_a_graph_captured_by_hand_names() -> None:
+    """The same forward, captured from eager code, whose routers CUDA's driver told by their nodes."""
+    trace = read_trace(path_of("by_hand"))
+    kernels, names = find_kernels(trace.events), trace.events.names
+    spans = spans_ns(trace.recording.calls.places.span("device", "router"))
+    eager = [
+        [names[n] for n in kernels.name[(start <= kernels.start_ns) & (kernels.start_ns < end)]]
+        for start, end in spans
+    ]
+    trace = read_trace(path_of("without_graphs"))
+    kernels, names, calls = find_kernels(trace.events), trace.events.names, trace.recording.calls
+    rows = np.arange(len(calls))
+    join = CompiledCalls(calls, rows, trace.recording.compiled_graphs, trace.events, kernels)
+    compiled: list[list[str]] = [[] for _ in rows]
+    for one in join.forward():
+        if one.place == "router":
+            compiled[one.call].append(names[kernels.name[one.kernel]])
+    for by_hand, found in zip(eager, compiled, strict=True):
+        product, softmax, *topk = found
+        assert product == by_hand[0] and product.startswith("nvjet")
+        assert "softmax" in softmax and "softmax_warp_forward" in by_hand[2]
+        assert topk == by_hand[3:5] and "gatherTopK" in topk[0]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_compiled_alone_has_the_phases_of_the_whole(name: str) -> None:
+    times, whole = times_of(name), times_of("without_graphs")
+    busy, expected = times.forward.busy_ns.sum(0), whole.forward.busy_ns.sum(0)
+    alone = {"compiled_experts": [DISPATCH, EXPERTS, COMBINE], "compiled_router": [ROUTER]}[name]
+    assert busy[alone] == pytest.approx(expected[alone], rel=0.06)
+    assert (times.forward.busy_ns[:, [ROUTER, DISPATCH, EXPERTS, COMBINE]] > 0).all()
 
 
 @pytest.mark.parametrize("name", ["compiled_model", "without_graphs"])
@@ -193,7 +233,7 @@ def test_every_answer_says_whence_its_times_are(name: str) -> None:
     (answer,) = ask(summary, questions=["share"])
     assert BY_COMPILER in answer.sentence and "by_the_compilers_provenance" in answer.figures
     lanes = find_lanes(summary.samples, *_events_and_graphs(path_of(name)))
-    assert len(lanes.samples) == 6 and lanes.clocks()[0] == "device"
+    assert len(lanes.samples) == len(summary.samples) and lanes.clocks()[0] == "device"
     assert set(lanes.device.phase.tolist()) == {ROUTER, DISPATCH, EXPERTS, COMBINE}
 
 

@@ -48,6 +48,8 @@ WRITES = _aten(
     "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
 )
 # fmt: on
+_COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction")
+"""What compiled code runs in: inside it stand generated kernels and operators, as in eager code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,10 @@ class Steps(Intervals):
 
 def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     """The outermost operators and launches of each block, with their phases."""
+    around = np.array([name.startswith(_COMPILED) for name in events.names], bool)
     host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
+    if around.any():
+        host = host.select(~around[host.name])
     host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
     block = blocks.at(host.thread, host.start_ns, host.end_ns)
     inside = block >= 0
@@ -130,19 +135,27 @@ def _phases(
     writes: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int64]:
     router, experts = blocks.router_ns[block], blocks.experts_ns[block]
-    in_router = (start_ns >= router[:, 0]) & (start_ns < router[:, 1])
-    in_experts = ~in_router & (start_ns >= experts[:, 0]) & (start_ns < experts[:, 1])
-    phase = np.full(len(block), OTHER, dtype=np.int64)
-    phase[in_router] = ROUTER
-    rows = np.flatnonzero(in_experts)
+    phase = phases_of_ranges(blocks, block, start_ns)
+    rows = np.flatnonzero(phase == EXPERTS)
     phase[rows] = phases_in_experts(block[rows], products[rows], gathers[rows], writes[rows])
-    rows = np.flatnonzero(~in_router & ~in_experts)
+    rows = np.flatnonzero(phase == OTHER)
     before = (start_ns < router[:, 0]).astype(np.int64) + (start_ns < experts[:, 0])
     stretch = (block * 3 + before)[rows]
     _, stretch = np.unique(stretch, return_inverse=True)
     first, last = _first_and_last(stretch, products[rows])
     position = np.arange(len(rows))
     phase[rows[(position >= first[stretch]) & (position <= last[stretch])]] = SHARED
+    return phase
+
+
+def phases_of_ranges(
+    blocks: Blocks, block: npt.NDArray[np.int64], start_ns: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Router or experts, where something began in the block's range of that name, else other."""
+    router, experts = blocks.router_ns[block], blocks.experts_ns[block]
+    phase = np.full(len(block), OTHER, dtype=np.int64)
+    phase[(start_ns >= experts[:, 0]) & (start_ns < experts[:, 1])] = EXPERTS
+    phase[(start_ns >= router[:, 0]) & (start_ns < router[:, 1])] = ROUTER
     return phase
 
 

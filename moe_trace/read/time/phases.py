@@ -21,7 +21,7 @@ from moe_trace.read.file.decoding import NO_LINK
 from moe_trace.read.file.events import EventTable, Kind, find_links
 from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
-from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
+from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps, phases_of_ranges
 
 IntArray = npt.NDArray[np.int64]
 
@@ -236,14 +236,20 @@ def _backward(
     nodes, found = node_intervals(events, backward)
     coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
     nodes, at = nodes.select(linked), at[linked]
-    step = steps.at(forward.thread[at], forward.start_ns[at])
-    nodes, step = nodes.select(step >= 0), step[step >= 0]
+    block = blocks.at(forward.thread[at], forward.start_ns[at])
+    nodes, at, block = nodes.select(block >= 0), at[block >= 0], block[block >= 0]
+    thread, start_ns = forward.thread[at], forward.start_ns[at]
+    # Code that was compiled has one node, which began where none of the steps inside it did.
+    phase = phases_of_ranges(blocks, block, start_ns)
+    step = steps.at(thread, start_ns)
+    known = np.flatnonzero(step >= 0)
+    block[known], phase[known] = steps.block[step[known]], steps.phase[step[known]]
     order = np.lexsort((nodes.start_ns, nodes.thread))
-    nodes, step = nodes.select(order), step[order]
+    nodes = nodes.select(order)
     as_steps = _after_recompute(
         Steps(
-            block=steps.block[step],
-            phase=steps.phase[step],
+            block=block[order],
+            phase=phase[order],
             thread=nodes.thread.astype(np.int64),
             start_ns=nodes.start_ns,
             end_ns=nodes.end_ns,
