@@ -149,9 +149,9 @@ def _graph_notes(recording: Recording) -> list[str]:
     if recording.graphs_compiled and not recording.compiled_graphs:
         notes.append(
             "phases inside compiled code are unknown, for its kernels lack the compiler's notes: the code "
-            "came from Inductor's cache on disk, was compiled before the tracer started, or in pieces that "
-            "hold no whole layer. Start the tracer before the first compiled call, and run once with "
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+            "came from Inductor's cache on disk without them, was compiled before the tracer started, or in "
+            "pieces that hold no whole layer. Start the tracer before the first compiled call, and run once "
+            "with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
         )
     notes += [
         f"{count} router calls have no place in the trace: {why}" for why, count in lost.unplaced.items()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor import config
+from torch._inductor import compile_fx, config, debug
 from torch._inductor.graph import GraphLowering
+from torch._inductor.output_code import CompiledFxGraph
 
 from models import tiny_olmoe
 from moe_trace import MoETracer, find_routers
-from moe_trace.data.compiled_graph import CompiledGraph
+from moe_trace.data.compiled_graph import CompiledGraph, Place
 from moe_trace.find.private import inductor
-from moe_trace.find.private.inductor import GraphNode, LaunchNodes, listen_to_compiles, stop_listening
+from moe_trace.find.private.inductor import listen_to_compiles, stop_listening
+from moe_trace.find.private.launch_notes import GraphNode, LaunchNodes, LaunchNotes
 from moe_trace.record.graphs.launch_lists import LaunchLists, describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -44,6 +46,12 @@ class Blocks(nn.Module):
 
 
 NAMES = ("layers.0.gate", "layers.1.gate")
+
+
+def described(
+    launches: Sequence[LaunchNodes], nodes: Sequence[GraphNode], places: Mapping[str, Mapping[str, Place]]
+) -> CompiledGraph:
+    return describe(LaunchNotes(tuple(launches), tuple(nodes), backward=False), places)
 
 
 def places(graph: CompiledGraph) -> dict[tuple[str, ...], set[str]]:
@@ -100,28 +108,26 @@ def test_layers_that_share_code_are_named_together() -> None:
 def test_a_path_is_read_however_torch_writes_it(path: str) -> None:
     launches = [LaunchNodes("extern_kernels.mm", ("mm",))]
     modules = {f"layers.{i}.gate": {f"layers.{i}.gate": "router"} for i in (0, 1)}
-    graph = describe(launches, [GraphNode("mm", "aten.mm.default", (path,), "")], modules)
+    graph = described(launches, [GraphNode("mm", "aten.mm.default", (path,))], modules)
     assert [part.routers for part in graph.parts] == [("layers.0.gate",)]
 
 
 def test_what_the_tracer_writes_is_no_part_of_the_layer() -> None:
-    ours = f'File "{MoETracer.__module__}"'
-    here = __import__("moe_trace").__file__
     nodes = [
-        GraphNode("mm", "aten.mm.default", ("L['self'].gate",), ""),
-        GraphNode("put", "aten.index_put_.default", ("L['self'].gate",), f'File "{here}", line 1\n{ours}'),
+        GraphNode("mm", "aten.mm.default", ("L['self'].gate",)),
+        GraphNode("put", "aten.index_put_.default", ("L['self'].gate",), ours=True),
     ]
     launches = [LaunchNodes("extern_kernels.mm", ("mm",)), LaunchNodes("triton_poi_0", ("put",))]
-    graph = describe(launches, nodes, {"model.gate": {"model.gate": "router"}})
+    graph = described(launches, nodes, {"model.gate": {"model.gate": "router"}})
     assert [launch.parts for launch in graph.launches] == [(0,), ()]
 
 
 def test_a_fused_kernel_is_for_what_no_other_computes() -> None:
     nodes = [
-        GraphNode("norm", "aten.mul.Tensor", ("L['self'].norm",), ""),
-        GraphNode("gather", "aten.index.Tensor", ("L['self'].mlp.experts",), ""),
-        GraphNode("view", "aten.reshape.default", ("L['self'].mlp.gate",), ""),
-        GraphNode("softmax", "aten._softmax.default", ("L['self'].mlp.gate",), ""),
+        GraphNode("norm", "aten.mul.Tensor", ("L['self'].norm",)),
+        GraphNode("gather", "aten.index.Tensor", ("L['self'].mlp.experts",)),
+        GraphNode("view", "aten.reshape.default", ("L['self'].mlp.gate",)),
+        GraphNode("softmax", "aten._softmax.default", ("L['self'].mlp.gate",)),
     ]
     launches = [
         LaunchNodes("triton_red_0", ("norm",)),
@@ -129,12 +135,12 @@ def test_a_fused_kernel_is_for_what_no_other_computes() -> None:
         LaunchNodes("triton_poi_2", ("gather", "softmax")),
     ]
     modules = {"mlp.gate": {"mlp": "block", "mlp.experts": "experts", "mlp.gate": "router"}}
-    graph = describe(launches[:2], nodes, modules)
+    graph = described(launches[:2], nodes, modules)
     assert [[graph.parts[n].place for n in one.parts] for one in graph.launches] == [[], ["experts"]]
     assert graph.launches[1].gather and not graph.launches[1].outside
-    graph = describe([launches[2], LaunchNodes("triton_poi_3", ("norm", "softmax"))], nodes, modules)
+    graph = described([launches[2], LaunchNodes("triton_poi_3", ("norm", "softmax"))], nodes, modules)
     assert [(len(one.parts), one.outside) for one in graph.launches] == [(1, False), (0, False)]
-    alone = describe([LaunchNodes("triton_poi_4", ("norm", "gather", "softmax"))], nodes, modules)
+    alone = described([LaunchNodes("triton_poi_4", ("norm", "gather", "softmax"))], nodes, modules)
     assert (len(alone.launches[0].parts), alone.launches[0].outside) == (2, True)
 
 
@@ -177,3 +183,22 @@ def test_a_torch_without_the_name_is_not_listened_to(monkeypatch: pytest.MonkeyP
     lists.watch()
     lists.stop()
     assert lists.graphs() == ()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (compile_fx, "compile_fx"),
+        (CompiledFxGraph, "after_deserialization"),
+        (debug, "create_kernel_information_json"),
+    ],
+)
+def test_a_torch_without_another_name_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    """Without the first two, code from the cache has no notes; without the third, there are none at all."""
+    monkeypatch.delattr(owner, name)
+    before = vars(GraphLowering).copy(), vars(CompiledFxGraph).copy(), vars(compile_fx).copy()
+    assert listen_to_compiles(print) is (owner is not debug)
+    stop_listening(print)
+    assert (vars(GraphLowering), vars(CompiledFxGraph), vars(compile_fx)) == before

@@ -1,49 +1,45 @@
 """The private names of torch's compiler that tell which part of a model each generated kernel computes.
 
 Inductor notes, while it generates code, which nodes of its graph each launch computes
-(`trace.provenance_tracking_level`), and each node knows the modules that it was traced in. None of it has a
+(`trace.provenance_tracking_level`), and each node knows the modules that it was traced in. Code that comes
+from Inductor's cache on disk brings the notes that a tracer put there when it was compiled. None of it has a
 public name; where one is missing, or anything fails, nothing is told and the user's compilation goes on.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from moe_trace.find.private.launch_notes import (
+    GraphNode,
+    LaunchNodes,
+    LaunchNotes,
+    Origins,
+    decode_notes,
+    encode_notes,
+)
 
-@dataclass(frozen=True)
-class GraphNode:
-    """An operator of a graph that was compiled."""
+Told = Callable[[LaunchNotes], None]
+"""Called with the notes of a graph that was compiled, or came from the cache."""
 
-    name: str
-    target: str
-    """As `aten.mm.default`."""
-    modules: tuple[str, ...]
-    """Paths of the modules that it was traced in, outermost first, such as `L['self'].model.layers.0.mlp`;
-    of a backward's operator, those of the forward's."""
-    source: str
-    """Where it was called from, as a traceback; empty where that is not known."""
-
-
-@dataclass(frozen=True)
-class LaunchNodes:
-    """One launch, in the order of the generated code: the kernel's name, and the names of its nodes."""
-
-    kernel: str
-    nodes: tuple[str, ...]
-
-
-Told = Callable[[Sequence[LaunchNodes], Sequence[GraphNode], bool], None]
-"""Called with the launches and the nodes of a graph that was compiled, and whether it is a backward."""
-
+_OURS = f'"{Path(__file__).parents[2]}{os.sep}'
+_ADDRESS = re.compile(r"\b0x[0-9a-f]+")
+_KEPT_AS = "moe_trace_launches"
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
 _said: list[bool] = []
+_origins: WeakKeyDictionary[Any, Origins | None] = WeakKeyDictionary()
 
 
 def listen_to_compiles(told: Told) -> bool:
@@ -63,19 +59,24 @@ def stop_listening(told: Told) -> None:
     """Undo `listen_to_compiles`."""
     if told in _listeners:
         _listeners.remove(told)
-        if not _listeners:
+        while _undo and not _listeners:
             _undo.pop()()
 
 
-def _say_once(error: Exception) -> None:
-    if not _said:
-        _said.append(True)
-        warnings.warn(
-            f"the compiler's notes of its kernels could not be read ({type(error).__name__}: {error}); the "
-            "code runs and is recorded, but reports do not tell its phases",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """The user's compilation is worth more than our notes."""
+    try:
+        yield
+    except Exception as error:
+        if not _said:
+            _said.append(True)
+            warnings.warn(
+                f"the compiler's notes of its kernels could not be read ({type(error).__name__}: {error}); "
+                "the code runs and is recorded, but reports do not tell its phases",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def _switch_on() -> bool:
@@ -83,47 +84,136 @@ def _switch_on() -> bool:
         from torch._inductor import config, debug
         from torch._inductor.graph import GraphLowering
 
-        name = "compile_to_module"
-        compile_to_module, level = getattr(GraphLowering, name), config.trace.provenance_tracking_level
-        kernels_of = debug.create_kernel_information_json
+        level = config.trace.provenance_tracking_level
+        _replace(GraphLowering, "compile_to_module", _noting(debug.create_kernel_information_json))
     except (ImportError, AttributeError):
         return False
-
-    def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A backward that is compiled when it first runs leaves its notes to the next one.
-        with suppress(Exception):
-            earlier = set(kernels_of())
-        module = compile_to_module(self, *args, **kwargs)
-        try:
-            notes = {name: note for name, note in kernels_of().items() if name not in earlier}
-            launches, nodes = _launches(notes), [*map(_node, self.module.graph.nodes)]
-            for told in list(_listeners):
-                told(launches, nodes, bool(getattr(self, "is_backward", False)))
-        except Exception as error:  # the user's compilation is worth more than our notes
-            _say_once(error)
-        return module
-
-    def undo() -> None:
-        config.trace.provenance_tracking_level = level
-        if getattr(GraphLowering, name) is compiled:
-            setattr(GraphLowering, name, compile_to_module)
-
-    setattr(GraphLowering, name, compiled)
     config.trace.provenance_tracking_level = max(1, level)
-    _undo.append(undo)
+    _undo.append(lambda: setattr(config.trace, "provenance_tracking_level", level))
+    with suppress(ImportError, AttributeError):  # without these, code from the cache has no notes
+        from torch._inductor import compile_fx
+        from torch._inductor.output_code import CompiledFxGraph
+
+        _replace(compile_fx, "compile_fx", _knowing_origins)
+        _replace(CompiledFxGraph, "after_deserialization", _telling)
+        _replace(CompiledFxGraph, "__init__", _keeping)
     return True
 
 
-def _launches(kernels: dict[str, Any]) -> list[LaunchNodes]:
+def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    replacement = functools.wraps(original)(around(original))
+
+    def undo() -> None:
+        if getattr(owner, name) is replacement:
+            setattr(owner, name, original)
+
+    setattr(owner, name, replacement)
+    _undo.append(undo)
+
+
+def _noting(kernels_of: Callable[[], dict[str, Any]]) -> Callable[[Any], Any]:
+    """Round what generates and loads the code of a graph."""
+
+    def around(compile_to_module: Any) -> Any:
+        def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # A backward that is compiled when it first runs leaves its notes to the next one.
+            with suppress(Exception):
+                earlier = set(kernels_of())
+            module = compile_to_module(self, *args, **kwargs)
+            with _said_once():
+                found = {name: note for name, note in kernels_of().items() if name not in earlier}
+                nodes = tuple(map(_node, self.module.graph.nodes))
+                notes = LaunchNotes(_launches(found), nodes, bool(getattr(self, "is_backward", False)))
+                if origins := _current_origins():
+                    setattr(self, _KEPT_AS, encode_notes(notes, origins))
+                _tell(notes)
+            return module
+
+        return compiled
+
+    return around
+
+
+def _keeping(init: Any) -> Any:
+    """Round the making of what Inductor puts into its cache."""
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        with _said_once():
+            for value in (*args, *kwargs.values()):
+                if isinstance(encoded := getattr(value, _KEPT_AS, None), bytes):
+                    setattr(self, _KEPT_AS, encoded)
+
+    return made
+
+
+def _telling(after_deserialization: Any) -> Any:
+    """Round the loading of the code that came from the cache."""
+
+    def loaded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = after_deserialization(self, *args, **kwargs)
+        with _said_once():
+            origins = _current_origins()
+            notes = decode_notes(getattr(self, _KEPT_AS, None), origins) if origins else None
+            if notes is not None:
+                _tell(notes)
+        return path
+
+    return loaded
+
+
+def _knowing_origins(compile_fx: Any) -> Any:
+    """Round the compilation of a graph as it was traced: also where its code comes from the cache."""
+
+    def compiling(*args: Any, **kwargs: Any) -> Any:
+        with _said_once():
+            context = torch._guards.TracingContext.try_get()
+            graph = next(
+                (one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.GraphModule)), None
+            )
+            if context is not None and graph is not None:
+                found = _origins_of(graph)
+                # Of several graphs of one context, a backward does not tell whose it is.
+                _origins[context] = found if _origins.get(context, found) == found else None
+        return compile_fx(*args, **kwargs)
+
+    return compiling
+
+
+def _current_origins() -> Origins | None:
+    context = torch._guards.TracingContext.try_get()
+    return None if context is None else _origins.get(context)
+
+
+def _origins_of(graph: torch.fx.GraphModule) -> Origins:
+    parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    nodes = [node for part in parts for node in part.graph.nodes]
+    numbers = {node: f"%{number}" for number, node in enumerate(nodes)}
+    code = hashlib.sha256()
+    for node in nodes:
+        target = "" if node.op == "placeholder" else node.target
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        code.update(_ADDRESS.sub("", f"{node.op} {target} {arguments}\n").encode())
+    known = map(_node, nodes)
+    return Origins(code.hexdigest(), tuple((node.modules, node.ours) for node in known))
+
+
+def _tell(notes: LaunchNotes) -> None:
+    for told in list(_listeners):
+        told(notes)
+
+
+def _launches(kernels: dict[str, Any]) -> tuple[LaunchNodes, ...]:
     """Sorted by the number behind each name, which counts the launches of the generated code."""
     found = []
     for name, notes in kernels.items():
         kernel, _, number = name.rpartition(":")
         found.append((int(number), LaunchNodes(kernel, tuple(notes["post_grad_nodes"]))))
-    return [launch for _, launch in sorted(found, key=lambda one: one[0])]
+    return tuple(launch for _, launch in sorted(found, key=lambda one: one[0]))
 
 
 def _node(node: torch.fx.Node) -> GraphNode:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    paths = tuple(str(entry[0]) for entry in stack.values())
-    return GraphNode(node.name, str(node.target), paths, str(node.meta.get("stack_trace") or ""))
+    modules = tuple(str(entry[0]) for entry in stack.values())
+    return GraphNode(node.name, str(node.target), modules, _OURS in str(node.meta.get("stack_trace") or ""))

@@ -10,18 +10,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
-from moe_trace.find.private.inductor import (
-    GraphNode,
-    LaunchNodes,
-    listen_to_compiles,
-    stop_listening,
-)
+from moe_trace.find.private.inductor import listen_to_compiles, stop_listening
+from moe_trace.find.private.launch_notes import GraphNode, LaunchNodes, LaunchNotes
 from moe_trace.find.routers import RouterSite
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "int_mm")
@@ -33,7 +28,6 @@ _FREE = (  # what a fused kernel does on its way, at no cost of its own
     "convert_element_type",
 )
 _MODULES, _ROOT = re.compile(r"\._modules\['([^']+)'\]"), re.compile(r"^\w+\[[^]]*\]\.?")
-_OURS = str(Path(__file__).parents[2])
 _GENERATED = ("triton_", "cpp_")
 _GRAPHS_MAX = 1000
 
@@ -62,8 +56,8 @@ class LaunchLists:
         """Those with a router or experts in them, in the order in which they were compiled."""
         return tuple(self._found)
 
-    def _told(self, launches: Sequence[LaunchNodes], nodes: Sequence[GraphNode], backward: bool) -> None:
-        graph = describe(launches, nodes, self._places, backward=backward)
+    def _told(self, notes: LaunchNotes) -> None:
+        graph = describe(notes, self._places)
         if any(part.place != "block" for part in graph.parts) and len(self._found) < _GRAPHS_MAX:
             self._found[graph] = None
 
@@ -92,16 +86,11 @@ def _places_in_block(site: RouterSite) -> dict[str, Place]:
     }
 
 
-def describe(
-    launches: Sequence[LaunchNodes],
-    nodes: Sequence[GraphNode],
-    places: Mapping[str, Mapping[str, Place]],
-    *,
-    backward: bool = False,
-) -> CompiledGraph:
+def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> CompiledGraph:
     """The launches with the parts of the model that they compute."""
-    known = {node.name: node for node in nodes}
-    part_of = {node.name: _part_of(node, places) for node in nodes}
+    launches = notes.launches
+    known = {node.name: node for node in notes.nodes}
+    part_of = {node.name: _part_of(node, places) for node in notes.nodes}
     listed = Counter(name for launch in launches for name in set(launch.nodes))
     libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
     parts: dict[LaunchPart, int] = {}
@@ -122,7 +111,7 @@ def describe(
                 write=any(operator in _WRITES for operator in operators),
             )
         )
-    return CompiledGraph(parts=tuple(parts), launches=tuple(described), backward=backward)
+    return CompiledGraph(parts=tuple(parts), launches=tuple(described), backward=notes.backward)
 
 
 def _is_generated(launch: LaunchNodes) -> bool:
@@ -153,7 +142,7 @@ def _operator(target: str) -> str:
 
 def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> LaunchPart | None:
     """The part of an MoE layer, by the innermost of its modules; None for the rest of the model."""
-    if f'"{_OURS}' in node.source:
+    if node.ours:
         return None
     for path in reversed(node.modules):
         wanted = _below_root(path)
