@@ -144,6 +144,18 @@ def test_a_fused_kernel_is_for_what_no_other_computes() -> None:
     assert (len(alone.launches[0].parts), alone.launches[0].outside) == (2, True)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_view_that_is_called_runs_no_kernel_but_a_cpu_shows_its_call(device: str) -> None:
+    graph = torch.fx.Graph()
+    pair = graph.placeholder("pair")
+    view = graph.call_function(torch.ops.aten.view_as_complex.default, (pair,))
+    product = graph.call_function(torch.ops.aten.mul.Tensor, (view, view))
+    for node in (pair, view, product):
+        node.meta["val"] = torch.empty(2, device=device)
+    idle = [inductor._is_idle(node) for node in (pair, view, product)]
+    assert idle == [False, device != "cpu", False]
+
+
 def test_a_listener_that_raises_is_said_and_costs_nobody_their_compilation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -35,6 +35,7 @@ Told = Callable[[LaunchNotes], None]
 
 _OURS = f'"{Path(__file__).parents[2]}{os.sep}'
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+")
+_OPERATOR = "torch.ops."
 _KEPT_AS = "moe_trace_launches"
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
@@ -123,8 +124,15 @@ def _noting(kernels_of: Callable[[], dict[str, Any]]) -> Callable[[Any], Any]:
             module = compile_to_module(self, *args, **kwargs)
             with _said_once():
                 found = {name: note for name, note in kernels_of().items() if name not in earlier}
-                nodes = tuple(map(_node, self.module.graph.nodes))
-                notes = LaunchNotes(_launches(found), nodes, bool(getattr(self, "is_backward", False)))
+                graph = self.module.graph
+                idle = {node.name for node in graph.nodes if _is_idle(node)}
+                launches = tuple(
+                    one
+                    for one in _launches(found)
+                    if not (one.kernel.startswith(_OPERATOR) and idle >= {*one.nodes})
+                )
+                nodes = tuple(map(_node, graph.nodes))
+                notes = LaunchNotes(launches, nodes, bool(getattr(self, "is_backward", False)))
                 if origins := _current_origins():
                     setattr(self, _KEPT_AS, encode_notes(notes, origins))
                 _tell(notes)
@@ -211,6 +219,13 @@ def _launches(kernels: dict[str, Any]) -> tuple[LaunchNodes, ...]:
         kernel, _, number = name.rpartition(":")
         found.append((int(number), LaunchNodes(kernel, tuple(notes["post_grad_nodes"]))))
     return tuple(launch for _, launch in sorted(found, key=lambda one: one[0]))
+
+
+def _is_idle(node: torch.fx.Node) -> bool:
+    """Whether it is a view, as of complex numbers: called, but it runs no kernel. A CPU shows the call."""
+    value = node.meta.get("val")
+    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return is_view and isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _node(node: torch.fx.Node) -> GraphNode:
