@@ -231,11 +231,11 @@ class _Traces:
         return self.judged(answered)
 
     def with_distinct(self, answered: TraceSummary, chosen: Filter) -> TraceSummary:
-        """With what forwards of all stages read, which no stage tells alone."""
-        assert answered.times is not None
+        """With what forwards read, those that prefill and decode with the tokens of both."""
+        forwards = chosen.of_whole_forwards()
         records = Ranks.of(answered.rank_inputs).records
-        recording = chosen.apply(self.recording)
-        found = report_distinct(recording, records, answered.times, self._peak.bytes_per_s)
+        times = joined([read.narrow(forwards).times for read in self.reads])
+        found = report_distinct(forwards.apply(self.recording), records, times, self._peak.bytes_per_s)
         return self.judged(replace(answered, distinct=found))
 
     def judged(self, answered: TraceSummary) -> TraceSummary:

@@ -15,8 +15,9 @@ import pytest
 import tiny_trace
 from moe_trace.cli import main
 from moe_trace.data.distinct import uniform_distinct
-from moe_trace.data.schema import Parallel, Recording, RouterInfo
+from moe_trace.data.schema import Parallel, Recording, RouterInfo, RoutingSample
 from moe_trace.read.experts.distinct import DistinctExperts, DistinctReport, report_distinct
+from moe_trace.read.file.filters import Filter
 from moe_trace.read.ranks.loads import RankRecords
 from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.figures.distinct import distinct_figure
@@ -123,6 +124,36 @@ def test_stages_that_decode_show_it_and_others_do_not(tmp_path: Path) -> None:
     text = render_text(summary)
     assert text.count("Distinct experts by the tokens of a forward") == 1
     assert "4.8 TB/s" in text
+
+
+def _mixed(made: RoutingSample) -> RoutingSample:
+    """Every third step also prefills: only one assignment of each of the first two experts decodes."""
+    if made.call % 3 or made.stage != "decode" or made.tokens < 2:
+        return made
+    decoding = np.minimum(made.assignments, [1, 1, 0, 0])
+    return replace(
+        made,
+        stage="mixed",
+        decode_tokens=1,
+        prefill_tokens=made.tokens - 1,
+        decode_assignments=decoding,
+        prefill_assignments=made.assignments - decoding,
+    )
+
+
+def test_of_decoding_a_mixed_forward_counts_whole(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "t.pt.trace.json", calls=13, counts=_counts, change=_mixed)
+    recording = read_recording(path)
+    summary = read_summary(path, chosen=Filter(stages=frozenset({"decode"})))
+    kept = [one for one in recording.samples if one.stage != "prefill"]
+    mixed = [one for one in kept if one.stage == "mixed"]
+    report = report_of(summary)
+    assert 0 < len(mixed) == report.mixed_calls < len(kept)
+    assert sum(size.calls for size in report.sizes) == len(kept)
+    for size in report.sizes:
+        same(size, by_hand([one.assignments for one in kept if one.tokens == size.tokens_min]))
+        assert size.experts_us == pytest.approx(LAYERS * 24)
+    assert f"{len(mixed)} of these calls also prefill (mixed)" in render_text(summary).replace("\n", " ")
 
 
 def _report(routers: tuple[RouterInfo, ...], tmp_path: Path, **changes: Any) -> DistinctReport:

@@ -83,6 +83,8 @@ class DistinctReport(ShortRepr):
     """The device's memory bandwidth."""
     on_device: bool
     """Whether the experts' times are a device's."""
+    mixed_calls: int
+    """Calls that prefill and decode: each counts with the tokens of both."""
     unknown: str | None = None
     """Why there are no bytes."""
 
@@ -120,6 +122,7 @@ def report_distinct(
         layers=tuple(layers),
         bytes_per_s=bytes_per_s,
         on_device=times.on_device,
+        mixed_calls=int((calls.stage == "mixed").sum()),
         unknown=_why_unknown(sizes, apart=apart),
     )
 

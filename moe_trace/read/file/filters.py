@@ -33,6 +33,10 @@ class Filter:
         wanted = not self.stages or stage in whole_stages(self.stages)
         return wanted and (not self.steps or step in self.steps)
 
+    def of_whole_forwards(self) -> Filter:
+        """The same, but where decoding is selected, of mixed forwards the whole instead of a part."""
+        return replace(self, stages=self.stages | {"mixed"}) if "decode" in self.stages else self
+
     def narrow(self, recording: Recording) -> Recording:
         """The recording with the selected routers and calls, of which there may be none.
 

@@ -26,6 +26,8 @@ def distinct_part(summary: TraceSummary) -> list[str]:
         clock = "on the device" if report.on_device else "on the host"
         title += f" Read: their weights, in all layers; took µs: what the experts took {clock}."
     sentences = [_said_of_bytes(report), *_apart(report)]
+    if report.mixed_calls:
+        sentences.append(f"{report.mixed_calls:,} of these calls also prefill (mixed); each counts whole.")
     return [text_table(headings, rows, title=title), paragraph(" ".join(sentences))]
 
 
