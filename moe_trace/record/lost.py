@@ -43,7 +43,9 @@ def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
     """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
     if not something_was_compiled() or unread_in_graphs(hooks, graphs):
         return 0
-    return max(0, hooks.watch.forwards_recorded - max(recorded_calls(hooks, graphs)) - graphs.overwritten)
+    lost = (counts.lost.total() for counts in hooks.calls.counts)  # seen, and told with the reason
+    seen = map(sum, zip(recorded_calls(hooks, graphs), lost, strict=True))
+    return max(0, hooks.watch.forwards_recorded - max(seen) - graphs.overwritten)
 
 
 def unread_in_graphs(hooks: ModelHooks, graphs: RingReader) -> dict[str, str]:

@@ -130,6 +130,23 @@ def test_unreadable_router_is_counted_and_the_forward_goes_on() -> None:
     assert any("could not be read" in note for note in summary.notes)
 
 
+def test_forwards_whose_calls_could_not_be_read_were_not_silent() -> None:
+    """The hooks ran: that other code was compiled in the process explains nothing."""
+    torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    model = tiny_olmoe(layers=2)
+    for layer in model.model.layers:
+        layer.mlp.gate = OddGate(layer.mlp.gate)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told, moe_trace.MoETracer(model) as tracer:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(**token_batch())
+        lost = tracer.recording().lost
+    assert not [str(one.message) for one in told if "no router call was seen" in str(one.message)]
+    assert lost.silent_forwards == 0
+    assert lost.calls == {site.name: {"unreadable": 2} for site in tracer.sites}
+    assert set(lost.misread) == set(lost.calls)
+
+
 def test_router_that_is_never_called_is_reported(tmp_path: Path) -> None:
     model = tiny_olmoe()
     model.model.layers[2].mlp.forward = lambda hidden_states: hidden_states  # as a fused block would
