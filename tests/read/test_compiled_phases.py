@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from moe_trace import ask, merge_into, read_summary
 from moe_trace.data.codec import decode_recording, encode_recording
-from moe_trace.data.compiled_graph import BY_COMPILER, CompiledGraph, decode_compiled, encode_compiled
+from moe_trace.data.compiled_graph import (
+    BY_COMPILER,
+    CompiledGraph,
+    CompiledLaunch,
+    LaunchPart,
+    decode_compiled,
+    encode_compiled,
+)
 from moe_trace.read.diff import compare
 from moe_trace.read.file.events import spans_ns
 from moe_trace.read.file.launches import find_kernels
@@ -34,6 +41,7 @@ from moe_trace.timeline.correlate.compiled_launches import (
     is_consistent,
     match_launches,
     part_of,
+    split,
     usual_sequences,
 )
 from paths import ROOT
@@ -309,6 +317,32 @@ def test_changed_replays_are_told_right_or_not_at_all(data: st.DataObject) -> No
     if alone is not None:  # what the names alone let pass: no generated kernel is another than it says
         generated = [n for n in names if n.startswith("triton_")]
         assert generated == [launch.kernel for launch in graph.launches if launch.generated]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ({}, None),  # one may run both kernels, and the other none
+        ({"mm": {1}}, None),
+        ({"mm": {1}, "topk": {2}}, None),
+        ({"mm": {1}, "topk": {1}}, [(range(0, 1), (0,)), (range(1, 2), (1,))]),
+    ],
+)
+def test_neighbours_of_two_layers_have_a_kernel_each_only_where_both_run_one_elsewhere(
+    lengths: dict[str, set[int]], expected: list[tuple[range, tuple[int, ...]]] | None
+) -> None:
+    parts = tuple(LaunchPart(routers=(name,), place="router") for name in ("a", "b"))
+    launches = tuple(
+        CompiledLaunch(kernel=kernel, generated=False, parts=(part,))
+        for part, kernel in enumerate(("mm", "topk"))
+    )
+    graph, names = CompiledGraph(parts=parts, launches=launches), ["kernel", "another"]
+    [stretch] = match_launches(names, graph) or []
+    found = split(names, stretch, graph, lengths)
+    if expected is None:
+        assert found == [stretch] and part_of(stretch, graph) is None
+    else:
+        assert [(one.kernels, one.launches) for one in found] == expected
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -55,9 +55,7 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
     working = sum(not names[i].startswith(_NO_WORK) for i in kernels)
     if working < len(launches) or (working and not launches):
         return False
-    if len(launches) == working == len(kernels):
-        found.extend(Stretch(range(i, i + 1), (n,)) for i, n in zip(kernels, launches, strict=True))
-    elif launches:
+    if launches:
         found.append(Stretch(kernels, tuple(launches)))
     return True
 
@@ -82,16 +80,19 @@ def split(
     Args:
         lengths: by operator, how many kernels its calls run elsewhere.
     """
-    if part_of(stretch, graph) is not None:
+    launches = [graph.launches[number] for number in stretch.launches]
+    if len({replace(launch, kernel="") for launch in launches}) == 1:
         return [stretch]
-    known = [lengths.get(graph.launches[number].kernel, set()) for number in stretch.launches]
     working = [i for i in stretch.kernels if not names[i].startswith(_NO_WORK)]
+    least = [min(lengths.get(launch.kernel, {0})) for launch in launches]
     # Where as many run as at the least, each runs its least: no other division adds up.
-    if not all(known) or sum(map(min, known)) != len(working):
-        return [stretch]
+    if not all(least) or sum(least) != len(working):
+        if part_of(stretch, graph) is None or len(launches) != len(working):
+            return [stretch]
+        least = [1] * len(launches)  # all of one part, whichever runs more
     found, at, start = [], 0, stretch.kernels.start
-    for number, each in zip(stretch.launches, known, strict=True):
-        at += min(each)
+    for number, each in zip(stretch.launches, least, strict=True):
+        at += each
         stop = stretch.kernels.stop if at == len(working) else working[at - 1] + 1
         found.append(Stretch(range(start, stop), (number,)))
         start = stop
