@@ -192,6 +192,9 @@ def _with_own_names(recordings: Sequence[Recording]) -> list[Recording]:
 
 
 def _prefixed(recording: Recording, prefix: str) -> Recording:
+    def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(prefix + name for name in names)
+
     return replace(
         recording,
         routers=tuple(replace(router, name=prefix + router.name) for router in recording.routers),
@@ -199,6 +202,10 @@ def _prefixed(recording: Recording, prefix: str) -> Recording:
         captured_graphs=tuple(
             replace(graph, calls=tuple(replace(call, name=prefix + call.name) for call in graph.calls))
             for graph in recording.captured_graphs
+        ),
+        compiled_graphs=tuple(
+            replace(graph, parts=tuple(replace(part, routers=renamed(part.routers)) for part in graph.parts))
+            for graph in recording.compiled_graphs
         ),
     )
 
@@ -263,4 +270,5 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         routers=tuple(router for r in recordings for router in r.routers),
         samples=placed.samples,
         lost=lost,
+        compiled_graphs=tuple(dict.fromkeys(graph for r in recordings for graph in r.compiled_graphs)),
     )

@@ -44,6 +44,7 @@ from moe_trace.timeline.correlate.compiled_launches import (
     split,
     usual_sequences,
 )
+from moe_trace.timeline.merge import merge_recording
 from paths import ROOT
 
 FOLDER = ROOT / "tests" / "data" / "h100_compiled"
@@ -262,6 +263,21 @@ def test_without_the_compilers_notes_nothing_is_claimed() -> None:
     trace = read_trace(path_of("compiled_model"))
     bare = replace(trace.recording, compiled_graphs=())
     assert len(measure_all(bare, trace.events, find_kernels(trace.events)).samples) == 0
+
+
+def test_two_models_with_the_same_code_in_one_trace_are_told_apart(tmp_path: Path) -> None:
+    recording = read_trace(path_of("compiled_model")).recording
+    idle = replace(recording, samples=recording.calls.take(np.arange(0)))
+    copy = tmp_path / "trace.json.gz"
+    copy.write_bytes(path_of("compiled_model").read_bytes())
+    merge_recording(copy, [idle, recording])
+    trace = read_trace(copy)
+    found = measure_all(trace.recording, trace.events, find_kernels(trace.events))
+    assert set(found.samples.name) == {f"model1.model.layers.{layer}.mlp.gate" for layer in (0, 1)}
+    assert (found.forward.busy_ns == times_of("compiled_model").forward.busy_ns).all()
+    assert not {g.parts for g in trace.recording.compiled_graphs} & {
+        g.parts for g in recording.compiled_graphs
+    }
 
 
 # -- the list of launches -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -121,7 +121,7 @@ class CompiledCalls:
         return [
             one
             for op, forward in self._backwards()
-            if (found := self._matched(op, backward=True)) is not None
+            if (found := self._matched(op, self._runs[forward].row_of, backward=True)) is not None
             for one in _work(found, self._runs[forward], step=0)
         ]
 
@@ -138,7 +138,8 @@ class CompiledCalls:
         if len(set(names)) < len(names):  # a router that ran twice: whose launches are whose is not known
             return
         row_of = dict(zip(names, rows.tolist(), strict=True))
-        found = [(op, one) for op in self._ops_of(int(rows[0])) if (one := self._matched(op)) is not None]
+        ops = self._ops_of(int(rows[0]))
+        found = [(op, one) for op in ops if (one := self._matched(op, row_of)) is not None]
         runs, done = Counter(one.graph for _, one in found), Counter[CompiledGraph]()
         step = 0
         for op, one in found:
@@ -179,12 +180,15 @@ class CompiledCalls:
             found.append(int(rows[0]) if len(rows) == 1 else -1)
         return found
 
-    def _matched(self, op: int, *, backward: bool = False) -> _GraphCall | None:
-        """The graph whose launches are those of a call; None without one, or where several fit."""
+    def _matched(self, op: int, routers: Collection[str], *, backward: bool = False) -> _GraphCall | None:
+        """The graph with some of these routers whose launches are those of a call; None without one, or where
+        several fit.
+        """
         found = []
         for one in self._fitting(op):
             names = self._names_of(one.rows)
-            if self._usual[one.graph] != tuple(names):
+            mine = any(name in routers for part in one.graph.parts for name in part.routers)
+            if not mine or self._usual[one.graph] != tuple(names):
                 continue
             parts = [split(names, stretch, one.graph, self._lengths) for stretch in one.stretches]
             stretches = [stretch for several in parts for stretch in several]
