@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from compiled_models import small_model
 from models import tiny_olmoe, token_batch
 from moe_trace.integrations.vllm.metrics import MetricsWriter, start_metrics, wanted, window
 from moe_trace.integrations.vllm.metrics_page import FileCollector, last_lines
@@ -47,6 +48,24 @@ def test_a_window_is_all_its_calls_together() -> None:
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_compiled_code_wrote_outside_steps_is_in_no_window(tmp_path: Path) -> None:
+    """Rings are shipped without waiting: what is on its way belongs to the runs that are dropped, too."""
+    path, model = tmp_path / "m.jsonl", small_model()
+    with torch.no_grad(), MoETracer(model) as tracer:
+        compiled = torch.compile(model, backend="eager")
+        writer = MetricsWriter(tracer, path, rank=0, seconds=1e9)
+        compiled(**token_batch(1, 12))
+        writer.forget()  # warm-up
+        compiled(**token_batch(1, 5))
+        writer.keep()
+        compiled(**token_batch(1, 7))
+        writer.forget()  # a dummy batch between steps
+        compiled(**token_batch(1, 4))
+        writer.close()
+    (line,) = lines_of(path)
+    assert (line["tokens"], line["forwards"]) == (9, 2)
 
 
 def test_each_window_is_a_line_and_totals_go_on(tmp_path: Path) -> None:

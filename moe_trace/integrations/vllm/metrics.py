@@ -80,18 +80,22 @@ class MetricsWriter:
         self._totals = dict.fromkeys(COUNTS, 0)
         self._shared = _shared() if os.environ.get(MULTIPROCESS) else {}
         self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
-        self._held: list[Any] = []
+        self._held: list[RoutingSample] = []
+        self._reading = threading.Lock()
         self._since = time.monotonic()
         self._thread = threading.Thread(target=self._write_all, name="moe_trace metrics", daemon=True)
         self._thread.start()
 
     def forget(self) -> None:
-        """Drop what was recorded outside steps: vLLM's runs of random tokens."""
-        self._tracer.take_batches()
+        """Drop what was recorded outside steps: vLLM's runs of random tokens. Waits for the device.
+
+        Batches alone do not have what compiled code wrote: it would count in the next window.
+        """
+        self._read_all()
 
     def keep(self) -> None:
-        """Set apart what was recorded so far, before such a run."""
-        self._held += self._tracer.take_batches()
+        """Set apart what was recorded so far, before such a run. Waits for the device."""
+        self._held += self._read_all()
 
     def step(self) -> None:
         """A step of the engine is over; hands the window on where its time is up, without waiting."""
@@ -105,18 +109,24 @@ class MetricsWriter:
             self._queue.put(None)
             self._thread.join()
 
+    def _read_all(self) -> list[RoutingSample]:
+        with self._reading:
+            return self._tracer.samples_of(self._tracer.take_batches())
+
     def _hand_on(self) -> None:
         self._since = time.monotonic()
-        batches, self._held = [*self._held, *self._tracer.take_batches()], []
+        window_of, self._held = (self._held, self._tracer.take_batches()), []
         try:
-            self._queue.put_nowait(batches)
+            self._queue.put_nowait(window_of)
         except queue.Full:
             logger.warning("moe_trace left out a window of its metrics: %s is written too slowly", self._path)
 
     def _write_all(self) -> None:
         try:
-            while (batches := self._queue.get()) is not None:
-                samples = self._tracer.samples_of(batches)
+            while (window_of := self._queue.get()) is not None:
+                held, batches = window_of
+                with self._reading:
+                    samples = [*held, *self._tracer.samples_of(batches)]
                 if samples:
                     self._write(window(samples))
         except Exception as error:
