@@ -52,6 +52,19 @@ def test_each_forward_is_vllms_own(engine_run: Runner, tmp_path: Path) -> None:
             assert figures["load_max_over_mean"] == pytest.approx(max(counts) / (sum(counts) / 16), abs=1e-4)
 
 
+def test_in_compiled_code_the_runs_of_random_tokens_count_in_no_window(
+    engine_run: Runner, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.jsonl"
+    engine_run(
+        [{"kind": "plain"}],
+        in_process=True,
+        profiler=False,
+        environment={"MOE_TRACE_VLLM_METRICS": str(path), "MOE_TRACE_VLLM_METRICS_SECONDS": "0"},
+    )
+    assert [line["tokens"] for line in lines_of(path)] == [PROMPT_TOKENS, 4, 4, 4, 4, 4]
+
+
 def test_the_servers_own_metrics_carry_them(installed: Path, tmp_path: Path) -> None:
     path, port = tmp_path / "m.jsonl", _free_port()
     environment = {
