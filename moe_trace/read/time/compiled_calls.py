@@ -28,7 +28,7 @@ from moe_trace.read.time.phases import node_intervals
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
     is_consistent,
-    kernels_of_calls,
+    lengths_of_calls,
     match_launches,
     part_of,
     split,
@@ -205,11 +205,8 @@ class CompiledCalls:
     @cached_property
     def _lengths(self) -> dict[str, set[int]]:
         """How many kernels a library's call runs, by operator, where the trace tells."""
-        found: dict[str, set[int]] = defaultdict(set)
-        for one in (one for op in range(len(self._ops)) for one in self._fitting(op)):
-            for operator, kernels in kernels_of_calls(self._names_of(one.rows), one.stretches, one.graph):
-                found[operator].add(kernels)
-        return found
+        fitting = (one for op in range(len(self._ops)) for one in self._fitting(op))
+        return lengths_of_calls((self._names_of(one.rows), one.graph, one.stretches) for one in fitting)
 
     def _fitting(self, op: int) -> list[_GraphCall]:
         """The graphs that a call may be of, by the names of its kernels."""

@@ -8,7 +8,7 @@ throughout, each is who it is said to be. Where they do not, at one place, nothi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,16 +60,23 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
     return True
 
 
-def kernels_of_calls(
-    names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph
-) -> Iterator[tuple[str, int]]:
-    """(operator, how many kernels it runs) of the libraries' calls that stand alone, or among their like."""
-    for stretch in stretches:
-        calls = {graph.launches[number].kernel for number in stretch.launches}
-        working = sum(not names[i].startswith(_NO_WORK) for i in stretch.kernels)
-        each, rest = divmod(working, len(stretch.launches))
-        if len(calls) == 1 and not rest and not graph.launches[stretch.launches[0]].generated:
-            yield calls.pop(), each
+def lengths_of_calls(
+    fits: Iterable[tuple[Sequence[str], CompiledGraph, Sequence[Stretch]]],
+) -> dict[str, set[int]]:
+    """By operator, how many kernels the libraries' calls run that stand alone, or among their like.
+
+    Args:
+        fits: names of kernels as `match_launches` takes them, and what it returned.
+    """
+    found: dict[str, set[int]] = defaultdict(set)
+    for names, graph, stretches in fits:
+        for stretch in stretches:
+            launches = [graph.launches[number] for number in stretch.launches]
+            working = sum(not names[i].startswith(_NO_WORK) for i in stretch.kernels)
+            each, rest = divmod(working, len(launches))
+            if len({launch.kernel for launch in launches}) == 1 and not rest and not launches[0].generated:
+                found[launches[0].kernel].add(each)
+    return found
 
 
 def split(

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from moe_trace.data.compiled_graph import CompiledGraph
@@ -27,8 +28,10 @@ from moe_trace.data.schema import (
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
     is_consistent,
+    lengths_of_calls,
     match_launches,
     part_of,
+    split,
     usual_sequences,
 )
 from moe_trace.timeline.correlate.launches import DeviceWork, Launch, hull
@@ -79,7 +82,9 @@ class NodeFinder:
         number, runs = self._run.get(launch.correlation, (0, 1))
         among = {router.name for router in self._recording.routers}
         work: dict[tuple[str, RangeKind], list[DeviceWork]] = defaultdict(list)
-        for stretch in stretches:
+        names = [item.name for item in launch.work]
+        parts = [split(names, stretch, graph, self._lengths) for stretch in stretches]
+        for stretch in chain.from_iterable(parts):
             whole = part_of(stretch, graph)
             for part in (graph.parts[number] for number in (whole.parts if whole is not None else ())):
                 router = part.router(number, runs, among)
@@ -100,9 +105,19 @@ class NodeFinder:
     @cached_property
     def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
         """The kernels that each compiled graph runs."""
+        return usual_sequences((graph, names) for names, graph, _ in self._every)
+
+    @cached_property
+    def _lengths(self) -> dict[str, set[int]]:
+        """How many kernels a library's call runs, by operator, where the replays tell."""
+        return lengths_of_calls(self._every)
+
+    @cached_property
+    def _every(self) -> list[tuple[tuple[str, ...], CompiledGraph, list[Stretch]]]:
+        """Names of each launch's kernels, and the compiled graphs that they fit."""
+        every = [tuple(item.name for item in launch.work) for launch in self._launches]
         graphs = self._recording.compiled_graphs
-        every = (tuple(item.name for item in launch.work) for launch in self._launches)
-        return usual_sequences((graph, names) for names in every for graph, _ in _fitting(names, graphs))
+        return [(names, *fit) for names in every for fit in _fitting(names, graphs)]
 
 
 def _fitting(
