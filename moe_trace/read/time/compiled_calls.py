@@ -28,6 +28,7 @@ from moe_trace.read.time.phases import node_intervals
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
     is_consistent,
+    is_operator,
     lengths_of_calls,
     match_launches,
     part_of,
@@ -37,7 +38,6 @@ from moe_trace.timeline.correlate.compiled_launches import (
 
 IntArray = npt.NDArray[np.int64]
 CALL = "## Call CompiledFxGraph"
-_OPERATOR = re.compile(r"\w+::\w+")
 _CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
 """What a C++ kernel's range has before the kernel's name, with `cpp.enable_kernel_profile`."""
 
@@ -248,7 +248,7 @@ def _have_their_operators(names: Sequence[str], stretches: Sequence[Stretch], gr
         if len(one.kernels) == len(one.launches)
         for i, number in zip(one.kernels, one.launches, strict=True)
     )
-    return all(_bare(name) == _bare(call) for name, call in pairs if _OPERATOR.fullmatch(name))
+    return all(_bare(name) == _bare(call) for name, call in pairs if is_operator(name))
 
 
 def _bare(operator: str) -> str:

@@ -7,6 +7,7 @@ throughout, each is who it is said to be. Where they do not, at one place, nothi
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 
 _GENERATED = ("triton_", "cpp_")
 _NO_WORK = ("Memset", "Memcpy")
+_OPERATOR = re.compile(r"\w+::\w+")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
     return True
 
 
+def is_operator(name: str) -> bool:
+    """Whether it is an operator, as on a CPU, where one stands for a library's call and has its name."""
+    return _OPERATOR.fullmatch(name) is not None
+
+
 def lengths_of_calls(
     fits: Iterable[tuple[Sequence[str], CompiledGraph, Sequence[Stretch]]],
 ) -> dict[str, set[int]]:
@@ -94,9 +101,10 @@ def split(
     least = [min(lengths.get(launch.kernel, {0})) for launch in launches]
     # Where as many run as at the least, each runs its least: no other division adds up.
     if not all(least) or sum(least) != len(working):
-        if part_of(stretch, graph) is None or len(launches) != len(working):
+        alike = part_of(stretch, graph) is not None or all(is_operator(names[i]) for i in working)
+        if len(launches) != len(working) or not alike:
             return [stretch]
-        least = [1] * len(launches)  # all of one part, whichever runs more
+        least = [1] * len(launches)  # by their names on a CPU; else all of one part, whichever runs more
     found, at, start = [], 0, stretch.kernels.start
     for number, each in zip(stretch.launches, least, strict=True):
         at += each
