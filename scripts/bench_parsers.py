@@ -26,7 +26,7 @@ def take(event):
 PROGRAMS = {
     "msgspec, typed, in batches (what we use)": (
         "msgspec",
-        "from moe_trace.read.file.decoding import decode_batch, decode_one\n"
+        "from moe_trace.data.trace_json.decoding import decode_batch, decode_one\n"
         "from moe_trace.data.trace_json.stream import JsonStream\n"
         "stream = JsonStream(open(path, 'rb').read, path)\n"
         "for key in stream.walk():\n"
@@ -36,7 +36,7 @@ PROGRAMS = {
     ),
     "msgspec, typed, whole file": (
         "msgspec",
-        "import msgspec\nfrom moe_trace.read.file.decoding import Event\n"
+        "import msgspec\nfrom moe_trace.data.trace_json.decoding import Event\n"
         "class Trace(msgspec.Struct):\n    traceEvents: list[Event]\n"
         "msgspec.json.decode(open(path, 'rb').read(), type=Trace)\n",
     ),

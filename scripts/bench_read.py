@@ -38,7 +38,7 @@ STRIDE_ID = 10_000_000
 BARE = """
 import sys
 import msgspec
-from moe_trace.read.file.decoding import Event
+from moe_trace.data.trace_json.decoding import Event
 class Trace(msgspec.Struct):
     traceEvents: list[Event]
 msgspec.json.decode(open(sys.argv[1], "rb").read(), type=Trace)

@@ -15,10 +15,10 @@ import numpy as np
 
 from moe_trace.data.calls.table import placed_by_clock
 from moe_trace.data.schema import RANGE_NAME, range_name
+from moe_trace.data.trace_json.coverage import Coverage, loss_sentence
+from moe_trace.data.trace_json.events import Kind, to_ns
 from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
 from moe_trace.read.check_inputs import BandEvent, Checked, read_checked
-from moe_trace.read.file.coverage import Coverage, loss_sentence
-from moe_trace.read.file.events import Kind, to_ns
 from moe_trace.timeline.placed_calls import PlacedCalls
 
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RoutingSample, Span
-from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.timeline.counter_tracks import LANES
 from moe_trace.timeline.placed_calls import PlacedCalls
 from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays

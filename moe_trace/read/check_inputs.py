@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from moe_trace.data.schema import Recording, is_band
+from moe_trace.data.trace_json.coverage import TimeCoverage
+from moe_trace.data.trace_json.events import EventTable, to_ns
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.data.trace_json.stream import JsonStream, decoders, loads_lenient
-from moe_trace.read.file.coverage import TimeCoverage
-from moe_trace.read.file.events import EventTable, to_ns
-from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.opening import Progress, open_trace_stream
 from moe_trace.read.file.trace_file import read_trace, split_ranks
 from moe_trace.read.ranks.collectives import find_collectives, work_coverage

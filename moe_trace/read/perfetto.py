@@ -18,7 +18,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import UsageError, optional_package
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample
-from moe_trace.read.file.events import to_ns
+from moe_trace.data.trace_json.events import to_ns
 from moe_trace.timeline.counter_tracks import numbered, without_overlap
 from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 from moe_trace.timeline.replay_slices import (

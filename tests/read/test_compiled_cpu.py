@@ -20,7 +20,7 @@ import moe_trace
 from compiled_models import WAYS, small_model
 from models import token_batch
 from moe_trace import read_summary
-from moe_trace.read.file.launches import find_kernels
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER

@@ -25,11 +25,10 @@ from moe_trace.data.compiled_graph import (
     decode_compiled,
     encode_compiled,
 )
+from moe_trace.data.trace_json.events import spans_ns
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.diff import compare
-from moe_trace.read.file.events import spans_ns
-from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.trace_file import read_trace
-from moe_trace.read.time.compiled_calls import CompiledCalls
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.lanes import find_lanes
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
@@ -37,6 +36,7 @@ from moe_trace.read.time.phases import CallTimes
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.json import to_plain
 from moe_trace.show.text.report import render_text
+from moe_trace.timeline.correlate.compiled_calls import CompiledCalls
 from moe_trace.timeline.correlate.compiled_launches import (
     is_consistent,
     match_launches,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_trace.read.file.launches import find_kernels
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace
 from moe_trace.read.ranks.align import align, count_early

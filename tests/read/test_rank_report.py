@@ -358,8 +358,8 @@ def test_waiting_is_a_finding_where_it_is_a_part_of_the_time(tmp_path: Path) -> 
 
 def test_what_torch_and_nccl_really_write() -> None:
     """A block's collectives from an H100 (torch 2.11, NCCL 2.28, one rank), beside their kernels by hand."""
-    from moe_trace.read.file.events import EventTableBuilder
-    from moe_trace.read.file.launches import find_kernels
+    from moe_trace.data.trace_json.events import EventTableBuilder
+    from moe_trace.data.trace_json.kernels import find_kernels
     from moe_trace.read.file.opening import open_trace_stream
     from moe_trace.read.ranks.collectives import find_collectives, split_bytes
 

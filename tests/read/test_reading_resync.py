@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from moe_trace.data.schema import BAND_PID
+from moe_trace.data.trace_json.decoding import UNREADABLE, decode_batch, decode_one
 from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.read.check_inputs import read_checked
-from moe_trace.read.file.decoding import UNREADABLE, decode_batch, decode_one
 from moe_trace.read.reader import TraceSummary, read_summary
 from paths import DATA
 from tiny_trace import write_tiny

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from werkzeug.test import Client
 
-from moe_trace.read.file.events import Kind
+from moe_trace.data.trace_json.events import Kind
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
 from moe_trace.read.reduced.workers import reduce_trace

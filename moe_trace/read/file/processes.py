@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import RoutingSample, range_name
-from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind, find_links, to_ns
+from moe_trace.data.trace_json.decoding import NO_LINK
+from moe_trace.data.trace_json.events import EventTable, Kind, find_links, to_ns
 
 _FITS = 0.9
 """Share of a lane's kernels that its process must have launched."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import Lost, Parallel, Recording
-from moe_trace.read.file.events import EventTable
+from moe_trace.data.trace_json.events import EventTable
 
 RANKS_KEY = "ranks"
 

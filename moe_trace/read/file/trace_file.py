@@ -12,9 +12,9 @@ import msgspec
 from moe_trace.data.codec import SAMPLES_KEY, decode_recording
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, Recording
+from moe_trace.data.trace_json.events import EventTable, EventTableBuilder
 from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_ranks, host_name
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
-from moe_trace.read.file.events import EventTable, EventTableBuilder
 from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
 from moe_trace.read.file.opening import Progress, counting, open_trace_stream, opened
 from moe_trace.read.file.processes import events_of_recording

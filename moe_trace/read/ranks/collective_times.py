@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.file.coverage import Coverage
+from moe_trace.data.trace_json.coverage import Coverage
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import on_one_clock
 from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes

@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.file.comms import GLOO, PARAMETERS, CommEvent, CommFacts
-from moe_trace.read.file.coverage import Coverage
-from moe_trace.read.file.events import EventTable
-from moe_trace.read.file.launches import Kernels
+from moe_trace.data.trace_json.comms import GLOO, PARAMETERS, CommEvent, CommFacts
+from moe_trace.data.trace_json.coverage import Coverage
+from moe_trace.data.trace_json.events import EventTable
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.phase_detection import COMBINE, EXPERTS, Steps, find_steps
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_trace.data.errors import OutputError, SchemaError, TraceFileError, UsageError
 from moe_trace.data.schema import Recording
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.folder import find_traces
-from moe_trace.read.file.launches import find_kernels
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import read_rank_recordings, read_trace

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Parallel, RoutingSample
-from moe_trace.read.file.comms import CommKind
-from moe_trace.read.file.events import spans_ns
-from moe_trace.read.file.launches import Kernels
+from moe_trace.data.trace_json.comms import CommKind
+from moe_trace.data.trace_json.events import spans_ns
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.trace_file import TraceFile
 from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
 

@@ -11,7 +11,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
-from moe_trace.read.file.coverage import coverage_notes
+from moe_trace.data.trace_json.coverage import coverage_notes
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.worker_names import frontends_beside
 from moe_trace.read.ranks.same_run import first_difference, pooled, said_again

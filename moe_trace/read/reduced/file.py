@@ -21,7 +21,7 @@ from moe_trace.data.codec import decode_recording, encode_recording
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import Stage
-from moe_trace.read.file.coverage import TimeCoverage
+from moe_trace.data.trace_json.coverage import TimeCoverage
 from moe_trace.read.file.folder import REDUCED_SUFFIX
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import decode_payload

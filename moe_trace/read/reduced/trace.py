@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from moe_trace.data.schema import Recording
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.launches import find_kernels, router_busy_us
 from moe_trace.read.file.opening import Progress
+from moe_trace.read.file.ranges import router_busy_us
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage

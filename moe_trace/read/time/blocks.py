@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,30 +10,9 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample
-from moe_trace.read.file.events import EventTable, spans_ns
-from moe_trace.read.file.launches import RangeThreads
-
-
-class Intervals:
-    """Rows that do not overlap on their thread, sorted by thread and start."""
-
-    thread: npt.NDArray[np.int64]
-    start_ns: npt.NDArray[np.int64]
-    end_ns: npt.NDArray[np.int64]
-
-    def at(
-        self, thread: npt.NDArray, start_ns: npt.NDArray, end_ns: npt.NDArray | None = None
-    ) -> npt.NDArray[np.int64]:
-        """[N] the row that holds each moment of a thread, or stretch of time; -1 where none does."""
-        found = np.full(len(start_ns), -1, dtype=np.int64)
-        end_ns = start_ns if end_ns is None else end_ns
-        bounds = np.flatnonzero(np.diff(self.thread, prepend=-1, append=-1))  # threads count from 0
-        for low, high in itertools.pairwise(bounds):
-            mine = np.flatnonzero(thread == self.thread[low])
-            row = low + np.searchsorted(self.start_ns[low:high], start_ns[mine], "right") - 1
-            inside = (row >= low) & (end_ns[mine] <= self.end_ns[row])
-            found[mine[inside]] = row[inside]
-        return found
+from moe_trace.data.trace_json.events import EventTable, spans_ns
+from moe_trace.data.trace_json.intervals import Intervals
+from moe_trace.read.file.ranges import RangeThreads
 
 
 @dataclass(frozen=True, eq=False)

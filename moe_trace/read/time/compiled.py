@@ -8,19 +8,15 @@ model counts in equal parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
-from moe_trace.read.file.coverage import Coverage, TimeCoverage
-from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.file.launches import Kernels
-from moe_trace.read.time.blocks import Intervals
-from moe_trace.read.time.compiled_calls import CALL, CompiledCalls, Work, compiled_calls, named
+from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
+from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.phase_detection import (
     COMBINE,
     DISPATCH,
@@ -28,26 +24,12 @@ from moe_trace.read.time.phase_detection import (
     OTHER,
     ROUTER,
     SHARED,
-    outermost_slices,
     phases_in_experts,
 )
 from moe_trace.read.time.phases import CallTimes, Times, device_times, span_and_union
+from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, Work, join_compiled
 
 IntArray = npt.NDArray[np.int64]
-
-
-def join_compiled(
-    calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
-) -> CompiledCalls | None:
-    """The calls inside compiled code with their kernels, on a CPU the operators inside them; None without."""
-    inside = np.flatnonzero(calls.in_graph & ~np.isnan(calls.places.span("host", "graph")[:, 0]))
-    if not len(inside) or not graphs:
-        return None
-    if not (events.kind == Kind.DEVICE).any():
-        kernels = operators_of_calls(events)
-    elif not len(kernels.start_ns):
-        return None
-    return CompiledCalls(calls, inside, graphs, events, kernels)
 
 
 def forward_phases(join: CompiledCalls) -> tuple[list[Work], IntArray]:
@@ -87,35 +69,6 @@ def measure_compiled(
             cpp_kernels=Coverage() if on_device else join.cpp_kernels(),
         ),
     )
-
-
-def operators_of_calls(events: EventTable) -> Kernels:
-    """The outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
-    calls = compiled_calls(events)
-    ops = events.select((events.kind == Kind.OP) & ~named(events, CALL))
-    at = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
-        ops.thread, ops.start_ns, ops.end_ns
-    )
-    ops = outermost_slices(ops.select(at >= 0))
-    return Kernels(
-        launch_thread=ops.thread,
-        launch_ns=ops.start_ns,
-        start_ns=ops.start_ns,
-        duration_ns=ops.duration_ns,
-        name=ops.name,
-        link=np.full(len(ops), NO_LINK),
-        stream=ops.thread,
-        coverage=Coverage(),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Stretches(Intervals):
-    """Calls, which do not overlap on their thread."""
-
-    thread: IntArray
-    start_ns: IntArray
-    end_ns: IntArray
 
 
 def _on_host(times: Times) -> Times:

@@ -10,9 +10,9 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Lost, Recording
 from moe_trace.data.summary import SampleKey
-from moe_trace.read.file.coverage import TimeCoverage
-from moe_trace.read.file.events import EventTable
-from moe_trace.read.file.launches import Kernels
+from moe_trace.data.trace_json.coverage import TimeCoverage
+from moe_trace.data.trace_json.events import EventTable
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.compiled import measure_compiled
 from moe_trace.read.time.phase_detection import ROUTER
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times, measure_calls

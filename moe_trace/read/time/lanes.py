@@ -12,12 +12,12 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import RoutingSample, Span
-from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.file.launches import Kernels, find_kernels
+from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.kernels import Kernels, find_kernels
 from moe_trace.read.time.blocks import find_blocks
-from moe_trace.read.time.compiled import forward_phases, join_compiled
-from moe_trace.read.time.compiled_calls import CompiledCalls
+from moe_trace.read.time.compiled import forward_phases
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
+from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, join_compiled
 from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
 
 IntArray = npt.NDArray[np.int64]

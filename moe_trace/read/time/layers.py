@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.display.notebook import ShortRepr
-from moe_trace.read.file.coverage import Provenance
+from moe_trace.data.trace_json.coverage import Provenance
 from moe_trace.read.time.outside_moe import TraceTotals
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes, IntArray, Times

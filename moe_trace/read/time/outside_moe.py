@@ -23,13 +23,13 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import RoutingSample, Stage
-from moe_trace.read.file.events import EventTable, Kind
+from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.intervals import outermost_slices
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.filters import Filter
-from moe_trace.read.file.launches import Kernels
 from moe_trace.read.time.blocks import host_bounds_ns
-from moe_trace.read.time.compiled_calls import compiled_calls
-from moe_trace.read.time.phase_detection import outermost_slices
 from moe_trace.read.time.phases import IntArray
+from moe_trace.timeline.correlate.compiled_operators import compiled_calls
 
 STEP_RANGE = "ProfilerStep#"
 FORWARD_BEGINS = "aten::embedding"

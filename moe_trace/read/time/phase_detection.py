@@ -24,8 +24,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.read.file.events import EventTable, Kind
-from moe_trace.read.time.blocks import Blocks, Intervals
+from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.intervals import Intervals, is_outermost
+from moe_trace.read.time.blocks import Blocks
 
 Phase = Literal["router", "dispatch", "experts", "combine", "shared", "other"]
 PHASES: tuple[Phase, ...] = ("router", "dispatch", "experts", "combine", "shared", "other")
@@ -74,7 +75,7 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     block = blocks.at(host.thread, host.start_ns, host.end_ns)
     inside = block >= 0
     host, block = host.select(inside), block[inside]
-    outermost = _outermost(host, block)
+    outermost = is_outermost(host, block)
     step = np.cumsum(outermost) - 1
     phase = _phases(
         blocks,
@@ -91,26 +92,6 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
         start_ns=host.start_ns[outermost],
         end_ns=host.end_ns[outermost],
     )
-
-
-def _outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """Whether no other row of the same block holds the row; rows are sorted by start, longest first."""
-    if not len(host):
-        return np.zeros(0, dtype=bool)
-    # One running maximum for all blocks: each is moved behind all before it.
-    origin = int(host.start_ns.min())
-    stride = int(host.end_ns.max()) - origin + 1
-    starts = host.start_ns - origin + block * stride
-    ends = np.maximum.accumulate(host.end_ns - origin + block * stride)
-    outermost = np.ones(len(host), dtype=bool)
-    outermost[1:] = starts[1:] >= ends[:-1]
-    return outermost
-
-
-def outermost_slices(slices: EventTable) -> EventTable:
-    """The slices that no other slice of their thread holds."""
-    ordered = slices.select(np.lexsort((-slices.duration_ns, slices.start_ns, slices.thread)))
-    return ordered.select(_outermost(ordered, ordered.thread.astype(np.int64)))
 
 
 def _named(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:

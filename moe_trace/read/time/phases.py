@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, placed_by_clock
 from moe_trace.data.schema import RoutingSample
-from moe_trace.read.file.coverage import Coverage, TimeCoverage
-from moe_trace.read.file.decoding import NO_LINK
-from moe_trace.read.file.events import EventTable, Kind, find_links
-from moe_trace.read.file.launches import Kernels
+from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
+from moe_trace.data.trace_json.decoding import NO_LINK
+from moe_trace.data.trace_json.events import EventTable, Kind, find_links
+from moe_trace.data.trace_json.intervals import node_intervals
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps, phases_of_ranges
 
@@ -274,21 +275,3 @@ def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
     start_ns = nodes.start_ns.copy()
     np.maximum.at(start_ns, node[inside], blocks.end_ns[again][inside])
     return replace(nodes, start_ns=start_ns)
-
-
-def node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
-    """The backward nodes as slices, and which were found: a flow ends at the start of its node, the longest
-    operator there.
-    """
-    ops = events.select(events.kind == Kind.OP)
-    ops = ops.select(np.lexsort((-ops.duration_ns, ops.start_ns, ops.thread)))
-    origin = int(min(ops.start_ns.min(initial=0), backward.start_ns.min(initial=0)))
-    stride = int(max(ops.start_ns.max(initial=0), backward.start_ns.max(initial=0))) - origin + 1
-    key = ops.start_ns - origin + ops.thread.astype(np.int64) * stride
-    wanted = backward.start_ns - origin + backward.thread.astype(np.int64) * stride
-    at = np.searchsorted(key, wanted)
-    found = at < len(ops)
-    found[found] = key[at[found]] == wanted[found]
-    duration = np.zeros(len(backward), dtype=np.int64)
-    duration[found] = ops.duration_ns[at[found]]
-    return replace(backward, duration_ns=duration), found

@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.schema import Span
-from moe_trace.data.trace_json.stream import JsonStream
-from moe_trace.read.file.comms import CommEvent, facts_of, is_comm
-from moe_trace.read.file.decoding import (
+from moe_trace.data.trace_json.comms import CommEvent, facts_of, is_comm
+from moe_trace.data.trace_json.decoding import (
     NO_LINK,
     UNREADABLE,
     Event,
@@ -29,6 +28,7 @@ from moe_trace.read.file.decoding import (
     recording_in,
     times_us,
 )
+from moe_trace.data.trace_json.stream import JsonStream
 
 
 class Kind(IntEnum):

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from moe_trace.data.trace_json.comms import CommArgs
 from moe_trace.data.trace_json.stream import loads_lenient
-from moe_trace.read.file.comms import CommArgs
 
 Number = int | float | str | None
 NO_LINK = -1

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
 from moe_trace.data.schema import GRAPH_LAUNCH
-from moe_trace.read.file.coverage import Coverage
-from moe_trace.read.file.events import EventTable, Kind, find_links, spans_ns
-from moe_trace.read.file.launches import Kernels
-from moe_trace.read.time.phases import node_intervals
+from moe_trace.data.trace_json.coverage import Coverage
+from moe_trace.data.trace_json.events import EventTable, Kind, find_links, spans_ns
+from moe_trace.data.trace_json.intervals import node_intervals
+from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
     is_consistent,
@@ -35,9 +35,9 @@ from moe_trace.timeline.correlate.compiled_launches import (
     split,
     usual_sequences,
 )
+from moe_trace.timeline.correlate.compiled_operators import compiled_calls, named, operators_of_calls
 
 IntArray = npt.NDArray[np.int64]
-CALL = "## Call CompiledFxGraph"
 _CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
 """What a C++ kernel's range has before the kernel's name, with `cpp.enable_kernel_profile`."""
 
@@ -240,6 +240,20 @@ class CompiledCalls:
         return [_CPP_RANGE.sub("", self._events.names[name]) for name in self.kernels.name[rows].tolist()]
 
 
+def join_compiled(
+    calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
+) -> CompiledCalls | None:
+    """The calls inside compiled code with their kernels, on a CPU the operators inside them; None without."""
+    inside = np.flatnonzero(calls.in_graph & ~np.isnan(calls.places.span("host", "graph")[:, 0]))
+    if not len(inside) or not graphs:
+        return None
+    if not (events.kind == Kind.DEVICE).any():
+        kernels = operators_of_calls(events)
+    elif not len(kernels.start_ns):
+        return None
+    return CompiledCalls(calls, inside, graphs, events, kernels)
+
+
 def _have_their_operators(names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph) -> bool:
     """Whether the libraries' calls ran the operators that they name, which only a CPU shows."""
     pairs = (
@@ -257,12 +271,6 @@ def _bare(operator: str) -> str:
     return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
 
 
-def compiled_calls(events: EventTable) -> EventTable:
-    """Inductor's operators, one a call of a compiled graph, sorted by thread and time."""
-    ops = events.select((events.kind == Kind.OP) & named(events, CALL))
-    return ops.select(np.lexsort((ops.start_ns, ops.thread)))
-
-
 def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
     """The kernels of a call of a graph that are some router call's."""
     for number, stretch in enumerate(call.stretches):
@@ -273,9 +281,3 @@ def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
             if row is not None:
                 for at in stretch.kernels:
                     yield Work(row, step + number, part.place, int(call.rows[at]), launch)
-
-
-def named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
-    """Which events have a name that begins so."""
-    named = np.array([name.startswith(prefix) for name in events.names], bool)
-    return named[events.name] if len(named) else np.zeros(len(events), bool)
