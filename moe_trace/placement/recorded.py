@@ -165,7 +165,10 @@ def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording
             f"the run had {world} ranks, and only {len(ranks)} are here: the others' tokens are missing"
         )
     if len(parts) < len(recordings):
-        notes.append(f"{len(recordings) - len(parts)} ranks saw tokens of others; those count once")
+        again = len(recordings) - len(parts)
+        notes.append(
+            f"{again} {'rank' if again == 1 else 'ranks'} routed the same tokens as another; those count once"
+        )
     runs = {run for run, _ in parts}
     if len(runs) > 1:
         notes.append(f"{len(runs)} runs; each one's steps stand by themselves (run:step)")

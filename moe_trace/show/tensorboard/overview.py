@@ -179,4 +179,6 @@ def _speed(summary: TraceSummary) -> JsonDict:
         return _card("expert FLOP/s", "-", None, None, _no_times(summary), "time")
     peak = rate.share_of_peak if rate is not None else None
     detail = f"{share(peak)} of the device's peak" if peak is not None else "the device's peak is not known"
+    if value is None and summary.experts_are_split:
+        detail = "experts are split over ranks"
     return _card("expert FLOP/s", scaled(value, "FLOP/s"), value, "speed.experts.flops_per_s", detail, "time")

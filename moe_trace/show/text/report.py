@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moe_trace.data.display.tables import paragraph, printable, screen_width, wrapped
 from moe_trace.data.summary import Summary, model_name
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.findings.finding import FINDINGS_SHOWN
+from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding
 from moe_trace.show.text.distinct import distinct_part
 from moe_trace.show.text.imbalance import imbalance_part
 from moe_trace.show.text.load import load_parts
@@ -41,11 +43,24 @@ def _figures(summary: Summary) -> list[str]:
 def _findings(summary: TraceSummary) -> list[str]:
     if not summary.findings:
         return []
-    shown, more = summary.findings[:FINDINGS_SHOWN], len(summary.findings) - FINDINGS_SHOWN
-    lines = [wrapped(printable(f"{finding.sentence} {finding.advice}", 2000)) for finding in shown]
+    sentences = _once_for_all_stages(summary.findings)
+    shown, more = sentences[:FINDINGS_SHOWN], len(sentences) - FINDINGS_SHOWN
+    lines = [wrapped(printable(sentence, 2000)) for sentence in shown]
     if more > 0:
         lines.append(wrapped(f"… and {more} more; --format json has them all."))
     return ["Findings, worst first\n" + "\n".join(lines)]
+
+
+def _once_for_all_stages(findings: Sequence[Finding]) -> list[str]:
+    """What is found alike in several stages is said once, at the place of the worst, with their names."""
+    stages: dict[str, list[str]] = {}
+    for finding in findings:
+        stage = finding.stage or ""
+        sentence = finding.sentence.removeprefix(f"{stage.capitalize()}: ")
+        stages.setdefault(f"{sentence} {finding.advice}", []).append(stage)
+    return [
+        f"{', '.join(names).capitalize()}: {said}" if any(names) else said for said, names in stages.items()
+    ]
 
 
 def _heading(summary: Summary) -> str:
@@ -54,7 +69,9 @@ def _heading(summary: Summary) -> str:
     lines.append(paragraph(_facts(summary)))
     if isinstance(summary, TraceSummary) and summary.stages:
         stages = [f"{stage} ({part.totals.calls:,} calls)" for stage, part in summary.stages.items()]
-        lines.append(paragraph(f"Stages, each on its own below: {', '.join(stages)}"))
+        twice = sum(part.totals.calls for part in summary.stages.values()) > summary.totals.calls
+        also = "; the tokens of mixed calls count in prefill and decode, too" if twice else ""
+        lines.append(paragraph(f"Stages, each on its own below: {', '.join(stages)}{also}"))
     if summary.trace is not None:
         lines.insert(0, printable(summary.trace, 200))
     return "\n".join(lines)
