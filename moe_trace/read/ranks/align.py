@@ -56,9 +56,10 @@ def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
     if not unaligned:
         return []
     named = ", ".join(map(str, unaligned))
+    clocks = f"the clocks of ranks {named}" if len(unaligned) > 1 else f"the clock of rank {named}"
     return [
-        f"the clocks of ranks {named} could not be aligned with that of rank {reference}: they share no "
-        "matched collective with it; their times stand beside its own as recorded"
+        f"{clocks} could not be aligned with that of rank {reference}, with which no collective is shared: "
+        "times stand beside its own as recorded"
     ]
 
 

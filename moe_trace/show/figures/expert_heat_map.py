@@ -18,6 +18,7 @@ from moe_trace.show.figures.figure import (
     cap_said,
     colour_cap,
     heat_map,
+    ids_axis,
     layers_axis,
     rows_px,
     safe,
@@ -47,7 +48,7 @@ def expert_heat_map(summary: Summary) -> Figure:
         "less is blue, 0 is unused." + (cap_said(highest, known) if known else ""),
         data=[data] if routers else [],
         layout={
-            "xaxis": {"title": {"text": "expert"}},
+            "xaxis": ids_axis("expert", experts),
             "yaxis": layers_axis([safe(r.info.site) for r in routers]),
             "height": 120 + rows_px(len(routers)),
         },

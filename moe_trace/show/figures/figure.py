@@ -144,6 +144,12 @@ def layer_columns() -> Spec:
     return {"type": "category", "nticks": 32}
 
 
+def ids_axis(title: str, count: int) -> Spec:
+    """The horizontal axis of a heat map with a column an expert: whole numbers, at most 16 of them."""
+    step = next(one for one in (10**n * digit for n in range(9) for digit in (1, 2, 5)) if one * 16 >= count)
+    return {"title": {"text": title}, "tick0": 0, "dtick": step}
+
+
 def layers_axis(labels: Sequence[str]) -> Spec:
     """The vertical axis of such a heat map, the first layer on top; as many names as there is room for."""
     every = max(1, -(-15 * len(labels) // max(1, rows_px(len(labels)))))

@@ -6,7 +6,16 @@ import numpy as np
 
 from moe_trace.read.experts.physical import PhysicalLoad, PhysicalReport
 from moe_trace.show.figures.expert_heat_map import equal_share_row, heat_map_trace
-from moe_trace.show.figures.figure import Cell, Figure, cap_said, colour_cap, layers_axis, rows_px, safe
+from moe_trace.show.figures.figure import (
+    Cell,
+    Figure,
+    cap_said,
+    colour_cap,
+    ids_axis,
+    layers_axis,
+    rows_px,
+    safe,
+)
 
 HEADINGS = ("layer", "experts", "slots", "maps", "by expert", "by slot", "by rank", "replicas")
 
@@ -31,7 +40,7 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
         "and the worst among one expert's replicas." + (cap_said(highest, known) if known else ""),
         data=[data] if layers else [],
         layout={
-            "xaxis": {"title": {"text": "slot"}},
+            "xaxis": ids_axis("slot", width),
             "yaxis": layers_axis([safe(layer.site) for layer in layers]),
             "height": 120 + rows_px(len(layers)),
         },

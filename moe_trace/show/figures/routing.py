@@ -14,7 +14,7 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.call_grid import call_grid
 from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, load_over_time
 from moe_trace.show.figures.expert_heat_map import heat_map_trace
-from moe_trace.show.figures.figure import Cell, Figure, axis, bars, layers_axis, rows_px, safe
+from moe_trace.show.figures.figure import Cell, Figure, axis, bars, ids_axis, layers_axis, rows_px, safe
 from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 
 LAYER_FIGURE_PX = 270
@@ -138,7 +138,7 @@ def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
         caption="How much more (orange) or less (blue) of an equal share each expert gets in B.",
         data=[data] if pairs else [],
         layout={
-            "xaxis": {"title": {"text": "expert"}},
+            "xaxis": ids_axis("expert", experts),
             "yaxis": layers_axis([safe(x.info.site) for x, _ in pairs]),
             "height": 120 + rows_px(len(pairs)),
         },
