@@ -3,10 +3,11 @@
 
     python scripts/bench_hooks.py
     python scripts/bench_hooks.py --in-turn    # on a machine that does other work too
+    python scripts/bench_hooks.py --in-turn --device cuda    # modules and what they return on a GPU
 
-Trivial modules, 16 layers, on the CPU; CPU time of the thread, since other work on the machine adds to the
-clock; medians of the ratios. The deferred reduction is told apart: it is taken out of the first row of
-recording and stands in the second.
+Trivial modules, 16 layers, which compute nothing on either device; CPU time of the thread, since other work
+on the machine adds to the clock; medians of the ratios. The deferred reduction is told apart: it is taken
+out of the first row of recording and stands in the second.
 
 With `--in-turn` each way has a model of its own, and single forwards of all of them take turns within a few
 milliseconds; printed are the fastest 2 % and 10 % of each way's forwards, which other work disturbed least.
@@ -47,6 +48,10 @@ class Gate(nn.Module):
         logits = torch.randn(1, EXPERTS)
         weights, index = logits.softmax(-1).topk(TOP_K)
         self.decided = logits, weights, index
+
+    def _apply(self, move: Any, *more: Any, **options: Any) -> Any:
+        self.decided = tuple(move(one) for one in self.decided)  # type: ignore[assignment]
+        return super()._apply(move, *more, **options)
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         logits, weights, index = self.decided
@@ -129,7 +134,7 @@ def empty_hooks(model: Layers, ranges: bool) -> Iterator[None]:
 
 def microseconds(model: Layers, context: Context, forwards: int) -> float:
     """A layer's share of a forward inside the context."""
-    hidden = torch.zeros(1, 4)
+    hidden = torch.zeros(1, 4, device=model.layers[0].gate.weight.device)
     with context(), torch.no_grad():
         for _ in range(20):  # hooks are put on, and routers shown to write to other memory each time
             model(hidden)
@@ -139,11 +144,13 @@ def microseconds(model: Layers, context: Context, forwards: int) -> float:
         return 1e6 * (time.thread_time() - started) / forwards / LAYERS
 
 
-def in_turn(name: str, ways: Sequence[Callable[[Layers], AbstractContextManager[Any]]], around: Any) -> None:
+def in_turn(
+    name: str, device: str, ways: Sequence[Callable[[Layers], AbstractContextManager[Any]]], around: Any
+) -> None:
     """Ways are bare, with empty hooks, and ours."""
-    models = [Layers().eval() for _ in ways]
+    models = [Layers().eval().to(device) for _ in ways]
     times: list[list[int]] = [[] for _ in ways]
-    hidden, clock = torch.zeros(1, 4), time.perf_counter_ns
+    hidden, clock = torch.zeros(1, 4, device=device), time.perf_counter_ns
     with ExitStack() as stack, torch.no_grad():
         for model, way in zip(models, ways, strict=True):
             fresh_outputs(model, 512)
@@ -188,17 +195,23 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=31)
     parser.add_argument("--in-turn", action="store_true")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.disable()
     print(
-        f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}; "
-        "us a layer\n"
+        f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+        f"{options.device}; us a layer\n"
     )
     if options.in_turn:
-        all_in_turn()
+        all_in_turn(options.device)
     else:
-        all_pairs(options.pairs)
+        all_pairs(options.pairs, options.device)
+
+
+def activities_of(device: str) -> list[torch.profiler.ProfilerActivity]:
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    return both if torch.device(device).type == "cuda" else both[:1]
 
 
 @contextmanager
@@ -209,19 +222,20 @@ def without_reduction(model: Layers) -> Iterator[None]:
         yield
 
 
-def all_in_turn() -> None:
+def all_in_turn(device: str) -> None:
     print("| | empty, 2 % | ours | ratio | empty, 10 % | ours | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     empty = partial(empty_hooks, ranges=False)
-    in_turn("recording, without the reduction", (nullcontext, empty, without_reduction), nullcontext)
-    in_turn("sampling off", (nullcontext, empty, partial(moe_trace.MoETracer, warmup=10**9)), nullcontext)
-    profiled = partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
+    in_turn("recording, without the reduction", device, (nullcontext, empty, without_reduction), nullcontext)
+    off = partial(moe_trace.MoETracer, warmup=10**9)
+    in_turn("sampling off", device, (nullcontext, empty, off), nullcontext)
+    profiled = partial(torch.profiler.profile, activities=activities_of(device))
     ways = nullcontext, partial(empty_hooks, ranges=True), without_reduction
-    in_turn("under a profiler, with ranges", ways, profiled)
+    in_turn("under a profiler, with ranges", device, ways, profiled)
 
 
-def all_pairs(pairs: int) -> None:
-    model = Layers().eval()
+def all_pairs(pairs: int, device: str) -> None:
+    model = Layers().eval().to(device)
     fresh_outputs(model)
 
     print("| | empty hooks | ours | ratio | quartiles | bound |\n| --- | ---: | ---: | ---: | --- | ---: |")
@@ -237,7 +251,7 @@ def all_pairs(pairs: int) -> None:
         pairs,
         0.2,
     )
-    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities = activities_of(device)
     profiled = partial(torch.profiler.profile, activities=activities)
 
     @contextmanager

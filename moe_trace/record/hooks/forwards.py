@@ -142,6 +142,7 @@ class ForwardWatch:
         """The same where a stream is captured, or a replica of the module called."""
         try:
             if captures_now():
+                self.levels.level = None  # the model may have been moved to the GPU since
                 self.levels.set(Level.RANGES)  # which tells where the experts end
                 self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
             elif replica:

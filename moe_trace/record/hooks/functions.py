@@ -78,7 +78,10 @@ class SiteObserver(HookOwner):
         )
         self.traced = TracedSite(site, rings)
         self._captures = captures
-        self._capturing = self._cuda = False
+        self.on_cuda = False
+        """Whether a stream that is captured by hand may hold its calls."""
+        self.capturing = False
+        """Whether the call under way is captured."""
         self._expert_marks: dict[int, Any] = {}
         self._ranges = ranges
         self._clock = clock
@@ -95,7 +98,7 @@ class SiteObserver(HookOwner):
     # -- hooks: plain calls do without most of it (`plain_calls.py`) --------------------------------------
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_dynamo_compiling() or self._capturing:
+        if is_dynamo_compiling() or self.capturing:
             self.traced.after_watched(output)
             return
         if self.copies is not None:
@@ -114,7 +117,7 @@ class SiteObserver(HookOwner):
 
     def _before_copied(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         """On the experts behind all other hooks, while what they are given is copied."""
-        if is_dynamo_compiling() or self._capturing or self.copies is None:
+        if is_dynamo_compiling() or self.capturing or self.copies is None:
             return
         self.copies.receive(*self._needed(args, kwargs or {}))
 
@@ -136,12 +139,14 @@ class SiteObserver(HookOwner):
             return
         if module is not self.site.router and detach_if_copy(module, self.site.router):
             return
-        if self._cuda and captures_now():
-            self._capturing = True
+        if self.on_cuda and captures_now():
+            self.capturing = True
             self.time_captured_experts()
             self.traced.before_router(args)
             self._captures.begin(self.site.name, self.site.site, "router")
             return
+        if self.capturing:  # a capture ended between a router and its experts
+            self.capturing, self.traced.call = False, None
         thread = get_ident()
         if self.ranged and (not self.site.shares_router or self._ranges.has(self._block_range, thread)):
             self._ranges.open(self._router_range, thread)
@@ -153,10 +158,10 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self.traced.after_router(output)
             return
-        if self._capturing:
+        if self.capturing:
             self._captures.end(self.site.name, "router")
             self.traced.after_router(output)
-            self._capturing = self.site.experts is not None and output is not None
+            self.capturing = self.site.experts is not None and output is not None
             return
         now_ns = time_ns()
         if self._clock is not None:
@@ -174,7 +179,7 @@ class SiteObserver(HookOwner):
     def before_experts(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
             return
-        if self._capturing:
+        if self.capturing:
             self._captures.begin(self.site.name, self.site.site, "experts")
             return
         thread = get_ident()
@@ -190,8 +195,8 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self.traced.after_experts(args, given)
             return
-        if self._capturing:
-            self._capturing = False
+        if self.capturing:
+            self.capturing = False
             if self.site.times_experts:
                 self._captures.end(self.site.name, "experts")
             self.traced.after_experts(args, given)

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from moe_trace.find.private.torch_names import enter_private, graph_task_id
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.ranges import OpenRanges
+from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog, event_code
 from moe_trace.record.hooks.functions import MISSING, SiteObserver
 
@@ -39,6 +40,8 @@ class PlainCalls(HookOwner):
         self.router: nn.Module | None = None
         self.experts: nn.Module | None = None
         """Those that calls must be of; None while none is plain."""
+        self.on_cuda = False
+        """Whether a call may be captured into a graph by hand, which is asked when the router begins."""
         self.traced = general.traced
         self.begin_code, self.router_code, self.experts_code = (
             event_code(kind, index) for kind in (BEGIN, ROUTER, EXPERTS)
@@ -46,6 +49,7 @@ class PlainCalls(HookOwner):
 
     def start(self) -> None:
         """Take calls."""
+        self.on_cuda = self.general.on_cuda
         self.router, self.experts = self.general.site.router, self.general.site.experts
 
     def stop(self) -> None:
@@ -53,13 +57,17 @@ class PlainCalls(HookOwner):
         self.router = self.experts = None
 
     def before_router(self, module: nn.Module, args: Any) -> None:
-        if is_dynamo_compiling() or module is not self.router:
+        if (
+            is_dynamo_compiling()
+            or module is not self.router
+            or (self.on_cuda and (captures_now() or self.general.capturing))
+        ):
             self.general.before_router(module, args)
         else:
             self.log.note((self.begin_code, get_ident(), time_ns(), None, None))
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_dynamo_compiling() or module is not self.router:
+        if is_dynamo_compiling() or module is not self.router or (self.on_cuda and self.general.capturing):
             self.general.after_router(module, args, output)
         else:
             now_ns = time_ns()
@@ -82,7 +90,10 @@ class PlainCalls(HookOwner):
 
 
 class PlainRanges(PlainCalls):
-    """The same while a profiler records: on the thread whose forward it records, each is a range too."""
+    """The same while a profiler records: on the thread whose forward it records, each is a range too.
+
+    Whether dynamo traces is asked first: it cannot trace what tells the thread.
+    """
 
     def __init__(self, general: SiteObserver, index: int, log: EventLog, ranges: OpenRanges) -> None:
         super().__init__(general, index, log)
@@ -101,7 +112,7 @@ class PlainRanges(PlainCalls):
 
     def before_block(self, module: nn.Module, args: Any) -> None:
         ranges = self.ranges
-        if module is not self.block or get_ident() != ranges.thread or is_dynamo_compiling():
+        if is_dynamo_compiling() or module is not self.block or get_ident() != ranges.thread:
             self.general.before_block(module, args)
         else:
             own, slot = ranges.own, self.block_slot
@@ -110,9 +121,9 @@ class PlainRanges(PlainCalls):
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         ranges = self.ranges
         if (
-            module is not self.block
+            is_dynamo_compiling()
+            or module is not self.block
             or get_ident() != ranges.thread
-            or is_dynamo_compiling()
             or not (opened := ranges.own[self.block_slot])
         ):
             self.general.after_block(module, args, kwargs, output)
@@ -121,7 +132,12 @@ class PlainRanges(PlainCalls):
 
     def before_router(self, module: nn.Module, args: Any) -> None:
         ranges = self.ranges
-        if module is not self.router or get_ident() != ranges.thread or is_dynamo_compiling():
+        if (
+            is_dynamo_compiling()
+            or module is not self.router
+            or get_ident() != ranges.thread
+            or (self.on_cuda and (captures_now() or self.general.capturing))
+        ):
             self.general.before_router(module, args)
         else:
             own, slot = ranges.own, self.router_slot
@@ -129,22 +145,28 @@ class PlainRanges(PlainCalls):
             self.log.note((self.begin_code, ranges.thread, time_ns(), None, None))
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        now_ns, ranges = time_ns(), self.ranges
+        ranges = self.ranges
         if (
-            module is not self.router
+            is_dynamo_compiling()
+            or module is not self.router
             or get_ident() != ranges.thread
-            or is_dynamo_compiling()
             or not (opened := ranges.own[self.router_slot])
         ):
             self.general.after_router(module, args, output)
         else:
+            now_ns = time_ns()
             ranges.own[self.router_slot] = opened[0]
             opened = None  # ends it
             self.log.note((self.router_code, ranges.thread, now_ns, output, graph_task_id()))
 
     def before_experts(self, module: nn.Module, args: Any) -> None:
         ranges = self.ranges
-        if module is not self.experts or get_ident() != ranges.thread or is_dynamo_compiling():
+        if (
+            is_dynamo_compiling()
+            or module is not self.experts
+            or get_ident() != ranges.thread
+            or (self.on_cuda and self.general.capturing)
+        ):
             self.general.before_experts(module, args)
         else:
             own, slot = ranges.own, self.experts_slot
@@ -153,9 +175,9 @@ class PlainRanges(PlainCalls):
     def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         ranges = self.ranges
         if (
-            module is not self.experts
+            is_dynamo_compiling()
+            or module is not self.experts
             or get_ident() != ranges.thread
-            or is_dynamo_compiling()
             or kwargs
             or output is None
             or output is MISSING

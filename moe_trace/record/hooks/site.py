@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import hooks_of
+from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.calls.pending import Usual
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
@@ -40,6 +41,11 @@ class HooksOn:
     """By another clock."""
     sending: bool
     first: bool
+
+
+def is_on_cuda(site: RouterSite) -> bool:
+    """Whether the weights of a router or of its experts are on a GPU."""
+    return any(p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters())
 
 
 class SiteHooks(SiteObserver):
@@ -114,6 +120,7 @@ class SiteHooks(SiteObserver):
             and (self.observe_block, self.reads_block) == self._of_block
             and (level == Level.OFF or self._copies_received == (self.copies is not None))
             and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
+            and (level == Level.OFF or self.on_cuda == is_on_cuda(self.site))
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
@@ -165,9 +172,7 @@ class SiteHooks(SiteObserver):
         if self._owner is not None:
             ranged = self.ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
         timed = ranged or self._clock is not None or level == Level.RANGES
-        self._cuda = any(
-            p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters()
-        )
+        self.on_cuda = is_on_cuda(site)
         self._copies_received = self.copies is not None
         block, router, experts = site.block, site.router, site.experts
         hooks = self._plain(level) or self
@@ -201,8 +206,7 @@ class SiteHooks(SiteObserver):
     def _plain(self, level: Level) -> PlainCalls | None:
         """The hooks of plain calls, where there will be any."""
         if (
-            self._cuda
-            or self._clock is not None
+            self._clock is not None
             or self._keeps_arguments
             or self.copies is not None
             or self.sending is not None
