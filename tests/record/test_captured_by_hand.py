@@ -16,7 +16,7 @@ import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
 from moe_trace.record.graphs import memory
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.hooks import site
+from moe_trace.record.hooks import plain_calls, site
 from moe_trace.record.hooks.plain_calls import PlainCalls
 
 EXPERTS = 8
@@ -43,6 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
     monkeypatch.setattr(memory, "is_initialized", lambda: True)
     monkeypatch.setattr(memory, "is_current_stream_capturing", lambda: fake.captures)
+    monkeypatch.setattr(plain_calls, "stream_is_captured", lambda: fake.captures)
     monkeypatch.setattr(site, "is_on_cuda", lambda _: fake.present)
     for edge in ("begin", "end"):
         monkeypatch.setattr(CaptureNotes, edge, noting(fake.notes, edge))

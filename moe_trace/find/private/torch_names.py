@@ -264,6 +264,8 @@ def current_stream_handle(device: torch.device) -> int:
 
 # -- hooks ---------------------------------------------------------------------------------------------------
 
+stream_is_captured = _named("_C._cuda_isCurrentStreamCapturing") or torch.cuda.is_current_stream_capturing
+"""Of the current stream, once CUDA is initialised. Asked in each router call: the public way is two more."""
 _HOOKS = "_forward_hooks"
 if not hasattr(nn.Module(), _HOOKS):
     _missing[f"torch.nn.Module.{_HOOKS}"] = (

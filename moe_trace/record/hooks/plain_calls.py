@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from moe_trace.find.private.torch_names import enter_private, graph_task_id
+from moe_trace.find.private.torch_names import enter_private, graph_task_id, stream_is_captured
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.ranges import OpenRanges
-from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog, event_code
 from moe_trace.record.hooks.functions import MISSING, SiteObserver
 
@@ -60,7 +59,7 @@ class PlainCalls(HookOwner):
         if (
             is_dynamo_compiling()
             or module is not self.router
-            or (self.on_cuda and (captures_now() or self.general.capturing))
+            or (self.on_cuda and (stream_is_captured() or self.general.capturing))
         ):
             self.general.before_router(module, args)
         else:
@@ -136,7 +135,7 @@ class PlainRanges(PlainCalls):
             is_dynamo_compiling()
             or module is not self.router
             or get_ident() != ranges.thread
-            or (self.on_cuda and (captures_now() or self.general.capturing))
+            or (self.on_cuda and (stream_is_captured() or self.general.capturing))
         ):
             self.general.before_router(module, args)
         else:
