@@ -39,6 +39,10 @@ SMALL_SHAPE = TRUE_SHAPE | {
     "vocab_size": 1024,
 }
 
+WARM_UP = 6
+"""Steps inside a context before it is timed. In the first, hooks are installed; in the first five, a tracer
+copies the choices of each router, until it knows that their memory is not written to again."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -106,9 +110,11 @@ class Bench:
         repeat: int = 1,
         pairs: int | None = None,
         of_host: bool = False,
+        warm_up: int = WARM_UP,
     ) -> None:
         """A row: the median of the pairs' ratios, and their quartiles. Noisy workloads want more pairs."""
-        found = self.pairs_of(step, bare=bare, traced=traced, repeat=repeat, pairs=pairs, of_host=of_host)
+        how = {"repeat": repeat, "pairs": pairs, "of_host": of_host, "warm_up": warm_up}
+        found = self.pairs_of(step, bare=bare, traced=traced, **how)
         ratios = sorted(b / a for a, b in found)
         quartiles = statistics.quantiles(ratios, n=4)
         row = Row(
@@ -134,6 +140,7 @@ class Bench:
         repeat: int,
         pairs: int | None = None,
         of_host: bool = False,
+        warm_up: int = WARM_UP,
     ) -> list[tuple[float, float]]:
         """(bare, traced) seconds a step: `repeat` steps inside each context, one context after the other."""
 
@@ -143,7 +150,8 @@ class Bench:
 
         def one(context: Callable[[], Any]) -> float:
             with context():
-                step()  # the first step inside a context pays for hooks being installed
+                for _ in range(warm_up):
+                    step()
                 return self.seconds(steps, of_host=of_host) / repeat
 
         for context in (bare, traced):

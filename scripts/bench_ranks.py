@@ -27,7 +27,7 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench_pairs import SMALL_SHAPE, TRUE_SHAPE
+from bench_pairs import SMALL_SHAPE, TRUE_SHAPE, WARM_UP
 
 import moe_trace
 from moe_trace.workload.config import EP_IMPLEMENTATIONS, Split
@@ -68,7 +68,8 @@ def slowest_s(seconds: float) -> float:
 def timed(step: Callable[[], None], context: Context, device: torch.device, repeat: int) -> float:
     """Seconds a step, the slowest rank's."""
     with context():
-        step()  # the first step inside a context pays for hooks being installed
+        for _ in range(WARM_UP):
+            step()
         _synchronize(device)
         distributed.barrier()
         started = time.perf_counter()

@@ -9,6 +9,7 @@ which only an engine in this process can. Nothing here asks moe_trace what it re
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -152,13 +153,16 @@ def left_on(worker: Any) -> dict[str, list[str]]:
 
 def run_phase(llm: Any, phase: dict[str, Any], in_process: bool, compiled: Any) -> dict[str, Any]:
     kind, found = phase["kind"], {}
+    options = phase.get("options", {})
+    if not set(options) <= set(inspect.signature(llm.start_profile).parameters):
+        kind, found = "plain", {"unsupported": True}  # by this version
     if compiled is not None:
         compiled.close()
     oracle = Oracle(worker_of(llm).get_model()) if phase.get("oracle") and in_process else compiled
     if phase.get("oracle") and not in_process:
         llm.collective_rpc("oracle_start")
     if kind == "profile":
-        llm.start_profile(**phase.get("options", {}))
+        llm.start_profile(**options)
     if kind == "rpc":
         found["sites"] = llm.collective_rpc("moe_trace_start")
     if in_process:

@@ -53,6 +53,8 @@ def test_every_call_is_placed_and_the_trace_passes_check(eager: EngineRun, numbe
 
 def test_a_profiler_that_waits_and_stops_by_itself_has_its_own_steps(eager: EngineRun) -> None:
     phase = eager.result["phases"][5]
+    if phase.get("unsupported"):
+        pytest.skip("start_profile of this vLLM takes no delay_iterations")
     assert counts_in(eager.traces[2]) == {name: calls[1:3] for name, calls in phase["captured"].items()}
 
 
