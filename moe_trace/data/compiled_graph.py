@@ -58,11 +58,15 @@ class CompiledGraph:
 
     parts: tuple[LaunchPart, ...]
     launches: tuple[CompiledLaunch, ...]
+    """None where there is a problem."""
     backward: bool = False
+    problem: str = ""
+    """Why its launches are not known, with what helps."""
 
 
 _FLAGS = ("generated", "outside", "product", "gather", "write")
-_VERSION = 1
+_VERSIONS = (1, 2)
+"""The first has no problems; the last is written."""
 
 
 def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
@@ -79,8 +83,9 @@ def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
             for launch in graph.launches
         ]
         parts = [[part.place, *part.routers] for part in graph.parts]
-        encoded.append({"parts": parts, "launches": launches, "backward": graph.backward})
-    return {"version": _VERSION, "kernels": [*kernels], "graphs": encoded}
+        one = {"parts": parts, "launches": launches, "backward": graph.backward}
+        encoded.append(one | ({"problem": graph.problem} if graph.problem else {}))
+    return {"version": _VERSIONS[-1], "kernels": [*kernels], "graphs": encoded}
 
 
 def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
@@ -89,7 +94,7 @@ def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
     Raises:
         ValueError, TypeError, LookupError: no such JSON.
     """
-    if value is None or value["version"] != _VERSION:
+    if value is None or value["version"] not in _VERSIONS:
         return ()
     kernels = [str(kernel) for kernel in value["kernels"]]
     graphs = []
@@ -103,7 +108,10 @@ def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
                 raise ValueError(f"expected {len(kernels)} kernels and {len(parts)} parts, found others")
             told = {flag: bool(flags >> bit & 1) for bit, flag in enumerate(_FLAGS)}
             launches.append(CompiledLaunch(kernel=kernels[kernel], parts=tuple(places), **told))
-        graphs.append(CompiledGraph(parts=parts, launches=tuple(launches), backward=bool(graph["backward"])))
+        backward, problem = bool(graph["backward"]), str(graph.get("problem", ""))
+        graphs.append(
+            CompiledGraph(parts=parts, launches=tuple(launches), backward=backward, problem=problem)
+        )
     return tuple(graphs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -145,6 +146,11 @@ def _graph_notes(recording: Recording) -> list[str]:
         f"{len(calls)} router calls were made inside compiled code or CUDA graphs: their decisions are "
         f"exact, but padding is not counted apart; {placed} have a place in the trace, that of "
         f"their graph or forward, and {timed} a time of the router itself"
+    ]
+    problems = Counter(graph.problem for graph in recording.compiled_graphs if graph.problem)
+    notes += [
+        f"phases inside {count} compiled graph{'s' * (count > 1)} are unknown: {problem}"
+        for problem, count in problems.items()
     ]
     if recording.graphs_compiled and not recording.compiled_graphs:
         notes.append(

@@ -368,7 +368,7 @@ def test_graphs_survive_the_file(name: str) -> None:
     assert decode_recording(json.loads(text)).compiled_graphs == recording.compiled_graphs
     encoded = json.dumps(encode_compiled(recording.compiled_graphs))
     assert len(encoded) < 200 * sum(len(graph.launches) for graph in recording.compiled_graphs)
-    assert decode_compiled(json.loads(encoded) | {"version": 2}) == ()
+    assert decode_compiled(json.loads(encoded) | {"version": 3}) == ()
 
 
 @pytest.mark.parametrize(

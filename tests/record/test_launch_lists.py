@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_layers_that_share_code_are_named_together() -> None:
     assert set(places(graph)) == {NAMES}
 
 
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+def test_a_layer_that_is_not_recorded_has_no_list() -> None:
+    model = Blocks()
+    with MoETracer(model, layers=[0]) as tracer, torch.no_grad():
+        for layer in model.layers:
+            layer.compile()
+        model(torch.randn(2, 4, 32))
+    assert [{*places(graph)} for graph in tracer.recording().compiled_graphs] == [{NAMES[:1]}]
+
+
 @pytest.mark.parametrize(
     "path",
     ["L['self'].layers.0.gate", "G['m']._modules['layers']._modules['0'].gate", "L['x'].layers.0.gate"],
@@ -154,6 +165,61 @@ def test_a_view_that_is_called_runs_no_kernel_but_a_cpu_shows_its_call(device: s
         node.meta["val"] = torch.empty(2, device=device)
     idle = [inductor._is_idle(node) for node in (pair, view, product)]
     assert idle == [False, device != "cpu", False]
+
+
+def notes_of_compiled(function: Callable[..., object], *inputs: torch.Tensor) -> list[LaunchNotes]:
+    """What is told while a function is compiled."""
+    found: list[LaunchNotes] = []
+    assert listen_to_compiles(found.append)
+    try:
+        with torch.no_grad():
+            torch.compile(function, fullgraph=True)(*inputs)
+    finally:
+        stop_listening(found.append)
+    return found
+
+
+def test_libraries_calls_that_the_compiler_leaves_out_are_told_with_what_they_compute() -> None:
+    def writes(x: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        added = (x @ x).index_add(0, rows, x.cos())  # in place: the product is not the write
+        masked = (added @ x).index_put((mask,), x[0])  # a fallback, as of every mask but with one value
+        return torch.ones_like(x).scatter_reduce(0, rows[:, None].expand(4, 4), masked @ x, "prod") @ x
+
+    x = torch.randn(4, 4)
+    [notes] = notes_of_compiled(writes, x, torch.tensor([True, False] * 2), torch.arange(4))
+    assert notes.problem == ""
+    operators = {node.name: node.target for node in notes.nodes}
+    calls = [(one.kernel, *map(operators.get, one.nodes)) for one in notes.launches if "." in one.kernel]
+    product, masked, reduced = (
+        ("extern_kernels.mm", "aten.mm.default"),
+        ("aten.index_put_", "aten.index_put_.default"),
+        ("aten.scatter_reduce_.two", "aten.scatter_reduce.two"),
+    )
+    assert calls == [product, product, masked, product, reduced, product]
+
+
+def branching(x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, lambda x: x @ x, lambda x: (x @ x) @ x, (x,))
+
+
+region = torch.compiler.nested_compile_region(lambda x: (x @ x).relu())
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(branching, "torch.cond"), (lambda x: region(region(x)), "nested_compile_region")],
+)
+def test_what_the_compiler_noted_once_for_several_runs_is_refused_with_its_reason(
+    function: Callable[[torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    [notes] = notes_of_compiled(function, torch.randn(4, 4))
+    assert reason in notes.problem
+    graph = describe(replace(notes, nodes=(*notes.nodes, GATE)), {"gate": {"gate": "router"}})
+    assert (graph.launches, graph.problem) == ((), notes.problem)
+    assert [part.routers for part in graph.parts] == [("gate",)]
+
+
+GATE = GraphNode("its", "aten.mm.default", ("L['self'].gate",))
 
 
 def test_a_listener_that_raises_is_said_and_costs_nobody_their_compilation(

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from moe_trace.find.private.generated_code import problem_of
 from moe_trace.find.private.launch_notes import (
     GraphNode,
     LaunchNodes,
@@ -36,7 +37,9 @@ Told = Callable[[LaunchNotes], None]
 _OURS = f'"{Path(__file__).parents[2]}{os.sep}'
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+")
 _OPERATOR = "torch.ops."
-_KEPT_AS = "moe_trace_launches"
+_KEPT_AS, _CALLS = "moe_trace_launches", "moe_trace_calls"
+_NO_KERNEL = ("aten.copy_", "inductor_ops.resize_storage_bytes_")
+"""Calls that have a name and no note, and need none."""
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
 _said: list[bool] = []
@@ -84,10 +87,14 @@ def _switch_on() -> bool:
     try:
         from torch._inductor import config, debug
         from torch._inductor.graph import GraphLowering
+        from torch._inductor.scheduler import Scheduler
 
         level = config.trace.provenance_tracking_level
+        _replace(Scheduler, "codegen_extern_call", _noting_calls(debug))
         _replace(GraphLowering, "compile_to_module", _noting(debug.create_kernel_information_json))
     except (ImportError, AttributeError):
+        while _undo:
+            _undo.pop()()
         return False
     config.trace.provenance_tracking_level = max(1, level)
     _undo.append(lambda: setattr(config.trace, "provenance_tracking_level", level))
@@ -124,15 +131,7 @@ def _noting(kernels_of: Callable[[], dict[str, Any]]) -> Callable[[Any], Any]:
             module = compile_to_module(self, *args, **kwargs)
             with _said_once():
                 found = {name: note for name, note in kernels_of().items() if name not in earlier}
-                graph = self.module.graph
-                idle = {node.name for node in graph.nodes if _is_idle(node)}
-                launches = tuple(
-                    one
-                    for one in _launches(found)
-                    if not (one.kernel.startswith(_OPERATOR) and idle >= {*one.nodes})
-                )
-                nodes = tuple(map(_node, graph.nodes))
-                notes = LaunchNotes(launches, nodes, bool(getattr(self, "is_backward", False)))
+                notes = _notes(self, _launches(found, vars(self).get(_CALLS, {})), Path(module.__file__))
                 if origins := _current_origins():
                     setattr(self, _KEPT_AS, encode_notes(notes, origins))
                 _tell(notes)
@@ -141,6 +140,55 @@ def _noting(kernels_of: Callable[[], dict[str, Any]]) -> Callable[[Any], Any]:
         return compiled
 
     return around
+
+
+def _noting_calls(debug: Any) -> Callable[[Any], Any]:
+    """Round what generates a library's call: some have no note, and some also what is written into theirs."""
+
+    def number() -> int:
+        return int(debug._inductor_kernel_provenance_debug_handle)
+
+    number()
+
+    def around(codegen_extern_call: Any) -> Any:
+        def generated(self: Any, scheduler_node: Any) -> Any:
+            before = number()
+            result = codegen_extern_call(self, scheduler_node)
+            with _said_once():
+                call = scheduler_node.node
+                name = getattr(call, "python_kernel_name", None)
+                if name and name not in _NO_KERNEL:
+                    if number() == before:
+                        debug.set_kernel_post_grad_provenance_tracing(call, name, is_extern=True)
+                    if number() == before + 1 and call.origins:
+                        calls = vars(torch._inductor.virtualized.V.graph).setdefault(_CALLS, {})
+                        exact = call.origin_node if call.origin_node in call.origins else max(call.origins)
+                        calls[before + 1] = exact.name
+            return result
+
+        return generated
+
+    return around
+
+
+def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> LaunchNotes:
+    """Of a graph that was compiled, held against the code that was written to the path."""
+    graph = lowering.module.graph
+    idle = {node.name for node in graph.nodes if _is_idle(node)}
+    problem = problem_of(path.read_text(), [launch.kernel for launch in launches])
+    nodes = graph.nodes if not problem else _all_nodes(lowering.module)
+    return LaunchNotes(
+        tuple(one for one in launches if not (one.kernel.startswith(_OPERATOR) and idle >= {*one.nodes})),
+        tuple(map(_node, nodes)),
+        bool(getattr(lowering, "is_backward", False)),
+        problem,
+    )
+
+
+def _all_nodes(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """Those of its regions and branches, too."""
+    parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    return [node for part in parts for node in part.graph.nodes]
 
 
 def _keeping(init: Any) -> Any:
@@ -195,8 +243,7 @@ def _current_origins() -> Origins | None:
 
 
 def _origins_of(graph: torch.fx.GraphModule) -> Origins:
-    parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
-    nodes = [node for part in parts for node in part.graph.nodes]
+    nodes = _all_nodes(graph)
     numbers = {node: f"%{number}" for number, node in enumerate(nodes)}
     code = hashlib.sha256()
     for node in nodes:
@@ -212,12 +259,17 @@ def _tell(notes: LaunchNotes) -> None:
         told(notes)
 
 
-def _launches(kernels: dict[str, Any]) -> tuple[LaunchNodes, ...]:
-    """Sorted by the number behind each name, which counts the launches of the generated code."""
+def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNodes, ...]:
+    """Sorted by the number behind each name, which counts the launches of the generated code.
+
+    Args:
+        calls: of a library's, by that number, the node that it computes.
+    """
     found = []
     for name, notes in kernels.items():
         kernel, _, number = name.rpartition(":")
-        found.append((int(number), LaunchNodes(kernel, tuple(notes["post_grad_nodes"]))))
+        nodes = [calls[int(number)]] if int(number) in calls else notes["post_grad_nodes"]
+        found.append((int(number), LaunchNodes(kernel, tuple(nodes))))
     return tuple(launch for _, launch in sorted(found, key=lambda one: one[0]))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_VERSION = 1
+_VERSION = 2
 _BYTES_MAX = 4 << 20
 _DECODED_MAX = 64 << 20
 
@@ -46,6 +46,8 @@ class LaunchNotes:
     launches: tuple[LaunchNodes, ...]
     nodes: tuple[GraphNode, ...]
     backward: bool
+    problem: str = ""
+    """Why these are not the launches that the generated code makes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def encode_notes(notes: LaunchNotes, origins: Origins) -> bytes | None:
     value = {
         "version": _VERSION,
         "backward": notes.backward,
+        "problem": notes.problem,
         "launches": [[launch.kernel, launch.nodes] for launch in notes.launches],
         "nodes": [
             [node.name, node.target, place(node.modules), node.ours]
@@ -120,6 +123,7 @@ def decode_notes(encoded: Any, origins: Origins) -> LaunchNotes | None:
                 for name, target, place, ours in value["nodes"]
             ),
             bool(value["backward"]),
+            str(value["problem"]),
         )
     except (zlib.error, ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -58,8 +58,17 @@ class LaunchLists:
 
     def _told(self, notes: LaunchNotes) -> None:
         graph = describe(notes, self._places)
+        if _is_untraced(notes, graph):
+            return
         if any(part.place != "block" for part in graph.parts) and len(self._found) < _GRAPHS_MAX:
             self._found[graph] = None
+
+
+def _is_untraced(notes: LaunchNotes, graph: CompiledGraph) -> bool:
+    """Whether a forward of an MoE block holds none of our hooks, as that of a layer that is not recorded:
+    its modules, seen from what was compiled, may have the paths of one that is."""
+    places = {part.place for part in graph.parts}
+    return len(places) > 1 and "router" in places and not (notes.backward or any(n.ours for n in notes.nodes))
 
 
 def _module_places(sites: Sequence[RouterSite]) -> dict[str, dict[str, Place]]:
@@ -91,6 +100,9 @@ def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> C
     launches = notes.launches
     known = {node.name: node for node in notes.nodes}
     part_of = {node.name: _part_of(node, places) for node in notes.nodes}
+    if notes.problem:
+        held = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
+        return CompiledGraph(parts=held, launches=(), backward=notes.backward, problem=notes.problem)
     listed = Counter(name for launch in launches for name in set(launch.nodes))
     libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
     parts: dict[LaunchPart, int] = {}

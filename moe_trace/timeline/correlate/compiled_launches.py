@@ -34,6 +34,8 @@ def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] 
     Args:
         names: of the kernels, copies and memsets that the call launched, in the order of the stream.
     """
+    if graph.problem:
+        return None
     found: list[Stretch] = []
     at, waiting = 0, []  # the libraries' calls since the last generated kernel
     for number, launch in enumerate(graph.launches):

@@ -1,0 +1,152 @@
+"""What the code that Inductor generated launches, read from its source, to hold the compiler's notes against.
+
+The notes leave some calls out, and tell neither which branch of a `torch.cond` ran nor for which of its calls
+a shared region was noted. A launch that is missing in the list would be taken for its neighbour.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+
+_ENTRY, _COMPILED, _ALLOCATES = "call", "async_compile.", "empty_strided"
+_PARTITION = re.compile(r"self\.partitions\[(\d+)\]")
+_LIBRARIES = (
+    "extern_kernels.",
+    "aten.",
+    "prims.",
+    "torch.ops.",
+    "quantized.",
+    "_quantized.",
+    "inductor_ops.",
+)
+_NO_LAUNCH = (  # what the code calls on buffers beside its launches; a copy between devices is no kernel
+    *(
+        "assert_size_stride",
+        "assert_alignment",
+        "copy_if_misaligned",
+        "reinterpret_tensor",
+        "alloc_from_pool",
+    ),
+    *("clear", "as_strided", "view", "size", "stride", "data_ptr", "item", "copy_", "record", "synchronize"),
+    *("len", "int", "float", "bool", "min", "max", "floor", "ceil", "isinstance", "check_memory_step"),
+)
+_HANDLE = re.compile(r"\[Provenance debug handles\] \S+:(\d+)$", re.MULTILINE)
+
+BRANCHES = (
+    "it chooses between branches or loops (torch.cond, while_loop), and the compiler does not note which "
+    "ran; leave that out of what is compiled, as layer.compile() of each MoE layer does"
+)
+REGIONS = (
+    "it runs a region several times that was compiled once (torch.compiler.nested_compile_region), and the "
+    "compiler notes the modules of the first alone; use layer.compile() for each layer instead"
+)
+NO_SOURCE = (
+    "its generated code cannot be read (cpp_wrapper, fx_wrapper); compile with torch._inductor.config."
+    "cpp_wrapper = False"
+)
+DIFFERENT = "the compiler's notes leave out that it calls {}; compile it without, or report this"
+
+
+class _Refused(Exception):
+    """Why the launches are not known."""
+
+
+def problem_of(source: str, noted: Sequence[str]) -> str:
+    """Why the notes do not tell what the code launches; empty where both agree.
+
+    Args:
+        source: the module that Inductor wrote.
+        noted: names of the launches by the notes, in their order.
+    """
+    try:
+        found = list(_Code(ast.parse(source)).launches())
+    except _Refused as refused:
+        return str(refused)
+    except (SyntaxError, RecursionError, ValueError):
+        return NO_SOURCE
+    handles = [int(handle) for handle in _HANDLE.findall(source)]
+    if not found and noted:
+        return NO_SOURCE
+    if handles != sorted(handles):
+        return DIFFERENT.format("its kernels in another order")
+    different = next((a for a, b in zip(found, [*noted, None], strict=False) if a != b), None)
+    if different is None and len(found) < len(noted):
+        different = f"no {noted[len(found)]}"
+    return DIFFERENT.format(different) if different is not None else ""
+
+
+class _Code:
+    """The module that Inductor wrote."""
+
+    def __init__(self, module: ast.Module) -> None:
+        self.functions = {node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
+        assigned = [node for node in module.body if isinstance(node, ast.Assign)]
+        imported = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        self.kernels = {
+            ast.unparse(node.targets[0]) for node in assigned if _called(node.value).startswith(_COMPILED)
+        }
+        self.globals = {ast.unparse(target) for node in assigned for target in node.targets}
+        self.globals |= {(name.asname or name.name).partition(".")[0] for i in imported for name in i.names}
+        self.partitions = [
+            ast.unparse(name)
+            for node in assigned
+            if isinstance(node.value, ast.Call) and _called(node.value) == "Runner"
+            for keyword in node.value.keywords
+            if isinstance(keyword.value, ast.List)
+            for name in keyword.value.elts
+        ]
+
+    def launches(self) -> Iterator[str]:
+        """Their names, in the order in which they are made."""
+        for name in self._in_body(_ENTRY):
+            partition = _PARTITION.fullmatch(name)
+            if partition is None:
+                yield name
+            elif int(partition[1]) < len(self.partitions):
+                yield from self._in_body(self.partitions[int(partition[1])])
+            else:
+                raise _Refused(NO_SOURCE)
+
+    def _in_body(self, function: str) -> Iterator[str]:
+        if function not in self.functions:
+            raise _Refused(NO_SOURCE)
+        waiting: list[ast.stmt] = [*reversed(self.functions[function].body)]
+        while waiting:
+            statement = waiting.pop()
+            if isinstance(statement, ast.With):
+                waiting += reversed(statement.body)
+                continue
+            names = list(self._calls(statement))
+            if names and isinstance(statement, (ast.If, ast.For, ast.While, ast.Try)):
+                raise _Refused(BRANCHES)
+            if any(name in self.functions for name in names):
+                raise _Refused(REGIONS)
+            yield from names
+
+    def _calls(self, node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            yield from self._calls(child)
+        name = _called(node)
+        owner, _, last = name.rpartition(".")
+        if not isinstance(node, ast.Call):
+            return
+        known = name in self.kernels or name in self.functions or name.startswith(_LIBRARIES)
+        idle = last in _NO_LAUNCH or last.startswith(_ALLOCATES) or not self._takes_a_variable(node)
+        if last == "run" and owner:
+            yield owner
+        elif known or _PARTITION.fullmatch(name) or not idle:
+            yield name
+
+    def _takes_a_variable(self, call: ast.Call) -> bool:
+        """Other calls move no data: they are of the device, its streams and the like."""
+        receiver = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+        parts = [*receiver, *call.args, *(keyword.value for keyword in call.keywords)]
+        names = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
+        return not names <= self.globals
+
+
+def _called(node: ast.AST) -> str:
+    """`extern_kernels.mm` of its call."""
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
