@@ -1,6 +1,6 @@
-"""Record the traces of tests/data/vllm: vLLM's real engine on the demo model, with moe_trace beside it.
+"""Record the traces of tests/data/vllm_traces: vLLM on the demo model, with moe_trace beside it.
 
-    python scripts/record_vllm_traces.py tests/data/vllm
+    python scripts/record_vllm_traces.py tests/data/vllm_traces
 
 Needs vLLM (`make test-vllm` makes an environment that has it) and moe_trace installed there: the engine's
 processes find it by its entry point. Three folders: `eager` and `compiled`, one worker each, and `tp2`, two

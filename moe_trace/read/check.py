@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_trace.data.calls.table import placed_by_clock
+from moe_trace.data.calls.table import placed_by_clock, routers_ranged
 from moe_trace.data.schema import RANGE_NAME, range_name
 from moe_trace.data.trace_json.coverage import Coverage, loss_sentence
 from moe_trace.data.trace_json.events import Kind, to_ns
@@ -76,15 +76,15 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
     ranges = int(np.array(is_router, dtype=bool)[names].sum()) if len(names) else 0
     calls = checked.recording.calls
-    placed = int((~np.isnan(calls.duration_us("host", "router")) & ~placed_by_clock(calls)).sum())
+    placed = int((routers_ranged(calls) & ~placed_by_clock(calls)).sum())
     lost = checked.recording.lost.ranges_without_sample
     if ranges != placed + lost:
         yield "ranges", f"the trace has {ranges} router ranges, but {placed} samples and {lost} lost"
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times, the launch of a graph, or what
-    the host's clock says of a call without a range."""
+    """Every host placement is a range of the trace, with its name and times, the launch of a graph, what ran
+    inside compiled code, or what the host's clock says of a call without a range."""
     known = named_spans(checked.events)
     graphs = graph_spans(known)
     calls = checked.recording.calls
@@ -93,6 +93,8 @@ def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
             continue
         for kind, span in sample.placement.host.items():
             start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
+            if sample.in_graph and kind != "graph":
+                continue  # operators inside compiled code, which opens no range for them
             in_graph = kind == "graph" and (start_ns, duration_ns) in graphs
             if not in_graph and (range_name(kind, sample.site), start_ns, duration_ns) not in known:
                 yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"

@@ -14,12 +14,14 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
+from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import trace_path_error, whole_file
 from moe_trace.data.lost import add_lost
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
+from moe_trace.timeline.compiled_spans import with_compiled_spans
 from moe_trace.timeline.correlate.calls import Placed, place_samples
 from moe_trace.timeline.correlate.graphs import place_in_graphs
 from moe_trace.timeline.correlate.launches import read_launches
@@ -248,7 +250,12 @@ def _place(
         missing=missing,
         base_time_ns=base_time_ns,
         window=window,
+        timed=lambda calls: with_compiled_spans(calls, _compiled_graphs(recordings), events),
     )
+
+
+def _compiled_graphs(recordings: Sequence[Recording]) -> tuple[CompiledGraph, ...]:
+    return tuple(dict.fromkeys(graph for one in recordings for graph in one.compiled_graphs))
 
 
 def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
@@ -270,5 +277,5 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
         routers=tuple(router for r in recordings for router in r.routers),
         samples=placed.samples,
         lost=lost,
-        compiled_graphs=tuple(dict.fromkeys(graph for r in recordings for graph in r.compiled_graphs)),
+        compiled_graphs=_compiled_graphs(recordings),
     )

@@ -20,7 +20,7 @@ from moe_trace.show.tensorboard.overview import overview
 from moe_trace.show.text.report import render_text
 from paths import DATA
 
-TRACES = DATA / "vllm"
+TRACES = DATA / "vllm_traces"
 ENGINES = ("eager", "compiled", "tp2")
 LENGTHS, TOKENS = (9, 30, 17), 5
 PREFILL, DECODE = sum(LENGTHS), len(LENGTHS) * (TOKENS - 1)

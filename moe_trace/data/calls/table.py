@@ -250,10 +250,20 @@ def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> t
     return steps, loads.reshape(len(steps), len(names), loads.shape[1])
 
 
+def routers_timed(calls: CallTable) -> Mask:
+    """[N] whether the router has a time of its own in the trace."""
+    return ~(np.isnan(calls.duration_us("host", "router")) & np.isnan(calls.duration_us("device", "router")))
+
+
+def routers_ranged(calls: CallTable) -> Mask:
+    """[N] whether the router has a range of its own on the host, as calls inside graphs have none."""
+    return ~np.isnan(calls.duration_us("host", "router")) & ~calls.in_graph
+
+
 def placed_by_clock(calls: CallTable) -> Mask:
     """[N] whether the host's clock alone tells where the call stands: its router takes the time between its
     hooks, to the nanosecond. A range takes longer: it is opened before the one, closed after the other."""
-    return calls.duration_us("host", "router") == _between_hooks_us(calls)
+    return routers_ranged(calls) & (calls.duration_us("host", "router") == _between_hooks_us(calls))
 
 
 def _between_hooks_us(calls: CallTable) -> npt.NDArray[np.float64]:

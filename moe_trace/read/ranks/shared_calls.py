@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, routers_ranged
 from moe_trace.data.schema import Parallel, RoutingSample
 from moe_trace.data.trace_json.comms import CommKind
 from moe_trace.data.trace_json.events import spans_ns
@@ -35,8 +35,7 @@ def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
     if written_ns:
         return written_ns
     calls = CallTable.of(samples)
-    start_us = calls.places.span("host", "router")[:, 0]
-    known = ~np.isnan(start_us) & (calls.host_start_ns > 0)
+    known = routers_ranged(calls) & (calls.host_start_ns > 0)
     if not known.any():
         return 0
     return int((calls.host_start_ns[known] - spans_ns(calls.places.span("host", "router"))[known, 0]).min())

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, routers_timed
 from moe_trace.data.schema import Lost, Recording
 from moe_trace.data.summary import SampleKey
 from moe_trace.data.trace_json.coverage import TimeCoverage
@@ -36,8 +36,9 @@ def routers_in_graphs_us(times: CallTimes) -> dict[SampleKey, float]:
 def without_timed(lost: Lost, times: CallTimes) -> Lost:
     """The routers that merging found no time for, less those whose kernels the compiler's notes name."""
     calls = times.samples
-    ranged = ~np.isnan(calls.duration_us("device", "router"))
-    told = int((calls.in_graph & ~ranged).sum()) if times.work_ns(times.forward) is not None else 0
+    told = (
+        int((calls.in_graph & ~routers_timed(calls)).sum()) if times.work_ns(times.forward) is not None else 0
+    )
     left = lost.untimed.get(FUSED, 0) - told
     untimed = {why: count for why, count in lost.untimed.items() if why != FUSED}
     return replace(lost, untimed=untimed | ({FUSED: left} if left > 0 else {}))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable, placed_by_clock
+from moe_trace.data.calls.table import CallTable, placed_by_clock, routers_ranged
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
 from moe_trace.data.trace_json.decoding import NO_LINK
@@ -120,7 +120,7 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
     )
     backward, linked = _backward(blocks, steps, events, kernels)
     calls = CallTable.of(samples)
-    ranged = ~np.isnan(calls.duration_us("host", "router"))
+    ranged = routers_ranged(calls)
     launches = _launches(steps, events, kernels)
     device = (events.kind == Kind.DEVICE).any() or launches.total
     return CallTimes(

@@ -10,12 +10,13 @@ are told by the ids of their nodes, or by their positions in the chain that was 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from moe_trace.data.calls.placements import Places
+from moe_trace.data.calls.table import CallTable, routers_timed
 from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
 from moe_trace.timeline.correlate.calls import Placed
 from moe_trace.timeline.correlate.device_forwards import DeviceForwards
@@ -36,36 +37,36 @@ def place_in_graphs(
     missing: MissingRanges,
     base_time_ns: int,
     window: Span | None,
+    timed: Callable[[CallTable], CallTable] = lambda calls: calls,
 ) -> Placed:
     """Place what was left without a place because it was made inside graphs.
 
     Args:
         placed: the outcome for all calls of this trace.
-        recordings: of one or more tracers, which share no module path.
-        ranges: our ranges in the trace.
+        recordings: of tracers that share no module path.
         launches: of graphs and copies in the trace (`read_launches`).
-        missing: why there are no ranges where there are none.
-        base_time_ns: the trace's `baseTimeNanoseconds`.
-        window: what the profiler recorded, in trace time; None if the trace does not tell.
+        base_time_ns, window: the trace's `baseTimeNanoseconds`, and what the profiler recorded, if it tells.
+        timed: gives routers a time that their place does not tell.
     """
-    samples = list(placed.samples)
-    kept: dict[int, Placement | None] = {}
-    unplaced, untimed = Counter[str](), Counter[str]()
+    samples, kept = list(placed.samples), dict[int, Placement | None]()
+    unplaced, why_untimed = Counter[str](), dict[int, str]()
     owners = {router.name: i for i, recording in enumerate(recordings) for router in recording.routers}
     clock = TraceClock(base_time_ns, window)
     places = [_Places(one, samples, ranges, launches, clock) for one in recordings]
     for row, sample in enumerate(samples):
-        found = places[owners[sample.name]].of(sample) if sample.in_graph else None
+        of_tracer = places[owners[sample.name]]
+        found = of_tracer.of(sample) if sample.in_graph else None
         if found == OTHER_TRACE:
             continue
         kept[row] = found if isinstance(found, Placement) else sample.placement
         if isinstance(found, Placement):
-            if "router" not in found.device:
-                untimed[places[owners[sample.name]].why_untimed(found)] += 1
+            why_untimed[len(kept) - 1] = of_tracer.why_untimed(found)
         elif found is not None:
             unplaced[missing.why_no_forward(sample.thread) if found == NO_RANGE else found] += 1
     table = placed.samples.take(np.array([*kept], np.int64))
-    table = replace(table, places=Places.of(kept.values(), len(kept)))
+    table = timed(replace(table, places=Places.of(kept.values(), len(kept))))
+    told = routers_timed(table)
+    untimed = Counter(why for row, why in why_untimed.items() if not told[row])
     return replace(placed, samples=table, unplaced=dict(unplaced), untimed=dict(untimed))
 
 

@@ -1,0 +1,88 @@
+"""Where routers and experts ran inside compiled code that is no CUDA graph: by the kernels of its calls.
+
+For this all events are read, which takes longer than the search for our ranges that a merge is otherwise:
+it is done only where the recording has the compiler's lists of launches, a router has no time yet, and the
+trace has calls of compiled graphs. The join is the one that reports use: lanes and phases are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_trace.data.calls.placements import Floats, Places, Side
+from moe_trace.data.calls.table import CallTable, Mask, routers_timed
+from moe_trace.data.compiled_graph import CompiledGraph, Place
+from moe_trace.data.errors import TraceFileError
+from moe_trace.data.trace_json.events import EventTable, EventTableBuilder, Kind
+from moe_trace.data.trace_json.kernels import find_kernels
+from moe_trace.data.trace_json.stream import JsonStream
+from moe_trace.data.trace_json.windows import EventBytes
+from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, Work, join_compiled
+from moe_trace.timeline.correlate.compiled_operators import CALL
+
+_CALL = b'"%b' % CALL.encode()
+_LANES: tuple[Place, ...] = ("router", "experts")
+
+
+def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], events: EventBytes) -> CallTable:
+    """The same calls; those of compiled code whose kernels are known have spans of their router and experts.
+
+    Args:
+        calls: with the place of the forward, or of the graph's launch.
+        graphs: the compiler's lists, of all tracers.
+    """
+    untimed = calls.in_graph & calls.places.placed & ~routers_timed(calls)
+    if not graphs or not untimed.any() or not _holds_calls(events):
+        return calls
+    table = _read(events)
+    join = None if table is None else join_compiled(calls, graphs, table, find_kernels(table))
+    if table is None or join is None:
+        return calls
+    side: Side = "device" if (table.kind == Kind.DEVICE).any() else "host"
+    return replace(calls, places=_with_spans(calls.places, untimed, join, side))
+
+
+def _holds_calls(events: EventBytes) -> bool:
+    return any(w.buffer.find(_CALL, w.since, w.filled) >= 0 for w in events.windows())
+
+
+def _read(events: EventBytes) -> EventTable | None:
+    """None for what cannot be read: a merge does not fail for it, and who reads the file is told."""
+    events.file.seek(events.start - 1)
+    builder = EventTableBuilder()
+    try:
+        builder.read(JsonStream(events.file.read, events.file.name))
+    except TraceFileError:
+        return None
+    return builder.build()
+
+
+def _with_spans(places: Places, rows: Mask, join: CompiledCalls, side: Side) -> Places:
+    work = [one for one in join.forward() if rows[one.call]]
+    spans, busy = dict(places.spans), dict(places.busy_us)
+    for kind in _LANES:
+        span, busy_us = _spans_of([one for one in work if one.place == kind], len(places), join)
+        told = ~np.isnan(busy_us)
+        if told.any():
+            spans[side, kind] = np.where(told[:, None], span, places.span(side, kind))
+            busy[kind] = np.where(told, busy_us, places.busy(kind))
+    return Places(places.placed, spans, busy)
+
+
+def _spans_of(work: Sequence[Work], size: int, join: CompiledCalls) -> tuple[Floats, Floats]:
+    """[size, 2] from each call's first kernel to its last, and [size] their sum; NaN for calls without."""
+    row, kernel, share = (
+        np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
+    )
+    start_ns, duration_ns = join.kernels.start_ns[kernel], join.kernels.duration_ns[kernel]
+    first, last = np.full(size, np.iinfo(np.int64).max), np.zeros(size, np.int64)
+    np.minimum.at(first, row, start_ns)
+    np.maximum.at(last, row, start_ns + duration_ns)
+    busy_ns = np.bincount(row, duration_ns // share, size)
+    told = np.bincount(row, minlength=size) > 0
+    us = np.stack([first, last - first, busy_ns], axis=1) / 1000
+    us[~told] = np.nan
+    return us[:, :2], us[:, 2]

@@ -1,0 +1,107 @@
+"""Lanes of compiled code without CUDA graphs: real traces of an H100, merged, against the report's phases."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_trace import merge_into
+from moe_trace.data.calls.table import CallTable, routers_timed
+from moe_trace.data.compiled_graph import BY_COMPILER
+from moe_trace.data.trace_json.kernels import find_kernels
+from moe_trace.read.check import check, read_checked
+from moe_trace.read.file.trace_file import read_trace
+from moe_trace.read.time.joined import measure_all
+from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
+from paths import ROOT
+from spliced import without_additions
+
+FOLDER = ROOT / "tests" / "data" / "h100_compiled"
+ONE_BY_ONE = ["without_graphs", "layers_without_graphs", "compiled_training", "training_layers"]
+IN_GRAPHS = ["compiled_model", "compiled_layers", "compiled_blocks", "compiled_function"]
+
+
+def merged(name: str, tmp_path: Path, change: Any = None) -> Path:
+    """A trace with what we add made anew, after the profiler's events were changed."""
+    recorded = FOLDER / f"{name}.pt.trace.json.gz"
+    recording = read_trace(recorded).recording
+    path = tmp_path / f"{name}.json"
+    path.write_bytes(gzip.decompress(recorded.read_bytes()))
+    path.write_bytes(without_additions(path))
+    if change is not None:
+        trace = json.loads(path.read_bytes())
+        change(trace["traceEvents"])
+        path.write_text(json.dumps(trace))
+    merge_into(path, recording)
+    return path
+
+
+def slices_of(path: Path) -> list[dict[str, Any]]:
+    """Those of the band, each with the name of its lane."""
+    events = json.loads(path.read_bytes())["traceEvents"]
+    lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    return [{**e, "lane": lanes[e["pid"], e["tid"]]} for e in events if e.get("cat") == "moe_trace"]
+
+
+def busy_ns(calls: CallTable, kind: Any) -> list[int]:
+    return np.rint(1000 * calls.places.busy(kind)).astype(np.int64).tolist()
+
+
+@pytest.mark.parametrize("name", [*ONE_BY_ONE, *IN_GRAPHS])
+def test_the_lanes_of_every_call_are_as_long_as_the_phases_of_the_report(name: str, tmp_path: Path) -> None:
+    path = merged(name, tmp_path)
+    trace = read_trace(path)
+    times = measure_all(trace.recording, trace.events, find_kernels(trace.events))
+    calls, phases = times.samples, times.forward.busy_ns
+    assert len(calls) == len(trace.recording.samples) == 6
+    assert busy_ns(calls, "router") == phases[:, ROUTER].tolist()
+    assert busy_ns(calls, "experts") == phases[:, [DISPATCH, EXPERTS, COMBINE]].sum(1).tolist()
+    assert not trace.recording.lost.untimed and not any(check(read_checked(path)).values())
+    slices = slices_of(path)
+    for lane in ("router", "experts"):
+        spans = calls.places.span("device", lane)
+        assert (spans[:, 1] >= calls.places.busy(lane) - 0.001).all()
+        mine = [e for e in slices if e["lane"].startswith(lane)]
+        assert sorted([e["ts"], e["dur"]] for e in mine) == sorted(spans.tolist())
+        assert {e["name"] for e in mine} == set(calls.site)
+        assert all(e["args"]["clock"] == "device" and e["args"]["in graph"] for e in mine)
+    experts = [e for e in slices if e["lane"].startswith("experts")]
+    assert all(e["args"]["router and experts"] == BY_COMPILER for e in experts)
+
+
+def test_the_lanes_are_those_of_the_same_model_in_cuda_graphs(tmp_path: Path) -> None:
+    shown = [
+        {(e["lane"], e["name"], e["pid"], e["tid"]) for e in slices_of(merged(name, tmp_path))}
+        for name in ("without_graphs", "compiled_model")
+    ]
+    assert shown[0] == shown[1]
+    assert {lane for lane, *_ in shown[0]} == {"router", "experts", "graph"}
+
+
+@pytest.mark.parametrize("changed", ["triton_", "nvjet", "gatherTopK"])
+def test_a_forward_with_one_kernel_changed_has_no_lane(changed: str, tmp_path: Path) -> None:
+    def change(events: list[dict[str, Any]]) -> None:
+        kernels = [e for e in events if e.get("cat") == "kernel" and changed in e["name"]]
+        max(kernels, key=lambda e: e["ts"])["name"] += "_another"
+
+    calls = read_trace(merged("without_graphs", tmp_path, change)).recording.calls
+    assert routers_timed(calls).tolist() == [True] * 4 + [False] * 2
+    assert np.isnan(calls.duration_us("device", "experts")).tolist() == [False] * 4 + [True] * 2
+    recording = read_trace(tmp_path / "without_graphs.json").recording
+    assert sum(recording.lost.untimed.values()) == 2
+
+
+def test_events_are_read_only_where_a_router_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them all takes longer than the rest of a merge."""
+    monkeypatch.setattr("moe_trace.timeline.compiled_spans._read", lambda events: pytest.fail("read"))
+    merged("compiled_model", tmp_path)
+    merged("compiled_layers", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        merged("without_graphs", tmp_path)
