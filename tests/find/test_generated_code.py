@@ -9,6 +9,10 @@ from moe_trace.find.private.generated_code import BRANCHES, NO_SOURCE, REGIONS, 
 HEAD = """
 import torch
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.runtime.runtime_utils import assert_tensor_metadata
+assert_size_stride = torch._C._dynamo.guards.assert_size_stride
+assert_size_stride_grouped = torch._C._dynamo.guards.assert_size_stride_grouped
+reinterpret_tensor = torch._C._dynamo.guards._reinterpret_tensor
 aten = torch.ops.aten
 extern_kernels = select_algorithm.extern_kernels
 empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cuda
@@ -43,6 +47,8 @@ def partition_1(args):
         buf1 = torch.ops.aten.topk.default(buf0, 2)
         buf2 = buf1[0]
         assert_size_stride(buf2, (8, 2), (2, 1), 'torch.ops.aten.topk.default')
+        assert_tensor_metadata(buf2, (8, 2), (2, 1), torch.float32, 'torch.ops.aten.topk.default')
+        assert_size_stride_grouped((buf0, buf2), ((8, 2), (8, 8)), ((2, 1), (8, 1)), 'input')
         stream0 = get_raw_stream(0)
         # [Provenance debug handles] triton_red_fused_1:4
         triton_red_fused_1.run(buf2, 16, 8, stream=stream0)

@@ -22,16 +22,12 @@ _LIBRARIES = (
     "inductor_ops.",
 )
 _NO_LAUNCH = (  # what the code calls on buffers beside its launches; a copy between devices is no kernel
-    *(
-        "assert_size_stride",
-        "assert_alignment",
-        "copy_if_misaligned",
-        "reinterpret_tensor",
-        "alloc_from_pool",
-    ),
-    *("clear", "as_strided", "view", "size", "stride", "data_ptr", "item", "copy_", "record", "synchronize"),
-    *("len", "int", "float", "bool", "min", "max", "floor", "ceil", "isinstance", "check_memory_step"),
+    *("alloc_from_pool", "clear", "as_strided", "view", "size", "stride", "data_ptr", "item", "copy_"),
+    *("record", "synchronize", "len", "int", "float", "bool", "min", "max", "floor", "ceil", "isinstance"),
 )
+_VIEW = "aten.view.dtype"
+_HELPERS = ("torch._C._dynamo.guards.", "torch._inductor.")
+"""Whence the code has functions that launch nothing: checks, allocations and views, more in each torch."""
 _HANDLE = re.compile(r"\[Provenance debug handles\] \S+:(\d+)$", re.MULTILINE)
 
 BRANCHES = (
@@ -87,6 +83,17 @@ class _Code:
         self.kernels = {
             ast.unparse(node.targets[0]) for node in assigned if _called(node.value).startswith(_COMPILED)
         }
+        self.helpers = {
+            ast.unparse(node.targets[0])
+            for node in assigned
+            if isinstance(node.value, ast.Attribute) and ast.unparse(node.value).startswith(_HELPERS)
+        }
+        self.helpers |= {
+            name.asname or name.name
+            for node in imported
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(_HELPERS)
+            for name in node.names
+        }
         self.globals = {ast.unparse(target) for node in assigned for target in node.targets}
         self.globals |= {(name.asname or name.name).partition(".")[0] for i in imported for name in i.names}
         self.partitions = [
@@ -132,12 +139,20 @@ class _Code:
         owner, _, last = name.rpartition(".")
         if not isinstance(node, ast.Call):
             return
-        known = name in self.kernels or name in self.functions or name.startswith(_LIBRARIES)
-        idle = last in _NO_LAUNCH or last.startswith(_ALLOCATES) or not self._takes_a_variable(node)
         if last == "run" and owner:
             yield owner
-        elif known or _PARTITION.fullmatch(name) or not idle:
+        elif self._launches(name, node):
             yield name
+
+    def _launches(self, name: str, call: ast.Call) -> bool:
+        if name in self.kernels or name in self.functions or _PARTITION.fullmatch(name):
+            return True
+        if name.startswith(_LIBRARIES):
+            return name != _VIEW
+        last = name.rpartition(".")[2]
+        if name in self.helpers or last in _NO_LAUNCH or last.startswith(_ALLOCATES):
+            return False
+        return self._takes_a_variable(call)
 
     def _takes_a_variable(self, call: ast.Call) -> bool:
         """Other calls move no data: they are of the device, its streams and the like."""
