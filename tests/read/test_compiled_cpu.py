@@ -20,11 +20,14 @@ import moe_trace
 from compiled_models import WAYS, small_model
 from models import token_batch
 from moe_trace import read_summary
+from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
+from moe_trace.timeline.correlate.compiled_calls import _have_their_operators
+from moe_trace.timeline.correlate.compiled_launches import Stretch
 
 STEPS, LAYERS = 3, 2
 Event = dict[str, Any]
@@ -203,3 +206,24 @@ def test_a_trace_whose_calls_run_twice_the_kernels_is_not_joined(recorded: Calla
     times = measure_all(bare, trace.events, find_kernels(trace.events))
     assert times.coverage.compiled.joined == 0
     assert Counter(times.samples.in_graph.tolist())[True] == 0
+
+
+@pytest.mark.parametrize(
+    ("ran", "fit"),
+    [
+        (["mm", "topk"], True),
+        (["mm", "to", "topk"], True),
+        (["mm", "sort"], False),
+        (["topk", "mm"], False),
+        (["mm", "to", "sort"], False),
+        (["topk", "to", "mm"], False),
+        (["mm"], False),
+    ],
+)
+def test_operators_of_a_stretch_are_those_that_are_called(ran: list[str], fit: bool) -> None:
+    calls = ("extern_kernels.mm", "torch.ops.aten.topk.default")
+    flags = dict.fromkeys(("generated", "outside", "product", "gather", "write"), False)
+    launches = tuple(CompiledLaunch(kernel=call, parts=(), **flags) for call in calls)
+    graph = CompiledGraph(parts=(), launches=launches)
+    stretches = [Stretch(range(len(ran)), (0, 1))]
+    assert _have_their_operators([f"aten::{name}" for name in ran], stretches, graph) == fit
