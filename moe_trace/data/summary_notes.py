@@ -156,8 +156,8 @@ def _graph_notes(recording: Recording) -> list[str]:
         notes.append(
             "phases inside compiled code are unknown, for its kernels lack the compiler's notes: the code "
             "came from Inductor's cache on disk without them, was compiled before the tracer started, or in "
-            "pieces that hold no whole layer. Start the tracer before the first compiled call, and run once "
-            "with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+            "pieces that hold no whole layer, or its routers and experts are no modules (vLLM). Start the "
+            "tracer before the first compiled call, and run once with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
         )
     notes += [
         f"{count} router calls have no place in the trace: {why}" for why, count in lost.unplaced.items()

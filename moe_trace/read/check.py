@@ -83,8 +83,8 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times, the launch of a graph, what ran
-    inside compiled code, or what the host's clock says of a call without a range."""
+    """Every host placement is a range of the trace, with its name and times, the launch of a graph, or what
+    the host's clock says of a call without a range."""
     known = named_spans(checked.events)
     graphs = graph_spans(known)
     calls = checked.recording.calls
@@ -93,8 +93,6 @@ def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
             continue
         for kind, span in sample.placement.host.items():
             start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
-            if sample.in_graph and kind != "graph":
-                continue  # operators inside compiled code, which opens no range for them
             in_graph = kind == "graph" and (start_ns, duration_ns) in graphs
             if not in_graph and (range_name(kind, sample.site), start_ns, duration_ns) not in known:
                 yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"

@@ -2,7 +2,8 @@
 
 For this all events are read, which takes longer than the search for our ranges that a merge is otherwise:
 it is done only where the recording has the compiler's lists of launches, a router has no time yet, and the
-trace has calls of compiled graphs. The join is the one that reports use: lanes and phases are the same.
+trace has calls of compiled graphs and kernels of a GPU. The join is the one that reports use: lanes and
+phases are the same.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.data.calls.placements import Floats, Places, Side
+from moe_trace.data.calls.placements import Floats, Places
 from moe_trace.data.calls.table import CallTable, Mask, routers_timed
 from moe_trace.data.compiled_graph import CompiledGraph, Place
 from moe_trace.data.errors import TraceFileError
-from moe_trace.data.trace_json.events import EventTable, EventTableBuilder, Kind
+from moe_trace.data.trace_json.events import EventTable, EventTableBuilder
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, Work, join_compiled
 from moe_trace.timeline.correlate.compiled_operators import CALL
 
-_CALL = b'"%b' % CALL.encode()
+_CALL, _KERNEL = b'"%b' % CALL.encode(), b'"kernel"'
 _LANES: tuple[Place, ...] = ("router", "experts")
 
 
@@ -35,18 +36,17 @@ def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], event
         graphs: the compiler's lists, of all tracers.
     """
     untimed = calls.in_graph & calls.places.placed & ~routers_timed(calls)
-    if not graphs or not untimed.any() or not _holds_calls(events):
+    if not graphs or not untimed.any() or not all(_holds(events, text) for text in (_CALL, _KERNEL)):
         return calls
     table = _read(events)
     join = None if table is None else join_compiled(calls, graphs, table, find_kernels(table))
     if table is None or join is None:
         return calls
-    side: Side = "device" if (table.kind == Kind.DEVICE).any() else "host"
-    return replace(calls, places=_with_spans(calls.places, untimed, join, side))
+    return replace(calls, places=_with_spans(calls.places, untimed, join))
 
 
-def _holds_calls(events: EventBytes) -> bool:
-    return any(w.buffer.find(_CALL, w.since, w.filled) >= 0 for w in events.windows())
+def _holds(events: EventBytes, text: bytes) -> bool:
+    return any(w.buffer.find(text, w.since, w.filled) >= 0 for w in events.windows())
 
 
 def _read(events: EventBytes) -> EventTable | None:
@@ -60,14 +60,14 @@ def _read(events: EventBytes) -> EventTable | None:
     return builder.build()
 
 
-def _with_spans(places: Places, rows: Mask, join: CompiledCalls, side: Side) -> Places:
+def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
     work = [one for one in join.forward() if rows[one.call]]
     spans, busy = dict(places.spans), dict(places.busy_us)
     for kind in _LANES:
         span, busy_us = _spans_of([one for one in work if one.place == kind], len(places), join)
         told = ~np.isnan(busy_us)
         if told.any():
-            spans[side, kind] = np.where(told[:, None], span, places.span(side, kind))
+            spans["device", kind] = np.where(told[:, None], span, places.span("device", kind))
             busy[kind] = np.where(told, busy_us, places.busy(kind))
     return Places(places.placed, spans, busy)
 

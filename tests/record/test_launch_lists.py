@@ -18,7 +18,7 @@ from moe_trace.data.compiled_graph import CompiledGraph, Place
 from moe_trace.find.private import inductor
 from moe_trace.find.private.inductor import listen_to_compiles, stop_listening
 from moe_trace.find.private.launch_notes import GraphNode, LaunchNodes, LaunchNotes
-from moe_trace.record.graphs.launch_lists import LaunchLists, describe
+from moe_trace.record.graphs.launch_lists import LaunchLists, _places_in_block, describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -100,6 +100,13 @@ def test_layers_that_share_code_are_named_together() -> None:
         model(torch.randn(2, 4, 32, device="cuda"))
     (graph,) = tracer.recording().compiled_graphs
     assert set(places(graph)) == {NAMES}
+
+
+def test_parts_that_are_no_modules_of_the_model_are_not_told() -> None:
+    site = find_routers(Blocks())[0]
+    elsewhere = replace(site, router=nn.Linear(1, 1))  # as where layers share one
+    assert _places_in_block(elsewhere) == {site.name: "router"}
+    assert _places_in_block(replace(elsewhere, experts=nn.Identity())) == {}
 
 
 @torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)

@@ -80,6 +80,8 @@ def _places_in_block(site: RouterSite) -> dict[str, Place]:
     block = site.router if site.block is None else site.block
     within = {id(module): name for name, module in block.named_modules()}
     router = within.get(id(site.router))
+    if router is None and site.experts is not None and id(site.experts) not in within:
+        return {}  # neither is a module of the model, as with vLLM: nodes do not tell what they are of
     if router is None:
         return {site.name: "router"}
     above = site.name[: len(site.name) - len(router)].rstrip(".")

@@ -103,6 +103,8 @@ class CompiledCalls:
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
+        self._fits: dict[tuple[str, ...], list[tuple[CompiledGraph, Sequence[Stretch]]]] = {}
+        """By the names of kernels, which are the same in most calls of a graph."""
         self._runs: dict[int, _Run] = {}
         """By row of `_ops`: those of forwards that were joined."""
 
@@ -227,14 +229,16 @@ class CompiledCalls:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]
         if len(set(self.kernels.stream[rows].tolist())) != 1:
             return []
-        names = self._names_of(rows)
-        return [
-            _GraphCall(graph, rows, stretches)
-            for graph in self._graphs
-            if (stretches := match_launches(names, graph)) is not None
-            and is_consistent(names, stretches, graph)
-            and _have_their_operators(names, stretches, graph)
-        ]
+        names = tuple(self._names_of(rows))
+        if names not in self._fits:
+            self._fits[names] = [
+                (graph, stretches)
+                for graph in self._graphs
+                if (stretches := match_launches(names, graph)) is not None
+                and is_consistent(names, stretches, graph)
+                and _have_their_operators(names, stretches, graph)
+            ]
+        return [_GraphCall(graph, rows, stretches) for graph, stretches in self._fits[names]]
 
     def _names_of(self, rows: IntArray) -> list[str]:
         return [_CPP_RANGE.sub("", self._events.names[name]) for name in self.kernels.name[rows].tolist()]
