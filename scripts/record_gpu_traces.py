@@ -51,9 +51,9 @@ def true_shape(layers: int) -> OlmoeConfig:
     )
 
 
-def tokens(batch: int, length: int) -> torch.Tensor:
+def tokens(batch: int, length: int, device: str | torch.device = "cuda") -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, VOCAB, (batch, length), generator=generator).cuda()
+    return torch.randint(0, VOCAB, (batch, length), generator=generator).to(device)
 
 
 def prefill(length: int, implementation: str) -> Callable[[OlmoeForCausalLM], Callable[[], None]]:

@@ -2,6 +2,7 @@
 """Record small GPU traces of compiled code and CUDA graphs: OLMoE-1B-7B's true shape, a few layers.
 
     python scripts/record_graph_traces.py --out tests/data/h200_graphs
+    python scripts/record_graph_traces.py --cpu --out tests/data/cpu_compiled   # small layers, no GPU
 
 Each is merged as `prof.export_chrome_trace` does, with a range `moe.graph/...` round each forward that the
 host sees. What was placed, and why other calls were not, is printed.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch.profiler import ProfilerActivity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +33,7 @@ Replay = Callable[[], None]
 
 
 def compiled_model(model: OlmoeForCausalLM) -> Replay:
-    return _calls(torch.compile(model, mode="reduce-overhead", fullgraph=True))
+    return _calls(torch.compile(model, mode="reduce-overhead", fullgraph=True), model)
 
 
 def compiled_function(model: OlmoeForCausalLM) -> Replay:
@@ -40,45 +42,45 @@ def compiled_function(model: OlmoeForCausalLM) -> Replay:
     def next_logits(ids: torch.Tensor, **options: Any) -> torch.Tensor:
         return model(ids, **options).logits
 
-    return _calls(torch.compile(next_logits, mode="reduce-overhead", fullgraph=True))
+    return _calls(torch.compile(next_logits, mode="reduce-overhead", fullgraph=True), model)
 
 
 def compiled_layers(model: OlmoeForCausalLM) -> Replay:
     for layer in model.model.layers:
         layer.compile(mode="reduce-overhead", fullgraph=True)
-    return _calls(model)
+    return _calls(model, model)
 
 
 def without_graphs(model: OlmoeForCausalLM) -> Replay:
     """Compiled, and launched kernel by kernel."""
-    return _calls(torch.compile(model, fullgraph=True), batch=4, length=16)
+    return _calls(torch.compile(model, fullgraph=True), model, batch=4, length=16)
 
 
 def layers_without_graphs(model: OlmoeForCausalLM) -> Replay:
     for layer in model.model.layers:
         layer.compile(fullgraph=True)
-    return _calls(model, batch=4, length=16)
+    return _calls(model, model, batch=4, length=16)
 
 
 def compiled_blocks(model: OlmoeForCausalLM) -> Replay:
     """The MoE blocks alone, as regional compilation does."""
     for layer in model.model.layers:
         layer.mlp.compile(fullgraph=True)
-    return _calls(model, batch=4, length=16)
+    return _calls(model, model, batch=4, length=16)
 
 
 def compiled_router(model: OlmoeForCausalLM) -> Replay:
     """The routers alone; the experts run as written."""
     for layer in model.model.layers:
         layer.mlp.gate.compile(fullgraph=True)
-    return _calls(model, batch=4, length=16)
+    return _calls(model, model, batch=4, length=16)
 
 
 def compiled_experts(model: OlmoeForCausalLM) -> Replay:
     """The experts alone; the routers run as written."""
     for layer in model.model.layers:
         layer.mlp.experts.compile(fullgraph=True)
-    return _calls(model, batch=4, length=16)
+    return _calls(model, model, batch=4, length=16)
 
 
 def compiled_training(model: OlmoeForCausalLM) -> Replay:
@@ -99,7 +101,7 @@ def training_layers(model: OlmoeForCausalLM) -> Replay:
 
 
 def _training(forward: Any, model: OlmoeForCausalLM) -> Replay:
-    ids = tokens(4, 16)
+    ids = tokens(4, 16, model.device)
 
     @torch.enable_grad()
     def run() -> None:
@@ -112,8 +114,8 @@ def _training(forward: Any, model: OlmoeForCausalLM) -> Replay:
     return run
 
 
-def _calls(forward: Any, batch: int = 1, length: int = 1) -> Replay:
-    ids = tokens(batch, length)
+def _calls(forward: Any, model: OlmoeForCausalLM, batch: int = 1, length: int = 1) -> Replay:
+    ids = tokens(batch, length, model.device)
 
     def run() -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -139,6 +141,7 @@ def by_hand(model: OlmoeForCausalLM) -> Replay:
     return graph.replay
 
 
+ON_A_CPU = ["without_graphs", "layers_without_graphs", "compiled_training", "training_layers"]
 WORKLOADS: dict[str, Callable[[OlmoeForCausalLM], Replay]] = {
     "compiled_model": compiled_model,
     "compiled_layers": compiled_layers,
@@ -161,13 +164,15 @@ def record(name: str, model: OlmoeForCausalLM, out: Path) -> None:
     with moe_trace.MoETracer(model) as tracer:
         run = WORKLOADS[name](model)
         run()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=BOTH) as prof:
+        on_device = model.device.type == "cuda"
+        wait = torch.cuda.synchronize if on_device else lambda: None
+        wait()
+        with torch.profiler.profile(activities=BOTH if on_device else BOTH[:1]) as prof:
             tracer.attach(prof)
             for _ in range(STEPS):
                 run()
                 prof.step()
-            torch.cuda.synchronize()
+            wait()
         target = out / f"{name}.pt.trace.json.gz"
         prof.export_chrome_trace(str(target))
         _print(target, tracer)
@@ -178,7 +183,7 @@ def record(name: str, model: OlmoeForCausalLM, out: Path) -> None:
 
 def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
     placements = [s.placement for s in tracer.exported_samples if s.placement is not None]
-    timed = sum("router" in placement.device for placement in placements)
+    timed = sum("router" in {**placement.host, **placement.device} for placement in placements)
     recording = tracer.recording()
     print(f"{target}: {target.stat().st_size / 1024:.0f} KiB")
     print(f"  {len(tracer.exported_samples)} calls, {len(placements)} placed, {timed} routers timed")
@@ -190,21 +195,34 @@ def _print(target: Path, tracer: moe_trace.MoETracer) -> None:
         print(f"  captured: {graph.nodes} nodes, {len(graph.calls)} calls, problem: {graph.problem}")
 
 
+def _large(layers: int) -> OlmoeForCausalLM:
+    with torch.device("cuda"):
+        return OlmoeForCausalLM(true_shape(layers)).to(torch.bfloat16).eval()
+
+
+def _small(layers: int) -> OlmoeForCausalLM:
+    config = true_shape(layers)
+    config.update({"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2})
+    config.update({"num_attention_heads": 4, "num_key_value_heads": 4})
+    return OlmoeForCausalLM(config).eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--only", nargs="+", choices=list(WORKLOADS))
+    parser.add_argument("--cpu", action="store_true", help="a small model's, with ranges of the C++ kernels")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = OlmoeForCausalLM(true_shape(arguments.layers)).to(torch.bfloat16).eval()
+    model = _small(arguments.layers) if arguments.cpu else _large(arguments.layers)
     model.set_experts_implementation("grouped_mm")
+    torch._inductor.config.cpp.enable_kernel_profile = arguments.cpu
     failed = []
-    for name in arguments.only:
+    for name in arguments.only or (ON_A_CPU if arguments.cpu else WORKLOADS):
         try:
             record(name, model, arguments.out)
         except Exception:  # the others go on

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.table import placed_by_clock, routers_ranged
-from moe_trace.data.schema import RANGE_NAME, range_name
+from moe_trace.data.schema import RANGE_NAME
 from moe_trace.data.trace_json.coverage import Coverage, loss_sentence
 from moe_trace.data.trace_json.events import Kind, to_ns
-from moe_trace.read.check_graphs import expected_slices, graph_spans, named_spans, odd_times
+from moe_trace.read.check_graphs import HostPlaces, expected_slices, odd_times
 from moe_trace.read.check_inputs import BandEvent, Checked, read_checked
 from moe_trace.timeline.placed_calls import PlacedCalls
 
@@ -83,18 +83,15 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times, the launch of a graph, or what
-    the host's clock says of a call without a range."""
-    known = named_spans(checked.events)
-    graphs = graph_spans(known)
+    """Every host placement is a range of the trace, with its name and times, the launch of a graph, operators
+    inside a graph, or what the host's clock says of a call without a range."""
+    places = HostPlaces(checked.events)
     calls = checked.recording.calls
     for sample, by_clock in zip(calls, placed_by_clock(calls).tolist(), strict=True):
         if sample.placement is None or by_clock:
             continue
         for kind, span in sample.placement.host.items():
-            start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
-            in_graph = kind == "graph" and (start_ns, duration_ns) in graphs
-            if not in_graph and (range_name(kind, sample.site), start_ns, duration_ns) not in known:
+            if not places.hold(sample, kind, span):
                 yield _call(sample), f"no {kind} range of the trace starts at {span.start_us:.3f} µs"
 
 

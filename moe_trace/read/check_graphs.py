@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RoutingSample, Span
-from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RangeKind, RoutingSample, Span, range_name
+from moe_trace.data.trace_json.events import EventTable, Kind, to_ns
 from moe_trace.timeline.counter_tracks import LANES
 from moe_trace.timeline.placed_calls import PlacedCalls
 from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays
@@ -20,7 +20,27 @@ NamedSpan = tuple[str, int, int]
 """Name, start and duration in nanoseconds."""
 
 
-def named_spans(events: EventTable) -> set[NamedSpan]:
+class HostPlaces:
+    """What a trace has on the host for calls to stand at."""
+
+    def __init__(self, events: EventTable) -> None:
+        self._known = _named_spans(events)
+        self._graphs = _graph_spans(self._known)
+        operators = events.select(events.kind == Kind.OP)
+        self._starts, self._ends = set(operators.start_ns.tolist()), set(operators.end_ns.tolist())
+
+    def hold(self, sample: RoutingSample, kind: RangeKind, span: Span) -> bool:
+        """Whether it is a range with the call's name; of a call inside a graph the graph, or from the start
+        of one operator to the end of another, which is all that code compiled for a CPU shows."""
+        start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
+        if (range_name(kind, sample.site), start_ns, duration_ns) in self._known:
+            return True
+        if kind == "graph":
+            return (start_ns, duration_ns) in self._graphs
+        return sample.in_graph and start_ns in self._starts and start_ns + duration_ns in self._ends
+
+
+def _named_spans(events: EventTable) -> set[NamedSpan]:
     """Ranges, and launches of graphs."""
     is_launch = np.array([name == GRAPH_LAUNCH for name in events.names], dtype=bool)
     launches = np.zeros(len(events), dtype=bool)
@@ -31,7 +51,7 @@ def named_spans(events: EventTable) -> set[NamedSpan]:
     return set(zip(names, found.start_ns.tolist(), found.duration_ns.tolist(), strict=True))
 
 
-def graph_spans(known: set[NamedSpan]) -> set[tuple[int, int]]:
+def _graph_spans(known: set[NamedSpan]) -> set[tuple[int, int]]:
     """Where a graph may stand on the host: ranges round forwards, and launches."""
     return {
         (start_ns, duration_ns)
@@ -51,15 +71,15 @@ def expected_slices(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, Spa
 
 
 def odd_times(sample: RoutingSample) -> Iterator[str]:
-    """What is told of a router inside a graph must lie within the graph's time on the device."""
+    """What is told of a router inside a graph must lie within the graph's time, on the device or the host."""
     placement = sample.placement
     if placement is None or not placement.in_graph:
         return
-    device = placement.device
-    for kind, span in device.items():
-        graph = device.get("graph", span)
-        if span.start_us < graph.start_us - SLACK_US or span.end_us > graph.end_us + SLACK_US:
-            yield f"its {kind} lies outside its graph on the device"
+    for side, spans in (("host", placement.host), ("device", placement.device)):
+        for kind, span in spans.items():
+            graph = spans.get("graph", span)
+            if span.start_us < graph.start_us - SLACK_US or span.end_us > graph.end_us + SLACK_US:
+                yield f"its {kind} lies outside its graph on the {side}"
     for kind, busy_us in placement.busy_us.items():
-        if kind not in device or busy_us < 0:
-            yield f"its {kind} is said to be busy for {busy_us} µs, but has no time on the device"
+        if kind not in placement.host.keys() | placement.device.keys() or busy_us < 0:
+            yield f"its {kind} is said to be busy for {busy_us} µs, but has no time in the trace"

@@ -2,8 +2,9 @@
 
 For this all events are read, which takes longer than the search for our ranges that a merge is otherwise:
 it is done only where the recording has the compiler's lists of launches, a router has no time yet, and the
-trace has calls of compiled graphs and kernels of a GPU. The join is the one that reports use: lanes and
-phases are the same.
+trace has calls of compiled graphs and kernels, those of a GPU or the ranges of Inductor's C++ kernels. The
+join is the one that reports use: lanes and phases are the same. On a CPU the kernels are operators of the
+host, and so are the spans.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.data.calls.placements import Floats, Places
+from moe_trace.data.calls.placements import Floats, Places, Side
 from moe_trace.data.calls.table import CallTable, Mask, routers_timed
 from moe_trace.data.compiled_graph import CompiledGraph, Place
 from moe_trace.data.errors import TraceFileError
@@ -24,7 +25,7 @@ from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, Work, join_compiled
 from moe_trace.timeline.correlate.compiled_operators import CALL
 
-_CALL, _KERNEL = b'"%b' % CALL.encode(), b'"kernel"'
+_CALL, _KERNELS = b'"%b' % CALL.encode(), (b'"kernel"', b"_cpp_")
 _LANES: tuple[Place, ...] = ("router", "experts")
 
 
@@ -36,7 +37,9 @@ def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], event
         graphs: the compiler's lists, of all tracers.
     """
     untimed = calls.in_graph & calls.places.placed & ~routers_timed(calls)
-    if not graphs or not untimed.any() or not all(_holds(events, text) for text in (_CALL, _KERNEL)):
+    if not graphs or not untimed.any() or not _holds(events, _CALL):
+        return calls
+    if not any(_holds(events, text) for text in _KERNELS):
         return calls
     table = _read(events)
     join = None if table is None else join_compiled(calls, graphs, table, find_kernels(table))
@@ -63,11 +66,12 @@ def _read(events: EventBytes) -> EventTable | None:
 def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
     work = [one for one in join.forward() if rows[one.call]]
     spans, busy = dict(places.spans), dict(places.busy_us)
+    side: Side = "device" if join.on_device else "host"
     for kind in _LANES:
         span, busy_us = _spans_of([one for one in work if one.place == kind], len(places), join)
         told = ~np.isnan(busy_us)
         if told.any():
-            spans["device", kind] = np.where(told[:, None], span, places.span("device", kind))
+            spans[side, kind] = np.where(told[:, None], span, places.span(side, kind))
             busy[kind] = np.where(told, busy_us, places.busy(kind))
     return Places(places.placed, spans, busy)
 

@@ -37,11 +37,13 @@ class Placement:
     """Where one router call stands in the trace: spans by range kind, on the host and on the device."""
 
     host: dict[RangeKind, Span]
+    """Ranges of ours; of a router and experts in code that was compiled for a CPU, first to last operator."""
     device: dict[RangeKind, Span]
     """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU.
     That of the block reaches from the first to the last of its own kernels, its router's and its experts'."""
     busy_us: dict[RangeKind, float] = field(default_factory=dict)
-    """Sum of the kernels of a router, or of experts, inside a CUDA graph, where no range tells it."""
+    """Sum of the kernels of a router, or of experts, inside compiled code or a CUDA graph, where no range
+    tells it; on a CPU, of the operators."""
 
     @property
     def in_graph(self) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
-from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.events import EventTable
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.phase_detection import (
     COMBINE,
@@ -45,7 +45,7 @@ def measure_compiled(
     join = join_compiled(calls, graphs, events, kernels)
     if join is None:
         return None
-    on_device, kernels = bool((events.kind == Kind.DEVICE).any()), join.kernels
+    on_device, kernels = join.on_device, join.kernels
     forward, backward = join.forward(), join.backward()
     timed = sorted({one.call for one in forward})
     span, union, whole = _span_union_whole(forward, timed, kernels)

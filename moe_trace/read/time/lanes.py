@@ -113,11 +113,10 @@ def find_lanes(
     if join is None:
         return Lanes(samples=blocks.samples, device=device, host=host, names=events.names)
     timed, compiled = _compiled_pieces(join, len(blocks.samples))
-    on_device = join.kernels is kernels
     return Lanes(
         samples=CallTable.concatenated([blocks.samples, calls.take(timed)]),
-        device=_together(device, compiled) if on_device else device,
-        host=host if on_device else _together(host, compiled),
+        device=_together(device, compiled) if join.on_device else device,
+        host=host if join.on_device else _together(host, compiled),
         names=events.names,
     )
 

@@ -99,6 +99,8 @@ class CompiledCalls:
     ) -> None:
         self.inside, self.kernels = inside, kernels
         """Rows of the calls that were made inside compiled code and have a place; and what ran."""
+        self.on_device = bool((events.kind == Kind.DEVICE).any())
+        """Else what ran are operators of the host."""
         self._calls, self._graphs, self._events = calls, graphs, events
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
