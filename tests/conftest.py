@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,31 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Without a GPU our Triton kernels run in its interpreter, which it must know before it is imported.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Minutes each, the longest first: they begin before all else, so that none is left alone at the end.
+LONG = (
+    "record/test_compiled.py",
+    "browser/test_dashboard.py",
+    "browser/test_matrix.py",
+    "cli/test_cli_script.py",
+    "cli/test_every_command.py",
+    "test_docs.py",
+    "record/test_muted.py",
+    "read/test_compiled_cpu.py",
+    "record/test_routes_compiled.py",
+    "distributed/test_run.py",
+    "distributed/test_modes.py",
+    "cli/test_cli_run.py",
+    "find/test_families.py",
+    "record/test_told_tokens.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By file, the long ones first; else as they were collected."""
+    tests = Path(__file__).parent
+    place = {tests / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,16 @@ def test_origin_sees_through_wrappers() -> None:
     assert origin(watch.start) == "leak_watch"
     assert origin(functools.partial(functools.partial(watch.start))) == "leak_watch"
     assert origin(watch) == "leak_watch"
+
+
+def test_files_that_begin_first_exist_and_do(request: pytest.FixtureRequest) -> None:
+    conftest = request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
+    assert conftest is not None
+    assert [name for name in conftest.LONG if not (TESTS / name).is_file()] == []
+    files = [TESTS / "test_docs.py", TESTS / "test_x.py", TESTS / conftest.LONG[0], TESTS / "test_a.py"]
+    items = [SimpleNamespace(path=path) for path in files]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [files[2], files[0], files[1], files[3]]
 
 
 def test_hub_is_offline() -> None:
