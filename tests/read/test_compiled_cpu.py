@@ -26,8 +26,7 @@ from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
-from moe_trace.timeline.correlate.compiled_calls import _have_their_operators
-from moe_trace.timeline.correlate.compiled_launches import Stretch
+from moe_trace.timeline.correlate.compiled_launches import Stretch, match_operators
 
 STEPS, LAYERS = 3, 2
 Event = dict[str, Any]
@@ -211,19 +210,22 @@ def test_a_trace_whose_calls_run_twice_the_kernels_is_not_joined(recorded: Calla
 @pytest.mark.parametrize(
     ("ran", "fit"),
     [
-        (["mm", "topk"], True),
-        (["mm", "to", "topk"], True),
-        (["mm", "sort"], False),
-        (["topk", "mm"], False),
-        (["mm", "to", "sort"], False),
-        (["topk", "to", "mm"], False),
-        (["mm"], False),
+        (["aten::mm", "aten::topk", "cpp_0"], True),
+        (["aten::mm", "aten::to", "aten::topk", "cpp_0"], False),
+        (["aten::mm", "aten::sort", "cpp_0"], False),
+        (["aten::topk", "aten::mm", "cpp_0"], False),
+        (["aten::mm", "kernel", "cpp_0"], False),
+        (["aten::mm", "aten::topk", "cpp_1"], False),
+        (["aten::mm", "aten::topk", "aten::mm"], False),
+        (["aten::mm", "aten::topk"], False),
+        ([], False),
     ],
 )
-def test_operators_of_a_stretch_are_those_that_are_called(ran: list[str], fit: bool) -> None:
-    calls = ("extern_kernels.mm", "torch.ops.aten.topk.default")
-    flags = dict.fromkeys(("generated", "outside", "product", "gather", "write"), False)
-    launches = tuple(CompiledLaunch(kernel=call, parts=(), **flags) for call in calls)
-    graph = CompiledGraph(parts=(), launches=launches)
-    stretches = [Stretch(range(len(ran)), (0, 1))]
-    assert _have_their_operators([f"aten::{name}" for name in ran], stretches, graph) == fit
+def test_each_launch_is_one_operator_with_its_name(ran: list[str], fit: bool) -> None:
+    libraries = [
+        CompiledLaunch(kernel=call, generated=False) for call in ("extern_kernels.bias_mm", "aten.topk_")
+    ]
+    graph = CompiledGraph(parts=(), launches=(*libraries, CompiledLaunch(kernel="cpp_0", generated=True)))
+    found = [Stretch(range(i, i + 1), (i,)) for i in range(3)] if fit else None
+    assert match_operators(ran, graph) == found
+    assert match_operators(ran, replace(graph, problem="unknown")) is None

@@ -28,9 +28,9 @@ from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
     is_consistent,
-    is_operator,
     lengths_of_calls,
     match_launches,
+    match_operators,
     part_of,
     split,
     usual_sequences,
@@ -233,12 +233,11 @@ class CompiledCalls:
             return []
         names = tuple(self._names_of(rows))
         if names not in self._fits:
+            match = match_launches if self.on_device else match_operators
             self._fits[names] = [
                 (graph, stretches)
                 for graph in self._graphs
-                if (stretches := match_launches(names, graph)) is not None
-                and is_consistent(names, stretches, graph)
-                and _have_their_operators(names, stretches, graph)
+                if (stretches := match(names, graph)) is not None and is_consistent(names, stretches, graph)
             ]
         return [_GraphCall(graph, rows, stretches) for graph, stretches in self._fits[names]]
 
@@ -258,23 +257,6 @@ def join_compiled(
     elif not len(kernels.start_ns):
         return None
     return CompiledCalls(calls, inside, graphs, events, kernels)
-
-
-def _have_their_operators(names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph) -> bool:
-    """Whether the libraries' calls ran the operators that they name, which only a CPU shows: each its own, or
-    where more ran than were called, theirs in that order among them."""
-    for one in stretches:
-        operators = [_bare(names[i]) for i in one.kernels if is_operator(names[i])]
-        called, ran = [_bare(graph.launches[number].kernel) for number in one.launches], iter(operators)
-        if operators and not all(call in ran for call in called):
-            return False
-    return True
-
-
-def _bare(operator: str) -> str:
-    """`topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of `extern_kernels.bias_addmm`."""
-    parts = re.split(r"::|\.", operator.removeprefix("torch.ops."))
-    return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
 
 
 def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:

@@ -17,7 +17,6 @@ from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 
 _GENERATED = ("triton_", "cpp_")
 _NO_WORK = ("Memset", "Memcpy")
-_OPERATOR = re.compile(r"\w+::\w+")
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,20 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
     return True
 
 
-def is_operator(name: str) -> bool:
-    """Whether it is an operator, as on a CPU, where one stands for a library's call and has its name."""
-    return _OPERATOR.fullmatch(name) is not None
+def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
+    """The same on a CPU, where each launch is one operator: a library's call that of its own name."""
+    if graph.problem or len(names) != len(graph.launches):
+        return None
+    for name, launch in zip(names, graph.launches, strict=True):
+        if name != launch.kernel and (launch.generated or _bare(name) != _bare(launch.kernel)):
+            return None
+    return [Stretch(range(i, i + 1), (i,)) for i in range(len(names))]
+
+
+def _bare(operator: str) -> str:
+    """`topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of `extern_kernels.bias_addmm`."""
+    parts = re.split(r"::|\.", operator.removeprefix("torch.ops."))
+    return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
 
 
 def lengths_of_calls(
@@ -103,10 +113,9 @@ def split(
     least = [min(lengths.get(launch.kernel, {0})) for launch in launches]
     # Where as many run as at the least, each runs its least: no other division adds up.
     if not all(least) or sum(least) != len(working):
-        alike = part_of(stretch, graph) is not None or all(is_operator(names[i]) for i in working)
-        if len(launches) != len(working) or not alike:
+        if len(launches) != len(working) or part_of(stretch, graph) is None:
             return [stretch]
-        least = [1] * len(launches)  # by their names on a CPU; else all of one part, whichever runs more
+        least = [1] * len(launches)  # all of one part, whichever runs more
     found, at, start = [], 0, stretch.kernels.start
     for number, each in zip(stretch.launches, least, strict=True):
         at += each
