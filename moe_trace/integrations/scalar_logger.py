@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 import warnings
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +15,11 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
-_WAITING = 64  # hand-overs that may wait for the writer; each is some KB a router
+_WAITING = 64  # hand-overs that may wait for the writer
+# Steps of that time are written together: most of the writer's work is the same for one step as for many, and
+# while it holds Python's lock, the training's thread launches nothing.
+_PERIOD_S = 2.0
+_STEPS_MAX = 32  # ... but no more than these, of some KB a router each
 
 
 class ScalarLogger:
@@ -25,8 +31,8 @@ class ScalarLogger:
                 logger.step()       # instead of tracer.step()
 
     `step` costs the training thread one batch of kernels and one asynchronous copy, in recorded steps only;
-    it waits for nothing. What has been written is forgotten, so a run of any length takes no more memory:
-    `tracer.samples()` holds only what is still on its way.
+    it waits for nothing. The steps of 2 seconds, or 32 steps, are written together. What has been written is
+    forgotten, so a run of any length takes no more memory.
 
     Args:
         tracer: decides by its `every` and `warmup` which steps are recorded.
@@ -35,34 +41,39 @@ class ScalarLogger:
 
     def __init__(self, tracer: MoETracer, folder: str | os.PathLike[str]) -> None:
         self.steps_dropped = 0
-        """Hand-overs left out because the writer could not keep up."""
+        """Steps left out because the writer could not keep up."""
         self._tracer = tracer
         self._folder = os.fspath(folder)
         self._make_writer = load_writer()
         self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
         self._error: BaseException | None = None
         self._held: list[RoutingSample] = []
+        self._steps: list[list[Any]] = []
+        """What was recorded since the last hand-over, by step."""
+        self._handed_over = time.monotonic()
         self._writer = threading.Thread(target=self._write_all, name="moe_trace scalars", daemon=True)
         tracer.count_steps_by_hand()
         self._writer.start()
 
     def step(self) -> None:
-        """End a step: hand what it recorded to the writer."""
+        """End a step: hand what was recorded to the writer, if it is time to."""
         recorded = self._tracer.samples_this_step()
         self._tracer.step()
-        if not recorded:
-            return
-        batches = self._tracer.take_batches()
-        try:
-            self._queue.put_nowait(batches)
-        except queue.Full:
-            self.steps_dropped += 1
+        if recorded:
+            self._steps.append(self._tracer.take_batches())
+        now = time.monotonic()
+        if self._steps and (len(self._steps) >= _STEPS_MAX or now - self._handed_over >= _PERIOD_S):
+            steps, self._steps, self._handed_over = self._steps, [], now
+            try:
+                self._queue.put_nowait(steps)
+            except queue.Full:
+                self.steps_dropped += len(steps)
 
     def close(self) -> None:
         """Write what is left, and end the thread. Warns if something could not be written."""
         if not self._writer.is_alive():
             return
-        self._queue.put(self._tracer.take_batches())
+        self._queue.put([*self._steps, self._tracer.take_batches()])
         self._queue.put(None)
         self._writer.join()
         if self._error is not None:
@@ -89,14 +100,14 @@ class ScalarLogger:
         """The writer's thread: waits for each copy, then writes; a failure must not stop the training."""
         try:
             with self._make_writer(log_dir=self._folder) as writer:
-                while (batches := self._queue.get()) is not None:
-                    self._held += self._tracer.samples_of(batches)
+                while (steps := self._queue.get()) is not None:
+                    self._held += self._tracer.samples_of(list(chain.from_iterable(steps)))
                     self._write(writer, last_step=False)
                 self._write(writer, last_step=True)
         except Exception as error:
             self._error = error
-            while self._queue.get() is not None:
-                self.steps_dropped += 1
+            while (steps := self._queue.get()) is not None:
+                self.steps_dropped += len(steps)
 
     def _write(self, writer: Any, *, last_step: bool) -> None:
         """Every step that is complete: one is, when a later one has begun."""

@@ -15,6 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
+from moe_trace.integrations.scalar_logger import _STEPS_MAX as STEPS_MAX
 
 EXPERTS = 8
 
@@ -263,12 +264,17 @@ def test_a_writer_that_fails_is_reported_and_stops_nothing(tmp_path: Path) -> No
 
 
 def test_memory_does_not_grow_with_steps(tmp_path: Path) -> None:
-    """After each hand-over nothing is kept, so that a million steps need what one does."""
+    """A tracer keeps nothing of a step that ended, the logger that of a few: a million need what some do."""
     model = train_model().eval()
-    with moe_trace.MoETracer(model) as tracer, moe_trace.ScalarLogger(tracer, tmp_path) as logger:
+    with (
+        moe_trace.MoETracer(model, capacity=2) as tracer,
+        moe_trace.ScalarLogger(tracer, tmp_path) as logger,
+    ):
         for _ in range(200):
             with torch.no_grad():
                 model(**token_batch(1, 2))
             logger.step()
             assert tracer._recorder._kept <= 2 and not tracer._recorder._pending.calls
-        assert len(logger._held) <= 4
+            assert len(logger._steps) < STEPS_MAX
+    assert not logger._held and not logger.steps_dropped and not tracer.recording().lost.overwritten
+    assert len(scalars_in(tmp_path)["moe_load_max_over_mean/L00"]) == 200

@@ -167,6 +167,8 @@ def _reported(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, A
 
 def _slots(batch: Batch, ints: np.ndarray) -> dict[str, Any]:
     """What went to each physical slot, and the expert that it held; nothing where no slot's is known."""
+    if not batch.num_slots:
+        return {}
     counts_P, experts_P = ints[len(ints) - 2 * batch.num_slots :].reshape(2, -1)
     if not (experts_P >= 0).any():
         return {}
