@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fork_server import ForkServer
 from leak_watch import LeakWatch
 
 # Read when huggingface_hub is imported, so set before any test module is. The children of tests inherit them.
@@ -71,6 +72,14 @@ def nothing_left_behind(leak_watch: LeakWatch) -> Iterator[None]:
     yield
     left = leak_watch.problems()
     assert not left, "the test left behind: " + "; ".join(left)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Runs programs that need torch and are not about its import."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

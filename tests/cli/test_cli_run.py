@@ -1,4 +1,7 @@
-"""`moe-trace run` and `routers` as a person uses them: one process each, no terminal."""
+"""`moe-trace run` and `routers` as a person uses them: one process each, no terminal.
+
+One of each starts anew; the others have torch already.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,31 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fork_server import ForkServer
 from model_config import CONFIG
 from spliced import recording_in
 
+Ended = subprocess.CompletedProcess[str]
 
-def moe_trace(*arguments: object) -> subprocess.CompletedProcess[str]:
+
+def moe_trace(*arguments: object) -> Ended:
     command = [sys.executable, "-m", "moe_trace", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture
+def forked(fork_server: ForkServer) -> Callable[..., Ended]:
+    """As `moe_trace`, without the seconds that the import of torch takes."""
+
+    def run(*arguments: object) -> Ended:
+        return fork_server.run(Path.cwd(), "-m", "moe_trace", *map(str, arguments))
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +77,10 @@ def test_demo_run_prints_figures_files_and_next_commands(tmp_path: Path) -> None
     [("generate", {"prefill": 1, "decode": 3}), ("train", {"train": 1}), ("prefill", {"prefill": 1})],
 )
 def test_modes_on_a_config_with_random_weights(
-    config: Path, tmp_path: Path, mode: str, stages: dict[str, int]
+    config: Path, tmp_path: Path, forked: Callable[..., Ended], mode: str, stages: dict[str, int]
 ) -> None:
     sizes = ("--batch", 2, "--seq-len", 16, "--max-new-tokens", 4, "--steps", 1, "--dtype", "float32")
-    done = moe_trace(
+    done = forked(
         "run", "--model", config, "--random-weights", "--mode", mode, *sizes, "--out", tmp_path / "o"
     )
     assert done.returncode == 0, done.stderr
@@ -73,14 +90,12 @@ def test_modes_on_a_config_with_random_weights(
     assert samples["tokens"][0] == 32
 
 
-def test_several_lengths_and_named_texts_are_compared(tmp_path: Path) -> None:
+def test_several_lengths_and_named_texts_are_compared(tmp_path: Path, forked: Callable[..., Ended]) -> None:
     texts = tmp_path / "texts.json"
     texts.write_text(
         json.dumps({"prose": "In the beginning was the word.", "code": "def f(x): return x + 1"})
     )
-    done = moe_trace(
-        "run", "--prompts-file", texts, "--seq-len", "16,32", "--steps", 1, "--out", tmp_path / "o"
-    )
+    done = forked("run", "--prompts-file", texts, "--seq-len", "16,32", "--steps", 1, "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     folders = ["code-16", "code-32", "prose-16", "prose-32"]
     assert sorted(f.name for f in (tmp_path / "o").iterdir()) == folders
@@ -89,14 +104,14 @@ def test_several_lengths_and_named_texts_are_compared(tmp_path: Path) -> None:
         (row,) = re.findall(rf"^{name} +(\d+) .*$", comparison, re.MULTILINE)
         assert int(row) == tokens
     assert recording_in(the_trace(tmp_path / "o" / "code-32"))["samples"]["tokens"] == [32] * 4  # type: ignore[index]
-    lengths = moe_trace("run", "--seq-len", "8,24", "--batch", 1, "--steps", 1, "--out", tmp_path / "l")
+    lengths = forked("run", "--seq-len", "8,24", "--batch", 1, "--steps", 1, "--out", tmp_path / "l")
     assert lengths.returncode == 0, lengths.stderr
     assert sorted(f.name for f in (tmp_path / "l").iterdir()) == ["seq-24", "seq-8"]
 
 
-def test_layers_every_and_shapes(config: Path, tmp_path: Path) -> None:
+def test_layers_every_and_shapes(config: Path, tmp_path: Path, forked: Callable[..., Ended]) -> None:
     options = ("--layers", "L01", "--every", 2, "--steps", 4, "--record-shapes", "--with-stack")
-    done = moe_trace("run", "--model", config, "--random-weights", *options, "--out", tmp_path / "o")
+    done = forked("run", "--model", config, "--random-weights", *options, "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     trace = the_trace(tmp_path / "o")
     assert trace["record_shapes"] == trace["with_stack"] == 1
@@ -104,17 +119,19 @@ def test_layers_every_and_shapes(config: Path, tmp_path: Path) -> None:
     assert [r["site"] for r in recording_in(trace)["routers"]] == ["L01"]  # type: ignore[index]
 
 
-def test_full_folder_needs_force_which_touches_only_our_files(config: Path, tmp_path: Path) -> None:
+def test_full_folder_needs_force_which_touches_only_our_files(
+    config: Path, tmp_path: Path, forked: Callable[..., Ended]
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     arguments = ("run", "--model", config, "--random-weights", "--steps", 1, "--out", out)
-    refused = moe_trace(*arguments)
+    refused = forked(*arguments)
     assert refused.returncode == 6
     assert "--force" in refused.stderr
     assert [f.name for f in out.iterdir()] == ["notes.txt"]
     for _ in range(2):
-        assert moe_trace(*arguments, "--force").returncode == 0
+        assert forked(*arguments, "--force").returncode == 0
     assert len(list(out.glob("*.pt.trace.json.gz"))) == 1
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -135,9 +152,9 @@ def test_full_folder_needs_force_which_touches_only_our_files(config: Path, tmp_
     ],
 )
 def test_mistakes_get_one_clear_line(
-    config: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+    config: Path, tmp_path: Path, forked: Callable[..., Ended], arguments: list[str], code: int, message: str
 ) -> None:
-    done = moe_trace(*(a.format(config=config, tmp=tmp_path) for a in arguments))
+    done = forked(*(a.format(config=config, tmp=tmp_path) for a in arguments))
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert message in done.stderr
@@ -159,11 +176,11 @@ def test_routers_lists_without_weights(config: Path) -> None:
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
-def test_routers_of_a_dense_model_says_what_was_found(tmp_path: Path) -> None:
+def test_routers_of_a_dense_model_says_what_was_found(tmp_path: Path, forked: Callable[..., Ended]) -> None:
     path = tmp_path / "config.json"
     path.write_text(
         json.dumps({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8})
     )
-    done = moe_trace("routers", path)
+    done = forked("routers", path)
     assert done.returncode == 3
     assert "found 0 routers in LlamaForCausalLM" in done.stderr

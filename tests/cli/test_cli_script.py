@@ -1,4 +1,8 @@
-"""`moe-trace run script.py`: programs of users, run as Python runs them, with their models recorded."""
+"""`moe-trace run script.py`: programs of users, run as Python runs them, with their models recorded.
+
+What is about the start of Python, the import of torch or a signal from outside runs in a process that starts
+anew (`run`); the others in one that has torch already (`fork_run`).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import moe_trace
+from fork_server import ForkServer
 from moe_trace.data.errors import OutputError, UsageError
 from moe_trace.read.reader import TraceSummary, read_summary
 from paths import ROOT
@@ -40,6 +46,7 @@ MODEL = """
     torch.set_grad_enabled(False)
 """
 Ended = subprocess.CompletedProcess[str]
+Run = Callable[..., Ended]
 
 
 def python(folder: Path, *command: str, stdin: str = "") -> Ended:
@@ -61,6 +68,16 @@ def write(folder: Path, *parts: str, name: str = "train.py") -> None:
 def run(folder: Path, *options: str, own: tuple[str, ...] = (), stdin: str = "") -> Ended:
     """`train.py`, by its relative name."""
     return python(folder, "-m", "moe_trace", "run", "-o", "runs", *options, "train.py", *own, stdin=stdin)
+
+
+@pytest.fixture
+def fork_run(fork_server: ForkServer) -> Run:
+    """As `run`, without the seconds that the import of torch takes."""
+
+    def run(folder: Path, *options: str) -> Ended:
+        return fork_server.run(folder, "-m", "moe_trace", "run", "-o", "runs", *options, "train.py")
+
+    return run
 
 
 def traces(folder: Path) -> list[Path]:
@@ -86,7 +103,9 @@ def test_a_plain_training_script_of_ten_lines(tmp_path: Path) -> None:
     assert summary.phases is not None and summary.phases.total.backwards == 4 * 4
 
 
-def test_chosen_steps_are_those_of_the_optimizer_and_named_so_in_the_trace(tmp_path: Path) -> None:
+def test_chosen_steps_are_those_of_the_optimizer_and_named_so_in_the_trace(
+    tmp_path: Path, fork_run: Run
+) -> None:
     """Three forwards a step, two optimizers, and one forward of evaluation."""
     write(
         tmp_path,
@@ -107,7 +126,7 @@ def test_chosen_steps_are_those_of_the_optimizer_and_named_so_in_the_trace(tmp_p
                 model(ids)
         """,
     )
-    done = run(tmp_path, "--steps", "2-3", "--layers", "1")
+    done = fork_run(tmp_path, "--steps", "2-3", "--layers", "1")
     assert done.returncode == 0, done.stderr
     (trace,) = traces(tmp_path)
     recording = moe_trace.read_recording(trace)
@@ -125,9 +144,9 @@ def _text(trace: Path) -> bytes:
     return gzip.decompress(trace.read_bytes())
 
 
-def test_where_nothing_is_trained_a_step_is_a_forward(tmp_path: Path) -> None:
+def test_where_nothing_is_trained_a_step_is_a_forward(tmp_path: Path, fork_run: Run) -> None:
     write(tmp_path, MODEL, "for _ in range(5): model(ids)\n")
-    assert run(tmp_path, "--steps", "1", "--warmup", "3").returncode == 0
+    assert fork_run(tmp_path, "--steps", "1", "--warmup", "3").returncode == 0
     assert only_trace(tmp_path).totals.calls == 4 and steps_in(traces(tmp_path)[0]) == [3]
 
 
@@ -216,13 +235,13 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_it_ends_as_it_ends_without_us(tmp_path: Path, ending: str) -> None:
+def test_it_ends_as_it_ends_without_us(tmp_path: Path, fork_run: Run, ending: str) -> None:
     """Status or signal, what it prints, its traceback; what was recorded before is kept."""
     begin = textwrap.dedent(MODEL) + "model(ids)\n"
     write(tmp_path, "\n" * (begin.count("\n") - 1) + "ids = 1\n", ENDINGS[ending] + "\n")  # the same lines
     plain = python(tmp_path, "train.py")
     write(tmp_path, begin, ENDINGS[ending] + "\n")
-    ours = run(tmp_path)
+    ours = fork_run(tmp_path)
     assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout), ours.stderr
     assert plain.stderr in ours.stderr
     if ending in ("SIGTERM", "os._exit", "syntax"):  # nobody could write
@@ -258,11 +277,11 @@ OWN = """
 
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_program_with_a_profiler_of_its_own_gets_the_routing_in_its_traces(
-    tmp_path: Path, before: int
+    tmp_path: Path, fork_run: Run, before: int
 ) -> None:
     """And what we profiled until then is written."""
     write(tmp_path, MODEL, f"for _ in range({before}): model(ids)\n", OWN)
-    done = run(tmp_path)
+    done = fork_run(tmp_path)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     theirs = sorted((tmp_path / "theirs").iterdir())
     assert [read_summary(trace).totals.calls for trace in theirs] == [8, 8]
@@ -271,25 +290,25 @@ def test_a_program_with_a_profiler_of_its_own_gets_the_routing_in_its_traces(
     assert (tmp_path / "runs").exists() == bool(before)
 
 
-def test_a_profiler_that_comes_after_our_steps(tmp_path: Path) -> None:
+def test_a_profiler_that_comes_after_our_steps(tmp_path: Path, fork_run: Run) -> None:
     write(tmp_path, MODEL, "for _ in range(3): model(ids)\n", OWN)
-    assert run(tmp_path, "--steps", "1-1").returncode == 0
+    assert fork_run(tmp_path, "--steps", "1-1").returncode == 0
     assert only_trace(tmp_path).totals.calls == 4
     assert [read_summary(t).totals.calls for t in sorted((tmp_path / "theirs").iterdir())] == [8, 8]
 
 
-def test_the_profiler_of_autograd_too(tmp_path: Path) -> None:
+def test_the_profiler_of_autograd_too(tmp_path: Path, fork_run: Run) -> None:
     own = """
     with torch.autograd.profiler.profile() as prof:
         model(ids)
     prof.export_chrome_trace("theirs.json")
     """
     write(tmp_path, MODEL, own)
-    assert run(tmp_path).returncode == 0
+    assert fork_run(tmp_path).returncode == 0
     assert read_summary(tmp_path / "theirs.json").totals.calls == 4 and not traces(tmp_path)
 
 
-def test_models_wrapped_compiled_and_several(tmp_path: Path) -> None:
+def test_models_wrapped_compiled_and_several(tmp_path: Path, fork_run: Run) -> None:
     """Each model is recorded; forwards of the first are the steps; a model that is dropped is freed."""
     body = """
     import gc, weakref
@@ -305,7 +324,7 @@ def test_models_wrapped_compiled_and_several(tmp_path: Path) -> None:
     gc.collect()
     """
     write(tmp_path, MODEL, body)
-    done = run(tmp_path, "--steps", "1-2")
+    done = fork_run(tmp_path, "--steps", "1-2")
     assert done.returncode == 0, done.stderr
     (trace,) = traces(tmp_path)
     recording = moe_trace.read_recording(trace)
@@ -337,34 +356,38 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_program_starts(tmp_p
     assert (done.returncode, done.stdout) == (OutputError.exit_code, "") and "is a file" in done.stderr
 
 
-def test_a_folder_that_vanishes_takes_nothing_from_the_program(tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_takes_nothing_from_the_program(tmp_path: Path, fork_run: Run) -> None:
     write(
         tmp_path,
         MODEL,
         "import shutil; model(ids); shutil.rmtree('runs'); open('runs', 'w'); model(ids)\nexit(4)\n",
     )
-    done = run(tmp_path)
+    done = fork_run(tmp_path)
     assert done.returncode == 4 and "moe-trace: " in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "words"),
+    ("text", "words"),
     [
         (
             "import torch; torch.nn.Linear(2, 2)(torch.ones(1, 2)); exit(6)",
-            (),
             "called no model with MoE routers",
         ),
-        ("exit(6)", (), "did not import torch"),
-        (MODEL + "    model(ids); exit(6)", ("--steps", "10-12"), "ended in step 0"),
+        ("exit(6)", "did not import torch"),
     ],
 )
 def test_nothing_to_record_is_said_and_leaves_no_folder_and_the_status(
-    tmp_path: Path, text: str, options: tuple[str, ...], words: str
+    tmp_path: Path, text: str, words: str
 ) -> None:
     write(tmp_path, text)
-    done = run(tmp_path, *options)
+    done = run(tmp_path)
     assert done.returncode == 6 and words in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_steps_that_never_came_are_said_with_the_last_one(tmp_path: Path, fork_run: Run) -> None:
+    write(tmp_path, MODEL, "model(ids); exit(6)\n")
+    done = fork_run(tmp_path, "--steps", "10-12")
+    assert done.returncode == 6 and "ended in step 0" in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
