@@ -5,7 +5,10 @@ On any machine: whether weights are on a GPU, and whether a stream is captured, 
 
 from __future__ import annotations
 
+import threading
+import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,16 +29,22 @@ class FakeDevice:
     """A GPU whose streams run what they capture, once."""
 
     def __init__(self) -> None:
-        self.present, self.captures = True, False
+        self.present = True
+        self._capturing: set[int] = set()
         self.notes: list[str] = []
+
+    @property
+    def captures(self) -> bool:
+        """Whether the calling thread does."""
+        return threading.get_ident() in self._capturing
 
     @contextmanager
     def graph(self) -> Iterator[None]:
-        self.captures = True
+        self._capturing.add(threading.get_ident())
         try:
             yield
         finally:
-            self.captures = False
+            self._capturing.discard(threading.get_ident())
 
 
 @pytest.fixture
@@ -142,18 +151,180 @@ def test_a_capture_that_fails_between_a_router_and_its_experts(device: FakeDevic
         fails[0] = False
         run(model, first=20)
     assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(EXPERTS) for c in calls]
+    # Nobody is told that the capture failed where the block is not hooked: it may have been a fused one.
+    expected = {} if profiled else {"model.layers.1.mlp.gate": {"unjoined": 1}}
+    assert tracer.recording().lost.calls == expected
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("captured", ["model", "block", "block inside a forward"])
+def test_a_model_that_is_moved_to_a_gpu_under_a_tracer(
+    device: FakeDevice, captured: str, profiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing ran on it before the capture: neither a forward nor the block."""
+    model = tiny_olmoe(layers=2)
+    block = model.model.layers[0].mlp
+    device.present = False
+    with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
+        run(model)
+        device.present = True
+        tracer._hooks._levels._probe = types.SimpleNamespace(is_cuda=True)  # type: ignore[assignment]
+        with torch.no_grad():
+            if captured == "model":
+                with device.graph():
+                    model(**token_batch(1, 2))
+            elif captured == "block":
+                with device.graph():
+                    block(torch.randn(1, 2, 32))
+            else:
+                capture_within(device, block)
+                model(**token_batch(1, 2))
+        assert device.notes == ONE_CALL * (2 if captured == "model" else 1)
+    samples, received = tracer.samples(), [c.assignments(EXPERTS) for c in calls]
+    assert sorted(s.assignments.tolist() for s in samples) == sorted(received)
+    assert sum(s.in_graph for s in samples) == (2 if captured == "model" else 1)
+    assert not tracer.recording().lost.calls and not tracer.recording().lost.experts_without_router
+
+
+def capture_within(device: FakeDevice, block: Any) -> None:
+    forward = block.forward
+
+    def in_a_graph(hidden: torch.Tensor) -> Any:
+        with device.graph():
+            return forward(hidden)
+
+    block.forward = in_a_graph
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("captured", ["model", "block"])
+@pytest.mark.parametrize("at", ["gate", "experts"])
+def test_another_thread_runs_eagerly_meanwhile(
+    device: FakeDevice, at: str, captured: str, profiled: bool
+) -> None:
+    """As a graph's `capture_error_mode="thread_local"` lets it."""
+    model = tiny_olmoe(layers=2)
+    block, among = model.model.layers[1].mlp, [False]
+
+    def meanwhile(module: Any, args: Any) -> None:
+        if among[0] and device.captures:
+            among[0] = False
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(run, model, 2, 50).result()
+                pool.submit(run, model.model, 2, 60).result()
+
+    (block.gate if at == "gate" else block.experts).register_forward_pre_hook(meanwhile)
+    with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
+        run(model)
+        among[0] = True
+        with torch.no_grad(), device.graph():
+            model(**token_batch(1, 2)) if captured == "model" else block(torch.randn(1, 2, 32))
+        assert not among[0]
+        run(model, first=20)
+    samples = tracer.samples()
+    assert sum(s.in_graph for s in samples) == (2 if captured == "model" else 1)
+    received = sorted(c.assignments(EXPERTS) for c in calls)
+    assert sorted(s.assignments.tolist() for s in samples) == received
+    assert {s.stage for s in samples} == {"prefill"}
+    lost = tracer.recording().lost
+    assert not lost.calls and not lost.experts_without_router and lost.hook_failure is None
+    forwards = 8 + 4 + 8
+    if not profiled:  # whose steps are not forwards
+        assert [s.step for s in samples if not s.in_graph] == [n for n in range(forwards) for _ in range(2)]
+
+
+def test_two_threads_capture_at_once(device: FakeDevice) -> None:
+    """Blocks of one model: each graph writes what it was given."""
+    model = tiny_olmoe(layers=1)
+    block, inside = model.model.layers[0].mlp, threading.Barrier(2, timeout=20)
+    block.experts.register_forward_pre_hook(lambda *_: inside.wait() * 0 or None if device.captures else None)
+
+    def capture(seed: int) -> None:
+        with torch.no_grad(), device.graph():
+            block(torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(seed)))
+            inside.wait()
+
+    with watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model)
+        with ThreadPoolExecutor(2) as pool:
+            [*pool.map(capture, range(2))]
+    received = [c.assignments(EXPERTS) for c in calls]
+    # They write into one slot, as no forward of the model counts: the later one stays.
+    assert next(s.assignments.tolist() for s in tracer.samples() if s.in_graph) in received[8:]
+    assert device.notes.count("end experts") == 2
+    assert not tracer.recording().lost.calls and not tracer._hooks.routers[0].capturing
+
+
+def fuse(block: Any) -> None:
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.flatten(0, 1)
+        _, weights, index = self.gate(tokens)
+        return self.experts.forward(tokens, index, weights).view_as(hidden)  # type: ignore[no-any-return]
+
+    block.forward = types.MethodType(forward, block)
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("warm", [1, 3])
+@pytest.mark.parametrize("captured", ["model", "block"])
+def test_a_fused_block_in_a_capture(device: FakeDevice, captured: str, warm: int, profiled: bool) -> None:
+    model = tiny_olmoe(layers=2)
+    for layer in model.model.layers:
+        fuse(layer.mlp)
+    with watch_gates(model) as calls, a_tracer(model, profiled) as tracer:
+        run(model, warm)
+        with torch.no_grad(), device.graph():
+            model(**token_batch(1, 2)) if captured == "model" else model.model.layers[0].mlp(
+                torch.randn(1, 2, 32)
+            )
+        run(model, first=20)
+    samples = tracer.samples()
+    assert sorted(s.assignments.tolist() for s in samples) == sorted(calls)
+    assert sum(s.in_graph for s in samples) == (2 if captured == "model" else 1)
     assert not tracer.recording().lost.calls
 
 
-def test_a_model_that_is_moved_to_a_gpu_under_a_tracer(device: FakeDevice) -> None:
-    model = tiny_olmoe(layers=2)
-    device.present = False
-    with a_tracer(model, True):
+@contextmanager
+def watch_gates(model: Any) -> Iterator[list[list[int]]]:
+    calls: list[list[int]] = []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        calls.append(torch.bincount(output[2].flatten(), minlength=EXPERTS).tolist())
+
+    handles = [layer.mlp.gate.register_forward_hook(note) for layer in model.model.layers]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_block_that_is_fused_in_its_capture_alone_is_counted(device: FakeDevice, profiled: bool) -> None:
+    """Experts that were called as a module before are not taken for fused ones."""
+    model = tiny_olmoe(layers=1)
+    block = model.model.layers[0].mlp
+    with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
         run(model)
-        device.present = True
+        fuse(block)
+        with torch.no_grad(), device.graph():
+            block(torch.randn(1, 2, 32))
+        del block.forward
+        run(model, first=20)
+    assert [s.assignments.tolist() for s in tracer.samples()] == [c.assignments(EXPERTS) for c in calls]
+    assert tracer.recording().lost.calls == {"model.layers.0.mlp.gate": {"unjoined": 1}}
+
+
+def test_layers_that_share_a_router_in_a_capture(device: FakeDevice) -> None:
+    model = tiny_olmoe(layers=3)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate = model.model.layers[0].mlp.gate
+    with watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model, 3)
         with torch.no_grad(), device.graph():
             model(**token_batch(1, 2))
-    assert device.notes == ONE_CALL * 2
+        run(model, 3, first=20)
+    samples = tracer.samples()
+    assert sorted(s.assignments.tolist() for s in samples) == sorted(c.assignments(EXPERTS) for c in calls)
+    assert [s.layer for s in samples if s.in_graph] == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +207,86 @@ def test_calls_on_another_stream_are_true() -> None:
                 model(tokens, use_cache=False)
         torch.cuda.synchronize()
     assert counts(tracer) == eager_counts(inputs)
+
+
+def fuse(model: Any) -> None:
+    """Its experts are not called as modules."""
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.flatten(0, 1)
+        _, weights, index = self.gate(tokens)
+        return self.experts.forward(tokens, index, weights).view_as(hidden)  # type: ignore[no-any-return]
+
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(forward, layer.mlp)
+
+
+@torch.no_grad()
+def test_fused_blocks_in_a_captured_graph_are_recorded() -> None:
+    model = gpu_model()
+    fuse(model)
+    static, inputs = ids(2, 8, seed=0), [ids(2, 8, seed=i) for i in range(6)]
+    with moe_trace.MoETracer(model) as tracer:
+        graph = capture(model, static)
+        for tokens in inputs:
+            static.copy_(tokens)
+            graph.replay()
+        torch.cuda.synchronize()
+    assert counts(tracer) == eager_counts([inputs[0]] * 2) + eager_counts(inputs)
+    assert not tracer.recording().lost.calls
+
+
+@torch.no_grad()
+def test_another_thread_runs_eagerly_while_a_graph_is_captured() -> None:
+    model = gpu_model()
+    static, inputs, meanwhile = ids(2, 8, seed=0), [ids(2, 8, seed=i) for i in range(6)], ids(4, 16, seed=77)
+
+    def run_eagerly() -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            model(meanwhile, use_cache=False)
+
+    def go(module: Any, args: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and torch.cuda.is_current_stream_capturing():
+            pool.submit(run_eagerly).result()
+
+    with ThreadPoolExecutor(1) as pool, moe_trace.MoETracer(model) as tracer:
+        pool.submit(run_eagerly).result()
+        model.model.layers[0].mlp.experts.register_forward_pre_hook(go)
+        graph = capture(model, static, capture_error_mode="thread_local")
+        for tokens in inputs:
+            static.copy_(tokens)
+            graph.replay()
+        torch.cuda.synchronize()
+    samples = sorted(tracer.samples(), key=lambda s: (s.call, s.layer))
+    replayed = [s.assignments.tolist() for s in samples if s.in_graph]
+    eager = [s.assignments.tolist() for s in samples if not s.in_graph]
+    assert replayed == eager_counts(inputs)
+    assert sorted(eager) == sorted(eager_counts([meanwhile] * 2 + [inputs[0]] * 2))
+    assert not tracer.recording().lost.calls
+
+
+@torch.no_grad()
+def test_a_block_captured_alone_after_the_model_was_moved_to_the_gpu() -> None:
+    model = tiny_olmoe(layers=2, hidden_size=64, intermediate_size=32)
+    model.set_experts_implementation("batched_mm")
+    block = model.model.layers[0].mlp
+    with moe_trace.MoETracer(model) as tracer:
+        with watch_experts(model) as calls:
+            for seed in range(8):
+                model(ids(2, 8, seed=seed).cpu(), use_cache=False)
+            model.cuda()
+            static = torch.randn(2, 8, 64, device="cuda")
+            with torch.cuda.stream(torch.cuda.Stream()):
+                block(static)
+            torch.cuda.synchronize()
+        expected = [c.assignments(EXPERTS) for c in calls]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            block(static)
+        graph.replay()
+        torch.cuda.synchronize()
+    samples = tracer.samples()
+    assert [s.assignments.tolist() for s in samples if not s.in_graph] == expected
+    # All that a graph writes outside any forward of the model belongs to the one before.
+    assert [s.assignments.tolist() for s in samples if s.in_graph] == [expected[-1]]
+    assert not tracer.recording().lost.calls

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from moe_trace.data.schema import Stage
+from moe_trace.data.schema import STAGES, Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import CAN_RECORD_GRAPHS, is_exporting
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.batch_tokens import BatchTokens
-from moe_trace.record.graphs.forward_in_graph import ForwardInGraph
+from moe_trace.record.graphs.forward_in_graph import CapturedForwards, ForwardInGraph
 from moe_trace.record.graphs.forwards import GraphForwards
 from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
 from moe_trace.record.graphs.memory import captures_now, device_of, keep_for_graphs, outside_graphs
@@ -37,6 +38,7 @@ class SiteRings:
         self,
         num_experts: int,
         forward: ForwardInGraph,
+        captured: CapturedForwards,
         allocate: Callable[[SiteRings, RingKind | int, int, int], None],
         *,
         keeps_ids: bool,
@@ -47,14 +49,13 @@ class SiteRings:
         self.ids_512: IdsRing | None = None
         self.ids_4096: IdsRing | None = None
         self.ids_32768: IdsRing | None = None
-        self._forward = forward
+        self._forward, self._captured, self._allocate = forward, captured, allocate
         self.small: GraphRing | None = None
         self.medium: GraphRing | None = None
         self.reduced: GraphRing | None = None
         self.misreads = False
         self.traced = False
         """Whether a compiler traced it, rather than a stream captured it."""
-        self._allocate = allocate
 
     @torch.compiler.assume_constant_result
     def prepare(self, kind: RingKind, top_k: int, classes: int) -> int:
@@ -77,8 +78,9 @@ class SiteRings:
         self.misreads = True
         return 0
 
-    def write(self, reading: RouterOutput) -> None:
-        """Put a decision into the slot of the forward under way."""
+    def write(self, reading: RouterOutput, forward: ForwardInGraph | None = None) -> None:
+        """Put a decision into the slot of the forward under way; None for that which is compiled."""
+        forward = forward or self._forward
         if not CAN_RECORD_GRAPHS:
             return
         tokens, top_k = reading.index_TK.shape
@@ -88,22 +90,23 @@ class SiteRings:
         ring = self.small if kind == "small" else self.medium if kind == "medium" else self.reduced
         assert ring is not None  # `prepare` made it
         body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
-        self._forward.write(ring, body, tokens)
+        forward.write(ring, body, tokens)
         if self.keeps_ids and kind == "reduced":
-            self._write_ids(reading, tokens, top_k, classes)
+            self._write_ids(forward, reading, classes)
 
-    def _write_ids(self, reading: RouterOutput, tokens: int, top_k: int, classes: int) -> None:
+    def _write_ids(self, forward: ForwardInGraph, reading: RouterOutput, classes: int) -> None:
+        tokens, top_k = reading.index_TK.shape
         room = room_for(tokens)
         if room is not None:
             self.prepare_ids(room, top_k, classes)
             ring = self.ids_512 if room == 512 else self.ids_4096 if room == 4096 else self.ids_32768
             assert ring is not None  # `prepare_ids` made it
-            self._forward.write(ring, ring.body(reading), tokens)
+            forward.write(ring, ring.body(reading), tokens)
 
     def write_captured(self, reading: RouterOutput) -> None:
         """The same while a stream is captured into a graph, whose replays will write."""
         with torch.no_grad():
-            self.write(reading)
+            self.write(reading, self._captured.now())
         keep_for_graphs([memory for ring in self.memory() for memory in (ring.data, *ring.counter.memory)])
 
     def take_over(self, other: SiteRings) -> None:
@@ -148,10 +151,9 @@ class ModelRings:
         keeps_ids: bool = False,
     ) -> None:
         self.in_graph = ForwardInGraph()
-        self.sites = [
-            SiteRings(router.info.num_experts, self.in_graph, self._allocate, keeps_ids=keeps_ids)
-            for router in routers
-        ]
+        self._captured = CapturedForwards()
+        shared = self.in_graph, self._captured, self._allocate
+        self.sites = [SiteRings(router.info.num_experts, *shared, keeps_ids=keeps_ids) for router in routers]
         self.counters: list[ForwardCounter] = []
         self.tells = False
         """Whether a host framework tells the phases of tokens; asked when a graph is made."""
@@ -162,7 +164,7 @@ class ModelRings:
 
     @property
     def slots(self) -> int:
-        """Forwards after which the first slot of some ring is written again."""
+        """Forwards until the first slot of some ring is written again."""
         return min((ring.slots for site in self.sites for ring in site.memory()), default=1)
 
     @property
@@ -188,23 +190,27 @@ class ModelRings:
         self._started()
         return 0
 
-    def start_in_graph(self, stage_code: int, level: int) -> None:
+    def start_in_graph(self, stage_code: int, level: int, forward: ForwardInGraph | None = None) -> None:
         """A module that the model may be entered through is called inside a graph.
 
         The forward begins with the outermost one, unless the host saw it begin; the graph is compiled again
         where it is used in the other way later.
         """
-        if not CAN_RECORD_GRAPHS or is_exporting() or self.in_graph.under_way:
+        forward = forward or self.in_graph
+        if not CAN_RECORD_GRAPHS or is_exporting() or forward.under_way:
             return
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()
-        self.in_graph.start(stage_code, level, together=not torch.is_grad_enabled())
+        together = forward is self.in_graph and not torch.is_grad_enabled()
+        forward.start(stage_code, level, together=together)
 
     def end_in_graph(self, level: int) -> None:
         """It has returned, inside a graph or behind one that was broken off."""
         if is_exporting():
             return
+        if not is_compiling():
+            self._captured.end(level)
         with torch.no_grad():
             self.in_graph.end(level)
 
@@ -230,19 +236,21 @@ class ModelRings:
     def begin_on_host(self) -> None:
         """A forward begins that the host sees."""
         self.in_graph.forget(on_host=True)
+        self._captured.forget()
 
     def end_on_host(self) -> None:
         """The forward that the host saw begin is over."""
         self.in_graph.forget()
 
-    def start_captured(self, stage_code: int, level: int) -> None:
+    def start_captured(self, stage: Stage, level: int) -> None:
         """The same while a stream is captured into a graph."""
-        if self.in_graph.under_way:
+        if not self._captured.begins(level):
             return
-        with torch.no_grad():
-            self.start_in_graph(stage_code, level)
-        # Nobody makes one kernel of what is captured.
-        self.in_graph.start(stage_code, level, together=False)
+        stage_code = STAGES.index(stage)
+        with torch.no_grad():  # nobody makes one kernel of what is captured
+            self.start_in_graph(stage_code, level, self._captured.now())
+        if not self.in_graph.under_way:  # for compiled code in it
+            self.in_graph.start(stage_code, level, together=False)
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage, batch: BatchTokens | None) -> None:
@@ -267,15 +275,13 @@ class ModelRings:
             if alike and getattr(other, name) is None:
                 counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
-                slots = router.info.num_slots
                 sizes |= {"sites": len(self.sites), "counter": counter}
                 with outside_graphs(counter.device):
-                    made = (
-                        IdsRing(kind, **sizes)
-                        if isinstance(kind, int)
-                        else GraphRing(kind, classes=classes, num_slots=slots, **sizes)
-                    )
-                setattr(other, name, made)
+                    if isinstance(kind, int):
+                        setattr(other, name, IdsRing(kind, **sizes))
+                    else:
+                        sizes["num_slots"] = router.info.num_slots
+                        setattr(other, name, GraphRing(kind, classes=classes, **sizes))
         self._started()
 
     def _counter(self, device: torch.device) -> ForwardCounter:

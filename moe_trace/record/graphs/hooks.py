@@ -13,6 +13,9 @@ from torch.compiler import is_compiling
 from moe_trace.find.contracts import Call, RouterOutput
 from moe_trace.find.private.torch_names import is_exporting
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.counts import SiteCounts
+from moe_trace.record.calls.router_call import SiteState
+from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled_rings import SiteRings
 
 
@@ -105,3 +108,80 @@ class TracedSite:
             self.rings.write(reading)
         else:
             self.rings.write_captured(reading)
+
+
+class CapturedCalls:
+    """Calls of one router while streams are captured by hand: read, written, and noted where they stand.
+
+    Other threads run eagerly meanwhile, or capture graphs of their own, so the calls are kept by thread.
+
+    Args:
+        rings: where graphs write.
+        notes: where router and experts stand.
+    """
+
+    def __init__(self, site: RouterSite, rings: SiteRings, notes: CaptureNotes) -> None:
+        self._site, self._rings, self._notes = site, rings, notes
+        self.open: dict[int, TracedSite] = {}
+        """By thread, that under way."""
+        self.counts, self.state = SiteCounts(), SiteState()
+        """Of the site, which its tracer shares."""
+
+    def begin(self, thread: int, args: Any, *, own: bool) -> None:
+        """The router is called.
+
+        Args:
+            own: whether for this site, and not for another one that shares it.
+        """
+        self.open[thread] = call = TracedSite(self._site, self._rings)
+        if own:
+            call.before_block()
+            call.before_router(args)
+            self._notes.begin(self._site.name, self._site.site, "router")
+
+    def end_router(self, thread: int, output: Any) -> bool:
+        """A router returned; whether it was one of these calls."""
+        call = self.open.get(thread)
+        if call is None:
+            return False
+        self._notes.end(self._site.name, "router")
+        call.after_router(output)
+        if output is None or call.call is None:
+            del self.open[thread]
+        return True
+
+    def begin_experts(self, thread: int) -> bool:
+        """Experts are called; whether by one of these calls."""
+        if thread not in self.open:
+            return False
+        self._notes.begin(self._site.name, self._site.site, "experts")
+        return True
+
+    def end_experts(self, thread: int, args: Any, kwargs: dict[str, Any]) -> bool:
+        """They returned, or raised."""
+        call = self.open.pop(thread, None)
+        if call is None:
+            return False
+        if self._site.times_experts:
+            self._notes.end(self._site.name, "experts")
+        self.state.experts_called = True
+        call.after_experts(args, kwargs)
+        return True
+
+    def end_block(self, thread: int, args: Any, output: Any) -> None:
+        """The block returned, or raised. What is open called its router, and no experts that are a module."""
+        if output is None:
+            self.open.pop(thread, None)
+        elif self.state.experts_called:
+            self.lose(thread)
+        elif (call := self.open.pop(thread, None)) is not None:
+            call.after_block(args, output)
+
+    def lose(self, thread: int) -> bool:
+        """Count what is open on a thread, which is over: its experts were computed without being called, or
+        its capture failed."""
+        if self.open.pop(thread, None) is None:
+            return False
+        self.counts.seen += 1
+        self.counts.lost["unjoined"] += 1
+        return True

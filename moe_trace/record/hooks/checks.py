@@ -13,6 +13,7 @@ from moe_trace.find.private.torch_names import after_backward, graph_task_id, is
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart
+from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.hooks.events import (
     BEGIN,
     CONTEXT,
@@ -24,6 +25,7 @@ from moe_trace.record.hooks.events import (
     EventLog,
     event_code,
 )
+from moe_trace.record.hooks.site import SiteHooks
 
 _EVENTS_MAX = 256  # outside a forward of the model, whose end would join them
 KEPT_BYTES_MAX = 64 * 2**20  # of the tensors in them, inside a forward
@@ -42,6 +44,7 @@ class EventChecks:
         self,
         log: EventLog,
         forwards: ForwardStack,
+        routers: Sequence[SiteHooks],
         *,
         outside: Callable[[], ForwardContext],
         join_passed: Callable[[], None],
@@ -53,7 +56,7 @@ class EventChecks:
         self.has_looked = False
         """Whether any of the events that are not joined was looked at."""
         self._natives: dict[int, int] = {}
-        self._log, self._forwards = log, forwards
+        self._log, self._forwards, self._routers = log, forwards, routers
         self._outside, self._join_passed, self._end_backward = outside, join_passed, end_backward
 
     def start_again(self) -> None:
@@ -78,6 +81,8 @@ class EventChecks:
             self._natives[thread] = threading.get_native_id()
             if self._forwards.of(thread) is not None:
                 return event
+            if captures_now() and self._is_captured(site):
+                return ()
             return (event_code(CONTEXT, site), thread, self._outside(), None, None, *event)
         if kind not in (ROUTER, WATCHED, EXPERTS):
             return event
@@ -92,6 +97,18 @@ class EventChecks:
                 after_backward(self._end_backward)  # else the next forward ends them
         self._kept_bytes += sum(map(_bytes, event[2:]))
         return event
+
+    def _is_captured(self, site: int) -> bool:
+        """Whether a call on a captured stream began as an eager one, as the model was moved to the GPU after
+        its hooks were put on; then it begins again."""
+        router = self._routers[site]
+        was_known = router.on_cuda
+        for one in self._routers:
+            one.look_at_device()
+        if was_known or not router.on_cuda:
+            return False
+        router.before_router(router.site.router, ())
+        return True
 
     def native_id(self, thread: int, context: ForwardContext) -> int:
         """Of a thread that helps the forward's own."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from moe_trace.data.schema import STAGES, Stage, range_name
+from moe_trace.data.schema import Stage, range_name
 from moe_trace.find.contracts.modules import unwrapped
 from moe_trace.find.private.torch_names import (
     any_thread_is_profiled,
@@ -142,9 +142,10 @@ class ForwardWatch:
         """The same where a stream is captured, or a replica of the module called."""
         try:
             if captures_now():
-                self.levels.level = None  # the model may have been moved to the GPU since
+                self.levels.look_at_devices()
                 self.levels.set(Level.RANGES)  # which tells where the experts end
-                self.graphs.rings.start_captured(STAGES.index(entry.inputs.stage(args, kwargs)), entry.level)
+                if get_ident() not in self._busy:
+                    self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
             elif replica:
                 self._begin_within(entry, get_ident(), args, kwargs, replica)
             else:

@@ -24,7 +24,7 @@ from moe_trace.record.forward.isolation import apart
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled_rings import SiteRings
-from moe_trace.record.graphs.hooks import TracedSite
+from moe_trace.record.graphs.hooks import CapturedCalls, TracedSite
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.hooks.events import (
     BEGIN,
@@ -77,11 +77,11 @@ class SiteObserver(HookOwner):
             event_code(kind, index) for kind in (BEGIN, ROUTER, WATCHED, EXPERTS, BLOCK, BLOCK_END)
         )
         self.traced = TracedSite(site, rings)
-        self._captures = captures
+        self.captured = CapturedCalls(site, rings, captures)
+        self.capturing = self.captured.open
+        """Not empty while a thread captures such a call."""
         self.on_cuda = False
         """Whether a stream that is captured by hand may hold its calls."""
-        self.capturing = False
-        """Whether the call under way is captured."""
         self._expert_marks: dict[int, Any] = {}
         self._ranges = ranges
         self._clock = clock
@@ -91,6 +91,14 @@ class SiteObserver(HookOwner):
         self._of_block = (False, False)
         """Whether the block is observed, and whether it is read; else it is a range alone."""
 
+    def keep_block(self) -> None:
+        """Observe the block from now on."""
+        raise NotImplementedError
+
+    def _in_block(self, thread: int) -> bool:
+        kinds = (kind for kind, _ in self._log.last_first(self._index, thread))
+        return next((kind for kind in kinds if kind in (BLOCK, BLOCK_END)), BLOCK_END) == BLOCK
+
     def time_captured_experts(self) -> None:
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
         raise NotImplementedError
@@ -98,8 +106,11 @@ class SiteObserver(HookOwner):
     # -- hooks: plain calls do without most of it (`plain_calls.py`) --------------------------------------
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_dynamo_compiling() or self.capturing:
+        if is_dynamo_compiling():
             self.traced.after_watched(output)
+            return
+        if self.capturing and (captured := self.capturing.get(get_ident())) is not None:
+            captured.after_watched(output)
             return
         if self.copies is not None:
             output = self.copies.copy(output)
@@ -117,7 +128,7 @@ class SiteObserver(HookOwner):
 
     def _before_copied(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         """On the experts behind all other hooks, while what they are given is copied."""
-        if is_dynamo_compiling() or self.capturing or self.copies is None:
+        if is_dynamo_compiling() or get_ident() in self.capturing or self.copies is None:
             return
         self.copies.receive(*self._needed(args, kwargs or {}))
 
@@ -139,15 +150,13 @@ class SiteObserver(HookOwner):
             return
         if module is not self.site.router and detach_if_copy(module, self.site.router):
             return
-        if self.on_cuda and captures_now():
-            self.capturing = True
-            self.time_captured_experts()
-            self.traced.before_router(args)
-            self._captures.begin(self.site.name, self.site.site, "router")
-            return
-        if self.capturing:  # a capture ended between a router and its experts
-            self.capturing, self.traced.call = False, None
         thread = get_ident()
+        if self.capturing and self.captured.lose(thread):
+            self.keep_block()
+        if self.on_cuda and captures_now():
+            self.time_captured_experts()
+            self.captured.begin(thread, args, own=not self.site.shares_router or self._in_block(thread))
+            return
         if self.ranged and (not self.site.shares_router or self._ranges.has(self._block_range, thread)):
             self._ranges.open(self._router_range, thread)
         mark = None if self._clock is None else self._clock.start(args)
@@ -158,10 +167,7 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self.traced.after_router(output)
             return
-        if self.capturing:
-            self._captures.end(self.site.name, "router")
-            self.traced.after_router(output)
-            self.capturing = self.site.experts is not None and output is not None
+        if self.capturing and self.captured.end_router(get_ident(), output):
             return
         now_ns = time_ns()
         if self._clock is not None:
@@ -179,10 +185,9 @@ class SiteObserver(HookOwner):
     def before_experts(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
             return
-        if self.capturing:
-            self._captures.begin(self.site.name, self.site.site, "experts")
-            return
         thread = get_ident()
+        if self.capturing and self.captured.begin_experts(thread):
+            return
         if self.ranged:
             self._ranges.open(self._experts_range, thread)
         if self._clock is not None:
@@ -195,15 +200,12 @@ class SiteObserver(HookOwner):
         if is_dynamo_compiling():
             self.traced.after_experts(args, given)
             return
-        if self.capturing:
-            self.capturing = False
-            if self.site.times_experts:
-                self._captures.end(self.site.name, "experts")
-            self.traced.after_experts(args, given)
+        thread = get_ident()
+        if self.capturing and self.captured.end_experts(thread, args, given):
             return
         if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
-        mark, thread = None, get_ident()
+        mark = None
         if self._clock is not None:
             mark = self._expert_marks.pop(thread, None)
             if mark is not None:
@@ -240,6 +242,8 @@ class SiteObserver(HookOwner):
             self.traced.after_block(given, output)
             return
         thread = get_ident()
+        if self.capturing:
+            self.captured.end_block(thread, given, output)
         if output is not None and True in self._of_block:
             reading = None if self.site.read_block is None else self._read_block(given, output)
             self._log.note((self._block_end, thread, reading, None, None))

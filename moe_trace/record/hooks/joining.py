@@ -40,10 +40,11 @@ class CallJoiner:
         self,
         sites: Sequence[RouterSite],
         *,
+        states: list[SiteState],
         context_of: Callable[[int], ForwardContext],
         orphan: Callable[[int], None],
     ) -> None:
-        self.states = [SiteState() for _ in sites]
+        self.states = states
         self._sites, experts = sites, [site.experts for site in sites]
         self._sharing = [
             [

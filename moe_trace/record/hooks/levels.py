@@ -28,6 +28,9 @@ class HookLevels:
         self.level: Level | None = None
         """What the hooks were set to last; None where they have to be asked one by one."""
         self._router_hooks = [hooks_of(one.site.router) for one in hooks]
+        self._probe = next(hooks[0].site.router.parameters(), None) if hooks else None
+        self._on_cuda = self._probe is not None and self._probe.is_cuda
+        """Whether the model was on a GPU when that was looked at."""
         self.stale = False
         """Whether a block needs other hooks than are on."""
         for one in hooks:
@@ -55,6 +58,9 @@ class HookLevels:
             level = Level.RANGES
         else:
             ranges.wanted = None if ranges.wanted else False
+        if self._probe is not None and self._probe.is_cuda is not self._on_cuda:
+            self._on_cuda = self._probe.is_cuda
+            self.look_at_devices()
         self.wanted[thread] = level
         if level != self.level or len(self.wanted) > 1 or [*map(len, self._router_hooks)] != self._installed:
             self.set(level, thread)
@@ -76,6 +82,11 @@ class HookLevels:
                     return
                 self.on_others()
             self._put_on(level)
+
+    def look_at_devices(self) -> None:
+        """The model may have been moved to a GPU, or from it."""
+        for hooks in self._hooks:
+            hooks.look_at_device()
 
     def _put_on(self, level: Level) -> None:
         self.level = level

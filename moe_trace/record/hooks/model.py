@@ -123,6 +123,9 @@ class ModelHooks:
         for entry in self.entries:
             entry.remove()
         self._levels.remove()
+        for router in self.routers:
+            for thread in list(router.capturing):
+                router.captured.lose(thread)
         for thread in self.watch.forwards.threads():
             self.watch.failures.guarded(self._cut_off, thread)
         self.watch.forwards.clear()

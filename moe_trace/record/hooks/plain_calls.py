@@ -39,16 +39,15 @@ class PlainCalls(HookOwner):
         self.router: nn.Module | None = None
         self.experts: nn.Module | None = None
         """Those that calls must be of; None while none is plain."""
+        self.traced, self.capturing = general.traced, general.capturing
         self.on_cuda = False
         """Whether a call may be captured into a graph by hand, which is asked when the router begins."""
-        self.traced = general.traced
         self.begin_code, self.router_code, self.experts_code = (
             event_code(kind, index) for kind in (BEGIN, ROUTER, EXPERTS)
         )
 
     def start(self) -> None:
         """Take calls."""
-        self.on_cuda = self.general.on_cuda
         self.router, self.experts = self.general.site.router, self.general.site.experts
 
     def stop(self) -> None:
@@ -59,14 +58,15 @@ class PlainCalls(HookOwner):
         if (
             is_dynamo_compiling()
             or module is not self.router
-            or (self.on_cuda and (stream_is_captured() or self.general.capturing))
+            or self.capturing
+            or (self.on_cuda and stream_is_captured())
         ):
             self.general.before_router(module, args)
         else:
             self.log.note((self.begin_code, get_ident(), time_ns(), None, None))
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_dynamo_compiling() or module is not self.router or (self.on_cuda and self.general.capturing):
+        if is_dynamo_compiling() or module is not self.router or self.capturing:
             self.general.after_router(module, args, output)
         else:
             now_ns = time_ns()
@@ -80,6 +80,7 @@ class PlainCalls(HookOwner):
             or output is None
             or output is MISSING
             or self.traced.call is not None
+            or self.capturing
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
@@ -135,7 +136,8 @@ class PlainRanges(PlainCalls):
             is_dynamo_compiling()
             or module is not self.router
             or get_ident() != ranges.thread
-            or (self.on_cuda and (stream_is_captured() or self.general.capturing))
+            or self.capturing
+            or (self.on_cuda and stream_is_captured())
         ):
             self.general.before_router(module, args)
         else:
@@ -164,7 +166,7 @@ class PlainRanges(PlainCalls):
             is_dynamo_compiling()
             or module is not self.experts
             or get_ident() != ranges.thread
-            or (self.on_cuda and self.general.capturing)
+            or self.capturing
         ):
             self.general.before_experts(module, args)
         else:
@@ -181,6 +183,7 @@ class PlainRanges(PlainCalls):
             or output is None
             or output is MISSING
             or self.traced.call is not None
+            or self.capturing
             or not (opened := ranges.own[self.experts_slot])
         ):
             self.general.after_experts(module, args, kwargs, output)

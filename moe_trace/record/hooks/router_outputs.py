@@ -44,7 +44,7 @@ class CallCollector:
         recorder: Recorder,
         clock: CallClock | None,
     ) -> None:
-        self._counts = [SiteCounts() for _ in routers]
+        self._counts = [router.captured.counts for router in routers]
         self.orphans = 0
         """Experts calls that belong to no router call."""
         self.padding_unclear = 0
@@ -57,6 +57,7 @@ class CallCollector:
         self._clock = clock
         self._joiner = CallJoiner(
             [router.site for router in routers],
+            states=[router.captured.state for router in routers],
             context_of=self._context_of,
             orphan=self._orphan,
         )
@@ -66,7 +67,12 @@ class CallCollector:
         )
         recorder.on_rewritten = self._copy_from_now_on
         self.checks = EventChecks(
-            log, forwards, outside=outside, join_passed=self.flush_passed, end_backward=self.end_backward
+            log,
+            forwards,
+            routers,
+            outside=outside,
+            join_passed=self.flush_passed,
+            end_backward=self.end_backward,
         )
 
     # -- while the model runs -------------------------------------------------------------------------

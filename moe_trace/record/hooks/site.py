@@ -120,7 +120,6 @@ class SiteHooks(SiteObserver):
             and (self.observe_block, self.reads_block) == self._of_block
             and (level == Level.OFF or self._copies_received == (self.copies is not None))
             and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
-            and (level == Level.OFF or self.on_cuda == is_on_cuda(self.site))
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
@@ -172,7 +171,7 @@ class SiteHooks(SiteObserver):
         if self._owner is not None:
             ranged = self.ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
         timed = ranged or self._clock is not None or level == Level.RANGES
-        self.on_cuda = is_on_cuda(site)
+        self.look_at_device()
         self._copies_received = self.copies is not None
         block, router, experts = site.block, site.router, site.experts
         hooks = self._plain(level) or self
@@ -224,6 +223,10 @@ class SiteHooks(SiteObserver):
             self._times_experts = True
             self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
 
+    def look_at_device(self) -> None:
+        """Only on a GPU it is asked in each call whether a stream is captured."""
+        self.on_cuda = self._plain_calls.on_cuda = self._plain_ranges.on_cuda = is_on_cuda(self.site)
+
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -271,7 +274,7 @@ class SiteHooks(SiteObserver):
         self.on_change()
 
     def keep_block(self) -> None:
-        """Only its block can tell whether a call without experts ran fused, or had them on another thread."""
+        """Only its block can tell whether a call without experts ran fused, or had them elsewhere."""
         self.irregular = True
         if not self.observe_block:
             self.observe_block = True
