@@ -62,6 +62,8 @@ class CompiledGraph:
     backward: bool = False
     problem: str = ""
     """Why its launches are not known, with what helps."""
+    key: str = ""
+    """Of the graph in Inductor's cache, as a trace shows it of each call; empty where it is not known."""
 
 
 _FLAGS = ("generated", "outside", "product", "gather", "write")
@@ -84,7 +86,8 @@ def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
         ]
         parts = [[part.place, *part.routers] for part in graph.parts]
         one = {"parts": parts, "launches": launches, "backward": graph.backward}
-        encoded.append(one | ({"problem": graph.problem} if graph.problem else {}))
+        told = {"problem": graph.problem, "key": graph.key}
+        encoded.append(one | {name: text for name, text in told.items() if text})
     return {"version": _VERSIONS[-1], "kernels": [*kernels], "graphs": encoded}
 
 
@@ -108,9 +111,9 @@ def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
                 raise ValueError(f"expected {len(kernels)} kernels and {len(parts)} parts, found others")
             told = {flag: bool(flags >> bit & 1) for bit, flag in enumerate(_FLAGS)}
             launches.append(CompiledLaunch(kernel=kernels[kernel], parts=tuple(places), **told))
-        backward, problem = bool(graph["backward"]), str(graph.get("problem", ""))
+        texts = {name: str(graph.get(name, "")) for name in ("problem", "key")}
         graphs.append(
-            CompiledGraph(parts=parts, launches=tuple(launches), backward=backward, problem=problem)
+            CompiledGraph(parts=parts, launches=tuple(launches), backward=bool(graph["backward"]), **texts)
         )
     return tuple(graphs)
 

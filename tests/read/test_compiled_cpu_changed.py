@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from moe_trace.data.compiled_graph import CompiledGraph, decode_compiled, encode_compiled
 from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.trace_file import TraceFile, read_trace
 from moe_trace.timeline.correlate.compiled_calls import join_compiled
+from moe_trace.timeline.correlate.compiled_operators import key_of
 from paths import ROOT
 
 FOLDER = ROOT / "tests" / "data" / "cpu_compiled"
@@ -62,9 +65,10 @@ def calls_of(name: str) -> tuple[tuple[Operator, ...], ...]:
     return tuple(found)
 
 
-def told(name: str, events: EventTable) -> Told:
+def told(name: str, events: EventTable, graphs: Sequence[CompiledGraph] = ()) -> Told:
     recording = recorded(name).recording
-    join = join_compiled(recording.calls, recording.compiled_graphs, events, find_kernels(events))
+    graphs = graphs or recording.compiled_graphs
+    join = join_compiled(recording.calls, graphs, events, find_kernels(events))
     assert join is not None
     found: Told = defaultdict(set)
     for part, work in (("forward", join.forward()), ("backward", join.backward())):
@@ -163,3 +167,25 @@ def test_changed_calls_are_told_right_or_not_at_all(data: st.DataObject) -> None
         forwards = {steps[row] for part, row in unknown if part == "forward"}
         unknown |= {(part, row) for part, row in expected if steps[row] in forwards}
         assert set(found) == set(expected) - unknown, "what was not changed goes on being told"
+
+
+def test_graphs_of_the_same_kernels_are_told_apart_by_the_key_of_the_call() -> None:
+    trace = recorded("without_graphs")
+    [graph] = trace.recording.compiled_graphs
+    [name] = {text for text in trace.events.names if text.startswith("## Call CompiledFxGraph")}
+    mine, key = name.split()[3], "fanotherkey"
+    other = replace(graph, parts=graph.parts[::-1])
+
+    def told_with(*keys: str) -> Told:
+        graphs = [replace(one, key=key) for one, key in zip((graph, other), keys, strict=False)]
+        assert decode_compiled(encode_compiled(graphs)) == tuple(graphs)
+        return told("without_graphs", trace.events, graphs)
+
+    assert told_with(mine, key) == told_with(mine) == told_with("") == truth("without_graphs")
+    assert told_with("", "") == told_with(mine, mine) == told_with(key) == {}
+    assert told_with(key, mine) not in ({}, truth("without_graphs"))
+
+
+@pytest.mark.parametrize(("call", "key"), [("fabc", "fabc"), ("None", "")])
+def test_a_call_has_the_key_that_its_name_tells(call: str, key: str) -> None:
+    assert key_of(f"## Call CompiledFxGraph {call} ##") == key

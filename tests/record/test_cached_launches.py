@@ -18,6 +18,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config
+from torch.profiler import ProfilerActivity
 
 from models import tiny_olmoe
 from moe_trace import MoETracer
@@ -34,6 +35,7 @@ from moe_trace.find.private.launch_notes import (
     decode_notes,
     encode_notes,
 )
+from moe_trace.timeline.correlate.compiled_operators import CALL, key_of
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +66,10 @@ def trained() -> tuple[Recording, dict[str, int]]:
     torch._dynamo.reset()
     counters.clear()
     model = Blocks(1)
-    with MoETracer(model) as tracer:
+    with MoETracer(model) as tracer, torch.profiler.profile(activities=[ProfilerActivity.CPU]) as prof:
         torch.compile(model)(torch.randn(2, 4, 32)).sum().backward()
+    shown = [key_of(event.name) for event in prof.events() if event.name.startswith(CALL)]
+    assert [graph.key for graph in tracer.recording().compiled_graphs] in ([], shown) and all(shown)
     done = {**counters["inductor"], **counters["aot_autograd"]}
     return tracer.recording(), {name: count for name, count in done.items() if "cache" in name}
 

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,6 +44,7 @@ _NO_KERNEL = ("aten.copy_", "inductor_ops.resize_storage_bytes_")
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
 _said: list[bool] = []
+_keys: list[str] = []  # of the graph that is looked for in the cache, until its notes are told
 _origins: WeakKeyDictionary[Any, Origins | None] = WeakKeyDictionary()
 
 
@@ -99,9 +101,10 @@ def _switch_on() -> bool:
     config.trace.provenance_tracking_level = max(1, level)
     _undo.append(lambda: setattr(config.trace, "provenance_tracking_level", level))
     with suppress(ImportError, AttributeError):  # without these, code from the cache has no notes
-        from torch._inductor import compile_fx
+        from torch._inductor import codecache, compile_fx
         from torch._inductor.output_code import CompiledFxGraph
 
+        _replace(codecache.FxGraphCache, "load_with_key", _knowing_key)
         _replace(compile_fx, "compile_fx", _knowing_origins)
         _replace(CompiledFxGraph, "after_deserialization", _telling)
         _replace(CompiledFxGraph, "__init__", _keeping)
@@ -237,6 +240,16 @@ def _knowing_origins(compile_fx: Any) -> Any:
     return compiling
 
 
+def _knowing_key(load_with_key: Any) -> Any:
+    """Round the look into the cache, which comes before a graph is loaded or compiled."""
+
+    def looking(key: str, *args: Any, **kwargs: Any) -> Any:
+        _keys[:] = [key]
+        return load_with_key(key, *args, **kwargs)
+
+    return looking
+
+
 def _current_origins() -> Origins | None:
     context = torch._guards.TracingContext.try_get()
     return None if context is None else _origins.get(context)
@@ -255,6 +268,7 @@ def _origins_of(graph: torch.fx.GraphModule) -> Origins:
 
 
 def _tell(notes: LaunchNotes) -> None:
+    notes = replace(notes, key=_keys.pop() if _keys else "")
     for told in list(_listeners):
         told(notes)
 

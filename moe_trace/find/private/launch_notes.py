@@ -48,6 +48,8 @@ class LaunchNotes:
     backward: bool
     problem: str = ""
     """Why these are not the launches that the generated code makes."""
+    key: str = ""
+    """Inductor's, of the graph in its cache, which a trace shows of each call; empty without that cache."""
 
 
 @dataclass(frozen=True)

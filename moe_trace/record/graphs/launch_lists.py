@@ -104,7 +104,9 @@ def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> C
     part_of = {node.name: _part_of(node, places) for node in notes.nodes}
     if notes.problem:
         held = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
-        return CompiledGraph(parts=held, launches=(), backward=notes.backward, problem=notes.problem)
+        return CompiledGraph(
+            parts=held, launches=(), backward=notes.backward, problem=notes.problem, key=notes.key
+        )
     listed = Counter(name for launch in launches for name in set(launch.nodes))
     libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
     parts: dict[LaunchPart, int] = {}
@@ -125,7 +127,9 @@ def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> C
                 write=any(operator in _WRITES for operator in operators),
             )
         )
-    return CompiledGraph(parts=tuple(parts), launches=tuple(described), backward=notes.backward)
+    return CompiledGraph(
+        parts=tuple(parts), launches=tuple(described), backward=notes.backward, key=notes.key
+    )
 
 
 def _is_generated(launch: LaunchNodes) -> bool:

@@ -35,7 +35,7 @@ from moe_trace.timeline.correlate.compiled_launches import (
     split,
     usual_sequences,
 )
-from moe_trace.timeline.correlate.compiled_operators import compiled_calls, named, operators_of_calls
+from moe_trace.timeline.correlate.compiled_operators import compiled_calls, key_of, named, operators_of_calls
 
 IntArray = npt.NDArray[np.int64]
 _CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
@@ -225,7 +225,8 @@ class CompiledCalls:
         replayed = np.flatnonzero(np.isin(self.kernels.link[rows], self._replays.link))
         # A CUDA graph's inputs are copied before its launch, by kernels that are not its own.
         found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
-        return found or self._of_kernels(rows)
+        key = key_of(self._events.names[ops.name[op]])
+        return [one for one in found or self._of_kernels(rows) if not key or one.graph.key in ("", key)]
 
     def _of_kernels(self, rows: IntArray) -> list[_GraphCall]:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]

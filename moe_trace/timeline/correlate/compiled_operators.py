@@ -23,6 +23,12 @@ def compiled_calls(events: EventTable) -> EventTable:
     return ops.select(np.lexsort((ops.start_ns, ops.thread)))
 
 
+def key_of(call: str) -> str:
+    """Inductor's key of the graph that an operator of that name calls; empty where it tells none."""
+    key = call.removeprefix(CALL).strip(" #")
+    return "" if key == "None" else key
+
+
 def operators_of_calls(events: EventTable) -> Kernels:
     """The outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
     calls = compiled_calls(events)
