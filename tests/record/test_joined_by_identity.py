@@ -140,12 +140,80 @@ def test_experts_that_outlive_their_forward_are_not_given_to_the_next_one(profil
                 pool.submit(go).result()
     assert len(first) == 2
     tracer = traced.tracer if profiled else traced
-    lost, found = tracer.recording().lost, by_layer(tracer)
-    # Until an experts module was called, a block without such a call can only be a fused one.
-    assert all(len(found.get(layer, [])) <= 1 for layer in (0, 1))
-    assert sum(reasons["unjoined"] for reasons in lost.calls.values()) >= 10
+    lost = tracer.recording().lost
+    assert not by_layer(tracer)
+    assert [reasons for reasons in lost.calls.values()] == [{"unjoined": 6}] * 2
     assert lost.experts_without_router == 12 == sum(map(len, calls.values()))
+    check(tracer, calls, all_of_them=False)
     assert "wait for them inside the block" in " ".join(tracer.summary().notes)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("where", ["a later pre-hook", "another thread", "the same thread"])
+@pytest.mark.parametrize("before", [1, 3])
+def test_experts_that_outlive_the_first_forwards(before: int, where: str, asked: bool) -> None:
+    """Until then a block without experts can only be a fused one: those calls alone are taken back."""
+    model = tiny_olmoe(layers=2)
+    late: list[Any] = []
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        late.append(lambda: no_grad(self.experts, tokens, (index + 3) % EXPERTS, weights.clone()))
+        return tokens
+
+    def work_off(*_: Any) -> None:
+        while late:
+            go = late.pop(0)
+            if where == "another thread":
+                pool.submit(go).result()
+            else:
+                go()
+
+    with_block(model, block)
+    with ThreadPoolExecutor(1) as pool, received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model, before)
+        if asked:
+            assert len(tracer.samples()) == 2 * before
+        for layer in model.model.layers:
+            del layer.mlp.forward
+        if where == "a later pre-hook":
+            model.model.embed_tokens.register_forward_pre_hook(work_off)
+        else:
+            work_off()
+        run(model, 5)
+    lost = tracer.recording().lost
+    assert by_layer(tracer) == {layer: counts[before:] for layer, counts in calls.items()}
+    assert list(lost.calls.values()) == [{"unjoined": before}] * 2
+    assert lost.experts_without_router == 2 * before
+    check(tracer, calls, all_of_them=False)
+    assert "wait for them inside the block" in " ".join(tracer.summary().notes)
+
+
+def test_experts_called_by_hand_take_back_no_more_calls_than_they_are() -> None:
+    model = tiny_olmoe(layers=1)
+    experts = model.model.layers[0].mlp.experts
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        return self.experts.forward(tokens, index, weights)
+
+    with_block(model, block)
+    with received(model) as calls, moe_trace.MoETracer(model, capacity=4) as tracer:
+        run(model, 6)
+        no_grad(experts, torch.randn(1, 32), torch.tensor([[0, 1]]), torch.ones(1, 2))
+        lost = tracer.recording().lost
+        assert by_layer(tracer)[0] == calls[0][2:6]
+        assert (lost.experts_without_router, lost.overwritten) == (1, 2)
+        assert lost.calls == {"model.layers.0.mlp.gate": {"overwritten": 2}}
+        for _ in range(2):
+            no_grad(experts, torch.randn(1, 32), torch.tensor([[0, 1]]), torch.ones(1, 2))
+        assert by_layer(tracer)[0] == calls[0][3:6]
+        assert tracer.recording().lost.calls == {"model.layers.0.mlp.gate": {"overwritten": 2, "unjoined": 1}}
+        del model.model.layers[0].mlp.forward
+        run(model, 2)
+    assert by_layer(tracer)[0] == [*calls[0][4:6], *calls[0][-2:]]
+    assert tracer.recording().lost.calls == {"model.layers.0.mlp.gate": {"overwritten": 3, "unjoined": 1}}
+    check(tracer, calls, all_of_them=False)
 
 
 def test_each_of_two_threads_runs_the_experts_of_the_others_router() -> None:

@@ -73,7 +73,8 @@ class Recorder:
         self._kept = 0
         self._bytes = 0
         """Of the figures on the host."""
-        self._lost: dict[str, Counter[str]] = defaultdict(Counter, unreadable=self.refusals.by_router)
+        refused = {"unreadable": self.refusals.by_router, "unjoined": self.refusals.unjoined}
+        self._lost: dict[str, Counter[str]] = defaultdict(Counter, refused)
         """By reason, then by router."""
 
     def add(
@@ -198,7 +199,8 @@ class Recorder:
             if over <= 0:  # by bytes: as many calls as hold what is too much
                 over = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
             dropped = min(max(1, over), calls)
-            names = (record.site.name for record in islice(oldest.records, dropped))
+            gone = (one for one in islice(oldest.records, dropped) if not self.refusals.counted(one))
+            names = (record.site.name for record in gone)
             self._lost["overwritten"].update(names)
             before = oldest.nbytes
             oldest.drop(dropped)

@@ -20,8 +20,20 @@ class Refusals:
         """By router: of its first such call."""
         self.by_router: Counter[str] = Counter()
         """How many calls of each."""
+        self.unjoined: Counter[str] = Counter()
+        """The same of those that were taken back."""
+        self._taken_back: set[tuple[str, int]] = set()
         self._calls: set[tuple[str, int]] = set()
         self._compared: set[str] = set()
+
+    def take_back(self, name: str, call: int | None) -> None:
+        """A call, if any, was recorded as a fused one, and its experts were called later, as a module."""
+        if call is not None:
+            self._taken_back.add((name, call))
+
+    def counted(self, record: CallRecord) -> bool:
+        """Whether a call was refused already."""
+        return (record.site.name, record.call) in self._calls
 
     def leave_out(
         self, records: Iterable[CallRecord], samples: Sequence[RoutingSample | AdapterMismatch]
@@ -29,7 +41,10 @@ class Refusals:
         """The calls that were not refused."""
         kept: list[tuple[CallRecord, RoutingSample]] = []
         for record, sample in zip(records, samples, strict=True):
-            if isinstance(sample, AdapterMismatch):
+            if (key := (record.site.name, record.call)) in self._taken_back:
+                self.unjoined[key[0]] += key not in self._calls
+                self._calls.add(key)
+            elif isinstance(sample, AdapterMismatch):
                 self._refuse(record, str(sample))
             else:
                 kept.append((record, sample))

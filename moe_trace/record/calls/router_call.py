@@ -66,7 +66,7 @@ class Block:
 class SiteState:
     """What earlier events of a site taught."""
 
-    __slots__ = ("elsewhere", "experts_called", "loose", "thread")
+    __slots__ = ("elsewhere", "experts_called", "loose", "own_word", "thread")
 
     def __init__(self) -> None:
         self.elsewhere = False
@@ -77,6 +77,20 @@ class SiteState:
         """Where its router was called last."""
         self.experts_called = False
         """Whether its experts were ever called as a module."""
+        self.own_word = range(0)
+        """Numbers of the calls that are recorded as fused ones, less those that turned out not to be."""
+
+    def note(self, call: RouterCall, number: int) -> None:
+        """A call is recorded, under a number."""
+        if call.experts or call.reading is not None:
+            return
+        start = self.own_word.start if self.own_word and self.own_word.stop == number else number
+        self.own_word = range(start, number + 1)
+
+    def refute(self) -> int | None:
+        """Experts were called that have no router: the first such call was theirs, as far as can be told."""
+        first, self.own_word = next(iter(self.own_word), None), self.own_word[1:]
+        return first
 
 
 def why_no_decision(

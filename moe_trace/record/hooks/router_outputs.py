@@ -169,6 +169,8 @@ class CallCollector:
 
     def _orphan(self, site: int) -> None:
         self.orphans += 1
+        refuted = self._joiner.states[site].refute()
+        self._recorder.refusals.take_back(self._routers[site].site.name, refuted)
 
     def _finish(self, calls: Sequence[RouterCall]) -> int:
         """Read the calls, and hand them to the recorder; returns how many were recorded."""
@@ -264,13 +266,13 @@ class CallCollector:
         self._recorder.add(record, reading, mask, router.usual if by_reference else None)
         if self._clock is not None:
             self._keep_times(call, counts.recorded)
+        router.captured.state.note(call, counts.recorded)
         counts.recorded += 1
 
     def _padding(self, context: ForwardContext, tokens: int, recomputed: bool = False) -> Tensor | None:
         """[tokens] bool, which of them are padding; None where it is not known."""
-        padding_T = context.padding_T
-        if padding_T is None or padding_T.shape[0] == tokens:
-            return padding_T
+        if context.padding_T is None or context.padding_T.shape[0] == tokens:
+            return context.padding_T
         if not context.padding_unclear and not recomputed:
             context.padding_unclear = True
             self.padding_unclear += 1
@@ -280,9 +282,8 @@ class CallCollector:
         clock, name = self._clock, self._routers[call.site].site.name
         if call.mark is not None:
             clock.keep(name, number, "router", call.mark)  # type: ignore[union-attr]
-        for experts in call.experts:
-            if experts.mark is not None:
-                clock.keep(name, number, "experts", experts.mark)  # type: ignore[union-attr]
+        for experts in (one for one in call.experts if one.mark is not None):
+            clock.keep(name, number, "experts", experts.mark)  # type: ignore[union-attr]
 
     def _misread(self, index: int, error: Exception) -> None:
         counts, site = self._counts[index], self._routers[index].site
