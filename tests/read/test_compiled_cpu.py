@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -102,6 +103,16 @@ def named(calls: list[list[Event]], *parts: str) -> list[Event]:
     return [e for call in calls for e in call if any(part in e["name"] for part in parts)]
 
 
+def is_activation(name: str) -> bool:
+    return "_mul_silu" in name and "silu_backward" not in name
+
+
+def products_beside(call: list[Event], at: int, step: int) -> list[Event]:
+    """The grouped product there, or what it calls: written in Python, it shows no more since torch 2.14."""
+    beside = itertools.takewhile(lambda e: "_cpp_" not in e["name"], call[at + step :: step])
+    return list(itertools.takewhile(lambda e: e["name"] != "aten::cumsum", beside))
+
+
 RUNS = {"model": ("model", False), "model, training": ("model", True), "layers, training": ("layers", True)}
 
 
@@ -118,10 +129,10 @@ def test_routers_and_experts_are_those_found_by_hand(recorded: Callable[..., Pat
     assert len(routers) == STEPS * LAYERS and all(r[0]["name"] == "aten::mm" for r in routers)
     by_time = np.sort(phases[:, ROUTER])
     assert by_time.tolist() == sorted(ns(router) for router in routers)
-    products = [e for e in named(calls, "::grouped_mm", "::_grouped_mm") if "backward" not in e["name"]]
-    activation = [e for e in named(calls, "_mul_silu") if "silu_backward" not in e["name"]]
-    assert len(products) == 2 * STEPS * LAYERS == 2 * len(activation)
-    assert phases[:, EXPERTS].sum() == ns([*products, *activation])
+    activations = [(c, i) for c in calls for i, e in enumerate(c) if is_activation(e["name"])]
+    experts = [products_beside(c, i, step) for c, i in activations for step in (-1, 1)]
+    assert len(experts) == 2 * STEPS * LAYERS and all(experts)
+    assert phases[:, EXPERTS].sum() == sum(map(ns, experts)) + ns([c[i] for c, i in activations])
     assert (phases[:, [DISPATCH, COMBINE]] > 0).all()
 
 
@@ -153,9 +164,9 @@ def test_a_training_step_has_the_phases_of_its_backward(recorded: Callable[..., 
     assert len(times.samples) == STEPS * LAYERS
     backward = times.backward.host_ns
     products = named(calls, "::grouped_mm_fallback_backward")
-    assert products and backward[:, EXPERTS].sum() >= ns(products)
-    assert backward[:, EXPERTS].sum() < 1.2 * ns(products)
     assert (backward[:, [ROUTER, DISPATCH, COMBINE]] > 0).all()
+    if torch.__version__ < "2.14":  # since then it does not show
+        assert products and ns(products) <= backward[:, EXPERTS].sum() < 1.2 * ns(products)
 
 
 def test_without_ranges_of_the_kernels_it_says_which_setting_opens_them(
@@ -229,3 +240,30 @@ def test_each_launch_is_one_operator_with_its_name(ran: list[str], fit: bool) ->
     found = [Stretch(range(i, i + 1), (i,)) for i in range(3)] if fit else None
     assert match_operators(ran, graph) == found
     assert match_operators(ran, replace(graph, problem="unknown")) is None
+
+
+@pytest.mark.parametrize(
+    ("called", "ran", "lengths"),
+    [
+        (["mine.one"], ["mine::one"], [1]),
+        (["mine.one"], ["aten::zeros", "aten::mm"], [2]),
+        (
+            ["aten.mm", "mine.one", "aten.topk"],
+            ["aten::mm", "aten::zeros", "aten::mm", "aten::topk"],
+            [1, 2, 1],
+        ),
+        (["aten.mm", "mine.one"], ["aten::mm", "aten::mul"], [1, 1]),
+        (["aten.mm", "mine.one"], ["aten::mm"], None),
+        (["aten.mm", "mine.one"], ["aten::zeros", "aten::mm"], None),
+        (["mine.one"], ["mine::one", "aten::mm"], None),  # where it shows, it shows alone
+        (["mine.one", "mine.other"], ["aten::zeros", "aten::mm", "aten::mm"], None),
+        (["aten.one"], ["aten::zeros", "aten::mm"], None),  # all of torch's own show
+    ],
+)
+def test_an_operator_in_python_may_show_what_it_calls(
+    called: list[str], ran: list[str], lengths: list[int] | None
+) -> None:
+    launches = [CompiledLaunch(kernel=f"torch.ops.{name}.default", generated=False) for name in called]
+    found = match_operators(ran, CompiledGraph(parts=(), launches=tuple(launches)))
+    assert (found and [len(one.kernels) for one in found]) == lengths
+    assert not found or [one.launches for one in found] == [(i,) for i in range(len(called))]

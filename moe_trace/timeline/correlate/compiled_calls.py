@@ -27,9 +27,8 @@ from moe_trace.data.trace_json.intervals import node_intervals
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.timeline.correlate.compiled_launches import (
     Stretch,
-    is_consistent,
     lengths_of_calls,
-    match_launches,
+    match_kernels,
     match_operators,
     part_of,
     split,
@@ -192,7 +191,8 @@ class CompiledCalls:
         for one in self._fitting(op):
             names = self._names_of(one.rows)
             mine = any(name in routers for part in one.graph.parts for name in part.routers)
-            if not mine or self._usual[one.graph] != tuple(names):
+            # On a CPU each launch is known by itself.
+            if not mine or (self.on_device and self._usual[one.graph] != tuple(names)):
                 continue
             parts = [split(names, stretch, one.graph, self._lengths) for stretch in one.stretches]
             stretches = [stretch for several in parts for stretch in several]
@@ -234,11 +234,9 @@ class CompiledCalls:
             return []
         names = tuple(self._names_of(rows))
         if names not in self._fits:
-            match = match_launches if self.on_device else match_operators
+            match = match_kernels if self.on_device else match_operators
             self._fits[names] = [
-                (graph, stretches)
-                for graph in self._graphs
-                if (stretches := match(names, graph)) is not None and is_consistent(names, stretches, graph)
+                (graph, stretches) for graph in self._graphs if (stretches := match(names, graph)) is not None
             ]
         return [_GraphCall(graph, rows, stretches) for graph, stretches in self._fits[names]]
 

@@ -17,6 +17,8 @@ from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 
 _GENERATED = ("triton_", "cpp_")
 _NO_WORK = ("Memset", "Memcpy")
+_TORCHS = tuple(f"torch.ops.{name}." for name in ("aten", "inductor", "mkl", "mkldnn", "onednn", "quantized"))
+"""What torch's own operators begin with, which are written in C++."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Stretch:
 
     kernels: range
     launches: tuple[int, ...]
+
+
+def match_kernels(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
+    """The launches of a GPU's kernels, the same for the same calls; None where the two do not agree."""
+    stretches = match_launches(names, graph)
+    return stretches if stretches is not None and is_consistent(names, stretches, graph) else None
 
 
 def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
@@ -64,13 +72,30 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
 
 
 def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
-    """The same on a CPU, where each launch is one operator: a library's call that of its own name."""
-    if graph.problem or len(names) != len(graph.launches):
-        return None
-    for name, launch in zip(names, graph.launches, strict=True):
-        if name != launch.kernel and (launch.generated or _bare(name) != _bare(launch.kernel)):
+    """The launches of a CPU's operators: each launch is one operator with its name.
+
+    Since torch 2.14 the profiler shows of an operator that is written in Python only those that it calls, as
+    many as its data ask for. They are its own where no other between the same generated kernels is so.
+    """
+    shown, found = {_bare(name) for name in names}, list[Stretch]()
+    for stretch in match_launches(names, graph) or ():
+        calls = [graph.launches[number].kernel for number in stretch.launches]
+        hidden = [i for i, call in enumerate(calls) if _is_custom(call) and _bare(call) not in shown]
+        more = len(stretch.kernels) - len(calls)
+        if more and len(hidden) != 1:
             return None
-    return [Stretch(range(i, i + 1), (i,)) for i in range(len(names))]
+        start = stretch.kernels.start
+        for i, number in enumerate(stretch.launches):
+            stop = start + 1 + (more if i in hidden else 0)
+            if i not in hidden and _bare(names[start]) != _bare(calls[i]):
+                return None
+            found.append(Stretch(range(start, stop), (number,)))
+            start = stop
+    return found or None
+
+
+def _is_custom(call: str) -> bool:
+    return call.startswith("torch.ops.") and not call.startswith(_TORCHS)
 
 
 def _bare(operator: str) -> str:
