@@ -7,6 +7,7 @@ import itertools
 import threading
 import types
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,12 @@ def test_a_later_hook_on_a_router_is_seen() -> None:
     assert entropy[1] == pytest.approx(np.log(EXPERTS)) != pytest.approx(entropy[0])
 
 
-def test_what_hooks_of_others_let_be_written_is_found_out_again() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_hooks_of_others_let_be_written_is_found_out_again(mode: Any) -> None:
     """After they came or went, the choice is written over behind our hooks, in the first forward already."""
     model = tiny_olmoe(layers=1)
     block = model.model.layers[0].mlp
-    with torch.no_grad(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+    with mode(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
         for _ in range(8):
             model(**token_batch())
         handle = block.gate.register_forward_hook(lambda m, a, out: (out[0], out[1], out[2].flip(0)))
@@ -82,6 +84,90 @@ def test_what_hooks_of_others_let_be_written_is_found_out_again() -> None:
             model(**token_batch())
     assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
     assert_conserved(tracer)
+
+
+def zeroed_by_the_block(model: Any) -> None:
+    """When its experts are done."""
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden.flatten(0, 1)
+        _, w, i = self.gate(x)
+        out = self.experts(x, i, w)
+        i.zero_()
+        return out.view_as(hidden)
+
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(forward, layer.mlp)
+
+
+def zeroed_by_a_hook(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+
+
+def reused_by_all_blocks(model: Any) -> None:
+    """They copy the choice into one buffer, which the experts are given."""
+    buffer = torch.zeros(24, 2, dtype=torch.int64)
+
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden.flatten(0, 1)
+        _, w, i = self.gate(x)
+        return self.experts(x, buffer[: len(i)].copy_(i), w).view_as(hidden)
+
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(forward, layer.mlp)
+
+
+def in_many_buffers(model: Any) -> None:
+    """Taken in turn, more than calls are learned from."""
+    for layer in model.model.layers:
+        buffers = itertools.cycle([torch.zeros(24, 2, dtype=torch.int64) for _ in range(7)])
+
+        def keep(m: Any, args: Any, out: Any, buffers: Any = buffers) -> Any:
+            return out[0], out[1], next(buffers)[: len(out[2])].copy_(out[2])
+
+        layer.mlp.gate.register_forward_hook(keep)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "use", [zeroed_by_the_block, zeroed_by_a_hook, reused_by_all_blocks, in_many_buffers]
+)
+def test_a_choice_that_does_not_last(use: Any, mode: Any, later: bool) -> None:
+    """It is copied, or lost until that is known; in inference mode no tensor tells that it was written."""
+    if later and mode is torch.inference_mode and use is zeroed_by_the_block:
+        pytest.skip("nothing tells that")
+    model = tiny_olmoe(layers=2)
+    with mode(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        if later:
+            run_some(model, 8)
+        use(model)
+        run_some(model, 40)
+    received = [(c.layer, c.assignments(EXPERTS)) for c in calls]
+    found = [(s.layer, s.assignments.tolist()) for s in tracer.samples()]
+    lost = sum(map(Counter, tracer.recording().lost.calls.values()), Counter[str]())
+    assert not Counter(map(str, found)) - Counter(map(str, received))
+    assert set(lost) <= {"rewritten"} and len(found) + lost["rewritten"] == len(received)
+    if use is zeroed_by_a_hook or not (later or use is in_many_buffers):
+        assert found == received
+    assert_conserved(tracer)
+
+
+def test_a_hook_that_writes_into_a_choice_comes_while_no_step_is_recorded() -> None:
+    """Ours are put on behind it."""
+    model = tiny_olmoe(layers=1)
+    with torch.inference_mode(), watch_experts(model) as calls, moe_trace.MoETracer(model, every=2) as tracer:
+        run_some(model, 16)
+        zeroed_by_a_hook(model)
+        run_some(model, 16)
+    assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls][::2]
+    assert_conserved(tracer)
+
+
+def run_some(model: Any, count: int) -> None:
+    for seed in range(count):
+        model(**token_batch(seed=seed))
 
 
 def test_a_choice_that_is_written_over_while_a_thread_is_inside_is_lost_once_and_then_copied() -> None:
@@ -105,7 +191,7 @@ def test_a_choice_that_is_written_over_while_a_thread_is_inside_is_lost_once_and
         inside.wait()
         for _ in range(8):
             model(**token_batch())
-        experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+        zeroed_by_the_block(model)
         for _ in range(4):
             model(**token_batch())
         go_on.set()

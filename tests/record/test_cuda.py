@@ -173,3 +173,19 @@ def test_logits_are_bit_equal_on_the_gpu() -> None:
         bare = model(**batch).logits
         with moe_trace.MoETracer(model):
             assert torch.equal(model(**batch).logits, bare)
+
+
+def test_a_choice_that_is_written_over_in_inference_mode_is_copied_without_waiting() -> None:
+    """What has no version is held against its copies on the device, whose answer nobody waits for."""
+    model, batch = on_gpu(layers=2)
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+    with torch.inference_mode(), watch_experts(model) as calls:
+        model(**batch)
+    expected = [c.assignments(8) for c in calls]
+    with torch.inference_mode():
+        bare = synchronisations(lambda: repeat(20, lambda: forward(model, batch)))
+        with moe_trace.MoETracer(model) as tracer:
+            assert synchronisations(lambda: repeat(20, lambda: forward(model, batch))) == bare
+    assert [s.assignments.tolist() for s in tracer.samples()] == expected * 20
+    assert not tracer.recording().lost.calls

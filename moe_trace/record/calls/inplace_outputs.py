@@ -7,6 +7,7 @@ from itertools import chain
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -14,6 +15,7 @@ from moe_trace.find.contracts.overhead_range import overhead_range
 from moe_trace.find.private.torch_names import tracing_state
 from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart
+from moe_trace.record.reduce.pinned import copies_on_host
 
 _LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
 
@@ -32,6 +34,10 @@ class TensorCopies:
         """By address of its storage."""
         self._of_call: dict[int, Tensor] = {}
         self._noted: list[tuple[Tensor, int]] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        """Tensors of inference mode, which have no version, and copies of them."""
+        self._differ: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        """Whether any of them was another than its copy when a forward ended, and when that is known."""
         self._received: dict[int, list[tuple[Tensor, Tensor]]] = {}
         """By thread: tensors that the experts under way were given, and copies of them."""
 
@@ -43,7 +49,9 @@ class TensorCopies:
     @property
     def settled(self) -> bool:
         """Whether copying can end."""
-        return self._calls > _LEARNED_FROM and not self.static and not self._noted
+        return self._calls > _LEARNED_FROM and not (
+            self.static or self._noted or self._copied or self._differ
+        )
 
     def router_output(self, output: Any) -> Any:
         """A copy of what a router returned, which begins another call."""
@@ -83,28 +91,47 @@ class TensorCopies:
         for given, copied in self._received.get(get_ident(), ()):
             if given is value:
                 return copied
+        original = value.detach()
+        copied = original.clone()
         if not self.static:
-            self._look_at(value.detach())
-        copied = value.detach().clone()
-        copied.copy_of = value.detach()  # type: ignore[attr-defined]
+            self._look_at(original, copied)
+        copied.copy_of = original  # type: ignore[attr-defined]
         return copied
 
-    def _look_at(self, tensor: Tensor) -> None:
+    def _look_at(self, tensor: Tensor, copied: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         if address == 0:
             return
         if address in self._earlier:
             self.static = True
         self._of_call[address] = tensor
-        if not tensor.is_inference():  # those have no version
+        if not tensor.is_inference():
             self._noted.append((tensor, tensor._version))
+        elif self._calls <= _LEARNED_FROM:
+            self._copied.append((tensor, copied))
 
     def end_forward(self) -> None:
         """Look whether anything was written to since it was handed out."""
         noted, self._noted = self._noted, []
         self.static |= any(tensor._version != version for tensor, version in noted)
+        self._compare()
+        known = [one for one in self._differ if one[1] is None or one[1].query()]
+        self.static |= any(bool(differs) for differs, _ in known)
+        self._differ = [one for one in self._differ if not any(one is other for other in known)]
         if self.static or self._calls > _LEARNED_FROM:
             self._earlier, self._of_call = {}, {}
+
+    def _compare(self) -> None:
+        """Hold what has no version against its copies; a device's answer is not waited for."""
+        copied, self._copied = self._copied, []
+        for device in {copy.device for _, copy in copied}:
+            try:
+                differ = [(now != copy).any() for now, copy in copied if copy.device == device]
+                (answer,), known = copies_on_host([torch.stack(differ).any()])
+            except Exception:  # no values that can be compared, so nothing is known of them
+                self.static = True
+            else:
+                self._differ.append((answer, known))
 
 
 def original_of(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
@@ -39,6 +40,13 @@ class HookLevels:
         """Whose block may come to need no hook."""
         self._installed: list[int] = []
         """How many hooks each router had when ours were put on."""
+        self._experts_hooks = [
+            (one, hooks_of(one.site.experts)) for one in hooks if one.site.experts is not None
+        ]
+        self._on_experts: list[int] = []
+        """How many hooks of others the experts of each have."""
+        self._handles = 0
+        """Hooks that were ever put on anything when those were counted."""
         self._lock = threading.RLock()
         self.on_others: Callable[[], object] = lambda: None
         """Told that somebody put hooks on a router, or took them off."""
@@ -58,6 +66,8 @@ class HookLevels:
             level = Level.RANGES
         else:
             ranges.wanted = None if ranges.wanted else False
+        if RemovableHandle.next_id != self._handles and not self.kept:
+            self._look_at_experts()
         if self._probe is not None and self._probe.is_cuda is not self._on_cuda:
             self._on_cuda = self._probe.is_cuda
             self.look_at_devices()
@@ -94,6 +104,13 @@ class HookLevels:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
         self._installed = [*map(len, self._router_hooks)]
+
+    def _look_at_experts(self) -> None:
+        """Hooks of others that come may write into what experts were given."""
+        self._handles, before = RemovableHandle.next_id, self._on_experts
+        self._on_experts = [len(hooks) - (one.level != Level.OFF) for one, hooks in self._experts_hooks]
+        if before and self._on_experts != before:
+            self.on_others()
 
     def put_on_as(self, compiled: Sequence[HooksOn | None]) -> None:
         """Hook as code that was compiled before expects it, so that it is used again; all where None."""
