@@ -33,6 +33,7 @@ from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.lanes import find_lanes
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
+from moe_trace.show.figures.latency import latency
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.json import to_plain
 from moe_trace.show.text.report import render_text
@@ -244,6 +245,14 @@ def test_every_answer_says_whence_its_times_are(name: str) -> None:
     lanes = find_lanes(summary.samples, *_events_and_graphs(path_of(name)))
     assert len(lanes.samples) == len(summary.samples) and lanes.clocks()[0] == "device"
     assert set(lanes.device.phase.tolist()) == {ROUTER, DISPATCH, EXPERTS, COMBINE}
+
+
+def test_a_routers_latency_on_a_cpu_says_whence_it_is() -> None:
+    summary = read_summary(FOLDER.with_name("cpu_compiled") / "without_graphs.pt.trace.json.gz")
+    assert all(router.latency.host is not None for router in summary.routers)
+    assert BY_COMPILER in latency(summary).caption
+    table = next(part for part in render_text(summary).split("\n\n") if part.startswith("Routers ("))
+    assert f"call, inside compiled code {BY_COMPILER}: host p50" in " ".join(table.split())
 
 
 def test_a_difference_of_eager_and_compiled_code_says_whence_the_times_are() -> None:

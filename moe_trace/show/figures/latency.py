@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.time.layers import PhaseReport
 from moe_trace.show.figures.figure import Figure, Spec, bars, bars_layout
 
 CLOCKS = (
@@ -14,6 +16,12 @@ CLOCKS = (
     ("device busy", "device_busy", "#009E73"),
 )
 """Heading, attribute of the latency, colour."""
+
+
+def inside_compiled(report: PhaseReport | None) -> str:
+    """The mark alone, where another figure gives the shares."""
+    known = report is not None and report.provenance is not None
+    return f" Inside compiled code {BY_COMPILER}." if known else ""
 
 
 def latency(summary: TraceSummary) -> Figure:
@@ -35,7 +43,8 @@ def latency(summary: TraceSummary) -> Figure:
         key="latency",
         title="Router latency",
         caption="One call of the router. Host: its range. Device span: first to last kernel, gaps included. "
-        "Device busy: the kernels alone. Whiskers reach to the 95th percentile.",
+        "Device busy: the kernels alone. Whiskers reach to the 95th percentile."
+        + inside_compiled(summary.phases),
         data=data,
         layout=bars_layout("µs", 360, barmode="group"),
         headings=("layer", "calls", *headings),

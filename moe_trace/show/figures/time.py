@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 
-from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
@@ -22,7 +21,7 @@ from moe_trace.show.figures.figure import (
     curve,
     layer_columns,
 )
-from moe_trace.show.figures.latency import latency
+from moe_trace.show.figures.latency import inside_compiled, latency
 
 Clock = Literal["device", "host"]
 BINS = 48
@@ -93,12 +92,6 @@ def _mark(report: PhaseReport) -> str:
     return "" if report.provenance is None else f", inside compiled code {report.provenance}"
 
 
-def _inside(report: PhaseReport | None) -> str:
-    """The mark alone, where another figure gives the shares."""
-    known = report is not None and report.provenance is not None
-    return f" Inside compiled code {BY_COMPILER}." if known else ""
-
-
 def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
     calls = max(1, layer.count(part))
     found: dict[str, float] = {phase: 0.0 for phase in PHASES}
@@ -139,7 +132,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
         key="gaps",
         title="Launch gaps",
         caption="Share of the block's time in which none of its kernels (device) or operators (host) ran. "
-        f"Large device gaps: the host launches more slowly than the device works.{_inside(report)}",
+        f"Large device gaps: the host launches more slowly than the device works.{inside_compiled(report)}",
         data=data,
         layout={
             "barmode": "group",
@@ -173,7 +166,7 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
         caption=f"Mean {'kernel' if clock == 'device' else 'operator'} time of one call. Backward nodes are "
         "found by the profiler's forward-backward links; the backward of matrix products costs twice their "
         "forward."
-        + _inside(report)
+        + inside_compiled(report)
         + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
         data=[
             bars(
@@ -212,7 +205,8 @@ def latency_distribution(summary: TraceSummary) -> Figure:
     return Figure(
         key="latencies",
         title="Router latency, distribution over calls",
-        caption=f"Calls of all layers by their latency; the axis is logarithmic.{_inside(summary.phases)}",
+        caption="Calls of all layers by their latency; the axis is logarithmic."
+        + inside_compiled(summary.phases),
         data=data,
         layout={
             "xaxis": {"type": "log", "title": {"text": "µs"}, **_ticks(data)},

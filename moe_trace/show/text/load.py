@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.display.columns import Cell, Column, count_column, text_table
 from moe_trace.data.display.tables import fixed, paragraph, printable, scaled
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALIKE, most_uneven
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
+from moe_trace.read.analysis import TraceSummary
 
 _NAMED = 4
 _ALIKE = f"{TOKENS_ALIKE} tokens of a text count as one"
@@ -19,7 +21,9 @@ def load_parts(summary: Summary) -> list[str]:
     sentences = [*_possible(summary.routers), *_chance(summary.routers)]
     if sentences:
         parts.append(paragraph(" ".join(sentences)))
-    return [*parts, _router_table(summary.routers)]
+    report = summary.phases if isinstance(summary, TraceSummary) else None
+    compiled = report is not None and report.provenance is not None
+    return [*parts, _router_table(summary.routers, f", inside compiled code {BY_COMPILER}" * compiled)]
 
 
 def _load_table(routers: Sequence[RouterSummary]) -> str:
@@ -88,7 +92,7 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
     ]
 
 
-def _router_table(routers: Sequence[RouterSummary]) -> str:
+def _router_table(routers: Sequence[RouterSummary], mark: str) -> str:
     on_host = any(router.latency.host is not None for router in routers)
     on_device = [
         any(latency is not None for latency in of_all)
@@ -109,7 +113,7 @@ def _router_table(routers: Sequence[RouterSummary]) -> str:
     headings = ("layer", "entropy", "confidence", *time_headings, *work)
     counted = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
     clocks = ["host p50 and p95"] * on_host + [f"device {' and '.join(columns)} p50"] * bool(columns)
-    latencies = f"µs a forward call: {', '.join(clocks)}; " if clocks else ""
+    latencies = f"µs a forward call{mark}: {', '.join(clocks)}; " if clocks else ""
     title = f"Routers (router entropy in nats; {latencies}{counted})"
     return text_table(headings, rows, title=title)
 
