@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 
 from models import tiny_olmoe, token_batch
 
 
-def small_model() -> Any:
-    model = tiny_olmoe(layers=2)
+@contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Each graph is compiled, none taken from a cache; only the C++ of an equal kernel is compiled once.
+
+    `force_disable_caches` would compile that, too, and torch's headers before: 20 s for a small model.
+    """
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+def small_model(layers: int = 2) -> Any:
+    model = tiny_olmoe(layers=layers)
     model.set_experts_implementation("grouped_mm")  # eager experts loop over data, which breaks graphs
     return model
 

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._functorch import config as functorch_config
 from torch._inductor import config
 
 import moe_trace
-from compiled_models import WAYS, small_model
+from compiled_models import WAYS, compiled_anew, small_model
 from models import token_batch
 from moe_trace import read_summary
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
@@ -46,8 +45,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @cache
     def of(way: str, *, train: bool = False) -> Path:
         path = tmp_path_factory.mktemp("cpu") / "trace.json"
-        settings = {"cpp.enable_kernel_profile": True, "fx_graph_cache": False}
-        with config.patch(settings), functorch_config.patch(enable_autograd_cache=False):
+        with config.patch({"cpp.enable_kernel_profile": True}), compiled_anew():
             _record(way, train, path)
         return path
 

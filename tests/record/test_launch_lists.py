@@ -12,6 +12,7 @@ from torch._inductor import compile_fx, config, debug
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
 
+from compiled_models import compiled_anew
 from models import tiny_olmoe
 from moe_trace import MoETracer, find_routers
 from moe_trace.data.compiled_graph import CompiledGraph, Place
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def fresh() -> Iterator[None]:
     """Nothing of earlier tests or processes: what a cache holds is not compiled, so nothing is noted."""
     torch._dynamo.reset()
-    with config.patch(force_disable_caches=True):
+    with compiled_anew():
         yield
 
 

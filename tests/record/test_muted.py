@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
-import torch._inductor.config as inductor_config
 from torch._dynamo import config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_trace
-from compiled_models import WAYS, run, small_model
+from compiled_models import WAYS, compiled_anew, run, small_model
 from leak_watch import LeakWatch
 from models import token_batch, watch_experts
 from moe_trace.record import muted
@@ -87,7 +86,7 @@ def test_every_tracer_records_what_its_forwards_decided_and_nothing_is_compiled_
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@inductor_config.patch(force_disable_caches=True)  # what is not compiled has no notes
+@compiled_anew()  # what is not compiled has no notes
 def test_inductors_code_is_used_again_with_equal_outputs(mode: str) -> None:
     model, plain = small_model(), small_model()
     batch = token_batch(2, 12)
@@ -109,7 +108,7 @@ def test_inductors_code_is_used_again_with_equal_outputs(mode: str) -> None:
     assert notes and any(launch.parts for launch in notes[0].launches)
 
 
-@inductor_config.patch(force_disable_caches=True)
+@compiled_anew()
 def test_what_is_compiled_under_the_next_tracer_has_notes_of_its_own() -> None:
     model, lists = small_model(), []
     for way in ("model", "layers"):
