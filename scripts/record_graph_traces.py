@@ -4,6 +4,8 @@
     python scripts/record_graph_traces.py --out tests/data/h200_graphs
     python scripts/record_graph_traces.py --cpu --out tests/data/cpu_compiled   # small layers, no GPU
 
+There those of another torch than the pinned one have its version in their names.
+
 Each is merged as `prof.export_chrome_trace` does, with a range `moe.graph/...` round each forward that the
 host sees. What was placed, and why other calls were not, is printed.
 """

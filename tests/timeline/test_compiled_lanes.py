@@ -24,9 +24,12 @@ from spliced import recording_in, without_additions
 
 FOLDER = ROOT / "tests" / "data"
 ON_CPU = [
-    f"cpu_compiled/{way}" for way in ("without_graphs", "layers_without_graphs", "without_graphs_torch_2_14")
+    f"cpu_compiled/{way}"
+    for way in (
+        *("without_graphs", "layers_without_graphs", "compiled_training", "training_layers"),
+        *("without_graphs_torch_2_14", "training_layers_torch_2_14"),
+    )
 ]
-ON_CPU += [f"cpu_compiled/{way}" for way in ("compiled_training", "training_layers")]
 ONE_BY_ONE = ["without_graphs", "layers_without_graphs", "compiled_training", "training_layers"]
 IN_GRAPHS = ["compiled_model", "compiled_layers", "compiled_blocks", "compiled_function"]
 
