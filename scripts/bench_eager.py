@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
+from typing import Any
 
 import torch
 from bench_pairs import (
     Bench,
+    Step,
     decode_step,
     hooked,
     nothing,
@@ -37,28 +39,34 @@ def prefill(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """Host-bound: its time is the host's, which is told twice, as it passes and as this thread works."""
+    """Host-bound: its time is the host's."""
     with on_one_core():
-        for clock, of_host in (("", False), (", host's CPU time", True)):
-            bench.compare(
-                f"eager decode, no profiler{clock}",
-                decode_step(bench),
-                bare=nothing,
-                traced=hooked(bench),
-                bound=1.005,
-                repeat=32,  # forwards that wait for each other are recorded together
-                pairs=2 * bench.pairs,
-                of_host=of_host,
+        for name, around, bound in (
+            ("no profiler", moe_trace.MoETracer, 1.005),
+            ("profiler", lambda model: moe_trace.profile(model, activities=bench.activities), 1.03),
+        ):
+            bench.compare_in_turn(
+                f"eager decode, {name}",
+                lambda model: decode_step(bench, model),
+                around=around,
+                bound=bound,
+                repeat=64 if name == "no profiler" else 8,
             )
-        bench.compare(
-            "eager decode, profiler",
-            decode_step(bench),
-            bare=plain_profiler(bench),
-            traced=traced_profiler(bench),
-            bound=1.03,
-            repeat=6,
-            pairs=2 * bench.pairs,
-        )
+
+
+def short(bench: Bench) -> None:
+    """128 tokens: the host launches more slowly than the device computes."""
+    ids = bench.tokens(1, 128)
+
+    def step_of(model: Any) -> Step:
+        @torch.no_grad()
+        def step() -> None:
+            model(ids)
+
+        return step
+
+    with on_one_core():
+        bench.compare_in_turn("128-token forward", step_of, around=moe_trace.MoETracer, bound=1.01, repeat=64)
 
 
 class HooksAlone(nn.Module):
@@ -107,4 +115,4 @@ def hooks(bench: Bench) -> None:
         bench.note(f"host time per router call, {name}: {middle:.1f} us (quartiles {low:.1f} ... {high:.1f})")
 
 
-WORKLOADS = {"prefill": prefill, "decode": decode, "hooks": hooks}
+WORKLOADS = {"prefill": prefill, "decode": decode, "short": short, "hooks": hooks}

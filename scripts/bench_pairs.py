@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -114,7 +116,10 @@ class Bench:
     ) -> None:
         """A row: the median of the pairs' ratios, and their quartiles. Noisy workloads want more pairs."""
         how = {"repeat": repeat, "pairs": pairs, "of_host": of_host, "warm_up": warm_up}
-        found = self.pairs_of(step, bare=bare, traced=traced, **how)
+        self.add_row(workload, self.pairs_of(step, bare=bare, traced=traced, **how), bound)
+
+    def add_row(self, workload: str, found: Sequence[tuple[float, float]], bound: float | None) -> None:
+        """A row from the (bare, traced) seconds of each pair."""
         ratios = sorted(b / a for a, b in found)
         quartiles = statistics.quantiles(ratios, n=4)
         row = Row(
@@ -130,6 +135,56 @@ class Bench:
         )
         self.rows.append(row)
         print(markdown_row(row), flush=True)
+
+    def compare_in_turn(
+        self,
+        workload: str,
+        make_step: Callable[[Any], Step],
+        *,
+        bound: float | None,
+        around: Callable[[Any], Any],
+        repeat: int = 64,
+    ) -> None:
+        """Two rows, of the clock and of this thread's CPU time: single steps of two models take turns.
+
+        A host whose speed drifts by percents within a second shows nothing else of a step that it bounds. The
+        second model has the weights of the first and a tracer, which is on all the time; a pair is the sum of
+        `repeat` steps of each, so that what is done once for many of them is in it.
+
+        Args:
+            make_step: from a model.
+            around: from the second model: the context in which both run.
+        """
+        weights = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        other = copy.deepcopy(self.model, dict(weights))
+        steps = make_step(self.model), make_step(other)
+        passed: list[tuple[float, float]] = []
+        worked: list[tuple[float, float]] = []
+        with around(other):
+            for _ in range(2 * repeat):
+                for step in steps:
+                    step()
+            gc.collect()
+            gc.disable()
+            for _ in range(self.pairs):
+                sums = np.zeros((2, 2))
+                for number in range(repeat):
+                    for which in (0, 1) if number % 2 == 0 else (1, 0):
+                        sums[which] += self._both_seconds(steps[which])
+                passed.append((sums[0, 0], sums[1, 0]))
+                worked.append((sums[0, 1], sums[1, 1]))
+            gc.enable()
+        for clock, found in (("", passed), (", host's CPU time", worked)):
+            self.add_row(workload + clock, [(a / repeat, b / repeat) for a, b in found], bound)
+
+    def _both_seconds(self, step: Step) -> tuple[float, float]:
+        """By the clock, until the device is done, and by this thread's CPU time, without that wait."""
+        self.synchronize()
+        started, began = time.perf_counter(), time.thread_time()
+        step()
+        worked = time.thread_time() - began
+        self.synchronize()
+        return time.perf_counter() - started, worked
 
     def pairs_of(
         self,
@@ -208,15 +263,16 @@ def prefill_step(bench: Bench) -> Step:
     return step
 
 
-def decode_step(bench: Bench, batch: int = 1) -> Step:
+def decode_step(bench: Bench, model: Any = None) -> Step:
     """The cache grows by a token a step; pairs are neighbours, so both halves see the same growth."""
+    model = bench.model if model is None else model
     with torch.no_grad():
-        cache = bench.model(bench.tokens(batch, 128), use_cache=True).past_key_values
-    token = bench.tokens(batch, 1)
+        cache = model(bench.tokens(1, 128), use_cache=True).past_key_values
+    token = bench.tokens(1, 1)
 
     @torch.no_grad()
     def step() -> None:
-        bench.model(token, past_key_values=cache)
+        model(token, past_key_values=cache)
 
     return step
 
