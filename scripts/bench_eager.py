@@ -12,6 +12,7 @@ from bench_pairs import (
     Step,
     decode_step,
     hooked,
+    hooks_by_hand,
     nothing,
     on_one_core,
     plain_profiler,
@@ -38,20 +39,32 @@ def prefill(bench: Bench) -> None:
     )
 
 
+def empty_hooks(model: Any) -> Any:
+    """What torch itself takes to call as many hooks."""
+    return hooks_by_hand(model, ranges=False)
+
+
 def decode(bench: Bench) -> None:
     """Host-bound: its time is the host's."""
+
+    def step_of(model: Any) -> Step:
+        return decode_step(bench, model)
+
+    def profiled(model: Any) -> Any:
+        return moe_trace.profile(model, activities=bench.activities)
+
     with on_one_core():
-        for name, around, bound in (
-            ("no profiler", moe_trace.MoETracer, 1.005),
-            ("profiler", lambda model: moe_trace.profile(model, activities=bench.activities), 1.03),
-        ):
-            bench.compare_in_turn(
-                f"eager decode, {name}",
-                lambda model: decode_step(bench, model),
-                around=around,
-                bound=bound,
-                repeat=64 if name == "no profiler" else 8,
-            )
+        bench.compare_in_turn("eager decode", step_of, around=moe_trace.MoETracer, bound=1.005)
+        bench.compare_in_turn("eager decode, empty hooks", step_of, around=empty_hooks, bound=None)
+        bench.compare_in_turn(
+            "eager decode, profiler, to the same ranges by hand",
+            step_of,
+            around=profiled,
+            around_bare=hooks_by_hand,
+            bound=1.01,
+            repeat=8,
+        )
+        bench.compare_in_turn("eager decode, profiler", step_of, around=profiled, bound=None, repeat=8)
 
 
 def short(bench: Bench) -> None:

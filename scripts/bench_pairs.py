@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_trace
+from moe_trace.find.private.torch_names import enter_range, leave_range
 
 Step = Callable[[], Any]
 TRUE_SHAPE = {
@@ -143,6 +144,7 @@ class Bench:
         *,
         bound: float | None,
         around: Callable[[Any], Any],
+        around_bare: Callable[[Any], Any] = nullcontext,
         repeat: int = 64,
     ) -> None:
         """Two rows, of the clock and of this thread's CPU time: single steps of two models take turns.
@@ -154,13 +156,14 @@ class Bench:
         Args:
             make_step: from a model.
             around: from the second model: the context in which both run.
+            around_bare: the same of the first.
         """
         weights = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
         other = copy.deepcopy(self.model, dict(weights))
         steps = make_step(self.model), make_step(other)
         passed: list[tuple[float, float]] = []
         worked: list[tuple[float, float]] = []
-        with around(other):
+        with around(other), around_bare(self.model):
             for _ in range(2 * repeat):
                 for step in steps:
                     step()
@@ -251,6 +254,30 @@ def traced_profiler(bench: Bench) -> Callable[[], Any]:
 
 def hooked(bench: Bench, **arguments: Any) -> Callable[[], Any]:
     return lambda: moe_trace.MoETracer(bench.model, **arguments)
+
+
+@contextmanager
+def hooks_by_hand(model: Any, *, ranges: bool = True) -> Iterator[None]:
+    """Hooks of a tracer's kinds that do nothing, or open its ranges and do nothing else."""
+    handles = []
+    for layer in model.model.layers:
+        block = layer.mlp
+        for module in (block, block.gate, block.experts) if ranges else (block.gate, block.experts):
+            opened: list[Any] = []
+
+            def before(m: Any, args: Any, opened: list[Any] = opened) -> None:
+                if ranges:
+                    opened.append(enter_range("moe.bare"))
+
+            def after(m: Any, args: Any, kwargs: Any, output: Any, opened: list[Any] = opened) -> None:
+                if ranges:
+                    leave_range(opened.pop())
+
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, always_call=True, with_kwargs=True))
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def prefill_step(bench: Bench) -> Step:

@@ -20,7 +20,7 @@ _PLANS_MAX = 64
 # Forwards that wait, and what they may keep alive. Done in a row they cost half of what they do one by one,
 # when nothing of ours is in the processor's caches.
 _WAITING_MAX = 32
-_WAITING_BYTES_MAX = 2**20
+_WAITING_BYTES_MAX = 8 * 2**20
 
 
 class PlainForwards:
