@@ -119,7 +119,7 @@ def no_more_training(bench: Bench) -> None:
 
 def training(bench: Bench) -> None:
     step = training_step(bench)
-    bench.compare("training step, checkpointing", step, bare=nothing, traced=hooked(bench), bound=1.005)
+    bench.compare("training step, checkpointing", step, bare=nothing, traced=hooked(bench), bound=1.002)
     no_more_training(bench)
 
 
