@@ -39,8 +39,8 @@ from moe_trace.record.reduce.pinned import copies_on_host
 from moe_trace.record.reduce.streams import on_stream
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
-# ... and beyond which a forward waits for no other. On a CPU the reduction stops the model. On a device it takes
-# a millisecond of the host only: forwards that the host bounds, of up to some 1000 tokens, do wait.
+# ... and beyond which a forward waits for no other. Reductions stop a model on a CPU; on a device they take
+# a millisecond of its host: forwards that the host bounds, of up to some 1000 tokens, do wait.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 16 * 2**20}
 WAITING_CALLS_MAX = 1024
 _PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
