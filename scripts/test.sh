@@ -23,6 +23,6 @@ fi
 trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
 for process in "${beside[@]}"; do wait "$process"; done
 trap - EXIT
-# One process a core, whole files each: files share their model, their TensorBoard, their browser. In the order of
-# tests/conftest.py, where files of minutes come first.
-exec pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+# One process a core and one more, since those that drive a browser often wait for it. Whole files each: files share
+# their model, their TensorBoard, their browser. In the order of tests/conftest.py: files of minutes come first.
+exec pytest -n $(($(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
