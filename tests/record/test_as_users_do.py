@@ -252,7 +252,22 @@ def on_a_thread(block: Any, x: Any, w: Any, i: Any) -> Any:
     return found[0]
 
 
-@pytest.mark.parametrize("way", [hot_and_cold, tiles, slots, named, on_a_thread])
+def slots_on_threads(block: Any, x: Any, w: Any, i: Any) -> Any:
+    found: dict[int, Any] = {}
+
+    def work(slot: int) -> None:
+        with torch.no_grad():
+            found[slot] = block.experts(x, i[:, slot, None], w[:, slot, None])
+
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found[0] + found[1]
+
+
+@pytest.mark.parametrize("way", [hot_and_cold, tiles, slots, named, on_a_thread, slots_on_threads])
 def test_experts_called_in_other_ways_make_one_decision(way: Any) -> None:
     model, true = tiny_olmoe(layers=2), []
 

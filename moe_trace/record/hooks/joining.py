@@ -133,16 +133,19 @@ class CallJoiner:
 
     def _router_of(self, site: int, experts: ExpertsCall, own: RouterCall | None) -> RouterCall | None:
         """The router call of experts: by memory where others than that of their own thread may be."""
+        served = own is None or bool(own.experts)
         others = [
             call
             for (other, _), calls in self._open.items()
             if other == site
             for call in calls
-            if call.returned and not call.experts and call is not own
+            if call.returned and call is not own and (served or not call.experts)
         ]
         if not others:
             return own
         found = by_memory(experts, [*others, *([] if own is None else [own])])
+        if len(found) > 1 and own not in found:  # one piece of memory, which routers write again
+            found = [call for call in found if not call.experts]
         if len(found) == 1:
             return found[0]
         return own if not found or own in found else None
