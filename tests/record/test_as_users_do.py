@@ -57,6 +57,34 @@ def test_a_choice_forced_by_a_later_hook_is_what_is_recorded() -> None:
     assert_conserved(tracer)
 
 
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_choice_that_later_hooks_write_into_is_what_is_recorded(mode: Any, profiled: bool) -> None:
+    """From the first forward on, and in the middle of a run: ours are put on behind them."""
+    model = tiny_olmoe(layers=2)
+
+    def steer(module: Any, args: Any) -> None:
+        args[1].add_(1).remainder_(EXPERTS)
+
+    calls: list[list[int]] = []
+    inner = type(model.model.layers[0].mlp.experts).forward
+
+    def forward(self: Any, hidden: Any, index: Any, weights: Any) -> Any:
+        calls.append(torch.bincount(index.flatten(), minlength=EXPERTS).tolist())
+        return inner(self, hidden, index, weights)
+
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = types.MethodType(forward, layer.mlp.experts)
+    with mode(), moe_trace.profile(model) if profiled else moe_trace.MoETracer(model) as traced:
+        for _ in range(2):
+            for layer in model.model.layers:
+                layer.mlp.experts.register_forward_pre_hook(steer)
+            run_some(model, 8)
+    tracer = traced.tracer if profiled else traced
+    assert counts_of(tracer.samples()) == calls
+    assert_conserved(tracer)
+
+
 def test_a_later_hook_on_a_router_is_seen() -> None:
     """Its output as the block gets it: logits too."""
     model = tiny_olmoe(layers=1)

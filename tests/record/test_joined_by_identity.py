@@ -211,8 +211,26 @@ def test_experts_called_by_hand_take_back_no_more_calls_than_they_are() -> None:
         assert tracer.recording().lost.calls == {"model.layers.0.mlp.gate": {"overwritten": 2, "unjoined": 1}}
         del model.model.layers[0].mlp.forward
         run(model, 2)
-    assert by_layer(tracer)[0] == [*calls[0][4:6], *calls[0][-2:]]
-    assert tracer.recording().lost.calls == {"model.layers.0.mlp.gate": {"overwritten": 3, "unjoined": 1}}
+    assert by_layer(tracer)[0] == calls[0][-2:]
+    lost = tracer.recording().lost.calls["model.layers.0.mlp.gate"]
+    assert lost == {"overwritten": 3, "unjoined": 3}  # as its experts are a module that is called, after all
+    check(tracer, calls, all_of_them=False)
+
+
+def test_a_block_that_skips_its_experts_at_first_has_assigned_nothing() -> None:
+    model, skipping = tiny_olmoe(layers=2), [True]
+
+    def block(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        return tokens if skipping[0] else self.experts(tokens, index, weights)
+
+    with_block(model, block)
+    with received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model, 3)
+        skipping[0] = False
+        run(model, 6)
+    assert by_layer(tracer) == calls
+    assert list(tracer.recording().lost.calls.values()) == [{"unjoined": 3}] * 2
     check(tracer, calls, all_of_them=False)
 
 

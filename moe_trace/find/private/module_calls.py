@@ -29,3 +29,9 @@ def is_inside(module: nn.Module) -> bool:
         calls += frame.f_code is code and frame.f_locals.get("self") is module
         frame = frame.f_back  # type: ignore[assignment]
     return calls == 2
+
+
+def count_hooks(module: nn.Module, but_of: type) -> int:
+    """How many forward hooks and pre-hooks a module has that are no methods of objects of a class."""
+    both = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
+    return sum(not isinstance(getattr(hook, "__self__", None), but_of) for on in both for hook in on.values())

@@ -26,10 +26,10 @@ class Refusals:
         self._calls: set[tuple[str, int]] = set()
         self._compared: set[str] = set()
 
-    def take_back(self, name: str, call: int | None) -> None:
-        """A call, if any, was recorded as a fused one, and its experts were called later, as a module."""
-        if call is not None:
-            self._taken_back.add((name, call))
+    def take_back(self, name: str, calls: range) -> None:
+        """Calls were recorded as fused ones, and its experts are a module that is called."""
+        if calls:
+            self._taken_back.update((name, call) for call in calls)
 
     def counted(self, record: CallRecord) -> bool:
         """Whether a call was refused already."""

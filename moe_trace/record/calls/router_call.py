@@ -80,16 +80,23 @@ class SiteState:
         self.own_word = range(0)
         """Numbers of the calls that are recorded as fused ones, less those that turned out not to be."""
 
-    def note(self, call: RouterCall, number: int) -> None:
-        """A call is recorded, under a number."""
-        if call.experts or call.reading is not None:
-            return
-        start = self.own_word.start if self.own_word and self.own_word.stop == number else number
-        self.own_word = range(start, number + 1)
+    def note(self, call: RouterCall, number: int) -> range:
+        """A call is recorded, under a number; returns those that are refuted by it.
 
-    def refute(self) -> int | None:
+        Where the experts are a module that is called, what was done without them may have assigned nothing.
+        """
+        before = self.own_word
+        if call.experts:
+            self.own_word = range(0)
+            return before
+        if call.reading is None:
+            start = before.start if before and before.stop == number else number
+            self.own_word = range(start, number + 1)
+        return range(0)
+
+    def refute(self) -> range:
         """Experts were called that have no router: the first such call was theirs, as far as can be told."""
-        first, self.own_word = next(iter(self.own_word), None), self.own_word[1:]
+        first, self.own_word = self.own_word[:1], self.own_word[1:]
         return first
 
 

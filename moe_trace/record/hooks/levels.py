@@ -12,7 +12,7 @@ from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import OpenRanges, profiler_is_recording
-from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
+from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks, others_on_experts
 
 
 class HookLevels:
@@ -40,9 +40,6 @@ class HookLevels:
         """Whose block may come to need no hook."""
         self._installed: list[int] = []
         """How many hooks each router had when ours were put on."""
-        self._experts_hooks = [
-            (one, hooks_of(one.site.experts)) for one in hooks if one.site.experts is not None
-        ]
         self._on_experts: list[int] = []
         """How many hooks of others the experts of each have."""
         self._handles = 0
@@ -100,16 +97,19 @@ class HookLevels:
 
     def _put_on(self, level: Level) -> None:
         self.level = level
+        if not self._on_experts:
+            self._look_at_experts()
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
         self._installed = [*map(len, self._router_hooks)]
 
     def _look_at_experts(self) -> None:
-        """Hooks of others that come may write into what experts were given."""
+        """Hooks of others that come may write into what experts are given, before or after them."""
         self._handles, before = RemovableHandle.next_id, self._on_experts
-        self._on_experts = [len(hooks) - (one.level != Level.OFF) for one, hooks in self._experts_hooks]
+        self._on_experts = [others_on_experts(one.site) for one in self._hooks]
         if before and self._on_experts != before:
+            self.level = None
             self.on_others()
 
     def put_on_as(self, compiled: Sequence[HooksOn | None]) -> None:

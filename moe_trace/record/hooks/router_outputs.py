@@ -266,7 +266,7 @@ class CallCollector:
         self._recorder.add(record, reading, mask, router.usual if by_reference else None)
         if self._clock is not None:
             self._keep_times(call, counts.recorded)
-        router.captured.state.note(call, counts.recorded)
+        self._recorder.refusals.take_back(site.name, router.captured.state.note(call, counts.recorded))
         counts.recorded += 1
 
     def _padding(self, context: ForwardContext, tokens: int, recomputed: bool = False) -> Tensor | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from moe_trace.find.private.module_calls import count_hooks
 from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.calls.pending import Usual
+from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.hooks.functions import SiteObserver
@@ -48,6 +50,11 @@ def is_on_cuda(site: RouterSite) -> bool:
     return any(p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters())
 
 
+def others_on_experts(site: RouterSite) -> int:
+    """How many hooks the experts have that are no tracer's."""
+    return 0 if site.experts is None else count_hooks(site.experts, HookOwner)
+
+
 class SiteHooks(SiteObserver):
     """Install and remove the hooks of one site.
 
@@ -73,8 +80,8 @@ class SiteHooks(SiteObserver):
         self.reads_block = self.site.read_block is not None
         """Whether the block is hooked to read it: until it has called its router."""
         self._of_block = (self.observe_block, self.reads_block)
-        self._router_hooks = 0
-        """On the router when ours were put on, ours included."""
+        self._router_hooks = self._others_on_experts = 0
+        """On the router when ours were put on, ours included; and on the experts those of others."""
         self._times_experts = False
         """Whether a hook tells when the experts begin."""
         self._copies_received = False
@@ -120,6 +127,7 @@ class SiteHooks(SiteObserver):
             and (self.observe_block, self.reads_block) == self._of_block
             and (level == Level.OFF or self._copies_received == (self.copies is not None))
             and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
+            and (level == Level.OFF or self._others_on_experts == others_on_experts(self.site))
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
@@ -140,6 +148,7 @@ class SiteHooks(SiteObserver):
         for handle in self._handles:
             give_stable_id(handle)
         self._router_hooks = len(hooks_of(self.site.router))
+        self._others_on_experts = others_on_experts(self.site)
 
     @property
     def hooks_on(self) -> HooksOn:
