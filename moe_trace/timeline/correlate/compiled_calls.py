@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -59,14 +60,23 @@ class Work:
         return len(self.launch.parts) + self.launch.outside
 
 
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A graph whose launches a sequence of kernels may be."""
+
+    graph: CompiledGraph
+    names: tuple[str, ...]
+    """Of the kernels; the same in most calls of a graph."""
+    stretches: Sequence[Stretch]
+
+
 @dataclass(frozen=True)
 class _GraphCall:
     """One call of a compiled graph, and what its kernels are."""
 
-    graph: CompiledGraph
+    fit: _Fit
     rows: IntArray
     """Of the kernels, in the order of the stream."""
-    stretches: Sequence[Stretch]
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,9 @@ class CompiledCalls:
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
-        self._fits: dict[tuple[str, ...], list[tuple[CompiledGraph, Sequence[Stretch]]]] = {}
-        """By the names of kernels, which are the same in most calls of a graph."""
+        self._fits: dict[tuple[str, ...], list[_Fit]] = {}
+        """By the names of kernels."""
+        self._launches: dict[_Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
         self._runs: dict[int, _Run] = {}
         """By row of `_ops`: those of forwards that were joined."""
 
@@ -125,7 +136,7 @@ class CompiledCalls:
             one
             for op, forward in self._backwards()
             if (found := self._matched(op, self._runs[forward].row_of, backward=True)) is not None
-            for one in _work(found, self._runs[forward], step=0)
+            for one in self._work(found, self._runs[forward], step=0)
         ]
 
     def cpp_kernels(self) -> Coverage:
@@ -143,13 +154,23 @@ class CompiledCalls:
         row_of = dict(zip(names, rows.tolist(), strict=True))
         ops = self._ops_of(int(rows[0]))
         found = [(op, one) for op in ops if (one := self._matched(op, row_of)) is not None]
-        runs, done = Counter(one.graph for _, one in found), Counter[CompiledGraph]()
+        runs, done = Counter(id(one.fit.graph) for _, one in found), Counter[int]()
         step = 0
         for op, one in found:
-            self._runs[op] = _Run(row_of, done[one.graph], runs[one.graph])
-            done[one.graph] += 1
-            yield from _work(one, self._runs[op], step)
-            step += len(one.stretches)
+            graph = id(one.fit.graph)
+            self._runs[op] = _Run(row_of, done[graph], runs[graph])
+            done[graph] += 1
+            yield from self._work(one, self._runs[op], step)
+            step += len(self._launches_of(one.fit))
+
+    def _work(self, call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
+        """The kernels of a call of a graph that are some router call's."""
+        for number, (stretch, launch) in enumerate(self._launches_of(call.fit)):
+            for part in (call.fit.graph.parts[at] for at in launch.parts):
+                row = run.row(part)
+                if row is not None:
+                    for at in stretch.kernels:
+                        yield Work(row, step + number, part.place, int(call.rows[at]), launch)
 
     def _ops_of(self, row: int) -> list[int]:
         """Rows of `_ops`: in the range of the call's forward, or round the launch that is its place."""
@@ -187,30 +208,42 @@ class CompiledCalls:
         """The graph with some of these routers whose launches are those of a call; None without one, or where
         several fit.
         """
-        found = []
-        for one in self._fitting(op):
-            names = self._names_of(one.rows)
-            mine = any(name in routers for part in one.graph.parts for name in part.routers)
-            # On a CPU each launch is known by itself.
-            if not mine or (self.on_device and self._usual[one.graph] != tuple(names)):
-                continue
-            parts = [split(names, stretch, one.graph, self._lengths) for stretch in one.stretches]
-            stretches = [stretch for several in parts for stretch in several]
-            if one.graph.backward == backward and all(part_of(part, one.graph) for part in stretches):
-                found.append(replace(one, stretches=stretches))
+        found = [
+            one
+            for one in self._fitting(op)
+            if one.fit.graph.backward == backward
+            and any(name in routers for part in one.fit.graph.parts for name in part.routers)
+            and self._launches_of(one.fit)
+        ]
         return found[0] if len(found) == 1 else None
+
+    def _launches_of(self, fit: _Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
+        """Which launch each of the kernels is; none where one of them is not known."""
+        if fit not in self._launches:
+            self._launches[fit] = self._find_launches(fit)
+        return self._launches[fit]
+
+    def _find_launches(self, fit: _Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
+        # On a CPU each launch is known by itself.
+        if self.on_device and self._usual[fit.graph] != fit.names:
+            return ()
+        parts = (split(fit.names, stretch, fit.graph, self._lengths) for stretch in fit.stretches)
+        stretches = list(chain.from_iterable(parts))
+        found = [(stretch, part_of(stretch, fit.graph)) for stretch in stretches]
+        told = [(stretch, launch) for stretch, launch in found if launch is not None]
+        return told if len(told) == len(found) else ()
 
     @cached_property
     def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
         """The kernels that each graph runs."""
-        fitting = (one for op in range(len(self._ops)) for one in self._fitting(op))
-        return usual_sequences((one.graph, self._names_of(one.rows)) for one in fitting)
+        fitting = (one.fit for op in range(len(self._ops)) for one in self._fitting(op))
+        return usual_sequences((fit.graph, fit.names) for fit in fitting)
 
     @cached_property
     def _lengths(self) -> dict[str, set[int]]:
         """How many kernels a library's call runs, by operator, where the trace tells."""
-        fitting = (one for op in range(len(self._ops)) for one in self._fitting(op))
-        return lengths_of_calls((self._names_of(one.rows), one.graph, one.stretches) for one in fitting)
+        fits = {one.fit for op in range(len(self._ops)) for one in self._fitting(op)}
+        return lengths_of_calls((fit.names, fit.graph, fit.stretches) for fit in fits)
 
     def _fitting(self, op: int) -> list[_GraphCall]:
         """The graphs that a call may be of, by the names of its kernels."""
@@ -226,7 +259,7 @@ class CompiledCalls:
         # A CUDA graph's inputs are copied before its launch, by kernels that are not its own.
         found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
         key = key_of(self._events.names[ops.name[op]])
-        return [one for one in found or self._of_kernels(rows) if not key or one.graph.key in ("", key)]
+        return [one for one in found or self._of_kernels(rows) if not key or one.fit.graph.key in ("", key)]
 
     def _of_kernels(self, rows: IntArray) -> list[_GraphCall]:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]
@@ -235,10 +268,9 @@ class CompiledCalls:
         names = tuple(self._names_of(rows))
         if names not in self._fits:
             match = match_kernels if self.on_device else match_operators
-            self._fits[names] = [
-                (graph, stretches) for graph in self._graphs if (stretches := match(names, graph)) is not None
-            ]
-        return [_GraphCall(graph, rows, stretches) for graph, stretches in self._fits[names]]
+            fits = ((graph, match(names, graph)) for graph in self._graphs)
+            self._fits[names] = [_Fit(graph, names, found) for graph, found in fits if found is not None]
+        return [_GraphCall(fit, rows) for fit in self._fits[names]]
 
     def _names_of(self, rows: IntArray) -> list[str]:
         return [_CPP_RANGE.sub("", self._events.names[name]) for name in self.kernels.name[rows].tolist()]
@@ -256,15 +288,3 @@ def join_compiled(
     elif not len(kernels.start_ns):
         return None
     return CompiledCalls(calls, inside, graphs, events, kernels)
-
-
-def _work(call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
-    """The kernels of a call of a graph that are some router call's."""
-    for number, stretch in enumerate(call.stretches):
-        launch = part_of(stretch, call.graph)
-        assert launch is not None  # else the graph did not fit
-        for part in (call.graph.parts[at] for at in launch.parts):
-            row = run.row(part)
-            if row is not None:
-                for at in stretch.kernels:
-                    yield Work(row, step + number, part.place, int(call.rows[at]), launch)
