@@ -20,7 +20,8 @@ LOST_CALLS = {
     "stopped; run those forwards again, whole",
     "unjoined": "could not be joined with their experts, which ran on another thread after their block had "
     "ended, or received none of the router's own tensors, or were computed without being called as in other "
-    "forwards; wait for them inside the block, and trace either kind of forward with a MoETracer of its own",
+    "forwards; wait for them inside the block, and call them as a module everywhere, or trace either kind of "
+    "forward with a MoETracer of its own",
     "rewritten": "were written over before they were read; later ones are copied at once, so run the model "
     "again",
 }

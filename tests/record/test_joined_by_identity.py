@@ -460,6 +460,37 @@ def test_a_block_that_is_fused_after_its_experts_were_called_is_traced_by_anothe
     check(tracer, calls)
 
 
+def test_models_that_mix_fused_blocks_with_experts_that_are_called() -> None:
+    """Block by block all is recorded; call by call it is not known what a fused one did, but counted."""
+    model, calls_of_block = tiny_olmoe(layers=3), Counter[int]()
+
+    def fused(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.gate(tokens)
+        return self.experts.forward(tokens, index, weights)
+
+    def alternating(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        calls_of_block[id(self)] += 1
+        _, weights, index = self.gate(tokens)
+        experts = self.experts if calls_of_block[id(self)] % 2 or called else self.experts.forward
+        return experts(tokens, index, weights)
+
+    called = False
+    first, second, _ = (layer.mlp for layer in model.model.layers)
+    for block, forward in ((first, fused), (second, alternating)):
+        block.forward = types.MethodType(
+            lambda self, hidden, forward=forward: forward(self, hidden.flatten(0, 1)).view_as(hidden), block
+        )
+    with received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model)
+    assert by_layer(tracer) == {0: calls[0], 1: calls[1][::2], 2: calls[2]}
+    assert tracer.recording().lost.calls == {"model.layers.1.mlp.gate": {"unjoined": 3}}
+    assert "call them as a module everywhere" in " ".join(tracer.summary().notes)
+    called = True
+    with received(model) as calls, moe_trace.MoETracer(model) as tracer:
+        run(model)
+    check(tracer, calls)
+
+
 def test_experts_called_before_the_router_of_their_block_are_not_its_own() -> None:
     """Each forward's experts run, steered, when the next one's block begins, on the same thread."""
     model = tiny_olmoe(layers=1)
