@@ -40,6 +40,13 @@ def open_view(page: Page, url: str, view: str, **state: str | int) -> Frame:
     return frame
 
 
+def switch_view(frame: Frame, view: str) -> None:
+    """By the button, as a user does: the page is not loaded again."""
+    before = int(frame.locator("main").get_attribute("data-ready") or 0)
+    frame.locator(f"nav [data-view={view}]").click()
+    wait_ready(frame, before)
+
+
 def address(url: str, view: str, **state: str | int) -> str:
     """The address that the tab itself would write."""
     parts = [

@@ -27,7 +27,7 @@ from moe_trace.show.viewer import TraceServer, find_trace_viewer
 
 from .harness import tensorboard, wait_until
 from .matrix_traces import ENDING, NAMES, Held, read_plainly, write_trace
-from .moe_tab import Watch, open_view, undrawn_plots, wait_ready
+from .moe_tab import Watch, open_view, switch_view, undrawn_plots
 from .test_tensorboard import keep_screenshot
 from .trace_view import (
     Track,
@@ -237,9 +237,7 @@ def test_moe_tab(page: Page, watch: Watch, board: Board, name: str) -> None:
         page.evaluate("dark => document.body.classList.toggle('dark-mode', dark)", theme == "dark")
         frame.wait_for_function(f"() => document.documentElement.dataset.theme === '{theme}'")
         for view in TAB_VIEWS:
-            before = int(frame.locator("main").get_attribute("data-ready") or 0)
-            frame.locator(f"nav [data-view={view}]").click()
-            wait_ready(frame, before)
+            switch_view(frame, view)
             check_view(frame, view)
             keep_screenshot(page, f"matrix_{name}_tab_{view}_{theme}")
     assert watch.outside == []
