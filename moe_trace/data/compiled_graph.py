@@ -58,7 +58,7 @@ class CompiledGraph:
 
     parts: tuple[LaunchPart, ...]
     launches: tuple[CompiledLaunch, ...]
-    """None where there is a problem."""
+    """Empty where there is a problem."""
     backward: bool = False
     problem: str = ""
     """Why its launches are not known, with what helps."""

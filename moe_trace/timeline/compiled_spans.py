@@ -4,11 +4,12 @@ For this all events are read, which takes longer than the search for our ranges 
 it is done only where the recording has the compiler's lists of launches, a router has no time yet, and the
 trace has calls of compiled graphs and kernels, those of a GPU or the ranges of Inductor's C++ kernels. The
 join is the one that reports use: lanes and phases are the same. On a CPU the kernels are operators of the
-host, and so are the spans.
+host, and so are the spans. The trace is worth more than these lanes: whatever fails here, it is merged.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,6 +37,20 @@ def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], event
         calls: with the place of the forward, or of the graph's launch.
         graphs: the compiler's lists, of all tracers.
     """
+    listed = [graph for graph in graphs if graph.launches]
+    try:
+        return _joined(calls, listed, events)
+    except Exception as error:
+        warnings.warn(
+            f"the lanes of routers and experts in compiled code could not be made ({error!r}); the trace has "
+            "all else",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return calls
+
+
+def _joined(calls: CallTable, graphs: Sequence[CompiledGraph], events: EventBytes) -> CallTable:
     untimed = calls.in_graph & calls.places.placed & ~routers_timed(calls)
     if not graphs or not untimed.any() or not _holds(events, _CALL):
         return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_trace.read.check import check, read_checked
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
+from moe_trace.timeline.correlate.reasons import FUSED
 from paths import ROOT
 from spliced import recording_in, without_additions
 
@@ -130,6 +132,34 @@ def test_events_are_read_only_where_a_router_has_no_time(
     merged(ON_CPU[0], tmp_path, without_ranges_of_kernels)
     with pytest.raises(pytest.fail.Exception, match="read"):
         merged("without_graphs", tmp_path)
+
+
+def test_lists_without_launches_cost_no_read_of_the_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of code that chooses between branches: no kernel is known by them."""
+    path = merged("without_graphs", tmp_path)
+    recording = read_trace(path).recording
+    lists = [replace(graph, launches=(), problem="branches") for graph in recording.compiled_graphs]
+    monkeypatch.setattr("moe_trace.timeline.compiled_spans._read", lambda events: pytest.fail("read"))
+    merge_into(path, replace(recording, compiled_graphs=tuple(lists)))
+    assert read_trace(path).recording.compiled_graphs == tuple(lists)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("kernel")])
+def test_a_join_that_fails_costs_the_lanes_and_no_more(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("moe_trace.timeline.compiled_spans.join_compiled", fail)
+    with pytest.warns(RuntimeWarning, match=f"lanes .* could not be made .{type(error).__name__}"):
+        path = merged("without_graphs", tmp_path)
+    recording = read_trace(path).recording
+    assert len(recording.samples) == 6 and recording.calls.places.placed.all()
+    assert recording.lost.untimed == {FUSED: 6}
+    assert {e["lane"] for e in slices_of(path)} == {"graph"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import moe_trace
 from compiled_models import WAYS, run, small_model
 from models import token_batch
 from moe_trace.read.check import check, read_checked
+from moe_trace.read.file.trace_file import read_trace
 from moe_trace.timeline.correlate import reasons
 from spliced import without_additions
 
@@ -140,6 +141,26 @@ def test_each_trace_of_a_schedule_holds_its_own_replays(tmp_path: Path) -> None:
             run(function, SHAPE)
             prof.step()
     assert found == [[3, 4], [7, 8]]
+
+
+def test_a_failure_to_time_routers_costs_no_export_its_routing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    model, path = small_model(), tmp_path / "trace.json"
+    monkeypatch.setattr("moe_trace.timeline.compiled_spans._joined", fail)
+    with moe_trace.MoETracer(model):
+        forward = torch.compile(model, backend="aot_eager")
+        run(forward, SHAPE)
+        with torch.profiler.profile() as prof:
+            run(forward, SHAPE)
+        with pytest.warns(RuntimeWarning, match="lanes .* could not be made .MemoryError"):
+            prof.export_chrome_trace(str(path))
+    recording = read_trace(path).recording
+    assert len(recording.samples) == 2 and recording.calls.places.placed.all()
+    assert sum(recording.lost.untimed.values()) == 2
 
 
 def test_what_is_compiled_while_the_profiler_records_has_no_range(tmp_path: Path) -> None:
