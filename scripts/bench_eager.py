@@ -7,12 +7,12 @@ import statistics
 from typing import Any
 
 import torch
+from bench_hooks import hooks_by_hand
 from bench_pairs import (
     Bench,
     Step,
     decode_step,
     hooked,
-    hooks_by_hand,
     nothing,
     on_one_core,
     plain_profiler,
@@ -39,9 +39,13 @@ def prefill(bench: Bench) -> None:
     )
 
 
+def blocks_of(model: Any) -> list[nn.Module]:
+    return [layer.mlp for layer in model.model.layers]
+
+
 def empty_hooks(model: Any) -> Any:
     """What torch itself takes to call as many hooks."""
-    return hooks_by_hand(model, ranges=False)
+    return hooks_by_hand(blocks_of(model), ranges=False)
 
 
 def decode(bench: Bench) -> None:
@@ -60,7 +64,7 @@ def decode(bench: Bench) -> None:
             "eager decode, profiler, to the same ranges by hand",
             step_of,
             around=profiled,
-            around_bare=hooks_by_hand,
+            around_bare=lambda model: hooks_by_hand(blocks_of(model), ranges=True),
             bound=1.01,
             repeat=8,
         )

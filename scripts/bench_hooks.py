@@ -22,7 +22,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import date
 from functools import partial
@@ -108,11 +108,15 @@ def iter_of(kept: list[Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def empty_hooks(model: Layers, ranges: bool) -> Iterator[None]:
-    """Hooks of the kinds that record, with nothing in them; or with a bare range each pair."""
+def hooks_by_hand(blocks: Iterable[nn.Module], ranges: bool) -> Iterator[None]:
+    """Hooks of the kinds that record, with nothing in them; or with a bare range each pair.
+
+    Args:
+        blocks: modules with a `gate` and `experts`.
+    """
     handles = []
-    for layer in model.layers:
-        modules = (layer, layer.gate, layer.experts) if ranges else (layer.gate, layer.experts)
+    for block in blocks:
+        modules = (block, block.gate, block.experts) if ranges else (block.gate, block.experts)
         for module in modules:
             opened: list[Any] = []
 
@@ -124,12 +128,16 @@ def empty_hooks(model: Layers, ranges: bool) -> Iterator[None]:
                 if ranges:
                     leave_range(opened.pop())
 
-            if ranges or module is layer.gate:
+            if ranges or module is block.gate:
                 handles.append(module.register_forward_pre_hook(before))
             handles.append(module.register_forward_hook(after, always_call=True, with_kwargs=True))
     yield
     for handle in handles:
         handle.remove()
+
+
+def empty_hooks(model: Layers, ranges: bool) -> AbstractContextManager[None]:
+    return hooks_by_hand(model.layers, ranges)
 
 
 def microseconds(model: Layers, context: Context, forwards: int) -> float:

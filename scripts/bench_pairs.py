@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_trace
-from moe_trace.find.private.torch_names import enter_range, leave_range
 
 Step = Callable[[], Any]
 TRUE_SHAPE = {
@@ -254,30 +253,6 @@ def traced_profiler(bench: Bench) -> Callable[[], Any]:
 
 def hooked(bench: Bench, **arguments: Any) -> Callable[[], Any]:
     return lambda: moe_trace.MoETracer(bench.model, **arguments)
-
-
-@contextmanager
-def hooks_by_hand(model: Any, *, ranges: bool = True) -> Iterator[None]:
-    """Hooks of a tracer's kinds that do nothing, or open its ranges and do nothing else."""
-    handles = []
-    for layer in model.model.layers:
-        block = layer.mlp
-        for module in (block, block.gate, block.experts) if ranges else (block.gate, block.experts):
-            opened: list[Any] = []
-
-            def before(m: Any, args: Any, opened: list[Any] = opened) -> None:
-                if ranges:
-                    opened.append(enter_range("moe.bare"))
-
-            def after(m: Any, args: Any, kwargs: Any, output: Any, opened: list[Any] = opened) -> None:
-                if ranges:
-                    leave_range(opened.pop())
-
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, always_call=True, with_kwargs=True))
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 def prefill_step(bench: Bench) -> Step:

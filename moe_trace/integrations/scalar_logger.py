@@ -15,7 +15,7 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
-_WAITING = 64  # hand-overs that may wait for the writer
+_WAITING = 4  # hand-overs that may wait for the writer
 # Steps of that time are written together: most of the writer's work is the same for one step as for many, and
 # while it holds Python's lock, the training's thread launches nothing.
 _PERIOD_S = 2.0
@@ -73,7 +73,8 @@ class ScalarLogger:
         """Write what is left, and end the thread. Warns if something could not be written."""
         if not self._writer.is_alive():
             return
-        self._queue.put([*self._steps, self._tracer.take_batches()])
+        left = self._tracer.take_batches()
+        self._queue.put([*self._steps, left] if left else self._steps)
         self._queue.put(None)
         self._writer.join()
         if self._error is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DogeConfig, DogeForCausalLM
 
 import moe_trace
@@ -112,6 +113,63 @@ def test_what_hooks_of_others_let_be_written_is_found_out_again(mode: Any) -> No
             model(**token_batch())
     assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
     assert_conserved(tracer)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_hook_that_takes_the_place_of_another_is_another(mode: Any) -> None:
+    """As many hooks as before: only which they are tells that what the experts are given is written over."""
+    model = tiny_olmoe(layers=1)
+    experts = model.model.layers[0].mlp.experts
+    with mode(), watch_experts(model) as calls, moe_trace.MoETracer(model) as tracer:
+        handle = experts.register_forward_hook(lambda m, args, out: None)
+        for _ in range(8):
+            model(**token_batch())
+        handle.remove()
+        experts.register_forward_hook(lambda m, args, out: (args[1].zero_(), None)[1])
+        for _ in range(8):
+            model(**token_batch())
+    assert counts_of(tracer.samples()) == [c.assignments(EXPERTS) for c in calls]
+    assert_conserved(tracer)
+
+
+def test_a_routers_hook_that_takes_the_place_of_another_is_seen() -> None:
+    model = tiny_olmoe(layers=1)
+    gate = model.model.layers[0].mlp.gate
+    with torch.no_grad(), moe_trace.MoETracer(model) as tracer:
+        handle = gate.register_forward_hook(lambda m, args, out: None)
+        for _ in range(8):
+            model(**token_batch())
+        handle.remove()
+        gate.register_forward_hook(lambda m, args, out: (torch.zeros_like(out[0]), *out[1:]))
+        model(**token_batch())
+    assert tracer.samples()[-1].router_entropy == pytest.approx(np.log(EXPERTS))
+
+
+def test_logits_that_are_no_numbers_are_not_taken_for_written_over() -> None:
+    """NaN differs from itself: in inference mode, where values are compared, it would be copied for ever."""
+    model = tiny_olmoe(layers=1)
+    gate = model.model.layers[0].mlp.gate
+    gate.register_forward_hook(lambda m, args, out: (out[0] * float("nan"), *out[1:]))
+    with torch.inference_mode(), moe_trace.MoETracer(model) as tracer:
+        for _ in range(12):
+            model(**token_batch())
+        assert tracer._hooks.routers[0].copies is None
+    assert len(tracer.samples()) == 12
+
+
+def test_a_fake_gpu_is_not_asked_whether_it_captures() -> None:
+    """Nothing has used a real one, and a torch without CUDA has nobody to ask."""
+    block = tiny_olmoe(layers=1).model.layers[0].mlp
+    block.experts.forward = types.MethodType(lambda self, hidden, index, weights: hidden * 2, block.experts)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in block.modules():
+            for name, one in list(module.named_parameters(recurse=False)):
+                fake = torch.empty(one.shape, device="cuda")
+                setattr(module, name, nn.Parameter(fake, requires_grad=False))
+        with moe_trace.MoETracer(block), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(12):
+                block(torch.empty(1, 4, 32, device="cuda"))
 
 
 def zeroed_by_the_block(model: Any) -> None:

@@ -19,7 +19,7 @@ import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
 from moe_trace.record.graphs import memory
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.hooks import plain_calls, site
+from moe_trace.record.hooks import plain_calls
 from moe_trace.record.hooks.plain_calls import PlainCalls
 
 EXPERTS = 8
@@ -50,10 +50,9 @@ class FakeDevice:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
-    monkeypatch.setattr(memory, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory, "is_initialized", lambda: fake.present)
     monkeypatch.setattr(memory, "is_current_stream_capturing", lambda: fake.captures)
     monkeypatch.setattr(plain_calls, "stream_is_captured", lambda: fake.captures)
-    monkeypatch.setattr(site, "is_on_cuda", lambda _: fake.present)
     for edge in ("begin", "end"):
         monkeypatch.setattr(CaptureNotes, edge, noting(fake.notes, edge))
     return fake
@@ -168,7 +167,6 @@ def test_a_model_that_is_moved_to_a_gpu_under_a_tracer(
     with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
         run(model)
         device.present = True
-        tracer._hooks._levels._probe = types.SimpleNamespace(is_cuda=True)  # type: ignore[assignment]
         with torch.no_grad():
             if captured == "model":
                 with device.graph():

@@ -31,7 +31,12 @@ def is_inside(module: nn.Module) -> bool:
     return calls == 2
 
 
-def count_hooks(module: nn.Module, but_of: type) -> int:
-    """How many forward hooks and pre-hooks a module has that are no methods of objects of a class."""
-    both = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
-    return sum(not isinstance(getattr(hook, "__self__", None), but_of) for on in both for hook in on.values())
+def ids_of_hooks(module: nn.Module, *, but_of: type, pre: bool = True) -> tuple[int, ...]:
+    """Of a module's forward hooks that are no methods of objects of a class; no id is ever used again.
+
+    Args:
+        pre: its forward pre-hooks too.
+    """
+    on = [getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")[: 1 + pre]]
+    found = (item for hooks in on for item in hooks.items())
+    return tuple(number for number, hook in found if not isinstance(getattr(hook, "__self__", None), but_of))

@@ -11,7 +11,7 @@ import os
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -273,9 +273,9 @@ if not hasattr(nn.Module(), _HOOKS):
     )
 
 
-def hooks_of(module: nn.Module) -> Sized:
+def hooks_of(module: nn.Module) -> Collection[int]:
     """The forward hooks of a module, which grow and shrink as hooks come and go."""
-    hooks: Sized = getattr(module, _HOOKS, ())
+    hooks: Collection[int] = getattr(module, _HOOKS, ())
     return hooks
 
 

@@ -126,12 +126,17 @@ class TensorCopies:
         copied, self._copied = self._copied, []
         for device in {copy.device for _, copy in copied}:
             try:
-                differ = [(now != copy).any() for now, copy in copied if copy.device == device]
+                differ = [_differs(now, copy) for now, copy in copied if copy.device == device]
                 (answer,), known = copies_on_host([torch.stack(differ).any()])
             except Exception:  # no values that can be compared, so nothing is known of them
                 self.static = True
             else:
                 self._differ.append((answer, known))
+
+
+def _differs(now: Tensor, then: Tensor) -> Tensor:
+    """[] bool; NaN is what NaN was."""
+    return ((now != then) & ((now == now) | (then == then))).any()
 
 
 def original_of(tensor: Tensor) -> Tensor:

@@ -29,8 +29,13 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def cuda_is_used() -> bool:
+    """Whether anything in the process has used a GPU: else no stream can be captured."""
+    return is_initialized()
+
+
 def captures_now() -> bool:
-    """The same for whatever device is current; false as long as nothing has used a GPU."""
+    """Whether a stream of whatever device is current is being captured."""
     return is_initialized() and is_current_stream_capturing()
 
 

@@ -81,7 +81,7 @@ class EventChecks:
             self._natives[thread] = threading.get_native_id()
             if self._forwards.of(thread) is not None:
                 return event
-            if captures_now() and self._is_captured(site):
+            if captures_now() and self._is_captured(site, event[3]):
                 return ()
             return (event_code(CONTEXT, site), thread, self._outside(), None, None, *event)
         if kind not in (ROUTER, WATCHED, EXPERTS):
@@ -98,16 +98,16 @@ class EventChecks:
         self._kept_bytes += sum(map(_bytes, event[2:]))
         return event
 
-    def _is_captured(self, site: int) -> bool:
-        """Whether a call on a captured stream began as an eager one, as the model was moved to the GPU after
-        its hooks were put on; then it begins again."""
+    def _is_captured(self, site: int, args: Any) -> bool:
+        """Whether a call on a captured stream began as an eager one, as CUDA was not used when its hooks were
+        put on; then it begins again."""
         router = self._routers[site]
         was_known = router.on_cuda
         for one in self._routers:
             one.look_at_device()
         if was_known or not router.on_cuda:
             return False
-        router.before_router(router.site.router, ())
+        router.before_router(router.site.router, args or ())
         return True
 
     def native_id(self, thread: int, context: ForwardContext) -> int:

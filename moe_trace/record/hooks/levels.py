@@ -12,7 +12,8 @@ from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import OpenRanges, profiler_is_recording
-from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks, others_on_experts
+from moe_trace.record.graphs.memory import cuda_is_used
+from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks, hooks_of_others
 
 
 class HookLevels:
@@ -29,9 +30,8 @@ class HookLevels:
         self.level: Level | None = None
         """What the hooks were set to last; None where they have to be asked one by one."""
         self._router_hooks = [hooks_of(one.site.router) for one in hooks]
-        self._probe = next(hooks[0].site.router.parameters(), None) if hooks else None
-        self._on_cuda = self._probe is not None and self._probe.is_cuda
-        """Whether the model was on a GPU when that was looked at."""
+        self._cuda_is_used = False
+        """Whether it was when the hooks were told."""
         self.stale = False
         """Whether a block needs other hooks than are on."""
         for one in hooks:
@@ -40,13 +40,13 @@ class HookLevels:
         """Whose block may come to need no hook."""
         self._installed: list[int] = []
         """How many hooks each router had when ours were put on."""
-        self._on_experts: list[int] = []
-        """How many hooks of others the experts of each have."""
+        self._others: list[tuple[tuple[int, ...], ...]] = []
+        """Hooks of others on each router and its experts."""
         self._handles = 0
-        """Hooks that were ever put on anything when those were counted."""
+        """Hooks that were ever put on anything when those were looked at."""
         self._lock = threading.RLock()
         self.on_others: Callable[[], object] = lambda: None
-        """Told that somebody put hooks on a router, or took them off."""
+        """Told that somebody put hooks on a router or its experts, or took them off."""
 
     def want(self, context: ForwardContext, thread: int) -> None:
         """The calling thread begins a forward: hook what it needs."""
@@ -64,9 +64,8 @@ class HookLevels:
         else:
             ranges.wanted = None if ranges.wanted else False
         if RemovableHandle.next_id != self._handles and not self.kept:
-            self._look_at_experts()
-        if self._probe is not None and self._probe.is_cuda is not self._on_cuda:
-            self._on_cuda = self._probe.is_cuda
+            self._look_at_others()
+        if cuda_is_used() is not self._cuda_is_used:
             self.look_at_devices()
         self.wanted[thread] = level
         if level != self.level or len(self.wanted) > 1 or [*map(len, self._router_hooks)] != self._installed:
@@ -91,24 +90,25 @@ class HookLevels:
             self._put_on(level)
 
     def look_at_devices(self) -> None:
-        """The model may have been moved to a GPU, or from it."""
+        """CUDA may be used from now on, as where the model was moved to a GPU."""
+        self._cuda_is_used = cuda_is_used()
         for hooks in self._hooks:
             hooks.look_at_device()
 
     def _put_on(self, level: Level) -> None:
         self.level = level
-        if not self._on_experts:
-            self._look_at_experts()
+        if not self._others:
+            self._look_at_others()
         for hooks in self._hooks:
             if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                 hooks.set_level(level)
         self._installed = [*map(len, self._router_hooks)]
 
-    def _look_at_experts(self) -> None:
+    def _look_at_others(self) -> None:
         """Hooks of others that come may write into what experts are given, before or after them."""
-        self._handles, before = RemovableHandle.next_id, self._on_experts
-        self._on_experts = [others_on_experts(one.site) for one in self._hooks]
-        if before and self._on_experts != before:
+        self._handles, before = RemovableHandle.next_id, self._others
+        self._others = [hooks_of_others(one.site) for one in self._hooks]
+        if before and self._others != before:
             self.level = None
             self.on_others()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.find.private.module_calls import count_hooks
+from moe_trace.find.private.module_calls import ids_of_hooks
 from moe_trace.find.private.torch_names import hooks_of
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
@@ -17,6 +17,7 @@ from moe_trace.record.calls.pending import Usual
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
+from moe_trace.record.graphs.memory import cuda_is_used
 from moe_trace.record.hooks.functions import SiteObserver
 from moe_trace.record.hooks.plain_calls import ListedExpert, PlainCalls, PlainRanges
 
@@ -45,14 +46,10 @@ class HooksOn:
     first: bool
 
 
-def is_on_cuda(site: RouterSite) -> bool:
-    """Whether the weights of a router or of its experts are on a GPU."""
-    return any(p.is_cuda for m in (site.router, site.experts or site.router) for p in m.parameters())
-
-
-def others_on_experts(site: RouterSite) -> int:
-    """How many hooks the experts have that are no tracer's."""
-    return 0 if site.experts is None else count_hooks(site.experts, HookOwner)
+def hooks_of_others(site: RouterSite) -> tuple[tuple[int, ...], ...]:
+    """Ids of the hooks of others that may change what a router returns, or what its experts are given."""
+    of_experts = () if site.experts is None else ids_of_hooks(site.experts, but_of=HookOwner)
+    return ids_of_hooks(site.router, but_of=HookOwner, pre=False), of_experts
 
 
 class SiteHooks(SiteObserver):
@@ -80,7 +77,8 @@ class SiteHooks(SiteObserver):
         self.reads_block = self.site.read_block is not None
         """Whether the block is hooked to read it: until it has called its router."""
         self._of_block = (self.observe_block, self.reads_block)
-        self._router_hooks = self._others_on_experts = 0
+        self._router_hooks: tuple[int, ...] = ()
+        self._others: tuple[tuple[int, ...], ...] = ()
         """On the router when ours were put on, ours included; and on the experts those of others."""
         self._times_experts = False
         """Whether a hook tells when the experts begin."""
@@ -126,8 +124,8 @@ class SiteHooks(SiteObserver):
             level == self.level
             and (self.observe_block, self.reads_block) == self._of_block
             and (level == Level.OFF or self._copies_received == (self.copies is not None))
-            and (level == Level.OFF or self._router_hooks == len(hooks_of(self.site.router)))
-            and (level == Level.OFF or self._others_on_experts == others_on_experts(self.site))
+            and (level == Level.OFF or self._router_hooks == tuple(hooks_of(self.site.router)))
+            and (level == Level.OFF or self._others == hooks_of_others(self.site))
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
@@ -147,8 +145,8 @@ class SiteHooks(SiteObserver):
         self._install(level)
         for handle in self._handles:
             give_stable_id(handle)
-        self._router_hooks = len(hooks_of(self.site.router))
-        self._others_on_experts = others_on_experts(self.site)
+        self._router_hooks = tuple(hooks_of(self.site.router))
+        self._others = hooks_of_others(self.site)
 
     @property
     def hooks_on(self) -> HooksOn:
@@ -233,8 +231,8 @@ class SiteHooks(SiteObserver):
             self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
 
     def look_at_device(self) -> None:
-        """Only on a GPU it is asked in each call whether a stream is captured."""
-        self.on_cuda = self._plain_calls.on_cuda = self._plain_ranges.on_cuda = is_on_cuda(self.site)
+        """Only where CUDA is used it is asked in each call whether a stream is captured."""
+        self.on_cuda = self._plain_calls.on_cuda = self._plain_ranges.on_cuda = cuda_is_used()
 
     def _remove(self) -> None:
         for handle in self._handles:
