@@ -85,7 +85,7 @@ class MoETracer(HookOwner):
         self.tracks = tracks
         self._steps = Steps(every=every, warmup=warmup)
         self._recorder = Recorder(capacity=capacity, capacity_bytes=capacity_bytes)
-        self._recorder.routes = routes_recorder(routes, self.sites, self._steps)
+        self._recorder.routes = routes_recorder(routes, self.sites, self._steps, self._recorder.refusals)
         self._graphs = RingReader(
             self.sites, self._recorder, self._steps, started=lambda: self._hooks.watch.graph_started()
         )

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from moe_trace.data.schema import RoutingSample
 from moe_trace.find.contracts import AdapterMismatch
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.settled_rows import disagreement
 from moe_trace.record.forward.isolation import warn_user
+
+
+class CallNumbers:
+    """Numbers of calls, by router, as the runs that they form: a million in a row take what one does."""
+
+    def __init__(self) -> None:
+        self.runs: dict[Hashable, list[range]] = {}
+        """By router: in order, with numbers between them."""
+
+    def add(self, router: Hashable, calls: range) -> None:
+        """Some more, which may be there already."""
+        if not calls:
+            return
+        runs = self.runs.setdefault(router, [])
+        first = bisect_left(runs, calls.start, key=lambda run: run.stop)
+        last = bisect_right(runs, calls.stop, key=lambda run: run.start)
+        if first < last:
+            calls = range(min(calls.start, runs[first].start), max(calls.stop, runs[last - 1].stop))
+        runs[first:last] = [calls]
+
+    def has(self, router: Hashable, call: int) -> bool:
+        """Whether a call is one of them."""
+        runs = self.runs.get(router, [])
+        at = bisect_right(runs, call, key=lambda run: run.start)
+        return any(call in run for run in runs[max(0, at - 1) : at])
+
+    def shared(self, other: CallNumbers) -> dict[Hashable, int]:
+        """How many calls of each router are in both, where any are."""
+        counts = {
+            router: sum(
+                max(0, min(one.stop, two.stop) - max(one.start, two.start))
+                for one in runs
+                for two in other.runs.get(router, ())
+            )
+            for router, runs in self.runs.items()
+        }
+        return {router: count for router, count in counts.items() if count}
 
 
 class Refusals:
@@ -22,18 +60,19 @@ class Refusals:
         """How many calls of each."""
         self.unjoined: Counter[str] = Counter()
         """The same of those that were taken back."""
-        self._taken_back: set[tuple[str, int]] = set()
-        self._calls: set[tuple[str, int]] = set()
+        self.taken_back = CallNumbers()
+        """By name."""
+        self._calls = CallNumbers()
+        """By name and whether they were in graphs, where they have numbers of their own."""
         self._compared: set[str] = set()
 
     def take_back(self, name: str, calls: range) -> None:
         """Calls were recorded as fused ones, and its experts are a module that is called."""
-        if calls:
-            self._taken_back.update((name, call) for call in calls)
+        self.taken_back.add(name, calls)
 
     def counted(self, record: CallRecord) -> bool:
         """Whether a call was refused already."""
-        return (record.site.name, record.call) in self._calls
+        return self._calls.has((record.site.name, record.in_graph), record.call)
 
     def leave_out(
         self, records: Iterable[CallRecord], samples: Sequence[RoutingSample | AdapterMismatch]
@@ -41,9 +80,8 @@ class Refusals:
         """The calls that were not refused."""
         kept: list[tuple[CallRecord, RoutingSample]] = []
         for record, sample in zip(records, samples, strict=True):
-            if (key := (record.site.name, record.call)) in self._taken_back:
-                self.unjoined[key[0]] += key not in self._calls
-                self._calls.add(key)
+            if not record.in_graph and self.taken_back.has(record.site.name, record.call):
+                self._count(record, self.unjoined)
             elif isinstance(sample, AdapterMismatch):
                 self._refuse(record, str(sample))
             else:
@@ -54,12 +92,16 @@ class Refusals:
 
     def _refuse(self, record: CallRecord, why: str) -> None:
         name = record.site.name
-        if (name, record.call) not in self._calls:
-            self._calls.add((name, record.call))
-            self.by_router[name] += 1
+        self._count(record, self.by_router)
         if name not in self.why:
             self.why[name] = why
             warn_user(f"{name} cannot be read: {why}. Such calls are counted as lost")
+
+    def _count(self, record: CallRecord, calls: Counter[str]) -> None:
+        if not self.counted(record):
+            number = range(record.call, record.call + 1)
+            self._calls.add((record.site.name, record.in_graph), number)
+            calls[record.site.name] += 1
 
     def _compare(self, record: CallRecord, sample: RoutingSample) -> None:
         told, record.told_E = record.told_E, None

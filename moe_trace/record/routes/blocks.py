@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from moe_trace.record.routes.identity import Identity, identity_of
 from moe_trace.record.routes.tokens import ForwardTokens
 
 _TOKEN_BYTES = 32  # of a row without its ids
-_COLUMN_BYTES, _BLOCK_BYTES = 120, 1500  # of Python's objects, which are most of a step that decodes
+_COLUMN_BYTES, _BLOCK_BYTES = 128, 1580  # of Python's objects, which are most of a step that decodes
 _FORWARDS_BEHIND = 1024  # whose ids may be on a device still
 _LEAST_SHARE = 8  # rows are dropped by an eighth of a block at least, so that few copies are made
 
@@ -38,6 +39,8 @@ class Block:
     ids: dict[int, np.ndarray] = field(default_factory=dict)
     """By router: [T, K]."""
     weights: dict[int, np.ndarray] = field(default_factory=dict)
+    calls: array[int] = field(default_factory=lambda: array("q"))
+    """Numbers of the calls, in the order of `ids`; -1 of those in graphs."""
     lost: set[int] = field(default_factory=set)
     """Routers whose decision turned out to be unknown."""
     recomputed: bool = False
@@ -58,12 +61,18 @@ class Block:
         columns = len(self.ids) + len(self.weights)
         return self.rows * self.row_bytes + columns * _COLUMN_BYTES + _BLOCK_BYTES
 
-    def add(self, router: int, ids: np.ndarray, weights: np.ndarray | None) -> None:
+    def add(self, router: int, ids: np.ndarray, weights: np.ndarray | None, call: int) -> None:
         """The decision of one router, copied."""
         rows = slice(None) if self.kept is None else self.kept
         self.ids[router] = np.array(ids[rows])
+        self.calls.append(call)
         if weights is not None:
             self.weights[router] = np.array(weights[rows])
+
+    def decided(self) -> list[tuple[int, int]]:
+        """(router, number of its call) of those that are not lost; calls in graphs never turn out to be."""
+        calls = zip(self.ids, self.calls, strict=True)
+        return [(router, call) for router, call in calls if call >= 0 and router not in self.lost]
 
     def keep(self, rows: np.ndarray) -> int:
         """Forget all rows but some of those that are left; returns how many were forgotten."""
@@ -120,7 +129,7 @@ class Blocks:
         """
         block = self._block(record, router, len(ids), part)
         before = block.nbytes
-        block.add(router, ids, weights)
+        block.add(router, ids, weights, -1 if record.in_graph else record.call)
         if lost:
             block.lost.add(router)
         self.nbytes += block.nbytes - before

@@ -24,6 +24,7 @@ from moe_trace.find.routers import RouterSite, select_sites
 from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS
 from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.pending import PendingCalls
+from moe_trace.record.calls.refusals import Refusals
 from moe_trace.record.calls.settled_rows import settled_counts
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.inputs import ModelInputs
@@ -50,9 +51,11 @@ class RoutesRecorder:
         steps: which steps are recorded; `options.every` counts those.
     """
 
-    def __init__(self, options: Routes, sites: Sequence[RouterSite], steps: Steps) -> None:
+    def __init__(
+        self, options: Routes, sites: Sequence[RouterSite], steps: Steps, refusals: Refusals
+    ) -> None:
         self.options = options
-        self._steps = steps
+        self._steps, self._taken_back = steps, refusals.taken_back
         self._routers = {site.name: number for number, site in enumerate(sites)}
         self._layers = Layers(
             [site.name for site in sites],
@@ -202,9 +205,19 @@ class RoutesRecorder:
     def _stream(self, blocks: list[Block]) -> None:
         """Have rows written, whose columns are made on the thread that writes."""
         if self.stream is not None and blocks:
+            self._lose(blocks)
             layers, run = self._layers.copy(), self._run
             rows, nbytes = sum(block.rows for block in blocks), sum(block.nbytes for block in blocks)
-            self.stream.append(rows, nbytes, lambda: as_routes(blocks, layers, {}, run))
+            if self.stream.append(rows, nbytes, lambda: as_routes(blocks, layers, {}, run)):
+                for block in blocks:
+                    for router, call in block.decided():
+                        self.stream.written.add(layers.names[router], range(call, call + 1))
+
+    def _lose(self, blocks: Sequence[Block]) -> None:
+        """What calls decided that were taken back since is unknown."""
+        back, names = self._taken_back, self._layers.names
+        for block in blocks if back.runs else ():
+            block.lost.update(router for router, call in block.decided() if back.has(names[router], call))
 
     def end(self, collect: Callable[[], RecordedRoutes]) -> None:
         """Recording ends: finish the file, where rows are streamed to one.
@@ -234,13 +247,17 @@ class RoutesRecorder:
                 self._settle(self._shipped.popleft())
             dropped = self._dropped + self._blocks.dropped
             if self.stream is None:
+                self._lose(self._blocks.blocks)
                 return as_routes(self._blocks.blocks, self._layers, dropped, self._run)
             self._stream(self._blocks.take())
+            self.stream.tell_taken_back(self._taken_back)
             found = self.stream.read() or as_routes([], self._layers, {}, self._run)
             return replace(found, dropped=dict(dropped + self.stream.dropped))
 
 
-def routes_recorder(asked: bool | Routes, sites: Sequence[RouterSite], steps: Steps) -> RoutesRecorder | None:
+def routes_recorder(
+    asked: bool | Routes, sites: Sequence[RouterSite], steps: Steps, refusals: Refusals
+) -> RoutesRecorder | None:
     """What records the routes that are asked for; None where none are.
 
     Raises:
@@ -249,7 +266,7 @@ def routes_recorder(asked: bool | Routes, sites: Sequence[RouterSite], steps: St
     if not asked:
         return None
     options = Routes() if asked is True else asked
-    return RoutesRecorder(options, select_sites(list(sites), options.layers), steps)
+    return RoutesRecorder(options, select_sites(list(sites), options.layers), steps, refusals)
 
 
 def _tokens_of(chunks: Sequence[Chunk]) -> list[ForwardTokens]:
