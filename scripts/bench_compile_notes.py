@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the compiler's notes cost in compile time: OLMoE-1B-7B's layers, compiled with and without them.
+"""What provenance tracking costs in compile time: OLMoE-1B-7B's layers, compiled with and without it.
 
     python scripts/bench_compile_notes.py --pairs 5
 
-Each pair compiles the same model twice under a tracer, in turn; once the tracer does not ask for the notes.
+Each pair compiles the same model twice under a tracer, in turn; once the tracer does not switch it on.
 Caches are off. The ratio of each pair is printed as it comes, then the median and the quartiles.
 """
 

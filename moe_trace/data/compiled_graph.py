@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 BY_COMPILER = "by the compiler's provenance"
-"""The mark of times that are known by these notes."""
+"""The mark of times that are known by it: by what torch's provenance tracking says of each launch."""
 Place = Literal["router", "experts", "block"]
 """Inside the router, inside the experts, or elsewhere in their MoE block."""
 
@@ -54,7 +54,7 @@ class CompiledLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledGraph:
-    """The launches of one graph in the order of its generated code, by the compiler's own notes."""
+    """The launches of one graph in the order of its generated code, by the compiler's provenance."""
 
     parts: tuple[LaunchPart, ...]
     launches: tuple[CompiledLaunch, ...]

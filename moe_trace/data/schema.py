@@ -234,7 +234,7 @@ class Recording:
     """File of the routes of each token, relative to the trace; None where they were not recorded."""
 
     compiled_graphs: tuple[CompiledGraph, ...] = ()
-    """What torch.compile made while the tracer was active, by the compiler's notes."""
+    """What torch.compile made while the tracer was active, by the compiler's provenance."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", CallTable.of(self.samples))

@@ -155,9 +155,9 @@ def _graph_notes(recording: Recording) -> list[str]:
     ]
     if recording.graphs_compiled and not recording.compiled_graphs:
         notes.append(
-            "phases inside compiled code are unknown, for its kernels lack the compiler's notes: the code "
-            "came from Inductor's cache on disk without them, was compiled before the tracer started, or in "
-            "pieces that hold no whole layer, or its routers and experts are no modules (vLLM). Start the "
+            "phases inside compiled code are unknown, for its kernels lack the compiler's provenance: the "
+            "code came from Inductor's cache on disk without it, was compiled before the tracer started, or "
+            "in pieces that hold no whole layer, or its routers and experts are no modules (vLLM). Start the "
             "tracer before the first compiled call, and run once with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
         )
     notes += [

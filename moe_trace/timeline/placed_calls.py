@@ -31,7 +31,7 @@ class PlacedCalls:
     experts_are_split: bool = False
     """See `Recording.experts_are_split`."""
     by_compiler: bool = False
-    """Whether routers and experts inside graphs are told by the compiler's notes."""
+    """Whether routers and experts inside graphs are told by the compiler's provenance."""
 
     @staticmethod
     def of(calls: CallTable, *, experts_are_split: bool = False, by_compiler: bool = False) -> PlacedCalls:

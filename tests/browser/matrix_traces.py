@@ -41,7 +41,7 @@ RECORDED = {
     )
 }
 RECORDED["compiled_with_notes"] = DATA / "h100_compiled" / f"compiled_model{ENDING}"
-"""Its kernels are told apart by the compiler's notes."""
+"""Its kernels are told apart by the compiler's provenance."""
 NAMES = ("cpu_eager", *RECORDED, "two_ranks")
 
 

@@ -57,7 +57,7 @@ class TimeCoverage:
     collectives: Coverage = Coverage()
     """Collectives of MoE layers whose kernels, or range on the backend's thread, the trace holds."""
     compiled: Coverage = Coverage()
-    """Router calls inside compiled code whose kernels the compiler's notes name."""
+    """Router calls inside compiled code whose kernels the compiler's provenance names."""
     unshared: Coverage = Coverage()
     """Kernels of those calls that were not fused from several phases, layers or the rest of the model."""
     cpp_kernels: Coverage = Coverage()
@@ -88,10 +88,10 @@ class TimeCoverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How far the compiler's notes tell the times inside compiled code."""
+    """How far the compiler's provenance tells the times inside compiled code."""
 
     unknown_share: float
-    """Of the router calls inside compiled code: those whose kernels do not follow the notes."""
+    """Of the router calls inside compiled code: those whose kernels do not follow it."""
     shared_share: float
     """Of the time of the others' kernels: what was fused from several phases, layers or the rest of the
     model, and counts in equal parts."""
@@ -110,7 +110,7 @@ _LOSSES = {
     "backward": ("backward nodes have a forward operator", "backward times"),
     "collectives": ("collectives of MoE layers have their kernels or their work", "times of collectives"),
     "compiled": (
-        "router calls inside compiled code have kernels that follow the compiler's notes of its launches",
+        "router calls inside compiled code have kernels that follow the compiler's provenance",
         "their phases",
     ),
     "cpp_kernels": (

@@ -1,13 +1,14 @@
-"""What the code that Inductor generated launches, read from its source, to hold the compiler's notes against.
+"""What the code that Inductor generated launches, read from its source, to hold its provenance against.
 
-The notes leave some calls out, and tell neither which branch of a `torch.cond` ran nor for which of its calls
-a shared region was noted. A launch that is missing in the list would be taken for its neighbour.
+The compiler's provenance leaves some calls out, and tells neither which branch of a `torch.cond` ran nor of
+which of its calls a shared region was. A launch that is missing in it would be taken for its neighbour.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 _ENTRY, _COMPILED, _ALLOCATES = "call", "async_compile.", "empty_strided"
@@ -31,18 +32,28 @@ _HELPERS = ("torch._C._dynamo.guards.", "torch._inductor.")
 _HANDLE = re.compile(r"\[Provenance debug handles\] \S+:(\d+)$", re.MULTILINE)
 
 BRANCHES = (
-    "it chooses between branches or loops (torch.cond, while_loop), and the compiler does not note which "
-    "ran; leave that out of what is compiled, as layer.compile() of each MoE layer does"
+    "it chooses between branches or loops (torch.cond, while_loop), and the compiler's provenance does not "
+    "say which ran; leave that out of what is compiled, as layer.compile() of each MoE layer does"
 )
 REGIONS = (
     "it runs a region several times that was compiled once (torch.compiler.nested_compile_region), and the "
-    "compiler notes the modules of the first alone; use layer.compile() for each layer instead"
+    "compiler's provenance has the modules of the first alone; use layer.compile() for each layer instead"
 )
 NO_SOURCE = (
-    "its generated code cannot be read (cpp_wrapper, fx_wrapper); compile with torch._inductor.config."
-    "cpp_wrapper = False"
+    "its generated code cannot be read, as with torch._inductor.config.cpp_wrapper or fx_wrapper; compile "
+    "with both of them False"
 )
-DIFFERENT = "the compiler's notes leave out that it calls {}; compile it without, or report this"
+LEFT_OUT = (
+    "its generated code calls {}, which the compiler's provenance leaves out; please report this, and leave "
+    "that operator out of what is compiled until then"
+)
+NOT_MADE = (
+    "the compiler's provenance has a launch of {} that its generated code does not make; please report this"
+)
+OTHER_ORDER = (
+    "its generated code makes its launches in another order than the compiler's provenance has them; please "
+    "report this"
+)
 
 
 class _Refused(Exception):
@@ -50,11 +61,11 @@ class _Refused(Exception):
 
 
 def problem_of(source: str, noted: Sequence[str]) -> str:
-    """Why the notes do not tell what the code launches; empty where both agree.
+    """Why the provenance does not tell what the code launches; empty where both agree.
 
     Args:
         source: the module that Inductor wrote.
-        noted: names of the launches by the notes, in their order.
+        noted: names of the launches by the provenance, in their order.
     """
     try:
         found = list(_Code(ast.parse(source)).launches())
@@ -62,15 +73,13 @@ def problem_of(source: str, noted: Sequence[str]) -> str:
         return str(refused)
     except (SyntaxError, RecursionError, ValueError):
         return NO_SOURCE
+    left_out, not_made = Counter(found) - Counter(noted), Counter(noted) - Counter(found)
+    if left_out:
+        return LEFT_OUT.format(next(iter(left_out)))
+    if not_made:
+        return NOT_MADE.format(next(iter(not_made)))
     handles = [int(handle) for handle in _HANDLE.findall(source)]
-    if not found and noted:
-        return NO_SOURCE
-    if handles != sorted(handles):
-        return DIFFERENT.format("its kernels in another order")
-    different = next((a for a, b in zip(found, [*noted, None], strict=False) if a != b), None)
-    if different is None and len(found) < len(noted):
-        different = f"no {noted[len(found)]}"
-    return DIFFERENT.format(different) if different is not None else ""
+    return "" if found == [*noted] and handles == sorted(handles) else OTHER_ORDER
 
 
 class _Code:

@@ -78,8 +78,8 @@ def _said_once() -> Iterator[None]:
         if not _said:
             _said.append(True)
             warnings.warn(
-                f"the compiler's notes of its kernels could not be read ({type(error).__name__}: {error}); "
-                "the code runs and is recorded, but reports do not tell its phases",
+                f"the compiler's provenance could not be read ({type(error).__name__}: {error}); the code "
+                "runs and is recorded, but reports do not tell its phases",
                 RuntimeWarning,
                 stacklevel=4,
             )

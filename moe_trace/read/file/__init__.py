@@ -1,1 +1,1 @@
-"""Reading trace files: JSON, events, kernels and their launches."""
+"""Trace files: opened, told apart by process and rank, taken apart into recording and events."""

@@ -1,4 +1,4 @@
-"""Phases of calls inside compiled code, with and without CUDA graphs, by the compiler's own notes.
+"""Phases of calls inside compiled code, with and without CUDA graphs, by the compiler's provenance.
 
 The phases of a layer's launches follow from the same structure as those of eager operators: the experts'
 matrix products are the landmarks. A kernel that was fused from several phases, layers or the rest of the

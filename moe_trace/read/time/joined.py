@@ -20,7 +20,7 @@ from moe_trace.timeline.correlate.reasons import FUSED
 
 
 def measure_all(recording: Recording, events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every call of one trace: by its ranges, and inside compiled code by the compiler's notes."""
+    """Times of every call of one trace: by its ranges, inside compiled code by the compiler's provenance."""
     by_ranges = measure_calls(recording.samples, events, kernels)
     compiled = measure_compiled(recording.calls, recording.compiled_graphs, events, kernels)
     return by_ranges if compiled is None else joined([by_ranges, compiled])
@@ -34,7 +34,7 @@ def routers_in_graphs_us(times: CallTimes) -> dict[SampleKey, float]:
 
 
 def without_timed(lost: Lost, times: CallTimes) -> Lost:
-    """The routers that merging found no time for, less those whose kernels the compiler's notes name."""
+    """The routers that merging found no time for, less those whose kernels are known by provenance."""
     calls = times.samples
     told = (
         int((calls.in_graph & ~routers_timed(calls)).sum()) if times.work_ns(times.forward) is not None else 0

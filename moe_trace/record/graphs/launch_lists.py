@@ -1,4 +1,4 @@
-"""Which part of an MoE layer each launch of compiled code computes, by the compiler's notes of its graph.
+"""Which part of an MoE layer each launch of compiled code computes, by the compiler's provenance.
 
 Asked for when a graph takes up the hooks, until the tracer stops. A fused kernel lists all nodes that it
 computes, also those that several kernels compute again because that is cheaper than to store them: what it

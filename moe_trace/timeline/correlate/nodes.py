@@ -4,7 +4,7 @@ By the ids of their nodes, where the graph was captured with annotations. Else b
 graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
 plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
 noted one must be those of the replay. Where the profiler shows no copies and memsets, the kernels alone are
-told. Graphs of compiled code: by the compiler's notes of what each of their kernels computes.
+told. Graphs of compiled code: by the compiler's provenance of what each of their kernels computes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class NodeFinder:
         return self._found[launch.correlation]
 
     def _by_compiler(self, launch: Launch) -> dict[str, dict[RangeKind, NodeSpans]]:
-        """By the compiler's notes."""
+        """By the compiler's provenance."""
         fit = self._fit(launch)
         if fit is None:
             return {}
