@@ -30,9 +30,9 @@ from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.diff import compare
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.joined import measure_all
-from moe_trace.read.time.lanes import find_lanes
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
+from moe_trace.read.time.step_timeline import find_lanes
 from moe_trace.show.figures.latency import latency
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.json import to_plain

@@ -19,8 +19,8 @@ import moe_trace
 from models import tiny_olmoe, token_batch, watch_experts
 from moe_trace.record.graphs import memory
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.hooks import plain_calls
-from moe_trace.record.hooks.plain_calls import PlainCalls
+from moe_trace.record.hooks import fast_hooks
+from moe_trace.record.hooks.fast_hooks import PlainCalls
 
 EXPERTS = 8
 
@@ -52,7 +52,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     fake = FakeDevice()
     monkeypatch.setattr(memory, "is_initialized", lambda: fake.present)
     monkeypatch.setattr(memory, "is_current_stream_capturing", lambda: fake.captures)
-    monkeypatch.setattr(plain_calls, "stream_is_captured", lambda: fake.captures)
+    monkeypatch.setattr(fast_hooks, "stream_is_captured", lambda: fake.captures)
     for edge in ("begin", "end"):
         monkeypatch.setattr(CaptureNotes, edge, noting(fake.notes, edge))
     return fake

@@ -22,7 +22,7 @@ from moe_trace.data.trace_json.events import Kind
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.reader import read_summary
 from moe_trace.read.reduced.workers import reduce_trace
-from moe_trace.read.time.lanes import add_up, find_lanes, join_pieces
+from moe_trace.read.time.step_timeline import add_up, find_lanes, join_pieces
 from moe_trace.show.json import to_plain
 from moe_trace.show.tensorboard import store as store_module
 from moe_trace.show.tensorboard.catalog import Catalogs, find_catalog

@@ -103,7 +103,7 @@ class SiteObserver(HookOwner):
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
         raise NotImplementedError
 
-    # -- hooks: plain calls do without most of it (`plain_calls.py`) --------------------------------------
+    # -- hooks: most calls do without most of it (`fast_hooks.py`) ----------------------------------------
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():

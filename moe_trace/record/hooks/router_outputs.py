@@ -18,9 +18,9 @@ from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
 from moe_trace.record.hooks.events import CallClock, EventLog
+from moe_trace.record.hooks.fast_hooks import total_rows
 from moe_trace.record.hooks.joining import CallJoiner
-from moe_trace.record.hooks.plain import PlainForwards
-from moe_trace.record.hooks.plain_calls import total_rows
+from moe_trace.record.hooks.repeated_forwards import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
 
 _TOLD_CALLS = 4

@@ -18,8 +18,8 @@ from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.graphs.memory import cuda_is_used
+from moe_trace.record.hooks.fast_hooks import ListedExpert, PlainCalls, PlainRanges
 from moe_trace.record.hooks.functions import SiteObserver
-from moe_trace.record.hooks.plain_calls import ListedExpert, PlainCalls, PlainRanges
 
 
 class Level(IntEnum):

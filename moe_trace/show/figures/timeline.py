@@ -8,8 +8,8 @@ import numpy as np
 
 from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.schema import Span
-from moe_trace.read.time.lanes import Clock, Lanes, Segments, counter_tracks
 from moe_trace.read.time.phase_detection import PHASES
+from moe_trace.read.time.step_timeline import Clock, Lanes, Segments, counter_tracks
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, curve, safe
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84

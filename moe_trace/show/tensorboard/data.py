@@ -11,7 +11,7 @@ from moe_trace.data.display.columns import DEFINITIONS
 from moe_trace.data.errors import MoETraceError
 from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.lanes import Lanes, find_lanes
+from moe_trace.read.time.step_timeline import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
 from moe_trace.show.figures.expert_heat_map import expert_heat_map, step_label
 from moe_trace.show.figures.physical import physical_figure

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.read.time.lanes import Clock, Lanes, Pieces, add_up, join_pieces
+from moe_trace.read.time.step_timeline import Clock, Lanes, Pieces, add_up, join_pieces
 from moe_trace.show.figures.figure import TABLE_ROWS_MAX
 from moe_trace.show.figures.timeline import timeline_figure
 from moe_trace.show.tensorboard.parameters import Parameters, integer, time_window

@@ -17,7 +17,7 @@ from moe_trace.timeline.correlate.reasons import (
     OTHER_TRACE,
     UNKNOWN_GRAPH,
 )
-from moe_trace.timeline.correlate.traced_graphs import Found, Replays
+from moe_trace.timeline.correlate.replays import Found, Replays
 
 
 class DeviceForwards:

@@ -24,8 +24,8 @@ from moe_trace.timeline.correlate.host_forwards import HostForwards
 from moe_trace.timeline.correlate.launches import Launches
 from moe_trace.timeline.correlate.missing import MissingRanges
 from moe_trace.timeline.correlate.reasons import NO_RANGE, OTHER_TRACE
+from moe_trace.timeline.correlate.replays import Replays, TraceClock
 from moe_trace.timeline.correlate.scan import RangeEvent
-from moe_trace.timeline.correlate.traced_graphs import Replays, TraceClock
 
 
 def place_in_graphs(

@@ -10,8 +10,8 @@ from typing import Any
 from moe_trace.data.schema import Placement, RoutingSample, Span
 from moe_trace.timeline.correlate.launches import Launch, hull
 from moe_trace.timeline.correlate.reasons import NO_RANGE
+from moe_trace.timeline.correlate.replays import Found, Replays
 from moe_trace.timeline.correlate.scan import RangeEvent
-from moe_trace.timeline.correlate.traced_graphs import Found, Replays
 
 
 class HostForwards:
