@@ -67,7 +67,7 @@ class EventLog:
         self.note: Callable[[Event], Any] = self.items.extend
         """What the hooks call: adds to the list, or has somebody look at each event first."""
         self.waiting = 0
-        """How many items, the first ones, are those of forwards that wait for others: see `repeated_forwards.py`."""
+        """How many items, the first ones, are those of forwards that wait (`repeated_forwards.py`)."""
 
     def take(self) -> list[Any]:
         """Remove what stands behind them now; other threads may add meanwhile."""
