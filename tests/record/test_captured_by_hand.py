@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -85,6 +85,24 @@ def a_tracer(model: Any, profiled: bool) -> Iterator[moe_trace.MoETracer]:
             yield tracer
 
 
+@torch.no_grad()
+def capture_call(device: FakeDevice, captured: str, model: Any, block: Any) -> None:
+    """Capture one call of the model, of a block, or of a block while the model's forward runs eagerly."""
+    forward = block.forward
+
+    def in_a_graph(hidden: torch.Tensor) -> Any:
+        with device.graph():
+            return forward(hidden)
+
+    if captured == "block inside a forward":
+        block.forward = in_a_graph
+        model(**token_batch(1, 2))
+        block.forward = forward
+        return
+    with device.graph():
+        model(**token_batch(1, 2)) if captured == "model" else block(torch.randn(1, 2, 32))
+
+
 ONE_CALL = ["begin router", "end router", "begin experts", "end experts"]
 
 
@@ -93,29 +111,13 @@ ONE_CALL = ["begin router", "end router", "begin experts", "end experts"]
 def test_a_capture_between_plain_calls(device: FakeDevice, profiled: bool, captured: str) -> None:
     """It notes its routers and experts and writes into the rings; what runs eagerly is recorded as before."""
     model = tiny_olmoe(layers=2)
-    block, inside = model.model.layers[0].mlp, [False]
-    forward = block.forward
-
-    def in_a_graph(hidden: torch.Tensor) -> Any:
-        with device.graph() if inside[0] else nullcontext():
-            return forward(hidden)
-
+    block = model.model.layers[0].mlp
     with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
         run(model)
         for layer in model.model.layers:
             assert plain_hooks(layer.mlp.gate) and plain_hooks(layer.mlp.experts)
         assert not device.notes
-        with torch.no_grad():
-            if captured == "model":
-                with device.graph():
-                    model(**token_batch(1, 2))
-            elif captured == "block":
-                with device.graph():
-                    block(torch.randn(1, 2, 32))
-            else:
-                block.forward, inside[0] = in_a_graph, True
-                model(**token_batch(1, 2))
-                inside[0] = False
+        capture_call(device, captured, model, block)
         assert device.notes == ONE_CALL * (2 if captured == "model" else 1)
         run(model, first=20)
         assert plain_hooks(block.gate)
@@ -158,7 +160,7 @@ def test_a_capture_that_fails_between_a_router_and_its_experts(device: FakeDevic
 @pytest.mark.parametrize("profiled", [False, True])
 @pytest.mark.parametrize("captured", ["model", "block", "block inside a forward"])
 def test_a_model_that_is_moved_to_a_gpu_under_a_tracer(
-    device: FakeDevice, captured: str, profiled: bool, monkeypatch: pytest.MonkeyPatch
+    device: FakeDevice, captured: str, profiled: bool
 ) -> None:
     """Nothing ran on it before the capture: neither a forward nor the block."""
     model = tiny_olmoe(layers=2)
@@ -167,31 +169,12 @@ def test_a_model_that_is_moved_to_a_gpu_under_a_tracer(
     with watch_experts(model) as calls, a_tracer(model, profiled) as tracer:
         run(model)
         device.present = True
-        with torch.no_grad():
-            if captured == "model":
-                with device.graph():
-                    model(**token_batch(1, 2))
-            elif captured == "block":
-                with device.graph():
-                    block(torch.randn(1, 2, 32))
-            else:
-                capture_within(device, block)
-                model(**token_batch(1, 2))
+        capture_call(device, captured, model, block)
         assert device.notes == ONE_CALL * (2 if captured == "model" else 1)
     samples, received = tracer.samples(), [c.assignments(EXPERTS) for c in calls]
     assert sorted(s.assignments.tolist() for s in samples) == sorted(received)
     assert sum(s.in_graph for s in samples) == (2 if captured == "model" else 1)
     assert not tracer.recording().lost.calls and not tracer.recording().lost.experts_without_router
-
-
-def capture_within(device: FakeDevice, block: Any) -> None:
-    forward = block.forward
-
-    def in_a_graph(hidden: torch.Tensor) -> Any:
-        with device.graph():
-            return forward(hidden)
-
-    block.forward = in_a_graph
 
 
 @pytest.mark.parametrize("profiled", [False, True])

@@ -138,6 +138,14 @@ def test_compiled_decode_adds_no_synchronisation() -> None:
     assert len(tracer.samples()) == 2 * (5 + 2 * slots)
 
 
+def replay(graph: torch.cuda.CUDAGraph, static: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Of each input, which is copied to where the graph reads it."""
+    for tokens in inputs:
+        static.copy_(tokens)
+        graph.replay()
+    torch.cuda.synchronize()
+
+
 @torch.no_grad()
 def test_a_captured_graph_records_every_replay() -> None:
     model = gpu_model()
@@ -145,10 +153,7 @@ def test_a_captured_graph_records_every_replay() -> None:
     inputs = [ids(2, 8, seed=i) for i in range(6)]
     with moe_trace.MoETracer(model) as tracer:
         graph = capture(model, static)
-        for tokens in inputs:
-            static.copy_(tokens)
-            graph.replay()
-        torch.cuda.synchronize()
+        replay(graph, static, inputs)
     warm_up = eager_counts([inputs[0]] * 2)
     assert counts(tracer) == warm_up + eager_counts(inputs)
     assert [s.in_graph for s in tracer.samples() if s.layer == 0] == [False] * 2 + [True] * 6
@@ -228,10 +233,7 @@ def test_fused_blocks_in_a_captured_graph_are_recorded() -> None:
     static, inputs = ids(2, 8, seed=0), [ids(2, 8, seed=i) for i in range(6)]
     with moe_trace.MoETracer(model) as tracer:
         graph = capture(model, static)
-        for tokens in inputs:
-            static.copy_(tokens)
-            graph.replay()
-        torch.cuda.synchronize()
+        replay(graph, static, inputs)
     assert counts(tracer) == eager_counts([inputs[0]] * 2) + eager_counts(inputs)
     assert not tracer.recording().lost.calls
 
@@ -253,10 +255,7 @@ def test_another_thread_runs_eagerly_while_a_graph_is_captured() -> None:
         pool.submit(run_eagerly).result()
         model.model.layers[0].mlp.experts.register_forward_pre_hook(go)
         graph = capture(model, static, capture_error_mode="thread_local")
-        for tokens in inputs:
-            static.copy_(tokens)
-            graph.replay()
-        torch.cuda.synchronize()
+        replay(graph, static, inputs)
     samples = sorted(tracer.samples(), key=lambda s: (s.call, s.layer))
     replayed = [s.assignments.tolist() for s in samples if s.in_graph]
     eager = [s.assignments.tolist() for s in samples if not s.in_graph]
