@@ -13,10 +13,11 @@ from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample
 from moe_trace.data.trace_json.events import EventTable, spans_ns
 from moe_trace.data.trace_json.intervals import Intervals
 from moe_trace.read.file.ranges import RangeThreads
+from moe_trace.read.time.columns import Columns
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks(Intervals):
+class Blocks(Columns, Intervals):
     """B calls that have ranges in the trace, sorted by thread and time. [B] arrays, nanoseconds."""
 
     samples: CallTable
@@ -31,17 +32,6 @@ class Blocks(Intervals):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def select(self, mask: npt.NDArray[np.bool_]) -> Blocks:
-        """Those of a mask."""
-        return Blocks(
-            samples=self.samples.take(mask),
-            thread=self.thread[mask],
-            start_ns=self.start_ns[mask],
-            end_ns=self.end_ns[mask],
-            router_ns=self.router_ns[mask],
-            experts_ns=self.experts_ns[mask],
-        )
-
 
 def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     """The samples whose ranges the trace holds."""
@@ -55,15 +45,8 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     experts, has_experts = _host_ns(calls, "experts")
     after = np.stack([router[:, 1], np.maximum(router[:, 1], end)], axis=1)
     experts = np.where(has_experts[:, None], experts, after)
-    order = np.lexsort((start, thread))
-    return Blocks(
-        samples=calls.take(order),
-        thread=thread[order],
-        start_ns=start[order],
-        end_ns=end[order],
-        router_ns=router[order],
-        experts_ns=experts[order],
-    )
+    blocks = Blocks(calls, thread, start, end, router_ns=router, experts_ns=experts)
+    return blocks.select(np.lexsort((start, thread)))
 
 
 def host_bounds_ns(calls: CallTable) -> npt.NDArray[np.int64]:

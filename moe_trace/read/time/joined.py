@@ -51,19 +51,14 @@ def joined(parts: Sequence[CallTimes]) -> CallTimes:
     backward = [p.backward for p in parts]
     return CallTimes(
         samples=CallTable.concatenated([p.samples for p in parts]),
-        forward=_joined_times([p.forward for p in parts]),
+        forward=Times.concatenated([p.forward for p in parts]),
         backward=None
         if all(b is None for b in backward)
-        else _joined_times([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
+        else Times.concatenated([b or _no_times(p) for b, p in zip(backward, parts, strict=True)]),
         on_device=any(p.on_device for p in parts),
         coverage=sum((p.coverage for p in parts), TimeCoverage()),
         **{name: np.concatenate([getattr(p, name) for p in parts]) for name in CALL_COLUMNS},
     )
-
-
-def _joined_times(parts: Sequence[Times]) -> Times:
-    names = Times.__dataclass_fields__
-    return Times(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
 
 
 def _no_times(part: CallTimes) -> Times:

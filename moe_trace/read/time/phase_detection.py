@@ -27,6 +27,7 @@ import numpy.typing as npt
 from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.data.trace_json.intervals import Intervals, is_outermost
 from moe_trace.read.time.blocks import Blocks
+from moe_trace.read.time.columns import Columns
 
 Phase = Literal["router", "dispatch", "experts", "combine", "shared", "other"]
 PHASES: tuple[Phase, ...] = ("router", "dispatch", "experts", "combine", "shared", "other")
@@ -54,7 +55,7 @@ _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFuncti
 
 
 @dataclass(frozen=True, eq=False)
-class Steps(Intervals):
+class Steps(Columns, Intervals):
     """I outermost operators and launches inside blocks, sorted by thread and time. [I] arrays."""
 
     block: npt.NDArray[np.int64]
@@ -63,6 +64,8 @@ class Steps(Intervals):
     thread: npt.NDArray[np.int64]
     start_ns: npt.NDArray[np.int64]
     end_ns: npt.NDArray[np.int64]
+    name: npt.NDArray[np.int32]
+    """Index into the table's names."""
 
 
 def find_steps(events: EventTable, blocks: Blocks) -> Steps:
@@ -77,20 +80,15 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     host, block = host.select(inside), block[inside]
     outermost = is_outermost(host, block)
     step = np.cumsum(outermost) - 1
-    phase = _phases(
-        blocks,
-        block=block[outermost],
-        start_ns=host.start_ns[outermost],
-        products=_holding(host, step, PRODUCTS),
-        gathers=_named(host, GATHERS)[outermost],
-        writes=_holding(host, step, WRITES),
-    )
+    products, writes = _holding(host, step, PRODUCTS), _holding(host, step, WRITES)
+    steps, block = host.select(outermost), block[outermost]
     return Steps(
-        block=block[outermost],
-        phase=phase,
-        thread=host.thread[outermost].astype(np.int64),
-        start_ns=host.start_ns[outermost],
-        end_ns=host.end_ns[outermost],
+        block=block,
+        phase=_phases(blocks, block, steps.start_ns, products, _named(steps, GATHERS), writes),
+        thread=steps.thread.astype(np.int64),
+        start_ns=steps.start_ns,
+        end_ns=steps.end_ns,
+        name=steps.name,
     )
 
 
@@ -108,7 +106,6 @@ def _holding(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.
 
 def _phases(
     blocks: Blocks,
-    *,
     block: npt.NDArray,
     start_ns: npt.NDArray,
     products: npt.NDArray[np.bool_],
@@ -121,12 +118,16 @@ def _phases(
     phase[rows] = phases_in_experts(block[rows], products[rows], gathers[rows], writes[rows])
     rows = np.flatnonzero(phase == OTHER)
     before = (start_ns < router[:, 0]).astype(np.int64) + (start_ns < experts[:, 0])
-    stretch = (block * 3 + before)[rows]
-    _, stretch = np.unique(stretch, return_inverse=True)
-    first, last = _first_and_last(stretch, products[rows])
-    position = np.arange(len(rows))
-    phase[rows[(position >= first[stretch]) & (position <= last[stretch])]] = SHARED
+    phase[rows[between_products((block * 3 + before)[rows], products[rows])]] = SHARED
     return phase
+
+
+def between_products(group: npt.NDArray, products: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Whether a row stands from the first product of its group to the last, both included."""
+    _, group = np.unique(group, return_inverse=True)
+    first, last = _first_and_last(group, products)
+    position = np.arange(len(group))
+    return (position >= first[group]) & (position <= last[group])
 
 
 def phases_of_ranges(

@@ -22,13 +22,14 @@ from moe_trace.data.trace_json.events import EventTable, Kind, find_links
 from moe_trace.data.trace_json.intervals import node_intervals
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
+from moe_trace.read.time.columns import Columns
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps, phases_of_ranges
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Times:
+class Times(Columns):
     """B calls x P phases, nanoseconds; `PHASES` names the columns."""
 
     host_ns: IntArray
@@ -39,10 +40,6 @@ class Times:
     """[B, P] from the phase's first kernel to its last; 0 without kernels."""
     kernels: IntArray
     """[B, P] how many."""
-
-    def select(self, rows: npt.NDArray) -> Times:
-        """Those calls."""
-        return Times(self.host_ns[rows], self.busy_ns[rows], self.span_ns[rows], self.kernels[rows])
 
     @property
     def ran(self) -> npt.NDArray[np.bool_]:
@@ -59,7 +56,7 @@ CALL_COLUMNS = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns
 
 
 @dataclass(frozen=True, eq=False)
-class CallTimes:
+class CallTimes(Columns):
     """The times of B calls; the row of each array is the call's."""
 
     samples: CallTable
@@ -95,25 +92,18 @@ class CallTimes:
             return times.host_ns
         return times.busy_ns if self.device_known else None
 
-    def select(self, rows: npt.NDArray[np.int64]) -> CallTimes:
+    def select(self, rows: npt.NDArray) -> CallTimes:
         """Those calls, in the order of `rows`."""
-        return CallTimes(
-            samples=self.samples.take(rows),
-            forward=self.forward.select(rows),
-            backward=None if self.backward is None else self.backward.select(rows).unless_empty(),
-            on_device=self.on_device,
-            coverage=self.coverage,
-            **{name: getattr(self, name)[rows] for name in CALL_COLUMNS},
-        )
+        chosen = super().select(rows)
+        return chosen if chosen.backward is None else replace(chosen, backward=chosen.backward.unless_empty())
 
 
 def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> CallTimes:
     """Times of every sample that has its ranges in the trace, and operators inside them."""
     blocks, steps = _filled(find_blocks(samples, events), events)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
-    host_ns = _sums(len(blocks), steps.block, steps.phase, steps.end_ns - steps.start_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
-    forward = _device_times(len(blocks), steps, kernels, launched, host_ns)
+    forward = _times(len(blocks), steps, kernels, launched)
     busy = launched >= 0
     span_ns, union_ns = span_and_union(
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
@@ -128,7 +118,7 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
         forward=forward,
         backward=backward if linked.known else None,
         block_host_ns=block_host_ns,
-        host_gap_ns=block_host_ns - host_ns.sum(1),
+        host_gap_ns=block_host_ns - forward.host_ns.sum(1),
         device_span_ns=span_ns,
         device_gap_ns=span_ns - union_ns,
         device_overlap_ns=forward.busy_ns.sum(1) - union_ns,
@@ -167,12 +157,12 @@ def _sums(rows: int, row: IntArray, phase: IntArray, values: IntArray) -> IntArr
     return table
 
 
-def _device_times(rows: int, steps: Steps, kernels: Kernels, step: IntArray, host_ns: IntArray) -> Times:
-    """Times of the kernels whose step is known (`step` is -1 for the others)."""
-    known = step >= 0
-    row, phase = steps.block[step[known]], steps.phase[step[known]]
+def _times(rows: int, steps: Steps, kernels: Kernels, launched: IntArray) -> Times:
+    """Times of the steps, and of the kernels that they `launched`, given by the step of each; -1 for none."""
+    known = launched >= 0
+    row, phase = steps.block[launched[known]], steps.phase[launched[known]]
     times = device_times(rows, row, phase, kernels.start_ns[known], kernels.duration_ns[known])
-    return replace(times, host_ns=host_ns)
+    return replace(times, host_ns=_sums(rows, steps.block, steps.phase, steps.end_ns - steps.start_ns))
 
 
 def device_times(
@@ -184,26 +174,31 @@ def device_times(
     share: IntArray | int = 1,
 ) -> Times:
     """Times of kernels by call and phase; one that is shared counts with a part of its time."""
-    first = np.full((rows, len(PHASES)), np.iinfo(np.int64).max)
-    last = np.zeros((rows, len(PHASES)), dtype=np.int64)
-    np.minimum.at(first, (row, phase), start_ns)
-    np.maximum.at(last, (row, phase), start_ns + duration_ns)
-    count = _sums(rows, row, phase, np.ones_like(start_ns))
     return Times(
         host_ns=np.zeros((rows, len(PHASES)), dtype=np.int64),
         busy_ns=_sums(rows, row, phase, duration_ns // share),
-        span_ns=np.where(count > 0, last - np.where(count > 0, first, 0), 0),
-        kernels=count,
+        span_ns=_spans((rows, len(PHASES)), (row, phase), start_ns, start_ns + duration_ns),
+        kernels=_sums(rows, row, phase, np.ones_like(start_ns)),
     )
+
+
+def _spans(
+    shape: tuple[int, ...], at: tuple[IntArray, ...], start_ns: IntArray, end_ns: IntArray
+) -> IntArray:
+    """From first start to last end of what stands at each place; 0 without anything."""
+    first, last = np.full(shape, np.iinfo(np.int64).max), np.full(shape, np.iinfo(np.int64).min)
+    np.minimum.at(first, at, start_ns)
+    np.maximum.at(last, at, end_ns)
+    return np.where(first <= last, last - first, 0)
 
 
 def span_and_union(
     rows: int, row: IntArray, start: IntArray, duration: IntArray
 ) -> tuple[IntArray, IntArray]:
     """[B] first start to last end, and the time covered by at least one interval."""
-    span, union = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+    union = np.zeros(rows, dtype=np.int64)
     if not len(row):
-        return span, union
+        return union, union
     order = np.lexsort((start, row))
     row, start, end = row[order], start[order], (start + duration)[order]
     stride = int(end.max()) - int(start.min()) + 1
@@ -212,10 +207,7 @@ def span_and_union(
     before = np.concatenate([start[:1] + moved[:1], reach[:-1]])
     covered = np.maximum(0, end + moved - np.maximum(start + moved, before))
     np.add.at(union, row, covered)
-    firsts = np.flatnonzero(np.concatenate([[True], row[1:] != row[:-1]]))
-    lasts = np.concatenate([firsts[1:], [len(row)]]) - 1
-    span[row[firsts]] = (reach - moved)[lasts] - start[firsts]
-    return span, union
+    return _spans((rows,), (row,), start, end), union
 
 
 # -- backward -----------------------------------------------------------------------------------------
@@ -236,31 +228,20 @@ def _backward(
     linked = at >= 0
     nodes, found = node_intervals(events, backward)
     coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
-    nodes, at = nodes.select(linked), at[linked]
-    block = blocks.at(forward.thread[at], forward.start_ns[at])
-    nodes, at, block = nodes.select(block >= 0), at[block >= 0], block[block >= 0]
-    thread, start_ns = forward.thread[at], forward.start_ns[at]
+    nodes, forward = nodes.select(linked), forward.select(at[linked])
+    block = blocks.at(forward.thread, forward.start_ns)
+    inside = block >= 0
+    nodes, forward, block = nodes.select(inside), forward.select(inside), block[inside]
     # Code that was compiled has one node, which began where none of the steps inside it did.
-    phase = phases_of_ranges(blocks, block, start_ns)
-    step = steps.at(thread, start_ns)
+    phase = phases_of_ranges(blocks, block, forward.start_ns)
+    step = steps.at(forward.thread, forward.start_ns)
     known = np.flatnonzero(step >= 0)
     block[known], phase[known] = steps.block[step[known]], steps.phase[step[known]]
-    order = np.lexsort((nodes.start_ns, nodes.thread))
-    nodes = nodes.select(order)
-    as_steps = _after_recompute(
-        Steps(
-            block=block[order],
-            phase=phase[order],
-            thread=nodes.thread.astype(np.int64),
-            start_ns=nodes.start_ns,
-            end_ns=nodes.end_ns,
-        ),
-        blocks,
-    )
-    rows = len(blocks)
-    host_ns = _sums(rows, as_steps.block, as_steps.phase, as_steps.end_ns - as_steps.start_ns)
+    thread = nodes.thread.astype(np.int64)
+    as_steps = Steps(block, phase, thread, nodes.start_ns, nodes.end_ns, nodes.name)
+    as_steps = _after_recompute(as_steps.select(np.lexsort((nodes.start_ns, thread))), blocks)
     launched = as_steps.at(kernels.launch_thread, kernels.launch_ns)
-    return _device_times(rows, as_steps, kernels, launched, host_ns).unless_empty(), coverage
+    return _times(len(blocks), as_steps, kernels, launched).unless_empty(), coverage
 
 
 def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import RoutingSample, Span
-from moe_trace.data.trace_json.events import EventTable, Kind
+from moe_trace.data.trace_json.events import EventTable
 from moe_trace.data.trace_json.kernels import Kernels, find_kernels
 from moe_trace.read.time.blocks import find_blocks
-from moe_trace.read.time.compiled import forward_phases
+from moe_trace.read.time.columns import Columns
+from moe_trace.read.time.compiled import phased_kernels
 from moe_trace.read.time.phase_detection import PHASES, Steps, find_steps
 from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, join_compiled
 from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
@@ -30,7 +31,7 @@ CounterTrack = tuple[str, list[tuple[Span, float]]]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Pieces(Columns):
     """N kernels (device) or outermost operators (host) inside MoE blocks, by start. [N] arrays."""
 
     block: IntArray
@@ -41,11 +42,9 @@ class Pieces:
     name: IntArray
     """Index into `Lanes.names`."""
 
-    def select(self, mask: npt.NDArray) -> Pieces:
-        """The pieces of a mask or an index."""
-        return Pieces(
-            self.block[mask], self.phase[mask], self.start_ns[mask], self.end_ns[mask], self.name[mask]
-        )
+    def by_start(self) -> Pieces:
+        """The same in the order of time."""
+        return self.select(np.argsort(self.start_ns, kind="stable"))
 
     def within(self, start_ns: int, end_ns: int) -> Pieces:
         """Those that touch an interval."""
@@ -108,62 +107,36 @@ def find_lanes(
     """
     blocks, kernels, calls = find_blocks(samples, events), find_kernels(events), CallTable.of(samples)
     steps = find_steps(events, blocks)
-    device, host = _device_pieces(kernels, steps), _host_pieces(events, steps)
+    device = _device_pieces(kernels, steps)
+    host = Pieces(steps.block, steps.phase, steps.start_ns, steps.end_ns, steps.name.astype(np.int64))
+    host = host.by_start()
     join = join_compiled(calls, graphs, events, kernels)
     if join is None:
         return Lanes(samples=blocks.samples, device=device, host=host, names=events.names)
     timed, compiled = _compiled_pieces(join, len(blocks.samples))
     return Lanes(
         samples=CallTable.concatenated([blocks.samples, calls.take(timed)]),
-        device=_together(device, compiled) if join.on_device else device,
-        host=host if join.on_device else _together(host, compiled),
+        device=Pieces.concatenated([device, compiled]).by_start() if join.on_device else device,
+        host=host if join.on_device else Pieces.concatenated([host, compiled]).by_start(),
         names=events.names,
     )
 
 
 def _compiled_pieces(join: CompiledCalls, first: int) -> tuple[IntArray, Pieces]:
     """The rows of calls inside compiled code whose kernels are known, and these; calls count from `first`."""
-    work, phase = forward_phases(join)
-    kernel = np.array([one.kernel for one in work], np.int64)
-    timed, block = np.unique(np.array([one.call for one in work], np.int64), return_inverse=True)
-    start = join.kernels.start_ns[kernel]
-    end, name = start + join.kernels.duration_ns[kernel], join.kernels.name[kernel].astype(np.int64)
-    return timed, Pieces(first + block, phase, start, end, name)
-
-
-def _together(one: Pieces, other: Pieces) -> Pieces:
-    names = Pieces.__dataclass_fields__
-    both = Pieces(**{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names})
-    return both.select(np.argsort(both.start_ns, kind="stable"))
+    work, kernels = phased_kernels(join.forward()), join.kernels
+    timed, block = np.unique(work.call, return_inverse=True)
+    start, name = kernels.start_ns[work.kernel], kernels.name[work.kernel].astype(np.int64)
+    end = start + kernels.duration_ns[work.kernel]
+    return timed, Pieces(first + block, work.phase, start, end, name)
 
 
 def _device_pieces(kernels: Kernels, steps: Steps) -> Pieces:
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
-    known = np.flatnonzero(launched >= 0)
-    known = known[np.argsort(kernels.start_ns[known], kind="stable")]
-    step, start = launched[known], kernels.start_ns[known]
-    name = kernels.name[known].astype(np.int64)
-    return Pieces(steps.block[step], steps.phase[step], start, start + kernels.duration_ns[known], name)
-
-
-def _host_pieces(events: EventTable, steps: Steps) -> Pieces:
-    order = np.argsort(steps.start_ns, kind="stable")
-    thread, start = steps.thread[order], steps.start_ns[order]
-    return Pieces(
-        steps.block[order], steps.phase[order], start, steps.end_ns[order], _names_at(events, thread, start)
-    )
-
-
-def _names_at(events: EventTable, thread: IntArray, start_ns: IntArray) -> IntArray:
-    """Names of the longest operator or launch that starts there."""
-    host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
-    host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
-    if not len(host):
-        return np.zeros(0, dtype=np.int64)
-    origin = int(host.start_ns.min())
-    stride = int(host.start_ns.max()) - origin + 1
-    keys = host.start_ns - origin + host.thread.astype(np.int64) * stride
-    return host.name[np.searchsorted(keys, start_ns - origin + thread * stride)].astype(np.int64)
+    step, start = launched[launched >= 0], kernels.start_ns[launched >= 0]
+    end = start + kernels.duration_ns[launched >= 0]
+    name = kernels.name[launched >= 0].astype(np.int64)
+    return Pieces(steps.block[step], steps.phase[step], start, end, name).by_start()
 
 
 def join_pieces(pieces: Pieces, closer_than_ns: int) -> Segments:
