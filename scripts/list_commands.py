@@ -24,12 +24,12 @@ what `moe-trace COMMAND --help` prints, written by `scripts/list_commands.py`.
 def page() -> str:
     """The whole page. The width is fixed, so that it is the same on every terminal."""
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    from moe_trace.cli import COMMANDS, _parser
+    from moe_trace.cli import COMMANDS, command_parser
 
     parts = [HEAD, "| command | what it does |\n|---|---|\n"]
     parts += [f"| [{name}](#{name}) | {line} |\n" for name, (_, line) in COMMANDS.items()]
     for name in COMMANDS:
-        parser = _subparsers(_parser(name)[0])[name]
+        parser = _subparsers(command_parser(name))[name]
         parts.append(_section(name, parser))
         parts += [_section(f"{name} {inner}", sub) for inner, sub in _subparsers(parser).items()]
     return "".join(parts)

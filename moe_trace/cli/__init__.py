@@ -1,7 +1,7 @@
-"""The command line: each command is a small class in a module of its own, imported only when it is asked for.
+"""The command line: each command is a module, imported only when it is asked for.
 
-A command class has a docstring (its help; the last paragraph is an example), `reads` (the arguments that name
-what is read, each with the ending of a copy of what comes from a pipe), `add_arguments(parser)` and
+Its docstring is its help, with an example as the last paragraph. It has `READS` (the arguments that name what
+is read, each with the ending of a copy of what comes from a pipe), `add_arguments(parser)` and
 `run(arguments) -> exit code`.
 """
 
@@ -11,28 +11,26 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
-from moe_trace.cli.subcommands import add_command, load_command
+from moe_trace.cli.subcommands import add_command
 from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
-# name -> (module and class, one line for the overview); modules are imported late, so that reading a trace
-# never imports torch.
+# name -> (module, one line for the overview); modules are imported late: reading a trace never imports torch.
 COMMANDS = {
-    "run": ("run.command:RunCommand", "run a model and record its routing in a profiler trace"),
-    "routers": ("routers:RoutersCommand", "list what would be traced in a model"),
-    "report": ("report:ReportCommand", "what a trace says about the routing"),
-    "ask": ("ask:AskCommand", "questions answered: imbalance, MoE's share, what to try"),
-    "view": ("view:ViewCommand", "start TensorBoard on a folder and its MoE tab"),
-    "merge": ("merge:MergeCommand", "the traces of a run's ranks as one, on one clock"),
-    "reduce": ("reduce:ReduceCommand", "what a report needs of a trace, in a small file"),
-    "diff": ("diff:DiffCommand", "what changed between two traces, and what is noise"),
-    "check": ("check:CheckCommand", "whether a merged trace keeps its promises"),
-    "export": ("export:ExportCommand", "calls as CSV or Parquet, Perfetto, expert counts"),
-    "placement": ("placement:PlacementCommand", "what another placement of experts would give"),
-    "routes": ("routes:RoutesCommand", "which token went where: check, compare, study"),
+    "run": ("run.command", "run a model and record its routing in a profiler trace"),
+    "routers": ("routers", "list what would be traced in a model"),
+    "report": ("report", "what a trace says about the routing"),
+    "ask": ("ask", "questions answered: imbalance, MoE's share, what to try"),
+    "view": ("view", "start TensorBoard on a folder and its MoE tab"),
+    "merge": ("merge", "the traces of a run's ranks as one, on one clock"),
+    "reduce": ("reduce", "what a report needs of a trace, in a small file"),
+    "diff": ("diff", "what changed between two traces, and what is noise"),
+    "check": ("check", "whether a merged trace keeps its promises"),
+    "export": ("export", "calls as CSV or Parquet, Perfetto, expert counts"),
+    "placement": ("placement", "what another placement of experts would give"),
+    "routes": ("routes.command", "which token went where: check, compare, study"),
 }
 
 
@@ -40,15 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments_given = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
-    chosen = next((a for a in arguments_given if a in COMMANDS), None)
-    parser, command = _parser(chosen)
+    parser = command_parser(next((a for a in arguments_given if a in COMMANDS), None))
     arguments = parser.parse_args(arguments_given)
-    if command is None:
+    if arguments.command is None:
         parser.print_help()
         return 2
     try:
-        with seekable_inputs(arguments, command.reads):
-            code = int(command.run(arguments))
+        with seekable_inputs(arguments, arguments.command.READS):
+            code = int(arguments.command.run(arguments))
         sys.stdout.flush()
         return code
     except MoETraceError as error:
@@ -77,19 +74,19 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, Any]:
+def command_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """That of `moe-trace`, with the options of one command, whose module is then `command`."""
     parser = argparse.ArgumentParser(
         prog="moe-trace",
         description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
         epilog="Example: moe-trace run --model demo --out runs/demo",
     )
     parser.add_argument("--version", action="version", version=f"moe-trace {__version__}")
+    parser.set_defaults(command=None)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    command = None
-    for name, (place, line) in COMMANDS.items():
-        if name != chosen:
+    for name, (module, line) in COMMANDS.items():
+        if name == chosen:
+            add_command(commands, name, line, module)
+        else:
             commands.add_parser(name, help=line)
-            continue
-        command = load_command(place)
-        add_command(commands, name, line, command)
-    return parser, command
+    return parser

@@ -1,11 +1,17 @@
-"""`moe-trace ask`."""
+"""Answer the questions that one asks of a trace, each stage (prefill, decode, train) for itself.
+
+Which layer is most imbalanced, and is it real; how much of the time is MoE, and how much the router,
+per step, token and call; what balance would save; what to try next, and why. Of two runs on different
+text also: which experts serve which text. `report` has the tables that the answers rest on.
+
+Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
 from pathlib import Path
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, add_format, read_chosen
 from moe_trace.cli.pipes import TRACE
@@ -14,52 +20,43 @@ from moe_trace.data.errors import UsageError
 from moe_trace.read.ask import QUESTIONS, ask
 from moe_trace.show.ask import plain_answers, render_answers
 
+READS = {"path": TRACE, "other": TRACE}
 
-class AskCommand:
-    """Answer the questions that one asks of a trace, each stage (prefill, decode, train) for itself.
 
-    Which layer is most imbalanced, and is it real; how much of the time is MoE, and how much the router,
-    per step, token and call; what balance would save; what to try next, and why. Of two runs on different
-    text also: which experts serve which text. `report` has the tables that the answers rest on.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+    add("other", nargs="?", metavar="OTHER", help="a second run of the same model, on other text")
+    add(
+        "-q",
+        "--question",
+        action="append",
+        choices=tuple(QUESTIONS),
+        metavar="NAME",
+        help=f"answer only this one of {', '.join(QUESTIONS)}; may be given several times (default: all)",
+    )
+    add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
+    add_format(parser)
+    add_filters(parser)
 
-    Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
-    """
 
-    reads: ClassVar[dict[str, str]] = {"path": TRACE, "other": TRACE}
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add("other", nargs="?", metavar="OTHER", help="a second run of the same model, on other text")
-        add(
-            "-q",
-            "--question",
-            action="append",
-            choices=tuple(QUESTIONS),
-            metavar="NAME",
-            help=f"answer only this one of {', '.join(QUESTIONS)}; may be given several times (default: all)",
-        )
-        add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
-        add_format(parser)
-        add_filters(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, answer, print."""
-        paths = [path for path in (arguments.path, arguments.other) if path is not None]
-        labels = _labels(arguments.labels, paths)
-        summary, *others = (read_chosen(path, arguments) for path in paths)
-        answers = ask(
-            summary,
-            others[0] if others else None,
-            questions=arguments.question or tuple(QUESTIONS),
-            labels=labels,
-        )
-        if arguments.format == "json":
-            print(json_text(plain_answers(answers)), end="")
-        else:
-            print(render_answers(answers), end="")
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Read, answer, print."""
+    paths = [path for path in (arguments.path, arguments.other) if path is not None]
+    labels = _labels(arguments.labels, paths)
+    summary, *others = (read_chosen(path, arguments) for path in paths)
+    answers = ask(
+        summary,
+        others[0] if others else None,
+        questions=arguments.question or tuple(QUESTIONS),
+        labels=labels,
+    )
+    if arguments.format == "json":
+        print(json_text(plain_answers(answers)), end="")
+    else:
+        print(render_answers(answers), end="")
+    return 0
 
 
 def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:

@@ -1,9 +1,14 @@
-"""`moe-trace check`."""
+"""Check that a merged trace keeps its promises.
+
+Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters stand in their
+ranges, lanes don't cross. The exit status is 1 where a promise is broken.
+
+Example: moe-trace check runs/demo
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_format, print_results, reading_progress
 from moe_trace.cli.pipes import TRACE
@@ -11,35 +16,27 @@ from moe_trace.data.errors import TraceFileError
 from moe_trace.read.check import Violation, check, read_checked
 from moe_trace.read.file.folder import find_traces
 
+READS = {"paths": TRACE}
 
-class CheckCommand:
-    """Check that a merged trace keeps its promises.
 
-    Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters stand in their
-    ranges, lanes don't cross. The exit status is 1 where a promise is broken.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
+    add_format(parser)
 
-    Example: moe-trace check runs/demo
-    """
 
-    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
-        add_format(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Check each file; print what is kept and what is broken."""
-        results: dict[str, dict[str, list[Violation]]] = {}
-        for path in arguments.paths:
-            files = find_traces(path)
-            for file in files:
-                try:
-                    with reading_progress() as progress:
-                        results[str(file)] = check(read_checked(file, progress))
-                except TraceFileError as error:
-                    if len(files) == 1:
-                        raise
-                    unread = Violation(rule="file_can_be_read", where="file", message=str(error))
-                    results[str(file)] = {"file_can_be_read": [unread]}
-        return print_results(results, arguments.format)
+def run(arguments: argparse.Namespace) -> int:
+    """Check each file; print what is kept and what is broken."""
+    results: dict[str, dict[str, list[Violation]]] = {}
+    for path in arguments.paths:
+        files = find_traces(path)
+        for file in files:
+            try:
+                with reading_progress() as progress:
+                    results[str(file)] = check(read_checked(file, progress))
+            except TraceFileError as error:
+                if len(files) == 1:
+                    raise
+                unread = Violation(rule="file_can_be_read", where="file", message=str(error))
+                results[str(file)] = {"file_can_be_read": [unread]}
+    return print_results(results, arguments.format)

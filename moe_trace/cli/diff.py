@@ -1,11 +1,18 @@
-"""`moe-trace diff`."""
+"""Say what changed between two traces, or two folders of traces.
+
+Load, entropy, latency, phases and FLOP/s, with a bootstrap over calls, so that noise is not called a
+change. With --fail-on the exit status is 1 where a real change is larger than a limit; a change that
+too few calls (under 5) can't tell from noise counts as real. Metrics are of all layers together, or of
+one: 'L03:router_entropy<-10%'.
+
+Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, add_format, read_chosen
 from moe_trace.cli.pipes import TRACE
@@ -16,63 +23,51 @@ from moe_trace.read.diff.conditions import Condition, missing, parse_condition
 from moe_trace.read.diff.metrics import HOST_FLOOR, METRICS
 from moe_trace.show.diff import plain_diff, render_diff_csv, render_diff_text, size_of
 
+READS = {"a": TRACE, "b": TRACE}
 
-class DiffCommand:
-    """Say what changed between two traces, or two folders of traces.
 
-    Load, entropy, latency, phases and FLOP/s, with a bootstrap over calls, so that noise is not called a
-    change. With --fail-on the exit status is 1 where a real change is larger than a limit; a change that
-    too few calls (under 5) can't tell from noise counts as real. Metrics are of all layers together, or of
-    one: 'L03:router_entropy<-10%'.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("a", metavar="A", help="a trace or a folder of traces: before")
+    add("b", metavar="B", help="the same: after")
+    add_format(parser, "csv")
+    add(
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="'METRIC>+5%'",
+        help=f"may be given several times; metrics: {', '.join(METRICS)}",
+    )
+    add(
+        "--host-floor",
+        type=float,
+        default=100 * HOST_FLOOR,
+        metavar="PERCENT",
+        help="a change of a time on the host's clock is reported only beyond it; device times have no "
+        f"such limit (default: {100 * HOST_FLOOR:.0f})",
+    )
+    add("--all", action="store_true", help="show what did not change too")
+    add_filters(parser)
 
-    Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
-    """
 
-    reads: ClassVar[dict[str, str]] = {"a": TRACE, "b": TRACE}
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("a", metavar="A", help="a trace or a folder of traces: before")
-        add("b", metavar="B", help="the same: after")
-        add_format(parser, "csv")
-        add(
-            "--fail-on",
-            action="append",
-            default=[],
-            metavar="'METRIC>+5%'",
-            help=f"may be given several times; metrics: {', '.join(METRICS)}",
-        )
-        add(
-            "--host-floor",
-            type=float,
-            default=100 * HOST_FLOOR,
-            metavar="PERCENT",
-            help="a change of a time on the host's clock is reported only beyond it; device times have no "
-            f"such limit (default: {100 * HOST_FLOOR:.0f})",
-        )
-        add("--all", action="store_true", help="show what did not change too")
-        add_filters(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Compare, print, and judge."""
-        conditions = [parse_condition(text) for text in arguments.fail_on]
-        if not 0 <= arguments.host_floor < float("inf"):
-            raise UsageError(f"found --host-floor {arguments.host_floor:g}, expected a percentage from 0 on")
-        sides = [read_chosen(path, arguments) for path in (arguments.a, arguments.b)]
-        comparison = compare(*sides, host_floor=arguments.host_floor / 100)
-        changes = comparison.changes
-        unknown = [condition.text for condition in conditions if missing(condition, changes)]
-        if unknown:
-            raise UsageError(
-                f"--fail-on {', '.join(unknown)}: the two recordings have no such figure to compare"
-            )
-        failed = _failures(conditions, changes)
-        print(_render(arguments, comparison, failed), end="")
-        for condition, change in failed:
-            where = f"{change.site}, {change.stage}, changed by {size_of(change)}"
-            print(f"moe-trace: failed on {condition.text}: {where}", file=sys.stderr)
-        return 1 if failed else 0
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, and judge."""
+    conditions = [parse_condition(text) for text in arguments.fail_on]
+    if not 0 <= arguments.host_floor < float("inf"):
+        raise UsageError(f"found --host-floor {arguments.host_floor:g}, expected a percentage from 0 on")
+    sides = [read_chosen(path, arguments) for path in (arguments.a, arguments.b)]
+    comparison = compare(*sides, host_floor=arguments.host_floor / 100)
+    changes = comparison.changes
+    unknown = [condition.text for condition in conditions if missing(condition, changes)]
+    if unknown:
+        raise UsageError(f"--fail-on {', '.join(unknown)}: the two recordings have no such figure to compare")
+    failed = _failures(conditions, changes)
+    print(_render(arguments, comparison, failed), end="")
+    for condition, change in failed:
+        where = f"{change.site}, {change.stage}, changed by {size_of(change)}"
+        print(f"moe-trace: failed on {condition.text}: {where}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:

@@ -1,11 +1,17 @@
-"""`moe-trace export`."""
+"""Write a trace's routing for other tools.
+
+csv and parquet hold one row per router call with all of its figures; perfetto is a native trace for
+ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for load balancers of
+experts (.npy, or JSON where FILE ends in .json).
+
+Example: moe-trace export runs/demo --to parquet --out calls.parquet
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_filters, add_output, read_chosen, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
@@ -15,34 +21,26 @@ from moe_trace.read.reader import TraceSummary
 SUFFIXES = {"csv": ".csv", "parquet": ".parquet", "perfetto": ".pftrace", "eplb": ".npy"}
 
 
-class ExportCommand:
-    """Write a trace's routing for other tools.
+READS = {"path": TRACE}
 
-    csv and parquet hold one row per router call with all of its figures; perfetto is a native trace for
-    ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for load balancers of
-    experts (.npy, or JSON where FILE ends in .json).
 
-    Example: moe-trace export runs/demo --to parquet --out calls.parquet
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+    add("--to", required=True, choices=tuple(SUFFIXES), help="the format; see above")
+    add_output(parser, "FILE", "default: PATH's name with another ending, here")
+    add_filters(parser)
 
-    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add("--to", required=True, choices=tuple(SUFFIXES), help="the format; see above")
-        add_output(parser, "FILE", "default: PATH's name with another ending, here")
-        add_filters(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, then write one file."""
-        target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
-        refuse_to_replace(target, force=arguments.force, inputs=[arguments.path])
-        summary = read_chosen(arguments.path, arguments)
-        _write(summary, arguments.to, target)
-        print(f"wrote {target}", file=sys.stderr)
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Read, then write one file."""
+    target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
+    refuse_to_replace(target, force=arguments.force, inputs=[arguments.path])
+    summary = read_chosen(arguments.path, arguments)
+    _write(summary, arguments.to, target)
+    print(f"wrote {target}", file=sys.stderr)
+    return 0
 
 
 def _stem(path: str) -> str:

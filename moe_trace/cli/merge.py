@@ -1,11 +1,16 @@
-"""`moe-trace merge`."""
+"""Merge the traces of a run's ranks into one, with the ranks as processes on one clock.
+
+Clocks are aligned by the collectives that the ranks share, and what is left is printed. Ranks that are
+missing or cannot be read are named; the others are merged.
+
+Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_output, reading_progress, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
@@ -15,40 +20,32 @@ from moe_trace.read.ranks.merge_plan import MergePlan, plan_merge
 from moe_trace.read.ranks.merged_file import write_merged
 from moe_trace.show.text.ranks import clock_lines
 
+READS = {"paths": TRACE}
 
-class MergeCommand:
-    """Merge the traces of a run's ranks into one, with the ranks as processes on one clock.
 
-    Clocks are aligned by the collectives that the ranks share, and what is left is printed. Ranks that are
-    missing or cannot be read are named; the others are merged.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
+    add_output(parser, "FILE", "a .json or .json.gz file", required=True)
 
-    Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
-    """
 
-    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
-        add_output(parser, "FILE", "a .json or .json.gz file", required=True)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read all traces, then write one."""
-        out = arguments.out
-        if not out.name.endswith((".json", ".json.gz")):
-            raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
-        files = [path for path in arguments.paths if not os.path.isdir(path)]  # in a folder: see plan_merge
-        refuse_to_replace(out, force=arguments.force, inputs=files)
-        with reading_progress() as progress:
-            plan = plan_merge(arguments.paths, out, progress)
-            merged = write_merged(plan, out, progress)
-        for warning in _warnings(plan):
-            print(f"moe-trace: warning: {warning}", file=sys.stderr)
-        ranks = ", ".join(str(part.rank) for part in merged.parts)
-        print(f"{out}: ranks {ranks} on one clock")
-        print("\n".join(wrapped(line) for line in clock_lines(merged.alignment)))
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Read all traces, then write one."""
+    out = arguments.out
+    if not out.name.endswith((".json", ".json.gz")):
+        raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
+    files = [path for path in arguments.paths if not os.path.isdir(path)]  # in a folder: see plan_merge
+    refuse_to_replace(out, force=arguments.force, inputs=files)
+    with reading_progress() as progress:
+        plan = plan_merge(arguments.paths, out, progress)
+        merged = write_merged(plan, out, progress)
+    for warning in _warnings(plan):
+        print(f"moe-trace: warning: {warning}", file=sys.stderr)
+    ranks = ", ".join(str(part.rank) for part in merged.parts)
+    print(f"{out}: ranks {ranks} on one clock")
+    print("\n".join(wrapped(line) for line in clock_lines(merged.alignment)))
+    return 0
 
 
 def _warnings(plan: MergePlan) -> list[str]:

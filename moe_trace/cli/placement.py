@@ -1,10 +1,17 @@
-"""`moe-trace placement`."""
+"""Say what another placement of the experts over ranks would give, from recorded counts alone.
+
+Load per rank and all-to-all volume for contiguous placement (what runs by default), balanced placement,
+and placement with second copies of hot experts, each judged on steps that it was not chosen on. PATH is
+a trace, a folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or what
+SGLang's expert distribution recorder dumped, .pt).
+
+Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import ClassVar
 
 from moe_trace.cli.arguments import (
     add_choice,
@@ -28,59 +35,50 @@ from moe_trace.show.placement import render_placement_json, render_placement_tex
 MAX_RANKS = 65536
 
 
-class PlacementCommand:
-    """Say what another placement of the experts over ranks would give, from recorded counts alone.
+READS = {"path": TRACE}
 
-    Load per rank and all-to-all volume for contiguous placement (what runs by default), balanced placement,
-    and placement with second copies of hot experts, each judged on steps that it was not chosen on. PATH is
-    a trace, a folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or what
-    SGLang's expert distribution recorder dumped, .pt).
 
-    Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("path", metavar="PATH", help="a trace, a folder of traces, or a file of counts")
+    add("--ranks", default="8", metavar="8,16,64", help="numbers of ranks; each divides the experts")
+    add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over")
+    add("--replicas", type=int, default=1, metavar="R", help="slots a rank for second copies; default: 1")
+    add("--groups", type=int, metavar="G", help="groups of experts that stay on one node (group routing)")
+    add("--hedge", action="store_true", help="copies: be even for inputs unlike the recorded ones, too")
+    add("--split", choices=WAYS, default="auto", help="what is held out; auto: every second step")
+    add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
+    add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
+    add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
+    add_format(parser)
+    add("--all", action="store_true", help="show every layer")
+    add_output(parser, "MAP.json", "write the plans: which slot holds which expert")
+    add_choice(parser)
 
-    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("path", metavar="PATH", help="a trace, a folder of traces, or a file of counts")
-        add("--ranks", default="8", metavar="8,16,64", help="numbers of ranks; each divides the experts")
-        add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over")
-        add("--replicas", type=int, default=1, metavar="R", help="slots a rank for second copies; default: 1")
-        add("--groups", type=int, metavar="G", help="groups of experts that stay on one node (group routing)")
-        add("--hedge", action="store_true", help="copies: be even for inputs unlike the recorded ones, too")
-        add("--split", choices=WAYS, default="auto", help="what is held out; auto: every second step")
-        add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
-        add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
-        add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
-        add_format(parser)
-        add("--all", action="store_true", help="show every layer")
-        add_output(parser, "MAP.json", "write the plans: which slot holds which expert")
-        add_choice(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, plan, judge, print; write the map."""
-        if arguments.out is not None:
-            refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
-        ranks = parse_numbers("--ranks", arguments.ranks, MAX_RANKS)
-        options = clusters_for(
-            ranks,
-            nodes=arguments.nodes,
-            replicas=arguments.replicas,
-            groups=arguments.groups,
-            hedge=arguments.hedge,
-        )
-        counts = _counts(arguments)
-        study = study_placement(counts, _split(counts, arguments), options)
-        if arguments.format == "json":
-            print(render_placement_json(study), end="")
-        else:
-            print(render_placement_text(study, every_layer=arguments.all), end="")
-        if arguments.out is not None:
-            write_map(study, arguments.out)
-            print(f"wrote {arguments.out}", file=sys.stderr)
-        return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Read, plan, judge, print; write the map."""
+    if arguments.out is not None:
+        refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
+    ranks = parse_numbers("--ranks", arguments.ranks, MAX_RANKS)
+    options = clusters_for(
+        ranks,
+        nodes=arguments.nodes,
+        replicas=arguments.replicas,
+        groups=arguments.groups,
+        hedge=arguments.hedge,
+    )
+    counts = _counts(arguments)
+    study = study_placement(counts, _split(counts, arguments), options)
+    if arguments.format == "json":
+        print(render_placement_json(study), end="")
+    else:
+        print(render_placement_text(study, every_layer=arguments.all), end="")
+    if arguments.out is not None:
+        write_map(study, arguments.out)
+        print(f"wrote {arguments.out}", file=sys.stderr)
+    return 0
 
 
 def _counts(arguments: argparse.Namespace) -> ExpertCounts:

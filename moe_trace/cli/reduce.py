@@ -1,49 +1,46 @@
-"""`moe-trace reduce`."""
+"""Write beside each trace a small file with all that a report needs of it.
+
+For runs of many ranks: reduce each trace on the node that wrote it, and collect the small files alone.
+`report`, `diff`, `placement` and `export` read them where the trace is gone, and where it is there and
+has not changed since, which is quicker. `check` and `merge` need the traces themselves.
+
+Example: moe-trace reduce runs/ep256
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from moe_trace.data.display.tables import printable
 from moe_trace.data.errors import MoETraceError
 
+READS: dict[str, str] = {}  # there is nothing beside a pipe
 
-class ReduceCommand:
-    """Write beside each trace a small file with all that a report needs of it.
 
-    For runs of many ranks: reduce each trace on the node that wrote it, and collect the small files alone.
-    `report`, `diff`, `placement` and `export` read them where the trace is gone, and where it is there and
-    has not changed since, which is quicker. `check` and `merge` need the traces themselves.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
 
-    Example: moe-trace reduce runs/ep256
-    """
 
-    reads: ClassVar[dict[str, str]] = {}  # there is nothing beside a pipe
+def run(arguments: argparse.Namespace) -> int:
+    """Reduce one after another, on all cores."""
+    from moe_trace.read.file.folder import find_traces
+    from moe_trace.read.reduced.workers import reduce_traces
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Reduce one after another, on all cores."""
-        from moe_trace.read.file.folder import find_traces
-        from moe_trace.read.reduced.workers import reduce_traces
-
-        files = [file for path in arguments.traces for file in find_traces(path)]
-        broken: list[MoETraceError] = []
-        for file, made in zip(files, reduce_traces(files), strict=True):
-            if isinstance(made, MoETraceError):
-                broken.append(made)
-            else:
-                print(printable(f"{made}: {_size(made)} for {_size(file)}", 500))
-        if len(broken) == len(files):
-            raise broken[0]
-        for error in broken:
-            print(f"moe-trace: warning: left out: {printable(str(error), 500)}", file=sys.stderr)
-        return 1 if broken else 0
+    files = [file for path in arguments.traces for file in find_traces(path)]
+    broken: list[MoETraceError] = []
+    for file, made in zip(files, reduce_traces(files), strict=True):
+        if isinstance(made, MoETraceError):
+            broken.append(made)
+        else:
+            print(printable(f"{made}: {_size(made)} for {_size(file)}", 500))
+    if len(broken) == len(files):
+        raise broken[0]
+    for error in broken:
+        print(f"moe-trace: warning: left out: {printable(str(error), 500)}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _size(file: Path) -> str:

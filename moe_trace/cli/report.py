@@ -1,11 +1,17 @@
-"""`moe-trace report`."""
+"""Say what a trace tells about the routing, from the file alone.
+
+Figures per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
+costs, and findings with advice. Several paths are reported one after another; a folder as one.
+
+Example: moe-trace report runs/demo --html report.html
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moe_trace.cli.arguments import add_filters, add_format, read_chosen, refuse_to_replace
 from moe_trace.cli.pipes import TRACE
@@ -17,40 +23,33 @@ if TYPE_CHECKING:
     from moe_trace.show.routes_page import RoutesPart
 
 
-class ReportCommand:
-    """Say what a trace tells about the routing, from the file alone.
+READS = {"paths": TRACE}
 
-    Figures per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
-    costs, and findings with advice. Several paths are reported one after another; a folder as one.
 
-    Example: moe-trace report runs/demo --html report.html
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
+    add_format(parser, "csv", help="default: text; csv: one row per router call")
+    add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+    add("-f", "--force", action="store_true", help="replace FILE if it exists")
+    add_filters(parser)
 
-    reads: ClassVar[dict[str, str]] = {"paths": TRACE}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-        add_format(parser, "csv", help="default: text; csv: one row per router call")
-        add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
-        add("-f", "--force", action="store_true", help="replace FILE if it exists")
-        add_filters(parser)
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report, or write the page."""
+    if arguments.html is not None:
+        refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
+    summaries = [read_chosen(path, arguments) for path in arguments.paths]
+    if arguments.html is not None:
+        from moe_trace.show.html import render_page
 
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Print the report, or write the page."""
-        if arguments.html is not None:
-            refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
-        summaries = [read_chosen(path, arguments) for path in arguments.paths]
-        if arguments.html is not None:
-            from moe_trace.show.html import render_page
-
-            routes = [_routes_of(f"f{i}-", path) for i, path in enumerate(arguments.paths)]
-            write_text(arguments.html, render_page(summaries, routes))
-            print(f"wrote {arguments.html}", file=sys.stderr)
-        else:
-            print(_render(summaries, arguments.format), end="")
-        return 0
+        routes = [_routes_of(f"f{i}-", path) for i, path in enumerate(arguments.paths)]
+        write_text(arguments.html, render_page(summaries, routes))
+        print(f"wrote {arguments.html}", file=sys.stderr)
+    else:
+        print(_render(summaries, arguments.format), end="")
+    return 0
 
 
 def _routes_of(prefix: str, path: str) -> RoutesPart | None:

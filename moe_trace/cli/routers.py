@@ -1,43 +1,40 @@
-"""`moe-trace routers`."""
+"""List the routers of a model: what would be traced, without running it.
+
+The model is built without weights, so that any size fits. Routers that differ in nothing but their layer
+share a row; the legend below says what they are and how they are read.
+
+Example: moe-trace routers demo
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_format
 
+READS = {"model": ".json"}
 
-class RoutersCommand:
-    """List the routers of a model: what would be traced, without running it.
 
-    The model is built without weights, so that any size fits. Routers that differ in nothing but their layer
-    share a row; the legend below says what they are and how they are read.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    known = "the demo in this package, an id on the hub, a folder, or a config"
+    parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
+    add_format(parser)
 
-    Example: moe-trace routers demo
-    """
 
-    reads: ClassVar[dict[str, str]] = {"model": ".json"}
+def run(arguments: argparse.Namespace) -> int:
+    """Print a row per group of equal routers, or all of them as JSON."""
+    from moe_trace.find.registry import CONTRACTS
+    from moe_trace.find.routers import find_routers
+    from moe_trace.show.routers import render_routers, render_routers_json
+    from moe_trace.workload.models import load_model
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        known = "the demo in this package, an id on the hub, a folder, or a config"
-        parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
-        add_format(parser)
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Print a row per group of equal routers, or all of them as JSON."""
-        from moe_trace.find.registry import CONTRACTS
-        from moe_trace.find.routers import find_routers
-        from moe_trace.show.routers import render_routers, render_routers_json
-        from moe_trace.workload.models import load_model
-
-        model, _ = load_model(arguments.model, device="meta", random_weights=True)
-        routers = [site.info for site in find_routers(model)]
-        if arguments.format == "json":
-            sys.stdout.write(render_routers_json(type(model).__name__, routers))
-        else:
-            contracts = {contract.name: contract.description for contract in CONTRACTS}
-            sys.stdout.write(render_routers(type(model).__name__, routers, contracts))
-        return 0
+    model, _ = load_model(arguments.model, device="meta", random_weights=True)
+    routers = [site.info for site in find_routers(model)]
+    if arguments.format == "json":
+        sys.stdout.write(render_routers_json(type(model).__name__, routers))
+    else:
+        contracts = {contract.name: contract.description for contract in CONTRACTS}
+        sys.stdout.write(render_routers(type(model).__name__, routers, contracts))
+    return 0

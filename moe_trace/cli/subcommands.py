@@ -1,4 +1,4 @@
-"""A command's parser, of `moe-trace` and of `moe-trace routes` alike: its help is the class's docstring."""
+"""A command's parser, of `moe-trace` and of `moe-trace routes` alike: its help is its module's docstring."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from typing import Any
 from moe_trace.data.display.tables import paragraph
 
 
-def load_command(place: str) -> Any:
-    """The command of a module of this package: `report:ReportCommand`."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(f"moe_trace.cli.{module}"), name)()
-
-
-def add_command(commands: Any, name: str, line: str, command: Any) -> argparse.ArgumentParser:
-    """Add a command's parser to argparse's subparsers, and return it.
+def add_command(commands: Any, name: str, line: str, module: str) -> argparse.ArgumentParser:
+    """Add a command's parser to argparse's subparsers, and return it; `command` is then its module.
 
     Args:
         line: one line for the overview.
-        command: its docstring's last paragraph is an example.
+        module: below this package; the last paragraph of its docstring is an example.
     """
+    command: Any = importlib.import_module(f"moe_trace.cli.{module}")
     *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -31,5 +26,6 @@ def add_command(commands: Any, name: str, line: str, command: Any) -> argparse.A
         epilog=paragraph(example),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(command=command)
     command.add_arguments(parser)
     return parser

@@ -1,4 +1,11 @@
-"""`moe-trace view`."""
+"""Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Both need no internet.
+
+A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler carries; without that
+package, or with --tab, in the MoE tab. This machine alone is answered; from another one, forward the
+port: ssh -L 6006:localhost:6006 HOST. Ctrl-C ends it.
+
+Example: moe-trace view runs --port 6007 --open
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,6 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
@@ -31,53 +37,45 @@ START_TIMEOUT_S = 60.0
 POLL_S = 0.2
 
 
-class ViewCommand:
-    """Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Both need no internet.
+READS = {"path": TRACE}
 
-    A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler carries; without that
-    package, or with --tab, in the MoE tab. This machine alone is answered; from another one, forward the
-    port: ssh -L 6006:localhost:6006 HOST. Ctrl-C ends it.
 
-    Example: moe-trace view runs --port 6007 --open
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add(
+        "path",
+        type=Path,
+        metavar="DIR|TRACE",
+        help="a folder with traces in it or below it, or one trace",
+    )
+    add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
+    add("--tokenizer", metavar="PATH", help="for the text of routes: as of `moe-trace routes view`")
+    add(
+        "--port",
+        type=int,
+        default=None,
+        help=f"{DEFAULT_PORT} by default; the next free one if it is taken",
+    )
+    add("--open", action="store_true", help="open the page in a browser")
 
-    reads: ClassVar[dict[str, str]] = {"path": TRACE}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add(
-            "path",
-            type=Path,
-            metavar="DIR|TRACE",
-            help="a folder with traces in it or below it, or one trace",
-        )
-        add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
-        add("--tokenizer", metavar="PATH", help="for the text of routes: as of `moe-trace routes view`")
-        add(
-            "--port",
-            type=int,
-            default=None,
-            help=f"{DEFAULT_PORT} by default; the next free one if it is taken",
-        )
-        add("--open", action="store_true", help="open the page in a browser")
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Check what can be checked before, start a server, wait for its end."""
-        path: Path = arguments.path
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")
-        if arguments.tokenizer:
-            name_tokenizer(arguments.tokenizer)
-        viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
-        # Whatever started this may end it by a signal: the server must end too.
-        signal.signal(signal.SIGTERM, _end_by_signal)
-        try:
-            if viewer is not None:
-                return show_timeline(path, viewer, choose_port(arguments.port), arguments.open)
-            return show_tab(path, arguments.port, arguments.open)
-        except KeyboardInterrupt:
-            return 0
+def run(arguments: argparse.Namespace) -> int:
+    """Check what can be checked before, start a server, wait for its end."""
+    path: Path = arguments.path
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")
+    if arguments.tokenizer:
+        name_tokenizer(arguments.tokenizer)
+    viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
+    # Whatever started this may end it by a signal: the server must end too.
+    signal.signal(signal.SIGTERM, _end_by_signal)
+    try:
+        if viewer is not None:
+            return show_timeline(path, viewer, choose_port(arguments.port), arguments.open)
+        return show_tab(path, arguments.port, arguments.open)
+    except KeyboardInterrupt:
+        return 0
 
 
 def name_tokenizer(path: str) -> None:

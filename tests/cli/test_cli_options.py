@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -14,7 +15,6 @@ import pytest
 
 from moe_trace.cli import COMMANDS, main
 from moe_trace.cli.run.program import new_folder
-from moe_trace.cli.subcommands import load_command
 from moe_trace.data.display import tables
 from moe_trace.data.errors import Interrupted
 from moe_trace.read.reader import read_recording, read_summary
@@ -35,7 +35,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command: str) -> None:
     parser = argparse.ArgumentParser()
-    load_command(COMMANDS[command][0]).add_arguments(parser)
+    importlib.import_module(f"moe_trace.cli.{COMMANDS[command][0]}").add_arguments(parser)
     silent = [a.option_strings or a.dest for a in parser._actions if a.help in (None, "")]
     assert silent == [] or silent == [["--phase"]]
     assert "%%" not in parser.format_help()

@@ -1,9 +1,16 @@
-"""`moe-trace routes cache`."""
+"""Say what keeping some experts in fast memory would give on recorded routes.
+
+Hit rate, experts loaded and bytes moved for each token, by policy and by how many experts of each layer
+fit: what was used last (lru), most often (lfu), the best fixed choice (static), and Belady's optimum,
+which no policy beats. A step is one forward, whose tokens need their experts together.
+
+Example: moe-trace routes cache runs/demo/trace.routes.npz --experts-in-memory 4,8
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, ClassVar
+from typing import Any
 
 from moe_trace.cli.arguments import add_format, parse_names, parse_numbers
 from moe_trace.data.errors import UsageError
@@ -11,64 +18,54 @@ from moe_trace.data.errors import UsageError
 STEPS_MAX = 100_000
 
 
-class CacheRoutesCommand:
-    """Say what keeping some experts in fast memory would give on recorded routes.
+READS = {"file": ".routes.npz"}
 
-    Hit rate, experts loaded and bytes moved for each token, by policy and by how many experts of each layer
-    fit: what was used last (lru), most often (lfu), the best fixed choice (static), and Belady's optimum,
-    which no policy beats. A step is one forward, whose tokens need their experts together.
 
-    Example: moe-trace routes cache runs/demo/trace.routes.npz --experts-in-memory 4,8
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a file of routes")
+    add("--experts-in-memory", required=True, metavar="8,16,32", help="experts of each layer that fit")
+    add("--policy", default="lru,lfu,static,belady", metavar="lru,belady", help="default: all four")
+    add("--shared", action="store_true", help="one memory for all layers, of as many experts in all")
+    add("--each-token", action="store_true", help="take each token as a step, as if decoded alone")
+    add("--prefetch", choices=("transition",), help="load ahead what a layer's experts predict")
+    add("--expert-bytes", type=int, metavar="N", help="bytes of one expert's weights, if not by its shape")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        default=STEPS_MAX,
+        help=f"simulate the first N steps, 0 for all; default: {STEPS_MAX:,}",
+    )
+    add("--layers", action="store_true", help="show the hit rates of every layer")
+    add_format(parser, alias=True)
 
-    reads: ClassVar[dict[str, str]] = {"file": ".routes.npz"}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("file", metavar="FILE", help="a file of routes")
-        add("--experts-in-memory", required=True, metavar="8,16,32", help="experts of each layer that fit")
-        add("--policy", default="lru,lfu,static,belady", metavar="lru,belady", help="default: all four")
-        add("--shared", action="store_true", help="one memory for all layers, of as many experts in all")
-        add("--each-token", action="store_true", help="take each token as a step, as if decoded alone")
-        add("--prefetch", choices=("transition",), help="load ahead what a layer's experts predict")
-        add(
-            "--expert-bytes", type=int, metavar="N", help="bytes of one expert's weights, if not by its shape"
-        )
-        add(
-            "--steps",
-            type=int,
-            metavar="N",
-            default=STEPS_MAX,
-            help=f"simulate the first N steps, 0 for all; default: {STEPS_MAX:,}",
-        )
-        add("--layers", action="store_true", help="show the hit rates of every layer")
-        add_format(parser, alias=True)
+def run(arguments: argparse.Namespace) -> int:
+    """Read, simulate, print."""
+    from moe_trace.cli.routes.reading import routes_of
+    from moe_trace.read.routes.cache import simulate
+    from moe_trace.read.routes.cache.expert_bytes import expert_bytes
+    from moe_trace.show.routes.cache import render_cache_json, render_cache_text
 
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, simulate, print."""
-        from moe_trace.cli.routes.reading import routes_of
-        from moe_trace.read.routes.cache import simulate
-        from moe_trace.read.routes.cache.expert_bytes import expert_bytes
-        from moe_trace.show.routes.cache import render_cache_json, render_cache_text
-
-        sizes = parse_numbers("--experts-in-memory", arguments.experts_in_memory)
-        policies: list[Any] = parse_names(arguments.policy)
-        if arguments.steps < 0:
-            raise UsageError(f"found --steps {arguments.steps}, expected a number from 0 on")
-        routes, given = routes_of(arguments.file, arguments), arguments.expert_bytes
-        found = simulate(
-            routes,
-            sizes,
-            policies,
-            shared=arguments.shared,
-            together="token" if arguments.each_token else "forward",
-            prefetch_by=arguments.prefetch,
-            expert_bytes=expert_bytes(routes.model) if given is None else given,
-            most_steps=arguments.steps or None,
-        )
-        if arguments.format == "json":
-            print(render_cache_json(found), end="")
-        else:
-            print(render_cache_text(found, every_layer=arguments.layers), end="")
-        return 0
+    sizes = parse_numbers("--experts-in-memory", arguments.experts_in_memory)
+    policies: list[Any] = parse_names(arguments.policy)
+    if arguments.steps < 0:
+        raise UsageError(f"found --steps {arguments.steps}, expected a number from 0 on")
+    routes, given = routes_of(arguments.file, arguments), arguments.expert_bytes
+    found = simulate(
+        routes,
+        sizes,
+        policies,
+        shared=arguments.shared,
+        together="token" if arguments.each_token else "forward",
+        prefetch_by=arguments.prefetch,
+        expert_bytes=expert_bytes(routes.model) if given is None else given,
+        most_steps=arguments.steps or None,
+    )
+    if arguments.format == "json":
+        print(render_cache_json(found), end="")
+    else:
+        print(render_cache_text(found, every_layer=arguments.layers), end="")
+    return 0

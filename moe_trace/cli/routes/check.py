@@ -1,9 +1,16 @@
-"""`moe-trace routes check`."""
+"""Check that routes can be what a router decided.
+
+Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
+row is stale, padding is marked. With --reference, layers are held against those of another file of the
+same tokens, to find an offset between layers. The exit status is 1 where something is wrong.
+
+Example: moe-trace routes check runs/demo/trace.routes.npz
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moe_trace.cli.arguments import add_format, print_results
 from moe_trace.cli.routes.reading import ROUTES, named, routes_of
@@ -13,38 +20,30 @@ if TYPE_CHECKING:
     from moe_trace.read.routes.check import RoutesProblem
 
 
-class CheckRoutesCommand:
-    """Check that routes can be what a router decided.
+READS = {"files": ROUTES, "reference": ROUTES}
 
-    Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
-    row is stale, padding is marked. With --reference, layers are held against those of another file of the
-    same tokens, to find an offset between layers. The exit status is 1 where something is wrong.
 
-    Example: moe-trace routes check runs/demo/trace.routes.npz
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="files of routes")
+    add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
+    add_format(parser)
 
-    reads: ClassVar[dict[str, str]] = {"files": ROUTES, "reference": ROUTES}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("files", nargs="+", metavar="FILE", help="files of routes")
-        add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
-        add_format(parser)
+def run(arguments: argparse.Namespace) -> int:
+    """Check each file; print what holds and what does not."""
+    from moe_trace.read.routes.check import RoutesProblem, check_routes
 
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Check each file; print what holds and what does not."""
-        from moe_trace.read.routes.check import RoutesProblem, check_routes
-
-        reference = routes_of(arguments.reference, arguments) if arguments.reference else None
-        results: dict[str, dict[str, list[RoutesProblem]]] = {}
-        for path in arguments.files:
-            try:
-                routes = routes_of(path, arguments)
-            except TraceFileError as error:
-                if len(arguments.files) == 1:
-                    raise
-                results[named(path, arguments)] = {"file_can_be_read": [RoutesProblem.of_file(str(error))]}
-                continue
-            results[named(path, arguments)] = check_routes(routes, reference)
-        return print_results(results, arguments.format)
+    reference = routes_of(arguments.reference, arguments) if arguments.reference else None
+    results: dict[str, dict[str, list[RoutesProblem]]] = {}
+    for path in arguments.files:
+        try:
+            routes = routes_of(path, arguments)
+        except TraceFileError as error:
+            if len(arguments.files) == 1:
+                raise
+            results[named(path, arguments)] = {"file_can_be_read": [RoutesProblem.of_file(str(error))]}
+            continue
+        results[named(path, arguments)] = check_routes(routes, reference)
+    return print_results(results, arguments.format)

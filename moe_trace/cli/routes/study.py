@@ -1,70 +1,65 @@
-"""`moe-trace routes study`."""
+"""Study which token went to which experts.
+
+Experts that are chosen together, reuse from token to token, how well a layer predicts the next, distinct
+experts of a step by its size; gating weights and vocabulary where they were recorded. Several files of
+one model are domains, named by --labels; several files of the same tokens are checkpoints, whose
+saturation is reported. The formulas are in docs/routes_study.md.
+
+Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import PurePath
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_format
 from moe_trace.data.errors import UsageError
 
+READS = {"files": ".routes.npz"}
 
-class StudyRoutesCommand:
-    """Study which token went to which experts.
 
-    Experts that are chosen together, reuse from token to token, how well a layer predicts the next, distinct
-    experts of a step by its size; gating weights and vocabulary where they were recorded. Several files of
-    one model are domains, named by --labels; several files of the same tokens are checkpoints, whose
-    saturation is reported. The formulas are in docs/routes_study.md.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="files of routes")
+    add("--labels", metavar="A,B", help="a name for each file; default: its own")
+    add(
+        "--pairs",
+        choices=("all", "adjacent"),
+        default="all",
+        help="co-activation: all pairs of a token's experts (default), or those of neighbouring ranks, "
+        "as the OLMoE authors' script counts",
+    )
+    add(
+        "--predicted",
+        nargs="+",
+        metavar="FILE.npy",
+        help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
+        "what experts specialise in is reported of these too",
+    )
+    add_format(parser, alias=True)
+    add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
 
-    Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
-    """
 
-    reads: ClassVar[dict[str, str]] = {"files": ".routes.npz"}
+def run(arguments: argparse.Namespace) -> int:
+    """Read, study, print."""
+    from moe_trace.cli.routes.reading import named, predicted_ids, routes_of
+    from moe_trace.read.routes.study import study
+    from moe_trace.show.routes.study import render_study_text
+    from moe_trace.show.routes.study_json import render_study_json
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("files", nargs="+", metavar="FILE", help="files of routes")
-        add("--labels", metavar="A,B", help="a name for each file; default: its own")
-        add(
-            "--pairs",
-            choices=("all", "adjacent"),
-            default="all",
-            help="co-activation: all pairs of a token's experts (default), or those of neighbouring ranks, "
-            "as the OLMoE authors' script counts",
+    names = [PurePath(named(path, arguments)).name for path in arguments.files]
+    labels = [part.strip() for part in arguments.labels.split(",")] if arguments.labels else names
+    if len(labels) != len(names):
+        raise UsageError(
+            f"found --labels {arguments.labels}, expected {len(names)} names, with commas between them"
         )
-        add(
-            "--predicted",
-            nargs="+",
-            metavar="FILE.npy",
-            help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
-            "what experts specialise in is reported of these too",
-        )
-        add_format(parser, alias=True)
-        add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, study, print."""
-        from moe_trace.cli.routes.reading import named, predicted_ids, routes_of
-        from moe_trace.read.routes.study import study
-        from moe_trace.show.routes.study import render_study_text
-        from moe_trace.show.routes.study_json import render_study_json
-
-        names = [PurePath(named(path, arguments)).name for path in arguments.files]
-        labels = [part.strip() for part in arguments.labels.split(",")] if arguments.labels else names
-        if len(labels) != len(names):
-            raise UsageError(
-                f"found --labels {arguments.labels}, expected {len(names)} names, with commas between them"
-            )
-        parts = [routes_of(path, arguments) for path in arguments.files]
-        predicted = (
-            None if arguments.predicted is None else [predicted_ids(one) for one in arguments.predicted]
-        )
-        found = study(parts, labels, pairs=arguments.pairs, predicted=predicted)
-        if arguments.format == "json":
-            print(render_study_json(found, matrices=arguments.matrices), end="")
-        else:
-            print(render_study_text(found), end="")
-        return 0
+    parts = [routes_of(path, arguments) for path in arguments.files]
+    predicted = None if arguments.predicted is None else [predicted_ids(one) for one in arguments.predicted]
+    found = study(parts, labels, pairs=arguments.pairs, predicted=predicted)
+    if arguments.format == "json":
+        print(render_study_json(found, matrices=arguments.matrices), end="")
+    else:
+        print(render_study_text(found), end="")
+    return 0

@@ -1,11 +1,17 @@
-"""`moe-trace routes view`."""
+"""Write routes as a page to look at: the text in the colours of its experts, and the study's figures.
+
+The page holds all that it shows, needs no internet and sends nothing. Text stands in it only where token
+ids were recorded (`Routes(token_ids=True)`) and a tokenizer is given. Of several files the first is shown
+token by token, and all are studied together: the same tokens as checkpoints, other tokens as domains.
+
+Example: moe-trace routes view runs/demo/trace.routes.npz --tokenizer demo -o routes.html
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from moe_trace.cli.arguments import add_output, refuse_to_replace
 from moe_trace.cli.pipes import STANDARD_INPUT
@@ -14,50 +20,40 @@ from moe_trace.data.files import write_text
 ENDING = ".routes.npz"
 
 
-class ViewRoutesCommand:
-    """Write routes as a page to look at: the text in the colours of its experts, and the study's figures.
+READS = {"files": ENDING}
 
-    The page holds all that it shows, needs no internet and sends nothing. Text stands in it only where token
-    ids were recorded (`Routes(token_ids=True)`) and a tokenizer is given. Of several files the first is shown
-    token by token, and all are studied together: the same tokens as checkpoints, other tokens as domains.
 
-    Example: moe-trace routes view runs/demo/trace.routes.npz --tokenizer demo -o routes.html
-    """
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="files of routes")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="says the text of recorded token ids: a tokenizer.json, a folder with one, or a JSON "
+        "vocabulary {token: id}; demo: the demo model's",
+    )
+    add_output(parser, "PAGE", "the page; by default the first FILE's name, as .html")
 
-    reads: ClassVar[dict[str, str]] = {"files": ENDING}
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
-        add = parser.add_argument
-        add("files", nargs="+", metavar="FILE", help="files of routes")
-        add(
-            "--tokenizer",
-            metavar="PATH",
-            help="says the text of recorded token ids: a tokenizer.json, a folder with one, or a JSON "
-            "vocabulary {token: id}; demo: the demo model's",
-        )
-        add_output(parser, "PAGE", "the page; by default the first FILE's name, as .html")
+def run(arguments: argparse.Namespace) -> int:
+    """Read, study, write."""
+    from moe_trace.cli.routes.reading import named, routes_of
+    from moe_trace.read.routes.text.tokenizer import read_vocabulary
+    from moe_trace.show.figures.routes.report import routes_figures
+    from moe_trace.show.routes_page import render_routes_page
 
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Read, study, write."""
-        from moe_trace.cli.routes.reading import named, routes_of
-        from moe_trace.read.routes.text.tokenizer import read_vocabulary
-        from moe_trace.show.figures.routes.report import routes_figures
-        from moe_trace.show.routes_page import render_routes_page
-
-        names = [named(file, arguments) for file in arguments.files]
-        target = arguments.out or _page_of(names[0])
-        refuse_to_replace(target, force=arguments.force, inputs=arguments.files)
-        vocabulary = read_vocabulary(arguments.tokenizer) if arguments.tokenizer else None
-        parts = [routes_of(file, arguments) for file in arguments.files]
-        labels = [Path(name).name.removesuffix(ENDING) for name in names]
-        groups = zip(*(part.groups for part in parts), strict=False)
-        figures = [routes_figures(group, labels) for group in groups]
-        write_text(
-            target, render_routes_page(parts[0], label=names[0], vocabulary=vocabulary, figures=figures)
-        )
-        print(f"wrote {target}", file=sys.stderr)
-        return 0
+    names = [named(file, arguments) for file in arguments.files]
+    target = arguments.out or _page_of(names[0])
+    refuse_to_replace(target, force=arguments.force, inputs=arguments.files)
+    vocabulary = read_vocabulary(arguments.tokenizer) if arguments.tokenizer else None
+    parts = [routes_of(file, arguments) for file in arguments.files]
+    labels = [Path(name).name.removesuffix(ENDING) for name in names]
+    groups = zip(*(part.groups for part in parts), strict=False)
+    figures = [routes_figures(group, labels) for group in groups]
+    write_text(target, render_routes_page(parts[0], label=names[0], vocabulary=vocabulary, figures=figures))
+    print(f"wrote {target}", file=sys.stderr)
+    return 0
 
 
 def _page_of(name: str) -> Path:

@@ -1,4 +1,16 @@
-"""`moe-trace run`."""
+"""Run a model, or a program of your own, under torch.profiler and record what the routers decide.
+
+Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
+scalars into a folder, then prints the figures of each layer.
+
+A program runs as Python runs it, unchanged: options stand before its name, and what follows is its own.
+Each model with routers that it calls is recorded. If it starts a torch.profiler, the routing stands in
+the traces which that writes; if not, --steps are profiled. A step is an optimizer's, with all its
+forwards; where none is trained, a forward. Under `torchrun -m moe_trace run SCRIPT` each process writes
+a trace.
+
+Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
+"""
 
 from __future__ import annotations
 
@@ -9,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from moe_trace.cli.arguments import add_output, parse_names, parse_numbers
 from moe_trace.cli.pipes import console
@@ -28,55 +40,38 @@ from moe_trace.data.errors import Interrupted, UsageError
 from moe_trace.workload.config import DTYPES, EP_IMPLEMENTATIONS, RunConfig, Split, routes_elsewhere
 from moe_trace.workload.program.as_main import Program
 
+READS = {"model": ".json", "prompts_file": ".txt", "script": ".py"}
 
-class RunCommand:
-    """Run a model, or a program of your own, under torch.profiler and record what the routers decide.
 
-    Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
-    scalars into a folder, then prints the figures of each layer.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; the defaults stand in `RunConfig`."""
+    _add_model(parser)
+    _add_work(parser)
+    _add_split(parser)
+    add = parser.add_argument
+    add(
+        "script",
+        nargs="?",
+        type=Path,
+        metavar="SCRIPT",
+        help="a Python program to run instead",
+    )
+    add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    of_module = "a module to run instead, as `python -m` does, and its arguments"
+    add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS", help=of_module)
+    add_output(parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time")
 
-    A program runs as Python runs it, unchanged: options stand before its name, and what follows is its own.
-    Each model with routers that it calls is recorded. If it starts a torch.profiler, the routing stands in
-    the traces which that writes; if not, --steps are profiled. A step is an optimizer's, with all its
-    forwards; where none is trained, a forward. Under `torchrun -m moe_trace run SCRIPT` each process writes
-    a trace.
 
-    Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
-    """
-
-    reads: ClassVar[dict[str, str]] = {"model": ".json", "prompts_file": ".txt", "script": ".py"}
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options; the defaults stand in `RunConfig`."""
-        _add_model(parser)
-        _add_work(parser)
-        _add_split(parser)
-        add = parser.add_argument
-        add(
-            "script",
-            nargs="?",
-            type=Path,
-            metavar="SCRIPT",
-            help="a Python program to run instead",
-        )
-        add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
-        of_module = "a module to run instead, as `python -m` does, and its arguments"
-        add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS", help=of_module)
-        add_output(
-            parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time"
-        )
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Record, then print figures, files and what to do next."""
-        values = {name: value for name, value in vars(arguments).items() if name != "copies"}
-        script, module = values.pop("script"), values.pop("module")
-        own = values.pop("script_arguments")
-        values["layers"] = parse_layers(values["layers"])
-        if module:
-            return record_program(Program(module[0], module[1:], is_module=True), values)
-        if script is not None:
-            return record_program(Program(str(script), own), values)
-        return _run_models(values)
+def run(arguments: argparse.Namespace) -> int:
+    """Record, then print figures, files and what to do next."""
+    values = {name: value for name, value in vars(arguments).items() if name not in ("command", "copies")}
+    script, module, own = (values.pop(name) for name in ("script", "module", "script_arguments"))
+    values["layers"] = parse_layers(values["layers"])
+    if module:
+        return record_program(Program(module[0], module[1:], is_module=True), values)
+    if script is not None:
+        return record_program(Program(str(script), own), values)
+    return _run_models(values)
 
 
 def _run_models(values: dict[str, Any]) -> int:

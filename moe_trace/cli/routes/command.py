@@ -1,0 +1,32 @@
+"""Check, compare and study which token went to which experts, from files of routes.
+
+`moe-trace run --routes` and `MoETracer(model, routes=True)` record them; captures of vLLM, SGLang, verl
+and Megatron are read too.
+
+Example: moe-trace routes check runs/demo/trace.routes.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from moe_trace.cli.subcommands import add_command
+
+COMMANDS = {
+    "check": ("routes.check", "what is wrong with captured routes"),
+    "study": ("routes.study", "which experts, after which, for what"),
+    "cache": ("routes.cache", "what keeping some experts in memory gives"),
+    "view": ("routes.view", "the text in the colours of its experts"),
+    "diff": ("routes.diff", "the same tokens under several routings"),
+    "import": ("routes.importing", "routes that another tool captured"),
+    "export": ("routes.exporting", "routes for other tools"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the commands; all are imported, so each imports what it reads with when it runs."""
+    commands = parser.add_subparsers(
+        metavar="COMMAND", title="commands", required=True, help="what to do with them"
+    )
+    for name, (module, line) in COMMANDS.items():
+        add_command(commands, name, line, module)

@@ -1,0 +1,40 @@
+"""Write routes for other tools.
+
+npy is [tokens, layers, top_k] as vLLM returns it, -1 for no expert; npz has the other columns beside it;
+megatron is a router trace; parquet, arrow and safetensors hold all columns and can be imported again.
+
+Example: moe-trace routes export runs/demo/trace.routes.npz --to parquet --out routes.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_trace.cli.arguments import add_output, refuse_to_replace
+from moe_trace.cli.routes.reading import ROUTES, named, routes_of
+
+READS = {"file": ROUTES}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a file of routes")
+    formats = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")
+    add("--to", required=True, choices=formats, help="the format; see above")
+    add_output(parser, "FILE", "default: FILE's name with another ending, here")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read, then write one file."""
+    from moe_trace.read.routes.interchange.files import FORMATS, export_routes
+
+    given = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)
+    target = arguments.out or Path((given.strip("-") or "routes") + FORMATS[arguments.to])
+    refuse_to_replace(target, force=arguments.force, inputs=[arguments.file])
+    for note in export_routes(routes_of(arguments.file, arguments), target, arguments.to):
+        print(f"moe-trace: note: {note}", file=sys.stderr)
+    print(f"wrote {target}", file=sys.stderr)
+    return 0
