@@ -34,7 +34,8 @@ def made(layers: int, steps: int, forwards: int = 1, seed: int = 0) -> CallGrid:
 def test_the_grid_holds_every_call(tmp_path: Path) -> None:
     counts = {0: [(8, 0, 0, 0), (2, 2, 2, 2)], 1: [(4, 4, 0, 0), (5, 1, 1, 1)]}
     path = write_tiny(tmp_path / "a.json", counts=lambda layer, call: counts[layer][call], calls=2)
-    grid = call_grid(summary_of(path).samples, lambda s: float(s.assignments.max()))
+    calls = summary_of(path).calls
+    grid = call_grid(calls, calls.assignments.largest())
     assert grid is not None
     assert grid.values_LC.tolist() == [[8, 2], [4, 5]]
     assert (grid.sites, grid.steps_C.tolist(), grid.nth_C.tolist()) == (("L00", "L01"), [0, 1], [0, 0])
@@ -46,10 +47,11 @@ def summary_of(path: Path) -> TraceSummary:
 
 def test_a_layer_that_was_not_called_has_no_value() -> None:
     summary = summary_of(DATA / "h200" / "train_grouped_mm.pt.trace.json.gz")
-    grid = call_grid(list(summary.samples)[1:], lambda s: float(s.tokens))
+    calls = summary.calls[1:]
+    grid = call_grid(calls, calls.tokens)
     assert grid is not None
     assert np.isnan(grid.values_LC).sum() == 1
-    assert call_grid([], lambda s: 1.0) is None
+    assert call_grid(calls[:0], calls.tokens[:0]) is None
 
 
 @pytest.mark.parametrize("steps", [999, 1000, 1001])
@@ -125,7 +127,7 @@ def test_few_layers_are_lines_and_a_single_forward_is_bars() -> None:
 
 
 def test_the_table_says_the_same() -> None:
-    figure = load_over_time(summary_of(DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz"))
+    figure = load_over_time(summary_of(DATA / "h100" / "prefill_decode_16_layers.pt.trace.json.gz").calls)
     for row, line in zip(figure.rows, figure.data[0]["z"], strict=True):
         assert row[1:] == pytest.approx((4, min(line), sum(line) / 4, max(line)), rel=1e-3)
 

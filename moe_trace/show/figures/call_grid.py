@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.schema import RoutingSample
+from moe_trace.data.calls.table import CallTable
 
 CELLS_MAX = 20_000  # of one figure, so that its size does not grow with the run
 COLUMNS_MAX = 400  # more cannot be told apart on a screen
@@ -31,31 +31,33 @@ class CallGrid:
         return np.asarray(np.nanmean(self.values_LC, axis=1))
 
 
-def call_grid(
-    samples: Sequence[RoutingSample], metric: Callable[[RoutingSample], float | None]
-) -> CallGrid | None:
-    """The grid of all forward calls that have a value; None if there are none.
+def call_grid(calls: CallTable, values_N: npt.NDArray[np.number]) -> CallGrid | None:
+    """The grid of all forward calls that have a value, NaN for none; None if there are no such calls.
 
     A column is the n-th call of each layer in a step: layers are compared where they ran in the same forward.
     """
-    known = [(s, v) for s in samples if s.phase == "forward" and (v := metric(s)) is not None]
-    if not known:
+    rows = np.flatnonzero(calls.forward & ~np.isnan(values_N))
+    if not len(rows):
         return None
-    seen: dict[tuple[str, int], int] = {}
-    cells: dict[tuple[int, int, str], float] = {}
-    for sample, value in known:
-        nth = seen.get((sample.site, sample.step), 0)
-        seen[sample.site, sample.step] = nth + 1
-        cells[sample.step, nth, sample.site] = value
-    layers = {s.site: s.layer for s, _ in known}
-    sites = sorted(layers, key=lambda site: (layers[site], site))
-    columns = sorted({(step, nth) for step, nth, _ in cells})
-    row, column = ({key: i for i, key in enumerate(keys)} for keys in (sites, columns))
-    values_LC = np.full((len(sites), len(columns)), np.nan)
-    for (step, nth, site), value in cells.items():
-        values_LC[row[site], column[step, nth]] = value
-    steps_C, nth_C = np.array(columns, dtype=np.int64).T
-    return CallGrid(sites=tuple(sites), steps_C=steps_C, nth_C=nth_C, values_LC=values_LC)
+    used = sorted({(calls.keys[r].layer, calls.keys[r].site) for r in calls.router[rows].tolist()})
+    sites = tuple(site for _, site in used)
+    row_of = {site: i for i, site in enumerate(sites)}
+    layer = np.array([row_of.get(key.site, -1) for key in calls.keys], np.int64)[calls.router[rows]]
+    step = calls.step[rows]
+    columns, place = np.unique([step, _nth(layer, step)], axis=1, return_inverse=True)
+    values_LC = np.full((len(sites), columns.shape[1]), np.nan)
+    values_LC[layer, place.ravel()] = values_N[rows]
+    return CallGrid(sites=sites, steps_C=columns[0], nth_C=columns[1], values_LC=values_LC)
+
+
+def _nth(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0, 1, ... among the calls of the same layer and step."""
+    order = np.lexsort((step, layer))
+    begins = np.diff(layer[order], prepend=-1).astype(bool) | (np.diff(step[order], prepend=-1) != 0)
+    position = np.arange(len(order))
+    nth = np.empty_like(position)
+    nth[order] = position - np.maximum.accumulate(np.where(begins, position, 0))
+    return nth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,47 +2,142 @@
 
 from __future__ import annotations
 
-from moe_trace.data.load_stats import max_over_mean
-from moe_trace.data.schema import RoutingSample
-from moe_trace.data.summary import Summary
-from moe_trace.read.analysis import TraceSummary
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_trace.data.calls.table import CallTable
+from moe_trace.data.summary import RouterSummary
 from moe_trace.show.figures.call_grid import call_grid
-from moe_trace.show.figures.figure import Figure, Spec, layer_columns, safe
+from moe_trace.show.figures.figure import Figure, Spec, axis, bars, layer_columns, safe
 from moe_trace.show.figures.metric_over_time import Metric, metric_over_time
 
+LAYER_FIGURE_PX = 270
 
-def load_over_time(summary: TraceSummary) -> Figure:
+LOAD = Metric(
+    key="load",
+    title="Load max÷mean",
+    unit="max÷mean",
+    caption="The busiest expert's assignments over the mean, call by call. Short calls (decoding) are "
+    "uneven by chance: one token cannot reach all experts.",
+    worst="highest",
+)
+ENTROPY = Metric(
+    key="entropy",
+    title="Router entropy",
+    unit="nats",
+    caption="How undecided the router is, in nats: 0 is certain, ln E is no preference at all.",
+    worst="lowest",
+)
+CONFIDENCE = Metric(
+    key="confidence",
+    title="Router confidence",
+    unit="confidence",
+    caption="1 − H/ln E, call by call: 0 is undecided, 1 is certain.",
+    worst="lowest",
+)
+SLOTS = Metric(
+    key="slots",
+    title="Skipped and padding assignments",
+    unit="assignments",
+    caption="Assignments without an expert, and those that padding tokens made, call by call.",
+    worst="highest",
+    row="slots",
+)
+
+
+def load_over_time(calls: CallTable) -> Figure:
     """Load max÷mean of each call."""
-    metric = Metric(
-        key="load",
-        title="Load max÷mean",
-        unit="max÷mean",
-        caption="The busiest expert's assignments over the mean, call by call. Short calls (decoding) are "
-        "uneven by chance: one token cannot reach all experts.",
-        worst="highest",
-    )
-    return metric_over_time(call_grid(summary.samples, _max_over_mean), metric)
+    loads = calls.assignments
+    with np.errstate(invalid="ignore"):
+        values_N = loads.largest() / (loads.totals() / loads.sizes)
+    return metric_over_time(call_grid(calls, values_N), LOAD)
 
 
-def _max_over_mean(sample: RoutingSample) -> float | None:
-    return max_over_mean(sample.assignments) if sample.assignments.any() else None
-
-
-def entropy_over_time(summary: TraceSummary) -> Figure:
+def entropy_over_time(calls: CallTable) -> Figure:
     """Router entropy of each call."""
-    metric = Metric(
-        key="entropy",
-        title="Router entropy",
-        unit="nats",
-        caption="How undecided the router is, in nats: 0 is certain, ln E is no preference at all.",
-        worst="lowest",
+    return metric_over_time(call_grid(calls, calls.router_entropy), ENTROPY)
+
+
+def lost_slots_over_time(calls: CallTable) -> Figure:
+    """Slots of one layer that were skipped, and assignments that padding made, where there are any."""
+    lost = {
+        name: call_grid(calls, np.array(calls.values(column), np.float64))
+        for name, column in (("skipped", "skipped"), ("padding", "padding_assignments"))
+    }
+    known = {name: grid for name, grid in lost.items() if grid is not None and grid.values_LC.any()}
+    grid = None
+    if known:
+        values = np.concatenate([one.values_LC for one in known.values()])
+        grid = replace(next(iter(known.values())), sites=tuple(known), values_LC=values)
+    return metric_over_time(grid, SLOTS)
+
+
+def layer_figures(router: RouterSummary, calls: CallTable, counts_E: np.ndarray, label: str) -> list[Figure]:
+    """Load sorted and over time, entropy, confidence, slots used, skipped and padding of one layer.
+
+    Args:
+        calls: of that layer alone.
+        counts_E: assignments of the chosen steps.
+        label: names those steps.
+    """
+    found = [
+        sorted_load(router.info.site, counts_E, label),
+        load_over_time(calls),
+        entropy_over_time(calls),
+        metric_over_time(call_grid(calls, calls.confidence), CONFIDENCE),
+        k_histogram([router]),
+        lost_slots_over_time(calls),
+    ]
+    return [
+        replace(figure, layout={**figure.layout, "height": LAYER_FIGURE_PX})
+        for figure in found
+        if figure.data
+    ]
+
+
+def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
+    """The experts of one layer from the busiest to the least used, over an equal share."""
+    total = int(counts_E.sum())
+    order = np.argsort(-counts_E, kind="stable")
+    ratios = [float(counts_E[e]) * len(counts_E) / total if total else 0.0 for e in order]
+    data = [
+        bars(
+            "load",
+            [str(int(e)) for e in order],
+            [round(r, 4) for r in ratios],
+            "",
+            "expert %{x}: %{customdata:,} assignments, %{y:.2f}× equal share<extra></extra>",
+            customdata=[int(counts_E[e]) for e in order],
+            marker={"color": ["#B35806" if r > 1 else "#2166AC" for r in ratios]},
+            showlegend=False,
+        )
+    ]
+    return Figure(
+        key="sorted",
+        title=f"Load of {safe(site)}, sorted",
+        caption=f"Assignments of each expert over an equal share, busiest first; {label}.",
+        data=data if total else [],
+        layout={
+            "xaxis": {"type": "category", "title": {"text": "expert"}, "nticks": 32},
+            "yaxis": axis("× equal share"),
+            "shapes": [_equal_share_line()],
+            "height": 300,
+        },
+        headings=("expert", "assignments", "× equal share"),
+        rows=[(int(e), int(counts_E[e]), ratio) for e, ratio in zip(order, ratios, strict=True)],
     )
-    return metric_over_time(call_grid(summary.samples, lambda sample: sample.router_entropy), metric)
 
 
-def k_histogram(summary: Summary) -> Figure:
+def _equal_share_line() -> dict[str, object]:
+    line = {"color": "#888888", "width": 1, "dash": "dot"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": line}
+
+
+def k_histogram(routers: Sequence[RouterSummary]) -> Figure:
     """Tokens by the number of experts that they used; nothing where each used its layer's k."""
-    routers = [r for r in summary.routers if sum(r.decisions.k_histogram)]
+    routers = [r for r in routers if sum(r.decisions.k_histogram)]
     most = max((len(r.decisions.k_histogram) for r in routers), default=0)
     counts_LK = [[*r.decisions.k_histogram, *[0] * (most - len(r.decisions.k_histogram))] for r in routers]
     used = [k for k in range(most) if any(counts[k] for counts in counts_LK)]

@@ -1,4 +1,4 @@
-"""The figure of load: what each expert of each layer receives, over all steps and step by step."""
+"""Figures of load: what each expert of each layer receives, or each slot of a load balancer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 
 from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.display.colours import DIVERGING
+from moe_trace.data.display.columns import Cell
+from moe_trace.data.load_stats import describe_load
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.experts.physical import PhysicalLoad, PhysicalReport
 from moe_trace.show.figures.figure import (
-    Cell,
     Figure,
     Frame,
     Spec,
@@ -26,6 +28,8 @@ from moe_trace.show.figures.figure import (
 
 FRAMES_MAX = 60  # of the heat map's slider; more steps are taken together
 FRAMES_CELLS_MAX = 250_000  # of all frames: with 61 layers x 256 experts a frame has 15,616
+PHYSICAL_HEADINGS = ("layer", "experts", "slots", "maps", "by expert", "by slot", "by rank", "replicas")
+Rows = list[list[float | None]]
 
 
 def expert_heat_map(summary: Summary) -> Figure:
@@ -36,44 +40,120 @@ def expert_heat_map(summary: Summary) -> Figure:
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.calls, routers, experts)
-    known = [value for row in overall for value in row if value is not None]
-    highest = max(2.0, colour_cap(known, least=4.0))
-    data = heat_map_trace(
-        overall, [r.info.site for r in routers], low=0.0, centre=1.0, high=highest, unit="× equal"
-    )
+    highest, said = _colours_end(overall)
+    data, layout = _diverging_map(overall, [r.info.site for r in routers], "expert", 0.0, 1.0, highest)
     return Figure(
         key="experts",
         title="Load of each expert",
         caption="Assignments of each expert over an equal share of its layer: 1× is even, more is orange, "
-        "less is blue, 0 is unused." + (cap_said(highest, known) if known else ""),
-        data=[data] if routers else [],
-        layout={
-            "xaxis": ids_axis("expert", experts),
-            "yaxis": layers_axis([safe(r.info.site) for r in routers]),
-            "height": 120 + rows_px(len(routers)),
-        },
+        f"less is blue, 0 is unused.{said}",
+        data=data,
+        layout=layout,
         frames=frames if len(frames) > 2 else [],
         headings=("layer", "tokens", "max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts"),
         rows=[_load_row(r) for r in routers],
     )
 
 
-def heat_map_trace(
-    z: list[list[float | None]], sites: Sequence[str], *, low: float, centre: float, high: float, unit: str
-) -> Spec:
-    """Layers x experts on a diverging scale: both arms use all of their colours, however uneven they are."""
+def physical_figure(report: PhysicalReport | None) -> Figure:
+    """Layers x slots: each slot's assignments over the mean of its layer; no data where there are none."""
+    layers = report.layers if report is not None else ()
+    width = max((len(layer.assignments) for layer in layers), default=0)
+    z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
+    highest, said = _colours_end(z)
+    held = [[_held(layer, slot) for slot in range(width)] for layer in layers]
+    data, layout = _diverging_map(z, [one.site for one in layers], "slot", 0.0, 1.0, highest, text=held)
+    return Figure(
+        key="physical",
+        title="Load of each physical expert",
+        caption="Assignments of each slot of the load balancer over an equal share of its layer; a slot's "
+        "expert may change. In the table max÷mean: by logical expert, by slot, by the rank that holds it, "
+        f"and the worst among one expert's replicas.{said}",
+        data=data,
+        layout=layout,
+        headings=PHYSICAL_HEADINGS,
+        rows=[physical_row(layer) for layer in layers],
+    )
+
+
+def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
+    """B − A of each expert's load over an equal share, for the layers of both."""
+    of_b = {router.info.name: router for router in b.routers}
+    pairs = [(r, of_b[r.info.name]) for r in a.routers if r.info.name in of_b]
+    pairs = [(x, y) for x, y in pairs if sum(x.assignments) and sum(y.assignments)]
+    pairs = [(x, y) for x, y in pairs if len(x.assignments) == len(y.assignments)]  # else of other models
+    experts = max((len(x.assignments) for x, _ in pairs), default=0)
+    z = [_difference(x, y, experts) for x, y in pairs]
+    reach = max([0.25, *(abs(v) for row in z for v in row if v is not None)])
+    sites = [x.info.site for x, _ in pairs]
+    data, layout = _diverging_map(z, sites, "expert", -reach, 0.0, reach, form="+.2f", unit="×")
+    return Figure(
+        key="difference",
+        title="Load of each expert, B − A",
+        caption="How much more (orange) or less (blue) of an equal share each expert gets in B.",
+        data=data,
+        layout=layout,
+        headings=(
+            "layer",
+            "max÷mean A",
+            "max÷mean B",
+            "largest rise",
+            "of expert",
+            "largest fall",
+            "of expert ",
+        ),
+        rows=[_difference_row(pair, row) for pair, row in zip(pairs, z, strict=True)],
+    )
+
+
+def _diverging_map(
+    z: Rows,
+    sites: Sequence[str],
+    column: str,
+    low: float,
+    centre: float,
+    high: float,
+    *,
+    form: str = ".2f",
+    unit: str = "× equal",
+    **more: object,
+) -> tuple[list[Spec], Spec]:
+    """Data and layout of layers x experts: both arms of the scale use all of their colours, however uneven.
+
+    Args:
+        column: what a column is.
+        form: of a cell's number.
+        more: `text` of each cell, behind its number.
+    """
     middle = (centre - low) / (high - low)
     places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
-    return heat_map(
+    labels, width = [safe(site) for site in sites], max(map(len, z), default=0)
+    cells = heat_map(
         z,
-        list(range(max(map(len, z), default=0))),
-        [safe(site) for site in sites],
+        list(range(width)),
+        labels,
         unit,
-        "layer %{y}, expert %{x}: %{z:.2f}× equal share",
+        f"layer %{{y}}, {column} %{{x}}: %{{z:{form}}}× equal share",
         colorscale=[[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
         zmin=low,
         zmax=high,
+        **more,
     )
+    if more:
+        cells["hovertemplate"] = cells["hovertemplate"].replace("<extra>", "<extra>%{text}")
+    layout = {
+        "xaxis": ids_axis(column, width),
+        "yaxis": layers_axis(labels),
+        "height": 120 + rows_px(len(labels)),
+    }
+    return [cells] if z else [], layout
+
+
+def _colours_end(z: Rows) -> tuple[float, str]:
+    """The highest multiple of an equal share with a colour of its own, and what the caption says of it."""
+    known = [value for row in z for value in row if value is not None]
+    highest = max(2.0, colour_cap(known, least=4.0))
+    return highest, cap_said(highest, known) if known else ""
 
 
 def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
@@ -113,3 +193,33 @@ def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: in
 def step_label(first: int, last: int) -> str:
     """`step 3`, `steps 3 to 5`."""
     return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def physical_row(layer: PhysicalLoad) -> tuple[Cell, ...]:
+    """The cells of `PHYSICAL_HEADINGS`."""
+    uneven = (layer.expert_max_over_mean, layer.slot_max_over_mean, layer.rank_max_over_mean)
+    worst = next((one.max_over_mean for one in layer.replicas), None)
+    return (layer.site, layer.experts, len(layer.assignments), layer.maps, *uneven, worst)
+
+
+def _held(layer: PhysicalLoad, slot: int) -> str:
+    if slot >= len(layer.assignments):
+        return ""
+    rank = "" if layer.slot_ranks is None else f", rank {layer.slot_ranks[slot]}"
+    return f"expert {layer.slot_experts[slot]}{rank}"
+
+
+def _difference(a: RouterSummary, b: RouterSummary, experts: int) -> list[float | None]:
+    shares = []
+    for router in (a, b):
+        counts = np.zeros(experts)
+        counts[: len(router.assignments)] = router.assignments
+        shares.append(counts * len(router.assignments) / counts.sum())
+    return [round(float(v), 4) for v in shares[1] - shares[0]]
+
+
+def _difference_row(pair: tuple[RouterSummary, RouterSummary], row: list[float | None]) -> tuple[Cell, ...]:
+    values = np.array(row, dtype=np.float64)
+    loads = [describe_load(router.assignments).max_over_mean for router in pair]
+    up, down = int(values.argmax()), int(values.argmin())
+    return (pair[0].info.site, *loads, float(values[up]), up, float(values[down]), down)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-Cell = str | int | float | None
+from moe_trace.data.display.columns import Cell
+
 Spec = dict[str, Any]
 
 TABLE_ROWS_MAX = 200

@@ -8,7 +8,7 @@ from moe_trace.data.display.tables import share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff import Comparison, compare
 from moe_trace.show.diff import headline, shifts
-from moe_trace.show.figures.routing import difference_map
+from moe_trace.show.figures.expert_heat_map import difference_map
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure, plain_table
 
 

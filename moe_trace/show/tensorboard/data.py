@@ -12,10 +12,8 @@ from moe_trace.data.errors import MoETraceError
 from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.step_timeline import Lanes, find_lanes
-from moe_trace.show.figures.decisions import entropy_over_time, load_over_time
-from moe_trace.show.figures.expert_heat_map import expert_heat_map, step_label
-from moe_trace.show.figures.physical import physical_figure
-from moe_trace.show.figures.routing import layer_figures, layer_summary
+from moe_trace.show.figures.decisions import entropy_over_time, layer_figures, load_over_time
+from moe_trace.show.figures.expert_heat_map import expert_heat_map, physical_figure, step_label
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
 from moe_trace.show.tensorboard.chosen_stage import StagePart, path_of
@@ -142,7 +140,9 @@ class Dashboard:
         """The heat map over all steps, and which steps and layers there are."""
         part = self._part(parameters)
         figure = self._derived(part, "map", lambda s: replace(expert_heat_map(s), frames=[]))
-        over_time = self._derived(part, "over time", lambda s: [load_over_time(s), entropy_over_time(s)])
+        over_time = self._derived(
+            part, "over time", lambda s: [load_over_time(s.calls), entropy_over_time(s.calls)]
+        )
         physical = self._derived(part, "physical", lambda s: physical_figure(s.physical))
         routers = loaded_routers(part.summary)
         worst = part.summary.most_imbalanced_layer()
@@ -172,13 +172,13 @@ class Dashboard:
         router = routers[index]
         counts = self._derived(part, "steps", StepCounts)
         first, last = step_range(parameters, counts.steps)
-        one = self._derived(part, ("layer", router.info.name), lambda summary: layer_summary(summary, router))
         label = (
             "all steps"
             if (first, last) == (0, len(counts.steps) - 1)
             else step_label(int(counts.steps[first]), int(counts.steps[last]))
         )
-        found = layer_figures(one, counts.between(first, last)[index], label)
+        calls = part.summary.calls.take(part.summary.calls.of_router(router.info.name))
+        found = layer_figures(router, calls, counts.between(first, last)[index], label)
         place = f"{path_of(part.stage)}routers.{part.summary.routers.index(router)}"
         return {
             "site": router.info.site,

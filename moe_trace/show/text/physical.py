@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_trace.data.display.columns import text_table
 from moe_trace.data.display.tables import paragraph, printable
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.physical import HEADINGS, row
+from moe_trace.show.figures.expert_heat_map import PHYSICAL_HEADINGS, physical_row
 
 _NAMED = 3
 
@@ -20,7 +20,7 @@ def physical_part(summary: TraceSummary) -> list[str]:
         "the ranks that hold them; maps: different placements; replicas: worst "
         "max÷mean within one expert's."
     )
-    parts = [text_table(HEADINGS, [row(layer) for layer in report.layers], title=title)]
+    parts = [text_table(PHYSICAL_HEADINGS, [physical_row(one) for one in report.layers], title=title)]
     shared = [
         (replica.max_over_mean, printable(layer.site, 12), replica)
         for layer in report.layers
