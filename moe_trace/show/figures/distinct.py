@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moe_trace.data.display.columns import Cell
 from moe_trace.read.experts.distinct import DistinctExperts, DistinctReport
-from moe_trace.show.figures.figure import BAND, DASHED, PHASE_COLOURS, Cell, Figure, Spec, axis, curve
+from moe_trace.show.figures.figure import BAND, DASHED, PHASE_COLOURS, Figure, Spec, axis, curve
 
 HEADINGS = ("tokens", "calls", "fewest", "median", "most", "uniform", "of", "read MB", "least µs")
 

@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.display.columns import Cell
 from moe_trace.show.figures.call_grid import CallGrid, Columns, grouped_columns
 from moe_trace.show.figures.figure import (
     BAND,
     INNER_BAND,
     LINES,
-    Cell,
     Figure,
     Spec,
     axis,

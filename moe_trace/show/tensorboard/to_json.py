@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe_trace.data.display.columns import Column, columns_of
+from moe_trace.data.display.columns import Cell, Column, columns_of
 from moe_trace.data.display.json import attributes, plain
-from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Cell, Figure
+from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 
 JsonDict = dict[str, Any]
 
