@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,11 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
     width = max((len(layer.assignments) for layer in layers), default=0)
     z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
     highest, said = _colours_end(z)
-    held = [[_held(layer, slot) for slot in range(width)] for layer in layers]
-    data, layout = _diverging_map(z, [one.site for one in layers], "slot", 0.0, 1.0, highest, text=held)
+    held: Spec = {
+        "text": [[_held(layer, slot) for slot in range(width)] for layer in layers],
+        "hovertemplate": "layer %{y}, slot %{x}: %{z:.2f}× equal share<extra>%{text}</extra>",
+    }
+    data, layout = _diverging_map(z, [layer.site for layer in layers], "slot", 0.0, 1.0, highest, **held)
     return Figure(
         key="physical",
         title="Load of each physical expert",
@@ -86,7 +90,8 @@ def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
     z = [_difference(x, y, experts) for x, y in pairs]
     reach = max([0.25, *(abs(v) for row in z for v in row if v is not None)])
     sites = [x.info.site for x, _ in pairs]
-    data, layout = _diverging_map(z, sites, "expert", -reach, 0.0, reach, form="+.2f", unit="×")
+    hover = "layer %{y}, expert %{x}: %{z:+.2f}× equal share<extra></extra>"
+    data, layout = _diverging_map(z, sites, "expert", -reach, 0.0, reach, unit="×", hovertemplate=hover)
     return Figure(
         key="difference",
         title="Load of each expert, B − A",
@@ -113,17 +118,14 @@ def _diverging_map(
     low: float,
     centre: float,
     high: float,
-    *,
-    form: str = ".2f",
     unit: str = "× equal",
-    **more: object,
+    **more: Any,
 ) -> tuple[list[Spec], Spec]:
     """Data and layout of layers x experts: both arms of the scale use all of their colours, however uneven.
 
     Args:
         column: what a column is.
-        form: of a cell's number.
-        more: `text` of each cell, behind its number.
+        more: of plotly's heat map.
     """
     middle = (centre - low) / (high - low)
     places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
@@ -133,14 +135,12 @@ def _diverging_map(
         list(range(width)),
         labels,
         unit,
-        f"layer %{{y}}, {column} %{{x}}: %{{z:{form}}}× equal share",
+        f"layer %{{y}}, {column} %{{x}}: %{{z:.2f}}× equal share",
         colorscale=[[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
         zmin=low,
         zmax=high,
         **more,
     )
-    if more:
-        cells["hovertemplate"] = cells["hovertemplate"].replace("<extra>", "<extra>%{text}")
     layout = {
         "xaxis": ids_axis(column, width),
         "yaxis": layers_axis(labels),
