@@ -27,9 +27,11 @@ from moe_trace.cli.pipes import TRACE
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.map_file import write_map
-from moe_trace.placement.sources import counts_of_array, read_counts
+from moe_trace.placement.plan import Cluster
+from moe_trace.placement.planner import PlanOptions
+from moe_trace.placement.sources import read_counts
 from moe_trace.placement.split import WAYS, Split, split_by, split_named
-from moe_trace.placement.study import clusters_for, study_placement
+from moe_trace.placement.study import study_placement
 from moe_trace.show.placement import render_placement_json, render_placement_text
 
 MAX_RANKS = 65536
@@ -61,14 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Read, plan, judge, print; write the map."""
     if arguments.out is not None:
         refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
-    ranks = parse_numbers("--ranks", arguments.ranks, MAX_RANKS)
-    options = clusters_for(
-        ranks,
-        nodes=arguments.nodes,
-        replicas=arguments.replicas,
-        groups=arguments.groups,
-        hedge=arguments.hedge,
-    )
+    options = [
+        PlanOptions(
+            cluster=Cluster(number, arguments.nodes),
+            replicas=arguments.replicas,
+            groups=arguments.groups,
+            hedge=arguments.hedge,
+        )
+        for number in parse_numbers("--ranks", arguments.ranks, MAX_RANKS)
+    ]
     counts = _counts(arguments)
     study = study_placement(counts, _split(counts, arguments), options)
     if arguments.format == "json":
@@ -82,13 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _counts(arguments: argparse.Namespace) -> ExpertCounts:
-    chosen, slot_bytes = chosen_filter(arguments), arguments.slot_bytes
-    if not arguments.path.endswith(".pt"):
-        return read_counts(arguments.path, chosen=chosen, slot_bytes=slot_bytes)
-    from moe_trace.integrations.sglang.dumps import counts_of_dump
+    array = None
+    if arguments.path.endswith(".pt"):
+        from moe_trace.integrations.sglang.dumps import counts_of_dump
 
-    return counts_of_array(
-        arguments.path, counts_of_dump(arguments.path), chosen=chosen, slot_bytes=slot_bytes
+        array = counts_of_dump(arguments.path)
+    return read_counts(
+        arguments.path, array=array, chosen=chosen_filter(arguments), slot_bytes=arguments.slot_bytes
     )
 
 

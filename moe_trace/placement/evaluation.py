@@ -1,4 +1,10 @@
-"""Judge a plan by counts: load per rank, and what no plan without copies can reach."""
+"""Judge a plan by counts: load per rank, what it moves, and what no plan without copies can reach.
+
+What moves. Each rank holds 1/R of every expert's tokens. Each copy of an expert computes an even share of its
+slots. Under both, as many slots as possible stay on their own rank, then on their own node; the rest crosses
+nodes. A slot that leaves its rank moves `slot_bytes` to its expert and as many back; a slot moves by itself,
+as in transformers' and Megatron's all-to-all (kernels that send a token once to a node move less).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_trace.placement.plan import Floats, Ints, Plan
+
+WHERE = ("own_rank", "own_node", "other_node")
+"""Where a slot is computed: on the token's rank, on another one of its node, or on another node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,8 @@ class Judgement:
     """The busiest rank's load ÷ the mean rank's, of the loads above."""
     per_observation_L: Floats
     """Mean over observations of each one's own max ÷ mean: ranks wait for each other in every step."""
+    slots_WL: Floats
+    """[`WHERE`, L] slots by where they are computed, all observations together."""
 
     @property
     def max_over_mean(self) -> float:
@@ -28,20 +39,38 @@ class Judgement:
 
 def judge(plan: Plan, counts_SLE: Ints) -> Judgement:
     """Load per rank under the plan: copies of an expert share its load evenly."""
-    shares = plan.shares_LER()
-    layers, ranks = shares.shape[0], shares.shape[2]
-    loads_LR, each_L = np.empty((layers, ranks)), np.empty(layers)
-    for layer in range(layers):
-        loads_SR = counts_SLE[:, layer].astype(np.float64) @ shares[layer]
-        loads_LR[layer] = loads_SR.sum(axis=0)
-        each = _max_over_mean(loads_SR)
-        each_L[layer] = np.nan if np.isnan(each).all() else np.nanmean(each)
-    return Judgement(loads_LR=loads_LR, max_over_mean_L=_max_over_mean(loads_LR), per_observation_L=each_L)
+    shares_LER = plan.shares_LER()
+    counts_LSE = np.moveaxis(counts_SLE.astype(np.float64), 1, 0)
+    loads_LSR = counts_LSE @ shares_LER
+    loads_LR = loads_LSR.sum(axis=1)
+    return Judgement(
+        loads_LR=loads_LR,
+        max_over_mean_L=_max_over_mean(loads_LR),
+        per_observation_L=known_mean(_max_over_mean(loads_LSR), axis=1),
+        slots_WL=(_parts_WLE(plan, shares_LER) * counts_LSE.sum(axis=1)).sum(axis=2),
+    )
+
+
+def _parts_WLE(plan: Plan, shares_LER: Floats) -> Floats:
+    """Parts of each expert's slots by where they are computed; they add up to 1."""
+    supply = 1.0 / plan.cluster.ranks
+    own_LER = np.minimum(supply, shares_LER)
+    by_node = (*own_LER.shape[:2], plan.cluster.nodes, plan.cluster.ranks_per_node)
+    left_LEN = (supply - own_LER).reshape(by_node).sum(axis=3)
+    wanted_LEN = (shares_LER - own_LER).reshape(by_node).sum(axis=3)
+    own_rank = own_LER.sum(axis=2)
+    own_node = np.minimum(left_LEN, wanted_LEN).sum(axis=2) if plan.cluster.nodes > 1 else 1.0 - own_rank
+    return np.stack([own_rank, own_node, np.maximum(0.0, 1.0 - own_rank - own_node)])
 
 
 def _max_over_mean(loads: Floats) -> Floats:
     mean = loads.mean(axis=-1)
     return np.divide(loads.max(axis=-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+
+
+def known_mean(values: Floats, axis: int | None = None) -> Floats:
+    """Mean of what is not NaN; NaN only where all is."""
+    return np.asarray(np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan))
 
 
 def least_without_copies(counts_SLE: Ints, ranks: int) -> Floats:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.files import whole_file
-from moe_trace.placement.plan import Plan
+from moe_trace.placement.plan import Ints
 from moe_trace.placement.study import PlacementStudy
 
 MAP_VERSION = 1
@@ -58,39 +57,37 @@ def write_map(study: PlacementStudy, target: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    chosen = sorted({i for fold in study.split.folds for i in fold.chosen})
-    plans = [
-        _plan_map(plan, [layer.site for layer in study.counts.layers])
-        for cluster in study.clusters
-        for plan in cluster.final
-    ]
+    counts = study.counts
     found = PlacementMap(
-        model=study.counts.model,
-        source=os.fsencode(study.counts.source).decode("utf-8", "backslashreplace"),
-        chosen_on=[study.counts.labels[i] for i in chosen],
-        num_experts=study.counts.num_experts,
-        plans=plans,
+        model=counts.model,
+        source=os.fsencode(counts.source).decode("utf-8", "backslashreplace"),
+        chosen_on=[counts.labels[i] for i in study.split.chosen],
+        num_experts=counts.num_experts,
+        plans=[
+            PlanMap(
+                plan=plan.name,
+                ranks=plan.cluster.ranks,
+                nodes=plan.cluster.nodes,
+                slots_per_rank=plan.slots_per_rank,
+                layers=[
+                    _layer_map(layer.site, experts_P, counts.num_experts, plan.cluster.ranks)
+                    for layer, experts_P in zip(counts.layers, plan.experts_LP, strict=True)
+                ],
+            )
+            for cluster in study.clusters
+            for plan in cluster.final
+        ],
     )
     with whole_file(target) as temporary:
         temporary.write_bytes(msgspec.json.encode(found) + b"\n")
 
 
-def _plan_map(plan: Plan, sites: Sequence[str]) -> PlanMap:
-    return PlanMap(
-        plan=plan.name,
-        ranks=plan.cluster.ranks,
-        nodes=plan.cluster.nodes,
-        slots_per_rank=plan.slots_per_rank,
-        layers=[_layer_map(site, row, plan) for site, row in zip(sites, plan.experts_LP, strict=True)],
-    )
-
-
-def _layer_map(site: str, experts_P: np.ndarray, plan: Plan) -> LayerMap:
-    counts = np.bincount(experts_P, minlength=plan.num_experts)
+def _layer_map(site: str, experts_P: Ints, num_experts: int, ranks: int) -> LayerMap:
+    counts = np.bincount(experts_P, minlength=num_experts)
     slots = np.argsort(experts_P, kind="stable")
     return LayerMap(
         site=site,
-        physical_to_logical=experts_P.reshape(plan.cluster.ranks, -1).tolist(),
+        physical_to_logical=experts_P.reshape(ranks, -1).tolist(),
         logical_to_physical=[part.tolist() for part in np.split(slots, np.cumsum(counts)[:-1])],
         replica_count=counts.tolist(),
     )
@@ -120,17 +117,12 @@ def read_map(path: Path) -> PlacementMap:
 
 def _check(path: Path, num_experts: int, plan: PlanMap, layer: LayerMap) -> None:
     held = [expert for rank in layer.physical_to_logical for expert in rank]
-    sizes = {len(rank) for rank in layer.physical_to_logical}
-    slots: list[list[Any]] = [[] for _ in range(num_experts)]
-    if all(0 <= expert < num_experts for expert in held):
-        for slot, expert in enumerate(held):
-            slots[expert].append(slot)
     right = (
-        len(layer.physical_to_logical) == plan.ranks
-        and sizes == {plan.slots_per_rank}
-        and slots == layer.logical_to_physical
-        and [len(s) for s in slots] == layer.replica_count
-        and all(slots)
+        plan.ranks > 0
+        and len(held) == plan.ranks * plan.slots_per_rank
+        and len(set(held)) == num_experts
+        and all(0 <= expert < num_experts for expert in held)
+        and layer == _layer_map(layer.site, np.array(held, np.int64), num_experts, plan.ranks)
     )
     if not right:
         raise TraceFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 
 from moe_trace.data.errors import UsageError
-from moe_trace.placement.counts import ExpertCounts, Kind, Layer
+from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.placement.recorded import counts_of_traces
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import open_trace_stream
@@ -20,19 +21,14 @@ _FORMS = (
     "a trace, a folder of traces, what `moe-trace export --to eplb` wrote, or JSON with "
     '`"counts": {text: [layers][experts]}` or `"logical_count": [steps][layers][experts]`'
 )
-
-
-class _Entry(msgspec.Struct):
-    site: str
-    name: str = ""
-    layer: int | None = None
+_UNNAMED = "unnamed model"
 
 
 class _CountsFile(msgspec.Struct):
     """`export --to eplb` as JSON, or counts per text; other keys say where they come from."""
 
     counts: dict[str, list[list[int]]] | list[list[int]]
-    layers: list[_Entry | int] = []
+    layers: list[Layer | int] = []
     model: Any = None
 
 
@@ -41,11 +37,12 @@ class _SGLangCounts(msgspec.Struct):
 
 
 def read_counts(
-    path: str | Path, *, chosen: Filter | None = None, slot_bytes: int | None = None
+    path: str | Path, *, array: Any = None, chosen: Filter | None = None, slot_bytes: int | None = None
 ) -> ExpertCounts:
     """The counts of a trace, a folder of traces, or a file of counts.
 
     Args:
+        array: whole numbers [layers, experts] or [steps, layers, experts], where the file was read already.
         chosen: which layers and calls of a trace; layers of a file of counts.
         slot_bytes: what a slot moves one way, where the source does not tell or is to be overruled.
 
@@ -54,33 +51,22 @@ def read_counts(
         UsageError: counts of another form, or none at all.
     """
     path = Path(path)
-    is_array = path.suffix == ".npy" or _starts_as_array(path)
-    if not is_array:
+    if slot_bytes is not None and slot_bytes < 1:
+        raise UsageError(f"found --slot-bytes {slot_bytes}, expected 1 or more")
+    if array is None and (path.suffix == ".npy" or _starts_as_array(path)):
+        array = _loaded(path)
+    elif array is None:
         _refuse_other_files(path)
-    if is_array:
-        return counts_of_array(path, _loaded(path), chosen=chosen, slot_bytes=slot_bytes)
-    key = _counts_key(path) if path.is_file() and path.suffix == ".json" else None
+    key = _counts_key(path) if array is None and path.is_file() and path.suffix == ".json" else None
     if key == "logical_count":
-        return counts_of_array(path, _of_sglang(path), chosen=chosen, slot_bytes=slot_bytes)
-    if key is not None:
-        return _with_bytes(_of_layers(_of_json(path), chosen or Filter()), slot_bytes)
-    return _with_bytes(counts_of_traces(path, chosen), slot_bytes)
-
-
-def counts_of_array(
-    path: str | Path, array: Any, *, chosen: Filter | None = None, slot_bytes: int | None = None
-) -> ExpertCounts:
-    """Whole numbers [layers, experts] or [steps, layers, experts] that stood in a file.
-
-    Raises:
-        UsageError: counts of another form, or none at all.
-    """
-    counts = _whole_numbers(Path(path), array)
-    counts = counts[None] if counts.ndim == 2 else counts
-    entries = [_Entry(f"L{i:02d}", "", i) for i in range(counts.shape[1])]
-    labels = tuple(str(i) for i in range(len(counts)))
-    found = _made(Path(path), "step", labels, entries, counts)
-    return _with_bytes(_of_layers(found, chosen or Filter()), slot_bytes)
+        array = _of_sglang(path)
+    if array is None and key is None:
+        counts = counts_of_traces(path, chosen)
+    else:
+        counts = _of_layers(_of_json(path) if array is None else _of_array(path, array), chosen or Filter())
+    if slot_bytes is None:
+        return counts
+    return replace(counts, layers=tuple(replace(layer, slot_bytes=slot_bytes) for layer in counts.layers))
 
 
 def _starts_as_array(path: Path) -> bool:
@@ -115,14 +101,6 @@ def _refuse_other_files(path: Path) -> None:
     )
 
 
-def _with_bytes(counts: ExpertCounts, slot_bytes: int | None) -> ExpertCounts:
-    if slot_bytes is None:
-        return counts
-    if slot_bytes < 1:
-        raise UsageError(f"found --slot-bytes {slot_bytes}, expected 1 or more")
-    return replace(counts, layers=tuple(replace(layer, slot_bytes=slot_bytes) for layer in counts.layers))
-
-
 def _counts_key(path: Path) -> str | None:
     """The key of a JSON file that holds counts; None where there is none, or a trace before it."""
     with open_trace_stream(path) as stream:
@@ -153,19 +131,25 @@ def _loaded(path: Path) -> Any:
         ) from error
 
 
-def _whole_numbers(path: Path, array: Any) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (2, 3):
-        form = (
-            f"{array.dtype} of the form {list(array.shape)}"
-            if isinstance(array, np.ndarray)
-            else "an archive"
-        )
+def _of_array(path: Path, array: Any) -> ExpertCounts:
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.dtype.kind not in "iu" or array.ndim not in (2, 3):
+        form = f"{array.dtype} of the form {list(array.shape)}" if is_array else "an archive"
         raise UsageError(
             f"{path}: found {form}, expected whole numbers [layers, experts] or [steps, layers, experts]"
         )
     if array.size and array.max() >= 2**53:
         raise UsageError(f"{path}: found a count of 2^53 or more; scale the counts down")
-    return array.astype(np.int64)
+    counts = array.astype(np.int64)
+    counts = counts[None] if counts.ndim == 2 else counts
+    return ExpertCounts(
+        source=str(path),
+        model=_UNNAMED,
+        kind="step",
+        labels=tuple(map(str, range(len(counts)))),
+        layers=_layers(range(counts.shape[1])),
+        counts_SLE=counts,
+    )
 
 
 def _of_json(path: Path) -> ExpertCounts:
@@ -183,25 +167,18 @@ def _of_json(path: Path) -> ExpertCounts:
         ) from error
     if counts.ndim != 3 or 0 in counts.shape:
         raise UsageError(f"{path}: found no counts in the file; expected {_FORMS}")
-    kind: Kind = "text" if isinstance(found.counts, dict) else "step"
-    given = found.layers or list(range(counts.shape[1]))
-    entries = [_Entry(f"L{e:02d}", "", e) if isinstance(e, int) else e for e in given]
-    model = found.model if isinstance(found.model, str) else "unnamed model"
-    return _made(path, kind, tuple(by_text), entries, counts, model)
-
-
-def _made(
-    path: Path,
-    kind: Kind,
-    labels: tuple[str, ...],
-    entries: list[_Entry],
-    counts: np.ndarray,
-    model: str = "unnamed model",
-) -> ExpertCounts:
-    layers = tuple(Layer(site=e.site, name=e.name, layer=e.layer) for e in entries)
     return ExpertCounts(
-        source=str(path), model=model, kind=kind, labels=labels, layers=layers, counts_SLE=counts
+        source=str(path),
+        model=found.model if isinstance(found.model, str) else _UNNAMED,
+        kind="text" if isinstance(found.counts, dict) else "step",
+        labels=tuple(by_text),
+        layers=_layers(found.layers or range(counts.shape[1])),
+        counts_SLE=counts,
     )
+
+
+def _layers(given: Iterable[Layer | int]) -> tuple[Layer, ...]:
+    return tuple(Layer(site=f"L{one:02d}", layer=one) if isinstance(one, int) else one for one in given)
 
 
 def _of_layers(counts: ExpertCounts, chosen: Filter) -> ExpertCounts:

@@ -32,6 +32,11 @@ class Split:
     in_sample: bool
     """Whether plans are judged on what they were chosen on: too good to be true for other inputs."""
 
+    @property
+    def chosen(self) -> list[int]:
+        """Observations that any fold chooses on."""
+        return sorted({i for fold in self.folds for i in fold.chosen})
+
 
 def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
     """The usual splits. `auto`: steps in turn, texts one at a time, and a single observation not at all.

@@ -9,15 +9,14 @@ import numpy as np
 
 from moe_trace.placement.counts import ExpertCounts
 from moe_trace.placement.evaluation import Judgement, judge, least_without_copies
-from moe_trace.placement.plan import Cluster, Floats, Plan
+from moe_trace.placement.plan import Floats, Plan
 from moe_trace.placement.planner import MAX_BLOCKS, PlanOptions, blocks_of, check_options, make_plans
 from moe_trace.placement.split import MAX_FOLDS, Split
-from moe_trace.placement.volume import Volume, routes, volume
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPlan:
-    """A way to plan, over all folds F. Loads and volume add up the folds' judged observations."""
+    """A way to plan, over all folds F. Loads and slots add up the folds' judged observations."""
 
     name: str
     max_over_mean_FL: Floats
@@ -27,7 +26,8 @@ class JudgedPlan:
     all_layers_F: Floats
     """Sum over layers of the busiest rank's load ÷ sum of the mean loads."""
     loads_LR: Floats
-    volume: Volume
+    slots_WL: Floats
+    """By where they are computed, as `Judgement.slots_WL`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +70,18 @@ def study_placement(counts: ExpertCounts, split: Split, options: Sequence[PlanOp
 
 
 def _study(counts: ExpertCounts, split: Split, options: PlanOptions) -> ClusterStudy:
-    all_counts = counts.counts_SLE
-    judged: dict[str, list[tuple[Judgement, Volume]]] = {}
+    judged: dict[str, list[Judgement]] = {}
     least = []
     for fold in split.folds:
-        held_out = all_counts[list(fold.judged)]
+        held_out = counts.counts_SLE[list(fold.judged)]
         for plan in _choose(counts, fold.chosen, options):
-            found = judge(plan, held_out), volume(routes(plan), held_out)
-            judged.setdefault(plan.name, []).append(found)
+            judged.setdefault(plan.name, []).append(judge(plan, held_out))
         least.append(least_without_copies(held_out, options.cluster.ranks))
-    chosen = sorted({i for fold in split.folds for i in fold.chosen})
     return ClusterStudy(
         options=options,
         plans=tuple(_over_folds(name, found) for name, found in judged.items()),
         least_without_copies_FL=np.stack(least),
-        final=_choose(counts, chosen, options),
+        final=_choose(counts, split.chosen, options),
     )
 
 
@@ -94,27 +91,12 @@ def _choose(counts: ExpertCounts, chosen: Sequence[int], options: PlanOptions) -
     return make_plans(blocks_of(counts.counts_SLE[list(chosen)], most), options)
 
 
-def _over_folds(name: str, found: Sequence[tuple[Judgement, Volume]]) -> JudgedPlan:
-    judgements, volumes = [j for j, _ in found], [v for _, v in found]
+def _over_folds(name: str, folds: Sequence[Judgement]) -> JudgedPlan:
     return JudgedPlan(
         name=name,
-        max_over_mean_FL=np.stack([j.max_over_mean_L for j in judgements]),
-        per_observation_FL=np.stack([j.per_observation_L for j in judgements]),
-        all_layers_F=np.array([j.max_over_mean for j in judgements]),
-        loads_LR=np.sum([j.loads_LR for j in judgements], axis=0),
-        volume=Volume(
-            own_rank_L=np.sum([v.own_rank_L for v in volumes], axis=0),
-            own_node_L=np.sum([v.own_node_L for v in volumes], axis=0),
-            other_node_L=np.sum([v.other_node_L for v in volumes], axis=0),
-        ),
-    )
-
-
-def clusters_for(
-    ranks: Sequence[int], *, nodes: int, replicas: int, groups: int | None, hedge: bool = False
-) -> tuple[PlanOptions, ...]:
-    """The same options for several numbers of ranks."""
-    return tuple(
-        PlanOptions(cluster=Cluster(number, nodes), replicas=replicas, groups=groups, hedge=hedge)
-        for number in ranks
+        max_over_mean_FL=np.stack([fold.max_over_mean_L for fold in folds]),
+        per_observation_FL=np.stack([fold.per_observation_L for fold in folds]),
+        all_layers_F=np.array([fold.max_over_mean for fold in folds]),
+        loads_LR=np.sum([fold.loads_LR for fold in folds], axis=0),
+        slots_WL=np.sum([fold.slots_WL for fold in folds], axis=0),
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from moe_trace.data.display.columns import text_table
+from moe_trace.data.display.columns import Cell, Column, text_table
 from moe_trace.data.display.json import attributes, json_text
 from moe_trace.data.display.tables import fixed, paragraph, printable, scaled, wrapped
 from moe_trace.data.schema import SCHEMA_VERSION
-from moe_trace.placement.plan import Floats
+from moe_trace.placement.evaluation import WHERE, known_mean
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
 
 _LAYERS_SHOWN = 12
+_THREE = partial(fixed, decimals=3)
 
 
 def render_placement_text(study: PlacementStudy, *, every_layer: bool = False) -> str:
@@ -32,26 +34,14 @@ def _heading(study: PlacementStudy) -> str:
         f"{'s' * (len(counts.labels) != 1)}, {int(counts.counts_SLE.sum()):,} assignments"
     )
     lines = [printable(counts.source, 200), printable(counts.model), paragraph(facts)]
-    return "\n".join(lines) + "\n" + paragraph(printable(_sentence(study.split.words), 1000))
-
-
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
+    words = study.split.words
+    return "\n".join(lines) + "\n" + paragraph(printable(f"{words[0].upper()}{words[1:]}.", 1000))
 
 
 def _overview(study: PlacementStudy) -> str:
     unit = study.counts.kind
-    headings = [
-        "ranks",
-        "plan",
-        "slots",
-        "max÷mean",
-        "range",
-        f"a {unit}",
-        "better",
-        "in node",
-        "off node",
-    ]
+    headings: list[str | Column] = ["ranks", "plan", "slots", "max÷mean", "range"]
+    headings += [Column(f"a {unit}", terminal=_THREE), "better", "in node", "off node"]
     rows = [
         _overview_row(study, cluster, plan, first=i == 0)
         for cluster in study.clusters
@@ -68,39 +58,33 @@ def _overview(study: PlacementStudy) -> str:
 
 def _overview_row(
     study: PlacementStudy, cluster: ClusterStudy, plan: JudgedPlan, *, first: bool
-) -> list[str]:
-    size = cluster.options.cluster
-    ranks = f"{size.ranks}" if size.nodes == 1 else f"{size.ranks} on {size.nodes}"
-    slots = next(p.slots_per_rank for p in cluster.final if p.name == plan.name)
+) -> list[Cell]:
+    size, contiguous = cluster.options.cluster, cluster.plans[0]
     same, other = _moved(study, plan)
+    better = plan.max_over_mean_FL < contiguous.max_over_mean_FL
+    folds = plan.all_layers_F[np.isfinite(plan.all_layers_F)]
     return [
-        ranks if first else "",
+        "" if not first else f"{size.ranks}" if size.nodes == 1 else f"{size.ranks} on {size.nodes}",
         plan.name,
-        str(slots),
-        fixed(float(plan.all_layers_F.mean()), 3),
-        _range(plan.all_layers_F),
-        fixed(_finite(_mean_of(plan.per_observation_FL)), 3),
-        _better(plan, cluster.plans[0]),
+        next(final.slots_per_rank for final in cluster.final if final.name == plan.name),
+        float(plan.all_layers_F.mean()),
+        f"{folds.min():.2f}-{folds.max():.2f}" if len(folds) > 1 else None,
+        float(known_mean(plan.per_observation_FL)),
+        None
+        if plan is contiguous
+        else f"{int(better.sum())} of {int(np.isfinite(contiguous.max_over_mean_FL).sum())}",
         same,
-        other if size.nodes > 1 else "-",
+        other if size.nodes > 1 else None,
     ]
 
 
-def _better(plan: JudgedPlan, contiguous: JudgedPlan) -> str:
-    if plan is contiguous:
-        return "-"
-    known = np.isfinite(contiguous.max_over_mean_FL)
-    return f"{int((plan.max_over_mean_FL < contiguous.max_over_mean_FL).sum())} of {int(known.sum())}"
-
-
 def _moved(study: PlacementStudy, plan: JudgedPlan) -> tuple[str, str]:
-    parts = (plan.volume.own_node_L, plan.volume.other_node_L)
+    """To other ranks of the node, and to other nodes."""
     if _bytes_known(study):
-        each = np.array([layer.slot_bytes for layer in study.counts.layers], dtype=np.float64)
-        same, other = (float((part * each).sum()) * 2 / study.observations for part in parts)
+        each_L = np.array([layer.slot_bytes for layer in study.counts.layers], np.float64)
+        _, same, other = (plan.slots_WL @ each_L * 2 / study.observations).tolist()
         return scaled(same, "B"), scaled(other, "B")
-    total = float(sum(part.sum() for part in (*parts, plan.volume.own_rank_L)))
-    same, other = (100 * float(part.sum()) / total for part in parts)
+    _, same, other = (100 * plan.slots_WL.sum(axis=1) / plan.slots_WL.sum()).tolist()
     return f"{same:.1f} %", f"{other:.1f} %"
 
 
@@ -110,34 +94,29 @@ def _bytes_known(study: PlacementStudy) -> bool:
 
 def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) -> str:
     """One row a layer, the most uneven first where not all are shown."""
-    size = cluster.options.cluster
-    contiguous = np.nan_to_num(_mean(cluster.plans[0].max_over_mean_FL), nan=-1.0)
-    order = np.arange(len(contiguous))
-    shown = order
-    if not every_layer and len(order) > _LAYERS_SHOWN:
-        shown = np.argsort(-contiguous, kind="stable")[:_LAYERS_SHOWN]
-    headings = ["layer", "bound"]
+    several = len(cluster.least_without_copies_FL) > 1
+    headings = [Column("layer", width=12), Column("bound", terminal=_THREE)]
+    columns_L = [known_mean(cluster.least_without_copies_FL, axis=0)]
     for plan in cluster.plans:
-        headings += [plan.name] if len(plan.all_layers_F) == 1 else [plan.name, "worst"]
-    rows = []
-    for i in shown:
-        row = [
-            printable(study.counts.layers[i].site, 12),
-            fixed(_finite(_mean(cluster.least_without_copies_FL)[i]), 3),
-        ]
-        for plan in cluster.plans:
-            row.append(fixed(_finite(_mean(plan.max_over_mean_FL)[i]), 3))
-            if len(plan.all_layers_F) > 1:
-                row.append(fixed(_finite(_worst(plan.max_over_mean_FL[:, i])), 2))
-        rows.append(row)
+        headings.append(Column(plan.name, terminal=_THREE))
+        columns_L.append(known_mean(plan.max_over_mean_FL, axis=0))
+        if several:
+            headings.append(Column("worst", terminal=partial(fixed, decimals=2)))
+            columns_L.append(np.fmax.reduce(plan.max_over_mean_FL, axis=0))
+    sites, shown = [layer.site for layer in study.counts.layers], np.arange(len(study.counts.layers))
+    if not every_layer and len(sites) > _LAYERS_SHOWN:
+        contiguous = np.nan_to_num(columns_L[1], nan=-1.0)
+        shown = np.argsort(-contiguous, kind="stable")[:_LAYERS_SHOWN]
+    rows: list[list[Cell]] = [[sites[i], *(float(column[i]) for column in columns_L)] for i in shown.tolist()]
+    size = cluster.options.cluster
     nodes = f" on {size.nodes} nodes" if size.nodes > 1 else ""
-    folds = "mean over folds and worst fold; " if len(cluster.plans[0].all_layers_F) > 1 else ""
+    folds = "mean over folds and worst fold; " if several else ""
     title = (
         f"{size.ranks} ranks{nodes}, layer by layer "
         f"(max÷mean, {folds}no plan without copies goes below the bound)"
     )
-    if len(shown) < len(order):
-        title += f". The {len(shown)} most uneven of {len(order)} layers; --all shows the others"
+    if len(shown) < len(sites):
+        title += f". The {len(shown)} most uneven of {len(sites)} layers; --all shows the others"
     return text_table(headings, rows, title=title)
 
 
@@ -171,34 +150,6 @@ def _advice(study: PlacementStudy) -> list[str]:
     return notes
 
 
-def _mean(values_FL: Floats) -> Floats:
-    """Mean over folds, [L]; NaN only where no fold has a load."""
-    known = np.isfinite(values_FL)
-    total = np.where(known, values_FL, 0.0).sum(axis=0)
-    return np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))
-
-
-def _mean_of(values_FL: Floats) -> float:
-    known = values_FL[np.isfinite(values_FL)]
-    return float(known.mean()) if known.size else float("nan")
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _worst(values: Floats) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.max()) if known.size else float("nan")
-
-
-def _range(values: Floats) -> str:
-    known = values[np.isfinite(values)]
-    if known.size < 2:
-        return "-"
-    return f"{known.min():.2f}-{known.max():.2f}"
-
-
 def render_placement_json(study: PlacementStudy) -> str:
     """Everything, per layer and fold; without the maps, which `--out` writes."""
     counts = study.counts
@@ -227,9 +178,7 @@ def _cluster(cluster: ClusterStudy) -> dict[str, Any]:
             "max_over_mean": plan.max_over_mean_FL,
             "max_over_mean_per_observation": plan.per_observation_FL,
             "rank_loads": plan.loads_LR,
-            "slots_own_rank": plan.volume.own_rank_L,
-            "slots_own_node": plan.volume.own_node_L,
-            "slots_other_node": plan.volume.other_node_L,
+            **{f"slots_{where}": slots for where, slots in zip(WHERE, plan.slots_WL, strict=True)},
         }
         for plan in cluster.plans
     ]
