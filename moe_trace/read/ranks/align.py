@@ -84,11 +84,15 @@ def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
 
 def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:
     """Pairs of ranks in a collective where the receiver ends before its sender begins."""
-    early = 0
-    for shared in synchronising(matched):
-        start, end = on_one_clock(shared, offset_ns)
-        # [C, sender, receiver]
-        early += int((shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)).sum())
+    shared_calls = synchronising(matched)
+    return sum(int(_early(one, *on_one_clock(one, offset_ns)).sum()) for one in shared_calls)
+
+
+def _early(
+    shared: SharedCalls, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """[C, sender, receiver] whether the receiver ends before its sender begins."""
+    early: npt.NDArray[np.bool_] = shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)
     return early
 
 
@@ -119,18 +123,12 @@ def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[i
         hosts[f"host {one.host_name}" if one.host_name else f"rank {one.rank}"].append(one.rank)
     clocks: dict[int, str] = {}
     for host, members in hosts.items():
-        keeps = not any(_early_between(shared, set(members)) for shared in usable)
+        keeps = True
+        for shared in usable if len(members) > 1 else ():
+            mine = np.isin(shared.ranks, members)
+            keeps &= not _early(shared, shared.start_ns, shared.end_ns)[:, mine][:, :, mine].any()
         clocks |= {rank: host if keeps else f"rank {rank}" for rank in members}
     return clocks
-
-
-def _early_between(shared: SharedCalls, members: set[int]) -> bool:
-    mine = np.array([rank in members for rank in shared.ranks])
-    if mine.sum() < 2:
-        return False
-    both = mine[:, None] & mine[None, :]
-    early = shared.end_ns[:, None, :] < shared.start_ns[:, :, None] - TOLERANCE_NS
-    return bool((shared.sends & both & early).any())
 
 
 def _between(

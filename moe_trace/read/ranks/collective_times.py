@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from moe_trace.data.schema import Recording, RoutingSample
 from moe_trace.data.summary import SampleKey
@@ -63,22 +61,13 @@ class Wait:
         return sum(self.wait_us.values())
 
 
-@dataclass(frozen=True)
-class SampleIndex:
-    """The router calls of one rank, found from a collective's `call`."""
-
-    rank: int
-    by_call: Mapping[SampleKey, tuple[CallKey, RoutingSample]] = field(repr=False)
-
-    def of(self, collective: Collective) -> tuple[CallKey, RoutingSample] | None:
-        """None outside the layers, and for calls that a filter left out."""
-        return self.by_call.get(collective.call) if collective.call is not None else None
+SampleIndex = Mapping[SampleKey | None, tuple[CallKey, RoutingSample]]
+"""The router calls of one rank by a collective's `call`; those that a filter left out are not there."""
 
 
-def sample_index(rank: int, recording: Recording) -> SampleIndex:
+def sample_index(recording: Recording) -> SampleIndex:
     """From a call's own number to its number among the forward calls of its router."""
-    calls = calls_by_key(recording).items()
-    return SampleIndex(rank, {(sample.name, sample.call): (key, sample) for key, sample in calls})
+    return {(one.name, one.call): (key, one) for key, one in calls_by_key(recording).items()}
 
 
 def part_of(collective: Collective) -> str:
@@ -100,7 +89,7 @@ def find_waits(
         wait_ns = start.max(axis=1, keepdims=True) - start
         last = start.argmax(axis=1)
         for row, collectives in enumerate(shared.calls):
-            found = index[shared.ranks[0]].of(collectives[0])
+            found = index[shared.ranks[0]].get(collectives[0].call)
             if found is None:
                 continue
             mine = wait_ns[row].tolist()
@@ -125,7 +114,7 @@ def exchange_times(
     groups: defaultdict[tuple[int, str, str, int], list[Collective]] = defaultdict(list)
     for one in ranks:
         for collective in one.collectives:
-            found = index[one.rank].of(collective)
+            found = index[one.rank].get(collective.call)
             if found is not None:
                 sample = found[1]
                 groups[sample.layer, sample.site, part_of(collective), one.rank].append(collective)
@@ -147,27 +136,30 @@ def _time(
     _, site, part, rank = key
     waits = [own_wait[rank, id(c)] for c in calls if (rank, id(c)) in own_wait]
     known = len(waits) == len(calls)
-    timed = [c for c in calls if c.time_ns is not None]
-    time_ns, wait_ns = sum(c.time_ns or 0 for c in timed), sum(waits)
-    leaving = [_leaving(c, of) for c in calls]
-    sent = None if any(b is None for b in leaving) else sum(b for b in leaving if b is not None)
-    inside = [c.bytes_in for c in calls]
+    times = [c.time_ns for c in calls if c.time_ns is not None]
+    time_ns, wait_ns = sum(times), sum(waits)
+    leaving = _sum([_leaving(c, of) for c in calls])
     moving_ns = time_ns - wait_ns if known else time_ns
+    is_told = leaving is not None and moving_ns > 0 and len(times) == len(calls)
     return ExchangeTime(
         site=site,
         part=part,
         rank=rank,
         calls=len(calls),
-        bytes_in=None if any(b is None for b in inside) else sum(b for b in inside if b is not None),
-        bytes_leaving=sent,
-        timed=len(timed),
-        time_us=time_ns / 1000 if Coverage(joined=len(timed), total=len(calls)).known else None,
+        bytes_in=_sum([c.bytes_in for c in calls]),
+        bytes_leaving=leaving,
+        timed=len(times),
+        time_us=time_ns / 1000 if Coverage(joined=len(times), total=len(calls)).known else None,
         wait_us=wait_ns / 1000 if known else None,
-        gb_per_s=sent / moving_ns
-        if sent is not None and moving_ns > 0 and len(timed) == len(calls)
-        else None,
-        on_device=bool(timed) and all(c.on_device for c in timed),
+        gb_per_s=(leaving or 0) / moving_ns if is_told else None,
+        on_device=bool(times) and all(c.on_device for c in calls if c.time_ns is not None),
     )
+
+
+def _sum(numbers: Sequence[int | None]) -> int | None:
+    """None where one of them is unknown."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def _leaving(collective: Collective, of: RankCalls) -> int | None:
@@ -186,8 +178,3 @@ def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:
     for wait in waits:
         blame[wait.last_rank] += wait.lost_us
     return blame
-
-
-def total_wait_us(waits: Sequence[Wait]) -> float:
-    """Over all collectives and ranks."""
-    return float(np.sum([wait.lost_us for wait in waits])) if waits else 0.0

@@ -54,16 +54,13 @@ class Collective:
     @property
     def bytes_in(self) -> int | None:
         """Bytes that go into it, this rank's own part included."""
-        return _bytes(self.facts.elements_in, self.facts.item_bytes)
+        elements, item = self.facts.elements_in, self.facts.item_bytes
+        return None if elements is None or item is None else elements * item
 
     @property
     def time_ns(self) -> int | None:
         """How long it took; None where its work is not known: the call itself only queues it."""
         return None if self.work_ns is None else self.work_ns[1] - self.work_ns[0]
-
-
-def _bytes(elements: int | None, item_bytes: int | None) -> int | None:
-    return elements * item_bytes if elements is not None and item_bytes is not None else None
 
 
 def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: int) -> list[int] | None:
@@ -148,7 +145,8 @@ def _in_layers(
 ) -> tuple[Collective, ...]:
     starts = np.array([c.host_ns[0] for c in found], np.int64)
     block = blocks.at(threads, starts)
-    phase = _phases(steps, threads, starts)
+    step = steps.at(threads, starts)
+    phase = [int(steps.phase[i]) if i >= 0 else -1 for i in step.tolist()]
     members: dict[int, list[int]] = {}
     for i, b in enumerate(block.tolist()):
         if b >= 0:
@@ -157,19 +155,12 @@ def _in_layers(
     for b, indices in members.items():
         indices.sort(key=lambda i: found[i].host_ns[0])
         exchanges = [i for i in indices if found[i].facts.kind == "all_to_all"]
-        roles = _roles([found[i].facts for i in exchanges], [int(phase[i]) for i in exchanges])
+        roles = _roles([found[i].facts for i in exchanges], [phase[i] for i in exchanges])
         role_of = dict(zip(exchanges, roles, strict=True))
         for i in indices:
             changed[i] = replace(found[i], call=calls[b], role=role_of.get(i))
     changed.sort(key=lambda c: c.host_ns)
     return tuple(changed)
-
-
-def _phases(
-    steps: Steps, threads: npt.NDArray[np.int64], time_ns: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    step = steps.at(threads, time_ns)
-    return np.where(step >= 0, steps.phase[step], -1) if len(steps.phase) else np.full(len(step), -1)
 
 
 def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:

@@ -38,15 +38,9 @@ def rank_imbalance(ranks: Ranks, times: Mapping[int, CallTimes]) -> Imbalance:
     Args:
         times: by rank.
     """
-    return _answer(ranks.loads, times, ranks.index)
-
-
-def _answer(
-    loads: Sequence[CallLoad], times: Mapping[int, CallTimes], index: Mapping[int, SampleIndex]
-) -> Imbalance:
-    time_CR = _times(loads, times, index)
+    time_CR = _times(ranks.loads, times, ranks.index)
     known = np.flatnonzero(~np.isnan(time_CR).any(axis=1))
-    loads, time_CR = [loads[i] for i in known.tolist()], time_CR[known]
+    loads, time_CR = [ranks.loads[i] for i in known.tolist()], time_CR[known]
     if not len(loads):
         return Imbalance((), ())
     slots_CR = np.array([load.load_R for load in loads], np.float64)
@@ -81,7 +75,7 @@ def _times(
         if work_ns is None:
             continue
         for i, call in enumerate(times[rank].samples.call_keys()):
-            known = index[rank].by_call.get(call)
+            known = index[rank].get(call)
             if known is not None and known[0] in row:
                 found[row[known[0]], column] = work_ns[i, EXPERTS] / 1000
     return found

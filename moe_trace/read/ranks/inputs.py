@@ -8,11 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import Recording
-from moe_trace.data.summary import SampleKey
-from moe_trace.read.ranks.collectives import Collective, Nanoseconds
 from moe_trace.read.ranks.shared_calls import RankCalls
 
 if TYPE_CHECKING:  # a trace of one rank, of which nobody asks these, is reported sooner without them
@@ -77,7 +76,16 @@ class Ranks:
         """By rank: its router calls."""
         from moe_trace.read.ranks.collective_times import sample_index
 
-        return {rank: sample_index(rank, one.recording) for rank, one in self.by_rank.items()}
+        return {rank: sample_index(one.recording) for rank, one in self.by_rank.items()}
+
+
+def call_numbers(recording: Recording, reached: dict[str, int]) -> npt.NDArray[np.int64]:
+    """[N] the how-many-th call of its router each is, on from where `reached` is, which goes on with it."""
+    numbers = []
+    for name in recording.calls.name.tolist():
+        numbers.append(reached.get(name, 0))
+        reached[name] = numbers[-1] + 1
+    return np.array(numbers, np.int64)
 
 
 def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
@@ -86,11 +94,16 @@ def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
     for name, call in a.recording.calls.call_keys():
         reached[name] = max(reached.get(name, 0), call + 1)
     by_ns = b.calls.base_time_ns - a.calls.base_time_ns
+    calls = b.recording.calls
     moved = [
-        _moved(c, by_ns, c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)))
+        replace(
+            c,
+            host_ns=(c.host_ns[0] + by_ns, c.host_ns[1] + by_ns),
+            work_ns=c.work_ns and (c.work_ns[0] + by_ns, c.work_ns[1] + by_ns),
+            call=c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)),
+        )
         for c in b.calls.collectives
     ]
-    calls = b.recording.calls
     numbers = calls.call + np.array([reached.get(name, 0) for name in calls.name.tolist()], np.int64)
     samples = [a.recording.calls, calls.with_numbers(call=numbers)]
     collectives = sorted((*a.calls.collectives, *moved), key=lambda c: c.host_ns)
@@ -99,17 +112,4 @@ def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
         calls=replace(a.calls, collectives=tuple(collectives)),
         step_us={**a.step_us, **b.step_us},
         window_us=a.window_us + b.window_us,
-    )
-
-
-def _moved(collective: Collective, by_ns: int, call: SampleKey | None) -> Collective:
-    def moved(span: Nanoseconds) -> Nanoseconds:
-        return span[0] + by_ns, span[1] + by_ns
-
-    work = collective.work_ns
-    return replace(
-        collective,
-        host_ns=moved(collective.host_ns),
-        work_ns=None if work is None else moved(work),
-        call=call,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -133,47 +133,34 @@ class CallLoad:
 def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
     """Every call that all recorded ranks made, in the order of the first rank."""
     tables = {rank: calls_by_key(records.by_rank[rank]) for rank in records.ranks}
-    common = [k for k in tables[records.ranks[0]] if all(k in table for table in tables.values())]
     counting = records.counting_ranks()
     groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
-    held: dict[tuple[str, tuple[int, ...]], npt.NDArray[np.int64] | None] = {}
+    held = cache(lambda name: {group: held_matrix(records, name, group) for group in groups})
     found = []
-    for key in common:
+    for key, first in tables[records.ranks[0]].items():
+        if not all(key in table for table in tables.values()):
+            continue
         samples = {rank: table[key] for rank, table in tables.items()}
-        for group in groups:
-            if (key[0], group) not in held:
-                held[key[0], group] = held_matrix(records, key[0], group)
-        of_call = {group: held[key[0], group] for group in groups}
-        first = samples[records.ranks[0]]
-        sent = _sent(records, samples, of_call)
+        sent = _sent(records, samples, held(key[0]))
+        slots = [samples[rank].slot_assignments for rank in counting]
+        known = [slots_P for slots_P in slots if slots_P is not None]
         found.append(
             CallLoad(
                 key=key,
                 step=first.step,
                 site=first.site,
                 # Where both ways are in use, a forward that sends nothing reduces over the ranks.
-                load_R=_load(records, samples, of_call)
+                load_R=_load(records, samples, held(key[0]))
                 if sent is None or not sent.any()
-                else _received(records, sent),
+                else sent.sum(axis=0)[list(records.ranks)],
                 sent_RW=sent,
                 exact=all(map(_is_exact, samples.values())),
                 expert_E=_sum([samples[rank].assignments for rank in counting]),
-                slot_P=_slots([samples[rank] for rank in counting]),
+                slot_P=_sum(known) if len(known) == len(slots) else None,
                 slot_experts_P=first.slot_experts,
             )
         )
     return tuple(found)
-
-
-def sent_slots(sample: RoutingSample) -> npt.NDArray[np.int64]:
-    """[E] slots that the sample's own rank dispatches, or [P] by the load balancer's."""
-    if sample.slot_assignments is not None:
-        return sample.slot_assignments  # those of the ranks that share its tokens too: see `_sent`
-    return sample.assignments if sample.dispatched is None else sample.dispatched
-
-
-def _computed(sample: RoutingSample) -> npt.NDArray[np.int64]:
-    return sample.assignments if sample.slot_assignments is None else sample.slot_assignments
 
 
 def _is_exact(sample: RoutingSample) -> bool:
@@ -199,13 +186,12 @@ def _sent(
         of_group = held[group]
         if of_group is None:
             return None
-        slots = sent_slots(samples[rank])
+        sample = samples[rank]
+        slots = sample.slot_assignments  # those of the ranks that share its tokens too: see above
+        if slots is None:
+            slots = sample.assignments if sample.dispatched is None else sample.dispatched
         sent[row, list(group)] = _by_holder(of_group, slots)
     return sent
-
-
-def _received(records: RankRecords, sent_RW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.asarray(sent_RW.sum(0)[list(records.ranks)])
 
 
 def _by_holder(held_GE: npt.NDArray[np.int64], slots_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -224,18 +210,14 @@ def _load(
     load = np.zeros(len(records.ranks), np.int64)
     for row, rank in enumerate(records.ranks):
         group = records.parallel(rank).expert_ranks or (rank,)
-        of_group, slots = held[group], _computed(samples[rank])
+        of_group, slots = held[group], samples[rank].slot_assignments
+        slots = samples[rank].assignments if slots is None else slots
         mine = _held_by(records, samples[rank].name, rank) if of_group is None else None
         if of_group is not None:
             load[row] = _by_holder(of_group, slots)[group.index(rank)]
         elif mine is not None:
             load[row] = slots[[i for i in mine if i < len(slots)]].sum()
     return load
-
-
-def _slots(samples: Sequence[RoutingSample]) -> npt.NDArray[np.int64] | None:
-    known = [s.slot_assignments for s in samples if s.slot_assignments is not None]
-    return _sum(known) if len(known) == len(samples) else None
 
 
 def expert_load_of_rank(loads: Sequence[CallLoad], held_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import msgspec
+import numpy as np
 
+from moe_trace.data.calls.placements import Places
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
 from moe_trace.data.lost import add_lost
-from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo, RoutingSample, Span
+from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo
 from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.read.file.opening import Progress, open_trace_stream
 from moe_trace.read.file.rank_parts import RANKS_KEY, MergedRanks, RankPart
+from moe_trace.read.ranks.inputs import call_numbers
 from moe_trace.read.ranks.merge_plan import MergePlan, RankTrace
 from moe_trace.read.ranks.renumber import Event, Pids, Renamer
 from moe_trace.timeline.additions import encode_addition
@@ -208,40 +212,35 @@ def joined_routers(plan: MergePlan) -> list[RouterInfo]:
 
 def joined_recording(plan: MergePlan) -> Recording:
     """The calls of all ranks, rank after rank, on the common clock, with call numbers that go on."""
-    first = plan.ranks[0].recording
-    numbers: defaultdict[str, int] = defaultdict(int)
-    samples = []
+    reached: dict[str, int] = {}
+    tables = []
     for trace in plan.ranks:
-        shift, offset = plan.shift_ns(trace), plan.alignment.offset_ns[trace.calls.rank]
-        for sample in trace.recording.samples:
-            samples.append(_moved(sample, numbers[sample.name], shift, offset))
-            numbers[sample.name] += 1
+        calls = trace.recording.calls
+        seen = calls.host_start_ns != 0  # compiled code that the host did not see has no time
+        offset_ns = np.where(seen, plan.alignment.offset_ns[trace.calls.rank], 0)
+        moved = replace(calls, places=_moved(calls.places, plan.shift_ns(trace)))
+        tables.append(
+            moved.with_numbers(
+                call=call_numbers(trace.recording, reached),
+                host_start_ns=calls.host_start_ns + offset_ns,
+                host_end_ns=calls.host_end_ns + offset_ns,
+            )
+        )
+    samples = CallTable.concatenated(tables)
     return replace(
-        first,
+        plan.ranks[0].recording,
         routers=tuple(joined_routers(plan)),
-        samples=tuple(samples),
-        lost=add_lost([trace.recording.lost for trace in plan.ranks], {sample.name for sample in samples}),
+        samples=samples,
+        lost=add_lost([trace.recording.lost for trace in plan.ranks], set(samples.name.tolist())),
         parallel=None,
     )
 
 
-def _moved(sample: RoutingSample, call: int, shift_ns: int, offset_ns: int) -> RoutingSample:
-    placement = sample.placement
-    if placement is not None and shift_ns:
-        placement = replace(
-            placement,
-            host={kind: _shifted(span, shift_ns) for kind, span in placement.host.items()},
-            device={kind: _shifted(span, shift_ns) for kind, span in placement.device.items()},
-        )
-    unseen = sample.host_start_ns == 0  # compiled code that the host did not see
-    return replace(
-        sample,
-        call=call,
-        placement=placement,
-        host_start_ns=0 if unseen else sample.host_start_ns + offset_ns,
-        host_end_ns=sample.host_end_ns if unseen else sample.host_end_ns + offset_ns,
-    )
-
-
-def _shifted(span: Span, shift_ns: int) -> Span:
-    return Span((round(span.start_us * 1000) + shift_ns) / 1000, span.duration_us)
+def _moved(places: Places, shift_ns: int) -> Places:
+    if not shift_ns:
+        return places
+    spans = {}
+    for key, span in places.spans.items():
+        starts_us = [us if us != us else (round(us * 1000) + shift_ns) / 1000 for us in span[:, 0].tolist()]
+        spans[key] = np.column_stack([starts_us, span[:, 1]])
+    return replace(places, spans=spans)

@@ -20,7 +20,6 @@ from moe_trace.read.ranks.collective_times import (
     account,
     exchange_times,
     find_waits,
-    total_wait_us,
 )
 from moe_trace.read.ranks.inputs import Ranks
 from moe_trace.read.ranks.loads import CallLoad, RankRecords, expert_load_of_rank, held_matrix
@@ -107,7 +106,7 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
     shifts = alignment if known is None else replace(known, offset_ns=dict.fromkeys(records.ranks, 0))
     waits, own = find_waits(matched, shifts, index)
     step_us = {rank: one.step_us for rank, one in ranks.by_rank.items()}
-    lost_us = total_wait_us(waits) if waits else None
+    lost_us = sum(wait.lost_us for wait in waits) if waits else None
     whole_us = _whole_us(step_us, {load.step for load in loads})
     if whole_us is None and all(one.window_us for one in ranks.by_rank.values()):
         whole_us = sum(one.window_us for one in ranks.by_rank.values())
@@ -195,7 +194,7 @@ def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait
         load=tuple(load_R.tolist()),
         max_over_mean=max_over_mean(load_R) if load_R.any() else None,
         sent=None if sent is None else tuple(tuple(row) for row in sent.tolist()),
-        wait_us=total_wait_us(waits) if waits else None,
+        wait_us=sum(blame.values()) if waits else None,
         waited_for=max(blame, key=blame.__getitem__) if any(blame.values()) else None,
         hot_rank=hot,
         hot_expert=expert,

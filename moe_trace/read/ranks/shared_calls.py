@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from moe_trace.data.trace_json.comms import CommKind
 from moe_trace.data.trace_json.events import spans_ns
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.trace_file import TraceFile
-from moe_trace.read.ranks.collectives import Collective, Nanoseconds, find_collectives
+from moe_trace.read.ranks.collectives import Collective, find_collectives
 
 SYNCHRONISING: frozenset[CommKind] = frozenset(
     {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}
@@ -100,8 +101,7 @@ class SharedCalls:
         return found
 
 
-@dataclass(frozen=True)
-class _Key:
+class _Key(NamedTuple):
     name: str
     group: tuple[int, ...]
     kind: CommKind
@@ -187,18 +187,15 @@ def _by_order(
 def _shared(
     key: _Key, members: tuple[int, ...], rows: list[tuple[Collective, ...]], base: dict[int, int]
 ) -> SharedCalls:
-    def times(side: int) -> npt.NDArray[np.int64]:
-        return np.array(
-            [[_work(c)[side] + base[r] for c, r in zip(row, members, strict=True)] for row in rows], np.int64
-        ).reshape(len(rows), len(members))
-
+    base_R = np.array([base[rank] for rank in members], np.int64)
+    work_CR2 = np.array([[call.work_ns for call in row] for row in rows], np.int64)
     return SharedCalls(
         kind=key.kind,
         group=key.group,
         ranks=members,
         calls=tuple(rows),
-        start_ns=times(0),
-        end_ns=times(1),
+        start_ns=work_CR2[..., 0] + base_R,
+        end_ns=work_CR2[..., 1] + base_R,
     )
 
 
@@ -215,11 +212,6 @@ def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
                     f"{hosts[a]}; give the files of one run and one profiling cycle"
                 )
     return ""
-
-
-def _work(collective: Collective) -> Nanoseconds:
-    assert collective.work_ns is not None
-    return collective.work_ns
 
 
 def synchronising(matched: Iterable[SharedCalls]) -> list[SharedCalls]:

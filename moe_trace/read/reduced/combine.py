@@ -14,10 +14,11 @@ from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.trace_json.coverage import coverage_notes
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.worker_names import frontends_beside
+from moe_trace.read.ranks.inputs import call_numbers
 from moe_trace.read.ranks.same_run import first_difference, pooled, said_again
 from moe_trace.read.reduced.file import decode, is_reduced, trace_of
 from moe_trace.read.reduced.inputs import load
-from moe_trace.read.reduced.trace import ReducedTrace, call_numbers
+from moe_trace.read.reduced.trace import ReducedTrace
 
 
 def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTrace]:

@@ -25,8 +25,9 @@ from moe_trace.data.trace_json.coverage import TimeCoverage
 from moe_trace.read.file.folder import REDUCED_SUFFIX
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import decode_payload
+from moe_trace.read.ranks.inputs import call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls
-from moe_trace.read.reduced.trace import ReducedTrace, call_numbers, with_call_numbers
+from moe_trace.read.reduced.trace import ReducedTrace, with_call_numbers
 from moe_trace.read.time.outside_moe import TraceTotals, TraceWork
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times

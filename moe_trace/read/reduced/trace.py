@@ -19,7 +19,7 @@ from moe_trace.read.file.ranges import router_busy_us
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage
-from moe_trace.read.ranks.inputs import RankInput
+from moe_trace.read.ranks.inputs import RankInput, call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
 from moe_trace.read.time.joined import measure_all, routers_in_graphs_us, without_timed
 from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
@@ -119,15 +119,6 @@ def reduce_file(path: Path, progress: Progress | None = None) -> Iterator[Reduce
     """
     for part in split_ranks(read_trace(path, progress)):
         yield _reduce(part)
-
-
-def call_numbers(recording: Recording, reached: dict[str, int]) -> npt.NDArray[np.int64]:
-    """[N] the how-many-th call of its router each is, on from where `reached` is, which goes on with it."""
-    numbers = []
-    for name in recording.calls.name.tolist():
-        numbers.append(reached.get(name, 0))
-        reached[name] = numbers[-1] + 1
-    return np.array(numbers, np.int64)
 
 
 def with_call_numbers(recording: Recording, numbers: npt.NDArray[np.int64]) -> Recording:
