@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _routes_of(prefix: str, path: str) -> RoutesPart | None:
     """What lies beside a trace as its routes; a file that cannot be read is reported and left out."""
-    from moe_trace.data.routes.beside import routes_beside
-    from moe_trace.data.routes.file import read_routes
+    from moe_trace.data.routes.file import read_routes, routes_beside
     from moe_trace.show.figures.routes.report import routes_figures
     from moe_trace.show.routes_page import routes_part
 

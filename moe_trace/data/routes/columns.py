@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.sample import STAGES
+from moe_trace.data.routes.header import TYPES, Group, column_shape
 from moe_trace.data.routes.writer import added_up, save_routes
 
 UNKNOWN = -1
@@ -76,19 +77,17 @@ class RecordedRoutes:
     """Groups of layers that saw other tokens; see `groups`."""
 
     def __post_init__(self) -> None:
-        tokens, shape = len(self.expert_ids), np.shape(self.expert_ids)
+        shape = np.shape(self.expert_ids)
         if len(shape) != 3 or self.expert_ids.dtype not in (np.uint8, np.uint16):
             raise ValueError(
                 f"expected expert_ids [T, L, K] of uint8 or uint16; found {self.expert_ids.dtype} {shape}"
             )
         if not len(self.layers) == len(self.num_experts) == len(self.top_k) == shape[1]:
             raise ValueError(f"expected a path, num_experts and top_k for each of {shape[1]} layers")
-        expected: dict[str, tuple[int, ...]] = {name: (tokens,) for name in _TOKEN_COLUMNS}
-        expected |= {"weights": shape, "lost_layers": shape[:2]}
-        for name, form in expected.items():
-            column = getattr(self, name)
-            if column is not None and np.shape(column) != form:
-                raise ValueError(f"expected {name} of shape {form}; found {np.shape(column)}")
+        for name, column in self.columns().items():
+            if np.shape(column) != column_shape(name, *shape):
+                expected = column_shape(name, *shape)
+                raise ValueError(f"expected {name} of shape {expected}; found {np.shape(column)}")
 
     def __len__(self) -> int:
         return len(self.expert_ids)
@@ -122,6 +121,19 @@ class RecordedRoutes:
     def stage(self) -> np.ndarray:
         """[T] str: `prefill`, `decode` or `train`; `mixed` where a forward's tokens are not distinguished."""
         return np.array(STAGES)[self.stage_codes]
+
+    @property
+    def described(self) -> Group:
+        """What a file says of this group of layers."""
+        kind: Any = self.expert_ids.dtype.newbyteorder("<").str
+        experts, top_k = map(int, self.num_experts), map(int, self.top_k)
+        return Group(tuple(self.layers), tuple(experts), tuple(top_k), self.expert_ids.shape[2], kind)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What a file says of the run."""
+        model, versions = dict(self.model), dict(self.versions)
+        return {"rank": self.rank, "world_size": self.world_size, "model": model, "versions": versions}
 
     @property
     def nbytes(self) -> int:
@@ -160,17 +172,7 @@ class RecordedRoutes:
         return counts_LE
 
 
-_TOKEN_COLUMNS = (
-    "padding",
-    "step",
-    "forward",
-    "sequence",
-    "position",
-    "stage_codes",
-    "recomputed",
-    "token_ids",
-)
-COLUMNS = ("expert_ids", *_TOKEN_COLUMNS, "lost_layers", "weights")
+COLUMNS = ("expert_ids", *TYPES)
 ABSENT = {"recomputed": False, "lost_layers": False, "token_ids": UNKNOWN, "weights": np.nan}
 """What an optional column holds for tokens of a part without it."""
 
@@ -196,7 +198,4 @@ def _column(part: RecordedRoutes, name: str) -> np.ndarray:
     column: np.ndarray | None = getattr(part, name)
     if column is not None:
         return column
-    tokens, layers, slots = part.expert_ids.shape
-    shape = {"weights": (tokens, layers, slots), "lost_layers": (tokens, layers)}.get(name, (tokens,))
-    kind = {"weights": np.float16, "token_ids": np.int32}.get(name, np.bool_)
-    return np.full(shape, ABSENT[name], kind)
+    return np.full(column_shape(name, *part.expert_ids.shape), ABSENT[name], TYPES[name])

@@ -30,6 +30,7 @@ from moe_trace.data.routes.writer import added_up
 from moe_trace.data.routes.writer import save_routes as save_routes
 
 SUFFIX = ".routes.npz"
+_NO_HEADER = Header(groups=())
 _NPY_HEADER_BYTES = 256
 _FREE_BYTES, _EXPANSION = 1 << 30, 200
 """A file may expand to the first, or to so many times its own size."""
@@ -74,26 +75,37 @@ def read_routes(path: str | Path) -> RecordedRoutes:
 class _Contents:
     """What the headers and the chunks' ends say."""
 
-    header: Header | None = None
+    header: Header = _NO_HEADER
     headers: int = 0
     chunks: list[tuple[ChunkEnd, dict[str, Member]]] = field(default_factory=list)
     whole_bytes: int = 0
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """One without layers, where there is none."""
+        return self.header.groups or (Group((), (), (), 0, "|u1"),)
+
+    def ends(self, number: int) -> list[ChunkEnd]:
+        """Of the chunks of a group."""
+        return [end for end, _ in self.chunks if end.group == number]
 
 
 def _read(file: BinaryIO, size: int, shown: str) -> RecordedRoutes:
     if not size:
         raise Damaged("an empty file")
-    contents, columns, incomplete = _Contents(), {}, ""
+    contents, incomplete = _Contents(), ""
     finished = is_finished(file, size)
     try:
         _scan(file, size, contents)
     except Damaged:
         if finished or not contents.chunks:
             raise
-    header = contents.header
-    if header is None or not (finished or contents.chunks):
+    if not contents.headers or not (finished or contents.chunks):
         raise Damaged("a file that ends before its first whole chunk")
-    _bound(contents, size)
+    groups, header = contents.groups, contents.header
+    total = sum(groups[end.group].nbytes(name, end.tokens) for end, own in contents.chunks for name in own)
+    if total > max(_FREE_BYTES, _EXPANSION * size):  # before memory is taken
+        raise Damaged(f"{size:,} bytes that would expand to {total:,}")
     columns = _columns(file, contents, finished)
     if not finished:
         tokens = sum(end.tokens for end, _ in contents.chunks)
@@ -102,16 +114,18 @@ def _read(file: BinaryIO, size: int, shown: str) -> RecordedRoutes:
             f"tokens were read; the last {size - contents.whole_bytes:,} bytes hold no whole chunk"
         )
         warnings.warn(f"{shown}: {incomplete}", IncompleteRoutes, stacklevel=3)
-    groups = header.groups or (Group((), (), (), 0, "|u1"),)
     first, *others = [
         RecordedRoutes(
             layers=group.layers,
             num_experts=group.num_experts,
             top_k=group.top_k,
-            dropped=added_up(end.dropped for end, _ in contents.chunks if end.group_number == number),
+            dropped=added_up(end.dropped for end in contents.ends(number)),
             incomplete=incomplete,
+            rank=header.rank,
+            world_size=header.world_size,
+            model=header.model,
+            versions=header.versions,
             **columns[number],
-            **header.run,
         )
         for number, group in enumerate(groups)
     ]
@@ -123,7 +137,7 @@ def _scan(file: BinaryIO, size: int, contents: _Contents) -> None:
     for member in members(file, size):
         if member.name == f"header.{contents.headers}.json" and not waiting:
             header = read_header(member.read(file, HEADER_BYTES))
-            known = contents.header.groups if contents.header else ()
+            known = contents.header.groups
             if known and (header.groups[: len(known)] != known or len(header.groups) == len(known)):
                 raise Damaged("a second header that contradicts the first")
             contents.header, contents.headers = header, contents.headers + 1
@@ -131,7 +145,7 @@ def _scan(file: BinaryIO, size: int, contents: _Contents) -> None:
         match = _CHUNK_MEMBER.fullmatch(member.name)
         if match is None or int(match[1]) != len(contents.chunks):
             raise Damaged(f"a member {member.name!r} that has no place here")
-        if contents.header is None:
+        if not contents.headers:
             raise Damaged("no header")
         if match[2] is not None:
             waiting[match[2]] = member
@@ -148,64 +162,45 @@ def _scan(file: BinaryIO, size: int, contents: _Contents) -> None:
         raise Damaged(f"chunk {len(contents.chunks)} without its end")
 
 
-def _bound(contents: _Contents, size: int) -> None:
-    """Before memory is taken."""
-    total = sum(end.group.nbytes(name, end.tokens) for end, columns in contents.chunks for name in columns)
-    if total > max(_FREE_BYTES, _EXPANSION * size):
-        raise Damaged(f"{size:,} bytes that would expand to {total:,}")
-
-
-def _columns(file: BinaryIO, contents: _Contents, finished: bool) -> dict[int, dict[str, Any]]:
-    """The columns of each group. Of a file that was not closed, chunks from the first damaged one on are left
-    out."""
-    columns = _room(contents)
-    filled = dict.fromkeys(columns, 0)
+def _columns(file: BinaryIO, contents: _Contents, finished: bool) -> list[dict[str, Any]]:
+    """The columns of each group, optional ones where a chunk has them. Of a file that was not closed, chunks
+    from the first damaged one on are left out."""
+    columns: list[dict[str, Any]] = []
+    for number, group in enumerate(contents.groups):
+        ends = contents.ends(number)
+        absent = ABSENT.keys() - {name for end in ends for name in end.columns}
+        tokens = sum(end.tokens for end in ends)
+        columns.append(
+            {
+                name: np.empty(group.shape(name, tokens), group.dtype(name).newbyteorder("="))
+                for name in COLUMNS
+                if name not in absent
+            }
+        )
+    filled = [0] * len(columns)
     for place, (end, found) in enumerate(contents.chunks):
-        start = filled[end.group_number]
+        start = filled[end.group]
+        filled[end.group] += end.tokens
+        group = contents.groups[end.group]
         try:
-            for name, column in columns[end.group_number].items():
-                rows = column[start : start + end.tokens]
-                rows[...] = _array(file, found[name], name, end) if name in found else ABSENT[name]
+            for name, column in columns[end.group].items():
+                rows = column[start : filled[end.group]]
+                rows[...] = (
+                    _array(file, found[name], name, group, end.tokens) if name in found else ABSENT[name]
+                )
         except Damaged:
             if finished or not place:
                 raise
             del contents.chunks[place:]
             contents.whole_bytes = min(member.start for member in found.values())
-            break
-        filled[end.group_number] += end.tokens
-    present = [_present(contents, number) for number in columns]
-    return {
-        number: {name: column[: filled[number]] for name, column in own.items() if name in present[number]}
-        for number, own in columns.items()
-    }
+            return _columns(file, contents, finished)
+    return columns
 
 
-def _present(contents: _Contents, group: int) -> set[str]:
-    """Names of the columns of a group: optional ones where a chunk has them."""
-    written = {name for end, _ in contents.chunks if end.group_number == group for name in end.columns}
-    return written | (set(COLUMNS) - set(ABSENT))
-
-
-def _room(contents: _Contents) -> dict[int, dict[str, Any]]:
-    """Empty columns of each group."""
-    groups = contents.header.groups if contents.header else ()
-    room: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(groups or (Group((), (), (), 0, "|u1"),)):
-        tokens = sum(end.tokens for end, _ in contents.chunks if end.group_number == number)
-        present = _present(contents, number)
-        room[number] = {
-            name: np.empty(group.shape(name, tokens), group.dtype(name).newbyteorder("="))
-            for name in COLUMNS
-            if name in present
-        }
-    return room
-
-
-def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarray:
-    group = end.group
-    tokens, *rest = group.shape(name, end.tokens)
+def _array(file: BinaryIO, member: Member, name: str, group: Group, tokens: int) -> np.ndarray:
+    _, *rest = group.shape(name, tokens)
     shape = (rest[0], tokens, *rest[1:]) if rest else (tokens,)
-    dtype, nbytes = group.dtype(name), group.nbytes(name, end.tokens)
+    dtype, nbytes = group.dtype(name), group.nbytes(name, tokens)
     data = member.read(file, nbytes + _NPY_HEADER_BYTES)
     buffer = io.BytesIO(data)
     try:
@@ -222,3 +217,10 @@ def _array(file: BinaryIO, member: Member, name: str, end: ChunkEnd) -> np.ndarr
     if name == "stage_codes" and array.max(initial=0) >= len(STAGES):
         raise Damaged(f"{member.name} with an unknown stage")
     return np.moveaxis(array, 0, 1) if rest else array
+
+
+def routes_beside(trace: Path) -> Path | None:
+    """`NAME.pt.trace.routes.npz` or `NAME.routes.npz` beside `NAME.pt.trace.json`, packed or not."""
+    stem = trace.name.removesuffix(".gz").removesuffix(".json")
+    paths = (trace.with_name(name + SUFFIX) for name in (stem, stem.removesuffix(".pt.trace")))
+    return next((path for path in paths if path.is_file()), None)

@@ -1,42 +1,66 @@
-"""What a file of routes says of itself, checked before anything is made of it."""
+"""What a file of routes says of itself: its header, and the end of each chunk, checked as they are read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from moe_trace.data.routes.archive import Damaged
-from moe_trace.data.routes.writer import FORMAT, TYPES, VERSION
+from moe_trace.data.version import __version__
 
+FORMAT = "moe_trace routes"
+VERSION = 1
+TYPES: dict[str, str] = {
+    "padding": "|b1",
+    "step": "<i8",
+    "forward": "<i8",
+    "sequence": "<i4",
+    "position": "<i4",
+    "stage_codes": "|u1",
+    "recomputed": "|b1",
+    "token_ids": "<i4",
+    "lost_layers": "|b1",
+    "weights": "<f2",
+}
+"""Types in the file; that of `expert_ids` stands in the header."""
 HEADER_BYTES = 16 << 20
 END_BYTES = 1 << 16
-_MOST_GROUPS = 64
-_MOST_LAYERS = 1 << 14
-_MOST_SLOTS = 1 << 14
-_MOST_TOKENS = 1 << 22
 _MOST_CHUNK_BYTES = 1 << 28
 
+_Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Slots = Annotated[int, Meta(ge=0, le=1 << 14)]
+_Tokens = Annotated[int, Meta(ge=0, le=1 << 22)]
+_Read = TypeVar("_Read", bound=msgspec.Struct)
 
-@dataclass(frozen=True)
-class Group:
+
+def column_shape(column: str, tokens: int, layers: int, slots: int) -> tuple[int, ...]:
+    """Of a column of some tokens."""
+    if column in ("expert_ids", "weights"):
+        return (tokens, layers, slots)
+    return (tokens, layers) if column == "lost_layers" else (tokens,)
+
+
+class Group(msgspec.Struct, frozen=True):
     """A group of layers that saw the same tokens."""
 
-    layers: tuple[str, ...]
-    num_experts: tuple[int, ...]
-    top_k: tuple[int, ...]
-    slots: int
-    type: str
+    layers: Annotated[tuple[str, ...], Meta(max_length=1 << 14)]
+    num_experts: tuple[_Count, ...]
+    top_k: tuple[_Count, ...]
+    slots: _Slots
+    type: Literal["|u1", "<u2"]
+
+    def __post_init__(self) -> None:
+        if not len(self.layers) == len(self.num_experts) == len(self.top_k):
+            raise ValueError("num_experts and top_k are not one number for each layer")
 
     def shape(self, column: str, tokens: int) -> tuple[int, ...]:
         """Of a column of some tokens."""
-        if column in ("expert_ids", "weights"):
-            return (tokens, len(self.layers), self.slots)
-        return (tokens, len(self.layers)) if column == "lost_layers" else (tokens,)
+        return column_shape(column, tokens, len(self.layers), self.slots)
 
     def dtype(self, column: str) -> np.dtype[Any]:
         """Of a column in the file."""
@@ -47,24 +71,38 @@ class Group:
         return prod(self.shape(column, tokens)) * self.dtype(column).itemsize
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The run, and the groups of layers."""
 
-    run: Mapping[str, Any]
-    groups: tuple[Group, ...]
+    format: str = FORMAT
+    version: int = VERSION
+    moe_trace: Any = __version__
+    rank: _Count = 0
+    world_size: _Count = 1
+    model: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    groups: Annotated[tuple[Group, ...], Meta(max_length=64)]
 
 
-@dataclass(frozen=True)
-class ChunkEnd:
+class ChunkEnd(msgspec.Struct, frozen=True):
     """The last member of a chunk."""
 
-    group_number: int
-    group: Group
-    tokens: int
-    columns: Mapping[str, int]
+    chunk: _Count
+    group: _Count
+    """Its place among the header's groups."""
+    tokens: _Tokens
+    columns: dict[str, _Count]
     """CRC-32 of each."""
-    dropped: Mapping[str, int]
+    dropped: dict[str, _Count]
+
+
+def json_bytes(struct: msgspec.Struct) -> bytes:
+    """As a member of the archive; what JSON cannot hold of a model's config stands as text."""
+
+    def plain(value: Any) -> Any:
+        return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else str(value)
+
+    return json.dumps(msgspec.structs.asdict(struct), default=plain).encode()
 
 
 def read_header(data: bytes) -> Header:
@@ -73,40 +111,12 @@ def read_header(data: bytes) -> Header:
     Raises:
         Damaged: it is no header of this format, of another version, or tells what cannot be.
     """
-    plain = _json(data, "header")
-    if plain.get("format") != FORMAT:
-        raise Damaged(f"a header of another format, {str(plain.get('format'))[:40]!r}")
-    if plain.get("version") != VERSION:
-        raise Damaged(f"version {str(plain.get('version'))[:20]} of the format where {VERSION} is known")
-    groups = plain.get("groups")
-    if not isinstance(groups, list) or not len(groups) <= _MOST_GROUPS:
-        raise Damaged("a header without a list of groups of layers")
-    run = {"rank": plain.get("rank", 0), "world_size": plain.get("world_size", 1)}
-    run |= {"model": plain.get("model", {}), "versions": plain.get("versions", {})}
-    if not (_is_count(run["rank"]) and _is_count(run["world_size"])):
-        raise Damaged("a header whose rank is no number")
-    if not (isinstance(run["model"], dict) and isinstance(run["versions"], dict)):
-        raise Damaged("a header whose model or versions are no objects")
-    return Header(run, tuple(map(_group, groups)))
-
-
-def _group(plain: Any) -> Group:
-    if not isinstance(plain, dict):
-        raise Damaged("a group of layers that is no object")
-    told: list[Any] = [plain.get(key) for key in ("layers", "num_experts", "top_k", "slots", "type")]
-    layers, experts, top_k, slots, kind = told
-    if (
-        not isinstance(layers, list)
-        or len(layers) > _MOST_LAYERS
-        or not all(isinstance(n, str) for n in layers)
-    ):
-        raise Damaged("a group whose layers are no list of module paths")
-    for name, numbers in (("num_experts", experts), ("top_k", top_k)):
-        if not (isinstance(numbers, list) and len(numbers) == len(layers) and all(map(_is_count, numbers))):
-            raise Damaged(f"a group whose {name} are no numbers, one for each layer")
-    if not _is_count(slots) or slots > _MOST_SLOTS or kind not in ("|u1", "<u2"):
-        raise Damaged(f"a group of {str(slots)[:20]} slots of type {str(kind)[:20]!r}")
-    return Group(tuple(layers), tuple(experts), tuple(top_k), slots, kind)
+    header = _read(data, Header, "a header")
+    if header.format != FORMAT:
+        raise Damaged(f"a header of another format, {header.format[:40]!r}")
+    if header.version != VERSION:
+        raise Damaged(f"version {header.version} of the format where {VERSION} is known")
+    return header
 
 
 def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> ChunkEnd:
@@ -115,32 +125,22 @@ def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> Chunk
     Raises:
         Damaged: it is another chunk's, or tells what cannot be.
     """
-    plain = _json(data, "end of a chunk")
-    group, tokens, columns, dropped = map(plain.get, ("group", "tokens", "columns", "dropped"))
-    if plain.get("chunk") != number or not _is_count(group) or group >= len(groups):
+    end = _read(data, ChunkEnd, f"an end of chunk {number}")
+    if end.chunk != number or end.group >= len(groups):
         raise Damaged(f"chunk {number} with another's end")
-    if not _is_count(tokens) or tokens > _MOST_TOKENS:
-        raise Damaged(f"chunk {number} of {str(tokens)[:20]} tokens")
-    for mapping in (columns, dropped):
-        if not isinstance(mapping, dict) or not all(map(_is_count, mapping.values())):
-            raise Damaged(f"chunk {number} without a list of its columns")
-    if (tokens and "expert_ids" not in columns) or not columns.keys() <= {"expert_ids", *TYPES}:
+    columns = end.columns.keys()
+    if (end.tokens and "expert_ids" not in columns) or not columns <= {"expert_ids", *TYPES}:
         raise Damaged(f"chunk {number} of other columns")
-    found = groups[group]
-    if max((found.nbytes(name, tokens) for name in columns), default=0) > _MOST_CHUNK_BYTES:
-        raise Damaged(f"chunk {number} of {tokens:,} tokens, too large for one chunk")
-    return ChunkEnd(group, found, tokens, columns, dropped)
+    group = groups[end.group]
+    if max((group.nbytes(name, end.tokens) for name in columns), default=0) > _MOST_CHUNK_BYTES:
+        raise Damaged(f"chunk {number} of {end.tokens:,} tokens, too large for one chunk")
+    return end
 
 
-def _json(data: bytes, what: str) -> Any:
+def _read(data: bytes, kind: type[_Read], what: str) -> _Read:
     try:
-        plain = json.loads(data)
+        return msgspec.convert(json.loads(data), kind)  # a config may hold NaN, which only json reads
+    except msgspec.ValidationError as error:
+        raise Damaged(f"{what} of another form ({error!s:.200})") from error
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"a {what} that is no JSON") from error
-    if not isinstance(plain, dict):
-        raise Damaged(f"a {what} that is no JSON object")
-    return plain
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+        raise Damaged(f"{what} that is no JSON") from error

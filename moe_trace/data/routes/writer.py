@@ -15,7 +15,6 @@ Columns of [T, L, K] are written as [L, T, K]: tokens of one layer resemble each
 from __future__ import annotations
 
 import io
-import json
 import os
 import zipfile
 import zlib
@@ -31,70 +30,40 @@ import numpy as np
 
 from moe_trace.data.errors import OutputError
 from moe_trace.data.files import whole_file
-from moe_trace.data.version import __version__
+from moe_trace.data.routes.header import TYPES, ChunkEnd, Group, Header, json_bytes
 
-FORMAT = "moe_trace routes"
-VERSION = 1
 CHUNK_BYTES = 2 << 20
-TYPES: dict[str, str] = {
-    "padding": "|b1",
-    "step": "<i8",
-    "forward": "<i8",
-    "sequence": "<i4",
-    "position": "<i4",
-    "stage_codes": "|u1",
-    "recomputed": "|b1",
-    "token_ids": "<i4",
-    "lost_layers": "|b1",
-    "weights": "<f2",
-}
-"""Types in the file; that of `expert_ids` stands in the header."""
 
 
 class Part(Protocol):
     """What of `RecordedRoutes` is written."""
 
     @property
-    def expert_ids(self) -> np.ndarray: ...
+    def described(self) -> Group: ...
     @property
-    def layers(self) -> Sequence[str]: ...
-    @property
-    def num_experts(self) -> Sequence[int]: ...
-    @property
-    def top_k(self) -> Sequence[int]: ...
+    def run(self) -> Mapping[str, Any]: ...
     @property
     def dropped(self) -> Mapping[str, int]: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-    @property
-    def versions(self) -> Mapping[str, str]: ...
     @property
     def groups(self) -> Sequence[Part]: ...
     def columns(self) -> dict[str, np.ndarray]: ...
 
 
 @dataclass
-class _Group:
-    """Layers that see the same tokens, and what waits for a chunk of its own."""
+class _Waiting:
+    """What waits for a chunk of its own, of layers that see the same tokens."""
 
-    description: dict[str, Any]
-    waiting: list[dict[str, np.ndarray]] = field(default_factory=list)
+    group: Group
+    parts: list[dict[str, np.ndarray]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        return sum(len(columns["expert_ids"]) for columns in self.waiting)
+        return sum(len(columns["expert_ids"]) for columns in self.parts)
 
     @property
     def chunk_tokens(self) -> int:
-        width = len(self.description["layers"]) * self.description["slots"]
-        return max(
-            1, min(1 << 16, CHUNK_BYTES // max(1, width * np.dtype(self.description["type"]).itemsize))
-        )
+        return max(1, min(1 << 16, CHUNK_BYTES // max(1, self.group.nbytes("expert_ids", 1))))
 
 
 class RoutesWriter:
@@ -114,8 +83,8 @@ class RoutesWriter:
     def __init__(self, path: str | Path, *, level: int = 1) -> None:
         self.path = Path(path)
         self._level = level
-        self._groups: dict[tuple[str, ...], _Group] = {}
-        self._run: dict[str, Any] = {}
+        self._groups: dict[tuple[str, ...], _Waiting] = {}
+        self._run: Mapping[str, Any] = {}
         self._headers = self._chunks = 0
         self._closed = True
         try:
@@ -137,19 +106,17 @@ class RoutesWriter:
             raise ValueError(f"{self.path}: the writer is closed; open another file")
         known = len(self._groups)
         pairs = [(self._group(group), group) for group in part.groups]
-        if not self._run:
-            self._run = {"rank": part.rank, "world_size": part.world_size}
-            self._run |= {"model": dict(part.model), "versions": dict(part.versions)}
+        self._run = self._run or part.run
         if len(self._groups) > known or not self._headers:
             self._write_header()
-        for number, group in pairs:
-            self._take(number, group)
+        for waiting, group in pairs:
+            self._take(waiting, group)
 
     def flush(self) -> None:
         """Write what waits as chunks, and hand the file to the operating system."""
-        for group in self._groups.values():
-            if group.waiting or group.dropped:
-                self._write_chunk(group)
+        for waiting in self._groups.values():
+            if waiting.parts or waiting.dropped:
+                self._write_chunk(waiting)
 
     def close(self) -> None:
         """Write what waits and the archive's directory; idempotent."""
@@ -159,9 +126,7 @@ class RoutesWriter:
         try:
             if not self._headers:
                 self._write_header()
-            for group in self._groups.values():
-                if group.waiting or group.dropped:
-                    self._write_chunk(group)
+            self.flush()
         finally:
             try:
                 self._zip.close()
@@ -181,63 +146,47 @@ class RoutesWriter:
         with suppress(Exception):  # else the archive would be finished without what waits
             self.close()
 
-    def _group(self, part: Part) -> _Group:
-        description = {
-            "layers": list(part.layers),
-            "num_experts": [int(experts) for experts in part.num_experts],
-            "top_k": [int(slots) for slots in part.top_k],
-            "slots": int(part.expert_ids.shape[2]),
-            "type": part.expert_ids.dtype.newbyteorder("<").str,
-        }
-        group = self._groups.setdefault(tuple(part.layers), _Group(description))
-        if group.description != description:
-            raise ValueError(
-                f"expected parts with the same experts, top-k, slots and type of ids as the first, "
-                f"{_in_words(group.description)}; found {_in_words(description)}"
-            )
-        return group
+    def _group(self, part: Part) -> _Waiting:
+        found = part.described
+        waiting = self._groups.setdefault(found.layers, _Waiting(found))
+        for name in ("num_experts", "top_k", "slots", "type"):
+            first, this = getattr(waiting.group, name), getattr(found, name)
+            if first != this:
+                raise ValueError(f"expected parts with the {name} of the first, {first}; found {this}")
+        return waiting
 
-    def _take(self, group: _Group, part: Part) -> None:
+    def _take(self, waiting: _Waiting, part: Part) -> None:
         columns = {name: _typed(name, column) for name, column in part.columns().items()}
-        group.dropped = added_up([group.dropped, part.dropped])
-        if group.waiting and group.waiting[0].keys() != columns.keys():
-            self._write_chunk(group)
-        tokens, start = len(part.expert_ids), 0
-        if not tokens and not group.waiting:
-            group.waiting.append(columns)  # which columns there are is kept too
+        waiting.dropped = added_up([waiting.dropped, part.dropped])
+        if waiting.parts and waiting.parts[0].keys() != columns.keys():
+            self._write_chunk(waiting)
+        tokens, start = len(columns["expert_ids"]), 0
+        if not tokens and not waiting.parts:
+            waiting.parts.append(columns)  # which columns there are is kept too
         while start < tokens:
-            end = min(tokens, start + group.chunk_tokens - group.tokens)
-            group.waiting.append({name: column[start:end].copy() for name, column in columns.items()})
+            end = min(tokens, start + waiting.chunk_tokens - waiting.tokens)
+            waiting.parts.append({name: column[start:end].copy() for name, column in columns.items()})
             start = end
-            if group.tokens >= group.chunk_tokens:
-                self._write_chunk(group)
+            if waiting.tokens >= waiting.chunk_tokens:
+                self._write_chunk(waiting)
 
     def _write_header(self) -> None:
-        groups = [group.description for group in self._groups.values()]
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "moe_trace": __version__,
-            **self._run,
-            "groups": groups,
-        }
-        self._write(f"header.{self._headers}.json", json.dumps(header, default=str).encode())
+        header = Header(groups=tuple(waiting.group for waiting in self._groups.values()), **self._run)
+        self._write(f"header.{self._headers}.json", json_bytes(header))
         self._headers += 1
 
-    def _write_chunk(self, group: _Group) -> None:
+    def _write_chunk(self, waiting: _Waiting) -> None:
         name = f"c{self._chunks:06}"
         checksums: dict[str, int] = {}
-        waiting = group.waiting or [{}]
-        for column in waiting[0]:
-            data = _npy(np.concatenate([columns[column] for columns in waiting]))
+        for column in waiting.parts[0] if waiting.parts else ():
+            data = _npy(np.concatenate([columns[column] for columns in waiting.parts]))
             checksums[column] = zlib.crc32(data)
             self._write(f"{name}.{column}.npy", data)
-        number = list(self._groups.values()).index(group)
-        end: dict[str, Any] = {"chunk": self._chunks, "group": number, "tokens": group.tokens}
-        end |= {"columns": checksums, "dropped": group.dropped}
-        self._write(f"{name}.json", json.dumps(end).encode())
+        number = list(self._groups).index(waiting.group.layers)
+        end = ChunkEnd(self._chunks, number, waiting.tokens, checksums, waiting.dropped)
+        self._write(f"{name}.json", json_bytes(end))
         self._chunks += 1
-        group.waiting, group.dropped = [], {}
+        waiting.parts, waiting.dropped = [], {}
         try:
             self._file.flush()
         except OSError as error:
@@ -294,7 +243,3 @@ def _npy(column: np.ndarray) -> bytes:
     layers_first = np.moveaxis(column, 1, 0) if column.ndim > 1 else column
     np.lib.format.write_array(buffer, np.ascontiguousarray(layers_first), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
-
-
-def _in_words(description: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {description[name]}" for name in ("num_experts", "top_k", "slots", "type"))
