@@ -50,12 +50,9 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
     rank_sum, rank_count, counted = np.zeros(slots), np.zeros(slots, np.int64), 0
     margin_parts, last_parts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for start in range(0, len(tokens), CHUNK):
-        rows = tokens.order.rows[start : start + CHUNK]
-        weights = routes.weights[rows, layer, :slots].astype(np.float32)
-        ids = tokens.ids[start : start + CHUNK]
-        used = ids < experts
-        told = (np.isfinite(weights) | ~used).all(axis=1) & used.any(axis=1)
-        weights, ids, used = np.where(used, weights, 0)[told], ids[told], used[told]
+        ids, weights, used = chosen_weights(routes, tokens.order.rows[start : start + CHUNK], layer)
+        told = np.isfinite(weights).all(axis=1) & used.any(axis=1)
+        ids, weights, used = np.minimum(ids[told], experts), weights[told], used[told]
         mass += np.bincount(ids.ravel(), weights.ravel(), minlength=experts + 1)
         chosen += np.bincount(ids.ravel(), minlength=experts + 1)
         rank_sum += weights.sum(axis=0, dtype=np.float64)
@@ -79,11 +76,23 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
     )
 
 
+def chosen_weights(
+    routes: RecordedRoutes, rows: np.ndarray, layer: int
+) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.bool_]]:
+    """[n, K] ids, weights in single precision, 0 where there is no expert, and whether there is one."""
+    assert routes.weights is not None
+    slots = routes.top_k[layer]
+    ids = routes.expert_ids[rows, layer, :slots]
+    used: npt.NDArray[np.bool_] = ids < routes.num_experts[layer]
+    weights = routes.weights[rows, layer, :slots].astype(np.float32)
+    return ids, np.where(used, weights, np.float32(0)), used
+
+
 def margins(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """[n] a token's largest weight minus its second; NaN where there are not two."""
+    """[n] a token's largest weight minus its second; NaN where there are not two, or one is unrecorded."""
     if weights.shape[1] < 2:
         return np.full(len(weights), np.nan, np.float32)
-    highest = np.sort(np.where(used, weights, -np.inf), axis=1)
+    highest = np.sort(np.where(used, weights, -np.inf), axis=1)  # NaN last
     second = np.where(used.sum(axis=1) >= 2, highest[:, -2], np.nan)
     return (highest[:, -1] - second).astype(np.float32)
 

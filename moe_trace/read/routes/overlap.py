@@ -25,8 +25,8 @@ def shared_experts(a_NK: np.ndarray, b_NK: np.ndarray, experts: int) -> npt.NDAr
 
 
 @dataclass(frozen=True, eq=False)
-class LayerPiece:
-    """Some n tokens in one layer."""
+class LayerOverlap:
+    """Of n tokens in one layer."""
 
     compared: np.ndarray
     """[n] bool: tokens that have an expert in either, and whose call was lost in neither."""
@@ -36,24 +36,17 @@ class LayerPiece:
     """[n] float: ranks with the same expert, over the same."""
 
 
-def compare_piece(
+def compare_layer(
     a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray, layers: tuple[int, int]
-) -> LayerPiece:
+) -> LayerOverlap:
     """Rows of a layer against the same tokens' rows of the other's."""
-    one, two = a.expert_ids[rows_a, layers[0]], b.expert_ids[rows_b, layers[1]]
     experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
-    one, two = one[:, :slots], two[:, :slots]
-    sizes_a, sizes_b = np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1)
-    size = np.maximum(sizes_a, sizes_b)
+    one, two = a.expert_ids[rows_a, layers[0], :slots], b.expert_ids[rows_b, layers[1], :slots]
+    size = np.maximum(np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1))
     compared = size > 0
     for routes, rows, layer in ((a, rows_a, layers[0]), (b, rows_b, layers[1])):
         if routes.lost_layers is not None:
-            compared = compared & ~routes.lost_layers[rows, layer]
-    divisor = np.where(compared, size, 1)
-    shared = shared_experts(one, two, experts)
+            compared &= ~routes.lost_layers[rows, layer]
+    divisor = np.where(compared, size, np.inf)
     same = np.count_nonzero((one == two) & (one < experts), axis=1)
-    return LayerPiece(
-        compared,
-        np.where(compared, shared, 0) / divisor,
-        np.where(compared, same, 0) / divisor,
-    )
+    return LayerOverlap(compared, shared_experts(one, two, experts) / divisor, same / divisor)

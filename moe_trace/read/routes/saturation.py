@@ -15,9 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.overlap import compare_piece
-
-_PIECE = 1 << 16  # rows that are compared at once
+from moe_trace.read.routes.overlap import compare_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +54,9 @@ def saturation(
     Args:
         rows: the rows that count.
     """
-    last = parts[-1]
-    figures = np.array(
-        [[_compared(part, last, layer, rows) for layer in range(len(last.layers))] for part in parts]
-    )
-    shape = (len(parts), len(last.layers), 2)
-    top_k, top_1 = np.moveaxis(figures.reshape(shape), 2, 0)
+    last, layers = parts[-1], range(len(parts[-1].layers))
+    figures_CL2 = np.array([[_compared(part, last, layer, rows) for layer in layers] for part in parts])
+    top_k, top_1 = np.moveaxis(figures_CL2.reshape(len(parts), len(layers), 2), 2, 0)
     uniform = np.array(last.top_k) / np.array(last.num_experts)
     return Saturation(tuple(labels), top_k, top_1, uniform)
 
@@ -70,13 +65,9 @@ def _compared(
     part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
     """Of the tokens that `compare_routes` compares: its overlap, and equal first slots."""
-    overlap, equal, compared = 0.0, 0, 0
-    for start in range(0, len(rows), _PIECE):
-        piece = rows[start : start + _PIECE]
-        found = compare_piece(part, piece, last, piece, (layer, layer))
-        mine, final = (one.expert_ids[piece, layer, 0] for one in (part, last))
-        same = found.compared & (mine == final) & (final < last.num_experts[layer])
-        overlap += float(found.overlap.sum())
-        equal += int(same.sum())
-        compared += int(found.compared.sum())
-    return (overlap / compared, equal / compared) if compared else (float("nan"), float("nan"))
+    found = compare_layer(part, rows, last, rows, (layer, layer))
+    if not found.compared.any():
+        return float("nan"), float("nan")
+    mine, final = (one.expert_ids[rows, layer, 0] for one in (part, last))
+    same = (mine == final) & (final < last.num_experts[layer])
+    return float(found.overlap[found.compared].mean()), float(same[found.compared].mean())

@@ -13,16 +13,18 @@ Of a token in a layer, with the sets A and B of its experts under the two routin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
-from moe_trace.read.routes.compare.align import Alignment, align
-from moe_trace.read.routes.compare.weights import recorded_margins, weight_distance
-from moe_trace.read.routes.overlap import compare_piece
+from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.compare.align import align
+from moe_trace.read.routes.gates import chosen_weights, margins
+from moe_trace.read.routes.overlap import compare_layer
 
-_PIECE = 1 << 16
+_PIECE = 1 << 14
 Figures = npt.NDArray[np.float64]
 
 
@@ -83,22 +85,6 @@ class RoutesComparison:
         return int(found[0]) if len(found) else None
 
 
-class _Sums:
-    """Sums over tokens of L layers and P classes of positions."""
-
-    def __init__(self, layers: int, classes: int) -> None:
-        self.compared = np.zeros(layers, np.int64)
-        self.overlap, self.same_rank = np.zeros(layers), np.zeros(layers)
-        self.differs, self.reordered = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
-        self.begins = np.zeros(layers, np.int64)
-        self.identical = 0
-        self.class_tokens, self.class_differing = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-        self.class_overlap, self.class_compared = np.zeros((2, classes, layers))
-        self.l1 = np.zeros((2, layers))
-        self.margins = np.zeros((2, 2, layers))
-        """Of tokens that do not differ, and that do: sum, number."""
-
-
 def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
     """Compare two routings of the same tokens, of their first group of layers.
 
@@ -108,96 +94,95 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
         UsageError: the tokens or layers are not the same.
     """
     aligned = align(a, b)
-    position = a.position[aligned.rows_a]
-    classes = np.frexp(np.maximum(position, 0).astype(np.float64))[1]
-    told = bool((position != UNKNOWN).all())
-    sums = _Sums(len(aligned.layers), int(classes.max(initial=0)) + 1)
-    for start in range(0, len(position), _PIECE):
-        piece = slice(start, start + _PIECE)
-        _add(sums, a, aligned.rows_a[piece], b, aligned.rows_b[piece], aligned, classes[piece])
-    return _comparison(a, b, aligned, sums, position, told)
+    rows_a, rows_b = aligned.rows_a, aligned.rows_b
+    position_N = a.position[rows_a]
+    class_N = np.frexp(np.maximum(position_N, 0).astype(np.float64))[1]
+    tokens_P = np.bincount(class_N)
+    differ_N, same_N = np.zeros(len(rows_a), np.bool_), np.ones(len(rows_a), np.bool_)
+    overlap_LP, rows = [], []
+    for layers in aligned.layers:
+        found = compare_layer(a, rows_a, b, rows_b, layers)
+        compared_N, overlap_N = found.compared, found.overlap
+        differs_N, moved_N = compared_N & (overlap_N < 1), compared_N & (found.same_rank < 1)
+        overlap_LP.append(ratio(np.bincount(class_N, overlap_N), np.bincount(class_N, compared_N)))
+        rows.append(
+            {
+                "compared": compared_N.sum(),
+                "overlap": _mean(overlap_N, compared_N),
+                "same_rank": _mean(found.same_rank, compared_N),
+                "differs": _mean(differs_N, compared_N),
+                "reordered": _mean(moved_N & ~differs_N, compared_N),
+                "begins": (differs_N & ~differ_N).mean(),
+                **_of_weights(a, rows_a, b, rows_b, layers, differs_N, compared_N),
+            }
+        )
+        differ_N |= differs_N
+        same_N &= ~moved_N
+    positions = (
+        PositionOverlap(
+            first=(1 << place) >> 1,
+            last=min((1 << place) - 1, int(position_N.max())),
+            tokens=int(tokens_P[place]),
+            overlap=np.array([overlap_P[place] for overlap_P in overlap_LP]),
+            differing=float(differ_N[class_N == place].mean()),
+        )
+        for place in np.flatnonzero(tokens_P).tolist()
+    )
+    own = [one for one, _ in aligned.layers]
+    figures: dict[str, Any] = {
+        name: None if rows[0][name] is None else np.array([row[name] for row in rows]) for name in rows[0]
+    }
+    return RoutesComparison(
+        layers=tuple(a.layers[layer] for layer in own),
+        num_experts=tuple(a.num_experts[layer] for layer in own),
+        top_k=tuple(a.top_k[layer] for layer in own),
+        tokens=len(rows_a),
+        aligned_by=aligned.by,
+        only_a=aligned.only_a,
+        only_b=aligned.only_b,
+        differing=float(differ_N.mean()),
+        identical=float(same_N.mean()),
+        positions=tuple(positions) if (position_N != UNKNOWN).all() else (),
+        **figures,
+    )
 
 
-def _add(
-    sums: _Sums,
+def _of_weights(
     a: RecordedRoutes,
     rows_a: np.ndarray,
     b: RecordedRoutes,
     rows_b: np.ndarray,
-    aligned: Alignment,
-    classes: np.ndarray,
-) -> None:
-    began, identical = np.zeros(len(rows_a), np.bool_), np.ones(len(rows_a), np.bool_)
-    for place, layers in enumerate(aligned.layers):
-        piece = compare_piece(a, rows_a, b, rows_b, layers)
-        differs = piece.compared & (piece.overlap < 1)
-        moved = piece.compared & (piece.same_rank < 1)
-        sums.compared[place] += piece.compared.sum()
-        sums.overlap[place] += piece.overlap.sum()
-        sums.same_rank[place] += piece.same_rank.sum()
-        sums.differs[place] += differs.sum()
-        sums.reordered[place] += (moved & ~differs).sum()
-        sums.begins[place] += (differs & ~began).sum()
-        began |= differs
-        identical &= ~moved
-        size = len(sums.class_tokens)
-        sums.class_overlap[:, place] += np.bincount(classes, piece.overlap, size)
-        sums.class_compared[:, place] += np.bincount(classes, piece.compared, size)
-        if a.weights is not None:
-            _add_weights(sums, place, recorded_margins(a, rows_a, layers[0]), differs, piece.compared)
-            if b.weights is not None:
-                distance = weight_distance(a, rows_a, b, rows_b, layers)
-                counted = piece.compared & np.isfinite(distance)
-                sums.l1[:, place] += distance[counted].sum(dtype=np.float64), counted.sum()
-    sums.identical += int(identical.sum())
-    sums.class_tokens += np.bincount(classes, minlength=len(sums.class_tokens))
-    sums.class_differing += np.bincount(classes[began], minlength=len(sums.class_tokens))
+    layers: tuple[int, int],
+    differs_N: np.ndarray,
+    compared_N: np.ndarray,
+) -> dict[str, float | None]:
+    if a.weights is None:
+        return dict.fromkeys(("weights_l1", "margin_differing", "margin_same"))
+    margin_N = margins(*chosen_weights(a, rows_a, layers[0])[1:])
+    distance_N = None
+    if b.weights is not None:
+        distance_N = np.empty(len(rows_a))
+        for start in range(0, len(rows_a), _PIECE):
+            piece = slice(start, start + _PIECE)
+            apart_NE = _by_expert(a, rows_a[piece], layers[0]) - _by_expert(b, rows_b[piece], layers[1])
+            distance_N[piece] = np.abs(apart_NE).sum(axis=1)
+    return {
+        "weights_l1": None if distance_N is None else _mean(distance_N, compared_N),
+        "margin_differing": _mean(margin_N, differs_N),
+        "margin_same": _mean(margin_N, compared_N & ~differs_N),
+    }
 
 
-def _add_weights(
-    sums: _Sums, place: int, margin: np.ndarray, differs: np.ndarray, compared: np.ndarray
-) -> None:
-    for which, chosen in enumerate((compared & ~differs, differs)):
-        values = margin[chosen & np.isfinite(margin)]
-        sums.margins[which, :, place] += values.sum(dtype=np.float64), len(values)
+def _by_expert(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarray:
+    """[n, E + 1] weights by expert, 0 for those that were not chosen; NaN where unrecorded."""
+    ids, weights, _ = chosen_weights(routes, rows, layer)
+    experts = routes.num_experts[layer]
+    by_expert = np.zeros((len(rows), experts + 1), np.float32)
+    np.put_along_axis(by_expert, np.minimum(ids, experts).astype(np.int64), weights, axis=1)
+    return by_expert
 
 
-def _comparison(
-    a: RecordedRoutes, b: RecordedRoutes, aligned: Alignment, sums: _Sums, position: np.ndarray, told: bool
-) -> RoutesComparison:
-    tokens = len(position)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        positions = tuple(
-            PositionOverlap(
-                first=(1 << place) >> 1,
-                last=min((1 << place) - 1, int(position.max())),
-                tokens=int(sums.class_tokens[place]),
-                overlap=sums.class_overlap[place] / sums.class_compared[place],
-                differing=float(sums.class_differing[place] / sums.class_tokens[place]),
-            )
-            for place in range(len(sums.class_tokens))
-            if told and sums.class_tokens[place]
-        )
-        own = [one for one, _ in aligned.layers]
-        weighed = a.weights is not None
-        return RoutesComparison(
-            layers=tuple(a.layers[layer] for layer in own),
-            num_experts=tuple(a.num_experts[layer] for layer in own),
-            top_k=tuple(a.top_k[layer] for layer in own),
-            tokens=tokens,
-            aligned_by=aligned.by,
-            only_a=aligned.only_a,
-            only_b=aligned.only_b,
-            compared=sums.compared,
-            overlap=sums.overlap / sums.compared,
-            same_rank=sums.same_rank / sums.compared,
-            differs=sums.differs / sums.compared,
-            reordered=sums.reordered / sums.compared,
-            begins=sums.begins / tokens,
-            differing=float(sums.begins.sum() / tokens),
-            identical=sums.identical / tokens,
-            positions=positions,
-            weights_l1=sums.l1[0] / sums.l1[1] if weighed and b.weights is not None else None,
-            margin_same=sums.margins[0, 0] / sums.margins[0, 1] if weighed else None,
-            margin_differing=sums.margins[1, 0] / sums.margins[1, 1] if weighed else None,
-        )
+def _mean(values_N: np.ndarray, chosen_N: np.ndarray) -> float:
+    """Of the chosen tokens that are known; NaN where there are none."""
+    known = values_N[chosen_N & np.isfinite(values_N)]
+    return float(known.mean(dtype=np.float64)) if len(known) else float("nan")
