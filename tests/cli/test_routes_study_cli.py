@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moe_trace.cli import main
-from moe_trace.read.routes.cache import simulate
-from moe_trace.read.routes.cache.expert_bytes import expert_bytes
+from moe_trace.read.routes.cache.simulate import expert_bytes_of, simulate
 from moe_trace.read.routes.study import study
 from tiny_routes import random_routes
 
@@ -148,9 +147,9 @@ def test_bytes_come_from_the_shape_that_the_model_was_recorded_with(tmp_path: Pa
         == 12_582_912
     )
     for unknown in ({**model, "dtype": "uint4"}, {"config": config}, {"dtype": "bfloat16"}):
-        assert expert_bytes(unknown) is None
-    assert expert_bytes({**model, "config": {**config, "quantization_config.bits": 4}}) is None
-    assert expert_bytes({**model, "config": {**config, "moe_intermediate_size": 10}}) == 3 * 2048 * 10 * 2
+        assert expert_bytes_of(unknown) is None
+    assert expert_bytes_of({**model, "config": {**config, "quantization_config.bits": 4}}) is None
+    assert expert_bytes_of({**model, "config": {**config, "moe_intermediate_size": 10}}) == 3 * 2048 * 10 * 2
 
 
 def test_predicted_ids_are_studied_as_the_others_are(files: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read, simulate, print."""
     from moe_trace.cli.routes.reading import routes_of
-    from moe_trace.read.routes.cache import simulate
-    from moe_trace.read.routes.cache.expert_bytes import expert_bytes
+    from moe_trace.read.routes.cache.simulate import expert_bytes_of, simulate
     from moe_trace.show.routes.cache import render_cache_json, render_cache_text
 
     sizes = parse_numbers("--experts-in-memory", arguments.experts_in_memory)
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
         together="token" if arguments.each_token else "forward",
         prefetch_by=arguments.prefetch,
-        expert_bytes=expert_bytes(routes.model) if given is None else given,
+        expert_bytes=expert_bytes_of(routes.model) if given is None else given,
         most_steps=arguments.steps or None,
     )
     if arguments.format == "json":

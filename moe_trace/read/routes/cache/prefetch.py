@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.read.routes.cache.requests import Requests
 from moe_trace.read.routes.cache.stack import Stack, StackPolicy
@@ -82,7 +81,7 @@ def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
         rows = slice(start, min(start + _ROWS, half))
         together = members(here[rows], experts).T.astype(np.float32) @ members(after[rows], experts_after)
         counts += together
-    used_E = sum_of(members(here[:half], experts)) if half else np.zeros(experts, np.int64)
+    used_E = members(here[:half], experts).sum(axis=0)
     probability = np.nan_to_num(ratio(counts, used_E[:, None]))
     found = [after[:0]]
     for start in range(half, len(here), _ROWS):
@@ -90,9 +89,3 @@ def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
         best = np.argsort(-scores, axis=1, kind="stable")[:, : min(slots, experts_after)]
         found.append(expert_sets(best.astype(np.uint16), experts_after))
     return np.concatenate(found)
-
-
-def sum_of(used_SE: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """[E] steps that need each expert."""
-    counts: npt.NDArray[np.int64] = used_SE.sum(axis=0)
-    return counts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from moe_trace.read.routes.cache.prefetch import Prefetch, prefetch
 from moe_trace.read.routes.cache.requests import Requests, Together, requests_of
 from moe_trace.read.routes.cache.stack import Stack, StackPolicy
 from moe_trace.read.routes.sets import total_size
+from moe_trace.read.time.peaks import item_bytes
 
 Policy = Literal["lru", "lfu", "static", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -104,8 +106,11 @@ def simulate(
     if most_steps is not None and shared:
         most_steps = max(1, most_steps // max(1, len(routes.layers)))
     needed = requests_of(routes, together, most_steps)
-    run = _Run(needed, routes.top_k, tuple(experts_in_memory), shared, expert_bytes)
-    results, curves = run.simulated(policies if needed.steps else (), prefetch_by is not None)
+    fetch = prefetch_by is not None
+    found = [
+        _of_policy(policy, needed, routes.top_k, experts_in_memory, shared, fetch, expert_bytes)
+        for policy in (policies if needed.steps else ())
+    ]
     return CacheStudy(
         layers=routes.layers,
         together=together,
@@ -114,8 +119,8 @@ def simulate(
         steps_recorded=needed.steps_recorded,
         tokens=needed.tokens,
         expert_bytes=expert_bytes,
-        results=results,
-        curves=curves,
+        results=tuple(result for results, _ in found for result in results),
+        curves={results[0].policy: curve for results, curve in found if curve is not None},
     )
 
 
@@ -140,79 +145,77 @@ def _check(
         raise UsageError(f"found an expert of {expert_bytes} bytes, expected a number above 0")
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What all policies are simulated on."""
-
-    needed: Requests
-    top_k: tuple[int, ...]
-    sizes: tuple[int, ...]
-    shared: bool
-    expert_bytes: int | None
-
-    @property
-    def _memories(self) -> Requests:
-        return self.needed.in_one_memory() if self.shared else self.needed
-
-    def simulated(
-        self, policies: Sequence[Policy], fetch: bool
-    ) -> tuple[tuple[CacheResult, ...], dict[str, npt.NDArray[np.float64]]]:
-        """The results of every policy and size, and the curves of those that have one."""
-        results: list[CacheResult] = []
-        curves: dict[str, npt.NDArray[np.float64]] = {}
-        for policy in policies:
-            if policy == "belady":
-                results += self.best()
-            else:
-                curves[policy], found = self.stacked(policy, fetch)
-                results += found
-        return tuple(results), curves
-
-    def stacked(self, policy: StackPolicy, fetch: bool) -> tuple[npt.NDArray[np.float64], list[CacheResult]]:
-        """Hit rates for every size, and the results for those asked for."""
-        memories, layers = self._memories, len(self.needed.sets)
-        wide = max(64 * sets.shape[1] for sets in memories.sets)
-        hits_LC = np.zeros((layers, wide + 1), np.int64)
-        for memory, sets in enumerate(memories.sets):
-            stack = Stack(policy, sets, memories.experts[memory])
-            for steps, _, places in stack.places():
-                layer = steps % layers if self.shared else memory
-                places = np.where(places < stack.wide, places, wide)
-                np.add(
-                    hits_LC,
-                    np.bincount(layer * (wide + 1) + places, minlength=hits_LC.size).reshape(hits_LC.shape),
-                    out=hits_LC,
-                )
-        up_to = np.cumsum(hits_LC[:, :-1], axis=1)
-        fetched = prefetch(policy, self.needed, self.top_k, self.sizes) if fetch else [None] * len(self.sizes)
-        results = [
-            self._result(policy, size, up_to[:, min(self._held(size), wide) - 1], ahead)
-            for size, ahead in zip(self.sizes, fetched, strict=True)
-        ]
-        most = sum(self.needed.experts) if self.shared else max(self.needed.experts)
-        return up_to.sum(axis=0)[:most] / max(1, hits_LC.sum()), results
-
-    def best(self) -> list[CacheResult]:
-        """Belady's."""
-        memories, layers = self._memories, len(self.needed.sets)
-        hits = np.zeros((layers, len(self.sizes), len(memories.sets)), np.int64)
-        for step, found in enumerate(belady_hits(memories.sets, [self._held(size) for size in self.sizes])):
-            hits[step % layers if self.shared else 0] += found
-        hits_CL = hits[:, :, 0].T if self.shared else hits[0]
-        return [
-            self._result("belady", size, hits_L) for size, hits_L in zip(self.sizes, hits_CL, strict=True)
-        ]
-
-    def _held(self, size: int) -> int:
-        return size * len(self.needed.sets) if self.shared else size
-
-    def _result(self, policy: Policy, size: int, hits_L: Ints, ahead: Prefetch | None = None) -> CacheResult:
-        return CacheResult(
+def _of_policy(
+    policy: Policy,
+    needed: Requests,
+    top_k: Sequence[int],
+    sizes: Sequence[int],
+    shared: bool,
+    fetch: bool,
+    expert_bytes: int | None,
+) -> tuple[list[CacheResult], npt.NDArray[np.float64] | None]:
+    """The results by size, and the hit rate for every size where the policy has one order of all experts."""
+    layers, memories = len(needed.sets), needed.in_one_memory() if shared else needed
+    held = [size * layers if shared else size for size in sizes]
+    curve, fetched = None, list[Prefetch | None]([None] * len(sizes))
+    if policy == "belady":
+        hits_LC = _belady(memories, held, layers)
+    else:
+        kept_LC, requests = _kept(policy, memories, layers)
+        hits_LC = kept_LC[:, np.minimum(held, kept_LC.shape[1]) - 1]
+        most = sum(needed.experts) if shared else max(needed.experts)
+        curve = kept_LC.sum(axis=0)[:most] / max(1, requests)
+        fetched = [*prefetch(policy, needed, top_k, sizes)] if fetch else fetched
+    results = [
+        CacheResult(
             policy=policy,
             experts_in_memory=size,
-            requests=np.array([total_size(sets) for sets in self.needed.sets]),
+            requests=np.array([total_size(sets) for sets in needed.sets]),
             hits=hits_L,
-            tokens=self.needed.tokens,
-            expert_bytes=self.expert_bytes,
+            tokens=needed.tokens,
+            expert_bytes=expert_bytes,
             prefetch=ahead,
         )
+        for size, hits_L, ahead in zip(sizes, hits_LC.T, fetched, strict=True)
+    ]
+    return results, curve
+
+
+def _kept(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, int]:
+    """[L, C] hits of each layer where 1, 2, ... C experts fit, and the requests of all."""
+    wide = max(64 * sets.shape[1] for sets in memories.sets)
+    hits_LC = np.zeros((layers, wide + 1), np.int64)
+    for memory, sets in enumerate(memories.sets):
+        stack = Stack(policy, sets, memories.experts[memory])
+        for steps, _, places in stack.places():
+            layer = memory if len(memories.sets) == layers else steps % layers
+            np.add.at(hits_LC, (np.asarray(layer), np.where(places < stack.wide, places, wide)), 1)
+    return np.cumsum(hits_LC[:, :-1], axis=1), int(hits_LC.sum())
+
+
+def _belady(memories: Requests, held: Sequence[int], layers: int) -> Ints:
+    """[L, C] hits of each layer where so many experts fit."""
+    hits_LC = np.zeros((layers, len(held)), np.int64)
+    for step, found_CG in enumerate(belady_hits(memories.sets, held)):
+        if len(memories.sets) == layers:
+            hits_LC += found_CG.T
+        else:
+            hits_LC[step % layers] += found_CG[:, 0]
+    return hits_LC
+
+
+def expert_bytes_of(model: Mapping[str, Any]) -> int | None:
+    """Bytes of an expert of gate, up and down projection: 3 * hidden * intermediate * bytes of a number.
+
+    Biases are left out. None where the sizes or the type are not recorded, or the weights are quantised.
+
+    Args:
+        model: `RecordedRoutes.model`, with `dtype` and the `config` of transformers.
+    """
+    config = model.get("config")
+    if not isinstance(config, Mapping) or any(str(key).startswith("quantization") for key in config):
+        return None
+    inner = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    sizes: list[Any] = [config.get("hidden_size"), inner, item_bytes(model)]
+    told = all(isinstance(size, int) and 0 < size < 1 << 31 for size in sizes)
+    return 3 * math.prod(sizes) if told else None
