@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.schema import RoutingSample
 from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.collectives import split_bytes
 from moe_trace.read.ranks.loads import CallLoad, RankRecords
@@ -68,18 +69,15 @@ def check_bytes(
             key, sample = index[one.rank].get(collective.call, (None, None))
             if key is None or sample is None or collective.role not in ("dispatch", "combine") or not group:
                 continue
-            size = sample.slot_bytes
-            if size is None:
-                size = hidden_bytes(records.by_rank[one.rank].model)
             for side in ("sent", "received"):
-                slots = _slots(records, sent.get(key), one.rank, group, side)
+                expected = _expected(records, sent.get(key), sample, one.rank, group, side)
                 # What the dispatch sends comes back in the combine, so there it is what comes out.
                 into = (side == "sent") == (collective.role == "dispatch")
                 moved = split_bytes(collective, "in" if into else "out", len(group))
-                if slots is None or size is None or moved is None:
+                if expected is None or moved is None:
                     unknown += 1
                     continue
-                wrong = np.flatnonzero(slots * size != np.array(moved)).tolist()
+                wrong = np.flatnonzero(expected != np.array(moved)).tolist()
                 equal, different = equal + (not wrong), different + bool(wrong)
                 mismatches += [
                     ByteMismatch(
@@ -89,7 +87,7 @@ def check_bytes(
                         part=collective.role,
                         direction=side,
                         peer=group[i],
-                        expected_bytes=int(slots[i]) * size,
+                        expected_bytes=int(expected[i]),
                         found_bytes=moved[i],
                     )
                     for i in wrong[: SHOWN - len(mismatches)]
@@ -97,16 +95,20 @@ def check_bytes(
     return BytesCheck(equal=equal, different=different, unknown=unknown, mismatches=tuple(mismatches))
 
 
-def _slots(
+def _expected(
     records: RankRecords,
     sent_RW: npt.NDArray[np.int64] | None,
+    sample: RoutingSample,
     rank: int,
     group: Sequence[int],
     side: str,
 ) -> npt.NDArray[np.int64] | None:
-    """[G] slots between this rank and each of its group; None where a rank of it was not recorded."""
+    """[G] bytes between this rank and each of its group; None where a rank of it was not recorded."""
+    size = sample.slot_bytes
+    if size is None:  # by the model's width and type
+        size = hidden_bytes(records.by_rank[rank].model)
     senders = (rank,) if side == "sent" else group
-    if sent_RW is None or not set(senders) <= set(records.ranks):
+    if sent_RW is None or size is None or not set(senders) <= set(records.ranks):
         return None
-    sent = sent_RW[np.searchsorted(records.ranks, senders)]
+    sent = sent_RW[np.searchsorted(records.ranks, senders)] * size
     return sent[0, list(group)] if side == "sent" else sent[:, rank]

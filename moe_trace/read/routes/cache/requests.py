@@ -46,8 +46,10 @@ class Requests:
         return Requests((flat,), (64 * sum(words),), self.tokens, self.steps_recorded)
 
 
-def requests_of(routes: RecordedRoutes, together: Together, most_steps: int | None) -> Requests:
-    """The first `most_steps` steps of a group of layers; all where it is None."""
+def requests_of(
+    routes: RecordedRoutes, together: Together, most_steps: int | None, turns: int = 1
+) -> Requests:
+    """The first `most_steps` steps of a group of layers, of `turns` for each; all where it is None."""
     rows = np.flatnonzero(routes.counted)
     if together == "forward":
         rows = rows[np.argsort(routes.forward[rows], kind="stable")]
@@ -56,8 +58,9 @@ def requests_of(routes: RecordedRoutes, together: Together, most_steps: int | No
     else:
         starts = np.arange(len(rows))
     recorded = len(starts)
-    if most_steps is not None and recorded > most_steps:
-        rows, starts = rows[: starts[most_steps]], starts[:most_steps]
+    most = recorded if most_steps is None else max(1, most_steps // max(1, turns))
+    if recorded > most:
+        rows, starts = rows[: starts[most]], starts[:most]
     return Requests(
         tuple(_needed(routes, layer, rows, starts) for layer in range(len(routes.layers))),
         routes.num_experts,

@@ -103,12 +103,9 @@ def simulate(
         UsageError: an unknown policy, sizes below 1, or prefetching into a shared memory.
     """
     _check(experts_in_memory, policies, shared, prefetch_by, expert_bytes)
-    if most_steps is not None and shared:
-        most_steps = max(1, most_steps // max(1, len(routes.layers)))
-    needed = requests_of(routes, together, most_steps)
-    fetch = prefetch_by is not None
+    needed = requests_of(routes, together, most_steps, turns=len(routes.layers) if shared else 1)
     found = [
-        _of_policy(policy, needed, routes.top_k, experts_in_memory, shared, fetch, expert_bytes)
+        _of_policy(policy, needed, routes.top_k, experts_in_memory, shared, prefetch_by, expert_bytes)
         for policy in (policies if needed.steps else ())
     ]
     return CacheStudy(
@@ -151,7 +148,7 @@ def _of_policy(
     top_k: Sequence[int],
     sizes: Sequence[int],
     shared: bool,
-    fetch: bool,
+    prefetch_by: str | None,
     expert_bytes: int | None,
 ) -> tuple[list[CacheResult], npt.NDArray[np.float64] | None]:
     """The results by size, and the hit rate for every size where the policy has one order of all experts."""
@@ -165,7 +162,7 @@ def _of_policy(
         hits_LC = kept_LC[:, np.minimum(held, kept_LC.shape[1]) - 1]
         most = sum(needed.experts) if shared else max(needed.experts)
         curve = kept_LC.sum(axis=0)[:most] / max(1, requests)
-        fetched = [*prefetch(policy, needed, top_k, sizes)] if fetch else fetched
+        fetched = [*prefetch(policy, needed, top_k, sizes)] if prefetch_by else fetched
     results = [
         CacheResult(
             policy=policy,

@@ -20,7 +20,7 @@ class Alignment:
     """[N] the same tokens' rows in the second."""
     layers: tuple[tuple[int, int], ...]
     """(layer of the first, layer of the second)."""
-    by: str
+    aligned_by: str
     """By which column the tokens are matched."""
     only_a: int
     """Tokens without a counterpart; padding and recomputed tokens are never counted."""

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_trace.data.display.json import attributes
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
 from moe_trace.read.routes.coactivation import ratio
 from moe_trace.read.routes.compare.align import align
 from moe_trace.read.routes.gates import chosen_weights, margins
-from moe_trace.read.routes.overlap import compare_layer
+from moe_trace.read.routes.overlap import LayerOverlap, compare_layer
 
 _PIECE = 1 << 14
 Figures = npt.NDArray[np.float64]
@@ -94,56 +95,68 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
         UsageError: the tokens or layers are not the same.
     """
     aligned = align(a, b)
-    rows_a, rows_b = aligned.rows_a, aligned.rows_b
-    position_N = a.position[rows_a]
-    class_N = np.frexp(np.maximum(position_N, 0).astype(np.float64))[1]
-    tokens_P = np.bincount(class_N)
+    rows_a, rows_b, position_N = aligned.rows_a, aligned.rows_b, a.position[aligned.rows_a]
     differ_N, same_N = np.zeros(len(rows_a), np.bool_), np.ones(len(rows_a), np.bool_)
     overlap_LP, rows = [], []
     for layers in aligned.layers:
         found = compare_layer(a, rows_a, b, rows_b, layers)
-        compared_N, overlap_N = found.compared, found.overlap
-        differs_N, moved_N = compared_N & (overlap_N < 1), compared_N & (found.same_rank < 1)
-        overlap_LP.append(ratio(np.bincount(class_N, overlap_N), np.bincount(class_N, compared_N)))
+        differs_N, moved_N = found.compared & (found.overlap < 1), found.compared & (found.same_rank < 1)
+        overlap_LP.append(_by_position(position_N, found))
         rows.append(
             {
-                "compared": compared_N.sum(),
-                "overlap": _mean(overlap_N, compared_N),
-                "same_rank": _mean(found.same_rank, compared_N),
-                "differs": _mean(differs_N, compared_N),
-                "reordered": _mean(moved_N & ~differs_N, compared_N),
+                "compared": found.compared.sum(),
+                "overlap": _mean(found.overlap, found.compared),
+                "same_rank": _mean(found.same_rank, found.compared),
+                "differs": _mean(differs_N, found.compared),
+                "reordered": _mean(moved_N & ~differs_N, found.compared),
                 "begins": (differs_N & ~differ_N).mean(),
-                **_of_weights(a, rows_a, b, rows_b, layers, differs_N, compared_N),
+                **_of_weights(a, rows_a, b, rows_b, layers, differs_N, found.compared),
             }
         )
         differ_N |= differs_N
         same_N &= ~moved_N
-    positions = (
+    own = [one for one, _ in aligned.layers]
+    figures: dict[str, Any] = {
+        name: None if one is None else np.array([row[name] for row in rows]) for name, one in rows[0].items()
+    }
+    return RoutesComparison(
+        **{name: tuple(getattr(a, name)[i] for i in own) for name in ("layers", "num_experts", "top_k")},
+        **attributes(aligned, "aligned_by", "only_a", "only_b"),
+        tokens=len(rows_a),
+        differing=float(differ_N.mean()),
+        identical=float(same_N.mean()),
+        positions=_positions(position_N, differ_N, np.array(overlap_LP)),
+        **figures,
+    )
+
+
+def _classes(position_N: np.ndarray) -> np.ndarray:
+    """[N] 0 for position 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, and so on."""
+    exponents: np.ndarray = np.frexp(np.maximum(position_N, 0).astype(np.float64))[1]
+    return exponents
+
+
+def _by_position(position_N: np.ndarray, found: LayerOverlap) -> Figures:
+    """[P] mean overlap of the tokens of each class of positions."""
+    class_N = _classes(position_N)
+    return ratio(np.bincount(class_N, found.overlap), np.bincount(class_N, found.compared))
+
+
+def _positions(
+    position_N: np.ndarray, differ_N: np.ndarray, overlap_LP: Figures
+) -> tuple[PositionOverlap, ...]:
+    if (position_N == UNKNOWN).any():
+        return ()
+    class_N = _classes(position_N)
+    return tuple(
         PositionOverlap(
             first=(1 << place) >> 1,
             last=min((1 << place) - 1, int(position_N.max())),
-            tokens=int(tokens_P[place]),
-            overlap=np.array([overlap_P[place] for overlap_P in overlap_LP]),
+            tokens=int((class_N == place).sum()),
+            overlap=overlap_LP[:, place],
             differing=float(differ_N[class_N == place].mean()),
         )
-        for place in np.flatnonzero(tokens_P).tolist()
-    )
-    own = [one for one, _ in aligned.layers]
-    figures: dict[str, Any] = {
-        name: None if rows[0][name] is None else np.array([row[name] for row in rows]) for name in rows[0]
-    }
-    return RoutesComparison(
-        layers=tuple(a.layers[layer] for layer in own),
-        num_experts=tuple(a.num_experts[layer] for layer in own),
-        top_k=tuple(a.top_k[layer] for layer in own),
-        tokens=len(rows_a),
-        aligned_by=aligned.by,
-        only_a=aligned.only_a,
-        only_b=aligned.only_b,
-        differing=float(differ_N.mean()),
-        identical=float(same_N.mean()),
-        positions=tuple(positions) if (position_N != UNKNOWN).all() else (),
-        **figures,
+        for place in np.unique(class_N).tolist()
     )
 
 
