@@ -115,12 +115,12 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
         )
         differ_N |= differs_N
         same_N &= ~moved_N
-    own = [one for one, _ in aligned.layers]
     figures: dict[str, Any] = {
         name: None if one is None else np.array([row[name] for row in rows]) for name, one in rows[0].items()
     }
+    for name in ("layers", "num_experts", "top_k"):
+        figures[name] = tuple(getattr(a, name)[one] for one, _ in aligned.layers)
     return RoutesComparison(
-        **{name: tuple(getattr(a, name)[i] for i in own) for name in ("layers", "num_experts", "top_k")},
         **attributes(aligned, "aligned_by", "only_a", "only_b"),
         tokens=len(rows_a),
         differing=float(differ_N.mean()),
