@@ -87,9 +87,7 @@ class RoutesComparison:
 
 
 def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
-    """Compare two routings of the same tokens, of their first group of layers.
-
-    Padding and recomputed tokens are left out.
+    """Compare two routings of the same tokens, of their first groups of layers; without padding.
 
     Raises:
         UsageError: the tokens or layers are not the same.
@@ -97,11 +95,10 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
     aligned = align(a, b)
     rows_a, rows_b, position_N = aligned.rows_a, aligned.rows_b, a.position[aligned.rows_a]
     differ_N, same_N = np.zeros(len(rows_a), np.bool_), np.ones(len(rows_a), np.bool_)
-    overlap_LP, rows = [], []
+    rows: list[dict[str, Any]] = []
     for layers in aligned.layers:
         found = compare_layer(a, rows_a, b, rows_b, layers)
         differs_N, moved_N = found.compared & (found.overlap < 1), found.compared & (found.same_rank < 1)
-        overlap_LP.append(_by_position(position_N, found))
         rows.append(
             {
                 "compared": found.compared.sum(),
@@ -109,6 +106,7 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
                 "same_rank": _mean(found.same_rank, found.compared),
                 "differs": _mean(differs_N, found.compared),
                 "reordered": _mean(moved_N & ~differs_N, found.compared),
+                "by_position": _by_position(position_N, found),
                 "begins": (differs_N & ~differ_N).mean(),
                 **_of_weights(a, rows_a, b, rows_b, layers, differs_N, found.compared),
             }
@@ -125,7 +123,7 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
         tokens=len(rows_a),
         differing=float(differ_N.mean()),
         identical=float(same_N.mean()),
-        positions=_positions(position_N, differ_N, np.array(overlap_LP)),
+        positions=_positions(position_N, differ_N, figures.pop("by_position")),
         **figures,
     )
 
