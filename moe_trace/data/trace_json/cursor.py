@@ -16,8 +16,8 @@ from moe_trace.data.errors import TraceFileError
 BLOCK_BYTES = 4 * 2**20
 HELD_BYTES = 16 * 2**20
 """Of one value before the events; what is longer is not read a second time."""
-TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
-SPACE = re.compile(rb"[ \t\r\n]*+")
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
 _LINE = re.compile(rb'([^\n]*[^\s,])[ \t]*,[ \t\r]*\n\s*"')
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -52,7 +52,7 @@ class JsonCursor:
 
     def walk(self) -> Iterator[str]:
         """The top-level keys; after each, the caller takes its value by one of the methods below."""
-        self._fill(len(_BYTE_ORDER_MARK))
+        self._fill()
         if self._data.startswith(_BYTE_ORDER_MARK):
             self._at += len(_BYTE_ORDER_MARK)
         first = self._peek()
@@ -107,58 +107,68 @@ class JsonCursor:
 
     def value(self) -> bytes:
         """The next value's JSON text; where it is no JSON, its text as a string."""
-        return self._held_value() if self._in_head else self._take_value(keep=True)
+        if self._in_head:
+            try:
+                return self._taken_to(self._end_before_mark())
+            except _NoValue:
+                line = _LINE.match(self._data, self._at)
+            if line is not None:
+                self._at = line.end(1)
+                return json.dumps(line.group(1).decode("utf-8", "replace")).encode()
+        return self._taken_to(self._value_end(self._grow))  # which says what is wrong
 
     def skip(self) -> None:
         """Pass over the next value."""
-        if self._in_head:
-            self._held_value()
-        else:
-            self._take_value(keep=False)
+        self.value()
 
     # -- values and keys ------------------------------------------------------------------------------
 
-    def _take_value(self, *, keep: bool) -> bytes:
-        if self._peek() not in (b"{", b"[", b'"'):
-            return self._scalar()
-        parts, depth, position = [], 0, self._at
-        while True:
-            match = TOKEN.search(self._data, position)
-            token = match.group() if match else b""
-            if token in (b"", b'"'):
-                seen = match.start() if match else len(self._data)
-                if keep:
-                    parts.append(self._data[self._at : seen])
-                self._at = seen
-                self._grow()
-                position = self._at
-                continue
-            assert match is not None
-            position = match.end()
-            depth += (token in b"{[") - (token in b"}]") if len(token) == 1 else 0
-            if depth <= 0:
-                if keep:
-                    parts.append(self._data[self._at : position])
-                self._at = position
-                return b"".join(parts)
-
-    def _scalar(self) -> bytes:
-        while True:
-            match = _SCALAR.match(self._data, self._at)
-            assert match is not None
-            if match.end() < len(self._data):
-                break
-            self._grow()  # something must follow, if only the closing brace
-        if not match.group():
+    def _taken_to(self, end: int) -> bytes:
+        text = self._data[self._at : end]
+        if not text:
             raise self._broken("a value")
-        self._at = match.end()
-        return match.group()
+        self._at = end
+        return text
+
+    def _value_end(self, more: Callable[[], None], *, of_line: bool = False) -> int:
+        """Where the value at the cursor ends in the buffer, which has it whole then.
+
+        Args:
+            more: has the buffer hold more of the file, or raises.
+            of_line: whether no string reaches from one line's last quote to the first of the next.
+        """
+        if self._peek() not in (b"{", b"[", b'"'):
+            while (end := _SCALAR.match(self._data, self._at).end()) == len(self._data):  # type: ignore[union-attr]
+                more()  # something must follow, if only the closing brace
+            return end
+        size = depth = 0
+        while True:
+            match = _TOKEN.search(self._data, self._at + size)
+            if match is None or match.group() == b'"':
+                more()
+                continue
+            token, size = match.group(), match.end() - self._at
+            if len(token) == 1:
+                depth += 1 if token in b"{[" else -1
+            elif of_line and b"\n" in token and _LINE.match(self._data, self._at):
+                raise _NoValue
+            if depth <= 0:
+                return match.end()
+
+    def _end_before_mark(self) -> int:
+        """The end of a value that what follows it shows to be one."""
+        size = self._value_end(self._hold_more, of_line=True) - self._at
+        while (mark := self._behind_space(self._at + size)) == len(self._data):
+            self._hold_more()
+        if not size or self._data[mark] not in b",}":
+            raise _NoValue
+        return self._at + size
 
     def _key(self) -> str:
         if self._peek() != b'"':
             raise self._broken("a key")
         try:
-            return str(json.loads(self._take_value(keep=True)))
+            return str(json.loads(self._taken_to(self._value_end(self._grow))))
         except ValueError as error:
             raise self._broken("a key") from error
 
@@ -167,83 +177,26 @@ class JsonCursor:
             raise self._broken(repr(mark.decode()))
         self._at += 1
 
-    # -- values that may be no JSON -------------------------------------------------------------------
-
-    def _held_value(self) -> bytes:
-        """A value that stays in the buffer until what follows it shows that it is one."""
-        self._peek()
-        try:
-            end = self._held_end()
-        except _NoValue:
-            end = None
-        if end is None:
-            line = _LINE.match(self._data, self._at)
-            if line is None:
-                return self._take_value(keep=True)  # which says what is wrong, or cannot be held
-            self._at = line.end(1)
-            return json.dumps(line.group(1).decode("utf-8", "replace")).encode()
-        text = self._data[self._at : end]
-        self._at = end
-        return text
-
-    def _held_end(self) -> int:
-        while True:
-            size = self._held_size()
-            after = SPACE.match(self._data, self._at + size)
-            assert after is not None
-            if after.end() < len(self._data):
-                break
-            self._hold_more()
-        if not size or self._data[after.end()] not in b",}":
-            raise _NoValue
-        return self._at + size
-
-    def _held_size(self) -> int:
-        if self._data[self._at : self._at + 1] not in (b"{", b"[", b'"'):
-            match = _SCALAR.match(self._data, self._at)
-            return match.end() - self._at if match else 0
-        size = depth = 0
-        while True:
-            match = TOKEN.search(self._data, self._at + size)
-            token = match.group() if match else b'"'
-            if match is None or token == b'"':
-                self._hold_more()
-                continue
-            size = match.end() - self._at
-            if len(token) == 1:
-                depth += 1 if token in b"{[" else -1
-            elif b"\n" in token and _LINE.match(self._data, self._at):
-                raise _NoValue  # from one line's last quote to the next line's first
-            if depth <= 0:
-                return size
-
-    def _hold_more(self) -> None:
-        """More of the file behind what is held."""
-        held = len(self._data) - self._at
-        if self._ended or held > HELD_BYTES:
-            raise _NoValue
-        self._fill(max(BLOCK_BYTES, 2 * held))
-
     # -- the buffer -----------------------------------------------------------------------------------
 
     def _peek(self) -> bytes:
         """The next byte that is not white space, where the cursor then stands; b"" at the end."""
         while True:
-            match = SPACE.match(self._data, self._at)
-            assert match is not None
-            self._at = match.end()
+            self._at = self._behind_space(self._at)
             if self._at < len(self._data):
                 return self._data[self._at : self._at + 1]
             if self._ended:
                 return b""
-            self._fill_block()
+            self._fill()
 
-    def _fill_block(self) -> None:
-        self._fill(BLOCK_BYTES)
+    def _behind_space(self, at: int) -> int:
+        match = _SPACE.match(self._data, at)
+        assert match is not None
+        return match.end()
 
-    def _fill(self, size: int) -> None:
-        """Have at least `size` bytes from the cursor on, if the file has them."""
-        parts = [self._data[self._at :]]
+    def _fill(self, size: int = 0) -> None:
+        """Have a block and at least `size` bytes from the cursor on, if the file has them."""
+        parts, size = [self._data[self._at :]], max(BLOCK_BYTES, size)
         have = len(parts[0])
         while have < size and not self._ended:
             block = self._read(size - have)
@@ -254,6 +207,11 @@ class JsonCursor:
         if len(parts) > 1:
             self._data, self._at = b"".join(parts), 0
 
+    def _hold_more(self) -> None:
+        if self._ended or len(self._data) - self._at > HELD_BYTES:
+            raise _NoValue
+        self._grow()
+
     def _grow(self) -> None:
         """More of one value; doubling keeps the work linear."""
         if self._ended:
@@ -261,7 +219,7 @@ class JsonCursor:
                 f"{self.name}: the JSON ends too early, at byte {self._taken:,}, in "
                 f"{self._excerpt(len(self._data) - 40)!r}; the file is truncated - export it again"
             )
-        self._fill(max(BLOCK_BYTES, 2 * (len(self._data) - self._at)))
+        self._fill(2 * (len(self._data) - self._at))
 
     # -- errors ---------------------------------------------------------------------------------------
 

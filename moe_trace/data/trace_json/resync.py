@@ -15,13 +15,13 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-_BOUNDARY = re.compile(rb'\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{[ \t\r\n]*+["}])')
+BOUNDARY = re.compile(rb'\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{[ \t\r\n]*+["}])')
 _KEY_BEHIND = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,256}+"[ \t\r\n]*+:)"""
 _NOTHING_BEHIND = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
 _END = re.compile(_KEY_BEHIND, re.DOTALL)
 _END_OF_FILE = re.compile(_KEY_BEHIND + b"|" + _NOTHING_BEHIND, re.DOTALL)
 """Of the array: a bracket behind its last element, and the next key of what holds it, or its end."""
-_REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NESTED_MAX = 256
 """Pieces that one event can be cut into by lists of objects in its arguments."""
 _EVENT_MAX = 2**20
@@ -62,7 +62,7 @@ class _Pieces(Generic[_T]):
     ) -> None:
         self._data, self._decode, self._one, self._more = data, decode, one, more
         self._starts, self._ends = [start], list[int]()
-        for boundary in _BOUNDARY.finditer(data, start):
+        for boundary in BOUNDARY.finditer(data, start):
             self._ends.append(boundary.start() + 1)
             self._starts.append(boundary.end())
         self._found: list[_T] = []
@@ -90,14 +90,14 @@ class _Pieces(Generic[_T]):
         """Whether pieces can be decoded together."""
         try:
             self._found += self._decode(b"[%b]" % self._data[self._starts[first] : self._ends[last - 1]])
-        except _REFUSALS:
+        except REFUSALS:
             return False
         self._at = self._ends[last - 1]
         return True
 
     def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
         """Whether the array ends in this piece; then its last element is taken, `broken` or not."""
-        if is_json(self._data[start:end]):
+        if _is_json(self._data[start:end]):
             return False
         pattern = _END if self._more else _END_OF_FILE
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
@@ -106,8 +106,8 @@ class _Pieces(Generic[_T]):
             text = self._data[start:at]
             try:
                 self._found += self._decode(b"[%b]" % text)
-            except _REFUSALS:
-                if not is_json(text):
+            except REFUSALS:
+                if not _is_json(text):
                     continue
                 self._found.append(self._one(text))
             self._at = at
@@ -128,7 +128,7 @@ class _Pieces(Generic[_T]):
             text = self._data[start : self._ends[last - 1]]
             self._tries -= len(text)
             if self._tries < 0 or not (_is_cut_off(text) or _is_open(text)):
-                if is_json(text):  # whole, but of another type than expected
+                if _is_json(text):  # whole, but of another type than expected
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
@@ -172,7 +172,7 @@ def _is_open(text: bytes) -> bool:
     return False
 
 
-def is_json(text: bytes) -> bool:
+def _is_json(text: bytes) -> bool:
     """Whether a lenient parser takes it."""
     try:
         json.loads(text.decode("utf-8", "replace"), strict=False)

@@ -1,9 +1,9 @@
 """The events of a trace in bounded memory: in batches, one by one, or only where they end.
 
-The events are most of the file. They are cut into batches at a guessed boundary (the last `}` that a comma
-follows), and the batch is decoded as one JSON array. A guess that falls inside a string or a nested object
-leaves quotes or brackets unbalanced, so the decoder itself proves each guess; only where it objects is the
-text scanned bracket by bracket.
+The events are most of the file. They are cut into batches at a guessed boundary, where one object in a list
+seems to end and the next to begin, and the batch is decoded as one JSON array. A guess that falls inside an
+event leaves brackets unbalanced, so the decoder itself proves each guess; only where it objects is the text
+looked at piece by piece.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import msgspec
 
 from moe_trace.data.schema import METADATA_KEY
 from moe_trace.data.trace_json.array_end import ArrayBounds, find_end
-from moe_trace.data.trace_json.cursor import SPACE, TOKEN, JsonCursor
-from moe_trace.data.trace_json.resync import decode_around_breaks, is_json
+from moe_trace.data.trace_json.cursor import JsonCursor
+from moe_trace.data.trace_json.resync import BOUNDARY, REFUSALS, decode_around_breaks
 from moe_trace.data.trace_json.windows import EventBytes, Window
 
-_ERROR_AT = re.compile(r"trailing characters \(byte (\d+)\)")
-_REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_GUESSES = 4
-_COMMA = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+")
 _CARRIER = re.compile(rb'\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
 _T = TypeVar("_T")
+_decode_texts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class JsonStream(JsonCursor):
@@ -42,7 +39,7 @@ class JsonStream(JsonCursor):
         """
         self._expect(b"[")
         while True:
-            self._fill_block()
+            self._fill()
             if self._peek() == b"]":
                 self._at += 1
                 return
@@ -82,54 +79,28 @@ class JsonStream(JsonCursor):
 
     def elements(self) -> Iterator[tuple[int, bytes]]:
         """The elements of the next value, an array of objects, each with its offset."""
-        self._expect(b"[")
-        while self._peek() != b"]":
-            ends = self._element_ends()
-            first, at = self._taken - len(self._data), self._at
-            for text in self._elements(ends):
-                at = self._data.index(text, at)
-                yield first + at, text
-                at += len(text)
-            self._at = ends[-1]
-            if self._peek() == b",":
-                self._at += 1
-            elif self._peek() != b"]":
-                raise self._broken("a comma or the end of traceEvents")
-        self._at += 1
+        for batch in self.batches(_decode_texts, msgspec.Raw):
+            first, at, found = self._taken - len(self._data), self._at, []
+            for text in map(bytes, reversed(batch)):  # between two of them stand a comma and white space
+                at = self._data.rindex(text[-1:], 0, at) + 1 - len(text)
+                found.append((first + at, text))
+            yield from reversed(found)
 
     # -- batches --------------------------------------------------------------------------------------
 
     def _guessed_batch(self, decode: Callable[[bytes], list[_T]]) -> list[_T] | None:
-        cut = len(self._data)
-        for _ in range(_GUESSES):
-            cut = self._data.rfind(b"},", self._at, cut) + 1
-            if cut <= self._at:
-                return None
-            text = b"[%b]" % self._data[self._at : cut]
-            found: list[_T] | None = None
-            try:
-                found = decode(text)
-            except msgspec.ValidationError:
-                return None  # sound JSON perhaps, but not typed as expected
-            except _REFUSALS as error:
-                found, cut = self._batch_before(text, error, decode, cut)
-            if found:
-                self._at = cut
-                return found
-        return None
-
-    def _batch_before(
-        self, text: bytes, error: Exception, decode: Callable[[bytes], list[_T]], cut: int
-    ) -> tuple[list[_T] | None, int]:
-        """Where the array ends inside the text, msgspec names the byte after it: one more guess."""
-        position = _ERROR_AT.search(str(error))
-        bracket = text.rfind(b"]", 0, int(position.group(1))) if position else -1
-        if bracket <= 0:
-            return None, cut
+        """All before the last place in the buffer where one object in a list ends and the next begins."""
+        cut = self._data.rfind(b"},", self._at)
+        while cut >= 0 and not BOUNDARY.match(self._data, cut):
+            cut = self._data.rfind(b"},", self._at, cut)
+        if cut < 0:
+            return None
         try:
-            return decode(text[:bracket] + b"]"), self._at + bracket - 1
-        except _REFUSALS:
-            return None, cut
+            found = decode(b"[%b]" % self._data[self._at : cut + 1])
+        except REFUSALS:
+            return None
+        self._at = cut + 1
+        return found
 
     def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
         data, more, taken = self._data, not self._ended, None
@@ -139,60 +110,20 @@ class JsonStream(JsonCursor):
         if carrier is None or carrier.start() > self._at:
             taken = decode_around_breaks(data, self._at, decode, one, more=more)
         if taken is None:
-            return self._scanned_batch(decode, one)
+            return self._one_element(decode, one)
         found, self._at = taken
         return found
 
-    def _scanned_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
-        ends = self._element_ends()
-        text = self._data[self._at : ends[-1]]
+    def _one_element(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
+        """The next, however long it is."""
+        end = self._value_end(self._grow)
+        if self._peek() != b"{":
+            raise self._broken("an event")
+        text = self._taken_to(end)
         try:
-            found = decode(b"[%b]" % text)
-        except _REFUSALS:
-            found = []
-            for element in self._elements(ends):
-                # From an odd quote on strings are inside out: who resynchronises takes over there.
-                if found and not is_json(element):
-                    break
-                found.append(one(element))
-        self._at = ends[len(found) - 1]
-        return found
-
-    def _elements(self, ends: list[int]) -> Iterator[bytes]:
-        start = self._at
-        for i, end in enumerate(ends):
-            between = _COMMA.match(self._data, start, end) if i else SPACE.match(self._data, start, end)
-            if between is None:
-                self._at = start
-                raise self._broken("a comma")
-            yield self._data[between.end() : end]
-            start = end
-
-    def _element_ends(self) -> list[int]:
-        """Where the objects in the buffer end, up to the end of the array; at least one."""
-        ends: list[int] = []
-        position, depth = self._at, 0
-        while True:
-            match = TOKEN.search(self._data, position)
-            token = match.group() if match else b'"'
-            if token == b'"':  # nothing more in the buffer, or a string that is cut off
-                if ends:
-                    return ends
-                position -= self._at
-                self._grow()
-                continue
-            assert match is not None
-            position = match.end()
-            if token in b"{[":
-                depth += 1
-            elif token in b"}]":
-                depth -= 1
-                if depth < 0:
-                    if not ends:
-                        raise self._broken("an event")
-                    return ends
-                if depth == 0:
-                    ends.append(position)
+            return decode(b"[%b]" % text)
+        except REFUSALS:
+            return [one(text)]
 
 
 def decoders(kind: type[_T]) -> tuple[Callable[[bytes], list[_T]], Callable[[bytes], _T]]:
