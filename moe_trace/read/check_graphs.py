@@ -10,8 +10,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RangeKind, RoutingSample, Span, range_name
 from moe_trace.data.trace_json.events import EventTable, Kind, to_ns
 from moe_trace.timeline.counter_tracks import LANES
-from moe_trace.timeline.placed_calls import PlacedCalls
-from moe_trace.timeline.replay_slices import REPLAY_NAME, find_replays
+from moe_trace.timeline.placed_calls import REPLAY_NAME, PlacedCalls
 
 SLACK_US = 0.002  # a microsecond with three decimals does not always survive a float
 _GRAPH_RANGE = f"{RANGE_PREFIX}graph/"
@@ -67,7 +66,7 @@ def expected_slices(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, Spa
         rows = placed.having(kind)
         spans = placed.spans[kind][rows].tolist()
         yield from ((site, Span(*span)) for site, span in zip(placed.calls.site[rows], spans, strict=True))
-    yield from ((REPLAY_NAME, Span(*replay.span.tolist())) for replay in find_replays(placed))
+    yield from ((REPLAY_NAME, Span(*span)) for span in placed.replays.spans.tolist())
 
 
 def odd_times(sample: RoutingSample) -> Iterator[str]:

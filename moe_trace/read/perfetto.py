@@ -20,14 +20,7 @@ from moe_trace.data.files import whole_file
 from moe_trace.data.schema import BAND_NAME, RangeKind, RoutingSample
 from moe_trace.data.trace_json.events import to_ns
 from moe_trace.timeline.counter_tracks import numbered, without_overlap
-from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
-from moe_trace.timeline.replay_slices import (
-    REPLAY_FIGURES,
-    REPLAY_NAME,
-    find_replays,
-    replay_args,
-    spans_of,
-)
+from moe_trace.timeline.placed_calls import FIGURES, REPLAY_FIGURES, REPLAY_NAME, PlacedCalls
 
 _SEQUENCE = 1
 _UNITS = {
@@ -84,12 +77,11 @@ def _write_calls(writer: _Writer, parent: int, placed: PlacedCalls) -> None:
     layers = placed.of_layers
     for name, figure in _FIGURES.items():
         _write_counter(writer, parent, name, placed.moe[layers], figure(placed)[layers])
-    replays = find_replays(placed)
-    spans = spans_of(replays)
-    _write_lanes(writer, parent, REPLAY_NAME, spans, [(REPLAY_NAME, replay_args(r)) for r in replays])
-    for name, replay_figure in REPLAY_FIGURES.items():
-        values = np.array([replay_figure(replay) for replay in replays], np.float64)
-        _write_counter(writer, parent, name, spans, values)
+    replays = placed.replays
+    graphs = [(REPLAY_NAME, args) for args in replays.slice_args()]
+    _write_lanes(writer, parent, REPLAY_NAME, replays.spans, graphs)
+    for name, of_replays in REPLAY_FIGURES.items():
+        _write_counter(writer, parent, name, replays.spans, of_replays(replays))
 
 
 @dataclass

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.calls.placements import Floats, IntArray
 from moe_trace.data.codec import number_cells
 from moe_trace.data.schema import BAND_NAME, BAND_PID, BAND_SORT_INDEX, RangeKind
-from moe_trace.timeline.placed_calls import FIGURES, PlacedCalls
-from moe_trace.timeline.replay_slices import REPLAY_FIGURES, REPLAY_NAME, find_replays, replay_args, spans_of
+from moe_trace.timeline.placed_calls import FIGURES, REPLAY_FIGURES, REPLAY_NAME, PlacedCalls, Replays
 
 Tracks = Sequence[Literal["band", "layers", "experts"]]
 
@@ -39,22 +39,19 @@ def band_events(placed: PlacedCalls, *, rank: int, tracks: Tracks = ("band",)) -
     if not len(placed):
         return
     pid = BAND_PID + rank
-    yield from _process_events(pid, rank, placed.start_us)
+    yield _metadata("process_name", {"name": BAND_NAME}, placed.start_us, pid)
+    yield _metadata("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}, placed.start_us, pid)
     for track in tracks:
         yield from _TRACKS[track](placed, pid)
-    yield from _replay_counters(placed, pid)
-    lanes = [*_call_lanes(placed), *_replay_lanes(placed)]
+    yield from _replay_counters(placed.replays, pid)
+    lanes = [*_call_lanes(placed), *_replay_lanes(placed.replays)]
     for tid, (name, span, titles, args) in enumerate(lanes, start=1):
-        yield from _lane_names(name, span[0, 0], pid, tid)
+        yield _metadata("thread_name", {"name": name}, span[0, 0], pid, tid)
+        yield _metadata("thread_sort_index", {"sort_index": tid}, span[0, 0], pid, tid)
         text = b'{"ph":"X","cat":"moe_trace","name":%%b,"pid":%d,"tid":%d,"ts":%%b,"dur":%%b,"args":%%b}'
         yield from map(
             (text % (pid, tid)).__mod__, zip(titles, *map(number_cells, span.T), args, strict=True)
         )
-
-
-def _process_events(pid: int, rank: int, start_us: float) -> Iterator[bytes]:
-    yield _metadata("process_name", {"name": BAND_NAME}, start_us, pid)
-    yield _metadata("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}, start_us, pid)
 
 
 def _metadata(name: str, args: dict[str, Any], start_us: float, pid: int, tid: int = 0) -> bytes:
@@ -87,34 +84,31 @@ def _layer_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
 
 
 def _figure_counters(placed: PlacedCalls, rows: IntArray, pid: int, *, prefix: str = "") -> Iterator[bytes]:
-    for lane, members in enumerate(without_overlap(placed.moe, rows)):
-        for name, figure in FIGURES.items():
-            values = figure(placed)[members]
-            told = values == values
+    values = {f"{prefix}{name}": figure(placed) for name, figure in FIGURES.items()}
+    yield from _counters(placed.moe, rows, values, pid)
+
+
+def _replay_counters(replays: Replays, pid: int) -> Iterator[bytes]:
+    values = {name: figure(replays) for name, figure in REPLAY_FIGURES.items()}
+    yield from _counters(replays.spans, np.arange(len(replays.spans)), values, pid)
+
+
+def _counters(spans: Floats, rows: IntArray, figures: dict[str, npt.NDArray], pid: int) -> Iterator[bytes]:
+    for lane, members in enumerate(without_overlap(spans, rows)):
+        for name, values in figures.items():
+            told = members[~np.isnan(values[members])]
             counts = [b'{"value":%b}' % cell for cell in number_cells(values[told])]
-            title = numbered(f"{prefix}{name}", lane)
-            yield from _step_function(title, placed.moe[members[told]], counts, b'{"value":0}', pid)
+            yield from _step_function(numbered(name, lane), spans[told], counts, b'{"value":0}', pid)
 
 
 def _expert_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
     for lane, members in enumerate(without_overlap(placed.moe, placed.of_layers)):
         loads = placed.calls.assignments.take(members).to_lists()
-        series = [{f"E{i:02d}": count for i, count in enumerate(load or ())} for load in loads]
         title = numbered("assignments by expert", lane)
-        for row, counts in zip(members.tolist(), series, strict=True):
+        for row, load in zip(members.tolist(), loads, strict=True):
+            counts = {f"E{i:02d}": count for i, count in enumerate(load or ())}
             none = _json(dict.fromkeys(counts, 0))
             yield from _step_function(title, placed.moe[row : row + 1], [_json(counts)], none, pid)
-
-
-def _replay_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
-    replays = find_replays(placed)
-    spans = spans_of(replays)
-    for lane, members in enumerate(without_overlap(spans)):
-        for name, figure in REPLAY_FIGURES.items():
-            values = [figure(replays[i]) for i in members.tolist()]
-            told = np.array([value is not None for value in values], bool)
-            counts = [_json({"value": value}) for value in values if value is not None]
-            yield from _step_function(numbered(name, lane), spans[members[told]], counts, b'{"value":0}', pid)
 
 
 _TRACKS: dict[str, Callable[[PlacedCalls, int], Iterator[bytes]]] = {
@@ -159,17 +153,11 @@ def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
             yield numbered(kind, lane), span[members], sites[members], args_of[kind][members]
 
 
-def _replay_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
-    replays = find_replays(placed)
-    spans = spans_of(replays)
-    for lane, members in enumerate(without_overlap(spans)):
-        args = (_json(replay_args(replays[i])) for i in members.tolist())
-        yield numbered(REPLAY_NAME, lane), spans[members], [_json(REPLAY_NAME)] * len(members), args
-
-
-def _lane_names(name: str, start_us: float, pid: int, tid: int) -> Iterator[bytes]:
-    yield _metadata("thread_name", {"name": name}, start_us, pid, tid)
-    yield _metadata("thread_sort_index", {"sort_index": tid}, start_us, pid, tid)
+def _replay_lanes(replays: Replays) -> Iterator[_Lane]:
+    args = np.array([_json(args) for args in replays.slice_args()], object)
+    for lane, members in enumerate(without_overlap(replays.spans)):
+        name = [_json(REPLAY_NAME)] * len(members)
+        yield numbered(REPLAY_NAME, lane), replays.spans[members], name, args[members]
 
 
 def numbered(name: str, lane: int) -> str:

@@ -84,9 +84,23 @@ class PlacedCalls:
         """When the first begins; there is one."""
         return float(self.moe[0, 0])
 
-    def clock(self, row: int) -> str:
-        """Whose time that call's spans are."""
-        return "device" if self.on_device[row] else "host"
+    @property
+    def clock(self) -> npt.NDArray[np.str_]:
+        """[N] whose time each call's spans are."""
+        return np.where(self.on_device, "device", "host")
+
+    @cached_property
+    def replays(self) -> Replays:
+        """The calls with the same graph or forward, in order of time."""
+        rows = self.having("graph")
+        calls, drawn = self.calls.take(rows), self.spans["graph"][rows]
+        launched = np.nan_to_num(calls.places.span("host", "graph"))
+        keys, replay = np.unique(
+            np.column_stack([drawn, calls.thread, launched]), axis=0, return_inverse=True
+        )
+        replay = replay.reshape(-1)
+        order = np.lexsort((calls.layer, replay))
+        return Replays(self, rows[order], replay[order], keys[:, :2])
 
     def slice_args(self) -> Iterator[dict[str, Any]]:
         """What a click on each call's slice shows."""
@@ -94,7 +108,7 @@ class PlacedCalls:
         columns: dict[str, Iterable[Any]] = {
             "router": [calls.keys[router].name for router in calls.router.tolist()],
             **{name: calls.values(name) for name in ("step", "call", "phase", "stage")},
-            "clock": [self.clock(row) for row in range(len(self))],
+            "clock": self.clock.tolist(),
             **{name: calls.values(name) for name in ("tokens", "top_k")},
             "assignments": self.totals.tolist(),
             "busiest experts": self._busiest(),
@@ -114,6 +128,17 @@ class PlacedCalls:
         for row, in_graph in rows:
             yield dict(zip(columns, row, strict=True)) | (graph if in_graph else {})
 
+    def line(self, row: int) -> str:
+        """One call in words."""
+        worst, entropy = self.loads.max_over_mean[row], self.calls.router_entropy[row]
+        parts = [f"{self.calls.tokens[row]} tokens", f"{self.totals[row]} assignments"]
+        if worst == worst:
+            parts.append(f"load max÷mean {worst:.2f}")
+        parts.append(f"{self.loads.active_experts[row]} active experts")
+        if entropy == entropy:
+            parts.append(f"entropy {entropy:.3f} nats")
+        return ", ".join(parts)
+
     def _busiest(self) -> Iterator[dict[str, int]]:
         """The first few by load, however many experts there are: all of them stand in the recording."""
         for loads_E in self.calls.assignments.rows():
@@ -121,6 +146,50 @@ class PlacedCalls:
             order = np.argsort(-loads_E, kind="stable")[:BUSIEST]
             pairs = zip(order.tolist(), loads_E[order].tolist(), strict=True)
             yield {f"E{expert}": load for expert, load in pairs if load}
+
+
+@dataclass(frozen=True, eq=False)
+class Replays:
+    """Calls that share one place: all layers of a compiled forward, or of one replay of a graph. R replays of
+    M calls."""
+
+    placed: PlacedCalls
+    row: IntArray
+    """[M] each call's row in `placed`, by replay and layer."""
+    replay: IntArray
+    """[M] which of the R it is of."""
+    spans: Floats
+    """[R, 2] start and duration."""
+
+    def worst(self, values: npt.NDArray) -> Floats:
+        """[R] the largest of the calls' values; NaN where none is known."""
+        found = np.full(len(self.spans), np.nan)
+        np.fmax.at(found, self.replay, values[self.row])
+        return found
+
+    def mean(self, values: npt.NDArray) -> Floats:
+        """[R] over the calls whose value is known; NaN where none is."""
+        known = ~np.isnan(values[self.row])
+        replay, size = self.replay[known], len(self.spans)
+        total = np.bincount(replay, values[self.row[known]], size)
+        counts = np.bincount(replay, minlength=size)
+        return np.divide(total, counts, out=np.full(size, np.nan), where=counts > 0)
+
+    def slice_args(self) -> Iterator[dict[str, Any]]:
+        """What a click on each replay shows: a line a layer."""
+        calls, clock = self.placed.calls, self.placed.clock
+        figures = {name: known_values(figure(self)) for name, figure in REPLAY_FIGURES.items()}
+        starts = np.flatnonzero(np.diff(self.replay)) + 1
+        for i, rows in enumerate(np.split(self.row, starts) if len(self.row) else ()):
+            yield {
+                "in graph": True,
+                "clock": str(clock[rows[0]]),
+                "step": int(calls.step[rows[0]]),
+                "stage": str(calls.stage[rows[0]]),
+                "layers": len(rows),
+                **{name: values[i] for name, values in figures.items()},
+                **{calls.keys[calls.router[row]].site: self.placed.line(row) for row in rows.tolist()},
+            }
 
 
 def _drawn_on_device(calls: CallTable) -> Mask:
@@ -171,3 +240,12 @@ FIGURES: dict[str, Callable[[PlacedCalls], npt.NDArray]] = {
     "skipped slots (%)": _skipped_share,
 }
 """[N] one value a call; NaN where there is none."""
+
+REPLAY_NAME = "graph"
+REPLAY_FIGURES: dict[str, Callable[[Replays], Floats]] = {
+    "load max÷mean (graph: worst layer)": lambda r: r.worst(r.placed.loads.max_over_mean),
+    "load max÷mean (graph: mean)": lambda r: r.mean(r.placed.loads.max_over_mean),
+    "router entropy (nats) (graph: mean)": lambda r: r.mean(r.placed.calls.router_entropy),
+    "active experts (graph: mean)": lambda r: r.mean(r.placed.loads.active_experts),
+}
+"""[R] one value a replay; their names say that they stand for all its layers."""

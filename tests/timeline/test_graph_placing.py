@@ -22,7 +22,7 @@ from moe_trace.read.reader import read_summary
 from moe_trace.timeline.correlate import reasons
 from moe_trace.timeline.correlate.launches import read_launches
 from moe_trace.timeline.merge import Merged, merge_recording
-from moe_trace.timeline.replay_slices import REPLAY_FIGURES
+from moe_trace.timeline.placed_calls import REPLAY_FIGURES
 from paths import DATA
 from spliced import without_additions
 
