@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -29,6 +29,7 @@ from moe_trace.data.calls.table import (
     kind_of,
 )
 from moe_trace.data.compiled_graph import decode_compiled, encode_compiled
+from moe_trace.data.display.json import attributes
 from moe_trace.data.errors import SchemaError, TraceFileError
 from moe_trace.data.schema import (
     RANGE_KINDS,
@@ -46,6 +47,35 @@ from moe_trace.data.schema import (
 SAMPLES_KEY = "samples"
 """The one large value, which is decoded straight into columns."""
 _FIRST_KINDS = 3  # of a placement; older files know no others
+
+
+_Rank = Annotated[int, msgspec.Meta(ge=0, le=RANKS_MAX)]
+
+
+class _Graphs(msgspec.Struct):
+    marks: tuple[GraphMark, ...] = ()
+    captured: tuple[CapturedGraph, ...] = ()
+    annotated: dict[str, tuple[int, ...]] = {}
+    compiled: bool = False
+
+
+class _Payload(msgspec.Struct, kw_only=True):
+    model: dict[str, Any]
+    options: dict[str, Any]
+    rank: _Rank
+    world_size: _Rank
+    versions: dict[str, str]
+    lost: Lost
+    parallel: Parallel | None = None
+    routers: tuple[RouterInfo, ...]
+    samples: Any
+    routes: str | None = None
+    graphs: _Graphs | None = None
+    compiled_graphs: Any = None
+
+
+_SHARED = ("model", "options", "routers", "rank", "world_size", "versions", "lost", "parallel", "routes")
+"""What `Recording` has by the same name."""
 
 
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
@@ -68,11 +98,8 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     columns["placement"] = _raw_list(_encode_places(calls.places))
     payload = {
         "schema_version": SCHEMA_VERSION,
-        "model": recording.model,
-        "options": recording.options,
-        "rank": recording.rank,
-        "world_size": recording.world_size,
-        "versions": recording.versions,
+        **attributes(recording, "model", "options", "rank", "world_size", "versions"),
+        # msgspec writes no default that it left out of an object when it read it from an older file.
         "lost": asdict(recording.lost),
         "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
@@ -102,23 +129,17 @@ def decode_recording(payload: Any) -> Recording:
             "read it with the moe_trace release that wrote it"
         )
     try:
-        routers = tuple(msgspec.convert(r, RouterInfo) for r in payload["routers"])
-        rank, world_size = (msgspec.convert(payload[key], int) for key in ("rank", "world_size"))
+        found = msgspec.convert(payload, _Payload)
+        _require_groups(found)
+        graphs = found.graphs or _Graphs()
         return Recording(
-            model=_mapping(payload["model"]),
-            options=_mapping(payload["options"]),
-            routers=routers,
-            samples=_decode_calls(payload[SAMPLES_KEY], routers),
-            lost=msgspec.convert(payload["lost"], Lost),
-            rank=_rank(rank),
-            world_size=_rank(world_size),
-            versions=msgspec.convert(payload["versions"], dict[str, str]),
-            parallel=_decode_parallel(payload.get("parallel"), rank, max(rank + 1, world_size)),
-            **_decode_graphs(payload.get("graphs")),
-            compiled_graphs=decode_compiled(payload["compiled_graphs"])
-            if "compiled_graphs" in payload
-            else (),
-            routes=msgspec.convert(payload.get("routes"), str | None),
+            **attributes(found, *_SHARED),
+            samples=_decode_calls(found.samples, found.routers),
+            graph_marks=graphs.marks,
+            captured_graphs=graphs.captured,
+            graphs_compiled=graphs.compiled,
+            annotated_nodes=graphs.annotated,
+            compiled_graphs=decode_compiled(found.compiled_graphs),
         )
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, msgspec.DecodeError) as error:
         raise TraceFileError(
@@ -141,17 +162,6 @@ def _encode_graphs(recording: Recording) -> dict[str, Any]:
     return encoded
 
 
-def _decode_graphs(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    return {
-        "graph_marks": msgspec.convert(value["marks"], tuple[GraphMark, ...]),
-        "captured_graphs": msgspec.convert(value["captured"], tuple[CapturedGraph, ...]),
-        "graphs_compiled": msgspec.convert(value["compiled"], bool),
-        "annotated_nodes": msgspec.convert(value["annotated"], dict[str, tuple[int, ...]]),
-    }
-
-
 def _left_out(name: str, calls: CallTable) -> bool:
     """Whether a column that came later is one of Nones throughout: a file without it says the same."""
     if DEFAULTS.get(name, 0) is not None:
@@ -161,26 +171,13 @@ def _left_out(name: str, calls: CallTable) -> bool:
     return all(value is None for value in calls.values(name))
 
 
-def _rank(value: int) -> int:
-    if not 0 <= value <= RANKS_MAX:
-        raise ValueError(f"expected ranks from 0 to {RANKS_MAX:,}, found {value}")
-    return value
-
-
-def _decode_parallel(value: Any, rank: int, world_size: int) -> Parallel | None:
+def _require_groups(payload: _Payload) -> None:
     """Groups hold the rank itself, each rank once, and no rank that the run does not have."""
-    parallel = msgspec.convert(value, Parallel | None)
+    rank, parallel, world_size = payload.rank, payload.parallel, max(payload.rank + 1, payload.world_size)
     for group in (parallel.token_ranks, parallel.expert_ranks) if parallel is not None else ():
         wrong = rank not in group or len(set(group)) < len(group)
         if group and (wrong or not all(0 <= other < world_size for other in group)):
             raise ValueError(f"expected a group with rank {rank}, of {world_size} ranks, found {list(group)}")
-    return parallel
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {type(value).__name__}")
-    return value
 
 
 def number_cells(column: npt.NDArray) -> list[bytes]:
@@ -254,7 +251,7 @@ def _decode_calls(value: Any, routers: tuple[RouterInfo, ...]) -> CallTable:
     numbers = {name: column_of(name, cells[name]) for name in NUMBERS}
     for name, column in numbers.items():
         if kind_of(name) is float:
-            _require_finite(column, [value is not None for value in cells[name]])
+            _require_finite(column, cells[name])
     lists = {name: CountLists.of(cells[name]) for name in LISTS}
     slots = [(r.num_slots, r.num_experts) for r in routers]
     lists["slot_experts"] = all_maps(lists["slot_experts"], lists["slot_assignments"], router, slots)
@@ -278,22 +275,16 @@ def _decode_places(rows: list[_Placement | None]) -> Places:
             pairs = [kinds[i] if len(kinds) > i else None for kinds in found]
             if any(pairs):
                 spans[side, kind] = np.array([pair or absent for pair in pairs], np.float64)
-                _require_finite(spans[side, kind], [pair is not None for pair in pairs])
-    busy = [row.busy_us if row is not None else {} for row in rows]
-    placed = np.array([row is not None for row in rows], bool)
-    return Places(placed, spans, _decode_busy(busy) if any(busy) else {})
+                _require_finite(spans[side, kind], pairs)
+    busy = {}
+    for kind in {kind: None for row in rows if row is not None for kind in row.busy_us}:
+        us = [None if row is None else row.busy_us.get(kind) for row in rows]
+        busy[kind] = np.array(us, np.float64)
+        _require_finite(busy[kind], us)
+    return Places(np.array([row is not None for row in rows], bool), spans, busy)
 
 
-def _decode_busy(rows: list[dict[RangeKind, float]]) -> dict[RangeKind, np.ndarray]:
-    found = {}
-    for kind in RANGE_KINDS:
-        if any(kind in row for row in rows):
-            found[kind] = np.array([row.get(kind, math.nan) for row in rows], np.float64)
-            _require_finite(found[kind], [kind in row for row in rows])
-    return found
-
-
-def _require_finite(column: np.ndarray, there: list[bool]) -> None:
+def _require_finite(column: np.ndarray, cells: Sequence[Any]) -> None:
     """The recorder writes no NaN and no infinity; a file that has them was changed."""
-    if not np.isfinite(column[there]).all():
+    if not np.isfinite(column[[cell is not None for cell in cells]]).all():
         raise ValueError("expected finite numbers, found others")
