@@ -8,9 +8,9 @@ parameters: its collective is the `c10d::` operator that called it, which has si
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -22,6 +22,14 @@ PARAMETERS = "record_param_comms"
 OPERATOR = "c10d::"
 GLOO = "gloo:"
 _NONE = msgspec.Raw(b"null")
+_LARGEST = 2**62
+_T = TypeVar("_T")
+_Sizes = tuple[Annotated[int, msgspec.Meta(ge=0, lt=_LARGEST)], ...]
+_integer = msgspec.json.Decoder(Annotated[int, msgspec.Meta(gt=-_LARGEST, lt=_LARGEST)])
+_text = msgspec.json.Decoder(str)
+_list = msgspec.json.Decoder(list[msgspec.Raw])
+_sizes = msgspec.json.Decoder(_Sizes)
+_sizes_or_text = msgspec.json.Decoder(_Sizes | str)
 
 # Spellings differ: c10d::alltoall_base_, all_to_allv, gloo:all_to_all, _allgather_base, nccl:all_reduce.
 _KINDS: tuple[tuple[str, CommKind], ...] = (
@@ -113,19 +121,19 @@ def facts_of(name: str, args: CommArgs | None) -> CommFacts | None:
     if args is None:
         return None
     if name == PARAMETERS:
-        collective = _text(args.collective)
+        collective = _read(args.collective, _text)
         if collective is None or collective in _NO_COLLECTIVES:
             return None
         return CommFacts(
             kind=kind_of(collective),
-            elements_in=_integer(args.elements_in),
-            elements_out=_integer(args.elements_out),
-            split_in=_integers(args.split_in),
-            split_out=_integers(args.split_out),
-            dtype=_text(args.dtype),
+            elements_in=_read(args.elements_in, _integer),
+            elements_out=_read(args.elements_out, _integer),
+            split_in=_read_sizes(args.split_in),
+            split_out=_read_sizes(args.split_out),
+            dtype=_read(args.dtype, _text),
             group=_group(args),
-            group_name=_text(args.group_name),
-            sequence=_integer(args.sequence),
+            group_name=_read(args.group_name, _text),
+            sequence=_read(args.sequence, _integer),
         )
     kind = kind_of(name.removeprefix(OPERATOR))
     return None if kind == "other" else _operator_facts(kind, name, args)
@@ -139,27 +147,25 @@ def kind_of(name: str) -> CommKind:
 
 def _operator_facts(kind: CommKind, name: str, args: CommArgs) -> CommFacts:
     """`c10d::alltoall_base_(output, input, group, output splits, input splits, ...)`, with shapes."""
-    dims, concrete, types = _value(args.dims), _value(args.concrete), _value(args.types)
-    if kind != "all_to_all" or "base" not in name or not all(isinstance(v, list) for v in (dims, concrete)):
-        return CommFacts(kind=kind)
-    if len(dims) < 2 or len(concrete) < 5:
+    dims, concrete, types = (_read(raw, _list) or [] for raw in (args.dims, args.concrete, args.types))
+    if kind != "all_to_all" or "base" not in name or len(dims) < 2 or len(concrete) < 5:
         return CommFacts(kind=kind)
     return CommFacts(
         kind=kind,
         elements_out=_product(dims[0]),
         elements_in=_product(dims[1]),
-        split_out=_list_of_integers(concrete[3]),
-        split_in=_list_of_integers(concrete[4]),
-        dtype=types[1] if isinstance(types, list) and len(types) > 1 and isinstance(types[1], str) else None,
+        split_out=_read_sizes(concrete[3]),
+        split_in=_read_sizes(concrete[4]),
+        dtype=_read(types[1], _text) if len(types) > 1 else None,
     )
 
 
 def _group(args: CommArgs) -> tuple[int, ...] | None:
     """The group's ranks; long lists are cut short in the text, but ranks at even distances are listed too."""
-    ranks = _integers(args.group_ranks)
+    ranks = _read_sizes(args.group_ranks)
     if ranks:
         return ranks
-    start, stride, size = (_integer(v) for v in (args.rank_start, args.rank_stride, args.group_size))
+    start, stride, size = (_read(v, _integer) for v in (args.rank_start, args.rank_stride, args.group_size))
     if start is None or stride is None or size is None or start < 0 or stride < 1 or not 0 < size <= 2**20:
         return None
     return tuple(range(start, start + stride * size, stride))
@@ -168,44 +174,21 @@ def _group(args: CommArgs) -> tuple[int, ...] | None:
 # -- JSON text -------------------------------------------------------------------------------------------
 
 
-def _value(raw: msgspec.Raw) -> Any:
+def _read(text: msgspec.Raw | str, decoder: msgspec.json.Decoder[_T]) -> _T | None:
+    """None for what is of another type."""
     try:
-        return json.loads(bytes(raw))
-    except (ValueError, RecursionError):
+        return decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
 
 
-def _text(raw: msgspec.Raw) -> str | None:
-    value = _value(raw)
-    return value if isinstance(value, str) else None
-
-
-def _integer(raw: msgspec.Raw) -> int | None:
-    value = _value(raw)
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62 else None
-
-
-def _integers(raw: msgspec.Raw) -> tuple[int, ...] | None:
+def _read_sizes(text: msgspec.Raw) -> tuple[int, ...] | None:
     """`"[1, 2]"` or `[1, 2]`; None for `"[1, ..., 9]"`, which is cut short."""
-    return _list_of_integers(_value(raw))
+    found = _read(text, _sizes_or_text)
+    return _read(found, _sizes) if isinstance(found, str) else found
 
 
-def _list_of_integers(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**62 for v in value):
-        return None
-    return tuple(value)
-
-
-def _product(dims: Any) -> int | None:
-    sizes = _list_of_integers(dims)
-    if sizes is None:
-        return None
-    product = 1
-    for size in sizes:
-        product *= size
-    return product if product < 2**62 else None
+def _product(dims: msgspec.Raw) -> int | None:
+    sizes = _read_sizes(dims)
+    product = None if sizes is None else math.prod(sizes)
+    return product if product is None or product < _LARGEST else None
