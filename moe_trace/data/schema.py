@@ -19,7 +19,6 @@ from moe_trace.data.calls.sample import RangeKind as RangeKind
 from moe_trace.data.calls.sample import RoutingSample as RoutingSample
 from moe_trace.data.calls.sample import Span as Span
 from moe_trace.data.calls.sample import Stage as Stage
-from moe_trace.data.calls.sample import moe_span as moe_span
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 

@@ -156,7 +156,6 @@ def _ends_the_object(text: bytes, name: str) -> bool:
 class _Payload(msgspec.Struct):
     schema_version: int
     ranks: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    splice: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
@@ -169,10 +168,7 @@ def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
     if old is not None and layout.old_key is not None:
         _refuse_several_ranks(file, old)
         yield layout.old_key
-    band = _old_band(file, layout, old) if old is not None else None
-    if band is not None:
-        yield band
-    elif old is not None or layout.events.holds_lists:  # as the routers in a recording do
+    if old is not None or layout.events.holds_lists:  # as the routers in a recording do
         yield from _own_elements(file, layout)
 
 
@@ -198,19 +194,8 @@ def _refuse_several_ranks(file: BinaryIO, payload: _Payload | None) -> None:
         )
 
 
-def _old_band(file: BinaryIO, layout: TraceLayout, payload: _Payload) -> Cut | None:
-    """Where older releases put their counters and lanes, if they still stand there."""
-    splice = payload.splice
-    size = splice.get("events_bytes") if isinstance(splice, dict) else None
-    if not isinstance(size, int) or not 0 <= size <= layout.events.end - layout.events.start:
-        return None
-    start = layout.events.end - size
-    file.seek(start)
-    return (start, layout.events.end) if not size or _OUR_HEAD.match(file.read(64)) else None
-
-
 def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
-    """Our events one by one, each with its comma, in a file that another tool saved."""
+    """Our events one by one, each with its comma, in a file that another tool saved or an older release."""
     file.seek(layout.events.start - 1)
     stream = JsonStream(file.read, file.name)
     kept_end = run_end = None

@@ -9,10 +9,9 @@ from typing import BinaryIO
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY
-from moe_trace.data.trace_json.array_end import ArrayBounds
 from moe_trace.data.trace_json.head import base_time
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
-from moe_trace.data.trace_json.windows import Window
+from moe_trace.data.trace_json.windows import ArrayBounds, Window
 
 _FIRST_EVENT = 64 * 2**10
 Cut = tuple[int, int]

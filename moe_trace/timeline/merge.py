@@ -64,7 +64,7 @@ def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSamp
             f"found no routing sample to merge into {trace_path}; run the model while the tracer is active, "
             "and check layers=, every= and warmup="
         )
-    if not any(sample.profiled for sample in recording.samples):
+    if not recording.calls.profiled.any():
         raise NothingRecorded(
             f"found {len(recording.samples)} routing samples, but no profiler was recording when they were "
             f"taken, so {trace_path} cannot hold them; run the model inside the profiler's active steps"

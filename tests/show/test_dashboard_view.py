@@ -22,8 +22,7 @@ import pytest
 
 from moe_trace.cli import main
 from moe_trace.cli.view import choose_port, is_free, require_traces
-from moe_trace.data.display.colours import DIVERGING
-from moe_trace.data.display.load_picture import CELL_PX, GAP_PX, colours, load_picture
+from moe_trace.data.display.load_picture import CELL_PX, DIVERGING, GAP_PX, colours, load_picture
 from moe_trace.data.errors import UsageError
 from paths import ROOT
 

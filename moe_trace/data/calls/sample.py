@@ -51,21 +51,6 @@ class Placement:
         one launch made it, else the range round the model's forward; on the device its kernels."""
         return "graph" in self.host
 
-    @property
-    def of_layer(self) -> bool:
-        """Whether the layer has a place of its own, rather than only one shared with its graph's others."""
-        return bool(({"router", "block"}) & (self.host.keys() | self.device.keys()))
-
-
-def moe_span(spans: dict[RangeKind, Span]) -> Span:
-    """The whole MoE layer: its block, or from the router to the end of what follows; else its graph."""
-    if "block" in spans:
-        return spans["block"]
-    if "router" not in spans:
-        return spans["graph"]
-    start = spans["router"].start_us
-    return Span(start, max(span.end_us for kind, span in spans.items() if kind != "graph") - start)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class RoutingSample(ShortRepr, ShownInNotebooks):

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.display.colours import DIVERGING
-
+# Blue below, orange above the centre: told apart with any kind of colour vision. A page may put other colours
+# in place of these five for its dark theme.
+DIVERGING = ("#2166AC", "#92C5DE", "#F5F5F5", "#FDB863", "#B35806")
 CELL_PX, GAP_PX = 14, 1
 TOP = 4.0
 """Times an equal share at which the scale ends, the same for every step, so that pictures can be compared."""

@@ -17,10 +17,9 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from moe_trace.data.schema import METADATA_KEY
-from moe_trace.data.trace_json.array_end import ArrayBounds, find_end
 from moe_trace.data.trace_json.cursor import JsonCursor
 from moe_trace.data.trace_json.resync import BOUNDARY, REFUSALS, decode_around_breaks
-from moe_trace.data.trace_json.windows import EventBytes, Window
+from moe_trace.data.trace_json.windows import ArrayBounds, EventBytes, Window, find_end
 
 _CARRIER = re.compile(rb'\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
 _T = TypeVar("_T")

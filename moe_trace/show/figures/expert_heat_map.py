@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.calls.table import CallTable, load_by_step
-from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.display.columns import Cell
+from moe_trace.data.display.load_picture import DIVERGING
 from moe_trace.data.load_stats import describe_load
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary

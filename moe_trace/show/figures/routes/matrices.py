@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_trace.data.display.colours import DIVERGING
 from moe_trace.data.display.columns import Cell
+from moe_trace.data.display.load_picture import DIVERGING
 from moe_trace.data.layer_labels import layer_labels
 from moe_trace.read.routes.study import LayerStudy, RoutesStudy
 from moe_trace.show.figures.figure import Figure, Frame, Spec, cap_said, colour_cap, heat_map
