@@ -78,8 +78,7 @@ class MoETraceCallback(TrainerCallback):
         self._recording: dict[str, Any] = {"layers": layers, "every": every, "capacity": capacity}
         self._recording["routes"] = routes
         self._profiler_arguments = profiler_arguments
-        self._profiler: profile | None = None
-        self._running = False
+        self._running: profile | MoETracer | None = None
         self._logged_until = 0
 
     def add_to(self, trainer: Any) -> MoETraceCallback:
@@ -91,13 +90,9 @@ class MoETraceCallback(TrainerCallback):
 
     def close(self) -> None:
         """Stop recording and take the hooks off; does nothing when that is done."""
-        if not self._running or self.tracer is None:
-            return
-        self._running = False
-        if self._profiler is not None:
-            self._profiler.stop()
-        else:
-            self.tracer.stop()
+        running, self._running = self._running, None
+        if running is not None:
+            running.stop()
 
     def __enter__(self) -> MoETraceCallback:
         return self
@@ -118,13 +113,12 @@ class MoETraceCallback(TrainerCallback):
         self.close()
         self._logged_until = 0
         model: nn.Module = kwargs["model"]
+        started: profile | MoETracer
         if self.folder is None:
-            self._profiler = None
-            self.tracer = MoETracer(model, **self._recording)
+            started = self.tracer = MoETracer(model, **self._recording)
             self.tracer.count_steps_by_hand()  # with gradient accumulation a step has several forwards
-            self.tracer.start()
         else:
-            self._profiler = profile(
+            started = profile(
                 model,
                 **self._recording,
                 schedule=self._schedule,
@@ -133,27 +127,23 @@ class MoETraceCallback(TrainerCallback):
                 on_trace_ready=tensorboard_trace_handler(self.folder, first_step=state.global_step + 1),
                 **self._profiler_arguments,
             )
-            self.tracer = self._profiler.tracer
-            self._profiler.start()
-        self._running = True
+            self.tracer = started.tracer
+        started.start()
+        self._running = started
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One optimizer step is one step, however many forwards it took."""
-        if not self._running or self.tracer is None:
-            return
-        if self._profiler is not None:
-            self._profiler.step()
-        else:
-            self.tracer.step()
+        if self._running is not None:
+            self._running.step()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the figures of the steps since the log before."""
         logs = kwargs.get("logs")
-        if logs is None or "loss" not in logs or not self._running or self.tracer is None:
+        if logs is None or "loss" not in logs or self._running is None or self.tracer is None:
             return
         new = [s for s in self.tracer.samples(since_step=self._logged_until) if s.stage == "train"]
         if not new:

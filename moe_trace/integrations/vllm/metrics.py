@@ -21,12 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
+from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, max_over_mean
 from moe_trace.data.schema import RoutingSample
-from moe_trace.integrations.scalars import scalar_points
 from moe_trace.integrations.vllm.metrics_page import COUNTS, FIGURES, MULTIPROCESS, PATH, values_of
 from moe_trace.record.parallel.engine import engine_layout
 from moe_trace.record.parallel.environment import rank_and_world_size
@@ -45,20 +42,17 @@ def window(samples: Sequence[RoutingSample]) -> dict[str, Any]:
     Experts are dead where their layer made `ENOUGH_PER_EXPERT` assignments an expert; else that is None.
     """
     calls = CallTable.of(samples)
-    calls = calls.take(calls.forward).with_numbers(step=np.zeros(int(calls.forward.sum()), np.int64))
+    calls = calls.take(calls.forward)
     layers: dict[str, dict[str, float | int | None]] = {}
-    for tag, value, _ in scalar_points(calls):
-        figure, site = tag.removeprefix("moe_").split("/", 1)
-        if figure in FIGURES and site in {key.site for key in calls.keys}:
-            layers.setdefault(site, {})[figure] = round(value, 4)
     forwards, tokens = 0, 0
-    for index, key in enumerate(calls.keys):
+    for index in sorted(set(calls.router.tolist()), key=calls.keys.__getitem__):
         own = calls.take(calls.router == index)
-        if not len(own):
-            continue
         loads_E = own.assignments.summed()
+        found: dict[str, float | int | None] = {}
+        layers[calls.keys[index].site] = found
+        if loads_E.any():
+            found["load_max_over_mean"] = round(max_over_mean(loads_E), 4)
         enough = len(loads_E) and loads_E.mean() >= ENOUGH_PER_EXPERT
-        found = layers.setdefault(key.site, {})
         found["distinct_experts"] = round(float(own.assignments.used().mean()), 4)
         found["dead_experts"] = int((loads_E == 0).sum()) if enough else None
         forwards, tokens = max(forwards, len(own)), max(tokens, own.total("tokens"))
