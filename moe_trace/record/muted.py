@@ -23,7 +23,7 @@ from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled_rings import ModelRings
 from moe_trace.record.graphs.forwards import GraphForwards, Segment
-from moe_trace.record.graphs.memory import device_of
+from moe_trace.record.graphs.memory import captures_now, device_of
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.entry_modules import ModelEntry
 from moe_trace.record.hooks.events import EventLog
@@ -79,24 +79,22 @@ class MutedHooks:
             for ring in rings.memory()
         )
 
-    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
         """A module that the model may be entered through is called."""
+        if replica or captures_now():
+            return
         if self._outermost is None or entry.level <= self._outermost:
             self._outermost = entry.level
             self.rings.begin_on_host()  # which compiled code asks for
 
-    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """While a stream is captured, or of a replica."""
-
     def end(self, entry: ModelEntry, output: Any) -> None:
         """It has returned."""
+        if captures_now():
+            return
         self.rings.end_in_graph(entry.level)
         if entry.level == self._outermost:
             self._outermost = None
             self.rings.end_on_host()
-
-    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
-        """The same as of `begin_otherwise`."""
 
 
 _muted = weakref.WeakSet[MutedHooks]()

@@ -7,10 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_trace.data.schema import Stage
-from moe_trace.find.private.module_calls import is_inside
 from moe_trace.record.forward.batch_tokens import BatchTokens
 
 
@@ -91,20 +90,6 @@ class ForwardStack:
         self.last: ForwardContext | None = None
         """The forward that began last: what a recomputation in the backward belongs to."""
 
-    def top(self, thread: int) -> Entered | None:
-        """The innermost module that a thread is in."""
-        stack = self.stacks.get(thread)
-        return stack[-1] if stack else None
-
-    def is_stale(self, thread: int, level: int, module: nn.Module) -> bool:
-        """Whether a module is entered that lies outside those that the thread is said to be in, but not in
-        a call of itself.
-
-        They were left by an exception that no hook is told of, such as a KeyboardInterrupt.
-        """
-        stack = self.stacks.get(thread)
-        return stack is not None and level <= stack[0].level and not is_inside(module)
-
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
         """A thread enters a module."""
         stack = self.stacks.get(thread)
@@ -114,21 +99,6 @@ class ForwardStack:
         else:
             stack.append(Entered(level, context))
 
-    def pop(self, thread: int) -> tuple[ForwardContext | None, ForwardContext | None]:
-        """It leaves the innermost one: (the forward it was in, the one that it is in now)."""
-        stack = self.stacks.get(thread)
-        if not stack:
-            return None, None
-        left = stack.pop().context
-        if stack:
-            return left, stack[-1].context
-        del self.stacks[thread]
-        return left, None
-
-    def drop(self, thread: int) -> None:
-        """The thread is in no forward."""
-        self.stacks.pop(thread, None)
-
     def contexts(self, *, without: int | None, innermost: bool) -> set[ForwardContext]:
         """The forwards under way, but for all of a thread, or but for its innermost one."""
         return {
@@ -137,15 +107,6 @@ class ForwardStack:
             for entered in (stack if thread != without else stack[:-1] if innermost else ())
         }
 
-    @property
-    def busy(self) -> int:
-        """How many threads are in a forward."""
-        return len(self.stacks)
-
-    def threads(self) -> list[int]:
-        """The threads that are in a forward."""
-        return list(self.stacks)
-
     def of(self, thread: int) -> ForwardContext | None:
         """The forward that a thread is in; for one that only helps, the only one under way."""
         stack = self.stacks.get(thread)
@@ -153,8 +114,3 @@ class ForwardStack:
             return stack[-1].context
         others = list(self.stacks.values())
         return others[0][-1].context if len(others) == 1 and others[0] else None
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self.stacks.clear()
-        self.last = None

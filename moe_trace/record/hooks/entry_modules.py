@@ -7,7 +7,6 @@ each module that a forward may begin with is hooked; the outermost one that is c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 from torch import nn
@@ -22,7 +21,6 @@ from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.graphs.compiled_rings import ModelRings
-from moe_trace.record.graphs.memory import captures_now
 
 
 class Watch(Protocol):
@@ -30,17 +28,11 @@ class Watch(Protocol):
 
     failures: Failures
 
-    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
-        """It is called, and runs eagerly."""
-
-    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """It, or a replica of it, is called; nothing is known of how it runs."""
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
+        """It, or a replica of it, is called."""
 
     def end(self, entry: ModelEntry, output: Any) -> None:
-        """It has returned, eagerly; None where it raised."""
-
-    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
-        """The same where nothing is known of how it ran."""
+        """It has returned; None where it raised."""
 
 
 class ModelEntry(HookOwner):
@@ -74,33 +66,36 @@ class ModelEntry(HookOwner):
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         """Forward pre-hook."""
-        watch, kwargs = self._watch, kwargs or {}
-        if module is self.module and not (count_function_modes() or is_compiling() or captures_now()):
-            try:
-                watch.begin(self, args, kwargs)
-            except Exception as error:
-                watch.failures.note(error)
-        elif module is self.module or not detach_if_copy(module, self.module):
-            if is_compiling():
-                self._rings.start_in_graph(STAGES.index(self.inputs.stage(args, kwargs)), self.level)
-                return
-            with outside_functions() if count_function_modes() else nullcontext():
-                watch.begin_otherwise(self, args, kwargs, module is not self.module)
+        kwargs, replica = kwargs or {}, module is not self.module
+        if replica and detach_if_copy(module, self.module):
+            return
+        if is_compiling():
+            self._rings.start_in_graph(STAGES.index(self.inputs.stage(args, kwargs)), self.level)
+            return
+        try:
+            if count_function_modes():
+                with outside_functions():
+                    self._watch.begin(self, args, kwargs, replica)
+            else:
+                self._watch.begin(self, args, kwargs, replica)
+        except Exception as error:
+            self._watch.failures.note(error)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
-        watch = self._watch
-        if module is self.module and not (count_function_modes() or is_compiling() or captures_now()):
-            try:
-                watch.end(self, output)
-            except Exception as error:
-                watch.failures.note(error)
-        elif module is self.module or not detach_if_copy(module, self.module):
-            if is_compiling():
-                self._rings.end_in_graph(self.level)
-                return
-            with outside_functions() if count_function_modes() else nullcontext():
-                watch.end_otherwise(self, output)
+        if module is not self.module and detach_if_copy(module, self.module):
+            return
+        if is_compiling():
+            self._rings.end_in_graph(self.level)
+            return
+        try:
+            if count_function_modes():
+                with outside_functions():
+                    self._watch.end(self, output)
+            else:
+                self._watch.end(self, output)
+        except Exception as error:
+            self._watch.failures.note(error)
 
 
 def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:

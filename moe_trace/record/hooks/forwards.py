@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from moe_trace.data.schema import Stage, range_name
 from moe_trace.find.contracts.modules import unwrapped
+from moe_trace.find.private.module_calls import is_inside
 from moe_trace.find.private.torch_names import (
     any_thread_is_profiled,
     graph_task_id,
@@ -73,7 +74,7 @@ class ForwardWatch:
     def abandon(self, thread: int) -> None:
         """Forget router calls that an exception interrupted on a thread."""
         self.failures.guarded(self.calls.forget, thread)
-        self.forwards.drop(thread)
+        self._busy.pop(thread, None)
 
     def graph_started(self) -> None:
         """Some of the model is compiled or captured. Runs while it is being traced or captured."""
@@ -98,11 +99,17 @@ class ForwardWatch:
 
     # Few functions on the way of a usual forward: what runs once in it finds nothing of it in any cache.
 
-    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any]) -> None:
-        """A module that the model may be entered through is called, and runs eagerly."""
+    def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool = False) -> None:
+        """A module that the model may be entered through, or a replica of it, is called."""
         thread, levels, graphs_write = get_ident(), self.levels, self._graphs_write
-        if thread in self._busy:
-            self._begin_within(entry, thread, args, kwargs, False)
+        if captures_now():
+            levels.look_at_devices()
+            levels.set(Level.RANGES)  # which tells where the experts end
+            if thread not in self._busy:
+                self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
+            return
+        if thread in self._busy or replica:
+            self._begin_within(entry, thread, args, kwargs, replica)
             return
         if self.ranges.stacks:
             self.ranges.end(thread)
@@ -138,37 +145,25 @@ class ForwardWatch:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
-    def begin_otherwise(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """The same where a stream is captured, or a replica of the module called."""
-        try:
-            if captures_now():
-                self.levels.look_at_devices()
-                self.levels.set(Level.RANGES)  # which tells where the experts end
-                if get_ident() not in self._busy:
-                    self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
-            elif replica:
-                self._begin_within(entry, get_ident(), args, kwargs, replica)
-            else:
-                self.begin(entry, args, kwargs)
-        except Exception as error:
-            self.failures.note(error)
-
     def _begin_within(
         self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
     ) -> None:
         """The same where a forward is under way."""
-        around = self.forwards.top(thread)
-        stale = around is not None and self.forwards.is_stale(thread, entry.level, entry.module)
-        if stale and graph_task_id() == -1:
-            self.abandon(thread)  # left by an interruption that no hook saw, such as Ctrl-C
-            around = None
-        if around is None:
+        stack = self._busy.get(thread)
+        outside = stack is not None and entry.level <= stack[0].level and not is_inside(entry.module)
+        if outside and graph_task_id() == -1:
+            self.abandon(
+                thread
+            )  # what is inside was left by an interruption that no hook saw, such as Ctrl-C
+            stack = None
+        if not stack:
             whole = self.forwards.of(thread) if replica else None
             if whole is None:
                 self.begin(entry, args, kwargs)
             else:  # DataParallel runs a part of the batch on a thread of its own
                 self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
             return
+        around = stack[-1]
         around.inside += 1
         context, own_inputs = around.context, around.inside > 1 or entry.level <= around.level
         if context.recorded and not context.recomputed and (own_inputs or not context.told):
@@ -240,6 +235,8 @@ class ForwardWatch:
         stack, graphs_write = self._busy.get(thread), self._graphs_write
         if levels.kept or graphs_write:  # it may have begun in a graph that was broken off
             self.graphs.rings.end_in_graph(entry.level)
+        if captures_now():
+            return
         within = stack is None or len(stack) > 1 or stack[0].level != entry.level
         if within and not self._is_outermost(entry, thread, output):
             return
@@ -276,8 +273,11 @@ class ForwardWatch:
         """Leave a module; whether it is the outermost that the thread entered, whose forward is over."""
         stack = self._busy.get(thread, [])
         while stack and stack[-1].level > entry.level:  # left by an interruption that was caught inside
-            self.forwards.pop(thread)
-        if not stack or stack[-1].level != entry.level:
+            stack.pop()
+        if not stack:
+            self._busy.pop(thread, None)
+            return False
+        if stack[-1].level != entry.level:
             return False
         if len(stack) == 1:
             return True
@@ -288,13 +288,3 @@ class ForwardWatch:
             self.calls.flush(thread, innermost=True)
         stack.pop()
         return False
-
-    def end_otherwise(self, entry: ModelEntry, output: Any) -> None:
-        """The same where a stream is captured."""
-        try:
-            if not captures_now():
-                self.end(entry, output)
-            elif self.levels.kept or self._graphs_write:
-                self.graphs.rings.end_in_graph(entry.level)
-        except Exception as error:
-            self.failures.note(error)

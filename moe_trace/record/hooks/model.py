@@ -126,9 +126,11 @@ class ModelHooks:
         for router in self.routers:
             for thread in list(router.capturing):
                 router.captured.lose(thread)
-        for thread in self.watch.forwards.threads():
+        forwards = self.watch.forwards
+        for thread in list(forwards.stacks):
             self.watch.failures.guarded(self._cut_off, thread)
-        self.watch.forwards.clear()
+        forwards.stacks.clear()
+        forwards.last = None
         self.join()
         self._ranges.close_all()
 
