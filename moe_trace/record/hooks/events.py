@@ -1,7 +1,7 @@
 """What the hooks of one tracer saw, in the order in which it happened: one flat list, `WIDTH` items an event.
 
 The hooks extend it and do nothing else. Their events are joined into router calls when the forward ends: in
-columns where it ran as earlier ones did (`columns.py`), else one by one (`joining.py`). An event is
+columns where it ran as earlier ones did (`repeated_forwards.py`), else one by one (`joining.py`). An event is
 
     (kind and site in one number, thread that it happened on, and three items that its kind says)
 

@@ -1,19 +1,28 @@
-"""Forwards that ran as earlier ones did wait for each other, and are then taken apart in columns."""
+"""Forwards that run as earlier ones did: they wait for each other, and are then taken apart in columns.
+
+A plan is made from the first such forward, which was joined one by one. Whether a later forward fits is told
+by comparing whole columns; one that does not is joined as the first was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_trace.find.contracts.contract import ColumnReader
+from moe_trace.find.routers import RouterSite
+from moe_trace.record.calls.call import ForwardRecords
 from moe_trace.record.calls.counts import SiteCounts
+from moe_trace.record.calls.inplace_outputs import is_copy
+from moe_trace.record.calls.pending import Columns, versions_of
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import ForwardContext
-from moe_trace.record.hooks.columns import ForwardPlan, plan_of
-from moe_trace.record.hooks.events import WIDTH, EventLog
+from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, KINDS, ROUTER, WIDTH, EventLog
 from moe_trace.record.hooks.site import SiteHooks
 
 _PLANS_MAX = 64
@@ -21,6 +30,108 @@ _PLANS_MAX = 64
 # when nothing of ours is in the processor's caches.
 _WAITING_MAX = 32
 _WAITING_BYTES_MAX = 8 * 2**20
+
+_EXPECTED = {BEGIN: None, ROUTER: -1, EXPERTS: None, BLOCK: None, BLOCK_END: None}
+"""The last item of each event of a plain forward: no clock, no backward, no other process."""
+
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class ForwardPlan:
+    """Where the calls stand among the events of a forward that called each of some routers once, and then its
+    experts, on one thread."""
+
+    indices: tuple[int, ...]
+    sites: tuple[RouterSite, ...]
+    begins: Pick
+    routers: Pick
+    experts: Pick
+    block_ends: Pick | None
+    last_output: int
+    """Where the last router's output stands among the items."""
+    codes: list[int]
+    lasts: list[Any]
+    read: ColumnReader
+    versions: Sequence[tuple[int, ...]] = ()
+    inference: bool = field(default_factory=torch.is_inference_mode_enabled)
+    """Whose tensors have no versions."""
+
+    @property
+    def length(self) -> int:
+        """Items of a forward."""
+        return WIDTH * len(self.codes)
+
+    def columns(self, items: list[Any], thread: int, forwards: int = 1) -> Columns | None:
+        """The tensors of all calls of a thread's forwards; None where one of them is unlike the plan."""
+        threads, firsts, seconds = items[1::WIDTH], items[2::WIDTH], items[3::WIDTH]
+        if threads.count(thread) != len(threads):
+            return None
+        if items[4::WIDTH] != self.lasts * forwards or any(self.experts(seconds)):
+            return None
+        if self.block_ends is not None and any(one is not None for one in self.block_ends(firsts)):
+            return None
+        try:
+            columns = self.read(self.routers(seconds), self.experts(firsts))
+            return [*map(_detached, columns)] if columns[-1][-1].requires_grad else columns
+        except Exception:  # read one by one, the call that is wrong will be named
+            return None
+
+
+def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What keeps no graph alive."""
+    return [tensor.detach() for tensor in column]
+
+
+def _picker(at: Sequence[int], events: int) -> Pick:
+    """Takes the items at some places of the column of a forward, or of those of several that follow."""
+    step = at[1] - at[0] if len(at) > 1 else events
+    if list(at) == list(range(at[0], events, step)) and events == step * len(at):
+        places = slice(at[0], None, step)
+        return lambda column: column[places]
+    return lambda column: [column[base + place] for base in range(0, len(column), events) for place in at]
+
+
+def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan | None:
+    """A plan for forwards with these events, if they are plain and their routers alike."""
+    codes = items[0::WIDTH]
+    places: dict[int, dict[int, int]] = {}
+    for at, code in enumerate(codes):
+        site, kind = divmod(code, KINDS)
+        if kind not in _EXPECTED or places.setdefault(site, {}).setdefault(kind, at) != at:
+            return None
+    routers = [all_routers[index] for index in places]
+    readers = {router.site.contract.columns.get(router.read) for router in routers}
+    reader = readers.pop() if len(readers) == 1 else None
+    if reader is None or len({router.site.info.num_experts for router in routers}) > 1:
+        return None
+    for router, found in zip(routers, places.values(), strict=True):
+        if [kind for kind in found if kind not in (BLOCK, BLOCK_END)] != [BEGIN, ROUTER, EXPERTS]:
+            return None
+        if not router.site.contract.reads_late or (router.copies is not None and router.copies.learning):
+            return None
+    ends = [at[BLOCK_END] for at in places.values() if BLOCK_END in at]
+    plan = ForwardPlan(
+        indices=tuple(places),
+        sites=tuple(router.site for router in routers),
+        begins=_picker([at[BEGIN] for at in places.values()], len(codes)),
+        routers=_picker([at[ROUTER] for at in places.values()], len(codes)),
+        experts=_picker([at[EXPERTS] for at in places.values()], len(codes)),
+        block_ends=_picker(ends, len(codes)) if ends else None,
+        last_output=WIDTH * max(at[ROUTER] for at in places.values()) + 3,
+        codes=codes,
+        lasts=[_EXPECTED[code % KINDS] for code in codes],
+        read=reader,
+    )
+    columns, outputs = plan.columns(items, items[1]), plan.routers(items[3::WIDTH])
+    returned = chain.from_iterable(one if isinstance(one, tuple) else (one,) for one in outputs)
+    if columns is None or any(map(is_copy, returned)):
+        return None  # of a copy the version is another than of what it was made of
+    try:
+        plan.versions = versions_of(columns)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors
+        return None
+    return plan
 
 
 class PlainForwards:
@@ -48,8 +159,6 @@ class PlainForwards:
         self._plans: dict[Any, ForwardPlan] = {}
         self._last: ForwardPlan | None = None
         """What the last forward followed."""
-        self._counting: ForwardPlan | None = None
-        """A plan that has counted forwards which are not counted router by router yet."""
         self.waiting: list[tuple[ForwardPlan, ForwardContext]] = []
         """Forwards that are not recorded yet."""
         self._bytes = 0.0
@@ -81,12 +190,13 @@ class PlainForwards:
         waiting.append((plan, context))
         context.reached.append(plan.indices)
         self._bytes += context.held_bytes
+        output = log.items[start + plan.last_output]
         if (
             self._bytes > _WAITING_BYTES_MAX
             or len(waiting) >= _WAITING_MAX
             or not self._recorder.may_defer
             or torch.is_grad_enabled()  # what is kept would keep the activations
-            or plan.has_graph(log.items[start + plan.last_output])
+            or getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
         ):
             self.work_off()
         return True
@@ -111,7 +221,6 @@ class PlainForwards:
         for number, context in enumerate(contexts):
             own = items[number * plan.length : (number + 1) * plan.length]
             if len(contexts) == 1 or not self._take(plan, own, [context]):
-                self.settle()
                 self._join(own, context)
 
     def _take(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> bool:
@@ -119,10 +228,6 @@ class PlainForwards:
         columns = plan.columns(items, contexts[0].ident, len(contexts))
         if columns is None:
             return False
-        if plan is not self._counting:
-            self.settle()
-            self._counting = plan
-            plan.first = tuple([self._counts[index].recorded for index in plan.indices])
         try:
             first_calls = [column[:: len(plan.indices)] for column in (columns[0], columns[-1])]
             tokens = {tensor.shape[0] for tensor in chain(*first_calls)}
@@ -131,21 +236,29 @@ class PlainForwards:
             masks = [context.padding_T for context in contexts]
             if any(mask is not None for mask in masks):
                 masks = [self._padding(context, *tokens) for context in contexts]
-            if not self._recorder.add_forwards(plan.records(items, contexts), columns, plan.versions, masks):
+            if not self._recorder.add_forwards(
+                self._records(plan, items, contexts), columns, plan.versions, masks
+            ):
                 return False
         except Exception:  # read one by one, the call that is wrong will be named
             return False
-        plan.taken += len(contexts)
+        for index in plan.indices:
+            self._counts[index].seen += len(contexts)
+            self._counts[index].recorded += len(contexts)
         return True
 
-    def settle(self) -> None:
-        """Count router by router what was taken in columns."""
-        plan, self._counting = self._counting, None
-        if plan is not None:
-            for index in plan.indices:
-                self._counts[index].seen += plan.taken
-                self._counts[index].recorded += plan.taken
-            plan.taken = 0
+    def _records(
+        self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]
+    ) -> list[ForwardRecords]:
+        """What is known of the calls beside their tensors."""
+        times, calls = items[2::WIDTH], len(plan.sites)
+        begins, ends = plan.begins(times), plan.routers(times)
+        first = tuple([self._counts[index].recorded for index in plan.indices])
+        parts = [slice(start, start + calls) for start in range(0, len(begins), calls)]
+        return [
+            ForwardRecords(context, plan.sites, first, number, begins[part], ends[part])
+            for number, (context, part) in enumerate(zip(contexts, parts, strict=True))
+        ]
 
 
 def _key(codes: Sequence[int]) -> Any:

@@ -125,10 +125,9 @@ class CallCollector:
         return self._counts
 
     def finish_waiting(self) -> None:
-        """Record and count what waits."""
+        """Record what waits."""
         with self._lock:
             self._plain.work_off()
-            self._plain.settle()
 
     def forget_plans(self) -> None:
         """What the next forward's calls hand out may be other than it was."""
@@ -176,7 +175,6 @@ class CallCollector:
         """Read the calls, and hand them to the recorder; returns how many were recorded."""
         if not calls:
             return 0
-        self._plain.settle()
         before = sum(counts.recorded for counts in self._counts)
         for last in {call.context: call for call in calls if call.context and call.context.failed}.values():
             # Of whose experts nobody knows which were still to come.
