@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.find.contracts import RouterOutput
+from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord, ForwardRecords, Records
 from moe_trace.record.reduce.streams import stream_of_now
 
@@ -83,8 +84,6 @@ class PendingStore:
         """Where the last new form of calls was seen."""
         self._open: dict[Any, PendingCalls] = {}
         self._full: list[PendingCalls] = []
-        self._last: PendingCalls | None = None
-        """Where the calls of the last forward went."""
 
     def groups(self) -> list[PendingCalls]:
         """All of them."""
@@ -111,23 +110,17 @@ class PendingStore:
             usual: of its router, where nobody looked at their versions when they were handed out.
             stream: on which they are made; None for the current one.
         """
-        index, weights, logits = reading.index_TK, reading.weights_TK, reading.logits_TE
-        tensors = (index, weights) if logits is None else (index, weights, logits)
+        tensors = [
+            reading.index_TK,
+            reading.weights_TK,
+            *([] if reading.logits_TE is None else [reading.logits_TE]),
+        ]
         columns = [[tensor] for tensor in tensors]
-        stream = stream_of_now(index) if stream is None else stream
         slots = None if record.slots_2P is None else record.slots_2P.shape
-        form = (
-            stream,
-            *map(_form, tensors),
-            record.site.info.num_experts,
-            _kind(mask),
-            record.sending,
-            slots,
-        )
-        group = self._group(form, tensors, record.site.info.num_experts, 1)
+        group = self._group(columns, record.site, mask, 1, stream, (record.sending, slots))
         now = versions_of(columns)
-        versions = now if usual is None else [usual.setdefault(_key(now[0]), now[0])]
-        self._extend(group, [record], columns, versions, [mask], 1)  # type: ignore[arg-type]
+        versions = now if usual is None else [usual.setdefault(tuple(v < 0 for v in now[0]), now[0])]
+        self._extend(group, [record], columns, versions, [mask])  # type: ignore[arg-type]
 
     def add_forwards(
         self,
@@ -148,22 +141,10 @@ class PendingStore:
         """
         if len(set(map(_kind, masks))) > 1:
             return False
-        first, calls, group, mask = columns[0][0], len(columns[0]), self._last, masks[0]
-        # What goes to the same group as the last forward is told by the least that can be looked at.
-        if (
-            group is None
-            or group.room < calls
-            or group.shape != first.shape
-            or (group.masks[0].dtype if group.masks else None) != _kind(mask)
-            or len(columns) != len(group.columns)
-            or group.stream != stream_of_now(first)
-        ):
-            tensors, experts = [column[0] for column in columns], records[0].sites[0].info.num_experts
-            form = (stream_of_now(first), *map(_form, tensors), experts, _kind(mask), None)
-            group = self._last = self._group(form, tensors, experts, calls)
+        group = self._group(columns, records[0].sites[0], masks[0], len(columns[0]))
         if group is None:
             return False
-        self._extend(group, records, columns, [*versions] * len(records), masks, calls)
+        self._extend(group, records, columns, [*versions] * len(records), masks)
         return True
 
     def _extend(
@@ -173,8 +154,8 @@ class PendingStore:
         columns: Columns,
         versions: Sequence[tuple[int, ...]],
         masks: Sequence[Tensor | None],
-        calls: int,
     ) -> None:
+        calls = len(columns[0])
         group.index.extend(columns[0])
         group.weights.extend(columns[1])
         if len(columns) == 3:
@@ -188,8 +169,19 @@ class PendingStore:
         self.calls += calls
         self.held_bytes += calls * group.held
 
-    def _group(self, form: Any, tensors: Sequence[Tensor], experts: int, calls: int) -> PendingCalls | None:
-        """Where calls of this form go; None if they are too many for one batch."""
+    def _group(
+        self,
+        columns: Columns,
+        site: RouterSite,
+        mask: Tensor | None,
+        calls: int,
+        stream: int | None = None,
+        sent: tuple[Any, Any] = (None, None),
+    ) -> PendingCalls | None:
+        """Where calls of the form of the first go; None if they are too many for one batch."""
+        tensors, experts = [column[0] for column in columns], site.info.num_experts
+        stream = stream_of_now(tensors[0]) if stream is None else stream
+        form = (stream, *map(_form, tensors), experts, _kind(mask), sent)
         group = self._open.get(form)
         if group is not None and group.room >= calls:
             return group
@@ -201,16 +193,12 @@ class PendingStore:
         if group is not None:
             self._full.append(group)
         held = sum(tensor.nbytes for tensor in tensors)
-        group = self._open[form] = PendingCalls(form[0], tensors[0].shape, room, held)
+        group = self._open[form] = PendingCalls(stream, tensors[0].shape, room, held)
         return group
 
 
 def _kind(mask: Tensor | None) -> torch.dtype | None:
     return None if mask is None else mask.dtype
-
-
-def _key(versions: tuple[int, ...]) -> tuple[bool, ...]:
-    return tuple(version < 0 for version in versions)
 
 
 def versions_of(columns: Columns) -> list[tuple[int, ...]]:
