@@ -23,7 +23,7 @@ from moe_trace.find.private.torch_names import (
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.context import Entered, ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import Failures
-from moe_trace.record.forward.ranges import OpenRanges, owns_ranges, profiler_is_recording
+from moe_trace.record.forward.ranges import OpenRanges, claim_ranges, profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.forward.token_source import TokenSource
 from moe_trace.record.forward.unreached_routers import MissingSites
@@ -63,6 +63,7 @@ class ForwardWatch:
         sites = [router.site for router in self.routers]
         self.missing = MissingSites(self.model, sites)
         self._graph_range = range_name("graph", type(unwrapped(self.model)).__name__)
+        self.ranges.slot(self._graph_range)
         self._left_out = ForwardContext(0, "prefill", recorded=False)
         self._token_bytes = sum(map(bytes_of_token, sites))
         self._busy, self._in_graph = self.forwards.stacks, self.graphs.rings.in_graph
@@ -111,7 +112,7 @@ class ForwardWatch:
         if thread in self._busy or replica:
             self._begin_within(entry, thread, args, kwargs, replica)
             return
-        if self.ranges.stacks:
+        if self.ranges.opened:
             self.ranges.end(thread)
         if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # called outside any forward
             self.recorder.end_forward()
@@ -177,7 +178,7 @@ class ForwardWatch:
 
     def _open_graph_range(self) -> None:
         """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
-        if owns_ranges(self.routers[0].site.router, self.owner):
+        if claim_ranges(self.routers[0].site.router, self.owner):
             self.ranges.want(get_ident())
             self.ranges.open(self._graph_range, get_ident())
 
@@ -246,7 +247,7 @@ class ForwardWatch:
         seen = context.recorded or len(log.items) != log.waiting
         joined = seen and self.calls.flush(thread, innermost=True)
         self._busy.pop(thread, None)
-        if ranges.stacks:
+        if ranges.opened:
             ranges.end(thread)
         if graphs_write:
             self.graphs.rings.end_on_host()

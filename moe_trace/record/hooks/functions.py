@@ -176,7 +176,7 @@ class SiteObserver(HookOwner):
             if mark is not None:
                 self._clock.stop(mark)
         thread = get_ident()
-        if self._ranges.stacks:
+        if self._ranges.opened:
             self._ranges.close(self._router_range, thread)
         if self.copies is not None:  # which is no work of the router's
             output = self.copies.router_output(output)
@@ -210,7 +210,7 @@ class SiteObserver(HookOwner):
             mark = self._expert_marks.pop(thread, None)
             if mark is not None:
                 self._clock.stop(mark)
-        if self._ranges.stacks:
+        if self._ranges.opened:
             self._ranges.close(self._experts_range, thread)
         if output is None and raised_before_forward():
             self._log.note((self._experts, thread, None, None, None))
@@ -247,7 +247,7 @@ class SiteObserver(HookOwner):
         if output is not None and True in self._of_block:
             reading = None if self.site.read_block is None else self._read_block(given, output)
             self._log.note((self._block_end, thread, reading, None, None))
-        if self._ranges.stacks:
+        if self._ranges.opened:
             self._ranges.close(self._block_range, thread)
 
     def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:

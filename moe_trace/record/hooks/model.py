@@ -132,7 +132,8 @@ class ModelHooks:
         forwards.stacks.clear()
         forwards.last = None
         self.join()
-        self._ranges.close_all()
+        for thread in list(self._ranges.opened):
+            self._ranges.end(thread)
 
     def _cut_off(self, thread: int) -> None:
         """Recording ends inside a forward: its open call is interrupted, and its other routers are missed."""

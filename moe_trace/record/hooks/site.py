@@ -15,7 +15,7 @@ from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.inplace_outputs import TensorCopies
 from moe_trace.record.calls.pending import Usual
 from moe_trace.record.forward.copied_models import HookOwner
-from moe_trace.record.forward.ranges import claim_ranges, owns_ranges, release_ranges
+from moe_trace.record.forward.ranges import claim_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.graphs.memory import cuda_is_used
 from moe_trace.record.hooks.fast_hooks import ListedExpert, PlainCalls, PlainRanges
@@ -140,8 +140,6 @@ class SiteHooks(SiteObserver):
         self.level, self._first = level, first
         if level == Level.OFF:
             return
-        if self._owner is not None:
-            claim_ranges(self.site.router, self._owner)
         self._install(level)
         for handle in self._handles:
             give_stable_id(handle)
@@ -176,7 +174,7 @@ class SiteHooks(SiteObserver):
         self._of_block = (self.observe_block, self.reads_block)
         ranged = self.ranged
         if self._owner is not None:
-            ranged = self.ranged = level == Level.RANGES and owns_ranges(site.router, self._owner)
+            ranged = self.ranged = claim_ranges(site.router, self._owner) and level == Level.RANGES
         timed = ranged or self._clock is not None or level == Level.RANGES
         self.look_at_device()
         self._copies_received = self.copies is not None
