@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,12 +23,18 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 class HookOwner:
-    """For classes whose methods are put on modules as hooks.
+    """For classes whose methods `before...` and `after...` are put on modules as hooks.
 
     `copy.deepcopy` of a module copies its hooks: they stay bound to the same object, which finds with
     `detach_if_copy` that they were called for another module, and takes them off it. A pickle gets hooks
     that do nothing.
     """
+
+    @classmethod
+    def hooks(cls) -> list[Callable[..., Any]]:
+        """Its methods that are put on modules."""
+        named = ("before", "after")
+        return [method for name, method in vars(cls).items() if name.lstrip("_").startswith(named)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
+from torch.utils.hooks import RemovableHandle
 
 from moe_trace.data.schema import range_name
 from moe_trace.find.private.module_calls import raised_before_forward
@@ -88,12 +89,24 @@ class SiteObserver(HookOwner):
         self._keeps_arguments = not site.contract.reads_late
         self.range_names = tuple(range_name(kind, site.site) for kind in ("router", "experts", "block"))
         self._router_range, self._experts_range, self._block_range = self.range_names
+        self.observe_block = site.experts is not None or bool(site.listed)
+        """Whether the block is hooked to record: until it has shown that each router call has its experts."""
+        self.irregular = site.shares_router
+        """Whether only the block tells of a call what it is: then it stays observed."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Told that the block needs other hooks than are on."""
         self._of_block = (False, False)
         """Whether the block is observed, and whether it is read; else it is a range alone."""
+        self._handles: list[RemovableHandle] = []
+        self._times_experts = False
+        """Whether a hook tells when the experts begin."""
 
     def keep_block(self) -> None:
-        """Observe the block from now on."""
-        raise NotImplementedError
+        """Only its block can tell whether a call without experts ran fused, or had them elsewhere."""
+        self.irregular = True
+        if not self.observe_block:
+            self.observe_block = True
+            self.on_change()
 
     def _in_block(self, thread: int) -> bool:
         kinds = (kind for kind, _ in self._log.last_first(self._index, thread))
@@ -101,7 +114,10 @@ class SiteObserver(HookOwner):
 
     def time_captured_experts(self) -> None:
         """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
-        raise NotImplementedError
+        experts = self.site.experts
+        if experts is not None and self.site.times_experts and not self._times_experts:
+            self._times_experts = True
+            self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
 
     # -- hooks: most calls do without most of it (`fast_hooks.py`) ----------------------------------------
 

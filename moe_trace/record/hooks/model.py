@@ -19,7 +19,9 @@ from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.entry_modules import ModelEntry, entry_modules
 from moe_trace.record.hooks.events import CallClock, EventLog
+from moe_trace.record.hooks.fast_hooks import ListedExpert, PlainCalls, PlainRanges
 from moe_trace.record.hooks.forwards import ForwardWatch
+from moe_trace.record.hooks.functions import SiteObserver
 from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
@@ -89,7 +91,8 @@ class ModelHooks:
             sending: tells from the arguments of the experts what a call moves between processes.
             compiled: of each router, the hooks that stand in code that was compiled before.
         """
-        run_hooks_in_python([ModelEntry.before, ModelEntry.after, *SiteHooks.functions()])
+        owners = (ModelEntry, SiteObserver, PlainCalls, PlainRanges, ListedExpert)
+        run_hooks_in_python(hook for one in owners for hook in one.hooks())
         for router in self.routers:
             router.sending = sending
         if compiled:

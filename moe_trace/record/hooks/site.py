@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
-
-from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.module_calls import ids_of_hooks
 from moe_trace.find.private.torch_names import hooks_of
@@ -63,55 +60,22 @@ class SiteHooks(SiteObserver):
     def __init__(self, *arguments: Any, owner: object | None, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.level = Level.OFF
-        self.observe_block = self.site.experts is not None or bool(self.site.listed)
-        """Whether the block is hooked to record: until it has shown that each router call has its experts."""
-        self.irregular = self.site.shares_router
-        """Whether only the block tells of a call what it is: then it stays observed."""
-        self.on_change: Callable[[], None] = lambda: None
-        """Told that the block needs other hooks than are on."""
         self.read = self.site.read
         self.usual: Usual = {}
         """The versions of what its calls hand out, since it is known that nothing need be copied."""
         self._owner = owner
-        self._handles: list[RemovableHandle] = []
         self.reads_block = self.site.read_block is not None
         """Whether the block is hooked to read it: until it has called its router."""
         self._of_block = (self.observe_block, self.reads_block)
         self._router_hooks: tuple[int, ...] = ()
         self._others: tuple[tuple[int, ...], ...] = ()
         """On the router when ours were put on, ours included; and on the experts those of others."""
-        self._times_experts = False
-        """Whether a hook tells when the experts begin."""
         self._copies_received = False
         """Whether a hook copies what the experts are given before they run."""
         self._plain_calls = PlainCalls(self, self._index, self._log)
         self._plain_ranges = PlainRanges(self, self._index, self._log, self._ranges)
         self._first = True
         """Whether hooks may be put before those of others."""
-
-    @classmethod
-    def functions(cls) -> list[Callable[..., Any]]:
-        """All hooks that are ever put on a module."""
-        return [
-            cls.before_block,
-            cls.after_block,
-            cls.before_router,
-            cls.after_router,
-            cls._after_watched,
-            cls.before_experts,
-            cls._before_copied,
-            cls.after_experts,
-            PlainCalls.before_router,
-            PlainCalls.after_router,
-            PlainCalls.after_experts,
-            PlainRanges.before_block,
-            PlainRanges.after_block,
-            PlainRanges.before_router,
-            PlainRanges.after_router,
-            PlainRanges.before_experts,
-            PlainRanges.after_experts,
-            ListedExpert.before,
-        ]
 
     # -- which are on ---------------------------------------------------------------------------------
 
@@ -222,12 +186,6 @@ class SiteHooks(SiteObserver):
         hooks.start()
         return hooks
 
-    def time_captured_experts(self) -> None:
-        experts = self.site.experts
-        if experts is not None and self.site.times_experts and not self._times_experts:
-            self._times_experts = True
-            self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
-
     def look_at_device(self) -> None:
         """Only where CUDA is used it is asked in each call whether a stream is captured."""
         self.on_cuda = self._plain_calls.on_cuda = self._plain_ranges.on_cuda = cuda_is_used()
@@ -277,10 +235,3 @@ class SiteHooks(SiteObserver):
         self._plain_calls.stop()
         self._plain_ranges.stop()
         self.on_change()
-
-    def keep_block(self) -> None:
-        """Only its block can tell whether a call without experts ran fused, or had them elsewhere."""
-        self.irregular = True
-        if not self.observe_block:
-            self.observe_block = True
-            self.on_change()
