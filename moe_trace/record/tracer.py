@@ -20,10 +20,9 @@ from moe_trace.find.private.torch_names import warn_of_missing
 from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 from moe_trace.record.calls.recorder import DEFAULT_CAPACITY_BYTES, Recorder
 from moe_trace.record.dry_run import warm_up
-from moe_trace.record.forward.batch_tokens import BatchTokens
+from moe_trace.record.forward.batch_tokens import BatchTokens, TokenProvider
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
-from moe_trace.record.forward.token_source import TokenProvider
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import is_capturing, warn_if_compiled_before
 from moe_trace.record.graphs.ring_reader import RingReader

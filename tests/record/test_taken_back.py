@@ -104,10 +104,10 @@ def test_calls_in_compiled_code_have_numbers_of_their_own() -> None:
 
 def test_many_calls_are_kept_as_the_runs_that_they_form() -> None:
     refusals, gate = Refusals(), "gate"
-    refusals.take_back(gate, range(0, 0))
-    refusals.take_back(gate, range(10**5))
+    refusals.taken_back.add(gate, range(0, 0))
+    refusals.taken_back.add(gate, range(10**5))
     for call in range(10**5, 10**5 + 1000):  # as experts without a router take them back
-        refusals.take_back(gate, range(call, call + 1))
+        refusals.taken_back.add(gate, range(call, call + 1))
     assert refusals.taken_back.runs == {gate: [range(10**5 + 1000)]}
     model, call_experts = fused_first()
     with moe_trace.MoETracer(model) as tracer:

@@ -61,14 +61,10 @@ class Refusals:
         self.unjoined: Counter[str] = Counter()
         """The same of those that were taken back."""
         self.taken_back = CallNumbers()
-        """By name."""
+        """By name: recorded as fused ones, but the experts are a module that is called."""
         self._calls = CallNumbers()
         """By name and whether they were in graphs, where they have numbers of their own."""
         self._compared: set[str] = set()
-
-    def take_back(self, name: str, calls: range) -> None:
-        """Calls were recorded as fused ones, and its experts are a module that is called."""
-        self.taken_back.add(name, calls)
 
     def counted(self, record: CallRecord) -> bool:
         """Whether a call was refused already."""

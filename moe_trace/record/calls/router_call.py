@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,29 +64,36 @@ class Block:
     """Calls of its site's experts on other threads meanwhile, whose memory does not tell whose they are."""
 
 
+@dataclass(slots=True)
 class SiteState:
-    """What earlier events of a site taught."""
+    """What became of the calls of one router, and what they taught."""
 
-    __slots__ = ("elsewhere", "experts_called", "loose", "own_word", "thread")
+    seen: int = 0
+    recorded: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    """By reason (`LOST_CALLS` in `data/summary_notes.py`)."""
+    misread: str | None = None
+    """Why the first call that could not be read could not."""
+    fused: int = 0
+    """Calls of a block that called neither its router nor its experts."""
+    elsewhere: bool = False
+    """Whether its experts were ever called on another thread than its router."""
+    loose: bool = False
+    """Whether its block ever ended without its experts, which may then run at any later time."""
+    thread: int | None = None
+    """Where its router was called last."""
+    experts_called: bool = False
+    """Whether its experts were ever called as a module."""
+    own_word: range = range(0)
+    """Numbers of the calls that are recorded as fused ones, less those that turned out not to be."""
 
-    def __init__(self) -> None:
-        self.elsewhere = False
-        """Whether its experts were ever called on another thread than its router."""
-        self.loose = False
-        """Whether its block ever ended without its experts, which may then run at any later time."""
-        self.thread: int | None = None
-        """Where its router was called last."""
-        self.experts_called = False
-        """Whether its experts were ever called as a module."""
-        self.own_word = range(0)
-        """Numbers of the calls that are recorded as fused ones, less those that turned out not to be."""
-
-    def note(self, call: RouterCall, number: int) -> range:
-        """A call is recorded, under a number; returns those that are refuted by it.
+    def note(self, call: RouterCall) -> range:
+        """A call is recorded; returns the numbers of those that are refuted by it.
 
         Where the experts are a module that is called, what was done without them may have assigned nothing.
         """
-        before = self.own_word
+        before, number = self.own_word, self.recorded
+        self.recorded += 1
         if call.experts:
             self.own_word = range(0)
             return before

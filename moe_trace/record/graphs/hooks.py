@@ -13,7 +13,6 @@ from torch.compiler import is_compiling
 from moe_trace.find.contracts import Call, RouterOutput
 from moe_trace.find.private.torch_names import is_exporting
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.router_call import SiteState
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled_rings import SiteRings
@@ -124,7 +123,7 @@ class CapturedCalls:
         self._site, self._rings, self._notes = site, rings, notes
         self.open: dict[int, TracedSite] = {}
         """By thread, that under way."""
-        self.counts, self.state = SiteCounts(), SiteState()
+        self.state = SiteState()
         """Of the site, which its tracer shares."""
 
     def begin(self, thread: int, args: Any, *, own: bool) -> None:
@@ -182,6 +181,6 @@ class CapturedCalls:
         its capture failed."""
         if self.open.pop(thread, None) is None:
             return False
-        self.counts.seen += 1
-        self.counts.lost["unjoined"] += 1
+        self.state.seen += 1
+        self.state.lost["unjoined"] += 1
         return True

@@ -21,11 +21,11 @@ from moe_trace.find.private.torch_names import (
     tracing_state,
 )
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.forward.batch_tokens import TokenSource
 from moe_trace.record.forward.context import Entered, ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import Failures
 from moe_trace.record.forward.ranges import OpenRanges, claim_ranges, profiler_is_recording
 from moe_trace.record.forward.steps import Steps
-from moe_trace.record.forward.token_source import TokenSource
 from moe_trace.record.forward.unreached_routers import MissingSites
 from moe_trace.record.graphs.compiled import is_compiled
 from moe_trace.record.graphs.memory import captures_now

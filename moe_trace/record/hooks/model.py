@@ -10,10 +10,9 @@ from torch import nn
 
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.forward.batch_tokens import BatchTokens
+from moe_trace.record.forward.batch_tokens import BatchTokens, TokenProvider
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.forward.steps import Steps
-from moe_trace.record.forward.token_source import TokenProvider
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
 from moe_trace.record.graphs.ring_reader import RingReader

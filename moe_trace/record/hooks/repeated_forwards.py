@@ -17,10 +17,10 @@ from torch import Tensor
 from moe_trace.find.contracts.contract import ColumnReader
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import ForwardRecords
-from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.inplace_outputs import is_copy
 from moe_trace.record.calls.pending import Columns, versions_of
 from moe_trace.record.calls.recorder import Recorder
+from moe_trace.record.calls.router_call import SiteState
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, KINDS, ROUTER, WIDTH, EventLog
 from moe_trace.record.hooks.site import SiteHooks
@@ -147,14 +147,14 @@ class PlainForwards:
     def __init__(
         self,
         routers: Sequence[SiteHooks],
-        counts: Sequence[SiteCounts],
+        states: Sequence[SiteState],
         recorder: Recorder,
         log: EventLog,
         *,
         padding: Callable[[ForwardContext, int], Tensor | None],
         join: Callable[[list[Any], ForwardContext], None],
     ) -> None:
-        self._routers, self._counts, self._recorder, self._log = routers, counts, recorder, log
+        self._routers, self._states, self._recorder, self._log = routers, states, recorder, log
         self._padding, self._join = padding, join
         self._plans: dict[Any, ForwardPlan] = {}
         self._last: ForwardPlan | None = None
@@ -243,8 +243,8 @@ class PlainForwards:
         except Exception:  # read one by one, the call that is wrong will be named
             return False
         for index in plan.indices:
-            self._counts[index].seen += len(contexts)
-            self._counts[index].recorded += len(contexts)
+            self._states[index].seen += len(contexts)
+            self._states[index].recorded += len(contexts)
         return True
 
     def _records(
@@ -253,7 +253,7 @@ class PlainForwards:
         """What is known of the calls beside their tensors."""
         times, calls = items[2::WIDTH], len(plan.sites)
         begins, ends = plan.begins(times), plan.routers(times)
-        first = tuple([self._counts[index].recorded for index in plan.indices])
+        first = tuple([self._states[index].recorded for index in plan.indices])
         parts = [slice(start, start + calls) for start in range(0, len(begins), calls)]
         return [
             ForwardRecords(context, plan.sites, first, number, begins[part], ends[part])

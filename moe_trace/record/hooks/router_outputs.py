@@ -11,9 +11,8 @@ from torch import Tensor
 from moe_trace.find.contracts import AdapterMismatch, Call, RouterOutput
 from moe_trace.find.routers import transformers_release
 from moe_trace.record.calls.call import CallRecord, detach
-from moe_trace.record.calls.counts import SiteCounts
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.calls.router_call import RouterCall, why_no_decision
+from moe_trace.record.calls.router_call import RouterCall, SiteState, why_no_decision
 from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
@@ -44,7 +43,7 @@ class CallCollector:
         recorder: Recorder,
         clock: CallClock | None,
     ) -> None:
-        self._counts = [router.captured.counts for router in routers]
+        self._states = [router.captured.state for router in routers]
         self.orphans = 0
         """Experts calls that belong to no router call."""
         self.padding_unclear = 0
@@ -57,13 +56,13 @@ class CallCollector:
         self._clock = clock
         self._joiner = CallJoiner(
             [router.site for router in routers],
-            states=[router.captured.state for router in routers],
+            states=self._states,
             context_of=self._context_of,
             orphan=self._orphan,
         )
         self._lock = threading.RLock()
         self._plain = PlainForwards(
-            routers, self._counts, recorder, log, padding=self._padding, join=self._join_late
+            routers, self._states, recorder, log, padding=self._padding, join=self._join_late
         )
         recorder.on_rewritten = self._copy_from_now_on
         self.checks = EventChecks(
@@ -119,10 +118,10 @@ class CallCollector:
         self._finish(self._joiner.finished(()))
 
     @property
-    def counts(self) -> list[SiteCounts]:
+    def counts(self) -> list[SiteState]:
         """What became of the calls, by router."""
         self.finish_waiting()
-        return self._counts
+        return self._states
 
     def finish_waiting(self) -> None:
         """Record what waits."""
@@ -168,14 +167,14 @@ class CallCollector:
 
     def _orphan(self, site: int) -> None:
         self.orphans += 1
-        refuted = self._joiner.states[site].refute()
-        self._recorder.refusals.take_back(self._routers[site].site.name, refuted)
+        name, refuted = self._routers[site].site.name, self._states[site].refute()
+        self._recorder.refusals.taken_back.add(name, refuted)
 
     def _finish(self, calls: Sequence[RouterCall]) -> int:
         """Read the calls, and hand them to the recorder; returns how many were recorded."""
         if not calls:
             return 0
-        before = sum(counts.recorded for counts in self._counts)
+        before = sum(state.recorded for state in self._states)
         for last in {call.context: call for call in calls if call.context and call.context.failed}.values():
             # Of whose experts nobody knows which were still to come.
             last.cut_off = bool(self._routers[last.site].site.listed)
@@ -184,7 +183,7 @@ class CallCollector:
                 self._finish_one(call, self._context(call))
             for site in {call.site for call in calls}:
                 self._routers[site].end_copies()
-        return sum(counts.recorded for counts in self._counts) - before
+        return sum(state.recorded for state in self._states) - before
 
     def _context(self, call: RouterCall) -> ForwardContext:
         context = call.context or self._outside()
@@ -195,24 +194,22 @@ class CallCollector:
     def _finish_one(self, call: RouterCall, context: ForwardContext) -> None:
         if not context.recorded:
             return
-        counts = self._counts[call.site]
         context.reached.append((call.site,))
-        router, state = self._routers[call.site], self._joiner.states[call.site]
+        router, state = self._routers[call.site], self._states[call.site]
         reason = why_no_decision(call, router.site, state, context, observed=router.observe_block)
         if state.elsewhere or call.fused or reason in ("without_experts", "unjoined"):
             router.keep_block()
         if reason is not None:
             # A recomputation that is cut short decided nothing that the forward had not.
             if not (call.recomputed or context.recomputed):
-                counts.seen += 1
-                counts.lost[reason] += 1
+                state.seen += 1
+                state.lost[reason] += 1
             return
-        counts.seen += 1
+        state.seen += 1
         try:
-            reading = self._read(call)
-            self._record(call, context, reading, counts)
+            self._record(call, context, self._read(call))
         except Exception as error:  # a contract of the user's may raise anything
-            counts.lost["unreadable"] += 1
+            state.lost["unreadable"] += 1
             self._misread(call.site, error)
 
     def _read(self, call: RouterCall) -> RouterOutput:
@@ -220,7 +217,7 @@ class CallCollector:
         if call.reading is not None:
             if isinstance(call.reading, Exception):
                 raise call.reading
-            self._counts[call.site].fused += 1
+            self._states[call.site].fused += 1
             return call.reading
         experts = call.experts
         if len(experts) > 1:
@@ -235,15 +232,14 @@ class CallCollector:
             call.expert_rows = total_rows(call.rows, len(site.listed))
         return router.read(call)
 
-    def _record(
-        self, call: RouterCall, context: ForwardContext, reading: RouterOutput, counts: SiteCounts
-    ) -> None:
-        site, recomputed = self._routers[call.site].site, call.recomputed or context.recomputed
+    def _record(self, call: RouterCall, context: ForwardContext, reading: RouterOutput) -> None:
+        router, state = self._routers[call.site], self._states[call.site]
+        site, recomputed = router.site, call.recomputed or context.recomputed
         detach(reading)
         mask = self._padding(context, reading.index_TK.shape[0], recomputed)
         record = CallRecord(
             site,
-            counts.recorded,
+            state.recorded,
             context.step,
             "recompute" if recomputed else "forward",
             context.stage,
@@ -254,18 +250,16 @@ class CallCollector:
             order=(context.epoch, 0),
             sending=call.experts[0].sending if call.experts else None,
             rows=reading.rows,
-            told_E=reading.told_E if counts.recorded < _TOLD_CALLS else None,
+            told_E=reading.told_E if state.recorded < _TOLD_CALLS else None,
             slots_2P=reading.slots_2P,
             tokens=context.tokens,
             batch=context.batch,
         )
-        router = self._routers[call.site]
         by_reference = router.copies is None and len(call.experts) == 1  # else what is read was copied
         self._recorder.add(record, reading, mask, router.usual if by_reference else None)
         if self._clock is not None:
-            self._keep_times(call, counts.recorded)
-        self._recorder.refusals.take_back(site.name, router.captured.state.note(call, counts.recorded))
-        counts.recorded += 1
+            self._keep_times(call, state.recorded)
+        self._recorder.refusals.taken_back.add(site.name, state.note(call))
 
     def _padding(self, context: ForwardContext, tokens: int, recomputed: bool = False) -> Tensor | None:
         """[tokens] bool, which of them are padding; None where it is not known."""
@@ -284,15 +278,15 @@ class CallCollector:
             clock.keep(name, number, "experts", experts.mark)  # type: ignore[union-attr]
 
     def _misread(self, index: int, error: Exception) -> None:
-        counts, site = self._counts[index], self._routers[index].site
-        if counts.misread is not None:
+        state, site = self._states[index], self._routers[index].site
+        if state.misread is not None:
             return
-        counts.misread = (
+        state.misread = (
             str(error) if isinstance(error, AdapterMismatch) else f"{type(error).__name__}: {error}"
         )
         release = transformers_release(site.router)
         of_release = "" if release is None else f" of transformers {release}"
         warn_user(
             f"{site.name} ({site.info.router_class}{of_release}) cannot be read as '{site.contract.name}': "
-            f"{counts.misread}. Such calls are counted as lost; the model runs on"
+            f"{state.misread}. Such calls are counted as lost; the model runs on"
         )
