@@ -90,13 +90,11 @@ class ForwardRecords:
 class Records:
     """The records of many calls, in order; those of whole forwards stay in columns until asked for."""
 
-    __slots__ = ("_count", "_dropped", "_parts")
+    __slots__ = ("_count", "_parts")
 
     def __init__(self, parts: Sequence[CallRecord | ForwardRecords] = ()) -> None:
         self._parts = list(parts)
         self._count = sum(map(len, self._parts))
-        self._dropped = 0
-        """Of the first part."""
 
     @property
     def last_step(self) -> int:
@@ -111,20 +109,14 @@ class Records:
 
     def drop(self, count: int) -> None:
         """Forget the first calls."""
-        self._count -= count
-        count += self._dropped
-        gone = 0
-        while gone < len(self._parts) and count >= len(self._parts[gone]):
-            count -= len(self._parts[gone])
-            gone += 1
-        del self._parts[:gone]
-        self._dropped = count
+        self._parts = list(islice(self, count, None))
+        self._count = len(self._parts)
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[CallRecord]:
-        return islice(chain.from_iterable(self._parts), self._dropped, None)
+        return chain.from_iterable(self._parts)
 
 
 def detach(reading: RouterOutput) -> None:

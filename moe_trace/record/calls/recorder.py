@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -32,7 +32,7 @@ from moe_trace.record.calls.inplace_outputs import written_over
 from moe_trace.record.calls.pending import PendingCalls, PendingStore, Usual
 from moe_trace.record.calls.reduction import reduce_group
 from moe_trace.record.calls.refusals import Refusals
-from moe_trace.record.calls.samples import Batch, by_device_and_width
+from moe_trace.record.calls.samples import Batch
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.pinned import copies_on_host
@@ -126,7 +126,10 @@ class Recorder:
         if not self._pending.calls:
             return
         with self._lock, torch.no_grad():
-            with _overhead_range():
+            ours = (
+                torch.profiler.record_function(OVERHEAD_RANGE) if profiler_is_recording() else nullcontext()
+            )
+            with ours:
                 for group in self._unharmed(self._pending.take()):
                     self._reduce_or_count(group)
 
@@ -152,7 +155,7 @@ class Recorder:
             with on_stream(group.index[0], group.stream):
                 batch = reduce_group(group)
                 batch.memory_bytes = memory
-                self._store(batch)
+                self.add_reduced(batch)
                 if self.routes is not None:
                     self.routes.take(group)
         except Exception as error:
@@ -168,28 +171,21 @@ class Recorder:
                 f"({type(error).__name__}: {error}); they are counted as lost, and the model runs on"
             )
 
-    def _store(self, batch: Batch) -> None:
+    def add_reduced(self, batch: Batch) -> None:
+        """Keep calls that are reduced."""
         if batch.ints.device.type == "meta":
             raise ValueError("the router ran on the meta device, where there are no values")
-        self._kept += len(batch.records)
-        if batch.ints.device.type == "cuda":
-            self._on_device.append(batch)
-            if len(self._on_device) >= SHIP_EVERY:
-                self._ship()
-        else:
-            self._take_on_host(batch)
-        self._drop_oldest()
-
-    def _take_on_host(self, batch: Batch) -> None:
-        """The figures of a batch are on the host: keep them in as little memory as they need."""
-        batch.compact()
-        self._bytes += batch.nbytes
-        self._on_host.append(batch)
-
-    def add_reduced(self, batch: Batch) -> None:
-        """Keep calls whose figures are on the host already."""
         with self._lock:
-            self._store(batch)
+            self._kept += len(batch.records)
+            if batch.ints.device.type == "cuda":
+                self._on_device.append(batch)
+                if len(self._on_device) >= SHIP_EVERY:
+                    self._ship()
+            else:
+                batch.to_numpy()
+                self._bytes += batch.nbytes
+                self._on_host.append(batch)
+            self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         """Keep to the capacity; batches stand in order of time, those still on the device last."""
@@ -217,12 +213,15 @@ class Recorder:
         if self.routes is not None:
             self.routes.ship()
         for batch in self._on_host:
-            if batch.copied is not None:
+            if batch.copied is not None and batch.copied.query():  # out of pinned memory, which is scarce
                 before = batch.nbytes
-                batch.unpin_if_copied()
+                batch.to_numpy()
                 self._bytes += batch.nbytes - before
-        for device, batches in by_device_and_width(self._on_device):
-            with torch.cuda.device(device), on_stream(batches[0].ints, batches[0].stream), torch.no_grad():
+        alike: dict[Any, list[Batch]] = defaultdict(list)
+        for batch in self._on_device:
+            alike[batch.ints.device, batch.ints.shape[1], batch.stream].append(batch)
+        for (device, _, stream), batches in alike.items():
+            with torch.cuda.device(device), on_stream(batches[0].ints, stream), torch.no_grad():
                 wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
                 (ints, floats), copied = copies_on_host(wide)
             start = 0
@@ -286,10 +285,6 @@ def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator
         call = calls[sample.name]
         calls[sample.name] += 1
         yield sample if sample.call == call else replace(sample, call=call)
-
-
-def _overhead_range() -> AbstractContextManager[Any]:
-    return torch.profiler.record_function(OVERHEAD_RANGE) if profiler_is_recording() else nullcontext()
 
 
 def _allocated_bytes(device: torch.device) -> int | None:

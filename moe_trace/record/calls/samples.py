@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,22 +54,13 @@ class Batch:
 
     def to_samples(self) -> list[RoutingSample | AdapterMismatch]:
         """One sample per call, or why it is unknown. Waits for the copy."""
-        self._to_numpy()
+        self.to_numpy()
         ints_LX = self.ints.dense() if isinstance(self.ints, SparseRows) else self.ints.astype(np.int64)
         rows = zip(self.records, ints_LX, self.floats, strict=True)
         return [_sample(self, record, ints, floats) for record, ints, floats in rows]
 
-    def compact(self) -> None:
-        """Keep figures that are on the host in as few bytes as hold them."""
-        if self.copied is None:
-            self._to_numpy()
-
-    def unpin_if_copied(self) -> None:
-        """Move a finished copy out of pinned memory, which is scarce."""
-        if self.copied is not None and self.copied.query():
-            self._to_numpy()
-
-    def _to_numpy(self) -> None:
+    def to_numpy(self) -> None:
+        """Keep the figures on the host, in as few bytes as hold them. Waits for the copy."""
         if isinstance(self.ints, Tensor):
             if self.copied is not None:
                 self.copied.synchronize()
@@ -115,7 +105,7 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
     padding, finite = int(ints[experts + 3 + k]), int(ints[experts + 4 + k])
     info = record.site.info
     computed = _computed_slots(info, batch.tokens, assignments, zero_weight)
-    means: dict[str, Any] = _means(sums, finite, batch.classes) if batch.classes else dict.fromkeys(_MEANS)
+    means: dict[str, Any] = _means(sums, finite, batch.classes)
     return RoutingSample(
         site=info.site,
         name=info.name,
@@ -193,25 +183,11 @@ _MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
 
 
 def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | None]:
-    if finite == 0:
+    """Over the tokens with finite logits; None where there are none."""
+    if not classes or not finite:
         return dict.fromkeys(_MEANS)
     mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
-    entropy = max(0.0, mean["entropy"])
+    mean["router_entropy"] = max(0.0, mean["entropy"])
     # With one expert there is nothing to be unsure of.
-    confidence = 1.0 - entropy / math.log(classes) if classes > 1 else 1.0
-    return {
-        "router_entropy": entropy,
-        "confidence": confidence,
-        "top1_prob": mean["top1_prob"],
-        "topk_mass": mean["topk_mass"],
-        "z_loss": mean["z_loss"],
-    }
-
-
-def by_device_and_width(batches: list[Batch]) -> Iterator[tuple[torch.device, list[Batch]]]:
-    """Batches that one copy can take."""
-    groups: dict[Any, list[Batch]] = {}
-    for batch in batches:
-        groups.setdefault((batch.ints.device, batch.ints.shape[1], batch.stream), []).append(batch)
-    for (device, _, _), group in groups.items():
-        yield device, group
+    mean["confidence"] = 1.0 - mean["router_entropy"] / math.log(classes) if classes > 1 else 1.0
+    return {name: mean[name] for name in _MEANS}
