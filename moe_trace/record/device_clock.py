@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from moe_trace.data.schema import RangeKind
 
 ClockName = Literal["host", "cuda_event"]
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 # Unread pairs of events kept at most; beyond it, pairs that the device has passed are read early, which
 # does not wait for it. A pair costs under 1 KB.
@@ -31,7 +31,7 @@ class Mark:
     device: torch.device
     start_ns: int
     end_ns: int = 0
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    events: _Events | None = None
 
 
 @dataclass(slots=True)
@@ -57,13 +57,14 @@ class DeviceClock:
     def __init__(self, *, capacity: int = 100_000) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._free: dict[torch.device, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
-        self._unread: deque[tuple[CallTimes, RangeKind, Mark]] = deque()
+        self._free: dict[torch.device, list[_Events]] = {}
+        self._unread: deque[tuple[CallTimes, RangeKind, torch.device, _Events]] = deque()
         self._times: dict[tuple[str, int], CallTimes] = {}
 
     def start(self, args: tuple[Any, ...]) -> Mark:
         """Begin to time a module that was called with `args`, on the device of its first tensor."""
-        device = _device(args)
+        first = next((value for value in args if isinstance(value, Tensor)), None)
+        device = torch.device("cpu") if first is None else first.device
         mark = Mark(device, time.perf_counter_ns())
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             mark.events = self._take(device)
@@ -86,9 +87,9 @@ class DeviceClock:
                 while len(self._times) > self._capacity:
                     del self._times[next(iter(self._times))]
             if mark.events is None:
-                _file(times, kind, (mark.end_ns - mark.start_ns) / 1e6)
+                setattr(times, f"{kind}_ms", (mark.end_ns - mark.start_ns) / 1e6)
             else:
-                self._unread.append((times, kind, mark))
+                self._unread.append((times, kind, mark.device, mark.events))
 
     def read(self) -> dict[tuple[str, int], CallTimes]:
         """(module path of the router, call) -> times. Waits for the device."""
@@ -97,40 +98,18 @@ class DeviceClock:
                 self._read_oldest()
             return dict(self._times)
 
-    def _take(self, device: torch.device) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _take(self, device: torch.device) -> _Events:
         with self._lock:
             free = self._free.setdefault(device, [])
             if not free and len(self._unread) >= _UNREAD_PAIRS_MAX:
-                while self._unread and _passed(self._unread[0][2]):
+                while self._unread and self._unread[0][3][1].query():
                     self._read_oldest()
             if free:
                 return free.pop()
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def _read_oldest(self) -> None:
-        times, kind, mark = self._unread.popleft()
-        if mark.events is None:  # for the type checker: only marks with events wait to be read
-            return
-        begin, end = mark.events
-        end.synchronize()
-        _file(times, kind, begin.elapsed_time(end))
-        self._free.setdefault(mark.device, []).append(mark.events)
-        mark.events = None
-
-
-def _passed(mark: Mark) -> bool:
-    return mark.events is None or mark.events[1].query()
-
-
-def _file(times: CallTimes, kind: RangeKind, milliseconds: float) -> None:
-    if kind == "router":
-        times.router_ms = milliseconds
-    else:
-        times.experts_ms = milliseconds
-
-
-def _device(args: Iterable[Any]) -> torch.device:
-    for value in args:
-        if isinstance(value, Tensor):
-            return value.device
-    return torch.device("cpu")
+        times, kind, device, events = self._unread.popleft()
+        events[1].synchronize()
+        setattr(times, f"{kind}_ms", events[0].elapsed_time(events[1]))
+        self._free.setdefault(device, []).append(events)

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.routers import RouterSite
@@ -62,19 +61,15 @@ def _warm_up(
         shipped = recorder.take()  # kept, so that a single step is shipped to memory of its own
         _add(recorder, sites, forward)
         shipped += recorder.take()
-        _reduce_as_rings_do(len(sites), _reading(device, torch.float32, 4, num_experts, top_k), num_experts)
-        _wait_for(device)
+        ring = _reading(device, torch.float32, 4, num_experts, top_k)
+        assert ring.logits_TE is not None
+        alike = (torch.stack([one] * len(sites)) for one in (ring.logits_TE, ring.weights_TK, ring.index_TK))
+        logits, weights, index = alike
+        routing_stats(logits, weights, index, num_experts, None)
+        if device.type == "cuda":  # else kernels might end within the user's trace
+            torch.cuda.current_stream(device).synchronize()
     except RuntimeError:  # out of memory, or an operator that this device lacks: the model's step will tell
         return
-
-
-def _wait_for(device: torch.device) -> None:
-    """Else kernels might end within the user's trace."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            done = torch.cuda.Event()
-            done.record()
-        done.synchronize()
 
 
 def _reading(
@@ -92,17 +87,3 @@ def _add(recorder: Recorder, sites: Sequence[RouterSite], reading: RouterOutput)
         record = CallRecord(site, 0, 0, "forward", "prefill", 0, 0, 0, profiled=False)
         recorder.add(record, reading)
     recorder.reduce()
-
-
-def _reduce_as_rings_do(rings: int, reading: RouterOutput, num_experts: int) -> None:
-    def stacked(tensor: Tensor | None) -> Tensor:
-        assert tensor is not None
-        return torch.stack([tensor] * rings)
-
-    routing_stats(
-        stacked(reading.logits_TE),
-        stacked(reading.weights_TK),
-        stacked(reading.index_TK),
-        num_experts,
-        None,
-    )

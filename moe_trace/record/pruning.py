@@ -57,13 +57,6 @@ class ExpertScores:
     """[E] mean of weight times norm; NaN where it was never chosen."""
 
 
-@dataclass
-class _Sums:
-    tokens: int = 0
-    totals: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((4, 0)))
-    """[4, E] tokens, weights, norms, weights times norms."""
-
-
 class PruningScores:
     """Measures the scores of every expert in the forwards of `model` inside a `with` block.
 
@@ -88,7 +81,9 @@ class PruningScores:
         self._model, self._sites = model, find_routers(model, layers=layers)
         self._inputs = ModelInputs(model)
         self._padding_T: Tensor | None = None
-        self._sums = {site.name: _Sums() for site in self._sites}
+        self._tokens: Counter[str] = Counter()
+        self._totals: dict[str, npt.NDArray[np.float64]] = {}
+        """[4, E] of each router: tokens, weights, norms, weights times norms."""
         self._handles: list[Any] = []
         self.unscored: dict[str, str] = {}
         """Module paths of routers whose experts could not be scored, and why."""
@@ -114,9 +109,9 @@ class PruningScores:
     def layers(self) -> dict[str, ExpertScores]:
         """Scores by module path of the router, so far."""
         return {
-            name: _scores(sums)
-            for name, sums in self._sums.items()
-            if name not in self.unscored and sums.tokens
+            name: _scores(tokens, self._totals[name])
+            for name in (site.name for site in self._sites)
+            if name not in self.unscored and (tokens := self._tokens[name])
         }
 
     def save(self, path: str | Path) -> None:
@@ -157,9 +152,9 @@ class PruningScores:
             self._add(site, *found)
 
     def _add(self, site: RouterSite, choice: RouterOutput, norm_TK: Tensor) -> None:
-        sums, experts = self._sums[site.name], site.info.num_experts
+        name, experts = site.name, site.info.num_experts
         index_TK, weights_TK = choice.index_TK.detach().cpu(), choice.weights_TK.detach().double().cpu()
-        used_TK = _used(index_TK, weights_TK, experts)
+        used_TK = (index_TK >= 0) & (index_TK < experts) & (weights_TK != 0)
         tokens = len(index_TK)
         padding_T = self._padding_T
         if padding_T is not None and len(padding_T) == tokens:
@@ -169,18 +164,14 @@ class PruningScores:
         weights, norms = weights_TK[used_TK].numpy(), norm_TK.double().cpu()[used_TK].numpy()
         columns = (np.ones_like(norms), weights, norms, weights * norms)
         totals = np.array([np.bincount(ids, column, minlength=experts) for column in columns])
-        sums.totals = sums.totals + totals if sums.totals.size else totals
-        sums.tokens += tokens
+        self._totals[name] = self._totals.get(name, 0.0) + totals
+        self._tokens[name] += tokens
 
 
-def _used(index_TK: Tensor, weights_TK: Tensor, experts: int) -> Tensor:
-    return (index_TK >= 0) & (index_TK < experts) & (weights_TK != 0)
-
-
-def _scores(sums: _Sums) -> ExpertScores:
-    count, mass, norms, weighted = sums.totals
+def _scores(tokens: int, totals: npt.NDArray[np.float64]) -> ExpertScores:
+    count, mass, norms, weighted = totals
     with np.errstate(invalid="ignore", divide="ignore"):
-        return ExpertScores(sums.tokens, count.astype(np.int64), mass, norms / count, weighted / count)
+        return ExpertScores(tokens, count.astype(np.int64), mass, norms / count, weighted / count)
 
 
 @dataclass
