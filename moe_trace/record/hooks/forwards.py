@@ -103,14 +103,8 @@ class ForwardWatch:
     def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool = False) -> None:
         """A module that the model may be entered through, or a replica of it, is called."""
         thread, levels, graphs_write = get_ident(), self.levels, self._graphs_write
-        if captures_now():
-            levels.look_at_devices()
-            levels.set(Level.RANGES)  # which tells where the experts end
-            if thread not in self._busy:
-                self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
-            return
-        if thread in self._busy or replica:
-            self._begin_within(entry, thread, args, kwargs, replica)
+        if captures_now() or replica or thread in self._busy:
+            self._begin_otherwise(entry, thread, args, kwargs, replica)
             return
         if self.ranges.opened:
             self.ranges.end(thread)
@@ -146,10 +140,16 @@ class ForwardWatch:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
-    def _begin_within(
+    def _begin_otherwise(
         self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
     ) -> None:
-        """The same where a forward is under way."""
+        """The same where a stream is captured, or a forward is under way."""
+        if captures_now():
+            self.levels.look_at_devices()
+            self.levels.set(Level.RANGES)  # which tells where the experts end
+            if thread not in self._busy:
+                self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
+            return
         stack = self._busy.get(thread)
         outside = stack is not None and entry.level <= stack[0].level and not is_inside(entry.module)
         if outside and graph_task_id() == -1:

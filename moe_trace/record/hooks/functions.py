@@ -54,6 +54,13 @@ class SiteObserver(HookOwner):
         clock: times router and experts by another clock too.
     """
 
+    ranged = False
+    """Whether ranges are opened while a profiler records."""
+    _of_block = (False, False)
+    """Whether the block is observed, and whether it is read; else it is a range alone."""
+    _times_experts = False
+    """Whether a hook tells when the experts begin."""
+
     def __init__(
         self,
         site: RouterSite,
@@ -66,8 +73,6 @@ class SiteObserver(HookOwner):
         log: EventLog,
     ) -> None:
         self.site = site
-        self.ranged = False
-        """Whether ranges are opened while a profiler records."""
         self.sending: Callable[[Any], DispatchInfo | None] | None = None
         """Tells from the arguments of the experts what the call moves between processes; None where the
         process runs alone."""
@@ -95,11 +100,7 @@ class SiteObserver(HookOwner):
         """Whether only the block tells of a call what it is: then it stays observed."""
         self.on_change: Callable[[], None] = lambda: None
         """Told that the block needs other hooks than are on."""
-        self._of_block = (False, False)
-        """Whether the block is observed, and whether it is read; else it is a range alone."""
         self._handles: list[RemovableHandle] = []
-        self._times_experts = False
-        """Whether a hook tells when the experts begin."""
 
     def keep_block(self) -> None:
         """Only its block can tell whether a call without experts ran fused, or had them elsewhere."""
