@@ -18,7 +18,7 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.cache import stack as stack_module
 from moe_trace.read.routes.cache.belady import belady_hits
 from moe_trace.read.routes.cache.simulate import POLICIES, simulate
-from moe_trace.read.routes.cache.stack import Stack
+from moe_trace.read.routes.cache.stack import places
 from moe_trace.read.routes.sets import expert_sets
 from tiny_routes import decoded_routes
 
@@ -224,6 +224,6 @@ def test_what_cannot_be_simulated_is_refused(sizes: list[int], options: Any, sai
 
 def test_a_place_in_the_order_is_the_number_of_experts_used_since() -> None:
     sets = expert_sets(np.array([[0], [1], [2], [1], [0]], np.uint8), 4)
-    ((steps, experts, places),) = Stack("lru", sets, 4).places()
+    ((steps, experts, found),) = places("lru", sets)
     assert steps.tolist() == [0, 1, 2, 3, 4] and experts.tolist() == [0, 1, 2, 1, 0]
-    assert places.tolist() == [64, 64, 64, 1, 2]
+    assert found.tolist() == [64, 64, 64, 1, 2]

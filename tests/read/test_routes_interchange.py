@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moe_trace import RecordedRoutes, read_routes
 from moe_trace.cli import main
 from moe_trace.data.errors import MoETraceError, TraceFileError, UsageError
-from moe_trace.read.routes.interchange.files import FORMATS, CaptureOptions, export_routes, import_routes
+from moe_trace.read.routes.interchange.files import FORMATS, export_routes, import_routes
 from tiny_routes import random_routes
 
 KEPT = ("layers", "num_experts", "top_k", "rank", "world_size", "dropped")
@@ -62,7 +62,7 @@ def test_ids_and_fills_come_back_from_the_plain_forms(form: str, tmp_path: Path)
     routes = replace(full(), layers=tuple(f"decoder.layers.{i}.mlp.router" for i in range(4)))
     target = tmp_path / f"routes{FORMATS[form]}"
     export_routes(routes, target, form)
-    found, notes = import_routes(target, CaptureOptions(num_experts=16))
+    found, notes = import_routes(target, num_experts=16)
     np.testing.assert_array_equal(found.expert_ids, routes.expert_ids)
     assert any("read as no expert" in note for note in notes)
     if form == "megatron":
@@ -93,7 +93,7 @@ def test_any_integer_array_is_read_id_by_id(
         ids[rng.random(ids.shape) < 0.2] = -1
     path = tmp_path_factory.mktemp("ids") / "ids.npy"
     np.save(path, ids)
-    found, notes = import_routes(path, CaptureOptions(num_experts=experts if told else None))
+    found, notes = import_routes(path, num_experts=experts if told else None)
     for place in np.ndindex(ids.shape):
         value = int(ids[place])
         none = value < 0 or (kind == "uint8" and value == 255 and not (told and experts == 256))
@@ -117,7 +117,7 @@ def test_a_batch_of_a_trainer_is_taken_apart_by_its_mask(tmp_path: Path) -> None
     ids[mask == 0] = 0
     tokens = np.arange(10).reshape(2, 5)
     np.savez(tmp_path / "batch.npz", routed_experts=ids, attention_mask=mask, input_ids=tokens)
-    found, _ = import_routes(tmp_path / "batch.npz", CaptureOptions(num_experts=8))
+    found, _ = import_routes(tmp_path / "batch.npz", num_experts=8)
     assert found.padding.tolist() == (mask.ravel() == 0).tolist()
     assert found.sequence.tolist() == [0] * 5 + [1] * 5
     assert found.position.tolist() == [-1, -1, 0, 1, 2, -1, 0, 1, 2, 3]
@@ -145,7 +145,7 @@ def test_a_response_of_vllm_has_prompt_and_generated_tokens(form: str, tmp_path:
         "prompt_routed_experts": in_form(ids[:5], form),
     }
     (tmp_path / "r.json").write_text(json.dumps(response))
-    found, _ = import_routes(tmp_path / "r.json", CaptureOptions(num_experts=8))
+    found, _ = import_routes(tmp_path / "r.json", num_experts=8)
     np.testing.assert_array_equal(found.expert_ids, np.concatenate([ids[:8], ids[:5], ids[8:]]))
     assert found.sequence.tolist() == [0] * 8 + [1] * 9
     assert found.position.tolist() == [*range(8), *range(9)]
@@ -162,8 +162,8 @@ def test_flat_ids_of_sglang_need_layers_and_top_k(wrapped: str, tmp_path: Path) 
     with pytest.raises(UsageError, match="--layers"):
         import_routes(tmp_path / "r.jsonl")
     with pytest.raises(TraceFileError):
-        import_routes(tmp_path / "r.jsonl", CaptureOptions(layers=5, top_k=2))
-    found, _ = import_routes(tmp_path / "r.jsonl", CaptureOptions(layers=3, top_k=2))
+        import_routes(tmp_path / "r.jsonl", layers=5, top_k=2)
+    found, _ = import_routes(tmp_path / "r.jsonl", layers=3, top_k=2)
     np.testing.assert_array_equal(found.expert_ids, np.concatenate([ids, ids]))
     assert found.sequence.tolist() == [0] * 7 + [1] * 7 and found.model["captured_by"] == "SGLang"
 
@@ -182,7 +182,7 @@ def test_a_router_trace_of_megatron_has_steps_microbatches_and_mtp(tmp_path: Pat
                 lines.append({**record, "top_indices": ids[:, layer].tolist()})
     path = tmp_path / "router_trace_rank1.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found, _ = import_routes(path, CaptureOptions(num_experts=8))
+    found, _ = import_routes(path, num_experts=8)
     np.testing.assert_array_equal(found.expert_ids, np.concatenate(truth))
     assert found.layers == (
         "decoder.layers.1.mlp.router",

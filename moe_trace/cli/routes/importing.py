@@ -31,17 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, tell what was done, and write."""
-    from moe_trace.read.routes.interchange.files import CaptureOptions, import_routes
+    from moe_trace.data.display.json import attributes
+    from moe_trace.read.routes.interchange.files import import_routes
 
     refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.capture])
-    options = CaptureOptions(arguments.num_experts, arguments.layers, arguments.top_k, arguments.ending)
-    if (options.ending or Path(arguments.capture).suffix) == ".pt":
+    if (arguments.ending or Path(arguments.capture).suffix) == ".pt":
         from moe_trace.integrations.sglang.dumps import routes_of_dump
 
         capture = routes_of_dump(arguments.capture)
-        routes, notes = capture.routes(arguments.capture, options.num_experts), capture.notes
+        routes, notes = capture.routes(arguments.capture, arguments.num_experts), capture.notes
     else:
-        routes, notes = import_routes(arguments.capture, options)
+        given = attributes(arguments, "num_experts", "layers", "top_k", "ending")
+        routes, notes = import_routes(arguments.capture, **given)
     routes.save(arguments.out)
     shape = " x ".join(f"{size:,}" for size in routes.expert_ids.shape)
     print(f"{shape} ids (tokens x layers x top-k), {int(routes.padding.sum()):,} tokens of padding")

@@ -19,8 +19,8 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -87,11 +87,9 @@ class RoutesWriter:
         self._run: Mapping[str, Any] = {}
         self._headers = self._chunks = 0
         self._closed = True
-        try:
+        with self._said_if_unwritable():
             self._file = self.path.open("wb")
             self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=level)
-        except OSError as error:
-            raise self._unwritable(error) from error
         self._closed = False
 
     def append(self, part: Part) -> None:
@@ -128,11 +126,9 @@ class RoutesWriter:
                 self._write_header()
             self.flush()
         finally:
-            try:
+            with self._said_if_unwritable():
                 self._zip.close()
                 self._file.close()
-            except OSError as error:
-                raise self._unwritable(error) from error
 
     def __enter__(self) -> RoutesWriter:
         return self
@@ -187,24 +183,24 @@ class RoutesWriter:
         self._write(f"{name}.json", json_bytes(end))
         self._chunks += 1
         waiting.parts, waiting.dropped = [], {}
-        try:
+        with self._said_if_unwritable():
             self._file.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _write(self, name: str, data: bytes) -> None:
         member = zipfile.ZipInfo(name)  # of 1980: the same routes give the same bytes
         member.compress_type = zipfile.ZIP_DEFLATED
-        try:
+        with self._said_if_unwritable():
             self._zip.writestr(member, data, compresslevel=self._level)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.path}: cannot be written ({error.strerror or error}); free some space or choose another "
-            "folder. What was appended before can be read up to the last whole chunk"
-        )
+    @contextmanager
+    def _said_if_unwritable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror or error}); free some space or choose "
+                "another folder. What was appended before can be read up to the last whole chunk"
+            ) from error
 
 
 def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:

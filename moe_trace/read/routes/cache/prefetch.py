@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_trace.read.routes.cache.requests import Requests
-from moe_trace.read.routes.cache.stack import Stack, StackPolicy
+from moe_trace.read.routes.cache.stack import StackPolicy, places
 from moe_trace.read.routes.coactivation import ratio
 from moe_trace.read.routes.sets import Words, expert_sets, members
 
@@ -59,11 +59,10 @@ def prefetch(
         ahead = np.zeros_like(sets)
         if layer:
             ahead[half:] = predicted(needed, layer - 1, half, top_k[layer])
-        stack = Stack(policy, sets, needed.experts[layer])
         for column, asked in enumerate((sets, sets & ahead, ahead)):
-            for steps, _, places in stack.places(asked):
-                late = places[steps >= half]
-                there = np.array([(late < min(size, stack.wide)).sum() for size in memory_sizes])
+            for steps, _, found in places(policy, sets, asked):
+                late = found[steps >= half]
+                there = np.array([(late < min(size, 64 * sets.shape[1])).sum() for size in memory_sizes])
                 totals[:, column] += there if column == 0 else len(late) - there
                 totals[:, 3] += len(late) if column == 0 else 0
     return [

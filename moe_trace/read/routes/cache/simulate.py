@@ -15,7 +15,7 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.cache.belady import belady_hits
 from moe_trace.read.routes.cache.prefetch import Prefetch, prefetch
 from moe_trace.read.routes.cache.requests import Requests, Together, requests_of
-from moe_trace.read.routes.cache.stack import Stack, StackPolicy
+from moe_trace.read.routes.cache.stack import StackPolicy, places
 from moe_trace.read.routes.sets import total_size
 from moe_trace.read.time.peaks import item_bytes
 
@@ -183,10 +183,9 @@ def _kept(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, i
     wide = max(64 * sets.shape[1] for sets in memories.sets)
     hits_LC = np.zeros((layers, wide + 1), np.int64)
     for memory, sets in enumerate(memories.sets):
-        stack = Stack(policy, sets, memories.experts[memory])
-        for steps, _, places in stack.places():
-            layer = memory if len(memories.sets) == layers else steps % layers
-            np.add.at(hits_LC, (np.asarray(layer), np.where(places < stack.wide, places, wide)), 1)
+        for steps, _, found in places(policy, sets):
+            layer = np.asarray(memory if len(memories.sets) == layers else steps % layers)
+            np.add.at(hits_LC, (layer, np.where(found < 64 * sets.shape[1], found, wide)), 1)
     return np.cumsum(hits_LC[:, :-1], axis=1), int(hits_LC.sum())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,73 +42,65 @@ FORMATS = {
 _FREE_BYTES, _EXPANSION = 1 << 30, 200
 
 
-@dataclass(frozen=True)
-class CaptureOptions:
-    """What a capture does not say of itself."""
-
-    num_experts: int | None = None
-    layers: int | None = None
-    top_k: int | None = None
-    ending: str | None = None
-    """Read it as a file of this ending."""
-
-
 def import_routes(
-    path: str | Path, options: CaptureOptions | None = None
+    path: str | Path,
+    *,
+    num_experts: int | None = None,
+    layers: int | None = None,
+    top_k: int | None = None,
+    ending: str | None = None,
 ) -> tuple[RecordedRoutes, list[str]]:
     """Routes that another tool captured, and what was done to them, in words.
 
+    Args:
+        num_experts, layers, top_k: what the capture does not say of itself.
+        ending: read it as a file of this ending.
+
     Raises:
         TraceFileError: the file cannot be read, or holds no expert ids.
-        UsageError: its ending is unknown, or something must be options.
+        UsageError: its ending is unknown, or something must be given.
         MissingPackage: the format needs a package that is not installed.
     """
-    options = options or CaptureOptions()
     file = Path(path)
-    ending = options.ending or file.suffix
+    ending = ending or file.suffix
     if ending not in ENDINGS:
         raise UsageError(f"found {file.name!r}, expected a file that ends in {', '.join(ENDINGS)}")
     if file.is_dir():
         raise TraceFileError(f"{file}: is a folder, expected a file; name one of those in it")
     try:
-        return _imported(file, ending, options)
+        found = _read(file, ending, layers, top_k)
     except OSError as error:
         raise TraceFileError(
             f"{file}: cannot be read ({error.strerror or error}), expected captured routes; check the path"
         ) from error
+    if isinstance(found, RecordedRoutes):
+        return found, []
+    return found.routes(str(file), num_experts), found.notes
 
 
-def _imported(file: Path, ending: str, options: CaptureOptions) -> tuple[RecordedRoutes, list[str]]:
+def _read(file: Path, ending: str, layers: int | None, top_k: int | None) -> RecordedRoutes | Capture:
     if ending in (".parquet", ".arrow", ".feather"):
-        return read_arrow(file, parquet=ending == ".parquet"), []
+        return read_arrow(file, parquet=ending == ".parquet")
     if ending == ".safetensors":
         tensors, text = read_safetensors(file)
         if text is not None:
-            return routes_of_columns(tensors, text, str(file)), []
-        capture = capture_of_arrays(tensors, str(file))
-    elif ending in (".json", ".jsonl"):
-        capture = _capture_of_json(file, ending, options)
-    else:
-        capture = capture_of_arrays(_arrays(file, ending), str(file))
-    return capture.routes(str(file), options.num_experts), capture.notes
-
-
-def _capture_of_json(file: Path, ending: str, options: CaptureOptions) -> Capture:
+            return routes_of_columns(tensors, text, str(file))
+        return capture_of_arrays(tensors, str(file))
+    if ending not in (".json", ".jsonl"):
+        return capture_of_arrays(_arrays(file, ending), str(file))
     try:
         text = file.read_text("utf-8")
-        values = (
-            [json.loads(line) for line in text.splitlines() if line.strip()] if ending == ".jsonl" else None
-        )
-        if values is None:
-            plain = json.loads(text)
-            values = plain if isinstance(plain, list) else [plain]
+        lines = text.splitlines() if ending == ".jsonl" else [text]
+        values = [json.loads(line) for line in lines if line.strip() or ending == ".json"]
     except (ValueError, RecursionError) as error:
         raise TraceFileError(
             f"{file}: found no JSON ({error!s:.100}), expected responses of a server or a router trace"
         ) from error
+    if ending == ".json" and isinstance(values[0], list):
+        (values,) = values
     if is_router_trace(values):
         return capture_of_router_trace(values, str(file))
-    return capture_of_responses(values, str(file), layers=options.layers, top_k=options.top_k)
+    return capture_of_responses(values, str(file), layers=layers, top_k=top_k)
 
 
 def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
