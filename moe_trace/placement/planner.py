@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_trace.data.errors import UsageError
-from moe_trace.placement.packing import by_bin, normalised, pack
+from moe_trace.placement.packing import as_items, by_bin, normalised, pack, part_copies, replicate
 from moe_trace.placement.plan import Cluster, Floats, Ints, Plan, contiguous_plan, divisors
 from moe_trace.placement.refine import refine
-from moe_trace.placement.replication import as_items, part_copies, replicate
 
 MAX_BLOCKS = 4
 """Blocks of steps a plan is chosen on: it should hold in each of them, not only in their sum."""

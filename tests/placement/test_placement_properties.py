@@ -10,11 +10,10 @@ from placement_truth import best_makespan, rank_loads, walk_slots
 
 from moe_trace.data.errors import UsageError
 from moe_trace.placement.evaluation import judge, least_without_copies
-from moe_trace.placement.packing import by_bin, normalised, pack
+from moe_trace.placement.packing import by_bin, normalised, pack, replicate
 from moe_trace.placement.plan import Cluster, Plan, contiguous_plan
 from moe_trace.placement.planner import PlanOptions, blocks_of, make_plans
 from moe_trace.placement.refine import refine
-from moe_trace.placement.replication import replicate
 
 SETTINGS = settings(max_examples=20, deadline=None)
 

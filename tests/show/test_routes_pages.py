@@ -20,10 +20,9 @@ from moe_trace.read.routes.study import study
 from moe_trace.read.routes.text.texts import find_texts
 from moe_trace.read.routes.text.tokenizer import byt5
 from moe_trace.show.figures.figure import Figure
-from moe_trace.show.figures.routes.cache import cache_curve
 from moe_trace.show.figures.routes.curves import study_figures
 from moe_trace.show.figures.routes.matrices import CELLS_MAX
-from moe_trace.show.figures.routes.report import routes_figures
+from moe_trace.show.figures.routes.report import cache_curve, routes_figures
 from moe_trace.show.routes import tokens as pages_module
 from moe_trace.show.routes.tokens import PADDING, TokenPages
 from moe_trace.show.routes_page import render_routes_page

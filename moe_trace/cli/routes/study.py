@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Read, study, print."""
     from moe_trace.cli.routes.reading import named, predicted_ids, routes_of
     from moe_trace.read.routes.study import study
-    from moe_trace.show.routes.study import render_study_text
-    from moe_trace.show.routes.study_json import render_study_json
+    from moe_trace.show.routes.study import render_study_json, render_study_text
 
     names = [PurePath(named(path, arguments)).name for path in arguments.files]
     labels = [part.strip() for part in arguments.labels.split(",")] if arguments.labels else names

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.tokens import LayerTokens
 
 CHUNK = 1 << 16

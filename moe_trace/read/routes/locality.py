@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.sets import Words, total_size
 from moe_trace.read.routes.tokens import LayerTokens
 

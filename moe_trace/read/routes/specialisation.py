@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.tokens import LayerTokens
 
 Floats = npt.NDArray[np.float64]

@@ -16,14 +16,13 @@ import numpy.typing as npt
 from moe_trace.data.errors import UsageError
 from moe_trace.data.load_stats import Load, describe_load
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes, concatenate
-from moe_trace.read.routes.coactivation import Coactivation, Pairs, coactivation
 from moe_trace.read.routes.distinct import Distinct, distinct
+from moe_trace.read.routes.expert_pairs import Coactivation, Pairs, Transition, coactivation, transition
 from moe_trace.read.routes.gates import Gates, gates
 from moe_trace.read.routes.locality import Locality, locality
 from moe_trace.read.routes.saturation import Saturation, same_tokens, saturation
 from moe_trace.read.routes.specialisation import Domains, IdOrder, Vocabulary, domains, vocabulary
 from moe_trace.read.routes.tokens import LayerTokens, TokenOrder, layer_tokens
-from moe_trace.read.routes.transitions import Transition, transition
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

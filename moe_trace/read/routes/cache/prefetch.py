@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_trace.read.routes.cache.requests import Requests
 from moe_trace.read.routes.cache.stack import StackPolicy, places
-from moe_trace.read.routes.coactivation import ratio
+from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.sets import Words, expert_sets, members
 
 _ROWS = 1 << 13

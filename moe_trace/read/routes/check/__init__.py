@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
-from moe_trace.read.routes.check.layers import equal_layers, fixed_layers
-from moe_trace.read.routes.check.offset import moved_layers
+from moe_trace.read.routes.check.layers import equal_layers, fixed_layers, moved_layers
 from moe_trace.read.routes.check.repeats import repeated_rows, uniform_rows
 
 

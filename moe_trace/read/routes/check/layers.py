@@ -1,4 +1,4 @@
-"""Layers that are no router's: the same ids in each row, or the rows of another layer."""
+"""Layers that are no router's: one row all over, another layer's rows, or those of a file's layer beside."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moe_trace.data.routes.columns import RecordedRoutes
+from moe_trace.read.routes.compare.align import align
+from moe_trace.read.routes.saturation import shared_experts
+
 ENOUGH_ROWS = 16
 """Fewer tokens than these may well agree."""
 _SAMPLE = 4096
 _MOSTLY = 0.9
+_BETTER = 0.25
+"""Of k: how much more must be shared with another layer than with the layer's own."""
 
 
 def fixed_layers(ids_TLK: np.ndarray, used_TL: np.ndarray) -> frozenset[int]:
@@ -54,3 +60,29 @@ def equal_layers(
 
 def _share(one: np.ndarray, two: np.ndarray) -> float:
     return float((one == two).all(1).mean())
+
+
+def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[tuple[int, np.ndarray, str]]:
+    """(layer, its rows, message) where a layer shares clearly more experts with another of the reference.
+
+    Compared is the share of the top-k sets, over up to 4096 tokens.
+    """
+    aligned = align(routes, reference)
+    step = max(1, len(aligned.rows_a) // _SAMPLE)
+    rows, others = aligned.rows_a[::step], aligned.rows_b[::step]
+    for layer, own in aligned.layers:
+        experts, slots = routes.num_experts[layer], routes.top_k[layer]
+        mine = routes.expert_ids[rows, layer]
+        shares = {
+            other: float(shared_experts(mine, reference.expert_ids[others, other], experts).mean()) / slots
+            for _, other in aligned.layers
+            if reference.num_experts[other] == experts
+        }
+        best = max(shares, key=shares.__getitem__)
+        if shares[best] > shares[own] + _BETTER:
+            message = (
+                f"{100 * shares[best]:.0f} % of its experts are those of the reference's "
+                f"{reference.layers[best]}, {100 * shares[own]:.0f} % those of its own: "
+                f"an offset of {best - own:+d} layers"
+            )
+            yield layer, aligned.rows_a, message

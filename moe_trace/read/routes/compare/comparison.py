@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from moe_trace.data.display.json import attributes
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
-from moe_trace.read.routes.coactivation import ratio
 from moe_trace.read.routes.compare.align import align
+from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.gates import chosen_weights, margins
-from moe_trace.read.routes.overlap import LayerOverlap, compare_layer
+from moe_trace.read.routes.saturation import LayerOverlap, compare_layer
 
 _PIECE = 1 << 14
 Figures = npt.NDArray[np.float64]
