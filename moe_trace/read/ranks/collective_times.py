@@ -52,13 +52,9 @@ class Wait:
     site: str
     step: int
     part: str
-    wait_us: Mapping[int, float]
+    lost_us: float
+    """Over the ranks of the group."""
     last_rank: int
-
-    @property
-    def lost_us(self) -> float:
-        """Over the ranks of the group."""
-        return sum(self.wait_us.values())
 
 
 SampleIndex = Mapping[SampleKey | None, tuple[CallKey, RoutingSample]]
@@ -100,7 +96,7 @@ def find_waits(
                     site=found[1].site,
                     step=found[1].step,
                     part=part_of(collectives[0]),
-                    wait_us={rank: ns / 1000 for rank, ns in zip(shared.ranks, mine, strict=True)},
+                    lost_us=sum(mine) / 1000,
                     last_rank=shared.ranks[int(last[row])],
                 )
             )

@@ -6,9 +6,11 @@ forward passes, as a report of the same run has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +24,7 @@ from moe_trace.read.routes.gates import Gates, gates
 from moe_trace.read.routes.locality import Locality, locality
 from moe_trace.read.routes.saturation import Saturation, same_tokens, saturation
 from moe_trace.read.routes.specialisation import Domains, IdOrder, Vocabulary, domains, vocabulary
-from moe_trace.read.routes.tokens import LayerTokens, TokenOrder, layer_tokens
+from moe_trace.read.routes.tokens import TokenOrder, layer_tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,7 +141,11 @@ def _group(
     order = TokenOrder.of(routes)
     guessed = np.concatenate(predicted[-len(chosen) :]) if predicted is not None else None
     file_of = np.repeat(np.arange(len(chosen)), [len(part) for part in chosen])
-    layers = _Layers(routes, order, pairs, len(chosen), file_of, _named_ids(routes, order, guessed))
+    ids = _named_ids(routes, order, guessed)
+    shared: dict[str, Any] = {"routes": routes, "order": order, "pairs": pairs, "files": len(chosen)}
+    one = partial(_layer, **shared, file_of=file_of, ids=ids)
+    with ThreadPoolExecutor(max_workers=2) as pool:  # numpy lets another thread run while it works
+        layers = tuple(pool.map(one, range(len(routes.layers))))
     return RoutesStudy(
         labels=names,
         rows=len(routes),
@@ -148,7 +154,7 @@ def _group(
         unknown=int((~order.known).sum()),
         runs=int((order.known & ~order.follows).sum()),
         pairs=pairs,
-        layers=layers.studied(),
+        layers=layers,
         saturation=saturation(parts, names, order.rows) if aligned else None,
     )
 
@@ -174,54 +180,34 @@ def _named_ids(routes: RecordedRoutes, order: TokenOrder, predicted: np.ndarray 
     return named
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """What the analyses of every layer share."""
-
-    routes: RecordedRoutes
-    order: TokenOrder
-    pairs: Pairs
-    files: int
-    file_of: npt.NDArray[np.int64]
-    ids: dict[str, IdOrder]
-
-    def studied(self) -> tuple[LayerStudy, ...]:
-        """All layers, two at a time: numpy lets another thread run while it works on an array."""
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            return tuple(pool.map(self._one, range(len(self.routes.layers))))
-
-    def _one(self, layer: int) -> LayerStudy:
-        routes, last = self.routes, layer + 1 == len(self.routes.layers)
-        here = layer_tokens(routes, self.order, layer)
-        files_N = self.file_of[here.order.rows]
-        return LayerStudy(
-            layer=routes.layers[layer],
-            num_experts=here.experts,
-            top_k=routes.top_k[layer],
-            tokens=len(here),
-            skipped=here.ids.size - here.assignments,
-            counts=here.counts,
-            load=describe_load(self._forward_counts(layer, here)),
-            coactivation=coactivation(here, self.pairs),
-            distinct=distinct(routes, here),
-            locality=locality(here),
-            transition=None if last else transition(here, layer_tokens(routes, self.order, layer + 1)),
-            gates=gates(routes, layer, here),
-            domains=domains(here, files_N, self.files) if self.files > 1 else None,
-            vocabulary=self._vocabulary(here),
-        )
-
-    def _forward_counts(self, layer: int, here: LayerTokens) -> npt.NDArray[np.int64]:
-        """[E] assignments of all tokens of the forward passes: those that count, and padding."""
-        ids_TK = self.routes.expert_ids[self.routes.padding & ~self.routes.again, layer]
-        added = np.bincount(ids_TK.ravel(), minlength=self.routes.no_expert + 1)
-        return here.counts + added[: here.experts]
-
-    def _vocabulary(self, here: LayerTokens) -> dict[str, Vocabulary]:
-        whole = len(here) == len(self.order.rows)
-        kept = None if whole or not self.ids else np.isin(self.order.rows, here.order.rows)
-        found = {
-            kind: vocabulary(here, order if kept is None else order.only(kept))
-            for kind, order in self.ids.items()
-        }
-        return {kind: one for kind, one in found.items() if one is not None}
+def _layer(
+    layer: int,
+    routes: RecordedRoutes,
+    order: TokenOrder,
+    pairs: Pairs,
+    files: int,
+    file_of: npt.NDArray[np.int64],
+    ids: Mapping[str, IdOrder],
+) -> LayerStudy:
+    last = layer + 1 == len(routes.layers)
+    here = layer_tokens(routes, order, layer)
+    kept_N = np.isin(order.rows, here.order.rows) if ids and len(here) < len(order.rows) else None
+    words = {kind: vocabulary(here, one if kept_N is None else one.only(kept_N)) for kind, one in ids.items()}
+    left_out = routes.expert_ids[routes.padding & ~routes.again, layer]
+    padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: here.experts]
+    return LayerStudy(
+        layer=routes.layers[layer],
+        num_experts=here.experts,
+        top_k=routes.top_k[layer],
+        tokens=len(here),
+        skipped=here.ids.size - here.assignments,
+        counts=here.counts,
+        load=describe_load(here.counts + padding_E),
+        coactivation=coactivation(here, pairs),
+        distinct=distinct(routes, here),
+        locality=locality(here),
+        transition=None if last else transition(here, layer_tokens(routes, order, layer + 1)),
+        gates=gates(routes, layer, here),
+        domains=domains(here, file_of[here.order.rows], files) if files > 1 else None,
+        vocabulary={kind: one for kind, one in words.items() if one is not None},
+    )
