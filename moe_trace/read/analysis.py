@@ -14,15 +14,16 @@ from moe_trace.data.errors import deprecated
 from moe_trace.data.load_stats import most_uneven
 from moe_trace.data.schema import Recording, RoutingSample, Stage
 from moe_trace.data.summary import RouterSummary, SampleKey, Summary, summarize
-from moe_trace.read.experts.distinct import DistinctReport, report_distinct
+from moe_trace.read.experts.distinct import report_distinct
 from moe_trace.read.experts.physical import PhysicalReport, report_physical
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
-from moe_trace.read.findings.rules import Finding, RuleInput, find, find_apart
+from moe_trace.read.findings.finding import Evidence, Finding
+from moe_trace.read.findings.rules import find, find_apart
 from moe_trace.read.ranks.inputs import RankInput, Ranks
 from moe_trace.read.reduced.combine import combined, notes_alone, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
-from moe_trace.read.time.imbalance import Imbalance, ImbalanceCost, LoadModel, imbalance_costs
+from moe_trace.read.time.imbalance import Imbalance, imbalance_costs
 from moe_trace.read.time.joined import joined
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.outside_moe import add_surroundings
@@ -35,34 +36,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class TraceSummary(Summary):
+class TraceSummary(Evidence):
     """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
 
     files: tuple[str, ...]
-    phases: PhaseReport | None
-    """None where no call has its ranges in the trace."""
-    speed: SpeedReport | None
-    imbalance: tuple[ImbalanceCost, ...]
-    load_models: tuple[LoadModel, ...]
-    """How the experts' time follows the load: what `imbalance` rests on."""
     findings: tuple[Finding, ...]
     samples: Sequence[RoutingSample] = field(repr=False)
     """Every call, in the order of the trace."""
     times: CallTimes | None = field(repr=False)
     busy_us: Mapping[SampleKey, float] = field(repr=False)
     """Device time of each router call."""
-    ranks: RankReport | None = None
-    """The ranks of the run together; None for a single one."""
     rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
     """What each rank brings to such a report, so that traces read one by one can be reported together."""
-    distinct: DistinctReport | None = None
-    """Experts that a forward reads, by its tokens; of all stages together, None in those without decode."""
     physical: PhysicalReport | None = None
     """What each slot of a load balancer (EPLB) got."""
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
-    stage: Stage | None = None
-    """That of all calls; None where they are of several."""
     stages: Mapping[Stage, TraceSummary] = field(default_factory=dict, repr=False)
     """Where the calls are of several stages: each on its own, as a filter by stage would give it. What is
     given for all of them together then averages calls that have little in common. Prefill and decode have
@@ -177,7 +166,7 @@ def analyse(
         stage: replace(part, distinct=whole.distinct) if stage == shown_in else part
         for stage, part in stages.items()
     }
-    findings = find_apart(traces.evidence(whole), {stage: part.findings for stage, part in stages.items()})
+    findings = find_apart(whole, {stage: part.findings for stage, part in stages.items()})
     return replace(whole, stage=None, stages=stages, findings=findings)
 
 
@@ -211,7 +200,7 @@ class _Traces:
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
         imbalance = _imbalance(reads, together, times, recording, split)
-        answered = TraceSummary(
+        found = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
             stage=stages.pop() if len(stages) == 1 else None,
@@ -219,6 +208,7 @@ class _Traces:
             speed=self._speed(times, recording, split),
             imbalance=imbalance.layers,
             load_models=imbalance.models,
+            operators=frozenset().union(*(r.operators for r in reads)),
             findings=(),
             samples=recording.samples,
             times=times,
@@ -228,7 +218,7 @@ class _Traces:
             experts_are_split=split,
             physical=report_physical(recording, together.records),
         )
-        return self.judged(answered)
+        return replace(found, findings=find(found))
 
     def with_distinct(self, answered: TraceSummary, chosen: Filter) -> TraceSummary:
         """With what forwards read, those that prefill and decode with the tokens of both."""
@@ -236,26 +226,8 @@ class _Traces:
         records = Ranks.of(answered.rank_inputs).records
         times = joined([read.narrow(forwards).times for read in self.reads])
         found = report_distinct(forwards.apply(self.recording), records, times, self._peak.bytes_per_s)
-        return self.judged(replace(answered, distinct=found))
-
-    def judged(self, answered: TraceSummary) -> TraceSummary:
-        """With what the rules find."""
-        return replace(answered, findings=find(self.evidence(answered)))
-
-    def evidence(self, answered: TraceSummary) -> RuleInput:
-        """What the rules of findings look at."""
-        return RuleInput(
-            routers=answered.routers,
-            phases=answered.phases,
-            speed=answered.speed,
-            imbalance=answered.imbalance,
-            operators=frozenset().union(*(r.operators for r in self.reads)),
-            ranks=answered.ranks,
-            load_models=answered.load_models,
-            model=answered.model,
-            stage=answered.stage,
-            distinct=answered.distinct,
-        )
+        answered = replace(answered, distinct=found)
+        return replace(answered, findings=find(answered))
 
     def _speed(self, times: CallTimes, recording: Recording, split: bool) -> SpeedReport | None:
         return report_speed(

@@ -342,17 +342,12 @@ def test_findings_name_the_rank_and_the_expert(tmp_path: Path) -> None:
 
 def test_waiting_is_a_finding_where_it_is_a_part_of_the_time(tmp_path: Path) -> None:
     write_ranks(tmp_path, Run())
-    few = {f.rule for f in read_summary(tmp_path).findings}
-    assert "waiting_ranks" not in few  # 0.3 % of the steps
-    report = report_of(read_summary(tmp_path))
-    from moe_trace.read.findings.finding import RuleInput
+    summary = read_summary(tmp_path)
+    assert "waiting_ranks" not in {f.rule for f in summary.findings}  # 0.3 % of the steps
+    report = report_of(summary)
     from moe_trace.read.findings.ranks import waiting_ranks
 
-    evidence = RuleInput(
-        routers=(), phases=None, speed=None, imbalance=(), operators=frozenset(),
-        ranks=replace(report, wait_share=0.2),
-    )  # fmt: skip
-    (finding,) = waiting_ranks(evidence)
+    (finding,) = waiting_ranks(replace(summary, ranks=replace(report, wait_share=0.2)))
     assert "20 % of their time" in finding.sentence and "100 % of it for rank 1" in finding.sentence
 
 

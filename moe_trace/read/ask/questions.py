@@ -12,7 +12,7 @@ from moe_trace.read.ask.answer import QUESTIONS, Answer, each, multiplied
 from moe_trace.read.ask.routing import imbalance, served, served_apart
 from moe_trace.read.ask.time import balance, shares
 from moe_trace.read.diff import compare
-from moe_trace.read.findings.rules import Finding
+from moe_trace.read.findings.finding import Finding
 
 TRIED_NEXT = 3
 """How many findings `next` names."""

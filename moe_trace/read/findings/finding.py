@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_trace.data.schema import Stage
-from moe_trace.data.summary import RouterSummary
+from moe_trace.data.summary import Summary
 from moe_trace.read.experts.distinct import DistinctReport
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel
 from moe_trace.read.time.layers import PhaseReport
@@ -57,37 +57,27 @@ class Finding:
         )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RuleInput:
-    """What the rules look at: the calls of one stage."""
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Evidence(Summary):
+    """What the rules look at: a summary, with what the events of the trace tell of the same calls."""
 
-    routers: Sequence[RouterSummary]
     phases: PhaseReport | None
+    """None where no call has its ranges in the trace."""
     speed: SpeedReport | None
-    imbalance: Sequence[ImbalanceCost]
-    operators: frozenset[str]
-    """Names of the operators in the trace."""
+    imbalance: tuple[ImbalanceCost, ...]
+    load_models: tuple[LoadModel, ...]
+    """How the experts' time follows the load: what `imbalance` rests on."""
+    operators: frozenset[str] = field(repr=False)
+    """Names of torch's operators in the trace."""
     ranks: RankReport | None = None
-    """None for a single rank."""
-    load_models: Sequence[LoadModel] = ()
-    model: Mapping[str, Any] = field(default_factory=dict)
-    stage: Stage | None = None
+    """The ranks of the run together; None for a single one."""
     distinct: DistinctReport | None = None
-    """Experts that the forwards of all stages read; None without decode."""
-
-    @property
-    def experts_are_apart(self) -> bool:
-        """Whether the run has its experts on several ranks."""
-        return self.ranks is not None and self.ranks.exchange is not None
-
-    @property
-    def implementation(self) -> str | None:
-        """How the model computes its experts, as it says itself."""
-        name = self.model.get("experts_implementation")
-        return name if isinstance(name, str) else None
+    """Experts that a forward reads, by its tokens; of all stages together, None in those without decode."""
+    stage: Stage | None = None
+    """That of all calls; None where they are of several."""
 
 
-Rule = Callable[[RuleInput], Iterator[Finding]]
+Rule = Callable[[Evidence], Iterator[Finding]]
 
 
 def in_one_line(layers: Sequence[tuple[str, str]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from moe_trace.data.load_stats import ENOUGH_PER_EXPERT
 from moe_trace.data.summary import RouterSummary
-from moe_trace.read.findings.finding import Finding, RuleInput, count, in_one_line, percent
+from moe_trace.read.findings.finding import Evidence, Finding, count, in_one_line, percent
 from moe_trace.read.time.imbalance import saved_by
 
 HOT_SHARE = 3.0
@@ -18,7 +18,7 @@ UNSURE = 0.05
 COLLAPSED = 0.95
 
 
-def nonfinite(evidence: RuleInput) -> Iterator[Finding]:
+def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     """NaN or infinite logits."""
     found = [(r.nonfinite_tokens, r) for r in evidence.routers if r.nonfinite_tokens]
     if found:
@@ -34,7 +34,7 @@ def nonfinite(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-def hot_expert(evidence: RuleInput) -> Iterator[Finding]:
+def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     """An expert that gets a multiple of its share, beyond chance."""
     found = [
         (r.load.max_over_mean, r)
@@ -62,9 +62,9 @@ def hot_expert(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def _advice_of_load(evidence: RuleInput) -> str:
+def _advice_of_load(evidence: Evidence) -> str:
     """What an uneven load means in the set-up that the trace is of."""
-    if evidence.experts_are_apart:
+    if evidence.ranks is not None and evidence.ranks.exchange is not None:
         return (
             "The rank that holds it is waited for: place busy experts apart or replicate them (`moe-trace "
             "placement` says what either gives)."
@@ -86,7 +86,7 @@ def _busiest(router: RouterSummary) -> int:
     return max(range(len(router.assignments)), key=router.assignments.__getitem__)
 
 
-def dead_experts(evidence: RuleInput) -> Iterator[Finding]:
+def dead_experts(evidence: Evidence) -> Iterator[Finding]:
     """Experts without any token, though enough tokens came by."""
     dead = [(len(r.load.dead_experts), r) for r in evidence.routers]
     found = sorted((one for one in dead if one[0] and one[1].chance.tells_dead), key=lambda pair: -pair[0])
@@ -111,7 +111,7 @@ def _ids(router: RouterSummary) -> str:
     return ", ".join(map(str, dead[:3])) + (", …" if len(dead) > 3 else "")
 
 
-def padding(evidence: RuleInput) -> Iterator[Finding]:
+def padding(evidence: Evidence) -> Iterator[Finding]:
     """Assignments that padding tokens made."""
     total = sum(sum(router.assignments) for router in evidence.routers)
     share = sum(router.padding_assignments for router in evidence.routers) / total if total else 0.0
@@ -130,7 +130,7 @@ def padding(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-def skipped(evidence: RuleInput) -> Iterator[Finding]:
+def skipped(evidence: Evidence) -> Iterator[Finding]:
     """Slots that no expert's output came from."""
     shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
@@ -146,7 +146,7 @@ def skipped(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-def undecided_router(evidence: RuleInput) -> Iterator[Finding]:
+def undecided_router(evidence: Evidence) -> Iterator[Finding]:
     """Routers that hardly tell experts apart."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
@@ -161,7 +161,7 @@ def undecided_router(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-def collapsed_router(evidence: RuleInput) -> Iterator[Finding]:
+def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
     """Routers that are certain of every token."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from moe_trace.read.findings.finding import Finding, RuleInput, in_one_line, percent
+from moe_trace.read.findings.finding import Evidence, Finding, in_one_line, percent
 
 if TYPE_CHECKING:
     from moe_trace.read.ranks.report import LayerRanks
@@ -24,7 +24,7 @@ _UNEQUAL_EXPERTS = (
 _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches of equal size."
 
 
-def hot_rank(evidence: RuleInput) -> Iterator[Finding]:
+def hot_rank(evidence: Evidence) -> Iterator[Finding]:
     """A rank whose experts get more than their share of a layer's slots."""
     report = evidence.ranks
     found = [
@@ -60,7 +60,7 @@ def _expert(layer: LayerRanks) -> str:
     return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"
 
 
-def waiting_ranks(evidence: RuleInput) -> Iterator[Finding]:
+def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
     """Time that the ranks lose waiting for the last of them."""
     report = evidence.ranks
     if report is None or report.wait_share is None or report.wait_us is None:
@@ -81,7 +81,7 @@ def waiting_ranks(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def bytes_differ(evidence: RuleInput) -> Iterator[Finding]:
+def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
     """All-to-alls that moved other bytes than the recorded counts say."""
     check = evidence.ranks.bytes_check if evidence.ranks is not None else None
     if check is None or not check.different:
@@ -101,7 +101,7 @@ def bytes_differ(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def clocks_disagree(evidence: RuleInput) -> Iterator[Finding]:
+def clocks_disagree(evidence: Evidence) -> Iterator[Finding]:
     """Clocks that no constant offset brings together."""
     alignment = evidence.ranks.alignment if evidence.ranks is not None else None
     if alignment is None or not alignment.early_after:

@@ -1,6 +1,6 @@
 """What an engineer should look at: rules as small functions, each with a number, a threshold and advice.
 
-A rule takes the `RuleInput` of one stage and yields at most one `Finding`, which names all layers that it
+A rule takes the summary of one stage and yields at most one `Finding`, which names all layers that it
 holds for. Adding a rule is adding a function to the `RULES` of its module.
 """
 
@@ -12,16 +12,14 @@ from dataclasses import replace
 from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.schema import Stage
 from moe_trace.read.findings import load, ranks, time
-from moe_trace.read.findings.finding import FINDINGS_SHOWN, Finding, Rule, RuleInput
-
-__all__ = ["FINDINGS_SHOWN", "RULES", "Finding", "Rule", "RuleInput", "find", "find_apart"]
+from moe_trace.read.findings.finding import Evidence, Finding, Rule
 
 RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.weights_bind, time.uncounted_flops)
 """About the run as a whole, whatever its stages."""
 RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
 
-def find(evidence: RuleInput) -> tuple[Finding, ...]:
+def find(evidence: Evidence) -> tuple[Finding, ...]:
     """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
     found = (finding for rule in RULES for finding in rule(evidence))
     by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
@@ -35,7 +33,7 @@ def _marked(finding: Finding) -> Finding:
     return replace(finding, sentence=f"{finding.sentence.removesuffix('.')}, {BY_COMPILER}.")
 
 
-def find_apart(whole: RuleInput, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
+def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
     """Those of several stages together, each with its stage, and those about the run once."""
     names = {rule.__name__ for rule in RUN_RULES}
     found = [finding for rule in RUN_RULES for finding in rule(whole)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_trace.read.findings.finding import Finding, RuleInput, count, duration, in_one_line, percent
+from moe_trace.read.findings.finding import Evidence, Finding, count, duration, in_one_line, percent
 from moe_trace.read.time.imbalance import slopes_in_words
 from moe_trace.read.time.layers import PhaseReport
 
@@ -16,7 +16,7 @@ PEAK_SHARE = 0.2
 READ_SHARE = 0.5
 
 
-def experts_untimed(evidence: RuleInput) -> Iterator[Finding]:
+def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
     """Layers whose router takes all the time: the experts' is counted as its own, or is in no range."""
     report = evidence.phases
     if report is None or report.whole.moe_work_us is None:
@@ -41,7 +41,7 @@ def experts_untimed(evidence: RuleInput) -> Iterator[Finding]:
         )
 
 
-def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
+def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
     """Layers whose uneven load shows in their time."""
     found = [
         (c.cost_us / c.measured_us, c, c.cost_us)
@@ -77,7 +77,7 @@ def costly_imbalance(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
+def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
     """Dispatch and combine as a share of MoE's forward; their cost is that of every pass."""
     if evidence.phases is None:
         return
@@ -85,7 +85,7 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
     share = (forward["dispatch"].share_of_moe or 0) + (forward["combine"].share_of_moe or 0)
     if share <= MOVE_SHARE:
         return
-    advice = {
+    known = {
         "batched_mm": "batched_mm gathers the weights of every slot, which suits a few tokens only: try "
         "grouped_mm.",
         "grouped_mm": "A fused kernel for permuting and weighting the tokens would save most of it.",
@@ -98,10 +98,13 @@ def moving_tokens(evidence: RuleInput) -> Iterator[Finding]:
         cost_us=sum(_work_us(evidence.phases, name) for name in ("dispatch", "combine")),
         sentence=f"Dispatch and combine take {percent(share)} of MoE's forward work (threshold "
         f"{percent(MOVE_SHARE)}).",
-        advice=advice.get(
-            evidence.implementation or "", "Tokens are moved a lot for what is computed with them."
-        ),
+        advice=known.get(_implementation(evidence), "Tokens are moved a lot for what is computed with them."),
     )
+
+
+def _implementation(evidence: Evidence) -> str:
+    """How the model computes its experts, as it says itself."""
+    return str(evidence.model.get("experts_implementation"))
 
 
 def _work_us(report: PhaseReport, phase: str) -> float:
@@ -110,7 +113,7 @@ def _work_us(report: PhaseReport, phase: str) -> float:
     return sum(report.work_us(times[phase]) for times in passes if phase in times)
 
 
-def router_waits(evidence: RuleInput) -> Iterator[Finding]:
+def router_waits(evidence: Evidence) -> Iterator[Finding]:
     """A router whose kernels fill little of their span; where the whole block waits, that is the finding."""
     if next(launch_gaps(evidence), None) is not None:
         return
@@ -130,7 +133,7 @@ def router_waits(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
+def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
     """Blocks whose device time is mostly gaps, recomputed ones among them."""
     total = evidence.phases.total if evidence.phases is not None else None
     blocks = [block for block in (total, total.recompute if total is not None else None) if block is not None]
@@ -147,11 +150,11 @@ def launch_gaps(evidence: RuleInput) -> Iterator[Finding]:
         sentence=f"{percent(gap_us / span_us)} of the MoE blocks' time on the device, first kernel to "
         f"last{_again(evidence.phases)}, is gaps between kernels (threshold {percent(GAP_SHARE)}): "
         f"{duration(gap_us)} of {duration(span_us)}.",
-        advice=(loop if evidence.implementation == "eager" else "") + _how_to_launch(evidence),
+        advice=(loop if _implementation(evidence) == "eager" else "") + _how_to_launch(evidence),
     )
 
 
-def _how_to_launch(evidence: RuleInput) -> str:
+def _how_to_launch(evidence: Evidence) -> str:
     compiled = evidence.phases is not None and evidence.phases.provenance is not None
     how = "torch.compile's mode='reduce-overhead'" if compiled else "torch.compile (mode='reduce-overhead')"
     return (
@@ -164,7 +167,7 @@ def _again(report: PhaseReport | None) -> str:
     return " (forward and recomputed calls)" if report is not None and report.total.recompute else ""
 
 
-def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
+def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
     """Expert products well below what the device can do, though arithmetic binds."""
     rate = evidence.speed.experts if evidence.speed is not None else None
     if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
@@ -190,7 +193,7 @@ def far_from_peak(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def weights_bind(evidence: RuleInput) -> Iterator[Finding]:
+def weights_bind(evidence: Evidence) -> Iterator[Finding]:
     """Forwards whose experts take little longer than reading their weights must."""
     report = evidence.distinct
     if report is None or not report.on_device:
@@ -212,7 +215,7 @@ def weights_bind(evidence: RuleInput) -> Iterator[Finding]:
     )
 
 
-def uncounted_flops(evidence: RuleInput) -> Iterator[Finding]:
+def uncounted_flops(evidence: Evidence) -> Iterator[Finding]:
     """Products that torch's own FLOP counters leave out."""
     flops = sum(router.flops.experts for router in evidence.routers)
     if "aten::_grouped_mm" in evidence.operators and flops:

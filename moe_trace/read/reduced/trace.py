@@ -143,7 +143,7 @@ def _reduce(trace: TraceFile) -> ReducedTrace:
         own_numbers=own_numbers,
         times=times,
         busy_us=router_busy_us(samples, trace.events, kernels, joined) | routers_in_graphs_us(times),
-        work=trace_work(samples, trace.events, kernels),
+        work=trace_work(recording.calls, trace.events, kernels),
         devices=trace.devices,
         operators=frozenset(name for name in trace.events.names if name.startswith(_OPERATORS)),
         unreadable=trace.events.unreadable,

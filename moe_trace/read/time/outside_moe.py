@@ -15,21 +15,24 @@ the optimizer inside the ranges that `torch.optim` opens; the rest is the forwar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.schema import RoutingSample, Stage
+from moe_trace.data.schema import Stage
 from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.data.trace_json.intervals import outermost_slices
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.time.blocks import host_bounds_ns
 from moe_trace.read.time.phases import IntArray
-from moe_trace.timeline.correlate.compiled_operators import compiled_calls
+from moe_trace.timeline.correlate.compiled_operators import compiled_calls, named
 
 STEP_RANGE = "ProfilerStep#"
 FORWARD_BEGINS = "aten::embedding"
@@ -90,7 +93,7 @@ def add_surroundings(parts: Sequence[TraceTotals]) -> TraceTotals:
     return TraceTotals(**{name: added(name) for name in TraceTotals.__dataclass_fields__})
 
 
-def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> TraceWork:
+def trace_work(calls: CallTable, events: EventTable, kernels: Kernels) -> TraceWork:
     """The work of a trace and of its parts."""
     steps = step_ranges(events)
     if (events.kind == Kind.DEVICE).any():
@@ -100,25 +103,29 @@ def trace_work(samples: Sequence[RoutingSample], events: EventTable, kernels: Ke
         ops = outermost_slices(_without_wrappers(events.select(events.kind == Kind.OP)))
         all_ns = int(ops.duration_ns.sum())
         launch_ns, duration_ns = ops.start_ns, ops.duration_ns
-    of_each = [
-        np.ones(len(launch_ns), bool),
-        _starts_within(events, Kind.OP, AUTOGRAD_NODE, launch_ns),
-        _starts_within(events, Kind.RANGE, OPTIMIZER_RANGE, launch_ns),
-    ]
-    work, *parts = (_Work.sort(launch_ns, np.where(of, duration_ns, 0)) for of in of_each)
-    step_us = sum(end - start for start, end in steps.values()) / 1000 if steps else None
+    order = np.argsort(launch_ns, kind="stable")
+    launch_ns, duration_ns = launch_ns[order], duration_ns[order]
+    backward = _starts_within(events, Kind.OP, AUTOGRAD_NODE, launch_ns)
+    optimizer = _starts_within(events, Kind.RANGE, OPTIMIZER_RANGE, launch_ns)
+    before_ns = np.zeros((3, len(launch_ns) + 1), np.int64)  # work of all earlier pieces
+    parts_ns = np.stack([duration_ns, duration_ns * backward, duration_ns * optimizer])
+    np.cumsum(parts_ns, axis=1, out=before_ns[:, 1:])
+
+    def within(windows: Sequence[Bounds]) -> TraceTotals:
+        first, last = np.searchsorted(launch_ns, np.array(windows).T)
+        model, *parts = ((before_ns[:, last] - before_ns[:, first]).sum(1) / 1000).tolist()
+        return TraceTotals(model, _total_us(windows) if steps else None, *parts)
+
+    step_us = _total_us(steps.values()) if steps else None
     return TraceWork(
-        whole=TraceTotals(all_ns / 1000, step_us, *(int(part.before_ns[-1]) / 1000 for part in parts)),
-        parts={
-            key: TraceTotals(
-                work.within_us(windows),
-                sum(end - start for start, end in windows) / 1000 if steps else None,
-                *(part.within_us(windows) for part in parts),
-            )
-            for key, windows in find_windows(samples, events, steps).items()
-        },
-        calls=frozenset(_keys(CallTable.of(samples))),
+        whole=TraceTotals(all_ns / 1000, step_us, *(before_ns[1:, -1] / 1000).tolist()),
+        parts={key: within(windows) for key, windows in find_windows(calls, events, steps).items()},
+        calls=frozenset(_keys(calls)),
     )
+
+
+def _total_us(stretches: Iterable[Bounds]) -> float:
+    return sum(end - start for start, end in stretches) / 1000
 
 
 def _without_wrappers(ops: EventTable) -> EventTable:
@@ -136,8 +143,7 @@ def _without_wrappers(ops: EventTable) -> EventTable:
 
 def _starts_within(events: EventTable, kind: Kind, name: str, times_ns: IntArray) -> npt.NDArray[np.bool_]:
     """Which times lie inside a slice whose name begins so, on any thread."""
-    names = np.array([text.startswith(name) for text in events.names], bool)
-    slices = events.select((events.kind == kind) & names[events.name])
+    slices = events.select((events.kind == kind) & named(events, name))
     slices = slices.select(np.argsort(slices.start_ns, kind="stable"))
     ends_ns = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(slices.end_ns)])
     return times_ns < ends_ns[np.searchsorted(slices.start_ns, times_ns, "right")]
@@ -157,30 +163,10 @@ def step_ranges(events: EventTable) -> dict[int, Bounds]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """Pieces of work by the time at which they were launched."""
-
-    launch_ns: IntArray
-    before_ns: IntArray
-    """[N + 1] work of all earlier pieces."""
-
-    @classmethod
-    def sort(cls, launch_ns: IntArray, duration_ns: IntArray) -> _Work:
-        order = np.argsort(launch_ns, kind="stable")
-        return cls(launch_ns[order], np.concatenate([[0], np.cumsum(duration_ns[order])]))
-
-    def within_us(self, windows: Sequence[Bounds]) -> float:
-        """What was launched in those stretches of time."""
-        first, last = np.searchsorted(self.launch_ns, np.array(windows).T, "left")
-        return int((self.before_ns[last] - self.before_ns[first]).sum()) / 1000
-
-
 # -- windows --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Forward:
+class _Forward(NamedTuple):
     """Calls of one step and stage that follow one another."""
 
     key: Key
@@ -191,73 +177,51 @@ class _Forward:
 
 
 def find_windows(
-    samples: Sequence[RoutingSample], events: EventTable, steps: Mapping[int, Bounds]
+    calls: CallTable, events: EventTable, steps: Mapping[int, Bounds]
 ) -> dict[Key, list[Bounds]]:
     """The stretches of host time of each step and stage, without those that cannot be separated."""
-    forwards = _forwards(samples)
-    ranges = [(start, end) for start, end in steps.values()] or [_everything(events)]
-    begins = _starts_of(events, FORWARD_BEGINS)
+    forwards = _forwards(calls)
+    begins_one = np.array([name == FORWARD_BEGINS for name in events.names], bool)[events.name]
+    begins = np.sort(events.start_ns[(events.kind == Kind.OP) & begins_one])
+    cuts = [_cut(before, after, begins) for before, after in itertools.pairwise(forwards)]
+    starts = [forward.start_ns for forward in forwards]
     found: dict[Key, list[Bounds]] = {}
-    unknown = set(_keys(CallTable.of(samples))) - {forward.key for forward in forwards}
-    for start, end in ranges:
-        inside = [f for f in forwards if start <= f.start_ns < end]
-        windows = _split(inside, (start, end), begins)
-        for forward in inside:
-            if windows is None:
-                unknown.add(forward.key)
-        for key, window in windows or ():
-            found.setdefault(key, []).append(window)
-    outside = {f.key for f in forwards if not any(s <= f.start_ns < e for s, e in ranges)}
-    return {key: windows for key, windows in found.items() if key not in unknown | outside}
+    separated: set[int] = set()
+    for start, end in steps.values() or [_everything(events)]:
+        inside = range(bisect_left(starts, start), bisect_left(starts, end))
+        between = cuts[inside.start : inside.stop - 1] if inside else []
+        known = [cut for cut in between if cut is not None]
+        if len(known) == len(between):
+            for at, window in zip(inside, itertools.pairwise([start, *known, end]), strict=False):
+                found.setdefault(forwards[at].key, []).append(window)
+            separated.update(inside)
+    unknown = {forward.key for at, forward in enumerate(forwards) if at not in separated}
+    return {key: windows for key, windows in found.items() if key not in unknown}
 
 
-def _split(forwards: Sequence[_Forward], bounds: Bounds, begins: IntArray) -> list[tuple[Key, Bounds]] | None:
-    """One window a forward, which together fill the bounds; None where a cut is not known."""
-    if not forwards:
-        return []
-    cuts = [bounds[0]]
-    for before, after in itertools.pairwise(forwards):
-        at = int(np.searchsorted(begins, before.end_ns, "left"))
-        if at < len(begins) and begins[at] < after.start_ns:
-            cuts.append(int(begins[at]))
-        elif after.starts_itself and before.end_ns <= after.start_ns:
-            cuts.append(after.start_ns)
-        else:
-            return None
-    ends = [*cuts[1:], bounds[1]]
-    return [(forward.key, (cut, end)) for forward, cut, end in zip(forwards, cuts, ends, strict=True)]
+def _cut(before: _Forward, after: _Forward, begins: IntArray) -> int | None:
+    """Where the one forward ends and the next begins; None where that is not known."""
+    at = int(np.searchsorted(begins, before.end_ns))
+    if at < len(begins) and begins[at] < after.start_ns:
+        return int(begins[at])
+    return after.start_ns if after.starts_itself and before.end_ns <= after.start_ns else None
 
 
 def _keys(calls: CallTable) -> list[Key]:
     return list(zip(calls.step.tolist(), calls.stage.tolist(), strict=True))
 
 
-def _forwards(samples: Sequence[RoutingSample]) -> list[_Forward]:
-    table = CallTable.of(samples)
-    bounds = host_bounds_ns(table)
+def _forwards(calls: CallTable) -> list[_Forward]:
+    bounds = host_bounds_ns(calls)
     order = np.argsort(bounds[:, 0], kind="stable")
     order = order[bounds[order, 0] <= bounds[order, 1]]
-    table = table.take(order)
-    in_graph = ~np.isnan(table.duration_us("host", "graph"))
-    rows = zip(_keys(table), bounds[order].tolist(), in_graph.tolist(), strict=True)
-    calls = [_Forward(key, start, end, graph) for key, (start, end), graph in rows]
-    found: list[_Forward] = []
-    for call in calls:
-        if found and found[-1].key == call.key:
-            last = found[-1]
-            found[-1] = _Forward(last.key, last.start_ns, max(last.end_ns, call.end_ns), last.starts_itself)
-        else:
-            found.append(call)
-    return found
+    calls, bounds = calls.take(order), bounds[order]
+    in_graph = ~np.isnan(calls.duration_us("host", "graph"))
+    rows = zip(_keys(calls), *bounds.T.tolist(), in_graph.tolist(), strict=True)
+    groups = (list(map(_Forward._make, group)) for _, group in itertools.groupby(rows, key=itemgetter(0)))
+    return [group[0]._replace(end_ns=max(call.end_ns for call in group)) for group in groups]
 
 
 def _everything(events: EventTable) -> Bounds:
     host = events.select(events.kind != Kind.DEVICE)
     return int(host.start_ns.min(initial=0)), int(host.end_ns.max(initial=0)) + 1
-
-
-def _starts_of(events: EventTable, name: str) -> IntArray:
-    if name not in events.names:
-        return np.zeros(0, np.int64)
-    rows = (events.kind == Kind.OP) & (events.name == events.names.index(name))
-    return np.sort(events.start_ns[rows])
