@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RangeKind, RoutingSample, Span, range_name
 from moe_trace.data.trace_json.events import EventTable, Kind, to_ns
+from moe_trace.timeline.correlate.compiled_operators import named
 from moe_trace.timeline.counter_tracks import LANES
 from moe_trace.timeline.placed_calls import REPLAY_NAME, PlacedCalls
 
 SLACK_US = 0.002  # a microsecond with three decimals does not always survive a float
 _GRAPH_RANGE = f"{RANGE_PREFIX}graph/"
 
-NamedSpan = tuple[str, int, int]
-"""Name, start and duration in nanoseconds."""
-
 
 class HostPlaces:
     """What a trace has on the host for calls to stand at."""
 
     def __init__(self, events: EventTable) -> None:
-        self._known = _named_spans(events)
-        self._graphs = _graph_spans(self._known)
+        launches = (events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH)
+        found = events.select((events.kind == Kind.RANGE) | launches)
+        names = (events.names[i] for i in found.name.tolist())
+        self._known = set(zip(names, found.start_ns.tolist(), found.duration_ns.tolist(), strict=True))
+        """Ranges, and launches of graphs: name, start and duration in nanoseconds."""
+        self._graphs = {
+            tuple(span) for name, *span in self._known if name.startswith((GRAPH_LAUNCH, _GRAPH_RANGE))
+        }
         operators = events.select(events.kind == Kind.OP)
         self._starts, self._ends = set(operators.start_ns.tolist()), set(operators.end_ns.tolist())
 
@@ -37,26 +39,6 @@ class HostPlaces:
         if kind == "graph":
             return (start_ns, duration_ns) in self._graphs
         return sample.in_graph and start_ns in self._starts and start_ns + duration_ns in self._ends
-
-
-def _named_spans(events: EventTable) -> set[NamedSpan]:
-    """Ranges, and launches of graphs."""
-    is_launch = np.array([name == GRAPH_LAUNCH for name in events.names], dtype=bool)
-    launches = np.zeros(len(events), dtype=bool)
-    if len(events):
-        launches = (events.kind == Kind.LAUNCH) & is_launch[events.name]
-    found = events.select((events.kind == Kind.RANGE) | launches)
-    names = (events.names[i] for i in found.name.tolist())
-    return set(zip(names, found.start_ns.tolist(), found.duration_ns.tolist(), strict=True))
-
-
-def _graph_spans(known: set[NamedSpan]) -> set[tuple[int, int]]:
-    """Where a graph may stand on the host: ranges round forwards, and launches."""
-    return {
-        (start_ns, duration_ns)
-        for name, start_ns, duration_ns in known
-        if name == GRAPH_LAUNCH or name.startswith(_GRAPH_RANGE)
-    }
 
 
 def expected_slices(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, Span]]:

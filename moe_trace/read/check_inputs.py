@@ -21,7 +21,7 @@ from moe_trace.read.ranks.collectives import find_collectives, work_coverage
 from moe_trace.read.time.phases import measure_calls
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BandEvent:
     """A counter or slice that merging added."""
 
@@ -79,24 +79,13 @@ def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
             stream.skip()
             continue
         for batch in stream.batches(*decoders(_RawEvent)):
-            for event in batch:
-                if is_band(event.pid) and event.ph in "CX":
-                    yield _band_event(event)
-
-
-def _band_event(event: _RawEvent) -> BandEvent:
-    start_ns, duration_ns = to_ns([event.ts, event.dur]).tolist()
-    value = None
-    if event.ph == "C":
-        value = _sum_of_numbers(bytes(event.args))
-    return BandEvent(
-        ph=event.ph,
-        name=event.name,
-        track=(event.pid, event.name if event.ph == "C" else event.tid),
-        start_ns=start_ns,
-        duration_ns=duration_ns,
-        value=value,
-    )
+            ours = [event for event in batch if is_band(event.pid) and event.ph in ("C", "X")]
+            times_ns = to_ns([(event.ts, event.dur) for event in ours]).tolist()
+            for event, (start_ns, duration_ns) in zip(ours, times_ns, strict=True):
+                counter = event.ph == "C"
+                track = event.pid, event.name if counter else event.tid
+                value = _sum_of_numbers(bytes(event.args)) if counter else None
+                yield BandEvent(event.ph, event.name, track, start_ns, duration_ns, value)
 
 
 def _sum_of_numbers(text: bytes) -> float:

@@ -15,13 +15,12 @@ from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
-from moe_trace.read.file.ranges import router_busy_us
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import Collective, work_coverage
 from moe_trace.read.ranks.inputs import RankInput, call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
-from moe_trace.read.time.joined import measure_all, routers_in_graphs_us, without_timed
+from moe_trace.read.time.joined import measure_all, routers_busy_us, without_timed
 from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
 from moe_trace.read.time.phases import CallTimes
 
@@ -129,20 +128,18 @@ def with_call_numbers(recording: Recording, numbers: npt.NDArray[np.int64]) -> R
 def _reduce(trace: TraceFile) -> ReducedTrace:
     own_numbers = trace.recording.calls.call
     recording = with_call_numbers(trace.recording, call_numbers(trace.recording, {}))
-    samples = recording.samples
     kernels = find_kernels(trace.events)
     times = measure_all(recording, trace.events, kernels)
     recording = replace(recording, lost=without_timed(recording.lost, times))
     calls = rank_calls(replace(trace, recording=recording), kernels)
     coverage = replace(times.coverage, collectives=work_coverage(calls.collectives))
     times = replace(times, coverage=coverage)
-    joined = set(times.samples.call_keys() if times.device_known else ())
     return ReducedTrace(
         path=trace.path,
         recording=recording,
         own_numbers=own_numbers,
         times=times,
-        busy_us=router_busy_us(samples, trace.events, kernels, joined) | routers_in_graphs_us(times),
+        busy_us=routers_busy_us(recording.calls, times, trace.events, kernels),
         work=trace_work(recording.calls, trace.events, kernels),
         devices=trace.devices,
         operators=frozenset(name for name in trace.events.names if name.startswith(_OPERATORS)),

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
-from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample
-from moe_trace.data.trace_json.events import EventTable, spans_ns
+from moe_trace.data.schema import RANGE_KINDS, RangeKind, RoutingSample, range_name
+from moe_trace.data.trace_json.events import EventTable, Kind, spans_ns, to_ns
 from moe_trace.data.trace_json.intervals import Intervals
-from moe_trace.read.file.ranges import RangeThreads
 from moe_trace.read.time.columns import Columns
 
 
@@ -36,7 +35,7 @@ class Blocks(Columns, Intervals):
 def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     """The samples whose ranges the trace holds."""
     calls = CallTable.of(samples)
-    thread = RangeThreads(events).of(calls)
+    thread = router_threads(calls, events)
     calls, thread = calls.take(thread >= 0), thread[thread >= 0]
     router = spans_ns(calls.places.span("host", "router"))
     hull = host_bounds_ns(calls)
@@ -47,6 +46,18 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
     experts = np.where(has_experts[:, None], experts, after)
     blocks = Blocks(calls, thread, start, end, router_ns=router, experts_ns=experts)
     return blocks.select(np.lexsort((start, thread)))
+
+
+def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64]:
+    """[N] the thread (an index of the table) of each router's range; -1 where the trace does not hold it."""
+    ours = events.select(events.kind == Kind.RANGE)
+    names = [events.names[name] for name in ours.name.tolist()]
+    thread_of = dict(zip(zip(names, ours.start_ns.tolist(), strict=True), ours.thread.tolist(), strict=True))
+    start_us = calls.places.span("host", "router")[:, 0]
+    wanted = [range_name("router", key.site) for key in calls.keys]
+    starts = zip(calls.router.tolist(), to_ns(start_us).tolist(), strict=True)
+    threads = [thread_of.get((wanted[router], start), -1) for router, start in starts]
+    return np.where(np.isnan(start_us), -1, np.array(threads, np.int64))
 
 
 def host_bounds_ns(calls: CallTable) -> npt.NDArray[np.int64]:

@@ -11,8 +11,9 @@ from moe_trace.data.calls.table import CallTable, routers_timed
 from moe_trace.data.schema import Lost, Recording
 from moe_trace.data.summary import SampleKey
 from moe_trace.data.trace_json.coverage import TimeCoverage
-from moe_trace.data.trace_json.events import EventTable
+from moe_trace.data.trace_json.events import EventTable, Kind, spans_ns
 from moe_trace.data.trace_json.kernels import Kernels
+from moe_trace.read.time.blocks import router_threads
 from moe_trace.read.time.compiled import measure_compiled
 from moe_trace.read.time.phase_detection import ROUTER
 from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times, measure_calls
@@ -26,11 +27,29 @@ def measure_all(recording: Recording, events: EventTable, kernels: Kernels) -> C
     return by_ranges if compiled is None else joined([by_ranges, compiled])
 
 
-def routers_in_graphs_us(times: CallTimes) -> dict[SampleKey, float]:
-    """Device time of the routers inside compiled code whose kernels are known."""
-    rows = np.flatnonzero(times.samples.in_graph)
-    keys, busy_ns = [*times.samples.call_keys()], times.forward.busy_ns[:, ROUTER]
-    return {keys[row]: int(busy_ns[row]) / 1000 for row in rows.tolist()} if times.device_known else {}
+def routers_busy_us(
+    calls: CallTable, times: CallTimes, events: EventTable, kernels: Kernels
+) -> dict[SampleKey, float]:
+    """Device time launched inside each router's host range; empty where the trace has no kernels.
+
+    Inside a CUDA graph there is no such range: what merging told of the router's nodes stands there, and in
+    compiled code whose kernels are known what these took.
+    """
+    if not (events.kind == Kind.DEVICE).any():
+        return {}
+    timed, total_ns = times.samples.call_keys(), np.concatenate([[0], np.cumsum(kernels.duration_ns)])
+    joined = set(timed) if times.device_known else set()
+    threads, told = router_threads(calls, events).tolist(), calls.places.busy("router").tolist()
+    bounds = spans_ns(calls.places.span("host", "router")).tolist()
+    busy = {}
+    for key, us, thread, (begin, end) in zip(calls.call_keys(), told, threads, bounds, strict=True):
+        if us == us:
+            busy[key] = us
+        elif thread >= 0 and key in joined:
+            inside = kernels.within_ns(thread, begin, end)
+            busy[key] = float(total_ns[inside.stop] - total_ns[inside.start]) / 1000
+    compiled = np.flatnonzero(times.samples.in_graph & times.device_known).tolist()
+    return busy | {timed[row]: int(times.forward.busy_ns[row, ROUTER]) / 1000 for row in compiled}
 
 
 def without_timed(lost: Lost, times: CallTimes) -> Lost:
