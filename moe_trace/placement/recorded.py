@@ -17,7 +17,7 @@ from moe_trace.placement.counts import ExpertCounts, Layer
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.trace_file import read_rank_recordings
 from moe_trace.read.ranks.loads import RankRecords
-from moe_trace.read.ranks.same_run import said_again
+from moe_trace.read.reduced.combine import left_out
 from moe_trace.read.reduced.file import is_reduced
 from moe_trace.read.reduced.inputs import find_inputs, load
 from moe_trace.read.time.peaks import hidden_bytes
@@ -53,12 +53,11 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
             broken.append(error)
             continue
         reads += [(file, recording, is_merged) for recording in recordings]
-    again = said_again(reads)
+    again, notes = left_out(reads, broken)
     kept = [recording for file, recording, _ in reads if file not in again]
     if broken and all(recording.world_size == 1 for recording in kept):
         raise broken[0]
-    notes = [f"one of the traces was left out: {error}" for error in broken]
-    return kept, notes + [f"{path.name} was left out: {why}" for path, why in sorted(again.items())]
+    return kept, notes
 
 
 def _recordings(file: Path) -> tuple[list[Recording], bool]:

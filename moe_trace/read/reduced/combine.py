@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +44,19 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
             reads.append(part.numbered(part.own_numbers if alone else call_numbers(part.recording, reached)))
     if broken and not reads:
         raise broken[0]
-    reads = _without_doubled(reads)
-    notes = (*(f"one of the traces was left out: {error}" for error in broken), *_gone(files))
-    return [replace(reads[0], notes=(*reads[0].notes, *notes)), *reads[1:]]
+    facts = [(read.path, read.recording, read.alignment is not None) for read in reads]
+    again, notes = left_out(facts, broken)
+    kept = [read for read in reads if read.path not in again]
+    return [replace(kept[0], notes=(*kept[0].notes, *notes, *_gone(files))), *kept[1:]]
+
+
+def left_out(
+    reads: Sequence[tuple[Path, Recording, bool]], broken: Sequence[TraceFileError]
+) -> tuple[Collection[Path], list[str]]:
+    """Files that only repeat others (`said_again`), and a sentence on each of them and on each broken one."""
+    again = said_again(reads)
+    notes = [f"{path.name} was left out: {why}" for path, why in sorted(again.items())]
+    return again, [*notes, *(f"one of the traces was left out: {error}" for error in broken)]
 
 
 def _gone(files: Sequence[Path]) -> list[str]:
@@ -82,13 +92,6 @@ def _loaded(
         done += file.stat().st_size if os.path.exists(file) else 0
         if progress is not None and texts is not None:
             progress(done, total)
-
-
-def _without_doubled(reads: Sequence[ReducedTrace]) -> list[ReducedTrace]:
-    again = said_again([(read.path, read.recording, read.alignment is not None) for read in reads])
-    kept = [read for read in reads if read.path not in again]
-    notes = tuple(f"{path.name} was left out: {why}" for path, why in sorted(again.items()))
-    return [replace(kept[0], notes=(*kept[0].notes, *notes)), *kept[1:]]
 
 
 def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:

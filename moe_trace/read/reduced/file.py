@@ -17,7 +17,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from moe_trace.data.calls.table import rows_in
 from moe_trace.data.codec import decode_recording, encode_recording
+from moe_trace.data.display.json import attributes
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.files import whole_file
 from moe_trace.data.schema import Stage
@@ -30,7 +32,7 @@ from moe_trace.read.ranks.shared_calls import RankCalls
 from moe_trace.read.reduced.trace import ReducedTrace, with_call_numbers
 from moe_trace.read.time.outside_moe import TraceTotals, TraceWork
 from moe_trace.read.time.phase_detection import PHASES
-from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, Times
+from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, IntArray, Times
 
 VERSION = 1
 _NAME = re.compile(r"(?P<trace>.+)\.(?P<digest>[0-9a-f]{16})" + re.escape(REDUCED_SUFFIX), re.DOTALL)
@@ -52,10 +54,10 @@ class _Part(msgspec.Struct, kw_only=True):
     """One `ReducedTrace`; calls are named by their row in the recording."""
 
     recording: msgspec.Raw
-    timed: list[int]
+    timed: IntArray
     forward: Times
     backward: Times | None
-    columns: dict[str, list[int]]
+    columns: dict[str, IntArray]
     on_device: bool
     coverage: TimeCoverage
     busy_us: list[tuple[int, float]]
@@ -84,7 +86,8 @@ class _Content(msgspec.Struct):
 
 def encode(parts: Sequence[ReducedTrace]) -> bytes:
     """JSON of the ranks of one trace, of which most hold one."""
-    return msgspec.json.encode(_Content(VERSION, [_encode(part) for part in parts]), enc_hook=_plain)
+    content = _Content(VERSION, [_encode(part) for part in parts])
+    return msgspec.json.encode(content, enc_hook=np.ndarray.tolist)
 
 
 def decode(text: bytes, path: Path) -> list[ReducedTrace]:
@@ -114,17 +117,17 @@ def _encode(part: ReducedTrace) -> _Part:
     times = part.times
     return _Part(
         recording=msgspec.Raw(encode_recording(with_call_numbers(part.recording, part.own_numbers))),
-        timed=[row[key] for key in times.samples.call_keys()],
+        timed=rows_in(times.samples, part.recording.calls),
         forward=times.forward,
         backward=times.backward,
-        columns={name: getattr(times, name).tolist() for name in CALL_COLUMNS},
+        columns=attributes(times, *CALL_COLUMNS),
         on_device=times.on_device,
         coverage=times.coverage,
         busy_us=[(row[key], us) for key, us in part.busy_us.items()],
         work=part.work.whole,
         work_parts=[(*key, found) for key, found in part.work.parts.items()],
         work_calls=sorted(part.work.calls),
-        **{name: getattr(part, name) for name in _SAME},
+        **attributes(part, *_SAME),
     )
 
 
@@ -132,14 +135,14 @@ def _decode(part: _Part, path: Path) -> ReducedTrace:
     recording = decode_recording(decode_payload(bytes(part.recording)))
     own_numbers = recording.calls.call
     recording = with_call_numbers(recording, call_numbers(recording, {}))
-    keys, timed = recording.calls.call_keys(), np.array(part.timed, np.int64)
+    keys, timed = recording.calls.call_keys(), len(part.timed)
     times = CallTimes(
-        samples=recording.calls.take(timed),
-        forward=_by_phase(part.forward, len(timed)),
-        backward=None if part.backward is None else _by_phase(part.backward, len(timed)),
+        samples=recording.calls.take(part.timed),
+        forward=_by_phase(part.forward, timed),
+        backward=None if part.backward is None else _by_phase(part.backward, timed),
         on_device=part.on_device,
         coverage=part.coverage,
-        **{name: _column(part.columns[name], len(timed)) for name in CALL_COLUMNS},
+        **{name: part.columns[name].reshape(timed) for name in CALL_COLUMNS},
     )
     return ReducedTrace(
         path=path,
@@ -152,21 +155,13 @@ def _decode(part: _Part, path: Path) -> ReducedTrace:
             {(step, stage): found for step, stage, found in part.work_parts},
             frozenset(part.work_calls),
         ),
-        **{name: getattr(part, name) for name in _SAME},
+        **attributes(part, *_SAME),
     )
 
 
 def _by_phase(times: Times, calls: int) -> Times:
     names = Times.__dataclass_fields__
     return Times(**{name: getattr(times, name).reshape(calls, len(PHASES)) for name in names})
-
-
-def _column(values: list[int], calls: int) -> np.ndarray:
-    return np.array(values, np.int64).reshape(calls)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist()
 
 
 def _array(_: type, value: Any) -> np.ndarray:

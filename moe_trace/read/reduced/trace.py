@@ -17,7 +17,7 @@ from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
-from moe_trace.read.ranks.collectives import Collective, work_coverage
+from moe_trace.read.ranks.collectives import work_coverage
 from moe_trace.read.ranks.inputs import RankInput, call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
 from moe_trace.read.time.joined import measure_all, routers_busy_us, without_timed
@@ -88,25 +88,17 @@ class ReducedTrace:
         calls = self.recording.calls
         if np.array_equal(calls.call, numbers):
             return self
-        names = [key.name for key in calls.keys]
-        new = {
-            key: (names[router], number)
-            for key, router, number in zip(
-                calls.call_keys(), calls.router.tolist(), numbers.tolist(), strict=True
-            )
-        }
+        recording = with_call_numbers(self.recording, numbers)
+        new = dict(zip(calls.call_keys(), recording.calls.call_keys(), strict=True))
         timed = self.times.samples
         timed_numbers = np.array([new[key][1] for key in timed.call_keys()], np.int64)
-
-        def renamed(collective: Collective) -> Collective:
-            return collective if collective.call is None else replace(collective, call=new[collective.call])
-
+        collectives = tuple(replace(c, call=c.call and new[c.call]) for c in self.calls.collectives)
         return replace(
             self,
-            recording=with_call_numbers(self.recording, numbers),
+            recording=recording,
             times=replace(self.times, samples=timed.with_numbers(call=timed_numbers)),
             busy_us={new[key]: us for key, us in self.busy_us.items()},
-            calls=replace(self.calls, collectives=tuple(map(renamed, self.calls.collectives))),
+            calls=replace(self.calls, collectives=collectives),
         )
 
 
