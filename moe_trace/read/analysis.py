@@ -241,12 +241,7 @@ class _Traces:
     @property
     def _peak(self) -> Peak:
         dtype = self.recording.model.get("dtype")
-        return find_peak(
-            self._devices,
-            dtype if isinstance(dtype, str) else None,
-            tflops=self.peak.tflops,
-            gb_per_s=self.peak.gb_per_s,
-        )
+        return find_peak(self._devices, dtype if isinstance(dtype, str) else None, self.peak)
 
 
 def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | None:

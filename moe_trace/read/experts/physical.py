@@ -125,27 +125,24 @@ def _uneven(load: Ints | Sequence[int]) -> float | None:
 
 
 def _replicas(maps_MP: Ints, loads_MP: Ints) -> tuple[ReplicatedExpert, ...]:
-    slots: dict[int, set[int]] = {}
-    total: dict[int, int] = {}
-    most: dict[int, int] = {}
-    mean: dict[int, float] = {}
-    for held_P, load_P in zip(maps_MP, loads_MP, strict=True):
-        experts, copies = np.unique(held_P[held_P >= 0], return_counts=True)
-        for expert in experts[copies > 1].tolist():
-            mine = held_P == expert
-            shares = load_P[mine]
-            slots.setdefault(expert, set()).update(np.flatnonzero(mine).tolist())
-            total[expert] = total.get(expert, 0) + int(shares.sum())
-            most[expert] = most.get(expert, 0) + int(shares.max())
-            mean[expert] = mean.get(expert, 0.0) + float(shares.mean())
+    """Of each expert, over the maps in which several slots held it."""
+    row, slot = np.nonzero(maps_MP >= 0)
+    at, load = (row, maps_MP[row, slot]), loads_MP[row, slot]
+    copies_ME, total_ME, most_ME = np.zeros((3, len(maps_MP), int(maps_MP.max()) + 1), np.int64)
+    np.add.at(copies_ME, at, 1)
+    np.add.at(total_ME, at, load)
+    np.maximum.at(most_ME, at, load)
+    shared_ME = copies_ME > 1
+    total_E, most_E = (total_ME * shared_ME).sum(0), (most_ME * shared_ME).sum(0)
+    mean_E = (total_ME * shared_ME / np.maximum(1, copies_ME)).sum(0)
     found = [
         ReplicatedExpert(
             expert=expert,
-            slots=tuple(sorted(slots[expert])),
-            assignments=total[expert],
-            max_over_mean=most[expert] / mean[expert] if total[expert] else None,
+            slots=tuple(np.flatnonzero((maps_MP[shared_ME[:, expert]] == expert).any(0)).tolist()),
+            assignments=int(total_E[expert]),
+            max_over_mean=float(most_E[expert] / mean_E[expert]) if total_E[expert] else None,
         )
-        for expert in slots
+        for expert in np.flatnonzero(shared_ME.any(0)).tolist()
     ]
     return tuple(sorted(found, key=lambda one: (-(one.max_over_mean or 0.0), one.expert)))
 

@@ -6,7 +6,6 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,17 +19,6 @@ Progress = Callable[[int, int], None]
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True, eq=False)
-class TraceSource:
-    """A trace that is open."""
-
-    raw: BinaryIO
-    """The file itself."""
-    plain: BinaryIO
-    """The same, decompressed."""
-    size: int
-
-
 @contextmanager
 def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[JsonStream]:
     """A cursor over the trace's JSON.
@@ -38,13 +26,21 @@ def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[
     Raises:
         TraceFileError: the file cannot be opened or decompressed.
     """
-    with opened(path) as source:
-        yield JsonStream(counting(source, progress), str(path))
+    with opened(path) as (raw, plain):
+        size = path.stat().st_size
+
+        def read(length: int) -> bytes:
+            block = plain.read(length)
+            if progress is not None:
+                progress(raw.tell(), size)
+            return block
+
+        yield JsonStream(read, str(path))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TraceSource]:
-    """The file, as it is and decompressed.
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file as it is, and decompressed; the same twice where it is not packed.
 
     Raises:
         TraceFileError: as `open_trace_stream`.
@@ -56,13 +52,12 @@ def opened(path: Path) -> Iterator[TraceSource]:
     with raw:
         packed = raw.read(2) == _GZIP_MAGIC
         raw.seek(0)
-        size = path.stat().st_size
         try:
             if packed:
                 with gzip.open(raw, "rb") as plain:
-                    yield TraceSource(raw, plain, size)  # type: ignore[arg-type]
+                    yield raw, plain  # type: ignore[misc]
             else:
-                yield TraceSource(raw, raw, size)
+                yield raw, raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TraceFileError(
                 f"{path}: the gzip data is broken ({error}); the file is truncated or was changed - "
@@ -70,16 +65,3 @@ def opened(path: Path) -> Iterator[TraceSource]:
             ) from error
         except OSError as error:
             raise trace_path_error(path, error) from error
-
-
-def counting(source: TraceSource, progress: Progress | None) -> Callable[[int], bytes]:
-    """Reads the decompressed file, and tells how far it has come."""
-    if progress is None:
-        return source.plain.read
-
-    def read(size: int) -> bytes:
-        block = source.plain.read(size)
-        progress(source.raw.tell(), source.size)
-        return block
-
-    return read

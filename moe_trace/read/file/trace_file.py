@@ -16,7 +16,7 @@ from moe_trace.data.trace_json.events import EventTable, EventTableBuilder
 from moe_trace.data.trace_json.head import KEYS, base_time, device_names, group_ranks, host_name
 from moe_trace.data.trace_json.stream import JsonStream, loads_lenient
 from moe_trace.read.file.folder import NO_EVENTS, REDUCED_SUFFIX
-from moe_trace.read.file.opening import Progress, counting, open_trace_stream, opened
+from moe_trace.read.file.opening import Progress, open_trace_stream, opened
 from moe_trace.read.file.processes import events_of_recording
 from moe_trace.read.file.rank_parts import MergedRanks, decode_merged, events_of, rank_recordings
 from moe_trace.read.file.worker_names import is_frontend, with_rank_of_name
@@ -145,13 +145,13 @@ def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
 
 
 def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
-    with opened(path) as source:
-        spliced = read_added(source.raw) if source.plain is source.raw else None
+    with opened(path) as (raw, plain):
+        spliced = read_added(raw) if plain is raw else None
         if spliced is not None:
             return _take_recording(path, spliced)
-        source.raw.seek(0)
+        raw.seek(0)
         found = _Found(with_events=False)
-        stream = JsonStream(counting(source, None), str(path))
+        stream = JsonStream(plain.read, str(path))
         for key in stream.walk():
             found.take(key, stream)
     _require_events(path, found)

@@ -67,32 +67,24 @@ _TABLE: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def find_peak(
-    devices: Sequence[str],
-    dtype: str | None,
-    *,
-    tflops: float | None = None,
-    gb_per_s: float | None = None,
-) -> Peak:
+def find_peak(devices: Sequence[str], dtype: str | None, better: PeakOverride) -> Peak:
     """The peak of a trace's device for a type.
 
     Args:
         devices: names, all of one kind; a mixed set is unknown.
         dtype: of the model. Only half types are in the table: whether float32 products may use TF32 is not
             in a trace.
-        tflops, gb_per_s: override the table.
+        better: overrides the table.
     """
     known = {_lookup(device) for device in devices}
-    flops, bandwidth = known.pop() if len(known) == 1 else (None, None)
+    tflops, gb_per_s = known.pop() if len(known) == 1 else (None, None)
     if dtype not in HALF_TYPES:
-        flops = None
-    if tflops is not None:
-        flops = tflops
-    if gb_per_s is not None:
-        bandwidth = gb_per_s
+        tflops = None
+    tflops = tflops if better.tflops is None else better.tflops
+    gb_per_s = gb_per_s if better.gb_per_s is None else better.gb_per_s
     return Peak(
-        flops_per_s=flops * 1e12 if flops is not None else None,
-        bytes_per_s=bandwidth * 1e9 if bandwidth is not None else None,
+        flops_per_s=tflops * 1e12 if tflops is not None else None,
+        bytes_per_s=gb_per_s * 1e9 if gb_per_s is not None else None,
     )
 
 
@@ -100,7 +92,7 @@ def _lookup(device: str) -> tuple[float | None, float | None]:
     if "Laptop" in device:  # runs at other clocks
         return None, None
     for part, flops, bandwidth in _TABLE:
-        # ModelTotals words: "L4" is not "L40", "A10" is not "A10G".
+        # Whole words: "L4" is not "L40", "A10" is not "A10G".
         if re.search(rf"(?:^|\s){re.escape(part)}(?:[\s-]|$)", device):
             return flops, bandwidth
     return None, None

@@ -153,32 +153,22 @@ class _Measure:
         per_s = flops / work_ns * 1e9 if work_ns and flops else None
         peak = self.peak
         least = items * self.item_bytes if items is not None and self.item_bytes is not None else None
-        intensity = flops / least if least and flops else None
         bound: Bound | None = None
-        if intensity is not None and peak.flops_per_s is not None and peak.bytes_per_s is not None:
-            bound = "memory" if intensity < peak.flops_per_s / peak.bytes_per_s else "arithmetic"
+        above_us = None
+        if least and flops and peak.flops_per_s is not None and peak.bytes_per_s is not None:
+            bound = "memory" if flops / least < peak.flops_per_s / peak.bytes_per_s else "arithmetic"
+            allowed_us = 1e6 * max(flops / peak.flops_per_s, least / peak.bytes_per_s)
+            above_us = work_ns / 1000 - allowed_us if work_ns else None
         return Rate(
             flops=flops,
             work_us=None if work_ns is None else work_ns / 1000,
             flops_per_s=per_s,
             share_of_peak=per_s / peak.flops_per_s if per_s and peak.flops_per_s else None,
             least_bytes=least,
-            intensity=intensity,
+            intensity=flops / least if least and flops else None,
             bound=bound,
-            above_roofline_us=_above_roofline_us(work_ns, flops, least, peak),
+            above_roofline_us=above_us,
         )
-
-
-def _above_roofline_us(work_ns: int | None, flops: int, least_bytes: int | None, peak: Peak) -> float | None:
-    if (
-        not work_ns
-        or not flops
-        or least_bytes is None
-        or peak.flops_per_s is None
-        or peak.bytes_per_s is None
-    ):
-        return None
-    return work_ns / 1000 - 1e6 * max(flops / peak.flops_per_s, least_bytes / peak.bytes_per_s)
 
 
 def expert_items(calls: CallTable, routers: dict[str, RouterInfo], width: int) -> int:
