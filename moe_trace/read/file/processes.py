@@ -9,6 +9,7 @@ kernels stay without a launch, and count as such.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,8 +40,8 @@ def events_of_recording(events: EventTable, samples: Sequence[RoutingSample]) ->
     owners = _owners(list(lanes), hosts, events, pids)
     device = events.kind == Kind.DEVICE
     nobodys = device & np.isin(pids, [lane for lane, owner in owners.items() if owner is None])
-    lanes_of_own = [lane for lane, owner in owners.items() if owner == own]
-    mine = np.where(device, nobodys | np.isin(pids, lanes_of_own), pids == own)
+    lanes_of_own = np.isin(pids, [lane for lane, owner in owners.items() if owner == own])
+    mine = np.where(device, nobodys | lanes_of_own, pids == own)
     link = np.where(nobodys, NO_LINK, events.link)
     kept = replace(events, link=link).select(mine)
     of_thread = _pid_of_thread(events)
@@ -70,14 +71,10 @@ def _process_of(
         for kind, span in sample.placement.host.items()
     }
     rows = np.flatnonzero(events.kind == Kind.RANGE)
-    hits = [
-        pid
-        for pid, name, start in zip(
-            pids[rows].tolist(), events.name[rows].tolist(), events.start_ns[rows].tolist(), strict=True
-        )
-        if (events.names[name], start) in wanted
-    ]
-    return max(dict.fromkeys(hits), key=hits.count, default=None)
+    columns = (column[rows].tolist() for column in (pids, events.name, events.start_ns))
+    ranges = zip(*columns, strict=True)
+    hits = Counter(pid for pid, name, start in ranges if (events.names[name], start) in wanted)
+    return max(hits, key=hits.__getitem__, default=None)
 
 
 def _owners(

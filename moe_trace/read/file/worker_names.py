@@ -14,9 +14,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.schema import Parallel, Recording
 
@@ -83,41 +86,36 @@ def with_rank_of_name(recording: Recording, path: Path) -> Recording:
     sizes = {dim: 1 + max(place.get(dim, 0) for place in places) for dim in dims}
     if not 2 <= math.prod(sizes.values()) <= _RANKS_MAX:
         return recording
+    ranks = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
     return replace(
         recording,
-        rank=_rank(mine.place, sizes),
-        world_size=math.prod(sizes.values()),
-        parallel=_parallel(recording, mine.place, sizes),
+        rank=int(ranks[tuple(mine.place[dim] for dim in dims)]),
+        world_size=ranks.size,
+        parallel=_parallel(recording, mine.place, sizes, ranks),
     )
 
 
-def _parallel(recording: Recording, place: dict[str, int], sizes: dict[str, int]) -> Parallel:
+def _parallel(
+    recording: Recording, place: dict[str, int], sizes: dict[str, int], ranks: npt.NDArray[np.int64]
+) -> Parallel:
     """By the engine's rules: tensor-parallel ranks route the same tokens; where experts are split, they are
     split over all ranks of a pipeline stage, in order of rank."""
+
+    def along(*free: str) -> tuple[int, ...]:
+        """Those that differ from this place only in these dimensions, ascending."""
+        return tuple(
+            ranks[tuple(slice(None) if dim in free else place[dim] for dim in sizes)].ravel().tolist()
+        )
+
     split = any(router.held_experts is not None for router in recording.routers)
-    stage = _ranks(place, sizes, [dim for dim in sizes if dim != "pp"])
+    stage = along("dp", "tp")
     mesh = {dim: size for dim, size in sizes.items() if size > 1}
     return Parallel(
         mesh={**mesh, **({"ep": len(stage)} if split else {})},
-        token_ranks=_ranks(place, sizes, ["tp"]),
+        token_ranks=along("tp"),
         expert_ranks=stage if split else (),
         expert_exchange=("all_to_all" if sizes["dp"] > 1 else "all_reduce") if split else None,
     )
-
-
-def _ranks(place: dict[str, int], sizes: dict[str, int], along: Sequence[str]) -> tuple[int, ...]:
-    """Those that differ from this place only in these dimensions, ascending."""
-    places = [place]
-    for dim in along:
-        places = [{**one, dim: i} for one in places for i in range(sizes.get(dim, 1))]
-    return tuple(sorted({_rank(one, sizes) for one in places}))
-
-
-def _rank(place: dict[str, int], sizes: dict[str, int]) -> int:
-    rank = 0
-    for dim, size in sizes.items():
-        rank = rank * size + place.get(dim, 0)
-    return rank
 
 
 def _names(folder: Path) -> list[str]:

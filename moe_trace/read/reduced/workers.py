@@ -7,6 +7,7 @@ of the caller nor run its script again.
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -15,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_trace.data.errors import MoETraceError, OutputError, SchemaError, TraceFileError
+from moe_trace.data.errors import MoETraceError, OutputError, TraceFileError
 from moe_trace.read.reduced.file import encode, write_reduced
 from moe_trace.read.reduced.trace import reduce_file
 
@@ -26,8 +27,6 @@ SHARE_BYTES = 4 * 2**20
 """Packed bytes of traces that a process must have to read: in a fraction of that time it starts."""
 _PACKED = 10
 """How many times longer a trace is that is not packed."""
-_FINE, _BROKEN, _SCHEMA = b"\0", b"\1", b"\2"
-_ERRORS = {_BROKEN: TraceFileError, _SCHEMA: SchemaError}
 
 
 def worth(files: Sequence[Path]) -> int:
@@ -106,18 +105,16 @@ class _Worker:
             self._process = _start()
         into, out = self._process.stdin, self._process.stdout
         assert into is not None and out is not None
-        with suppress(BrokenPipeError):
-            into.write(os.fsencode(file).hex().encode() + b"\n")
+        try:
+            pickle.dump(file, into)
             into.flush()
-        size = out.read(8)
-        answer = out.read(int.from_bytes(size, "big")) if len(size) == 8 else b""
-        if not answer:
+            answer: bytes | TraceFileError = pickle.load(out)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             code = self.end()
             return TraceFileError(
                 f"{file}: the process that read it ended with {code}; it may have run out of memory"
             )
-        kind, text = answer[:1], answer[1:]
-        return text if kind == _FINE else _ERRORS[kind](text.decode("utf-8", "surrogateescape"))
+        return answer
 
     def end(self) -> int:
         """Its exit status."""
@@ -142,15 +139,14 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def serve() -> None:
-    """What the child does: a file's name a line, until there are none."""
+    """What the child does: a path after the other, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    for line in sys.stdin.buffer:
-        file = Path(os.fsdecode(bytes.fromhex(line.decode().strip())))
-        try:
-            answer = _FINE + encode(list(reduce_file(file)))
-        except SchemaError as error:
-            answer = _SCHEMA + str(error).encode("utf-8", "surrogateescape")
-        except TraceFileError as error:
-            answer = _BROKEN + str(error).encode("utf-8", "surrogateescape")
-        sys.stdout.buffer.write(len(answer).to_bytes(8, "big") + answer)
-        sys.stdout.buffer.flush()
+    with suppress(EOFError):
+        while True:
+            file = pickle.load(sys.stdin.buffer)
+            try:
+                answer: bytes | TraceFileError = encode(list(reduce_file(file)))
+            except TraceFileError as error:
+                answer = error
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.buffer.flush()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -192,43 +192,40 @@ class _Rows:
         return f"the loads vary by {100 * vary:.0f} % only: record more tokens a step, of several texts"
 
     def _wide(self, fit: Fit) -> str:
-        reach = max(self._reach(fit, i) for i in sorted(set(self.calls.layer.tolist())))
-        if reach > WIDE * self.calls.time_us.mean():
-            return wide_reason(reach / self.calls.time_us.mean())
-        return ""
+        layers = sorted(set(self.calls.layer.tolist()))
+        part = max(half_interval(fit, self._difference(fit, i)) for i in layers) / self.calls.time_us.mean()
+        return wide_reason(part) if part > WIDE else ""
 
     def _difference(self, fit: Fit, layer: int) -> Array:
         """[figures] mean of load - most even load, over the layer's calls."""
         mine = self.calls.layer == layer
         return np.array([(self.calls.figures[f] - self.even[f])[mine].mean() for f in fit.figures])
 
-    def _reach(self, fit: Fit, layer: int) -> float:
-        """Half the 95 % interval of a layer's cost."""
-        return half_interval(fit, self._difference(fit, layer))
-
     def _layer(self, layer: int, fit: Fit | None, reason: str) -> ImbalanceCost:
         router, mine = self.routers[layer], self.calls.layer == layer
         measured = float(self.calls.time_us[mine].mean())
-        cost = reach = None
-        verdict: Verdict = "cannot tell"
-        if fit is not None:
-            cost, reach = float(self._difference(fit, layer) @ fit.slopes), self._reach(fit, layer)
-            sure = fit.held_out_r2 >= R2_MIN and not cost - reach <= 0 <= cost + reach
-            verdict = "no effect seen" if not sure else "costs" if cost > 0 else "saves"
-            if not self._difference(fit, layer).any():
-                reason = "it has the most even load of the trace"
-        known = cost is not None and reach is not None
-        return ImbalanceCost(
+        unknown = ImbalanceCost(
             site=router.site,
             name=router.name,
-            verdict=verdict,
+            verdict="cannot tell",
             reason=reason,
             calls=int(mine.sum()),
             measured_us=measured if math.isfinite(measured) else None,
-            equal_load_us=measured - cost if known else None,  # type: ignore[operator]
+            **dict.fromkeys(("equal_load_us", "cost_us", "low_us", "high_us")),
+        )
+        if fit is None:
+            return unknown
+        difference = self._difference(fit, layer)
+        cost, reach = float(difference @ fit.slopes), half_interval(fit, difference)
+        sure = fit.held_out_r2 >= R2_MIN and not cost - reach <= 0 <= cost + reach
+        return replace(
+            unknown,
+            verdict="no effect seen" if not sure else "costs" if cost > 0 else "saves",
+            reason=reason if difference.any() else "it has the most even load of the trace",
+            equal_load_us=measured - cost,
             cost_us=cost,
-            low_us=cost - reach if known else None,  # type: ignore[operator]
-            high_us=cost + reach if known else None,  # type: ignore[operator]
+            low_us=cost - reach,
+            high_us=cost + reach,
         )
 
 
