@@ -106,6 +106,9 @@ class OpenRanges:
                 left_open, entry = left_open
                 leave_range(entry)
 
+    def __len__(self) -> int:
+        return sum(one is not None for own in self.opened.values() for one in own)
+
 
 # Two tracers on one model would open every range twice; the first to come opens them.
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
