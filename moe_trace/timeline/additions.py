@@ -19,6 +19,7 @@ import msgspec
 
 from moe_trace.data.errors import TraceFileError
 from moe_trace.data.schema import METADATA_KEY, is_band
+from moe_trace.data.trace_json.cursor import JsonCursor
 from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.data.trace_json.windows import Window
 from moe_trace.timeline.file_layout import Cut, TraceLayout, read_layout
@@ -137,20 +138,11 @@ def read_added(file: BinaryIO) -> bytes | None:
     tail = file.read()
     for match in reversed(list(_SPLICED_END.finditer(tail))):
         addition = find_addition(file, first + match.end(1))
-        in_place = addition is not None and addition.start == int(match[2])
-        if addition is not None and in_place and _ends_the_object(tail[match.end() :], file.name):
+        if addition is None or addition.start != int(match[2]):
+            continue
+        if JsonCursor(io.BytesIO().read, file.name, tail[match.end() :]).is_rest_of_object():
             return _recording_in(file, addition)
     return None
-
-
-def _ends_the_object(text: bytes, name: str) -> bool:
-    stream = JsonStream(io.BytesIO(b'{"":0' + text).read, name)
-    try:
-        for _ in stream.walk():
-            stream.skip()
-    except TraceFileError:
-        return False
-    return True
 
 
 class _Payload(msgspec.Struct):

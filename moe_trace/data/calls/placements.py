@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,7 +76,11 @@ class Places:
 
     def take(self, index: IntArray) -> Places:
         """The rows of an index."""
-        return self._mapped(lambda column: column[index])
+        return Places(
+            self.placed[index],
+            {key: column[index] for key, column in self.spans.items()},
+            {kind: column[index] for kind, column in self.busy_us.items()},
+        )
 
     def without(self, rows: npt.NDArray[np.bool_]) -> Places:
         """The same, but those rows have no place."""
@@ -86,42 +90,20 @@ class Places:
             {kind: np.where(rows, np.nan, column) for kind, column in self.busy_us.items()},
         )
 
-    def _mapped(self, change: Callable[[npt.NDArray], npt.NDArray]) -> Places:
-        return Places(
-            change(self.placed),
-            {key: change(column) for key, column in self.spans.items()},
-            {kind: change(column) for kind, column in self.busy_us.items()},
-        )
-
     def to_placements(self) -> list[Placement | None]:
         """As records."""
-        spans = {key: _spans(column) for key, column in self.spans.items()}
-        busy = {kind: column.tolist() for kind, column in self.busy_us.items()}
-        return [
-            Placement(
-                host=_row(spans, "host", i),
-                device=_row(spans, "device", i),
-                busy_us={kind: column[i] for kind, column in busy.items() if column[i] == column[i]},
-            )
-            if placed
-            else None
-            for i, placed in enumerate(self.placed.tolist())
-        ]
+        found = {row: Placement(host={}, device={}) for row in np.flatnonzero(self.placed).tolist()}
+        for side in SIDES:
+            for kind in (kind for kind in RANGE_KINDS if (side, kind) in self.spans):
+                column = self.spans[side, kind]
+                rows = np.flatnonzero(~np.isnan(column[:, 0]))
+                for row, span in zip(rows.tolist(), column[rows].tolist(), strict=True):
+                    getattr(found[row], side)[kind] = Span(*span)
+        for busy, us in self.busy_us.items():
+            for row in np.flatnonzero(~np.isnan(us)).tolist():
+                found[row].busy_us[busy] = float(us[row])
+        return [found.get(row) for row in range(len(self))]
 
 
 def _keys(mappings: Iterator[Mapping]) -> list:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _spans(column: Floats) -> list[Span | None]:
-    return [None if start != start else Span(start, duration) for start, duration in column.tolist()]
-
-
-def _row(
-    spans: Mapping[tuple[Side, RangeKind], list[Span | None]], side: Side, index: int
-) -> dict[RangeKind, Span]:
-    return {
-        kind: span
-        for kind in RANGE_KINDS
-        if (side, kind) in spans and (span := spans[side, kind][index]) is not None
-    }

@@ -87,16 +87,15 @@ class CountLists:
     def largest(self) -> IntArray:
         """[N] largest count of each; 0 for None and for an empty list."""
         found = np.zeros(len(self), np.int64)
-        np.maximum.at(found, np.repeat(np.arange(len(self)), self.sizes), self.values)
+        np.maximum.at(found, self._rows(), self.values)
         return found
 
     def used(self, first: int | None = None) -> IntArray:
         """[N] how many counts of each, or of its first ones, are not 0."""
+        some = self.values != 0
         if first is not None:
-            place = np.arange(len(self.values)) - np.repeat(self.starts[:-1], self.sizes)
-            row = np.repeat(np.arange(len(self)), self.sizes)
-            return np.bincount(row[(self.values != 0) & (place < first)], minlength=len(self))
-        return np.bincount(np.repeat(np.arange(len(self)), self.sizes)[self.values != 0], minlength=len(self))
+            some &= self._places() < first
+        return np.bincount(self._rows()[some], minlength=len(self))
 
     def summed(self, *, least: int = 0) -> IntArray:
         """The sum of all lists, at least so long."""
@@ -114,9 +113,14 @@ class CountLists:
         if len(sizes) and (sizes == width).all():
             np.add.at(found, group, self.values.reshape(len(self), width))
         else:
-            place = np.arange(len(self.values)) - np.repeat(self.starts[:-1], sizes)
-            np.add.at(found, (np.repeat(group, sizes), place), self.values)
+            np.add.at(found, (np.repeat(group, sizes), self._places()), self.values)
         return found
+
+    def _rows(self) -> IntArray:
+        return np.repeat(np.arange(len(self)), self.sizes)
+
+    def _places(self) -> IntArray:
+        return np.arange(len(self.values)) - np.repeat(self.starts[:-1], self.sizes)
 
 
 def _starts(sizes: IntArray) -> IntArray:

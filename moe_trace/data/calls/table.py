@@ -6,7 +6,7 @@ All that is read from a trace, and all that asks it questions, goes by columns. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -168,7 +168,7 @@ class CallTable(Sequence[RoutingSample]):
 
     def with_numbers(self, **columns: npt.NDArray) -> CallTable:
         """The same calls with other columns."""
-        return CallTable(self.keys, self.router, {**self.numbers, **columns}, self.lists, self.places)
+        return replace(self, numbers={**self.numbers, **columns})
 
     def __len__(self) -> int:
         return len(self.router)

@@ -91,15 +91,15 @@ class JsonCursor:
             self._require_end()
         return mark == b"}"
 
-    def require_rest_of_object(self) -> None:
-        """Read on from behind a value to the end.
-
-        Raises:
-            TraceFileError: what follows is not the rest of an object and of its file.
-        """
-        if not self._ends_behind_value():
-            for _ in self._members():
-                self.skip()
+    def is_rest_of_object(self) -> bool:
+        """Whether from behind a value on the rest of the file is the rest of an object; reads to its end."""
+        try:
+            if not self._ends_behind_value():
+                for _ in self._members():
+                    self.skip()
+        except TraceFileError:
+            return False
+        return True
 
     def _require_end(self) -> None:
         if self._peek():

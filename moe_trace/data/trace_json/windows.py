@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moe_trace.data.errors import TraceFileError
 from moe_trace.data.trace_json.cursor import JsonCursor
 
 CHUNK = 2**20  # read and searched while it is in the processor's cache
@@ -137,8 +136,4 @@ def _ends_at(rest: EventBytes, window: Window, bracket: int) -> bool:
     """Whether from behind the bracket on the rest of the file is the rest of the object."""
     held = bytes(window.buffer[bracket + 1 : min(window.filled, bracket + 1 + _HELD)])
     rest.file.seek(window.offset + bracket + 1 + len(held))
-    try:
-        JsonCursor(rest.file.read, str(rest.file.name), held).require_rest_of_object()
-    except TraceFileError:
-        return False
-    return True
+    return JsonCursor(rest.file.read, str(rest.file.name), held).is_rest_of_object()
