@@ -107,7 +107,7 @@ class _AppliedRule:
     ) -> tuple[Tensor, Tensor]:
         result = self.fn(logits_TE, weights_TK, index_TK, hidden_TD)
         weights, index = self._checked(result, index_TK.shape[0])
-        skipped = _is_skipped(index, logits_TE)
+        skipped = is_skipped(index, logits_TE)
         weights = weights.masked_fill(skipped, 0.0)
         if self.renormalise != "none":
             target_T1 = weights_TK.sum(-1, keepdim=True) if self.renormalise == "original" else 1.0
@@ -171,7 +171,7 @@ class _RouterHooks:
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         for rule in self._rules:
             weights, index = rule(logits, weights, index, hidden_TD)
-        return weights, index.masked_fill(_is_skipped(index, logits), 0)
+        return weights, index.masked_fill(is_skipped(index, logits), 0)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):  # a router that returns its logits alone: its block selects (DBRX)
@@ -203,7 +203,8 @@ def _hooks_of(site: RouterSite) -> _RouterHooks:
     return _hooks[site.router]
 
 
-def _is_skipped(index: Tensor, logits: Tensor) -> Tensor:
+def is_skipped(index: Tensor, logits: Tensor) -> Tensor:
+    """Which slots have an index outside [0, E)."""
     return (index < 0) | (index >= logits.shape[-1])
 
 

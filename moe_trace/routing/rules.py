@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.errors import UsageError
-from moe_trace.routing.replace import SKIP, RoutingRule
+from moe_trace.routing.replace import SKIP, RoutingRule, is_skipped
 
 
 def top_k(k: int) -> RoutingRule:
@@ -85,8 +85,7 @@ def drop_over_capacity(c: float) -> RoutingRule:
         experts = logits_TE.shape[-1]
         capacity = math.ceil(c * index_TK.numel() / experts)
         # [K, T]: the queue of first choices, then that of second choices; slots already skipped queue apart.
-        queue = index_TK.T.flatten()
-        queue = torch.where((queue < 0) | (queue >= experts), experts, queue)
+        queue = index_TK.masked_fill(is_skipped(index_TK, logits_TE), experts).T.flatten()
         place = _place_in_queue(queue, experts + 1).view(index_TK.shape[::-1]).T
         return weights_TK, index_TK.masked_fill(place >= capacity, SKIP)
 
@@ -95,10 +94,8 @@ def drop_over_capacity(c: float) -> RoutingRule:
 
 def _slot_probabilities(logits_TE: Tensor, index_TK: Tensor) -> Tensor:
     """[T, K] float32 probability of each slot's expert; of a slot that is already skipped, 0."""
-    experts = logits_TE.shape[-1]
-    outside = (index_TK < 0) | (index_TK >= experts)
-    probs_TE = logits_TE.float().softmax(-1)
-    return probs_TE.gather(-1, index_TK.clamp(0, experts - 1)).masked_fill(outside, 0.0)
+    probs_TE, last = logits_TE.float().softmax(-1), logits_TE.shape[-1] - 1
+    return probs_TE.gather(-1, index_TK.clamp(0, last)).masked_fill(is_skipped(index_TK, logits_TE), 0.0)
 
 
 def _is_largest(probs_TK: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Trac
         packed = source.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC  # names do not always tell
         source.seek(0)
         plain = target.with_name(f"{target.name}.plain") if packed else target
-        _decompress(path, plain) if packed else _copy(source, plain)
+        _copy(source, plain, packed=packed)
         try:
             merged = merge_in_place(plain, recordings, tracks=tracks)
         except MoETraceError as error:
@@ -124,19 +124,15 @@ def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Trac
     return merged
 
 
-def _copy(source: BinaryIO, plain: Path) -> None:
-    with plain.open("wb") as copy:
-        shutil.copyfileobj(source, copy, _COPY_BYTES)
-
-
-def _decompress(path: Path, plain: Path) -> None:
+def _copy(source: BinaryIO, plain: Path, *, packed: bool) -> None:
+    unpacked = gzip.GzipFile(fileobj=source) if packed else source
     try:
-        with gzip.open(path, "rb") as packed, plain.open("wb") as out:
-            shutil.copyfileobj(packed, out, _COPY_BYTES)
+        with plain.open("wb") as copy:
+            shutil.copyfileobj(unpacked, copy, _COPY_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise TraceFileError(
-            f"{path}: expected a gzip-compressed trace, but {error}; the file is truncated or of another "
-            "kind - export it again"
+            f"{source.name}: expected a gzip-compressed trace, but {error}; the file is truncated or of "
+            "another kind - export it again"
         ) from error
 
 

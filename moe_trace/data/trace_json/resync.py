@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -97,7 +97,7 @@ class _Pieces(Generic[_T]):
 
     def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
         """Whether the array ends in this piece; then its last element is taken, `broken` or not."""
-        if _is_json(self._data[start:end]):
+        if _state(self._data[start:end]) == "whole":
             return False
         pattern = _END if self._more else _END_OF_FILE
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
@@ -107,13 +107,13 @@ class _Pieces(Generic[_T]):
             try:
                 self._found += self._decode(b"[%b]" % text)
             except REFUSALS:
-                if not _is_json(text):
+                if _state(text) != "whole":
                     continue
                 self._found.append(self._one(text))
             self._at = at
             return True
         # A bracket behind what is sound so far closes a list inside the element, not the array.
-        ends = [at for at in ends if not _is_open(self._data[start:at])] if broken else []
+        ends = [at for at in ends if _state(self._data[start:at]) != "open"] if broken else []
         if ends:
             self._found.append(self._one(self._data[start : ends[0]]))
             self._at = ends[0]
@@ -127,8 +127,9 @@ class _Pieces(Generic[_T]):
                 return last
             text = self._data[start : self._ends[last - 1]]
             self._tries -= len(text)
-            if self._tries < 0 or not (_is_cut_off(text) or _is_open(text)):
-                if _is_json(text):  # whole, but of another type than expected
+            state = _state(text)
+            if self._tries < 0 or state in ("whole", "broken"):
+                if state == "whole":  # but of another type than expected
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
@@ -149,33 +150,15 @@ class _Pieces(Generic[_T]):
         return following
 
 
-def _is_cut_off(text: bytes) -> bool:
-    """Whether the text is the beginning of sound JSON: more may follow."""
-    try:
-        msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        return "truncated" in str(error)
-    except (UnicodeDecodeError, RecursionError):
-        pass
-    return False
-
-
-def _is_open(text: bytes) -> bool:
-    """Whether a lenient parser takes all of it, and it ends inside a list or an object but in no string."""
+def _state(text: bytes) -> Literal["whole", "open", "in a string", "broken"]:
+    """What a lenient parser finds: `open` where the text ends inside a list or an object."""
     whole = text.decode("utf-8", "replace")
     try:
         json.loads(whole, strict=False)
     except json.JSONDecodeError as error:
-        return error.pos >= len(whole)
+        if error.msg.startswith("Unterminated string"):
+            return "in a string"
+        return "open" if error.pos >= len(whole) else "broken"
     except RecursionError:
-        pass
-    return False
-
-
-def _is_json(text: bytes) -> bool:
-    """Whether a lenient parser takes it."""
-    try:
-        json.loads(text.decode("utf-8", "replace"), strict=False)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return "broken"
+    return "whole"

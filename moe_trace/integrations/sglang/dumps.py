@@ -38,9 +38,9 @@ def counts_of_dump(path: str | Path) -> np.ndarray:
     if "logical_count" in dump:
         counts = _whole(dump["logical_count"], 3, path)
     else:
-        slots, experts = _slot_map(dump, path), _experts(dump, path)
+        slots = _slot_map(dump, path)
         rows = [_whole(record.get("global_physical_count"), 2, path) for record in _records(dump, path)]
-        counts = np.stack([_by_expert(row, slots, experts, path) for row in rows])
+        counts = np.stack([_by_expert(row, slots, path) for row in rows])
     counted = counts.any((1, 2))
     if not counted.any():
         raise UsageError(f"{path}: found no counts but 0; dump after /stop_expert_distribution_record")
@@ -119,17 +119,13 @@ def _slot_map(dump: dict[str, Any], path: str | Path) -> np.ndarray:
     return _whole(dump.get("last_physical_to_logical_map"), 2, path)
 
 
-def _experts(dump: dict[str, Any], path: str | Path) -> int:
-    return int(_slot_map(dump, path).max(initial=-1)) + 1
-
-
-def _by_expert(counts_LP: np.ndarray, slots_LP: np.ndarray, experts: int, path: str | Path) -> np.ndarray:
+def _by_expert(counts_LP: np.ndarray, slots_LP: np.ndarray, path: str | Path) -> np.ndarray:
     """[L, E]: the replicas of an expert added up."""
     if counts_LP.shape != slots_LP.shape or slots_LP.min(initial=0) < 0:
         raise UsageError(
             f"{path}: found counts {list(counts_LP.shape)} beside a map {list(slots_LP.shape)} of slots"
         )
-    counts_LE = np.zeros((len(counts_LP), experts), np.int64)
+    counts_LE = np.zeros((len(counts_LP), slots_LP.max(initial=-1) + 1), np.int64)
     np.add.at(counts_LE, (np.arange(len(counts_LP))[:, None], slots_LP), counts_LP)
     return counts_LE
 

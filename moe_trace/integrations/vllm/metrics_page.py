@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PATH = "MOE_TRACE_VLLM_METRICS"
+"""Environment variable: file that a serving run's figures go to, with or without a profiler."""
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 FIGURES = {

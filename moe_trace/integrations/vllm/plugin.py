@@ -11,10 +11,10 @@ import importlib
 import os
 from typing import Any
 
+from moe_trace.integrations.vllm.metrics_page import PATH, serve_metrics
+
 SWITCH = "MOE_TRACE_VLLM"
 """Environment variable; `0` keeps moe_trace out of vLLM."""
-METRICS = "MOE_TRACE_VLLM_METRICS"
-"""Environment variable: file that a serving run's figures go to, with or without a profiler."""
 _WORKERS, _WRAPPER, _METHOD = "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"
 
 
@@ -30,7 +30,7 @@ def register() -> None:
         return
     if getattr(method, "_moe_trace", False):
         return
-    if os.environ.get(METRICS):
+    if os.environ.get(PATH):
         _answer()
 
     @functools.wraps(method)
@@ -55,7 +55,7 @@ def _equip(worker: Any, config: Any) -> None:
     """A worker has its device, and no model yet."""
     try:
         profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
-        if worker is None or (profiler != "torch" and not os.environ.get(METRICS)):
+        if worker is None or (profiler != "torch" and not os.environ.get(PATH)):
             return
         from moe_trace.integrations.vllm.worker import WorkerTracing
 
@@ -67,8 +67,6 @@ def _equip(worker: Any, config: Any) -> None:
 def _answer() -> None:
     """This may be the process that answers `/metrics`."""
     try:
-        from moe_trace.integrations.vllm.metrics_page import serve_metrics
-
         serve_metrics()
     except Exception as error:
         _say(repr(error))
