@@ -31,9 +31,9 @@ from bench_pairs import SMALL_SHAPE, TRUE_SHAPE, WARM_UP
 
 import moe_trace
 from moe_trace.workload.config import EP_IMPLEMENTATIONS, Split
+from moe_trace.workload.inputs import make_step
 from moe_trace.workload.process_group import Worker, joined
 from moe_trace.workload.sharded import load_split_model, require_support
-from moe_trace.workload.steps import make_step
 
 BOUND = 1.005
 Context = Callable[[], AbstractContextManager[Any]]

@@ -12,17 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 from moe_trace.data.errors import MoETraceError, TraceFileError, UsageError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 STANDARD_INPUT = "-"
 TRACE = ".pt.trace.json"
-WIDTH = 80
-"""Of a console where nobody watches."""
 _ESCAPES = "moe_trace_escapes"
 
 
@@ -64,16 +59,6 @@ def abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def console(stream: TextIO | None = None) -> Console:
-    """A rich console; 80 columns and plain text unless the stream is a terminal."""
-    from rich.console import Console
-
-    stream = stream or sys.stdout
-    if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(file=stream, width=WIDTH, highlight=False, no_color=True, force_terminal=False)
 
 
 @contextmanager

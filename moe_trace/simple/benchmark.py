@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_trace.data.display.progress import progress_bar
 from moe_trace.data.errors import NothingRecorded, UsageError
-from moe_trace.data.load_stats import describe_load
 from moe_trace.find.routers import LayerSelector
 from moe_trace.simple.comparison import Comparison, Measurement, compare
-from moe_trace.simple.metrics import NAN, CallRow
+from moe_trace.simple.metrics import NAN
 from moe_trace.simple.model_state import ModelState
 from moe_trace.simple.profiler import MoEProfiler
 
@@ -128,14 +128,16 @@ class SimpleBenchmark:
         configs = list(self._configs.values())
         rounds = []
         state = self._state_for(configs)
-        with _progress_bar(self._progress, self.repeats * len(configs)) as advance:
+        total = self.repeats * len(configs)
+        with progress_bar(self._progress) as tell:
             for done in range(self.repeats):
                 taken: dict[str, list[Measurement]] = {}
                 # Every other round runs backwards, so that no configuration always follows the same one.
                 for config in configs if done % 2 == 0 else reversed(configs):
-                    advance(f"round {done + 1}: {config.name}")
+                    tell(f"round {done + 1}: {config.name}", done * len(configs) + len(taken), total)
                     taken[config.name] = self._measure(config, state)
                 rounds.append([m for config in configs for m in taken[config.name]])
+            tell("measured", total, total)
         return rounds
 
     def _state_for(self, configs: Sequence[_Config]) -> ModelState | None:
@@ -179,7 +181,6 @@ class SimpleBenchmark:
             raise NothingRecorded(f"configuration {config.name!r}: {profiler.notes()[0]}")
         samples = [s for metrics in profiler.get_metrics().values() for s in metrics.samples]
         slots = sum(s.tokens * s.top_k for s in samples)
-        loads = [describe_load(s.assignments).max_over_mean for s in samples]
         return Measurement(
             config=config.name,
             text=name,
@@ -188,9 +189,9 @@ class SimpleBenchmark:
             router_ms=sum(row.latency_ms for row in rows),
             experts_ms=sum(row.experts_ms for row in rows),
             flops_per_token=sum(row.flops_total / row.tokens for row in rows),
-            load_max_over_mean=_mean([load for load in loads if load is not None]),
-            router_confidence=_mean(_known(rows, "router_conf")),
-            k_mean=_mean([row.k_avg for row in rows]),
+            load_max_over_mean=_mean(row.load_max_over_mean for row in rows),
+            router_confidence=_mean(row.router_conf for row in rows),
+            k_mean=_mean(row.k_avg for row in rows),
             skipped_share=sum(s.skipped for s in samples) / slots,
         )
 
@@ -225,31 +226,7 @@ def _wait(inputs: dict[str, Tensor]) -> None:
         torch.cuda.synchronize(inputs["input_ids"].device)
 
 
-def _known(rows: Sequence[CallRow], figure: str) -> list[float]:
-    return [value for row in rows if not math.isnan(value := float(getattr(row, figure)))]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else NAN
-
-
-@contextmanager
-def _progress_bar(wanted: bool | None, total: int) -> Iterator[Callable[[str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    shown = wanted if wanted is not None else console.is_terminal or console.is_jupyter
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Where nobody watches there is no bar to redraw: asked for, it is printed once, at the end.
-    with Progress(*columns, console=console, transient=console.is_terminal, disable=not shown) as bar:
-        task = bar.add_task("", total=total)
-        started = 0
-
-        def advance(what: str) -> None:
-            nonlocal started
-            bar.update(task, description=what, completed=started)
-            started += 1
-
-        yield advance
-        bar.update(task, completed=total)
+def _mean(values: Iterable[float]) -> float:
+    """Of those that are known."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else NAN

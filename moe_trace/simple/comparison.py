@@ -167,12 +167,9 @@ def compare(measurements: Sequence[Sequence[Measurement]], *, by_text: bool = Fa
     Args:
         measurements: one sequence a round, each with every configuration.
     """
-    keys = list(dict.fromkeys(_key(m, by_text) for m in measurements[0]))
     rounds = [_round_figures(taken, by_text) for taken in measurements]
-    lines = []
-    for config, text in keys:
-        first = next(key for key in keys if key[1] == text)
-        lines.append(_compare_one(config, text, first, rounds))
+    first = {key[1]: key for key in reversed(rounds[0])}
+    lines = [_compare_one(key, first[key[1]], rounds) for key in rounds[0]]
     return Comparison(lines, interval(np.arange(len(rounds)))[2])
 
 
@@ -198,16 +195,15 @@ def interval(values: Any) -> tuple[float, float, float]:
 
 
 _Key = tuple[str, str]
-
-
-def _key(measurement: Measurement, by_text: bool) -> _Key:
-    return measurement.config, measurement.text if by_text else "all"
+"""Configuration and text."""
 
 
 def _round_figures(taken: Sequence[Measurement], by_text: bool) -> dict[_Key, dict[str, float]]:
     groups: dict[_Key, list[Measurement]] = {}
     for measurement in taken:
-        groups.setdefault(_key(measurement, by_text), []).append(measurement)
+        groups.setdefault((measurement.config, measurement.text if by_text else "all"), []).append(
+            measurement
+        )
     return {key: _figures(group) for key, group in groups.items()}
 
 
@@ -226,11 +222,9 @@ def _figures(group: Sequence[Measurement]) -> dict[str, float]:
     return {"tokens": tokens, "tokens_per_s": tokens / seconds, **timed, **counted}
 
 
-def _compare_one(
-    config: str, text: str, first: _Key, rounds: Sequence[dict[_Key, dict[str, float]]]
-) -> ComparedConfig:
+def _compare_one(key: _Key, first: _Key, rounds: Sequence[dict[_Key, dict[str, float]]]) -> ComparedConfig:
     def timed(name: str) -> Timed:
-        values = np.array([r[config, text][name] for r in rounds])
+        values = np.array([r[key][name] for r in rounds])
         base = np.array([r[first][name] for r in rounds])
         ratios = values / np.where(base == 0, np.nan, base)
         low, high, _ = interval(ratios)
@@ -243,7 +237,7 @@ def _compare_one(
             ratio_high=high,
         )
 
-    tokens = int(rounds[0][config, text]["tokens"])
+    (config, text), tokens = key, int(rounds[0][key]["tokens"])
     figures = {name: timed(name) for name in _FIGURES}
     return ComparedConfig(config=config, text=text, rounds=len(rounds), tokens=tokens, **figures)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-_CONTAINERS = (dict, list, set)
 
 
 class ModelState:
@@ -24,41 +23,40 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [_ModuleState(module) for module in model.modules()]
-        self._configs = [_ConfigState(config) for config in _configs(model)]
+        self._objects = [_ObjectState(module, copy.copy) for module in model.modules()]
+        self._objects += [_ObjectState(config, copy.deepcopy) for config in _configs(model)]
         tensors = [*model.parameters(), *model.buffers()]
         self._tensors = [_TensorState(tensor) for tensor in {id(t): t for t in tensors}.values()]
 
     def restore(self) -> None:
         """Put everything back; may be called again and again."""
-        for module in self._modules:
-            module.restore()
-        for config in self._configs:
-            config.restore()
+        for known in self._objects:
+            known.restore()
         for tensor in self._tensors:
             tensor.restore()
 
 
 class _ObjectState:
-    """An object's attributes; containers among them keep their identity and get their content back.
+    """An object's class and attributes; containers among these stay the same ones and get their content back.
 
     Identity matters: a hook's handle finds its dict by a weak reference.
+
+    Args:
+        copied: how a container is copied: a module's is not looked into, a config's to the bottom.
     """
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    def __init__(self, target: Any, copied: Callable[[Any], Any]) -> None:
+        self._target, self._class, self._copied = target, type(target), copied
         self._attributes = dict(vars(target))
         self._contents = {
-            name: copy.copy(value) for name, value in self._attributes.items() if type(value) in _CONTAINERS
-        }
-        # The hooks of torch are OrderedDicts.
-        self._contents |= {
-            name: value.copy()
+            name: copied(value)
             for name, value in self._attributes.items()
-            if isinstance(value, dict) and type(value) is not dict
+            if isinstance(value, dict) or type(value) in (list, set)
         }
 
     def restore(self) -> None:
+        if type(self._target) is not self._class:
+            self._target.__class__ = self._class
         attributes = vars(self._target)
         attributes.clear()
         attributes.update(self._attributes)
@@ -66,33 +64,9 @@ class _ObjectState:
             container: Any = self._attributes[name]
             container.clear()
             if isinstance(container, list):
-                container.extend(content)
+                container.extend(self._copied(content))
             else:
-                container.update(content)
-
-
-class _ModuleState(_ObjectState):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._class = type(module)
-
-    def restore(self) -> None:
-        if type(self._target) is not self._class:
-            self._target.__class__ = self._class
-        super().restore()
-
-
-class _ConfigState(_ObjectState):
-    """A config holds plain data, so its containers are copied to the bottom."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self._contents = {name: copy.deepcopy(content) for name, content in self._contents.items()}
-
-    def restore(self) -> None:
-        super().restore()
-        # The containers now share what is inside with the copy.
-        self._contents = {name: copy.deepcopy(content) for name, content in self._contents.items()}
+                container.update(self._copied(content))
 
 
 class _TensorState:

@@ -19,8 +19,15 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.find.routers import LayerSelector
 from moe_trace.record.device_clock import CallTimes, DeviceClock
 from moe_trace.record.tracer import MoETracer
-from moe_trace.simple.metrics import COLUMNS, NAN, CallRow, RouterMetrics, call_row, rows_to_csv
-from moe_trace.simple.text import render_metrics
+from moe_trace.simple.metrics import (
+    COLUMNS,
+    NAN,
+    CallRow,
+    RouterMetrics,
+    call_row,
+    render_metrics,
+    rows_to_csv,
+)
 
 __all__ = ["MoEProfiler", "RouterMetrics"]
 

@@ -1,9 +1,10 @@
-"""Token batches for a run: from prompts where there is a tokenizer, else random ids."""
+"""Token batches for a run, from prompts where there is a tokenizer, else random ids; and a step on them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_trace.data.errors import UsageError
+from moe_trace.workload.config import Mode
 
 _RANDOM_LENGTH = 128
+Step = Callable[[], object]
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -95,3 +98,27 @@ def _vocabulary(model: nn.Module) -> int:
     if not isinstance(size, int):
         raise UsageError(f"{type(model).__name__} tells no vocabulary size; give a model with a tokenizer")
     return size
+
+
+def make_step(model: Any, inputs: dict[str, Tensor], *, mode: Mode, max_new_tokens: int) -> Step:
+    """A function that runs one step of `mode` on the inputs."""
+    if mode == "train":
+        return _training_step(model.train(), inputs)
+    model.eval()
+    call = partial(model, **inputs)
+    if mode == "generate":  # exactly this many tokens, so that steps are alike
+        sizes = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+        call = partial(model.generate, **inputs, **sizes, do_sample=False)
+    return torch.no_grad()(call)
+
+
+def _training_step(model: Any, inputs: dict[str, Tensor]) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+    def step() -> None:
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

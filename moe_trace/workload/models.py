@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.demo import demo_path, load_demo_model
 
 
 class ModelError(MoETraceError):
@@ -67,75 +68,44 @@ def load_model(
         ModelError: it cannot be loaded; the message says what was tried.
         UsageError: a config without weights, and no `random_weights`.
     """
-    if source == "demo":
-        from moe_trace.demo import demo_path
-
-        if not random_weights:
-            model, tokenizer = _demo(device, dtype, distributed_config, top_k)
-            return _with_experts(model, experts_implementation), tokenizer
-        source = str(demo_path())
+    path = str(demo_path()) if source == "demo" else source
+    split = {} if distributed_config is None else {"distributed_config": distributed_config}
     try:
-        if random_weights:
-            model = _from_config(source, torch.device(device), dtype, top_k)
+        config = _config(path, top_k, random_weights=random_weights)
+        if source == "demo" and not random_weights:
+            model, tokenizer = load_demo_model(device, dtype, config=config, **split)
         else:
-            model = _pretrained(source, torch.device(device), dtype, distributed_config, top_k)
-        return _with_experts(model, experts_implementation), load_tokenizer(source)
+            tokenizer = load_tokenizer(path)
+            if random_weights:
+                model = _random_model(config, torch.device(device), dtype)
+            else:
+                build = _model_class(config).from_pretrained
+                model = build(path, config=config, dtype=dtype or "auto", **split).to(device)
+        return _with_experts(model.eval(), experts_implementation), tokenizer
     except UsageError:
         raise
     except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
         raise ModelError(_NOT_LOADED.format(source=source, why=_first_line(error))) from error
 
 
-def _demo(
-    device: torch.device | str, dtype: torch.dtype | None, distributed_config: Any, top_k: int | None
-) -> tuple[nn.Module, Any]:
-    import transformers
-
-    from moe_trace.demo import demo_path, load_demo_model
-
-    config = _with_top_k(transformers.AutoConfig.from_pretrained(str(demo_path())), top_k)
-    split = _only_given(distributed_config=distributed_config)
-    return load_demo_model(device, dtype, config=config, **split)
-
-
-def _only_given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _pretrained(
-    source: str,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    distributed_config: Any,
-    top_k: int | None,
-) -> nn.Module:
+def _config(source: str, top_k: int | None, *, random_weights: bool) -> Any:
     import transformers
 
     if source.endswith(".json"):
-        raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
-    config = _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
-    split = _only_given(distributed_config=distributed_config)
-    model = _model_class(config).from_pretrained(source, config=config, dtype=dtype or "auto", **split)
-    return model.to(device).eval()
-
-
-def _from_config(
-    source: str, device: torch.device, dtype: torch.dtype | None, top_k: int | None
-) -> nn.Module:
-    import transformers
-
-    if source.endswith(".json"):
+        if not random_weights:
+            raise UsageError(f"{source} is a config and holds no weights; add --random-weights")
         values = json.loads(Path(source).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError("the config has no `model_type`")
-        config = transformers.AutoConfig.from_pretrained(source)  # decodes what JSON cannot hold: infinity
-    else:
-        config = transformers.AutoConfig.from_pretrained(source)
-    config = _with_top_k(config, top_k)
+    # Reads a config.json again, for it decodes what JSON cannot hold: infinity.
+    return _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
+
+
+def _random_model(config: Any, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     torch.manual_seed(0)
-    with torch.device(device):
-        model = _model_class(config)(config)
-    return model.to(dtype).eval() if dtype is not None else model.eval()
+    with device:
+        model: nn.Module = _model_class(config)(config)
+    return model if dtype is None else model.to(dtype)
 
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk", "top_k")

@@ -77,7 +77,7 @@ class Worker:
     local_world_size: int = 1
     world_size: int = 1
     store: Any = field(default=None, repr=False)
-    stop: StopSignal = field(default_factory=lambda: StopSignal())
+    stop: StopSignal = field(default_factory=StopSignal)
 
     @property
     def is_rank0(self) -> bool:
@@ -93,6 +93,11 @@ class Worker:
         """What a rank has told; None where it has not, yet."""
         key = f"{what}/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def told(self, what: str, rank: int) -> Any:
+        """As `lookup`; `{"failed": why}` of a rank that has failed."""
+        failed = self.lookup("failed", rank)
+        return self.lookup(what, rank) if failed is None else {"failed": failed}
 
     def wait_for_leader(self, what: str, timeout_s: float) -> None:
         """Wait until rank 0 told `what`.
@@ -191,7 +196,7 @@ def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:
     problems = []
     for rank in range(1, worker.world_size):
         left = max(0.0, deadline - time.monotonic())
-        answer = worker.wait(functools.partial(_answer, worker, rank), left)
+        answer = worker.wait(functools.partial(worker.told, "trace", rank), left)
         if answer is None:
             problems.append(
                 f"rank {rank} has written no trace within {timeout_s:g} s of rank 0 (it died, or is late)"
@@ -204,8 +209,3 @@ def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:
                 f"{socket.gethostname()}: give --out a folder that all machines share"
             )
     return problems
-
-
-def _answer(worker: Worker, rank: int) -> Any:
-    failed = worker.lookup("failed", rank)
-    return worker.lookup("trace", rank) if failed is None else {"failed": failed}

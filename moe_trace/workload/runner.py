@@ -17,10 +17,11 @@ from moe_trace.data.errors import Interrupted, MoETraceError, NothingRecorded, O
 from moe_trace.data.summary import Summary
 from moe_trace.find.contracts.modules import class_name
 from moe_trace.integrations.handler import tensorboard_trace_handler
+from moe_trace.read.reader import read_summary
 from moe_trace.record.profiler import profile
 from moe_trace.workload.config import RunConfig, routes_of
 from moe_trace.workload.folder import claim_folder, files_in, traces_in
-from moe_trace.workload.inputs import make_inputs, read_prompts
+from moe_trace.workload.inputs import Step, make_inputs, make_step, read_prompts
 from moe_trace.workload.models import ModelError, choose_device, load_model
 from moe_trace.workload.process_group import (
     LeaderFailed,
@@ -31,7 +32,6 @@ from moe_trace.workload.process_group import (
     missing_files,
 )
 from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
-from moe_trace.workload.steps import Step, make_step
 
 _CLAIM_S = 300.0
 _GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it
@@ -66,7 +66,7 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
     if not config.split.is_split:
         _refuse_several_processes()
         trace, prof = _record(config, Worker(), device, progress)
-        return _result(prof.tracer.summary(), trace, config)
+        return RunResult(prof.tracer.summary(), trace, files_in(config.out))
     require_support(config.split, device)
     with joined(device.type, config.split.processes) as worker:
         if device.type == "cuda":
@@ -77,7 +77,9 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
         if not worker.is_rank0:
             return RunResult(None, trace, (trace,))
         progress("waiting for the others", 1, 1)
-        return _result_of_all(worker, trace, config)
+        worker.stop.only_note()
+        problems = tuple(missing_files(worker, config.out, config.rank_timeout))
+        return RunResult(read_summary(config.out), trace, files_in(config.out), problems)
 
 
 def _refuse_several_processes() -> None:
@@ -223,19 +225,6 @@ def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
             f"the run did not end: {'; '.join(others)}. In {config.out} is what was written until then: "
             f"{', '.join(kept) or 'nothing'}"
         ) from error
-
-
-def _result_of_all(worker: Worker, trace: Path, config: RunConfig) -> RunResult:
-    """One summary of what all processes wrote; those that wrote nothing are named."""
-    from moe_trace.read.reader import read_summary
-
-    worker.stop.only_note()
-    problems = tuple(missing_files(worker, config.out, config.rank_timeout))
-    return _result(read_summary(config.out), trace, config, problems)
-
-
-def _result(summary: Summary, trace: Path, config: RunConfig, problems: tuple[str, ...] = ()) -> RunResult:
-    return RunResult(summary, trace, files_in(config.out), problems)
 
 
 def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:

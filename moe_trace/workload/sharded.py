@@ -115,32 +115,23 @@ def _random_weights_on_disk(source: str, worker: Worker, dtype: torch.dtype | No
     The folder goes when all processes of the machine have read it, or failed to.
     """
     if worker.local_rank != 0:
-        yield Path(_folder_of(worker, worker.rank - worker.local_rank))
-        worker.publish("read", True)
+        maker = worker.rank - worker.local_rank
+        drawn = worker.wait(partial(worker.told, "weights", maker), _DRAWING_S)
+        if drawn is None or "failed" in drawn:
+            raise LeaderFailed(f"rank {maker} could not draw the weights")
+        yield Path(drawn["folder"])
+        worker.publish("read", {})
         return
     with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:
         model, _ = load_model(source, device="cpu", dtype=dtype, random_weights=True)
         model.save_pretrained(folder)  # type: ignore[operator]
         del model
-        worker.publish("weights", folder)
+        worker.publish("weights", {"folder": folder})
         try:
             yield Path(folder)
         finally:
             for rank in range(worker.rank + 1, worker.rank + worker.local_world_size):
-                worker.wait(partial(_told_of, worker, "read", rank), _READING_S)
-
-
-def _folder_of(worker: Worker, maker: int) -> str:
-    folder = worker.wait(partial(_told_of, worker, "weights", maker), _DRAWING_S)
-    if folder is None or worker.lookup("failed", maker):
-        raise LeaderFailed(f"rank {maker} could not draw the weights")
-    return str(folder)
-
-
-def _told_of(worker: Worker, what: str, rank: int) -> Any:
-    """What a rank told, or else why it failed."""
-    answer = worker.lookup(what, rank)
-    return worker.lookup("failed", rank) if answer is None else answer
+                worker.wait(partial(worker.told, "read", rank), _READING_S)
 
 
 def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], worker: Worker) -> dict[str, Tensor]:

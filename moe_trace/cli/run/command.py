@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_trace.cli.arguments import add_output, parse_names, parse_numbers
-from moe_trace.cli.pipes import console
 from moe_trace.cli.run.program import (
     SCRIPT_STEPS,
     new_folder,
@@ -202,21 +201,15 @@ def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
 def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
     # Kineto writes a line to stderr whenever a profiler starts and stops; torch reads this when it loads.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from moe_trace.data.display.progress import progress_bar
     from moe_trace.workload.models import hide_progress_bars
     from moe_trace.workload.runner import run
 
-    terminal = console(sys.stderr)
-    draws = terminal.is_terminal and os.environ.get("RANK", "0") == "0"
+    draws = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     if not draws:
         hide_progress_bars()
-    columns = (TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=terminal, transient=True, disable=not draws) as bar:
-        task = bar.add_task("starting", total=config.warmup + config.steps)
-        return run(
-            config, lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        )
+    with progress_bar(draws) as tell:
+        return run(config, tell)
 
 
 @contextmanager

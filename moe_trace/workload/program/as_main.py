@@ -18,6 +18,14 @@ from pathlib import Path
 from moe_trace.data.errors import UsageError
 
 INTERRUPTED = 130
+_LAUNCHERS = {
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+    "torchrun": "torchrun",
+    "accelerate": "accelerate launch",
+    "accelerate.commands.launch": "accelerate launch",
+    "deepspeed": "deepspeed",
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,14 @@ class Program:
         """Find out whether it exists.
 
         Raises:
-            UsageError: there is no such program.
+            UsageError: there is no such program, or it starts the processes that would have to be watched.
         """
+        name = self.target if self.is_module else Path(self.target).name
+        if name in _LAUNCHERS:
+            raise UsageError(
+                f"{name} starts other processes, which would not be recorded; start it outside: "
+                f"{_LAUNCHERS[name]} [options] -m moe_trace run SCRIPT ..."
+            )
         if not self.is_module and not Path(self.target).exists():
             raise UsageError(f"found no file {self.target}, expected a Python program")
 

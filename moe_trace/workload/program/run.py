@@ -19,22 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from moe_trace.data.errors import UsageError
 from moe_trace.workload.config import RunConfig
 from moe_trace.workload.folder import claim_folder, files_in
 from moe_trace.workload.program.as_main import Program
 
 if TYPE_CHECKING:
     from moe_trace.workload.program.watch import Watch
-
-_LAUNCHERS = {
-    "torch.distributed.run": "torchrun",
-    "torch.distributed.launch": "torchrun",
-    "torchrun": "torchrun",
-    "accelerate": "accelerate launch",
-    "accelerate.commands.launch": "accelerate launch",
-    "deepspeed": "deepspeed",
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
         UsageError: there is no such program, or it starts other processes that would be the ones to watch.
         OutputError: the folder cannot be written, or holds other files.
     """
-    _refuse_launchers(program)
     program.check()
     leads = _rank() == 0
     earlier = claim_folder(config.out, force=config.force) if leads else []
@@ -138,15 +127,6 @@ def _agreed(folder: Path) -> Path:
         store.set(key, str(folder))
         return folder
     return Path(store.get(key).decode())
-
-
-def _refuse_launchers(program: Program) -> None:
-    name = program.target if program.is_module else Path(program.target).name
-    if name in _LAUNCHERS:
-        raise UsageError(
-            f"{name} starts other processes, which would not be recorded; start it outside: "
-            f"{_LAUNCHERS[name]} [options] -m moe_trace run SCRIPT ..."
-        )
 
 
 def _why_nothing(program: Program, watch: Watch) -> str:

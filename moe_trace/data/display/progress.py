@@ -1,0 +1,38 @@
+"""The bar that says how far something is, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(
+    shown: bool | None = None, *, in_bytes: bool = False
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that takes what is being done, how much is done, and of how much.
+
+    Args:
+        shown: None for on a terminal or in a notebook. Elsewhere it is printed once, at the end.
+        in_bytes: what is counted, with the time that is left; else steps, with the time that they took.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    shown = shown if shown is not None else console.is_terminal or console.is_jupyter
+    counts = (
+        (DownloadColumn(), TimeRemainingColumn()) if in_bytes else (MofNCompleteColumn(), TimeElapsedColumn())
+    )
+    columns = (TextColumn("{task.description:>18}"), BarColumn(), *counts)
+    with Progress(*columns, console=console, transient=console.is_terminal, disable=not shown) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
