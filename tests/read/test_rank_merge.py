@@ -23,7 +23,7 @@ from moe_trace.read.reader import TraceSummary, read_recording, read_summary
 from moe_trace.show.json import to_plain
 from moe_trace.show.tensorboard.catalog import Catalogs
 from moe_trace.show.tensorboard.data import Dashboard
-from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report
+from moe_trace.show.tensorboard.ranks import ranks, run_report
 from moe_trace.timeline.merge import merge_recording
 from paths import DATA
 from spliced import recording_in
@@ -212,7 +212,7 @@ def test_waits_that_cannot_be_taken_out_name_no_straggler(tmp_path: Path) -> Non
     report = run_report(summaries)
     assert report is not None
     on_host = replace(report, exchanges=tuple(replace(one, on_device=False) for one in report.exchanges))
-    answer = ranks([rank_digest(summary) for summary in summaries], on_host)
+    answer = ranks(summaries, on_host)
     assert (answer["straggler"], answer["waits_inside"]) == (None, True)
 
 

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from moe_trace.data.display.tables import share
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.diff import Comparison, compare
+from moe_trace.read.diff import Comparison
 from moe_trace.show.diff import headline, shifts
-from moe_trace.show.figures.expert_heat_map import difference_map
+from moe_trace.show.figures.figure import Figure
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure, plain_table
 
 
-def comparison(
-    a: TraceSummary,
-    b: TraceSummary,
-    wanted: str,
-    keep: Callable[[str, Callable[[], Comparison]], Comparison],
-) -> JsonDict:
-    """What the view shows of the layer that is wanted, or of all.
-
-    Args:
-        keep: computes what the resampling of a layer gives, or finds it.
-    """
+def compared_sites(a: TraceSummary, b: TraceSummary) -> list[str]:
+    """The layers that both have, behind `all`."""
     names_b = {router.info.name for router in b.routers}
-    sites = ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
-    site = wanted if wanted in sites else "all"
-    found = keep(site, lambda: compare(a, b, only=site))
+    return ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
+
+
+def comparison(found: Comparison, difference: Figure) -> JsonDict:
+    """What the view shows of the layer that was compared, or of all."""
     changes = found.changes
     rows = [(c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict) for c in changes]
-    figure = difference_map(a, b)
     headings = ("metric", "A", "B", "B − A", "relative", "interval from", "interval to", "verdict")
     return {
         "headline": headline(found),
         "setup": plain_table(("what differs", "A", "B"), [(s.fact, s.a, s.b) for s in found.setup]),
         "notes": list(found.notes),
-        "sites": sites,
-        "site": site,
-        "map": plain_figure(figure) if figure.data else None,
+        "map": plain_figure(difference) if difference.data else None,
         "routing": _routing(found),
         "table": plain_table(headings, rows),
         "changed": sum(c.verdict == "changed" for c in changes),

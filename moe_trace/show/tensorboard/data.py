@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from moe_trace.data.display.columns import DEFINITIONS
 from moe_trace.data.errors import MoETraceError
+from moe_trace.data.schema import Stage
 from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
+from moe_trace.read.diff import compare
 from moe_trace.read.time.step_timeline import Lanes, find_lanes
 from moe_trace.show.figures.decisions import entropy_over_time, layer_figures, load_over_time
-from moe_trace.show.figures.expert_heat_map import expert_heat_map, physical_figure, step_label
+from moe_trace.show.figures.expert_heat_map import (
+    difference_map,
+    expert_heat_map,
+    physical_figure,
+    step_label,
+)
 from moe_trace.show.figures.time import time_figures
 from moe_trace.show.tensorboard.catalog import FRESH_S, Catalogs, Trace
-from moe_trace.show.tensorboard.chosen_stage import StagePart, path_of
-from moe_trace.show.tensorboard.comparison import comparison
-from moe_trace.show.tensorboard.overview import in_graphs, overview
+from moe_trace.show.tensorboard.comparison import compared_sites, comparison
+from moe_trace.show.tensorboard.overview import in_graphs, overview, path_of
 from moe_trace.show.tensorboard.parameters import Parameters, step_range
-from moe_trace.show.tensorboard.ranks import rank_digest, ranks, run_report, together
+from moe_trace.show.tensorboard.ranks import ranks, run_report, together
 from moe_trace.show.tensorboard.routes import RoutesFiles, routes_file
 from moe_trace.show.tensorboard.routing import StepCounts, heat, layer_facts, loaded_routers
 from moe_trace.show.tensorboard.store import Store
@@ -28,6 +34,14 @@ from moe_trace.show.tensorboard.timeline import kernels, timeline
 from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key, plain_figure
 
 _T = TypeVar("_T")
+
+
+class StagePart(NamedTuple):
+    """The part of a trace that a view shows: one stage of it where it holds several."""
+
+    trace: Trace
+    stage: Stage | None
+    summary: TraceSummary
 
 
 class Dashboard:
@@ -217,15 +231,12 @@ class Dashboard:
 
     def compare_impl(self, parameters: Parameters) -> JsonDict:
         """B against A: difference map, and every metric with its interval."""
-        part_a, part_b = self._part(parameters), self._part(parameters, "_b")
-        return comparison(
-            part_a.summary,
-            part_b.summary,
-            parameters.get("site", ""),
-            lambda site, compute: self._derived(
-                part_a, ("changes", part_b.trace.key, part_b.stage, site), lambda _: compute()
-            ),
-        )
+        a, b = self._part(parameters), self._part(parameters, "_b")
+        sites = compared_sites(a.summary, b.summary)
+        site = parameters.get("site", "") if parameters.get("site") in sites else "all"
+        what = ("changes", b.trace.key, b.stage, site)
+        found = self._derived(a, what, lambda one: compare(one, b.summary, only=site))
+        return {"sites": sites, "site": site, **comparison(found, difference_map(a.summary, b.summary))}
 
     def ranks_impl(self, parameters: Parameters) -> JsonDict:
         """The ranks of a run; traces that cannot be read are named."""
@@ -237,6 +248,6 @@ class Dashboard:
             except MoETraceError as error:
                 broken.append({"trace": trace.name, "reason": str(error)})
         report = run_report(summaries)
-        found = ranks([rank_digest(summary) for summary in summaries if summary.ranks is None], report)
+        found = ranks([summary for summary in summaries if summary.ranks is None], report)
         found["ranks"] = max(found["ranks"], len(report.ranks) if report is not None else 0)
         return {**found, "together": together(report), "traces": len(traces), "unreadable": broken}

@@ -11,7 +11,6 @@ from moe_trace.data.display.tables import number, scaled, share
 from moe_trace.data.summary import model_name
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.findings.finding import Finding
-from moe_trace.show.tensorboard.chosen_stage import path_of
 from moe_trace.show.tensorboard.to_json import JsonDict
 from moe_trace.show.text.phases import shares_sentence
 
@@ -26,6 +25,11 @@ VIEW_OF_RULE = {
     "weights_bind": "time",
 }
 """Every other rule is about the routing."""
+
+
+def path_of(stage: str | None) -> str:
+    """Where the stage's figures stand in the report's JSON: `` or `stages.prefill.`."""
+    return f"stages.{stage}." if stage else ""
 
 
 def overview(summary: TraceSummary) -> JsonDict:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,29 +11,11 @@ from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.ranks.inputs import Ranks
 from moe_trace.read.ranks.report import RankReport, report_ranks
 from moe_trace.read.ranks.same_run import first_difference
+from moe_trace.read.time.layers import LayerPhases
 from moe_trace.show.figures.figure import Figure, Spec, bars, bars_layout, layers_map
 from moe_trace.show.figures.ranks import rank_figures
 from moe_trace.show.tensorboard.to_json import JsonDict, figures_by_key
 from moe_trace.show.text.ranks import rank_sentences
-
-_ADDED = ("tokens", "assignments", "calls", "moe_work_us", "traces")
-
-
-def rank_digest(summary: TraceSummary) -> JsonDict:
-    """What the comparison needs of one trace."""
-    phases = summary.phases
-    work = {layer.site: _work_us(layer, phases.whole.on_device) for layer in phases.layers} if phases else {}
-    return {
-        "rank": summary.rank,
-        "tokens": summary.totals.tokens,
-        "assignments": summary.totals.assignments,
-        "calls": summary.totals.calls,
-        "on_device": bool(phases and phases.whole.on_device),
-        "moe_work_us": phases.whole.moe_work_us or 0.0 if phases else 0.0,
-        "traces": 1,
-        "work_us": work,
-        "loads": {r.info.site: list(r.assignments) for r in summary.routers if sum(r.assignments)},
-    }
 
 
 def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
@@ -60,40 +42,52 @@ def together(report: RankReport | None) -> JsonDict | None:
     }
 
 
-def _work_us(layer: Any, on_device: bool) -> float:
+def by_rank(summaries: Sequence[TraceSummary]) -> list[JsonDict]:
+    """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
+    rows: dict[int, JsonDict] = {}
+    for summary in sorted(summaries, key=lambda one: one.rank):
+        phases, totals = summary.phases, summary.totals
+        on_device = bool(phases and phases.whole.on_device)
+        row = rows.setdefault(summary.rank, {"rank": summary.rank, "on_device": on_device, **_nothing()})
+        row["traces"] += 1
+        for name in ("tokens", "assignments", "calls"):
+            row[name] += getattr(totals, name)
+        if phases is not None:
+            row["moe_work_us"] += phases.whole.moe_work_us or 0.0
+            row["work_us"].update({layer.site: _work_us(layer, on_device) for layer in phases.layers})
+    return list(rows.values())
+
+
+def _nothing() -> JsonDict:
+    return {
+        **dict.fromkeys(("traces", "tokens", "assignments", "calls", "moe_work_us"), 0),
+        "work_us": Counter(),
+    }
+
+
+def _work_us(layer: LayerPhases, on_device: bool) -> float:
     return (layer.device_busy_us or 0.0) if on_device else layer.block_host_us - layer.host_gap_us
 
 
-def by_rank(digests: Sequence[JsonDict]) -> list[JsonDict]:
-    """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
-    rows: dict[int, JsonDict] = {}
-    for digest in digests:
-        row = rows.setdefault(digest["rank"], {**digest, **dict.fromkeys(_ADDED, 0), "work_us": {}})
-        for name in _ADDED:
-            row[name] += digest[name]
-        for site, us in digest["work_us"].items():
-            row["work_us"][site] = row["work_us"].get(site, 0.0) + us
-    return [rows[rank] for rank in sorted(rows)]
-
-
-def ranks(digests: Sequence[JsonDict], report: RankReport | None = None) -> JsonDict:
+def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -> JsonDict:
     """Tables and figures of at least two ranks; of one, only how many there are.
 
     Args:
+        summaries: of the traces of a rank each.
         report: of the same ranks together. Collectives also run while they wait for other ranks: that is no
             work, or the rank that waits longest would pass for the straggler. Where it cannot be taken out
             (gloo waits in operators of the host), no straggler is named.
     """
-    rows = by_rank(digests)
+    rows = by_rank(summaries)
     without_waits = _take_waits_out(rows, report)
     if len(rows) < 2:
         return {"ranks": len(rows), "figures": {}}
-    slowest = max(rows, key=lambda row: row["moe_work_us"])
     waits_inside = bool(report is not None and report.exchanges) and not without_waits
+    loads = [{r.info.site: tuple(r.assignments) for r in s.routers if sum(r.assignments)} for s in summaries]
     return {
         "ranks": len(rows),
-        "same_load": len({str(sorted(d["loads"].items())) for d in digests}) == 1,
-        "straggler": None if waits_inside else _straggler(rows, slowest),
+        "same_load": all(one == loads[0] for one in loads),
+        "straggler": None if waits_inside else _straggler(rows),
         "waits_inside": waits_inside,
         "without_waits": without_waits,
         "figures": figures_by_key(
@@ -116,10 +110,11 @@ def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool
     return True
 
 
-def _straggler(rows: Sequence[JsonDict], slowest: JsonDict) -> JsonDict | None:
+def _straggler(rows: Sequence[JsonDict]) -> JsonDict | None:
     mean = sum(row["moe_work_us"] for row in rows) / len(rows)
     if not mean:
         return None
+    slowest = max(rows, key=lambda row: row["moe_work_us"])
     return {
         "rank": slowest["rank"],
         "ratio": slowest["moe_work_us"] / mean,
@@ -163,9 +158,7 @@ def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figu
 def work_map(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
     """Layers x ranks: each rank's work over the mean of the ranks."""
     sites = sorted({site for row in rows for site in row["work_us"]})
-    work = np.array([[row["work_us"].get(site, 0.0) for row in rows] for site in sites]).reshape(
-        -1, len(rows)
-    )
+    work = np.array([[row["work_us"][site] for row in rows] for site in sites], float).reshape(-1, len(rows))
     mean = work.mean(1, keepdims=True)
     ratio = np.divide(work, mean, out=np.ones_like(work), where=mean > 0)
     hover = "layer %{y}, %{x}: %{z:.2f} of the mean rank's work"

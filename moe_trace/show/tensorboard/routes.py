@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from moe_trace.data.errors import MoETraceError, TraceFileError
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.data.routes.file import read_routes, routes_beside
 from moe_trace.read.routes.study import study
-from moe_trace.read.routes.text.tokenizer import TOKENIZER, Vocabulary, read_vocabulary
+from moe_trace.read.routes.text.tokenizer import TOKENIZER, read_vocabulary
 from moe_trace.show.figures.routes.curves import domain_bars, saturation_curve
 from moe_trace.show.figures.routes.report import routes_figures
 from moe_trace.show.routes.tokens import TokenPages
@@ -52,7 +52,7 @@ class RoutesFiles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int, int], _Kept] = OrderedDict()
+        self._read_once = lru_cache(KEPT_MAX)(_read)
 
     def header(self, trace: Trace, parameters: Parameters) -> JsonDict:
         """What holds for all tokens of a group of layers; `{"missing": True}` without a file."""
@@ -109,28 +109,19 @@ class RoutesFiles:
         if path is None:
             return None
         status = path.stat()
-        key = (str(path), status.st_mtime_ns, status.st_size)
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = _read(path)
-                while len(self._kept) > KEPT_MAX:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        with self._lock:  # one thread reads a file, the others wait for it
+            return self._read_once(path, status.st_mtime_ns, status.st_size)
 
 
-def _read(path: Path) -> _Kept:
+def _read(path: Path, *version: int) -> _Kept:
+    """The file as it is now: another `version` is another file."""
     try:
         routes = read_routes(path)
     except MemoryError as error:
         raise TraceFileError(f"{path.name}: too large for the memory that this machine has left") from error
-    vocabulary = _vocabulary() if routes.token_ids is not None else None
+    named = os.environ.get(TOKENIZER) if routes.token_ids is not None else None
+    vocabulary = read_vocabulary(named) if named else None
     return _Kept(routes, [TokenPages(group, vocabulary) for group in routes.groups])
-
-
-def _vocabulary() -> Vocabulary | None:
-    path = os.environ.get(TOKENIZER)
-    return read_vocabulary(path) if path else None
 
 
 def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
