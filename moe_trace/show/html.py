@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
+from itertools import starmap
 
 from moe_trace.data.display.columns import number_text
 from moe_trace.data.display.tables import scaled, share
@@ -33,49 +33,18 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
     Raises:
         UsageError: plotly is not installed.
     """
-    drawn = [_parts(f"f{i}", summary) for i, summary in enumerate(summaries)]
     beside = routes or [None] * len(summaries)
-    sections = "\n".join(map(_section, summaries, drawn, beside))
-    specs = [figure_spec(part.prefix, figure) for parts in drawn for part in parts for figure in part.figures]
-    found = [part for part in beside if part is not None]
-    specs += [spec for part in found for spec in part.specs]
+    drawn = [_section(f"f{i}", *one) for i, one in enumerate(zip(summaries, beside, strict=True))]
+    sections = "\n".join(html for html, _ in drawn)
+    specs = [spec for _, found in drawn for spec in found]
+    views = [view for part in beside if part is not None for view in part.views]
     title = model_name(summaries[0].model, 120) if len(summaries) == 1 else f"{len(summaries)} traces"
-    return document(title, sections, specs, routes=[view for part in found for view in part.views])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One stage of a trace, all of a trace of a single stage, or its ranks together."""
-
-    prefix: str
-    """Of the ids of its figures."""
-    heading: str
-    """Empty where there is no other."""
-    words: str
-    """What stands above the figures, as HTML."""
-    figures: list[Figure]
+    return document(title, sections, specs, routes=views)
 
 
 def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
     """Each stage under its name; a single one under none."""
     return {str(stage): part for stage, part in summary.stages.items()} or {"": summary}
-
-
-def _parts(prefix: str, summary: TraceSummary) -> list[_Part]:
-    apart = summary.findings_apart()
-    parts = [
-        _Part(
-            "-".join(filter(None, (prefix, stage))),
-            stage.capitalize(),
-            _answers(part, apart[stage]),
-            figures(part),
-        )
-        for stage, part in _by_stage(summary).items()
-    ]
-    if summary.ranks is not None:
-        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
-        parts.append(_Part(prefix, "Ranks", f"<ul>{items}</ul>", rank_figures(summary.ranks)))
-    return parts
 
 
 def render_fragment(summary: TraceSummary) -> str:
@@ -91,20 +60,34 @@ def render_fragment(summary: TraceSummary) -> str:
     return f"<div><h3>{escape(model_name(summary.model, 120))}</h3>{''.join(shown)}</div>"
 
 
-def _section(summary: TraceSummary, parts: Sequence[_Part], routes: RoutesPart | None) -> str:
+def _section(
+    prefix: str, summary: TraceSummary, routes: RoutesPart | None
+) -> tuple[str, list[dict[str, object]]]:
+    """One trace, and the specifications of its figures: its stages, or all of it, then its ranks together."""
+    apart = summary.findings_apart()
+    parts = [
+        (f"{prefix}-{stage}" if stage else prefix, stage, _answers(part, apart[stage]), figures(part))
+        for stage, part in _by_stage(summary).items()
+    ]
+    if summary.ranks is not None:
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rank_sentences(summary.ranks))
+        parts.append((prefix, "ranks", f"<ul>{items}</ul>", rank_figures(summary.ranks)))
+    specs = [figure_spec(key, figure) for key, _, _, found in parts for figure in found]
+    specs += routes.specs if routes is not None else []
     notes = "".join(f"<li>{escape(note)}</li>" for note in summary.notes)
-    return f"""<section aria-label="{escape(str(summary.trace))}">
+    html = f"""<section aria-label="{escape(str(summary.trace))}">
 <p class="path">{escape(str(summary.trace))}</p>
-{"".join(map(_part, parts))}
+{"".join(starmap(_part, parts))}
 {_findings_of_run(summary)}
 {f'<h2 class="part">Routes</h2>{routes.html}' if routes is not None else ""}
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
 </section>"""
+    return html, specs
 
 
-def _part(part: _Part) -> str:
-    heading = f'<h2 class="part">{part.heading}</h2>' if part.heading else ""
-    return f"{heading}{part.words}\n{''.join(figure_html(part.prefix, figure) for figure in part.figures)}"
+def _part(prefix: str, name: str, words: str, drawn: Sequence[Figure]) -> str:
+    heading = f'<h2 class="part">{name.capitalize()}</h2>' if name else ""
+    return f"{heading}{words}\n{''.join(figure_html(prefix, figure) for figure in drawn)}"
 
 
 def _answers(summary: TraceSummary, found: Sequence[Finding]) -> str:

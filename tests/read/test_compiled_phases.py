@@ -33,8 +33,7 @@ from moe_trace.read.time.joined import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.step_timeline import find_lanes
-from moe_trace.show.figures.latency import latency
-from moe_trace.show.figures.time import time_figures
+from moe_trace.show.figures.time import latency, time_figures
 from moe_trace.show.json import to_plain
 from moe_trace.show.text.report import render_text
 from moe_trace.timeline.correlate.compiled_calls import CompiledCalls

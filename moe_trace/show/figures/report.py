@@ -8,8 +8,7 @@ from moe_trace.show.figures.decisions import entropy_over_time, k_histogram, loa
 from moe_trace.show.figures.distinct import distinct_figure
 from moe_trace.show.figures.expert_heat_map import expert_heat_map, physical_figure
 from moe_trace.show.figures.figure import Figure
-from moe_trace.show.figures.latency import latency
-from moe_trace.show.figures.time import phase_figures
+from moe_trace.show.figures.time import latency, phase_figures
 
 
 def figures(summary: Summary) -> list[Figure]:

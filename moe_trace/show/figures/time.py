@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from moe_trace.data.compiled_graph import BY_COMPILER
+from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
@@ -21,11 +23,11 @@ from moe_trace.show.figures.figure import (
     curve,
     layer_columns,
 )
-from moe_trace.show.figures.latency import inside_compiled, latency
 
 Clock = Literal["device", "host"]
 BINS = 48
 HOST, SPAN, BUSY = "#0072B2", "#E69F00", "#009E73"
+CLOCKS = {"host": HOST, "device span": SPAN, "device busy": BUSY}
 _CALL: dict[Pass, str] = {
     "forward": "call",
     "recompute": "call that gradient checkpointing ran again",
@@ -59,37 +61,43 @@ def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
     return ("device", "host") if report.whole.host_known else ("device",)
 
 
+def inside_compiled(report: PhaseReport | None) -> str:
+    """The mark alone, where another figure gives the shares."""
+    known = report is not None and report.provenance is not None
+    return f" Inside compiled code {BY_COMPILER}." if known else ""
+
+
 def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     """Stacked bars: mean time of each phase of one call, per layer."""
     rows = [_phase_us(layer, clock, part) for layer in report.layers]
-    names = [name for name in (*PHASES, "gap") if any(row.get(name) for row in rows)]
+    columns = {name: [row.get(name) for row in rows] for name in (*PHASES, "gap")}
+    columns = {name: values for name, values in columns.items() if any(values)}
     of = "kernels" if clock == "device" else "operators"
+    mark = "" if report.provenance is None else f", inside compiled code {report.provenance}"
     return Figure(
         key=f"{part}-{clock}",
         title=f"Breakdown of an MoE call, {part}, {clock} time",
-        caption=f"Mean time in {of} of one {_CALL[part]}{_mark(report)}."
+        caption=f"Mean time in {of} of one {_CALL[part]}{mark}."
         + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
         data=[
-            bars(
-                name,
-                [layer.site for layer in report.layers],
-                [round(row.get(name) or 0.0, 3) for row in rows],
-                PHASE_COLOURS[name],
-                f"%{{x}} {name}: %{{y:.1f}}<extra></extra>",
-            )
-            for name in names
+            _bars(report, name, values, PHASE_COLOURS[name], "%{y:.1f}") for name, values in columns.items()
         ],
         layout=bars_layout("µs a call", 340, barmode="stack", legend={"traceorder": "normal"}),
-        headings=("layer", "calls", *(f"{name} µs" for name in names)),
+        headings=("layer", "calls", *(f"{name} µs" for name in columns)),
         rows=[
-            (layer.site, layer.count(part), *(row.get(name) for name in names))
-            for layer, row in zip(report.layers, rows, strict=True)
+            (layer.site, layer.count(part), *values)
+            for layer, *values in zip(report.layers, *columns.values(), strict=True)
         ],
     )
 
 
-def _mark(report: PhaseReport) -> str:
-    return "" if report.provenance is None else f", inside compiled code {report.provenance}"
+def _bars(
+    report: PhaseReport, name: str, values: Sequence[float | None], colour: str, hover: str, digits: int = 3
+) -> Spec:
+    """A bar for each layer; a phase that a layer does not have is as long as one that took no time."""
+    heights = [round(value or 0.0, digits) for value in values]
+    sites = [layer.site for layer in report.layers]
+    return bars(name, sites, heights, colour, f"%{{x}} {name}: {hover}<extra></extra>")
 
 
 def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
@@ -119,15 +127,8 @@ def launch_gaps(report: PhaseReport) -> Figure:
         shares = [gap / whole if whole else 0.0 for gap, whole in pairs]
         mean_us = [gap / max(1, layer.calls) for (gap, _), layer in zip(pairs, report.layers, strict=True)]
         columns.append(list(zip(mean_us, shares, strict=True)))
-        data.append(
-            bars(
-                clock,
-                [layer.site for layer in report.layers],
-                [round(share, 5) for share in shares],
-                BUSY if clock == "device" else HOST,
-                f"%{{x}} {clock}: %{{y:.1%}} of the block<extra></extra>",
-            )
-        )
+        colour = BUSY if clock == "device" else HOST
+        data.append(_bars(report, clock, shares, colour, "%{y:.1%} of the block", 5))
     return Figure(
         key="gaps",
         title="Launch gaps",
@@ -168,16 +169,7 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
         "forward."
         + inside_compiled(report)
         + (" Recompute: calls that gradient checkpointing ran again." if "recompute" in parts else ""),
-        data=[
-            bars(
-                part,
-                [layer.site for layer in report.layers],
-                [round(value, 3) for value in values[part]],
-                _PASS_COLOURS[part],
-                f"%{{x}} {part}: %{{y:.1f}} µs<extra></extra>",
-            )
-            for part in parts
-        ],
+        data=[_bars(report, part, us, _PASS_COLOURS[part], "%{y:.1f} µs") for part, us in values.items()],
         layout=bars_layout("µs a call", 300, barmode="group"),
         headings=("layer", *(f"{part} µs" for part in parts), "backward÷forward"),
         rows=[
@@ -187,21 +179,63 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
     )
 
 
+def latency(summary: TraceSummary) -> Figure:
+    """Router latency per layer."""
+    routers = [r for r in summary.routers if r.latency.host is not None]
+    sites = [r.info.site for r in routers]
+    data, columns = [], []
+    for title, colour in CLOCKS.items():
+        found = [getattr(r.latency, title.replace(" ", "_")) for r in routers]
+        if any(d is not None for d in found):
+            columns.append((title, [(d.p50, d.p95) if d is not None else (None, None) for d in found]))
+            data.append(_median_bars(f"{title}, p50 (to p95)", sites, found, colour))
+    rows = [
+        (r.info.site, r.calls, *(value for _, values in columns for value in values[i]))
+        for i, r in enumerate(routers)
+    ]
+    headings = [f"{title} {p} µs" for title, _ in columns for p in ("p50", "p95")]
+    return Figure(
+        key="latency",
+        title="Router latency",
+        caption="One call of the router. Host: its range. Device span: first to last kernel, gaps included. "
+        "Device busy: the kernels alone. Whiskers reach to the 95th percentile."
+        + inside_compiled(summary.phases),
+        data=data,
+        layout=bars_layout("µs", 360, barmode="group"),
+        headings=("layer", "calls", *headings),
+        rows=rows,
+    )
+
+
+def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution | None], colour: str) -> Spec:
+    """Bars at the median, with whiskers up to the 95th percentile."""
+    whiskers = {
+        "type": "data",
+        "symmetric": False,
+        "array": [d.p95 - d.p50 if d is not None else 0 for d in found],
+        "arrayminus": [0] * len(found),
+        "thickness": 1,
+        "color": "#888888",
+    }
+    medians = [d.p50 if d is not None else None for d in found]
+    return bars(name, sites, medians, colour, "", error_y=whiskers)
+
+
 def latency_distribution(summary: TraceSummary) -> Figure:
     """How many router calls took how long, by three clocks."""
     spans_us = summary.calls.duration_us("device", "router")
     clocks = {
-        "host": (summary.calls.host_us(), HOST),
-        "device span": (spans_us[~np.isnan(spans_us)], SPAN),
-        "device busy": (np.array(list(summary.busy_us.values())), BUSY),
+        "host": summary.calls.host_us(),
+        "device span": spans_us[~np.isnan(spans_us)],
+        "device busy": np.array(list(summary.busy_us.values())),
     }
-    known = {name: (values, colour) for name, (values, colour) in clocks.items() if (values > 0).any()}
+    known = {name: values for name, values in clocks.items() if (values > 0).any()}
     data: list[Spec] = []
     if known:
-        everything = np.concatenate([values[values > 0] for values, _ in known.values()])
+        everything = np.concatenate([values[values > 0] for values in known.values()])
         low, high = float(everything.min()), float(everything.max())
         edges = np.geomspace(low * 0.999, high * 1.001, BINS + 1)
-        data = [_histogram(name, values, colour, edges) for name, (values, colour) in known.items()]
+        data = [_histogram(name, values, CLOCKS[name], edges) for name, values in known.items()]
     return Figure(
         key="latencies",
         title="Router latency, distribution over calls",
@@ -217,7 +251,7 @@ def latency_distribution(summary: TraceSummary) -> Figure:
         headings=("clock", "calls", "lowest µs", "p50 µs", "p95 µs", "highest µs"),
         rows=[
             (name, len(v), float(v.min()), *(float(p) for p in np.percentile(v, (50, 95))), float(v.max()))
-            for name, (v, _) in known.items()
+            for name, v in known.items()
         ],
     )
 
