@@ -10,7 +10,6 @@ Example: moe-trace view runs --port 6007 --open
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
 import os
 import shlex
@@ -27,7 +26,8 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from moe_trace.cli.pipes import TRACE
-from moe_trace.data.errors import MoETraceError, UsageError
+from moe_trace.data.errors import MoETraceError, TraceFileError, UsageError
+from moe_trace.read.file.opening import opened
 from moe_trace.show.tensorboard.catalog import Catalog, as_text, find_catalog
 from moe_trace.show.viewer import TraceServer, find_trace_viewer
 
@@ -144,15 +144,10 @@ def require_trace(path: Path) -> None:
     UsageError: what can be seen at once says that it is no trace.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(2)
-            if start == b"\x1f\x8b":
-                with gzip.open(path) as unpacked:
-                    start = unpacked.read(64)
-            else:
-                start += file.read(62)
-    except (OSError, EOFError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        with opened(path) as source:
+            start = source.plain.read(64)
+    except TraceFileError as error:
+        raise UsageError(str(error)) from None
     if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
         raise UsageError(f"{path} is no trace: found {start[:20]!r}, expected JSON (also as .gz)")
 

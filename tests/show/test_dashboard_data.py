@@ -487,6 +487,8 @@ def test_any_range_of_steps_adds_up(dashboard: Dashboard) -> None:
         for router, cells in zip(summary.routers, one["table"]["rows"], strict=True):
             mine = [s for s in summary.samples if s.step == step and s.name == router.info.name]
             assert cells[1][1] == sum(int(s.assignments.sum()) for s in mine)
+            few = cells[1][1] < 20 * len(router.assignments)
+            assert (cells[-1] == "-") == few, "so few assignments tell of no dead expert"
 
 
 def test_kernels_of_a_step_are_those_of_the_report(dashboard: Dashboard) -> None:

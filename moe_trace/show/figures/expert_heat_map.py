@@ -10,7 +10,7 @@ import numpy as np
 from moe_trace.data.calls.table import CallTable, load_by_step
 from moe_trace.data.display.columns import Cell
 from moe_trace.data.display.load_picture import DIVERGING
-from moe_trace.data.load_stats import describe_load
+from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, describe_load
 from moe_trace.data.summary import RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.experts.physical import PhysicalLoad, PhysicalReport
@@ -20,15 +20,13 @@ from moe_trace.show.figures.figure import (
     Spec,
     cap_said,
     colour_cap,
-    heat_map,
     ids_axis,
-    layers_axis,
-    rows_px,
-    safe,
+    layers_map,
 )
 
 FRAMES_MAX = 60  # of the heat map's slider; more steps are taken together
 FRAMES_CELLS_MAX = 250_000  # of all frames: with 61 layers x 256 experts a frame has 15,616
+LOAD_HEADINGS = ("max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts")
 PHYSICAL_HEADINGS = ("layer", "experts", "slots", "maps", "by expert", "by slot", "by rank", "replicas")
 Rows = list[list[float | None]]
 
@@ -51,8 +49,8 @@ def expert_heat_map(summary: Summary) -> Figure:
         data=data,
         layout=layout,
         frames=frames if len(frames) > 2 else [],
-        headings=("layer", "tokens", "max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts"),
-        rows=[_load_row(r) for r in routers],
+        headings=("layer", "tokens", *LOAD_HEADINGS),
+        rows=[load_row(r.info.site, r.tokens, np.array(r.assignments)) for r in routers],
     )
 
 
@@ -129,11 +127,11 @@ def _diverging_map(
     """
     middle = (centre - low) / (high - low)
     places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
-    labels, width = [safe(site) for site in sites], max(map(len, z), default=0)
-    cells = heat_map(
-        z,
+    width = max(map(len, z), default=0)
+    cells, layout = layers_map(
+        sites,
         list(range(width)),
-        labels,
+        z,
         unit,
         f"layer %{{y}}, {column} %{{x}}: %{{z:.2f}}× equal share",
         colorscale=[[round(place, 6), colour] for place, colour in zip(places, DIVERGING, strict=True)],
@@ -141,12 +139,7 @@ def _diverging_map(
         zmax=high,
         **more,
     )
-    layout = {
-        "xaxis": ids_axis(column, width),
-        "yaxis": layers_axis(labels),
-        "height": 120 + rows_px(len(labels)),
-    }
-    return [cells] if z else [], layout
+    return [cells] if z else [], {**layout, "xaxis": ids_axis(column, width)}
 
 
 def _colours_end(z: Rows) -> tuple[float, str]:
@@ -156,12 +149,15 @@ def _colours_end(z: Rows) -> tuple[float, str]:
     return highest, cap_said(highest, known) if known else ""
 
 
-def _load_row(router: RouterSummary) -> tuple[Cell, ...]:
-    load = router.load
-    busiest = max(range(len(router.assignments)), key=router.assignments.__getitem__)
-    dead = len(load.dead_experts) if router.chance.tells_dead else None
-    figures = (load.max_over_mean, load.cv, load.gini, load.entropy)
-    return (router.info.site, router.tokens, *figures, busiest, dead)
+def load_row(site: str, count: int, load_E: np.ndarray) -> tuple[Cell, ...]:
+    """A layer, its tokens or assignments, and the cells of `LOAD_HEADINGS`.
+
+    Experts without an assignment are dead only where uniform routing would have missed none.
+    """
+    load, total = describe_load(load_E), int(load_E.sum())
+    busiest = int(load_E.argmax()) if total else None
+    dead = len(load.dead_experts) if total >= ENOUGH_PER_EXPERT * len(load_E) else None
+    return (site, count, load.max_over_mean, load.cv, load.gini, load.entropy, busiest, dead)
 
 
 def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:

@@ -116,7 +116,7 @@ def bars_layout(unit: str, height: int, **more: Any) -> Spec:
 
 
 def layers_map(
-    layers: Sequence[str], columns: Sequence[str], z: list[list[Any]], unit: str, hover: str, **more: Any
+    layers: Sequence[str], columns: Sequence[Any], z: list[list[Any]], unit: str, hover: str, **more: Any
 ) -> tuple[Spec, Spec]:
     """Data and layout of a heat map with a row a layer; `hover` is what a pointer on a cell shows."""
     labels = [safe(layer) for layer in layers]

@@ -132,7 +132,7 @@ def _moe_share(summary: TraceSummary) -> JsonDict:
 
 def in_graphs(summary: TraceSummary) -> bool:
     """Whether calls ran inside CUDA graphs, where there are no ranges."""
-    return any(sample.in_graph for sample in summary.samples)
+    return bool(summary.calls.in_graph.any())
 
 
 def _no_times(summary: TraceSummary) -> str:

@@ -8,10 +8,9 @@ import numpy as np
 
 from moe_trace.data.calls.table import load_by_step
 from moe_trace.data.display.columns import number_text
-from moe_trace.data.load_stats import describe_load
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.show.figures.expert_heat_map import equal_share_row
+from moe_trace.show.figures.expert_heat_map import LOAD_HEADINGS, equal_share_row, load_row
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_table
 
 
@@ -40,29 +39,12 @@ def loaded_routers(summary: TraceSummary) -> list[RouterSummary]:
 
 def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> JsonDict:
     """The heat map's numbers and its table, from the first to the last position of the steps."""
-    chosen = counts.between(first, last)
-    rows = []
-    for router, load_E in zip(routers, chosen, strict=True):
-        load = describe_load(load_E)
-        busiest = int(load_E.argmax()) if load_E.any() else None
-        cells = (load.max_over_mean, load.cv, load.gini, load.entropy, busiest, len(load.dead_experts))
-        rows.append((router.info.site, int(load_E.sum()), *cells))
+    layers = list(zip(routers, counts.between(first, last), strict=True))
+    rows = [load_row(router.info.site, int(load_E.sum()), load_E) for router, load_E in layers]
     return {
-        "z": [equal_share_row(row, counts.width) for row in chosen],
-        "table": plain_table(_HEADINGS, rows),
+        "z": [equal_share_row(load_E, counts.width) for _, load_E in layers],
+        "table": plain_table(("layer", "assignments", *LOAD_HEADINGS), rows),
     }
-
-
-_HEADINGS = (
-    "layer",
-    "assignments",
-    "max÷mean",
-    "CV",
-    "Gini",
-    "entropy",
-    "busiest expert",
-    "dead experts",
-)
 
 
 def layer_facts(router: RouterSummary, place: str) -> list[JsonDict]:

@@ -93,26 +93,27 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
 
 
 def _router_table(routers: Sequence[RouterSummary], mark: str) -> str:
-    on_host = any(router.latency.host is not None for router in routers)
-    on_device = [
-        any(latency is not None for latency in of_all)
-        for of_all in zip(*((r.latency.device_span, r.latency.device_busy) for r in routers), strict=True)
+    times = {
+        "p50": [_figure(r.latency.host, "p50") for r in routers],
+        "p95": [_figure(r.latency.host, "p95") for r in routers],
+        "span": [_figure(r.latency.device_span, "p50") for r in routers],
+        "busy": [_figure(r.latency.device_busy, "p50") for r in routers],
+    }
+    known = {name: values for name, values in times.items() if any(value is not None for value in values)}
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(label(router), router.decisions.entropy_mean, router.decisions.confidence_mean),
+            *(values[i] for values in known.values()),
+            *(router.flops.router, router.flops.experts),
+        )
+        for i, router in enumerate(routers)
     ]
-    again = any(router.recomputed_calls for router in routers)
-    columns = [name for name, known in zip(("span", "busy"), on_device, strict=True) if known]
-    time_headings = (*(("p50", "p95") if on_host else ()), *columns)
-    rows: list[tuple[Cell, ...]] = []
-    for router in routers:
-        latency, decisions, flops = router.latency, router.decisions, router.flops
-        host = (_figure(latency.host, "p50"), _figure(latency.host, "p95"))
-        device = {"span": latency.device_span, "busy": latency.device_busy}
-        times = (*(host if on_host else ()), *(_figure(device[name], "p50") for name in columns))
-        figures = (decisions.entropy_mean, decisions.confidence_mean, *times, flops.router, flops.experts)
-        rows.append((label(router), *figures))
     work = (count_column("router"), count_column("experts"))
-    headings = ("layer", "entropy", "confidence", *time_headings, *work)
+    headings: list[str | Column] = ["layer", "entropy", "confidence", *known, *work]
+    again = any(router.recomputed_calls for router in routers)
     counted = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
-    clocks = ["host p50 and p95"] * on_host + [f"device {' and '.join(columns)} p50"] * bool(columns)
+    device = [name for name in known if name in ("span", "busy")]
+    clocks = ["host p50 and p95"] * ("p50" in known) + [f"device {' and '.join(device)} p50"] * bool(device)
     latencies = f"µs a forward call{mark}: {', '.join(clocks)}; " if clocks else ""
     title = f"Routers (router entropy in nats; {latencies}{counted})"
     return text_table(headings, rows, title=title)
