@@ -17,9 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import quote
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         name_tokenizer(arguments.tokenizer)
     viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
     # Whatever started this may end it by a signal: the server must end too.
-    signal.signal(signal.SIGTERM, _end_by_signal)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if viewer is not None:
             return show_timeline(path, viewer, choose_port(arguments.port), arguments.open)
@@ -88,10 +87,6 @@ def name_tokenizer(path: str) -> None:
 
     read_vocabulary(path)
     os.environ[TOKENIZER] = path if path == "demo" else os.path.abspath(path)
-
-
-def _end_by_signal(number: int, _: object) -> None:
-    sys.exit(128 + number)
 
 
 def show_timeline(trace: Path, viewer: Path, port: int, to_open: bool) -> int:
@@ -123,7 +118,9 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
             "leave --tab out"
         )
     port = choose_port(wanted_port)
-    process = start_tensorboard(folder, port)
+    # -P: what happens to lie in the current folder must not stand in for an installed package.
+    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST]
+    process = subprocess.Popen([*command, "--port", str(port)])  # its output goes where ours goes
     try:
         wait_until_it_answers(process, port)
         say_address(f"the MoE tab of {path}", f"http://localhost:{port}/#moe{shown}", to_open)
@@ -197,30 +194,20 @@ def is_free(port: int) -> bool:
         return True
 
 
-def start_tensorboard(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """In a process of its own, with its output going where ours goes."""
-    # -P: what happens to lie in the current folder must not stand in for an installed package.
-    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST]
-    return subprocess.Popen([*command, "--port", str(port)])
-
-
-def wait_until_it_answers(
-    process: subprocess.Popen[bytes], port: int, *, ask: Callable[..., object] = urlopen
-) -> None:
+def wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
     """Return once TensorBoard serves the tab.
 
     Raises:
         MoETraceError: it ended, or did not answer in time.
     """
-    pause = threading.Event()
     for _ in range(int(START_TIMEOUT_S / POLL_S)):
         if process.poll() is not None:
             raise MoETraceError(f"TensorBoard ended with status {process.returncode}; its words stand above")
         try:
-            ask(f"http://{HOST}:{port}/data/plugin/moe/static/index.js", timeout=5)
+            urlopen(f"http://{HOST}:{port}/data/plugin/moe/static/index.js", timeout=5)
             return
         except (URLError, OSError):
-            pause.wait(POLL_S)
+            time.sleep(POLL_S)
     raise MoETraceError(
         f"TensorBoard did not show the MoE tab within {START_TIMEOUT_S:.0f} s; is moe_trace installed in the "
         f"same environment as TensorBoard ({sys.executable})?"

@@ -162,8 +162,11 @@ def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     own = PrefixStore(f"moe_trace{number}", store)
     worker = Worker(rank, local_rank, local_world_size, world_size, own)
-    with _listens(worker):
+    before = signal.signal(signal.SIGTERM, worker.stop if rank == 0 else signal.SIG_DFL)
+    try:
         yield worker
+    finally:
+        signal.signal(signal.SIGTERM, before)
     distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
 
 
@@ -175,15 +178,6 @@ def _take_gpu(rank: int, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-@contextmanager
-def _listens(worker: Worker) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, worker.stop if worker.is_rank0 else signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:

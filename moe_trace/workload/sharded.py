@@ -140,17 +140,13 @@ def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], worker: Wo
     Raises:
         UsageError: the rows cannot be shared out evenly.
     """
-    part, parts = _data_rank(model, worker)
+    part, parts = worker.rank, worker.world_size
+    manager = getattr(model, "_mesh_manager", None)
+    if manager is not None:
+        mesh = manager.get_mesh("fsdp")
+        part, parts = mesh.get_local_rank(), mesh.size()
     rows = len(inputs["input_ids"])
     if rows % parts:
         raise UsageError(f"a batch of {rows} cannot be shared by {parts} processes evenly; set --batch")
     share = rows // parts
     return {name: value[part * share : (part + 1) * share] for name, value in inputs.items()}
-
-
-def _data_rank(model: nn.Module, worker: Worker) -> tuple[int, int]:
-    manager = getattr(model, "_mesh_manager", None)
-    if manager is None:
-        return worker.rank, worker.world_size
-    mesh = manager.get_mesh("fsdp")
-    return mesh.get_local_rank(), mesh.size()

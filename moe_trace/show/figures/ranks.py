@@ -124,11 +124,12 @@ def _over_mean(load: Sequence[int]) -> list[float]:
 
 def exchange_bars(report: RankReport) -> Figure:
     """Layers: time of the collectives over all ranks, waiting apart."""
-    sites = list(dict.fromkeys(one.site for one in report.exchanges))
-    waits = [_total(report.exchanges, site, waiting=True) for site in sites]
-    moving = [_total(report.exchanges, site, waiting=False) for site in sites]
+    sites: dict[str, list[ExchangeTime]] = {}
+    for one in report.exchanges:
+        sites.setdefault(one.site, []).append(one)
+    times = [_moving_and_waiting(members) for members in sites.values()]
+    parts = [("moving", MOVING), ("waiting for the last rank", WAITING)]
     known = any(one.wait_us is not None for one in report.exchanges)
-    names = (("waiting for the last rank", waits, WAITING),) if known else ()
     clock = "kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
     return Figure(
         key="rank-exchange",
@@ -136,11 +137,11 @@ def exchange_bars(report: RankReport) -> Figure:
         caption=f"Time of the collectives in the MoE layers, over all ranks and calls, by {clock}. Waiting: "
         "from a rank's arrival to that of the last. GB/s: bytes that leave the rank ÷ time without waiting.",
         data=[
-            bars(name, sites, values, colour, f"%{{x}}: %{{y:,.1f}} µs {name}<extra></extra>")
-            for name, values, colour in (("moving", moving, MOVING), *names)
-        ]
-        if sites
-        else [],
+            bars(name, list(sites), us, colour, f"%{{x}}: %{{y:,.1f}} µs {name}<extra></extra>")
+            for (name, colour), us in zip(
+                parts if known else parts[:1], zip(*times, strict=True), strict=False
+            )
+        ],
         layout=bars_layout("µs", 320, barmode="stack"),
         headings=("layer", "part", "rank", "calls", "bytes", "bytes leaving", "time µs", "wait µs", "GB/s"),
         rows=[_exchange_row(one) for one in report.exchanges],
@@ -152,13 +153,13 @@ def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
     return (one.site, one.part, f"rank {one.rank}", *moved, one.time_us, one.wait_us, one.gb_per_s)
 
 
-def _total(exchanges: Sequence[ExchangeTime], site: str, *, waiting: bool) -> float | None:
-    mine = [one for one in exchanges if one.site == site]
-    times = [one.time_us for one in mine if one.time_us is not None]
-    wait_us = sum(one.wait_us or 0.0 for one in mine)
-    if len(times) < len(mine):
-        return None
-    return round(wait_us if waiting else sum(times) - wait_us, 3)
+def _moving_and_waiting(members: Sequence[ExchangeTime]) -> tuple[float | None, float | None]:
+    """Their times in µs; of ranks that do not tell all of theirs, none."""
+    times = [one.time_us for one in members if one.time_us is not None]
+    if len(times) < len(members):
+        return None, None
+    wait_us = sum(one.wait_us or 0.0 for one in members)
+    return round(sum(times) - wait_us, 3), round(wait_us, 3)
 
 
 def balance_over_steps(report: RankReport) -> Figure:

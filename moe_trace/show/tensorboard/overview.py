@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.display.columns import number_text
@@ -25,6 +26,29 @@ VIEW_OF_RULE = {
     "weights_bind": "time",
 }
 """Every other rule is about the routing."""
+_COUNTED = (
+    ("MoE layers", "routers"),
+    ("steps", "steps"),
+    ("calls", "calls"),
+    ("tokens", "tokens"),
+    ("assignments", "assignments"),
+    ("skipped", "skipped"),
+    ("padding", "padding_assignments"),
+    ("requests a forward", "requests_per_forward"),
+)
+"""Labels of the fields of `Totals`."""
+
+
+class _Card(NamedTuple):
+    """One of the five figures to look at first; without a value where the trace does not tell."""
+
+    label: str
+    view: str
+    detail: str
+    value: float | None = None
+    text: str = "-"
+    path: str | None = None
+    site: str | None = None
 
 
 def path_of(stage: str | None) -> str:
@@ -76,58 +100,39 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
         ("device", device or "unknown"),
         ("type", model.get("dtype") or "unknown"),
     ]
-    counted: list[tuple[str, str, float]] = [
-        ("MoE layers", "totals.routers", totals.routers),
-        ("steps", "totals.steps", totals.steps),
-        ("calls", "totals.calls", totals.calls),
-        ("tokens", "totals.tokens", totals.tokens),
-        ("assignments", "totals.assignments", totals.assignments),
-        ("skipped", "totals.skipped", totals.skipped),
-        ("padding", "totals.padding_assignments", totals.padding_assignments),
-    ]
-    if totals.requests_per_forward is not None:
-        counted.append(("requests a forward", "totals.requests_per_forward", totals.requests_per_forward))
     found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
-    found += [
+    return found + known_facts((label, getattr(totals, name), f"totals.{name}") for label, name in _COUNTED)
+
+
+def known_facts(facts: Iterable[tuple[str, float | None, str]]) -> list[JsonDict]:
+    """Labels, numbers and their places in the report's JSON, for the page; the unknown are left out."""
+    return [
         {"label": label, "text": number_text(value), "value": value, "path": path}
-        for label, path, value in counted
+        for label, value, path in facts
+        if value is not None
     ]
-    return found
 
 
 def cards(summary: TraceSummary, path: str = "") -> list[JsonDict]:
-    """The five figures to look at first; None where the trace does not tell.
+    """The five figures to look at first.
 
     Args:
         path: where the summary stands in the report's JSON.
     """
     found = [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
-    return [{**card, "path": card["path"] and f"{path}{card['path']}"} for card in found]
+    return [{**card._asdict(), "path": card.path and f"{path}{card.path}"} for card in found]
 
 
-def _card(
-    label: str,
-    text: str,
-    value: float | None,
-    path: str | None,
-    detail: str,
-    view: str,
-    site: str | None = None,
-) -> JsonDict:
-    card: JsonDict = {"label": label, "text": text, "value": value, "path": path, "detail": detail}
-    return {**card, "view": view, "site": site}
-
-
-def _moe_share(summary: TraceSummary) -> JsonDict:
+def _moe_share(summary: TraceSummary) -> _Card:
     whole = summary.phases.whole if summary.phases is not None else None
     label = "MoE of the device's work" if whole is None or whole.on_device else "MoE of the host's work"
     if whole is None:
-        return _card(label, "-", None, None, _no_times(summary), "time")
+        return _Card(label, "time", _no_times(summary))
     value = whole.moe_share_of_model
     detail = "of all kernel time" if whole.on_device else "of all time in operators"
     if summary.phases is not None and summary.phases.provenance is not None:
         detail += f", {BY_COMPILER}"
-    return _card(label, share(value), value, "phases.whole.moe_share_of_model", detail, "time")
+    return _Card(label, "time", detail, value, share(value), "phases.whole.moe_share_of_model")
 
 
 def in_graphs(summary: TraceSummary) -> bool:
@@ -139,7 +144,7 @@ def _no_times(summary: TraceSummary) -> str:
     return "the calls ran inside CUDA graphs" if in_graphs(summary) else "no call has its ranges in the trace"
 
 
-def _worst_load(summary: TraceSummary) -> JsonDict:
+def _worst_load(summary: TraceSummary) -> _Card:
     worst = summary.most_imbalanced_layer()
     label = "most uneven layer, max÷mean"
     if worst is None:
@@ -147,42 +152,39 @@ def _worst_load(summary: TraceSummary) -> JsonDict:
         why = "no layer is more uneven than chance" if loads else "no assignment was recorded"
         if loads and all(chance.says_nothing for chance in loads):
             why = "too few tokens to say"
-        return _card(label, "-", None, None, why, "routing")
-    value = worst.load.max_over_mean
-    index = summary.routers.index(worst)
-    path = f"routers.{index}.load.max_over_mean"
-    site = worst.info.site
-    return _card(label, f"{number(value)}×", value, path, f"in {site}", "routing", site)
+        return _Card(label, "routing", why)
+    value, site = worst.load.max_over_mean, worst.info.site
+    path = f"routers.{summary.routers.index(worst)}.load.max_over_mean"
+    return _Card(label, "routing", f"in {site}", value, f"{number(value)}×", path, site)
 
 
-def _dead(summary: TraceSummary) -> JsonDict:
+def _dead(summary: TraceSummary) -> _Card:
     if not any(router.chance.tells_dead for router in summary.routers):
-        return _card("dead experts", "-", None, None, "too few tokens to say", "routing")
+        return _Card("dead experts", "routing", "too few tokens to say")
     dead = summary.dead_experts()
     total = sum(map(len, dead.values()))
     experts = sum(len(router.assignments) for router in summary.routers)
     detail = f"of {experts:,}, in {len(dead)} of {len(summary.routers)} layers"
-    return _card("dead experts", number_text(total), total, None, detail, "routing")
+    return _Card("dead experts", "routing", detail, total, number_text(total))
 
 
-def _confidence(summary: TraceSummary) -> JsonDict:
+def _confidence(summary: TraceSummary) -> _Card:
     known = [(c, r.info.site) for r in summary.routers if (c := r.decisions.confidence_mean) is not None]
     if not known:
-        return _card("router confidence", "-", None, None, "the trace has no logits", "routing")
+        return _Card("router confidence", "routing", "the trace has no logits")
     mean = sum(c for c, _ in known) / len(known)
     lowest, site = min(known)
-    return _card(
-        "router confidence", number(mean), mean, None, f"lowest {number(lowest)} in {site}", "routing"
-    )
+    detail = f"lowest {number(lowest)} in {site}"
+    return _Card("router confidence", "routing", detail, mean, number(mean))
 
 
-def _speed(summary: TraceSummary) -> JsonDict:
-    rate = summary.speed.experts if summary.speed is not None else None
-    value = rate.flops_per_s if rate is not None else None
+def _speed(summary: TraceSummary) -> _Card:
     if summary.phases is None:
-        return _card("expert FLOP/s", "-", None, None, _no_times(summary), "time")
-    peak = rate.share_of_peak if rate is not None else None
+        return _Card("expert FLOP/s", "time", _no_times(summary))
+    rate = summary.speed.experts if summary.speed is not None else None
+    value, peak = (rate.flops_per_s, rate.share_of_peak) if rate is not None else (None, None)
     detail = f"{share(peak)} of the device's peak" if peak is not None else "the device's peak is not known"
     if value is None and summary.experts_are_split:
         detail = "experts are split over ranks"
-    return _card("expert FLOP/s", scaled(value, "FLOP/s"), value, "speed.experts.flops_per_s", detail, "time")
+    path = "speed.experts.flops_per_s"
+    return _Card("expert FLOP/s", "time", detail, value, scaled(value, "FLOP/s"), path)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from moe_trace.data.calls.table import load_by_step
-from moe_trace.data.display.columns import number_text
 from moe_trace.data.summary import RouterSummary
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.expert_heat_map import LOAD_HEADINGS, equal_share_row, load_row
+from moe_trace.show.tensorboard.overview import known_facts
 from moe_trace.show.tensorboard.to_json import JsonDict, plain_table
 
 
@@ -50,20 +50,16 @@ def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last:
 def layer_facts(router: RouterSummary, place: str) -> list[JsonDict]:
     """Its figures over all steps, with their place in the report's JSON."""
     load, decisions = router.load, router.decisions
-    numbers: Iterable[tuple[str, str, float | None]] = [
-        ("calls", "calls", router.calls),
-        ("tokens", "tokens", router.tokens),
-        ("max÷mean", "load.max_over_mean", load.max_over_mean),
-        ("CV", "load.cv", load.cv),
-        ("Gini", "load.gini", load.gini),
-        ("entropy", "load.entropy", load.entropy),
-        ("router entropy", "router.entropy_mean", decisions.entropy_mean),
-        ("router confidence", "router.confidence_mean", decisions.confidence_mean),
-        ("skipped", "skipped", router.skipped),
-        ("padding", "padding_assignments", router.padding_assignments),
-    ]
-    return [
-        {"label": label, "text": number_text(value), "value": value, "path": f"{place}.{path}"}
-        for label, path, value in numbers
-        if value is not None
-    ]
+    numbers: dict[str, tuple[float | None, str]] = {
+        "calls": (router.calls, "calls"),
+        "tokens": (router.tokens, "tokens"),
+        "max÷mean": (load.max_over_mean, "load.max_over_mean"),
+        "CV": (load.cv, "load.cv"),
+        "Gini": (load.gini, "load.gini"),
+        "entropy": (load.entropy, "load.entropy"),
+        "router entropy": (decisions.entropy_mean, "router.entropy_mean"),
+        "router confidence": (decisions.confidence_mean, "router.confidence_mean"),
+        "skipped": (router.skipped, "skipped"),
+        "padding": (router.padding_assignments, "padding_assignments"),
+    }
+    return known_facts((label, value, f"{place}.{path}") for label, (value, path) in numbers.items())
