@@ -39,15 +39,20 @@ def call_grid(calls: CallTable, values_N: npt.NDArray[np.number]) -> CallGrid | 
     rows = np.flatnonzero(calls.forward & ~np.isnan(values_N))
     if not len(rows):
         return None
-    used = sorted({(calls.keys[r].layer, calls.keys[r].site) for r in calls.router[rows].tolist()})
-    sites = tuple(site for _, site in used)
+    calls, values_N = calls.take(rows), values_N[rows]
+    sites = sites_of(calls)
     row_of = {site: i for i, site in enumerate(sites)}
-    layer = np.array([row_of.get(key.site, -1) for key in calls.keys], np.int64)[calls.router[rows]]
-    step = calls.step[rows]
-    columns, place = np.unique([step, _nth(layer, step)], axis=1, return_inverse=True)
+    layer = np.array([row_of.get(key.site, -1) for key in calls.keys], np.int64)[calls.router]
+    columns, place = np.unique([calls.step, _nth(layer, calls.step)], axis=1, return_inverse=True)
     values_LC = np.full((len(sites), columns.shape[1]), np.nan)
-    values_LC[layer, place.ravel()] = values_N[rows]
-    return CallGrid(sites=sites, steps_C=columns[0], nth_C=columns[1], values_LC=values_LC)
+    values_LC[layer, place.ravel()] = values_N
+    return CallGrid(sites=tuple(sites), steps_C=columns[0], nth_C=columns[1], values_LC=values_LC)
+
+
+def sites_of(calls: CallTable) -> list[str]:
+    """Labels of the layers that were called, in the order of the model."""
+    keys = [calls.keys[router] for router in np.unique(calls.router).tolist()]
+    return [site for _, site in sorted({(key.layer, key.site) for key in keys})]
 
 
 def _nth(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.schema import Span
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.step_timeline import Clock, Lanes, Segments, counter_tracks
+from moe_trace.show.figures.call_grid import sites_of
 from moe_trace.show.figures.figure import PHASE_COLOURS, Figure, Spec, curve, safe
 
 BAND_PX, BAND_MIN_PX, LANES_MAX_PX, COUNTER_PX = 34, 12, 900, 84
@@ -20,19 +22,19 @@ def timeline_figure(
     lanes: Lanes, segments: Segments, *, step: int, clock: Clock, origin_ns: int, window_ns: tuple[int, int]
 ) -> Figure:
     """Lanes and counters of one step; times in µs since `origin_ns`, drawn from `window_ns` on."""
-    samples = [lanes.samples[i] for i in sorted(set(segments.block.tolist()))]
-    sites = [s.site for s in sorted({s.site: s for s in samples}.values(), key=lambda s: (s.layer, s.site))]
-    used = [p for p in range(len(PHASES)) if (segments.phase == p).any()]
+    calls = lanes.samples.take(np.unique(segments.block))
+    sites = sites_of(calls)
+    used = np.unique(segments.phase).tolist()
     data = [
-        *(_phase_bars(lanes, segments, phase, used, sites, origin_ns) for phase in used),
+        *(_phase_bars(lanes.samples, segments, phase, used, sites, origin_ns) for phase in used),
         *(
             _counter(name, points, origin_ns, f"y{i + 2}")
-            for i, (name, points) in enumerate(counter_tracks(samples, clock, window_ns))
+            for i, (name, points) in enumerate(counter_tracks(calls, clock, window_ns))
         ),
     ]
     apart_us = segments.joined_ns / 1000
     closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
-    compiled = f" Inside compiled code {BY_COMPILER}." if any(s.in_graph for s in samples) else ""
+    compiled = f" Inside compiled code {BY_COMPILER}." if calls.in_graph.any() else ""
     joined = f" Pieces closer than {closer} µs are drawn as one: zoom in to part them."
     return Figure(
         key="timeline",
@@ -42,7 +44,7 @@ def timeline_figure(
         data=data if used else [],
         layout=_layout(sites, data, origin_ns, window_ns),
         headings=("layer", "part", "stretches", f"{_unit(clock)}s", "first starts µs", "last ends µs"),
-        rows=_rows(lanes, segments, sites, origin_ns),
+        rows=_rows(lanes.samples, segments, sites, origin_ns),
     )
 
 
@@ -51,25 +53,28 @@ def _unit(clock: Clock) -> str:
 
 
 def _phase_bars(
-    lanes: Lanes, segments: Segments, phase: int, used: Sequence[int], sites: Sequence[str], origin_ns: int
+    calls: CallTable,
+    segments: Segments,
+    phase: int,
+    used: Sequence[int],
+    sites: Sequence[str],
+    origin_ns: int,
 ) -> Spec:
     mine = np.flatnonzero(segments.phase == phase)
     height = 0.8 / len(used)
     offset = -0.4 + height * (used.index(phase) + 0.5)
     row_of = {site: i for i, site in enumerate(sites)}
-    calls = [lanes.samples[b] for b in segments.block[mine].tolist()]
+    block = segments.block[mine]
+    site, call, tokens = (column[block].tolist() for column in (calls.site, calls.call, calls.tokens))
     return {
         "type": "bar",
         "orientation": "h",
         "name": PHASES[phase],
         "base": _us(segments.start_ns[mine] - origin_ns),
         "x": _us(segments.end_ns[mine] - segments.start_ns[mine]),
-        "y": [round(row_of[s.site] + offset, 4) for s in calls],
+        "y": [round(row_of[one] + offset, 4) for one in site],
         "width": round(height * 0.92, 4),
-        "customdata": [
-            [safe(s.site), s.call, s.tokens, int(n)]
-            for s, n in zip(calls, segments.pieces[mine], strict=True)
-        ],
+        "customdata": list(zip(map(safe, site), call, tokens, segments.pieces[mine].tolist(), strict=True)),
         "marker": {"color": PHASE_COLOURS[PHASES[phase]], "line": {"width": 0}},
         "hovertemplate": f"%{{customdata[0]}} {PHASES[phase]}, call %{{customdata[1]}}: %{{x:.2f}} µs from "
         "%{base:.2f} µs<br>%{customdata[2]} tokens, %{customdata[3]} pieces<extra></extra>",
@@ -145,9 +150,9 @@ def _add_counter_axes(layout: Spec, counters: Sequence[Spec], top: float) -> Non
 
 
 def _rows(
-    lanes: Lanes, segments: Segments, sites: Sequence[str], origin_ns: int
+    calls: CallTable, segments: Segments, sites: Sequence[str], origin_ns: int
 ) -> list[tuple[str | int | float, ...]]:
-    site_of = np.array([lanes.samples[b].site for b in segments.block.tolist()])
+    site_of = calls.site[segments.block]
     rows: list[tuple[str | int | float, ...]] = []
     for site in sites:
         for phase, name in enumerate(PHASES):

@@ -73,7 +73,7 @@ def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
 def _step(lanes: Lanes, parameters: Parameters) -> _Step | None:
     clock: Clock = "host" if parameters.get("clock") == "host" else lanes.clocks()[0]
     pieces: Pieces = lanes.device if clock == "device" else lanes.host
-    steps = sorted({lanes.samples[b].step for b in np.unique(pieces.block).tolist()})
+    steps = np.unique(lanes.samples.step[pieces.block]).tolist()
     if not steps:
         return None
     step = integer(parameters, "step", steps[0])
