@@ -8,12 +8,15 @@ is read, each with the ending of a copy of what comes from a pipe), `add_argumen
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from moe_trace.cli.pipes import abandon_stdout, prepare_streams, seekable_inputs
-from moe_trace.cli.subcommands import add_command
+from moe_trace.data.display.tables import paragraph
 from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
@@ -89,4 +92,25 @@ def command_parser(chosen: str | None) -> argparse.ArgumentParser:
             add_command(commands, name, line, module)
         else:
             commands.add_parser(name, help=line)
+    return parser
+
+
+def add_command(commands: Any, name: str, line: str, module: str) -> argparse.ArgumentParser:
+    """Add a command's parser to argparse's subparsers, and return it; `command` is then its module.
+
+    Args:
+        line: one line for the overview.
+        module: below this package; the last paragraph of its docstring is an example.
+    """
+    command: Any = importlib.import_module(f"moe_trace.cli.{module}")
+    *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=line,
+        description="\n\n".join(map(paragraph, description)),
+        epilog=paragraph(example),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command)
+    command.add_arguments(parser)
     return parser

@@ -42,20 +42,10 @@ READS = {"path": TRACE}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add(
-        "path",
-        type=Path,
-        metavar="DIR|TRACE",
-        help="a folder with traces in it or below it, or one trace",
-    )
+    add("path", type=Path, metavar="DIR|TRACE", help="a folder with traces in it or below it, or one trace")
     add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
     add("--tokenizer", metavar="PATH", help="for the text of routes: as of `moe-trace routes view`")
-    add(
-        "--port",
-        type=int,
-        default=None,
-        help=f"{DEFAULT_PORT} by default; the next free one if it is taken",
-    )
+    add("--port", type=int, default=None, help=f"{DEFAULT_PORT} by default; the next free one if it is taken")
     add("--open", action="store_true", help="open the page in a browser")
 
 

@@ -79,10 +79,7 @@ class SimpleBenchmark:
         self._rounds: list[list[Measurement]] = []
 
     def run_config(
-        self,
-        name: str,
-        texts: str | Sequence[str] | Mapping[str, str],
-        config_fn: ConfigFn | None = None,
+        self, name: str, texts: str | Sequence[str] | Mapping[str, str], config_fn: ConfigFn | None = None
     ) -> list[Measurement]:
         """Run a configuration once and keep it for `compare`; a name that is taken is replaced.
 

@@ -17,13 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.data_frame import data_frame
-from moe_trace.data.display.columns import (
-    DEFINITIONS,
-    Cell,
-    as_column,
-    columns_of_fields,
-    text_table,
-)
+from moe_trace.data.display.columns import DEFINITIONS, Cell, as_column, columns_of_fields, text_table
 from moe_trace.data.display.csv import csv_text
 from moe_trace.data.display.tables import fixed, scaled
 from moe_trace.data.files import write_text

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from moe_trace.cli.subcommands import add_command
+from moe_trace.cli import add_command
 
 COMMANDS = {
     "check": ("routes.check", "what is wrong with captured routes"),

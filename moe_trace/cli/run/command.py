@@ -48,13 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_work(parser)
     _add_split(parser)
     add = parser.add_argument
-    add(
-        "script",
-        nargs="?",
-        type=Path,
-        metavar="SCRIPT",
-        help="a Python program to run instead",
-    )
+    add("script", nargs="?", type=Path, metavar="SCRIPT", help="a Python program to run instead")
     add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
     of_module = "a module to run instead, as `python -m` does, and its arguments"
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS", help=of_module)

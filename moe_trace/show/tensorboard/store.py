@@ -155,6 +155,6 @@ def _summary(trace: Trace) -> TraceSummary:
 
 
 def _size_bytes(summary: TraceSummary) -> int:
-    """About what the summary takes: a sample is some 2.5 kB of objects beside its arrays (measured)."""
-    arrays = sum(s.assignments.nbytes + s.k_histogram.nbytes for s in summary.samples)
-    return 2**20 + arrays * 2 + 2500 * len(summary.samples)
+    """About what the summary takes: a call is some 2.5 kB beside its lists of counts (measured)."""
+    counts = sum(len(lists.values) for lists in summary.calls.lists.values())
+    return 2**20 + 16 * counts + 2500 * len(summary.calls)

@@ -173,10 +173,7 @@ class Watch:
         with warnings.catch_warnings():  # of no warm-up where the first step is asked for
             warnings.simplefilter("ignore", UserWarning)
             steps = schedule(
-                wait=max(0, config.warmup - 1),
-                warmup=min(1, config.warmup),
-                active=config.steps,
-                repeat=1,
+                wait=max(0, config.warmup - 1), warmup=min(1, config.warmup), active=config.steps, repeat=1
             )
         self._profiler = torch.profiler.profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
