@@ -74,13 +74,12 @@ def load_model(
         config = _config(path, top_k, random_weights=random_weights)
         if source == "demo" and not random_weights:
             model, tokenizer = load_demo_model(device, dtype, config=config, **split)
+        elif random_weights:
+            model, tokenizer = _random_model(config, torch.device(device), dtype), load_tokenizer(path)
         else:
+            options = {"config": config, "dtype": dtype or "auto", **split}
+            model = _model_class(config).from_pretrained(path, **options).to(device)
             tokenizer = load_tokenizer(path)
-            if random_weights:
-                model = _random_model(config, torch.device(device), dtype)
-            else:
-                build = _model_class(config).from_pretrained
-                model = build(path, config=config, dtype=dtype or "auto", **split).to(device)
         return _with_experts(model.eval(), experts_implementation), tokenizer
     except UsageError:
         raise

@@ -159,9 +159,8 @@ def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
         timeout=timedelta(seconds=_COLLECTIVE_S),
         device_id=gpu,
     )
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     own = PrefixStore(f"moe_trace{number}", store)
-    worker = Worker(rank, local_rank, local_world_size, world_size, own)
+    worker = Worker(rank, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size, own)
     before = signal.signal(signal.SIGTERM, worker.stop if rank == 0 else signal.SIG_DFL)
     try:
         yield worker
