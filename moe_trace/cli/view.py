@@ -131,8 +131,8 @@ def require_trace(path: Path) -> None:
     UsageError: what can be seen at once says that it is no trace.
     """
     try:
-        with opened(path) as source:
-            start = source.plain.read(64)
+        with opened(path) as (_, plain):
+            start = plain.read(64)
     except TraceFileError as error:
         raise UsageError(str(error)) from None
     if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
