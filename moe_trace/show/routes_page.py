@@ -19,33 +19,20 @@ TOKENS_MAX_BYTES = 32 * 2**20
 """Of all tokens in a page, as they stand in it: a browser reads the whole file before it shows anything."""
 
 
-@dataclass(frozen=True)
-class TokenView:
-    """The tokens of one group of layers, as a page holds them."""
-
-    key: str
-    """Id of the element that they are shown in."""
-    content: dict[str, Any]
-    """What tokens.js takes."""
-    left_out: int
-    """Tokens beyond `TOKENS_MAX_BYTES`."""
-
-
-def token_view(key: str, routes: RecordedRoutes, vocabulary: Vocabulary | None) -> TokenView:
-    """As many pages of tokens as fit."""
+def token_view(key: str, routes: RecordedRoutes, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """What tokens.js takes: as many pages of tokens as fit; `key` is the id of the element that it fills."""
     pages = TokenPages(routes, vocabulary)
     found: list[dict[str, Any]] = []
-    size_bytes = shown = 0
+    size_bytes = 0
     for index in range(len(pages)):
         page = pages.page(index)
         size_bytes += len(page["data"])
         if found and size_bytes > TOKENS_MAX_BYTES:
             break
         found.append(page)
-        shown += page["tokens"]
     header = pages.header()
     header["pages"] = header["pages"][: len(found)]
-    return TokenView(key, {"id": key, "header": header, "pages": found}, len(routes) - shown)
+    return {"id": key, "header": header, "pages": found}
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ def routes_part(
 {"".join(f"<p class='soft'>{escape(note)}</p>" for note in notes(routes, vocabulary))}
 {"".join(_group(f"{prefix}routes{i}", i, view, found) for i, (view, found) in enumerate(groups))}"""
     specs = [figure_spec(f"{prefix}routes{i}", figure) for i, found in enumerate(drawn) for figure in found]
-    return RoutesPart(html, specs, [view.content for view in views])
+    return RoutesPart(html, specs, views)
 
 
 def render_routes_page(
@@ -146,13 +133,14 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _group(prefix: str, number: int, view: TokenView, figures: Sequence[Figure]) -> str:
+def _group(prefix: str, number: int, view: dict[str, Any], figures: Sequence[Figure]) -> str:
+    left_out = view["header"]["tokens"] - sum(page["tokens"] for page in view["pages"])
     rest = (
-        f"<p class='soft'>The last {view.left_out:,} tokens are left out: they would make this page too "
+        f"<p class='soft'>The last {left_out:,} tokens are left out: they would make this page too "
         "large. TensorBoard's MoE tab shows all of them.</p>"
-        if view.left_out
+        if left_out
         else ""
     )
     heading = "Tokens" if number == 0 else f"Tokens of other layers ({number + 1})"
     drawn = "".join(figure_html(prefix, figure) for figure in figures)
-    return f'<h2>{heading}</h2>{rest}<div id="{view.key}"></div>{drawn}'
+    return f'<h2>{heading}</h2>{rest}<div id="{view["id"]}"></div>{drawn}'

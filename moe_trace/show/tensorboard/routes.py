@@ -151,4 +151,4 @@ def _compared(routes: RecordedRoutes, others: Sequence[Trace], group: int) -> li
     if len(parts) < 2:
         return []
     found = study(parts, labels)
-    return [plain_figure(figure) for figure in (domain_bars(found), saturation_curve(found)) if figure.data]
+    return [plain_figure(figure) for figure in (domain_bars(found), saturation_curve(found)) if figure]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_trace.data.display.columns import Cell
 from moe_trace.read.routes.distinct import Distinct
-from moe_trace.read.routes.study import LayerStudy, RoutesStudy
+from moe_trace.read.routes.study import RoutesStudy
 from moe_trace.show.figures.figure import (
     BAND,
     DASHED,
@@ -23,6 +24,7 @@ from moe_trace.show.figures.figure import (
     safe,
 )
 from moe_trace.show.figures.routes.matrices import coactivation_map, known, site_labels, transition_map
+from moe_trace.show.routes.study import BATCHES
 
 DOMAINS_MAX = 6
 """Bars side by side."""
@@ -42,31 +44,35 @@ def study_figures(found: RoutesStudy) -> list[Figure]:
         reuse_bars(found),
         distinct_curve(found),
     ]
-    return [figure for figure in drawn if figure.data]
+    return [figure for figure in drawn if figure is not None and figure.data]
 
 
-def domain_bars(found: RoutesStudy) -> Figure:
-    """For each expert the share of each domain's tokens that have it in their top k."""
-    layers = [layer for layer in found.layers if layer.domains is not None]
+def domain_bars(found: RoutesStudy) -> Figure | None:
+    """For each expert the share of each domain's tokens that have it in their top k; None of one file."""
     labels = found.labels[:DOMAINS_MAX]
-    sites = dict(zip((layer.layer for layer in found.layers), site_labels(found), strict=True))
-    frames = []
-    for layer in layers:
-        assert layer.domains is not None
-        x, uniform = [f"e{e}" for e in range(layer.num_experts)], round(layer.domains.uniform, 5)
-        shares = [
-            {"x": x, "y": [known(v) for v in row]} for row in layer.domains.share[: len(labels)].tolist()
-        ]
-        even = {"x": x, "y": [uniform] * len(x)}
-        frames.append(Frame(label=sites[layer.layer], traces=[*shares, even]))
-    data: list[Spec] = []
-    if frames:
-        hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
-        data = [
-            bars(safe(label), trace["x"], trace["y"], colour, hover)
-            for label, colour, trace in zip(labels, _COLOURS, frames[0].traces[:-1], strict=False)
-        ]
-        data.append(dashed("k / E", frames[0].traces[-1]))
+    frames: list[Frame] = []
+    rows: list[tuple[Cell, ...]] = []
+    for site, layer in zip(site_labels(found), found.layers, strict=True):
+        if layer.domains is None:
+            continue
+        x, uniform = [f"e{e}" for e in range(layer.num_experts)], layer.domains.uniform
+        shares = [numbers(share_E) for share_E in layer.domains.share[: len(labels)]]
+        traces = [{"x": x, "y": y} for y in (*shares, [round(uniform, 5)] * len(x))]
+        frames.append(Frame(label=site, traces=traces))
+        for label, tokens, share_E in zip(
+            found.labels, layer.domains.tokens.tolist(), layer.domains.share, strict=True
+        ):
+            first = int(share_E.argmax()) if tokens else None
+            share = float(share_E[first]) if first is not None else None
+            rows.append((site, label, tokens, first, share, None if share is None else share / uniform))
+    if not frames:
+        return None
+    hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
+    *shown, even = frames[0].traces
+    data = [
+        bars(safe(label), trace["x"], trace["y"], colour, hover)
+        for label, colour, trace in zip(labels, _COLOURS, shown, strict=False)
+    ]
     more = len(found.labels) - len(labels)
     return Figure(
         key="domains",
@@ -74,114 +80,86 @@ def domain_bars(found: RoutesStudy) -> Figure:
         caption="For each expert, the share of each domain's tokens that have it in their top k; the dashed "
         "line, k / E, is what uniform routing gives."
         + (f" {more} more domains are not drawn." if more > 0 else ""),
-        data=data,
-        layout={
-            **bars_layout("share of tokens", _HEIGHT),
-            "barmode": "group",
-            **percent_axis("share of tokens"),
-        },
+        data=[*data, dashed("k / E", even["x"], even["y"])],
+        layout=bars_layout("share of tokens", _HEIGHT, barmode="group", yaxis=shares_axis("share of tokens")),
         headings=("layer", "domain", "tokens", "its first expert", "share of tokens", "× k/E"),
-        rows=[row for layer in layers for row in _domain_rows(sites[layer.layer], layer, found.labels)],
+        rows=rows,
         frames=frames if len(frames) > 1 else [],
         slider="Layer",
     )
 
 
-def _domain_rows(
-    site: str, layer: LayerStudy, labels: Sequence[str]
-) -> list[tuple[str, str, int, int | None, float | None, float | None]]:
-    assert layer.domains is not None
-    rows: list[tuple[str, str, int, int | None, float | None, float | None]] = []
-    for label, tokens, share_E in zip(labels, layer.domains.tokens, layer.domains.share, strict=True):
-        if not tokens:
-            rows.append((site, label, 0, None, None, None))
-            continue
-        first = int(share_E.argmax())
-        share = float(share_E[first])
-        rows.append((site, label, int(tokens), first, share, share / layer.domains.uniform))
-    return rows
-
-
-def saturation_curve(found: RoutesStudy) -> Figure:
-    """How much of the last checkpoint's top k each checkpoint has."""
+def saturation_curve(found: RoutesStudy) -> Figure | None:
+    """How much of the last checkpoint's top k each checkpoint has; None where files hold other tokens."""
     figure = found.saturation
+    if figure is None:
+        return None
     shown = _spread(len(found.layers), len(LINES))
-    sites = site_labels(found)
-    data: list[Spec] = []
-    if figure is not None:
-        x = [safe(label) for label in figure.labels]
-        data = [
-            line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
-            for i, colour in zip(shown, LINES, strict=False)
-        ]
-        data.append(dashed("k / E", {"x": x, "y": [known(figure.uniform[shown].mean())] * len(x)}))
+    sites, x = site_labels(found), [safe(label) for label in figure.labels]
+    data = [
+        line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
+        for i, colour in zip(shown, LINES, strict=False)
+    ]
     return Figure(
         key="saturation",
         title="Router saturation",
         caption="Share of the experts in the last file's top k that each file chose, too, for the same "
         "tokens; the dashed line is what uniform routing gives."
         + (" Drawn are some of the layers; the table has all." if len(shown) < len(found.layers) else ""),
-        data=data,
-        layout={"height": _HEIGHT, "xaxis": {"type": "category"}, **percent_axis("shared experts", top=1.02)},
-        headings=("layer", *(figure.labels if figure is not None else ())),
-        rows=[
-            (site, *(known(v) for v in figure.top_k[:, i].tolist()))
-            for i, site in enumerate(sites)
-            if figure is not None
-        ],
+        data=[*data, dashed("k / E", x, [known(figure.uniform[shown].mean())] * len(x))],
+        layout={
+            "height": _HEIGHT,
+            "xaxis": {"type": "category"},
+            "yaxis": shares_axis("shared experts", top=1.02),
+        },
+        headings=("layer", *figure.labels),
+        rows=[(site, *numbers(figure.top_k[:, i])) for i, site in enumerate(sites)],
     )
 
 
-def reuse_bars(found: RoutesStudy) -> Figure:
-    """Share of a token's experts that the token before it used, by layer."""
-    pairs = [
-        (site, layer.locality)
+def reuse_bars(found: RoutesStudy) -> Figure | None:
+    """Share of a token's experts that the token before it used, by layer; None where no token has one."""
+    rows = [
+        (site, *map(known, (one.consecutive, one.by_chance, one.by_load, one.first_use)))
         for site, layer in zip(site_labels(found), found.layers, strict=True)
-        if layer.locality is not None and len(layer.locality.lags)
+        if (one := layer.locality) is not None and len(one.lags)
     ]
-    sites = [site for site, _ in pairs]
-    data: list[Spec] = []
-    if pairs:
-        hover = "%{x}: %{y:.1%} of a token's experts<extra></extra>"
-        reused = [known(local.consecutive) for _, local in pairs]
-        data = [
-            bars("token before", sites, reused, PHASE_COLOURS["router"], hover),
-            dashed("k / E", {"x": sites, "y": [known(local.by_chance) for _, local in pairs]}),
-            _marks("chance by load", sites, [known(local.by_load) for _, local in pairs]),
-        ]
+    if not rows:
+        return None
+    sites, reused, by_chance, by_load, _ = zip(*rows, strict=True)
+    hover = "%{x}: %{y:.1%} of a token's experts<extra></extra>"
     return Figure(
         key="reuse",
         title="Experts of the token before",
         caption="Share of a token's experts that the token just before it in its sequence used, too. The "
         "dashed line, k / E, is uniform routing; the marks are what the layer's load gives for tokens that "
         "do not depend on each other.",
-        data=data,
-        layout={**bars_layout("reused", _HEIGHT), **percent_axis("reused")},
-        headings=("layer", "reused", "k / E", "chance by load", "never used before"),
-        rows=[
-            (site, *map(known, (one.consecutive, one.by_chance, one.by_load, one.first_use)))
-            for site, one in pairs
+        data=[
+            bars("token before", sites, list(reused), PHASE_COLOURS["router"], hover),
+            dashed("k / E", sites, by_chance),
+            _marks("chance by load", sites, by_load),
         ],
+        layout=bars_layout("reused", _HEIGHT, yaxis=shares_axis("reused")),
+        headings=("layer", "reused", "k / E", "chance by load", "never used before"),
+        rows=rows,
     )
 
 
-def distinct_curve(found: RoutesStudy) -> Figure:
-    """How many experts' weights a layer reads for a batch of so many tokens."""
+def distinct_curve(found: RoutesStudy) -> Figure | None:
+    """How many experts' weights a layer reads for a batch of so many tokens; None without tokens."""
     sites, figures = site_labels(found), [layer.distinct for layer in found.layers]
     longest = min((len(one.expected) for one in figures), default=0)
-    data: list[Spec] = []
-    batches: list[int] = []
-    if longest:
-        curves_LB = np.array([one.expected[:longest] for one in figures])
-        points = np.unique(np.round(np.geomspace(1, longest, 60)).astype(np.int64))
-        batches = [b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if b <= longest]
-        data = _distinct_lines(points, curves_LB[:, points - 1], figures)
+    if not longest:
+        return None
+    curves_LB = np.array([one.expected[:longest] for one in figures])
+    points = np.unique(np.round(np.geomspace(1, longest, 60)).astype(np.int64))
+    batches = [batch for batch in BATCHES if batch <= longest]
     return Figure(
         key="distinct",
         title="Distinct experts of a batch",
         caption="How many of a layer's experts a batch of so many tokens reads: mean over tokens drawn from "
         "this file; the line is the mean of the layers, the band their extremes. Marks: recorded steps.",
-        data=data,
+        data=_distinct_lines(points, curves_LB[:, points - 1], figures),
         layout={
             "height": _HEIGHT,
             "xaxis": {"type": "log", "title": {"text": "tokens in a batch"}, "dtick": "D2"},
@@ -217,28 +195,30 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
 
 def _spread(count: int, most: int) -> list[int]:
     """At most so many of the layers, the first and the last among them."""
-    return (
-        np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
-    )
+    return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(int)).tolist()
+
+
+def numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
+    """As JSON holds them: rounded, None for NaN."""
+    return [known(value, digits) for value in values.tolist()]
 
 
 def line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str) -> Spec:
     """One curve, with a mark on each point where they are few."""
-    mode, values = "lines+markers" if len(x) < 20 else "lines", [known(v) for v in y.tolist()]
-    return curve(safe(name), x, values, f"{safe(name)}, {hover}", mode=mode, line={"color": colour})
+    mode = "lines+markers" if len(x) < 20 else "lines"
+    return curve(safe(name), x, numbers(y), f"{safe(name)}, {hover}", mode=mode, line={"color": colour})
 
 
-def dashed(name: str, trace: Spec) -> Spec:
+def dashed(name: str, x: Sequence[object], y: Sequence[float | None]) -> Spec:
     """A line to compare with: chance, or a limit."""
-    return curve(name, trace["x"], trace["y"], line=DASHED)
+    return curve(name, x, y, line=DASHED)
 
 
 def _marks(name: str, x: Sequence[object], y: Sequence[float | None], hover: str = "%{x}: %{y:.1%}") -> Spec:
-    return curve(
-        name, x, y, hover, mode="markers", marker={"color": LINES[0], "symbol": "diamond", "size": 8}
-    )
+    marker = {"color": LINES[0], "symbol": "diamond", "size": 8}
+    return curve(name, x, y, hover, mode="markers", marker=marker)
 
 
-def percent_axis(title: str, top: float | None = None) -> Spec:
+def shares_axis(title: str, top: float | None = None) -> Spec:
     """The vertical axis of shares."""
-    return {"yaxis": axis(title, tickformat=".0%", **({"range": [0, top]} if top else {}))}
+    return axis(title, tickformat=".0%", **({"range": [0, top]} if top else {}))

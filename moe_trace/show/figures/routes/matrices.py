@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +19,8 @@ CELLS_MAX = 120_000
 EXPERTS_MIN = 16
 PAIRS_NAMED = 3
 SIDE_PX = 520
+_Map = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+"""Of one layer: its label, the experts of the rows and of the columns, the values."""
 
 
 def site_labels(found: RoutesStudy) -> list[str]:
@@ -46,7 +48,7 @@ def coactivation_map(found: RoutesStudy) -> Figure:
             ],
         ),
         [
-            _Map(site, e, e, layer.coactivation.probability[np.ix_(e, e)])
+            (site, e, e, layer.coactivation.probability[np.ix_(e, e)])
             for site, layer, e in zip(labels, found.layers, chosen, strict=True)
         ],
         hover="of the tokens with expert %{y}, %{z:.1%} have expert %{x}, too",
@@ -62,7 +64,7 @@ def transition_map(found: RoutesStudy) -> Figure:
         if layer.transition is None:
             continue
         name, here, after = f"{labels[i]} to {labels[i + 1]}", chosen[i], chosen[i + 1]
-        maps.append(_Map(name, here, after, layer.transition.probability[np.ix_(here, after)]))
+        maps.append((name, here, after, layer.transition.probability[np.ix_(here, after)]))
         recall = (layer.transition.recall, layer.transition.recall_by_load)
         rows.append((name, *(known(number) for number in recall)))
     return _heat_maps(
@@ -85,16 +87,6 @@ def transition_map(found: RoutesStudy) -> Figure:
 def known(number: float, digits: int = 4) -> float | None:
     """Rounded; None for NaN, which JSON does not have."""
     return None if math.isnan(number) else round(float(number), digits)
-
-
-@dataclass(frozen=True)
-class _Map:
-    """One layer's matrix."""
-
-    label: str
-    rows: np.ndarray
-    columns: np.ndarray
-    values: np.ndarray
 
 
 def _most_used(layer: LayerStudy, layers: int) -> np.ndarray:
@@ -120,18 +112,18 @@ def _square(columns: str, rows: str) -> Spec:
 
 def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
     """The figure with one map a layer, all on one scale."""
-    values = np.concatenate([one.values.ravel() for one in maps]) if maps else np.zeros(0)
+    values = np.concatenate([np.zeros(0), *(values.ravel() for *_, values in maps)])
     values = values[values > 0]  # NaN is not
     if not len(values):
         return figure
     cap = colour_cap(values, least=0.05)
     traces: list[Spec] = [
         {
-            "x": [f"e{e}" for e in one.columns.tolist()],
-            "y": [f"e{e}" for e in one.rows.tolist()],
-            "z": [[known(v, 3) for v in row] for row in one.values.tolist()],
+            "x": [f"e{e}" for e in columns.tolist()],
+            "y": [f"e{e}" for e in rows.tolist()],
+            "z": [[known(v, 3) for v in row] for row in cells.tolist()],
         }
-        for one in maps
+        for _, rows, columns, cells in maps
     ]
     data = heat_map(
         **traces[0],
@@ -142,7 +134,7 @@ def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
         zmax=cap,
         colorbar={"tickformat": ".0%", "thickness": 14},
     )
-    frames = [Frame(label=one.label, traces=[trace]) for one, trace in zip(maps, traces, strict=True)]
+    frames = [Frame(label=one[0], traces=[trace]) for one, trace in zip(maps, traces, strict=True)]
     return replace(
         figure,
         caption=figure.caption + cap_said(cap, values),

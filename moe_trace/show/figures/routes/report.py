@@ -10,7 +10,7 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.cache import CacheStudy, simulate
 from moe_trace.read.routes.study import study
 from moe_trace.show.figures.figure import LINES, Figure, Spec, axis
-from moe_trace.show.figures.routes.curves import dashed, line, percent_axis, study_figures
+from moe_trace.show.figures.routes.curves import dashed, line, shares_axis, study_figures
 from moe_trace.show.figures.routes.matrices import known
 
 CACHE_STEPS_MAX = 2048
@@ -50,10 +50,11 @@ def cache_curve(found: CacheStudy) -> Figure:
     sizes = sorted({result.experts_in_memory for result in found.results})
     best = {r.experts_in_memory: r.hit_rate for r in found.results if r.policy == "belady"}
     if best:
-        limit = dashed(
-            "Belady, the limit", {"x": sorted(best), "y": [known(best[size]) for size in sorted(best)]}
-        )
+        limit = dashed("Belady, the limit", sorted(best), [known(best[size]) for size in sorted(best)])
         data.append({**limit, "mode": "lines+markers", "hoverinfo": "x+y"})
+    rates_of: dict[str, dict[int, float]] = {}
+    for result in found.results:
+        rates_of.setdefault(result.policy, {})[result.experts_in_memory] = result.hit_rate
     steps = "token" if found.together == "token" else "forward"
     part = f" Simulated: the first {found.steps:,} of {found.steps_recorded:,} steps."
     return Figure(
@@ -66,19 +67,11 @@ def cache_curve(found: CacheStudy) -> Figure:
         layout={
             "height": _HEIGHT,
             "xaxis": axis("experts of a layer in memory"),
-            **percent_axis("hit rate", top=1.02),
+            "yaxis": shares_axis("hit rate", top=1.02),
         },
         headings=("policy", *(f"{size} in memory" for size in sizes)),
         rows=[
             (_NAMES[policy], *(known(rates.get(size, np.nan)) for size in sizes))
-            for policy, rates in _rates(found).items()
+            for policy, rates in rates_of.items()
         ],
     )
-
-
-def _rates(found: CacheStudy) -> dict[str, dict[int, float]]:
-    """Policy -> experts in memory -> hit rate."""
-    rates: dict[str, dict[int, float]] = {}
-    for result in found.results:
-        rates.setdefault(result.policy, {})[result.experts_in_memory] = result.hit_rate
-    return rates
