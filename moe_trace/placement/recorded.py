@@ -138,19 +138,13 @@ def _routers(recordings: Sequence[Recording], source: str, chosen: Filter) -> li
 
 
 def _layer(router: RouterInfo, recordings: Sequence[Recording]) -> Layer:
-    return Layer(
-        site=router.site, name=router.name, layer=router.layer, slot_bytes=_slot_bytes(router, recordings)
-    )
-
-
-def _slot_bytes(router: RouterInfo, recordings: Sequence[Recording]) -> int | None:
-    """As recorded; else the model's hidden size times the size of its type."""
-    for recording in recordings:
+    """Bytes of a slot as recorded; else the model's hidden size times the size of its type."""
+    slot_bytes = hidden_bytes(recordings[0].model)
+    for recording in reversed(recordings):
         calls = recording.calls
         known = np.flatnonzero(calls.of_router(router.name) & (calls.slot_bytes != NONE))
-        if len(known):
-            return int(calls.slot_bytes[known[0]])
-    return hidden_bytes(recordings[0].model)
+        slot_bytes = int(calls.slot_bytes[known[0]]) if len(known) else slot_bytes
+    return Layer(site=router.site, name=router.name, layer=router.layer, slot_bytes=slot_bytes)
 
 
 def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording]]) -> tuple[str, ...]:

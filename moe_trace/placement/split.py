@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from moe_trace.data.errors import UsageError
@@ -44,28 +44,41 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
     Raises:
         UsageError: fewer than two observations for a split, or too many for `each`.
     """
-    number = len(counts.labels)
+    every = tuple(range(len(counts.labels)))
+    number, kind = len(every), counts.kind
     if way == "auto":
-        way = "none" if number == 1 else "alternate" if counts.kind == "step" else "each"
+        way = "none" if number == 1 else "alternate" if kind == "step" else "each"
     if way == "none":
         return _in_sample(counts)
     if number < 2:
         raise UsageError(
-            f"{counts.source}: found one {counts.kind}, expected two or more for --split {way}; record more, "
+            f"{counts.source}: found one {kind}, expected two or more for --split {way}; record more, "
             "or use --split none, which judges in-sample"
         )
-    return _known(counts, _each(counts) if way == "each" else _two_parts(counts, way))
+    if way == "each" and number > MAX_FOLDS:
+        raise UsageError(
+            f"found {number} {kind}s, expected at most {MAX_FOLDS} for --split each; use alternate or halves"
+        )
+    folds, words = _folds(every, way, kind)
+    # In-sample all the same where the judged counts are those chosen on: a batch that repeats.
+    rows = [row.tobytes() for row in counts.counts_SLE]
+    repeats = all({rows[i] for i in fold.judged} <= {rows[i] for i in fold.chosen} for fold in folds)
+    if repeats:
+        words += f" (in-sample: the {kind}s held out have the same counts as those chosen on)"
+    return Split(folds, words, in_sample=repeats)
 
 
-def _known(counts: ExpertCounts, split: Split) -> Split:
-    """In-sample all the same where the judged counts are those chosen on: a batch that repeats."""
-    rows = [counts.counts_SLE[i].tobytes() for i in range(len(counts.labels))]
-    for fold in split.folds:
-        seen = {rows[i] for i in fold.chosen}
-        if any(rows[i] not in seen for i in fold.judged):
-            return split
-    same = f"in-sample: the {counts.kind}s held out have the same counts as those chosen on"
-    return replace(split, words=f"{split.words} ({same})", in_sample=True)
+def _folds(every: tuple[int, ...], way: Way, kind: str) -> tuple[tuple[Fold, ...], str]:
+    if way == "each":
+        folds = tuple(Fold(every[:i] + every[i + 1 :], (i,)) for i in every)
+        return folds, f"each {kind} is judged by plans chosen on all the others"
+    middle = len(every) // 2
+    a, b = (every[::2], every[1::2]) if way == "alternate" else (every[:middle], every[middle:])
+    names = f"every second {kind}" if way == "alternate" else f"half of the {kind}s"
+    words = (
+        f"plans are chosen on {names} ({len(a)}), judged on the others ({len(b)}), and the other way round"
+    )
+    return (Fold(a, b), Fold(b, a)), words
 
 
 def _in_sample(counts: ExpertCounts) -> Split:
@@ -77,29 +90,6 @@ def _in_sample(counts: ExpertCounts) -> Split:
     words = f"plans are chosen and judged on {_many(counts.kind, number)}"
     words += ", each judged by itself" if by_itself else ""
     return Split(folds, f"{words} (in-sample: nothing was held out)", in_sample=True)
-
-
-def _each(counts: ExpertCounts) -> Split:
-    number = len(counts.labels)
-    if number > MAX_FOLDS:
-        raise UsageError(
-            f"found {number} {counts.kind}s, expected at most {MAX_FOLDS} for --split each; use alternate or "
-            "halves"
-        )
-    folds = tuple(Fold(tuple(j for j in range(number) if j != i), (i,)) for i in range(number))
-    return Split(folds, f"each {counts.kind} is judged by plans chosen on all the others", in_sample=False)
-
-
-def _two_parts(counts: ExpertCounts, way: Way) -> Split:
-    every = tuple(range(len(counts.labels)))
-    middle = len(every) // 2
-    parts = (every[::2], every[1::2]) if way == "alternate" else (every[:middle], every[middle:])
-    names = f"every second {counts.kind}" if way == "alternate" else f"half of the {counts.kind}s"
-    words = (
-        f"plans are chosen on {names} ({len(parts[0])}), judged on the others ({len(parts[1])}), and the "
-        "other way round"
-    )
-    return Split((Fold(*parts), Fold(parts[1], parts[0])), words, in_sample=False)
 
 
 def split_named(counts: ExpertCounts, choose_on: Sequence[str], judge_on: Sequence[str]) -> Split:

@@ -90,50 +90,45 @@ def find_collectives(
     if not events.comms:
         return ()
     called = [c for c in events.comms if c.name == PARAMETERS]
+    on_device = bool(called)
     if called:
-        found = [_with_kernels(event, events, kernels) for event in called]
+        work = {i: _kernels_ns(event, events, kernels) for i, event in enumerate(called)}
     else:
         called = [c for c in events.comms if not c.name.startswith(GLOO)]
         called.sort(key=lambda c: c.start_ns)
         work = _gloo_work(called, [c for c in events.comms if c.name.startswith(GLOO)])
-        found = [_of_operator(event, work.get(i)) for i, event in enumerate(called)]
+    found = [
+        Collective(
+            facts=event.facts,
+            host_ns=(event.start_ns, event.end_ns),
+            work_ns=work.get(i),
+            on_device=on_device and work[i] is not None,
+        )
+        for i, event in enumerate(called)
+    ]
     threads = np.array([event.thread for event in called], np.int64)
     blocks = find_blocks(samples, events)
     return _in_layers(found, threads, blocks, find_steps(events, blocks))
 
 
-def _of_operator(event: CommEvent, work: CommEvent | None) -> Collective:
-    return Collective(
-        facts=event.facts,
-        host_ns=(event.start_ns, event.end_ns),
-        work_ns=None if work is None else (work.start_ns, work.end_ns),
-        on_device=False,
-    )
-
-
-def _with_kernels(event: CommEvent, events: EventTable, kernels: Kernels) -> Collective:
+def _kernels_ns(event: CommEvent, events: EventTable, kernels: Kernels) -> Nanoseconds | None:
     rows = kernels.within_ns(event.thread, event.start_ns, event.end_ns)
     start, end = kernels.start_ns[rows], kernels.start_ns[rows] + kernels.duration_ns[rows]
     nccl = np.array([events.names[n].startswith("nccl") for n in kernels.name[rows].tolist()], dtype=bool)
     if nccl.any():  # beside them stand copies into and out of its buffers
         start, end = start[nccl], end[nccl]
-    return Collective(
-        facts=event.facts,
-        host_ns=(event.start_ns, event.end_ns),
-        work_ns=(int(start.min()), int(end.max())) if len(start) else None,
-        on_device=bool(len(start)),
-    )
+    return (int(start.min()), int(end.max())) if len(start) else None
 
 
-def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict[int, CommEvent]:
+def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict[int, Nanoseconds | None]:
     """Index of the operator -> the range of its work."""
-    found: dict[int, CommEvent] = {}
+    found: dict[int, Nanoseconds | None] = {}
     for kind in {event.facts.kind for event in ranges}:
         operators = [i for i, event in enumerate(called) if event.facts.kind == kind]
         work = sorted((r for r in ranges if r.facts.kind == kind), key=lambda r: r.start_ns)
         pairs = list(zip(operators, work, strict=False))
         if len(operators) == len(work) and all(w.start_ns >= called[i].start_ns for i, w in pairs):
-            found |= dict(pairs)
+            found |= {i: (w.start_ns, w.end_ns) for i, w in pairs}
     return found
 
 
