@@ -46,7 +46,12 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
     broken: list[TraceFileError] = []
     for file in files:
         try:
-            recordings, is_merged = _recordings(file)
+            if is_reduced(file):
+                parts = load(file)
+                recordings = [part.recording for part in parts]
+                is_merged = any(part.alignment is not None for part in parts)
+            else:
+                recordings, is_merged = read_rank_recordings(file)
         except SchemaError:
             raise
         except TraceFileError as error:
@@ -58,13 +63,6 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
     if broken and all(recording.world_size == 1 for recording in kept):
         raise broken[0]
     return kept, notes
-
-
-def _recordings(file: Path) -> tuple[list[Recording], bool]:
-    if not is_reduced(file):
-        return read_rank_recordings(file)
-    reads = load(file)
-    return [read.recording for read in reads], any(read.alignment is not None for read in reads)
 
 
 def counts_of_recordings(

@@ -115,12 +115,9 @@ def exchange_times(
                 sample = found[1]
                 groups[sample.layer, sample.site, part_of(collective), one.rank].append(collective)
     by_rank = {one.rank: one for one in ranks}
-    ordered = sorted(groups, key=lambda k: (k[0], k[1], _part_order(k[2]), k[3]))
+    order: dict[str, int] = {role: place for place, role in enumerate(ROLES)}
+    ordered = sorted(groups, key=lambda k: (*k[:2], order.get(k[2], len(order)), *k[2:]))
     return tuple(_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)
-
-
-def _part_order(part: str) -> tuple[int, str]:
-    return (list(ROLES).index(part) if part in ROLES else len(ROLES), part)
 
 
 def _time(

@@ -85,18 +85,15 @@ class _Writer:
         for place, trace in enumerate(self._plan.ranks):
             self._put_events(trace, place)
         merged = self._merged()
-        self._put_recording(merged)
+        recording = joined_recording(self._plan)
+        label = band_label(recording.rank, self._label_us or 0.0)
+        added = encode_recording(recording, **{RANKS_KEY: asdict(merged)})
+        self._put(encode_addition(b"", label, added, offset=self._at, first=self._first_event))
         self._put(b"\n]")
         for key, value in self._after.items():
             self._put(b",\n%b: %b" % (json.dumps(key).encode(), value))
         self._put(b"\n}\n")
         return merged
-
-    def _put_recording(self, merged: MergedRanks) -> None:
-        recording = joined_recording(self._plan)
-        label = band_label(recording.rank, self._label_us or 0.0)
-        added = encode_recording(recording, **{RANKS_KEY: asdict(merged)})
-        self._put(encode_addition(b"", label, added, offset=self._at, first=self._first_event))
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)

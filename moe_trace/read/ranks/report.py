@@ -117,7 +117,9 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
         missing=records.missing,
         mesh=first.mesh,
         exchange=records.exchange,
-        token_sets=_token_sets(records),
+        token_sets=tuple(
+            dict.fromkeys(tuple(sorted({r, *records.parallel(r).token_ranks})) for r in records.ranks)
+        ),
         held=_held(records),
         layers=_layers(records, loads, waits),
         steps=_steps(records, loads, waits, step_us),
@@ -131,18 +133,10 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
     )
 
 
-def _token_sets(records: RankRecords) -> tuple[tuple[int, ...], ...]:
-    sets = (tuple(sorted({rank, *records.parallel(rank).token_ranks})) for rank in records.ranks)
-    return tuple(dict.fromkeys(sets))
-
-
 def _held(records: RankRecords) -> dict[int, int | None]:
-    found: dict[int, int | None] = {}
-    for rank in records.ranks:
-        routers = records.by_rank[rank].routers
-        held = routers[0].held_experts if routers else None
-        found[rank] = None if held is None else len(held)
-    return found
+    first = {rank: next(iter(records.by_rank[rank].routers), None) for rank in records.ranks}
+    held = {rank: None if router is None else router.held_experts for rank, router in first.items()}
+    return {rank: None if experts is None else len(experts) for rank, experts in held.items()}
 
 
 def _notes(records: RankRecords, loads: Sequence[CallLoad]) -> list[str]:

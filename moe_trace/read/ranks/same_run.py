@@ -16,7 +16,9 @@ def first_difference(recordings: Sequence[Recording]) -> tuple[int, int, str] | 
     by_rank: dict[int, int] = {}
     for i, recording in enumerate(recordings):
         earlier = [0, by_rank.setdefault(recording.rank, i)]
-        earlier += [by_rank[rank] for rank in sorted(_peers(recording)) if rank in by_rank]
+        sharing = recording.parallel
+        peers = set() if sharing is None else {*sharing.token_ranks, *sharing.expert_ranks}
+        earlier += [by_rank[rank] for rank in sorted(peers) if rank in by_rank]
         for j in dict.fromkeys(earlier):
             different = difference(recordings[j], recording) if i != j else ""
             if different:
@@ -44,11 +46,6 @@ def difference(a: Recording, b: Recording) -> str:
 
 def _shape(router: RouterInfo) -> tuple[str, int, int]:
     return router.site, router.num_experts, router.top_k
-
-
-def _peers(recording: Recording) -> set[int]:
-    parallel = recording.parallel
-    return set() if parallel is None else {*parallel.token_ranks, *parallel.expert_ranks}
 
 
 def _other_groups(a: Recording, b: Recording) -> str:

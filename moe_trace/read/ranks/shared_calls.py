@@ -131,7 +131,9 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
         members = tuple(rank for rank in key.group if rank in present)
         if len(members) < 2:
             continue
-        rows = _by_sequence(calls, members) or _by_order(calls, members)
+        lists = [calls.get(rank, []) for rank in members]
+        alike = len({len(found) for found in lists}) == 1
+        rows = _by_sequence(lists) or (list(zip(*lists, strict=True)) if alike else None)
         if rows is None:
             counts = ", ".join(f"rank {rank}: {len(calls.get(rank, ()))}" for rank in members)
             refused.append(
@@ -161,27 +163,16 @@ def _key(collective: Collective, of: RankCalls) -> _Key | None:
     return _Key(facts.group_name or "", group, facts.kind)
 
 
-def _by_sequence(
-    calls: dict[int, list[Collective]], members: Sequence[int]
-) -> list[tuple[Collective, ...]] | None:
+def _by_sequence(lists: Sequence[Sequence[Collective]]) -> list[tuple[Collective, ...]] | None:
     """None where a call has no number, or two have the same."""
-    tables = []
-    for rank in members:
-        table = {c.facts.sequence: c for c in calls.get(rank, ())}
-        if None in table or len(table) != len(calls.get(rank, ())) or not table:
-            return None
-        tables.append(table)
-    common = sorted(set.intersection(*(set(t) for t in tables)))  # type: ignore[type-var]
-    return [tuple(table[number] for table in tables) for number in common]
-
-
-def _by_order(
-    calls: dict[int, list[Collective]], members: Sequence[int]
-) -> list[tuple[Collective, ...]] | None:
-    lists = [calls.get(rank, []) for rank in members]
-    if len({len(found) for found in lists}) != 1:
+    tables = [{call.facts.sequence: call for call in calls} for calls in lists]
+    if any(
+        None in table or len(table) != len(calls) or not table
+        for table, calls in zip(tables, lists, strict=True)
+    ):
         return None
-    return list(zip(*lists, strict=True))
+    common = sorted(set.intersection(*map(set, tables)))  # type: ignore[type-var]
+    return [tuple(table[number] for table in tables) for number in common]
 
 
 def _shared(

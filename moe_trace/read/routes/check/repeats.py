@@ -40,7 +40,8 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
     layers = [layer for layer in range(len(routes.layers)) if layer not in fixed]
     if len(routes) < ENOUGH_ROWS or sum(routes.top_k[layer] for layer in layers) < _ENOUGH_SLOTS:
         return np.zeros(0, np.int64)
-    rows = _compact(routes.expert_ids, layers)
+    ids = routes.expert_ids if len(layers) == len(routes.layers) else routes.expert_ids[:, layers]
+    rows = np.ascontiguousarray(ids).reshape(len(ids), -1)
     before, after = _pairs(routes, np.any(used_TL[:, layers], axis=1))
     differing = _differing(rows, before, after)
     exact = differing == 0
@@ -50,7 +51,8 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
         other = routes.token_ids[before[exact]] != routes.token_ids[after[exact]]
         repeated = repeated[other]
     else:
-        repeated = repeated[~_opening(routes, repeated)]
+        position = routes.position[repeated]
+        repeated = repeated[(position == UNKNOWN) | (position >= _START)]
     natural = np.delete(rows, after[exact], axis=0)
     chance = max(_agreement(natural if len(natural) >= _NATURAL else rows), _even(routes, layers))
     many = len(repeated) > 2 * near and _beyond(len(repeated), chance, len(after))
@@ -81,11 +83,6 @@ def _even(routes: RecordedRoutes, layers: list[int]) -> float:
     return 1 / prod(max(1, perm(routes.num_experts[layer], routes.top_k[layer])) for layer in layers)
 
 
-def _compact(ids_TLK: np.ndarray, layers: list[int]) -> np.ndarray:
-    kept = ids_TLK if len(layers) == ids_TLK.shape[1] else ids_TLK[:, layers]
-    return np.ascontiguousarray(kept).reshape(len(kept), -1)
-
-
 def _pairs(routes: RecordedRoutes, used: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rows of tokens, and those of the tokens after them."""
     order = TokenOrder.of(routes)
@@ -103,13 +100,6 @@ def _differing(rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.nd
         piece = slice(start, start + (1 << 14))
         differing[piece] = np.count_nonzero(rows[before[piece]] != rows[after[piece]], axis=1)
     return differing
-
-
-def _opening(routes: RecordedRoutes, rows: np.ndarray) -> np.ndarray:
-    """Which of the rows belong to the first few of a sequence."""
-    position = routes.position[rows]
-    opening: np.ndarray = (position != UNKNOWN) & (position < _START)
-    return opening
 
 
 def _agreement(rows: np.ndarray) -> float:
