@@ -16,8 +16,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from moe_trace.data.calls.placements import Floats
+from moe_trace.data.calls.table import IntArray, Mask
 from moe_trace.read.file.rank_parts import Alignment, Spread
 from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls, synchronising
 
@@ -88,17 +89,13 @@ def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) ->
     return sum(int(_early(one, *on_one_clock(one, offset_ns)).sum()) for one in shared_calls)
 
 
-def _early(
-    shared: SharedCalls, start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
+def _early(shared: SharedCalls, start: IntArray, end: IntArray) -> Mask:
     """[C, sender, receiver] whether the receiver ends before its sender begins."""
-    early: npt.NDArray[np.bool_] = shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)
+    early: Mask = shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)
     return early
 
 
-def on_one_clock(
-    shared: SharedCalls, offset_ns: Mapping[int, int]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def on_one_clock(shared: SharedCalls, offset_ns: Mapping[int, int]) -> tuple[IntArray, IntArray]:
     """[C, R] starts and ends with the offsets added."""
     offsets = np.array([offset_ns[rank] for rank in shared.ranks], np.int64)
     return shared.start_ns + offsets, shared.end_ns + offsets
@@ -133,11 +130,11 @@ def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[i
 
 def _between(
     usable: Sequence[SharedCalls], clocks: Mapping[int, str], names: Sequence[str]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+) -> tuple[Floats, Floats, IntArray]:
     """[N, N] for N clocks: the largest allowed offset[b] - offset[a]; median of end[a] - end[b]; count."""
     count = len(names)
     bounds = np.full((count, count), np.inf)
-    differences: defaultdict[tuple[int, int], list[npt.NDArray[np.int64]]] = defaultdict(list)
+    differences: defaultdict[tuple[int, int], list[IntArray]] = defaultdict(list)
     for shared in usable:
         sending = shared.sends
         place = [names.index(clocks[rank]) for rank in shared.ranks]
@@ -156,9 +153,7 @@ def _between(
     return bounds, medians, weight
 
 
-def _estimate(
-    medians: npt.NDArray[np.float64], weight: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def _estimate(medians: Floats, weight: IntArray) -> tuple[Floats, IntArray]:
     """Offsets along the pairs that share most; and for each clock the first that it hangs together with."""
     offsets, first = np.zeros(len(medians)), np.full(len(medians), -1, np.int64)
     for start in range(len(medians)):
@@ -172,9 +167,7 @@ def _estimate(
     return offsets, first
 
 
-def _within_bounds(
-    offsets: npt.NDArray[np.float64], bounds: npt.NDArray[np.float64], first: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def _within_bounds(offsets: Floats, bounds: Floats, first: IntArray) -> Floats:
     """The offsets moved until offset[b] - offset[a] <= bounds[a, b] for all pairs, the worst pair first."""
     offsets = offsets.copy()
     for _ in range(_ROUNDS):

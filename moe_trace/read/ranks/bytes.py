@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from moe_trace.data.calls.table import IntArray
 from moe_trace.data.schema import RoutingSample
 from moe_trace.read.ranks.collective_times import SampleIndex
 from moe_trace.read.ranks.collectives import split_bytes
@@ -97,12 +97,12 @@ def check_bytes(
 
 def _expected(
     records: RankRecords,
-    sent_RW: npt.NDArray[np.int64] | None,
+    sent_RW: IntArray | None,
     sample: RoutingSample,
     rank: int,
     group: Sequence[int],
     side: str,
-) -> npt.NDArray[np.int64] | None:
+) -> IntArray | None:
     """[G] bytes between this rank and each of its group; None where a rank of it was not recorded."""
     size = sample.slot_bytes
     if size is None:  # by the model's width and type

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from moe_trace.data.calls.table import IntArray
 from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import SampleKey
 from moe_trace.data.trace_json.comms import GLOO, PARAMETERS, CommEvent, CommFacts
@@ -136,7 +136,7 @@ def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict
 
 
 def _in_layers(
-    found: Sequence[Collective], threads: npt.NDArray[np.int64], blocks: Blocks, steps: Steps
+    found: Sequence[Collective], threads: IntArray, blocks: Blocks, steps: Steps
 ) -> tuple[Collective, ...]:
     starts = np.array([c.host_ns[0] for c in found], np.int64)
     block = blocks.at(threads, starts)

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable
+from moe_trace.data.calls.table import CallTable, IntArray
 from moe_trace.data.schema import Recording
 from moe_trace.read.ranks.shared_calls import RankCalls
 
@@ -79,7 +78,7 @@ class Ranks:
         return {rank: sample_index(one.recording) for rank, one in self.by_rank.items()}
 
 
-def call_numbers(recording: Recording, reached: dict[str, int]) -> npt.NDArray[np.int64]:
+def call_numbers(recording: Recording, reached: dict[str, int]) -> IntArray:
     """[N] the how-many-th call of its router each is, on from where `reached` is, which goes on with it."""
     numbers = []
     for name in recording.calls.name.tolist():

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from moe_trace.data.calls.table import IntArray
 from moe_trace.data.schema import ExpertExchange, Parallel, Recording, RoutingSample
 
 CallKey = tuple[str, int]
@@ -80,7 +80,7 @@ def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
     return found
 
 
-def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> npt.NDArray[np.int64] | None:
+def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> IntArray | None:
     """[G, E] 1 where a rank of the group holds an expert, or [G, P] a slot of a load balancer.
 
     A rank without a recording holds what no other of its group does; None where two are missing.
@@ -116,15 +116,15 @@ class CallLoad:
     key: CallKey
     step: int
     site: str
-    load_R: npt.NDArray[np.int64]
+    load_R: IntArray
     """[R] slots that each rank's experts compute."""
-    sent_RW: npt.NDArray[np.int64] | None = field(repr=False)
+    sent_RW: IntArray | None = field(repr=False)
     """[R, W] slots from each recorded rank (row) to each rank of the world; None without an all-to-all."""
-    expert_E: npt.NDArray[np.int64]
+    expert_E: IntArray
     """[E] slots per expert, each token once."""
-    slot_P: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    slot_P: IntArray | None = field(default=None, repr=False)
     """[P] of each slot of a load balancer, each token once; None without one."""
-    slot_experts_P: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+    slot_experts_P: IntArray | None = field(default=None, repr=False)
     """[P] the expert that each held."""
     exact: bool = True
     """Whether what each rank dispatched is known: a slot of weight 0 counts as skipped, but may travel."""
@@ -172,8 +172,8 @@ def _is_exact(sample: RoutingSample) -> bool:
 def _sent(
     records: RankRecords,
     samples: Mapping[int, RoutingSample],
-    held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
-) -> npt.NDArray[np.int64] | None:
+    held: Mapping[tuple[int, ...], IntArray | None],
+) -> IntArray | None:
     if records.exchange != "all_to_all":
         return None
     sent = np.zeros((len(records.ranks), records.world_size), np.int64)
@@ -194,7 +194,7 @@ def _sent(
     return sent
 
 
-def _by_holder(held_GE: npt.NDArray[np.int64], slots_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _by_holder(held_GE: IntArray, slots_E: IntArray) -> IntArray:
     """[G] slots of the experts that each rank holds; in float64, exact to 2**53, for its fast products."""
     experts = min(held_GE.shape[1], len(slots_E))
     return np.rint(held_GE[:, :experts].astype(np.float64) @ slots_E[:experts].astype(np.float64)).astype(
@@ -205,8 +205,8 @@ def _by_holder(held_GE: npt.NDArray[np.int64], slots_E: npt.NDArray[np.int64]) -
 def _load(
     records: RankRecords,
     samples: Mapping[int, RoutingSample],
-    held: Mapping[tuple[int, ...], npt.NDArray[np.int64] | None],
-) -> npt.NDArray[np.int64]:
+    held: Mapping[tuple[int, ...], IntArray | None],
+) -> IntArray:
     load = np.zeros(len(records.ranks), np.int64)
     for row, rank in enumerate(records.ranks):
         group = records.parallel(rank).expert_ranks or (rank,)
@@ -220,7 +220,7 @@ def _load(
     return load
 
 
-def expert_load_of_rank(loads: Sequence[CallLoad], held_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def expert_load_of_rank(loads: Sequence[CallLoad], held_E: IntArray) -> IntArray:
     """[E] what a rank computes of each expert in those calls of one router.
 
     Args:
@@ -236,7 +236,7 @@ def expert_load_of_rank(loads: Sequence[CallLoad], held_E: npt.NDArray[np.int64]
     return total
 
 
-def _sum(arrays: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+def _sum(arrays: Sequence[IntArray]) -> IntArray:
     total = np.zeros(max(map(len, arrays)), np.int64)
     for array in arrays:
         total[: len(array)] += array

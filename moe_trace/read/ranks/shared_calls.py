@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable, routers_ranged
+from moe_trace.data.calls.table import CallTable, IntArray, Mask, routers_ranged
 from moe_trace.data.schema import Parallel, RoutingSample
 from moe_trace.data.trace_json.comms import CommKind
 from moe_trace.data.trace_json.events import spans_ns
@@ -81,12 +80,12 @@ class SharedCalls:
     """The members whose traces there are: the columns."""
     calls: tuple[tuple[Collective, ...], ...] = field(repr=False)
     """[C][R]"""
-    start_ns: npt.NDArray[np.int64] = field(repr=False)
+    start_ns: IntArray = field(repr=False)
     """[C, R] when each rank arrived, on its own clock, counted from the epoch."""
-    end_ns: npt.NDArray[np.int64] = field(repr=False)
+    end_ns: IntArray = field(repr=False)
 
     @cached_property
-    def sends(self) -> npt.NDArray[np.bool_]:
+    def sends(self) -> Mask:
         """[C, R, R] whether the row's rank sends the column's anything: all-to-alls may have empty parts."""
         count = len(self.ranks)
         found = np.ones((len(self.calls), count, count), dtype=bool)
