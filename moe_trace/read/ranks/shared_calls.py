@@ -119,15 +119,13 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
     by_key: dict[_Key, dict[int, list[Collective]]] = {}
     for one in ranks:
         for collective in one.collectives:
-            key = _key(collective, one)
-            if key is not None:
+            if (key := _key(collective, one)) is not None:
                 by_key.setdefault(key, {}).setdefault(one.rank, []).append(collective)
     base = {one.rank: one.base_time_ns for one in ranks}
-    present = set(base)
     hosts = {one.rank: one.host_name for one in ranks}
     matched, refused = [], []
     for key, calls in by_key.items():
-        members = tuple(rank for rank in key.group if rank in present)
+        members = tuple(rank for rank in key.group if rank in base)
         if len(members) < 2:
             continue
         lists = [calls.get(rank, []) for rank in members]

@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.calls.sample import STAGES
 from moe_trace.data.distinct import drawn_distinct
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.sets import sizes
+from moe_trace.read.routes.sets import Floats, Ints, sizes
 from moe_trace.read.routes.tokens import LayerTokens
 
 BATCH_MAX = 512
@@ -25,13 +24,13 @@ BATCH_MAX = 512
 class Distinct:
     """Of one layer."""
 
-    expected: npt.NDArray[np.float64]
+    expected: Floats
     """[B] mean for 1, 2, ... B tokens drawn from the file, B up to `BATCH_MAX` or the tokens there are."""
-    batch_sizes: npt.NDArray[np.int64]
+    batch_sizes: Ints
     """[M] numbers of tokens that the recorded decode steps had."""
-    steps: npt.NDArray[np.int64]
+    steps: Ints
     """[M] how many steps."""
-    measured: npt.NDArray[np.float64]
+    measured: Floats
     """[M] mean number of experts that they used."""
 
 

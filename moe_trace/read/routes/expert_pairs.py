@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.read.routes.sets import expert_sets, total_size
+from moe_trace.read.routes.sets import Floats, Ints, expert_sets, total_size
 from moe_trace.read.routes.tokens import LayerTokens, of_same_tokens
 
 _CODES = 1 << 16
@@ -32,13 +31,13 @@ Pairs = Literal["all", "adjacent"]
 class Coactivation:
     """Of one layer."""
 
-    together: npt.NDArray[np.int64]
+    together: Ints
     """[E, E] tokens with both experts, symmetric, 0 on the diagonal."""
-    counts: npt.NDArray[np.int64]
+    counts: Ints
     """[E] tokens with the expert."""
 
     @property
-    def probability(self) -> npt.NDArray[np.float64]:
+    def probability(self) -> Floats:
         """[E, E] P(j | i) in row i and column j; NaN in rows of experts that no token chose."""
         return ratio(self.together, self.counts[:, None])
 
@@ -75,7 +74,7 @@ def tokens_at_once(bins: int, pairs: int) -> int:
     return max(_CODES, 2 * bins) // max(1, pairs) + 1
 
 
-def ratio(part: np.ndarray, whole: np.ndarray) -> npt.NDArray[np.float64]:
+def ratio(part: np.ndarray, whole: np.ndarray) -> Floats:
     """part / whole, NaN where the whole is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, part / whole, np.nan)
@@ -89,9 +88,9 @@ TOKENS_ASKED = 1 << 14
 class Transition:
     """From one layer to the next."""
 
-    counts: npt.NDArray[np.int64]
+    counts: Ints
     """[E, E'] tokens with expert e here and e' in the next layer."""
-    used: npt.NDArray[np.int64]
+    used: Ints
     """[E] tokens with e here."""
     recall: float
     """Of the experts that held-out tokens use in the next layer, the share that this layer predicts; NaN
@@ -102,7 +101,7 @@ class Transition:
     """Held-out tokens that were predicted."""
 
     @property
-    def probability(self) -> npt.NDArray[np.float64]:
+    def probability(self) -> Floats:
         """[E, E'] P(e' | e); NaN in rows of experts that no token chose."""
         return ratio(self.counts, self.used[:, None])
 
@@ -131,9 +130,7 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
     )
 
 
-def pair_counts(
-    here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int
-) -> npt.NDArray[np.int64]:
+def pair_counts(here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int) -> Ints:
     """[E, E'] tokens with e in one layer and e' in another; ids from `experts` on are no expert."""
     side = experts_after + 1
     bins = (experts + 1) * side
@@ -146,7 +143,7 @@ def pair_counts(
     return counts.reshape(-1, side)[:experts, :experts_after]
 
 
-def predict(probability: npt.NDArray[np.float64], ids_NK: np.ndarray, slots: int) -> np.ndarray:
+def predict(probability: Floats, ids_NK: np.ndarray, slots: int) -> np.ndarray:
     """[N, slots] ids of the experts with the largest sum of `probability` [E, E'] over each row's experts."""
     padded = np.concatenate([probability, np.zeros((1, probability.shape[1]))])
     guesses = np.empty((len(ids_NK), slots), np.uint16)
@@ -157,9 +154,9 @@ def predict(probability: npt.NDArray[np.float64], ids_NK: np.ndarray, slots: int
     return guesses
 
 
-def _largest(scores_NE: npt.NDArray[np.float64], slots: int) -> np.ndarray:
+def _largest(scores_NE: Floats, slots: int) -> np.ndarray:
     return np.argsort(-scores_NE, axis=1, kind="stable")[:, :slots].astype(np.uint16)
 
 
-def _counts(ids_NK: np.ndarray, experts: int) -> npt.NDArray[np.int64]:
+def _counts(ids_NK: np.ndarray, experts: int) -> Ints:
     return np.bincount(ids_NK.ravel(), minlength=experts + 1)[:experts]

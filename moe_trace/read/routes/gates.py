@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.expert_pairs import ratio
+from moe_trace.read.routes.sets import Floats, Mask
 from moe_trace.read.routes.tokens import LayerTokens
 
 CHUNK = 1 << 16
@@ -27,16 +27,16 @@ class Gates:
     """Of one layer, over tokens whose weights were recorded."""
 
     tokens: int
-    mass_share: npt.NDArray[np.float64]
+    mass_share: Floats
     """[E] share of the weights' sum."""
-    assignment_share: npt.NDArray[np.float64]
+    assignment_share: Floats
     """[E] share of the same tokens' assignments."""
-    by_rank: npt.NDArray[np.float64]
+    by_rank: Floats
     """[K] mean weight of each slot, in the router's order; NaN where a slot was always skipped."""
-    margin: npt.NDArray[np.float64]
+    margin: Floats
     """[5] `QUANTILES` over tokens with two experts or more; NaN where there are none."""
     margin_mean: float
-    last: npt.NDArray[np.float64]
+    last: Floats
     """[5] `QUANTILES` over the same tokens."""
     last_mean: float
 
@@ -78,12 +78,12 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
 
 def chosen_weights(
     routes: RecordedRoutes, rows: np.ndarray, layer: int
-) -> tuple[np.ndarray, np.ndarray, npt.NDArray[np.bool_]]:
+) -> tuple[np.ndarray, np.ndarray, Mask]:
     """[n, K] ids, weights in single precision, 0 where there is no expert, and whether there is one."""
     assert routes.weights is not None
     slots = routes.top_k[layer]
     ids = routes.expert_ids[rows, layer, :slots]
-    used: npt.NDArray[np.bool_] = ids < routes.num_experts[layer]
+    used: Mask = ids < routes.num_experts[layer]
     weights = routes.weights[rows, layer, :slots].astype(np.float32)
     return ids, np.where(used, weights, np.float32(0)), used
 
@@ -103,5 +103,5 @@ def _last(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
     return ratio(smallest, weights.sum(axis=1)).astype(np.float32)
 
 
-def _quantiles(values: np.ndarray) -> npt.NDArray[np.float64]:
+def _quantiles(values: np.ndarray) -> Floats:
     return np.quantile(values, QUANTILES).astype(np.float64) if len(values) else np.full(5, np.nan)

@@ -22,13 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.read.routes.expert_pairs import ratio
-from moe_trace.read.routes.sets import Words, total_size
+from moe_trace.read.routes.sets import Floats, Ints, Words, total_size
 from moe_trace.read.routes.tokens import LayerTokens
 
-Floats = npt.NDArray[np.float64]
 SEGMENTS = (16, 128)
 _BINS = 1 << 22
 
@@ -37,7 +35,7 @@ _BINS = 1 << 22
 class Locality:
     """Of one layer; NaN where no run is long enough."""
 
-    distances: npt.NDArray[np.int64]
+    distances: Ints
     """[D] 1, 2, 4, ... tokens, up to the longest run."""
     lags: Floats
     """[D] share of a token's experts that the token so far before it used, too."""
@@ -93,7 +91,7 @@ def locality(tokens: LayerTokens, segments: tuple[int, ...] = SEGMENTS) -> Local
     )
 
 
-def _windows(tokens: LayerTokens, distances: npt.NDArray[np.int64]) -> Iterator[tuple[int, Words]]:
+def _windows(tokens: LayerTokens, distances: Ints) -> Iterator[tuple[int, Words]]:
     """(d, [N, W] union of the run's last d sets up to each token): each from the one before, in place."""
     place, windows = tokens.order.place, tokens.sets.copy()
     for d in distances.tolist():

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.sets import expert_sets, sizes
+from moe_trace.read.routes.sets import Floats, Ints, expert_sets, sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +23,11 @@ class Saturation:
 
     labels: tuple[str, ...]
     """The C files."""
-    top_k: npt.NDArray[np.float64]
+    top_k: Floats
     """[C, L] share of the last checkpoint's experts that this one chose, too; 1 for the last."""
-    top_1: npt.NDArray[np.float64]
+    top_1: Floats
     """[C, L] share of tokens whose first slot is the same."""
-    uniform: npt.NDArray[np.float64]
+    uniform: Floats
     """[L] k / E."""
 
 
@@ -46,9 +45,7 @@ def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
     return len(parts) > 1
 
 
-def saturation(
-    parts: Sequence[RecordedRoutes], labels: Sequence[str], rows: npt.NDArray[np.int64]
-) -> Saturation:
+def saturation(parts: Sequence[RecordedRoutes], labels: Sequence[str], rows: Ints) -> Saturation:
     """Of files that hold the same tokens.
 
     Args:
@@ -61,9 +58,7 @@ def saturation(
     return Saturation(tuple(labels), top_k, top_1, uniform)
 
 
-def _compared(
-    part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64]
-) -> tuple[float, float]:
+def _compared(part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: Ints) -> tuple[float, float]:
     """Of the tokens that `compare_routes` compares: its overlap, and equal first slots."""
     found = compare_layer(part, rows, last, rows, (layer, layer))
     if not found.compared.any():
@@ -73,7 +68,7 @@ def _compared(
     return float(found.overlap[found.compared].mean()), float(same[found.compared].mean())
 
 
-def shared_experts(a_NK: np.ndarray, b_NK: np.ndarray, experts: int) -> npt.NDArray[np.int64]:
+def shared_experts(a_NK: np.ndarray, b_NK: np.ndarray, experts: int) -> Ints:
     """[N] experts that are in both rows' top k, whatever their order.
 
     Args:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint64]
 """[..., W] sets of experts: expert e is bit e % 64 of word e // 64."""
 
@@ -24,22 +27,22 @@ def expert_sets(ids_NK: np.ndarray, experts: int) -> Words:
     return sets_NW
 
 
-def members(sets_NW: Words, experts: int) -> npt.NDArray[np.bool_]:
+def members(sets_NW: Words, experts: int) -> Mask:
     """[N, E] whether each expert is in each set."""
     little = np.ascontiguousarray(sets_NW, dtype="<u8").view(np.uint8)
     return np.unpackbits(little, axis=1, count=experts, bitorder="little").view(np.bool_)
 
 
-def sizes(sets_NW: Words) -> npt.NDArray[np.int64]:
+def sizes(sets_NW: Words) -> Ints:
     """[N] how many experts each set holds."""
     counts_NW = _bit_counts(sets_NW)
     if counts_NW.shape[1] == 1:
         return counts_NW[:, 0].astype(np.int64)
-    sizes_N: npt.NDArray[np.int64] = counts_NW.sum(axis=1, dtype=np.int64)
+    sizes_N: Ints = counts_NW.sum(axis=1, dtype=np.int64)
     return sizes_N
 
 
-def total_size(sets_NW: Words, chosen_N: npt.NDArray[np.bool_] | None = None) -> int:
+def total_size(sets_NW: Words, chosen_N: Mask | None = None) -> int:
     """Sum of the sizes, of all or of some sets."""
     counts_NW = _bit_counts(sets_NW)
     if chosen_N is not None:

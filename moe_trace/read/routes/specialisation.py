@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.read.routes.expert_pairs import ratio
+from moe_trace.read.routes.sets import Floats, Ints, Mask
 from moe_trace.read.routes.tokens import LayerTokens
 
-Floats = npt.NDArray[np.float64]
 OFTEN = 10
 """Occurrences from which on an id counts as frequent, as in the authors' script."""
 _BINS = 1 << 19
@@ -32,7 +31,7 @@ _BINS = 1 << 19
 class Domains:
     """Of one layer."""
 
-    tokens: npt.NDArray[np.int64]
+    tokens: Ints
     """[D] tokens of each domain."""
     share: Floats
     """[D, E] share of a domain's tokens with the expert in their top k; NaN for a domain without tokens."""
@@ -54,11 +53,11 @@ class Vocabulary:
     """As `mean`, counting the first slot alone."""
     by_expert: Floats
     """[E] mean over the frequent ids whose favourite expert of the top k it is; NaN where it is nobody's."""
-    favourites: npt.NDArray[np.int64]
+    favourites: Ints
     """[E] number of frequent ids whose favourite it is; ties go to the lower expert."""
 
 
-def domains(tokens: LayerTokens, domain_N: npt.NDArray[np.int64], number: int) -> Domains:
+def domains(tokens: LayerTokens, domain_N: Ints, number: int) -> Domains:
     """Shares of one layer.
 
     Args:
@@ -77,9 +76,9 @@ def domains(tokens: LayerTokens, domain_N: npt.NDArray[np.int64], number: int) -
 class IdOrder:
     """The tokens that have an id, id after id: made once, used by every layer."""
 
-    tokens: npt.NDArray[np.int64]
+    tokens: Ints
     """[T] places of the tokens, of equal ids one after the other."""
-    number: npt.NDArray[np.int64]
+    number: Ints
     """[T] which id it is, counted from 0."""
 
     @classmethod
@@ -89,13 +88,13 @@ class IdOrder:
         tokens = known[np.argsort(ids_N[known], kind="stable")]
         return cls(tokens, _numbered(ids_N[tokens]))
 
-    def only(self, kept_N: npt.NDArray[np.bool_]) -> IdOrder:
+    def only(self, kept_N: Mask) -> IdOrder:
         """Of some of the tokens, which are counted anew."""
         kept = kept_N[self.tokens]
         return IdOrder((np.cumsum(kept_N) - 1)[self.tokens[kept]], _numbered(self.number[kept]))
 
 
-def _numbered(sorted_ids: np.ndarray) -> npt.NDArray[np.int64]:
+def _numbered(sorted_ids: np.ndarray) -> Ints:
     return np.cumsum(np.diff(sorted_ids, prepend=sorted_ids[:1]) != 0)
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.errors import UsageError
 from moe_trace.data.load_stats import Load, describe_load
@@ -23,6 +22,7 @@ from moe_trace.read.routes.expert_pairs import Coactivation, Pairs, Transition, 
 from moe_trace.read.routes.gates import Gates, gates
 from moe_trace.read.routes.locality import Locality, locality
 from moe_trace.read.routes.saturation import Saturation, same_tokens, saturation
+from moe_trace.read.routes.sets import Ints
 from moe_trace.read.routes.specialisation import Domains, IdOrder, Vocabulary, domains, vocabulary
 from moe_trace.read.routes.tokens import TokenOrder, layer_tokens
 
@@ -39,7 +39,7 @@ class LayerStudy:
     """Tokens that count: no padding, not recomputed, the layer's call not lost."""
     skipped: int
     """Their slots without an expert."""
-    counts: npt.NDArray[np.int64]
+    counts: Ints
     """[E] their assignments."""
     load: Load
     """Of the assignments of all tokens, padding too, as `RouterSummary.load`."""
@@ -186,7 +186,7 @@ def _layer(
     order: TokenOrder,
     pairs: Pairs,
     files: int,
-    file_of: npt.NDArray[np.int64],
+    file_of: Ints,
     ids: Mapping[str, IdOrder],
 ) -> LayerStudy:
     last = layer + 1 == len(routes.layers)

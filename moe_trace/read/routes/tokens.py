@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.sets import Words, expert_sets
+from moe_trace.read.routes.sets import Ints, Mask, Words, expert_sets
 
 CHUNK = 1 << 12
 """Tokens that are worked on at a time: what stays in a core's cache."""
@@ -25,11 +24,11 @@ CHUNK = 1 << 12
 class TokenOrder:
     """The N rows that count, sequence after sequence; those of an unknown place last."""
 
-    rows: npt.NDArray[np.int64]
+    rows: Ints
     """[N] row numbers."""
-    follows: npt.NDArray[np.bool_]
+    follows: Mask
     """[N] whether it is the token after the one before it."""
-    known: npt.NDArray[np.bool_]
+    known: Mask
     """[N] whether its sequence and position were recorded."""
 
     @classmethod
@@ -44,13 +43,13 @@ class TokenOrder:
         follows[1:] = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1) & known[1:]
         return cls(rows, follows, known)
 
-    def only(self, kept: npt.NDArray[np.bool_]) -> TokenOrder:
+    def only(self, kept: Mask) -> TokenOrder:
         """Some of them; what followed a token that is gone follows nothing."""
         after_kept = np.concatenate([[False], kept[:-1]])
         return TokenOrder(self.rows[kept], (self.follows & after_kept)[kept], self.known[kept])
 
     @cached_property
-    def place(self) -> npt.NDArray[np.int64]:
+    def place(self) -> Ints:
         """[N] tokens of the run that stand before it."""
         at_N = np.arange(len(self.rows))
         return at_N - np.maximum.accumulate(np.where(self.follows, 0, at_N))
@@ -74,7 +73,7 @@ class LayerTokens:
         return expert_sets(self.ids, self.experts)
 
     @cached_property
-    def counts(self) -> npt.NDArray[np.int64]:
+    def counts(self) -> Ints:
         """[E] slots that went to each expert."""
         side = self.experts + 1
         parts = (np.bincount(ids_Kn.ravel(), minlength=side) for ids_Kn in self.chunks())
@@ -85,7 +84,7 @@ class LayerTokens:
         """Slots that went to an expert."""
         return int(self.counts.sum())
 
-    def chunks(self, size: int = CHUNK) -> Iterator[npt.NDArray[np.int64]]:
+    def chunks(self, size: int = CHUNK) -> Iterator[Ints]:
         """[K, n] ids of the tokens in order, `size` tokens at a time."""
         for start in range(0, len(self.ids), size):
             yield np.ascontiguousarray(self.ids[start : start + size].T, np.int64)

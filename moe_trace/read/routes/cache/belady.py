@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.read.routes.sets import Words, members
+from moe_trace.read.routes.sets import Ints, Words, members
 
 _CELLS = 1 << 20
 
 
-def belady_hits(needed: Sequence[Words], sizes: Sequence[int]) -> Iterator[npt.NDArray[np.int64]]:
+def belady_hits(needed: Sequence[Words], sizes: Sequence[int]) -> Iterator[Ints]:
     """[C, G] hits of each step, for C memory sizes and G memories that each hold so many experts.
 
     Args:

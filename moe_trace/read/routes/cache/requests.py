@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.read.routes.sets import Words, expert_sets
+from moe_trace.read.routes.sets import Ints, Words, expert_sets
 
 Together = Literal["forward", "token"]
 
@@ -69,9 +68,7 @@ def requests_of(
     )
 
 
-def _needed(
-    routes: RecordedRoutes, layer: int, rows: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]
-) -> Words:
+def _needed(routes: RecordedRoutes, layer: int, rows: Ints, starts: Ints) -> Words:
     experts = routes.num_experts[layer]
     ids = routes.expert_ids[rows, layer, : routes.top_k[layer]]
     sets = expert_sets(ids, experts)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.errors import UsageError
 from moe_trace.data.routes.columns import RecordedRoutes
@@ -16,12 +15,11 @@ from moe_trace.read.routes.cache.belady import belady_hits
 from moe_trace.read.routes.cache.prefetch import Prefetch, prefetch
 from moe_trace.read.routes.cache.requests import Requests, Together, requests_of
 from moe_trace.read.routes.cache.stack import StackPolicy, places
-from moe_trace.read.routes.sets import total_size
+from moe_trace.read.routes.sets import Floats, Ints, total_size
 from moe_trace.read.time.peaks import item_bytes
 
 Policy = Literal["lru", "lfu", "static", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +43,7 @@ class CacheResult:
         return float(self.hits.sum() / self.requests.sum()) if self.requests.sum() else float("nan")
 
     @property
-    def layer_hit_rates(self) -> npt.NDArray[np.float64]:
+    def layer_hit_rates(self) -> Floats:
         """[L] the same of each layer."""
         return np.where(self.requests > 0, self.hits / np.maximum(self.requests, 1), np.nan)
 
@@ -75,7 +73,7 @@ class CacheStudy:
     """Tokens of the simulated steps."""
     expert_bytes: int | None
     results: tuple[CacheResult, ...]
-    curves: dict[str, npt.NDArray[np.float64]]
+    curves: dict[str, Floats]
     """LRU, LFU, static -> [E] hit rate for 1, 2, ... experts in memory (of each layer, or in all)."""
 
 
@@ -150,7 +148,7 @@ def _of_policy(
     shared: bool,
     prefetch_by: str | None,
     expert_bytes: int | None,
-) -> tuple[list[CacheResult], npt.NDArray[np.float64] | None]:
+) -> tuple[list[CacheResult], Floats | None]:
     """The results by size, and the hit rate for every size where the policy has one order of all experts."""
     layers, memories = len(needed.sets), needed.in_one_memory() if shared else needed
     held = [size * layers if shared else size for size in sizes]

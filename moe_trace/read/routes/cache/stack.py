@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from moe_trace.read.routes.sets import Words, members, sizes
+from moe_trace.read.routes.sets import Ints, Words, members, sizes
 
 StackPolicy = Literal["lru", "lfu", "static"]
 _CELLS = 1 << 19
@@ -57,9 +56,7 @@ def _order(policy: StackPolicy, keys: np.ndarray, used: np.ndarray, start: int) 
         np.cumsum(keys, axis=0, out=keys)
 
 
-def _place(
-    keys: np.ndarray, steps: np.ndarray, experts: np.ndarray, total_E: np.ndarray | None
-) -> npt.NDArray[np.int64]:
+def _place(keys: np.ndarray, steps: np.ndarray, experts: np.ndarray, total_E: np.ndarray | None) -> Ints:
     wide, found = keys.shape[1], np.empty(len(steps), np.int64)
     for start in range(0, len(steps), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
@@ -73,7 +70,7 @@ def _place(
     return found
 
 
-def _totals(needed: Words, rows: int) -> npt.NDArray[np.int64]:
+def _totals(needed: Words, rows: int) -> Ints:
     """[E] places by the steps of the whole run that need each expert; ties: the higher id first."""
     wide = 64 * needed.shape[1]
     parts = (members(needed[start : start + rows], wide) for start in range(0, len(needed), rows))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_trace.data.display.json import attributes
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
@@ -24,9 +23,9 @@ from moe_trace.read.routes.compare.align import align
 from moe_trace.read.routes.expert_pairs import ratio
 from moe_trace.read.routes.gates import chosen_weights, margins
 from moe_trace.read.routes.saturation import LayerOverlap, compare_layer
+from moe_trace.read.routes.sets import Floats, Ints
 
 _PIECE = 1 << 14
-Figures = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,7 +35,7 @@ class PositionOverlap:
     first: int
     last: int
     tokens: int
-    overlap: Figures
+    overlap: Floats
     """[L]"""
     differing: float
     """Share of the tokens whose experts differ in any layer."""
@@ -54,17 +53,17 @@ class RoutesComparison:
     only_a: int
     """Tokens without a counterpart in B."""
     only_b: int
-    compared: npt.NDArray[np.int64]
+    compared: Ints
     """[L] tokens with an expert in either."""
-    overlap: Figures
+    overlap: Floats
     """[L] mean over tokens; uniform routing gives k / E."""
-    same_rank: Figures
+    same_rank: Floats
     """[L] mean over tokens."""
-    differs: Figures
+    differs: Floats
     """[L] share of tokens."""
-    reordered: Figures
+    reordered: Floats
     """[L] share of tokens."""
-    begins: Figures
+    begins: Floats
     """[L] share of all tokens whose experts differ in this layer and in none before."""
     differing: float
     """Share of all tokens whose experts differ in any layer."""
@@ -72,11 +71,11 @@ class RoutesComparison:
     """Share of all tokens with the same experts at the same ranks in all layers."""
     positions: tuple[PositionOverlap, ...]
     """Empty where positions are unknown."""
-    weights_l1: Figures | None
+    weights_l1: Floats | None
     """[L] mean over tokens; None where the weights of a side are not recorded."""
-    margin_differing: Figures | None
+    margin_differing: Floats | None
     """[L] mean margin of the tokens that differ; None where A has no weights."""
-    margin_same: Figures | None
+    margin_same: Floats | None
     """[L] of the others."""
 
     @property
@@ -134,14 +133,14 @@ def _classes(position_N: np.ndarray) -> np.ndarray:
     return exponents
 
 
-def _by_position(position_N: np.ndarray, found: LayerOverlap) -> Figures:
+def _by_position(position_N: np.ndarray, found: LayerOverlap) -> Floats:
     """[P] mean overlap of the tokens of each class of positions."""
     class_N = _classes(position_N)
     return ratio(np.bincount(class_N, found.overlap), np.bincount(class_N, found.compared))
 
 
 def _positions(
-    position_N: np.ndarray, differ_N: np.ndarray, overlap_LP: Figures
+    position_N: np.ndarray, differ_N: np.ndarray, overlap_LP: Floats
 ) -> tuple[PositionOverlap, ...]:
     if (position_N == UNKNOWN).any():
         return ()
