@@ -10,7 +10,7 @@ import numpy as np
 from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.summary import Distribution
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
+from moe_trace.read.time.layers import LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.distinct import distinct_figure
 from moe_trace.show.figures.figure import (
@@ -69,8 +69,11 @@ def inside_compiled(report: PhaseReport | None) -> str:
 
 def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     """Stacked bars: mean time of each phase of one call, per layer."""
-    rows = [_phase_us(layer, clock, part) for layer in report.layers]
-    columns = {name: [row.get(name) for row in rows] for name in (*PHASES, "gap")}
+    of_layers = [(part_us(layer, clock, part), max(1, layer.count(part))) for layer in report.layers]
+    columns = {
+        name: [us[name] / calls if name in us else None for us, calls in of_layers]
+        for name in (*PHASES, "gap")
+    }
     columns = {name: values for name, values in columns.items() if any(values)}
     of = "kernels" if clock == "device" else "operators"
     mark = "" if report.provenance is None else f", inside compiled code {report.provenance}"
@@ -100,21 +103,17 @@ def _bars(
     return bars(name, sites, heights, colour, f"%{{x}} {name}: {hover}<extra></extra>")
 
 
-def _phase_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
-    calls = max(1, layer.count(part))
-    found: dict[str, float] = {phase: 0.0 for phase in PHASES}
+def part_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
+    """Time of each phase over all calls of a layer; also of `gap` and `block`, which the backward has not."""
+    on_device = clock == "device"
+    found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     for phase, time in (layer.phases_of(part) or {}).items():
-        found[phase] = ((time.device_busy_us or 0.0) if clock == "device" else time.host_us) / calls
+        found[phase] = (time.device_busy_us or 0.0) if on_device else time.host_us
     block = layer.recompute if part == "recompute" else layer
     if part != "backward" and block is not None:
-        found["gap"] = _gap_and_whole(block, clock)[0] / calls
+        found["gap"] = (block.device_gap_us or 0.0) if on_device else block.host_gap_us
+        found["block"] = (block.device_span_us or 0.0) if on_device else block.block_host_us
     return found
-
-
-def _gap_and_whole(block: BlockTime, clock: Clock) -> tuple[float, float]:
-    if clock == "device":
-        return block.device_gap_us or 0.0, block.device_span_us or 0.0
-    return block.host_gap_us, block.block_host_us
 
 
 def launch_gaps(report: PhaseReport) -> Figure:
@@ -123,7 +122,8 @@ def launch_gaps(report: PhaseReport) -> Figure:
     data: list[Spec] = []
     columns = []
     for clock in clocks:
-        pairs = [_gap_and_whole(layer, clock) for layer in report.layers]
+        times = [part_us(layer, clock, "forward") for layer in report.layers]
+        pairs = [(us["gap"], us["block"]) for us in times]
         shares = [gap / whole if whole else 0.0 for gap, whole in pairs]
         mean_us = [gap / max(1, layer.calls) for (gap, _), layer in zip(pairs, report.layers, strict=True)]
         columns.append(list(zip(mean_us, shares, strict=True)))
@@ -156,8 +156,9 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
     parts = report.passes()
     values = {
         part: [
-            sum(us for phase, us in _phase_us(layer, clock, part).items() if phase != "gap")
+            sum(us[phase] for phase in PHASES) / max(1, layer.count(part))
             for layer in report.layers
+            for us in (part_us(layer, clock, part),)
         ]
         for part in parts
     }

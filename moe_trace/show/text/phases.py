@@ -6,8 +6,9 @@ from moe_trace.data.compiled_graph import BY_COMPILER
 from moe_trace.data.display.columns import Column, count_column, text_table
 from moe_trace.data.display.tables import number, paragraph, printable, scaled, share, table
 from moe_trace.read.analysis import TraceSummary
-from moe_trace.read.time.layers import BlockTime, LayerPhases, Pass, PhaseReport
+from moe_trace.read.time.layers import LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
+from moe_trace.show.figures.time import part_us
 
 _COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
 
@@ -30,13 +31,6 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     return f"{paragraph(title)}\n{_pass_table(report, part)}"
 
 
-def gap_and_block(layer: BlockTime) -> tuple[float, float]:
-    """Gap and whole of the block: on the device where there is one, else on the host."""
-    if layer.device_span_us is not None and layer.device_gap_us is not None:
-        return layer.device_gap_us, layer.device_span_us
-    return layer.host_gap_us, layer.block_host_us
-
-
 def _pass_table(report: PhaseReport, part: Pass) -> str:
     phases = _used(report)
     last = ("all",) if part == "backward" else ("gap", "block")
@@ -55,12 +49,10 @@ def _pass_table(report: PhaseReport, part: Pass) -> str:
 
 def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
     """The phases of a pass, then gap and block, of which the backward has its sum only."""
-    times = layer.phases_of(part) or {}
-    values = [report.work_us(times[phase]) if phase in times else 0.0 for phase in _used(report)]
-    if part == "backward":
-        return [*values, sum(values)]
-    block = layer.recompute if part == "recompute" else layer
-    return [*values, *(gap_and_block(block) if block is not None else (0.0, 0.0))]
+    us = part_us(layer, "device" if report.whole.on_device else "host", part)
+    values = [us[phase] for phase in _used(report)]
+    last = [sum(values)] if part == "backward" else [us.get("gap", 0.0), us.get("block", 0.0)]
+    return [*values, *last]
 
 
 def _used(report: PhaseReport) -> list[str]:
