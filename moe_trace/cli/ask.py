@@ -24,7 +24,6 @@ READS = {"path": TRACE, "other": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
     add("other", nargs="?", metavar="OTHER", help="a second run of the same model, on other text")

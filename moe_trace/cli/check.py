@@ -20,7 +20,6 @@ READS = {"paths": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
     add_format(parser)
 

@@ -27,7 +27,6 @@ READS = {"a": TRACE, "b": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("a", metavar="A", help="a trace or a folder of traces: before")
     add("b", metavar="B", help="the same: after")

@@ -25,7 +25,6 @@ READS = {"path": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
     add("--to", required=True, choices=tuple(SUFFIXES), help="the format; see above")

@@ -24,7 +24,6 @@ READS = {"paths": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
     add_output(parser, "FILE", "a .json or .json.gz file", required=True)

@@ -41,7 +41,6 @@ READS = {"path": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("path", metavar="PATH", help="a trace, a folder of traces, or a file of counts")
     add("--ranks", default="8", metavar="8,16,64", help="numbers of ranks; each divides the experts")

@@ -20,7 +20,6 @@ READS: dict[str, str] = {}  # there is nothing beside a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
 
 

@@ -27,7 +27,6 @@ READS = {"paths": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
     add_format(parser, "csv", help="default: text; csv: one row per router call")

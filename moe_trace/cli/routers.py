@@ -17,7 +17,6 @@ READS = {"model": ".json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     known = "the demo in this package, an id on the hub, a folder, or a config"
     parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
     add_format(parser)

@@ -40,7 +40,6 @@ READS = {"path": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("path", type=Path, metavar="DIR|TRACE", help="a folder with traces in it or below it, or one trace")
     add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")

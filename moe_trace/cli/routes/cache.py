@@ -22,7 +22,6 @@ READS = {"file": ".routes.npz"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("file", metavar="FILE", help="a file of routes")
     add("--experts-in-memory", required=True, metavar="8,16,32", help="experts of each layer that fit")

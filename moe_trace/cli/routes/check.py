@@ -24,7 +24,6 @@ READS = {"files": ROUTES, "reference": ROUTES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="files of routes")
     add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")

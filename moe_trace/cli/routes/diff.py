@@ -20,7 +20,6 @@ READS = {"files": ROUTES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="A and B, or checkpoints in order of training")
     add_format(parser, alias=True)

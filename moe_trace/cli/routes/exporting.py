@@ -19,7 +19,6 @@ READS = {"file": ROUTES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("file", metavar="FILE", help="a file of routes")
     formats = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")

@@ -19,7 +19,6 @@ READS = {"capture": ""}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("capture", metavar="FILE", help="what was captured")
     add("--num-experts", type=int, metavar="E", help="experts of each layer; default: what the ids say")

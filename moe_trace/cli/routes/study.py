@@ -20,7 +20,6 @@ READS = {"files": ".routes.npz"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="files of routes")
     add("--labels", metavar="A,B", help="a name for each file; default: its own")

@@ -24,7 +24,6 @@ READS = {"files": ENDING}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="files of routes")
     add(

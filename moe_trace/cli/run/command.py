@@ -43,7 +43,6 @@ READS = {"model": ".json", "prompts_file": ".txt", "script": ".py"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; the defaults stand in `RunConfig`."""
     _add_model(parser)
     _add_work(parser)
     _add_split(parser)
