@@ -35,16 +35,23 @@ class Intervals:
 
 def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
     """Whether no other row of the same block holds the row; rows are sorted by start, longest first."""
-    if not len(host):
-        return np.zeros(0, dtype=bool)
-    # One running maximum for all blocks: each is moved behind all before it.
-    origin = int(host.start_ns.min())
-    stride = int(host.end_ns.max()) - origin + 1
-    starts = host.start_ns - origin + block * stride
-    ends = np.maximum.accumulate(host.end_ns - origin + block * stride)
+    starts, reached = reached_by_group(block, host.start_ns, host.end_ns)
     outermost = np.ones(len(host), dtype=bool)
-    outermost[1:] = starts[1:] >= ends[:-1]
+    outermost[1:] = starts[1:] >= reached[:-1]
     return outermost
+
+
+def reached_by_group(
+    group: npt.NDArray, start_ns: npt.NDArray[np.int64], end_ns: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """[N] the start of each row, and the latest end of its group so far; rows are sorted by group and start.
+
+    One running maximum serves all groups: each is moved behind all before it.
+    """
+    origin = int(start_ns.min(initial=np.iinfo(np.int64).max))
+    rank = np.cumsum(np.diff(group, prepend=group[:1]) != 0)
+    behind = rank * (int(end_ns.max(initial=origin)) - origin + 1) - origin
+    return start_ns + behind, np.maximum.accumulate(end_ns + behind)
 
 
 def outermost_slices(slices: EventTable) -> EventTable:

@@ -19,7 +19,7 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
 from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links
-from moe_trace.data.trace_json.intervals import node_intervals
+from moe_trace.data.trace_json.intervals import node_intervals, reached_by_group
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.time.blocks import Blocks, find_blocks
 from moe_trace.read.time.columns import Columns
@@ -201,12 +201,8 @@ def span_and_union(
         return union, union
     order = np.lexsort((start, row))
     row, start, end = row[order], start[order], (start + duration)[order]
-    stride = int(end.max()) - int(start.min()) + 1
-    moved = row * stride - int(start.min())
-    reach = np.maximum.accumulate(end + moved)
-    before = np.concatenate([start[:1] + moved[:1], reach[:-1]])
-    covered = np.maximum(0, end + moved - np.maximum(start + moved, before))
-    np.add.at(union, row, covered)
+    starts, reached = reached_by_group(row, start, end)
+    np.add.at(union, row, reached - np.maximum(starts, np.concatenate([starts[:1], reached[:-1]])))
     return _spans((rows,), (row,), start, end), union
 
 

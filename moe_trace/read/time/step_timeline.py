@@ -13,6 +13,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import RoutingSample, Span
 from moe_trace.data.trace_json.events import EventTable
+from moe_trace.data.trace_json.intervals import reached_by_group
 from moe_trace.data.trace_json.kernels import Kernels, find_kernels
 from moe_trace.read.time.blocks import find_blocks
 from moe_trace.read.time.columns import Columns
@@ -155,21 +156,15 @@ def _joined(pieces: Pieces, closer_than_ns: int) -> Segments:
     if not len(group):
         none = np.zeros(0, dtype=np.int64)
         return Segments(none, none, none, none, none, closer_than_ns)
-    # One running maximum for all groups: each is moved behind all before it.
-    rank = np.cumsum(np.concatenate([[0], group[1:] != group[:-1]]))
-    stride = int(end.max() - start.min()) + closer_than_ns + 1
-    moved = rank * stride - int(start.min())
-    reach = np.maximum.accumulate(end + moved)
-    first = np.concatenate([[True], (start + moved)[1:] > reach[:-1] + closer_than_ns])
-    first[1:] |= group[1:] != group[:-1]
-    begins = np.flatnonzero(first)
-    ends = np.concatenate([begins[1:], [len(group)]])
+    starts, reached = reached_by_group(group, start, end)
+    apart = (starts[1:] > reached[:-1] + closer_than_ns) | (group[1:] != group[:-1])
+    begins = np.flatnonzero(np.concatenate([[True], apart]))
     return Segments(
         block=group[begins] // len(PHASES),
         phase=group[begins] % len(PHASES),
         start_ns=start[begins],
-        end_ns=(reach - moved)[ends - 1],
-        pieces=ends - begins,
+        end_ns=np.maximum.reduceat(end, begins),
+        pieces=np.diff(begins, append=len(group)),
         joined_ns=closer_than_ns,
     )
 
