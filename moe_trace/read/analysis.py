@@ -26,7 +26,7 @@ from moe_trace.read.reduced.trace import ReducedTrace
 from moe_trace.read.time.imbalance import Imbalance, imbalance_costs
 from moe_trace.read.time.joined import joined
 from moe_trace.read.time.layers import PhaseReport, report_phases
-from moe_trace.read.time.outside_moe import add_surroundings
+from moe_trace.read.time.outside_moe import total_work
 from moe_trace.read.time.peaks import Peak, PeakOverride, find_peak
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.speed import SpeedReport, report_speed
@@ -204,7 +204,7 @@ class _Traces:
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
             stage=stages.pop() if len(stages) == 1 else None,
-            phases=report_phases(times, add_surroundings([r.work.of(chosen) for r in reads])),
+            phases=report_phases(times, total_work([r.work.of(chosen) for r in reads])),
             speed=self._speed(times, recording, split),
             imbalance=imbalance.layers,
             load_models=imbalance.models,

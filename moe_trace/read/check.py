@@ -58,11 +58,12 @@ def versions_known(checked: Checked) -> Iterator[tuple[str, str]]:
 
 def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     """Samples without a place are as many as the file says it lost."""
-    missing, lost = [s for s in checked.recording.samples if s.placement is None], checked.recording.lost
-    without, in_graphs = (sum(sample.in_graph is graph for sample in missing) for graph in (False, True))
+    calls, lost = checked.recording.calls, checked.recording.lost
+    missing = ~calls.places.placed
+    without, in_graphs = int((missing & ~calls.in_graph).sum()), int((missing & calls.in_graph).sum())
     if without != lost.samples_without_range:
         yield "lost", f"{without} samples have no range, but the file counts {lost.samples_without_range}"
-    by_clock, told = int(placed_by_clock(checked.recording.calls).sum()), sum(lost.without_range.values())
+    by_clock, told = int(placed_by_clock(calls).sum()), sum(lost.without_range.values())
     if told and without + by_clock != told:
         yield "lost", f"{without + by_clock} samples have no range, but the file says why of {told}"
     if lost.unplaced and in_graphs != sum(lost.unplaced.values()):
@@ -184,7 +185,7 @@ def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
 def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
     """Every placed call has its slices, or shares that of its graph, and every slice its calls."""
     expected: defaultdict[tuple[str, int, int], int] = defaultdict(int)
-    for name, span in expected_slices(checked.recording.samples):
+    for name, span in expected_slices(checked.recording.calls):
         start, duration = to_ns([span.start_us, span.duration_us]).tolist()
         expected[name, start, duration] += 1
     for event in checked.band:

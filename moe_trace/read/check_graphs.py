@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RangeKind, RoutingSample, Span, range_name
@@ -41,9 +41,9 @@ class HostPlaces:
         return sample.in_graph and start_ns in self._starts and start_ns + duration_ns in self._ends
 
 
-def expected_slices(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, Span]]:
+def expected_slices(calls: CallTable) -> Iterator[tuple[str, Span]]:
     """Names and spans of the slices that the band must hold."""
-    placed = PlacedCalls.of(CallTable.of(samples))
+    placed = PlacedCalls.of(calls)
     for kind in LANES:
         rows = placed.having(kind)
         spans = placed.spans[kind][rows].tolist()

@@ -66,9 +66,8 @@ def read_checked(path: Path, progress: Progress | None = None) -> Checked:
     coverage = TimeCoverage()
     for part in split_ranks(trace):
         kernels = find_kernels(part.events)
-        samples = part.recording.samples
-        coverage += measure_calls(samples, part.events, kernels).coverage
-        of_calls = work_coverage(find_collectives(samples, part.events, kernels))
+        coverage += measure_calls(part.recording.calls, part.events, kernels).coverage
+        of_calls = work_coverage(find_collectives(part.recording.calls, part.events, kernels))
         coverage += TimeCoverage(collectives=of_calls)
     return Checked(recording=trace.recording, events=trace.events, coverage=coverage, band=band)
 

@@ -5,7 +5,8 @@ Chrome's JSON can say neither units nor nested tracks. Times are the trace's own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,14 @@ class _Writer:
         self.builder.write_packet(packet)
         return self.tracks
 
-    def event(self, track: int, time_us: float) -> Any:
-        """A packet with an event of a track, to be filled and written."""
+    @contextmanager
+    def event(self, track: int, time_us: float, kind: str) -> Iterator[Any]:
+        """An event of a track, to be filled; it is written then."""
         packet = self._packet()
         packet.timestamp = int(to_ns(time_us))
         packet.track_event.track_uuid = track
-        return packet
-
-    def write(self, packet: Any) -> None:
-        """Write a packet."""
+        packet.track_event.type = getattr(packet.track_event, f"TYPE_{kind}")
+        yield packet.track_event
         self.builder.write_packet(packet)
 
     def _packet(self) -> Any:
@@ -138,16 +138,13 @@ def _write_lanes(
         track = writer.track(numbered(name, lane), parent)
         for row, (start_us, duration_us) in zip(members.tolist(), spans[members].tolist(), strict=True):
             title, arguments = slices[row]
-            begin = writer.event(track, start_us)
-            begin.track_event.type = begin.track_event.TYPE_SLICE_BEGIN
-            begin.track_event.name = title
-            begin.track_event.categories.append("moe_trace")
-            for key, value in arguments.items():
-                _annotate(begin.track_event.debug_annotations.add(), key, value)
-            writer.write(begin)
-            end = writer.event(track, start_us + duration_us)
-            end.track_event.type = end.track_event.TYPE_SLICE_END
-            writer.write(end)
+            with writer.event(track, start_us, "SLICE_BEGIN") as begin:
+                begin.name = title
+                begin.categories.append("moe_trace")
+                for key, value in arguments.items():
+                    _annotate(begin.debug_annotations.add(), key, value)
+            with writer.event(track, start_us + duration_us, "SLICE_END"):
+                pass
 
 
 def _annotate(annotation: Any, name: str, value: Any) -> None:
@@ -172,7 +169,5 @@ def _write_counter(writer: _Writer, parent: int, name: str, spans: Floats, value
         pairs = zip(spans[members].tolist(), values[members].tolist(), strict=True)
         for (start_us, duration_us), value in pairs:
             for time_us, level in ((start_us, value), (start_us + duration_us, 0.0)):
-                packet = writer.event(track, time_us)
-                packet.track_event.type = packet.track_event.TYPE_COUNTER
-                packet.track_event.double_counter_value = float(level)
-                writer.write(packet)
+                with writer.event(track, time_us, "COUNTER") as counter:
+                    counter.double_counter_value = float(level)

@@ -22,7 +22,7 @@ from moe_trace.timeline.correlate.reasons import FUSED
 
 def measure_all(recording: Recording, events: EventTable, kernels: Kernels) -> CallTimes:
     """Times of every call of one trace: by its ranges, inside compiled code by the compiler's provenance."""
-    by_ranges = measure_calls(recording.samples, events, kernels)
+    by_ranges = measure_calls(recording.calls, events, kernels)
     compiled = measure_compiled(recording.calls, recording.compiled_graphs, events, kernels)
     return by_ranges if compiled is None else joined([by_ranges, compiled])
 

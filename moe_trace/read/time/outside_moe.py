@@ -78,10 +78,10 @@ class TraceWork:
             return self.whole
         if not taken <= self.parts.keys():
             return UNKNOWN
-        return add_surroundings([self.parts[key] for key in sorted(taken)])
+        return total_work([self.parts[key] for key in sorted(taken)])
 
 
-def add_surroundings(parts: Sequence[TraceTotals]) -> TraceTotals:
+def total_work(parts: Sequence[TraceTotals]) -> TraceTotals:
     """Their sum; what one of them does not know, the sum does not."""
     if not parts:
         return NOTHING

@@ -8,14 +8,12 @@ Sums conserve, in whole nanoseconds:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable, placed_by_clock, routers_ranged
-from moe_trace.data.schema import RoutingSample
 from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
 from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links
@@ -98,9 +96,9 @@ class CallTimes(Columns):
         return chosen if chosen.backward is None else replace(chosen, backward=chosen.backward.unless_empty())
 
 
-def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every sample that has its ranges in the trace, and operators inside them."""
-    blocks, steps = _filled(find_blocks(samples, events), events)
+def measure_calls(calls: CallTable, events: EventTable, kernels: Kernels) -> CallTimes:
+    """Times of every call that has its ranges in the trace, and operators inside them."""
+    blocks, steps = _filled(find_blocks(calls, events), events)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
     forward = _times(len(blocks), steps, kernels, launched)
@@ -109,7 +107,6 @@ def measure_calls(samples: Sequence[RoutingSample], events: EventTable, kernels:
         len(blocks), steps.block[launched[busy]], kernels.start_ns[busy], kernels.duration_ns[busy]
     )
     backward, linked = _backward(blocks, steps, events, kernels)
-    calls = CallTable.of(samples)
     ranged = routers_ranged(calls)
     launches = _launches(steps, events, kernels)
     device = (events.kind == Kind.DEVICE).any() or launches.total
