@@ -105,15 +105,16 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
     _require_events(path, found)
     assert found.events is not None
     recording, merged = _take_recording(path, found.recording)
+    told = {key: found.head.get(key, b"null") for key in KEYS}
     return TraceFile(
         path=path,
         recording=recording,
         merged=merged,
         events=found.events.build(),
-        devices=device_names(found.values["deviceProperties"]),
-        base_time_ns=base_time(found.values["baseTimeNanoseconds"]),
-        host_name=host_name(found.values["host_name"]),
-        groups=group_ranks(found.values["distributedInfo"]),
+        devices=device_names(told["deviceProperties"]),
+        base_time_ns=base_time(told["baseTimeNanoseconds"]),
+        host_name=host_name(told["host_name"]),
+        groups=group_ranks(told["distributedInfo"]),
         head=found.head,
     )
 
@@ -165,7 +166,6 @@ class _Found:
         self.events = EventTableBuilder() if with_events else None
         self.has_events = False
         self.recording: bytes | None = None
-        self.values = dict.fromkeys(KEYS, b"null")
         self.head: dict[str, bytes] = {}
 
     def take(self, key: str, stream: JsonStream) -> None:
@@ -174,10 +174,8 @@ class _Found:
             self._take_events(stream)
         elif key == METADATA_KEY and self.recording is None:  # as older releases wrote it, or the user's own
             self.recording = stream.value()
-        elif not self.has_events or (key in self.values and key not in self.head):
+        elif not self.has_events or (key in KEYS and key not in self.head):
             self.head[key] = stream.value()
-            if key in self.values:
-                self.values[key] = self.head[key]
         else:
             stream.skip()
 
