@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import NUMBERS, CallTable, RouterKey, known_values, rows_in
+from moe_trace.data.calls.table import NUMBERS, CallTable, RouterKey, known_values
 from moe_trace.data.display.columns import Column, column_of
 from moe_trace.data.load_stats import describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RoutingSample
@@ -105,9 +105,8 @@ def call_rows(
         names = ("start", "range") if side == "host" else ("device_start", "device_span")
         columns |= {f"{kind}_{name}_us": known_values(spans[:, i]) for i, name in enumerate(names)}
     if times is not None:
-        rows = rows_in(calls, times.samples).tolist()
-        for name, values in _phases_ns(times).items():
-            columns[name] = [None if row < 0 else int(values[row]) / 1000 for row in rows]
+        placed = times.us_in(calls)
+        columns |= {name: known_values(placed(values)) for name, values in _phases_ns(times).items()}
     return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

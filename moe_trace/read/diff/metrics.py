@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_trace.data.calls.table import CallTable, rows_in
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.load_stats import describe_load, load_figures
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimate, resampled_sums, units_of
@@ -97,19 +97,12 @@ def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
     times = summary.times
     if times is None:
         return columns
-    rows = rows_in(calls, times.samples)
-    known = rows >= 0
-
-    def placed(values: np.ndarray) -> Floats:
-        column = np.full((len(calls), *values.shape[1:]), np.nan)
-        column[known] = values[rows[known]]
-        return column
-
     work_ns = times.work_ns(times.forward)
     if work_ns is None:  # kernels that no launch ties to a phase
         return columns
-    work_us = placed(work_ns / 1000)
-    columns["block_p50"] = placed((times.device_span_ns if times.on_device else times.block_host_ns) / 1000)
+    placed = times.us_in(calls)
+    work_us = placed(work_ns)
+    columns["block_p50"] = placed(times.device_span_ns if times.on_device else times.block_host_ns)
     with np.errstate(divide="ignore", invalid="ignore"):
         for i, phase in enumerate(PHASES):
             columns[f"{phase}_p50"] = work_us[:, i]

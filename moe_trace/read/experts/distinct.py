@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable, rows_in
+from moe_trace.data.calls.table import CallTable
 from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.distinct import uniform_distinct
 from moe_trace.data.schema import Recording, RouterInfo
@@ -147,10 +147,9 @@ def _expert_bytes(router: RouterInfo, recording: Recording) -> int | None:
 def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
     """[N] of the experts' work in each call; NaN where it is not known."""
     work_ns = times.work_ns(times.forward)
-    us = np.full(len(calls), np.nan)
-    if work_ns is not None:
-        rows = rows_in(calls, times.samples)
-        us[rows >= 0] = work_ns[rows[rows >= 0], EXPERTS] / 1000
+    if work_ns is None:
+        return np.full(len(calls), np.nan)
+    us = times.us_in(calls)(work_ns[:, EXPERTS])
     return np.where(us > 0, us, np.nan)
 
 

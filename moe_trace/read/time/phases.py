@@ -8,12 +8,13 @@ Sums conserve, in whole nanoseconds:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_trace.data.calls.table import CallTable, placed_by_clock, routers_ranged
+from moe_trace.data.calls.table import CallTable, placed_by_clock, routers_ranged, rows_in
 from moe_trace.data.trace_json.coverage import Coverage, TimeCoverage
 from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links
@@ -89,6 +90,17 @@ class CallTimes(Columns):
         if not self.on_device:
             return times.host_ns
         return times.busy_ns if self.device_known else None
+
+    def us_in(self, calls: CallTable) -> Callable[[IntArray], npt.NDArray[np.float64]]:
+        """Gives columns of these times in the rows of another table, in microseconds; NaN for other calls."""
+        rows = rows_in(calls, self.samples)
+
+        def placed(values_ns: IntArray) -> npt.NDArray[np.float64]:
+            column = np.full((len(rows), *values_ns.shape[1:]), np.nan)
+            column[rows >= 0] = values_ns[rows[rows >= 0]] / 1000
+            return column
+
+        return placed
 
     def select(self, rows: npt.NDArray) -> CallTimes:
         """Those calls, in the order of `rows`."""

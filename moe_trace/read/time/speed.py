@@ -18,7 +18,7 @@ from moe_trace.data.display.notebook import ShortRepr
 from moe_trace.data.schema import RouterInfo
 from moe_trace.read.time.peaks import Peak, item_bytes
 from moe_trace.read.time.phase_detection import EXPERTS, ROUTER
-from moe_trace.read.time.phases import CallTimes, IntArray
+from moe_trace.read.time.phases import CallTimes
 from moe_trace.timeline.placed_calls import experts_range_us
 
 Bound = Literal["memory", "arithmetic"]
@@ -90,27 +90,26 @@ def report_speed(
     if not len(times.samples):
         return None
     dtype = model.get("dtype")
-    measure = _Measure(times, peak, item_bytes(model), _width(model), experts_are_split)
+    measure = _Measure(peak, item_bytes(model), _width(model), experts_are_split)
     layers = []
     for router in routers:
-        rows = np.flatnonzero(times.samples.of_router(router.name))
-        if len(rows):
+        own = times.select(times.samples.of_router(router.name))
+        if len(own.samples):
             layers.append(
                 LayerSpeed(
                     site=router.site,
                     name=router.name,
-                    router=measure.router(rows, router),
-                    experts=measure.experts(rows, {router.name: router}),
+                    router=measure.router(own, router),
+                    experts=measure.experts(own, {router.name: router}),
                 )
             )
-    everything = np.arange(len(times.samples))
     return SpeedReport(
         device=devices[0] if devices else None,
         dtype=dtype if isinstance(dtype, str) else None,
         peak_flops_per_s=peak.flops_per_s,
         peak_bytes_per_s=peak.bytes_per_s,
         layers=tuple(layers),
-        experts=measure.experts(everything, {r.name: r for r in routers}),
+        experts=measure.experts(times, {r.name: r for r in routers}),
     )
 
 
@@ -121,24 +120,23 @@ def _width(model: dict[str, Any]) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class _Measure:
-    times: CallTimes
     peak: Peak
     item_bytes: int | None
     width: int | None
     experts_are_split: bool
 
-    def router(self, rows: IntArray, router: RouterInfo) -> Rate:
-        calls = self.times.samples.take(rows)
+    def router(self, times: CallTimes, router: RouterInfo) -> Rate:
+        calls = times.samples
         items = None
         if self.width is not None:
             weights = len(calls) * (router.router_flops_per_token // 2)
             items = weights + calls.total("tokens") * (self.width + router.num_experts)
-        return self._rate(calls.total("router_flops"), rows, ROUTER, items)
+        return self._rate(calls.total("router_flops"), times, ROUTER, items)
 
-    def experts(self, rows: IntArray, routers: dict[str, RouterInfo]) -> Rate:
-        calls = self.times.samples.take(rows)
+    def experts(self, times: CallTimes, routers: dict[str, RouterInfo]) -> Rate:
+        calls = times.samples
         items = expert_items(calls, routers, self.width) if self.width is not None else None
-        rate = self._rate(calls.total("expert_flops"), rows, EXPERTS, items)
+        rate = self._rate(calls.total("expert_flops"), times, EXPERTS, items)
         if self.experts_are_split:
             # What rests on the slots that it computed, which are not those that its routers assigned.
             return replace(rate, **dict.fromkeys(_BY_SLOTS))  # type: ignore[arg-type]
@@ -147,9 +145,9 @@ class _Measure:
         flops, us = int(calls.expert_flops[known].sum()), float(range_us[known].sum())
         return replace(rate, flops_per_s_with_gaps=1e6 * flops / us if us else None)
 
-    def _rate(self, flops: int, rows: IntArray, phase: int, items: int | None) -> Rate:
-        worked = self.times.work_ns(self.times.forward)
-        work_ns = None if worked is None else int(worked[rows, phase].sum())
+    def _rate(self, flops: int, times: CallTimes, phase: int, items: int | None) -> Rate:
+        worked = times.work_ns(times.forward)
+        work_ns = None if worked is None else int(worked[:, phase].sum())
         per_s = flops / work_ns * 1e9 if work_ns and flops else None
         peak = self.peak
         least = items * self.item_bytes if items is not None and self.item_bytes is not None else None
