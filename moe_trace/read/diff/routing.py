@@ -19,6 +19,7 @@ from math import comb
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_trace.data.load_stats import TOKENS_ALIKE
 from moe_trace.read.diff.metrics import Side, counts_by_unit
@@ -71,7 +72,7 @@ def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> 
             tables.append(counts)
     if not chosen:
         return ()
-    observed = np.array([_distance(ca.sum(0), cb.sum(0)) for ca, cb in tables])
+    observed = np.array([_distances(ca.sum(0), cb.sum(0)) for ca, cb in tables])
     permuted = comb(a.units + b.units, a.units) >= _SPLITS_MIN
     by_chance_PL = (_permuted if permuted else _drawn)(tables)
     mean, spread = by_chance_PL.mean(0), by_chance_PL.std(0)
@@ -93,8 +94,11 @@ def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> 
     )
 
 
-def _distance(a: Floats, b: Floats) -> float:
-    return float(np.abs(a / a.sum() - b / b.sum()).sum() / 2)
+def _distances(a: npt.NDArray, b: npt.NDArray) -> Floats:
+    """[...] of counts `[..., E]`."""
+    share_a, share_b = (counts / np.maximum(counts.sum(-1, keepdims=True), 1) for counts in (a, b))
+    distances: Floats = np.abs(share_a - share_b).sum(-1) / 2
+    return distances
 
 
 def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
@@ -103,15 +107,8 @@ def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
     rng = np.random.default_rng(0)
     order = rng.permuted(np.tile(np.arange(units_a + units_b), (PERMUTATIONS, 1)), axis=1)
     in_a = (order < units_a).astype(np.float64)
-    return np.stack([_distances(in_a, np.concatenate(counts)) for counts in tables], axis=1)
-
-
-def _distances(in_a_PU: Floats, counts_UE: Floats) -> Floats:
-    shares = []
-    for chosen in (in_a_PU, 1 - in_a_PU):
-        sums = chosen @ counts_UE
-        shares.append(sums / np.maximum(sums.sum(1, keepdims=True), 1))
-    return np.abs(shares[0] - shares[1]).sum(1) / 2
+    both = [np.concatenate(counts) for counts in tables]
+    return np.stack([_distances(in_a @ counts, (1 - in_a) @ counts) for counts in both], axis=1)
 
 
 def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
@@ -125,8 +122,7 @@ def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
             rng.multinomial(max(1, round(side.sum() / TOKENS_ALIKE)), both / both.sum(), PERMUTATIONS)
             for side in sums
         ]
-        shares = [d / d.sum(1, keepdims=True) for d in drawn]
-        columns.append(np.abs(shares[0] - shares[1]).sum(1) / 2)
+        columns.append(_distances(*drawn))
     return np.stack(columns, axis=1)
 
 

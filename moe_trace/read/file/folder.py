@@ -38,10 +38,8 @@ def find_traces(path: str | Path) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All regular files below a folder, by name."""
-    return [file for file in sorted(folder.rglob("*")) if not _hidden(file, folder) and file.is_file()]
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    """What other systems leave beside a file (`._x`), and what an interrupted merge did."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+    """All regular files below a folder, by name. Hidden are those that other systems leave beside a file
+    (`._x`), and what an interrupted merge left."""
+    files = sorted(folder.rglob("*"))
+    shown = (f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    return [file for file in shown if file.is_file()]
