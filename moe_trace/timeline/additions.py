@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import msgspec
@@ -31,17 +30,6 @@ _SPLICE_BYTES = 128
 _SPLICED_END = re.compile(rb'("splice":\{"offset":(\d+),"band_bytes":\d+,"event_bytes":\d+\}\}\}\})\s*\]')
 _TAIL_BYTES = 64 * 2**10
 _MAYBE_OURS = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
-
-
-@dataclass(frozen=True, eq=False)
-class Addition:
-    """What merging put at the end of the events, as offsets in the file."""
-
-    start: int
-    """Where the comma before the band stands; the file without `start` to `end` is the trace as it was."""
-    event: int
-    """Where the event that carries the recording begins."""
-    end: int
 
 
 def encode_addition(
@@ -93,20 +81,21 @@ def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
     file.flush()
 
 
-def find_addition(file: BinaryIO, events_end: int) -> Addition | None:
-    """The addition that ends there, as merging wrote it; None for any other spelling."""
-    start = max(0, events_end - _SPLICE_BYTES)
+def _find_addition(file: BinaryIO, end: int) -> tuple[int, int] | None:
+    """Where the addition that ends there begins, with the comma before the band, and where its event that
+    carries the recording does; None for any other spelling than merging's."""
+    start = max(0, end - _SPLICE_BYTES)
     file.seek(start)
-    match = _SPLICE.search(file.read(events_end - start))
+    match = _SPLICE.search(file.read(end - start))
     if match is None:
         return None
     _, band_bytes, event_bytes = map(int, match.groups())
-    event = events_end - event_bytes
-    found = Addition(event - band_bytes, event, events_end)
-    if found.start < 0 or not band_bytes:
+    event = end - event_bytes
+    start = event - band_bytes
+    if start < 0 or not band_bytes:
         return None
-    file.seek(found.start)
-    return found if _OUR_HEAD.match(file.read(64)) else None
+    file.seek(start)
+    return (start, event) if _OUR_HEAD.match(file.read(64)) else None
 
 
 def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
@@ -137,11 +126,12 @@ def read_added(file: BinaryIO) -> bytes | None:
     file.seek(first)
     tail = file.read()
     for match in reversed(list(_SPLICED_END.finditer(tail))):
-        addition = find_addition(file, first + match.end(1))
-        if addition is None or addition.start != int(match[2]):
+        end = first + match.end(1)
+        found = _find_addition(file, end)
+        if found is None or found[0] != int(match[2]):
             continue
         if JsonCursor(io.BytesIO().read, file.name, tail[match.end() :]).is_rest_of_object():
-            return _recording_in(file, addition)
+            return _recording_in(file, found[1], end)
     return None
 
 
@@ -151,10 +141,12 @@ class _Payload(msgspec.Struct):
 
 
 def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
-    ours = find_addition(file, layout.events.end)
+    end = layout.events.end
+    ours = _find_addition(file, end)
     if ours is not None:
-        _refuse_several_ranks(file, _payload(_recording_in(file, ours)))
-        yield ours.start, ours.end
+        start, event = ours
+        _refuse_several_ranks(file, _payload(_recording_in(file, event, end)))
+        yield start, end
         return
     old = _payload(layout.old_value) if layout.old_key is not None else None
     if old is not None and layout.old_key is not None:
@@ -164,9 +156,9 @@ def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
         yield from _own_elements(file, layout)
 
 
-def _recording_in(file: BinaryIO, addition: Addition) -> bytes:
-    file.seek(addition.event)
-    event = file.read(addition.end - addition.event)
+def _recording_in(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    event = file.read(end - start)
     return event[event.index(b'"%b":' % METADATA_KEY.encode()) + len(METADATA_KEY) + 3 : -2]
 
 
