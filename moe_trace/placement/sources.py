@@ -53,11 +53,12 @@ def read_counts(
     path = Path(path)
     if slot_bytes is not None and slot_bytes < 1:
         raise UsageError(f"found --slot-bytes {slot_bytes}, expected 1 or more")
-    if array is None and (path.suffix == ".npy" or _starts_as_array(path)):
-        array = _loaded(path)
-    elif array is None:
-        _refuse_other_files(path)
-    key = _counts_key(path) if array is None and path.is_file() and path.suffix == ".json" else None
+    first = _first_bytes(path) if array is None else b""
+    if array is None and (path.suffix == ".npy" or first.startswith(b"\x93NUMPY")):
+        array = _loaded(path)  # a pipe's copy is not named by what it holds
+    elif first:
+        _refuse_other_files(path, first)
+    key = _counts_key(path) if array is None and first and path.suffix == ".json" else None
     if key == "logical_count":
         array = _of_sglang(path)
     if array is None and key is None:
@@ -69,28 +70,22 @@ def read_counts(
     return replace(counts, layers=tuple(replace(layer, slot_bytes=slot_bytes) for layer in counts.layers))
 
 
-def _starts_as_array(path: Path) -> bool:
-    """A pipe's copy is not named by what it holds."""
+def _first_bytes(path: Path) -> bytes:
+    """None of a folder, or of nothing: who reads it says what is wrong."""
     if not os.path.isfile(path):  # false, too, for what is no possible name
-        return False
+        return b""
     with path.open("rb") as file:
-        return file.read(6) == b"\x93NUMPY"
+        return file.read(4096)
 
 
-def _refuse_other_files(path: Path) -> None:
+def _refuse_other_files(path: Path, first: bytes) -> None:
     """Counts of another tool are no broken trace: say which forms of counts are taken.
 
     Raises:
         UsageError: the file's first bytes are not those of a trace.
     """
-    if not path.is_file():
-        return  # a folder, or nothing: who reads it says what is wrong
-    with path.open("rb") as file:
-        first = file.read(4096)
-    if not first or first.startswith(b"\x1f\x8b"):
-        return
-    one_object_a_line = path.suffix == ".jsonl"
-    if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{" and not one_object_a_line:
+    is_object = first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+    if first.startswith(b"\x1f\x8b") or (is_object and path.suffix != ".jsonl"):
         return
     known = {b"PK": "a zip archive (torch.save, .npz)", b"\x80": "a pickle"}
     found = next((what for start, what in known.items() if first.startswith(start)), None)

@@ -95,7 +95,9 @@ class TokenPages:
         rows = self._rows[first : first + sum(part.tokens for part in parts)]
         chosen = self.routes[rows]
         columns = _columns(chosen)
-        texts = self._texts(chosen)
+        texts = {}
+        if self.vocabulary is not None and chosen.token_ids is not None:
+            texts = self.vocabulary.texts(chosen.token_ids.tolist())
         return {
             "tokens": len(rows),
             "texts": [[part.words(), part.tokens] for part in parts],
@@ -103,11 +105,6 @@ class TokenPages:
             "data": packed(columns.values()),
             "words": {str(token_id): text for token_id, text in texts.items()},
         }
-
-    def _texts(self, chosen: RecordedRoutes) -> dict[int, str]:
-        if self.vocabulary is None or chosen.token_ids is None:
-            return {}
-        return self.vocabulary.texts(chosen.token_ids.tolist())
 
 
 def _pages(texts: Sequence[Text], most: int) -> Iterator[list[_Part]]:

@@ -14,7 +14,6 @@ from moe_trace.data.routes.columns import COLUMNS, RecordedRoutes
 
 KEY = "moe_trace_routes"
 """Of the JSON text in the file's metadata."""
-_INSTALL = "'moe_trace[export]'"
 _DESCRIBED = ("layers", "num_experts", "top_k", "rank", "world_size", "model", "versions", "dropped")
 
 
@@ -60,7 +59,7 @@ def write_arrow(routes: RecordedRoutes, target: Path, *, parquet: bool) -> None:
     Raises:
         MissingPackage: pyarrow is not installed.
     """
-    arrow = optional_package("pyarrow", "Arrow", _INSTALL)
+    arrow, module = _packages(parquet=parquet)
     arrays = {}
     for name, column in routes.columns().items():
         flat = arrow.array(np.ascontiguousarray(column).reshape(-1))
@@ -68,11 +67,15 @@ def write_arrow(routes: RecordedRoutes, target: Path, *, parquet: bool) -> None:
         arrays[name] = arrow.FixedSizeListArray.from_arrays(flat, width) if column.ndim > 1 else flat
     table = arrow.table(arrays).replace_schema_metadata({KEY: described(routes)})
     if parquet:  # with a dictionary, for Parquet has no numbers of 8 bits
-        writer = optional_package("pyarrow.parquet", "Parquet", _INSTALL)
-        writer.write_table(table, target, compression="zstd", use_dictionary=True)
+        module.write_table(table, target, compression="zstd", use_dictionary=True)
     else:
-        feather = optional_package("pyarrow.feather", "Arrow", _INSTALL)
-        feather.write_feather(table, target, compression="zstd")
+        module.write_feather(table, target, compression="zstd")
+
+
+def _packages(*, parquet: bool) -> tuple[Any, Any]:
+    name, format_name = ("pyarrow.parquet", "Parquet") if parquet else ("pyarrow.feather", "Arrow")
+    arrow = optional_package("pyarrow", format_name, "'moe_trace[export]'")
+    return arrow, optional_package(name, format_name, "'moe_trace[export]'")
 
 
 def read_arrow(path: Path, *, parquet: bool) -> RecordedRoutes:
@@ -82,11 +85,9 @@ def read_arrow(path: Path, *, parquet: bool) -> RecordedRoutes:
         TraceFileError: it is another table, or none.
         MissingPackage: pyarrow is not installed.
     """
-    arrow = optional_package("pyarrow", "Arrow", _INSTALL)
-    module = "pyarrow.parquet" if parquet else "pyarrow.feather"
-    reader = optional_package(module, "Parquet" if parquet else "Arrow", _INSTALL)
+    arrow, module = _packages(parquet=parquet)
     try:
-        table = reader.read_table(path)
+        table = module.read_table(path)
     except arrow.ArrowException as error:
         raise _unreadable(path, error) from error
     columns = {}
