@@ -3,7 +3,7 @@
 While a stream is captured the hooks run in Python, once. They note how many nodes the graph had when a
 router or its experts began and ended, and mark their nodes for the profiler where torch can do that
 (`torch.cuda.graph(enable_annotations=True)`). What a replay's kernels are is found out when a trace is
-merged (`timeline/correlate/nodes.py`). Nothing here raises: a graph whose nodes cannot be told keeps the
+merged (`timeline/correlate/replays.py`). Nothing here raises: a graph whose nodes cannot be told keeps the
 reason.
 """
 

@@ -18,6 +18,24 @@ from moe_trace.timeline.correlate.scan import RangeEvent
 
 
 @dataclass(frozen=True)
+class TraceClock:
+    """From the host's clock to the trace's."""
+
+    base_time_ns: int
+    window: Span | None
+    """What the profiler recorded; None if the trace does not tell."""
+
+    def time_us(self, time_ns: int) -> float:
+        """On the trace's clock."""
+        return (time_ns - self.base_time_ns) / 1000
+
+    def covers(self, time_ns: int) -> bool:
+        """Whether the trace was being recorded then."""
+        time_us = self.time_us(time_ns)
+        return self.window is None or self.window.start_us <= time_us <= self.window.end_us
+
+
+@dataclass(frozen=True)
 class Placed:
     """The outcome of placing: every sample that took part, and what found no partner."""
 
@@ -54,24 +72,15 @@ def place_samples(
         window: what the profiler recorded, in trace time; None if the trace does not tell.
         why: the cause for a sample of that thread that has no range (`MissingRanges.why`).
     """
-    table = CallTable.of(samples)
-    starts_us = [(start_ns - base_time_ns) / 1000 for start_ns in table.host_start_ns.tolist()]
-    unseen = (table.in_graph & (table.host_start_ns == 0)).tolist()  # not known when it ran, only that it did
-    rows = [
-        row
-        for row, profiled in enumerate(table.profiled.tolist())
-        if profiled and (unseen[row] or _inside(starts_us[row], window))
-    ]
-    table = table.take(np.array(rows, np.int64))
+    table, clock = CallTable.of(samples), TraceClock(base_time_ns, window)
+    unseen = table.in_graph & (table.host_start_ns == 0)  # not known when it ran, only that it did
+    covered = np.array([clock.covers(start_ns) for start_ns in table.host_start_ns.tolist()], bool)
+    table = table.take(np.flatnonzero(table.profiled & (unseen | covered)))
     join = _Join(_Timeline(ranges), why)
-    places = Places.of(join.placements(table, [starts_us[row] for row in rows]), len(rows))
+    places = Places.of(join.placements(table, clock), len(table))
     without_range = int((~places.placed & ~table.in_graph).sum())
     unused = len(join.timeline.routers) - len(join.used)
     return Placed(replace(table, places=places), without_range, unused, dict(join.causes))
-
-
-def _inside(time_us: float, window: Span | None) -> bool:
-    return window is None or window.start_us <= time_us <= window.end_us
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,15 @@ class _Join:
     used: set[int] = field(default_factory=set)
     """Routers' ranges that hold a sample, by identity."""
 
-    def placements(self, table: CallTable, starts_us: Sequence[float]) -> Iterator[Placement | None]:
+    def placements(self, table: CallTable, clock: TraceClock) -> Iterator[Placement | None]:
         """Of each row; one at a time, since thousands of small objects that live at once set off the garbage
         collector, which walks the user's model too."""
         kept = table.places.to_placements() if table.in_graph.any() else ()
-        columns = (table.site, table.thread, table.host_end_ns - table.host_start_ns, table.in_graph)
-        rows = zip(starts_us, *(column.tolist() for column in columns), strict=True)
-        for row, (start_us, site, thread, taken_ns, in_graph) in enumerate(rows):
+        taken_ns = table.host_end_ns - table.host_start_ns
+        columns = (table.host_start_ns, table.site, table.thread, taken_ns, table.in_graph)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for row, (start_ns, site, thread, taken_ns, in_graph) in enumerate(rows):
+            start_us = clock.time_us(start_ns)
             router = self.timeline.enclosing("router", site, thread, start_us)
             if router is not None:
                 self.used.add(id(router))

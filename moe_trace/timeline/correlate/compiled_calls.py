@@ -13,8 +13,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +24,7 @@ from moe_trace.data.trace_json.coverage import Coverage
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links, spans_ns
 from moe_trace.data.trace_json.intervals import node_intervals
 from moe_trace.data.trace_json.kernels import Kernels
-from moe_trace.timeline.correlate.compiled_launches import (
-    Stretch,
-    lengths_of_calls,
-    match_kernels,
-    match_operators,
-    part_of,
-    split,
-    usual_sequences,
-)
+from moe_trace.timeline.correlate.compiled_launches import Fit, LaunchMatcher
 from moe_trace.timeline.correlate.compiled_operators import compiled_calls, key_of, named, operators_of_calls
 
 IntArray = npt.NDArray[np.int64]
@@ -60,21 +50,11 @@ class Work:
         return len(self.launch.parts) + self.launch.outside
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """A graph whose launches a sequence of kernels may be."""
-
-    graph: CompiledGraph
-    names: tuple[str, ...]
-    """Of the kernels; the same in most calls of a graph."""
-    stretches: Sequence[Stretch]
-
-
 @dataclass(frozen=True)
 class _GraphCall:
     """One call of a compiled graph, and what its kernels are."""
 
-    fit: _Fit
+    fit: Fit
     rows: IntArray
     """Of the kernels, in the order of the stream."""
 
@@ -114,9 +94,7 @@ class CompiledCalls:
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
-        self._fits: dict[tuple[str, ...], list[_Fit]] = {}
-        """By the names of kernels."""
-        self._launches: dict[_Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
+        self._matcher = LaunchMatcher(graphs, self._every_fit, on_device=self.on_device)
         self._runs: dict[int, _Run] = {}
         """By row of `_ops`: those of forwards that were joined."""
 
@@ -161,11 +139,11 @@ class CompiledCalls:
             self._runs[op] = _Run(row_of, done[graph], runs[graph])
             done[graph] += 1
             yield from self._work(one, self._runs[op], step)
-            step += len(self._launches_of(one.fit))
+            step += len(self._matcher.launches(one.fit))
 
     def _work(self, call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
         """The kernels of a call of a graph that are some router call's."""
-        for number, (stretch, launch) in enumerate(self._launches_of(call.fit)):
+        for number, (stretch, launch) in enumerate(self._matcher.launches(call.fit)):
             for part in (call.fit.graph.parts[at] for at in launch.parts):
                 row = run.row(part)
                 if row is not None:
@@ -213,37 +191,12 @@ class CompiledCalls:
             for one in self._fitting(op)
             if one.fit.graph.backward == backward
             and any(name in routers for part in one.fit.graph.parts for name in part.routers)
-            and self._launches_of(one.fit)
+            and self._matcher.launches(one.fit)
         ]
         return found[0] if len(found) == 1 else None
 
-    def _launches_of(self, fit: _Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
-        """Which launch each of the kernels is; none where one of them is not known."""
-        if fit not in self._launches:
-            self._launches[fit] = self._find_launches(fit)
-        return self._launches[fit]
-
-    def _find_launches(self, fit: _Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
-        # On a CPU each launch is known by itself.
-        if self.on_device and self._usual[fit.graph] != fit.names:
-            return ()
-        parts = (split(fit.names, stretch, fit.graph, self._lengths) for stretch in fit.stretches)
-        stretches = list(chain.from_iterable(parts))
-        found = [(stretch, part_of(stretch, fit.graph)) for stretch in stretches]
-        told = [(stretch, launch) for stretch, launch in found if launch is not None]
-        return told if len(told) == len(found) else ()
-
-    @cached_property
-    def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
-        """The kernels that each graph runs."""
-        fitting = (one.fit for op in range(len(self._ops)) for one in self._fitting(op))
-        return usual_sequences((fit.graph, fit.names) for fit in fitting)
-
-    @cached_property
-    def _lengths(self) -> dict[str, set[int]]:
-        """How many kernels a library's call runs, by operator, where the trace tells."""
-        fits = {one.fit for op in range(len(self._ops)) for one in self._fitting(op)}
-        return lengths_of_calls((fit.names, fit.graph, fit.stretches) for fit in fits)
+    def _every_fit(self) -> Iterator[Fit]:
+        return (one.fit for op in range(len(self._ops)) for one in self._fitting(op))
 
     def _fitting(self, op: int) -> list[_GraphCall]:
         """The graphs that a call may be of, by the names of its kernels."""
@@ -265,15 +218,9 @@ class CompiledCalls:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]
         if len(set(self.kernels.stream[rows].tolist())) != 1:
             return []
-        names = tuple(self._names_of(rows))
-        if names not in self._fits:
-            match = match_kernels if self.on_device else match_operators
-            fits = ((graph, match(names, graph)) for graph in self._graphs)
-            self._fits[names] = [_Fit(graph, names, found) for graph, found in fits if found is not None]
-        return [_GraphCall(fit, rows) for fit in self._fits[names]]
-
-    def _names_of(self, rows: IntArray) -> list[str]:
-        return [_CPP_RANGE.sub("", self._events.names[name]) for name in self.kernels.name[rows].tolist()]
+        names = (self._events.names[name] for name in self.kernels.name[rows].tolist())
+        fits = self._matcher.fits(tuple(_CPP_RANGE.sub("", name) for name in names))
+        return [_GraphCall(fit, rows) for fit in fits]
 
 
 def join_compiled(

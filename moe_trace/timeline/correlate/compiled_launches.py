@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
@@ -27,6 +29,63 @@ class Stretch:
 
     kernels: range
     launches: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A graph whose launches a sequence of kernels may be."""
+
+    graph: CompiledGraph
+    names: tuple[str, ...]
+    """Of the kernels; the same in most calls of a graph."""
+    stretches: Sequence[Stretch]
+
+
+class LaunchMatcher:
+    """Which launches the kernels of each call are, by all calls of a trace.
+
+    Args:
+        every: returns the fits of all calls.
+        on_device: whether kernels of a GPU are matched; else the operators of a CPU, each by itself.
+    """
+
+    def __init__(
+        self, graphs: Iterable[CompiledGraph], every: Callable[[], Iterable[Fit]], *, on_device: bool = True
+    ) -> None:
+        self._graphs, self._on_device = list(graphs), on_device
+        self._every = every
+        self._fits: dict[tuple[str, ...], list[Fit]] = {}
+        self._launches: dict[Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
+
+    def fits(self, names: tuple[str, ...]) -> list[Fit]:
+        """The graphs that a call may be of, by the names of its kernels."""
+        if names not in self._fits:
+            match = match_kernels if self._on_device else match_operators
+            found = ((graph, match(names, graph)) for graph in self._graphs)
+            self._fits[names] = [Fit(graph, names, one) for graph, one in found if one is not None]
+        return self._fits[names]
+
+    def is_usual(self, fit: Fit) -> bool:
+        """Whether these are the kernels that the graph runs."""
+        return not self._on_device or self._usual[fit.graph] == fit.names
+
+    def launches(self, fit: Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
+        """Which launch each of the kernels is; none where one of them is not known."""
+        if fit not in self._launches:
+            known = fit.stretches if self.is_usual(fit) else ()
+            parts = (split(fit.names, stretch, fit.graph, self._lengths) for stretch in known)
+            found = [(stretch, part_of(stretch, fit.graph)) for stretch in chain.from_iterable(parts)]
+            told = [(stretch, launch) for stretch, launch in found if launch is not None]
+            self._launches[fit] = told if len(told) == len(found) else ()
+        return self._launches[fit]
+
+    @cached_property
+    def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
+        return usual_sequences((fit.graph, fit.names) for fit in self._every())
+
+    @cached_property
+    def _lengths(self) -> dict[str, set[int]]:
+        return lengths_of_calls({*self._every()})
 
 
 def match_kernels(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
@@ -104,19 +163,13 @@ def _bare(operator: str) -> str:
     return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
 
 
-def lengths_of_calls(
-    fits: Iterable[tuple[Sequence[str], CompiledGraph, Sequence[Stretch]]],
-) -> dict[str, set[int]]:
-    """By operator, how many kernels the libraries' calls run that stand alone, or among their like.
-
-    Args:
-        fits: names of kernels as `match_launches` takes them, and what it returned.
-    """
+def lengths_of_calls(fits: Iterable[Fit]) -> dict[str, set[int]]:
+    """By operator, how many kernels the libraries' calls run that stand alone, or among their like."""
     found: dict[str, set[int]] = defaultdict(set)
-    for names, graph, stretches in fits:
-        for stretch in stretches:
-            launches = [graph.launches[number] for number in stretch.launches]
-            working = sum(not names[i].startswith(_NO_WORK) for i in stretch.kernels)
+    for fit in fits:
+        for stretch in fit.stretches:
+            launches = [fit.graph.launches[number] for number in stretch.launches]
+            working = sum(not fit.names[i].startswith(_NO_WORK) for i in stretch.kernels)
             each, rest = divmod(working, len(launches))
             if len({launch.kernel for launch in launches}) == 1 and not rest and not launches[0].generated:
                 found[launches[0].kernel].add(each)

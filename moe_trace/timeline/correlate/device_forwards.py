@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_trace.data.schema import GraphMark, RoutingSample, Span
@@ -23,7 +23,7 @@ from moe_trace.timeline.correlate.replays import Found, Replays
 class DeviceForwards:
     """Which launch made which forward, by the counts between marks."""
 
-    def __init__(self, samples: Sequence[RoutingSample], replays: Replays) -> None:
+    def __init__(self, samples: Iterable[RoutingSample], replays: Replays) -> None:
         self._replays = replays
         self._found: dict[int, Launch | str] = {}
         unseen = sorted({s.graph_forward for s in samples if s.graph_forward is not None})
@@ -73,7 +73,7 @@ class DeviceForwards:
         return sorted(writers, key=lambda launch: launch.work[0].span.start_us)
 
     def _of_the_model(self, between: Sequence[Launch], count: int, segment: Span) -> list[Launch] | str:
-        known = [launch for launch in between if self._replays.nodes.of(launch)]
+        known = [launch for launch in between if self._replays.parts_of(launch)]
         if known:
             return known if len(known) == count else OTHER_COUNT
         recording = self._replays.recording

@@ -17,14 +17,14 @@ import numpy as np
 
 from moe_trace.data.calls.placements import Places
 from moe_trace.data.calls.table import CallTable, routers_timed
-from moe_trace.data.schema import Placement, Recording, RoutingSample, Span
-from moe_trace.timeline.correlate.calls import Placed
+from moe_trace.data.schema import Placement, Recording, Span
+from moe_trace.timeline.correlate.calls import Placed, TraceClock
 from moe_trace.timeline.correlate.device_forwards import DeviceForwards
 from moe_trace.timeline.correlate.host_forwards import HostForwards
 from moe_trace.timeline.correlate.launches import Launches
 from moe_trace.timeline.correlate.missing import MissingRanges
 from moe_trace.timeline.correlate.reasons import NO_RANGE, OTHER_TRACE
-from moe_trace.timeline.correlate.replays import Replays, TraceClock
+from moe_trace.timeline.correlate.replays import Found, Replays
 from moe_trace.timeline.correlate.scan import RangeEvent
 
 
@@ -48,49 +48,28 @@ def place_in_graphs(
         base_time_ns, window: the trace's `baseTimeNanoseconds`, and what the profiler recorded, if it tells.
         timed: gives routers a time that their place does not tell.
     """
-    samples, kept = list(placed.samples), dict[int, Placement | None]()
-    unplaced, why_untimed = Counter[str](), dict[int, str]()
-    owners = {router.name: i for i, recording in enumerate(recordings) for router in recording.routers}
-    clock = TraceClock(base_time_ns, window)
-    places = [_Places(one, samples, ranges, launches, clock) for one in recordings]
-    for row, sample in enumerate(samples):
-        of_tracer = places[owners[sample.name]]
-        found = of_tracer.of(sample) if sample.in_graph else None
-        if found == OTHER_TRACE:
-            continue
-        kept[row] = found if isinstance(found, Placement) else sample.placement
-        if isinstance(found, Placement):
-            why_untimed[len(kept) - 1] = of_tracer.why_untimed(found)
-        elif found is not None:
-            unplaced[missing.why_no_forward(sample.thread) if found == NO_RANGE else found] += 1
-    table = placed.samples.take(np.array([*kept], np.int64))
-    table = timed(replace(table, places=Places.of(kept.values(), len(kept))))
-    told = routers_timed(table)
-    untimed = Counter(why for row, why in why_untimed.items() if not told[row])
-    return replace(placed, samples=table, unplaced=dict(unplaced), untimed=dict(untimed))
-
-
-class _Places:
-    """The places of one tracer's calls."""
-
-    def __init__(
-        self,
-        recording: Recording,
-        samples: Sequence[RoutingSample],
-        ranges: Sequence[RangeEvent],
-        launches: Launches,
-        clock: TraceClock,
-    ) -> None:
+    samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
+    for recording in recordings:
         names = {router.name for router in recording.routers}
-        own = [sample for sample in samples if sample.name in names and sample.in_graph]
-        self._replays = Replays(recording, launches, clock)
-        self._forwards = HostForwards(ranges, {sample.thread for sample in own}, self._replays)
-        self._segments = DeviceForwards(own, self._replays)
-
-    def of(self, sample: RoutingSample) -> Placement | str:
-        """Its placement, or why it has none."""
-        return (self._forwards if sample.host_start_ns else self._segments).placement(sample)
-
-    def why_untimed(self, placement: Placement) -> str:
-        """Why the router has no time of its own."""
-        return self._replays.why_untimed(placement)
+        own = {row: one for row, one in enumerate(samples) if one.in_graph and one.name in names}
+        replays = Replays(recording, launches, TraceClock(base_time_ns, window))
+        seen = HostForwards(ranges, {one.thread for one in own.values()}, replays)
+        counted = DeviceForwards(own.values(), replays)
+        for row, sample in own.items():
+            place = found[row] = (seen if sample.host_start_ns else counted).placement(sample)
+            if isinstance(place, Placement):
+                why_untimed[row] = replays.why_untimed(place)
+    rows = [row for row in range(len(samples)) if found.get(row) != OTHER_TRACE]
+    known = {row: place for row, place in found.items() if isinstance(place, Placement)}
+    places = [known.get(row, samples[row].placement) for row in rows]
+    table = placed.samples.take(np.array(rows, np.int64))
+    table = timed(replace(table, places=Places.of(places, len(rows))))
+    untimed = [why_untimed.get(row) for row, told in zip(rows, routers_timed(table), strict=True) if not told]
+    unplaced = Counter(
+        missing.why_no_forward(samples[row].thread) if why == NO_RANGE else why
+        for row, why in found.items()
+        if isinstance(why, str) and why != OTHER_TRACE
+    )
+    return replace(
+        placed, samples=table, unplaced=dict(unplaced), untimed=dict(Counter(filter(None, untimed)))
+    )

@@ -59,7 +59,7 @@ class HostForwards:
                 for launch in self._replays.launches.graphs
                 if launch.tid == event.tid and _holds(event.span, launch.span)
             ]
-            self._replays.nodes.know_forward(self._inside[id(event)])
+            self._replays.know_forward(self._inside[id(event)])
         return self._inside[id(event)]
 
     def _whole(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:
@@ -71,7 +71,7 @@ class HostForwards:
         self, name: str, event: RangeEvent, inside: Sequence[Launch], whole: Placement
     ) -> Launch | None:
         """The only launch with this router in it; or the only one, if nothing beside it can have written."""
-        known = [launch for launch in inside if name in self._replays.nodes.of(launch)]
+        known = [launch for launch in inside if name in self._replays.parts_of(launch)]
         if len(known) == 1:
             return known[0]
         if known or len(inside) != 1 or "graph" not in whole.device:

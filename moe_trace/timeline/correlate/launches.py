@@ -6,7 +6,6 @@ no other event.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from moe_trace.data.schema import GRAPH_LAUNCH, Span
 from moe_trace.data.trace_json import windows
 from moe_trace.data.trace_json.windows import EventBytes, Window
+from moe_trace.timeline.correlate.scan import decode_event
 
 _HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
 # What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
@@ -23,7 +23,6 @@ _SCATTER = "index_put"  # in the names of Inductor's kernels as in those of torc
 _CORRELATION = re.compile(rb'"correlation"\s*:\s*(\d+)')
 _KERNELS = frozenset({"kernel", "concurrent_kernel"})
 _WORK = _KERNELS | {"gpu_memcpy", "gpu_memset"}
-_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Launch:
     @property
     def is_graph(self) -> bool:
         return self.name == GRAPH_LAUNCH
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what it ran."""
+        return tuple(item.name for item in self.work)
 
     @property
     def scatters(self) -> bool:
@@ -140,17 +144,8 @@ def _event_round(window: Window, position: int) -> dict[str, Any] | None:
     buffer = window.buffer
     phase = buffer.rfind(b'"ph"', max(0, position - windows.EVENT_MAX), position)
     start = buffer.rfind(b"{", max(0, phase - 64), phase) if phase >= 0 else -1
-    if start < 0:
-        return None
-    for length in (2048, windows.EVENT_MAX):
-        try:
-            event = _DECODER.raw_decode(
-                buffer[start : min(window.filled, start + length)].decode("utf-8", "replace")
-            )[0]
-        except (ValueError, RecursionError):
-            continue
-        return event if isinstance(event.get("args"), dict) else None
-    return None
+    event = decode_event(buffer, start, window.filled) if start >= 0 else None
+    return event if event is not None and isinstance(event.get("args"), dict) else None
 
 
 def _launch(event: dict[str, Any]) -> Launch | None:

@@ -1,35 +1,36 @@
-"""The graphs launched in a trace, and what one tracer knows of them."""
+"""The graphs launched in a trace: which kernels of a replay are a router's, and which its experts'.
+
+By the ids of their nodes, where the graph was captured with annotations. Else by their positions: while the
+graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
+plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
+noted one must be those of the replay. Where the profiler shows no copies and memsets, the kernels alone are
+told. Graphs of compiled code: by the compiler's provenance of what each of their kernels computes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from moe_trace.data.schema import Placement, RangeKind, Recording, Span
-from moe_trace.timeline.correlate.launches import Launch, Launches, hull
-from moe_trace.timeline.correlate.nodes import NodeFinder, NodeSpans
+from moe_trace.data.compiled_graph import CompiledGraph
+from moe_trace.data.schema import (
+    RANGE_NAME,
+    CapturedGraph,
+    Placement,
+    RangeKind,
+    Recording,
+    graph_digest,
+)
+from moe_trace.timeline.correlate.calls import TraceClock
+from moe_trace.timeline.correlate.compiled_launches import Fit, LaunchMatcher
+from moe_trace.timeline.correlate.launches import DeviceWork, Launch, Launches, hull
 from moe_trace.timeline.correlate.reasons import FUSED, UNKNOWN_NODES
-
-
-@dataclass(frozen=True)
-class TraceClock:
-    """From the host's clock to the trace's."""
-
-    base_time_ns: int
-    window: Span | None
-
-    def time_us(self, time_ns: int) -> float:
-        """On the trace's clock."""
-        return (time_ns - self.base_time_ns) / 1000
-
-    def covers(self, time_ns: int) -> bool:
-        """Whether the trace was being recorded then."""
-        if self.window is None:
-            return True
-        return self.window.start_us <= self.time_us(time_ns) <= self.window.end_us
-
 
 Found = Placement | str
 """Or why there is no placement."""
+Parts = dict[str, dict[RangeKind, list[DeviceWork]]]
+"""The work of each router, by its module path, and of its experts in one replay."""
 
 
 class Replays:
@@ -37,19 +38,21 @@ class Replays:
 
     def __init__(self, recording: Recording, launches: Launches, clock: TraceClock) -> None:
         self.recording, self.launches, self.clock = recording, launches, clock
-        self.nodes = NodeFinder(recording, launches.graphs)
+        forwards = [graph for graph in recording.compiled_graphs if not graph.backward]
+        self._matcher = LaunchMatcher(forwards, self._every_fit)
+        self._parts: dict[int, Parts] = {}
+        self._run: dict[int, tuple[int, int]] = {}
+        """By launch: which run of its compiled graph in the forward it is, and how many there are."""
 
     def placement(self, launch: Launch, name: str) -> Placement:
         """Of the router of that path, at its launch."""
-        spans: dict[RangeKind, NodeSpans] = self.nodes.of(launch).get(name, {})
-        device: dict[RangeKind, Span] = {kind: found.span for kind, found in spans.items()}
-        whole = hull(item.span for item in launch.work)
-        if whole is not None:
-            device["graph"] = whole
+        parts = self.parts_of(launch).get(name, {})
+        work: dict[RangeKind, list[DeviceWork]] = {**parts, "graph": launch.work}
+        spans = {kind: hull(item.span for item in items) for kind, items in work.items()}
         return Placement(
             host={"graph": launch.span},
-            device=device,
-            busy_us={kind: found.busy_us for kind, found in spans.items()},
+            device={kind: span for kind, span in spans.items() if span is not None},
+            busy_us={kind: round(sum(i.span.duration_us for i in items), 3) for kind, items in parts.items()},
         )
 
     def why_untimed(self, placement: Placement) -> str:
@@ -59,3 +62,87 @@ class Replays:
         if problems:
             return problems[0]
         return UNKNOWN_NODES if captured and "graph" in placement.device else FUSED
+
+    def know_forward(self, launches: Sequence[Launch]) -> None:
+        """All launches of one forward, in order: where layers share code, each is one layer's."""
+        graphs = [None if (fit := self._fit(launch)) is None else fit.graph for launch in launches]
+        runs, done = Counter(graphs), Counter[CompiledGraph | None]()
+        for launch, graph in zip(launches, graphs, strict=True):
+            self._run[launch.correlation] = (done[graph], runs[graph])
+            done[graph] += 1
+
+    def parts_of(self, launch: Launch) -> Parts:
+        """Empty for a launch of a graph that is not known."""
+        if launch.correlation not in self._parts:
+            self._parts[launch.correlation] = (
+                _by_ids(launch, self.recording)
+                or _by_positions(launch, self.recording.captured_graphs)
+                or self._by_compiler(launch)
+            )
+        return self._parts[launch.correlation]
+
+    def _by_compiler(self, launch: Launch) -> Parts:
+        """Of all its kernels, or empty: a router without some of its own would be too quick."""
+        found: Parts = defaultdict(lambda: defaultdict(list))
+        fit = self._fit(launch)
+        if fit is None:
+            return found
+        number, runs = self._run.get(launch.correlation, (0, 1))
+        among = {router.name for router in self.recording.routers}
+        for stretch, whole in self._matcher.launches(fit):
+            for part in (fit.graph.parts[at] for at in whole.parts):
+                router = part.router(number, runs, among)
+                if router is not None and part.place != "block":
+                    found[router][part.place] += [launch.work[i] for i in stretch.kernels]
+        return found
+
+    def _fit(self, launch: Launch) -> Fit | None:
+        """The compiled graph that it replays; None where none fits, or several."""
+        fits = self._matcher.fits(launch.names)
+        return fits[0] if len(launch.streams) == 1 == len(fits) and self._matcher.is_usual(fits[0]) else None
+
+    def _every_fit(self) -> Iterator[Fit]:
+        return (fit for launch in self.launches.graphs for fit in self._matcher.fits(launch.names))
+
+
+def _by_ids(launch: Launch, recording: Recording) -> Parts:
+    found: Parts = defaultdict(dict)
+    names = {router.site: router.name for router in recording.routers}
+    for label, ids in recording.annotated_nodes.items():
+        match, wanted = RANGE_NAME.fullmatch(label), frozenset(ids)
+        work = [item for item in launch.work if item.node_id in wanted]
+        if work and match is not None and match.group(2) in names:
+            kind: RangeKind = match.group(1)  # type: ignore[assignment]
+            found[names[match.group(2)]][kind] = work
+    return found
+
+
+def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> Parts:
+    found: Parts = defaultdict(dict)
+    alike = {(graph.calls, graph.copies): events for graph in graphs if (events := _events_of(launch, graph))}
+    if len(launch.streams) != 1 or len(alike) != 1:  # none, or several that do not agree on where calls are
+        return found
+    (calls, _), events = next(iter(alike.items()))
+    often = Counter((call.name, call.kind) for call in calls)
+    for call in calls:
+        work = [event for event in events[call.first : call.last] if event is not None]
+        if work and often[call.name, call.kind] == 1:
+            found[call.name][call.kind] = work
+    return found
+
+
+def _events_of(launch: Launch, graph: CapturedGraph) -> list[DeviceWork | None]:
+    """By node, up to the last noted: what ran, None for a copy that is not shown; empty for another graph."""
+    if graph.problem is not None:
+        return []
+    copies = frozenset(graph.copies)
+    # A copy between two places of the device runs as a kernel of the driver's own, `memcpy32_post`.
+    each: list[DeviceWork | None] = [*launch.work[: graph.nodes]]
+    kernels = iter([item for item in launch.work if item.kernel is not None])
+    without_copies = [None if at in copies else next(kernels, None) for at in range(graph.nodes)]
+    for events in (each, without_copies):
+        shapes: list[Any]
+        shapes = [event and event.kernel for at, event in enumerate(events) if at not in copies]
+        if len(events) == graph.nodes and None not in shapes and graph_digest(shapes) == graph.digest:
+            return events
+    return []

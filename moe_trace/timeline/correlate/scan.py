@@ -94,7 +94,7 @@ def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | Non
         start = buffer.rfind(b"{", max(0, name_at - windows.EVENT_MAX), start)
         if start < 0:
             return None
-        event = _decode_at(buffer, start, name_at, end)
+        event = decode_event(buffer, start, end)
         if event is not None and "ts" in event:
             return _range_event(event)
     return None
@@ -116,10 +116,11 @@ def _kind_and_site(name: bytes) -> tuple[RangeKind, str] | None:
     return None if match is None else (match.group(1), match.group(2))  # type: ignore[return-value]
 
 
-def _decode_at(buffer: bytearray, start: int, name_at: int, end: int) -> dict[str, Any] | None:
-    for length in (1024, windows.EVENT_MAX):  # nearly all of our events are short
-        text = buffer[start : min(end, name_at + length)].decode("utf-8", "replace")
+def decode_event(buffer: bytearray, start: int, end: int) -> dict[str, Any] | None:
+    """What stands at a brace; None where that is no JSON of an event's length, which ends before `end`."""
+    for length in (2048, windows.EVENT_MAX):  # nearly all events are short
         try:
+            text = buffer[start : min(end, start + length)].decode("utf-8", "replace")
             return _DECODER.raw_decode(text)[0]
         except (ValueError, RecursionError):
             continue
