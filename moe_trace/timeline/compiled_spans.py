@@ -23,8 +23,7 @@ from moe_trace.data.trace_json.events import EventTable, EventTableBuilder
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.data.trace_json.stream import JsonStream
 from moe_trace.data.trace_json.windows import EventBytes
-from moe_trace.timeline.correlate.compiled_calls import CompiledCalls, Work, join_compiled
-from moe_trace.timeline.correlate.compiled_operators import CALL
+from moe_trace.timeline.correlate.compiled_calls import CALL, CompiledCalls, Work, join_compiled
 
 _CALL, _KERNELS = b'"%b' % CALL.encode(), (b'"kernel"', b"_cpp_")
 _LANES: tuple[Place, ...] = ("router", "experts")

@@ -22,10 +22,10 @@ from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Sp
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions
 from moe_trace.timeline.compiled_spans import with_compiled_spans
-from moe_trace.timeline.correlate.calls import Placed, place_samples
+from moe_trace.timeline.correlate.calls import Placed, TraceClock, place_samples
 from moe_trace.timeline.correlate.graphs import place_in_graphs
 from moe_trace.timeline.correlate.launches import read_launches
-from moe_trace.timeline.correlate.missing import MissingRanges
+from moe_trace.timeline.correlate.reasons import MissingRanges
 from moe_trace.timeline.correlate.scan import RangeSearch, trace_window
 from moe_trace.timeline.counter_tracks import Tracks, band_events, band_label
 from moe_trace.timeline.placed_calls import PlacedCalls
@@ -244,8 +244,7 @@ def _place(
         ranges=ranges,
         launches=read_launches(events),
         missing=missing,
-        base_time_ns=base_time_ns,
-        window=window,
+        clock=TraceClock(base_time_ns, window),
         timed=lambda calls: with_compiled_spans(calls, _compiled_graphs(recordings), events),
     )
 

@@ -17,8 +17,7 @@ from moe_trace.data.compiled_graph import CompiledGraph, decode_compiled, encode
 from moe_trace.data.trace_json.events import EventTable, Kind
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.trace_file import TraceFile, read_trace
-from moe_trace.timeline.correlate.compiled_calls import join_compiled
-from moe_trace.timeline.correlate.compiled_operators import key_of
+from moe_trace.timeline.correlate.compiled_calls import join_compiled, key_of
 from paths import ROOT
 
 FOLDER = ROOT / "tests" / "data" / "cpu_compiled"

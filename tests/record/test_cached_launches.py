@@ -35,7 +35,7 @@ from moe_trace.find.private.launch_notes import (
     decode_notes,
     encode_notes,
 )
-from moe_trace.timeline.correlate.compiled_operators import CALL, key_of
+from moe_trace.timeline.correlate.compiled_calls import CALL, key_of
 
 
 @pytest.fixture(autouse=True)

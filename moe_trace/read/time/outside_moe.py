@@ -32,7 +32,7 @@ from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.filters import Filter
 from moe_trace.read.time.blocks import host_bounds_ns
 from moe_trace.read.time.phases import IntArray
-from moe_trace.timeline.correlate.compiled_operators import compiled_calls, named
+from moe_trace.timeline.correlate.compiled_calls import compiled_calls, named
 
 STEP_RANGE = "ProfilerStep#"
 FORWARD_BEGINS = "aten::embedding"

@@ -21,13 +21,14 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
 from moe_trace.data.schema import GRAPH_LAUNCH
 from moe_trace.data.trace_json.coverage import Coverage
+from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links, spans_ns
-from moe_trace.data.trace_json.intervals import node_intervals
+from moe_trace.data.trace_json.intervals import Intervals, node_intervals, outermost_slices
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.timeline.correlate.compiled_launches import Fit, LaunchMatcher
-from moe_trace.timeline.correlate.compiled_operators import compiled_calls, key_of, named, operators_of_calls
 
 IntArray = npt.NDArray[np.int64]
+CALL = "## Call CompiledFxGraph"
 _CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
 """What a C++ kernel's range has before the kernel's name, with `cpp.enable_kernel_profile`."""
 
@@ -235,3 +236,50 @@ def join_compiled(
     elif not len(kernels.start_ns):
         return None
     return CompiledCalls(calls, inside, graphs, events, kernels)
+
+
+def compiled_calls(events: EventTable) -> EventTable:
+    """Inductor's operators, one a call of a compiled graph, sorted by thread and time."""
+    ops = events.select((events.kind == Kind.OP) & named(events, CALL))
+    return ops.select(np.lexsort((ops.start_ns, ops.thread)))
+
+
+def key_of(call: str) -> str:
+    """Inductor's key of the graph that an operator of that name calls; empty where it tells none."""
+    key = call.removeprefix(CALL).strip(" #")
+    return "" if key == "None" else key
+
+
+def operators_of_calls(events: EventTable) -> Kernels:
+    """The outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
+    calls = compiled_calls(events)
+    ops = events.select((events.kind == Kind.OP) & ~named(events, CALL))
+    at = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
+        ops.thread, ops.start_ns, ops.end_ns
+    )
+    ops = outermost_slices(ops.select(at >= 0))
+    return Kernels(
+        launch_thread=ops.thread,
+        launch_ns=ops.start_ns,
+        start_ns=ops.start_ns,
+        duration_ns=ops.duration_ns,
+        name=ops.name,
+        link=np.full(len(ops), NO_LINK),
+        stream=ops.thread,
+        coverage=Coverage(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stretches(Intervals):
+    """Calls, which do not overlap on their thread."""
+
+    thread: IntArray
+    start_ns: IntArray
+    end_ns: IntArray
+
+
+def named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
+    """Which events have a name that begins so."""
+    named = np.array([name.startswith(prefix) for name in events.names], bool)
+    return named[events.name] if len(named) else np.zeros(len(events), bool)

@@ -9,21 +9,31 @@ are told by the ids of their nodes, or by their positions in the chain that was 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import itertools
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from moe_trace.data.calls.placements import Places
 from moe_trace.data.calls.table import CallTable, routers_timed
-from moe_trace.data.schema import Placement, Recording, Span
+from moe_trace.data.schema import GraphMark, Placement, Recording, RoutingSample, Span
 from moe_trace.timeline.correlate.calls import Placed, TraceClock
-from moe_trace.timeline.correlate.device_forwards import DeviceForwards
-from moe_trace.timeline.correlate.host_forwards import HostForwards
-from moe_trace.timeline.correlate.launches import Launches
-from moe_trace.timeline.correlate.missing import MissingRanges
-from moe_trace.timeline.correlate.reasons import NO_RANGE, OTHER_TRACE
+from moe_trace.timeline.correlate.launches import Launch, Launches, hull
+from moe_trace.timeline.correlate.reasons import (
+    MIXED,
+    NO_LAUNCH,
+    NO_MARK,
+    NO_RANGE,
+    OTHER_COUNT,
+    OTHER_STREAM,
+    OTHER_TRACE,
+    UNKNOWN_GRAPH,
+    MissingRanges,
+)
 from moe_trace.timeline.correlate.replays import Found, Replays
 from moe_trace.timeline.correlate.scan import RangeEvent
 
@@ -35,8 +45,7 @@ def place_in_graphs(
     ranges: Sequence[RangeEvent],
     launches: Launches,
     missing: MissingRanges,
-    base_time_ns: int,
-    window: Span | None,
+    clock: TraceClock,
     timed: Callable[[CallTable], CallTable] = lambda calls: calls,
 ) -> Placed:
     """Place what was left without a place because it was made inside graphs.
@@ -45,16 +54,15 @@ def place_in_graphs(
         placed: the outcome for all calls of this trace.
         recordings: of tracers that share no module path.
         launches: of graphs and copies in the trace (`read_launches`).
-        base_time_ns, window: the trace's `baseTimeNanoseconds`, and what the profiler recorded, if it tells.
         timed: gives routers a time that their place does not tell.
     """
     samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
     for recording in recordings:
         names = {router.name for router in recording.routers}
         own = {row: one for row, one in enumerate(samples) if one.in_graph and one.name in names}
-        replays = Replays(recording, launches, TraceClock(base_time_ns, window))
-        seen = HostForwards(ranges, {one.thread for one in own.values()}, replays)
-        counted = DeviceForwards(own.values(), replays)
+        replays = Replays(recording, launches, clock)
+        seen = _HostForwards(ranges, {one.thread for one in own.values()}, replays)
+        counted = _DeviceForwards(own.values(), replays)
         for row, sample in own.items():
             place = found[row] = (seen if sample.host_start_ns else counted).placement(sample)
             if isinstance(place, Placement):
@@ -73,3 +81,160 @@ def place_in_graphs(
     return replace(
         placed, samples=table, unplaced=dict(unplaced), untimed=dict(Counter(filter(None, untimed)))
     )
+
+
+class _HostForwards:
+    """The ranges round forwards, by thread, with the graphs launched inside each."""
+
+    def __init__(self, ranges: Sequence[RangeEvent], threads: set[int], replays: Replays) -> None:
+        self._replays = replays
+        # Another thread's range only in a trace that numbers its threads in another way altogether.
+        self._same_numbers = any(event.tid in threads for event in ranges if not event.on_device)
+        self._ranges: dict[Any, list[RangeEvent]] = defaultdict(list)
+        self._twins: dict[Any, list[Span]] = defaultdict(list)
+        for event in ranges:
+            if event.kind == "graph" and event.on_device:
+                self._twins[event.external_id].append(event.span)
+            elif event.kind == "graph":
+                self._ranges[event.tid].append(event)
+        for events in self._ranges.values():
+            events.sort(key=lambda event: event.span.start_us)
+        self._inside: dict[int, list[Launch]] = {}
+
+    def placement(self, sample: RoutingSample) -> Found:
+        """At the launch that made the call where that can be told, else the whole forward."""
+        time_us = self._replays.clock.time_us(sample.host_start_ns)
+        threads = [sample.thread] if self._same_numbers else sorted(self._ranges, key=str)
+        event = next((e for t in threads if (e := self._enclosing(t, time_us)) is not None), None)
+        if event is None:
+            return NO_RANGE
+        inside = self._launches_in(event)
+        whole = self._whole(event, inside)
+        launch = self._launch_of(sample.name, event, inside, whole)
+        return whole if launch is None else self._replays.placement(launch, sample.name)
+
+    def _enclosing(self, thread: Any, time_us: float) -> RangeEvent | None:
+        """The innermost: the last to start of those that hold the time."""
+        events = self._ranges.get(thread, [])
+        index = bisect_right(events, time_us, key=lambda event: event.span.start_us) - 1
+        while index >= 0 and events[index].span.end_us < time_us:
+            index -= 1
+        return events[index] if index >= 0 else None
+
+    def _launches_in(self, event: RangeEvent) -> list[Launch]:
+        if id(event) not in self._inside:
+            self._inside[id(event)] = [
+                launch
+                for launch in self._replays.launches.graphs
+                if launch.tid == event.tid and _holds(event.span, launch.span)
+            ]
+            self._replays.know_forward(self._inside[id(event)])
+        return self._inside[id(event)]
+
+    def _whole(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:
+        twins = self._twins.get(event.external_id, []) if event.external_id is not None else []
+        device = hull([*twins, *(item.span for launch in inside for item in launch.work)])
+        return Placement(host={"graph": event.span}, device={"graph": device} if device is not None else {})
+
+    def _launch_of(
+        self, name: str, event: RangeEvent, inside: Sequence[Launch], whole: Placement
+    ) -> Launch | None:
+        """The only launch with this router in it; or the only one, if nothing beside it can have written."""
+        known = [launch for launch in inside if name in self._replays.parts_of(launch)]
+        if len(known) == 1:
+            return known[0]
+        if known or len(inside) != 1 or "graph" not in whole.device:
+            return None
+        launches, device = self._replays.launches, whole.device["graph"]
+        beside = any(
+            tid == event.tid and event.span.start_us <= time_us <= event.span.end_us
+            for tid, time_us in launches.driver_launches
+        ) or any(device.start_us <= time_us <= device.end_us for time_us in launches.scatters_us)
+        return None if beside else inside[0]
+
+
+def _holds(outer: Span, inner: Span) -> bool:
+    return outer.start_us <= inner.start_us and inner.end_us <= outer.end_us
+
+
+class _DeviceForwards:
+    """Which launch made which forward, by the counts between marks."""
+
+    def __init__(self, samples: Iterable[RoutingSample], replays: Replays) -> None:
+        self._replays = replays
+        self._found: dict[int, Launch | str] = {}
+        unseen = sorted({s.graph_forward for s in samples if s.graph_forward is not None})
+        for before, after in itertools.pairwise(replays.recording.graph_marks):
+            mine = [forward for forward in unseen if before.forwards < forward <= after.forwards]
+            covers = replays.clock.covers
+            if mine and not (covers(before.start_ns) or covers(after.start_ns)):
+                self._found.update(dict.fromkeys(mine, OTHER_TRACE))
+            elif mine:
+                self._found.update(self._match(before, after, mine))
+
+    def placement(self, sample: RoutingSample) -> Found:
+        """At the launch that made the call."""
+        forward = sample.graph_forward
+        found = NO_MARK if forward is None else self._found.get(forward, NO_MARK)
+        return found if isinstance(found, str) else self._replays.placement(found, sample.name)
+
+    def _match(
+        self, before: GraphMark, after: GraphMark, forwards: Sequence[int]
+    ) -> dict[int, Launch] | dict[int, str]:
+        """The launch of each forward; or for all of them why it cannot be told."""
+        count = (after.forwards - before.forwards) - (after.seen - before.seen)
+        mixed = after.seen != before.seen
+        writers = MIXED if mixed and len(forwards) != count else self._writers(before, after, count)
+        if isinstance(writers, str):
+            return dict.fromkeys(forwards, writers)
+        # The counter goes up by one with each, so a forward's number is its place among them.
+        places = range(len(forwards)) if mixed else [forward - before.forwards - 1 for forward in forwards]
+        return {forward: writers[place] for forward, place in zip(forwards, places, strict=True)}
+
+    def _writers(self, before: GraphMark, after: GraphMark, count: int) -> list[Launch] | str:
+        """The launches that ran the model in order of time, one for each forward that was counted."""
+        start_us, end_us = map(self._replays.clock.time_us, (before.end_ns, after.start_ns))
+        between = [
+            launch for launch in self._replays.launches.graphs if start_us <= launch.span.start_us <= end_us
+        ]
+        if not between:
+            return NO_LAUNCH
+        streams = {self._stream(mark) for mark in (before, after)}
+        if None in streams:
+            return NO_MARK
+        writers = self._of_the_model(between, count, Span(start_us, end_us - start_us))
+        if isinstance(writers, str):
+            return writers
+        if len(streams) > 1 or any(launch.streams != streams for launch in writers):
+            return OTHER_STREAM
+        return sorted(writers, key=lambda launch: launch.work[0].span.start_us)
+
+    def _of_the_model(self, between: Sequence[Launch], count: int, segment: Span) -> list[Launch] | str:
+        known = [launch for launch in between if self._replays.parts_of(launch)]
+        if known:
+            return known if len(known) == count else OTHER_COUNT
+        recording = self._replays.recording
+        able = list(between)
+        if not recording.captured_graphs or recording.graphs_compiled:
+            # Each decision is written by a scatter. Without one outside the graphs, all of them ran inside.
+            able = [launch for launch in between if launch.scatters]
+            last = hull([segment, *(item.span for launch in able for item in launch.work)])
+            if not able or last is None or self._writes_beside(last):
+                return UNKNOWN_GRAPH
+        # Where all launches replay one and the same graph, each made as many forwards as the others: one, if
+        # there are as many.
+        alike = len({tuple(item.kernel for item in launch.work) for launch in able}) == 1
+        return able if alike and len(able) == count else OTHER_COUNT
+
+    def _writes_beside(self, segment: Span) -> bool:
+        launches = self._replays.launches
+        times_us = [*(time_us for _, time_us in launches.driver_launches), *launches.scatters_us]
+        return any(segment.start_us <= time_us <= segment.end_us for time_us in times_us)
+
+    def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:
+        """The stream on which the mark's count was copied; None where the trace does not hold the copy."""
+        start_us, end_us = map(self._replays.clock.time_us, (mark.start_ns, mark.end_ns))
+        for launch in self._replays.launches.copies:
+            if launch.tid == mark.thread and start_us <= launch.span.start_us <= end_us and launch.work:
+                return launch.work[0].stream
+        return None
