@@ -76,7 +76,7 @@ class MutedHooks:
         return any(
             ring.counter.device != device_of(site.router)
             for site, rings in zip(self.sites, self.rings.sites, strict=True)
-            for ring in rings.memory()
+            for ring in rings.made().values()
         )
 
     def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:

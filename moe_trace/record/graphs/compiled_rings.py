@@ -6,7 +6,7 @@ All rest runs once, while the graph is being made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,19 @@ from moe_trace.find.routers import RouterSite
 from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.graphs.forward_in_graph import CapturedForwards, ForwardInGraph
 from moe_trace.record.graphs.forwards import GraphForwards
-from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, room_for
+from moe_trace.record.graphs.ids_ring import ROOMS, IdsRing, Room, room_for
 from moe_trace.record.graphs.memory import captures_now, device_of, keep_for_graphs, outside_graphs
-from moe_trace.record.graphs.ring_buffer import ForwardCounter, GraphRing, RingKind, RingShape, ring_kind
+from moe_trace.record.graphs.ring_buffer import (
+    RING_KINDS,
+    ForwardCounter,
+    GraphRing,
+    RingKind,
+    RingShape,
+    ring_kind,
+)
 
 _ALIKE = ("num_experts", "top_k", "num_slots")
-_RINGS = ("small", "medium", "reduced", *(f"ids_{room}" for room in ROOMS))
+Kind = RingKind | Room
 
 
 class SiteRings:
@@ -39,7 +46,7 @@ class SiteRings:
         num_experts: int,
         forward: ForwardInGraph,
         captured: CapturedForwards,
-        allocate: Callable[[SiteRings, RingKind | int, int, int], None],
+        allocate: Callable[[SiteRings, Kind, int, int], None],
         *,
         keeps_ids: bool,
     ) -> None:
@@ -58,18 +65,11 @@ class SiteRings:
         """Whether a compiler traced it, rather than a stream captured it."""
 
     @torch.compiler.assume_constant_result
-    def prepare(self, kind: RingKind, top_k: int, classes: int) -> int:
+    def prepare(self, kind: Kind, top_k: int, classes: int) -> int:
         """Runs while tracing, never in the graph."""
         self.traced |= not captures_now()
         if getattr(self, kind) is None:
             self._allocate(self, kind, top_k, classes)
-        return 0
-
-    @torch.compiler.assume_constant_result
-    def prepare_ids(self, room: int, top_k: int, classes: int) -> int:
-        """The same for the ids of large calls."""
-        if getattr(self, f"ids_{room}") is None:
-            self._allocate(self, room, top_k, classes)
         return 0
 
     @torch.compiler.assume_constant_result
@@ -83,51 +83,38 @@ class SiteRings:
         forward = forward or self._forward
         if not CAN_RECORD_GRAPHS:
             return
-        tokens, top_k = reading.index_TK.shape
-        classes = 0 if reading.logits_TE is None else reading.logits_TE.shape[-1]
+        tokens = reading.index_TK.shape[0]
         kind = ring_kind(tokens)
-        self.prepare(kind, top_k, classes)
-        ring = self.small if kind == "small" else self.medium if kind == "medium" else self.reduced
-        assert ring is not None  # `prepare` made it
-        body = ring.reduced(reading) if kind == "reduced" else ring.raw(reading)
-        forward.write(ring, body, tokens)
-        if self.keeps_ids and kind == "reduced":
-            self._write_ids(forward, reading, classes)
-
-    def _write_ids(self, forward: ForwardInGraph, reading: RouterOutput, classes: int) -> None:
-        tokens, top_k = reading.index_TK.shape
-        room = room_for(tokens)
+        self._write(kind, reading, forward)
+        room = room_for(tokens) if self.keeps_ids and kind == "reduced" else None
         if room is not None:
-            self.prepare_ids(room, top_k, classes)
-            ring = self.ids_512 if room == 512 else self.ids_4096 if room == 4096 else self.ids_32768
-            assert ring is not None  # `prepare_ids` made it
-            forward.write(ring, ring.body(reading), tokens)
+            self._write(room, reading, forward)
+
+    def _write(self, kind: Kind, reading: RouterOutput, forward: ForwardInGraph) -> None:
+        tokens, top_k = reading.index_TK.shape
+        self.prepare(kind, top_k, 0 if reading.logits_TE is None else reading.logits_TE.shape[-1])
+        ring = getattr(self, kind)
+        forward.write(ring, ring.body(reading), tokens)
 
     def write_captured(self, reading: RouterOutput) -> None:
         """The same while a stream is captured into a graph, whose replays will write."""
         with torch.no_grad():
             self.write(reading, self._captured.now())
-        keep_for_graphs([memory for ring in self.memory() for memory in (ring.data, *ring.counter.memory)])
+        keep_for_graphs(
+            [memory for ring in self.made().values() for memory in (ring.data, *ring.counter.memory)]
+        )
 
     def take_over(self, other: SiteRings) -> None:
         """Write where another wrote, and leave it without memory."""
         self.traced |= other.traced
         self.misreads |= other.misreads
-        for name in _RINGS:
+        for name in (*RING_KINDS, *ROOMS):
             setattr(self, name, getattr(other, name))
             setattr(other, name, None)
 
-    def all(self) -> Iterator[GraphRing]:
-        yield from (ring for ring in (self.small, self.medium, self.reduced) if ring is not None)
-
-    def ids(self) -> dict[int, IdsRing]:
-        """Those of ids, by room."""
-        found = {room: getattr(self, f"ids_{room}") for room in ROOMS}
-        return {room: ring for room, ring in found.items() if ring is not None}
-
-    def memory(self) -> list[GraphRing | IdsRing]:
-        """All rings."""
-        return [*self.all(), *self.ids().values()]
+    def made(self, kinds: Iterable[Kind] = (*RING_KINDS, *ROOMS)) -> dict[Any, Any]:
+        """The rings of these kinds that there are."""
+        return {kind: ring for kind in kinds if (ring := getattr(self, kind)) is not None}
 
 
 class ModelRings:
@@ -165,7 +152,7 @@ class ModelRings:
     @property
     def slots(self) -> int:
         """Forwards until the first slot of some ring is written again."""
-        return min((ring.slots for site in self.sites for ring in site.memory()), default=1)
+        return min((ring.slots for site in self.sites for ring in site.made().values()), default=1)
 
     @property
     def compiled(self) -> bool:
@@ -176,7 +163,7 @@ class ModelRings:
         """The routers that have a ring of each shape."""
         found: dict[RingShape, list[int]] = {}
         for index, site in enumerate(self.sites):
-            for ring in site.all():
+            for ring in site.made(RING_KINDS).values():
                 found.setdefault(ring.shape, []).append(index)
         return found
 
@@ -228,7 +215,7 @@ class ModelRings:
         for counter in self.counters:
             with outside_graphs(counter.device):
                 counter.restart(forwards=forwards, epoch=self._forwards.epoch)
-                for ring in (one for site in self.sites for one in site.memory()):
+                for ring in (one for site in self.sites for one in site.made().values()):
                     if ring.counter is counter:
                         ring.data.zero_()
         self._counting(forwards)
@@ -266,22 +253,20 @@ class ModelRings:
             for counter in self.counters:
                 counter.describe(batch)
 
-    def _allocate(self, site: SiteRings, kind: RingKind | int, top_k: int, classes: int) -> None:
+    def _allocate(self, site: SiteRings, kind: Kind, top_k: int, classes: int) -> None:
         wanted = self._routers[self.sites.index(site)].info
+        make: Any = IdsRing if kind in ROOMS else GraphRing
         for other, router in zip(self.sites, self._routers, strict=True):
             # All routers of a kind at once: a layer whose ring appears later could not share their code.
             alike = all(getattr(router.info, key) == getattr(wanted, key) for key in _ALIKE)
-            name = f"ids_{kind}" if isinstance(kind, int) else kind
-            if alike and getattr(other, name) is None:
+            if alike and getattr(other, kind) is None:
                 counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
                 sizes |= {"sites": len(self.sites), "counter": counter}
+                if make is GraphRing:
+                    sizes |= {"classes": classes, "num_slots": router.info.num_slots}
                 with outside_graphs(counter.device):
-                    if isinstance(kind, int):
-                        setattr(other, name, IdsRing(kind, **sizes))
-                    else:
-                        sizes["num_slots"] = router.info.num_slots
-                        setattr(other, name, GraphRing(kind, classes=classes, **sizes))
+                    setattr(other, kind, make(kind, **sizes))
         self._started()
 
     def _counter(self, device: torch.device) -> ForwardCounter:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.routes.columns import id_type
-from moe_trace.record.graphs.ids_ring import ShippedIds, room_for
+from moe_trace.record.graphs.ids_ring import ShippedIds
 from moe_trace.record.graphs.ring_buffer import EXACT, GraphRing, RingShape, raw_routes, reduce_rings
 from moe_trace.record.reduce.pinned import copies_on_host
 
@@ -29,8 +29,10 @@ class Shipment:
     ids: Any = None
     """[rows, tokens, K] of small calls, where routes are recorded."""
     weights: Any = None
-    large: dict[int, ShippedIds] = field(default_factory=dict)
-    """Ids of large ones, by room."""
+    large: ShippedIds | None = None
+    """Ids of large ones."""
+    _newest: dict[int, int] = field(default_factory=dict)
+    """The last forward of each router."""
 
     @property
     def rows(self) -> int:
@@ -41,6 +43,31 @@ class Shipment:
         """Until it has arrived."""
         if self.copied is not None:
             self.copied.synchronize()
+
+    def new_rows(self, drained: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """(router, row, forward number), in order of the forwards of each router. Once it has arrived.
+
+        Args:
+            drained: the last forward of each router whose row was read before.
+        """
+        slots = self.shape.slots
+        headers: np.ndarray = self.headers.numpy()
+        for position, index in enumerate(self.sites):
+            part = headers[position * slots : (position + 1) * slots]
+            last = drained[index]
+            ahead = (part[:, 0].astype(np.int64) - last) % EXACT
+            new = np.flatnonzero((part[:, 3] > 0) & (ahead > 0) & (ahead < EXACT // 2))
+            self._newest[index] = last + int(ahead[new].max(initial=0))
+            for row in new[np.argsort(ahead[new], kind="stable")]:
+                yield index, position * slots + int(row), last + int(ahead[row])
+
+    def routes(self, index: int, row: int, forward: int, tokens: int) -> tuple[Any, Any]:
+        """(ids, weights) [tokens, K] of one call; None for what was not kept. After `new_rows`."""
+        if self.ids is not None:
+            ids = self.ids[row, :tokens].numpy().view(id_type(self.shape.num_experts))
+            return ids, self.weights[row, :tokens].numpy()
+        large = self.large
+        return (None if large is None else large.of(index, forward, self._newest[index], tokens)), None
 
 
 def ship(shape: RingShape, sites: list[int], rings: Sequence[GraphRing], *, routes: bool = False) -> Shipment:
@@ -55,37 +82,3 @@ def ship(shape: RingShape, sites: list[int], rings: Sequence[GraphRing], *, rout
         tensors += raw_routes(rings)
     host, copied = copies_on_host(tensors)
     return Shipment(shape, sites, host[0], host[1], host[2], copied, *host[3:])
-
-
-class NewRows:
-    """The rows of one shipment that were not drained before, on the host. Waits for it to arrive."""
-
-    def __init__(self, shipped: Shipment, drained: Sequence[int]) -> None:
-        shipped.wait()
-        self._newest: dict[int, int] = {}
-        """The last forward of each router."""
-        self.shape, self._sites, self._drained = shipped.shape, shipped.sites, drained
-        self.headers = shipped.headers.numpy()
-        self.ints, self.floats = shipped.ints, shipped.floats
-        self._shipped = shipped
-
-    def each(self) -> Iterator[tuple[int, int, int]]:
-        """(router, row, forward number), in order of the forwards of each router."""
-        slots = self.shape.slots
-        for position, index in enumerate(self._sites):
-            part = self.headers[position * slots : (position + 1) * slots]
-            last = self._drained[index]
-            ahead = (part[:, 0].astype(np.int64) - last) % EXACT
-            new = np.flatnonzero((part[:, 3] > 0) & (ahead > 0) & (ahead < EXACT // 2))
-            self._newest[index] = last + int(ahead[new].max(initial=0))
-            for row in new[np.argsort(ahead[new], kind="stable")]:
-                yield index, position * slots + int(row), last + int(ahead[row])
-
-    def routes(self, index: int, row: int, forward: int, tokens: int) -> tuple[Any, Any]:
-        """(ids, weights) [tokens, K] of one call; None for what was not kept. After `each`."""
-        shipped = self._shipped
-        if shipped.ids is not None:
-            ids = shipped.ids[row, :tokens].numpy().view(id_type(self.shape.num_experts))
-            return ids, shipped.weights[row, :tokens].numpy()
-        large = shipped.large.get(room_for(tokens) or 0)
-        return (None if large is None else large.of(index, forward, self._newest[index], tokens)), None

@@ -5,9 +5,8 @@ Small calls need none: their decision stands in the ring as it is (`ring_buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,25 +19,29 @@ from moe_trace.record.graphs.ring_buffer import ForwardCounter
 from moe_trace.record.reduce.pinned import copies_on_host
 from moe_trace.record.reduce.small_ids import small_ids
 
-ROOMS = (512, 4096, 32768)
+Room = Literal["ids_512", "ids_4096", "ids_32768"]
+ROOMS: dict[Room, int] = {"ids_512": 512, "ids_4096": 4096, "ids_32768": 32768}
 """Tokens that a slot may hold; the ids of larger calls are lost."""
 _BYTES = 64 * 2**20  # of the rings of one room, over all sites
 _SLOTS = 64  # at most; forwards
 
 
-def room_for(tokens: int) -> int | None:
-    """The slots that a call of so many tokens is written to."""
-    return 512 if tokens <= 512 else 4096 if tokens <= 4096 else 32768 if tokens <= 32768 else None
+def room_for(tokens: int) -> Room | None:
+    """The ring that a call of so many tokens is written to."""
+    if tokens <= ROOMS["ids_4096"]:
+        return "ids_512" if tokens <= ROOMS["ids_512"] else "ids_4096"
+    return "ids_32768" if tokens <= ROOMS["ids_32768"] else None
 
 
 class IdsRing:
     """One ring of one router: `data` is flat, [slots * room * top_k]."""
 
     def __init__(
-        self, room: int, *, num_experts: int, top_k: int, sites: int, counter: ForwardCounter
+        self, room: Room, *, num_experts: int, top_k: int, sites: int, counter: ForwardCounter
     ) -> None:
         kind = id_type(num_experts)
-        self.width, self.top_k, self.num_experts, self.counter = room * top_k, top_k, num_experts, counter
+        self.width, self.top_k = ROOMS[room] * top_k, top_k
+        self.num_experts, self.counter = num_experts, counter
         self.slots = max(1, min(_SLOTS, _BYTES // (self.width * kind.itemsize * sites)))
         self.data = torch.zeros(
             self.slots * self.width,
@@ -58,14 +61,17 @@ class IdsRing:
         self.data.index_put_((where,), body)
 
 
-@dataclass(slots=True)
 class ShippedIds:
-    """The rings of one room on their way to the host."""
+    """Rings on their way to the host; making it starts the copies, for which nothing waits.
 
-    rings: Sequence[IdsRing]
-    sites: Sequence[int]
-    data: Any
-    copied: torch.cuda.Event | None
+    Args:
+        rings: by number of the router, and room; of one device.
+    """
+
+    def __init__(self, rings: Mapping[tuple[int, Room], IdsRing]) -> None:
+        self._rings = rings
+        data, self._copied = copies_on_host([ring.data for ring in rings.values()]) if rings else ([], None)
+        self._data = dict(zip(rings, data, strict=True))
 
     def of(self, site: int, forward: int, newest: int, tokens: int) -> np.ndarray | None:
         """[tokens, K] of one call; None where it was written over. Waits for the copy.
@@ -73,20 +79,12 @@ class ShippedIds:
         Args:
             newest: the last forward that may have been written.
         """
-        if site not in self.sites:
+        room = room_for(tokens)
+        ring = None if room is None else self._rings.get((site, room))
+        if room is None or ring is None or newest - forward >= ring.slots:
             return None
-        place = self.sites.index(site)
-        ring = self.rings[place]
-        if newest - forward >= ring.slots:
-            return None
-        if self.copied is not None:
-            self.copied.synchronize()
-        slots = self.data[place].numpy().view(id_type(ring.num_experts)).reshape(ring.slots, ring.width)
+        if self._copied is not None:
+            self._copied.synchronize()
+        slots = self._data[site, room].numpy().view(id_type(ring.num_experts)).reshape(ring.slots, ring.width)
         found: np.ndarray = slots[forward % ring.slots, : tokens * ring.top_k].reshape(tokens, ring.top_k)
         return found
-
-
-def ship_ids(sites: Sequence[int], rings: Sequence[IdsRing]) -> ShippedIds:
-    """Start the copies of some rings to the host; nothing waits."""
-    data, copied = copies_on_host([ring.data for ring in rings])
-    return ShippedIds(rings, sites, data, copied)

@@ -31,6 +31,7 @@ PHASES_MAX = 2**17
 """Tokens of a forward whose phases graphs can read."""
 
 RingKind = Literal["small", "medium", "reduced"]
+RING_KINDS: tuple[RingKind, ...] = ("small", "medium", "reduced")
 _TOKENS: dict[RingKind, int] = {"small": 4, "medium": 64}  # calls of up to so many tokens are copied raw
 _BYTES = 16 * 2**20  # of each kind of ring, over all sites
 _SLOTS: dict[RingKind, int] = {"small": 1024, "medium": 1024, "reduced": 256}  # at most; forwards
@@ -170,18 +171,27 @@ class GraphRing:
         # CUDA graphs may write to it and copy nothing.
         mark_static_address(self.data)
 
-    def raw(self, reading: RouterOutput) -> Tensor:
-        """What `put` writes of a call as it is, [T * `token_width`]; plain tensor work only."""
+    def body(self, reading: RouterOutput) -> Tensor:
+        """What `put` writes of a call; plain tensor work only."""
+        body = self._reduced(reading) if self.shape.kind == "reduced" else self._raw(reading)
+        if not self.shape.num_slots:
+            return body
+        slots = reading.slots_2P
+        return _side_by_side(
+            [body.new_full((self.shape.start - HEADER,), -1) if slots is None else slots.float(), body]
+        )
+
+    def _raw(self, reading: RouterOutput) -> Tensor:
+        """The call as it is, [T * `token_width`]."""
         parts = [reading.index_TK, reading.weights_TK]
         if reading.logits_TE is not None:
             parts.append(reading.logits_TE)
         phases_T = self.counter.phases_of(reading.index_TK.shape[0])
         if phases_T is not None:
             parts.append(phases_T.unsqueeze(-1))
-        return self._behind_slots(_side_by_side([part.detach().float() for part in parts]).flatten(), reading)
+        return _side_by_side([part.detach().float() for part in parts]).flatten()
 
-    def reduced(self, reading: RouterOutput) -> Tensor:
-        """What `put` writes of a call that is reduced first; plain tensor work only."""
+    def _reduced(self, reading: RouterOutput) -> Tensor:
         logits, phases_T = reading.logits_TE, self.counter.phases_of(reading.index_TK.shape[0])
         stats = routing_stats(
             None if logits is None else logits.detach().unsqueeze(0),
@@ -190,15 +200,7 @@ class GraphRing:
             self.num_experts,
             None if phases_T is None else phases_T.unsqueeze(0),
         )
-        return self._behind_slots(torch.cat([stats.ints[0].float(), stats.floats[0]]), reading)
-
-    def _behind_slots(self, body: Tensor, reading: RouterOutput) -> Tensor:
-        if not self.shape.num_slots:
-            return body
-        slots = reading.slots_2P
-        return _side_by_side(
-            [body.new_full((self.shape.start - HEADER,), -1) if slots is None else slots.float(), body]
-        )
+        return torch.cat([stats.ints[0].float(), stats.floats[0]])
 
     def put(self, body: Tensor, tokens: int, code: int | None) -> None:
         """Write the row of a call into the slot of the forward under way.

@@ -27,9 +27,9 @@ from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.compiled_rings import ModelRings
-from moe_trace.record.graphs.device_to_host import NewRows, Shipment, ship
+from moe_trace.record.graphs.device_to_host import Shipment, ship
 from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
-from moe_trace.record.graphs.ids_ring import ship_ids
+from moe_trace.record.graphs.ids_ring import ROOMS, ShippedIds
 from moe_trace.record.graphs.launch_lists import LaunchLists
 from moe_trace.record.graphs.memory import captures_now, is_capturing
 from moe_trace.record.graphs.ring_buffer import EXACT, PHASES_MAX, unpad
@@ -69,6 +69,7 @@ class RingReader:
         """Calls drained so far, by router."""
         self._routers = list(sites)
         self._recorder = recorder
+        self._keeps_ids = recorder.routes is not None
         self._lock = threading.RLock()
         self.shipped: deque[Shipment] = deque()
         self._unshipped = 0
@@ -173,24 +174,14 @@ class RingReader:
             self._unshipped = 0
             self._shipped_epoch = self.forwards.epoch
             for shape, indices in by_shape.items():
-                rings = [getattr(self.rings.sites[index], shape.kind) for index in indices]
-                routes = self._recorder.routes is not None
-                self.shipped.append(shipped := ship(shape, indices, rings, routes=routes))
-                if routes and shape.kind == "reduced":
-                    for room, sites in self._ids_by_room(indices).items():
-                        shipped.large[room] = ship_ids(
-                            sites, [self.rings.sites[i].ids()[room] for i in sites]
-                        )
+                sites = [(index, self.rings.sites[index]) for index in indices]
+                rings = [getattr(site, shape.kind) for _, site in sites]
+                self.shipped.append(shipped := ship(shape, indices, rings, routes=self._keeps_ids))
+                if self._keeps_ids and shape.kind == "reduced":
+                    large = {(i, room): ring for i, site in sites for room, ring in site.made(ROOMS).items()}
+                    shipped.large = ShippedIds(large)
             if sum(shipped.rows for shipped in self.shipped) > self._recorder.capacity + REMEMBERED:
                 self._take()  # the recorder keeps to its capacity, and counts what it drops
-
-    def _ids_by_room(self, sites: Sequence[int]) -> dict[int, list[int]]:
-        """Of some routers those that have a ring of ids of each room."""
-        found: dict[int, list[int]] = {}
-        for index in sites:
-            for room in self.rings.sites[index].ids():
-                found.setdefault(room, []).append(index)
-        return found
 
     # -- when samples are wanted ----------------------------------------------------------------------
 
@@ -216,23 +207,27 @@ class RingReader:
     def _take(self) -> None:
         if not self.shipped:
             return
-        new = [NewRows(shipped, self._drained) for shipped in self.shipped]
-        slots: dict[int, int] = {}
-        for shipped in self.shipped:
+        new, slots = list(self.shipped), dict[int, int]()
+        self.shipped.clear()
+        for shipped in new:
+            shipped.wait()
             for index in shipped.sites:
                 slots[index] = min(shipped.shape.slots, slots.get(index, EXACT))
-        self.shipped.clear()
         segments = self.forwards.segments()
         before, found = list(self._drained), [set[int]() for _ in self._routers]
         seen_by_host = self.forwards.seen_by_host(self._shipped_epoch)
         in_order = sorted(
-            ((forward, index, row, rows) for rows in new for index, row, forward in rows.each()),
+            (
+                (forward, index, row, shipped)
+                for shipped in new
+                for index, row, forward in shipped.new_rows(self._drained)
+            ),
             key=lambda item: item[:2],
         )
-        for forward, index, row, rows in in_order:
+        for forward, index, row, shipped in in_order:
             if forward not in found[index]:  # else shipped twice
                 found[index].add(forward)
-                self._store(rows, index, row, forward, segments)
+                self._store(shipped, index, row, forward, segments)
         for index, forwards in enumerate(found):
             if forwards:
                 self._drained[index] = max(forwards)
@@ -240,9 +235,9 @@ class RingReader:
         self.forwards.forget(min(self._drained), self._shipped_epoch)
 
     def _store(
-        self, rows: NewRows, index: int, row: int, forward: int, segments: list[tuple[int, Segment]]
+        self, shipped: Shipment, index: int, row: int, forward: int, segments: list[tuple[int, Segment]]
     ) -> None:
-        header = rows.headers[row]
+        header = shipped.headers[row].tolist()
         epoch, code, tokens = self.forwards.full_epoch(int(header[1])), int(header[2]), int(header[3])
         record = CallRecord(
             site=self._routers[index],
@@ -263,7 +258,7 @@ class RingReader:
             wanted = self.forwards.attribute_to_host(record, epoch)
         if wanted:
             self.calls[index] += 1
-            ints, shape = rows.ints[row : row + 1].clone(), rows.shape
+            ints, shape = shipped.ints[row : row + 1].clone(), shipped.shape
             unpad(shape, ints, tokens)
             made = Batch(
                 Records([record]),
@@ -272,13 +267,15 @@ class RingReader:
                 num_experts=shape.num_experts,
                 classes=shape.classes,
                 ints=ints,
-                floats=rows.floats[row : row + 1],
+                floats=shipped.floats[row : row + 1],
                 in_phases=shape.tells and tokens <= PHASES_MAX,
                 num_slots=shape.num_slots,
             )
             self._recorder.add_reduced(made)
             if self._recorder.routes is not None:
-                self._recorder.routes.add_from_graph(record, rows.routes(index, row, forward, tokens), tokens)
+                self._recorder.routes.add_from_graph(
+                    record, shipped.routes(index, row, forward, tokens), tokens
+                )
 
     def _count_lost(self, slots: int, last: int, forwards: set[int], seen_by_host: int) -> None:
         """Rows written over before anybody shipped them; the host's forwards are shipped in time."""
