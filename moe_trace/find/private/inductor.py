@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,9 +92,11 @@ def _switch_on() -> bool:
         from torch._inductor.graph import GraphLowering
         from torch._inductor.scheduler import Scheduler
 
-        level = config.trace.provenance_tracking_level
-        _replace(Scheduler, "codegen_extern_call", _noting_calls(debug))
-        _replace(GraphLowering, "compile_to_module", _noting(debug.create_kernel_information_json))
+        level, kernels_of = config.trace.provenance_tracking_level, debug.create_kernel_information_json
+        _number_of_call(debug)
+        _wrap(Scheduler, "codegen_extern_call", before=partial(_number_of_call, debug), after=_note_call)
+        # A backward that is compiled when it first runs leaves its notes to the next one.
+        _wrap(GraphLowering, "compile_to_module", before=lambda *_: {*kernels_of()}, after=_note_graph)
     except (ImportError, AttributeError):
         while _undo:
             _undo.pop()()
@@ -104,16 +107,35 @@ def _switch_on() -> bool:
         from torch._inductor import codecache, compile_fx
         from torch._inductor.output_code import CompiledFxGraph
 
-        _replace(codecache.FxGraphCache, "load_with_key", _knowing_key)
-        _replace(compile_fx, "compile_fx", _knowing_origins)
-        _replace(CompiledFxGraph, "after_deserialization", _telling)
-        _replace(CompiledFxGraph, "__init__", _keeping)
+        _wrap(codecache.FxGraphCache, "load_with_key", before=_know_key)
+        _wrap(compile_fx, "compile_fx", before=_know_origins)
+        _wrap(CompiledFxGraph, "after_deserialization", after=_tell_loaded)
+        _wrap(CompiledFxGraph, "__init__", after=_keep)
     return True
 
 
-def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
+def _wrap(
+    owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., None] | None = None
+) -> None:
+    """Have a function of torch's call ours, whose failures it does not see.
+
+    Args:
+        before: is called with its arguments.
+        after: is called with what `before` returned, the function's result, and its arguments.
+    """
     original = getattr(owner, name)
-    replacement = functools.wraps(original)(around(original))
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        noted = None
+        if before is not None:
+            with _said_once():
+                noted = before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if after is not None:
+            with _said_once():
+                after(noted, result, *args, **kwargs)
+        return result
 
     def undo() -> None:
         if getattr(owner, name) is replacement:
@@ -123,55 +145,36 @@ def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> None:
     _undo.append(undo)
 
 
-def _noting(kernels_of: Callable[[], dict[str, Any]]) -> Callable[[Any], Any]:
-    """Round what generates and loads the code of a graph."""
+def _note_graph(earlier: set[str], module: Any, lowering: Any) -> None:
+    """The code of a graph was generated and loaded."""
+    from torch._inductor import debug
 
-    def around(compile_to_module: Any) -> Any:
-        def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # A backward that is compiled when it first runs leaves its notes to the next one.
-            with suppress(Exception):
-                earlier = set(kernels_of())
-            module = compile_to_module(self, *args, **kwargs)
-            with _said_once():
-                found = {name: note for name, note in kernels_of().items() if name not in earlier}
-                notes = _notes(self, _launches(found, vars(self).get(_CALLS, {})), Path(module.__file__))
-                if origins := _current_origins():
-                    setattr(self, _KEPT_AS, encode_notes(notes, origins))
-                _tell(notes)
-            return module
-
-        return compiled
-
-    return around
+    kernels = debug.create_kernel_information_json()
+    found = {name: note for name, note in kernels.items() if name not in earlier}
+    notes = _notes(lowering, _launches(found, vars(lowering).get(_CALLS, {})), Path(module.__file__))
+    if origins := _current_origins():
+        setattr(lowering, _KEPT_AS, encode_notes(notes, origins))
+    _tell(notes)
 
 
-def _noting_calls(debug: Any) -> Callable[[Any], Any]:
-    """Round what generates a library's call: some have no note, and some also what is written into theirs."""
+def _number_of_call(debug: Any, *_: Any) -> int:
+    """Of the last launch that has a note."""
+    return int(debug._inductor_kernel_provenance_debug_handle)
 
-    def number() -> int:
-        return int(debug._inductor_kernel_provenance_debug_handle)
 
-    number()
+def _note_call(before: int, _: Any, scheduler: Any, scheduler_node: Any) -> None:
+    """A library's call was generated: some have no note, and some also what is written into theirs."""
+    from torch._inductor import debug
 
-    def around(codegen_extern_call: Any) -> Any:
-        def generated(self: Any, scheduler_node: Any) -> Any:
-            before = number()
-            result = codegen_extern_call(self, scheduler_node)
-            with _said_once():
-                call = scheduler_node.node
-                name = getattr(call, "python_kernel_name", None)
-                if name and name not in _NO_KERNEL:
-                    if number() == before:
-                        debug.set_kernel_post_grad_provenance_tracing(call, name, is_extern=True)
-                    if number() == before + 1 and call.origins:
-                        calls = vars(torch._inductor.virtualized.V.graph).setdefault(_CALLS, {})
-                        exact = call.origin_node if call.origin_node in call.origins else max(call.origins)
-                        calls[before + 1] = exact.name
-            return result
-
-        return generated
-
-    return around
+    call = scheduler_node.node
+    name = getattr(call, "python_kernel_name", None)
+    if name and name not in _NO_KERNEL:
+        if _number_of_call(debug) == before:
+            debug.set_kernel_post_grad_provenance_tracing(call, name, is_extern=True)
+        if _number_of_call(debug) == before + 1 and call.origins:
+            calls = vars(torch._inductor.virtualized.V.graph).setdefault(_CALLS, {})
+            exact = call.origin_node if call.origin_node in call.origins else max(call.origins)
+            calls[before + 1] = exact.name
 
 
 def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> LaunchNotes:
@@ -194,60 +197,34 @@ def _all_nodes(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [node for part in parts for node in part.graph.nodes]
 
 
-def _keeping(init: Any) -> Any:
-    """Round the making of what Inductor puts into its cache."""
-
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        with _said_once():
-            for value in (*args, *kwargs.values()):
-                if isinstance(encoded := getattr(value, _KEPT_AS, None), bytes):
-                    setattr(self, _KEPT_AS, encoded)
-
-    return made
+def _keep(_: None, result: None, graph: Any, *args: Any, **kwargs: Any) -> None:
+    """What Inductor puts into its cache was made."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(encoded := getattr(value, _KEPT_AS, None), bytes):
+            setattr(graph, _KEPT_AS, encoded)
 
 
-def _telling(after_deserialization: Any) -> Any:
-    """Round the loading of the code that came from the cache."""
-
-    def loaded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        path = after_deserialization(self, *args, **kwargs)
-        with _said_once():
-            origins = _current_origins()
-            notes = decode_notes(getattr(self, _KEPT_AS, None), origins) if origins else None
-            if notes is not None:
-                _tell(notes)
-        return path
-
-    return loaded
+def _tell_loaded(_: None, path: Any, graph: Any, *args: Any, **kwargs: Any) -> None:
+    """Code that came from the cache was loaded."""
+    origins = _current_origins()
+    notes = decode_notes(getattr(graph, _KEPT_AS, None), origins) if origins else None
+    if notes is not None:
+        _tell(notes)
 
 
-def _knowing_origins(compile_fx: Any) -> Any:
-    """Round the compilation of a graph as it was traced: also where its code comes from the cache."""
-
-    def compiling(*args: Any, **kwargs: Any) -> Any:
-        with _said_once():
-            context = torch._guards.TracingContext.try_get()
-            graph = next(
-                (one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.GraphModule)), None
-            )
-            if context is not None and graph is not None:
-                found = _origins_of(graph)
-                # Of several graphs of one context, a backward does not tell whose it is.
-                _origins[context] = found if _origins.get(context, found) == found else None
-        return compile_fx(*args, **kwargs)
-
-    return compiling
+def _know_origins(*args: Any, **kwargs: Any) -> None:
+    """A graph as it was traced will be compiled, or its code come from the cache."""
+    context = torch._guards.TracingContext.try_get()
+    graph = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.GraphModule)), None)
+    if context is not None and graph is not None:
+        found = _origins_of(graph)
+        # Of several graphs of one context, a backward does not tell whose it is.
+        _origins[context] = found if _origins.get(context, found) == found else None
 
 
-def _knowing_key(load_with_key: Any) -> Any:
-    """Round the look into the cache, which comes before a graph is loaded or compiled."""
-
-    def looking(key: str, *args: Any, **kwargs: Any) -> Any:
-        _keys[:] = [key]
-        return load_with_key(key, *args, **kwargs)
-
-    return looking
+def _know_key(key: str, *args: Any, **kwargs: Any) -> None:
+    """A graph is looked for in the cache, before it is loaded or compiled."""
+    _keys[:] = [key]
 
 
 def _current_origins() -> Origins | None:

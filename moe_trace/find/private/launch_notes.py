@@ -6,15 +6,16 @@ into what it keeps, beside the generated code that they are of: they come, move 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-_VERSION = 2
+import msgspec
+
+_VERSION = 3
 _BYTES_MAX = 4 << 20
-_DECODED_MAX = 64 << 20
+_DECODED_MAX = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -76,29 +77,21 @@ class Origins:
         return found
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What stands in the cache."""
+
+    version: int
+    notes: LaunchNotes
+    origins: Origins
+
+
 def encode_notes(notes: LaunchNotes, origins: Origins) -> bytes | None:
     """For the cache; None where that would be too large."""
     listed = {name for launch in notes.launches for name in launch.nodes}
-    stacks: dict[tuple[str, ...], int] = {}
-
-    def place(modules: tuple[str, ...]) -> int:
-        return stacks.setdefault(modules, len(stacks))
-
-    value = {
-        "version": _VERSION,
-        "backward": notes.backward,
-        "problem": notes.problem,
-        "launches": [[launch.kernel, launch.nodes] for launch in notes.launches],
-        "nodes": [
-            [node.name, node.target, place(node.modules), node.ours]
-            for node in notes.nodes
-            if node.name in listed
-        ],
-        "computes": origins.computes,
-        "origins": [[place(modules), ours] for modules, ours in origins.nodes],
-        "stacks": [*stacks],
-    }
-    encoded = zlib.compress(json.dumps(value).encode())
+    nodes = tuple(node for node in notes.nodes if node.name in listed)
+    kept = _Kept(_VERSION, replace(notes, nodes=nodes, key=""), origins)
+    encoded = zlib.compress(msgspec.json.encode(kept))
     return encoded if len(encoded) <= _BYTES_MAX else None
 
 
@@ -110,22 +103,11 @@ def decode_notes(encoded: Any, origins: Origins) -> LaunchNotes | None:
     if not isinstance(encoded, bytes):
         return None
     try:
-        value = json.loads(zlib.decompressobj().decompress(encoded, _DECODED_MAX))
-        if value["version"] != _VERSION:
-            return None
-        stacks = [tuple(map(str, stack)) for stack in value["stacks"]]
-        there = tuple((stacks[place], bool(ours)) for place, ours in value["origins"])
-        modules = origins.here(Origins(value["computes"], there))
+        kept = msgspec.json.decode(zlib.decompressobj().decompress(encoded, _DECODED_MAX), type=_Kept)
+        modules = origins.here(kept.origins) if kept.version == _VERSION else None
         if modules is None:
             return None
-        return LaunchNotes(
-            tuple(LaunchNodes(str(kernel), tuple(map(str, nodes))) for kernel, nodes in value["launches"]),
-            tuple(
-                GraphNode(str(name), str(target), modules[stacks[place]], bool(ours))
-                for name, target, place, ours in value["nodes"]
-            ),
-            bool(value["backward"]),
-            str(value["problem"]),
-        )
-    except (zlib.error, ValueError, TypeError, LookupError, RecursionError):
+        nodes = tuple(replace(node, modules=modules[node.modules]) for node in kept.notes.nodes)
+        return replace(kept.notes, nodes=nodes)
+    except (zlib.error, msgspec.MsgspecError, LookupError, RecursionError):
         return None
