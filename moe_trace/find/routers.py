@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -31,30 +30,19 @@ from moe_trace.find.flops import (
     router_flops_per_token,
 )
 from moe_trace.find.registry import CONTRACTS
-from moe_trace.find.structure.unread import describe_unread
+from moe_trace.find.structure.router_beside_experts import describe_unread
 
 LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSite:
+class RouterSite(Found):
     """One router, with the modules that hooks go on and the contract that reads its calls."""
 
     info: RouterInfo
     contract: Contract
-    router: nn.Module
-    experts: nn.Module | None
-    block: nn.Module | None
     read: Callable[[Call], RouterOutput]
     """One call of this router; see `Contract.read`."""
-    read_block: Callable[[tuple[Any, ...], Any], RouterOutput] | None = None
-    """See `Found.read_block`."""
-    watched: nn.Module | None = None
-    """See `Found.watched`."""
-    listed: tuple[nn.Module, ...] = ()
-    """See `Found.listed`."""
-    times_experts: bool = True
-    """See `Found.times_experts`."""
     shares_router: bool = False
     """Whether other layers call the same router: a call of it is that of the layer whose block runs."""
 
@@ -153,40 +141,27 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
     counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
     for (path, contract, item), name, label in zip(found, names, layer_labels(names), strict=True):
         shared = shared_modules(model, path, item)
-        held = held_experts(_weights(item), item.num_slots or item.num_experts, data_parallel)
-        info = replace(
-            _info(name, label, contract, item, shared),
-            held_experts=held,
-            expert_bytes=expert_bytes(
-                _weights(item), item.num_experts - item.identity_experts, data_parallel
-            ),
-        )
+        info = _info(name, label, contract, item, shared, data_parallel)
         info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
         counted.update(map(id, shared))
+        told = vars(item) | {"read": item.read or contract.read}
         sites.append(
-            RouterSite(
-                info=info,
-                contract=contract,
-                router=item.router,
-                experts=item.experts,
-                block=item.block,
-                read=item.read or contract.read,
-                read_block=item.read_block,
-                watched=item.watched,
-                listed=item.listed,
-                times_experts=item.times_experts,
-                shares_router=callers[id(item.router)] > 1,
-            )
+            RouterSite(**told, info=info, contract=contract, shares_router=callers[id(item.router)] > 1)
         )
     return sites
 
 
 def _info(
-    name: str, label: tuple[str, int], contract: Contract, item: Found, shared: tuple[nn.Module, ...]
+    name: str,
+    label: tuple[str, int],
+    contract: Contract,
+    item: Found,
+    shared: tuple[nn.Module, ...],
+    data_parallel: DataParallelDims,
 ) -> RouterInfo:
     site, layer = label
-    weights = _weights(item)
-    beside, gate = projection_note(item, shared), item.gate or item.router
+    weights, gate = _weights(item), item.gate or item.router
+    beside = projection_note(item, shared)
     return RouterInfo(
         site=site,
         name=name,
@@ -201,6 +176,8 @@ def _info(
         expert_flops_per_slot=expert_flops_per_slot(weights, item.num_experts),
         shared_flops_per_token=sum(map(dense_flops_per_token, shared)),
         parameters={"router": parameter_count([gate]), "experts": parameter_count(weights)},
+        held_experts=held_experts(weights, item.num_slots or item.num_experts, data_parallel),
+        expert_bytes=expert_bytes(weights, item.num_experts - item.identity_experts, data_parallel),
         identity_experts=item.identity_experts,
         every_expert_computes=item.every_expert_computes,
         notes=item.notes if beside is None else (*item.notes, beside),

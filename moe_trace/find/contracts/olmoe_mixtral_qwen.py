@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from moe_trace.find.contracts.contract import Contract, Found
-from moe_trace.find.contracts.fused_block import fused_block_reader
 from moe_trace.find.contracts.modules import (
     expert_rows,
     forward_parameters,
@@ -29,6 +28,7 @@ from moe_trace.find.contracts.topk_reading import (
     choice_columns,
     choice_inside_reader,
     combine_experts_calls,
+    fused_block_reader,
     read_topk_experts,
     read_watched_logits,
     read_without_logits,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, RouterOutput
-from moe_trace.find.contracts.modules import described, require_2d, unwrapped
+from moe_trace.find.contracts.modules import described, int_attribute, require_2d, unwrapped
 from moe_trace.find.contracts.overhead_range import overhead_range
-from moe_trace.find.contracts.tiled_experts import combined_choice, with_skipped
 
 # The name of the second argument of an experts module's forward, in every family of transformers 5 whose
 # index is [T, K]. (`router_mask`, NLLB's, is a mask over all experts.)
@@ -60,7 +61,9 @@ def _of_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutp
     """Where the experts were given fewer tokens than the router, nothing tells which logits are theirs."""
     if logits.shape[0] <= index.shape[0]:
         return RouterOutput(index, weights, logits)
-    return RouterOutput(*with_skipped(index, weights, logits.shape[0]), None)
+    dropped = (0, 0, 0, logits.shape[0] - index.shape[0])
+    with overhead_range():  # the others were dropped: their slots are skipped
+        return RouterOutput(functional.pad(index, dropped, value=-1), functional.pad(weights, dropped), None)
 
 
 def read_without_logits(call: Call) -> RouterOutput:
@@ -146,16 +149,6 @@ def _experts_choice(call: Call) -> tuple[Any, Any]:
     return arguments[1], arguments[2]
 
 
-def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int) -> Call:
-    """One decision whose experts were called several times; see `Contract.combine`."""
-    logits = _logits(call)
-    shape = None
-    if isinstance(logits, Tensor) and logits.dim() == 2:
-        shape = (logits.shape[0], logits.shape[1])
-    index, weights = combined_choice([_choice(one) for one in experts_calls], shape, top_k)
-    return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
-
-
 def choice_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     """What `read_without_logits` reads, of many calls."""
     return [index for _, index, _ in experts_args], [weights for _, _, weights in experts_args]
@@ -165,3 +158,89 @@ def topk_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]
     """What `read_topk_experts` reads, of many calls."""
     logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
     return *choice_columns(outputs, experts_args), logits
+
+
+# -- one decision whose experts are called several times: in tiles, slot by slot, hot and cold ones apart ----
+
+
+def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int) -> Call:
+    """One decision whose experts were called several times; see `Contract.combine`."""
+    logits = _logits(call)
+    shape = None
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        shape = (logits.shape[0], logits.shape[1])
+    index, weights = _combined_choice([_choice(one) for one in experts_calls], shape, top_k)
+    return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
+
+
+def _combined_choice(
+    choices: Sequence[tuple[Tensor, Tensor]], logits_shape: tuple[int, int] | None, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """(index [T, K], weights [T, K]) of all calls together.
+
+    Args:
+        choices: (index, weights) of each call, in order.
+        logits_shape: (T, E) of the router's logits; None where it has none.
+        top_k: K; 0 where it is not known.
+
+    Raises:
+        AdapterMismatch: the calls do not make up the router's tokens.
+    """
+    tokens, experts = logits_shape or (choices[0][0].shape[0], 2**31)
+    rows, slots = [i.shape[0] for i, _ in choices], [i.shape[1] for i, _ in choices]
+    with overhead_range():
+        if len(set(slots)) == 1 and sum(rows) == tokens:
+            return _joined(choices, dim=0)
+        if set(rows) != {tokens}:
+            raise AdapterMismatch(
+                f"expected the {len(choices)} calls of the experts to make up {tokens} tokens, found {rows}"
+            )
+        if sum(slots) == top_k or len(set(slots)) > 1:
+            return _joined(choices, dim=1)
+        return _slots_of_any(choices, experts)
+
+
+def _joined(choices: Sequence[tuple[Tensor, Tensor]], *, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.cat([i for i, _ in choices], dim), torch.cat([w for _, w in choices], dim)
+
+
+def _slots_of_any(choices: Sequence[tuple[Tensor, Tensor]], experts: int) -> tuple[Tensor, Tensor]:
+    """Each slot as the first call had it in which it was not masked out."""
+    index, weights = choices[0]
+    for other_index, other_weights in choices[1:]:
+        unused = (weights == 0) | (index < 0) | (index >= experts)
+        index = torch.where(unused, other_index, index)
+        weights = torch.where(unused, other_weights, weights)
+    return index, weights
+
+
+# -- fused blocks, which call neither their router nor their experts -----------------------------------------
+
+# Routers that are nothing but top-k of `linear(x, weight, bias)` and a softmax over the k: only for those is
+# the decision of a fused kernel known without looking into it.
+_RECOMPUTABLE_ROUTERS = frozenset({"GptOssTopKRouter"})
+
+
+def fused_block_reader(router: nn.Module) -> Callable[[tuple[Any, ...], Any], RouterOutput] | None:
+    """`read(arguments, output)` of the block's call, or None where nobody can tell the decision.
+
+    GPT-OSS under MXFP4 or MegaBlocks kernels computes the logits from `router.weight` inside the block and
+    hands them to a kernel. The decision is computed again from the block's input, by the same formula as the
+    router's own forward. Other fused blocks are reported as never called.
+    """
+    if type(router).__name__ not in _RECOMPUTABLE_ROUTERS:
+        return None
+    top_k = int_attribute(router, "top_k")
+
+    def read(arguments: tuple[Any, ...], output: Any) -> RouterOutput:
+        hidden = arguments[0] if arguments else None
+        if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            raise AdapterMismatch(f"expected the fused block to be given a tensor, found {described(hidden)}")
+        with overhead_range():
+            flat_TH = hidden.reshape(-1, hidden.shape[-1])
+            weight, bias = router.get_parameter("weight"), router.get_parameter("bias")
+            logits_TE = torch.nn.functional.linear(flat_TH, weight, bias)
+            top_TK, index_TK = logits_TE.topk(top_k, dim=-1)
+            return RouterOutput(index_TK, top_TK.softmax(-1), logits_TE)
+
+    return read

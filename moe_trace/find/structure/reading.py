@@ -15,8 +15,7 @@ from torch import Tensor
 from moe_trace.find.contracts.contract import AdapterMismatch, Call, ExpertRows, RouterOutput
 from moe_trace.find.contracts.modules import described
 from moe_trace.find.contracts.overhead_range import overhead_range
-from moe_trace.find.structure.index_and_weights import MASK_ARGUMENT, read_index, told_counts
-from moe_trace.find.structure.masks import read_masks
+from moe_trace.find.structure.decision import MASK_ARGUMENT, read_index, read_masks, told_counts
 
 
 def read_by_structure(

@@ -8,6 +8,7 @@ many experts it has; what it decided is read in `reading.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
@@ -43,13 +44,29 @@ def find_router_beside_experts(block: nn.Module) -> list[Found]:
     return [found] if isinstance(found, Found) else []
 
 
-def why_not_taken(block: nn.Module) -> str | None:
-    """What keeps a block that holds experts from being read; None where it holds none."""
-    found = _look_at(block)
-    return found if isinstance(found, str) else None
+def describe_unread(model: nn.Module, unread: Sequence[tuple[str, nn.Module]]) -> str:
+    """The first few of them: the block with what it lacks, else how its experts are called.
+
+    Args:
+        unread: (path, module) of what looks like routed experts.
+    """
+    shown = dict.fromkeys(_described(model, path, module) for path, module in unread)
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    return "; ".join(list(shown)[:3]) + more
+
+
+def _described(model: nn.Module, path: str, module: nn.Module) -> str:
+    above = path.rpartition(".")[0]
+    block = model.get_submodule(above)
+    why = _look_at(block) if path else None
+    if isinstance(why, str):
+        return f"{above or 'the model'} ({class_name(unwrapped(block))}): {why}"
+    called = ", ".join(forward_parameters(unwrapped(module)))
+    return f"{path or 'the model'} ({class_name(unwrapped(module))}, called as ({called}))"
 
 
 def _look_at(block: nn.Module) -> Found | str | None:
+    """Its router, or what keeps a block that holds experts from being read; None where it holds none."""
     children = {n: c for n, c in block.named_children() if "shared" not in n}
     routers = [name for name, child in children.items() if _is_router(name, unwrapped(child))]
     holders = [n for n, c in children.items() if n not in routers and _holds_experts(n, unwrapped(c))]
