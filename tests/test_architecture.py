@@ -157,7 +157,7 @@ def test_reading_never_loads_torch(code: str) -> None:
 def test_the_test_of_loading_can_fail(tmp_path: Path) -> None:
     """An empty module in torch's place is found as soon, and loads in no time."""
     (tmp_path / "torch.py").touch()
-    recording = f"sys.path.insert(0, {str(tmp_path)!r})\ntry: import moe_trace.record.reduce.pinned"
+    recording = f"sys.path.insert(0, {str(tmp_path)!r})\ntry: import moe_trace.record.reduce.streams"
     assert "torch" in loaded_modules(f"{recording}\nexcept (ImportError, AttributeError): pass")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.schema import GRAPH_LAUNCH, RANGE_PREFIX, RangeKind, RoutingSample, Span, range_name
 from moe_trace.data.trace_json.events import EventTable, Kind, to_ns
-from moe_trace.timeline.correlate.compiled_operators import named
+from moe_trace.timeline.correlate.compiled_calls import named
 from moe_trace.timeline.counter_tracks import LANES
 from moe_trace.timeline.placed_calls import REPLAY_NAME, PlacedCalls
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from moe_trace.data.lost import summed
 from moe_trace.data.schema import Lost, RouterInfo
+from moe_trace.find.private.torch_names import frames_compiled
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.graphs.compiled import something_was_compiled, warn_of_silent_forwards
+from moe_trace.record.graphs.compiled import warn_of_silent_forwards
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.model import ModelHooks
 
@@ -41,7 +42,7 @@ def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
 
 def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
     """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
-    if not something_was_compiled() or unread_in_graphs(hooks, graphs):
+    if not frames_compiled() or unread_in_graphs(hooks, graphs):
         return 0
     lost = (counts.lost.total() for counts in hooks.calls.counts)  # seen, and told with the reason
     seen = map(sum, zip(recorded_calls(hooks, graphs), lost, strict=True))

@@ -24,7 +24,8 @@ from moe_trace.record.forward.batch_tokens import BatchTokens, TokenProvider
 from moe_trace.record.forward.copied_models import HookOwner
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.graphs.compiled import is_capturing, warn_if_compiled_before
+from moe_trace.record.graphs.compiled import warn_if_compiled_before
+from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.events import CallClock
 from moe_trace.record.hooks.model import ModelHooks
@@ -146,7 +147,7 @@ class MoETracer(HookOwner):
         warn_if_compiled_before(self.model, called=self.called or unread)
         mute(self._hooks, self._graphs)
         self._active = False
-        if not is_capturing():
+        if not captures_now():
             self._recorder.reduce()
             end_routes(self._recorder.routes, self.routes)
 

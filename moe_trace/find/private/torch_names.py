@@ -180,7 +180,8 @@ EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_fram
 
 
 def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
-    """Keep dynamo from compiling these functions as graphs of their own: slower, and no less true."""
+    """Keep dynamo from compiling these functions as graphs of their own: slower, and no less true. Hooks that
+    are inlined into a larger graph are still traced (`torch.compiler.disable` would break that graph)."""
     strategy = _named("_C._dynamo.eval_frame._FrameExecStrategy")
     action = _named("_C._dynamo.eval_frame._FrameAction")
     put = _named("_C._dynamo.eval_frame.set_code_exec_strategy")

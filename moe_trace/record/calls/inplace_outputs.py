@@ -15,7 +15,7 @@ from moe_trace.find.contracts.overhead_range import overhead_range
 from moe_trace.find.private.torch_names import tracing_state
 from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart
-from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.reduce.streams import copies_on_host
 
 _LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
 

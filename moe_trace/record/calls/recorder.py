@@ -35,8 +35,7 @@ from moe_trace.record.calls.refusals import Refusals
 from moe_trace.record.calls.samples import Batch
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
-from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.streams import on_stream
+from moe_trace.record.reduce.streams import copies_on_host, on_stream
 
 _HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
 # ... and beyond which a forward waits for no other. Reductions stop a model on a CPU; on a device they take

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled, skip_in_dynamo
+from moe_trace.find.private.torch_names import EVAL_FRAME, frames_compiled
 
 _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
-
-
-def is_capturing() -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def run_hooks_in_python(functions: Iterable[Callable[..., Any]]) -> None:
-    """Keep dynamo from compiling these hooks as graphs of their own.
-
-    It does so where it begins at a module's forward and not at the call round it, as `torch.compile(model)`
-    does. A hook that is inlined into a larger graph is still traced. (`torch.compiler.disable` would break
-    that graph.)
-    """
-    skip_in_dynamo(functions)
 
 
 def give_stable_id(handle: RemovableHandle) -> None:
@@ -91,11 +74,6 @@ def is_compiled(model: nn.Module, *, first: bool) -> bool:
     return (first and bool(compiled_parts(model))) or is_called_through_compile()
 
 
-def something_was_compiled() -> bool:
-    """Whether dynamo has compiled any code in this process."""
-    return frames_compiled() > 0
-
-
 def warn_of_silent_forwards(count: int) -> None:
     """Say loudly that compiled code ran without hooks beside code that has them."""
     warnings.warn(
@@ -110,7 +88,7 @@ def warn_of_silent_forwards(count: int) -> None:
 
 def warn_if_compiled_before(model: nn.Module, *, called: bool) -> None:
     """Say loudly that hooks which were put on after the first compiled call are not in the compiled code."""
-    if called or not something_was_compiled():
+    if called or not frames_compiled():
         return
     parts = compiled_parts(model)
     which = f"{parts[0]} is compiled" if parts else "compiled code ran in this process"

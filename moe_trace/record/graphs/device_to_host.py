@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from moe_trace.data.routes.columns import id_type
+from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.samples import Batch
 from moe_trace.record.graphs.ids_ring import ShippedIds
-from moe_trace.record.graphs.ring_buffer import EXACT, GraphRing, RingShape, raw_routes, reduce_rings
-from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.graphs.ring_buffer import (
+    EXACT,
+    PHASES_MAX,
+    GraphRing,
+    RingShape,
+    raw_routes,
+    reduce_rings,
+    unpad,
+)
+from moe_trace.record.reduce.streams import copies_on_host
 
 
 @dataclass(slots=True)
@@ -60,6 +70,22 @@ class Shipment:
             self._newest[index] = last + int(ahead[new].max(initial=0))
             for row in new[np.argsort(ahead[new], kind="stable")]:
                 yield index, position * slots + int(row), last + int(ahead[row])
+
+    def batch(self, row: int, record: CallRecord, tokens: int) -> Batch:
+        """The figures of one call."""
+        ints = self.ints[row : row + 1].clone()
+        unpad(self.shape, ints, tokens)
+        return Batch(
+            Records([record]),
+            top_k=self.shape.top_k,
+            tokens=tokens,
+            num_experts=self.shape.num_experts,
+            classes=self.shape.classes,
+            ints=ints,
+            floats=self.floats[row : row + 1],
+            in_phases=self.shape.tells and tokens <= PHASES_MAX,
+            num_slots=self.shape.num_slots,
+        )
 
     def routes(self, index: int, row: int, forward: int, tokens: int) -> tuple[Any, Any]:
         """(ids, weights) [tokens, K] of one call; None for what was not kept. After `new_rows`."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.graphs.ring_buffer import EXACT
-from moe_trace.record.reduce.pinned import copies_on_host
+from moe_trace.record.reduce.streams import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
 _TOLD_MAX = 1024  # forwards between two marks
@@ -44,10 +44,8 @@ class _Mark:
     segment: Segment
     state: Tensor
     copied: torch.cuda.Event | None
-    start_ns: int
-    end_ns: int
-    seen: int
-    thread: int
+    data: GraphMark
+    """What placing needs of it, once it has passed."""
 
     def passed(self) -> bool:
         return self.copied is None or self.copied.query()
@@ -57,16 +55,6 @@ class _Mark:
             self.copied.synchronize()
             self.copied = None
         return int(self.state)
-
-    def as_data(self) -> GraphMark:
-        """What placing needs of it. Waits for the copy."""
-        return GraphMark(
-            start_ns=self.start_ns,
-            end_ns=self.end_ns,
-            thread=self.thread,
-            forwards=self.forwards(),
-            seen=self.seen,
-        )
 
 
 class GraphForwards:
@@ -133,8 +121,14 @@ class GraphForwards:
         self._told.clear()
         start_ns = time.time_ns()
         copies, copied = copies_on_host([count])
-        end_ns, thread = time.time_ns(), threading.get_native_id()
-        mark = _Mark(segment, copies[0], copied, start_ns, end_ns, self.seen(), thread)
+        data = GraphMark(
+            start_ns=start_ns,
+            end_ns=time.time_ns(),
+            thread=threading.get_native_id(),
+            forwards=0,
+            seen=self.seen(),
+        )
+        mark = _Mark(segment, copies[0], copied, data)
         self._marks.append(mark)
         if in_trace:
             self._profiled_marks.append(mark)
@@ -149,7 +143,7 @@ class GraphForwards:
 
     def marks(self) -> tuple[GraphMark, ...]:
         """The marks that were set while a profiler recorded. Waits for their copies."""
-        return tuple(mark.as_data() for mark in self._profiled_marks)
+        return tuple(replace(mark.data, forwards=mark.forwards()) for mark in self._profiled_marks)
 
     def segments(self) -> list[tuple[int, Segment]]:
         """(number of the last forward, segment), in order. Waits for the copies of the marks."""

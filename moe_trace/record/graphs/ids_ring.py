@@ -16,8 +16,8 @@ from moe_trace.data.routes.columns import id_type
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import mark_static_address
 from moe_trace.record.graphs.ring_buffer import ForwardCounter
-from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.small_ids import small_ids
+from moe_trace.record.reduce.stats import small_ids
+from moe_trace.record.reduce.streams import copies_on_host
 
 Room = Literal["ids_512", "ids_4096", "ids_32768"]
 ROOMS: dict[Room, int] = {"ids_512": 512, "ids_4096": 4096, "ids_32768": 32768}

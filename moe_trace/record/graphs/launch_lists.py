@@ -11,13 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch, LaunchPart, Place
 from moe_trace.find.private.inductor import listen_to_compiles, stop_listening
 from moe_trace.find.private.launch_notes import GraphNode, LaunchNodes, LaunchNotes
 from moe_trace.find.routers import RouterSite
+from moe_trace.record.graphs.memory import captures_now
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "int_mm")
 _GATHERS = ("index", "index_select", "gather", "take", "take_along_dim")
@@ -36,12 +36,13 @@ class LaunchLists:
     """The graphs that were compiled while one tracer was active."""
 
     def __init__(self, sites: Sequence[RouterSite]) -> None:
-        self._places = _module_places(sites)
+        self._places = {site.name: _places_in_block(site) for site in sites}
+        """Router's path -> path of a module of its layer -> what that is."""
         self._found: dict[CompiledGraph, None] = {}
 
     def watch(self) -> None:
         """A graph takes up the hooks: listen to what is compiled from now on."""
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if not captures_now():
             listen_to_compiles(self._told)
 
     def know(self, graphs: Iterable[CompiledGraph]) -> None:
@@ -69,11 +70,6 @@ def _is_untraced(notes: LaunchNotes, graph: CompiledGraph) -> bool:
     its modules, seen from what was compiled, may have the paths of one that is."""
     places = {part.place for part in graph.parts}
     return len(places) > 1 and "router" in places and not (notes.backward or any(n.ours for n in notes.nodes))
-
-
-def _module_places(sites: Sequence[RouterSite]) -> dict[str, dict[str, Place]]:
-    """Router's path -> path of a module of its layer -> what that is."""
-    return {site.name: _places_in_block(site) for site in sites}
 
 
 def _places_in_block(site: RouterSite) -> dict[str, Place]:

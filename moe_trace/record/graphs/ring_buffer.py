@@ -22,8 +22,7 @@ from moe_trace.data.schema import STAGES, Stage
 from moe_trace.find.contracts import RouterOutput
 from moe_trace.find.private.torch_names import mark_static_address
 from moe_trace.record.forward.batch_tokens import BatchTokens
-from moe_trace.record.reduce.small_ids import small_ids
-from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats
+from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_stats, small_ids
 
 HEADER = 4
 EXACT = 2**24  # integers below this are exact in float32

@@ -19,9 +19,8 @@ import torch
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.schema import STAGES, GraphMark
 from moe_trace.find.routers import RouterSite
-from moe_trace.record.calls.call import CallRecord, Records
+from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.calls.recorder import Recorder
-from moe_trace.record.calls.samples import Batch
 from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import profiler_is_recording
@@ -32,7 +31,7 @@ from moe_trace.record.graphs.forwards import REMEMBERED, GraphForwards, Segment
 from moe_trace.record.graphs.ids_ring import ROOMS, ShippedIds
 from moe_trace.record.graphs.launch_lists import LaunchLists
 from moe_trace.record.graphs.memory import captures_now, is_capturing
-from moe_trace.record.graphs.ring_buffer import EXACT, PHASES_MAX, unpad
+from moe_trace.record.graphs.ring_buffer import EXACT
 
 
 class RingReader:
@@ -258,20 +257,7 @@ class RingReader:
             wanted = self.forwards.attribute_to_host(record, epoch)
         if wanted:
             self.calls[index] += 1
-            ints, shape = shipped.ints[row : row + 1].clone(), shipped.shape
-            unpad(shape, ints, tokens)
-            made = Batch(
-                Records([record]),
-                top_k=shape.top_k,
-                tokens=tokens,
-                num_experts=shape.num_experts,
-                classes=shape.classes,
-                ints=ints,
-                floats=shipped.floats[row : row + 1],
-                in_phases=shape.tells and tokens <= PHASES_MAX,
-                num_slots=shape.num_slots,
-            )
-            self._recorder.add_reduced(made)
+            self._recorder.add_reduced(shipped.batch(row, record, tokens))
             if self._recorder.routes is not None:
                 self._recorder.routes.add_from_graph(
                     record, shipped.routes(index, row, forward, tokens), tokens

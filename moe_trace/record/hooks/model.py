@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from moe_trace.find.private.torch_names import skip_in_dynamo
 from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.recorder import Recorder
 from moe_trace.record.forward.batch_tokens import BatchTokens, TokenProvider
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
-from moe_trace.record.graphs.compiled import compiled_parts, run_hooks_in_python
+from moe_trace.record.graphs.compiled import compiled_parts
 from moe_trace.record.graphs.ring_reader import RingReader
 from moe_trace.record.hooks.entry_modules import ModelEntry, entry_modules
 from moe_trace.record.hooks.events import CallClock, EventLog
@@ -91,7 +92,7 @@ class ModelHooks:
             compiled: of each router, the hooks that stand in code that was compiled before.
         """
         owners = (ModelEntry, SiteObserver, PlainCalls, PlainRanges, ListedExpert)
-        run_hooks_in_python(hook for one in owners for hook in one.hooks())
+        skip_in_dynamo(hook for one in owners for hook in one.hooks())
         for router in self.routers:
             router.sending = sending
         if compiled:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moe_trace.data.routes.columns import id_type
 from moe_trace.record.forward.batch_tokens import DECODE, PADDING
 
 # exp() of anything below is 0; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
@@ -159,3 +161,13 @@ def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Te
         return torch.special.entr(probs_LTE).sum(-1)
     shifted_LTE = (logits_LTE.to(probs_LTE.dtype) - max_LT1).clamp_(min=_SMALLEST_EXPONENT)
     return -(top1_LT.log() + (probs_LTE * shifted_LTE).sum(-1))
+
+
+def small_ids(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """Expert ids as uint8, or int16 whose bits are those of uint16; all bits set where a slot was skipped.
+
+    Skipped is what the samples count as skipped: ids out of range, and slots of weight 0.
+    """
+    small = id_type(num_experts) == np.uint8
+    skipped = (index < 0) | (index >= num_experts) | (weights == 0)
+    return index.masked_fill(skipped, 255 if small else -1).to(torch.uint8 if small else torch.int16)

@@ -15,8 +15,9 @@ from moe_trace.record.routes.recorder import RoutesRecorder
 
 def end_routes(recorder: RoutesRecorder | None, routes: Callable[[], RecordedRoutes]) -> None:
     """Recording ends: finish the file, where routes are streamed to one; arguments as of `write_beside`."""
-    if recorder is not None:
-        recorder.end(routes)
+    if recorder is not None and recorder.stream is not None:
+        routes()
+        recorder.stream.close()
 
 
 def write_beside(

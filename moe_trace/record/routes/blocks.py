@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -227,6 +226,3 @@ class Blocks:
             state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
         numbers: np.ndarray = (state ^ (state >> np.uint64(31))) / 2.0**64
         return numbers
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self.blocks)

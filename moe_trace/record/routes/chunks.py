@@ -12,9 +12,8 @@ from torch import Tensor
 
 from moe_trace.data.routes.columns import id_type
 from moe_trace.record.calls.call import CallRecord
-from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.small_ids import small_ids
-from moe_trace.record.reduce.streams import on_stream
+from moe_trace.record.reduce.stats import small_ids
+from moe_trace.record.reduce.streams import copies_on_host, on_stream
 
 
 @dataclass(slots=True, eq=False)

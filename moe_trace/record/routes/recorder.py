@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -218,16 +218,6 @@ class RoutesRecorder:
         back, names = self._taken_back, self._layers.names
         for block in blocks if back.runs else ():
             block.lost.update(router for router, call in block.decided() if back.has(names[router], call))
-
-    def end(self, collect: Callable[[], RecordedRoutes]) -> None:
-        """Recording ends: finish the file, where rows are streamed to one.
-
-        Args:
-            collect: brings what is still on its way.
-        """
-        if self.stream is not None:
-            collect()
-            self.stream.close()
 
     def _failed(self, tokens: int, error: Exception) -> None:
         if not self._dropped["failed"]:

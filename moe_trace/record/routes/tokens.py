@@ -17,8 +17,7 @@ from torch import Tensor
 from moe_trace.record.forward.batch_tokens import BatchTokens
 from moe_trace.record.forward.inputs import ModelInputs
 from moe_trace.record.forward.isolation import apart
-from moe_trace.record.reduce.pinned import copies_on_host
-from moe_trace.record.reduce.streams import on_stream, stream_of_now
+from moe_trace.record.reduce.streams import copies_on_host, on_stream, stream_of_now
 
 _IDS = ("input_ids", "tokens", "idx")
 _STARTS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens")

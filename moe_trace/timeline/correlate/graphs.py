@@ -67,20 +67,20 @@ def place_in_graphs(
             place = found[row] = (seen if sample.host_start_ns else counted).placement(sample)
             if isinstance(place, Placement):
                 why_untimed[row] = replays.why_untimed(place)
+            elif place == NO_RANGE:
+                found[row] = missing.why_no_forward(sample.thread)
     rows = [row for row in range(len(samples)) if found.get(row) != OTHER_TRACE]
     known = {row: place for row, place in found.items() if isinstance(place, Placement)}
     places = [known.get(row, samples[row].placement) for row in rows]
     table = placed.samples.take(np.array(rows, np.int64))
     table = timed(replace(table, places=Places.of(places, len(rows))))
     untimed = [why_untimed.get(row) for row, told in zip(rows, routers_timed(table), strict=True) if not told]
-    unplaced = Counter(
-        missing.why_no_forward(samples[row].thread) if why == NO_RANGE else why
-        for row, why in found.items()
-        if isinstance(why, str) and why != OTHER_TRACE
-    )
-    return replace(
-        placed, samples=table, unplaced=dict(unplaced), untimed=dict(Counter(filter(None, untimed)))
-    )
+    unplaced = [why for why in found.values() if isinstance(why, str) and why != OTHER_TRACE]
+    return replace(placed, samples=table, unplaced=_counts(unplaced), untimed=_counts(filter(None, untimed)))
+
+
+def _counts(reasons: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(reasons))
 
 
 class _HostForwards:
