@@ -6,7 +6,7 @@ no logit of an expert, so entropy, confidence and z-loss are left empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ def find_product_key(block: nn.Module) -> list[Found]:
     keys = int_attribute(block, "num_keys")
     if not keys or any(name not in children for name in _PARTS):
         return []
+    normalised = bool(getattr(block, "norm_topk_prob", False))
     return [
         Found(
             router=children["router_gate"],
@@ -37,17 +38,15 @@ def find_product_key(block: nn.Module) -> list[Found]:
             block=block,
             num_experts=int_attribute(block, "num_experts"),
             top_k=int_attribute(block, "top_k"),
-            read=_reader(keys, normalised=bool(getattr(block, "norm_topk_prob", False))),
+            read=partial(
+                read_product_key, keys=keys, normalised=bool(getattr(block, "norm_topk_prob", False))
+            ),
             times_experts=False,
             weights=(children["down_embed"], children["up_embed"]),
             shared=tuple(children[name] for name in _SHARED if name in children),
             notes=(_NOTE,),
         )
     ]
-
-
-def _reader(keys: int, *, normalised: bool) -> Callable[[Call], RouterOutput]:
-    return lambda call: read_product_key(call, keys, normalised=normalised)
 
 
 def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> RouterOutput:

@@ -6,7 +6,7 @@ was chosen. The experts receive nothing that tells a decision, so it is read fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -48,15 +48,11 @@ def find_dense_scores(block: nn.Module) -> list[Found]:
             block=block,
             num_experts=num_experts,
             top_k=top_k,
-            read=_reader(top_k),
+            read=partial(read_dense_scores, top_k=top_k),
             every_expert_computes=True,
             notes=(_NOTE,),
         )
     ]
-
-
-def _reader(top_k: int) -> Callable[[Call], RouterOutput]:
-    return lambda call: read_dense_scores(call, top_k)
 
 
 def read_dense_scores(call: Call, top_k: int = 1) -> RouterOutput:

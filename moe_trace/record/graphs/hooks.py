@@ -77,12 +77,7 @@ class TracedSite:
         if self.call is not None:
             self._write()
         elif self._fused_block and not self._wrote and output is not None:
-            try:
-                reading = self._site.read_block(args, output)  # type: ignore[misc]
-            except Exception:  # whatever it is, it must not end the tracing of the user's code
-                self.rings.misread()
-                return
-            self._put(reading)
+            self._put(self._site.read_block, args, output)
 
     def take(self) -> Call | None:
         """The call under way, whose router was compiled and whose experts run eagerly."""
@@ -93,14 +88,14 @@ class TracedSite:
         call, self.call = self.call, None
         if self._fused_block:
             self._wrote = True
+        self._put(self._read, call)
+
+    def _put(self, read: Any, *given: Any) -> None:
         try:
-            reading = self._read(call)  # type: ignore[arg-type]
-        except Exception:
+            reading: RouterOutput = read(*given)
+        except Exception:  # whatever it is, it must not end the tracing of the user's code
             self.rings.misread()
             return
-        self._put(reading)
-
-    def _put(self, reading: RouterOutput) -> None:
         if is_exporting():
             return
         if is_compiling():

@@ -13,7 +13,7 @@ import numpy as np
 from moe_trace.data.routes.columns import UNKNOWN
 from moe_trace.data.schema import Stage
 from moe_trace.record.calls.call import CallRecord
-from moe_trace.record.routes.identity import Identity, identity_of
+from moe_trace.record.routes.identity import Columns, identity_of
 from moe_trace.record.routes.tokens import ForwardTokens
 
 _TOKEN_BYTES = 32  # of a row without its ids
@@ -43,7 +43,7 @@ class Block:
     lost: set[int] = field(default_factory=set)
     """Routers whose decision turned out to be unknown."""
     recomputed: bool = False
-    _identity: Identity | None = None
+    _identity: Columns | None = None
 
     @property
     def rows(self) -> int:
@@ -82,11 +82,12 @@ class Block:
                 columns[router] = column[rows]
         return before - self.rows
 
-    def identity(self) -> Identity:
+    def identity(self) -> Columns:
         """Of the rows that are left."""
         if self._identity is None:
-            self._identity = identity_of(self.tokens, self.count)
-        return self._identity if self.kept is None else self._identity.take(self.kept)
+            self._identity = identity_of(self.tokens, self.count, self.stage)
+        kept = slice(None) if self.kept is None else self.kept
+        return {name: column[kept] for name, column in self._identity.items()}
 
 
 class Blocks:
@@ -218,7 +219,7 @@ class Blocks:
     @staticmethod
     def _numbers(block: Block) -> np.ndarray:
         """[rows] in [0, 1): the random number of each row's sequence, which all its forwards share."""
-        sequence = block.identity().sequence.astype(np.int64)
+        sequence = block.identity()["sequence"].astype(np.int64)
         # Of one whose sequence is unknown, the forward is one.
         owner = np.where(sequence == UNKNOWN, -1 - block.order[0] * 4096 - block.order[1], block.tokens.run)
         state = owner.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + sequence.astype(np.uint64)

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from moe_trace.data.routes.columns import UNKNOWN
-from moe_trace.data.schema import STAGES
+from moe_trace.data.schema import STAGES, Stage
 from moe_trace.record.forward.batch_tokens import DECODE, PADDING, BatchTokens
 from moe_trace.record.routes.tokens import ForwardTokens
 
-
-@dataclass(frozen=True)
-class Identity:
-    """[T] each, in the order of the rows that the routers saw."""
-
-    sequence: np.ndarray
-    position: np.ndarray
-    padding: np.ndarray
-    token_ids: np.ndarray | None
-    stages: np.ndarray | None = None
-    """Places in `STAGES`; None for the stage of the forward."""
-
-    def take(self, rows: np.ndarray) -> Identity:
-        """Of some rows."""
-        ids = None if self.token_ids is None else self.token_ids[rows]
-        stages = None if self.stages is None else self.stages[rows]
-        return Identity(self.sequence[rows], self.position[rows], self.padding[rows], ids, stages)
+Columns = dict[str, np.ndarray]
+"""[T] each, in the order of the rows that the routers saw, by their names in `RecordedRoutes`: `sequence`,
+`position`, `padding`, `stage_codes`, and `token_ids` where they are known."""
 
 
-def identity_of(tokens: ForwardTokens, count: int) -> Identity:
-    """Of a block of `count` rows; nothing is known of one of other tokens than the model was given."""
+def identity_of(tokens: ForwardTokens, count: int, stage: Stage) -> Columns:
+    """Of a block of `count` rows; nothing is known of one of other tokens than the model was given.
+
+    Args:
+        stage: of the forward, and of its tokens where nothing tells theirs.
+    """
     arrays = tokens.arrays()
+    ids = arrays.get("token_ids")
     if tokens.batch is not None and len(tokens.batch) == count:
-        return _reported(tokens.batch, arrays.get("token_ids"))
+        return _reported(tokens.batch) | _known(ids, count)
+    stages = {"stage_codes": np.full(count, STAGES.index(stage), np.uint8)}
     if tokens.count != count or not count:
         unknown = np.full(count, UNKNOWN, np.int32)
-        return Identity(unknown, unknown.copy(), np.zeros(count, bool), None)
+        return {"sequence": unknown, "position": unknown, "padding": np.zeros(count, bool), **stages}
     padding = arrays.get("padding", np.zeros(count, np.int32)).astype(bool).reshape(tokens.rows, -1)
     position = _positions(tokens, arrays, padding)
     starts = arrays.get("starts")
@@ -49,25 +40,28 @@ def identity_of(tokens: ForwardTokens, count: int) -> Identity:
             position = (np.arange(count) - starts[sequence.ravel()]).reshape(padding.shape)
     else:
         sequence = _sequences(tokens, position if "positions" in arrays else None, padding)
-    ids = arrays.get("token_ids")
-    return Identity(
-        np.where(padding & (starts is not None), UNKNOWN, sequence).astype(np.int32).ravel(),
-        np.where(padding, UNKNOWN, position).astype(np.int32).ravel(),
-        padding.ravel(),
-        ids,
-    )
+    return {
+        "sequence": np.where(padding & (starts is not None), UNKNOWN, sequence).astype(np.int32).ravel(),
+        "position": np.where(padding, UNKNOWN, position).astype(np.int32).ravel(),
+        "padding": padding.ravel(),
+        **stages,
+        **_known(ids, count),
+    }
 
 
-def _reported(batch: BatchTokens, token_ids: np.ndarray | None) -> Identity:
+def _known(token_ids: np.ndarray | None, count: int) -> Columns:
+    return {"token_ids": token_ids} if token_ids is not None and len(token_ids) == count else {}
+
+
+def _reported(batch: BatchTokens) -> Columns:
     padding, codes = batch.phases == PADDING, {phase: STAGES.index(phase) for phase in ("prefill", "decode")}
     decodes = (batch.phases == DECODE) | (padding & (batch.decode_tokens > 0))
-    return Identity(
-        np.where(padding, UNKNOWN, batch.requests).astype(np.int32),
-        np.where(padding, UNKNOWN, batch.positions).astype(np.int32),
-        padding,
-        token_ids if token_ids is not None and len(token_ids) == len(batch) else None,
-        np.where(decodes, codes["decode"], codes["prefill"]).astype(np.uint8),
-    )
+    return {
+        "sequence": np.where(padding, UNKNOWN, batch.requests).astype(np.int32),
+        "position": np.where(padding, UNKNOWN, batch.positions).astype(np.int32),
+        "padding": padding,
+        "stage_codes": np.where(decodes, codes["decode"], codes["prefill"]).astype(np.uint8),
+    }
 
 
 def _positions(tokens: ForwardTokens, arrays: Mapping[str, np.ndarray], padding: np.ndarray) -> np.ndarray:

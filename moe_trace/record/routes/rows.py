@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes, id_type
-from moe_trace.data.schema import STAGES
 from moe_trace.record.routes.blocks import Block
-from moe_trace.record.routes.identity import Identity
 
 
 @dataclass(slots=True)
@@ -123,30 +121,23 @@ def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
     def each(values: Iterable[Any], kind: Any) -> np.ndarray:
         return np.repeat(np.array(list(values), kind), counts)
 
-    def joined(columns: Iterable[Any], kind: Any) -> np.ndarray:
+    def joined(name: str, kind: Any) -> np.ndarray:
+        columns = (one.get(name, np.full(count, UNKNOWN)) for one, count in zip(whose, counts, strict=True))
         return np.concatenate([np.empty(0, kind), *columns], dtype=kind)
 
     columns = {
-        "padding": joined((one.padding for one in whose), bool),
+        "padding": joined("padding", bool),
         "step": each((block.step for block in blocks), np.int64),
         "forward": each((_number(block) for block in blocks), np.int64),
-        "sequence": joined((one.sequence for one in whose), np.int32),
-        "position": joined((one.position for one in whose), np.int32),
-        "stage_codes": joined(map(_stages, blocks, whose), np.uint8),
+        "sequence": joined("sequence", np.int32),
+        "position": joined("position", np.int32),
+        "stage_codes": joined("stage_codes", np.uint8),
     }
     if any(block.recomputed for block in blocks):
         columns["recomputed"] = each((block.recomputed for block in blocks), bool)
-    if any(one.token_ids is not None for one in whose):
-        none = (np.full(count, UNKNOWN) for count in counts)
-        ids = [own if one.token_ids is None else one.token_ids for one, own in zip(whose, none, strict=True)]
-        columns["token_ids"] = joined(ids, np.int32)
+    if any("token_ids" in one for one in whose):
+        columns["token_ids"] = joined("token_ids", np.int32)
     return columns
-
-
-def _stages(block: Block, whose: Identity) -> np.ndarray:
-    if whose.stages is not None:
-        return whose.stages
-    return np.full(block.rows, STAGES.index(block.stage), np.uint8)
 
 
 def _number(block: Block) -> int:
