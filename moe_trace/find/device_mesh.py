@@ -93,7 +93,7 @@ class DataParallelDims:
     """The mesh dimensions over which FSDP 2 shards or replicates the modules of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.meshes = list(_fsdp_meshes(model))
+        self.meshes = [info.mesh for info in fsdp_mesh_infos(model)]
         self._names = {name for mesh in self.meshes for name in mesh.mesh_dim_names or ()}
 
     def holds(self, mesh: Any, dim: int) -> bool:
@@ -101,11 +101,6 @@ class DataParallelDims:
         if mesh.mesh_dim_names is None:
             return any(mesh == other for other in self.meshes)
         return mesh.mesh_dim_names[dim] in self._names
-
-
-def _fsdp_meshes(model: nn.Module) -> Iterator[Any]:
-    for info in fsdp_mesh_infos(model):
-        yield info.mesh
 
 
 def fsdp_mesh_infos(model: nn.Module) -> list[Any]:

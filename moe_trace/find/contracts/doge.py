@@ -38,9 +38,7 @@ def find_product_key(block: nn.Module) -> list[Found]:
             block=block,
             num_experts=int_attribute(block, "num_experts"),
             top_k=int_attribute(block, "top_k"),
-            read=partial(
-                read_product_key, keys=keys, normalised=bool(getattr(block, "norm_topk_prob", False))
-            ),
+            read=partial(read_product_key, keys=keys, normalised=normalised),
             times_experts=False,
             weights=(children["down_embed"], children["up_embed"]),
             shared=tuple(children[name] for name in _SHARED if name in children),
