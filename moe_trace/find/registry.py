@@ -130,12 +130,9 @@ class _RouterBesideExperts:
             for name, child in children.items()
             if _is_a(unwrapped(child), self.router)
         ]
-        if self._is_of_torch():
+        if isinstance(self.router, type) and self.router.__module__.startswith("torch.nn."):
             found = [item for item in found if item.experts is not None or with_experts(item).weights]
         return found
-
-    def _is_of_torch(self) -> bool:
-        return isinstance(self.router, type) and self.router.__module__.startswith("torch.nn.")
 
     def _found(self, block: nn.Module, path: str, children: dict[str, nn.Module]) -> Found:
         given = block.get_submodule(path)

@@ -31,6 +31,10 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     def end_us(self) -> float:
         return self.start_us + self.duration_us
 
+    def holds(self, time_us: float) -> bool:
+        """Whether it was then, its ends included."""
+        return self.start_us <= time_us <= self.end_us
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:

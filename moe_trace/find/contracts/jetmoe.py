@@ -30,7 +30,9 @@ _SIZES_ARGUMENT = "expert_size"
 def find_sorted_dispatch(block: nn.Module) -> list[Found]:
     """A block of a router and modules that take rows sorted by expert."""
     children = dict(block.named_children())
-    weights = [child for child in children.values() if _takes_sorted_rows(child)]
+    weights = [
+        child for child in children.values() if forward_parameters(unwrapped(child))[1:2] == [_SIZES_ARGUMENT]
+    ]
     router_name = router_beside(children)
     if not weights or router_name is None:
         return []
@@ -47,10 +49,6 @@ def find_sorted_dispatch(block: nn.Module) -> list[Found]:
             weights=tuple(weights),
         )
     ]
-
-
-def _takes_sorted_rows(module: nn.Module) -> bool:
-    return forward_parameters(unwrapped(module))[1:2] == [_SIZES_ARGUMENT]
 
 
 def read_sorted_dispatch(call: Call) -> RouterOutput:

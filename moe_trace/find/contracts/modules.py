@@ -28,7 +28,7 @@ _ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWOR
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside wrappers that pass their arguments on; the module itself where there is none."""
-    while takes_anything(module):
+    while any(p.kind in _ANY_ARGUMENTS for p in _parameters(module)):
         inner = [child for name in _WRAPPED if (child := module._modules.get(name)) is not None]
         if not inner:
             return module
@@ -41,11 +41,6 @@ def class_name(module: nn.Module) -> str:
     if hasattr(module, "_get_fsdp_state"):
         return type(module).__mro__[2].__name__
     return type(module).__name__
-
-
-def takes_anything(module: nn.Module) -> bool:
-    """Whether the module's forward passes on whatever it is called with."""
-    return any(p.kind in _ANY_ARGUMENTS for p in _parameters(module))
 
 
 def forward_parameters(module: nn.Module) -> list[str]:

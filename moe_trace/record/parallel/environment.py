@@ -20,11 +20,11 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
     """Name, class, sizes, type and device of the model, seen through DDP and the like."""
     model = unwrapped(model)
     config = getattr(model, "config", None)
-    first = next(model.parameters(), None)
+    layers, first = getattr(config, "num_hidden_layers", None), next(model.parameters(), None)
     return {
         "name": _name(model, str(getattr(config, "name_or_path", "") or "")),
         "class": class_name(model),
-        "num_layers": _num_layers(config, sites),
+        "num_layers": layers if isinstance(layers, int) else 1 + max(site.layer for site in sites),
         "num_moe_layers": len({site.name for site in sites}),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(first.dtype).removeprefix("torch.") if first is not None else None,
@@ -74,11 +74,6 @@ def _name(model: nn.Module, name_or_path: str) -> str:
     if os.path.isdir(name_or_path):
         name_or_path = os.path.basename(os.path.abspath(name_or_path))
     return name_or_path or class_name(model)
-
-
-def _num_layers(config: Any, sites: Sequence[RouterSite]) -> int:
-    layers = getattr(config, "num_hidden_layers", None)
-    return layers if isinstance(layers, int) else 1 + max(site.layer for site in sites)
 
 
 def rank_and_world_size() -> tuple[int, int]:

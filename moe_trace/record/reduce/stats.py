@@ -57,7 +57,8 @@ def routing_stats(
         _padding_assignments(used_LTK, padding_LT),
     ]
     if logits_LTE is None:
-        finite_L1, floats = _no_logits(index_LTK)
+        finite_L1 = index_LTK.new_zeros((len(index_LTK), 1), dtype=torch.int64)
+        floats = torch.zeros((len(index_LTK), len(FLOAT_FIELDS)), device=index_LTK.device)
     else:
         finite_L1, floats = _logit_sums(logits_LTE, index_LTK, used_LTK, counts_LX[:, :num_experts])
     ints.append(finite_L1)
@@ -114,12 +115,6 @@ def phase_counts(index_LTK: Tensor, weights_LTK: Tensor, phases_LT: Tensor, num_
     nobody = (slots_LTK >= num_experts) | (phases_LT == PADDING).unsqueeze(-1)
     ids_LTK = (slots_LTK + num_experts * decodes_LT1).masked_fill(nobody, 2 * num_experts)
     return count_per_row(ids_LTK.flatten(1), 2 * num_experts + 1)[:, :-1]
-
-
-def _no_logits(index_LTK: Tensor) -> tuple[Tensor, Tensor]:
-    rows = index_LTK.shape[0]
-    finite = torch.zeros((rows, 1), dtype=torch.int64, device=index_LTK.device)
-    return finite, torch.zeros((rows, len(FLOAT_FIELDS)), device=index_LTK.device)
 
 
 def _logit_sums(

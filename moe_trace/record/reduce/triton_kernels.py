@@ -57,7 +57,8 @@ def fused_routing_stats(
         padding: L tensors [T] bool, True for padding tokens, or their phases in uint8; None if it is not
             known.
     """
-    kinds = [_contiguous(kind) for kind in (weights, index, logits or weights, padding or weights)]
+    given = (weights, index, logits or weights, padding or weights)
+    kinds = [[tensor.contiguous() for tensor in kind] for kind in given]
     device, calls = kinds[1][0].device, len(index)
     tokens, top_k = index[0].shape
     classes = logits[0].shape[-1] if logits else 0
@@ -104,10 +105,6 @@ def fused_routing_stats(
         SUMS=_SUMS,
     )
     return PackedStats(ints, floats)
-
-
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
 
 def _to_device(rows: list[list[int]], device: torch.device) -> Tensor:

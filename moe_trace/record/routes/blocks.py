@@ -134,7 +134,7 @@ class Blocks:
             block.lost.add(router)
         self.nbytes += block.nbytes - before
         if self.nbytes > self.max_bytes:
-            self._drop(block)
+            self._drop_oldest() if self._keep == "newest" else self._drop_sequences(block)
 
     def recomputed(self, record: CallRecord, count: int, part: int) -> None:
         """A call was made again by the backward."""
@@ -177,14 +177,6 @@ class Blocks:
             if not found:
                 del self._by_key[block.key]
 
-    def _drop(self, latest: Block) -> None:
-        """Keep within the bound.
-
-        Args:
-            latest: its other layers are still to come.
-        """
-        self._drop_oldest() if self._keep == "newest" else self._drop_sequences(latest)
-
     def _drop_oldest(self) -> None:
         over, gone = self.nbytes - self.max_bytes, 0
         while over > 0 and gone < len(self.blocks):
@@ -202,6 +194,7 @@ class Blocks:
         self._forget(dropped)
 
     def _drop_sequences(self, latest: Block) -> None:
+        """Of all blocks; other layers of the latest are still to come."""
         wanted = self.max_bytes * 7 // 8  # with room for those that follow
         while self.nbytes > wanted and any(block.rows for block in self.blocks):
             numbers = [self._numbers(block) for block in self.blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,8 +32,7 @@ class TraceClock:
 
     def covers(self, time_ns: int) -> bool:
         """Whether the trace was being recorded then."""
-        time_us = self.time_us(time_ns)
-        return self.window is None or self.window.start_us <= time_us <= self.window.end_us
+        return self.window is None or self.window.holds(self.time_us(time_ns))
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,12 @@ class _Timeline:
         index = bisect_right(starts, router.span.end_us)
         if index == len(starts):
             return None
-        limit = block.span.end_us if block is not None else self._next_router_start(router)
+        if block is not None:
+            limit = block.span.end_us
+        else:  # before the router is called again
+            routers = self._starts["router", router.site, router.tid]
+            limit = min(routers[bisect_right(routers, router.span.start_us) :][:1], default=math.inf)
         return self._by_thread[key][index] if starts[index] < limit else None
-
-    def _next_router_start(self, router: RangeEvent) -> float:
-        starts = self._starts["router", router.site, router.tid]
-        index = bisect_right(starts, router.span.start_us)
-        return starts[index] if index < len(starts) else float("inf")
 
     def _device_span(self, event: RangeEvent) -> Span | None:
         """From the first kernel to the last of the range, over all streams that it launched on."""

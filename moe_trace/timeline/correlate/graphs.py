@@ -145,11 +145,7 @@ class _HostForwards:
             return known[0]
         if known or len(inside) != 1 or "graph" not in whole.device:
             return None
-        launches, device = self._replays.launches, whole.device["graph"]
-        beside = any(
-            tid == event.tid and event.span.start_us <= time_us <= event.span.end_us
-            for tid, time_us in launches.driver_launches
-        ) or any(device.start_us <= time_us <= device.end_us for time_us in launches.scatters_us)
+        beside = self._replays.launches.written_beside(event.span, whole.device["graph"], event.tid)
         return None if beside else inside[0]
 
 
@@ -219,17 +215,12 @@ class _DeviceForwards:
             # Each decision is written by a scatter. Without one outside the graphs, all of them ran inside.
             able = [launch for launch in between if launch.scatters]
             last = hull([segment, *(item.span for launch in able for item in launch.work)])
-            if not able or last is None or self._writes_beside(last):
+            if not able or last is None or self._replays.launches.written_beside(last, last):
                 return UNKNOWN_GRAPH
         # Where all launches replay one and the same graph, each made as many forwards as the others: one, if
         # there are as many.
         alike = len({tuple(item.kernel for item in launch.work) for launch in able}) == 1
         return able if alike and len(able) == count else OTHER_COUNT
-
-    def _writes_beside(self, segment: Span) -> bool:
-        launches = self._replays.launches
-        times_us = [*(time_us for _, time_us in launches.driver_launches), *launches.scatters_us]
-        return any(segment.start_us <= time_us <= segment.end_us for time_us in times_us)
 
     def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:
         """The stream on which the mark's count was copied; None where the trace does not hold the copy."""

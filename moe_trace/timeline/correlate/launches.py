@@ -85,6 +85,11 @@ class Launches:
     scatters_us: list[float]
     """Starts on the device of scatters outside graphs."""
 
+    def written_beside(self, host: Span, device: Span, thread: Any = None) -> bool:
+        """Whether anything outside graphs can have written a decision, launched by one thread, or any."""
+        launched = [time_us for tid, time_us in self.driver_launches if thread in (None, tid)]
+        return any(host.holds(time_us) for time_us in launched) or any(map(device.holds, self.scatters_us))
+
 
 def hull(spans: Iterable[Span]) -> Span | None:
     """From the first start to the last end; None without spans."""
