@@ -27,7 +27,8 @@ Severity = Literal["wrong", "time", "note"]
 class Finding:
     """One sentence that says what was found, and one that says what to do."""
 
-    rule: str
+    rule: str = ""
+    """The name of the function that found it, which `find` fills in."""
     site: str | None = None
     """The layer with the worst value; None where it is about no single layer."""
     value: float

@@ -25,7 +25,6 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
         found.sort(key=lambda pair: -pair[0])
         layers = [(r.info.site, f"{tokens:,}") for tokens, r in found]
         yield _of_layers(
-            "nonfinite",
             found,
             NONFINITE_SHARE,
             sentence=f"{count(sum(tokens for tokens, _ in found), 'token')} had NaN or infinite router "
@@ -52,7 +51,6 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     ceiling = worst.chance.ceiling
     most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
     yield _of_layers(
-        "hot_expert",
         found,
         HOT_SHARE,
         sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {found[0][0]:.1f}× its share of the "
@@ -95,7 +93,6 @@ def dead_experts(evidence: Evidence) -> Iterator[Finding]:
     total = sum(number for number, _ in found)
     layers = [(r.info.site, f"{number} of {r.info.num_experts} ({_ids(r)})") for number, r in found]
     yield _of_layers(
-        "dead_experts",
         found,
         DEAD_SHARE,
         sentence=f"{count(total, 'expert')} in {count(len(found), 'layer')} got no token, though their "
@@ -120,7 +117,6 @@ def padding(evidence: Evidence) -> Iterator[Finding]:
         known = report is not None and report.whole.moe_work_us is not None
         work_us = report.work_us(report.total.forward["experts"]) if report is not None and known else None
         yield Finding(
-            rule="padding",
             value=share,
             threshold=PADDING_SHARE,
             cost_us=share * work_us if work_us is not None else None,
@@ -136,7 +132,6 @@ def skipped(evidence: Evidence) -> Iterator[Finding]:
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
     if found:
         yield _of_layers(
-            "skipped",
             found,
             SKIPPED_SHARE,
             sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of assignments were "
@@ -152,7 +147,6 @@ def undecided_router(evidence: Evidence) -> Iterator[Finding]:
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
     if found:
         yield _of_layers(
-            "undecided_router",
             found,
             UNSURE,
             sentence=f"The router hardly decides in {count(len(found), 'layer')} (confidence under "
@@ -168,7 +162,6 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
     found.sort(key=lambda pair: -pair[0])
     if found:
         yield _of_layers(
-            "collapsed_router",
             found,
             COLLAPSED,
             sentence=f"The router is nearly certain of every token in {count(len(found), 'layer')} "
@@ -178,11 +171,10 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _of_layers(
-    rule: str, found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
+    found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
 ) -> Finding:
     """One finding of all layers that a rule holds for, worst first."""
     return Finding(
-        rule=rule,
         site=found[0][1].info.site,
         sites=tuple(router.info.site for _, router in found),
         value=found[0][0],

@@ -40,7 +40,6 @@ def hot_rank(evidence: Evidence) -> Iterator[Finding]:
     ratio, worst = found[0]
     others = [(layer.site, f"rank {layer.hot_rank} {of:.2f}×") for of, layer in found[1:]]
     yield Finding(
-        rule="hot_rank",
         site=worst.site,
         sites=tuple(layer.site for _, layer in found),
         value=ratio,
@@ -70,7 +69,6 @@ def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
     last = max(report.waited_for_us, key=report.waited_for_us.__getitem__)
     part = report.waited_for_us[last] / report.wait_us
     yield Finding(
-        rule="waiting_ranks",
         value=report.wait_share,
         threshold=WAIT_SHARE,
         cost_us=report.wait_us,
@@ -88,7 +86,6 @@ def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
         return
     first = check.mismatches[0]
     yield Finding(
-        rule="bytes_differ",
         site=first.site,
         value=check.different,
         threshold=BYTES_DIFFERENT,
@@ -107,7 +104,6 @@ def clocks_disagree(evidence: Evidence) -> Iterator[Finding]:
     if alignment is None or not alignment.early_after:
         return
     yield Finding(
-        rule="clocks_disagree",
         value=alignment.early_after,
         threshold=EARLY_RECEIVES,
         sentence=f"{alignment.early_after} receives end before their send began, even after alignment.",

@@ -21,9 +21,14 @@ RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
 def find(evidence: Evidence) -> tuple[Finding, ...]:
     """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
-    found = (finding for rule in RULES for finding in rule(evidence))
+    found = _found(RULES, evidence)
     by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
     return ranked(_marked(finding) if by_compiler else finding for finding in found)
+
+
+def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
+    """What the rules find, each under the name of its rule."""
+    return [replace(finding, rule=rule.__name__) for rule in rules for finding in rule(evidence)]
 
 
 def _marked(finding: Finding) -> Finding:
@@ -36,7 +41,7 @@ def _marked(finding: Finding) -> Finding:
 def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
     """Those of several stages together, each with its stage, and those about the run once."""
     names = {rule.__name__ for rule in RUN_RULES}
-    found = [finding for rule in RUN_RULES for finding in rule(whole)]
+    found = _found(RUN_RULES, whole)
     for stage, findings in stages.items():
         found += [
             replace(finding, stage=stage, sentence=f"{stage.capitalize()}: {finding.sentence}")

@@ -28,7 +28,6 @@ def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
             found.append(layer.site)
     if found:
         yield Finding(
-            rule="experts_untimed",
             site=found[0],
             sites=tuple(found),
             value=1.0,
@@ -64,7 +63,6 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
         against = "a mean rank's load"
         remedy = "place or replicate the busy experts of these layers (`moe-trace placement` plans it)"
     yield Finding(
-        rule="costly_imbalance",
         site=found[0][1].site,
         sites=tuple(c.site for _, c, _ in found),
         value=found[0][0],
@@ -92,7 +90,6 @@ def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
         "eager": "The loop over experts moves the tokens of each expert by itself: try grouped_mm.",
     }
     yield Finding(
-        rule="moving_tokens",
         value=share,
         threshold=MOVE_SHARE,
         cost_us=sum(_work_us(evidence.phases, name) for name in ("dispatch", "combine")),
@@ -123,7 +120,6 @@ def router_waits(evidence: Evidence) -> Iterator[Finding]:
         return
     share = sum(busy) / sum(span)
     yield Finding(
-        rule="router_waits",
         value=share,
         threshold=BUSY_SHARE,
         cost_us=sum(span) - sum(busy),
@@ -143,7 +139,6 @@ def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
         return
     loop = "The loop over experts launches kernels for each of them: try grouped_mm. "
     yield Finding(
-        rule="launch_gaps",
         value=gap_us / span_us,
         threshold=GAP_SHARE,
         cost_us=gap_us,
@@ -178,7 +173,6 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
         "arithmetic": "Enough work per byte is there: look at the sizes per expert, and at the kernels.",
     }
     yield Finding(
-        rule="far_from_peak",
         value=rate.share_of_peak,
         threshold=PEAK_SHARE,
         cost_us=rate.above_roofline_us,
@@ -203,7 +197,6 @@ def weights_bind(evidence: Evidence) -> Iterator[Finding]:
         return
     share = size.least_us / size.experts_us
     yield Finding(
-        rule="weights_bind",
         value=share,
         threshold=READ_SHARE,
         sentence=f"In forwards of {size.label} token{'' if size.tokens_max == 1 else 's'} a layer reads the "
@@ -220,7 +213,6 @@ def uncounted_flops(evidence: Evidence) -> Iterator[Finding]:
     flops = sum(router.flops.experts for router in evidence.routers)
     if "aten::_grouped_mm" in evidence.operators and flops:
         yield Finding(
-            rule="uncounted_flops",
             value=flops,
             threshold=0,
             sentence=f"`grouped_mm` FLOPs are missing from torch's own counters: {flops / 1e12:.3g} TFLOP of "
