@@ -102,7 +102,7 @@ _muted = weakref.WeakSet[MutedHooks]()
 
 def mute(hooks: ModelHooks, graphs: RingReader) -> None:
     """Take a tracer's hooks off, and leave muted ones where compiled code expects some."""
-    on = hooks.hooks_on()
+    on = [router.hooks_on for router in hooks.routers]
     hooks.remove()
     graphs.launches.stop()
     if graphs.release():

@@ -287,7 +287,7 @@ class MoETracer(HookOwner):
 
     def abandon_calls(self) -> None:
         """Forget router calls that an exception interrupted on this thread."""
-        self._hooks.abandon_calls()
+        self._hooks.watch.abandon()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
         """All that graphs wrote since the last mark belongs to the step under way.

@@ -28,7 +28,8 @@ def reduce_group(group: PendingCalls) -> Batch:
     num_experts = first.site.info.num_experts or classes
     stats = _fused(group, num_experts)
     if stats is None:
-        stats = _by_operators(group, num_experts)
+        logits, masks = (_stack(kind) if kind else None for kind in (group.logits, group.masks))
+        stats = routing_stats(logits, _stack(group.weights), _stack(group.index), num_experts, masks)
     ints = append_sent_counts(stats.ints, first.sending, group.index, num_experts)
     return Batch(
         records=group.records,
@@ -54,17 +55,6 @@ def _own_part(tensors: list[Any]) -> list[Tensor]:
             "tensors that each process holds whole, such as those of to_local() or full_tensor()"
         )
     return [tensor.to_local() for tensor in tensors]
-
-
-def _by_operators(group: PendingCalls, num_experts: int) -> PackedStats:
-    """With torch's own operators: on any device, for any type."""
-    return routing_stats(
-        _stack(group.logits) if group.logits else None,
-        _stack(group.weights),
-        _stack(group.index),
-        num_experts,
-        _stack(group.masks) if group.masks else None,
-    )
 
 
 def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:

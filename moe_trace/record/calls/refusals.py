@@ -79,19 +79,15 @@ class Refusals:
             if not record.in_graph and self.taken_back.has(record.site.name, record.call):
                 self._count(record, self.unjoined)
             elif isinstance(sample, AdapterMismatch):
-                self._refuse(record, str(sample))
+                self._count(record, self.by_router)
+                if record.site.name not in self.why:
+                    self.why[record.site.name] = str(sample)
+                    warn_user(f"{record.site.name} cannot be read: {sample}. Such calls are counted as lost")
             else:
                 kept.append((record, sample))
                 if record.told_E is not None:
                     self._compare(record, sample)
         return kept
-
-    def _refuse(self, record: CallRecord, why: str) -> None:
-        name = record.site.name
-        self._count(record, self.by_router)
-        if name not in self.why:
-            self.why[name] = why
-            warn_user(f"{name} cannot be read: {why}. Such calls are counted as lost")
 
     def _count(self, record: CallRecord, calls: Counter[str]) -> None:
         if not self.counted(record):

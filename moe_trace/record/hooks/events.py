@@ -69,18 +69,14 @@ class EventLog:
         self.waiting = 0
         """How many items, the first ones, are those of forwards that wait (`repeated_forwards.py`)."""
 
-    def take(self) -> list[Any]:
-        """Remove what stands behind them now; other threads may add meanwhile."""
-        start, end = self.waiting, len(self.items)
+    def take(self, *, waiting: bool = False) -> list[Any]:
+        """Remove those of the forwards that wait, or what stands behind them now; other threads may add
+        meanwhile."""
+        start, end = (0, self.waiting) if waiting else (self.waiting, len(self.items))
+        if waiting:
+            self.waiting = 0
         taken = self.items[start:end]
         del self.items[start:end]
-        return taken
-
-    def take_waiting(self) -> list[Any]:
-        """Remove those of the forwards that wait."""
-        end, self.waiting = self.waiting, 0
-        taken = self.items[:end]
-        del self.items[:end]
         return taken
 
     def last_first(self, site: int, thread: int) -> Iterator[tuple[int, list[Any]]]:

@@ -6,7 +6,6 @@ of their own with little in it: between two calls, the model takes the place in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import get_ident
 from time import time_ns
 from typing import Any
@@ -215,11 +214,3 @@ class ListedExpert(HookOwner):
         shape = next((value.shape for value in given if isinstance(value, Tensor)), None)
         if shape is not None:
             self._log.note((self._code, get_ident(), self._number, shape[:-1].numel(), None))
-
-
-def total_rows(calls: Sequence[tuple[int, int]], experts: int) -> tuple[int, ...]:
-    """[E] of what each call of an expert received; one may be called several times, or never."""
-    rows = [0] * experts
-    for number, count in calls:
-        rows[number] += count
-    return tuple(rows)

@@ -72,8 +72,9 @@ class ForwardWatch:
         self.calls: CallCollector
         self.routes: RoutesRecorder | None = self.recorder.routes
 
-    def abandon(self, thread: int) -> None:
-        """Forget router calls that an exception interrupted on a thread."""
+    def abandon(self) -> None:
+        """Forget router calls that an exception interrupted on this thread."""
+        thread = get_ident()
         self.failures.guarded(self.calls.forget, thread)
         self._busy.pop(thread, None)
 
@@ -82,10 +83,6 @@ class ForwardWatch:
         self.recorder.may_defer = False  # a graph's next replay overwrites the tensors that it returned
         if is_compiling() or not captures_now():
             self.levels.keep()  # what is captured holds none of the hooks' Python
-
-    def graph_known(self) -> None:
-        """Code that was compiled before has these hooks in it."""
-        self.recorder.may_defer = False
 
     def outside(self) -> ForwardContext:
         """What is known of a router called outside any forward: a submodule on its own."""
@@ -153,9 +150,7 @@ class ForwardWatch:
         stack = self._busy.get(thread)
         outside = stack is not None and entry.level <= stack[0].level and not is_inside(entry.module)
         if outside and graph_task_id() == -1:
-            self.abandon(
-                thread
-            )  # what is inside was left by an interruption that no hook saw, such as Ctrl-C
+            self.abandon()  # what is inside was left by an interruption that no hook saw, such as Ctrl-C
             stack = None
         if not stack:
             whole = self.forwards.of(thread) if replica else None

@@ -87,22 +87,19 @@ class HookLevels:
                 if self.kept or level == Level.OFF or [*map(len, self._router_hooks)] == self._installed:
                     return
                 self.on_others()
-            self._put_on(level)
+            self.level = level
+            if not self._others:
+                self._look_at_others()
+            for hooks in self._hooks:
+                if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
+                    hooks.set_level(level)
+            self._installed = [*map(len, self._router_hooks)]
 
     def look_at_devices(self) -> None:
         """CUDA may be used from now on, as where the model was moved to a GPU."""
         self._cuda_is_used = cuda_is_used()
         for hooks in self._hooks:
             hooks.look_at_device()
-
-    def _put_on(self, level: Level) -> None:
-        self.level = level
-        if not self._others:
-            self._look_at_others()
-        for hooks in self._hooks:
-            if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
-                hooks.set_level(level)
-        self._installed = [*map(len, self._router_hooks)]
 
     def _look_at_others(self) -> None:
         """Hooks of others that come may write into what experts are given, before or after them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,7 +95,7 @@ class ModelHooks:
         for router in self.routers:
             router.sending = sending
         if compiled:
-            self.watch.graph_known()
+            self.watch.recorder.may_defer = False  # as where a graph is made
         elif compiled_parts(self._model):
             self.watch.graph_started()
         for entry in self.entries:
@@ -106,10 +105,6 @@ class ModelHooks:
             self._levels.put_on_as(compiled)
         else:
             self._levels.set(Level.RANGES if recording else Level.OFF)
-
-    def hooks_on(self) -> list[HooksOn]:
-        """Of each router, the hooks that are on."""
-        return [router.hooks_on for router in self.routers]
 
     def describe(self, told: BatchTokens | TokenProvider | None) -> None:
         """A host framework tells the tokens of forwards: see `MoETracer.describe_tokens`."""
@@ -146,10 +141,6 @@ class ModelHooks:
             self.calls.flush(thread)
             if not context.recomputed:
                 self.watch.missing.look(context.reached)
-
-    def abandon_calls(self) -> None:
-        """Forget router calls that an exception interrupted on this thread."""
-        self.watch.abandon(threading.get_ident())
 
     def join(self) -> None:
         """Join what was seen outside any forward of the model."""

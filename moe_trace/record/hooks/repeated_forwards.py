@@ -206,7 +206,7 @@ class PlainForwards:
         if not self.waiting:
             return
         waiting, self.waiting, self._bytes = self.waiting, [], 0.0
-        all_items, at = self._log.take_waiting(), 0
+        all_items, at = self._log.take(waiting=True), 0
         for (plan, *_), run in groupby(waiting, key=lambda one: (one[0], one[1].held_bytes, one[1].ident)):
             contexts, size = [context for _, context in run], plan.length
             items = all_items if len(contexts) == len(waiting) else all_items[at : at + size * len(contexts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from moe_trace.record.forward.context import ForwardContext, ForwardStack
 from moe_trace.record.forward.isolation import apart, warn_user
 from moe_trace.record.hooks.checks import EventChecks
 from moe_trace.record.hooks.events import CallClock, EventLog
-from moe_trace.record.hooks.fast_hooks import total_rows
 from moe_trace.record.hooks.joining import CallJoiner
 from moe_trace.record.hooks.repeated_forwards import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
@@ -229,7 +229,10 @@ class CallCollector:
         if experts:
             call.experts_args, call.experts_kwargs = experts[0].args, experts[0].kwargs
         if call.rows:
-            call.expert_rows = total_rows(call.rows, len(site.listed))
+            rows = Counter[int]()  # one may be called several times, or never
+            for number, count in call.rows:
+                rows[number] += count
+            call.expert_rows = tuple(rows[number] for number in range(len(site.listed)))
         return router.read(call)
 
     def _record(self, call: RouterCall, context: ForwardContext, reading: RouterOutput) -> None:
