@@ -52,7 +52,12 @@ def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) ->
 def _wrap_methods(prof: Any) -> None:
     setattr(prof, _OWN, {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__})
     setattr(prof, _TRACERS, {})
-    _mark_steps(prof)
+    # Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where a
+    # trace begins and ends.
+    for name in _PATCHED[:3]:
+        method = getattr(prof, name, None)
+        if method is not None:
+            setattr(prof, name, _marking(prof, name, method))
     export = prof.export_chrome_trace
 
     @functools.wraps(export)
@@ -73,15 +78,6 @@ def detach_tracer(prof: Any, tracer: Tracer) -> None:
         for name in (*_PATCHED, _TRACERS, _OWN):
             prof.__dict__.pop(name, None)
         prof.__dict__.update(own)
-
-
-def _mark_steps(prof: Any) -> None:
-    """Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where
-    a trace begins and ends."""
-    for name in _PATCHED[:3]:
-        method = getattr(prof, name, None)
-        if method is not None:
-            setattr(prof, name, _marking(prof, name, method))
 
 
 def _marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:

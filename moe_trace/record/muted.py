@@ -48,12 +48,20 @@ class MutedHooks:
         self.failures = Failures()
         self._outermost: int | None = None
         """Level of the module that the forward under way began with."""
-        self._routers = _silent_hooks(self.sites, self.rings, on)
         self._entries = [ModelEntry(entry.module, entry.level, self, self.rings) for entry in hooks.entries]
         for entry in self._entries:
             entry.install()
-        for router, as_before in zip(self._routers, on, strict=True):
+        log, ranges = EventLog(), OpenRanges()
+        log.note, ranges.wanted = _nothing, False
+        shared: dict[str, Any] = {"ranges": ranges, "captures": CaptureNotes(), "log": log, "owner": None}
+        self._routers: list[SiteHooks] = []
+        for index, (site, rings, as_before) in enumerate(zip(self.sites, self.rings.sites, on, strict=True)):
+            clock = _NoClock() if as_before.timed else None
+            router = SiteHooks(site, index, rings=rings, clock=clock, **shared)
+            router.copies = _NoCopies()
+            router.sending = _nothing if as_before.sending else None
             router.put_on_as(as_before)
+            self._routers.append(router)
         self.on = {_key(site): as_before for site, as_before in zip(self.sites, on, strict=True)}
         _muted.add(self)
 
@@ -147,20 +155,6 @@ def recompile() -> None:
     """
     remove_all()
     torch.compiler.reset()
-
-
-def _silent_hooks(sites: Sequence[RouterSite], rings: ModelRings, like: Sequence[HooksOn]) -> list[SiteHooks]:
-    log, ranges = EventLog(), OpenRanges()
-    log.note, ranges.wanted = _nothing, False
-    shared: dict[str, Any] = {"ranges": ranges, "captures": CaptureNotes(), "log": log, "owner": None}
-    found = []
-    for index, (site, its_rings, on) in enumerate(zip(sites, rings.sites, like, strict=True)):
-        clock = _NoClock() if on.timed else None
-        hooks = SiteHooks(site, index, rings=its_rings, clock=clock, **shared)
-        hooks.copies = _NoCopies()
-        hooks.sending = _nothing if on.sending else None
-        found.append(hooks)
-    return found
 
 
 def _key(site: RouterSite) -> tuple[int, str]:
