@@ -56,10 +56,6 @@ class ForwardContext:
         """A host framework tells its tokens."""
         self.batch, self.stage, self.padding_T, self.told = batch, batch.stage, batch.as_tensor(), True
 
-    def inner(self, stage: Stage, padding_T: Tensor | None) -> ForwardContext:
-        """A forward inside this one with inputs of its own, such as a token of a `generate` inside."""
-        return replace(self, stage=stage, padding_T=padding_T, told=True)
-
     def again(self) -> ForwardContext:
         """The same forward, run again by its backward, maybe on another thread."""
         context = self.here()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from time import time_ns
 from typing import Any
@@ -180,14 +180,14 @@ class ForwardWatch:
     def _begin_inside(
         self, entry: ModelEntry, thread: int, context: ForwardContext, args: Any, kwargs: dict[str, Any]
     ) -> ForwardContext:
-        """A module inside another one that did not tell, or that calls several: it has inputs of its own."""
+        """A module inside another one that did not tell, or that calls several, such as each token of a
+        `generate`: it has inputs of its own."""
         stage, tokens, told = entry.inputs.look(args, kwargs)
         if not told or context.batch is not None:
             return context
         if context.told:
             self.calls.flush_passed()
-            context = context.inner(stage, None)
-            context.start_ns = time_ns()
+            context = replace(context, padding_T=None, start_ns=time_ns(), stage=stage)
             context.epoch = self.graphs.forwards.begin(context)
             if self._graphs_write:
                 self.graphs.start_on_host(context)
