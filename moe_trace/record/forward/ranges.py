@@ -101,7 +101,8 @@ class OpenRanges:
         """Close what a thread has open: its forward is over, or was interrupted."""
         if thread == self.thread:
             self.thread, self.own = -1, []
-        for left_open in filter(None, self.opened.pop(thread, ())):
+        own = self.opened.pop(thread, [])
+        for left_open in own if own.count(None) < len(own) else ():
             while left_open:
                 left_open, entry = left_open
                 leave_range(entry)
