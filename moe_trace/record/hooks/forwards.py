@@ -256,7 +256,8 @@ class ForwardWatch:
                 self.missing.look(context.reached)
             log.note = self.calls.checks.note
             if levels.unsettled:
-                levels.settle_blocks(self.calls.counts)
+                self.calls.finish_waiting()
+                levels.settle_blocks()
         else:
             ranges.quiet.discard(thread)
         levels.wanted.pop(thread, None)  # hooks change when the next one begins

@@ -9,7 +9,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from moe_trace.find.private.torch_names import hooks_of
-from moe_trace.record.calls.router_call import SiteState
 from moe_trace.record.forward.context import ForwardContext
 from moe_trace.record.forward.ranges import OpenRanges, profiler_is_recording
 from moe_trace.record.graphs.memory import cuda_is_used
@@ -134,10 +133,10 @@ class HookLevels:
     def _change(self) -> None:
         self.stale, self.level = True, None
 
-    def settle_blocks(self, states: Sequence[SiteState]) -> None:
+    def settle_blocks(self) -> None:
         """Whose calls need no hook on their block, now that a forward has shown it."""
-        for router, state in zip(self._hooks, states, strict=True):
-            router.settle(calls=state.seen, fused=state.fused)
+        for router in self._hooks:
+            router.settle()
         self.unsettled = [router for router in self.unsettled if not router.settled]
 
     def settle(self) -> None:

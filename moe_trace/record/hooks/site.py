@@ -197,17 +197,12 @@ class SiteHooks(SiteObserver):
         if self._owner is not None:
             release_ranges(self.site.router, self._owner)
 
-    def settle(self, *, calls: int, fused: int) -> None:
-        """A recorded forward has ended: what need not be observed any more is not hooked in the next one.
-
-        Args:
-            calls: calls of the router so far.
-            fused: how many of them were read from a block that did not call its router.
-        """
-        before = self.observe_block, self.reads_block
+    def settle(self) -> None:
+        """A recorded forward has ended: what need not be observed any more is not hooked in the next one."""
+        before, state = (self.observe_block, self.reads_block), self.captured.state
         if not self.irregular:
             self.observe_block = False
-        if calls and not fused:
+        if state.seen and not state.fused:
             self.reads_block = False
         if before != (self.observe_block, self.reads_block):
             self.on_change()
