@@ -110,7 +110,7 @@ def _by_ids(launch: Launch, recording: Recording) -> Parts:
     names = {router.site: router.name for router in recording.routers}
     for label, ids in recording.annotated_nodes.items():
         match, wanted = RANGE_NAME.fullmatch(label), frozenset(ids)
-        work = [item for item in launch.work if item.node_id in wanted]
+        work = [item for item in launch.work if item.node_id and item.node_id in wanted]  # 0: not told
         if work and match is not None and match.group(2) in names:
             kind: RangeKind = match.group(1)  # type: ignore[assignment]
             found[names[match.group(2)]][kind] = work
