@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,20 @@ def test_work_grows_linearly_with_one_huge_value() -> None:
     finally:
         stream_module.BLOCK_BYTES = before
     assert len(reads) < 60
+
+
+def test_a_value_that_is_skipped_behind_the_events_is_not_held() -> None:
+    """Other tools write tables there that are larger than the events, such as `stackFrames`."""
+    block, frame = stream_module.BLOCK_BYTES, b'{"name": "' + b"}]," * 30_000 + b'"}, '
+    data = io.BytesIO(b'{"traceEvents": [], "frames": [' + frame * (10 * block // len(frame)) + b"{}]}")
+    stream = JsonStream(data.read, "a")
+    peaks = {}
+    for key in stream.walk():
+        tracemalloc.start()
+        stream.skip()
+        peaks[key] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks["frames"] < 4 * block
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -118,8 +118,11 @@ class JsonCursor:
         return self._taken_to(self._value_end(self._grow))  # which says what is wrong
 
     def skip(self) -> None:
-        """Pass over the next value."""
-        self.value()
+        """Skip the next value. Behind the events it is not held, whatever its size."""
+        if self._in_head:
+            self.value()
+        else:
+            self._taken_to(self._value_end(self._grow, keep=False))
 
     # -- values and keys ------------------------------------------------------------------------------
 
@@ -130,12 +133,13 @@ class JsonCursor:
         self._at = end
         return text
 
-    def _value_end(self, more: Callable[[], None], *, of_line: bool = False) -> int:
+    def _value_end(self, more: Callable[[], None], *, of_line: bool = False, keep: bool = True) -> int:
         """Where the value at the cursor ends in the buffer, which has it whole then.
 
         Args:
             more: has the buffer hold more of the file, or raises.
             of_line: whether no string reaches from one line's last quote to the first of the next.
+            keep: whether the buffer must hold the whole value; else the cursor moves on inside it.
         """
         if self._peek() not in (b"{", b"[", b'"'):
             while (end := _SCALAR.match(self._data, self._at).end()) == len(self._data):  # type: ignore[union-attr]
@@ -154,6 +158,8 @@ class JsonCursor:
                 raise _NoValue
             if depth <= 0:
                 return match.end()
+            if not keep:
+                self._at, size = match.end(), 0
 
     def _end_before_mark(self) -> int:
         """The end of a value that what follows it shows to be one."""
