@@ -129,7 +129,7 @@ def _export_as_asked(export: Callable[[str], None], path: str | os.PathLike[str]
 
 
 def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
-    failure: OSError | None = None
+    failure: OSError | Warning | None = None
     begun = False
     try:
         with whole_file(path) as target:
@@ -140,13 +140,15 @@ def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
             _require_complete(plain, path)
             try:
                 _merge_or_warn(plain, path, prof)
-            except OSError as error:  # the merge put the trace back as it was: deliver that, then say so
+            except (OSError, Warning) as error:  # the merge put the trace back: deliver it, then say so
                 failure = error
             if plain != target:
                 compress(plain, target)
                 plain.unlink()
     except OutputError as error:
         raise error if begun else _NotBegun(str(error)) from error.__cause__
+    if isinstance(failure, Warning):  # which the user turned into an error
+        raise failure
     if failure is not None:
         raise OutputError(
             f"{path}: the trace was written, but the routing could not be added ({failure.strerror}); "

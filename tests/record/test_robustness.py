@@ -175,6 +175,21 @@ def test_empty_recording_is_said_aloud(tmp_path: Path, arguments: Any, run: bool
         moe_trace.merge_into(path, prof.tracer.samples())
 
 
+def test_a_warning_that_is_an_error_costs_no_trace(tmp_path: Path) -> None:
+    """A profiler exports once: what the user has turned into an error comes after the file is there."""
+    prof = torch.profiler.profile(activities=[ProfilerActivity.CPU])
+    with moe_trace.MoETracer(tiny_olmoe()) as tracer:
+        tracer.attach(prof)
+        with prof:
+            torch.ones(3).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="recorded no call"):
+            prof.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_bytes())["traceEvents"]
+    assert any(event.get("name") == "aten::sum" for event in events)
+
+
 def test_profiler_never_active_is_told_apart(tmp_path: Path) -> None:
     """Samples taken outside the profiler's window are not in the trace, and are not called lost."""
     model = tiny_olmoe()
