@@ -109,7 +109,7 @@ class _Worker:
             pickle.dump(file, into)
             into.flush()
             answer: bytes | TraceFileError = pickle.load(out)
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+        except Exception:  # a pickle that is cut off, or not one, raises errors of many kinds
             code = self.end()
             return TraceFileError(
                 f"{file}: the process that read it ended with {code}; it may have run out of memory"
@@ -141,6 +141,7 @@ def _start() -> subprocess.Popen[bytes]:
 def serve() -> None:
     """What the child does: a path after the other, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that prints gets between the answers
     with suppress(EOFError):
         while True:
             file = pickle.load(sys.stdin.buffer)
@@ -148,5 +149,5 @@ def serve() -> None:
                 answer: bytes | TraceFileError = encode(list(reduce_file(file)))
             except TraceFileError as error:
                 answer = error
-            pickle.dump(answer, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            pickle.dump(answer, answers)
+            answers.flush()
