@@ -1,4 +1,4 @@
-"""What a plan is chosen on and judged by: assignments per expert, one observation after another."""
+"""Assignments per expert and observation, the input of all placement plans."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from moe_trace.data.errors import UsageError
 
 Kind = Literal["step", "text"]
 MAX_EXPERTS = 8192
-_EXACT = 2**53  # loads are added up as floats
+_EXACT = 2**53  # loads are summed as floats, which are exact below this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Which router of the model a row of counts is of."""
+    """The router that a row of counts belongs to."""
 
     site: str
     name: str = ""
     layer: int | None = None
     slot_bytes: int | None = None
-    """Bytes that one dispatched slot moves, one way; None where nothing tells."""
+    """Bytes that one dispatched slot moves in one direction, or None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCounts:
-    """Assignments of each observation; all layers have the same number of experts."""
+    """Assignments of each observation. All layers have the same number of experts."""
 
     source: str
     model: str
     kind: Kind
     labels: tuple[str, ...]
-    """[S] step numbers, or names of texts."""
+    """[S] step numbers or names of texts."""
     layers: tuple[Layer, ...]
     counts_SLE: npt.NDArray[np.int64]
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        """Refuse what no plan can be made from.
+        """Validate the counts.
 
         Raises:
-            UsageError: empty, negative, too large, or not one row a layer and observation.
+            UsageError: The counts are empty, negative, too large, or lack a row for a layer and observation.
         """
         counts = self.counts_SLE
         expected = (len(self.labels), len(self.layers))
@@ -69,5 +69,5 @@ class ExpertCounts:
 
     @property
     def num_experts(self) -> int:
-        """E, of every layer."""
+        """Number of experts E, the same in every layer."""
         return int(self.counts_SLE.shape[2])

@@ -1,9 +1,10 @@
-"""Judge a plan by counts: load per rank, what it moves, and what no plan without copies can reach.
+"""Evaluate a plan on counts: load per rank, traffic, and a lower bound for plans without copies.
 
-What moves. Each rank holds 1/R of every expert's tokens. Each copy of an expert computes an even share of its
-slots. Under both, as many slots as possible stay on their own rank, then on their own node; the rest crosses
-nodes. A slot that leaves its rank moves `slot_bytes` to its expert and as many back; a slot moves by itself,
-as in transformers' and Megatron's all-to-all (kernels that send a token once to a node move less).
+The traffic model: each rank holds 1/R of every expert's tokens, and each copy of an expert computes an equal
+share of its slots. Under both assumptions, as many slots as possible stay on their own rank, then on their
+own node; the rest crosses nodes. A slot that leaves its rank moves `slot_bytes` to its expert and as many
+back. Each slot moves separately, as in the all-to-all of transformers and Megatron (kernels that send a token
+to a node only once move less).
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ import numpy as np
 from moe_trace.placement.plan import Floats, Ints, Plan
 
 WHERE = ("own_rank", "own_node", "other_node")
-"""Where a slot is computed: on the token's rank, on another one of its node, or on another node."""
+"""Where a slot is computed: on the token's rank, on another rank of its node, or on another node."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """How even a plan is on some observations; NaN where a layer has no assignment in them."""
+    """Balance and traffic of a plan on some observations; NaN where a layer has no assignment in them."""
 
     loads_LR: Floats
-    """Assignments that each rank computes, all observations together."""
+    """Assignments that each rank computes, summed over all observations."""
     max_over_mean_L: Floats
-    """The busiest rank's load ÷ the mean rank's, of the loads above."""
+    """Load of the busiest rank ÷ mean load of the ranks, from `loads_LR`."""
     per_observation_L: Floats
-    """Mean over observations of each one's own max ÷ mean: ranks wait for each other in every step."""
+    """Mean over observations of each one's own max ÷ mean, since ranks wait for each other in every step."""
     slots_WL: Floats
-    """[`WHERE`, L] slots by where they are computed, all observations together."""
+    """[`WHERE`, L] slots by where they are computed, summed over all observations."""
 
     @property
     def max_over_mean(self) -> float:
-        """All layers: sum of the busiest ranks' loads ÷ sum of the mean loads."""
+        """Sum of the busiest ranks' loads ÷ sum of the mean loads, over all layers."""
         return float(self.loads_LR.max(axis=1).sum() / self.loads_LR.mean(axis=1).sum())
 
 
 def judge(plan: Plan, counts_SLE: Ints) -> Judgement:
-    """Load per rank under the plan: copies of an expert share its load evenly."""
+    """Compute the load per rank under the plan, where copies of an expert share its load equally."""
     shares_LER = plan.shares_LER()
     counts_LSE = np.moveaxis(counts_SLE.astype(np.float64), 1, 0)
     loads_LSR = counts_LSE @ shares_LER
@@ -52,7 +53,7 @@ def judge(plan: Plan, counts_SLE: Ints) -> Judgement:
 
 
 def _parts_WLE(plan: Plan, shares_LER: Floats) -> Floats:
-    """Parts of each expert's slots by where they are computed; they add up to 1."""
+    """Return the fraction of each expert's slots computed at each place in `WHERE`; fractions sum to 1."""
     supply = 1.0 / plan.cluster.ranks
     own_LER = np.minimum(supply, shares_LER)
     by_node = (*own_LER.shape[:2], plan.cluster.nodes, plan.cluster.ranks_per_node)
@@ -69,14 +70,14 @@ def _max_over_mean(loads: Floats) -> Floats:
 
 
 def known_mean(values: Floats, axis: int | None = None) -> Floats:
-    """Mean of what is not NaN; NaN only where all is."""
+    """Return the mean of the values that are not NaN, or NaN where all are."""
     return np.asarray(np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan))
 
 
 def least_without_copies(counts_SLE: Ints, ranks: int) -> Floats:
-    """Lower bound of max ÷ mean for any plan with E / R experts a rank and no copies, [L].
+    """Return a lower bound of max ÷ mean, [L], for any plan with E / R experts per rank and no copies.
 
-    Some rank holds the hottest expert, and beside it at the least the E / R - 1 coldest.
+    Some rank holds the hottest expert, together with at least the E / R - 1 coldest ones.
     """
     ordered_LE = np.sort(counts_SLE.sum(axis=0).astype(np.float64), axis=1)
     beside = ordered_LE.shape[1] // ranks - 1

@@ -1,4 +1,4 @@
-"""The exported map: which expert stands in which slot of which rank (docs/placement.md has the schema)."""
+"""The exported placement map from slots of ranks to experts (schema: docs/placement.md)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MAP_VERSION = 1
 
 
 class LayerMap(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One layer. Physical slot p of P is slot p mod P/R of rank p div P/R."""
+    """The map of one layer. Physical slot p of P is slot p mod P/R of rank p div P/R."""
 
     site: str
     physical_to_logical: list[list[int]]
-    """[R][P/R] the expert that each slot of each rank holds."""
+    """[R][P/R] expert held by each slot of each rank."""
     logical_to_physical: list[list[int]]
-    """[E][copies] the physical slots of each expert, ascending."""
+    """[E][copies] physical slots of each expert, ascending."""
     replica_count: list[int]
-    """[E]"""
+    """[E] number of copies of each expert."""
 
 
 class PlanMap(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class PlanMap(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class PlacementMap(msgspec.Struct, kw_only=True):
-    """The whole file; keys are added over time, never renamed."""
+    """The whole file. Keys may be added over time, but are never renamed."""
 
     format: Literal["moe_trace.placement"] = "moe_trace.placement"
     version: int = MAP_VERSION
@@ -55,7 +55,7 @@ def write_map(study: PlacementStudy, target: Path) -> None:
     """Write the plans of all cluster sizes as JSON.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: The file cannot be written.
     """
     counts = study.counts
     found = PlacementMap(
@@ -94,10 +94,10 @@ def _layer_map(site: str, experts_P: Ints, num_experts: int, ranks: int) -> Laye
 
 
 def read_map(path: Path) -> PlacementMap:
-    """Read and check a map.
+    """Read and validate a map.
 
     Raises:
-        TraceFileError: not such a file, of another version, or parts that contradict each other.
+        TraceFileError: The file is not a placement map, has another version, or contradicts itself.
     """
     try:
         found = msgspec.json.decode(path.read_bytes(), type=PlacementMap)

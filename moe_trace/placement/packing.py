@@ -1,9 +1,9 @@
-"""Copies of experts, and items of different weight in bins with the same number of slots, for all layers.
+"""Replicate experts, and pack weighted items into bins with equal numbers of slots, for all layers at once.
 
-Copies: redundant experts (DeepSeek-V3, arXiv:2412.19437, section 3.4). Packing: largest first, each into the
-bin where it costs least (Graham 1969, LPT; with equal numbers of items a bin). Cost is the sum over bins and
-blocks of (load ÷ mean load)^8: with one block the cheapest bin is simply the least loaded one; with several,
-the bin that is not yet hot in any of them.
+Copies are redundant experts (DeepSeek-V3, arXiv:2412.19437, section 3.4). Packing takes the largest item
+first and puts it into the bin where it costs least (Graham 1969, LPT, with equal numbers of items per bin).
+The cost is the sum over bins and blocks of (load ÷ mean load)^8: with one block the cheapest bin is simply
+the least loaded one; with several, it is the bin that is not yet hot in any of them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 from moe_trace.placement.plan import Floats, Ints
 
-_HELD = 1e30  # a second copy in one bin helps nobody: only where nothing else is left
+_HELD = 1e30  # a second copy in one bin has no use, so it is placed there only if nothing else is left
 
 
 def eighth_power(values: np.ndarray) -> np.ndarray:
-    """x^8 by three products; np.power takes ten times as long."""
+    """Return x^8 by three multiplications; np.power takes ten times as long."""
     squares = values * values
     squares *= squares
     squares *= squares
@@ -24,18 +24,18 @@ def eighth_power(values: np.ndarray) -> np.ndarray:
 
 
 def normalised(weights_LIB: Floats, bins: int) -> Floats:
-    """Weights in units of a bin's mean load, per layer and block; blocks without load weigh nothing."""
+    """Scale weights to units of a bin's mean load, per layer and block; blocks without load get weight 0."""
     mean = weights_LIB.sum(axis=1, keepdims=True) / bins
     return np.divide(weights_LIB, mean, out=np.zeros_like(weights_LIB), where=mean > 0)
 
 
 def pack(weights_LIB: Floats, bins: int, owners_LI: Ints | None = None) -> Ints:
-    """The bin of each item, [L, I]; every bin gets I / bins items.
+    """Assign a bin to each item, [L, I], with I / bins items in every bin.
 
     Args:
-        weights_LIB: load of each item in each block, normalised.
-        bins: K; divides I.
-        owners_LI: the expert that each item is a copy of, 0 ... I - 1; copies avoid each other.
+        weights_LIB: Normalised load of each item in each block.
+        bins: Number of bins K, which divides I.
+        owners_LI: Expert that each item is a copy of, 0 ... I - 1; copies avoid each other.
     """
     layers, items, blocks = weights_LIB.shape
     capacity = items // bins
@@ -61,16 +61,16 @@ def pack(weights_LIB: Floats, bins: int, owners_LI: Ints | None = None) -> Ints:
 
 
 def by_bin(bin_LI: Ints) -> Ints:
-    """Items in the order of their bins, [L, I]; within a bin in the order of their numbers."""
+    """Return the items sorted by bin, [L, I], and by number within a bin."""
     return np.argsort(bin_LI, axis=1, kind="stable")
 
 
 def replicate(weights_LEB: Floats, extra: int, most: int) -> Ints:
-    """Copies of each expert, [L, E]: 1 each, and `extra` more in all.
+    """Return the number of copies of each expert, [L, E]: 1 each, and `extra` more in total.
 
-    One after another goes to the expert whose copies carry most, in the block where they carry most; that
-    makes the heaviest copy as light as `extra` copies can. No expert gets more than `most` copies, since a
-    rank has no use for two, as long as `extra` allows it.
+    Each extra copy goes to the expert whose copies carry the highest load, in the block where that load is
+    highest, which makes the heaviest copy as light as `extra` copies can. No expert gets more than `most`
+    copies, since a rank has no use for two, as long as `extra` allows it.
     """
     heaviest_LE = weights_LEB.max(axis=2)
     copies = np.ones(heaviest_LE.shape, np.int64)
@@ -84,7 +84,7 @@ def replicate(weights_LEB: Floats, extra: int, most: int) -> Ints:
 
 
 def as_items(weights_LEB: Floats, copies_LE: Ints) -> tuple[Ints, Floats]:
-    """Each copy as an item: the expert it is of, [L, I], and its even share of the load, [L, I, B]."""
+    """Return the expert of each copy, [L, I], and the copy's equal share of the load, [L, I, B]."""
     layers, experts = copies_LE.shape
     owners = np.stack([np.repeat(np.arange(experts), row) for row in copies_LE])
     every = np.arange(layers)[:, None]
@@ -92,7 +92,7 @@ def as_items(weights_LEB: Floats, copies_LE: Ints) -> tuple[Ints, Floats]:
 
 
 def part_copies(items_LI: Ints, weights_LIB: Floats, bins: int, owners_LI: Ints) -> Ints:
-    """Orders by bin in which no bin holds two copies of an expert, wherever that can be had.
+    """Reorder items so that no bin holds two copies of an expert, wherever that is possible.
 
     The last items of a packing find only the last bins open. A second copy is swapped with the item of the
     most similar weight in a bin that can take it.

@@ -1,4 +1,4 @@
-"""A plan: which expert each slot of each rank holds."""
+"""Placement plans, which map each slot of each rank to an expert."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Cluster:
     nodes: int = 1
 
     def __post_init__(self) -> None:
-        """Check that the ranks fill the nodes.
+        """Check that the nodes divide the ranks.
 
         Raises:
-            UsageError: a number below 1, or nodes that do not divide the ranks.
+            UsageError: A number is below 1, or the nodes do not divide the ranks.
         """
         if self.ranks < 1 or self.nodes < 1:
             raise UsageError(
@@ -39,19 +39,19 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
-        """How many ranks share a node."""
+        """Number of ranks on each node."""
         return self.ranks // self.nodes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Experts by slot: rank r holds slots r·P/R to (r + 1)·P/R - 1 of each layer."""
+    """Experts by slot. Rank r holds slots r·P/R to (r + 1)·P/R - 1 of each layer."""
 
     name: str
     cluster: Cluster
     num_experts: int
     experts_LP: Ints
-    """Physical to logical: the expert that each slot holds."""
+    """Physical to logical: the expert in each slot."""
 
     @property
     def slots_per_rank(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
         return int(self.experts_LP.shape[1]) // self.cluster.ranks
 
     def copies_LER(self) -> Ints:
-        """How many copies of each expert each rank holds."""
+        """Return the number of copies of each expert on each rank."""
         layers, slots = self.experts_LP.shape
         copies = np.zeros((layers, self.num_experts, self.cluster.ranks), np.int64)
         rank_P = np.arange(slots) // self.slots_per_rank
@@ -67,16 +67,16 @@ class Plan:
         return copies
 
     def shares_LER(self) -> Floats:
-        """Part of an expert's load that each rank gets: its copies share it evenly."""
+        """Return the fraction of an expert's load on each rank; its copies share the load equally."""
         copies = self.copies_LER()
         return copies / copies.sum(axis=2, keepdims=True)
 
 
 def contiguous_plan(layers: int, num_experts: int, cluster: Cluster) -> Plan:
-    """Rank r holds experts r·E/R to (r + 1)·E/R - 1: what expert parallelism does by default.
+    """Give rank r the experts r·E/R to (r + 1)·E/R - 1, the default of expert parallelism.
 
     Raises:
-        UsageError: the ranks do not divide the experts.
+        UsageError: The ranks do not divide the experts.
     """
     if num_experts % cluster.ranks:
         raise UsageError(
@@ -87,5 +87,5 @@ def contiguous_plan(layers: int, num_experts: int, cluster: Cluster) -> Plan:
 
 
 def divisors(number: int) -> str:
-    """`1, 2, 4, 8`."""
+    """Return all divisors as text, such as `1, 2, 4, 8`."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,8 +1,8 @@
-"""Choose plans on some observations: contiguous, balanced, replicated, and replicated within nodes.
+"""Plans chosen on some observations: contiguous, balanced, replicated, and replicated within nodes.
 
 Replication and the two levels follow the published description of DeepSeek's expert-parallel load balancer
-(EPLB): copy the hottest experts, pack copies in balance; with nodes, first pack experts (or groups of
-experts) onto nodes in balance, then copy and pack within each node.
+(EPLB): copy the hottest experts and pack the copies in balance; with several nodes, first pack experts (or
+groups of experts) onto nodes in balance, then copy and pack within each node.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from moe_trace.placement.plan import Cluster, Floats, Ints, Plan, contiguous_pla
 from moe_trace.placement.refine import refine
 
 MAX_BLOCKS = 4
-"""Blocks of steps a plan is chosen on: it should hold in each of them, not only in their sum."""
+"""Most blocks of steps that a plan is chosen on: it should be even in each, not only in their sum."""
 MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What the plans are for."""
+    """Cluster and constraints to plan for."""
 
     cluster: Cluster
     replicas: int = 1
-    """Slots a rank for second copies (DeepSeek-V3 prefills with one on each of 32 ranks)."""
+    """Slots per rank for extra copies (DeepSeek-V3 prefills with one on each of 32 ranks)."""
     groups: int | None = None
-    """Groups of neighbouring experts that stay on one node; None: each expert goes by itself."""
+    """Number of groups of neighbouring experts that stay on one node; None places each expert by itself."""
     hedge: bool = False
-    """Whether plans with copies should also be even for an input that chooses all experts alike."""
+    """Whether plans with copies should also be even for an input that chooses all experts equally."""
 
 
 def check_options(options: PlanOptions, num_experts: int) -> None:
-    """Refuse what cannot be laid out.
+    """Check that the options fit the number of experts.
 
     Raises:
-        UsageError: numbers that do not divide each other, or replicas out of range.
+        UsageError: Numbers do not divide each other, or `replicas` is out of range.
     """
     cluster, groups = options.cluster, options.groups
     contiguous_plan(1, num_experts, cluster)
@@ -59,16 +59,16 @@ def check_options(options: PlanOptions, num_experts: int) -> None:
 
 
 def blocks_of(counts_SLE: Ints, most: int = MAX_BLOCKS) -> Floats:
-    """The observations in at most `most` blocks of neighbours, added up: [L, E, B]."""
+    """Sum the observations into at most `most` blocks of consecutive ones, [L, E, B]."""
     parts = np.array_split(counts_SLE, min(len(counts_SLE), most))
     return np.stack([part.sum(axis=0) for part in parts], axis=2).astype(np.float64)
 
 
 def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
-    """All plans, chosen on the blocks.
+    """Make all plans from the blocks.
 
     Raises:
-        UsageError: see `check_options`.
+        UsageError: See `check_options`.
     """
     layers, experts, _ = blocks_LEB.shape
     check_options(options, experts)
@@ -83,13 +83,13 @@ def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
 
 
 def _with_even_block(weights: Floats, ranks: int) -> Floats:
-    """One block more, in which all experts weigh the same. Without copies every plan is even in it."""
+    """Append a block in which all experts have equal weight; without copies every plan is even in it."""
     layers, experts, _ = weights.shape
     return np.concatenate([weights, np.full((layers, experts, 1), ranks / experts)], axis=2)
 
 
 def _balanced(weights: Floats, options: PlanOptions) -> Ints:
-    """No copies; a layer for which contiguous is no worse on the same blocks stays as it is."""
+    """Plan without copies; layers for which contiguous is no worse on the same blocks stay contiguous."""
     ranks = options.cluster.ranks
     planned = refine(by_bin(pack(weights, ranks)), weights, ranks)
     contiguous = np.tile(np.arange(weights.shape[1]), (len(weights), 1))
@@ -98,7 +98,7 @@ def _balanced(weights: Floats, options: PlanOptions) -> Ints:
 
 
 def _hottest(items_LI: Ints, weights: Floats, bins: int) -> Floats:
-    """Mean over blocks of the hottest bin's load, per layer."""
+    """Return the mean over blocks of the hottest bin's load, per layer."""
     values = np.take_along_axis(weights, items_LI[:, :, None], axis=1)
     loads = values.reshape(len(items_LI), bins, items_LI.shape[1] // bins, -1).sum(axis=2)
     hottest: Floats = loads.max(axis=1).mean(axis=1)
@@ -115,11 +115,11 @@ def _replicated(weights: Floats, options: PlanOptions) -> Ints:
 
 
 def _hierarchical(weights: Floats, options: PlanOptions) -> Ints:
-    """Groups onto nodes, then each node by itself: nodes become layers of their own."""
+    """Pack groups onto nodes, then plan each node separately, as a layer of its own."""
     layers, experts, blocks = weights.shape
     nodes = options.cluster.nodes
     groups = options.groups or experts
-    if groups % nodes:  # experts that do not divide evenly stay in one pool, as in EPLB
+    if groups % nodes:  # as in EPLB, groups that do not divide evenly among the nodes stay in one pool
         return _replicated(weights, options)
     size = experts // groups
     group_weights = weights.reshape(layers, groups, size, blocks).sum(axis=2)

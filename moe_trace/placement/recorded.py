@@ -1,4 +1,4 @@
-"""Counts per expert out of traces: one observation a step, ranks of one run added up."""
+"""Counts per expert from traces, one observation per step, summed over the ranks of a run."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from moe_trace.read.reduced.inputs import find_inputs, load
 from moe_trace.read.time.peaks import hidden_bytes
 
 _StepKey = tuple[int, int]
-"""(how many files of the same rank came before, step)"""
+"""(number of earlier files of the same rank, step)"""
 
 
 def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCounts:
-    """The load of a trace, of a merged trace, or of all traces in a folder.
+    """Read the load of a trace, of a merged trace, or of all traces in a folder.
 
-    Ranks that share their tokens count once; recomputed calls, identity experts and skipped slots not at all.
+    Ranks that share their tokens count once. Recomputed calls, identity experts and skipped slots do not
+    count.
 
     Raises:
-        TraceFileError: no file can be read, or one cannot that is not a rank of a larger run.
-        UsageError: nothing is left, or layers of different sizes.
+        TraceFileError: No file can be read, or the unreadable file is not a rank of a larger run.
+        UsageError: Nothing is left, or the layers have different numbers of experts.
     """
     recordings, notes = _read_all(find_inputs(path))
     counts = counts_of_recordings(recordings, str(path), chosen)
@@ -41,7 +42,7 @@ def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCo
 
 
 def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
-    """As reports do: a rank that died does not hide the others, and no call counts twice."""
+    """Read files as reports do: an unreadable rank does not hide the others, and no call counts twice."""
     reads: list[tuple[Path, Recording, bool]] = []
     broken: list[TraceFileError] = []
     for file in files:
@@ -68,10 +69,10 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
 def counts_of_recordings(
     recordings: Sequence[Recording], source: str, chosen: Filter | None = None
 ) -> ExpertCounts:
-    """The same, of recordings that were read already.
+    """Like `counts_of_traces`, for recordings that were already read.
 
     Raises:
-        UsageError: nothing is left, or layers of different sizes.
+        UsageError: Nothing is left, or the layers have different numbers of experts.
     """
     chosen = chosen or Filter()
     routers = _routers(recordings, source, chosen)
@@ -102,7 +103,7 @@ def counts_of_recordings(
 
 
 def _distinct(recordings: Iterable[Recording]) -> list[tuple[int, Recording]]:
-    """Recordings whose tokens no other one has, each with the number of its run in the folder."""
+    """Return recordings with distinct tokens, each with the number of its run in the folder."""
     runs: dict[int, dict[int, Recording]] = {}
     seen: Counter[int] = Counter()
     for recording in recordings:
@@ -136,7 +137,7 @@ def _routers(recordings: Sequence[Recording], source: str, chosen: Filter) -> li
 
 
 def _layer(router: RouterInfo, recordings: Sequence[Recording]) -> Layer:
-    """Bytes of a slot as recorded; else the model's hidden size times the size of its type."""
+    """Use the recorded bytes per slot, or else the model's hidden size times the size of its dtype."""
     slot_bytes = hidden_bytes(recordings[0].model)
     for recording in reversed(recordings):
         calls = recording.calls

@@ -1,4 +1,4 @@
-"""Local search: swap two items of different bins while that lowers the cost (see `packing`)."""
+"""Local search: swap two items of different bins while that lowers the cost (defined in `packing`)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import numpy as np
 from moe_trace.placement.packing import eighth_power
 from moe_trace.placement.plan import Floats, Ints
 
-_ENOUGH = 1e-6  # a swap must lower the cost by this part of it
-_EVEN = 1.0005  # a layer whose hottest bin is this close to the mean is done
-_TRIES = 8  # hottest bins that are looked at before a layer is done
-_MAX_CELLS = 500_000  # swaps weighed at once
+_ENOUGH = 1e-6  # minimum decrease of a swap, relative to the total cost
+_EVEN = 1.0005  # a layer is done once its hottest bin is this close to the mean
+_TRIES = 8  # number of hottest bins that are tried before a layer is done
+_MAX_CELLS = 500_000  # number of swaps that are evaluated at once
 
 
 def refine(items_LI: Ints, weights_LIB: Floats, bins: int, owners_LI: Ints | None = None) -> Ints:
-    """Better orders of the items by bin, [L, I]: the cost of no layer grows.
+    """Improve orders of the items by bin, [L, I]; the cost of no layer increases.
 
     Each round takes the hottest bin of each layer (in the block where it is hottest) and makes the best of
-    all swaps between it and the others; where there is none, the next hottest is tried. A layer is done when
+    all swaps between it and the other bins; if none pays, the next hottest bin is tried. A layer is done when
     none of its hottest bins has a swap that pays, or when it is even.
 
     Args:
-        items_LI: items in the order of their bins, I / bins in each.
-        weights_LIB: normalised load of each item.
-        owners_LI: the expert that each item is a copy of; no swap brings two copies into one bin.
+        items_LI: Items in the order of their bins, I / bins in each.
+        weights_LIB: Normalised load of each item.
+        owners_LI: Expert that each item is a copy of; no swap brings two copies into one bin.
     """
     layers, items, _ = weights_LIB.shape
     found = items_LI.copy()
-    if bins in (1, items):  # swaps change nothing but names
+    if bins in (1, items):  # swaps would only rename bins
         return found
     batch = max(1, _MAX_CELLS // (items * (items // bins)))
     for start in range(0, layers, batch):
@@ -39,7 +39,7 @@ def refine(items_LI: Ints, weights_LIB: Floats, bins: int, owners_LI: Ints | Non
 
 
 class _Search:
-    """The state of some layers; `values` and `loads` follow the swaps."""
+    """Search state of several layers; `values` and `loads` are updated with each swap."""
 
     def __init__(self, items: Ints, weights: Floats, bins: int, owners: Ints | None) -> None:
         self.items = items.copy()
@@ -48,13 +48,13 @@ class _Search:
         self.loads = self.values.reshape(len(items), bins, self.capacity, -1).sum(axis=2)
         self.owners = None if owners is None else np.take_along_axis(owners, items, axis=1)
         self.bin_I = np.arange(items.shape[1]) // self.capacity
-        if self.owners is not None:  # copies of each expert in each bin
+        if self.owners is not None:  # number of copies of each expert in each bin
             self.held = np.zeros((len(items), int(self.owners.max()) + 1, bins), np.int16)
             np.add.at(self.held, (np.arange(len(items))[:, None], self.owners, self.bin_I[None]), 1)
 
     def run(self) -> None:
-        """Swap until nothing pays; at most 4 swaps an item, so that it ends."""
-        tries = np.zeros(len(self.items), np.int64)  # which hottest bin is next, per layer
+        """Swap until nothing pays, with at most about 4 swaps per item so that the search ends."""
+        tries = np.zeros(len(self.items), np.int64)  # rank of the hottest bin to try next, per layer
         for _ in range(4 * self.items.shape[1] + self.bins):
             active = np.flatnonzero((tries < min(self.bins, _TRIES)) & (self.loads.max(axis=(1, 2)) > _EVEN))
             if not len(active):
@@ -65,7 +65,7 @@ class _Search:
             tries[active] = np.where(paid, 0, tries[active] + 1)
 
     def _swap(self, layers: Ints, hot: Ints) -> np.ndarray:
-        """Make the best swap with the hot bin of each layer; whether there was one that pays."""
+        """Make the best swap with the hot bin of each layer, and return where one paid."""
         rows = np.arange(len(layers))
         inside = hot[:, None] * self.capacity + np.arange(self.capacity)
         cost = self._costs(layers, hot, inside)
@@ -81,7 +81,7 @@ class _Search:
         return paid
 
     def _costs(self, layers: Ints, hot: Ints, inside: Ints) -> np.ndarray:
-        """[l, capacity, I]: the change of cost by each swap with the hot bin, in single precision."""
+        """Return the change of cost by each swap with the hot bin, [l, capacity, I], in single precision."""
         rows = np.arange(len(layers))
         cost = np.zeros((*inside.shape, self.bin_I.size), np.float32)
         for block in range(self.values.shape[2]):
@@ -95,7 +95,7 @@ class _Search:
         return cost
 
     def _change_of_cost(self, layers: Ints, mine: Ints, theirs: Ints) -> Floats:
-        """Of one swap a layer, in full precision."""
+        """Return the change of cost by one swap per layer, in double precision."""
         a, b = self.loads[layers, self.bin_I[mine]], self.loads[layers, self.bin_I[theirs]]
         change = self.values[layers, theirs] - self.values[layers, mine]
         before, after = eighth_power(a) + eighth_power(b), eighth_power(a + change) + eighth_power(b - change)
@@ -103,12 +103,12 @@ class _Search:
         return difference
 
     def _doubled(self, layers: Ints, hot: Ints, inside: Ints) -> np.ndarray:
-        """[l, capacity, I]: swaps after which a bin would hold two copies of one expert."""
+        """Return which swaps would leave two copies of one expert in a bin, [l, capacity, I]."""
         assert self.owners is not None
         at, owners = layers[:, None], self.owners[layers]
         mine = owners[np.arange(len(layers))[:, None], inside]
-        comes_back = self.held[at, owners, hot[:, None]] > 0  # the hot bin has what it would get
-        goes_twice = self.held[at, mine][:, :, self.bin_I] > 0  # the other bin has what it would get
+        comes_back = self.held[at, owners, hot[:, None]] > 0  # the hot bin already has what it would get
+        goes_twice = self.held[at, mine][:, :, self.bin_I] > 0  # the other bin already has what it would get
         return comes_back[:, None] | goes_twice
 
     def _exchange(self, layers: Ints, mine: Ints, theirs: Ints) -> None:

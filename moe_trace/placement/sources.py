@@ -1,4 +1,4 @@
-"""Find out what a path holds, traces or counts, and read it."""
+"""Detect whether a path holds traces or counts, and read counts from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNNAMED = "unnamed model"
 
 
 class _CountsFile(msgspec.Struct):
-    """`export --to eplb` as JSON, or counts per text; other keys say where they come from."""
+    """JSON of `export --to eplb`, or counts per text; other keys describe the source."""
 
     counts: dict[str, list[list[int]]] | list[list[int]]
     layers: list[Layer | int] = []
@@ -39,23 +39,23 @@ class _SGLangCounts(msgspec.Struct):
 def read_counts(
     path: str | Path, *, array: Any = None, chosen: Filter | None = None, slot_bytes: int | None = None
 ) -> ExpertCounts:
-    """The counts of a trace, a folder of traces, or a file of counts.
+    """Read the counts of a trace, a folder of traces, or a file of counts.
 
     Args:
-        array: whole numbers [layers, experts] or [steps, layers, experts], where the file was read already.
-        chosen: which layers and calls of a trace; layers of a file of counts.
-        slot_bytes: what a slot moves one way, where the source does not tell or is to be overruled.
+        array: Integers [layers, experts] or [steps, layers, experts], if the file was already read.
+        chosen: Layers and calls of a trace to use, or layers of a file of counts.
+        slot_bytes: Bytes that a slot moves in one direction; overrides the source.
 
     Raises:
-        TraceFileError: a trace cannot be read.
-        UsageError: counts of another form, or none at all.
+        TraceFileError: A trace cannot be read.
+        UsageError: The counts have another form, or there are none.
     """
     path = Path(path)
     if slot_bytes is not None and slot_bytes < 1:
         raise UsageError(f"found --slot-bytes {slot_bytes}, expected 1 or more")
     first = _first_bytes(path) if array is None else b""
     if array is None and (path.suffix == ".npy" or first.startswith(b"\x93NUMPY")):
-        array = _loaded(path)  # a pipe's copy is not named by what it holds
+        array = _loaded(path)  # the copy of a pipe has no suffix that describes its contents
     elif first:
         _refuse_other_files(path, first)
     key = _counts_key(path) if array is None and first and path.suffix == ".json" else None
@@ -71,18 +71,18 @@ def read_counts(
 
 
 def _first_bytes(path: Path) -> bytes:
-    """None of a folder, or of nothing: who reads it says what is wrong."""
-    if not os.path.isfile(path):  # false, too, for what is no possible name
+    """Return the first bytes of a file, or none for other paths, whose errors the reader reports."""
+    if not os.path.isfile(path):  # also false for strings that cannot be paths
         return b""
     with path.open("rb") as file:
         return file.read(4096)
 
 
 def _refuse_other_files(path: Path, first: bytes) -> None:
-    """Counts of another tool are no broken trace: say which forms of counts are taken.
+    """Reject files of other tools with the accepted forms of counts, since they are not broken traces.
 
     Raises:
-        UsageError: the file's first bytes are not those of a trace.
+        UsageError: The first bytes are not those of a trace.
     """
     is_object = first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
     if first.startswith(b"\x1f\x8b") or (is_object and path.suffix != ".jsonl"):
@@ -97,7 +97,7 @@ def _refuse_other_files(path: Path, first: bytes) -> None:
 
 
 def _counts_key(path: Path) -> str | None:
-    """The key of a JSON file that holds counts; None where there is none, or a trace before it."""
+    """Return the key of a JSON file that holds counts, or None if there is none or a trace comes first."""
     with open_trace_stream(path) as stream:
         for key in stream.walk():
             if key in ("counts", "logical_count", "traceEvents"):
@@ -107,7 +107,8 @@ def _counts_key(path: Path) -> str | None:
 
 
 def _of_sglang(path: Path) -> np.ndarray:
-    """`{"logical_count": [steps][layers][experts] or [layers][experts]}`, as SGLang's server is given it."""
+    """Read `{"logical_count": [steps][layers][experts] or [layers][experts]}`, the input of SGLang's
+    server."""
     try:
         return np.array(msgspec.json.decode(path.read_bytes(), type=_SGLangCounts).logical_count)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:
@@ -177,7 +178,7 @@ def _layers(given: Iterable[Layer | int]) -> tuple[Layer, ...]:
 
 
 def _of_layers(counts: ExpertCounts, chosen: Filter) -> ExpertCounts:
-    """The chosen layers of a file of counts, which knows no steps and phases."""
+    """Select layers in a file of counts, which has no steps or stages to filter by."""
     if chosen.steps or chosen.stages:
         raise UsageError(f"{counts.source}: --step and --phase choose calls of a trace; these are counts")
     if not chosen.layers:

@@ -1,4 +1,4 @@
-"""Which observations a plan is chosen on, and which others it is judged on."""
+"""Split observations into those a plan is chosen on and those it is evaluated on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Fold:
-    """One choice and its judgement: indices of observations."""
+    """Indices of the observations that one plan is chosen on and evaluated on."""
 
     chosen: tuple[int, ...]
     judged: tuple[int, ...]
@@ -25,24 +25,26 @@ class Fold:
 
 @dataclass(frozen=True)
 class Split:
-    """All folds, and in words what they are."""
+    """All folds, with a description of them in words."""
 
     folds: tuple[Fold, ...]
     words: str
     in_sample: bool
-    """Whether plans are judged on what they were chosen on: too good to be true for other inputs."""
+    """Whether plans are evaluated on what they were chosen on, which is optimistic for other inputs."""
 
     @property
     def chosen(self) -> list[int]:
-        """Observations that any fold chooses on."""
+        """Sorted indices of the observations that any fold chooses on."""
         return sorted({i for fold in self.folds for i in fold.chosen})
 
 
 def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
-    """The usual splits. `auto`: steps in turn, texts one at a time, and a single observation not at all.
+    """Split observations in one of the usual ways.
+
+    `auto` alternates between steps, holds out texts one at a time, and does not split a single observation.
 
     Raises:
-        UsageError: fewer than two observations for a split, or too many for `each`.
+        UsageError: There are fewer than two observations for a split, or too many for `each`.
     """
     every = tuple(range(len(counts.labels)))
     number, kind = len(every), counts.kind
@@ -60,7 +62,7 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
             f"found {number} {kind}s, expected at most {MAX_FOLDS} for --split each; use alternate or halves"
         )
     folds, words = _folds(every, way, kind)
-    # In-sample all the same where the judged counts are those chosen on: a batch that repeats.
+    # A batch that repeats makes the split in-sample: the held-out counts equal those chosen on.
     rows = [row.tobytes() for row in counts.counts_SLE]
     repeats = all({rows[i] for i in fold.judged} <= {rows[i] for i in fold.chosen} for fold in folds)
     if repeats:
@@ -82,7 +84,7 @@ def _folds(every: tuple[int, ...], way: Way, kind: str) -> tuple[tuple[Fold, ...
 
 
 def _in_sample(counts: ExpertCounts) -> Split:
-    """Steps are judged all together, texts one by one."""
+    """Evaluate steps together, and texts one by one."""
     number = len(counts.labels)
     every = tuple(range(number))
     by_itself = counts.kind == "text" and 1 < number <= MAX_FOLDS
@@ -93,10 +95,10 @@ def _in_sample(counts: ExpertCounts) -> Split:
 
 
 def split_named(counts: ExpertCounts, choose_on: Sequence[str], judge_on: Sequence[str]) -> Split:
-    """Choose on some observations and judge on others, by label.
+    """Choose on some observations and evaluate on others, by label.
 
     Raises:
-        UsageError: a label that the source does not have, or none.
+        UsageError: The source does not have a label, or no label is given.
     """
     fold = Fold(_indices(counts, choose_on, "--choose-on"), _indices(counts, judge_on, "--judge-on"))
     shared = set(fold.chosen) & set(fold.judged)

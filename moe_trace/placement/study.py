@@ -1,4 +1,4 @@
-"""Plans for several cluster sizes, each chosen on some observations and judged on others."""
+"""Plans for several cluster sizes, chosen on some observations and evaluated on others."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from moe_trace.placement.split import MAX_FOLDS, Split
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedPlan:
-    """A way to plan, over all folds F. Loads and slots add up the folds' judged observations."""
+    """A kind of plan, over all folds F. Loads and slots are summed over the folds' evaluated observations."""
 
     name: str
     max_over_mean_FL: Floats
-    """Busiest rank's load ÷ mean load, all judged observations of the fold together."""
+    """Load of the busiest rank ÷ mean load, over all evaluated observations of the fold together."""
     per_observation_FL: Floats
-    """Mean over judged observations of each one's own max ÷ mean."""
+    """Mean over evaluated observations of each one's own max ÷ mean."""
     all_layers_F: Floats
     """Sum over layers of the busiest rank's load ÷ sum of the mean loads."""
     loads_LR: Floats
     slots_WL: Floats
-    """By where they are computed, as `Judgement.slots_WL`."""
+    """Slots by where they are computed, as in `Judgement.slots_WL`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterStudy:
-    """One cluster size."""
+    """Plans for one cluster size."""
 
     options: PlanOptions
     plans: tuple[JudgedPlan, ...]
     least_without_copies_FL: Floats
-    """What no plan without copies can go below, on the judged observations."""
+    """Lower bound for plans without copies, on the evaluated observations."""
     final: tuple[Plan, ...]
-    """The same ways to plan, chosen on all observations that any fold chose on: what to deploy."""
+    """The same kinds of plans, chosen on all observations that any fold chose on, for deployment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementStudy:
-    """The answer of `moe-trace placement`."""
+    """Result of `moe-trace placement`."""
 
     counts: ExpertCounts
     split: Split
     observations: int
-    """Judged observations, over all folds."""
+    """Number of evaluated observations, over all folds."""
     clusters: tuple[ClusterStudy, ...]
 
 
 def study_placement(counts: ExpertCounts, split: Split, options: Sequence[PlanOptions]) -> PlacementStudy:
-    """Choose and judge plans for each of the options.
+    """Choose and evaluate plans for each of the options.
 
     Raises:
-        UsageError: options that do not fit the number of experts.
+        UsageError: Options do not fit the number of experts.
     """
     for chosen in options:
         check_options(chosen, counts.num_experts)
@@ -86,7 +86,7 @@ def _study(counts: ExpertCounts, split: Split, options: PlanOptions) -> ClusterS
 
 
 def _choose(counts: ExpertCounts, chosen: Sequence[int], options: PlanOptions) -> tuple[Plan, ...]:
-    """Steps in a few blocks; texts one by one, each scaled to the same weight: a plan should fit all."""
+    """Choose on a few blocks of steps, or on texts scaled to equal weight, as a plan should fit all."""
     most = MAX_BLOCKS if counts.kind == "step" else MAX_FOLDS
     return make_plans(blocks_of(counts.counts_SLE[list(chosen)], most), options)
 

@@ -1,1 +1,1 @@
-"""From a trace file to answers: streaming, phases, speed, findings. Nothing in here imports torch."""
+"""Analysis of trace files: reading, phases, speed, findings. Nothing in this package imports torch."""

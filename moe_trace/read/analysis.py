@@ -1,4 +1,4 @@
-"""One or several traces together: a summary with phases, speed, the cost of imbalance and findings."""
+"""Analyse one or several traces together: a summary with phases, speed, imbalance costs and findings."""
 
 from __future__ import annotations
 
@@ -37,34 +37,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class TraceSummary(Evidence):
-    """A `Summary` of one trace or a folder of traces, with what only the trace itself can tell."""
+    """A `Summary` of a trace or a folder of traces, with results that only the trace itself can provide."""
 
     files: tuple[str, ...]
     findings: tuple[Finding, ...]
     samples: Sequence[RoutingSample] = field(repr=False)
-    """Every call, in the order of the trace."""
+    """All calls, in the order of the trace."""
     times: CallTimes | None = field(repr=False)
     busy_us: Mapping[SampleKey, float] = field(repr=False)
-    """Device time of each router call."""
+    """Device time of each router call in microseconds."""
     rank_inputs: tuple[RankInput, ...] = field(default=(), repr=False)
-    """What each rank brings to such a report, so that traces read one by one can be reported together."""
+    """Each rank's input to a report, so that traces read one by one can be reported together."""
     physical: PhysicalReport | None = None
-    """What each slot of a load balancer (EPLB) got."""
+    """Load of each physical slot of a load balancer (EPLB)."""
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
     stages: Mapping[Stage, TraceSummary] = field(default_factory=dict, repr=False)
-    """Where the calls are of several stages: each on its own, as a filter by stage would give it. What is
-    given for all of them together then averages calls that have little in common. Prefill and decode have
-    their parts of mixed calls too, without the time, which is that of the whole call in `mixed`."""
+    """Summary of each stage, as a filter by stage would give it, if the calls have several stages.
+
+    Figures for all stages together then average calls that have little in common. Prefill and decode also
+    include their parts of mixed calls, but not their time, which is that of the whole call and stays in
+    `mixed`.
+    """
 
     def by_stage(self) -> dict[Stage, TraceSummary]:
-        """Each stage on its own, in the order of `STAGES`; a single one is the summary itself."""
+        """Return the summary of each stage, in the order of `STAGES`; a single stage maps to `self`."""
         if self.stages:
             return dict(self.stages)
         return {self.stage: self} if self.stage is not None else {}
 
     def findings_apart(self) -> dict[str, tuple[Finding, ...]]:
-        """Each stage's under its name; under `""` those about the run, or all where stages are not apart."""
+        """Group findings by stage, with those about the whole run (or all, without stages) under `""`."""
         of_run = tuple(finding for finding in self.findings if finding.stage is None)
         said = {finding.rule for finding in of_run}
         found: dict[str, tuple[Finding, ...]] = {
@@ -75,19 +78,19 @@ class TraceSummary(Evidence):
 
     @property
     def breakdown(self) -> PhaseReport | None:
-        """Where the time of the MoE layers goes: `phases`, which is its older name."""
+        """Time of the MoE layers by phase; the newer name of `phases`."""
         return self.phases
 
     @property
     def calls(self) -> CallTable:
-        """The samples by column."""
+        """The samples as a table of columns."""
         return CallTable.of(self.samples)
 
     def router(self, site: str) -> RouterSummary:
-        """The router of that label or module path.
+        """Return the router with this label or module path.
 
         Raises:
-            KeyError: there is none.
+            KeyError: There is none.
         """
         for router in self.routers:
             if site in (router.info.site, router.info.name):
@@ -95,13 +98,16 @@ class TraceSummary(Evidence):
         raise KeyError(f"no router {site!r}; there are {[r.info.site for r in self.routers]}")
 
     def most_imbalanced_layer(self) -> RouterSummary | None:
-        """The router whose load is unevenest beyond chance (`Chance.cv_beyond`), the first of those that tie;
-        None where no load is more uneven than uniform routing of the same tokens."""
+        """Return the router whose load is most uneven beyond chance (`Chance.cv_beyond`), the first if
+        several tie.
+
+        None where no load is more uneven than uniform routing of the same tokens.
+        """
         worst = most_uneven([router.chance for router in self.routers])
         return self.routers[worst[0]] if worst else None
 
     def dead_experts(self) -> dict[str, tuple[int, ...]]:
-        """Label -> ids of the experts that no token chose, where there were enough tokens to say so."""
+        """Return the ids of experts that no token chose, by router label, where there are enough tokens."""
         return {
             r.info.site: r.load.dead_experts
             for r in self.routers
@@ -110,26 +116,26 @@ class TraceSummary(Evidence):
 
     @property
     def moe_time_fraction(self) -> float | None:
-        """Share of all work in the trace that is MoE; None where the trace does not tell."""
+        """Share of all work in the trace that is MoE, or None if the trace cannot provide it."""
         return self.phases.whole.moe_share_of_model if self.phases is not None else None
 
     def which_layer_is_most_uneven(self) -> RouterSummary | None:
-        """The old name of `most_imbalanced_layer`."""
+        """Return `most_imbalanced_layer()`; deprecated name."""
         deprecated("which_layer_is_most_uneven()", "most_imbalanced_layer()")
         return self.most_imbalanced_layer()
 
     def which_experts_are_dead(self) -> dict[str, tuple[int, ...]]:
-        """The old name of `dead_experts`."""
+        """Return `dead_experts()`; deprecated name."""
         deprecated("which_experts_are_dead()", "dead_experts()")
         return self.dead_experts()
 
     def how_much_of_the_model_is_moe(self) -> float | None:
-        """The old name of `moe_time_fraction`."""
+        """Return `moe_time_fraction`; deprecated name."""
         deprecated("how_much_of_the_model_is_moe()", "moe_time_fraction")
         return self.moe_time_fraction
 
     def to_dataframe(self) -> Any:
-        """One row per router call, as a pandas DataFrame; `attrs["columns"]` says what each column is.
+        """Return one row per router call as a pandas DataFrame; `attrs["columns"]` defines each column.
 
         Raises:
             MissingPackage: pandas is not installed.
@@ -147,11 +153,11 @@ def analyse(
     peak: PeakOverride | None = None,
     progress: Progress | None = None,
 ) -> TraceSummary:
-    """Read the traces one after another and answer for all of them together, and for each stage apart.
+    """Read the traces one after another and summarise them together, and each stage separately.
 
     Raises:
-        TraceFileError: a file cannot be read, or the files are of different models.
-        UsageError: the filters leave nothing.
+        TraceFileError: A file cannot be read, or the files are of different models.
+        UsageError: The filters leave nothing.
     """
     chosen = chosen or Filter()
     reads = read_all(files, progress)
@@ -172,7 +178,7 @@ def analyse(
 
 @dataclass(frozen=True, eq=False)
 class _Traces:
-    """All that was read; the answer to any question is a filter away."""
+    """All traces as read, before any filter."""
 
     reads: Sequence[ReducedTrace]
     recording: Recording
@@ -180,12 +186,12 @@ class _Traces:
     peak: PeakOverride
 
     def answer(self, chosen: Filter) -> TraceSummary:
-        """What the chosen calls say.
+        """Summarise the chosen calls.
 
         Raises:
-            UsageError: there are none.
+            UsageError: There are none.
         """
-        # Each file may lack what the filters ask for, but not all of them.
+        # A single file may lack the calls that the filters select, but not all files may.
         recording = chosen.apply(self.recording)
         reads = [read.narrow(chosen) for read in self.reads]
         times = joined([r.times for r in reads])
@@ -221,7 +227,8 @@ class _Traces:
         return replace(found, findings=find(found))
 
     def with_distinct(self, answered: TraceSummary, chosen: Filter) -> TraceSummary:
-        """With what forwards read, those that prefill and decode with the tokens of both."""
+        """Add the distinct experts per forward, where a forward that prefills and decodes counts all its
+        tokens."""
         forwards = chosen.of_whole_forwards()
         records = Ranks.of(answered.rank_inputs).records
         times = joined([read.narrow(forwards).times for read in self.reads])
@@ -245,7 +252,7 @@ class _Traces:
 
 
 def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | None:
-    """None for a single rank, which then loads nothing that only several need."""
+    """Return None for a single rank, without importing what only several ranks need."""
     if len(ranks.by_rank) < 2:
         return None
     from moe_trace.read.ranks.report import report_ranks
@@ -256,7 +263,7 @@ def _rank_report(ranks: Ranks, reads: Sequence[ReducedTrace]) -> RankReport | No
 def _imbalance(
     reads: Sequence[ReducedTrace], ranks: Ranks, times: CallTimes, recording: Recording, split: bool
 ) -> Imbalance:
-    """Of each layer on its device, or on its ranks where these share the experts."""
+    """Compute the cost of imbalance per layer, on its device or across the ranks that share the experts."""
     if split and len(ranks.inputs) == len(reads) > 1:
         from moe_trace.read.ranks.imbalance import rank_imbalance
 

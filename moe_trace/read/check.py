@@ -1,4 +1,4 @@
-"""The promises of a merged trace, as rules: small functions that yield what they found broken."""
+"""Rules that a merged trace must satisfy, each a small generator of violations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from moe_trace.timeline.placed_calls import PlacedCalls
 
 TOLERANCE = 1e-5
 NEARLY_ALL = 0.99
-"""A profiler that starts and stops beside a running device loses the ends of what is under way."""
+"""Minimum share of joined events, since a starting or stopping profiler loses work under way on the
+device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """A broken promise: the rule, where, and both sides."""
+    """A broken rule, its location, and the found and expected values."""
 
     rule: str
     where: str
@@ -36,28 +37,28 @@ class Violation:
 
     @property
     def sentence(self) -> str:
-        """All of it in one line."""
+        """Location and message in one line."""
         return f"{self.where}: {self.message}"
 
 
 __all__ = ["RULES", "Checked", "Violation", "check", "read_checked"]
 
 Rule = Callable[[Checked], Iterator[tuple[str, str]]]
-"""Yields (where, message)."""
+"""A generator of (where, message)."""
 
 
 # -- rules --------------------------------------------------------------------------------------------
 
 
 def versions_known(checked: Checked) -> Iterator[tuple[str, str]]:
-    """The releases that wrote the file are release numbers; an unknown schema is refused on reading."""
+    """Versions of the writing packages are release numbers (reading rejects an unknown schema)."""
     for package, version in checked.recording.versions.items():
         if not re.match(r"\d+\.\d+", version):
             yield package, f"{version!r} is no version"
 
 
 def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Samples without a place are as many as the file says it lost."""
+    """The number of samples without a placement equals the number that the file reports as lost."""
     calls, lost = checked.recording.calls, checked.recording.lost
     missing = ~calls.places.placed
     without, in_graphs = int((missing & ~calls.in_graph).sum()), int((missing & calls.in_graph).sum())
@@ -71,7 +72,7 @@ def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Router ranges = samples with a place + ranges without a sample."""
+    """The number of router ranges equals placed samples + ranges without a sample."""
     events = checked.events
     names = events.select(events.kind == Kind.RANGE).name
     is_router = [(m := RANGE_NAME.fullmatch(name)) is not None and m[1] == "router" for name in events.names]
@@ -84,8 +85,11 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every host placement is a range of the trace, with its name and times, the launch of a graph, operators
-    inside a graph, or what the host's clock says of a call without a range."""
+    """Every host placement has a counterpart in the trace.
+
+    This is a range with its name and times, the launch of a graph, operators inside a graph, or, for a call
+    without a range, the host's clock.
+    """
     places = HostPlaces(checked.events)
     calls = checked.recording.calls
     for sample, by_clock in zip(calls, placed_by_clock(calls).tolist(), strict=True):
@@ -97,7 +101,7 @@ def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Assignments = tokens x k - skipped, as does the histogram of k."""
+    """The number of assignments equals tokens x k - skipped, and agrees with the histogram of k."""
     for sample in checked.recording.samples:
         expected = sample.tokens * sample.top_k - sample.skipped
         found = int(sample.assignments.sum())
@@ -108,7 +112,7 @@ def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
             slots = sample.slot_experts[known], sample.slot_assignments[known]
             if not np.array_equal(np.bincount(*slots, len(sample.assignments)), sample.assignments):
                 yield _call(sample), "the slots' counts do not add up to those of their experts"
-        if not sample.k_histogram.any():  # not known: `record/calls/settled_rows.py`
+        if not sample.k_histogram.any():  # unknown, see `record/calls/settled_rows.py`
             continue
         by_k = int((sample.k_histogram * np.arange(len(sample.k_histogram))).sum())
         if by_k != found:
@@ -118,7 +122,7 @@ def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def counts_are_possible(checked: Checked) -> Iterator[tuple[str, str]]:
-    """No negative count, no part larger than its whole, one entry an expert."""
+    """No count is negative, no part exceeds its whole, and each expert has one entry."""
     sizes = {router.name: router.num_experts for router in checked.recording.routers}
     for sample in checked.recording.samples:
         if len(sample.assignments) != sizes[sample.name]:
@@ -131,7 +135,7 @@ def counts_are_possible(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
-    """0 <= entropy <= ln E, probabilities and confidence within [0, 1]."""
+    """Router entropy is within [0, ln E]; probabilities and confidence are within [0, 1]."""
     for sample in checked.recording.samples:
         most = math.log(max(1, len(sample.assignments)))
         bounds = {
@@ -148,17 +152,17 @@ def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def counters_stand_in_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Each counter event stands at the start or the end of a call's MoE layer."""
+    """Each counter event is at the start or the end of a call's MoE layer."""
     placed = PlacedCalls.of(checked.recording.calls)
     spans = np.concatenate([placed.moe, placed.spans["graph"][placed.having("graph")]])
-    edges = {*to_ns(spans[:, 0]).tolist(), *to_ns(spans.sum(1)).tolist()}  # as merging computed them
+    edges = {*to_ns(spans[:, 0]).tolist(), *to_ns(spans.sum(1)).tolist()}  # computed as in merging
     for event in checked.band:
         if event.ph == "C" and event.start_ns not in edges:
             yield event.name, f"a counter at {event.start_ns / 1000:.3f} µs is at the edge of no MoE layer"
 
 
 def counters_return_to_zero(checked: Checked) -> Iterator[tuple[str, str]]:
-    """A counter's last event closes it."""
+    """The last event of each counter sets it to 0."""
     last: dict[Any, BandEvent] = {}
     for event in checked.band:
         if event.ph == "C" and (event.track not in last or event.start_ns >= last[event.track].start_ns):
@@ -169,7 +173,7 @@ def counters_return_to_zero(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Slices of one lane follow one another."""
+    """Slices of one lane do not overlap."""
     lanes: dict[Any, list[BandEvent]] = defaultdict(list)
     for event in checked.band:
         if event.ph == "X":
@@ -177,13 +181,14 @@ def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
     for lane in lanes.values():
         lane.sort(key=lambda e: e.start_ns)
         for one, two in itertools.pairwise(lane):
-            # A microsecond with three decimals does not always survive a float, so 1 ns is not a crossing.
+            # A microsecond with three decimals does not always survive conversion to float, so 1 ns is no
+            # overlap.
             if two.start_ns < one.start_ns + one.duration_ns - 1:
                 yield two.name, f"a slice starts at {two.start_ns / 1000:.3f} µs, inside {one.name}"
 
 
 def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Every placed call has its slices, or shares that of its graph, and every slice its calls."""
+    """Every placed call has its slices, or shares that of its graph, and every slice belongs to a call."""
     expected: defaultdict[tuple[str, int, int], int] = defaultdict(int)
     for name, span in expected_slices(checked.recording.calls):
         start, duration = to_ns([span.start_us, span.duration_us]).tolist()
@@ -198,13 +203,13 @@ def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
 
 
 def times_are_inside_graphs(checked: Checked) -> Iterator[tuple[str, str]]:
-    """Routers and experts inside a graph ran while the graph did."""
+    """Routers and experts inside a graph run within the graph's time."""
     for sample in checked.recording.samples:
         yield from ((_call(sample), message) for message in odd_times(sample))
 
 
 def events_can_be_read(checked: Checked) -> Iterator[tuple[str, str]]:
-    """No event is broken, and none has a time that no clock showed."""
+    """No event is malformed or has a timestamp that no clock can show."""
     if checked.events.unreadable:
         yield "events", f"{checked.events.unreadable} events could not be read"
 
@@ -216,7 +221,7 @@ _JOINED = {
     "flows_have_both_ends": "backward",
     "collectives_have_their_work": "collectives",
 }
-"""Rule -> the part of the coverage, all of which was joined with what it belongs to."""
+"""Part of the time coverage that each rule checks: nearly all of its events must be joined."""
 
 
 def _joined(part: str, checked: Checked) -> Iterator[tuple[str, str]]:
@@ -246,7 +251,7 @@ RULES |= {name: partial(_joined, part) for name, part in _JOINED.items()}
 
 
 def check(checked: Checked) -> dict[str, list[Violation]]:
-    """Violations by the name of the rule; every rule is there, kept or not."""
+    """Return the violations of every rule by name; the list is empty if the rule holds."""
     return {
         name: [Violation(rule=name, where=where, message=message) for where, message in rule(checked)]
         for name, rule in RULES.items()

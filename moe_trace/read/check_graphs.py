@@ -1,4 +1,4 @@
-"""What `check` expects of calls that were made inside graphs."""
+"""Expectations of `check` for calls inside graphs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from moe_trace.timeline.correlate.compiled_calls import named
 from moe_trace.timeline.counter_tracks import LANES
 from moe_trace.timeline.placed_calls import REPLAY_NAME, PlacedCalls
 
-SLACK_US = 0.002  # a microsecond with three decimals does not always survive a float
+SLACK_US = 0.002  # a microsecond with three decimals does not always survive conversion to float
 _GRAPH_RANGE = f"{RANGE_PREFIX}graph/"
 
 
 class HostPlaces:
-    """What a trace has on the host for calls to stand at."""
+    """Ranges, graph launches and operators on the host that calls can be placed at."""
 
     def __init__(self, events: EventTable) -> None:
         launches = (events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH)
         found = events.select((events.kind == Kind.RANGE) | launches)
         names = (events.names[i] for i in found.name.tolist())
         self._known = set(zip(names, found.start_ns.tolist(), found.duration_ns.tolist(), strict=True))
-        """Ranges, and launches of graphs: name, start and duration in nanoseconds."""
+        """(name, start, duration) of ranges and graph launches, in nanoseconds."""
         self._graphs = {
             tuple(span) for name, *span in self._known if name.startswith((GRAPH_LAUNCH, _GRAPH_RANGE))
         }
@@ -31,8 +31,11 @@ class HostPlaces:
         self._starts, self._ends = set(operators.start_ns.tolist()), set(operators.end_ns.tolist())
 
     def hold(self, sample: RoutingSample, kind: RangeKind, span: Span) -> bool:
-        """Whether it is a range with the call's name; of a call inside a graph the graph, or from the start
-        of one operator to the end of another, which is all that code compiled for a CPU shows."""
+        """Return whether the trace has this span.
+
+        It must be a range with the call's name, or, for a call inside a graph, the graph itself or the time
+        from the start of one operator to the end of another, which is all that code compiled for a CPU shows.
+        """
         start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
         if (range_name(kind, sample.site), start_ns, duration_ns) in self._known:
             return True
@@ -42,7 +45,7 @@ class HostPlaces:
 
 
 def expected_slices(calls: CallTable) -> Iterator[tuple[str, Span]]:
-    """Names and spans of the slices that the band must hold."""
+    """Return names and spans of the slices that the band must hold."""
     placed = PlacedCalls.of(calls)
     for kind in LANES:
         rows = placed.having(kind)
@@ -52,7 +55,7 @@ def expected_slices(calls: CallTable) -> Iterator[tuple[str, Span]]:
 
 
 def odd_times(sample: RoutingSample) -> Iterator[str]:
-    """What is told of a router inside a graph must lie within the graph's time, on the device or the host."""
+    """Describe spans of routers and experts that lie outside their graph's time on the device or the host."""
     placement = sample.placement
     if placement is None or not placement.in_graph:
         return

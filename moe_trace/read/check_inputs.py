@@ -1,4 +1,4 @@
-"""What the checks of a trace look at: recording and events, what merging added, what could be joined."""
+"""Inputs to the checks of a trace: the recording, all events, the added events, and the join coverage."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class BandEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What the rules look at."""
+    """Everything that the rules examine."""
 
     recording: Recording
     events: EventTable
     coverage: TimeCoverage
-    """Of all ranks in the file."""
+    """Coverage of all ranks in the file."""
     band: tuple[BandEvent, ...]
 
 
@@ -55,10 +55,10 @@ class _RawEvent(msgspec.Struct, gc=False):
 
 
 def read_checked(path: Path, progress: Progress | None = None) -> Checked:
-    """Read a merged trace twice: its own events, and what merging added.
+    """Read a merged trace twice, for the profiler's events and for those that merging added.
 
     Raises:
-        TraceFileError: as `read_trace`.
+        TraceFileError: See `read_trace`.
     """
     trace = read_trace(path, progress)
     with open_trace_stream(path, progress) as stream:

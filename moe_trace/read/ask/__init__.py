@@ -1,4 +1,4 @@
-"""Questions that an engineer asks of a trace, answered by name."""
+"""Questions that an engineer asks about a trace, each answered by name."""
 
 from moe_trace.read.ask.answer import QUESTIONS, Answer
 from moe_trace.read.ask.questions import ask

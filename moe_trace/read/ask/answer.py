@@ -1,4 +1,4 @@
-"""What an answer is, and how its figures are multiplied for the reader."""
+"""Answers, and helpers that express times per step and per token."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ QUESTIONS: Mapping[str, str] = {
     "experts": "Which experts serve which text?",
     "next": "What to try next, and why?",
 }
-"""Name -> the question that it stands for, in the order in which they are answered."""
+"""Question text by name, in the order in which the questions are answered."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Answer:
-    """One question, answered for one stage of one run."""
+    """The answer to one question for one stage of one run."""
 
     question: str
     """A name in `QUESTIONS`."""
     run: str | None
-    """Label of the run; None for an answer about both of two runs."""
+    """Label of the run, or None for an answer about two runs together."""
     stage: Stage | None
-    """None for the run as a whole."""
+    """Stage, or None for the run as a whole."""
     sentence: str
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """What the sentence rests on; times in microseconds, shares from 0 to 1, None where it is not known."""
+    """Figures that support the sentence: times in microseconds, shares from 0 to 1, None if unknown."""
     rows: tuple[Mapping[str, Any], ...] = ()
-    """The same for each pass, layer or finding."""
+    """Figures for each pass, layer or finding."""
 
     def __repr__(self) -> str:
         return f"<Answer {self}>"
@@ -45,12 +45,12 @@ class Answer:
 
 
 def steps_and_tokens(part: TraceSummary) -> tuple[int, int]:
-    """Steps that the calls are of, and tokens of the forward calls, once for all layers."""
+    """Return the numbers of steps of the calls and of tokens of the forward calls, in one layer only."""
     return max(1, part.totals.steps), max((router.tokens for router in part.routers), default=0)
 
 
 def multiplied(us: float | None, part: TraceSummary) -> dict[str, float | None]:
-    """A time over the whole recording, for each step and each token."""
+    """Divide a time over the whole recording by its steps and by its tokens."""
     steps, tokens = steps_and_tokens(part)
     return {
         "us_per_step": us / steps if us is not None else None,
@@ -59,7 +59,7 @@ def multiplied(us: float | None, part: TraceSummary) -> dict[str, float | None]:
 
 
 def each(us: float, part: TraceSummary) -> str:
-    """`13.4 ms a step, 6.54 µs a token`."""
+    """Format a time per step and token, such as `13.4 ms a step, 6.54 µs a token`."""
     times = multiplied(us, part)
     step, token = times["us_per_step"], times["us_per_token"]
     of_token = f", {duration(token)} a token" if token is not None else ""

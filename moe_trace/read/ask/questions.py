@@ -1,4 +1,4 @@
-"""The questions of `QUESTIONS`, asked of one summary or of two."""
+"""Answer the questions in `QUESTIONS` about one summary or two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_trace.read.diff import compare
 from moe_trace.read.findings.finding import Finding
 
 TRIED_NEXT = 3
-"""How many findings `next` names."""
+"""Number of findings that `next` names."""
 
 _OF_A_STAGE: dict[str, Callable[[TraceSummary], dict[str, Any]]] = {
     "imbalance": imbalance,
@@ -32,15 +32,15 @@ def ask(
     questions: Sequence[str] = tuple(QUESTIONS),
     labels: tuple[str, str] = ("A", "B"),
 ) -> tuple[Answer, ...]:
-    """Answer questions about one trace, or about two: then which experts serve the text of which.
+    """Answer questions about one trace, or about two and which experts serve the text of each.
 
     Args:
-        other: a second run of the same model on another text.
-        questions: names in `QUESTIONS`; all of them unless given.
-        labels: what to call the two runs, for example after their texts.
+        other: A second run of the same model on another text.
+        questions: Names in `QUESTIONS`; all of them by default.
+        labels: Names for the two runs, for example after their texts.
 
     Raises:
-        UsageError: there is no such question.
+        UsageError: There is no such question.
     """
     unknown = [name for name in questions if name not in QUESTIONS]
     if unknown:
@@ -85,7 +85,7 @@ def _experts_of_both(a: TraceSummary, b: TraceSummary, labels: tuple[str, str]) 
 
 
 def _next(run: str | None, summary: TraceSummary) -> Answer:
-    """The worst findings, with what each takes at most."""
+    """Answer with the worst findings and an upper bound of the cost of each."""
     of_rule: dict[str, list[Finding]] = {}
     for finding in summary.findings:
         of_rule.setdefault(finding.rule, []).append(finding)
@@ -100,7 +100,7 @@ def _next(run: str | None, summary: TraceSummary) -> Answer:
 
 
 def _tried(found: Sequence[Finding], summary: TraceSummary) -> dict[str, Any]:
-    """One rule, in the stages that it holds for, worst first."""
+    """Describe one rule in the stages that it applies to, worst first."""
     worst, cost = found[0], found[0].cost_us
     part = summary.stages.get(worst.stage, summary) if worst.stage is not None else summary
     return {

@@ -1,4 +1,4 @@
-"""Answers about who gets the tokens."""
+"""Answers about how tokens are routed to experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALIKE = f"{TOKENS_ALIKE} tokens of a text count as one, for neighbours choose a
 
 
 def imbalance(part: TraceSummary) -> dict[str, Any]:
-    """The layers that are most uneven beyond chance, all that tie."""
+    """Name the layers that are most uneven beyond chance, including all that tie."""
     routers = [router for router in part.routers if router.calls]
     chances = [router.chance for router in routers]
     tokens = max((router.tokens for router in routers), default=0)
@@ -81,7 +81,7 @@ def _most_uneven(worst: Sequence[RouterSummary], figures: dict[str, Any]) -> str
 
 
 def served(part: TraceSummary) -> dict[str, Any]:
-    """The busiest experts of each layer, on the text of this run."""
+    """Name the busiest experts of each layer on the text of this run."""
     if part.routers and all(router.chance.says_nothing for router in part.routers):
         tokens = max(router.tokens for router in part.routers)
         return {"sentence": _too_few(tokens, "about which experts serve a text")}
@@ -101,7 +101,7 @@ def served(part: TraceSummary) -> dict[str, Any]:
 
 
 def served_apart(routing: Sequence[RoutingChange], labels: tuple[str, str]) -> dict[str, Any]:
-    """The experts that serve the one text more than the other, per layer."""
+    """Name the experts of each layer that serve one text more than the other."""
     moved = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
     figures = {"changed_layers": len(moved), "of_layers": len(routing)}
     if all(change.same_counts for change in routing):

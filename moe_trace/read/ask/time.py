@@ -1,4 +1,4 @@
-"""Answers about time: what MoE is a share of, and what balance would save."""
+"""Answers about time: the share of MoE, and the time that balance would save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PARTS: dict[str, tuple[Pass, ...]] = {
 
 
 def shares(part: TraceSummary) -> dict[str, Any]:
-    """MoE's and the router's share of forward, backward and step, and MoE's time per step, token and call."""
+    """Report MoE's and the router's share of each pass, and their time per step, token and call."""
     report = part.phases
     if report is None or report.whole.moe_work_us is None:
         return {
@@ -65,7 +65,7 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
     }
     total, router = sum(us.values()), us.get("router", 0.0)
     whole = report.whole
-    # What the model recomputes outside MoE is within its backward, and not separated from it.
+    # The model's recomputation outside MoE is part of its backward pass and cannot be separated from it.
     model_us = {
         "forward": whole.model_forward_us,
         "backward": whole.model_backward_us,
@@ -88,14 +88,14 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
 
 
 def _parts(report: PhaseReport) -> list[str]:
-    """The passes that the trace has, and their sums."""
+    """Return the passes in the trace and the sums to report."""
     found = report.passes()
     again = ["recompute", "backward alone"] if "recompute" in found else []
     return ["forward", *again, "backward", "all"] if "backward" in found or again else ["all"]
 
 
 def balance(part: TraceSummary) -> dict[str, Any]:
-    """What the experts would take with even loads, where the trace can tell."""
+    """Estimate the time that even loads of the experts would save, where the trace allows it."""
     told = [cost for cost in part.imbalance if cost.cost_us is not None]
     waiting = _waiting(part)
     if not told:
@@ -137,7 +137,7 @@ def balance(part: TraceSummary) -> dict[str, Any]:
 
 
 def _over_all(told: Sequence[ImbalanceCost], name: str) -> float:
-    """Over all calls. The layers share one fit, so their errors add up: no interval is too narrow."""
+    """Sum over all calls. The layers share one fit, so their errors add up and no interval is too narrow."""
     return sum((getattr(cost, name) or 0.0) * cost.calls for cost in told)
 
 

@@ -1,4 +1,4 @@
-"""What changed between two recordings: the set-up, then the routing, then the time."""
+"""Compare two recordings: their set-up, their routing, then their time."""
 
 from moe_trace.read.diff.comparison import Change, Comparison, compare
 

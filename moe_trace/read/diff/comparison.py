@@ -1,9 +1,9 @@
-"""What changed between two recordings: set-up, routing, time; real changes distinguished from noise.
+"""Compare two recordings in set-up, routing and time, and distinguish real changes from noise.
 
-Stages are compared apart, and layers are strata (`metrics.py`). A figure changed if its interval leaves out
-0; a time on the host's clock, if it leaves out every change up to `HOST_FLOOR`. The intervals of all figures
-of all layers hold together with 99 %, and so do those of single layers, and so does the routing
-(`routing.py`). How often runs of the same thing are called changed: `docs/reading.md`.
+Stages are compared separately, and layers are strata (`metrics.py`). A metric changed if its interval
+excludes 0, or, for a time on the host's clock, every change up to `HOST_FLOOR`. The intervals for all metrics
+of all layers together hold jointly at 99 %, and so do those of single layers and those of the routing
+(`routing.py`). `docs/reading.md` reports how often runs of the same thing are called changed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from moe_trace.read.diff.setup import SetupChange, clock_problem, setup_changes
 
 LEVEL = 0.99
 Verdict = Literal["same", "changed", "host", "noise", "few calls"]
-"""`host`: it changed, but it holds the host's pace on a device whose own work did not change."""
+"""`host` is a change of the host's pace on a device whose own work did not change."""
 _OF_HOST = ("host_p50", "host_p95", "device_span_p50", "block_p50")
-"""Where there is a device: how fast the host launches, and gaps between kernels."""
+"""Metrics that, on a device, depend on how fast the host launches and on gaps between kernels."""
 _HOST = (
     "host: the host launched at another pace, while the kernels took as long as before. Two runs of the same "
     "thing differ so; it is not called a change."
@@ -39,12 +39,12 @@ class Change:
     a: float
     b: float
     low: float | None
-    """Interval of b - a, of 99 % for all metrics together; None with too few steps."""
+    """Lower end of the 99 % interval of b - a for all metrics jointly; None with too few steps."""
     high: float | None
     verdict: Verdict
     stage: str
     floor: float = 0.0
-    """Relative change up to which two runs are not distinguished, whatever the interval."""
+    """Relative change up to which two runs are not distinguished, regardless of the interval."""
 
     @property
     def difference(self) -> float:
@@ -53,13 +53,13 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """(b - a) / a."""
+        """Relative change (b - a) / |a|, or None if a is 0."""
         return self.difference / abs(self.a) if self.a else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(ShownInNotebooks):
-    """Two recordings, A and B."""
+    """Comparison of two recordings A and B."""
 
     a: str
     b: str
@@ -67,7 +67,7 @@ class Comparison(ShownInNotebooks):
     routing: tuple[RoutingChange, ...]
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
-    """What could not be compared, and why."""
+    """Parts that could not be compared, with reasons, and caveats."""
 
     def __repr__(self) -> str:
         return (
@@ -77,12 +77,12 @@ class Comparison(ShownInNotebooks):
 
     @property
     def unchanged(self) -> bool:
-        """Whether nothing differs beyond noise; too few steps to tell is not a change."""
+        """Whether nothing differs beyond noise; too few steps to decide are not a change."""
         return not (self.setup or self.changed_routing or self.changed_metrics)
 
     @property
     def changed_routing(self) -> tuple[RoutingChange, ...]:
-        """Layers whose distribution over experts moved beyond chance."""
+        """Layers whose distribution over experts changed beyond chance."""
         return tuple(change for change in self.routing if change.changed)
 
     @property
@@ -94,11 +94,11 @@ class Comparison(ShownInNotebooks):
 def compare(
     a: TraceSummary, b: TraceSummary, *, only: str | None = None, host_floor: float = HOST_FLOOR
 ) -> Comparison:
-    """Compare B with A, each stage of the model's work for itself.
+    """Compare B with A, each stage of the model's work separately.
 
     Args:
-        only: a router's label, or `all`: no other metrics are computed.
-        host_floor: relative change of a time on the host's clock, up to which two runs are the same thing.
+        only: Label of a router, or `all`; metrics of other layers are not reported.
+        host_floor: Relative change of a time on the host's clock, up to which two runs count as the same.
     """
     routers = _shared_routers(a, b)
     problem = clock_problem(a, b)
@@ -142,7 +142,7 @@ def _provenance(a: TraceSummary, b: TraceSummary) -> list[str]:
 
 
 def _shared_routers(a: TraceSummary, b: TraceSummary) -> list[Shared]:
-    """By module path, or by label where no path is in both."""
+    """Match routers by module path, or by label if no path is in both."""
     paths_b = {router.info.name for router in b.routers}
     found = [(r.info.site, r.info.name, r.info.name) for r in a.routers if r.info.name in paths_b]
     if found:
@@ -178,7 +178,8 @@ def _metric_changes(
 
 
 def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
-    """Runs of the same thing launch at different paces: on a device that is no change of the work."""
+    """Set apart changes of the host's pace: runs of the same thing launch at different paces, so on a device
+    they are no change of the work."""
     timed = {c.metric: c for c in changes if c.metric in QUANTILES and not c.metric.endswith("_share")}
     of_device = [c for metric, c in timed.items() if metric not in _OF_HOST]
     alone = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)
@@ -199,7 +200,7 @@ def _change(
     elif low is None or high is None:
         verdict = "few calls"
     else:
-        least = floor * min(abs(a.value), abs(b.value))  # of the smaller: as much for A against B as back
+        least = floor * min(abs(a.value), abs(b.value))  # the smaller value, for symmetry between A and B
         verdict = "noise" if low <= least and high >= -least else "changed"
     return Change(
         site=site,

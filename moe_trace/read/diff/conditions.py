@@ -1,4 +1,4 @@
-"""What a comparison must not find: conditions such as `device_busy_p50>+5%`."""
+"""Conditions that fail a comparison, such as `device_busy_p50>+5%`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONDITION = re.compile(
 
 @dataclass(frozen=True)
 class Condition:
-    """`device_busy_p50>+5%`: fails where the change is real and larger."""
+    """A condition such as `device_busy_p50>+5%`, which fails where the change is real and larger."""
 
     text: str
     site: str
@@ -27,7 +27,7 @@ class Condition:
     relative: bool
 
     def fails(self, change: Change) -> bool:
-        """Whether this change is what the condition forbids; noise is not."""
+        """Return whether the condition forbids this change; noise never fails."""
         if (change.site, change.metric) != (self.site, self.metric):
             return False
         if change.verdict not in ("changed", "host", "few calls") or change.difference == 0:
@@ -39,10 +39,10 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Read `[LAYER:]METRIC>+5%`, `METRIC<-0.1` and the like.
+    """Parse a condition such as `[LAYER:]METRIC>+5%` or `METRIC<-0.1`.
 
     Raises:
-        UsageError: it has another form, or names an unknown metric.
+        UsageError: The text has another form, or names an unknown metric.
     """
     match = _CONDITION.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -61,5 +61,5 @@ def parse_condition(text: str) -> Condition:
 
 
 def missing(condition: Condition, changes: Sequence[Change]) -> bool:
-    """Whether neither side has what the condition asks about: a check that can never fail."""
+    """Return whether no change has the condition's layer and metric, so that the check could never fail."""
     return all((c.site, c.metric) != (condition.site, condition.metric) for c in changes)

@@ -1,5 +1,7 @@
-"""The figures that are compared, each with its error. One layer is a stratum: figures of all layers are the
-mean of the layers' own, so that no layer's spread passes for noise.
+"""Metrics that are compared, each with its error.
+
+One layer is a stratum: metrics of all layers are the mean of the layers' own, so that differences between
+layers do not pass for noise.
 """
 
 from __future__ import annotations
@@ -16,31 +18,31 @@ from moe_trace.read.diff.resampling import Estimate, Floats, Ints, draw, estimat
 from moe_trace.read.time.phase_detection import EXPERTS, PHASES
 
 SPREAD_DEVICE, SPREAD_HOST = 0.005, 0.05
-"""Relative standard deviation of a time between runs of the same thing, beyond what the steps of a run show:
-another placement in memory, another clock rate, other work on the machine (docs/reading.md)."""
+"""Relative standard deviation of a time between runs of the same thing, beyond what the steps of one run
+show: another placement in memory, another clock rate, other work on the machine (docs/reading.md)."""
 HOST_FLOOR = 0.3
-"""Of times on the host's clock: what runs of the same thing differ by at times, when something else takes the
-machine for the length of a run. No spread of steps within two runs can know of it, so an interval must lie
-beyond it as a whole (docs/reading.md)."""
+"""Relative change of times on the host's clock that runs of the same thing sometimes show, when something
+else takes the machine for the length of a run. The spread of steps within two runs cannot reveal it, so the
+whole interval must lie beyond it (docs/reading.md)."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """The forward calls of one stage of one recording, by router."""
+    """Forward calls of one stage of one recording, by router."""
 
     calls: CallTable
     unit: Ints
-    """[N] the step, or stretch of steps, of each call."""
+    """[N] step, or stretch of steps, of each call."""
     units: int
     drawn: Ints
-    """[RESAMPLES, units]: one set of resamples for all figures."""
+    """[RESAMPLES, units] one set of resamples for all metrics."""
     columns: dict[str, Floats]
-    """Time of each call by metric, [N]; NaN where it is not known."""
+    """Time of each call by metric, [N]; NaN where unknown."""
     host_clock: frozenset[str]
-    """Metrics of `columns` that are times on the host."""
+    """Metrics in `columns` that are times on the host."""
 
     def rows(self, name: str) -> Ints:
-        """Which calls are of this router."""
+        """Return the rows of this router's calls."""
         return np.flatnonzero(self.calls.of_router(name))
 
 
@@ -64,7 +66,7 @@ _UNITS_FOR_P95 = 20
 
 
 def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
-    """What is compared of one recording's stage."""
+    """Collect the calls and times of one recording's stage that are compared."""
     calls = summary.calls.take(summary.calls.forward)
     unit, units = units_of(_forwards(calls))
     columns = _times(summary, calls) if with_times else {}
@@ -74,7 +76,8 @@ def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
 
 
 def _forwards(calls: CallTable) -> Ints:
-    """The forward of each call: every router's own count where all were called as often, else the step."""
+    """Return the forward of each call: its number within its router if all were called equally often, else
+    the step."""
     order, counts = np.zeros(len(calls), np.int64), set()
     for router in np.unique(calls.router):
         rows = np.flatnonzero(calls.router == router)
@@ -86,7 +89,7 @@ def _forwards(calls: CallTable) -> Ints:
 def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
     busy = np.array([summary.busy_us.get(key, np.nan) for key in calls.call_keys()])
     host = calls.host_us()
-    host[host <= 0] = np.nan  # a call inside a graph has no time of its own on the host
+    host[host <= 0] = np.nan  # calls inside a graph have no separate time on the host
     columns = {
         "host_p50": host,
         "host_p95": host,
@@ -98,7 +101,7 @@ def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
     if times is None:
         return columns
     work_ns = times.work_ns(times.forward)
-    if work_ns is None:  # kernels that no launch ties to a phase
+    if work_ns is None:  # some kernels have no launch that ties them to a phase
         return columns
     placed = times.us_in(calls)
     work_us = placed(work_ns)
@@ -117,7 +120,7 @@ def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
 
 
 def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | None]]:
-    """Metric -> its estimate for all routers together, then for each; None without data."""
+    """Return estimates by metric, for all routers together and then for each; None without data."""
     found: dict[str, list[Estimate | None]] = {}
     rows = [side.rows(name) for name in routers]
     for metric in QUANTILES:
@@ -135,7 +138,7 @@ def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | N
 
 @dataclass(frozen=True)
 class _Part:
-    """One router's figure, its resamples and its value in each unit."""
+    """One router's metric, its resamples and its value in each unit."""
 
     value: float
     draws: Floats
@@ -145,7 +148,7 @@ class _Part:
 def _with_all(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estimate | None]:
     known = [part for part in parts if part is not None]
     together = None
-    if known and len(known) == len(parts):  # a mean over other layers would be another figure
+    if known and len(known) == len(parts):  # a mean over fewer layers would be a different metric
         columns = (np.mean([getattr(p, f) for p in known], axis=0) for f in ("value", "draws", "series"))
         together = _Part(*columns)
     return [
@@ -165,7 +168,7 @@ def _quantile(side: Side, metric: str, rows: Ints) -> _Part | None:
 
 
 def _by_unit(values: Floats, unit: Ints, units: int) -> Floats | None:
-    """Median of each unit; None where one has no value."""
+    """Return the median of each unit, or None if one has no value."""
     order = np.lexsort((values, unit))
     counts = np.bincount(unit, minlength=units)
     if not len(values) or not counts.all():
@@ -189,7 +192,7 @@ def _mean(side: Side, name: str, rows: Ints) -> _Part | None:
 
 
 def counts_by_unit(side: Side, rows: Ints) -> Floats:
-    """[units, E] assignments of one router."""
+    """Return assignments of one router, [units, E]."""
     counts = side.calls.assignments.take(rows)
     return counts.summed_by(side.unit[rows], side.units, least=1).astype(np.float64)
 
@@ -197,7 +200,7 @@ def counts_by_unit(side: Side, rows: Ints) -> Floats:
 def _loads(side: Side, rows: Ints) -> dict[str, _Part | None]:
     counts_UE = counts_by_unit(side, rows)
     value = describe_load(counts_UE.sum(0))
-    if value.max_over_mean is None:  # no assignment: none of the figures exists
+    if value.max_over_mean is None:  # without assignments no load metric is defined
         return dict.fromkeys(LOADS)
     drawn, series = map(_figures, (resampled_sums(counts_UE, side.drawn), counts_UE))
     values = (getattr(value, name) for name in LOADS)
@@ -205,5 +208,5 @@ def _loads(side: Side, rows: Ints) -> dict[str, _Part | None]:
 
 
 def _figures(counts_BE: Floats) -> tuple[Floats, ...]:
-    """[B] `LOADS` of many loads at once; of one without assignments, as if it were even."""
+    """Compute `LOADS` of many loads at once, each [B]; a load without assignments counts as even."""
     return load_figures(np.where(counts_BE.sum(1, keepdims=True) > 0, counts_BE, 1.0))

@@ -1,8 +1,8 @@
-"""Steps resampled with replacement, and what they say about the error of a figure.
+"""Resample steps with replacement to estimate the error of a metric.
 
-Calls of one step share its text and its moment, so that a step is what is drawn, with all of its calls. Long
-recordings are cut into stretches of steps that follow each other (batch means; Law, Simulation Modeling and
-Analysis, section 9.5.3), which also keeps what drifts together in one unit.
+Calls of one step share its text and its moment, so a step is drawn with all of its calls. Long recordings are
+cut into stretches of consecutive steps (batch means; Law, Simulation Modeling and Analysis, section 9.5.3),
+which also keeps slow drift together in one unit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 RESAMPLES = 500
 UNITS_MAX = 40
 UNITS_MIN = 5
-"""Fewer steps tell nothing of their spread."""
+"""Minimum number of steps; fewer reveal nothing about their spread."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its standard error, which is known from `units` steps; None with too few of them."""
+    """A metric with its standard error, estimated from `units` steps; None with too few of them."""
 
     value: float
     error: float | None
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def units_of(steps: Sequence[int] | Ints) -> tuple[Ints, int]:
-    """Unit of each call by its step, and how many units there are: steps, or stretches of them."""
+    """Return the unit of each call, and the number of units, which are steps or stretches of steps."""
     distinct, rank = np.unique(np.asarray(steps, dtype=np.int64), return_inverse=True)
     count = len(distinct)
     if count > UNITS_MAX:
@@ -42,12 +42,12 @@ def units_of(steps: Sequence[int] | Ints) -> tuple[Ints, int]:
 
 
 def draw(units: int, seed: int = 0) -> Ints:
-    """[RESAMPLES, units] which units each resample holds."""
+    """Draw the units of each resample, [RESAMPLES, units]."""
     return np.random.default_rng(seed).integers(0, units, (RESAMPLES, units))
 
 
 def resampled_sums(columns_UK: Floats, drawn: Ints) -> Floats:
-    """[RESAMPLES, K] sums of the drawn rows; the same rows for all columns."""
+    """Sum the drawn rows, [RESAMPLES, K]; all columns use the same rows."""
     units = drawn.shape[1]
     flat = drawn + np.arange(len(drawn))[:, None] * units
     times = np.bincount(flat.ravel(), minlength=drawn.size).reshape(drawn.shape)
@@ -55,14 +55,14 @@ def resampled_sums(columns_UK: Floats, drawn: Ints) -> Floats:
 
 
 def estimate(value: float, draws: Floats, series_U: Floats, *, spread: float = 0.0) -> Estimate:
-    """The error of a figure from its resamples.
+    """Estimate the error of a metric from its resamples.
 
     Args:
-        series_U: the figure of each unit in order of time. Where neighbours are alike, there are fewer
-            independent units than there seem: the variance grows by (1 + r) / (1 - r), with r their first
-            autocorrelation. So few units do not know r well: Student's t of under 4 degrees of freedom, on
-            top of that growth, would leave no interval that says anything.
-        spread: relative standard deviation between runs of the same thing that steps of one do not show.
+        series_U: The metric of each unit in order of time. Where neighbours are alike, there are fewer
+            independent units than it seems: the variance grows by (1 + r) / (1 - r), with r their first
+            autocorrelation. So few units do not determine r well: Student's t with under 4 degrees of
+            freedom, on top of that growth, would leave no useful interval.
+        spread: Relative standard deviation between runs of the same thing that the steps of one do not show.
     """
     units = len(series_U)
     if units < UNITS_MIN:
@@ -76,7 +76,7 @@ def estimate(value: float, draws: Floats, series_U: Floats, *, spread: float = 0
 
 
 def _autocorrelation(series_U: Floats) -> float:
-    """Of neighbours, from 0 to 0.8; corrected for the mean that was taken out (by 1/n)."""
+    """Return the lag-1 autocorrelation, clipped to 0 ... 0.8, plus 1/n for the subtracted mean."""
     centred = series_U - series_U.mean()
     total = float((centred**2).sum())
     if not total:
@@ -86,7 +86,7 @@ def _autocorrelation(series_U: Floats) -> float:
 
 
 def interval(a: Estimate, b: Estimate, level: float) -> tuple[float, float] | None:
-    """Of b - a, by Student's t with Welch's degrees of freedom; None where an error is not known."""
+    """Return the interval of b - a by Student's t with Welch's degrees of freedom, or None without errors."""
     if a.error is None or b.error is None:
         return None
     va, vb = a.error**2, b.error**2
@@ -99,7 +99,8 @@ def interval(a: Estimate, b: Estimate, level: float) -> tuple[float, float] | No
 
 @lru_cache(4096)
 def t_quantile(probability: float, freedom: float) -> float:
-    """Of Student's t: with t = sqrt(n) tan x, the density is proportional to cos(x)^(n - 1)."""
+    """Return a quantile of Student's t; for t = sqrt(n) tan x, the density is proportional to cos(x)^(n
+    - 1)."""
     x = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
     density = np.cos(x).clip(0) ** (freedom - 1)
     cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
