@@ -107,8 +107,7 @@ def _counts_key(path: Path) -> str | None:
 
 
 def _of_sglang(path: Path) -> np.ndarray:
-    """Read `{"logical_count": [steps][layers][experts] or [layers][experts]}`, the input of SGLang's
-    server."""
+    """Read `{"logical_count": [steps][layers][experts] or [layers][experts]}`, the format of SGLang."""
     try:
         return np.array(msgspec.json.decode(path.read_bytes(), type=_SGLangCounts).logical_count)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError, OverflowError) as error:

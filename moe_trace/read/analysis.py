@@ -227,8 +227,7 @@ class _Traces:
         return replace(found, findings=find(found))
 
     def with_distinct(self, answered: TraceSummary, chosen: Filter) -> TraceSummary:
-        """Add the distinct experts per forward, where a forward that prefills and decodes counts all its
-        tokens."""
+        """Add the distinct experts per forward; a forward that prefills and decodes counts all its tokens."""
         forwards = chosen.of_whole_forwards()
         records = Ranks.of(answered.rank_inputs).records
         times = joined([read.narrow(forwards).times for read in self.reads])

@@ -23,8 +23,7 @@ from moe_trace.timeline.placed_calls import PlacedCalls
 
 TOLERANCE = 1e-5
 NEARLY_ALL = 0.99
-"""Minimum share of joined events, since a starting or stopping profiler loses work under way on the
-device."""
+"""Minimum share of joined events; a profiler that starts or stops loses work under way on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Counts in the form that load balancers of experts take, and rows as Parquet."""
+"""Export counts in the format of expert load balancers, and rows as Parquet."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moe_trace.read.rows import COLUMNS, LISTS_OF_ROWS, call_rows
 
 
 def expert_counts(summary: Summary) -> np.ndarray:
-    """[layers, experts] int64 assignments, layers in the model's order.
+    """Return the assignments, int64 [layers, experts], with layers in the model's order.
 
-    The `weight` argument of `rebalance_experts` in DeepSeek's expert-parallel load balancer (EPLB), which
-    calls experts "logical experts".
+    This is the `weight` argument of `rebalance_experts` in DeepSeek's expert-parallel load balancer (EPLB),
+    which calls experts "logical experts".
 
     Raises:
-        UsageError: the layers have different numbers of experts.
+        UsageError: The layers have different numbers of experts.
     """
     routers = sorted(summary.routers, key=lambda r: (r.info.layer, r.info.site))
     sizes = {len(router.assignments) for router in routers}
@@ -36,7 +36,7 @@ def expert_counts(summary: Summary) -> np.ndarray:
 
 
 def write_eplb(summary: Summary, target: Path) -> None:
-    """`.npy`: the array. Any other name: the same as JSON, with the layers' names beside it."""
+    """Write the array as `.npy`, or with any other suffix as JSON together with the layers' names."""
     counts = expert_counts(summary)
     if target.suffix == ".npy":
         with whole_file(target) as temporary, temporary.open("wb") as file:
@@ -48,7 +48,7 @@ def write_eplb(summary: Summary, target: Path) -> None:
 
 
 def write_parquet(summaries: Sequence[TraceSummary], target: Path) -> None:
-    """One row per call; counts per expert as lists; the same columns and types in every file.
+    """Write one row per call, with counts per expert as lists and the same columns and types in every file.
 
     Each field's metadata has its label, unit and definition.
 

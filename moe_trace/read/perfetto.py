@@ -1,6 +1,6 @@
-"""A native Perfetto trace: MoE tracks under one parent, counters with units, ranges as slices.
+"""Write a native Perfetto trace: MoE tracks under one parent, counters with units, ranges as slices.
 
-Chrome's JSON can say neither units nor nested tracks. Times are the trace's own, in nanoseconds.
+Chrome's JSON format supports neither units nor nested tracks. Times are those of the trace, in nanoseconds.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ LANES: tuple[RangeKind, ...] = ("block", "router", "experts")
 def write_perfetto(
     samples: Sequence[RoutingSample], target: Path, *, rank: int = 0, experts_are_split: bool = False
 ) -> None:
-    """Write the calls that have their place in the trace.
+    """Write the calls that have a placement in the trace.
 
     Args:
-        experts_are_split: see `Recording.experts_are_split`; their FLOP/s are left out then.
+        experts_are_split: See `Recording.experts_are_split`; their FLOP/s are then left out.
 
     Raises:
-        MissingPackage: the perfetto package is not installed.
-        UsageError: no call has a place.
+        MissingPackage: The perfetto package is not installed.
+        UsageError: No call has a placement.
     """
     placed = PlacedCalls.of(CallTable.of(samples), experts_are_split=experts_are_split)
     if not len(placed):
@@ -69,7 +69,7 @@ def write_perfetto(
 
 
 def _write_calls(writer: _Writer, parent: int, placed: PlacedCalls) -> None:
-    counts = placed.calls.assignments.to_lists()  # all experts: this file holds no recording that has them
+    counts = placed.calls.assignments.to_lists()  # all experts, since this file contains no recording
     arguments = [args | {"assignments": own} for args, own in zip(placed.slice_args(), counts, strict=True)]
     slices = list(zip(placed.calls.site.tolist(), arguments, strict=True))
     for kind in LANES:
@@ -93,7 +93,7 @@ class _Writer:
     def track(
         self, name: str, parent: int | None = None, unit: tuple[str | None, str | None] | None = None
     ) -> int:
-        """Describe a track; returns its id."""
+        """Describe a track and return its id."""
         self.tracks += 1
         packet = self._packet()
         descriptor = packet.track_descriptor
@@ -116,7 +116,7 @@ class _Writer:
 
     @contextmanager
     def event(self, track: int, time_us: float, kind: str) -> Iterator[Any]:
-        """An event of a track, to be filled; it is written then."""
+        """Create an event of a track, which is written after the caller has filled it."""
         packet = self._packet()
         packet.timestamp = int(to_ns(time_us))
         packet.track_event.track_uuid = track
@@ -133,7 +133,7 @@ class _Writer:
 def _write_lanes(
     writer: _Writer, parent: int, name: str, spans: Floats, slices: Sequence[tuple[str, dict[str, Any]]]
 ) -> None:
-    """Slices by title and arguments, that stand at `[N, 2]` starts and durations."""
+    """Write slices, given by title and arguments, at `[N, 2]` starts and durations."""
     for lane, members in enumerate(without_overlap(spans)):
         track = writer.track(numbered(name, lane), parent)
         for row, (start_us, duration_us) in zip(members.tolist(), spans[members].tolist(), strict=True):
@@ -163,7 +163,7 @@ def _annotate(annotation: Any, name: str, value: Any) -> None:
 
 
 def _write_counter(writer: _Writer, parent: int, name: str, spans: Floats, values: npt.NDArray) -> None:
-    """A step function: a layer's value over its MoE block, a graph's over its replay, 0 from its end."""
+    """Write a step function: a layer's value over its MoE block, or a graph's over its replay, and then 0."""
     for lane, members in enumerate(without_overlap(spans, np.flatnonzero(values == values))):
         track = writer.track(numbered(name, lane), parent, _UNITS[name])
         pairs = zip(spans[members].tolist(), values[members].tolist(), strict=True)

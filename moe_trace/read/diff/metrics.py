@@ -76,8 +76,7 @@ def side_of(summary: TraceSummary, *, with_times: bool) -> Side:
 
 
 def _forwards(calls: CallTable) -> Ints:
-    """Return the forward of each call: its number within its router if all were called equally often, else
-    the step."""
+    """Return the forward of each call: its number within its router if all agree in length, else the step."""
     order, counts = np.zeros(len(calls), np.int64), set()
     for router in np.unique(calls.router):
         rows = np.flatnonzero(calls.router == router)

@@ -99,8 +99,7 @@ def interval(a: Estimate, b: Estimate, level: float) -> tuple[float, float] | No
 
 @lru_cache(4096)
 def t_quantile(probability: float, freedom: float) -> float:
-    """Return a quantile of Student's t; for t = sqrt(n) tan x, the density is proportional to cos(x)^(n
-    - 1)."""
+    """Return a quantile of Student's t: with t = sqrt(n) tan x, the density is ∝ cos(x)^(n - 1)."""
     x = np.linspace(-np.pi / 2, np.pi / 2, 20_001)
     density = np.cos(x).clip(0) ** (freedom - 1)
     cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])

@@ -1,13 +1,13 @@
-"""How far apart two recordings route: per layer, the distance of the experts' shares and its chance level.
+"""Compare the routing of two recordings: per layer, the distance of the experts' shares and its chance level.
 
 The distance is the total variation, half the sum of absolute differences of shares: the part of the
-assignments that would have to move to make one distribution the other. What it would be by chance comes
-from a permutation test: the steps of both sides are dealt anew to A and B, all layers at once, and a layer
-differs if its distance, in standard deviations of its own permutations, beats the largest of all layers in
+assignments that would have to move to make the distributions equal. Its chance level comes from a permutation
+test: the steps of both sides are randomly reassigned to A and B, identically in all layers, and a layer
+differs if its distance, in standard deviations of its own permutations, exceeds the largest of all layers in
 99 % of the permutations (Westfall and Young 1993: of a hundred comparisons of the same thing, one names a
 layer).
 
-With too few steps to permute, assignments are drawn from the shares of both sides together as if tokens were
+With too few steps to permute, assignments are drawn from the pooled shares of both sides as if tokens were
 independent. Tokens of one text are not: `TOKENS_ALIKE` of them count as one.
 """
 
@@ -27,10 +27,10 @@ from moe_trace.read.diff.resampling import Floats
 
 LEVEL = 0.99
 PERMUTATIONS = 999
-_SPLITS_MIN = 200  # fewer ways to deal the steps could never reach the level
+_SPLITS_MIN = 200  # with fewer ways to split the steps, no distance could reach the level
 _EXPERTS_NAMED = 3
 Shared = tuple[str, str, str]
-"""A router of both: its label, its module path in A, its module path in B."""
+"""A router in both recordings: its label, its module path in A, and its module path in B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +44,26 @@ class ExpertShift:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingChange:
-    """One layer's distributions over experts, compared."""
+    """Comparison of one layer's distributions over experts."""
 
     site: str
     stage: str
     total_variation: float
-    """From 0 (the same shares) to 1 (no expert in common)."""
+    """Distance from 0 (the same shares) to 1 (no expert in common)."""
     chance: float
-    """What chance alone stays under in 99 of 100 comparisons of the same thing."""
+    """Distance that chance alone does not exceed in 99 of 100 comparisons of the same thing."""
     chance_from: Literal["steps", "tokens"]
-    """Whether steps were dealt anew, or tokens were drawn as if independent."""
+    """Whether steps were permuted, or tokens were drawn as if independent."""
     changed: bool
     gained: tuple[ExpertShift, ...]
-    """The experts that gained most, largest gain first."""
+    """Experts that gained most, largest gain first."""
     lost: tuple[ExpertShift, ...]
     same_counts: bool
     """Whether every call of B assigned as many tokens to each expert as the same call of A."""
 
 
 def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> tuple[RoutingChange, ...]:
-    """One answer for each router with assignments on both sides."""
+    """Compare the routing of each router with assignments on both sides."""
     chosen, tables = [], []
     for router in routers:
         counts = [counts_by_unit(side, side.rows(n)) for side, n in zip((a, b), router[1:], strict=True)]
@@ -95,14 +95,14 @@ def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> 
 
 
 def _distances(a: npt.NDArray, b: npt.NDArray) -> Floats:
-    """[...] of counts `[..., E]`."""
+    """Return the total variation, [...], of counts `[..., E]`."""
     share_a, share_b = (counts / np.maximum(counts.sum(-1, keepdims=True), 1) for counts in (a, b))
     distances: Floats = np.abs(share_a - share_b).sum(-1) / 2
     return distances
 
 
 def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
-    """[P, L] distances with the units dealt anew, the same way for all layers."""
+    """Return distances after permuting the units, [P, L], with the same permutations for all layers."""
     units_a, units_b = (len(side) for side in tables[0])
     rng = np.random.default_rng(0)
     order = rng.permuted(np.tile(np.arange(units_a + units_b), (PERMUTATIONS, 1)), axis=1)
@@ -112,7 +112,7 @@ def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
 
 
 def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
-    """[P, L] distances of tokens drawn from the shares of both sides together."""
+    """Return distances of tokens drawn from the pooled shares of both sides, [P, L]."""
     rng = np.random.default_rng(0)
     columns = []
     for counts in tables:

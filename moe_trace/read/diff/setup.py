@@ -1,4 +1,4 @@
-"""What two recordings were made of and with, where that differs."""
+"""Differences in the set-up of two recordings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _MODEL_KEYS = {
     "training": "training mode",
 }
 WORK_TOLERANCE = 0.1
-"""Calls whose tokens differ by less are of one size."""
+"""Relative difference of tokens per call below which calls are of the same size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetupChange:
-    """A fact of the set-up that differs."""
+    """A property of the set-up that differs."""
 
     fact: str
     a: str
@@ -38,19 +38,19 @@ class SetupChange:
 
 
 def setup_changes(a: TraceSummary, b: TraceSummary) -> tuple[SetupChange, ...]:
-    """Every fact that differs, what matters most first; facts that one file lacks are said to be missing."""
+    """Return the properties that differ, most important first; those that a file lacks count as missing."""
     facts_a, facts_b = dict(_facts(a)), dict(_facts(b))
     found = []
     for fact in dict.fromkeys([*facts_a, *facts_b]):
         value_a, value_b = facts_a.get(fact), facts_b.get(fact)
         if value_a == value_b or (fact.startswith("config.") and None in (value_a, value_b)):
-            continue  # configs of older recordings are not in the file, and classes name their own keys
+            continue  # older recordings contain no config, and the keys depend on the class
         found.append(SetupChange(fact=fact, a=_in_words(value_a), b=_in_words(value_b)))
     return (*found, *_work(a, b))
 
 
 def clock_problem(a: TraceSummary, b: TraceSummary) -> str | None:
-    """Why the times of two recordings cannot be compared; None where they can."""
+    """Return why the times of two recordings cannot be compared, or None if they can."""
     clocks = ["none" if s.times is None else "device" if s.times.on_device else "host" for s in (a, b)]
     if clocks[0] == clocks[1] or "none" in clocks:
         return None

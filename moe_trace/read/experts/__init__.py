@@ -1,1 +1,1 @@
-"""What forwards read of the experts."""
+"""Reports on the experts that forwards use."""

@@ -1,9 +1,9 @@
-"""Distinct experts of a forward, by its number of tokens: whose weights it reads, and how long that takes.
+"""Number of distinct experts per forward by its number of tokens, and the time to read their weights.
 
-A layer reads the weights of every expert that got a token, padding's among them, at least once. Beside it
-stands what uniform routing of as many tokens would read (`uniform_distinct`). A forward is a step of
-decoding, a prefill, or both: those of all stages but training count, each with all of its tokens, for prefill
-and decode tokens of one forward are computed together.
+A layer reads the weights of every expert that got a token, including padding, at least once. This is compared
+with uniform routing of as many tokens (`uniform_distinct`). A forward is a step of decoding, a prefill, or
+both. Forwards of all stages but training count, each with all of its tokens, since prefill and decode tokens
+of one forward are computed together.
 """
 
 from __future__ import annotations
@@ -27,76 +27,80 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SIZES_MAX = 10
-"""Up to so many numbers of tokens get a row each; more are binned by powers of two."""
+"""Maximum number of token counts with a row each; more are binned by powers of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctExperts:
-    """Forwards of one size, or of sizes from one power of two to the next."""
+    """Statistics of forwards of one size, or of sizes from one power of two to the next."""
 
     tokens_min: int
     tokens_max: int
     calls: int
-    """Router calls: of all layers, that is forwards times layers."""
+    """Number of router calls in all layers, that is forwards times layers."""
     min: int
     median: float
     max: int
     mean: float
     uniform: float
-    """Mean under uniform routing of as many tokens, call by call."""
+    """Mean under uniform routing of as many tokens, computed per call."""
     experts: float
-    """E, mean over the calls: all that there are to read."""
+    """Number of experts E, averaged over the calls."""
     bytes: float | None
-    """Weights of the experts that a forward reads, in a layer or in all of them: mean over forwards. Where
-    ranks hold different experts, of the rank that reads most. None where it is not known."""
+    """Bytes of the experts' weights that a forward reads in the layer or in all layers, averaged over
+    forwards.
+
+    Where ranks hold different experts, this is for the rank that reads most. None if unknown.
+    """
     least_us: float | None
-    """What reading them takes at the device's memory bandwidth; None where either is not known."""
+    """Time to read them at the device's memory bandwidth, or None if either is unknown."""
     experts_us: float | None
-    """What the experts took in such a forward, mean; None where the trace does not tell."""
+    """Mean time of the experts in such a forward, or None if the trace lacks it."""
 
     @property
     def label(self) -> str:
-        """The tokens: `16`, or `9-16`."""
+        """Number of tokens, such as `16` or `9-16`."""
         low, high = self.tokens_min, self.tokens_max
         return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDistinct:
-    """One layer."""
+    """Distinct experts of one layer."""
 
     site: str
     name: str
     expert_bytes: int | None
-    """Of one expert's weights in a process."""
+    """Bytes of one expert's weights in a process."""
     sizes: tuple[DistinctExperts, ...]
-    """Fewest tokens first."""
+    """Statistics by size, fewest tokens first."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DistinctReport(ShortRepr):
-    """All layers: their calls together, and the bytes and times of a forward added up."""
+    """Distinct experts of all layers: statistics over all calls, with bytes and times of a forward summed."""
 
     sizes: tuple[DistinctExperts, ...]
     layers: tuple[LayerDistinct, ...]
     bytes_per_s: float | None
-    """The device's memory bandwidth."""
+    """Memory bandwidth of the device."""
     on_device: bool
-    """Whether the experts' times are a device's."""
+    """Whether the experts' times were measured on a device."""
     mixed_calls: int
-    """Calls that prefill and decode: each counts with the tokens of both."""
+    """Number of calls that both prefill and decode; each counts with all of its tokens."""
     unknown: str | None = None
-    """Why there are no bytes."""
+    """Reason why bytes are unknown."""
 
 
 def report_distinct(
     recording: Recording, records: RankRecords, times: CallTimes, bytes_per_s: float | None
 ) -> DistinctReport | None:
-    """None where no forward decodes: a prefill's tokens choose all experts anyway.
+    """Report distinct experts, or return None if no forward decodes, as a prefill's tokens choose all
+    experts.
 
     Args:
-        recording: of all traces together, each decision once.
-        records: the recording of each rank.
+        recording: Recording of all traces together, with each decision once.
+        records: Recording of each rank.
     """
     calls = recording.calls
     counted = calls.forward & (calls.stage != "train") & (calls.tokens > 0)
@@ -141,11 +145,11 @@ def _expert_bytes(router: RouterInfo, recording: Recording) -> int | None:
     number = item_bytes(recording.model)
     if number is None or recording.experts_are_split:
         return None
-    return router.expert_flops_per_slot // 2 * number or None  # an older file: without biases and scales
+    return router.expert_flops_per_slot // 2 * number or None  # older files: without biases and scales
 
 
 def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
-    """[N] of the experts' work in each call; NaN where it is not known."""
+    """Return the time of the experts' work in each call, [N], or NaN if unknown."""
     work_ns = times.work_ns(times.forward)
     if work_ns is None:
         return np.full(len(calls), np.nan)
@@ -154,7 +158,7 @@ def _experts_us(calls: CallTable, times: CallTimes) -> Floats:
 
 
 def _bin_of(tokens_N: Ints) -> Ints:
-    """[N] the calls' bins: the number of tokens, or its power of two, rounded up."""
+    """Return each call's bin, [N]: its number of tokens, rounded up to a power of two if there are many."""
     if len(np.unique(tokens_N)) <= SIZES_MAX:
         return tokens_N
     return 2 ** np.ceil(np.log2(tokens_N)).astype(np.int64)
@@ -162,7 +166,7 @@ def _bin_of(tokens_N: Ints) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Of N calls, NaN where a figure is not known."""
+    """Metrics of N calls; NaN if unknown."""
 
     calls: CallTable
     used: Ints
@@ -175,12 +179,12 @@ class _Columns:
 
     @staticmethod
     def of(calls: CallTable, us: Floats, bins: Ints, bytes_per_s: float | None) -> _Columns:
-        """Without what depends on the router."""
+        """Create the columns without values that depend on the router."""
         whole, real = np.zeros((2, len(calls)), np.int64), np.full((2, len(calls)), np.nan)
         return _Columns(calls, whole[0], real[0], whole[1], real[1], us, bins, bytes_per_s)
 
     def fill(self, rows: Ints, router: RouterInfo, expert_bytes: int | None, records: RankRecords) -> None:
-        """What depends on the router."""
+        """Fill in the values that depend on the router."""
         calls = self.calls.take(rows)
         own = router.num_experts - router.identity_experts
         self.experts[rows] = own
@@ -193,7 +197,7 @@ class _Columns:
             self.bytes[rows] = own * expert_bytes if router.every_expert_computes else read * expert_bytes
 
     def sizes(self, rows: Ints) -> tuple[DistinctExperts, ...]:
-        """Those calls by size."""
+        """Return statistics of these calls by size."""
         bins = self.bins[rows]
         return tuple(self._size(rows[bins == size]) for size in np.unique(bins).tolist())
 
@@ -216,7 +220,7 @@ class _Columns:
         )
 
     def _of_a_forward(self, values: Floats, rows: Ints) -> float | None:
-        """The sum over layers of each one's mean; None where a call's is not known."""
+        """Sum each layer's mean over the layers, or return None if a call's value is unknown."""
         router, here = self.calls.router[rows], values[rows]
         if np.isnan(here).any():
             return None
@@ -226,7 +230,7 @@ class _Columns:
 
 
 def _read_by_busiest(used: Ints, calls: CallTable, router: RouterInfo, records: RankRecords) -> Floats:
-    """[N] experts that the rank reads which reads most; NaN where it is not known who holds what."""
+    """Return the experts read by the rank that reads most, [N], or NaN if their placement is unknown."""
     group = records.parallel(records.ranks[0]).expert_ranks
     if not group:
         return used.astype(np.float64)

@@ -1,8 +1,8 @@
-"""Physical experts: what each slot of a load balancer (EPLB) got, beside what its logical expert got.
+"""Load of the physical slots of a load balancer (EPLB), compared with that of the logical experts.
 
-A balancer gives hot experts replicas, spreads all over P slots, and moves them while the run goes on. So what
-a slot got is the load of a place; how the replicas of an expert share its tokens is known between two moves,
-and then added up.
+A balancer replicates hot experts, spreads all over P slots, and moves them during the run. A slot's load is
+therefore that of a place. How the replicas of an expert share its tokens is determined between two moves, and
+then summed.
 """
 
 from __future__ import annotations
@@ -24,59 +24,61 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicatedExpert:
-    """An expert that several slots held."""
+    """An expert that several slots held at once."""
 
     expert: int
     slots: tuple[int, ...]
-    """That held it in some call."""
+    """Slots that held it in such calls."""
     assignments: int
-    """In the calls in which several did."""
+    """Number of assignments in the calls in which several slots held it."""
     max_over_mean: float | None
-    """The busiest replica's assignments over the mean replica's, maximum and mean added up from move to move:
-    1 is shared evenly. None without an assignment."""
+    """Assignments of the busiest replica ÷ mean over replicas, with both summed over the moves.
+
+    1 means evenly shared; None without assignments.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicalLoad:
-    """One layer, all calls that tell."""
+    """Physical load of one layer, over all calls with known slots."""
 
     site: str
     name: str
     calls: int
     experts: int
-    """E."""
+    """Number of logical experts E."""
     maps: int
-    """Different ways in which the balancer had put experts on the slots."""
+    """Number of different mappings from slots to experts that the balancer used."""
     assignments: tuple[int, ...]
-    """[P] of each slot."""
+    """[P] assignments of each slot."""
     slot_experts: tuple[int, ...]
-    """[P] the expert that each held last; -1 for none."""
+    """[P] last expert in each slot, or -1 for none."""
     slot_ranks: tuple[int, ...] | None
-    """[P] the rank that holds each; None where that is not known."""
+    """[P] rank that holds each slot, or None if unknown."""
     rank_assignments: dict[int, int]
-    """By rank; empty where it is not known which slots it holds."""
+    """Assignments by rank; empty if the placement of slots is unknown."""
     expert_max_over_mean: float | None
-    """Of logical experts, whose replicas' assignments are added up."""
+    """Max ÷ mean over logical experts, whose replicas' assignments are summed."""
     slot_max_over_mean: float | None
-    """Of the slots in use."""
+    """Max ÷ mean over the slots in use."""
     rank_max_over_mean: float | None
     replicas: tuple[ReplicatedExpert, ...]
-    """Those shared least evenly first."""
+    """Replicated experts, the least evenly shared first."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PhysicalReport(ShortRepr):
-    """All layers whose experts a load balancer places."""
+    """Physical load of all layers whose experts a load balancer places."""
 
     layers: tuple[PhysicalLoad, ...]
 
 
 def report_physical(recording: Recording, records: RankRecords) -> PhysicalReport | None:
-    """None where no call tells of slots.
+    """Report physical loads, or return None if no call has slots.
 
     Args:
-        recording: of all traces together, each decision once.
-        records: the recording of each rank.
+        recording: Recording of all traces together, with each decision once.
+        records: Recording of each rank.
     """
     calls = recording.calls
     told = calls.forward & calls.lists["slot_assignments"].known & calls.lists["slot_experts"].known
@@ -125,7 +127,7 @@ def _uneven(load: Ints | Sequence[int]) -> float | None:
 
 
 def _replicas(maps_MP: Ints, loads_MP: Ints) -> tuple[ReplicatedExpert, ...]:
-    """Of each expert, over the maps in which several slots held it."""
+    """Summarise each expert over the mappings in which several slots held it."""
     row, slot = np.nonzero(maps_MP >= 0)
     at, load = (row, maps_MP[row, slot]), loads_MP[row, slot]
     copies_ME, total_ME, most_ME = np.zeros((3, len(maps_MP), int(maps_MP.max()) + 1), np.int64)

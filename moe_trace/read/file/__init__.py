@@ -1,1 +1,1 @@
-"""Trace files: opened, told apart by process and rank, taken apart into recording and events."""
+"""Reading of trace files: opening, separation of processes and ranks, decoding of recording and events."""

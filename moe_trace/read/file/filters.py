@@ -1,4 +1,4 @@
-"""Which calls a question is about."""
+"""Selection of the calls to analyse."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moe_trace.data.schema import Recording, RouterInfo, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Empty sets select everything."""
+    """A selection of layers, steps and stages. Empty sets select everything."""
 
     layers: frozenset[str] = frozenset()
-    """Layer indices (as text), labels or module paths."""
+    """Layer indices (as strings), labels or module paths."""
     steps: frozenset[int] = frozenset()
     stages: frozenset[Stage] = frozenset()
 
@@ -25,22 +25,23 @@ class Filter:
         return bool(self.layers or self.steps or self.stages)
 
     def takes_router(self, router: RouterInfo) -> bool:
-        """Whether the router is among the selected."""
+        """Return whether the router is selected."""
         return not self.layers or bool({str(router.layer), router.site, router.name} & self.layers)
 
     def takes_time(self, step: int, stage: Stage) -> bool:
-        """Whether the filter selects that stage of that step: of a mixed forward the whole, not a part."""
+        """Return whether that stage of that step is selected; a mixed forward is selected only as a whole."""
         wanted = not self.stages or stage in whole_stages(self.stages)
         return wanted and (not self.steps or step in self.steps)
 
     def of_whole_forwards(self) -> Filter:
-        """The same, but where decoding is selected, of mixed forwards the whole instead of a part."""
+        """Return a filter that selects whole mixed forwards, instead of a part, where decoding is
+        selected."""
         return replace(self, stages=self.stages | {"mixed"}) if "decode" in self.stages else self
 
     def narrow(self, recording: Recording) -> Recording:
-        """The recording with the selected routers and calls, of which there may be none.
+        """Return the recording with the selected routers and calls, which may be empty.
 
-        Of mixed calls it has the part of a selected stage, see `of_stages`.
+        Of mixed calls it contains the part of the selected stage (see `of_stages`).
         """
         if not self:
             return recording
@@ -56,10 +57,10 @@ class Filter:
         )
 
     def apply(self, recording: Recording) -> Recording:
-        """The recording with the selected routers and calls.
+        """Return the recording with the selected routers and calls.
 
         Raises:
-            UsageError: nothing is left.
+            UsageError: Nothing is left.
         """
         narrowed = self.narrow(recording)
         if self and not narrowed.samples:

@@ -1,4 +1,4 @@
-"""Which traces lie in a folder."""
+"""Find trace files in a folder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from moe_trace.read.file.worker_names import is_frontend
 
 TRACE_SUFFIXES = (".json", ".json.gz")
 REDUCED_SUFFIX = ".moe_trace"
-"""Of the small files that answer for traces (`moe_trace.read.reduced`)."""
+"""Suffix of reduced traces, the small files that replace traces in reports (`moe_trace.read.reduced`)."""
 NO_EVENTS = "found reduced traces, which hold no events; give the traces themselves"
 
 
 def find_traces(path: str | Path) -> list[Path]:
-    """The trace itself, or the traces below a folder, by name: of frontends only where there are no others.
+    """Return the path itself or the traces below a folder, sorted; frontends' only if there are no others.
 
     Raises:
-        TraceFileError: nothing is there.
+        TraceFileError: There is no trace.
     """
     path = Path(path)
-    if not os.path.isdir(path):  # false, too, for what is no possible name: who opens it says why
+    if not os.path.isdir(path):  # also for strings that cannot be paths, which opening reports
         return [path]
     files = visible_files(path)
     traces = [f for f in files if f.name.endswith(tuple(f"trace{suffix}" for suffix in TRACE_SUFFIXES))]
-    if not traces:  # names that somebody chose
+    if not traces:  # files with names that the user chose
         traces = [f for f in files if f.name.endswith(TRACE_SUFFIXES) and f.parent == path]
     if not traces:
         if any(file.name.endswith(REDUCED_SUFFIX) for file in files):
@@ -38,8 +38,10 @@ def find_traces(path: str | Path) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All regular files below a folder, by name. Hidden are those that other systems leave beside a file
-    (`._x`), and what an interrupted merge left."""
+    """Return all regular files below a folder, sorted, except hidden ones.
+
+    Other systems leave hidden files beside a file (`._x`), and so do interrupted merges.
+    """
     files = sorted(folder.rglob("*"))
     shown = (f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
     return [file for file in shown if file.is_file()]

@@ -1,4 +1,4 @@
-"""Open a trace on disk, plain or gzip, as a stream of JSON."""
+"""Open a plain or gzip-compressed trace as a JSON stream."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_trace.data.files import trace_path_error
 from moe_trace.data.trace_json.stream import JsonStream
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of the file read so far, and its size."""
+"""Callback with the number of bytes of the file read so far, and its size."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 @contextmanager
 def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[JsonStream]:
-    """A cursor over the trace's JSON.
+    """Open a cursor over the trace's JSON.
 
     Raises:
-        TraceFileError: the file cannot be opened or decompressed.
+        TraceFileError: The file cannot be opened or decompressed.
     """
     with opened(path) as (raw, plain):
         size = path.stat().st_size
@@ -40,10 +40,10 @@ def open_trace_stream(path: Path, progress: Progress | None = None) -> Iterator[
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as it is, and decompressed; the same twice where it is not packed.
+    """Open the raw file and its decompressed contents, which are the same object if it is not compressed.
 
     Raises:
-        TraceFileError: as `open_trace_stream`.
+        TraceFileError: See `open_trace_stream`.
     """
     try:
         raw = path.open("rb")

@@ -1,10 +1,10 @@
-"""The events of one process, out of a file that another tool put together from several ranks.
+"""Select the events of one process from a file that another tool merged from several ranks.
 
-Correlations, flows and ranges are numbered by each process for itself, so none of them joins anything before
-it is known whose events these are. Host events say so themselves. A device's lane (its process id in the
-trace) belongs to the process of the same id; without one, to the only process whose launches can have made
-its work: with these correlations, and none begun after its kernel. Where several fit it is nobody's: its
-kernels stay without a launch, and count as such.
+Each process numbers its correlations, flows and ranges separately, so none of them can be joined before the
+process of the events is known. Host events contain it. A device's lane (its process id in the trace) belongs
+to the process of the same id or, without one, to the only process that can have launched its work: one that
+has these correlations, with no launch that began after its kernel. If several fit, the lane has no owner: its
+kernels remain without a launch and are counted as such.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links, to_ns
 
 _FITS = 0.9
-"""Share of a lane's kernels that its process must have launched."""
+"""Minimum share of a lane's kernels that its process must have launched."""
 _APART = 0.02
-"""How much less of them any other process may have launched."""
+"""Minimum margin in that share over any other process."""
 
 
 def events_of_recording(events: EventTable, samples: Sequence[RoutingSample]) -> EventTable:
-    """Those of the process whose router calls were recorded; all of them where there is one process only."""
+    """Return the events of the process whose router calls were recorded, or all for a single process."""
     pids = _pids(events)
     hosts = list(dict.fromkeys(pids[np.flatnonzero(events.kind == Kind.OP)].tolist())) if len(pids) else []
     if len(hosts) < 2:
@@ -51,7 +51,7 @@ def events_of_recording(events: EventTable, samples: Sequence[RoutingSample]) ->
 
 
 def _pid_of_thread(events: EventTable) -> npt.NDArray[np.int64]:
-    """[threads] the first thread's index among those of the same process stands for the process."""
+    """Return a number for each thread's process, [threads]: the index of the first thread of that process."""
     first: dict[Any, int] = {}
     return np.array([first.setdefault(pid, i) for i, (pid, _) in enumerate(events.threads)], np.int64)
 
@@ -63,7 +63,7 @@ def _pids(events: EventTable) -> npt.NDArray[np.int64]:
 def _process_of(
     samples: Sequence[RoutingSample], events: EventTable, pids: npt.NDArray[np.int64]
 ) -> int | None:
-    """The process with most of the calls' ranges, the first in the file of several with as many."""
+    """Return the process with most of the calls' ranges, the first in the file if several tie."""
     wanted = {
         (range_name(kind, sample.site), int(to_ns(span.start_us)))
         for sample in samples
@@ -80,9 +80,9 @@ def _process_of(
 def _owners(
     lanes: Sequence[int], hosts: Sequence[int], events: EventTable, pids: npt.NDArray[np.int64]
 ) -> dict[int, int | None]:
-    """Lane -> its process, None where that cannot be told.
+    """Return the process of each lane, or None if unknown.
 
-    A launch has its kernels in one lane: what is found for one is out of the question for the next.
+    A launch has its kernels in one lane, so launches matched to one lane are excluded for the next.
     """
     owners: dict[int, int | None] = {lane: lane if lane in hosts else None for lane in lanes}
     kernels = {lane: events.select((events.kind == Kind.DEVICE) & (pids == lane)) for lane in lanes}
@@ -106,7 +106,7 @@ def _owners(
 
 
 def _share_launched(kernels: EventTable, launches: EventTable) -> float:
-    """Share of the kernels that have a launch among these, begun before them."""
+    """Return the share of the kernels that have a launch among these which began before them."""
     at = find_links(kernels.link, launches.link)
     known = at >= 0
     known[known] = launches.start_ns[at[known]] <= kernels.start_ns[known]

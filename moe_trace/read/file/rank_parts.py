@@ -1,8 +1,7 @@
-"""The ranks inside one merged trace: which events and which calls are whose.
+"""Separate the ranks of a merged trace, by events and by calls.
 
-`merge` keeps every rank's calls in one recording, rank after rank, and beside it (key `ranks` of the
-`moe_trace` data) a part for each rank: how many of the calls are its own, which processes, what it knew of
-itself.
+`merge` stores every rank's calls in one recording, rank after rank, and under the key `ranks` of the
+`moe_trace` data a part for each rank: its number of calls, its processes, and its own metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RANKS_KEY = "ranks"
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How far apart the ranks end the collectives that they share, in microseconds."""
+    """Distribution of the differences, in microseconds, between ranks' ends of shared collectives."""
 
     median_us: float
     p95_us: float
@@ -32,44 +31,46 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """How the ranks' clocks stand to each other."""
+    """Alignment of the ranks' clocks."""
 
     reference: int
-    """The rank whose clock is kept."""
+    """Rank whose clock is kept."""
     offset_ns: Mapping[int, int]
-    """By rank: what is added to its times to get the reference's."""
+    """Offset by rank that is added to its times to get the reference's."""
     unaligned: tuple[int, ...]
-    """Ranks that share no matched collective with the reference, not even through others. They are aligned
-    among themselves, where they share any; the first of them keeps its clock."""
+    """Ranks that share no matched collective with the reference, not even through other ranks.
+
+    They are aligned among themselves if they share any; the first of them keeps its clock.
+    """
     collectives: int
-    """How many the estimate rests on."""
+    """Number of collectives that the estimate is based on."""
     same_host: bool
     """Whether all ranks share one host's clock, which was kept."""
     before: Spread | None
     after: Spread | None
-    """The residual; None where nothing is shared."""
+    """Residual after alignment; None if no collective is shared."""
     early_before: int
-    """Receives that end before their send began, as recorded."""
+    """Number of receives that end before their send began, as recorded."""
     early_after: int
-    """The same after alignment: 0, unless the clocks drift more than the collectives take."""
+    """The same after alignment: 0, unless the clocks drift by more than the duration of the collectives."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankPart:
-    """What belongs to one rank of a merged trace."""
+    """The part of a merged trace that belongs to one rank."""
 
     rank: int
     file: str
-    """Name of the file that it came from."""
+    """Name of the original file."""
     samples: int
-    """How many of the recording's samples, in the order of the parts."""
+    """Number of the recording's samples that belong to it, in the order of the parts."""
     pids: tuple[int | str, ...]
-    """Its processes in the merged trace."""
+    """Its process ids in the merged trace."""
     lost: Lost
     parallel: Parallel | None
     held: tuple[tuple[int, ...] | None, ...]
-    """By router of the recording: `RouterInfo.held_experts` of this rank."""
+    """`RouterInfo.held_experts` of this rank, by router of the recording."""
     host_name: str | None = None
     groups: tuple[tuple[int, ...], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -77,19 +78,19 @@ class RankPart:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergedRanks:
-    """The ranks of a merged trace, and how they came together."""
+    """The ranks of a merged trace, with their alignment."""
 
     parts: tuple[RankPart, ...]
     alignment: Alignment
     missing: tuple[int, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
-    """File -> why it is not among the parts."""
+    """Reason for each file that was left out."""
     unreadable: dict[int, int] = field(default_factory=dict)
-    """Rank -> how many of its events could not be read; the others are there."""
+    """Number of unreadable events by rank; the rank's other events are included."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know."""
+        """Notes for the reader of a report."""
         left_out = self.left_out.items()
         return (
             *(f"{file} was left out when the ranks were merged: {why}" for file, why in left_out),
@@ -101,10 +102,10 @@ class MergedRanks:
 
 
 def decode_merged(payload: Any) -> MergedRanks | None:
-    """None for the recording of one process.
+    """Decode the merged ranks, or return None for the recording of one process.
 
     Raises:
-        TraceFileError: the key is there, but of another form.
+        TraceFileError: The key is present, but has another form.
     """
     value = payload.get(RANKS_KEY) if isinstance(payload, dict) else None
     if value is None:
@@ -118,10 +119,10 @@ def decode_merged(payload: Any) -> MergedRanks | None:
 
 
 def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording]:
-    """The recording of each rank, in the order of the parts.
+    """Return the recording of each rank, in the order of the parts.
 
     Raises:
-        TraceFileError: the parts do not add up to the recording.
+        TraceFileError: The parts do not add up to the recording.
     """
     total = sum(part.samples for part in merged.parts)
     fits = all(len(p.held) == len(recording.routers) and p.samples >= 0 for p in merged.parts)
@@ -149,7 +150,7 @@ def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording
 
 
 def events_of(events: EventTable, pids: Sequence[int | str]) -> EventTable:
-    """The events of some processes."""
+    """Select the events of some processes."""
     mine = np.array([pid in set(pids) for pid, _ in events.threads], dtype=bool)
     kept = events.select(mine[events.thread] if len(mine) else np.zeros(len(events), dtype=bool))
     return replace(kept, comms=tuple(c for c in events.comms if mine[c.thread]))

@@ -1,4 +1,4 @@
-"""Open a trace, plain or gzip, and take out of it what questions about routing need."""
+"""Read plain or gzip-compressed traces: the recording, the events, and metadata."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _CarrierArgs(msgspec.Struct, gc=False):
 
 
 class _Carrier(msgspec.Struct, gc=False):
-    """An event of which nothing is built but the recording, if it carries one."""
+    """An event of which only the recording is decoded, if it has one."""
 
     args: _CarrierArgs | None = None
 
@@ -38,7 +38,7 @@ _decode_carrier = msgspec.json.Decoder(_Carrier).decode
 
 
 def _carrier(text: bytes) -> _Carrier:
-    """One event of a batch that cannot be decoded as a whole; what is odd itself carries no recording."""
+    """Decode one event of a batch that cannot be decoded as a whole; a malformed one has no recording."""
     try:
         return _decode_carrier(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -47,7 +47,7 @@ def _carrier(text: bytes) -> _Carrier:
 
 @dataclass(frozen=True, eq=False)
 class TraceFile:
-    """What one trace holds."""
+    """Contents of one trace."""
 
     path: Path
     recording: Recording
@@ -55,22 +55,22 @@ class TraceFile:
     devices: tuple[str, ...]
     """Names of the accelerators, from `deviceProperties`."""
     base_time_ns: int = 0
-    """What the events' times count from, on the host's clock."""
+    """Origin of the events' times on the host's clock."""
     host_name: str | None = None
-    """None where the release of torch did not write it."""
+    """Name of the host, or None if torch's release did not write it."""
     groups: tuple[tuple[int, ...], ...] = ()
     """Ranks of the process groups with more than one member, from `distributedInfo`."""
     head: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    """JSON of the top-level keys before the events, and of those that this reader asks for."""
+    """JSON of the top-level keys before the events, and of `KEYS` anywhere."""
     merged: MergedRanks | None = None
-    """The ranks in it, where several traces were merged into this one."""
+    """Ranks in the file if it is a merged trace."""
 
 
 def split_ranks(trace: TraceFile) -> list[TraceFile]:
-    """A trace for each rank of a merged one; any other trace as it is.
+    """Split a merged trace into one trace per rank; other traces are reduced to the recorded process.
 
     Raises:
-        TraceFileError: the parts do not add up to the whole.
+        TraceFileError: The parts do not add up to the whole.
     """
     if trace.merged is None:
         return [replace(trace, events=events_of_recording(trace.events, trace.recording.samples))]
@@ -93,10 +93,11 @@ def split_ranks(trace: TraceFile) -> list[TraceFile]:
 
 
 def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
-    """Read a merged trace in one pass.
+    """Read a trace with moe_trace data in one pass.
 
     Raises:
-        TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
+        TraceFileError: The file is missing, empty, truncated, not JSON, from another tool, or lacks moe_trace
+            data.
     """
     with open_trace_stream(path, progress) as stream:
         found = _Found(with_events=True)
@@ -120,21 +121,21 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
 
 
 def read_recording(path: str | Path) -> Recording:
-    """What moe_trace added to one trace file, without looking at the trace's own events.
+    """Read what moe_trace added to one trace file, without decoding the trace's own events.
 
-    In a plain `.json` as moe_trace wrote it this reads only the end of the file, whatever its size.
+    For a plain `.json` as written by moe_trace this reads only the end of the file, regardless of its size.
 
     Raises:
-        TraceFileError: as `read_trace`.
+        TraceFileError: See `read_trace`.
     """
     return _read_added(Path(path))[0]
 
 
 def read_rank_recordings(path: str | Path) -> tuple[list[Recording], bool]:
-    """The same for each rank, and whether the file is a merged trace of several.
+    """Return the recording of each rank, and whether the file is a merged trace.
 
     Raises:
-        TraceFileError: as `read_trace`, or the ranks do not add up to the whole.
+        TraceFileError: See `read_trace`; or the ranks do not add up to the whole.
     """
     recording, merged = _read_added(Path(path))
     if merged is None:
@@ -160,7 +161,7 @@ def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
 
 
 class _Found:
-    """The top-level values of interest, as they come by."""
+    """Collects the top-level values of interest while the file is read."""
 
     def __init__(self, *, with_events: bool) -> None:
         self.events = EventTableBuilder() if with_events else None
@@ -172,7 +173,7 @@ class _Found:
         if key == "traceEvents":
             self.has_events = True
             self._take_events(stream)
-        elif key == METADATA_KEY and self.recording is None:  # as older releases wrote it, or the user's own
+        elif key == METADATA_KEY and self.recording is None:  # as older releases or the user wrote it
             self.recording = stream.value()
         elif not self.has_events or (key in KEYS and key not in self.head):
             self.head[key] = stream.value()
@@ -201,10 +202,10 @@ def _require_events(path: Path, found: _Found) -> None:
 
 
 def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRanks | None]:
-    """Decode what stands under the `moe_trace` key.
+    """Decode the value of the `moe_trace` key.
 
     Raises:
-        TraceFileError: there was none, or it does not follow the schema.
+        TraceFileError: It is missing, or does not follow the schema.
     """
     if text is None and is_frontend(path.name):
         raise TraceFileError(
@@ -225,10 +226,10 @@ def _take_recording(path: Path, text: bytes | None) -> tuple[Recording, MergedRa
 
 
 def decode_payload(text: bytes) -> Any:
-    """The JSON of a recording, its samples still as text.
+    """Decode the JSON of a recording, except for its samples, which stay encoded.
 
     Raises:
-        TraceFileError: it is no JSON.
+        TraceFileError: It is not JSON.
     """
     try:
         raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])

@@ -1,12 +1,13 @@
-"""What vLLM says of a rank in the name of its trace, for recordings that do not say it themselves.
+"""Derive ranks from vLLM's trace file names, for recordings without rank information.
 
     worker          [prefix_]dp0_pp0_tp1_dcp0_ep1_rank1.<ns>.pt.trace.json.gz  (get_worker_rank_suffix)
     older releases  <instance>-rank-1.<ns>.pt.trace.json.gz
     the server      [prefix_]<host>_<pid>.async_llm.<ns>.pt.trace.json.gz: the frontend, where no model runs
 
-`rank` counts within one engine, and data-parallel engines each begin at 0, so a rank's place among all comes
-from its place in each dimension, the outermost first: data, pipeline, tensor (decode context parallelism
-divides the tensor-parallel ranks again). How large these are, the names of the folder's other traces tell.
+`rank` counts within one engine, and each data-parallel engine starts at 0, so the global rank is computed
+from the index in each dimension, outermost first: data, pipeline, tensor (decode context parallelism
+subdivides the tensor-parallel ranks). The sizes of the dimensions follow from the names of the folder's other
+traces.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ import numpy.typing as npt
 from moe_trace.data.schema import Parallel, Recording
 
 _ENDING = r"\.\d+\.pt\.trace\.json"
-"""What follows it is of packed files, and of what they were reduced to."""
+"""Ending of the name; suffixes of compressed files and of reduced traces may follow."""
 _WORKER = re.compile(rf"(?P<run>(?:.*_)?)(?P<place>dp\d+_pp\d+_tp\d+(?:_[a-z]+\d+)*){_ENDING}.*")
 _OLDER = re.compile(rf"(?P<run>.+)-(?P<place>rank-\d+){_ENDING}.*")
 _PART = re.compile(r"([a-z]+)-?(\d+)")
 _FRONTEND = re.compile(rf".*\.async_llm{_ENDING}(\.gz)?")
 
 _DIMS = ("dp", "pp", "tp")
-"""Outermost first: neighbours in the last have neighbouring ranks."""
+"""Dimensions from outermost to innermost; ranks adjacent in the last have consecutive numbers."""
 _RANKS_MAX = 2**14
-"""Of one run; names that say more are not of ranks."""
+"""Maximum number of ranks in a run; larger indices are not ranks."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of an engine, by the name of its trace."""
+    """One process of an engine, parsed from the name of its trace."""
 
     run: str
-    """What stands before its place: the same for all of a run."""
+    """Prefix before the place, the same for all processes of a run."""
     place: dict[str, int]
-    """Its index by dimension, such as `{"dp": 0, "pp": 0, "tp": 1, "rank": 1}`."""
+    """Index by dimension, such as `{"dp": 0, "pp": 0, "tp": 1, "rank": 1}`."""
 
 
 def worker_of(name: str) -> Worker | None:
-    """None where the name is of another form."""
+    """Parse a file name, or return None if it has another form."""
     match = _WORKER.fullmatch(name) or _OLDER.fullmatch(name)
     if match is None:
         return None
@@ -56,12 +57,12 @@ def worker_of(name: str) -> Worker | None:
 
 
 def is_frontend(name: str) -> bool:
-    """Whether the trace is of vLLM's server process."""
+    """Return whether the trace is from vLLM's server process."""
     return _FRONTEND.fullmatch(name) is not None
 
 
 def frontends_beside(files: Iterable[Path]) -> list[str]:
-    """A sentence on the frontends' traces in the folders of these, which nobody needs to read."""
+    """Return a note on frontends' traces in the folders of these files, which need not be read."""
     folders = dict.fromkeys(file.parent for file in files)
     count = sum(is_frontend(name) for folder in folders for name in _names(folder))
     if not count:
@@ -71,7 +72,7 @@ def frontends_beside(files: Iterable[Path]) -> list[str]:
 
 
 def with_rank_of_name(recording: Recording, path: Path) -> Recording:
-    """The recording with what names tell of its rank, where it says nothing of ranks itself."""
+    """Add rank information from file names to a recording that has none."""
     if recording.parallel is not None or recording.world_size > 1:
         return recording
     mine = worker_of(path.name)
@@ -98,11 +99,11 @@ def with_rank_of_name(recording: Recording, path: Path) -> Recording:
 def _parallel(
     recording: Recording, place: dict[str, int], sizes: dict[str, int], ranks: npt.NDArray[np.int64]
 ) -> Parallel:
-    """By the engine's rules: tensor-parallel ranks route the same tokens; where experts are split, they are
-    split over all ranks of a pipeline stage, in order of rank."""
+    """Apply the engine's rules: tensor-parallel ranks route the same tokens, and experts, if split, are split
+    over all ranks of a pipeline stage in order of rank."""
 
     def along(*free: str) -> tuple[int, ...]:
-        """Those that differ from this place only in these dimensions, ascending."""
+        """Return the ranks that differ from this place only in these dimensions, ascending."""
         return tuple(
             ranks[tuple(slice(None) if dim in free else place[dim] for dim in sizes)].ravel().tolist()
         )

@@ -1,1 +1,1 @@
-"""What stands out in a trace, and what to do about it."""
+"""Findings: notable properties of a trace, with advice."""

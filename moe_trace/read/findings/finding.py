@@ -1,4 +1,4 @@
-"""What a rule looks at, and what it says."""
+"""Findings, the evidence that rules examine, and formatting helpers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_trace.read.ranks.report import RankReport
 
 FINDINGS_SHOWN = 8
-"""How many a page shows; the JSON has all."""
+"""Number of findings that a page shows; the JSON contains all."""
 LAYERS_NAMED = 3
 WRONG = frozenset({"nonfinite", "experts_untimed", "bytes_differ", "clocks_disagree"})
 Severity = Literal["wrong", "time", "note"]
@@ -25,34 +25,34 @@ Severity = Literal["wrong", "time", "note"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One sentence that says what was found, and one that says what to do."""
+    """One sentence with what was found, and one with what to do."""
 
     rule: str = ""
-    """The name of the function that found it, which `find` fills in."""
+    """Name of the function that found it, filled in by `find`."""
     site: str | None = None
-    """The layer with the worst value; None where it is about no single layer."""
+    """Layer with the worst value, or None if it is not about a single layer."""
     value: float
-    """The worst."""
+    """The worst value."""
     threshold: float
     sentence: str
     advice: str
     sites: tuple[str, ...] = ()
-    """All layers it holds for, worst first."""
+    """All layers that it applies to, worst first."""
     cost_us: float | None = None
-    """Time that it takes over the whole recording, where the trace tells."""
+    """Time lost over the whole recording, if known from the trace."""
     stage: Stage | None = None
-    """The calls that it is about; None where the recording has one stage only, or for the run as a whole."""
+    """Stage of the calls; None for a recording with one stage, or for the run as a whole."""
 
     @property
     def severity(self) -> Severity:
-        """`wrong` where figures cannot be trusted, `time` where it takes time that the trace tells."""
+        """`wrong` if figures cannot be trusted, `time` if the time lost is known, else `note`."""
         if self.rule in WRONG:
             return "wrong"
         return "time" if self.cost_us is not None else "note"
 
     @property
     def price(self) -> str:
-        """Severity in a word: `wrong`, the time that it takes, or `note`."""
+        """Text that shows the severity: `wrong`, the time lost, or `note`."""
         return (
             duration(self.cost_us) if self.severity == "time" and self.cost_us is not None else self.severity
         )
@@ -60,47 +60,47 @@ class Finding:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Evidence(Summary):
-    """What the rules look at: a summary, with what the events of the trace tell of the same calls."""
+    """A summary with results from the trace's events, which the rules examine."""
 
     phases: PhaseReport | None
-    """None where no call has its ranges in the trace."""
+    """Time by phase, or None if no call has its ranges in the trace."""
     speed: SpeedReport | None
     imbalance: tuple[ImbalanceCost, ...]
     load_models: tuple[LoadModel, ...]
-    """How the experts' time follows the load: what `imbalance` rests on."""
+    """Models of the experts' time as a function of the load, the basis of `imbalance`."""
     operators: frozenset[str] = field(repr=False)
     """Names of torch's operators in the trace."""
     ranks: RankReport | None = None
-    """The ranks of the run together; None for a single one."""
+    """Report on the ranks of the run, or None for a single rank."""
     distinct: DistinctReport | None = None
-    """Experts that a forward reads, by its tokens; of all stages together, None in those without decode."""
+    """Distinct experts per forward by its tokens, over all stages; None for stages without decode."""
     stage: Stage | None = None
-    """That of all calls; None where they are of several."""
+    """Stage of all calls, or None if there are several."""
 
 
 Rule = Callable[[Evidence], Iterator[Finding]]
 
 
 def in_one_line(layers: Sequence[tuple[str, str]]) -> str:
-    """`L04 8.0×, L05 7.9×, L08 7.9× and 12 more layers`, from (site, figure), worst first."""
+    """Format (site, figure) pairs, worst first: `L04 8.0×, L05 7.9×, L08 7.9× and 12 more layers`."""
     named = ", ".join(f"{site} {figure}".rstrip() for site, figure in layers[:LAYERS_NAMED])
     more = len(layers) - LAYERS_NAMED
     return named if more <= 0 else f"{named} and {count(more, 'more layer')}"
 
 
 def count(number: int, noun: str) -> str:
-    """`1 expert`, `2 experts`."""
+    """Format a number with its noun, such as `1 expert` or `2 experts`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(part: float) -> str:
-    """A share for a sentence: no decimals, or one where it is under 10 % and no whole number."""
+    """Format a share without decimals, or with one if it is under 10 % and not a whole number."""
     value = 100 * part
     return f"{value:.0f} %" if value >= 9.5 or abs(value - round(value)) < 0.05 <= value else f"{value:.1f} %"
 
 
 def duration(us: float) -> str:
-    """`340 µs`, `12.4 ms`."""
+    """Format a duration, such as `340 µs` or `12.4 ms`."""
     if abs(us) >= 1e6:
         return f"{us / 1e6:.3g} s"
     return f"{us / 1e3:.3g} ms" if abs(us) >= 1e3 else f"{us:.3g} µs"

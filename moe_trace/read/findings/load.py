@@ -1,4 +1,4 @@
-"""Findings about what the routers decided."""
+"""Findings about routing decisions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLLAPSED = 0.95
 
 
 def nonfinite(evidence: Evidence) -> Iterator[Finding]:
-    """NaN or infinite logits."""
+    """Find NaN or infinite logits."""
     found = [(r.nonfinite_tokens, r) for r in evidence.routers if r.nonfinite_tokens]
     if found:
         found.sort(key=lambda pair: -pair[0])
@@ -34,7 +34,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
 
 
 def hot_expert(evidence: Evidence) -> Iterator[Finding]:
-    """An expert that gets a multiple of its share, beyond chance."""
+    """Find experts that get a multiple of their share, beyond chance."""
     found = [
         (r.load.max_over_mean, r)
         for r in evidence.routers
@@ -61,7 +61,7 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _advice_of_load(evidence: Evidence) -> str:
-    """What an uneven load means in the set-up that the trace is of."""
+    """Return advice on an uneven load for the set-up of the trace."""
     if evidence.ranks is not None and evidence.ranks.exchange is not None:
         return (
             "The rank that holds it is waited for: place busy experts apart or replicate them (`moe-trace "
@@ -85,7 +85,7 @@ def _busiest(router: RouterSummary) -> int:
 
 
 def dead_experts(evidence: Evidence) -> Iterator[Finding]:
-    """Experts without any token, though enough tokens came by."""
+    """Find experts without any token, despite enough tokens."""
     dead = [(len(r.load.dead_experts), r) for r in evidence.routers]
     found = sorted((one for one in dead if one[0] and one[1].chance.tells_dead), key=lambda pair: -pair[0])
     if not found:
@@ -109,7 +109,7 @@ def _ids(router: RouterSummary) -> str:
 
 
 def padding(evidence: Evidence) -> Iterator[Finding]:
-    """Assignments that padding tokens made."""
+    """Find a large share of assignments from padding tokens."""
     total = sum(sum(router.assignments) for router in evidence.routers)
     share = sum(router.padding_assignments for router in evidence.routers) / total if total else 0.0
     if share > PADDING_SHARE:
@@ -127,7 +127,7 @@ def padding(evidence: Evidence) -> Iterator[Finding]:
 
 
 def skipped(evidence: Evidence) -> Iterator[Finding]:
-    """Slots that no expert's output came from."""
+    """Find slots that contributed no expert output."""
     shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
     if found:
@@ -142,7 +142,7 @@ def skipped(evidence: Evidence) -> Iterator[Finding]:
 
 
 def undecided_router(evidence: Evidence) -> Iterator[Finding]:
-    """Routers that hardly tell experts apart."""
+    """Find routers that hardly distinguish between experts."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
     if found:
@@ -156,7 +156,7 @@ def undecided_router(evidence: Evidence) -> Iterator[Finding]:
 
 
 def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
-    """Routers that are certain of every token."""
+    """Find routers that are nearly certain of every token."""
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]
     found.sort(key=lambda pair: -pair[0])
@@ -173,7 +173,7 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
 def _of_layers(
     found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
 ) -> Finding:
-    """One finding of all layers that a rule holds for, worst first."""
+    """Make one finding for all layers that a rule applies to, worst first."""
     return Finding(
         site=found[0][1].info.site,
         sites=tuple(router.info.site for _, router in found),

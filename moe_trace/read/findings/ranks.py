@@ -1,4 +1,4 @@
-"""Findings about a run of several ranks; all silent for a single one."""
+"""Findings about runs with several ranks; none of them applies to a single rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches
 
 
 def hot_rank(evidence: Evidence) -> Iterator[Finding]:
-    """A rank whose experts get more than their share of a layer's slots."""
+    """Find ranks whose experts get more than their share of a layer's slots."""
     report = evidence.ranks
     found = [
         (layer.max_over_mean, layer)
@@ -53,14 +53,14 @@ def hot_rank(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _expert(layer: LayerRanks) -> str:
-    """Its busiest expert, and that one's part of its load."""
+    """Describe the rank's busiest expert and its share of the rank's load."""
     if layer.hot_expert is None or layer.hot_expert_share is None:
         return ""
     return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"
 
 
 def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
-    """Time that the ranks lose waiting for the last of them."""
+    """Find time that ranks lose waiting for the last one."""
     report = evidence.ranks
     if report is None or report.wait_share is None or report.wait_us is None:
         return
@@ -80,7 +80,7 @@ def waiting_ranks(evidence: Evidence) -> Iterator[Finding]:
 
 
 def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
-    """All-to-alls that moved other bytes than the recorded counts say."""
+    """Find all-to-alls whose bytes differ from the recorded counts."""
     check = evidence.ranks.bytes_check if evidence.ranks is not None else None
     if check is None or not check.different:
         return
@@ -99,7 +99,7 @@ def bytes_differ(evidence: Evidence) -> Iterator[Finding]:
 
 
 def clocks_disagree(evidence: Evidence) -> Iterator[Finding]:
-    """Clocks that no constant offset brings together."""
+    """Find clocks that no constant offset can align."""
     alignment = evidence.ranks.alignment if evidence.ranks is not None else None
     if alignment is None or not alignment.early_after:
         return

@@ -1,7 +1,7 @@
-"""What an engineer should look at: rules as small functions, each with a number, a threshold and advice.
+"""Rules that produce findings: small functions, each with a value, a threshold and advice.
 
-A rule takes the summary of one stage and yields at most one `Finding`, which names all layers that it
-holds for. Adding a rule is adding a function to the `RULES` of its module.
+A rule takes the summary of one stage and yields at most one `Finding`, which names all layers that it applies
+to. To add a rule, add a function to `RULES` of its module.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from moe_trace.read.findings import load, ranks, time
 from moe_trace.read.findings.finding import Evidence, Finding, Rule
 
 RUN_RULES: tuple[Rule, ...] = (*ranks.RUN_RULES, time.weights_bind, time.uncounted_flops)
-"""About the run as a whole, whatever its stages."""
+"""Rules about the run as a whole, regardless of its stages."""
 RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
 
 def find(evidence: Evidence) -> tuple[Finding, ...]:
-    """All findings, worst first: what is wrong, then by the time it takes, then what takes none."""
+    """Return all findings, worst first: errors, then by the time lost, then those without a known time."""
     found = _found(RULES, evidence)
     by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
     return ranked(_marked(finding) if by_compiler else finding for finding in found)
 
 
 def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
-    """What the rules find, each under the name of its rule."""
+    """Apply the rules, and set the name of the rule in each finding."""
     return [replace(finding, rule=rule.__name__) for rule in rules for finding in rule(evidence)]
 
 
 def _marked(finding: Finding) -> Finding:
-    """What rests on times inside compiled code says whence they are."""
+    """Add to a finding based on times inside compiled code where these come from."""
     if finding.severity != "time":
         return finding
     return replace(finding, sentence=f"{finding.sentence.removesuffix('.')}, {BY_COMPILER}.")
 
 
 def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
-    """Those of several stages together, each with its stage, and those about the run once."""
+    """Combine the findings of several stages, each marked with its stage, and those about the run once."""
     names = {rule.__name__ for rule in RUN_RULES}
     found = _found(RUN_RULES, whole)
     for stage, findings in stages.items():
@@ -52,6 +52,6 @@ def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tu
 
 
 def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Worst first; what costs the same stays in the order of the rules."""
+    """Sort findings worst first; equal costs stay in the order of the rules."""
     order = ("wrong", "time", "note")
     return tuple(sorted(findings, key=lambda f: (order.index(f.severity), -(f.cost_us or 0.0))))

@@ -1,4 +1,4 @@
-"""Findings about where the time goes."""
+"""Findings about time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ READ_SHARE = 0.5
 
 
 def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
-    """Layers whose router takes all the time: the experts' is counted as its own, or is in no range."""
+    """Find layers in which the router takes all of the time.
+
+    The experts' time is then counted as the router's, or is in no range.
+    """
     report = evidence.phases
     if report is None or report.whole.moe_work_us is None:
         return
@@ -41,7 +44,7 @@ def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
 
 
 def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
-    """Layers whose uneven load shows in their time."""
+    """Find layers whose uneven load costs time."""
     found = [
         (c.cost_us / c.measured_us, c, c.cost_us)
         for c in evidence.imbalance
@@ -76,7 +79,7 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
 
 
 def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
-    """Dispatch and combine as a share of MoE's forward; their cost is that of every pass."""
+    """Find a large share of dispatch and combine in MoE's forward; the cost includes all passes."""
     if evidence.phases is None:
         return
     forward = evidence.phases.total.forward
@@ -100,18 +103,18 @@ def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _implementation(evidence: Evidence) -> str:
-    """How the model computes its experts, as it says itself."""
+    """Return the experts implementation that the model reports."""
     return str(evidence.model.get("experts_implementation"))
 
 
 def _work_us(report: PhaseReport, phase: str) -> float:
-    """Of all passes that the trace has."""
+    """Return the work of a phase in all passes of the trace."""
     passes = [report.total.phases_of(part) or {} for part in report.passes()]
     return sum(report.work_us(times[phase]) for times in passes if phase in times)
 
 
 def router_waits(evidence: Evidence) -> Iterator[Finding]:
-    """A router whose kernels fill little of their span; where the whole block waits, that is the finding."""
+    """Find routers whose kernels fill little of their span, unless `launch_gaps` covers the whole block."""
     if next(launch_gaps(evidence), None) is not None:
         return
     busy = [r.latency.device_busy.total for r in evidence.routers if r.latency.device_busy is not None]
@@ -130,7 +133,7 @@ def router_waits(evidence: Evidence) -> Iterator[Finding]:
 
 
 def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
-    """Blocks whose device time is mostly gaps, recomputed ones among them."""
+    """Find blocks whose device time is mostly gaps, including recomputed blocks."""
     total = evidence.phases.total if evidence.phases is not None else None
     blocks = [block for block in (total, total.recompute if total is not None else None) if block is not None]
     span_us = sum(block.device_span_us or 0.0 for block in blocks)
@@ -163,7 +166,7 @@ def _again(report: PhaseReport | None) -> str:
 
 
 def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
-    """Expert products well below what the device can do, though arithmetic binds."""
+    """Find expert products far below the device's peak."""
     rate = evidence.speed.experts if evidence.speed is not None else None
     if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
         return
@@ -188,7 +191,7 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
 
 
 def weights_bind(evidence: Evidence) -> Iterator[Finding]:
-    """Forwards whose experts take little longer than reading their weights must."""
+    """Find forwards whose experts take little longer than reading their weights must."""
     report = evidence.distinct
     if report is None or not report.on_device:
         return
@@ -209,7 +212,7 @@ def weights_bind(evidence: Evidence) -> Iterator[Finding]:
 
 
 def uncounted_flops(evidence: Evidence) -> Iterator[Finding]:
-    """Products that torch's own FLOP counters leave out."""
+    """Find products that torch's own FLOP counters omit."""
     flops = sum(router.flops.experts for router in evidence.routers)
     if "aten::_grouped_mm" in evidence.operators and flops:
         yield Finding(

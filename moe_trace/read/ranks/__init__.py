@@ -1,1 +1,1 @@
-"""Several ranks together: collectives, clocks, loads, and one merged trace."""
+"""Analysis of several ranks together: collectives, clock alignment, loads, and merged traces."""

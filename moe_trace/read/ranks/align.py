@@ -1,13 +1,13 @@
-"""Put the clocks of several ranks on one: an offset per rank, from collectives that the ranks share.
+"""Align the clocks of several ranks with one offset per rank, from collectives that the ranks share.
 
 A synchronising collective ends at about the same time on all ranks of its group. The offset of a clock is the
-median, over those collectives, of the reference clock's end minus its own. Then causality: no rank ends a
-collective before a rank that sends to it has begun, which bounds the difference of any two offsets from both
-sides; an estimate outside the bounds is moved to the nearest offsets that keep them. What is left is printed:
-how far apart, after alignment, the ranks end what they end together.
+median, over those collectives, of the reference clock's end minus its own. Causality adds constraints: no
+rank ends a collective before a rank that sends to it has begun, which bounds the difference of any two
+offsets from both sides; an estimate outside the bounds is moved to the nearest offsets that satisfy them. The
+residual is printed: the difference, after alignment, between the ends of shared collectives.
 
-Ranks whose traces name the same host share a clock, and it is not shifted, unless that breaks causality.
-One offset per rank cannot follow clocks that drift: NTP keeps them to some microseconds a second.
+Ranks whose traces name the same host share a clock, which is not shifted unless that breaks causality. One
+offset per rank cannot follow clocks that drift: NTP keeps them to some microseconds a second.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls, synchronis
 
 _ROUNDS = 10_000
 TOLERANCE_NS = 1
-"""Offsets are whole nanoseconds."""
+"""Tolerance for offsets, which are whole nanoseconds."""
 
 
 def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Sequence[str] = ()) -> Alignment:
-    """Estimate one offset a rank."""
+    """Estimate one offset per rank."""
     usable = synchronising(matched)
     order = sorted(one.rank for one in ranks)
     clocks = _clocks(ranks, usable)
@@ -65,7 +65,7 @@ def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
 
 
 def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
-    """Names the ranks whose files do not say what their times count from."""
+    """Name the ranks whose files do not contain the origin of their times."""
     silent = [one for one in ranks if not one.base_was_written]
     found = ", ".join(str(one.rank) for one in silent if one.base_time_ns)
     unknown = ", ".join(str(one.rank) for one in silent if not one.base_time_ns)
@@ -84,19 +84,19 @@ def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
 
 
 def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:
-    """Pairs of ranks in a collective where the receiver ends before its sender begins."""
+    """Count pairs of ranks in a collective where the receiver ends before its sender begins."""
     shared_calls = synchronising(matched)
     return sum(int(_early(one, *on_one_clock(one, offset_ns)).sum()) for one in shared_calls)
 
 
 def _early(shared: SharedCalls, start: IntArray, end: IntArray) -> Mask:
-    """[C, sender, receiver] whether the receiver ends before its sender begins."""
+    """Return whether the receiver ends before its sender begins, [C, sender, receiver]."""
     early: Mask = shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)
     return early
 
 
 def on_one_clock(shared: SharedCalls, offset_ns: Mapping[int, int]) -> tuple[IntArray, IntArray]:
-    """[C, R] starts and ends with the offsets added."""
+    """Return starts and ends with the offsets added, [C, R] each."""
     offsets = np.array([offset_ns[rank] for rank in shared.ranks], np.int64)
     return shared.start_ns + offsets, shared.end_ns + offsets
 
@@ -114,7 +114,7 @@ def _spread(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> Spr
 
 
 def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[int, str]:
-    """Rank -> the clock that it reads: that of its host, where the ranks of that name keep causality so."""
+    """Return the clock of each rank: its host's if all ranks with that host name then satisfy causality."""
     hosts: defaultdict[str, list[int]] = defaultdict(list)
     for one in ranks:
         hosts[f"host {one.host_name}" if one.host_name else f"rank {one.rank}"].append(one.rank)
@@ -131,7 +131,7 @@ def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[i
 def _between(
     usable: Sequence[SharedCalls], clocks: Mapping[int, str], names: Sequence[str]
 ) -> tuple[Floats, Floats, IntArray]:
-    """[N, N] for N clocks: the largest allowed offset[b] - offset[a]; median of end[a] - end[b]; count."""
+    """Return bounds of offset[b] - offset[a], medians of end[a] - end[b], and counts, [N, N] for N clocks."""
     count = len(names)
     bounds = np.full((count, count), np.inf)
     differences: defaultdict[tuple[int, int], list[IntArray]] = defaultdict(list)
@@ -154,7 +154,7 @@ def _between(
 
 
 def _estimate(medians: Floats, weight: IntArray) -> tuple[Floats, IntArray]:
-    """Offsets along the pairs that share most; and for each clock the first that it hangs together with."""
+    """Return offsets along the pairs that share most, and the first clock that each is connected to."""
     offsets, first = np.zeros(len(medians)), np.full(len(medians), -1, np.int64)
     for start in range(len(medians)):
         if first[start] >= 0:
@@ -168,7 +168,7 @@ def _estimate(medians: Floats, weight: IntArray) -> tuple[Floats, IntArray]:
 
 
 def _within_bounds(offsets: Floats, bounds: Floats, first: IntArray) -> Floats:
-    """The offsets moved until offset[b] - offset[a] <= bounds[a, b] for all pairs, the worst pair first."""
+    """Move the offsets until offset[b] - offset[a] <= bounds[a, b] for all pairs, the worst pair first."""
     offsets = offsets.copy()
     for _ in range(_ROUNDS):
         excess = offsets[None, :] - offsets[:, None] - bounds

@@ -1,6 +1,6 @@
-"""Whether the all-to-alls moved what the counts say, to the byte, in both directions.
+"""Check the bytes of all-to-alls against the recorded counts, exactly and in both directions.
 
-The dispatch takes slots to the experts' ranks, the combine takes their results back, one hidden state each:
+The dispatch sends slots to the experts' ranks, and the combine returns their results, one hidden state each:
 
     dispatch   in split  = slots this rank sends to each rank        out split = slots each rank sends it
     combine    in split  = slots each rank sent it                   out split = slots it sent to each rank
@@ -28,7 +28,7 @@ SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ByteMismatch:
-    """One all-to-all that moved other bytes than the counts say."""
+    """An all-to-all whose bytes differ from the counts."""
 
     site: str
     step: int
@@ -43,14 +43,14 @@ class ByteMismatch:
 
 @dataclass(frozen=True, kw_only=True)
 class BytesCheck:
-    """All-to-alls compared with the counts; each is two comparisons, one a direction."""
+    """Result of comparing all-to-alls with the counts; each makes two comparisons, one per direction."""
 
     equal: int
     different: int
     unknown: int
-    """The trace has no split sizes, or no counts of the other rank."""
+    """Number without split sizes in the trace, or without counts of another rank."""
     mismatches: tuple[ByteMismatch, ...]
-    """The first of them."""
+    """The first mismatches."""
 
 
 def check_bytes(
@@ -71,7 +71,7 @@ def check_bytes(
                 continue
             for side in ("sent", "received"):
                 expected = _expected(records, sent.get(key), sample, one.rank, group, side)
-                # What the dispatch sends comes back in the combine, so there it is what comes out.
+                # What the dispatch sends returns in the combine, where it is the output.
                 into = (side == "sent") == (collective.role == "dispatch")
                 moved = split_bytes(collective, "in" if into else "out", len(group))
                 if expected is None or moved is None:
@@ -103,9 +103,9 @@ def _expected(
     group: Sequence[int],
     side: str,
 ) -> IntArray | None:
-    """[G] bytes between this rank and each of its group; None where a rank of it was not recorded."""
+    """Return the bytes between this rank and each of its group, [G], or None if a rank is not recorded."""
     size = sample.slot_bytes
-    if size is None:  # by the model's width and type
+    if size is None:  # derived from the model's hidden size and dtype
         size = hidden_bytes(records.by_rank[rank].model)
     senders = (rank,) if side == "sent" else group
     if sent_RW is None or size is None or not set(senders) <= set(records.ranks):

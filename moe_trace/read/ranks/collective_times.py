@@ -1,8 +1,8 @@
-"""What the collectives of the MoE layers cost each rank: bytes, time, bandwidth, and waiting for the last.
+"""Cost of the MoE layers' collectives on each rank: bytes, time, bandwidth, and waiting for the last rank.
 
-wait        last arrival of the group - own arrival, on the aligned clock
-bandwidth   bytes that leave the rank / (time of the collective - wait); 1 GB is 1e9 bytes
-lost        sum of the waits over ranks; all of it is put to the account of the rank that came last
+wait        last arrival of the group - own arrival, on the aligned clock bandwidth   bytes that leave the
+rank / (time of the collective - wait); 1 GB is 1e9 bytes lost        sum of the waits over ranks, all of it
+attributed to the rank that arrived last
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class ExchangeTime:
 
     site: str
     part: str
-    """`counts`, `dispatch`, `combine`, or the collective's kind where it is no all-to-all."""
+    """`counts`, `dispatch`, `combine`, or the collective's kind if it is no all-to-all."""
     rank: int
     calls: int
     bytes_in: int | None
-    """That went into the collectives, the rank's own part included; None where the trace does not tell."""
+    """Input bytes of the collectives, including the rank's own part, or None if unknown."""
     bytes_leaving: int | None
-    """Of those, what went to other ranks."""
+    """Input bytes sent to other ranks."""
     timed: int
-    """Of the calls, those whose work is known, and which the time is of."""
+    """Number of calls whose work is known, which the time covers."""
     time_us: float | None
-    """None where too few are (`Coverage.known`)."""
+    """Time, or None if too few calls are known (`Coverage.known`)."""
     wait_us: float | None
-    """None where the ranks' clocks or calls could not be matched."""
+    """Waiting time, or None if the ranks' clocks or calls could not be matched."""
     gb_per_s: float | None
     on_device: bool
-    """Whether the time is that of kernels; else of the backend's thread."""
+    """Whether the time is that of kernels, or else of the backend's thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +53,31 @@ class Wait:
     step: int
     part: str
     lost_us: float
-    """Over the ranks of the group."""
+    """Sum of the waits over the ranks of the group."""
     last_rank: int
 
 
 SampleIndex = Mapping[SampleKey | None, tuple[CallKey, RoutingSample]]
-"""The router calls of one rank by a collective's `call`; those that a filter left out are not there."""
+"""Router calls of one rank by a collective's `call`, without those that a filter left out."""
 
 
 def sample_index(recording: Recording) -> SampleIndex:
-    """From a call's own number to its number among the forward calls of its router."""
+    """Map a call's own number to its number among the forward calls of its router."""
     return {(one.name, one.call): (key, one) for key, one in calls_by_key(recording).items()}
 
 
 def part_of(collective: Collective) -> str:
-    """What the collective is for, in its layer."""
+    """Return the purpose of the collective in its layer."""
     return collective.role or collective.facts.kind
 
 
 def find_waits(
     matched: Sequence[SharedCalls], alignment: Alignment, index: Mapping[int, SampleIndex]
 ) -> tuple[tuple[Wait, ...], dict[tuple[int, int], int]]:
-    """The waits of all layers' collectives.
+    """Compute the waits of all layers' collectives.
 
     Returns:
-        The waits, and by (rank, call on the host's clock) each rank's own in nanoseconds.
+        The waits, and each rank's own wait in nanoseconds by (rank, `id` of its collective).
     """
     waits, own = [], {}
     for shared in matched:
@@ -106,7 +106,7 @@ def find_waits(
 def exchange_times(
     ranks: Sequence[RankCalls], index: Mapping[int, SampleIndex], own_wait: Mapping[tuple[int, int], int]
 ) -> tuple[ExchangeTime, ...]:
-    """By layer, part and rank, in the order of the layers."""
+    """Summarise collectives by layer, part and rank, in the order of the layers."""
     groups: defaultdict[tuple[int, str, str, int], list[Collective]] = defaultdict(list)
     for one in ranks:
         for collective in one.collectives:
@@ -150,7 +150,7 @@ def _time(
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
-    """None where one of them is unknown."""
+    """Return the sum, or None if one of the numbers is unknown."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
@@ -166,7 +166,7 @@ def _leaving(collective: Collective, of: RankCalls) -> int | None:
 
 
 def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:
-    """By rank: the time that others spent waiting for it, in microseconds."""
+    """Return the time that others spent waiting for each rank, in microseconds."""
     blame = dict.fromkeys(ranks, 0.0)
     for wait in waits:
         blame[wait.last_rank] += wait.lost_us

@@ -1,15 +1,15 @@
-"""The collectives of one trace, joined to the MoE layers that called them.
+"""Join the collectives of one trace to the MoE layers that called them.
 
-Who belongs to what:
+The rules of the join:
 
     layer    a collective called inside a block's range, on the block's own thread
     kernels  those launched inside `record_param_comms`, on its thread
     gloo     `c10d::` operators and `gloo:` ranges of one kind are queued first in, first out, so the n-th
-             operator belongs to the n-th range. Kineto gives them no common id; the pairs are taken only if
+             operator belongs to the n-th range. Kineto gives them no common id; the pairs are used only if
              there are as many ranges as operators and no range starts before its operator.
-    role     of an all-to-all in a layer: whole numbers are counts; what comes before the experts' first
-             product is the dispatch, what comes after it the combine. Without element types (gloo without
-             `record_shapes`) the last one before the product is the dispatch.
+    role     of an all-to-all in a layer: integers are counts; one before the experts' first product is the
+             dispatch, one after it the combine. Without element types (gloo without `record_shapes`) the
+             last one before the product is the dispatch.
 """
 
 from __future__ import annotations
@@ -33,38 +33,40 @@ from moe_trace.read.time.phase_detection import COMBINE, EXPERTS, Steps, find_st
 Role = Literal["counts", "dispatch", "combine"]
 ROLES: tuple[Role, ...] = ("counts", "dispatch", "combine")
 Nanoseconds = tuple[int, int]
-"""Start and end."""
+"""(start, end)"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Collective:
-    """One call of a collective, times in nanoseconds on the trace's clock."""
+    """One call of a collective, with times in nanoseconds on the trace's clock."""
 
     facts: CommFacts
     host_ns: Nanoseconds
-    """The call, on the thread that made it."""
+    """Time of the call on the thread that made it."""
     work_ns: Nanoseconds | None
-    """First to last of its kernels, or the time on the backend's own thread; None where neither is known.
-    It begins when this rank arrives and ends when it has all that it waits for."""
+    """First to last of its kernels, or the time on the backend's own thread; None if neither is known.
+
+    It begins when this rank arrives, and ends when it has everything that it waits for.
+    """
     on_device: bool
     call: SampleKey | None = None
-    """The router call in whose block it was called."""
+    """Router call in whose block it was called."""
     role: Role | None = None
 
     @property
     def bytes_in(self) -> int | None:
-        """Bytes that go into it, this rank's own part included."""
+        """Input bytes, including this rank's own part."""
         elements, item = self.facts.elements_in, self.facts.item_bytes
         return None if elements is None or item is None else elements * item
 
     @property
     def time_ns(self) -> int | None:
-        """How long it took; None where its work is not known: the call itself only queues it."""
+        """Duration of its work, or None if unknown, as the call itself only queues it."""
         return None if self.work_ns is None else self.work_ns[1] - self.work_ns[0]
 
 
 def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: int) -> list[int] | None:
-    """Bytes for each of the group's `parts` ranks; None where the trace does not tell."""
+    """Return the bytes for each of the group's `parts` ranks, or None if the trace lacks them."""
     facts = collective.facts
     rows = facts.split_in if direction == "in" else facts.split_out
     elements = facts.elements_in if direction == "in" else facts.elements_out
@@ -78,7 +80,7 @@ def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: 
 
 
 def work_coverage(collectives: Sequence[Collective]) -> Coverage:
-    """Of how many of the layers' collectives the work is known."""
+    """Return for how many of the layers' collectives the work is known."""
     known = [c.work_ns is not None for c in collectives if c.call is not None]
     return Coverage(joined=sum(known), total=len(known))
 
@@ -86,7 +88,7 @@ def work_coverage(collectives: Sequence[Collective]) -> Coverage:
 def find_collectives(
     samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
 ) -> tuple[Collective, ...]:
-    """All collectives of a trace by the time of their call; none, at no cost, where it has none."""
+    """Return all collectives of a trace sorted by the time of their call, at no cost if it has none."""
     if not events.comms:
         return ()
     called = [c for c in events.comms if c.name == PARAMETERS]
@@ -115,13 +117,13 @@ def _kernels_ns(event: CommEvent, events: EventTable, kernels: Kernels) -> Nanos
     rows = kernels.within_ns(event.thread, event.start_ns, event.end_ns)
     start, end = kernels.start_ns[rows], kernels.start_ns[rows] + kernels.duration_ns[rows]
     nccl = np.array([events.names[n].startswith("nccl") for n in kernels.name[rows].tolist()], dtype=bool)
-    if nccl.any():  # beside them stand copies into and out of its buffers
+    if nccl.any():  # exclude copies into and out of its buffers
         start, end = start[nccl], end[nccl]
     return (int(start.min()), int(end.max())) if len(start) else None
 
 
 def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict[int, Nanoseconds | None]:
-    """Index of the operator -> the range of its work."""
+    """Map the index of each operator to the range of its work."""
     found: dict[int, Nanoseconds | None] = {}
     for kind in {event.facts.kind for event in ranges}:
         operators = [i for i, event in enumerate(called) if event.facts.kind == kind]
@@ -159,7 +161,7 @@ def _in_layers(
 
 
 def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:
-    """What the all-to-alls of one layer are for, in the order of their calls."""
+    """Return the purpose of one layer's all-to-alls, in the order of their calls."""
     late = [phase in (COMBINE, EXPERTS) for phase in phases]
     moving = [i for i, fact in enumerate(facts) if not fact.is_integer]
     if len(moving) > 1 and len({late[i] for i in moving}) == 1:  # no product was seen between them

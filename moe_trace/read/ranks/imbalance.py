@@ -1,8 +1,8 @@
-"""What an uneven load costs where experts are spread over ranks: how much longer the busiest rank takes.
+"""Cost of an uneven load where experts are spread over ranks: the extra time of the busiest rank.
 
-A rank's experts take as long as the slots that they compute, so each call is fitted across its ranks (step,
-tokens and layer fall out) and checked on calls that were held out (`read.time.fit`). The cost of a call is
-the fitted time of the busiest rank's slots beyond the mean rank's: what the others wait for, all else alike.
+The time of a rank's experts depends on the slots that they compute, so each call is fitted across its ranks
+(step, tokens and layer cancel) and checked on held-out calls (`read.time.fit`). The cost of a call is the
+fitted time of the busiest rank's slots beyond the mean rank's, for which the others wait, all else equal.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SLOTS = "slots of the rank"
 
 
 def rank_imbalance(ranks: Ranks, times: Mapping[int, CallTimes]) -> Imbalance:
-    """One answer a layer, from the calls that all ranks made and whose times are known.
+    """Estimate the cost per layer, from calls that all ranks made and whose times are known.
 
     Args:
-        times: by rank.
+        times: Times of the calls by rank.
     """
     time_CR = _times(ranks.loads, times, ranks.index)
     known = np.flatnonzero(~np.isnan(time_CR).any(axis=1))
@@ -67,7 +67,7 @@ def rank_imbalance(ranks: Ranks, times: Mapping[int, CallTimes]) -> Imbalance:
 def _times(
     loads: Sequence[CallLoad], times: Mapping[int, CallTimes], index: Mapping[int, SampleIndex]
 ) -> Array:
-    """[calls, ranks] microseconds of the experts; NaN where they are not known."""
+    """Return the time of the experts in microseconds, [calls, ranks], or NaN if unknown."""
     row = {load.key: i for i, load in enumerate(loads)}
     found = np.full((len(loads), len(times)), np.nan)
     for column, rank in enumerate(sorted(times)):

@@ -1,4 +1,4 @@
-"""What each rank's traces say, side by side."""
+"""Inputs from each rank's traces to reports on several ranks."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from moe_trace.data.calls.table import CallTable, IntArray
 from moe_trace.data.schema import Recording
 from moe_trace.read.ranks.shared_calls import RankCalls
 
-if TYPE_CHECKING:  # a trace of one rank, of which nobody asks these, is reported sooner without them
+if TYPE_CHECKING:  # not imported for a trace of one rank, which is then reported sooner
     from moe_trace.read.ranks.collective_times import SampleIndex
     from moe_trace.read.ranks.loads import CallLoad, RankRecords
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankInput:
-    """What one rank's traces say."""
+    """Input from one rank's traces."""
 
     recording: Recording
     calls: RankCalls
     step_us: Mapping[int, float]
-    """Duration of the profiler's steps."""
+    """Durations of the profiler's steps."""
     window_us: float = 0.0
-    """From the trace's first event on the host to its last."""
+    """Time from the first to the last host event of the trace."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The ranks of a run, and what several answers ask of them, found once."""
+    """The ranks of a run, with results that several reports share, computed once."""
 
     by_rank: Mapping[int, RankInput]
-    """Ascending."""
+    """Input by rank, ascending."""
 
     @staticmethod
     def of(inputs: Sequence[RankInput]) -> Ranks:
-        """One of each rank: several of it follow one another, in the order given."""
+        """Create from inputs; several of one rank are concatenated in the given order."""
         by_rank: dict[int, RankInput] = {}
         for one in inputs:
             before = by_rank.get(one.calls.rank)
@@ -48,38 +48,38 @@ class Ranks:
 
     @property
     def inputs(self) -> tuple[RankInput, ...]:
-        """By rank, ascending."""
+        """Inputs, by rank ascending."""
         return tuple(self.by_rank.values())
 
     @property
     def calls(self) -> list[RankCalls]:
-        """The collectives of each, by rank, ascending."""
+        """Collectives of each rank, by rank ascending."""
         return [one.calls for one in self.by_rank.values()]
 
     @cached_property
     def records(self) -> RankRecords:
-        """The recording of each."""
+        """Recording of each rank."""
         from moe_trace.read.ranks.loads import RankRecords
 
         return RankRecords(by_rank={rank: one.recording for rank, one in self.by_rank.items()})
 
     @cached_property
     def loads(self) -> tuple[CallLoad, ...]:
-        """Every call that all of them made."""
+        """Load of every call that all ranks made."""
         from moe_trace.read.ranks.loads import find_loads
 
         return find_loads(self.records)
 
     @cached_property
     def index(self) -> dict[int, SampleIndex]:
-        """By rank: its router calls."""
+        """Router calls by rank."""
         from moe_trace.read.ranks.collective_times import sample_index
 
         return {rank: sample_index(one.recording) for rank, one in self.by_rank.items()}
 
 
 def call_numbers(recording: Recording, reached: dict[str, int]) -> IntArray:
-    """[N] the how-many-th call of its router each is, on from where `reached` is, which goes on with it."""
+    """Return each call's number within its router, [N], starting at `reached`, which is updated."""
     numbers = []
     for name in recording.calls.name.tolist():
         numbers.append(reached.get(name, 0))
@@ -88,7 +88,7 @@ def call_numbers(recording: Recording, reached: dict[str, int]) -> IntArray:
 
 
 def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
-    """Call numbers of `b` go on after those of `a`; its times count from the base of `a`."""
+    """Append `b` to `a`: call numbers of `b` continue those of `a`, and its times use the origin of `a`."""
     reached: dict[str, int] = {}
     for name, call in a.recording.calls.call_keys():
         reached[name] = max(reached.get(name, 0), call + 1)

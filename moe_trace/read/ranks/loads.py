@@ -1,4 +1,4 @@
-"""What each rank computes and sends, from the recorded counts alone.
+"""Load and traffic of each rank, from the recorded counts alone.
 
 Axes: R ranks, E experts. A slot is one (token, expert) pair. Ranks that route the same tokens make one
 decision, which is counted once; each rank computes the slots of the experts that it holds.
@@ -17,19 +17,18 @@ from moe_trace.data.calls.table import IntArray
 from moe_trace.data.schema import ExpertExchange, Parallel, Recording, RoutingSample
 
 CallKey = tuple[str, int]
-"""(module path of the router, the how-many-th recorded call of it on each rank)"""
+"""(module path of the router, index of its recorded forward call on each rank)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRecords:
-    """The recordings of a run's ranks, one each."""
+    """Recordings of a run's ranks, one each."""
 
     by_rank: Mapping[int, Recording]
 
     @cached_property
     def experts(self) -> dict[str, int]:
-        """By module path of the router: how many experts it chooses from, or slots that a load balancer puts
-        them on: what ranks hold."""
+        """Number of experts, or of load-balancer slots, that ranks hold, by module path of the router."""
         found: dict[str, int] = {}
         for recording in self.by_rank.values():
             for router in recording.routers:
@@ -39,12 +38,12 @@ class RankRecords:
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Ranks that there is a recording of, ascending."""
+        """Ranks with a recording, ascending."""
         return tuple(sorted(self.by_rank))
 
     @cached_property
     def world_size(self) -> int:
-        """As the recordings say; at least the ranks that there are."""
+        """World size that the recordings report, at least the highest rank + 1."""
         sizes = [r.world_size for r in self.by_rank.values()]
         return max([*sizes, max(self.ranks) + 1])
 
@@ -54,11 +53,11 @@ class RankRecords:
         return tuple(rank for rank in range(self.world_size) if rank not in self.by_rank)
 
     def parallel(self, rank: int) -> Parallel:
-        """How a rank takes part; on its own, where it does not say."""
+        """Return the rank's parallel configuration, or that of a single rank if it has none."""
         return self.by_rank[rank].parallel or Parallel(mesh={}, token_ranks=(rank,))
 
     def counting_ranks(self) -> tuple[int, ...]:
-        """One rank of each set that routes the same tokens: the first whose recording there is."""
+        """Return the first recorded rank of each set that routes the same tokens."""
         present = set(self.by_rank)
         return tuple(r for r in self.ranks if min(present & {r, *self.parallel(r).token_ranks}) == r)
 
@@ -70,7 +69,7 @@ class RankRecords:
 
 
 def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
-    """The forward calls by their number; the n-th call of a router is one call on all ranks."""
+    """Return the forward calls by number; the n-th call of a router is the same call on all ranks."""
     counts: defaultdict[str, int] = defaultdict(int)
     found = {}
     for sample in recording.samples:
@@ -81,9 +80,9 @@ def calls_by_key(recording: Recording) -> dict[CallKey, RoutingSample]:
 
 
 def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> IntArray | None:
-    """[G, E] 1 where a rank of the group holds an expert, or [G, P] a slot of a load balancer.
+    """Return 1 where a rank of the group holds an expert, [G, E], or a slot of a load balancer, [G, P].
 
-    A rank without a recording holds what no other of its group does; None where two are missing.
+    A rank without a recording holds what no other of its group does; None if two are missing.
     """
     experts = records.experts[name]
     held = np.zeros((len(group), experts), np.int64)
@@ -111,7 +110,7 @@ def _held_by(records: RankRecords, name: str, rank: int) -> Sequence[int] | None
 
 @dataclass(frozen=True, kw_only=True)
 class CallLoad:
-    """One router call on all ranks together."""
+    """Load of one router call on all ranks together."""
 
     key: CallKey
     step: int
@@ -121,17 +120,17 @@ class CallLoad:
     sent_RW: IntArray | None = field(repr=False)
     """[R, W] slots from each recorded rank (row) to each rank of the world; None without an all-to-all."""
     expert_E: IntArray
-    """[E] slots per expert, each token once."""
+    """[E] slots per expert, counting each token once."""
     slot_P: IntArray | None = field(default=None, repr=False)
-    """[P] of each slot of a load balancer, each token once; None without one."""
+    """[P] load of each slot of a load balancer, counting each token once; None without one."""
     slot_experts_P: IntArray | None = field(default=None, repr=False)
-    """[P] the expert that each held."""
+    """[P] expert in each slot."""
     exact: bool = True
-    """Whether what each rank dispatched is known: a slot of weight 0 counts as skipped, but may travel."""
+    """Whether the dispatch of each rank is known: a slot of weight 0 counts as skipped, but may be sent."""
 
 
 def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
-    """Every call that all recorded ranks made, in the order of the first rank."""
+    """Return the load of every call that all recorded ranks made, in the order of the first rank."""
     tables = {rank: calls_by_key(records.by_rank[rank]) for rank in records.ranks}
     counting = records.counting_ranks()
     groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
@@ -149,7 +148,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 key=key,
                 step=first.step,
                 site=first.site,
-                # Where both ways are in use, a forward that sends nothing reduces over the ranks.
+                # If both exchanges are in use, a forward that sends nothing is reduced over the ranks.
                 load_R=_load(records, samples, held(key[0]))
                 if sent is None or not sent.any()
                 else sent.sum(axis=0)[list(records.ranks)],
@@ -181,13 +180,13 @@ def _sent(
     for row, rank in enumerate(records.ranks):
         sliced = samples[rank].dispatched is not None and samples[rank].slot_assignments is None
         if not sliced and rank not in counting:
-            continue  # another rank that routes the same tokens stands for all of them
+            continue  # a rank that routes the same tokens already counts for this one
         group = records.parallel(rank).expert_ranks or (rank,)
         of_group = held[group]
         if of_group is None:
             return None
         sample = samples[rank]
-        slots = sample.slot_assignments  # those of the ranks that share its tokens too: see above
+        slots = sample.slot_assignments  # includes those of ranks that share its tokens, see above
         if slots is None:
             slots = sample.assignments if sample.dispatched is None else sample.dispatched
         sent[row, list(group)] = _by_holder(of_group, slots)
@@ -195,7 +194,7 @@ def _sent(
 
 
 def _by_holder(held_GE: IntArray, slots_E: IntArray) -> IntArray:
-    """[G] slots of the experts that each rank holds; in float64, exact to 2**53, for its fast products."""
+    """Sum slots by the rank that holds their expert, [G]; float64 is exact to 2**53 and has fast products."""
     experts = min(held_GE.shape[1], len(slots_E))
     return np.rint(held_GE[:, :experts].astype(np.float64) @ slots_E[:experts].astype(np.float64)).astype(
         np.int64
@@ -221,10 +220,10 @@ def _load(
 
 
 def expert_load_of_rank(loads: Sequence[CallLoad], held_E: IntArray) -> IntArray:
-    """[E] what a rank computes of each expert in those calls of one router.
+    """Return the slots that a rank computes of each expert, [E], in these calls of one router.
 
     Args:
-        held_E: [E] or [P], its row of `held_matrix`.
+        held_E: Row of `held_matrix` for the rank, [E] or [P].
     """
     total = np.zeros(max(len(load.expert_E) for load in loads), np.int64)
     for load in loads:

@@ -1,4 +1,4 @@
-"""Choose the traces of a run's ranks that can be merged, and put their clocks on one."""
+"""Select the traces of a run's ranks that can be merged, and align their clocks."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ class RankTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What will be merged."""
+    """Traces to merge, with their alignment."""
 
     ranks: tuple[RankTrace, ...]
-    """By rank, ascending."""
+    """Traces by rank, ascending."""
     base_time_ns: int
-    """What the merged trace counts from: the earliest of the ranks'."""
+    """Time origin of the merged trace, the earliest of the ranks'."""
     alignment: Alignment
     missing: tuple[int, ...]
     left_out: dict[str, str]
-    """File -> why it cannot be read."""
+    """Reason for each file that cannot be read."""
 
     def shift_ns(self, rank: RankTrace) -> int:
-        """What is added to the rank's times."""
+        """Return the offset that is added to the rank's times."""
         base = rank.calls.base_time_ns - self.base_time_ns
         return base + self.alignment.offset_ns[rank.calls.rank]
 
 
 def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None = None) -> MergePlan:
-    """Read what the merge needs to know of every trace, one after another.
+    """Read what the merge requires from every trace, one after another.
 
     Raises:
-        UsageError: fewer than two ranks, one rank twice, or a trace that is merged already.
-        SchemaError: a trace of a schema version that this release does not know.
-        TraceFileError: the traces are of different models, or none can be read.
+        UsageError: There are fewer than two ranks, one rank twice, or an already merged trace.
+        SchemaError: A trace has a schema version that this release does not know.
+        TraceFileError: The traces are of different models, or none can be read.
     """
     found, left_out = [], {}
     for path in _files(paths, out):
@@ -83,7 +83,7 @@ def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None
 
 
 def _files(paths: Sequence[str | Path], out: Path) -> list[Path]:
-    """The traces of the folders and files, without the one that will be written."""
+    """Return the traces in the folders and files, except the output file."""
     files = [file for path in paths for file in find_traces(path)]
     target = out.resolve()
     for file in files:
@@ -93,7 +93,7 @@ def _files(paths: Sequence[str | Path], out: Path) -> list[Path]:
 
 
 def _is_of_one_rank(path: Path) -> bool:
-    """False for what an earlier merge wrote, which this one may replace."""
+    """Return False for the output of an earlier merge, which may be replaced."""
     try:
         return not read_rank_recordings(path)[1]
     except TraceFileError:
@@ -101,7 +101,7 @@ def _is_of_one_rank(path: Path) -> bool:
 
 
 def _read(path: Path, progress: Progress | None) -> RankTrace | None:
-    """None for a trace that was merged of several ranks."""
+    """Read one rank's trace, or return None for a merged trace."""
     trace = read_trace(path, progress)
     if trace.merged is not None:
         return None

@@ -1,4 +1,4 @@
-"""Write the traces of several ranks as one, event by event: memory does not grow with their size."""
+"""Write the traces of several ranks as one, event by event, so that memory does not grow with their size."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _UNREADABLE: Event = {}
 
 
 def write_merged(plan: MergePlan, out: Path, progress: Progress | None = None) -> MergedRanks:
-    """Write the merged trace, whole or not at all; plain or gzip by its name.
+    """Write the merged trace completely or not at all, plain or gzip according to its name.
 
     The same input gives the same bytes.
 
     Raises:
-        NothingRecorded: no rank recorded a call.
-        OutputError: the file cannot be written.
-        TraceFileError: a trace changed since it was planned.
+        NothingRecorded: No rank recorded a call.
+        OutputError: The file cannot be written.
+        TraceFileError: A trace changed since it was planned.
     """
     if not any(trace.recording.samples for trace in plan.ranks):
         raise NothingRecorded("none of the ranks recorded a router call; there is nothing to merge")
@@ -63,7 +63,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Writer:
-    """One pass over the ranks' files."""
+    """Writes the merged trace in one pass over the ranks' files."""
 
     def __init__(self, plan: MergePlan, file: BinaryIO, progress: Progress | None) -> None:
         self._plan = plan
@@ -77,7 +77,7 @@ class _Writer:
         self._label_us: float | None = None
 
     def write(self, name: str) -> MergedRanks:
-        """The whole file."""
+        """Write the whole file."""
         self._put(b"{\n")
         for key, value in self._head(name).items():
             self._put(b"%b: %b,\n" % (json.dumps(key).encode(), value))
@@ -100,7 +100,7 @@ class _Writer:
         self._at += len(data)
 
     def _head(self, name: str) -> dict[str, bytes]:
-        """The first rank's top-level keys; the devices of all."""
+        """Return the first rank's top-level keys, with the devices of all ranks."""
         kept = {k: v for k, v in self._plan.ranks[0].head.items() if k not in _OWN_KEYS}
         devices: list[Any] = []
         for trace in self._plan.ranks:
@@ -142,7 +142,8 @@ class _Writer:
                 self._first_event = False
 
     def _takes_label(self, event: Event) -> bool:
-        """Whether the event gives way to the one with the recording of all ranks; no other keeps its own."""
+        """Remove the event's recording, and return whether the event with all ranks' recording replaces
+        it."""
         arguments = event.get("args")
         if event.get("ph") != "M" or not isinstance(arguments, dict) or METADATA_KEY not in arguments:
             return False
@@ -191,7 +192,7 @@ def _decode_one(text: bytes) -> Event:
 def _encode(event: Event) -> bytes:
     try:
         return msgspec.json.encode(event)
-    except (UnicodeEncodeError, OverflowError, ValueError, RecursionError):  # only json writes what it read
+    except (UnicodeEncodeError, OverflowError, ValueError, RecursionError):  # only json can write such values
         return json.dumps(event).encode()
 
 
@@ -199,7 +200,7 @@ def _encode(event: Event) -> bytes:
 
 
 def joined_routers(plan: MergePlan) -> list[RouterInfo]:
-    """The routers of all ranks; which rank holds which experts stands in the parts."""
+    """Return the routers of all ranks, without held experts, which are stored in the parts."""
     found: dict[str, RouterInfo] = {}
     for trace in plan.ranks:
         for router in trace.recording.routers:
@@ -208,12 +209,12 @@ def joined_routers(plan: MergePlan) -> list[RouterInfo]:
 
 
 def joined_recording(plan: MergePlan) -> Recording:
-    """The calls of all ranks, rank after rank, on the common clock, with call numbers that go on."""
+    """Concatenate the calls of all ranks on the common clock, with consecutive call numbers."""
     reached: dict[str, int] = {}
     tables = []
     for trace in plan.ranks:
         calls = trace.recording.calls
-        seen = calls.host_start_ns != 0  # compiled code that the host did not see has no time
+        seen = calls.host_start_ns != 0  # calls in compiled code that the host did not see have no time
         offset_ns = np.where(seen, plan.alignment.offset_ns[trace.calls.rank], 0)
         moved = replace(calls, places=_moved(calls.places, plan.shift_ns(trace)))
         tables.append(
