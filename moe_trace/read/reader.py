@@ -1,4 +1,4 @@
-"""Read what a trace says about the routing. Imports no torch."""
+"""Read routing metrics from traces. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def read_summary(
     peak: PeakOverride | None = None,
     progress: Progress | None = None,
 ) -> TraceSummary:
-    """The figures of a trace, or of all traces in a folder taken together.
+    """Summarise a trace, or all traces in a folder together.
 
     Args:
-        path: a `.json` or `.json.gz` file, or a folder.
-        chosen: only these layers, steps and stages.
-        peak: the device's peaks, where the built-in table lacks or misses them.
-        progress: called with bytes read and bytes in all of the file under way.
+        path: A `.json` or `.json.gz` file, or a folder.
+        chosen: Layers, steps and stages to select.
+        peak: The device's peaks, if the built-in table lacks them or is wrong.
+        progress: Callback with the bytes read and the size of the current file.
 
     Raises:
-        TraceFileError: missing, empty, truncated, not JSON, of another tool, or without moe_trace data.
+        TraceFileError: A file is missing, empty, truncated, not JSON, from another tool, or lacks moe_trace
+            data.
         UsageError: `chosen` leaves nothing.
     """
     return analyse(find_inputs(path), label=str(path), chosen=chosen, peak=peak, progress=progress)

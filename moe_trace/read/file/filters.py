@@ -29,13 +29,12 @@ class Filter:
         return not self.layers or bool({str(router.layer), router.site, router.name} & self.layers)
 
     def takes_time(self, step: int, stage: Stage) -> bool:
-        """Return whether that stage of that step is selected; a mixed forward is selected only as a whole."""
+        """Return whether calls of this stage in this step are selected as a whole, with their time."""
         wanted = not self.stages or stage in whole_stages(self.stages)
         return wanted and (not self.steps or step in self.steps)
 
     def of_whole_forwards(self) -> Filter:
-        """Return a filter that selects whole mixed forwards, instead of a part, where decoding is
-        selected."""
+        """Return a filter that selects whole mixed forwards instead of a part, where decoding is selected."""
         return replace(self, stages=self.stages | {"mixed"}) if "decode" in self.stages else self
 
     def narrow(self, recording: Recording) -> Recording:

@@ -142,8 +142,7 @@ class _Writer:
                 self._first_event = False
 
     def _takes_label(self, event: Event) -> bool:
-        """Remove the event's recording, and return whether the event with all ranks' recording replaces
-        it."""
+        """Remove the event's recording; return whether the event with all ranks' recording replaces it."""
         arguments = event.get("args")
         if event.get("ph") != "M" or not isinstance(arguments, dict) or METADATA_KEY not in arguments:
             return False

@@ -1,9 +1,9 @@
-"""Rewrite the events of one rank for a trace of several: processes, ids and times that no other rank has.
+"""Rewrite the events of one rank for a merged trace, with unique processes and ids and aligned times.
 
-process    keeps its id, unless another rank has it: then the next free one above those that Linux gives
-flow, External id, correlation    id x ranks + place of the rank, so that arrows and joins stay within it
-time       + (its base - the common base) + the offset of its clock, in whole nanoseconds
-names      "rank 3 python", "rank 3 GPU 0", ranks one under the other, their MoE bands together on top
+process    keeps its id, unless another rank has it: then the next free one above the ids of Linux flow,
+External id, correlation    id x ranks + index of the rank, so that arrows and joins stay within it time
++ (its base - the common base) + the offset of its clock, in whole nanoseconds names      "rank 3 python",
+"rank 3 GPU 0", sorted by rank, with all MoE bands together at the top
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ Event = dict[str, Any]
 Pid = int | str
 
 FIRST_FREE_PID = 2**22
-"""Linux hands out process ids below this; the bands' ids lie far above."""
+"""First id for renamed processes: Linux's process ids are lower, and the ids of bands are far higher."""
 _IDS = ("External id", "external id", "correlation", "Correlation id")
 _DEVICE_SORT_INDEX = 5_000_000
-"""Kineto sorts devices from here on, processes by their id."""
+"""First sort index that Kineto uses for devices; processes are sorted by their id."""
 _ROWS_A_RANK = 1000
 _TIME_MAX_US = 4e15
 
 
 @dataclass
 class Pids:
-    """Process ids of all ranks, none given twice."""
+    """Unique process ids for all ranks."""
 
     _given: dict[tuple[int, Pid], Pid] = field(default_factory=dict)
     _taken: set[Pid] = field(default_factory=set)
     _free: int = FIRST_FREE_PID
 
     def of(self, rank: int, pid: Pid) -> Pid:
-        """The id in the merged trace."""
+        """Return the id in the merged trace."""
         key = (rank, pid)
         if key not in self._given:
             self._given[key] = self._new(rank, pid)
@@ -52,24 +52,24 @@ class Pids:
         return self._free - 1
 
     def of_rank(self, rank: int) -> tuple[Pid, ...]:
-        """All that were given to a rank, in the order of their first event."""
+        """Return all ids assigned to a rank, in the order of their first event."""
         return tuple(given for (of, _), given in self._given.items() if of == rank)
 
 
 @dataclass(frozen=True)
 class Renamer:
-    """Rewrites the events of one rank, in place."""
+    """Rewrites the events of one rank in place."""
 
     rank: int
     place: int
-    """0, 1, 2 ... among the ranks that are merged."""
+    """Index among the merged ranks."""
     ranks: int
-    """How many are merged."""
+    """Number of merged ranks."""
     shift_ns: int
     pids: Pids
 
     def rename(self, event: Event) -> Event:
-        """The same event, as the merged trace has it."""
+        """Rewrite an event for the merged trace and return it."""
         pid = event.get("pid")
         if isinstance(pid, (int, str)) and not isinstance(pid, bool):
             event["pid"] = self.pids.of(self.rank, pid)
@@ -87,8 +87,8 @@ class Renamer:
         return event
 
     def shifted(self, time_us: float) -> float:
-        """On the common clock."""
-        if not -_TIME_MAX_US < time_us < _TIME_MAX_US:  # no clock shows it, and no reader takes it
+        """Convert a timestamp to the common clock."""
+        if not -_TIME_MAX_US < time_us < _TIME_MAX_US:  # no clock shows it, and no reader accepts it
             return time_us
         return (round(time_us * 1000) + self.shift_ns) / 1000
 

@@ -1,4 +1,4 @@
-"""The ranks of a run together: who computes what, who sends what to whom, who waits for whom."""
+"""Report on the ranks of a run: load of each rank, traffic between ranks, and waiting times."""
 
 from __future__ import annotations
 
@@ -28,47 +28,46 @@ from moe_trace.read.ranks.shared_calls import match_calls
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LayerRanks(ShortRepr):
-    """One layer over the ranks; slots over all calls."""
+    """One layer across the ranks, with slots summed over all calls."""
 
     site: str
     name: str
     load: tuple[int, ...]
     """Slots that each rank's experts computed, in the order of `RankReport.ranks`."""
     max_over_mean: float | None
-    """Of the load: 1 is even, R is all on one rank."""
+    """Max ÷ mean of the load: 1 is even, R is all on one rank."""
     sent: tuple[tuple[int, ...], ...] | None
-    """[R][W] slots from each recorded rank to each rank of the world, itself included; None without an
-    all-to-all."""
+    """[R][W] slots from each recorded rank to each of the world, itself included; None without all-to-all."""
     wait_us: float | None
-    """Time lost in waiting, over all ranks and collectives of the layer."""
+    """Time lost in waiting, summed over all ranks and collectives of the layer."""
     waited_for: int | None
-    """The rank that the others waited for longest."""
+    """Rank that the others waited for longest."""
     hot_rank: int | None
-    """The rank with the largest load."""
+    """Rank with the largest load."""
     hot_expert: int | None
-    """Its busiest expert."""
+    """Busiest expert of the hot rank."""
     hot_expert_share: float | None
-    """That expert's part of the rank's load."""
+    """Share of the rank's load that this expert takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRanks:
-    """One step over the ranks."""
+    """One step across the ranks."""
 
     step: int
     load: tuple[int, ...]
-    """Slots over all layers."""
+    """Slots of each rank, summed over all layers."""
     imbalance: float | None
-    """Sum over layers of the largest rank's load / sum over layers of the mean rank's: ranks wait for the
-    busiest in every layer."""
+    """Sum over layers of the largest rank's load / sum over layers of the mean rank's, since ranks wait for
+    the busiest in every layer."""
     wait_us: float | None
     share: float | None
-    """Of the ranks' time in this step; None without `prof.step()`."""
+    """Share of the ranks' time in this step; None without `prof.step()`."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankReport(ShortRepr):
-    """A run of several ranks."""
+    """Report on a run of several ranks."""
 
     ranks: tuple[int, ...]
     world_size: int
@@ -76,27 +75,27 @@ class RankReport(ShortRepr):
     mesh: Mapping[str, int]
     exchange: str | None
     token_sets: tuple[tuple[int, ...], ...]
-    """Ranks that route the same tokens, whose counts are one decision."""
+    """Sets of ranks that route the same tokens and whose counts are one decision."""
     held: Mapping[int, int | None]
-    """Experts that each rank holds in its first layer; None where it is all of them."""
+    """Number of experts that each rank holds in its first layer, or None for all of them."""
     layers: tuple[LayerRanks, ...]
     steps: tuple[StepRanks, ...]
     exchanges: tuple[ExchangeTime, ...]
     wait_us: float | None
     wait_share: float | None
-    """Of the ranks' time in the profiler's steps; without `prof.step()`, of that of their whole traces."""
+    """Share of the ranks' time in the profiler's steps, or without `prof.step()` in their whole traces."""
     waited_for_us: Mapping[int, float]
-    """By rank: the time that others spent waiting for it."""
+    """Time that others spent waiting for each rank, in microseconds."""
     bytes_check: BytesCheck
     alignment: Alignment
     notes: tuple[str, ...]
 
 
 def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport | None:
-    """None for a single rank.
+    """Report on several ranks, or return None for a single one.
 
     Args:
-        known: how the times were aligned when these ranks were merged into one trace.
+        known: Alignment of the times if these ranks were merged into one trace.
     """
     if len(ranks.by_rank) < 2:
         return None
@@ -199,7 +198,7 @@ def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait
 def _hot_expert(
     records: RankRecords, loads: Sequence[CallLoad], hot: int | None, total: int
 ) -> tuple[int | None, float | None]:
-    """The busiest expert that the rank holds, by the tokens of all ranks, and its part of the rank's load."""
+    """Return the busiest expert that the rank holds, by all ranks' tokens, and its share of the load."""
     if hot is None:
         return None, None
     group = records.parallel(hot).expert_ranks or (hot,)
@@ -242,7 +241,7 @@ def _steps(
 
 
 def _whole_us(step_us: Mapping[int, Mapping[int, float]], steps: set[int]) -> float | None:
-    """Time of all ranks in those steps; None where a rank's trace lacks one of them."""
+    """Return the time of all ranks in those steps, or None if a rank's trace lacks one of them."""
     if not steps or any(step not in of_rank for of_rank in step_us.values() for step in steps):
         return None
     return sum(of_rank[step] for of_rank in step_us.values() for step in steps)

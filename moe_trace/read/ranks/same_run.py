@@ -1,4 +1,4 @@
-"""Whether recordings can belong together: one model, one run, and no call twice."""
+"""Check whether recordings belong together: one model, one run, and no call twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL_KEYS = ("class", "num_layers", "hidden_size", "dtype")
 
 
 def first_difference(recordings: Sequence[Recording]) -> tuple[int, int, str] | None:
-    """Indices of two recordings that are not of one run, and what differs; None where all agree."""
+    """Return indices of two recordings of different runs and what differs, or None if all agree."""
     by_rank: dict[int, int] = {}
     for i, recording in enumerate(recordings):
         earlier = [0, by_rank.setdefault(recording.rank, i)]
@@ -27,7 +27,7 @@ def first_difference(recordings: Sequence[Recording]) -> tuple[int, int, str] | 
 
 
 def difference(a: Recording, b: Recording) -> str:
-    """What says that two recordings are not of one run; empty where nothing does."""
+    """Describe what shows that two recordings are of different runs, or return an empty string."""
     for key in MODEL_KEYS:
         if a.model.get(key) != b.model.get(key):
             return f"different models: {key} {a.model.get(key)!r} and {b.model.get(key)!r}"
@@ -49,7 +49,7 @@ def _shape(router: RouterInfo) -> tuple[str, int, int]:
 
 
 def _other_groups(a: Recording, b: Recording) -> str:
-    """Ranks of one run name the same groups: who is in mine has me in its own."""
+    """Compare groups: in one run, each member of a rank's group has the same group."""
     if a.parallel is None or b.parallel is None:
         return ""
     if a.rank == b.rank and a.parallel.mesh != b.parallel.mesh:
@@ -73,9 +73,9 @@ def _mesh(recording: Recording) -> str:
 
 
 def copies(recordings: Sequence[Recording]) -> list[int]:
-    """Indices of recordings that repeat the calls of one before: the same file twice, or unpacked beside it.
+    """Return indices of recordings that repeat an earlier one's calls: copies, or an uncompressed file.
 
-    A rank makes its calls one after another, so two of its recordings never start at one nanosecond.
+    A rank makes its calls one after another, so two of its recordings never start at the same nanosecond.
     """
     seen: set[tuple[int, tuple[tuple[str, int], ...]]] = set()
     found = []
@@ -89,11 +89,10 @@ def copies(recordings: Sequence[Recording]) -> list[int]:
 
 
 def said_again(reads: Sequence[tuple[Path, Recording, bool]]) -> dict[Path, str]:
-    """Files that repeat what others here say, and why: a merged trace beside those that it was made of, and
-    copies.
+    """Return files that repeat others, with reasons: merged traces next to their parts, and copies.
 
     Args:
-        reads: each file with the recording of one rank, and whether the file is merged from several.
+        reads: Each file with the recording of one rank, and whether the file is merged from several.
     """
     single = {recording.rank for _, recording, is_merged in reads if not is_merged}
     found = {path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in single}
@@ -107,7 +106,8 @@ _WORKER = re.compile(r"(?P<worker>.+)\.\d{10,}\.pt\.trace\.json(\.gz)?")
 
 
 def pooled(files: Sequence[tuple[str, int]]) -> list[str]:
-    """Whether files, given by name and rank, are of several runs: names hold the process that wrote them."""
+    """Return a note if files, given by name and rank, are of several runs, since names contain the
+    process."""
     runs: dict[int, dict[str, int]] = {}
     for name, rank in files:
         match = _WORKER.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Which collective of one rank is which of another: calls of the ranks of a group, matched."""
+"""Match the collectives of different ranks that are the same call of a group."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from moe_trace.read.ranks.collectives import Collective, find_collectives
 SYNCHRONISING: frozenset[CommKind] = frozenset(
     {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}
 )
-"""No rank ends one of these before every rank that sends to it has begun."""
+"""Collectives that no rank ends before every rank that sends to it has begun."""
 
 APART_NS = 1_000_000_000
-"""Containers may share a host's name without its clock, but NTP keeps their clocks closer than that."""
+"""Containers may share a host's name without its clock, but NTP keeps their clocks closer than this."""
 
 
 def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
-    """What the trace's times count from, on the host's clock.
+    """Return the origin of the trace's times on the host's clock.
 
-    Where the file does not say, a router call tells: its hook read the host's clock just inside its range.
-    The least difference of the two is the base, to the few microseconds from the range's start to the hook.
+    If the file does not contain it, it follows from router calls, whose hooks read the host's clock just
+    inside their range. The smallest difference of the two is the origin, up to the few microseconds from the
+    range's start to the hook.
     """
     if written_ns:
         return written_ns
@@ -43,12 +44,12 @@ def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankCalls:
-    """The collectives of one rank, as its own trace has them."""
+    """Collectives of one rank, as in its own trace."""
 
     rank: int
     base_time_ns: int
     base_was_written: bool = True
-    """False where the file does not say, and the base follows from the router calls."""
+    """False if the file lacks the base, which then follows from the router calls."""
     host_name: str | None
     collectives: tuple[Collective, ...] = field(repr=False)
     groups: tuple[tuple[int, ...], ...] = ()
@@ -56,7 +57,7 @@ class RankCalls:
 
 
 def rank_calls(trace: TraceFile, kernels: Kernels) -> RankCalls:
-    """The collectives of one rank's trace."""
+    """Collect the collectives of one rank's trace."""
     recording = trace.recording
     return RankCalls(
         rank=recording.rank,
@@ -71,22 +72,22 @@ def rank_calls(trace: TraceFile, kernels: Kernels) -> RankCalls:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SharedCalls:
-    """C calls of one kind that the R ranks of a group made together; row c is the c-th of them."""
+    """C calls of one kind that the R ranks of a group made together, one per row."""
 
     kind: CommKind
     group: tuple[int, ...]
-    """All members, also those without a trace."""
+    """All members, including those without a trace."""
     ranks: tuple[int, ...]
-    """The members whose traces there are: the columns."""
+    """Members with a trace, which are the columns."""
     calls: tuple[tuple[Collective, ...], ...] = field(repr=False)
-    """[C][R]"""
+    """[C][R] collectives."""
     start_ns: IntArray = field(repr=False)
-    """[C, R] when each rank arrived, on its own clock, counted from the epoch."""
+    """[C, R] arrival of each rank on its own clock, since the epoch."""
     end_ns: IntArray = field(repr=False)
 
     @cached_property
     def sends(self) -> Mask:
-        """[C, R, R] whether the row's rank sends the column's anything: all-to-alls may have empty parts."""
+        """Whether the row's rank sends to the column's, [C, R, R], as all-to-alls may have empty parts."""
         count = len(self.ranks)
         found = np.ones((len(self.calls), count, count), dtype=bool)
         if self.kind == "all_to_all":
@@ -107,14 +108,14 @@ class _Key(NamedTuple):
 
 
 def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str]]:
-    """Match by group (its ranks, and its name where the trace has it) and kind, then by sequence number.
+    """Match by group (its ranks, and its name if the trace has it) and kind, then by sequence number.
 
-    Where the trace has no sequence numbers (torch 2.11 and 2.13 write none), by order within group and kind:
-    all members call a group's collectives in one order. A group whose members recorded different numbers of
-    calls is refused, for then the first call of one may be the second of another.
+    If the trace has no sequence numbers (torch 2.11 and 2.13 write none), match by order within group and
+    kind: all members call a group's collectives in one order. A group whose members recorded different
+    numbers of calls is rejected, since the first call of one may then be the second of another.
 
     Returns:
-        What matches, and a sentence for each group that was refused.
+        The matches, and a sentence for each rejected group.
     """
     by_key: dict[_Key, dict[int, list[Collective]]] = {}
     for one in ranks:
@@ -137,7 +138,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
                 f"{key.kind} of the group {list(key.group)} cannot be matched: the ranks recorded different "
                 f"numbers of calls ({counts}); record the same steps on all ranks"
             )
-        # Those without times are left out once all are matched: else one's first would meet another's second.
+        # Calls without times are removed after matching, as earlier removal would shift the order.
         elif timed := [row for row in rows if all(c.work_ns is not None for c in row)]:
             shared = _shared(key, members, timed, base)
             apart = _apart(shared, hosts)
@@ -161,7 +162,7 @@ def _key(collective: Collective, of: RankCalls) -> _Key | None:
 
 
 def _by_sequence(lists: Sequence[Sequence[Collective]]) -> list[tuple[Collective, ...]] | None:
-    """None where a call has no number, or two have the same."""
+    """Match by sequence number, or return None if a call has none or two have the same."""
     tables = [{call.facts.sequence: call for call in calls} for calls in lists]
     if any(
         None in table or len(table) != len(calls) or not table
@@ -188,7 +189,7 @@ def _shared(
 
 
 def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
-    """Says so where, on one host's clock, one rank had ended all of them long before another began."""
+    """Explain if, on one host's clock, one rank had ended all of its calls long before another began."""
     first, last = shared.start_ns.min(axis=0), shared.end_ns.max(axis=0)
     for i, a in enumerate(shared.ranks):
         for j, b in enumerate(shared.ranks):
@@ -203,5 +204,5 @@ def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
 
 
 def synchronising(matched: Iterable[SharedCalls]) -> list[SharedCalls]:
-    """Those whose ends tell how the clocks stand to each other."""
+    """Return the calls whose ends can align the clocks."""
     return [shared for shared in matched if shared.kind in SYNCHRONISING]

@@ -1,1 +1,1 @@
-"""A trace reduced to what reports ask of it: in memory, in a small file beside it, by several processes."""
+"""Reduction of traces to what reports require, in memory or in a small file, by several processes."""

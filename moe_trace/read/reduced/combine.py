@@ -1,4 +1,4 @@
-"""Several traces taken together: each reduced on its own, then added up rank by rank."""
+"""Combine several traces: each is reduced separately, then they are added up rank by rank."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from moe_trace.read.reduced.trace import ReducedTrace
 
 
 def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTrace]:
-    """Read the files, many of them by several processes; a merged trace gives one for each of its ranks.
+    """Read the files, with several processes if there are many; a merged trace yields one result per rank.
 
-    A merged trace beside the traces that it was made of is left out: it says the same again. So is a trace
-    that cannot be read, where others can: a rank that died must not hide the others.
+    A merged trace next to its parts is left out, since it repeats them. So is a trace that cannot be read if
+    others can: a rank that died must not hide the others.
 
     Raises:
-        TraceFileError: none of the files can be read.
+        TraceFileError: None of the files can be read.
     """
     reached: dict[str, int] = {}
     reads: list[ReducedTrace] = []
@@ -39,7 +39,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
         if isinstance(found, TraceFileError):
             broken.append(found)
             continue
-        for part in found:  # each file's own numbers may start again at 0
+        for part in found:  # numbers may restart at 0 in each file
             alone = len(files) == 1 and part.alignment is None
             reads.append(part.numbered(part.own_numbers if alone else call_numbers(part.recording, reached)))
     if broken and not reads:
@@ -53,7 +53,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
 def left_out(
     reads: Sequence[tuple[Path, Recording, bool]], broken: Sequence[TraceFileError]
 ) -> tuple[Collection[Path], list[str]]:
-    """Files that only repeat others (`said_again`), and a sentence on each of them and on each broken one."""
+    """Return files that only repeat others (`said_again`), and a note on each of them and each broken one."""
     again = said_again(reads)
     notes = [f"{path.name} was left out: {why}" for path, why in sorted(again.items())]
     return again, [*notes, *(f"one of the traces was left out: {error}" for error in broken)]
@@ -71,7 +71,7 @@ def _gone(files: Sequence[Path]) -> list[str]:
 def _loaded(
     files: Sequence[Path], progress: Progress | None
 ) -> Iterator[list[ReducedTrace] | TraceFileError]:
-    """What each file holds, or why it cannot be read."""
+    """Yield the contents of each file, or the error that prevents reading it."""
     whole = [file for file in files if not is_reduced(file)]
     texts = None
     if len(whole) > 1:
@@ -95,10 +95,10 @@ def _loaded(
 
 
 def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
-    """One recording of all; calls of ranks that route the same tokens count once, by the first of them.
+    """Combine recordings; ranks that route the same tokens count once, by the first of them.
 
     Raises:
-        TraceFileError: the traces are of different models or runs.
+        TraceFileError: The traces are of different models or runs.
     """
     recordings = [read.recording for read in reads]
     first = recordings[0]
@@ -127,7 +127,7 @@ def combined(reads: Sequence[ReducedTrace], label: str) -> Recording:
 
 
 def notes_of(reads: Sequence[ReducedTrace]) -> list[str]:
-    """What a reader must know of the traces."""
+    """Return notes on the traces for the reader of a report."""
     notes = []
     unreadable = sum(r.unreadable for r in reads)
     if unreadable:
@@ -155,7 +155,7 @@ def notes_of(reads: Sequence[ReducedTrace]) -> list[str]:
 
 
 def notes_alone(recording: Recording) -> list[str]:
-    """What a reader must know of the trace of one rank without the others."""
+    """Return a note on a trace of one rank without the others."""
     if recording.world_size < 2:
         return []
     return [

@@ -1,8 +1,8 @@
-"""The small file beside a trace that answers for it: what reports ask, without the events.
+"""Reduced traces: small files beside a trace with everything that reports require, but no events.
 
-Its name is `<trace's name>.<digest of the trace>.moe_trace`, so that one of an older trace of that name is
-never used; its content is JSON, packed by gzip. `VERSION` goes up whenever the same trace would be reduced to
-something else.
+The name is `<trace's name>.<digest of the trace>.moe_trace`, so that a file from an older trace of that name
+is never used. The content is JSON, compressed with gzip. `VERSION` increases whenever the same trace would be
+reduced to something else.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _SAME = (
     "alignment",
     "notes",
 )
-"""Fields of a `ReducedTrace` that are written as they are."""
+"""Fields of a `ReducedTrace` that are written without conversion."""
 
 
 class _Part(msgspec.Struct, kw_only=True):
-    """One `ReducedTrace`; calls are named by their row in the recording."""
+    """One `ReducedTrace`; calls are identified by their row in the recording."""
 
     recording: msgspec.Raw
     timed: IntArray
@@ -85,16 +85,16 @@ class _Content(msgspec.Struct):
 
 
 def encode(parts: Sequence[ReducedTrace]) -> bytes:
-    """JSON of the ranks of one trace, of which most hold one."""
+    """Encode the ranks of one trace, of which there is mostly one, as JSON."""
     content = _Content(VERSION, [_encode(part) for part in parts])
     return msgspec.json.encode(content, enc_hook=np.ndarray.tolist)
 
 
 def decode(text: bytes, path: Path) -> list[ReducedTrace]:
-    """The inverse, said to come from the trace at `path`.
+    """Decode the output of `encode`, and attribute it to the trace at `path`.
 
     Raises:
-        TraceFileError: of another version, or no such JSON.
+        TraceFileError: The JSON has another version or form.
     """
     try:
         version = msgspec.json.decode(text, type=_Head).version
@@ -172,38 +172,38 @@ def _array(_: type, value: Any) -> np.ndarray:
 
 
 def is_reduced(path: Path) -> bool:
-    """Whether a file is one of these, by its name."""
+    """Return whether a file is a reduced trace, by its name."""
     return path.name.endswith(REDUCED_SUFFIX)
 
 
 def trace_of(path: Path) -> Path:
-    """The trace that a reduced one stands for, which need not be there any more."""
+    """Return the path of the original trace, which need not exist any more."""
     match = _NAME.fullmatch(path.name)
     return path.with_name(match["trace"]) if match else path
 
 
 def digest_of(trace: Path) -> str:
-    """16 hex digits of the SHA-256 of the trace's bytes.
+    """Return 16 hex digits of the SHA-256 of the trace's bytes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
-    import hashlib  # loads OpenSSL
+    import hashlib  # imported here, since it loads OpenSSL
 
     with trace.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def reduced_path(trace: Path) -> Path:
-    """Where the reduced form of the trace stands, as the trace is now."""
+    """Return the path of the reduced form for the trace's current contents."""
     return trace.with_name(f"{trace.name}.{digest_of(trace)}{REDUCED_SUFFIX}")
 
 
 def write_reduced(trace: Path, text: bytes) -> Path:
-    """Write what `encode` gave, and remove those of older traces of that name.
+    """Write the output of `encode`, and remove reduced forms of older traces of that name.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: The folder cannot be written.
     """
     target = reduced_path(trace)
     with whole_file(target) as temporary:
@@ -215,10 +215,10 @@ def write_reduced(trace: Path, text: bytes) -> Path:
 
 
 def read_reduced(path: Path) -> list[ReducedTrace]:
-    """What a small file says.
+    """Read a reduced trace.
 
     Raises:
-        TraceFileError: it cannot be read.
+        TraceFileError: The file cannot be read.
     """
     try:
         return decode(gzip.decompress(path.read_bytes()), trace_of(path))

@@ -1,4 +1,4 @@
-"""What a report reads: traces, or the small files that answer for them."""
+"""Find and load the inputs of a report: traces, or reduced traces that replace them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moe_trace.read.reduced.trace import ReducedTrace, reduce_file
 
 
 def find_inputs(path: str | Path) -> list[Path]:
-    """The file itself, or for each trace below a folder what is read for it, by the trace's name.
+    """Return the file itself, or the file to read for each trace below a folder, sorted by trace.
 
-    That is the reduced trace where there is one of just these bytes, or where the trace is gone.
+    That is the reduced trace if it matches the trace's current bytes, or if the trace no longer exists.
 
     Raises:
-        TraceFileError: nothing is there.
+        TraceFileError: There is no trace.
     """
     path = Path(path)
     reduced = [file for file in visible_files(path) if is_reduced(file)] if os.path.isdir(path) else []
@@ -38,27 +38,27 @@ def find_inputs(path: str | Path) -> list[Path]:
 
 
 def quickest(trace: Path) -> Path:
-    """What is read for one trace: what it was reduced to, where that is of the trace as it is now."""
+    """Return the reduced form of one trace if it matches the trace's current bytes, else the trace."""
     beside = trace.parent.glob(f"*{REDUCED_SUFFIX}")
     return _fresh(trace, [file for file in beside if trace_of(file) == trace])
 
 
 def _fresh(trace: Path, reduced: Sequence[Path]) -> Path:
-    """One of the small files, if it is of the trace as it is now; else the trace."""
+    """Return the reduced file that matches the trace's current bytes, else the trace."""
     if not reduced:
         return trace
     try:
         name = reduced_path(trace)
-    except OSError:  # who opens it says what is wrong
+    except OSError:  # opening it will report the error
         return trace
     return name if name in reduced else trace
 
 
 def load(path: Path, progress: Progress | None = None) -> list[ReducedTrace]:
-    """The ranks of one input.
+    """Load the ranks of one input.
 
     Raises:
-        TraceFileError: it cannot be read.
+        TraceFileError: The file cannot be read.
     """
     if not is_reduced(path):
         return list(reduce_file(path, progress))
@@ -68,4 +68,4 @@ def load(path: Path, progress: Progress | None = None) -> list[ReducedTrace]:
         trace = trace_of(path)
         if trace == path or not os.path.isfile(trace):
             raise
-        return list(reduce_file(trace, progress))  # of another release, or damaged
+        return list(reduce_file(trace, progress))  # the reduced file is of another release, or damaged

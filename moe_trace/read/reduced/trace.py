@@ -1,4 +1,4 @@
-"""One trace reduced so far that the events of the next can take its memory."""
+"""Reduction of one trace, which frees the memory of its events before the next trace is read."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
 from moe_trace.read.time.phases import CallTimes
 
 _OPERATORS = "aten::"
-"""What findings ask for by name; kernels' names are many and long."""
+"""Prefix of the operators that findings look up by name; kernels' names are many and long."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReducedTrace:
-    """One trace, or one rank of it."""
+    """One trace, or one rank of it, without its events."""
 
     path: Path
     recording: Recording
-    """Its calls are numbered from 0 in each router, until `numbered` says otherwise."""
+    """Recording whose calls are numbered from 0 in each router, until `numbered` changes that."""
     own_numbers: npt.NDArray[np.int64]
-    """[N] the numbers that the trace itself gives these calls."""
+    """[N] numbers of these calls in the trace itself."""
     times: CallTimes
     busy_us: dict[SampleKey, float]
     work: TraceWork
@@ -48,24 +48,24 @@ class ReducedTrace:
     step_us: dict[int, float]
     window_us: float
     alignment: Alignment | None
-    """Of a merged trace: how its clocks were aligned."""
+    """Alignment of the clocks of a merged trace."""
     notes: tuple[str, ...]
 
     @property
     def rank_input(self) -> RankInput:
-        """What it brings to a report of several ranks."""
+        """Input to a report on several ranks."""
         return RankInput(
             recording=self.recording, calls=self.calls, step_us=self.step_us, window_us=self.window_us
         )
 
     def narrow(self, chosen: Filter) -> ReducedTrace:
-        """What is left of it by the filters; all other figures follow from that."""
+        """Apply the filters; all other metrics are computed from the result."""
         if not chosen:
             return self
         recording = chosen.narrow(self.recording)
         calls = self.recording.calls
         times = zip(calls.call_keys(), calls.step.tolist(), calls.stage.tolist(), strict=True)
-        # Of a mixed call the time is that of the whole.
+        # A mixed call's time is that of the whole.
         taken = {key for key, *time in times if chosen.takes_time(*time)} & set(recording.calls.call_keys())
         rows = [i for i, key in enumerate(self.times.samples.call_keys()) if key in taken]
         collectives = tuple(
@@ -84,7 +84,7 @@ class ReducedTrace:
         )
 
     def numbered(self, numbers: npt.NDArray[np.int64]) -> ReducedTrace:
-        """The same with other numbers for the calls of its recording, which had each number once."""
+        """Replace the numbers of the recording's calls, which are unique before."""
         calls = self.recording.calls
         if np.array_equal(calls.call, numbers):
             return self
@@ -103,17 +103,17 @@ class ReducedTrace:
 
 
 def reduce_file(path: Path, progress: Progress | None = None) -> Iterator[ReducedTrace]:
-    """The trace, or each rank of a merged one; the calls of each router numbered from 0.
+    """Reduce the trace, or each rank of a merged one, with calls numbered from 0 in each router.
 
     Raises:
-        TraceFileError: it cannot be read.
+        TraceFileError: The file cannot be read.
     """
     for part in split_ranks(read_trace(path, progress)):
         yield _reduce(part)
 
 
 def with_call_numbers(recording: Recording, numbers: npt.NDArray[np.int64]) -> Recording:
-    """The same calls with those numbers."""
+    """Replace the numbers of the recording's calls."""
     return replace(recording, samples=recording.calls.with_numbers(call=numbers))
 
 

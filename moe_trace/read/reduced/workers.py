@@ -1,4 +1,4 @@
-"""Many traces read by as many processes as there are cores; each answers with what the small file would hold.
+"""Reduce many traces with as many processes as cores; each returns the contents of the reduced file.
 
 The processes are plain children that run one module: unlike `multiprocessing`, they neither copy the threads
 of the caller nor run its script again.
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     import subprocess
 
 SHARE_BYTES = 4 * 2**20
-"""Packed bytes of traces that a process must have to read: in a fraction of that time it starts."""
+"""Minimum number of compressed bytes per process, which takes a fraction of that time to start."""
 _PACKED = 10
-"""How many times longer a trace is that is not packed."""
+"""Size ratio of uncompressed to compressed traces."""
 
 
 def worth(files: Sequence[Path]) -> int:
-    """How many processes reading these is worth; 1: this one alone."""
+    """Return the number of processes worth using; 1 means this process alone."""
     size = sum(_packed_bytes(file) for file in files)
     return max(1, min(len(files), _cores(), size // SHARE_BYTES)) if sys.executable else 1
 
@@ -48,17 +48,17 @@ def _cores() -> int:
 
 
 def reduce_trace(file: Path) -> Path:
-    """Write the small file of one trace, by this process; where it stands.
+    """Write the reduced form of one trace in this process, and return its path.
 
     Raises:
-        TraceFileError: the trace cannot be read.
-        OutputError: its folder cannot be written.
+        TraceFileError: The trace cannot be read.
+        OutputError: Its folder cannot be written.
     """
     return write_reduced(file, encode(list(reduce_file(file))))
 
 
 def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
-    """Write the small file of each trace, on all cores; where it stands, or why there is none."""
+    """Write the reduced form of each trace, using all cores; yield its path, or the error."""
     regular = [file for file in files if not os.path.exists(file) or os.path.isfile(file)]
     texts = reduce_files(regular, worth(regular))
     for file in files:
@@ -71,8 +71,8 @@ def reduce_traces(files: Sequence[Path]) -> Iterator[Path | MoETraceError]:
 
 
 def reduce_files(files: Sequence[Path], processes: int) -> Iterator[bytes | TraceFileError]:
-    """For each file what `encode` makes of it, or why it cannot be read, in the order of the files."""
-    from concurrent.futures import ThreadPoolExecutor  # needed for many traces alone, as below
+    """Yield the encoded reduction of each file, or the error that prevents it, in the order of the files."""
+    from concurrent.futures import ThreadPoolExecutor  # only needed for many traces, like subprocess below
 
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for _ in range(processes):
@@ -95,7 +95,7 @@ def reduce_files(files: Sequence[Path], processes: int) -> Iterator[bytes | Trac
 
 
 class _Worker:
-    """A child process, started when it is first asked, and again where it died."""
+    """A child process, started on first use and again if it died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,7 +117,7 @@ class _Worker:
         return answer
 
     def end(self) -> int:
-        """Its exit status."""
+        """End the process and return its exit status."""
         process, self._process = self._process, None
         if process is None:
             return 0
@@ -132,14 +132,14 @@ class _Worker:
 def _start() -> subprocess.Popen[bytes]:
     import subprocess
 
-    # What this process can import, the child can: its path may have been changed by hand.
+    # What this process can import, the child must be able to, as its path may have been changed by hand.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 def serve() -> None:
-    """What the child does: a path after the other, until there are none."""
+    """Run the child's loop: read paths from stdin and answer each, until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that prints gets between the answers
     with suppress(EOFError):

@@ -1,1 +1,1 @@
-"""What recorded routes say: the analyses of `study`, a simulated cache, checks and comparisons; no torch."""
+"""Analysis of recorded routes: `study`, cache simulation, checks and comparisons. Does not import torch."""

@@ -1,8 +1,8 @@
-"""Distinct experts of a step: how many experts' weights a batch of B tokens reads.
+"""Distinct experts of a step: the number of experts whose weights a batch of B tokens reads.
 
-For B tokens drawn from those of the file (`drawn_distinct`), exactly and for every B at once: a step of B
-sequences that have nothing to do with each other. Beside it stands what the recorded decode steps themselves
-used, by their number of tokens. Consecutive tokens of one sequence are `Locality.distinct_in_window`.
+The expectation is for B tokens drawn from those of the file (`drawn_distinct`), exact and for every B: a step
+of B unrelated sequences. It is compared with what the recorded decode steps used, by their number of tokens.
+For consecutive tokens of one sequence see `Locality.distinct_in_window`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ BATCH_MAX = 512
 
 @dataclass(frozen=True, eq=False)
 class Distinct:
-    """Of one layer."""
+    """Distinct experts of one layer."""
 
     expected: Floats
-    """[B] mean for 1, 2, ... B tokens drawn from the file, B up to `BATCH_MAX` or the tokens there are."""
+    """[B] mean for 1, 2, ... B tokens drawn from the file, B up to `BATCH_MAX` or the number of tokens."""
     batch_sizes: Ints
-    """[M] numbers of tokens that the recorded decode steps had."""
+    """[M] numbers of tokens of the recorded decode steps."""
     steps: Ints
-    """[M] how many steps."""
+    """[M] number of such steps."""
     measured: Floats
     """[M] mean number of experts that they used."""
 
 
 def distinct(routes: RecordedRoutes, tokens: LayerTokens) -> Distinct:
-    """Of all stages drawn, and of decode steps measured."""
+    """Compute the expectation from all stages, and the measurement from decode steps."""
     rows = tokens.order.rows
     decode = np.flatnonzero(routes.stage_codes[rows] == STAGES.index("decode"))
     forward = routes.forward[rows[decode]]

@@ -1,16 +1,18 @@
-"""Pairs of experts: chosen together by a token in one layer (co-activation), or one layer after the other.
+"""Pairs of experts that a token chooses together in one layer (co-activation) or in consecutive layers.
 
     P(j | i) = N_ij / N_i                     co-activation
     P(e' | e) = N_ee' / N_e                  transition
 
-N_ij are the tokens with both i and j in the top k, N_i those with i (OLMoE, arXiv 2409.02060, section 5.2).
-All k (k - 1) / 2 pairs of a token count; the authors' script counts pairs of neighbouring ranks alone, 7 of
-28 for k = 8, which `pairs="adjacent"` does. N_ee' are the tokens with e in layer l and e' in layer l + 1.
+N_ij is the number of tokens with both i and j in the top k, N_i that with i (OLMoE, arXiv 2409.02060, section
+5.2). All k (k - 1) / 2 pairs of a token count; the authors' script counts only pairs of neighbouring ranks, 7
+of 28 for k = 8, as `pairs="adjacent"` does. N_ee' is the number of tokens with e in layer l and e' in layer l
++ 1.
 
-How well l predicts l + 1 is measured on tokens that the table was not counted on: counted on the first half
-of the tokens (sequence after sequence), asked about the second. Prediction: the k' experts with the largest
-sum of P(e' | e) over the token's experts e; against it, the k' most used experts of the first half, the same
-for every token. Recall: predicted experts that were used, over all that were used. Ties go to the lower id.
+How well l predicts l + 1 is measured on held-out tokens: the table is counted on the first half of the tokens
+(sequence after sequence) and evaluated on the second. The prediction is the k' experts with the largest sum
+of P(e' | e) over the token's experts e; the baseline is the k' most used experts of the first half, the same
+for every token. Recall is the number of predicted experts that were used, over all that were used. Ties go to
+the lower id.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ Pairs = Literal["all", "adjacent"]
 
 @dataclass(frozen=True, eq=False)
 class Coactivation:
-    """Of one layer."""
+    """Co-activation in one layer."""
 
     together: Ints
-    """[E, E] tokens with both experts, symmetric, 0 on the diagonal."""
+    """[E, E] number of tokens with both experts, symmetric, 0 on the diagonal."""
     counts: Ints
-    """[E] tokens with the expert."""
+    """[E] number of tokens with the expert."""
 
     @property
     def probability(self) -> Floats:
-        """[E, E] P(j | i) in row i and column j; NaN in rows of experts that no token chose."""
+        """P(j | i) in row i and column j, [E, E]; NaN in rows of experts that no token chose."""
         return ratio(self.together, self.counts[:, None])
 
     def strongest(self, pairs: int = 5) -> list[tuple[int, int, float]]:
-        """Pairs (i, j, P(j | i)) by falling P, at most one per i and j."""
+        """Return pairs (i, j, P(j | i)) by decreasing P, with at most one per i and j."""
         values = np.nan_to_num(self.probability)
         values = np.where(values >= values.T, values, 0)
         flat = np.argsort(-values, axis=None, kind="stable")
@@ -70,44 +72,43 @@ def coactivation(tokens: LayerTokens, pairs: Pairs = "all") -> Coactivation:
 
 
 def tokens_at_once(bins: int, pairs: int) -> int:
-    """Tokens to count pairs of at a time: their codes stay in a core's cache, and outnumber the bins."""
+    """Return how many tokens to count at a time: their codes fit a core's cache and outnumber the bins."""
     return max(_CODES, 2 * bins) // max(1, pairs) + 1
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> Floats:
-    """part / whole, NaN where the whole is 0."""
+    """Return part / whole, or NaN where the whole is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole > 0, part / whole, np.nan)
 
 
 TOKENS_ASKED = 1 << 14
-"""Held-out tokens that are predicted, evenly spaced; all of them where there are fewer."""
+"""Maximum number of held-out tokens to predict, evenly spaced."""
 
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """From one layer to the next."""
+    """Transition from one layer to the next."""
 
     counts: Ints
-    """[E, E'] tokens with expert e here and e' in the next layer."""
+    """[E, E'] number of tokens with expert e here and e' in the next layer."""
     used: Ints
-    """[E] tokens with e here."""
+    """[E] number of tokens with e here."""
     recall: float
-    """Of the experts that held-out tokens use in the next layer, the share that this layer predicts; NaN
-    where there are too few tokens."""
+    """Share of held-out tokens' next-layer experts that this layer predicts; NaN with too few tokens."""
     recall_by_load: float
-    """The same of the most used experts of the next layer."""
+    """The same if the most used experts of the next layer are predicted."""
     tokens_asked: int
-    """Held-out tokens that were predicted."""
+    """Number of held-out tokens that were predicted."""
 
     @property
     def probability(self) -> Floats:
-        """[E, E'] P(e' | e); NaN in rows of experts that no token chose."""
+        """P(e' | e), [E, E']; NaN in rows of experts that no token chose."""
         return ratio(self.counts, self.used[:, None])
 
 
 def transition(here: LayerTokens, after: LayerTokens) -> Transition:
-    """Count, and hold the second half against what the first says."""
+    """Count transitions, and evaluate predictions of the second half from the first."""
     here, after = of_same_tokens(here, after)
     middle = len(here) // 2
     halves = [slice(0, middle), slice(middle, None)]
@@ -131,7 +132,7 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
 
 
 def pair_counts(here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int) -> Ints:
-    """[E, E'] tokens with e in one layer and e' in another; ids from `experts` on are no expert."""
+    """Count tokens with e in one layer and e' in another, [E, E']; ids from `experts` on are no expert."""
     side = experts_after + 1
     bins = (experts + 1) * side
     counts = np.zeros(bins, np.int64)
@@ -144,7 +145,8 @@ def pair_counts(here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts
 
 
 def predict(probability: Floats, ids_NK: np.ndarray, slots: int) -> np.ndarray:
-    """[N, slots] ids of the experts with the largest sum of `probability` [E, E'] over each row's experts."""
+    """Return the experts with the largest sum of `probability` [E, E'] over each row's experts, [N,
+    slots]."""
     padded = np.concatenate([probability, np.zeros((1, probability.shape[1]))])
     guesses = np.empty((len(ids_NK), slots), np.uint16)
     for start in range(0, len(ids_NK), 1 << 12):

@@ -1,10 +1,10 @@
-"""Gating weights: how much of the output each expert gives, against how many assignments it has.
+"""Gating weights: the weight of each expert in the output, compared with its number of assignments.
 
-- mass: sum of the weights with which an expert was chosen, over that of all experts; beside it the share of
+- mass: sum of the weights with which an expert was chosen, over that of all experts, next to the share of
   assignments. An expert with less mass than assignments is chosen often and weighs little.
-- margin: a token's largest weight minus its second largest. How far the k-th expert was from the first that
-  was not chosen is unknown: its weight is not recorded.
-- last: a token's smallest weight over the sum of its weights, what leaving out its last expert takes away.
+- margin: a token's largest weight minus its second largest. The distance from the k-th expert to the first
+  not chosen is unknown, since the weight of the latter is not recorded.
+- last: a token's smallest weight over the sum of its weights, which is lost if its last expert is left out.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """Of one layer, over tokens whose weights were recorded."""
+    """Gating weights of one layer, over tokens whose weights were recorded."""
 
     tokens: int
     mass_share: Floats
-    """[E] share of the weights' sum."""
+    """[E] share of the sum of weights."""
     assignment_share: Floats
     """[E] share of the same tokens' assignments."""
     by_rank: Floats
     """[K] mean weight of each slot, in the router's order; NaN where a slot was always skipped."""
     margin: Floats
-    """[5] `QUANTILES` over tokens with two experts or more; NaN where there are none."""
+    """[5] `QUANTILES` over tokens with two experts or more; NaN if there are none."""
     margin_mean: float
     last: Floats
     """[5] `QUANTILES` over the same tokens."""
@@ -42,7 +42,7 @@ class Gates:
 
 
 def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | None:
-    """Of one layer; None where no weights were recorded."""
+    """Compute the gating weights of one layer, or return None if no weights were recorded."""
     if routes.weights is None:
         return None
     experts, slots = tokens.experts, tokens.ids.shape[1]
@@ -79,7 +79,7 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
 def chosen_weights(
     routes: RecordedRoutes, rows: np.ndarray, layer: int
 ) -> tuple[np.ndarray, np.ndarray, Mask]:
-    """[n, K] ids, weights in single precision, 0 where there is no expert, and whether there is one."""
+    """Return ids, float32 weights (0 without an expert), and whether there is an expert, each [n, K]."""
     assert routes.weights is not None
     slots = routes.top_k[layer]
     ids = routes.expert_ids[rows, layer, :slots]
@@ -89,16 +89,16 @@ def chosen_weights(
 
 
 def margins(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """[n] a token's largest weight minus its second; NaN where there are not two, or one is unrecorded."""
+    """Return each token's largest weight minus its second, [n]; NaN for fewer than two or unrecorded ones."""
     if weights.shape[1] < 2:
         return np.full(len(weights), np.nan, np.float32)
-    highest = np.sort(np.where(used, weights, -np.inf), axis=1)  # NaN last
+    highest = np.sort(np.where(used, weights, -np.inf), axis=1)  # sorts NaN last
     second = np.where(used.sum(axis=1) >= 2, highest[:, -2], np.nan)
     return (highest[:, -1] - second).astype(np.float32)
 
 
 def _last(weights: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """[n] a token's smallest weight over their sum."""
+    """Return each token's smallest weight over the sum of its weights, [n]."""
     smallest = np.where(used, weights, np.inf).min(axis=1)
     return ratio(smallest, weights.sum(axis=1)).astype(np.float32)
 

@@ -1,18 +1,18 @@
-"""Temporal locality: how soon the tokens of a sequence come back to the same experts.
+"""Temporal locality: how soon the tokens of a sequence reuse the same experts.
 
-S_t is the set of experts of token t. All figures are taken within runs (see `tokens`), over sets as they
-are: a slot that was skipped makes a set smaller.
+S_t is the set of experts of token t. All metrics are computed within runs (see `tokens`), on the sets as
+recorded: a skipped slot makes a set smaller.
 
 - `lags`: sum_t |S_t and S_(t-d)| / sum_t |S_t| over the tokens with d tokens before them in their run; d = 1
-  is the reuse of consecutive tokens. Chance is k / E for uniform routing; what the layer's load alone gives,
-  were tokens independent of each other, is sum_e p_e^2 / sum_e p_e with p_e the share of tokens with e.
+  is the reuse of consecutive tokens. Uniform routing gives k / E; independent tokens with the layer's load
+  give sum_e p_e^2 / sum_e p_e, with p_e the share of tokens with e.
 - `reuse_within`: the cumulative distribution of the reuse distance, in tokens since the same run last used
-  the expert, over all assignments of tokens in runs; what is missing to 1 was never used before.
-- `distinct_in_window`: mean of |union of S| over every d consecutive tokens, what a verify step of d
+  the expert, over all assignments of tokens in runs; the remainder to 1 was never used before.
+- `distinct_in_window`: mean of |union of S| over every d consecutive tokens, which a verify step of d
   speculated tokens reads.
-- `segment_coverage`: runs cut into segments of m tokens (an incomplete last one is left out); mean over
+- `segment_coverage`: runs are cut into segments of m tokens (an incomplete last one is left out); mean over
   segments of the share of assignments that the c most used experts of that segment cover, for every c. No set
-  of c experts that stays fixed through a segment covers more. (Local routing consistency, arXiv 2505.16056,
+  of c experts that is fixed throughout a segment covers more. (Local routing consistency, arXiv 2505.16056,
   asks this question; its SRP and SCH are defined through a model's scores, and are not computed here.)
 """
 
@@ -33,20 +33,20 @@ _BINS = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Locality:
-    """Of one layer; NaN where no run is long enough."""
+    """Temporal locality of one layer; NaN where no run is long enough."""
 
     distances: Ints
-    """[D] 1, 2, 4, ... tokens, up to the longest run."""
+    """[D] distances of 1, 2, 4, ... tokens, up to the longest run."""
     lags: Floats
-    """[D] share of a token's experts that the token so far before it used, too."""
+    """[D] share of a token's experts that the token at that distance before it also used."""
     by_chance: float
-    """The same of uniform routing: k / E."""
+    """`lags` under uniform routing: k / E."""
     by_load: float
-    """The same of independent tokens with this layer's load."""
+    """`lags` for independent tokens with this layer's load."""
     reuse_within: Floats
-    """[D] share of assignments whose expert the run used at most so many tokens ago."""
+    """[D] share of assignments whose expert the run used within that distance before."""
     distinct_in_window: Floats
-    """[D] mean number of experts of so many consecutive tokens."""
+    """[D] mean number of distinct experts in that many consecutive tokens."""
     segments: tuple[int, ...]
     """[M] lengths of segments in tokens."""
     segment_coverage: Floats
@@ -56,7 +56,7 @@ class Locality:
 
     @property
     def consecutive(self) -> float:
-        """Share of a token's experts that the token just before it used."""
+        """Share of a token's experts that the previous token also used."""
         return float(self.lags[0]) if len(self.lags) else float("nan")
 
     @property
@@ -66,7 +66,7 @@ class Locality:
 
 
 def locality(tokens: LayerTokens, segments: tuple[int, ...] = SEGMENTS) -> Locality | None:
-    """Of the tokens whose place is known; None where there are none."""
+    """Compute locality of the tokens with known order, or return None if there are none."""
     if not tokens.order.known.all():
         known = tokens.order.known
         tokens = LayerTokens(tokens.ids[known], tokens.experts, tokens.order.only(known))
@@ -92,7 +92,7 @@ def locality(tokens: LayerTokens, segments: tuple[int, ...] = SEGMENTS) -> Local
 
 
 def _windows(tokens: LayerTokens, distances: Ints) -> Iterator[tuple[int, Words]]:
-    """(d, [N, W] union of the run's last d sets up to each token): each from the one before, in place."""
+    """Yield (d, [N, W] union of the run's last d sets up to each token), updated in place."""
     place, windows = tokens.order.place, tokens.sets.copy()
     for d in distances.tolist():
         yield d, windows
@@ -100,7 +100,7 @@ def _windows(tokens: LayerTokens, distances: Ints) -> Iterator[tuple[int, Words]
 
 
 def _at(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, float]:
-    """Overlap at lag d, assignments reused within d, distinct experts of d consecutive tokens."""
+    """Return overlap at lag d, assignments reused within d, and distinct experts of d consecutive tokens."""
     sets, place = tokens.sets, tokens.order.place
     far = place[d:] >= d
     shared, own = total_size(sets[d:] & sets[:-d], far), total_size(sets[d:], far)
@@ -115,7 +115,7 @@ def _at(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, f
 
 
 def _coverage(tokens: LayerTokens, length: int) -> Floats:
-    """[E] mean over the complete segments of what their best 1, 2, ... experts cover."""
+    """Return the mean over complete segments of the share that their best 1, 2, ... experts cover, [E]."""
     experts, place = tokens.experts, tokens.order.place
     ends = np.flatnonzero(place % length == length - 1)
     sums, segments = np.zeros(experts), 0

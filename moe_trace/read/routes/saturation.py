@@ -1,9 +1,9 @@
-"""What two routings of the same tokens share, and router saturation: how early in training choices settle.
+"""Overlap of two routings of the same tokens, and router saturation: how early in training choices settle.
 
     saturation(t) = mean over tokens x of |top_k of checkpoint t (x) and top_k of the last checkpoint (x)| / k
 
 for the same tokens under several checkpoints (OLMoE, arXiv 2409.02060, section 5.1): the overlap of
-`moe-trace routes diff`. Uniform routing gives k / E. Top 1 compares the first slots alone.
+`moe-trace routes diff`. Uniform routing gives k / E. Top 1 compares only the first slots.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from moe_trace.read.routes.sets import Floats, Ints, expert_sets, sizes
 
 @dataclass(frozen=True, eq=False)
 class Saturation:
-    """Checkpoints in the order given, each against the last."""
+    """Saturation of checkpoints in the given order, each compared with the last."""
 
     labels: tuple[str, ...]
-    """The C files."""
+    """Names of the C files."""
     top_k: Floats
-    """[C, L] share of the last checkpoint's experts that this one chose, too; 1 for the last."""
+    """[C, L] share of the last checkpoint's experts that this one also chose; 1 for the last."""
     top_1: Floats
-    """[C, L] share of tokens whose first slot is the same."""
+    """[C, L] share of tokens with the same expert in the first slot."""
     uniform: Floats
-    """[L] k / E."""
+    """[L] value for uniform routing, k / E."""
 
 
 def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
-    """Whether the rows of several files are the same tokens, as far as was recorded: equally many, with the
-    same padding, positions and token ids, in layers of the same paths."""
+    """Return whether the rows of several files are the same tokens, as far as recorded.
+
+    They must agree in number, padding, positions, token ids, layer paths and top-k.
+    """
     first = parts[0]
     for part in parts[1:]:
         if len(part) != len(first) or part.layers != first.layers or part.top_k != first.top_k:
@@ -46,10 +48,10 @@ def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
 
 
 def saturation(parts: Sequence[RecordedRoutes], labels: Sequence[str], rows: Ints) -> Saturation:
-    """Of files that hold the same tokens.
+    """Compute the saturation of files with the same tokens.
 
     Args:
-        rows: the rows that count.
+        rows: Rows that count.
     """
     last, layers = parts[-1], range(len(parts[-1].layers))
     figures_CL2 = np.array([[_compared(part, last, layer, rows) for layer in layers] for part in parts])
@@ -59,7 +61,7 @@ def saturation(parts: Sequence[RecordedRoutes], labels: Sequence[str], rows: Int
 
 
 def _compared(part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: Ints) -> tuple[float, float]:
-    """Of the tokens that `compare_routes` compares: its overlap, and equal first slots."""
+    """Return the mean overlap and the share of equal first slots, over the tokens of `compare_routes`."""
     found = compare_layer(part, rows, last, rows, (layer, layer))
     if not found.compared.any():
         return float("nan"), float("nan")
@@ -69,10 +71,10 @@ def _compared(part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: Ints
 
 
 def shared_experts(a_NK: np.ndarray, b_NK: np.ndarray, experts: int) -> Ints:
-    """[N] experts that are in both rows' top k, whatever their order.
+    """Return the number of experts in both rows' top k, [N], regardless of their order.
 
     Args:
-        a_NK, b_NK: ids of the same tokens, of any two numbers of slots; ids from `experts` on are no expert.
+        a_NK, b_NK: Ids of the same tokens, with any numbers of slots; ids from `experts` on are no expert.
     """
     shared_N = np.empty(len(a_NK), np.int64)
     for start in range(0, len(a_NK), 1 << 16):
@@ -83,20 +85,20 @@ def shared_experts(a_NK: np.ndarray, b_NK: np.ndarray, experts: int) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class LayerOverlap:
-    """Of n tokens in one layer."""
+    """Overlap of n tokens in one layer."""
 
     compared: np.ndarray
-    """[n] bool: tokens that have an expert in either, and whose call was lost in neither."""
+    """[n] bool: tokens with an expert in either, and whose call was lost in neither."""
     overlap: np.ndarray
-    """[n] float: |A ∩ B| / max(|A|, |B|), which is k where no slot was skipped; 0 where not compared."""
+    """[n] float: |A ∩ B| / max(|A|, |B|), which is k if no slot was skipped; 0 where not compared."""
     same_rank: np.ndarray
-    """[n] float: ranks with the same expert, over the same."""
+    """[n] float: number of ranks with the same expert, over the same."""
 
 
 def compare_layer(
     a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray, layers: tuple[int, int]
 ) -> LayerOverlap:
-    """Rows of a layer against the same tokens' rows of the other's."""
+    """Compare the rows of a layer with the same tokens' rows of another recording."""
     experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
     one, two = a.expert_ids[rows_a, layers[0], :slots], b.expert_ids[rows_b, layers[1], :slots]
     size = np.maximum(np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1))

@@ -1,13 +1,14 @@
-"""A cache of experts in fast memory, simulated on recorded routes: would offloading work on this load?
+"""Simulation of a cache of experts in fast memory on recorded routes, to evaluate offloading for this load.
 
 A step is one forward of the model, or one token where tokens are taken one at a time. In each layer it needs
 the union of its tokens' experts, all together; each is one request. A request is a hit if the expert is in
-memory when the layer starts; the others are loaded, used, and take part in what the policy keeps: any C of
-what was there and what was needed, so a step that needs more than C experts streams the rest. Memory starts
-empty. Padding and recomputed rows are left out; a layer whose call was lost needs nothing in that step.
+memory when the layer starts. The others are loaded and used, and are candidates for what the policy keeps:
+any C of the experts that were in memory or needed, so a step that needs more than C experts streams the rest.
+Memory starts empty. Padding and recomputed rows are left out; a layer whose call was lost needs nothing in
+that step.
 
-- `lru`: the C experts used last; of one step, higher ids count as later, as loops over experts run.
-- `lfu`: the C experts needed in the most steps so far, evicted ones remembered; ties: the higher id.
+- `lru`: the C experts used last; within a step, higher ids count as later, as loops over experts run.
+- `lfu`: the C experts needed in the most steps so far, including evicted ones; ties: the higher id.
 - `static`: the C experts needed in the most steps of the whole run, each loaded when it is first needed.
 - `belady`: the C experts needed again soonest (Belady, IBM Systems Journal 5:78, 1966): with all experts of
   one size and all of a step's requests known together, no policy has more hits.

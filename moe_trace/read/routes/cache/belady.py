@@ -1,4 +1,4 @@
-"""Belady's optimum, all layers and sizes in step."""
+"""Belady's optimal policy, computed for all layers and sizes at once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ _CELLS = 1 << 20
 
 
 def belady_hits(needed: Sequence[Words], sizes: Sequence[int]) -> Iterator[Ints]:
-    """[C, G] hits of each step, for C memory sizes and G memories that each hold so many experts.
+    """Yield the hits of each step, [C, G], for C memory sizes and G memories.
 
     Args:
-        needed: [S, W] of each memory: the sets that its steps need; S is the same for all.
+        needed: Sets that the steps of each memory need, [S, W]; S is the same for all.
+        sizes: Number of experts that a memory holds, for each of the C sizes.
     """
     steps = len(needed[0])
     wide = 64 * max(sets.shape[1] for sets in needed)
     kind = np.int32 if wide * (steps + 2) < 1 << 31 else np.int64
     never = np.iinfo(kind).max
     soonest = np.full((len(sizes), len(needed), wide), never, kind)
-    """When an expert in memory is needed next, as step * wide + id; `never` where it is not in memory."""
+    """Next use of each expert in memory, as step * wide + id; `never` if it is not in memory."""
     for start, used, after in _chunks(needed, wide, kind):
         for row in range(len(used)):
             yield (soonest < kind(start + row + 1) * wide).sum(axis=2)
@@ -36,7 +37,7 @@ def belady_hits(needed: Sequence[Words], sizes: Sequence[int]) -> Iterator[Ints]
 def _chunks(
     needed: Sequence[Words], wide: int, kind: type[np.int32] | type[np.int64]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first step, [n, G, E] needed, [n, G, E] next need after each step), forwards in time."""
+    """Yield (first step, [n, G, E] needed, [n, G, E] next use after each step) in order of time."""
     steps, rows = len(needed[0]), max(1, _CELLS // (wide * len(needed)))
     starts = list(range(0, steps, rows))
     later = np.full((len(needed), wide), np.iinfo(kind).max, kind)
@@ -53,7 +54,7 @@ def _chunks(
 def _times(
     needed: Sequence[Words], start: int, rows: int, wide: int, kind: type[np.int32] | type[np.int64]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[n, G, E] what is needed, and step * wide + id where it is."""
+    """Return which experts are needed, [n, G, E], and step * wide + id where they are."""
     parts = [sets[start : start + rows] for sets in needed]
     used = np.zeros((len(parts[0]), len(parts), wide), np.bool_)
     for memory, sets in enumerate(parts):

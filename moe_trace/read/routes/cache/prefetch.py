@@ -17,42 +17,42 @@ _ROWS = 1 << 13
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Prefetch:
-    """What prefetching adds, over the second half of the steps: the first half is what it learned from.
+    """Effect of prefetching over the second half of the steps, with predictions learned from the first half.
 
     The k experts of the next layer with the largest sum of P(e' | e) over the experts e that the step needs
-    in this layer are loaded beside the memory unless they are in it; used or not, they leave what the policy
-    keeps as it is. The first layer has nothing to be predicted from.
+    in this layer are loaded in addition to the memory's experts, unless they are among them. Used or not,
+    they do not change what the policy keeps. Nothing can be predicted for the first layer.
     """
 
     requests: int
-    """Experts that these steps needed, all layers together."""
+    """Number of experts that these steps needed, in all layers together."""
     hits: int
-    """Those in memory without prefetching."""
+    """Number of requests in memory without prefetching."""
     hidden: int
-    """Those not in memory, but loaded ahead: loads that nobody waits for."""
+    """Number of requests not in memory, but loaded ahead, whose loading is hidden."""
     loaded_ahead: int
-    """Experts that were loaded ahead; `hidden` of them were needed, the others moved for nothing."""
+    """Number of experts loaded ahead; `hidden` of them were needed, the others were moved in vain."""
 
     @property
     def hit_rate(self) -> float:
-        """Requests that were in memory or loaded ahead, over all."""
+        """Share of requests that were in memory or loaded ahead."""
         return (self.hits + self.hidden) / self.requests if self.requests else float("nan")
 
     @property
     def hit_rate_without(self) -> float:
-        """The same steps' hits without prefetching, over their requests."""
+        """Share of the same requests that hit without prefetching."""
         return self.hits / self.requests if self.requests else float("nan")
 
     @property
     def precision(self) -> float:
-        """Share of what was loaded ahead that was needed."""
+        """Share of the experts loaded ahead that were needed."""
         return self.hidden / self.loaded_ahead if self.loaded_ahead else float("nan")
 
 
 def prefetch(
     policy: StackPolicy, needed: Requests, top_k: Sequence[int], memory_sizes: Sequence[int]
 ) -> list[Prefetch]:
-    """One for each size of memory."""
+    """Evaluate prefetching for each memory size."""
     half = needed.steps // 2
     totals = np.zeros((len(memory_sizes), 4), np.int64)
     for layer, sets in enumerate(needed.sets):
@@ -72,7 +72,7 @@ def prefetch(
 
 
 def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
-    """[S - half, W] what the second half of the steps expects of layer + 1, from the counts of the first."""
+    """Predict layer + 1 for the second half of the steps, [S - half, W], from the counts of the first."""
     here, after = needed.sets[layer], needed.sets[layer + 1]
     experts, experts_after = needed.experts[layer], needed.experts[layer + 1]
     counts = np.zeros((experts, experts_after))

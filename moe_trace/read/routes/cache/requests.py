@@ -1,4 +1,4 @@
-"""What each step needs of each layer."""
+"""Experts that each step requests in each layer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Together = Literal["forward", "token"]
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """Steps in the order of the calls."""
+    """Requests of steps, in the order of the calls."""
 
     sets: tuple[Words, ...]
-    """[S, W] of each layer: the experts that each step needs."""
+    """[S, W] experts that each step needs, by layer."""
     experts: tuple[int, ...]
-    """Of each layer."""
+    """Number of experts of each layer."""
     tokens: int
-    """Tokens of these steps."""
+    """Number of tokens in these steps."""
     steps_recorded: int
-    """Steps of the file; S may be fewer."""
+    """Number of steps in the file; S may be fewer."""
 
     @property
     def steps(self) -> int:
-        """S."""
+        """Number of steps S."""
         return len(self.sets[0]) if self.sets else 0
 
     def in_one_memory(self) -> Requests:
-        """All layers as one, which takes a step for each of them, one after the other.
+        """Join all layers into one memory with a step for each layer, one after the other.
 
         Expert e of layer l is number 64 * (words of the layers before l) + e.
         """
@@ -48,7 +48,7 @@ class Requests:
 def requests_of(
     routes: RecordedRoutes, together: Together, most_steps: int | None, turns: int = 1
 ) -> Requests:
-    """The first `most_steps` steps of a group of layers, of `turns` for each; all where it is None."""
+    """Return the first `most_steps` // `turns` steps of a group of layers, or all if `most_steps` is None."""
     rows = np.flatnonzero(routes.counted)
     if together == "forward":
         rows = rows[np.argsort(routes.forward[rows], kind="stable")]

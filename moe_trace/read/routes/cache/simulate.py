@@ -1,4 +1,4 @@
-"""`simulate`: hit rates and bytes moved, by policy, memory and layer."""
+"""Simulate a cache of experts: hit rates and bytes moved, by policy, memory size and layer."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CacheResult:
-    """Of one policy and one size of memory."""
+    """Result for one policy and one memory size."""
 
     policy: Policy
     experts_in_memory: int
-    """Experts of each layer, or `layers` times as many of all layers in one memory."""
+    """Number of experts per layer, or, in a shared memory, 1 / L of its size."""
     requests: Ints
-    """[L] experts that steps needed."""
+    """[L] number of experts that steps needed."""
     hits: Ints
-    """[L] those that were in memory."""
+    """[L] number of requests that were in memory."""
     tokens: int
     expert_bytes: int | None
     prefetch: Prefetch | None = None
 
     @property
     def hit_rate(self) -> float:
-        """Hits over requests, of all layers; NaN where nothing was needed."""
+        """Hits over requests of all layers; NaN without requests."""
         return float(self.hits.sum() / self.requests.sum()) if self.requests.sum() else float("nan")
 
     @property
     def layer_hit_rates(self) -> Floats:
-        """[L] the same of each layer."""
+        """Hits over requests of each layer, [L]; NaN without requests."""
         return np.where(self.requests > 0, self.hits / np.maximum(self.requests, 1), np.nan)
 
     @property
     def loads_per_token(self) -> float:
-        """Experts loaded for each token, all layers together."""
+        """Experts loaded per token, in all layers together."""
         return float((self.requests - self.hits).sum() / self.tokens) if self.tokens else float("nan")
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes moved for each token; None where the size of an expert is unknown."""
+        """Bytes moved per token, or None if the size of an expert is unknown."""
         return None if self.expert_bytes is None else self.loads_per_token * self.expert_bytes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CacheStudy:
-    """All policies and sizes, of one group of layers."""
+    """Results for all policies and sizes, for one group of layers."""
 
     layers: tuple[str, ...]
     together: Together
     shared: bool
     """Whether all layers share one memory."""
     steps: int
-    """Steps that were simulated: the first ones."""
+    """Number of simulated steps, from the first."""
     steps_recorded: int
     tokens: int
-    """Tokens of the simulated steps."""
+    """Number of tokens in the simulated steps."""
     expert_bytes: int | None
     results: tuple[CacheResult, ...]
     curves: dict[str, Floats]
-    """LRU, LFU, static -> [E] hit rate for 1, 2, ... experts in memory (of each layer, or in all)."""
+    """Hit rate for 1, 2, ... experts in memory (per layer or in total), [E], for LRU, LFU and static."""
 
 
 def simulate(
@@ -88,17 +88,17 @@ def simulate(
     expert_bytes: int | None = None,
     most_steps: int | None = None,
 ) -> CacheStudy:
-    """Simulate a memory of experts, for the first group of layers.
+    """Simulate a memory of experts for the first group of layers.
 
     Args:
-        experts_in_memory: experts of each layer that fit; where `shared`, L times as many of all layers.
-        together: what needs its experts at once: a `"forward"`, or each `"token"`, as if decoded alone.
-        prefetch_by: `"transition"`: also say what loading ahead for the next layer gives (see `Prefetch`).
-        expert_bytes: bytes of one expert's weights, to say bytes beside experts.
-        most_steps: simulate the first so many steps; of a shared memory each layer's turn is a step.
+        experts_in_memory: Experts of each layer that fit; if `shared`, L times as many of all layers.
+        together: Unit that needs its experts at once: a `"forward"`, or each `"token"`, as if decoded alone.
+        prefetch_by: `"transition"` also evaluates loading ahead for the next layer (see `Prefetch`).
+        expert_bytes: Bytes of one expert's weights, to also report bytes.
+        most_steps: Number of steps to simulate; with a shared memory each layer's turn is a step.
 
     Raises:
-        UsageError: an unknown policy, sizes below 1, or prefetching into a shared memory.
+        UsageError: The policy is unknown, a size is below 1, or a shared memory is to be prefetched into.
     """
     _check(experts_in_memory, policies, shared, prefetch_by, expert_bytes)
     needed = requests_of(routes, together, most_steps, turns=len(routes.layers) if shared else 1)
@@ -149,7 +149,7 @@ def _of_policy(
     prefetch_by: str | None,
     expert_bytes: int | None,
 ) -> tuple[list[CacheResult], Floats | None]:
-    """The results by size, and the hit rate for every size where the policy has one order of all experts."""
+    """Return the results by size, and the hit rate for every size if the policy is a stack algorithm."""
     layers, memories = len(needed.sets), needed.in_one_memory() if shared else needed
     held = [size * layers if shared else size for size in sizes]
     curve, fetched = None, list[Prefetch | None]([None] * len(sizes))
@@ -177,7 +177,7 @@ def _of_policy(
 
 
 def _kept(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, int]:
-    """[L, C] hits of each layer where 1, 2, ... C experts fit, and the requests of all."""
+    """Return the hits of each layer where 1, 2, ... C experts fit, [L, C], and the number of all requests."""
     wide = max(64 * sets.shape[1] for sets in memories.sets)
     hits_LC = np.zeros((layers, wide + 1), np.int64)
     for memory, sets in enumerate(memories.sets):
@@ -188,7 +188,7 @@ def _kept(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, i
 
 
 def _belady(memories: Requests, held: Sequence[int], layers: int) -> Ints:
-    """[L, C] hits of each layer where so many experts fit."""
+    """Return the hits of each layer by memory size, [L, C]."""
     hits_LC = np.zeros((layers, len(held)), np.int64)
     for step, found_CG in enumerate(belady_hits(memories.sets, held)):
         if len(memories.sets) == layers:
@@ -199,9 +199,10 @@ def _belady(memories: Requests, held: Sequence[int], layers: int) -> Ints:
 
 
 def expert_bytes_of(model: Mapping[str, Any]) -> int | None:
-    """Bytes of an expert of gate, up and down projection: 3 * hidden * intermediate * bytes of a number.
+    """Return the bytes of an expert with gate, up and down projections.
 
-    Biases are left out. None where the sizes or the type are not recorded, or the weights are quantised.
+    That is 3 * hidden * intermediate * bytes of a number, without biases. None if the sizes or the dtype are
+    not recorded, or the weights are quantised.
 
     Args:
         model: `RecordedRoutes.model`, with `dtype` and the `config` of transformers.

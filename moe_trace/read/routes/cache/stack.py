@@ -1,4 +1,5 @@
-"""LRU, LFU and static as one order of all experts: the place of a request in it gives hits for every size."""
+"""LRU, LFU and static as stack algorithms: the place in one order of experts gives the hits for every
+size."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ _AT_ONCE = 1 << 13
 def places(
     policy: StackPolicy, needed: Words, asked: Words | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(steps, experts, places), each [A]: of the requests of a layer, or of other sets that are asked about.
+    """Yield (steps, experts, places), each [A], of the requests of a layer or of the sets in `asked`.
 
-    An expert is in memory at the start of a step if its place is below the memory's size; its place is
-    64 * W if it was never needed before.
+    An expert is in memory at the start of a step if its place is below the memory's size; its place is 64 * W
+    if it was never needed before.
 
     Args:
-        needed: [S, W] sets of experts.
+        needed: Sets of experts, [S, W].
+        asked: Sets of experts to place instead of the requests, [S, W].
     """
     wide = 64 * needed.shape[1]
     rows = max(1, _CELLS // wide)
@@ -43,8 +45,8 @@ def places(
 
 
 def _order(policy: StackPolicy, keys: np.ndarray, used: np.ndarray, start: int) -> None:
-    """Fill in what orders the experts after each step: the larger is kept first, below `wide` is not yet
-    needed. Different for all experts of a step."""
+    """Fill in the sort keys of the experts after each step: the largest is kept first, and those below `wide`
+    were not needed yet. All keys of a step are distinct among needed experts."""
     wide = keys.shape[1]
     if policy == "lru":
         step_n = np.arange(start + 1, start + len(keys), dtype=keys.dtype)[:, None] * wide
@@ -71,7 +73,7 @@ def _place(keys: np.ndarray, steps: np.ndarray, experts: np.ndarray, total_E: np
 
 
 def _totals(needed: Words, rows: int) -> Ints:
-    """[E] places by the steps of the whole run that need each expert; ties: the higher id first."""
+    """Return places by the number of steps of the run that need the expert, [E]; ties: higher id first."""
     wide = 64 * needed.shape[1]
     parts = (members(needed[start : start + rows], wide) for start in range(0, len(needed), rows))
     totals = sum((part.sum(axis=0) for part in parts), np.zeros(wide, np.int64))

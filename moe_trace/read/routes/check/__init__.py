@@ -1,4 +1,4 @@
-"""Whether captured routes can be what a router decided: rules, each with what breaks it and where first."""
+"""Check whether captured routes can be a router's decisions, with rules that report their violations."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from moe_trace.read.routes.check.repeats import repeated_rows, uniform_rows
 
 @dataclass(frozen=True, kw_only=True)
 class RoutesProblem:
-    """What breaks a rule: how often, of how many, and where first."""
+    """A violated rule: number of tokens, total, and first occurrence."""
 
     rule: str
     layer: str
-    """Module path; empty where it is of all layers together."""
+    """Module path, or empty for all layers together."""
     count: int
-    """Tokens."""
+    """Number of tokens that violate the rule."""
     of: int
     first: str
-    """The first of them, in words."""
+    """Description of the first of them."""
     message: str
 
     @property
     def sentence(self) -> str:
-        """All of it in one line."""
+        """The whole problem in one line."""
         if not self.of:
             return self.message
         where = f"{self.layer}: " if self.layer else ""
@@ -36,16 +36,16 @@ class RoutesProblem:
 
     @classmethod
     def of_file(cls, message: str) -> RoutesProblem:
-        """Of a file that could not be read."""
+        """Create the problem of a file that could not be read."""
         return cls(rule="file_can_be_read", layer="", count=0, of=0, first="", message=message)
 
 
 Found = Iterable[tuple[int | None, np.ndarray, str]]
-"""(layer, rows, message)."""
+"""(layer, rows, message)"""
 
 
 def ids_are_in_range(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """Each id is one of the layer's experts, or says that there is none."""
+    """Each id is one of the layer's experts, or means no expert."""
     for layer, experts in enumerate(routes.num_experts):
         ids_TK = routes.expert_ids[:, layer]
         bad = ((ids_TK >= experts) & (ids_TK != routes.no_expert)).any(1)
@@ -60,7 +60,7 @@ def slots_are_within_top_k(routes: RecordedRoutes, fixed: frozenset[int]) -> Fou
 
 
 def experts_of_a_token_differ(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """No expert stands twice in one row of a layer."""
+    """No expert occurs twice in one row of a layer."""
     for layer in range(len(routes.layers)):
         if layer in fixed:
             continue
@@ -70,7 +70,7 @@ def experts_of_a_token_differ(routes: RecordedRoutes, fixed: frozenset[int]) -> 
 
 
 def layers_route(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """No layer has the same ids in all its rows, as the zeros of a dense layer are."""
+    """No layer has the same ids in all its rows, like the zeros of a dense layer."""
     for layer in sorted(fixed):
         rows = np.flatnonzero(_used(routes)[:, layer])
         ids = routes.expert_ids[rows[0], layer].tolist()
@@ -78,13 +78,13 @@ def layers_route(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
 
 
 def layers_are_their_own(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """No layer holds another's rows."""
+    """No layer has another layer's rows."""
     for layer, other, rows in equal_layers(routes.expert_ids, _used(routes), fixed):
         yield layer, rows, f"the ids of {routes.layers[other]}, in the same order"
 
 
 def rows_are_their_own(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """A token's row is not the one of the token before it."""
+    """No token's row equals that of the token before it, beyond chance."""
     rows = repeated_rows(routes, _used(routes), fixed)
     reason = (
         "of another token"
@@ -95,7 +95,7 @@ def rows_are_their_own(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
 
 
 def padding_is_marked(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
-    """No row has one and the same ids in all layers, and padding of an imported capture has none."""
+    """No row has the same ids in all layers, and padding of an imported capture has no experts."""
     yield (
         None,
         uniform_rows(routes, _used(routes), fixed),
@@ -123,13 +123,13 @@ RULES: dict[str, Callable[[RecordedRoutes, frozenset[int]], Found]] = {
 def check_routes(
     routes: RecordedRoutes, reference: RecordedRoutes | None = None
 ) -> dict[str, list[RoutesProblem]]:
-    """All groups of layers against all rules; a rule that holds has an empty list.
+    """Check all groups of layers against all rules; a rule that holds has an empty list.
 
     Args:
-        reference: routes of the same tokens, for the rule `layers_stand_in_their_place`.
+        reference: Routes of the same tokens, for the rule `layers_stand_in_their_place`.
 
     Raises:
-        UsageError: the reference is of other tokens.
+        UsageError: The reference has other tokens.
     """
     found: dict[str, list[RoutesProblem]] = {rule: [] for rule in RULES}
     for group in routes.groups:
@@ -159,7 +159,7 @@ def _problem(
 
 
 def place(routes: RecordedRoutes, row: int) -> str:
-    """A row in words: its number, and what is known of its token."""
+    """Describe a row by its number and what is known of its token."""
     words = [f"row {row}", f"step {routes.step[row]}"]
     for name in ("sequence", "position"):
         value = int(getattr(routes, name)[row])
@@ -169,6 +169,6 @@ def place(routes: RecordedRoutes, row: int) -> str:
 
 
 def _used(routes: RecordedRoutes) -> np.ndarray:
-    """[T, L] bool: rows of tokens that are no padding, and hold an expert."""
+    """Return which rows are not padding and contain an expert, bool [T, L]."""
     held: np.ndarray = (routes.expert_ids != routes.no_expert).any(2)
     return held & ~routes.padding[:, None]

@@ -1,4 +1,4 @@
-"""Layers that are no router's: one row all over, another layer's rows, or those of a file's layer beside."""
+"""Detect layers without their own routing: constant rows, another layer's rows, or shifted layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from moe_trace.read.routes.compare.align import align
 from moe_trace.read.routes.saturation import shared_experts
 
 ENOUGH_ROWS = 16
-"""Fewer tokens than these may well agree."""
+"""Minimum number of rows; fewer tokens may agree by chance."""
 _SAMPLE = 4096
 _MOSTLY = 0.9
 _BETTER = 0.25
-"""Of k: how much more must be shared with another layer than with the layer's own."""
+"""Fraction of k by which more must be shared with another layer than with the layer's own."""
 
 
 def fixed_layers(ids_TLK: np.ndarray, used_TL: np.ndarray) -> frozenset[int]:
-    """Layers with the same ids in each used row, of at least `ENOUGH_ROWS`.
+    """Return layers with the same ids in every used row, with at least `ENOUGH_ROWS` rows.
 
-    Of few tokens in a layer of one slot, only those whose id is 0: a router may favour one expert.
+    A layer with one slot counts only if the id is 0, since a router may favour one expert.
     """
     fixed = set()
     for layer in range(ids_TLK.shape[1]):
@@ -36,10 +36,10 @@ def fixed_layers(ids_TLK: np.ndarray, used_TL: np.ndarray) -> frozenset[int]:
 def equal_layers(
     ids_TLK: np.ndarray, used_TL: np.ndarray, fixed: frozenset[int]
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(layer, an earlier one, rows that are equal) where nearly all rows of the two are equal in all slots.
+    """Yield (layer, earlier layer, equal rows) where nearly all rows of the two are equal in all slots.
 
-    More than nine in ten must be, and twice as many as where the rows of one are shuffled. Layers are
-    compared in a sample of 4096 rows first.
+    More than nine in ten must be, and more than twice as many as with one layer's rows rotated. A sample of
+    4096 to 8191 rows (all, if there are fewer) is compared first.
     """
     step = max(1, len(ids_TLK) // _SAMPLE)
     sample, used = ids_TLK[::step], used_TL[::step]
@@ -63,9 +63,11 @@ def _share(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[tuple[int, np.ndarray, str]]:
-    """(layer, its rows, message) where a layer shares clearly more experts with another of the reference.
+    """Yield (layer, its rows, message) where a layer shares clearly more experts with another of the
+    reference.
 
-    Compared is the share of the top-k sets, over up to 4096 tokens.
+    Compares the shared part of the top-k sets, over a sample of 4096 to 8191 tokens (all, if there are
+    fewer).
     """
     aligned = align(routes, reference)
     step = max(1, len(aligned.rows_a) // _SAMPLE)

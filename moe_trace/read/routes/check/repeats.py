@@ -1,8 +1,8 @@
-"""Rows that repeat the row before them, or the same ids in all layers, beyond what a router does.
+"""Detect rows that repeat the previous row, or the same ids in all layers, more often than a router would.
 
-A token that follows itself may have nearly the routes of its predecessor, and now and then exactly those. A
-router that does so leaves near misses behind, a stale buffer does not; so exact repetitions are held against
-near ones, and against how often two rows of the file agree wherever they stand.
+A token that follows itself may have nearly the routes of its predecessor, and occasionally exactly those. A
+router that does so also produces near misses, a stale buffer does not; so exact repetitions are compared with
+near ones, and with how often any two rows of the file agree.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from moe_trace.read.routes.check.layers import ENOUGH_ROWS
 from moe_trace.read.routes.tokens import TokenOrder
 
 _NEAR = 4, 32
-"""A near miss differs in at most so many slots, or in one of so many."""
+"""A near miss differs in at most this many slots, or at most one in this many."""
 _ENOUGH_SLOTS = 8
-"""Of a row in all layers: rows of fewer may well repeat where a token follows itself."""
+"""Minimum number of slots in all layers: shorter rows may well repeat where a token follows itself."""
 _SIGMAS = 5
 _TOO_ALIKE = 0.2
-"""Rows that agree so often anyway say nothing by agreeing with their neighbours."""
+"""Probability of agreement above which rows that equal their neighbours mean nothing."""
 _UNLIKELY = 1e-6
-"""Rows that agree more often where all choices are equally likely say nothing: one layer of top 1."""
+"""Probability of agreement under uniform choice above which repeats mean nothing: one layer of top 1."""
 _NATURAL = 8
-"""Rows that repeat none, from which the chance of a repetition is known."""
+"""Minimum number of rows without repetition to estimate the probability of a repetition."""
 _START = 4
-"""A sequence may begin with one token so many times: their states are equal, whatever the position."""
+"""Repetitions of one token allowed at the start of a sequence, where states are equal at every position."""
 
 
 def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
-    """Rows that are equal to that of the token before in all slots, where there are too many of them.
+    """Return rows that equal those of the previous token in all slots, if there are too many of them.
 
-    The token before is the one of the position before in the same sequence; where sequences are unknown, the
-    row before. With token ids, tokens that follow themselves are left out.
+    The previous token has the previous position in the same sequence, or is the previous row if sequences are
+    unknown. With token ids, tokens that follow themselves are left out.
     """
     layers = [layer for layer in range(len(routes.layers)) if layer not in fixed]
     if len(routes) < ENOUGH_ROWS or sum(routes.top_k[layer] for layer in layers) < _ENOUGH_SLOTS:
@@ -61,7 +61,7 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
 
 
 def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
-    """Rows whose ids are the same in all of at least two layers, where chance gives fewer."""
+    """Return rows with the same ids in all layers, of at least two, if there are more than by chance."""
     ids_TLK: np.ndarray = routes.expert_ids
     layers = [layer for layer in range(ids_TLK.shape[1]) if layer not in fixed]
     if len(layers) < 2 or not len(ids_TLK):
@@ -70,7 +70,7 @@ def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[i
     for layer in layers[1:]:
         equal &= (ids_TLK[:, layer] == ids_TLK[:, layers[0]]).all(1)
     shuffled = np.ones(len(ids_TLK))
-    for layer in layers[1:]:  # the share of rows of that layer that any row of the first would meet
+    for layer in layers[1:]:  # share of this layer's rows that equal a given row of the first layer
         shuffled *= _meeting(ids_TLK[:, layers[0]], ids_TLK[:, layer])
     rows = np.flatnonzero(equal)
     even = _even(routes, layers[1:])
@@ -79,12 +79,12 @@ def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[i
 
 
 def _even(routes: RecordedRoutes, layers: list[int]) -> float:
-    """The chance that two rows agree in some layers where all choices are equally likely."""
+    """Return the probability that two rows agree in these layers if all choices are equally likely."""
     return 1 / prod(max(1, perm(routes.num_experts[layer], routes.top_k[layer])) for layer in layers)
 
 
 def _pairs(routes: RecordedRoutes, used: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens, and those of the tokens after them."""
+    """Return the rows of tokens, and those of the tokens after them."""
     order = TokenOrder.of(routes)
     if order.known.all():
         follows = order.follows[1:] & used[order.rows[1:]] & used[order.rows[:-1]]
@@ -94,7 +94,7 @@ def _pairs(routes: RecordedRoutes, used: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _differing(rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Slots that differ, pair by pair, in pieces that fit a cache."""
+    """Count the slots that differ in each pair, in chunks that fit a cache."""
     differing = np.empty(len(before), np.int32)
     for start in range(0, len(before), 1 << 14):
         piece = slice(start, start + (1 << 14))
@@ -103,7 +103,7 @@ def _differing(rows: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.nd
 
 
 def _agreement(rows: np.ndarray) -> float:
-    """The chance that two of the rows are equal, wherever they stand."""
+    """Return the probability that two random rows are equal."""
     if len(rows) < 2:
         return 0.0
     _, counts = np.unique(_hashed(rows), return_counts=True)
@@ -120,7 +120,7 @@ def _hashed(rows: np.ndarray) -> np.ndarray:
 
 
 def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
-    """[T]: for each row of the first, the share of rows of the second that equal it."""
+    """Return for each row of the first the share of the second's rows that equal it, [T]."""
     together = _hashed(np.concatenate([one_TK, two_TK]))
     _, places = np.unique(together, return_inverse=True)
     counts = np.bincount(places[len(one_TK) :], minlength=int(places.max()) + 1)
@@ -129,6 +129,6 @@ def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
 
 
 def _beyond(count: int, chance: float, of: int) -> bool:
-    """Whether a count is more than chance gives, by five standard deviations."""
+    """Return whether a count exceeds its expectation by more than five standard deviations."""
     expected = chance * of
     return count > expected + _SIGMAS * float(np.sqrt(expected * max(0.0, 1 - chance)))

@@ -1,1 +1,1 @@
-"""Two routings of the same tokens: what they share by layer and position, and where they begin to differ."""
+"""Compare two routings of the same tokens: overlap by layer and position, and where they begin to differ."""

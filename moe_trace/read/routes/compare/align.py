@@ -1,4 +1,4 @@
-"""Which rows of two recordings are the same tokens, and which layers are the same routers."""
+"""Match the tokens (rows) and the routers (layers) of two recordings."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The N tokens and M layers that both have."""
+    """The N tokens and M layers that both recordings have."""
 
     rows_a: np.ndarray
     """[N] rows of the first."""
     rows_b: np.ndarray
-    """[N] the same tokens' rows in the second."""
+    """[N] rows of the same tokens in the second."""
     layers: tuple[tuple[int, int], ...]
-    """(layer of the first, layer of the second)."""
+    """(layer of the first, layer of the second)"""
     aligned_by: str
-    """By which column the tokens are matched."""
+    """Description of the columns by which the tokens are matched."""
     only_a: int
-    """Tokens without a counterpart; padding and recomputed tokens are never counted."""
+    """Number of tokens without a counterpart; padding and recomputed tokens never count."""
     only_b: int
 
 
 def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
-    """Tokens that are no padding and no recomputation, by sequence and position, else by their order.
+    """Match tokens that are neither padding nor recomputed, by sequence and position, else by order.
 
-    A sequence number that starts again from an earlier position is another text: the n-th of it in the one
-    is the n-th in the other.
+    A sequence number that restarts from an earlier position is another text: its n-th occurrence in one
+    recording matches the n-th in the other.
 
     Raises:
-        UsageError: fewer than half of the smaller side's tokens have a counterpart, their token ids differ,
+        UsageError: Fewer than half of the smaller side's tokens have a counterpart, their token ids differ,
             or no layer is in both.
     """
     layers = _layers(a, b)
@@ -68,7 +68,7 @@ def _placed(routes: RecordedRoutes, rows: np.ndarray) -> bool:
 def _matched(
     a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the same text and position, in the order of the first."""
+    """Return rows of the same text and position, in the order of the first."""
     keys_a, keys_b = _keys(a, rows_a), _keys(b, rows_b)
     if len(keys_a) == len(keys_b) and (keys_a == keys_b).all():
         return rows_a, rows_b
@@ -80,7 +80,7 @@ def _matched(
 
 
 def _keys(routes: RecordedRoutes, rows: np.ndarray) -> np.ndarray:
-    """[N, 3] int64: sequence, how often it started before, position."""
+    """Return sequence, number of earlier starts of it, and position, int64 [N, 3]."""
     order = np.argsort(routes.sequence[rows], kind="stable")
     sequence, position = routes.sequence[rows][order].astype(np.int64), routes.position[rows][order]
     new = np.ones(len(rows), np.bool_)

@@ -1,12 +1,12 @@
-"""`compare_routes`: the figures of `moe-trace routes diff`.
+"""`compare_routes`: the metrics of `moe-trace routes diff`.
 
-Of a token in a layer, with the sets A and B of its experts under the two routings:
+For a token in a layer, with the sets A and B of its experts under the two routings:
 
-- overlap: |A ∩ B| / max(|A|, |B|), the latter k where no slot was skipped; its mean over tokens is the router
-  saturation of OLMoE (arXiv 2409.02060, section 5.1) where B is the last checkpoint.
-- same rank: ranks at which both have the same expert, over the same.
+- overlap: |A ∩ B| / max(|A|, |B|), where the latter is k unless a slot was skipped; its mean over tokens is
+  the router saturation of OLMoE (arXiv 2409.02060, section 5.1) if B is the last checkpoint.
+- same rank: number of ranks with the same expert in both, over the same.
 - differs: A ≠ B. Reordered: A = B in another order.
-- weights L1: the sum over experts of |weight in A - weight in B|, 0 where it was not chosen.
+- weights L1: the sum over experts of |weight in A - weight in B|, where experts not chosen have weight 0.
 - margin: the largest weight minus the second largest, in A.
 """
 
@@ -30,20 +30,20 @@ _PIECE = 1 << 14
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PositionOverlap:
-    """Of tokens at some positions of their sequence: 0, 1, 2 to 3, 4 to 7, and so on."""
+    """Overlap of tokens in a range of positions of their sequence: 0, 1, 2 to 3, 4 to 7, and so on."""
 
     first: int
     last: int
     tokens: int
     overlap: Floats
-    """[L]"""
+    """[L] mean overlap."""
     differing: float
     """Share of the tokens whose experts differ in any layer."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoutesComparison:
-    """Two routings A and B of the same tokens; NaN where no token could be compared."""
+    """Comparison of two routings A and B of the same tokens; NaN where no token could be compared."""
 
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
@@ -51,10 +51,10 @@ class RoutesComparison:
     tokens: int
     aligned_by: str
     only_a: int
-    """Tokens without a counterpart in B."""
+    """Number of tokens without a counterpart in B."""
     only_b: int
     compared: Ints
-    """[L] tokens with an expert in either."""
+    """[L] number of tokens with an expert in either."""
     overlap: Floats
     """[L] mean over tokens; uniform routing gives k / E."""
     same_rank: Floats
@@ -70,26 +70,26 @@ class RoutesComparison:
     identical: float
     """Share of all tokens with the same experts at the same ranks in all layers."""
     positions: tuple[PositionOverlap, ...]
-    """Empty where positions are unknown."""
+    """Overlap by position; empty if positions are unknown."""
     weights_l1: Floats | None
-    """[L] mean over tokens; None where the weights of a side are not recorded."""
+    """[L] mean over tokens; None if the weights of a side are not recorded."""
     margin_differing: Floats | None
-    """[L] mean margin of the tokens that differ; None where A has no weights."""
+    """[L] mean margin of the tokens that differ; None if A has no weights."""
     margin_same: Floats | None
-    """[L] of the others."""
+    """[L] mean margin of the other tokens."""
 
     @property
     def drift_begins(self) -> int | None:
-        """The first layer in which any token's experts differ; None where none differ."""
+        """Index of the first layer in which any token's experts differ, or None if none differ."""
         found = np.flatnonzero(self.begins > 0)
         return int(found[0]) if len(found) else None
 
 
 def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
-    """Compare two routings of the same tokens, of their first groups of layers; without padding.
+    """Compare two routings of the same tokens in their first groups of layers, without padding.
 
     Raises:
-        UsageError: the tokens or layers are not the same.
+        UsageError: The tokens or layers are not the same.
     """
     aligned = align(a, b)
     rows_a, rows_b, position_N = aligned.rows_a, aligned.rows_b, a.position[aligned.rows_a]
@@ -128,13 +128,13 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
 
 
 def _classes(position_N: np.ndarray) -> np.ndarray:
-    """[N] 0 for position 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, and so on."""
+    """Return the class of each position, [N]: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, and so on."""
     exponents: np.ndarray = np.frexp(np.maximum(position_N, 0).astype(np.float64))[1]
     return exponents
 
 
 def _by_position(position_N: np.ndarray, found: LayerOverlap) -> Floats:
-    """[P] mean overlap of the tokens of each class of positions."""
+    """Return the mean overlap of the tokens of each class of positions, [P]."""
     class_N = _classes(position_N)
     return ratio(np.bincount(class_N, found.overlap), np.bincount(class_N, found.compared))
 
@@ -184,7 +184,7 @@ def _of_weights(
 
 
 def _by_expert(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarray:
-    """[n, E + 1] weights by expert, 0 for those that were not chosen; NaN where unrecorded."""
+    """Return weights by expert, [n, E + 1], with 0 for experts not chosen and NaN where unrecorded."""
     ids, weights, _ = chosen_weights(routes, rows, layer)
     experts = routes.num_experts[layer]
     by_expert = np.zeros((len(rows), experts + 1), np.float32)
@@ -193,6 +193,6 @@ def _by_expert(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarr
 
 
 def _mean(values_N: np.ndarray, chosen_N: np.ndarray) -> float:
-    """Of the chosen tokens that are known; NaN where there are none."""
+    """Return the mean of the chosen finite values, or NaN if there are none."""
     known = values_N[chosen_N & np.isfinite(values_N)]
     return float(known.mean(dtype=np.float64)) if len(known) else float("nan")

@@ -1,1 +1,1 @@
-"""Routes of other tools, read and written: engines' arrays, Megatron's JSONL, Arrow, safetensors."""
+"""Import and export of routes: engines' arrays, Megatron's JSONL, Arrow, safetensors."""

@@ -1,4 +1,4 @@
-"""Arrays of expert ids as engines and trainers pass them round, and `RecordedRoutes`."""
+"""Convert arrays of expert ids, as used by engines and trainers, to `RecordedRoutes`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MOST_EXPERTS = 65_535
 
 @dataclass
 class Capture:
-    """Ids of N tokens, as somebody captured them, and what is known of the tokens."""
+    """Ids of N tokens as captured by another tool, with what is known of the tokens."""
 
     ids: np.ndarray
-    """[N, L, K] of any integer type; below 0 is no expert, and so is 255 of 8 bits."""
+    """[N, L, K] of any integer type; negative values mean no expert, and so does 255 in 8 bits."""
     captured_by: str
     layers: Sequence[str] = ()
-    """Module paths; `layers.0` and so on where they are unknown."""
+    """Module paths; `layers.0` and so on if unknown."""
     sequence: np.ndarray | None = None
     position: np.ndarray | None = None
     step: np.ndarray | None = None
@@ -32,16 +32,16 @@ class Capture:
     token_ids: np.ndarray | None = None
     rank: int = 0
     notes: list[str] = field(default_factory=list)
-    """What was done to it, in words."""
+    """Descriptions of the changes made to the capture."""
 
     def routes(self, source: str, num_experts: int | None = None) -> RecordedRoutes:
-        """As routes; rows without any expert are marked as padding.
+        """Convert to routes; rows without any expert are marked as padding.
 
         Args:
-            num_experts: of each layer; else the greatest id says it, which may be too few.
+            num_experts: Number of experts of each layer; by default the largest id + 1, which may be too few.
 
         Raises:
-            TraceFileError: it is no [N, L, K] of expert ids.
+            TraceFileError: The array is not [N, L, K] of expert ids.
         """
         ids, tokens = self.ids, len(self.ids)
         if ids.ndim != 3 or ids.dtype.kind not in "iu":
@@ -83,14 +83,14 @@ class Capture:
 
 
 def _empty(ids: np.ndarray, num_experts: int | None) -> np.ndarray:
-    """[N, L, K] bool: fills."""
+    """Return which entries are fill values, bool [N, L, K]."""
     if ids.dtype == np.uint8 and (num_experts or 0) < 256:
         return ids == 255
     return ids < 0 if ids.dtype.kind == "i" else np.zeros(ids.shape, np.bool_)
 
 
 def _experts(ids: np.ndarray, num_experts: int | None, source: str) -> tuple[int, np.dtype[Any]]:
-    """How many experts a layer has, and the type that holds their ids and those that are none of them."""
+    """Return the number of experts of a layer, and a type for their ids and those that mean no expert."""
     greatest = int(ids.max(initial=0))
     experts = num_experts or greatest + 1
     if max(greatest, experts) >= _MOST_EXPERTS:
@@ -106,11 +106,13 @@ def _column(column: np.ndarray | None, tokens: int, fill: int, kind: Any) -> np.
 
 
 def capture_of_arrays(arrays: dict[str, np.ndarray], source: str) -> Capture:
-    """Arrays by name, as a trainer saves its batch: `routed_experts`, and beside it, where they are there,
-    `attention_mask`, `input_ids` and `position_ids` of [batch, tokens], and `prompt_routed_experts`.
+    """Convert named arrays, as trainers save their batches.
+
+    The ids are `routed_experts`; `attention_mask`, `input_ids` and `position_ids` of [batch, tokens], and
+    `prompt_routed_experts`, are optional.
 
     Raises:
-        TraceFileError: there are no expert ids, or shapes that do not fit.
+        TraceFileError: There are no expert ids, or shapes do not match.
     """
     ids = arrays.get("routed_experts", next(iter(arrays.values())) if len(arrays) == 1 else None)
     if ids is None:
@@ -131,7 +133,7 @@ def capture_of_arrays(arrays: dict[str, np.ndarray], source: str) -> Capture:
 
 
 def _capture_of_batch(ids: np.ndarray, arrays: dict[str, np.ndarray], source: str) -> Capture:
-    """[B, S, L, K]."""
+    """Convert ids of shape [B, S, L, K]."""
     batch = ids.shape[:2]
     mask, positions = (
         _flat(arrays, "attention_mask", batch, source),

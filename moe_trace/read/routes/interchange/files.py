@@ -1,4 +1,4 @@
-"""Files of other tools by their endings: `import_routes` and `export_routes`."""
+"""Import and export files of other tools, by their suffixes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMATS = {
     "arrow": ".arrow",
     "safetensors": ".safetensors",
 }
-"""Format of an export -> its ending."""
+"""Suffix by export format."""
 _FREE_BYTES, _EXPANSION = 1 << 30, 200
 
 
@@ -50,16 +50,16 @@ def import_routes(
     top_k: int | None = None,
     ending: str | None = None,
 ) -> tuple[RecordedRoutes, list[str]]:
-    """Routes that another tool captured, and what was done to them, in words.
+    """Read routes that another tool captured; also return descriptions of the changes made to them.
 
     Args:
-        num_experts, layers, top_k: what the capture does not say of itself.
-        ending: read it as a file of this ending.
+        num_experts, layers, top_k: Values that the capture does not contain.
+        ending: Suffix to assume instead of the file's own.
 
     Raises:
-        TraceFileError: the file cannot be read, or holds no expert ids.
-        UsageError: its ending is unknown, or something must be given.
-        MissingPackage: the format needs a package that is not installed.
+        TraceFileError: The file cannot be read, or contains no expert ids.
+        UsageError: The suffix is unknown, or a value must be given.
+        MissingPackage: The format requires a package that is not installed.
     """
     file = Path(path)
     ending = ending or file.suffix
@@ -104,7 +104,7 @@ def _read(file: Path, ending: str, layers: int | None, top_k: int | None) -> Rec
 
 
 def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
-    """Arrays of a .npy or .npz, none of which is pickled or expands beyond reason."""
+    """Load arrays of a .npy or .npz, without pickles and with a limit on decompressed size."""
     try:
         if ending == ".npy":
             return {"routed_experts": np.load(file, mmap_mode="r", allow_pickle=False)}
@@ -123,15 +123,16 @@ def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
 
 
 def export_routes(routes: RecordedRoutes, target: str | Path, format_name: str) -> list[str]:
-    """Write the first group of layers for other tools, whole or not at all; returns what was left out.
+    """Write the first group of layers for other tools, completely or not at all; return what was left out.
 
-    npy is [tokens, layers, top_k] of int16 with -1 for no expert, as vLLM returns it, in the order of the
-    rows; npz has padding, sequence, position and the rest beside it; megatron is a router trace.
+    npy is [tokens, layers, top_k] of int16 (int32 with 32768 experts or more) with -1 for no expert, as
+    returned by vLLM, in the order of the rows; npz adds padding, sequence, position and the rest; megatron is
+    a router trace.
 
     Raises:
-        OutputError: the file cannot be written.
-        MissingPackage: the format needs a package that is not installed.
-        UsageError: an unknown format.
+        OutputError: The file cannot be written.
+        MissingPackage: The format requires a package that is not installed.
+        UsageError: The format is unknown.
     """
     if format_name not in FORMATS:
         raise UsageError(f"found the format {format_name!r}, expected one of {', '.join(FORMATS)}")

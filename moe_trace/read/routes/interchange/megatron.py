@@ -3,8 +3,8 @@
     {"step": 0, "block": "decoder", "layer": 3, "rank": 0, "num_tokens": 128, "topk": 8,
      "top_indices": [[12, 45, ...], ...]}
 
-A layer that comes again within a step is another forward, as of a microbatch. Where the router gave a mask,
-Megatron's tracer lists a token's experts by number, so their ranks are unknown.
+A layer that occurs again within a step is another forward, as for a microbatch. If the router returned a
+mask, Megatron's tracer lists a token's experts by number, so their ranks are unknown.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.interchange.arrays import Capture
 
 LayerKey = tuple[str, int, int]
-"""Block, its index, layer."""
+"""(block, its index, layer)"""
 
 
 def is_router_trace(values: list[Any]) -> bool:
-    """Whether JSON lines are of a router trace."""
+    """Return whether JSON lines are a router trace."""
     return bool(values) and isinstance(values[0], dict) and "top_indices" in values[0]
 
 
 def capture_of_router_trace(values: list[Any], source: str) -> Capture:
-    """Forwards in order, each with all layers that any of them has.
+    """Read the forwards in order, each with all layers that any of them has.
 
     Raises:
-        TraceFileError: a line is no record of a layer, or layers of one forward saw other tokens.
+        TraceFileError: A line is not a record of a layer, or layers of one forward have different tokens.
     """
     forwards: dict[tuple[int, int], dict[LayerKey, np.ndarray]] = {}
     seen: dict[tuple[int, LayerKey], int] = {}
@@ -66,7 +66,7 @@ def capture_of_router_trace(values: list[Any], source: str) -> Capture:
 
 
 def router_trace_lines(routes: RecordedRoutes) -> Iterator[str]:
-    """The lines of a router trace, one for each forward and layer; layers are numbered in their order."""
+    """Yield the lines of a router trace, one for each forward and layer, with consecutive layer numbers."""
     for forward in np.unique(routes.forward):
         rows = np.flatnonzero(routes.forward == forward)
         for layer, slots in enumerate(routes.top_k):

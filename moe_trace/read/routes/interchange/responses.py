@@ -1,9 +1,9 @@
-"""Responses of inference servers, as JSON.
+"""Responses of inference servers in JSON.
 
 - vLLM (0.21): `prompt_routed_experts` of the response and `choices[i].routed_experts`, as lists of
   [tokens, layers, top_k], or as `{"encoding": "base64", "dtype", "shape", "data"}`.
-- SGLang: `meta_info.routed_experts` of /generate, or `choices[i].sgl_ext.routed_experts`: base64 of int32,
-  flat, so that layers and top-k must be given.
+- SGLang: `meta_info.routed_experts` of /generate, or `choices[i].sgl_ext.routed_experts`: base64 of flat
+  int32, so layers and top-k must be given.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "int64")
 def capture_of_responses(
     responses: list[Any], source: str, *, layers: int | None = None, top_k: int | None = None
 ) -> Capture:
-    """One sequence for each choice of each response, prompt and generated tokens one after the other.
+    """Make one sequence of each choice of each response, with prompt tokens before generated ones.
 
     Raises:
-        TraceFileError: no response holds routed experts, or they are of different shapes.
-        UsageError: they are flat, and layers or top-k were not given.
+        TraceFileError: No response contains routed experts, or their shapes differ.
+        UsageError: They are flat, and layers or top-k were not given.
     """
     found = []
     for response in responses:
@@ -60,13 +60,13 @@ def capture_of_responses(
 
 
 def _stages(arrays: list[np.ndarray], has_prompt: bool) -> np.ndarray:
-    """Prefill of the prompt, decoding of the rest; all prefill where the parts are not distinguished."""
+    """Return prefill for the prompt and decode for the rest, or prefill for all if they are not separate."""
     first = np.zeros(len(arrays[0]), np.uint8)
     return np.concatenate([first, *(np.full(len(a), int(has_prompt), np.uint8) for a in arrays[1:])])
 
 
 def _parts(response: Any) -> Iterator[tuple[Any, Any, str]]:
-    """(prompt's experts or None, the others', server) of each choice."""
+    """Yield (the prompt's experts or None, the other experts, server) of each choice."""
     if not isinstance(response, dict):
         return
     meta = response.get("meta_info")

@@ -1,4 +1,4 @@
-"""Routes as columns with a JSON text beside them: Parquet, Arrow and safetensors, and `.npz` of one group."""
+"""Routes as columns with JSON metadata: Parquet, Arrow and safetensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moe_trace.data.errors import TraceFileError, optional_package
 from moe_trace.data.routes.columns import COLUMNS, RecordedRoutes
 
 KEY = "moe_trace_routes"
-"""Of the JSON text in the file's metadata."""
+"""Key of the JSON text in the file's metadata."""
 _DESCRIBED = ("layers", "num_experts", "top_k", "rank", "world_size", "model", "versions", "dropped")
 
 
 def described(routes: RecordedRoutes) -> str:
-    """All that is no column, of the first group."""
+    """Encode everything except the columns, for the first group."""
     plain: dict[str, Any] = {name: getattr(routes, name) for name in _DESCRIBED}
     plain["shape"] = routes.expert_ids.shape[1:]
     return json.dumps(plain, default=_plain)
@@ -29,10 +29,10 @@ def _plain(value: Any) -> Any:
 
 
 def routes_of_columns(columns: Mapping[str, np.ndarray], text: str | bytes, source: str) -> RecordedRoutes:
-    """The routes that `described` and their columns make.
+    """Decode routes from the output of `described` and their columns.
 
     Raises:
-        TraceFileError: they do not fit together.
+        TraceFileError: They do not match.
     """
     try:
         plain = json.loads(text)
@@ -54,7 +54,7 @@ def routes_of_columns(columns: Mapping[str, np.ndarray], text: str | bytes, sour
 
 
 def write_arrow(routes: RecordedRoutes, target: Path, *, parquet: bool) -> None:
-    """A row for each token; [layers, top_k] of it is a list of fixed size.
+    """Write a row for each token, with [layers, top_k] as a list of fixed size.
 
     Raises:
         MissingPackage: pyarrow is not installed.
@@ -66,7 +66,7 @@ def write_arrow(routes: RecordedRoutes, target: Path, *, parquet: bool) -> None:
         width = int(np.prod(column.shape[1:], dtype=np.int64))
         arrays[name] = arrow.FixedSizeListArray.from_arrays(flat, width) if column.ndim > 1 else flat
     table = arrow.table(arrays).replace_schema_metadata({KEY: described(routes)})
-    if parquet:  # with a dictionary, for Parquet has no numbers of 8 bits
+    if parquet:  # with a dictionary, since Parquet has no 8-bit integers
         module.write_table(table, target, compression="zstd", use_dictionary=True)
     else:
         module.write_feather(table, target, compression="zstd")
@@ -79,10 +79,10 @@ def _packages(*, parquet: bool) -> tuple[Any, Any]:
 
 
 def read_arrow(path: Path, *, parquet: bool) -> RecordedRoutes:
-    """What `write_arrow` wrote.
+    """Read the output of `write_arrow`.
 
     Raises:
-        TraceFileError: it is another table, or none.
+        TraceFileError: It is another table, or none.
         MissingPackage: pyarrow is not installed.
     """
     arrow, module = _packages(parquet=parquet)
@@ -99,7 +99,7 @@ def read_arrow(path: Path, *, parquet: bool) -> RecordedRoutes:
 
 
 def write_safetensors(routes: RecordedRoutes, target: Path) -> None:
-    """A tensor for each column.
+    """Write a tensor for each column.
 
     Raises:
         MissingPackage: safetensors is not installed.
@@ -110,10 +110,10 @@ def write_safetensors(routes: RecordedRoutes, target: Path) -> None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    """Its tensors, and our description where it has one.
+    """Read the tensors, and our JSON text if the file has it.
 
     Raises:
-        TraceFileError: it is no safetensors file.
+        TraceFileError: It is not a safetensors file.
         MissingPackage: safetensors is not installed.
     """
     module = optional_package("safetensors", "safetensors", "safetensors")
