@@ -1,4 +1,4 @@
-"""One row per router call, with all of its figures: what CSV, Parquet and data frames hold."""
+"""One row per router call with all of its metrics, for CSV, Parquet and data frames."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _OF_SAMPLES = {
     "requests": Column("requests", "Whose tokens they are, where a host framework reports it."),
     "prefill_requests": Column("prefill requests", "Those with a prefill token."),
 }
-"""Fields of `RoutingSample`."""
+"""Columns for fields of `RoutingSample`."""
 
 LISTS_OF_ROWS = ("assignments", "prefill_assignments", "decode_assignments", "k_histogram")
 _OF_LOADS = {"max_over_mean": "max÷mean", "cv": "CV", "gini": "Gini", "entropy": "entropy"}
@@ -81,13 +81,13 @@ COLUMNS: dict[str, Column] = {
     "decode_assignments": Column("decode assignments", "Those of decode tokens.", unit="slots"),
     "k_histogram": Column("k histogram", "Tokens by the number of slots that they used.", unit="tokens"),
 }
-"""Name in the rows -> its label, unit and definition, in the order of the rows."""
+"""Label, unit and definition by column name, in the order of the rows."""
 
 
 def call_rows(
     samples: Sequence[RoutingSample], times: CallTimes | None, busy_us: Mapping[SampleKey, float]
 ) -> list[dict[str, Any]]:
-    """Flat rows whose keys are `COLUMNS`; None where a figure is not known; lists for counts per expert."""
+    """Return flat rows with the keys of `COLUMNS`; None where unknown, and lists for counts per expert."""
     calls = CallTable.of(samples)
     keys, loads = calls.call_keys(), describe_loads(calls.assignments)
     nothing = [None] * len(calls)
@@ -111,7 +111,7 @@ def call_rows(
 
 
 def _phases_ns(times: CallTimes) -> dict[str, npt.NDArray]:
-    """What is known of the calls' phases, a value per row of the times."""
+    """Return the known columns of the calls' phases, with a value per row of the times."""
     columns = {"block_host_us": times.block_host_ns, "block_host_gap_us": times.host_gap_ns}
     if times.device_known:
         columns["block_device_gap_us"] = times.device_gap_ns

@@ -145,8 +145,7 @@ def pair_counts(here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts
 
 
 def predict(probability: Floats, ids_NK: np.ndarray, slots: int) -> np.ndarray:
-    """Return the experts with the largest sum of `probability` [E, E'] over each row's experts, [N,
-    slots]."""
+    """Return the experts with the largest sum of `probability` [E, E'] over each row's, [N, slots]."""
     padded = np.concatenate([probability, np.zeros((1, probability.shape[1]))])
     guesses = np.empty((len(ids_NK), slots), np.uint16)
     for start in range(0, len(ids_NK), 1 << 12):

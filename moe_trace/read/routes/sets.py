@@ -1,6 +1,6 @@
 """Sets of experts as bits of 64-bit words: unions, overlaps and sizes of millions of tokens at once.
 
-Ids as `LayerTokens` has them: E, and whatever is beyond, stands for no expert.
+Ids are as in `LayerTokens`: E and larger ids mean no expert.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint64]
-"""[..., W] sets of experts: expert e is bit e % 64 of word e // 64."""
+"""Sets of experts, [..., W]: expert e is bit e % 64 of word e // 64."""
 
 
 def expert_sets(ids_NK: np.ndarray, experts: int) -> Words:
-    """[N, W] the set of each row's experts."""
+    """Return the set of each row's experts, [N, W]."""
     words = max(1, -(-experts // 64))
     bits_EW = np.zeros((np.iinfo(ids_NK.dtype).max + 1, words), np.uint64)
     ids_E = np.arange(experts)
@@ -28,13 +28,13 @@ def expert_sets(ids_NK: np.ndarray, experts: int) -> Words:
 
 
 def members(sets_NW: Words, experts: int) -> Mask:
-    """[N, E] whether each expert is in each set."""
+    """Return whether each expert is in each set, [N, E]."""
     little = np.ascontiguousarray(sets_NW, dtype="<u8").view(np.uint8)
     return np.unpackbits(little, axis=1, count=experts, bitorder="little").view(np.bool_)
 
 
 def sizes(sets_NW: Words) -> Ints:
-    """[N] how many experts each set holds."""
+    """Return the number of experts in each set, [N]."""
     counts_NW = _bit_counts(sets_NW)
     if counts_NW.shape[1] == 1:
         return counts_NW[:, 0].astype(np.int64)
@@ -43,7 +43,7 @@ def sizes(sets_NW: Words) -> Ints:
 
 
 def total_size(sets_NW: Words, chosen_N: Mask | None = None) -> int:
-    """Sum of the sizes, of all or of some sets."""
+    """Return the sum of the sizes of all sets, or of the chosen ones."""
     counts_NW = _bit_counts(sets_NW)
     if chosen_N is not None:
         counts_NW = counts_NW * chosen_N[:, None]
@@ -51,7 +51,7 @@ def total_size(sets_NW: Words, chosen_N: Mask | None = None) -> int:
 
 
 def _bit_counts(sets_NW: Words) -> npt.NDArray[np.uint8]:
-    """[N, words of some size] bits that are set."""
+    """Count the bits that are set, per row and word of some size."""
     if hasattr(np, "bitwise_count"):
         return np.bitwise_count(sets_NW)
     return _BITS_OF_16[np.ascontiguousarray(sets_NW).view(np.uint16)].reshape(len(sets_NW), -1)  # numpy 1

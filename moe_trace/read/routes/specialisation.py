@@ -1,14 +1,14 @@
 """Specialisation of experts in domains and in words (OLMoE, arXiv 2409.02060, sections 5.3 and 5.4).
 
-- domain: share of a domain's tokens that have the expert in their top k; k / E is what uniform routing gives.
+- domain: share of a domain's tokens that have the expert in their top k; uniform routing gives k / E.
 - vocabulary: for a token id x that occurs N_x times, N_xe of them with expert e,
 
       specialisation(x) = max_e N_xe / N_x,      of a layer: the mean over ids
 
   once with e anywhere in the top k, once with e in the first slot alone, as the authors' script counts. 1
-  means that every id has an expert of its own; ids that occur once are 1 by themselves, so the mean over ids
-  with `OFTEN` occurrences or more stands beside it. The ids are those of the tokens that went in (`input`),
-  of the next token of the same run (`target`), or of what the model predicts (`predicted`), where given.
+  means that every id has an expert of its own. Ids that occur once have 1 trivially, so the mean over ids
+  with `OFTEN` occurrences or more is also given. The ids are those of the input tokens (`input`), of the
+  next token of the same run (`target`), or of the model's predictions (`predicted`) if given.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from moe_trace.read.routes.sets import Floats, Ints, Mask
 from moe_trace.read.routes.tokens import LayerTokens
 
 OFTEN = 10
-"""Occurrences from which on an id counts as frequent, as in the authors' script."""
+"""Minimum number of occurrences of a frequent id, as in the authors' script."""
 _BINS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
 class Domains:
-    """Of one layer."""
+    """Specialisation in domains of one layer."""
 
     tokens: Ints
-    """[D] tokens of each domain."""
+    """[D] number of tokens of each domain."""
     share: Floats
     """[D, E] share of a domain's tokens with the expert in their top k; NaN for a domain without tokens."""
     uniform: float
-    """k / E."""
+    """Value for uniform routing, k / E."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Of one layer and one kind of ids."""
+    """Specialisation in token ids of one layer, for one kind of ids."""
 
     ids: int
-    """Different ids."""
+    """Number of different ids."""
     mean: float
-    """Mean over ids of the largest share of their occurrences that one expert of the top k got."""
+    """Mean over ids of the largest share of their occurrences with one expert in the top k."""
     mean_often: float
-    """The same over ids with `OFTEN` occurrences or more; NaN where there are none."""
+    """The same over ids with `OFTEN` occurrences or more; NaN if there are none."""
     mean_first: float
-    """As `mean`, counting the first slot alone."""
+    """Like `mean`, counting only the first slot."""
     by_expert: Floats
-    """[E] mean over the frequent ids whose favourite expert of the top k it is; NaN where it is nobody's."""
+    """[E] mean over the frequent ids whose favourite expert of the top k it is; NaN if there are none."""
     favourites: Ints
     """[E] number of frequent ids whose favourite it is; ties go to the lower expert."""
 
 
 def domains(tokens: LayerTokens, domain_N: Ints, number: int) -> Domains:
-    """Shares of one layer.
+    """Compute the shares of one layer.
 
     Args:
-        domain_N: [N] which of the `number` domains each token belongs to.
+        domain_N: Domain of each token, [N], out of `number`.
     """
     tokens_D = np.bincount(domain_N, minlength=number)
     side = tokens.experts + 1
@@ -74,22 +74,22 @@ def domains(tokens: LayerTokens, domain_N: Ints, number: int) -> Domains:
 
 @dataclass(frozen=True, eq=False)
 class IdOrder:
-    """The tokens that have an id, id after id: made once, used by every layer."""
+    """Tokens with a known id, sorted by id; created once and used for every layer."""
 
     tokens: Ints
-    """[T] places of the tokens, of equal ids one after the other."""
+    """[T] positions of the tokens, grouped by id."""
     number: Ints
-    """[T] which id it is, counted from 0."""
+    """[T] number of the id, counted from 0."""
 
     @classmethod
     def of(cls, ids_N: np.ndarray) -> IdOrder:
-        """Of N tokens' ids; negative ids are unknown."""
+        """Sort tokens by id, [N]; negative ids are unknown."""
         known = np.flatnonzero(ids_N >= 0)
         tokens = known[np.argsort(ids_N[known], kind="stable")]
         return cls(tokens, _numbered(ids_N[tokens]))
 
     def only(self, kept_N: Mask) -> IdOrder:
-        """Of some of the tokens, which are counted anew."""
+        """Restrict to some of the tokens, which are renumbered."""
         kept = kept_N[self.tokens]
         return IdOrder((np.cumsum(kept_N) - 1)[self.tokens[kept]], _numbered(self.number[kept]))
 
@@ -99,7 +99,7 @@ def _numbered(sorted_ids: np.ndarray) -> Ints:
 
 
 def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
-    """Of one layer; None where no token has an id."""
+    """Compute the specialisation of one layer, or return None if no token has an id."""
     experts = tokens.experts
     if not len(order.number):
         return None
@@ -120,7 +120,8 @@ def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
 
 
 def _favourites(tokens: LayerTokens, order: IdOrder) -> Sequence[np.ndarray]:
-    """Of every id: occurrences, those with its favourite expert, that expert, those with its first slot's."""
+    """Return per id: occurrences, those with its favourite expert, that expert, those with its top first
+    slot."""
     side, number = tokens.experts + 1, order.number
     starts = np.flatnonzero(np.diff(number, prepend=-1))
     occurrences = np.diff(starts, append=len(number))

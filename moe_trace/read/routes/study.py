@@ -1,7 +1,7 @@
-"""`study`: every analysis of recorded routes at once, layer by layer.
+"""`study`: all analyses of recorded routes, layer by layer.
 
-Padding and recomputed tokens are left out of all figures but `LayerStudy.load`, which has every token of the
-forward passes, as a report of the same run has it.
+Padding and recomputed tokens are excluded from all metrics but `LayerStudy.load`, which includes every token
+of the forward passes, as in a report of the same run.
 """
 
 from __future__ import annotations
@@ -29,56 +29,56 @@ from moe_trace.read.routes.tokens import TokenOrder, layer_tokens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerStudy:
-    """What the routes through one layer say."""
+    """Analysis of the routes through one layer."""
 
     layer: str
     """Module path of the router."""
     num_experts: int
     top_k: int
     tokens: int
-    """Tokens that count: no padding, not recomputed, the layer's call not lost."""
+    """Number of tokens that count: no padding, not recomputed, the layer's call not lost."""
     skipped: int
-    """Their slots without an expert."""
+    """Number of their slots without an expert."""
     counts: Ints
-    """[E] their assignments."""
+    """[E] assignments of these tokens."""
     load: Load
-    """Of the assignments of all tokens, padding too, as `RouterSummary.load`."""
+    """Load from the assignments of all tokens including padding, as in `RouterSummary.load`."""
     coactivation: Coactivation
     distinct: Distinct
     locality: Locality | None
-    """None where sequences and positions are unknown."""
+    """None if sequences and positions are unknown."""
     transition: Transition | None
-    """To the next layer; None for the last."""
+    """Transition to the next layer; None for the last."""
     gates: Gates | None
-    """None where weights were not recorded."""
+    """None if weights were not recorded."""
     domains: Domains | None
     """None for a single file, and for files of the same tokens."""
     vocabulary: dict[str, Vocabulary] = field(default_factory=dict)
-    """By `input`, `target` and `predicted`: those whose ids were recorded or given."""
+    """Specialisation by kind of ids, `input`, `target` and `predicted`, as far as recorded or given."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoutesStudy:
-    """What recorded routes say, of one group of layers."""
+    """Analysis of the recorded routes of one group of layers."""
 
     labels: tuple[str, ...]
-    """The files."""
+    """Names of the files."""
     rows: int
-    """Rows of the studied files."""
+    """Number of rows in the studied files."""
     padding: int
-    """Rows left out as padding."""
+    """Number of rows excluded as padding."""
     recomputed: int
-    """Rows left out as run again by a backward pass."""
+    """Number of rows excluded because a backward pass recomputed them."""
     unknown: int
-    """Rows that count, but whose sequence or position is unknown; `Locality` leaves them out."""
+    """Number of included rows with unknown sequence or position, which `Locality` excludes."""
     runs: int
-    """Chains of tokens that follow each other in a sequence."""
+    """Number of chains of consecutive tokens of a sequence."""
     pairs: Pairs
     layers: tuple[LayerStudy, ...]
     saturation: Saturation | None
-    """Where the files hold the same tokens; all else is then of the last one."""
+    """Given if the files hold the same tokens; everything else is then about the last file."""
     others: tuple[RoutesStudy, ...] = ()
-    """Groups of layers that saw other tokens."""
+    """Studies of groups of layers that saw other tokens."""
 
 
 def study(
@@ -91,13 +91,13 @@ def study(
     """Study one file, several files of one model (domains), or several of the same tokens (checkpoints).
 
     Args:
-        parts: routes through the same layers.
-        labels: a name for each; by default `0`, `1`, ...
-        pairs: which pairs co-activation counts.
-        predicted: [T] the token ids that the model predicted at each row, for every part; negative: unknown.
+        parts: Routes through the same layers.
+        labels: A name for each part; by default `0`, `1`, ...
+        pairs: Pairs that co-activation counts.
+        predicted: Token ids that the model predicted at each row, [T], for every part; negative if unknown.
 
     Raises:
-        UsageError: no parts, other layers, labels or predictions that do not match the parts.
+        UsageError: There are no parts, their layers differ, or labels or predictions do not match them.
     """
     names = _checked(parts, labels, predicted)
     groups = [
@@ -134,7 +134,7 @@ def _group(
     pairs: Pairs,
     predicted: Sequence[np.ndarray] | None,
 ) -> RoutesStudy:
-    """Of one group of layers."""
+    """Study one group of layers."""
     aligned = same_tokens(parts)
     chosen = parts[-1:] if aligned else parts
     routes = chosen[0] if len(chosen) == 1 else concatenate([_apart(p, i) for i, p in enumerate(chosen)])
@@ -144,7 +144,7 @@ def _group(
     ids = _named_ids(routes, order, guessed)
     shared: dict[str, Any] = {"routes": routes, "order": order, "pairs": pairs, "files": len(chosen)}
     one = partial(_layer, **shared, file_of=file_of, ids=ids)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # numpy lets another thread run while it works
+    with ThreadPoolExecutor(max_workers=2) as pool:  # numpy releases the GIL while it computes
         layers = tuple(pool.map(one, range(len(routes.layers))))
     return RoutesStudy(
         labels=names,
@@ -163,13 +163,13 @@ _PER_FILE = 1 << 40
 
 
 def _apart(part: RecordedRoutes, number: int) -> RecordedRoutes:
-    """With numbers of sequences and forwards that no other file has."""
+    """Make the numbers of sequences and forwards unique across files."""
     sequence = np.where(part.sequence >= 0, part.sequence + np.int64(number * _PER_FILE), UNKNOWN)
     return replace(part, sequence=sequence, forward=part.forward + np.int64(number * _PER_FILE), others=())
 
 
 def _named_ids(routes: RecordedRoutes, order: TokenOrder, predicted: np.ndarray | None) -> dict[str, IdOrder]:
-    """Kinds of token ids -> the tokens by id."""
+    """Return the tokens sorted by id, for each kind of token ids."""
     named = {}
     if routes.token_ids is not None:
         ids = routes.token_ids[order.rows]

@@ -1,8 +1,8 @@
-"""Which rows count, which of them follow each other in a sequence, and what one layer says of them.
+"""Select the rows that count, chain the tokens of a sequence, and extract the experts of one layer.
 
-Padding and recomputed rows are left out. A token follows another where the next row of the same sequence
-number, in the order of the calls, stands one position further; a chain of such tokens is a run. Where
-sequence or position is unknown, a token follows nothing.
+Padding and recomputed rows are excluded. A token follows another if the next row of the same sequence number,
+in the order of the calls, is one position further; a chain of such tokens is a run. If sequence or position
+is unknown, a token follows nothing.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from moe_trace.data.routes.columns import RecordedRoutes
 from moe_trace.read.routes.sets import Ints, Mask, Words, expert_sets
 
 CHUNK = 1 << 12
-"""Tokens that are worked on at a time: what stays in a core's cache."""
+"""Number of tokens processed at a time, which fit a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenOrder:
-    """The N rows that count, sequence after sequence; those of an unknown place last."""
+    """The N rows that count, sequence after sequence; those of unknown order last."""
 
     rows: Ints
     """[N] row numbers."""
     follows: Mask
-    """[N] whether it is the token after the one before it."""
+    """[N] whether the token follows the one before it."""
     known: Mask
     """[N] whether its sequence and position were recorded."""
 
     @classmethod
     def of(cls, routes: RecordedRoutes) -> TokenOrder:
-        """Of one group of layers."""
+        """Order the tokens of one group of layers."""
         known = (routes.sequence >= 0) & (routes.position >= 0)
         sequence = np.where(known, routes.sequence.astype(np.int64), np.iinfo(np.int64).max)
         rows = np.flatnonzero(routes.counted)
@@ -44,23 +44,23 @@ class TokenOrder:
         return cls(rows, follows, known)
 
     def only(self, kept: Mask) -> TokenOrder:
-        """Some of them; what followed a token that is gone follows nothing."""
+        """Restrict to some tokens; those after a removed token follow nothing."""
         after_kept = np.concatenate([[False], kept[:-1]])
         return TokenOrder(self.rows[kept], (self.follows & after_kept)[kept], self.known[kept])
 
     @cached_property
     def place(self) -> Ints:
-        """[N] tokens of the run that stand before it."""
+        """[N] number of tokens before it in its run."""
         at_N = np.arange(len(self.rows))
         return at_N - np.maximum.accumulate(np.where(self.follows, 0, at_N))
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTokens:
-    """The experts of the tokens in one layer; tokens whose call in it was lost are left out."""
+    """Experts of the tokens in one layer, without tokens whose call in it was lost."""
 
     ids: np.ndarray
-    """[N, K] uint8 or uint16, the router's order kept; `experts` where there is none."""
+    """[N, K] uint8 or uint16 in the router's order; `experts` where there is none."""
     experts: int
     order: TokenOrder
 
@@ -69,29 +69,29 @@ class LayerTokens:
 
     @cached_property
     def sets(self) -> Words:
-        """[N, W] the experts of each token as bits."""
+        """[N, W] experts of each token as bits."""
         return expert_sets(self.ids, self.experts)
 
     @cached_property
     def counts(self) -> Ints:
-        """[E] slots that went to each expert."""
+        """[E] number of slots assigned to each expert."""
         side = self.experts + 1
         parts = (np.bincount(ids_Kn.ravel(), minlength=side) for ids_Kn in self.chunks())
         return sum(parts, np.zeros(side, np.int64))[: self.experts]
 
     @property
     def assignments(self) -> int:
-        """Slots that went to an expert."""
+        """Number of slots assigned to an expert."""
         return int(self.counts.sum())
 
     def chunks(self, size: int = CHUNK) -> Iterator[Ints]:
-        """[K, n] ids of the tokens in order, `size` tokens at a time."""
+        """Yield ids of consecutive tokens, [K, n], `size` tokens at a time."""
         for start in range(0, len(self.ids), size):
             yield np.ascontiguousarray(self.ids[start : start + size].T, np.int64)
 
 
 def layer_tokens(routes: RecordedRoutes, order: TokenOrder, layer: int) -> LayerTokens:
-    """What layer number `layer` says of the tokens in `order`."""
+    """Extract the experts in layer number `layer` of the tokens in `order`."""
     if routes.lost_layers is not None:
         lost = routes.lost_layers[order.rows, layer]
         order = order.only(~lost) if lost.any() else order
@@ -101,7 +101,7 @@ def layer_tokens(routes: RecordedRoutes, order: TokenOrder, layer: int) -> Layer
 
 
 def of_same_tokens(first: LayerTokens, second: LayerTokens) -> tuple[LayerTokens, LayerTokens]:
-    """Both without the tokens that were lost in the other."""
+    """Restrict both to the tokens that were lost in neither."""
     if len(first) == len(second) and np.array_equal(first.order.rows, second.order.rows):
         return first, second
     pair = []

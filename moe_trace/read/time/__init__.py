@@ -1,1 +1,1 @@
-"""Where the time goes: blocks, phases, speed, the price of imbalance."""
+"""Time analysis: blocks, phases, speed, the cost of imbalance."""

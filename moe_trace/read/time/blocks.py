@@ -1,4 +1,4 @@
-"""The calls of a trace as rows: where each MoE block, router and experts module stands, on which thread."""
+"""Calls of a trace as rows, with the thread and times of each MoE block, router and experts module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_trace.read.time.columns import Columns
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Columns, Intervals):
-    """B calls that have ranges in the trace, sorted by thread and time. [B] arrays, nanoseconds."""
+    """B calls with ranges in the trace, sorted by thread and time. Arrays are [B], times in nanoseconds."""
 
     samples: CallTable
     thread: npt.NDArray[np.int64]
@@ -26,14 +26,14 @@ class Blocks(Columns, Intervals):
     router_ns: npt.NDArray[np.int64]
     """[B, 2] start and end."""
     experts_ns: npt.NDArray[np.int64]
-    """[B, 2]; without a range of the experts: all that follows the router in the block."""
+    """[B, 2]; without a range of the experts, from the end of the router to that of the block."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
-    """The samples whose ranges the trace holds."""
+    """Return the samples whose ranges the trace contains."""
     calls = CallTable.of(samples)
     thread = router_threads(calls, events)
     calls, thread = calls.take(thread >= 0), thread[thread >= 0]
@@ -49,7 +49,7 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
 
 
 def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64]:
-    """[N] the thread (an index of the table) of each router's range; -1 where the trace does not hold it."""
+    """Return the thread of each router's range as an index of the table, [N], or -1 if it is missing."""
     ours = events.select(events.kind == Kind.RANGE)
     names = [events.names[name] for name in ours.name.tolist()]
     thread_of = dict(zip(zip(names, ours.start_ns.tolist(), strict=True), ours.thread.tolist(), strict=True))
@@ -61,7 +61,7 @@ def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64
 
 
 def host_bounds_ns(calls: CallTable) -> npt.NDArray[np.int64]:
-    """[N, 2] from the first start to the last end of all ranges of a call that has any on the host."""
+    """Return the first start and the last end of all host ranges of each call, [N, 2]."""
     low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     starts, ends = np.full(len(calls), low), np.full(len(calls), high)
     for kind in RANGE_KINDS:

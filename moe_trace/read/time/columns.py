@@ -1,4 +1,4 @@
-"""Records of columns: rows are taken out of all of them at once."""
+"""Records of columns whose rows are selected together."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from moe_trace.data.calls.table import CallTable
 
 
 class Columns:
-    """A dataclass whose arrays, tables of calls and other `Columns` have one row for each thing that it is
-    about. What else it holds is of all of them."""
+    """A dataclass whose arrays, tables of calls and nested `Columns` have one row per item.
+
+    Other fields apply to all rows.
+    """
 
     def select(self, rows: npt.NDArray) -> Self:
-        """The rows of a mask or an index."""
+        """Select rows by a mask or an index."""
         return type(self)(**{name: _taken(value, rows) for name, value in self._values().items()})
 
     @classmethod
     def concatenated(cls, parts: Sequence[Self]) -> Self:
-        """All rows of all parts, which hold nothing but arrays."""
+        """Concatenate the rows of all parts, which must contain only arrays."""
         columns = [part._values() for part in parts]
         return cls(**{name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 

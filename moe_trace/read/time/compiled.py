@@ -1,8 +1,8 @@
 """Phases of calls inside compiled code, with and without CUDA graphs, by the compiler's provenance.
 
-The phases of a layer's launches follow from the same structure as those of eager operators: the experts'
-matrix products are the landmarks. A kernel that was fused from several phases, layers or the rest of the
-model counts in equal parts.
+The phases of a layer's launches follow from the same structure as those of eager operators, with the experts'
+matrix products as landmarks. The time of a kernel that was fused from several phases, layers or the rest of
+the model is divided equally among them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class PhasedKernels(Columns):
-    """Kernels of the calls inside compiled code, by call and place in it. [N] arrays."""
+    """Kernels of the calls inside compiled code, sorted by call and place. Arrays are [N]."""
 
     call: IntArray
-    """Row of the table of calls."""
+    """Row in the table of calls."""
     kernel: IntArray
-    """Row of the table of kernels."""
+    """Row in the table of kernels."""
     share: IntArray
-    """Of how many parts of the model the kernel is: it counts in equal parts."""
+    """Number of parts of the model that share the kernel's time equally."""
     phase: IntArray
 
 
 def phased_kernels(work: Sequence[Work], *, backward: bool = False) -> PhasedKernels:
-    """What ran for the calls, with the phase of each kernel."""
+    """Return the kernels that ran for the calls, with the phase of each."""
     work = sorted(work, key=lambda one: (one.call, one.step))
     call, kernel, share = (
         np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
@@ -60,7 +60,7 @@ def phased_kernels(work: Sequence[Work], *, backward: bool = False) -> PhasedKer
 def measure_compiled(
     calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
 ) -> CallTimes | None:
-    """Times of the calls inside compiled code whose kernels are known; None where there are no such calls."""
+    """Measure the calls inside compiled code whose kernels are known, or return None if there are none."""
     join = join_compiled(calls, graphs, events, kernels)
     if join is None:
         return None
@@ -94,7 +94,7 @@ def measure_compiled(
 
 
 def _unshared(work: PhasedKernels, kernels: Kernels) -> Coverage:
-    """How much of the work is of kernels that are of one part of the model."""
+    """Return how much of the work is in kernels that belong to one part of the model."""
     parts_ns, whole = kernels.duration_ns[work.kernel] // work.share, work.share == 1
     return Coverage(
         joined=int(whole.sum()),
@@ -105,7 +105,7 @@ def _unshared(work: PhasedKernels, kernels: Kernels) -> Coverage:
 
 
 def _times(work: PhasedKernels, timed: IntArray, kernels: Kernels, *, on_device: bool) -> Times:
-    """[timed, P] the kernels of each call by phase. A CPU's are operators of the host, one after another."""
+    """Sum each call's kernels by phase, [timed, P]; those on a CPU are sequential operators of the host."""
     work = work.select(np.isin(work.call, timed))
     row, start_ns = np.searchsorted(timed, work.call), kernels.start_ns[work.kernel]
     duration_ns = kernels.duration_ns[work.kernel]
@@ -116,8 +116,10 @@ def _times(work: PhasedKernels, timed: IntArray, kernels: Kernels, *, on_device:
 
 
 def _phases(work: Sequence[Work], call: IntArray, *, backward: bool) -> IntArray:
-    """Of each kernel. A backward goes the other way: what comes before the products is the combine's, and the
-    gradient of a gather is a write, which may stand between them, for those of the weights come late.
+    """Return the phase of each kernel.
+
+    A backward runs in reverse order: what precedes the products belongs to the combine. The gradient of a
+    gather is a write, which may occur between products, as the weights' gradients come late.
     """
     place = np.array([one.place for one in work], object)
     product, gather, write = (

@@ -1,17 +1,17 @@
-"""Does a call's time follow its load? Least squares with controls, checked on calls that were held out.
+"""Test whether a call's time follows its load: least squares with controls, checked on held-out calls.
 
-Controls are taken out of time and load first (Frisch, Waugh and Lovell), by the strongest of three
+Controls are first removed from time and load (Frisch, Waugh and Lovell), by the strongest of three
 comparisons that leaves enough of the load's variation:
 
     forwards and layers   each call against the other layers of its forward and the other forwards of its
                           layer
-    forwards              each call against the other layers of its forward: step, tokens and drift fall
-                          out, the layers are taken as alike
+    forwards              each call against the other layers of its forward: step, tokens and drift cancel,
+                          and the layers are assumed to be alike
     trend                 calls of different forwards, with the number of tokens and a parabola over the
-                          forwards taken out
+                          forwards removed
 
-The check: five folds of forwards (of layers, where there are few forwards); the slopes are fitted without a
-fold and predict it. `held_out_r2` is the part of the variation in time that these predictions explain.
+The check uses five folds of forwards (of layers, if there are few forwards): slopes fitted without a fold
+predict it. `held_out_r2` is the share of the variation in time that these predictions explain.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 Comparison = Literal["forwards and layers", "forwards", "trend", "ranks"]
-"""`ranks`: the ranks of one call (`read.rank_imbalance`)."""
+"""`ranks` compares the ranks of one call (`read.ranks.imbalance`)."""
 
 CALLS_MIN = 8
 LEVER_MIN = 0.03
-"""Least standard deviation of a load figure, controls taken out, over its mean."""
+"""Minimum standard deviation of a load metric without controls, relative to its mean."""
 FOLDS = 5
 BOTH_MIN = 0.02
-"""How much more two figures together must explain than one."""
+"""Minimum increase of the explained share for using two metrics instead of one."""
 ALIKE = 0.98
-"""Correlation above which two figures cannot be separated."""
+"""Correlation above which two metrics cannot be separated."""
 
 
 # Two-sided 97.5 % points of Student's t by degrees of freedom; beyond the table the next lower entry holds.
@@ -46,20 +46,20 @@ _T_975 = {
 
 @dataclass(frozen=True, eq=False)
 class Calls:
-    """N calls of layers that are alike. [N] arrays."""
+    """N calls of layers that are alike. Arrays are [N]."""
 
     time_us: Array
     slots: Array
     forward: npt.NDArray[np.int64]
-    """Which forward each is of."""
+    """Forward of each call."""
     layer: npt.NDArray[np.int64]
     figures: dict[str, Array]
-    """What the time may follow."""
+    """Load metrics that the time may depend on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Time follows these figures of the load, so much a unit."""
+    """Linear fit of the time to load metrics, with a slope in microseconds per unit of each."""
 
     comparison: Comparison
     figures: tuple[str, ...]
@@ -70,10 +70,11 @@ class Fit:
 
 
 def fit_load(calls: Calls, *, with_trend: bool = True) -> Fit | None:
-    """The figures that predict unseen calls best; None where no comparison has enough variation.
+    """Fit the load metrics that predict unseen calls best, or return None if no comparison has enough
+    variation.
 
     Args:
-        with_trend: whether calls without others to compare them with may be held against a trend.
+        with_trend: Whether calls without others to compare with may be compared with a trend.
     """
     for comparison, take_out, controls in _comparisons(calls, with_trend):
         left = {name: take_out(values) for name, values in calls.figures.items()}
@@ -90,7 +91,7 @@ def fit_load(calls: Calls, *, with_trend: bool = True) -> Fit | None:
 def _comparisons(
     calls: Calls, with_trend: bool
 ) -> Iterator[tuple[Comparison, Callable[[Array], Array], int]]:
-    """Each with a function that takes its controls out, and how many they are."""
+    """Yield each comparison with a function that removes its controls, and their number."""
     forwards, layers = (len(set(of.tolist())) for of in (calls.forward, calls.layer))
     if layers > 1:
         if forwards >= CALLS_MIN // 2:
@@ -103,7 +104,7 @@ def _comparisons(
 
 
 def _demeaned(values: Array, *groups: npt.NDArray[np.int64]) -> Array:
-    """Means of all groups taken out, in turns; one turn is enough where every layer ran in every forward."""
+    """Subtract the means of all groups in turn; one round is enough if every layer ran in every forward."""
     for _ in range(20 if len(groups) > 1 else 1):
         for group in groups:
             total = np.bincount(group, weights=values)
@@ -173,6 +174,6 @@ def _held_out_r2(time_us: Array, columns: Array, folds: npt.NDArray[np.int64]) -
 
 
 def half_interval(fit: Fit, difference: Array) -> float:
-    """Half the 95 % interval of the fitted effect of a difference in the figures."""
+    """Return half the 95 % interval of the fitted effect of a difference in the metrics."""
     t = _T_975[max(n for n in _T_975 if n <= fit.freedom)]
     return float(t * np.sqrt(difference @ fit.covariance @ difference))

@@ -1,11 +1,11 @@
-"""What an uneven load costs here: the experts' time against that of the most even load in the trace.
+"""Cost of an uneven load: the experts' time compared with that of the most even load in the trace.
 
-On one device a call's experts take as long as their weights take to come from memory, which follows the
-number of *active experts*, and as their products take, which follows the *busiest expert* where the
-products run group by group. An uneven load has fewer active experts and a busier busiest one, so it may
-cost time or save it: what it does here is fitted on the trace's calls and checked on held-out ones (`fit`).
-The cost is the fitted difference to the most even load that the trace has for as many slots, so nothing is
-extrapolated. Where the loads hardly vary, or explain little of the time of unseen calls, it is unknown.
+On one device, the time of a call's experts depends on reading their weights from memory, which grows with the
+number of *active experts*, and on their products, which grow with the *busiest expert* if they run group by
+group. An uneven load has fewer active experts and a busier busiest one, so it may cost or save time: the
+effect is fitted on the trace's calls and checked on held-out ones (`fit`). The cost is the fitted difference
+to the most even load in the trace with as many slots, so nothing is extrapolated. It is unknown where the
+loads hardly vary, or explain little of the time of unseen calls.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moe_trace.read.time.phases import CallTimes
 
 Verdict = Literal["costs", "saves", "no effect seen", "cannot tell"]
 R2_MIN = 0.3
-"""Least part of the time of held-out calls that the load must explain."""
+"""Minimum share of the variation in time of held-out calls that the load must explain."""
 VARY_MIN = 0.05
-"""Least range of a load figure, per slot, over its mean."""
+"""Minimum range of a load metric per slot, relative to its mean."""
 WIDE = 0.25
-"""An interval wider than this part of the time says nothing."""
+"""Maximum half width of a conclusive interval, relative to the time."""
 
 _UNKNOWN = "the device's times are not known"
 ACTIVE, BUSIEST = "active experts", "slots of the busiest expert"
@@ -36,18 +36,20 @@ ACTIVE, BUSIEST = "active experts", "slots of the busiest expert"
 
 @dataclass(frozen=True, kw_only=True)
 class ImbalanceCost:
-    """One layer's answer, in microseconds of a forward call; the interval is of 95 %. Below 0 the uneven load
-    saves time."""
+    """Cost for one layer in microseconds per forward call, with a 95 % interval.
+
+    A negative cost means that the uneven load saves time.
+    """
 
     site: str
     name: str
     verdict: Verdict
     reason: str
-    """Why it is unknown, and what to record; empty otherwise."""
+    """Why the cost is unknown, and what to record; otherwise empty."""
     calls: int
     measured_us: float | None
     equal_load_us: float | None
-    """Expected at the most even load that the trace has for as many slots."""
+    """Expected time at the most even load in the trace with as many slots."""
     cost_us: float | None
     low_us: float | None
     high_us: float | None
@@ -55,22 +57,22 @@ class ImbalanceCost:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadModel:
-    """How the experts' time follows the load, over layers that are alike."""
+    """Model of the experts' time as a function of the load, for layers that are alike."""
 
     sites: tuple[str, ...]
     verdict: Verdict
     reason: str
     calls: int
     comparison: Comparison | None
-    """What calls were compared with (`fit`); None where nothing was fitted."""
+    """Comparison that was fitted (`fit`), or None if nothing was."""
     us_per_unit: dict[str, float]
-    """Figure of the load -> microseconds for each more of it."""
+    """Microseconds per unit of each load metric."""
     held_out_r2: float | None
-    """Part of the variation in time that the fit predicts in calls that it has not seen."""
+    """Share of the variation in time of unseen calls that the fit predicts."""
 
 
 def slopes_in_words(model: LoadModel) -> str:
-    """`4.8 µs for each of the active experts`; keys of `us_per_unit` keep the older name of an assignment."""
+    """Format slopes, as `4.8 µs for each of the active experts`; `us_per_unit` calls assignments `slots`."""
     return " and ".join(
         f"{us:.3g} µs for each of the {name.replace('slots', 'assignments')}"
         for name, us in model.us_per_unit.items()
@@ -78,7 +80,7 @@ def slopes_in_words(model: LoadModel) -> str:
 
 
 def saved_by(models: Sequence[LoadModel]) -> str:
-    """Why an uneven load saves time on this device; empty where it does not."""
+    """Explain why an uneven load saves time on this device, or return an empty string if it does not."""
     model = next((model for model in models if model.verdict == "saves"), None)
     if model is None:
         return ""
@@ -90,7 +92,7 @@ def saved_by(models: Sequence[LoadModel]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Imbalance:
-    """The answers for all layers, and the models behind them."""
+    """Costs of all layers, with the models they are based on."""
 
     models: tuple[LoadModel, ...]
     layers: tuple[ImbalanceCost, ...]
@@ -99,11 +101,11 @@ class Imbalance:
 def imbalance_costs(
     times: CallTimes, routers: Sequence[RouterInfo], *, experts_are_split: bool = False
 ) -> Imbalance:
-    """One answer a layer that has forward calls in the trace.
+    """Estimate the cost for each layer with forward calls in the trace.
 
     Args:
-        experts_are_split: see `Recording.experts_are_split`; the time of a rank's experts is then not that of
-            its routers' loads.
+        experts_are_split: See `Recording.experts_are_split`; the time of a rank's experts then does not
+            correspond to its routers' loads.
     """
     alike: dict[tuple[int, ...], list[RouterInfo]] = {}
     for router in routers:
@@ -122,12 +124,12 @@ def imbalance_costs(
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The forward calls of layers that are alike."""
+    """Forward calls of layers that are alike."""
 
     routers: tuple[RouterInfo, ...]
     calls: Calls
     even: dict[str, Array]
-    """[N] the figures of the most even load with as many slots."""
+    """[N] metrics of the most even load with as many slots."""
 
     @classmethod
     def of(cls, times: CallTimes, routers: Sequence[RouterInfo]) -> _Rows:
@@ -154,7 +156,7 @@ class _Rows:
         return cls(tuple(routers), calls, {name: values[even] for name, values in figures.items()})
 
     def answer(self, experts_are_split: bool) -> tuple[LoadModel, list[ImbalanceCost]]:
-        """The model, and what follows for each layer."""
+        """Return the model, and the resulting cost of each layer."""
         unknown = bool(np.isnan(self.calls.time_us).any())
         reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._cannot_tell()
         fit = None if reason else fit_load(self.calls)
@@ -197,7 +199,7 @@ class _Rows:
         return wide_reason(part) if part > WIDE else ""
 
     def _difference(self, fit: Fit, layer: int) -> Array:
-        """[figures] mean of load - most even load, over the layer's calls."""
+        """Return the mean of load - most even load over the layer's calls, [figures]."""
         mine = self.calls.layer == layer
         return np.array([(self.calls.figures[f] - self.even[f])[mine].mean() for f in fit.figures])
 
@@ -237,7 +239,7 @@ _TOKENS_ALONE = "the load grows with the number of tokens alone: record steps of
 
 
 def _most_even(slots: Array, spread: Array) -> np.ndarray:
-    """For each call the row of the most even one with as many slots."""
+    """Return for each call the row of the most even call with as many slots."""
     even = np.arange(len(slots))
     for number in sorted(set(slots.tolist())):
         rows = np.flatnonzero(slots == number)
@@ -246,12 +248,12 @@ def _most_even(slots: Array, spread: Array) -> np.ndarray:
 
 
 def wide_reason(part: float) -> str:
-    """Half an interval, as a part of the time, that is too wide to say anything."""
+    """Explain that half the interval, as a share of the time, is too wide."""
     return f"the interval is ±{100 * part:.0f} % of the experts' time: record more steps"
 
 
 def reason_of(fit: Fit | None, calls: Calls) -> str:
-    """Why the fit does not tell."""
+    """Return why the fit is inconclusive, or an empty string."""
     if fit is None:
         if np.ptp(calls.slots) > 0:
             return _TOKENS_ALONE

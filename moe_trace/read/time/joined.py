@@ -1,4 +1,4 @@
-"""The times of the calls of several traces, or of several kinds of calls of one, as one table."""
+"""Combine the times of calls from several traces, or of several kinds of calls, into one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moe_trace.timeline.correlate.reasons import FUSED
 
 
 def measure_all(recording: Recording, events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every call of one trace: by its ranges, inside compiled code by the compiler's provenance."""
+    """Measure every call of one trace by its ranges, or by the compiler's provenance inside compiled code."""
     by_ranges = measure_calls(recording.calls, events, kernels)
     compiled = measure_compiled(recording.calls, recording.compiled_graphs, events, kernels)
     return by_ranges if compiled is None else joined([by_ranges, compiled])
@@ -30,10 +30,10 @@ def measure_all(recording: Recording, events: EventTable, kernels: Kernels) -> C
 def routers_busy_us(
     calls: CallTable, times: CallTimes, events: EventTable, kernels: Kernels
 ) -> dict[SampleKey, float]:
-    """Device time launched inside each router's host range; empty where the trace has no kernels.
+    """Return the device time launched inside each router's host range; empty if the trace has no kernels.
 
-    Inside a CUDA graph there is no such range: what merging told of the router's nodes stands there, and in
-    compiled code whose kernels are known what these took.
+    Inside a CUDA graph there is no such range: the time of the router's nodes, found while merging, is used
+    instead, and in compiled code with known kernels the time of these.
     """
     if not (events.kind == Kind.DEVICE).any():
         return {}
@@ -53,7 +53,7 @@ def routers_busy_us(
 
 
 def without_timed(lost: Lost, times: CallTimes) -> Lost:
-    """The routers that merging found no time for, less those whose kernels are known by provenance."""
+    """Subtract routers whose kernels are known by provenance from those that merging found no time for."""
     calls = times.samples
     told = (
         int((calls.in_graph & ~routers_timed(calls)).sum()) if times.work_ns(times.forward) is not None else 0
@@ -64,7 +64,7 @@ def without_timed(lost: Lost, times: CallTimes) -> Lost:
 
 
 def joined(parts: Sequence[CallTimes]) -> CallTimes:
-    """The times of all calls."""
+    """Concatenate the times of all calls."""
     if len(parts) == 1:
         return parts[0]
     backward = [p.backward for p in parts]

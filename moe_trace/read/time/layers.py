@@ -1,4 +1,4 @@
-"""Phases added up per layer and over all layers, as shares of MoE, of the step and of the whole model."""
+"""Sum phases per layer and over all layers, as shares of MoE, of the step and of the whole model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSES: tuple[Pass, ...] = ("forward", "recompute", "backward")
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseTime:
-    """One phase over all calls of a layer, in microseconds."""
+    """Time of one phase over all calls of a layer, in microseconds."""
 
     host_us: float
     """Time in operators."""
@@ -30,19 +30,19 @@ class PhaseTime:
     device_span_us: float | None
     """First to last kernel of the phase, summed over calls."""
     kernels: int | None
-    """None on a device whose times are not known."""
+    """Number of kernels, or None on a device with unknown times."""
     share_of_moe: float | None
-    """Of the work of all MoE layers in the same pass: forward, recompute or backward."""
+    """Share of the work of all MoE layers in the same pass: forward, recompute or backward."""
     share_of_model: float | None
-    """Of all device work in the trace (on a CPU: of all time in operators)."""
+    """Share of all device work in the trace (on a CPU: of all time in operators)."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BlockTime(ShortRepr):
-    """The MoE blocks of some calls, added up, in microseconds.
+    """Sums over the MoE blocks of some calls, in microseconds.
 
-    `block_host_us` = the phases' `host_us` + `host_gap_us`; `device_span_us` = the phases'
-    `device_busy_us` + `device_gap_us` - `device_overlap_us`.
+    `block_host_us` = the phases' `host_us` + `host_gap_us`; `device_span_us` = the phases' `device_busy_us` +
+    `device_gap_us` - `device_overlap_us`.
     """
 
     calls: int
@@ -57,29 +57,29 @@ class BlockTime(ShortRepr):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LayerPhases(BlockTime):
-    """One router's MoE layer: sums over its forward calls, its recomputed calls and its backwards, apart.
+    """One router's MoE layer, with separate sums over its forward calls, recomputed calls and backwards.
 
     A mean divides each by its own number: `forward` by `calls`, `recompute.forward` by `recompute.calls`,
     `backward` by `backwards`.
     """
 
     site: str
-    """`all` for the sum over layers."""
+    """Label of the router, or `all` for the sum over layers."""
     name: str | None
     recompute: BlockTime | None
-    """The calls that gradient checkpointing ran again; None without."""
+    """Calls that gradient checkpointing ran again, or None if there are none."""
     backwards: int
-    """Calls whose backward is in the trace."""
+    """Number of calls whose backward is in the trace."""
     backward: dict[str, PhaseTime] | None
 
     def count(self, part: Pass) -> int:
-        """What a mean over that pass divides by."""
+        """Return the number of calls that a mean over this pass divides by."""
         if part == "recompute":
             return self.recompute.calls if self.recompute is not None else 0
         return self.backwards if part == "backward" else self.calls
 
     def phases_of(self, part: Pass) -> dict[str, PhaseTime] | None:
-        """The phases of one pass; None where the trace has none."""
+        """Return the phases of one pass, or None if the trace lacks it."""
         if part == "recompute":
             return self.recompute.forward if self.recompute is not None else None
         return self.backward if part == "backward" else self.forward
@@ -87,58 +87,57 @@ class LayerPhases(BlockTime):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTotals:
-    """What the MoE layers are part of. Work is device busy time, on a CPU time in operators."""
+    """Totals that MoE is a share of. Work is device busy time, or time in operators on a CPU."""
 
     on_device: bool
-    """Whether these are device times; False too where a device's times are not known."""
+    """Whether work is device time; also False if a device's times are unknown."""
     host_known: bool
-    """Whether the host times are of all calls: not where some ran on a device inside compiled code, of which
-    only the device's are known."""
+    """Whether host times cover all calls; they miss calls that ran on a device inside compiled code."""
     moe_work_us: float | None
-    """Forward, recomputed and backward; None where the device's times are not known."""
+    """Work of forward, recomputed and backward calls, or None if the device's times are unknown."""
     model_work_us: float | None
-    """None where the rest of the model cannot be separated by the chosen steps and stages."""
+    """None if the rest of the model cannot be separated for the chosen steps and stages."""
     model_forward_us: float | None
     """The model's work outside its backward and its optimizer."""
     model_backward_us: float | None
-    """The model's work inside autograd's nodes, recomputed forwards included; 0 without a backward."""
+    """The model's work inside autograd's nodes, including recomputed forwards; 0 without a backward."""
     step_us: float | None
     """Host time of the profiler's steps; None without `prof.step()`."""
     moe_share_of_model: float | None
     moe_share_of_forward: float | None
-    """MoE's forward calls, of the model's forward."""
+    """Share of MoE's forward calls in the model's forward."""
     moe_share_of_backward: float | None
-    """MoE's recomputed calls and backwards, of the model's backward; None without one."""
+    """Share of MoE's recomputed calls and backwards in the model's backward; None without one."""
     moe_share_of_step: float | None
-    """Host time of the blocks (forward and recomputed) over that of the steps; None where they are not
-    known of all calls."""
+    """Host time of the blocks (with recomputed ones) over that of the steps; None unless known for all
+    calls."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PhaseReport(ShortRepr):
-    """Where the time of the MoE layers goes."""
+    """Time of the MoE layers by phase."""
 
     layers: tuple[LayerPhases, ...]
     total: LayerPhases
     whole: ModelTotals
     steps: int
-    """Steps that the calls are of."""
+    """Number of steps of the calls."""
     tokens: int
-    """Tokens of the forward calls, once for all layers: those of the layer that saw most."""
+    """Tokens of the forward calls, counted in the layer that saw most."""
     provenance: Provenance | None = None
-    """What the times of calls inside compiled code rest on; None without such calls."""
+    """Basis of the times of calls inside compiled code; None without such calls."""
 
     def passes(self) -> tuple[Pass, ...]:
-        """Those that the trace has."""
+        """Return the passes in the trace."""
         return tuple(part for part in PASSES if self.total.phases_of(part) is not None)
 
     def work_us(self, time: PhaseTime) -> float:
-        """Device busy time where there is a device, else time in operators."""
+        """Return device busy time on a device, else time in operators."""
         return (time.device_busy_us or 0.0) if self.whole.on_device else time.host_us
 
 
 def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
-    """Add the calls up; None where no call has ranges in the trace."""
+    """Sum the calls, or return None if no call has ranges in the trace."""
     calls = times.samples
     if not len(calls):
         return None
@@ -178,11 +177,11 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
 
 @dataclass(frozen=True, eq=False)
 class _Measure:
-    """Adds calls up, as shares of all MoE work of the same pass and of the model's work."""
+    """Sums calls, as shares of all MoE work of the same pass and of the model's work."""
 
     times: CallTimes
     work_us: dict[Pass, float | None]
-    """None where the device's times are not known, or the backward's links are not."""
+    """None if the device's times, or the links of the backward, are unknown."""
     model_us: float | None
 
     @classmethod
@@ -255,13 +254,13 @@ class _Measure:
 
 
 def _sum(parts: Iterable[float | None]) -> float | None:
-    """None where one is not known."""
+    """Return the sum, or None if a part is unknown."""
     known = list(parts)
     return None if None in known else sum(part for part in known if part is not None)
 
 
 def _model_passes(around: TraceTotals) -> tuple[float | None, float | None]:
-    """The model's work in its forward and in its backward."""
+    """Return the model's work in its forward and in its backward."""
     model, backward, optimizer = around.model_work_us, around.backward_work_us, around.optimizer_work_us
     if model is None or backward is None or optimizer is None:
         return None, None

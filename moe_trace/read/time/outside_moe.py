@@ -1,15 +1,15 @@
-"""The work and time that MoE is a share of: of the whole trace, and apart for each step and stage.
+"""Work and time that MoE is a share of, for the whole trace and for each step and stage.
 
-Which work belongs to which stage:
+Assignment of work to stages:
 
     profiler step with calls of one stage    all that was launched inside the step
     steps or stages within one profiler      cut between two forwards, at the first `aten::embedding` between
     step, or without any                     the last MoE layer of one and the first of the next: the head and
                                              the sampling belong to the forward before, as does a backward
 
-Work is what was launched in that time, by any thread: device busy time, on a CPU time in operators. That of
-the backward was launched inside autograd's nodes, where gradient checkpointing runs forwards again; that of
-the optimizer inside the ranges that `torch.optim` opens; the rest is the forward's.
+Work is what any thread launched in that time: device busy time, or time in operators on a CPU. The backward's
+was launched inside autograd's nodes, where gradient checkpointing reruns forwards; the optimizer's inside the
+ranges that `torch.optim` opens; the rest belongs to the forward.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ AUTOGRAD_NODE = "autograd::engine::evaluate_function"
 OPTIMIZER_RANGE = "Optimizer."
 
 Key = tuple[int, Stage]
-"""Step and stage."""
+"""(step, stage)"""
 Bounds = tuple[int, int]
-"""Start and end in nanoseconds."""
+"""(start, end) in nanoseconds."""
 
 
 @dataclass(frozen=True, eq=False)
 class TraceTotals:
-    """Work and time of the whole trace, or of a part of it, which the shares are of; None: not known."""
+    """Work and time of the whole trace or a part of it, the base of shares; None if unknown."""
 
     model_work_us: float | None
     step_us: float | None
     """Host time of the profiler's steps."""
     backward_work_us: float | None = 0.0
-    """The part of the work that the backward launched; 0 without one."""
+    """Part of the work that the backward launched; 0 without one."""
     optimizer_work_us: float | None = 0.0
 
 
@@ -63,16 +63,16 @@ UNKNOWN = TraceTotals(None, None, None, None)
 
 @dataclass(frozen=True, eq=False)
 class TraceWork:
-    """The work of one trace, as a whole and by step and stage."""
+    """Work of one trace, in total and by step and stage."""
 
     whole: TraceTotals
     parts: Mapping[Key, TraceTotals]
-    """Of the steps and stages whose time can be separated."""
+    """Totals of the steps and stages whose time can be separated."""
     calls: frozenset[Key]
-    """All that have calls in the recording."""
+    """All steps and stages with calls in the recording."""
 
     def of(self, chosen: Filter) -> TraceTotals:
-        """Of the chosen steps and stages; filters by layer leave it as it is."""
+        """Return the totals of the chosen steps and stages; filters by layer do not change them."""
         taken = {key for key in self.calls if chosen.takes_time(*key)}
         if taken == self.calls:
             return self.whole
@@ -82,7 +82,7 @@ class TraceWork:
 
 
 def total_work(parts: Sequence[TraceTotals]) -> TraceTotals:
-    """Their sum; what one of them does not know, the sum does not."""
+    """Add totals; a value that one of them lacks is unknown in the sum."""
     if not parts:
         return NOTHING
 
@@ -94,7 +94,7 @@ def total_work(parts: Sequence[TraceTotals]) -> TraceTotals:
 
 
 def trace_work(calls: CallTable, events: EventTable, kernels: Kernels) -> TraceWork:
-    """The work of a trace and of its parts."""
+    """Compute the work of a trace and of its parts."""
     steps = step_ranges(events)
     if (events.kind == Kind.DEVICE).any():
         all_ns = int(events.duration_ns[events.kind == Kind.DEVICE].sum())
@@ -129,7 +129,7 @@ def _total_us(stretches: Iterable[Bounds]) -> float:
 
 
 def _without_wrappers(ops: EventTable) -> EventTable:
-    """Without what only holds calls of compiled graphs: the work is that of their operators and kernels."""
+    """Remove operators that only contain calls of compiled graphs, as their work is that of the contents."""
     calls = compiled_calls(ops)
     if not len(calls):
         return ops
@@ -142,7 +142,7 @@ def _without_wrappers(ops: EventTable) -> EventTable:
 
 
 def _starts_within(events: EventTable, kind: Kind, name: str, times_ns: IntArray) -> npt.NDArray[np.bool_]:
-    """Which times lie inside a slice whose name begins so, on any thread."""
+    """Return which times are inside a slice whose name has this prefix, on any thread."""
     slices = events.select((events.kind == kind) & named(events, name))
     slices = slices.select(np.argsort(slices.start_ns, kind="stable"))
     ends_ns = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(slices.end_ns)])
@@ -150,7 +150,7 @@ def _starts_within(events: EventTable, kind: Kind, name: str, times_ns: IntArray
 
 
 def step_ranges(events: EventTable) -> dict[int, Bounds]:
-    """Start and end in nanoseconds of the profiler's steps."""
+    """Return start and end of the profiler's steps, in nanoseconds."""
     found = {}
     ranges = events.select(events.kind == Kind.RANGE)
     for name, start, end in zip(
@@ -167,7 +167,7 @@ def step_ranges(events: EventTable) -> dict[int, Bounds]:
 
 
 class _Forward(NamedTuple):
-    """Calls of one step and stage that follow one another."""
+    """Consecutive calls of one step and stage."""
 
     key: Key
     start_ns: int
@@ -179,7 +179,7 @@ class _Forward(NamedTuple):
 def find_windows(
     calls: CallTable, events: EventTable, steps: Mapping[int, Bounds]
 ) -> dict[Key, list[Bounds]]:
-    """The stretches of host time of each step and stage, without those that cannot be separated."""
+    """Return the intervals of host time of each step and stage, without those that cannot be separated."""
     forwards = _forwards(calls)
     begins_one = np.array([name == FORWARD_BEGINS for name in events.names], bool)[events.name]
     begins = np.sort(events.start_ns[(events.kind == Kind.OP) & begins_one])
@@ -200,7 +200,7 @@ def find_windows(
 
 
 def _cut(before: _Forward, after: _Forward, begins: IntArray) -> int | None:
-    """Where the one forward ends and the next begins; None where that is not known."""
+    """Return the boundary between two forwards, or None if it is unknown."""
     at = int(np.searchsorted(begins, before.end_ns))
     if at < len(begins) and begins[at] < after.start_ns:
         return int(begins[at])

@@ -1,9 +1,9 @@
-"""Peaks of devices, by the name in a trace's `deviceProperties`.
+"""Peaks of devices, by their name in a trace's `deviceProperties`.
 
 Dense (not sparse) bfloat16 tensor-core FLOP/s with float32 accumulation, and memory bandwidth, from the
 vendors' data sheets: NVIDIA H100, H200, B200 (HGX), A100, L40S, L4, A10, V100 (float16: it has no bfloat16),
 T4 (float16) tensor core GPU data sheets, the Ada and Ampere GeForce architecture white papers, and AMD's
-MI250X, MI300X and MI325X data sheets. Where a sheet gives the figure with sparsity, half of it stands here.
+MI250X, MI300X and MI325X data sheets. If a sheet gives the value with sparsity, half of it is used.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ BYTES_OF = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m
 
 
 def item_bytes(model: Mapping[str, Any]) -> int | None:
-    """Bytes of a number of a recorded model's type; None where it is not known."""
+    """Return the size of the model's dtype in bytes, or None if unknown."""
     return BYTES_OF.get(str(model.get("dtype")))
 
 
 def hidden_bytes(model: Mapping[str, Any]) -> int | None:
-    """Bytes of a token's hidden state, likewise."""
+    """Return the bytes of a token's hidden state, or None if unknown."""
     width, item = model.get("hidden_size"), item_bytes(model)
     return width * item if isinstance(width, int) and item is not None else None
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device can do at most; None where it is not known."""
+    """Peak rates of a device; None if unknown."""
 
     flops_per_s: float | None
     bytes_per_s: float | None
@@ -38,13 +38,13 @@ class Peak:
 
 @dataclass(frozen=True)
 class PeakOverride:
-    """What the user knows better than the table of devices."""
+    """Peaks given by the user, which override the table of devices."""
 
     tflops: float | None = None
     gb_per_s: float | None = None
 
 
-# (part of the device's name, TFLOP/s of half types, GB/s); the first that fits counts.
+# (part of the device's name, TFLOP/s of half types, GB/s); the first match counts.
 _TABLE: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 8000.0),
     ("H200", 989.4, 4800.0),
@@ -68,13 +68,13 @@ _TABLE: tuple[tuple[str, float, float], ...] = (
 
 
 def find_peak(devices: Sequence[str], dtype: str | None, better: PeakOverride) -> Peak:
-    """The peak of a trace's device for a type.
+    """Return the peak of a trace's device for a dtype.
 
     Args:
-        devices: names, all of one kind; a mixed set is unknown.
-        dtype: of the model. Only half types are in the table: whether float32 products may use TF32 is not
-            in a trace.
-        better: overrides the table.
+        devices: Names, all of one kind; the peaks of a mixed set are unknown.
+        dtype: The model's dtype. Only half types are in the table, as a trace does not show whether
+            float32 products may use TF32.
+        better: Overrides the table.
     """
     known = {_lookup(device) for device in devices}
     tflops, gb_per_s = known.pop() if len(known) == 1 else (None, None)
@@ -89,7 +89,7 @@ def find_peak(devices: Sequence[str], dtype: str | None, better: PeakOverride) -
 
 
 def _lookup(device: str) -> tuple[float | None, float | None]:
-    if "Laptop" in device:  # runs at other clocks
+    if "Laptop" in device:  # laptops run at other clocks
         return None, None
     for part, flops, bandwidth in _TABLE:
         # Whole words: "L4" is not "L40", "A10" is not "A10G".

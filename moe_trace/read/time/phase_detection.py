@@ -1,14 +1,14 @@
-"""Tell the phases of an MoE layer apart by the structure of the operators inside its ranges.
+"""Detect the phases of an MoE layer from the structure of the operators inside its ranges.
 
-Not by the names of kernels, which differ with every device and version, but by what the operators are to
-each other: the experts' matrix products are the landmarks.
+Detection does not use the names of kernels, which differ with every device and version, but the relations
+between operators, with the experts' matrix products as landmarks.
 
     router     the router's own range
     dispatch   in the experts: what comes before the first product (sort, gather, all-to-all), and gathers
                of rows or weights between products
     experts    from product to product: the products and the activation between them
     combine    what comes after the last product (weighting, scatter, sum, all-to-all)
-    shared     products outside the router and the experts, and what stands between them: shared experts
+    shared     products outside the router and the experts, and what is between them: shared experts
     other      the rest of the block
 
 A loop over experts repeats dispatch, experts and combine within one call. A stretch between two products is
@@ -51,12 +51,13 @@ WRITES = _aten(
 )
 # fmt: on
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction")
-"""What compiled code runs in: inside it stand generated kernels and operators, as in eager code."""
+"""Operators and ranges around compiled code; they contain generated kernels, and operators as in eager
+code."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steps(Columns, Intervals):
-    """I outermost operators and launches inside blocks, sorted by thread and time. [I] arrays."""
+    """I outermost operators and launches inside blocks, sorted by thread and time. Arrays are [I]."""
 
     block: npt.NDArray[np.int64]
     phase: npt.NDArray[np.int64]
@@ -69,7 +70,7 @@ class Steps(Columns, Intervals):
 
 
 def find_steps(events: EventTable, blocks: Blocks) -> Steps:
-    """The outermost operators and launches of each block, with their phases."""
+    """Find the outermost operators and launches of each block, with their phases."""
     around = np.array([name.startswith(_COMPILED) for name in events.names], bool)
     host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
     if around.any():
@@ -98,7 +99,7 @@ def _named(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:
 
 
 def _holding(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Whether the outermost row, or a row inside it, has one of the names."""
+    """Return whether the outermost row, or a row inside it, has one of the names."""
     holding = np.zeros(int(step[-1]) + 1 if len(step) else 0, dtype=bool)
     holding[step[_named(host, names)]] = True
     return holding
@@ -123,7 +124,7 @@ def _phases(
 
 
 def between_products(group: npt.NDArray, products: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Whether a row stands from the first product of its group to the last, both included."""
+    """Return whether a row is between the first and the last product of its group, both included."""
     _, group = np.unique(group, return_inverse=True)
     first, last = _first_and_last(group, products)
     position = np.arange(len(group))
@@ -133,7 +134,7 @@ def between_products(group: npt.NDArray, products: npt.NDArray[np.bool_]) -> npt
 def phases_of_ranges(
     blocks: Blocks, block: npt.NDArray[np.int64], start_ns: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Router or experts, where something began in the block's range of that name, else other."""
+    """Return router or experts if the operation began in that range of its block, else other."""
     router, experts = blocks.router_ns[block], blocks.experts_ns[block]
     phase = np.full(len(block), OTHER, dtype=np.int64)
     phase[(start_ns >= experts[:, 0]) & (start_ns < experts[:, 1])] = EXPERTS
@@ -157,7 +158,7 @@ def phases_in_experts(
     phase[known[call] & (position < first[call])] = DISPATCH
     phase[known[call] & (position > last[call])] = COMBINE
     between = known[call] & ~products & (position > first[call]) & (position < last[call])
-    # The stretches between products are told apart by how many products came before.
+    # Stretches between products are distinguished by the number of earlier products.
     stretch = np.cumsum(products)
     last_write = np.full(int(stretch[-1]) + 1, -1, dtype=np.int64)
     np.maximum.at(last_write, stretch[between & writes], position[between & writes])
@@ -168,7 +169,7 @@ def phases_in_experts(
 
 
 def _first_and_last(group: npt.NDArray, marked: npt.NDArray[np.bool_]) -> tuple[npt.NDArray, npt.NDArray]:
-    """Positions of the first and last marked row of each group; an empty interval where there is none."""
+    """Return positions of the first and last marked row of each group; the interval is empty without any."""
     groups = int(group.max()) + 1 if len(group) else 0
     position = np.flatnonzero(marked)
     first = np.full(groups, len(group), dtype=np.int64)

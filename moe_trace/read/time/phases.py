@@ -1,6 +1,6 @@
-"""How long each phase of each MoE call took, on the host and on the device, forward and backward.
+"""Measure each phase of each MoE call on the host and on the device, forward and backward.
 
-Sums conserve, in whole nanoseconds:
+Sums are conserved, in whole nanoseconds:
 
     host     phases + gap = block
     device   phases + gap - overlap = span, from the first kernel of the block to its last
@@ -29,7 +29,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Times(Columns):
-    """B calls x P phases, nanoseconds; `PHASES` names the columns."""
+    """Times of B calls x P phases in nanoseconds; `PHASES` names the columns."""
 
     host_ns: IntArray
     """[B, P] sum of the outermost operators and launches."""
@@ -38,61 +38,61 @@ class Times(Columns):
     span_ns: IntArray
     """[B, P] from the phase's first kernel to its last; 0 without kernels."""
     kernels: IntArray
-    """[B, P] how many."""
+    """[B, P] number of kernels."""
 
     @property
     def ran(self) -> npt.NDArray[np.bool_]:
-        """[B] whether anything did. Compiled code has no operators of its own on the host."""
+        """Whether anything ran, [B]. Compiled code has no operators of its own on the host."""
         return (self.host_ns.any(axis=1) | self.kernels.any(axis=1)).astype(bool)
 
     def unless_empty(self) -> Times | None:
-        """None where nothing ran."""
+        """Return None if nothing ran."""
         return self if self.ran.any() else None
 
 
 CALL_COLUMNS = ("block_host_ns", "host_gap_ns", "device_span_ns", "device_gap_ns", "device_overlap_ns")
-"""[B] arrays of `CallTimes`."""
+"""Names of the [B] arrays of `CallTimes`."""
 
 
 @dataclass(frozen=True, eq=False)
 class CallTimes(Columns):
-    """The times of B calls; the row of each array is the call's."""
+    """Times of B calls, one per row of each array."""
 
     samples: CallTable
     forward: Times
     backward: Times | None
-    """By Kineto's forward-backward links; None where none of them leads into these calls."""
+    """Times by Kineto's forward-backward links, or None if no link leads into these calls."""
     block_host_ns: IntArray
     """[B] duration of the block on the host."""
     host_gap_ns: IntArray
-    """[B] host time in no operator: Python, and our own hooks."""
+    """[B] host time outside operators: Python, and our own hooks."""
     device_span_ns: IntArray
     """[B] from the block's first kernel to its last."""
     device_gap_ns: IntArray
-    """[B] time of the span in which none of the block's kernels ran."""
+    """[B] time within the span in which none of the block's kernels ran."""
     device_overlap_ns: IntArray
-    """[B] time that several of its kernels shared."""
+    """[B] time by which its kernels overlap."""
     on_device: bool
-    """Whether the work was done on a device; without, the operators' own times are the work."""
+    """Whether the work ran on a device; otherwise the operators' own times are the work."""
     coverage: TimeCoverage
-    """What could be joined, of the whole trace."""
+    """Share of the whole trace that could be joined."""
 
     @property
     def device_known(self) -> bool:
-        """Whether there are device times, and enough of the kernels could be joined to give them."""
+        """Whether there are device times, with enough kernels joined."""
         return self.on_device and self.coverage.device_known
 
     def work_ns(self, times: Times) -> IntArray | None:
-        """[B, P] what was worked: device busy time where there is a device, else time in operators.
+        """Return the work, [B, P]: device busy time on a device, else time in operators.
 
-        None where the device's times are not known.
+        None if the device's times are unknown.
         """
         if not self.on_device:
             return times.host_ns
         return times.busy_ns if self.device_known else None
 
     def us_in(self, calls: CallTable) -> Callable[[IntArray], npt.NDArray[np.float64]]:
-        """Gives columns of these times in the rows of another table, in microseconds; NaN for other calls."""
+        """Return a function that maps columns to the rows of another table, in µs; NaN for other calls."""
         rows = rows_in(calls, self.samples)
 
         def placed(values_ns: IntArray) -> npt.NDArray[np.float64]:
@@ -103,13 +103,13 @@ class CallTimes(Columns):
         return placed
 
     def select(self, rows: npt.NDArray) -> CallTimes:
-        """Those calls, in the order of `rows`."""
+        """Select calls, in the order of `rows`."""
         chosen = super().select(rows)
         return chosen if chosen.backward is None else replace(chosen, backward=chosen.backward.unless_empty())
 
 
 def measure_calls(calls: CallTable, events: EventTable, kernels: Kernels) -> CallTimes:
-    """Times of every call that has its ranges in the trace, and operators inside them."""
+    """Measure every call that has its ranges in the trace, with operators inside them."""
     blocks, steps = _filled(find_blocks(calls, events), events)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
@@ -142,7 +142,7 @@ def measure_calls(calls: CallTable, events: EventTable, kernels: Kernels) -> Cal
 
 
 def _filled(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
-    """Without ranges that hold no operator: they stand on another thread than the work, and tell nothing."""
+    """Remove ranges without operators, which are on another thread than the work."""
     steps = find_steps(events, blocks)
     filled = np.bincount(steps.block, minlength=len(blocks)) > 0
     if filled.all():
@@ -152,7 +152,7 @@ def _filled(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
 
 
 def _launches(steps: Steps, events: EventTable, kernels: Kernels) -> Coverage:
-    """How many of the launches of kernels in the steps have a kernel."""
+    """Return how many launches of kernels in the steps have a kernel."""
     launching = np.array(["kernel" in (n := name.lower()) and "launch" in n for name in events.names], bool)
     rows = np.flatnonzero((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
     rows = rows[launching[events.name[rows]]]
@@ -167,7 +167,7 @@ def _sums(rows: int, row: IntArray, phase: IntArray, values: IntArray) -> IntArr
 
 
 def _times(rows: int, steps: Steps, kernels: Kernels, launched: IntArray) -> Times:
-    """Times of the steps, and of the kernels that they `launched`, given by the step of each; -1 for none."""
+    """Return times of the steps and their kernels; `launched` has the step of each kernel, or -1 for none."""
     known = launched >= 0
     row, phase = steps.block[launched[known]], steps.phase[launched[known]]
     times = device_times(rows, row, phase, kernels.start_ns[known], kernels.duration_ns[known])
@@ -182,7 +182,7 @@ def device_times(
     duration_ns: IntArray,
     share: IntArray | int = 1,
 ) -> Times:
-    """Times of kernels by call and phase; one that is shared counts with a part of its time."""
+    """Return times of kernels by call and phase; a shared kernel counts with a part of its time."""
     return Times(
         host_ns=np.zeros((rows, len(PHASES)), dtype=np.int64),
         busy_ns=_sums(rows, row, phase, duration_ns // share),
@@ -194,7 +194,7 @@ def device_times(
 def _spans(
     shape: tuple[int, ...], at: tuple[IntArray, ...], start_ns: IntArray, end_ns: IntArray
 ) -> IntArray:
-    """From first start to last end of what stands at each place; 0 without anything."""
+    """Return the time from first start to last end of the events at each index; 0 without any."""
     first, last = np.full(shape, np.iinfo(np.int64).max), np.full(shape, np.iinfo(np.int64).min)
     np.minimum.at(first, at, start_ns)
     np.maximum.at(last, at, end_ns)
@@ -204,7 +204,7 @@ def _spans(
 def span_and_union(
     rows: int, row: IntArray, start: IntArray, duration: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """[B] first start to last end, and the time covered by at least one interval."""
+    """Return first start to last end, and the time covered by at least one interval, each [B]."""
     union = np.zeros(rows, dtype=np.int64)
     if not len(row):
         return union, union
@@ -221,9 +221,9 @@ def span_and_union(
 def _backward(
     blocks: Blocks, steps: Steps, events: EventTable, kernels: Kernels
 ) -> tuple[Times | None, Coverage]:
-    """Times of the backward nodes whose forward operator lies in a block, by the forward operator's phase.
+    """Return times of the backward nodes whose forward operator is in a block, by that operator's phase.
 
-    And how many of all backward nodes could be joined with their forward operator.
+    Also return how many of all backward nodes could be joined with their forward operator.
     """
     forward = events.select(events.kind == Kind.FORWARD)
     backward = events.select(events.kind == Kind.BACKWARD)
@@ -237,7 +237,7 @@ def _backward(
     block = blocks.at(forward.thread, forward.start_ns)
     inside = block >= 0
     nodes, forward, block = nodes.select(inside), forward.select(inside), block[inside]
-    # Code that was compiled has one node, which began where none of the steps inside it did.
+    # Compiled code has one node, which began where none of the steps inside it did.
     phase = phases_of_ranges(blocks, block, forward.start_ns)
     step = steps.at(forward.thread, forward.start_ns)
     known = np.flatnonzero(step >= 0)
@@ -250,10 +250,11 @@ def _backward(
 
 
 def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
-    """The nodes without what gradient checkpointing ran again inside them.
+    """Remove from the nodes what gradient checkpointing reran inside them.
 
-    Without reentry the first node that needs a saved tensor runs the whole checkpointed module again, before
-    its own work: attention and MoE block, up to the block's end. That is the recompute's, not the backward's.
+    Without reentry, the first node that needs a saved tensor reruns the whole checkpointed module before its
+    own work: attention and MoE block, up to the block's end. This belongs to the recompute, not to the
+    backward.
     """
     again = np.flatnonzero(~blocks.samples.forward)
     node = nodes.at(blocks.thread[again], blocks.start_ns[again])

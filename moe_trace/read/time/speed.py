@@ -1,8 +1,8 @@
-"""Work joined with time: achieved FLOP/s, share of the peak, and whether memory or arithmetic binds.
+"""Relate work to time: achieved FLOP/s, share of the peak, and whether memory or arithmetic binds.
 
-FLOPs are the recorder's, by formula from the real weights. Bytes are the least that must move once: the
-weights of the experts that were hit, and each slot's hidden state in and out. The true traffic is larger,
-so the arithmetic intensity given here is an upper bound.
+FLOPs come from the recorder, by formula from the real weights. Bytes are the minimum that must move once: the
+weights of the experts that were hit, and each slot's hidden state in and out. The true traffic is larger, so
+the arithmetic intensity given here is an upper bound.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ Bound = Literal["memory", "arithmetic"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """One part of an MoE layer: forward work, recomputed calls included."""
+    """Rate of one part of an MoE layer over forward work, including recomputed calls."""
 
     flops: int
     work_us: float | None
-    """Device busy time of the part's phase, None if it is not known; on a CPU its time in operators."""
+    """Device busy time of the part's phase, or None if unknown; on a CPU its time in operators."""
     flops_per_s: float | None
     share_of_peak: float | None
     least_bytes: int | None
-    """None where the model's type or width is not known."""
+    """None if the model's dtype or width is unknown."""
     intensity: float | None
-    """FLOP per byte, at most."""
+    """FLOP per byte, an upper bound."""
     bound: Bound | None
-    """Left or right of the roofline's ridge; None where the device's peaks are not known."""
+    """Side of the roofline's ridge, or None if the device's peaks are unknown."""
     above_roofline_us: float | None
-    """Work beyond what the peaks allow for these FLOPs and bytes; None where they are not known."""
+    """Time beyond what the peaks allow for these FLOPs and bytes, or None if they are unknown."""
     flops_per_s_with_gaps: float | None = None
-    """Of the experts: FLOPs over the duration of their range, dispatch, combine and gaps included, over all
-    calls: what the timeline's counter `expert TFLOP/s (with gaps)` shows call by call."""
+    """Rate of the experts over the duration of their range, with dispatch, combine and gaps, over all calls.
+
+    The timeline's counter `expert TFLOP/s (with gaps)` shows it call by call.
+    """
 
 
 _BY_SLOTS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound", "above_roofline_us")
@@ -51,7 +53,7 @@ _BY_SLOTS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpeed:
-    """Router and expert products of one layer."""
+    """Speed of the router and expert products of one layer."""
 
     site: str
     name: str
@@ -61,7 +63,7 @@ class LayerSpeed:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SpeedReport(ShortRepr):
-    """Speeds of all layers, and the peaks that they are compared with."""
+    """Speeds of all layers, with the peaks that they are compared with."""
 
     device: str | None
     dtype: str | None
@@ -69,7 +71,7 @@ class SpeedReport(ShortRepr):
     peak_bytes_per_s: float | None
     layers: tuple[LayerSpeed, ...]
     experts: Rate
-    """Over all layers."""
+    """Rate over all layers."""
 
 
 def report_speed(
@@ -81,11 +83,11 @@ def report_speed(
     *,
     experts_are_split: bool = False,
 ) -> SpeedReport | None:
-    """None where no call has ranges in the trace.
+    """Report speeds, or return None if no call has ranges in the trace.
 
     Args:
-        experts_are_split: see `Recording.experts_are_split`; what the experts did in their time is not known
-            then, and their speed is None.
+        experts_are_split: See `Recording.experts_are_split`; the experts' work in their time is then
+            unknown, and their speed is None.
     """
     if not len(times.samples):
         return None
@@ -138,7 +140,7 @@ class _Measure:
         items = expert_items(calls, routers, self.width) if self.width is not None else None
         rate = self._rate(calls.total("expert_flops"), times, EXPERTS, items)
         if self.experts_are_split:
-            # What rests on the slots that it computed, which are not those that its routers assigned.
+            # These depend on the slots that the rank computed, which are not those that its routers assigned.
             return replace(rate, **dict.fromkeys(_BY_SLOTS))  # type: ignore[arg-type]
         range_us = experts_range_us(calls)
         known = (range_us > 0) & (calls.expert_flops > 0)
@@ -170,7 +172,7 @@ class _Measure:
 
 
 def expert_items(calls: CallTable, routers: dict[str, RouterInfo], width: int) -> int:
-    """Numbers that calls of the experts must move: weights of the experts hit, each slot in and out."""
+    """Count the numbers that the experts' calls must move: weights of experts hit, each slot in and out."""
     hit = np.bincount(calls.router, weights=calls.assignments.used(), minlength=len(calls.keys)).tolist()
     weights = sum(
         int(n) * (routers[key.name].expert_flops_per_slot // 2)

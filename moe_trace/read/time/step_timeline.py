@@ -1,4 +1,4 @@
-"""One step of a trace: its pieces of work (layer, phase, clock, name), and the counters beside them."""
+"""Pieces of work of one step of a trace (layer, phase, clock, name), with its counters."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SEGMENTS_MAX = 4000
 COUNTED_MAX = 1500
 
 CounterTrack = tuple[str, list[tuple[Span, float]]]
-"""A figure's name, and for each call the interval of its MoE block with the figure's value."""
+"""Name of a metric, and for each call the interval of its MoE block with the metric's value."""
 
 
 @dataclass(frozen=True)
 class Pieces(Columns):
-    """N kernels (device) or outermost operators (host) inside MoE blocks, by start. [N] arrays."""
+    """N kernels (device) or outermost operators (host) inside MoE blocks, sorted by start. Arrays are [N]."""
 
     block: IntArray
-    """Index of the call in `Lanes.samples`."""
+    """Row of the call in `Lanes.samples`."""
     phase: IntArray
     start_ns: IntArray
     end_ns: IntArray
@@ -44,30 +44,30 @@ class Pieces(Columns):
     """Index into `Lanes.names`."""
 
     def by_start(self) -> Pieces:
-        """The same in the order of time."""
+        """Sort by start."""
         return self.select(np.argsort(self.start_ns, kind="stable"))
 
     def within(self, start_ns: int, end_ns: int) -> Pieces:
-        """Those that touch an interval."""
+        """Select the pieces that touch an interval."""
         return self.select((self.end_ns >= start_ns) & (self.start_ns <= end_ns))
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """The forward work of all MoE calls that have ranges in the trace."""
+    """Forward work of all MoE calls that have ranges in the trace."""
 
     samples: CallTable
     device: Pieces
-    """Empty where the trace has no kernels."""
+    """Empty if the trace has no kernels."""
     host: Pieces
     names: tuple[str, ...]
 
     def clocks(self) -> tuple[Clock, ...]:
-        """The device first, where it has any work."""
+        """Return the clocks with work, with the device first if it has any."""
         return ("device", "host") if len(self.device.block) else ("host",)
 
     def of_step(self, step: int, clock: Clock) -> Pieces:
-        """The pieces of one profiler step."""
+        """Return the pieces of one profiler step."""
         mine = self.samples.step == step
         pieces = self.device if clock == "device" else self.host
         return pieces.select(mine[pieces.block]) if len(mine) else pieces
@@ -75,21 +75,21 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Segments:
-    """S stretches of one phase of one call, whose pieces follow each other closely. [S] arrays."""
+    """S stretches of one phase of one call, whose pieces are close to each other. Arrays are [S]."""
 
     block: IntArray
     phase: IntArray
     start_ns: IntArray
     end_ns: IntArray
     pieces: IntArray
-    """How many pieces each is made of."""
+    """Number of pieces in each stretch."""
     joined_ns: int
-    """Pieces closer than this were drawn together."""
+    """Maximum gap between joined pieces, in nanoseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """All pieces of one name in one phase."""
+    """Total of all pieces with one name in one phase."""
 
     name: str
     phase: str
@@ -104,7 +104,7 @@ def find_lanes(
     """Join kernels and operators with the MoE calls that they belong to.
 
     Args:
-        graphs: what the compiler noted of the calls inside compiled code.
+        graphs: Notes of the compiler on the calls inside compiled code.
     """
     blocks, kernels, calls = find_blocks(samples, events), find_kernels(events), CallTable.of(samples)
     steps = find_steps(events, blocks)
@@ -124,7 +124,7 @@ def find_lanes(
 
 
 def _compiled_pieces(join: CompiledCalls, first: int) -> tuple[IntArray, Pieces]:
-    """The rows of calls inside compiled code whose kernels are known, and these; calls count from `first`."""
+    """Return the rows of compiled calls with known kernels, and these kernels; calls count from `first`."""
     work, kernels = phased_kernels(join.forward()), join.kernels
     timed, block = np.unique(work.call, return_inverse=True)
     start, name = kernels.start_ns[work.kernel], kernels.name[work.kernel].astype(np.int64)
@@ -141,7 +141,7 @@ def _device_pieces(kernels: Kernels, steps: Steps) -> Pieces:
 
 
 def join_pieces(pieces: Pieces, closer_than_ns: int) -> Segments:
-    """Take neighbours of one call and phase together; wider, if there are more than `SEGMENTS_MAX`."""
+    """Join neighbours of one call and phase, with wider gaps if there are more than `SEGMENTS_MAX`."""
     while True:
         found = _joined(pieces, closer_than_ns)
         if len(found.block) <= SEGMENTS_MAX:
@@ -170,7 +170,7 @@ def _joined(pieces: Pieces, closer_than_ns: int) -> Segments:
 
 
 def add_up(pieces: Pieces, lanes: Lanes) -> list[Work]:
-    """Time by name and phase, the longest first."""
+    """Sum time by name and phase, the longest first."""
     if not len(pieces.block):
         return []
     layer = lanes.samples.layer[pieces.block]
@@ -193,7 +193,7 @@ def add_up(pieces: Pieces, lanes: Lanes) -> list[Work]:
 def counter_tracks(
     samples: Sequence[RoutingSample], clock: Clock, window_ns: tuple[int, int]
 ) -> list[CounterTrack]:
-    """The figures of the trace's counters that are not 0 throughout, over the calls that touch the window."""
+    """Return the trace's counters that are not 0 throughout, over the calls that touch the window."""
     calls = CallTable.of(samples)
     calls = calls.take(~np.isnan(calls.duration_us(clock, "router")))
     placed = PlacedCalls.on(np.full(len(calls), clock == "device"), calls)

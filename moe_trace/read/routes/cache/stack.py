@@ -1,5 +1,4 @@
-"""LRU, LFU and static as stack algorithms: the place in one order of experts gives the hits for every
-size."""
+"""LRU, LFU and static as stack algorithms: a request's place in one order gives the hits for every size."""
 
 from __future__ import annotations
 

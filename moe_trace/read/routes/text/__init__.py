@@ -1,1 +1,1 @@
-"""The texts that routes belong to, and the text of their tokens."""
+"""Texts (sequences) of recorded routes, and the text of their tokens."""

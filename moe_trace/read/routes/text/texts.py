@@ -1,8 +1,7 @@
-"""Routes as the texts that they belong to: a sequence from its prefill to its last decoded token.
+"""Group routes by text: a sequence from its prefill to its last decoded token.
 
-Rows stand in the order of the calls, a batch of sequences at a time; here they are put in the order of
-reading.
-Array names end in their shape: T tokens, R runs (the rows of one sequence in one forward).
+Rows are recorded in the order of the calls, a batch of sequences at a time; here they are sorted in reading
+order. Array names end in their shape: T tokens, R runs (the rows of one sequence in one forward).
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ _NO_POSITION = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """One sequence, or what a forward ran of unknown sequences."""
+    """One sequence, or the tokens of a forward with unknown sequences."""
 
     label: str
     first: int
-    """Place of its first token in `Texts.rows`."""
+    """Index of its first token in `Texts.rows`."""
     tokens: int
 
 
@@ -37,15 +36,16 @@ class Texts:
 
 
 def find_texts(routes: RecordedRoutes) -> Texts:
-    """The texts, in the order in which they began.
+    """Find the texts, in the order in which they began.
 
-    A run goes on with the text of its sequence where its first position is at most one beyond the last one:
-    decoding, chunked prefill, and tokens that speculation ran twice. From position 0 on it is another text.
+    A run continues the text of its sequence if its first position is at most one beyond the last one:
+    decoding, chunked prefill, and tokens that speculation ran twice. A run from position 0 begins another
+    text.
     """
     if not len(routes):
         return Texts(rows=np.empty(0, np.int64), texts=())
     again_T = routes.again
-    by_sequence_T = np.lexsort((again_T, routes.sequence))  # stable: the order of the calls within each
+    by_sequence_T = np.lexsort((again_T, routes.sequence))  # stable: keeps the order of the calls
     keys = [column[by_sequence_T] for column in (routes.forward, routes.sequence, again_T)]
     starts_T = np.ones(len(routes), bool)
     starts_T[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
@@ -66,7 +66,7 @@ def find_texts(routes: RecordedRoutes) -> Texts:
 
 
 def _begins_text(routes: RecordedRoutes, rows_T: np.ndarray, first_R: np.ndarray) -> np.ndarray:
-    """[R] bool: whether a run does not go on with the run before it."""
+    """Return whether a run does not continue the previous run, bool [R]."""
     position_T = routes.position[rows_T].astype(np.int64)
     unknown_T = routes.padding[rows_T] | (position_T < 0)
     lowest_R = np.minimum.reduceat(np.where(unknown_T, _NO_POSITION, position_T), first_R)

@@ -1,4 +1,4 @@
-"""The text of token ids, from a tokenizer's own files, without the library that wrote them."""
+"""Decode token ids with a tokenizer's own files, without the library that wrote them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from moe_trace.data.errors import UsageError
 
 TOKENIZER = "MOE_TRACE_TOKENIZER"
-"""Environment variable: what the tab gives to `read_vocabulary`."""
+"""Environment variable with the argument that the TensorBoard tab passes to `read_vocabulary`."""
 _BYTES = range(256)
 _BYT5_FIRST = 3
-"""ByT5's ids 0, 1 and 2 are padding, end and unknown; a byte's id is its value and this."""
+"""ByT5's ids 0, 1 and 2 are padding, end and unknown; a byte's id is its value plus this."""
 _BYT5 = {0: "<pad>", 1: "</s>", 2: "<unk>"}
 
 
 class Vocabulary:
-    """Token ids as text."""
+    """Mapping from token ids to text."""
 
     def __init__(self, pieces: Mapping[int, str | bytes]) -> None:
         self._pieces = pieces
@@ -27,7 +27,7 @@ class Vocabulary:
         return len(self._pieces)
 
     def text(self, token_id: int) -> str | None:
-        """The token's text; bytes that are no character by themselves as `<0xE2>`; None for an unknown id."""
+        """Return the token's text, with bytes that form no character as `<0xE2>`; None for an unknown id."""
         piece = self._pieces.get(token_id)
         if not isinstance(piece, bytes):
             return piece
@@ -37,7 +37,7 @@ class Vocabulary:
             return "".join(chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in piece)
 
     def texts(self, token_ids: Iterable[int]) -> dict[int, str]:
-        """The texts of those ids that are known."""
+        """Return the texts of those ids that are known."""
         found = ((token_id, self.text(token_id)) for token_id in set(token_ids))
         return {token_id: text for token_id, text in found if text is not None}
 
@@ -46,12 +46,12 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     """Read a tokenizer's vocabulary.
 
     Args:
-        path: a `tokenizer.json` as transformers and tokenizers save it, a JSON object `{token: id}`, a JSON
+        path: A `tokenizer.json` as saved by transformers and tokenizers, a JSON object `{token: id}`, a JSON
             list of tokens, a folder with one of them, or the folder of a ByT5 model. `demo` is the tokenizer
             of `moe_trace.demo`.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: The path is none of these.
     """
     if str(path) == "demo":
         return byt5()
@@ -70,7 +70,7 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
 
 
 def byt5() -> Vocabulary:
-    """Each byte is a token."""
+    """Return ByT5's vocabulary, in which each byte is a token."""
     return Vocabulary({**_BYT5, **{byte + _BYT5_FIRST: bytes([byte]) for byte in _BYTES}})
 
 
@@ -110,7 +110,7 @@ def _numbered(vocab: Any) -> Iterable[tuple[int, str]]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: bytes that print stand for themselves, the others for characters from U+0100 on."""
+    """Return GPT-2's table: printable bytes map to themselves, others to characters from U+0100 on."""
     printing = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in _BYTES if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -126,7 +126,7 @@ def _byte_level(token: str) -> str | bytes:
 
 
 def _metaspace(token: str) -> str | bytes:
-    """SentencePiece: `▁` is a space, `<0x0A>` a byte."""
+    """Decode SentencePiece's `▁` to a space, and `<0x0A>` to a byte."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ")
