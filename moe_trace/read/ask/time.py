@@ -88,7 +88,6 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
 
 
 def _parts(report: PhaseReport) -> list[str]:
-    """Return the passes in the trace and the sums to report."""
     found = report.passes()
     again = ["recompute", "backward alone"] if "recompute" in found else []
     return ["forward", *again, "backward", "all"] if "backward" in found or again else ["all"]

@@ -197,7 +197,6 @@ class _Columns:
             self.bytes[rows] = own * expert_bytes if router.every_expert_computes else read * expert_bytes
 
     def sizes(self, rows: Ints) -> tuple[DistinctExperts, ...]:
-        """Return statistics of these calls by size."""
         bins = self.bins[rows]
         return tuple(self._size(rows[bins == size]) for size in np.unique(bins).tolist())
 

@@ -61,7 +61,6 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _advice_of_load(evidence: Evidence) -> str:
-    """Return advice on an uneven load for the set-up of the trace."""
     if evidence.ranks is not None and evidence.ranks.exchange is not None:
         return (
             "The rank that holds it is waited for: place busy experts apart or replicate them (`moe-trace "
@@ -173,7 +172,6 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
 def _of_layers(
     found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
 ) -> Finding:
-    """Make one finding for all layers that a rule applies to, worst first."""
     return Finding(
         site=found[0][1].info.site,
         sites=tuple(router.info.site for _, router in found),

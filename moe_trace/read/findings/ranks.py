@@ -53,7 +53,6 @@ def hot_rank(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _expert(layer: LayerRanks) -> str:
-    """Describe the rank's busiest expert and its share of the rank's load."""
     if layer.hot_expert is None or layer.hot_expert_share is None:
         return ""
     return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"

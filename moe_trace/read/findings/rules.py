@@ -27,7 +27,6 @@ def find(evidence: Evidence) -> tuple[Finding, ...]:
 
 
 def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
-    """Apply the rules, and set the name of the rule in each finding."""
     return [replace(finding, rule=rule.__name__) for rule in rules for finding in rule(evidence)]
 
 

@@ -103,7 +103,6 @@ def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _implementation(evidence: Evidence) -> str:
-    """Return the experts implementation that the model reports."""
     return str(evidence.model.get("experts_implementation"))
 
 

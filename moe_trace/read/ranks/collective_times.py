@@ -150,7 +150,6 @@ def _time(
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
-    """Return the sum, or None if one of the numbers is unknown."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 

@@ -77,7 +77,6 @@ class _Writer:
         self._label_us: float | None = None
 
     def write(self, name: str) -> MergedRanks:
-        """Write the whole file."""
         self._put(b"{\n")
         for key, value in self._head(name).items():
             self._put(b"%b: %b,\n" % (json.dumps(key).encode(), value))

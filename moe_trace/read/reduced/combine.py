@@ -71,7 +71,6 @@ def _gone(files: Sequence[Path]) -> list[str]:
 def _loaded(
     files: Sequence[Path], progress: Progress | None
 ) -> Iterator[list[ReducedTrace] | TraceFileError]:
-    """Yield the contents of each file, or the error that prevents reading it."""
     whole = [file for file in files if not is_reduced(file)]
     texts = None
     if len(whole) > 1:

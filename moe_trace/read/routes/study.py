@@ -134,7 +134,6 @@ def _group(
     pairs: Pairs,
     predicted: Sequence[np.ndarray] | None,
 ) -> RoutesStudy:
-    """Study one group of layers."""
     aligned = same_tokens(parts)
     chosen = parts[-1:] if aligned else parts
     routes = chosen[0] if len(chosen) == 1 else concatenate([_apart(p, i) for i, p in enumerate(chosen)])

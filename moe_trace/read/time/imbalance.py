@@ -156,7 +156,6 @@ class _Rows:
         return cls(tuple(routers), calls, {name: values[even] for name, values in figures.items()})
 
     def answer(self, experts_are_split: bool) -> tuple[LoadModel, list[ImbalanceCost]]:
-        """Return the model, and the resulting cost of each layer."""
         unknown = bool(np.isnan(self.calls.time_us).any())
         reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._cannot_tell()
         fit = None if reason else fit_load(self.calls)

@@ -254,13 +254,11 @@ class _Measure:
 
 
 def _sum(parts: Iterable[float | None]) -> float | None:
-    """Return the sum, or None if a part is unknown."""
     known = list(parts)
     return None if None in known else sum(part for part in known if part is not None)
 
 
 def _model_passes(around: TraceTotals) -> tuple[float | None, float | None]:
-    """Return the model's work in its forward and in its backward."""
     model, backward, optimizer = around.model_work_us, around.backward_work_us, around.optimizer_work_us
     if model is None or backward is None or optimizer is None:
         return None, None

@@ -129,6 +129,5 @@ def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
 
 
 def _beyond(count: int, chance: float, of: int) -> bool:
-    """Return whether a count exceeds its expectation by more than five standard deviations."""
     expected = chance * of
     return count > expected + _SIGMAS * float(np.sqrt(expected * max(0.0, 1 - chance)))

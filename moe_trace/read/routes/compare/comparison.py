@@ -193,6 +193,5 @@ def _by_expert(routes: RecordedRoutes, rows: np.ndarray, layer: int) -> np.ndarr
 
 
 def _mean(values_N: np.ndarray, chosen_N: np.ndarray) -> float:
-    """Return the mean of the chosen finite values, or NaN if there are none."""
     known = values_N[chosen_N & np.isfinite(values_N)]
     return float(known.mean(dtype=np.float64)) if len(known) else float("nan")
