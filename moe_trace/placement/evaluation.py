@@ -1,10 +1,10 @@
 """Evaluate a plan on counts: load per rank, traffic, and a lower bound for plans without copies.
 
 The traffic model: each rank holds 1/R of every expert's tokens, and each copy of an expert computes an equal
-share of its slots. Under both assumptions, as many slots as possible stay on their own rank, then on their
-own node; the rest crosses nodes. A slot that leaves its rank moves `slot_bytes` to its expert and as many
-back. Each slot moves separately, as in the all-to-all of transformers and Megatron (kernels that send a token
-to a node only once move less).
+share of its slots. Under both, as many slots as possible stay on their own rank, then on their own node; the
+rest crosses nodes. A slot that leaves its rank moves `slot_bytes` to its expert and as many back. Slots move
+separately, as in the all-to-all of transformers and Megatron (kernels that send a token once to a node move
+less).
 """
 
 from __future__ import annotations

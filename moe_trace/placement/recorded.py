@@ -29,11 +29,11 @@ _StepKey = tuple[int, int]
 def counts_of_traces(path: str | Path, chosen: Filter | None = None) -> ExpertCounts:
     """Read the load of a trace, of a merged trace, or of all traces in a folder.
 
-    Ranks that share their tokens count once. Recomputed calls, identity experts and skipped slots do not
-    count.
+    Ranks that share their tokens count once. Recomputed calls, identity experts and skipped slots are
+    excluded.
 
     Raises:
-        TraceFileError: No file can be read, or the unreadable file is not a rank of a larger run.
+        TraceFileError: No file can be read, or an unreadable one is not a rank of a larger run.
         UsageError: Nothing is left, or the layers have different numbers of experts.
     """
     recordings, notes = _read_all(find_inputs(path))

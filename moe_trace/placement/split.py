@@ -39,9 +39,8 @@ class Split:
 
 
 def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
-    """Split observations in one of the usual ways.
-
-    `auto` alternates between steps, holds out texts one at a time, and does not split a single observation.
+    """Split by alternate steps, single held-out texts, or not at all for one observation (`auto`), or as
+    given.
 
     Raises:
         UsageError: There are fewer than two observations for a split, or too many for `each`.

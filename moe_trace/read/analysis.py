@@ -53,12 +53,9 @@ class TraceSummary(Evidence):
     experts_are_split: bool = False
     """Whether each rank computes other slots than its routers assigned, or parts of them."""
     stages: Mapping[Stage, TraceSummary] = field(default_factory=dict, repr=False)
-    """Summary of each stage, as a filter by stage would give it, if the calls have several stages.
-
-    Figures for all stages together then average calls that have little in common. Prefill and decode also
-    include their parts of mixed calls, but not their time, which is that of the whole call and stays in
-    `mixed`.
-    """
+    """Summary of each stage, as a filter by stage would give it, if the calls have several stages. Figures
+    for all stages together then average calls that have little in common. Prefill and decode include their
+    parts of mixed calls, without the time, which is that of the whole call and stays in `mixed`."""
 
     def by_stage(self) -> dict[Stage, TraceSummary]:
         """Return the summary of each stage, in the order of `STAGES`; a single stage maps to `self`."""
@@ -98,11 +95,8 @@ class TraceSummary(Evidence):
         raise KeyError(f"no router {site!r}; there are {[r.info.site for r in self.routers]}")
 
     def most_imbalanced_layer(self) -> RouterSummary | None:
-        """Return the router whose load is most uneven beyond chance (`Chance.cv_beyond`), the first if
-        several tie.
-
-        None where no load is more uneven than uniform routing of the same tokens.
-        """
+        """Return the router whose load is most uneven beyond chance (`Chance.cv_beyond`), the first of
+        several that tie; None where no load is more uneven than uniform routing of the same tokens."""
         worst = most_uneven([router.chance for router in self.routers])
         return self.routers[worst[0]] if worst else None
 

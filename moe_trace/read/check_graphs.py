@@ -31,11 +31,9 @@ class HostPlaces:
         self._starts, self._ends = set(operators.start_ns.tolist()), set(operators.end_ns.tolist())
 
     def hold(self, sample: RoutingSample, kind: RangeKind, span: Span) -> bool:
-        """Return whether the trace has this span.
-
-        It must be a range with the call's name, or, for a call inside a graph, the graph itself or the time
-        from the start of one operator to the end of another, which is all that code compiled for a CPU shows.
-        """
+        """Return whether the trace has a range with the call's name or, for a call inside a graph, the graph
+        or the time from the start of one operator to the end of another, which is all that code compiled for
+        a CPU shows."""
         start_ns, duration_ns = to_ns([span.start_us, span.duration_us]).tolist()
         if (range_name(kind, sample.site), start_ns, duration_ns) in self._known:
             return True

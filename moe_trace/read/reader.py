@@ -30,8 +30,7 @@ def read_summary(
         progress: Callback with the bytes read and the size of the current file.
 
     Raises:
-        TraceFileError: A file is missing, empty, truncated, not JSON, from another tool, or lacks moe_trace
-            data.
+        TraceFileError: Missing, empty, truncated, not JSON, from another tool, or without moe_trace data.
         UsageError: `chosen` leaves nothing.
     """
     return analyse(find_inputs(path), label=str(path), chosen=chosen, peak=peak, progress=progress)

@@ -32,7 +32,8 @@ def ask(
     questions: Sequence[str] = tuple(QUESTIONS),
     labels: tuple[str, str] = ("A", "B"),
 ) -> tuple[Answer, ...]:
-    """Answer questions about one trace, or about two and which experts serve the text of each.
+    """Answer questions about one trace, or about two, with a comparison of the experts that serve their
+    texts.
 
     Args:
         other: A second run of the same model on another text.

@@ -178,8 +178,7 @@ def _metric_changes(
 
 
 def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
-    """Set apart changes of the host's pace: runs of the same thing launch at different paces, so on a device
-    they are no change of the work."""
+    """Mark changes of the host's launch pace on a device; runs of the same thing also differ in it."""
     timed = {c.metric: c for c in changes if c.metric in QUANTILES and not c.metric.endswith("_share")}
     of_device = [c for metric, c in timed.items() if metric not in _OF_HOST]
     alone = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)

@@ -1,8 +1,5 @@
-"""Metrics that are compared, each with its error.
-
-One layer is a stratum: metrics of all layers are the mean of the layers' own, so that differences between
-layers do not pass for noise.
-"""
+"""Metrics that are compared, each with its error. One layer is a stratum: metrics of all layers are the mean
+of the layers' own, so that differences between layers do not pass for noise."""
 
 from __future__ import annotations
 

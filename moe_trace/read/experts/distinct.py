@@ -47,11 +47,8 @@ class DistinctExperts:
     experts: float
     """Number of experts E, averaged over the calls."""
     bytes: float | None
-    """Bytes of the experts' weights that a forward reads in the layer or in all layers, averaged over
-    forwards.
-
-    Where ranks hold different experts, this is for the rank that reads most. None if unknown.
-    """
+    """Bytes of the experts' weights that a forward reads, in the layer or in all layers, averaged over
+    forwards. Where ranks hold different experts, this is for the rank that reads most. None if unknown."""
     least_us: float | None
     """Time to read them at the device's memory bandwidth, or None if either is unknown."""
     experts_us: float | None
@@ -95,8 +92,8 @@ class DistinctReport(ShortRepr):
 def report_distinct(
     recording: Recording, records: RankRecords, times: CallTimes, bytes_per_s: float | None
 ) -> DistinctReport | None:
-    """Report distinct experts, or return None if no forward decodes, as a prefill's tokens choose all
-    experts.
+    """Report distinct experts, or None if no forward decodes, as a prefill's tokens choose all experts
+    anyway.
 
     Args:
         recording: Recording of all traces together, with each decision once.

@@ -32,10 +32,8 @@ class ReplicatedExpert:
     assignments: int
     """Number of assignments in the calls in which several slots held it."""
     max_over_mean: float | None
-    """Assignments of the busiest replica ÷ mean over replicas, with both summed over the moves.
-
-    1 means evenly shared; None without assignments.
-    """
+    """Assignments of the busiest replica ÷ mean over replicas, both summed over the mappings: 1 is evenly
+    shared. None without assignments."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,8 @@ def find_traces(path: str | Path) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return all regular files below a folder, sorted, except hidden ones.
-
-    Other systems leave hidden files beside a file (`._x`), and so do interrupted merges.
-    """
+    """Return all regular files below a folder, sorted, without hidden ones: those that other systems leave
+    beside a file (`._x`), and remains of interrupted merges."""
     files = sorted(folder.rglob("*"))
     shown = (f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
     return [file for file in shown if file.is_file()]

@@ -38,10 +38,8 @@ class Alignment:
     offset_ns: Mapping[int, int]
     """Offset by rank that is added to its times to get the reference's."""
     unaligned: tuple[int, ...]
-    """Ranks that share no matched collective with the reference, not even through other ranks.
-
-    They are aligned among themselves if they share any; the first of them keeps its clock.
-    """
+    """Ranks that share no matched collective with the reference, not even through other ranks. They are
+    aligned among themselves if they share any; the first of them keeps its clock."""
     collectives: int
     """Number of collectives that the estimate is based on."""
     same_host: bool

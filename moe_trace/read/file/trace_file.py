@@ -96,8 +96,7 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
     """Read a trace with moe_trace data in one pass.
 
     Raises:
-        TraceFileError: The file is missing, empty, truncated, not JSON, from another tool, or lacks moe_trace
-            data.
+        TraceFileError: Missing, empty, truncated, not JSON, from another tool, or without moe_trace data.
     """
     with open_trace_stream(path, progress) as stream:
         found = _Found(with_events=True)

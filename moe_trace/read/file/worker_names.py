@@ -6,8 +6,7 @@
 
 `rank` counts within one engine, and each data-parallel engine starts at 0, so the global rank is computed
 from the index in each dimension, outermost first: data, pipeline, tensor (decode context parallelism
-subdivides the tensor-parallel ranks). The sizes of the dimensions follow from the names of the folder's other
-traces.
+subdivides the tensor-parallel ranks). The folder's other traces have the sizes of the dimensions.
 """
 
 from __future__ import annotations

@@ -17,10 +17,7 @@ READ_SHARE = 0.5
 
 
 def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
-    """Find layers in which the router takes all of the time.
-
-    The experts' time is then counted as the router's, or is in no range.
-    """
+    """Find layers whose router takes all the time: the experts' is counted as its own, or is in no range."""
     report = evidence.phases
     if report is None or report.whole.moe_work_us is None:
         return

@@ -44,10 +44,8 @@ class Collective:
     host_ns: Nanoseconds
     """Time of the call on the thread that made it."""
     work_ns: Nanoseconds | None
-    """First to last of its kernels, or the time on the backend's own thread; None if neither is known.
-
-    It begins when this rank arrives, and ends when it has everything that it waits for.
-    """
+    """First to last of its kernels, or the time on the backend's own thread; None if neither is known. It
+    begins when this rank arrives, and ends when it has everything that it waits for."""
     on_device: bool
     call: SampleKey | None = None
     """Router call in whose block it was called."""

@@ -106,8 +106,7 @@ _WORKER = re.compile(r"(?P<worker>.+)\.\d{10,}\.pt\.trace\.json(\.gz)?")
 
 
 def pooled(files: Sequence[tuple[str, int]]) -> list[str]:
-    """Return a note if files, given by name and rank, are of several runs, since names contain the
-    process."""
+    """Return a note if files, given by name and rank, are of several runs; names contain the process."""
     runs: dict[int, dict[str, int]] = {}
     for name, rank in files:
         match = _WORKER.fullmatch(name)

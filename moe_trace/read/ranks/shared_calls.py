@@ -29,9 +29,9 @@ APART_NS = 1_000_000_000
 def clock_base_ns(written_ns: int, samples: Sequence[RoutingSample]) -> int:
     """Return the origin of the trace's times on the host's clock.
 
-    If the file does not contain it, it follows from router calls, whose hooks read the host's clock just
-    inside their range. The smallest difference of the two is the origin, up to the few microseconds from the
-    range's start to the hook.
+    If the file lacks it, it follows from router calls, whose hooks read the host's clock just inside their
+    range. The smallest difference of the two is the origin, up to the microseconds from the range's start to
+    the hook.
     """
     if written_ns:
         return written_ns

@@ -3,16 +3,14 @@
     P(j | i) = N_ij / N_i                     co-activation
     P(e' | e) = N_ee' / N_e                  transition
 
-N_ij is the number of tokens with both i and j in the top k, N_i that with i (OLMoE, arXiv 2409.02060, section
+N_ij counts the tokens with both i and j in the top k, N_i those with i (OLMoE, arXiv 2409.02060, section
 5.2). All k (k - 1) / 2 pairs of a token count; the authors' script counts only pairs of neighbouring ranks, 7
-of 28 for k = 8, as `pairs="adjacent"` does. N_ee' is the number of tokens with e in layer l and e' in layer l
-+ 1.
+of 28 for k = 8, as `pairs="adjacent"` does. N_ee' counts the tokens with e in layer l and e' in the next one.
 
 How well l predicts l + 1 is measured on held-out tokens: the table is counted on the first half of the tokens
 (sequence after sequence) and evaluated on the second. The prediction is the k' experts with the largest sum
-of P(e' | e) over the token's experts e; the baseline is the k' most used experts of the first half, the same
-for every token. Recall is the number of predicted experts that were used, over all that were used. Ties go to
-the lower id.
+of P(e' | e) over the token's experts e; the baseline is the k' most used experts of the first half. Recall is
+the number of predicted experts that were used, over all that were used. Ties go to the lower id.
 """
 
 from __future__ import annotations

@@ -32,10 +32,8 @@ class Saturation:
 
 
 def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
-    """Return whether the rows of several files are the same tokens, as far as recorded.
-
-    They must agree in number, padding, positions, token ids, layer paths and top-k.
-    """
+    """Return whether several files hold the same tokens, as far as recorded: in number, padding, positions,
+    token ids, layer paths and top-k."""
     first = parts[0]
     for part in parts[1:]:
         if len(part) != len(first) or part.layers != first.layers or part.top_k != first.top_k:

@@ -13,10 +13,8 @@ from moe_trace.data.calls.table import CallTable
 
 
 class Columns:
-    """A dataclass whose arrays, tables of calls and nested `Columns` have one row per item.
-
-    Other fields apply to all rows.
-    """
+    """A dataclass whose arrays, tables of calls and nested `Columns` have one row per item; other fields
+    apply to all rows."""
 
     def select(self, rows: npt.NDArray) -> Self:
         """Select rows by a mask or an index."""

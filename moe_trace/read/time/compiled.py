@@ -116,11 +116,9 @@ def _times(work: PhasedKernels, timed: IntArray, kernels: Kernels, *, on_device:
 
 
 def _phases(work: Sequence[Work], call: IntArray, *, backward: bool) -> IntArray:
-    """Return the phase of each kernel.
-
-    A backward runs in reverse order: what precedes the products belongs to the combine. The gradient of a
-    gather is a write, which may occur between products, as the weights' gradients come late.
-    """
+    """Return the phase of each kernel. A backward runs in reverse: what precedes the products belongs to the
+    combine. The gradient of a gather is a write, which may occur between products, as weights' gradients come
+    late."""
     place = np.array([one.place for one in work], object)
     product, gather, write = (
         np.array([getattr(one.launch, name) for one in work], bool) for name in ("product", "gather", "write")

@@ -29,7 +29,7 @@ Comparison = Literal["forwards and layers", "forwards", "trend", "ranks"]
 
 CALLS_MIN = 8
 LEVER_MIN = 0.03
-"""Minimum standard deviation of a load metric without controls, relative to its mean."""
+"""Minimum standard deviation of a load metric after removing controls, relative to its mean."""
 FOLDS = 5
 BOTH_MIN = 0.02
 """Minimum increase of the explained share for using two metrics instead of one."""
@@ -70,8 +70,7 @@ class Fit:
 
 
 def fit_load(calls: Calls, *, with_trend: bool = True) -> Fit | None:
-    """Fit the load metrics that predict unseen calls best, or return None if no comparison has enough
-    variation.
+    """Fit the load metrics that predict unseen calls best; None if no comparison has enough variation.
 
     Args:
         with_trend: Whether calls without others to compare with may be compared with a trend.

@@ -36,10 +36,8 @@ ACTIVE, BUSIEST = "active experts", "slots of the busiest expert"
 
 @dataclass(frozen=True, kw_only=True)
 class ImbalanceCost:
-    """Cost for one layer in microseconds per forward call, with a 95 % interval.
-
-    A negative cost means that the uneven load saves time.
-    """
+    """Cost for one layer in microseconds per forward call, with a 95 % interval; negative if the uneven load
+    saves time."""
 
     site: str
     name: str

@@ -109,8 +109,7 @@ class ModelTotals:
     moe_share_of_backward: float | None
     """Share of MoE's recomputed calls and backwards in the model's backward; None without one."""
     moe_share_of_step: float | None
-    """Host time of the blocks (with recomputed ones) over that of the steps; None unless known for all
-    calls."""
+    """Host time of the blocks (also recomputed) over that of the steps; None unless known for all calls."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

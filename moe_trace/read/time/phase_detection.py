@@ -51,8 +51,7 @@ WRITES = _aten(
 )
 # fmt: on
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction")
-"""Operators and ranges around compiled code; they contain generated kernels, and operators as in eager
-code."""
+"""Ranges around compiled code, which contain generated kernels, and operators as in eager code."""
 
 
 @dataclass(frozen=True, eq=False)

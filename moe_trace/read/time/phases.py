@@ -253,8 +253,7 @@ def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
     """Remove from the nodes what gradient checkpointing reran inside them.
 
     Without reentry, the first node that needs a saved tensor reruns the whole checkpointed module before its
-    own work: attention and MoE block, up to the block's end. This belongs to the recompute, not to the
-    backward.
+    own work: attention and MoE block, up to the block's end. This belongs to the recompute.
     """
     again = np.flatnonzero(~blocks.samples.forward)
     node = nodes.at(blocks.thread[again], blocks.start_ns[again])

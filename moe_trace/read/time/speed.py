@@ -43,9 +43,7 @@ class Rate:
     """Time beyond what the peaks allow for these FLOPs and bytes, or None if they are unknown."""
     flops_per_s_with_gaps: float | None = None
     """Rate of the experts over the duration of their range, with dispatch, combine and gaps, over all calls.
-
-    The timeline's counter `expert TFLOP/s (with gaps)` shows it call by call.
-    """
+    The timeline's counter `expert TFLOP/s (with gaps)` shows it call by call."""
 
 
 _BY_SLOTS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound", "above_roofline_us")

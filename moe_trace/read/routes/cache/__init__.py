@@ -2,10 +2,9 @@
 
 A step is one forward of the model, or one token where tokens are taken one at a time. In each layer it needs
 the union of its tokens' experts, all together; each is one request. A request is a hit if the expert is in
-memory when the layer starts. The others are loaded and used, and are candidates for what the policy keeps:
-any C of the experts that were in memory or needed, so a step that needs more than C experts streams the rest.
-Memory starts empty. Padding and recomputed rows are left out; a layer whose call was lost needs nothing in
-that step.
+memory when the layer starts. The others are loaded and used. The policy keeps any C of the experts that were
+in memory or needed, so a step that needs more than C experts streams the rest. Memory starts empty. Padding
+and recomputed rows are left out; a layer whose call was lost needs nothing in that step.
 
 - `lru`: the C experts used last; within a step, higher ids count as later, as loops over experts run.
 - `lfu`: the C experts needed in the most steps so far, including evicted ones; ties: the higher id.

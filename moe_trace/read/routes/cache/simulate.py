@@ -199,10 +199,9 @@ def _belady(memories: Requests, held: Sequence[int], layers: int) -> Ints:
 
 
 def expert_bytes_of(model: Mapping[str, Any]) -> int | None:
-    """Return the bytes of an expert with gate, up and down projections.
+    """Return the bytes of gate, up and down projections: 3 * hidden * intermediate * bytes of a number.
 
-    That is 3 * hidden * intermediate * bytes of a number, without biases. None if the sizes or the dtype are
-    not recorded, or the weights are quantised.
+    Biases are left out. None if the sizes or the dtype are not recorded, or the weights are quantised.
 
     Args:
         model: `RecordedRoutes.model`, with `dtype` and the `config` of transformers.

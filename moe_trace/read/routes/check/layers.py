@@ -63,11 +63,9 @@ def _share(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[tuple[int, np.ndarray, str]]:
-    """Yield (layer, its rows, message) where a layer shares clearly more experts with another of the
-    reference.
+    """Yield (layer, its rows, message) where a layer shares clearly more with another of the reference.
 
-    Compares the shared part of the top-k sets, over a sample of 4096 to 8191 tokens (all, if there are
-    fewer).
+    Compares the overlap of top-k sets over a sample of 4096 to 8191 tokens (all, if there are fewer).
     """
     aligned = align(routes, reference)
     step = max(1, len(aligned.rows_a) // _SAMPLE)

@@ -106,10 +106,8 @@ def _column(column: np.ndarray | None, tokens: int, fill: int, kind: Any) -> np.
 
 
 def capture_of_arrays(arrays: dict[str, np.ndarray], source: str) -> Capture:
-    """Convert named arrays, as trainers save their batches.
-
-    The ids are `routed_experts`; `attention_mask`, `input_ids` and `position_ids` of [batch, tokens], and
-    `prompt_routed_experts`, are optional.
+    """Convert named arrays, as in trainers' batches: `routed_experts`, and optionally `attention_mask`,
+    `input_ids` and `position_ids` of [batch, tokens], and `prompt_routed_experts`.
 
     Raises:
         TraceFileError: There are no expert ids, or shapes do not match.

@@ -125,9 +125,8 @@ def _arrays(file: Path, ending: str) -> dict[str, np.ndarray]:
 def export_routes(routes: RecordedRoutes, target: str | Path, format_name: str) -> list[str]:
     """Write the first group of layers for other tools, completely or not at all; return what was left out.
 
-    npy is [tokens, layers, top_k] of int16 (int32 with 32768 experts or more) with -1 for no expert, as
-    returned by vLLM, in the order of the rows; npz adds padding, sequence, position and the rest; megatron is
-    a router trace.
+    npy is [tokens, layers, top_k] of int16 (int32 from 32768 experts on) with -1 for no expert, like vLLM's,
+    in the order of the rows; npz adds padding, sequence, position and the rest; megatron is a router trace.
 
     Raises:
         OutputError: The file cannot be written.

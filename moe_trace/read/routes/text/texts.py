@@ -39,8 +39,7 @@ def find_texts(routes: RecordedRoutes) -> Texts:
     """Find the texts, in the order in which they began.
 
     A run continues the text of its sequence if its first position is at most one beyond the last one:
-    decoding, chunked prefill, and tokens that speculation ran twice. A run from position 0 begins another
-    text.
+    decoding, chunked prefill, and tokens that speculation ran twice. A run from position 0 begins another.
     """
     if not len(routes):
         return Texts(rows=np.empty(0, np.int64), texts=())
