@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def slots_per_rank(self) -> int:
-        """P / R."""
+        """Number of slots of each rank, P / R."""
         return int(self.experts_LP.shape[1]) // self.cluster.ranks
 
     def copies_LER(self) -> Ints:

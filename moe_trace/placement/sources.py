@@ -79,7 +79,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _refuse_other_files(path: Path, first: bytes) -> None:
-    """Reject files of other tools with the accepted forms of counts, since they are not broken traces.
+    """Reject files that cannot be traces, and name the accepted forms of counts.
 
     Raises:
         UsageError: The first bytes are not those of a trace.

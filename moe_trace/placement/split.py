@@ -39,8 +39,7 @@ class Split:
 
 
 def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
-    """Split by alternate steps, single held-out texts, or not at all for one observation (`auto`), or as
-    given.
+    """Split as given; `auto` alternates steps, holds out single texts, and does not split one observation.
 
     Raises:
         UsageError: There are fewer than two observations for a split, or too many for `each`.

@@ -85,7 +85,7 @@ def ranges_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
 
 def placements_are_ranges(checked: Checked) -> Iterator[tuple[str, str]]:
     """Every host placement is a range of the trace with its name and times, the launch of a graph, operators
-    inside a graph, or, for a call without a range, from the host's clock."""
+    inside a graph, or, for a call without a range, a time of the host's clock."""
     places = HostPlaces(checked.events)
     calls = checked.recording.calls
     for sample, by_clock in zip(calls, placed_by_clock(calls).tolist(), strict=True):

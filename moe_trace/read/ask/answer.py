@@ -45,7 +45,7 @@ class Answer:
 
 
 def steps_and_tokens(part: TraceSummary) -> tuple[int, int]:
-    """Return the numbers of steps of the calls and of tokens of the forward calls, in one layer only."""
+    """Return the number of steps with calls, and of tokens in forward calls, counted once for all layers."""
     return max(1, part.totals.steps), max((router.tokens for router in part.routers), default=0)
 
 

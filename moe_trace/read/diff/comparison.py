@@ -48,7 +48,7 @@ class Change:
 
     @property
     def difference(self) -> float:
-        """b - a."""
+        """Difference b - a."""
         return self.b - self.a
 
     @property

@@ -76,7 +76,7 @@ def estimate(value: float, draws: Floats, series_U: Floats, *, spread: float = 0
 
 
 def _autocorrelation(series_U: Floats) -> float:
-    """Return the lag-1 autocorrelation, clipped to 0 ... 0.8, plus 1/n for the subtracted mean."""
+    """Return the lag-1 autocorrelation plus 1/n for the subtracted mean, clipped to 0 ... 0.8."""
     centred = series_U - series_U.mean()
     total = float((centred**2).sum())
     if not total:

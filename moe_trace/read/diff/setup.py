@@ -38,7 +38,7 @@ class SetupChange:
 
 
 def setup_changes(a: TraceSummary, b: TraceSummary) -> tuple[SetupChange, ...]:
-    """Return the properties that differ, most important first; those that a file lacks count as missing."""
+    """Return the properties that differ, most important first; missing ones are `NOT_RECORDED`."""
     facts_a, facts_b = dict(_facts(a)), dict(_facts(b))
     found = []
     for fact in dict.fromkeys([*facts_a, *facts_b]):

@@ -160,7 +160,7 @@ def _read_added(path: Path) -> tuple[Recording, MergedRanks | None]:
 
 
 class _Found:
-    """Collects the top-level values of interest while the file is read."""
+    """Top-level values of interest, collected while the file is read."""
 
     def __init__(self, *, with_events: bool) -> None:
         self.events = EventTableBuilder() if with_events else None

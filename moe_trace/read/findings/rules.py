@@ -31,7 +31,7 @@ def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
 
 
 def _marked(finding: Finding) -> Finding:
-    """Add to a finding based on times inside compiled code where these come from."""
+    """Append the source of times inside compiled code to a finding about time."""
     if finding.severity != "time":
         return finding
     return replace(finding, sentence=f"{finding.sentence.removesuffix('.')}, {BY_COMPILER}.")

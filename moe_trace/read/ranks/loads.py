@@ -63,7 +63,7 @@ class RankRecords:
 
     @cached_property
     def exchange(self) -> ExpertExchange | None:
-        """How tokens reach their experts."""
+        """Exchange that brings tokens to their experts; None without one, or if the ranks differ."""
         found = {self.parallel(rank).expert_exchange for rank in self.ranks} - {None}
         return found.pop() if len(found) == 1 else None
 

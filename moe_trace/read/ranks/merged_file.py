@@ -63,7 +63,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Writer:
-    """Writes the merged trace in one pass over the ranks' files."""
+    """Writer of the merged trace, in one pass over the ranks' files."""
 
     def __init__(self, plan: MergePlan, file: BinaryIO, progress: Progress | None) -> None:
         self._plan = plan

@@ -58,7 +58,7 @@ class Pids:
 
 @dataclass(frozen=True)
 class Renamer:
-    """Rewrites the events of one rank in place."""
+    """Rewriter of the events of one rank, in place."""
 
     rank: int
     place: int

@@ -73,7 +73,7 @@ def _mesh(recording: Recording) -> str:
 
 
 def copies(recordings: Sequence[Recording]) -> list[int]:
-    """Return indices of recordings that repeat an earlier one's calls: copies, or an uncompressed file.
+    """Return indices of recordings that repeat the calls of an earlier one, as copied or unpacked files do.
 
     A rank makes its calls one after another, so two of its recordings never start at the same nanosecond.
     """

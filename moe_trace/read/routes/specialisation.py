@@ -120,7 +120,7 @@ def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
 
 
 def _favourites(tokens: LayerTokens, order: IdOrder) -> Sequence[np.ndarray]:
-    """Return per id: occurrences, those with its favourite expert, this expert, those with its top slot 0."""
+    """Return per id occurrences, those with its favourite, that expert, and the most with one first slot."""
     side, number = tokens.experts + 1, order.number
     starts = np.flatnonzero(np.diff(number, prepend=-1))
     occurrences = np.diff(starts, append=len(number))

@@ -33,7 +33,7 @@ def routers_busy_us(
     """Return the device time launched inside each router's host range; empty if the trace has no kernels.
 
     Inside a CUDA graph there is no such range: the time of the router's nodes, found while merging, is used
-    instead, and in compiled code with known kernels the time of these.
+    instead. In compiled code it is the time of the router's kernels, if known.
     """
     if not (events.kind == Kind.DEVICE).any():
         return {}

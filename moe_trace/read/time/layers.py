@@ -176,7 +176,7 @@ def report_phases(times: CallTimes, around: TraceTotals) -> PhaseReport | None:
 
 @dataclass(frozen=True, eq=False)
 class _Measure:
-    """Sums calls, as shares of all MoE work of the same pass and of the model's work."""
+    """Sums of calls, as shares of all MoE work of the same pass and of the model's work."""
 
     times: CallTimes
     work_us: dict[Pass, float | None]

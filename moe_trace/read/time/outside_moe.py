@@ -7,9 +7,9 @@ Assignment of work to stages:
     step, or without any                     the last MoE layer of one and the first of the next: the head and
                                              the sampling belong to the forward before, as does a backward
 
-Work is what any thread launched in that time: device busy time, or time in operators on a CPU. The backward's
-was launched inside autograd's nodes, where gradient checkpointing reruns forwards; the optimizer's inside the
-ranges that `torch.optim` opens; the rest belongs to the forward.
+Work is what any thread launched in that time: device busy time, or time in operators on a CPU. Work of the
+backward was launched inside autograd's nodes, where gradient checkpointing reruns forwards; work of the
+optimizer inside the ranges that `torch.optim` opens; the rest belongs to the forward.
 """
 
 from __future__ import annotations

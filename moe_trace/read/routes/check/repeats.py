@@ -61,7 +61,7 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
 
 
 def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
-    """Return rows with the same ids in all layers, if there are more than by chance, and several layers."""
+    """Return rows with the same ids in all of several layers, if there are more than by chance."""
     ids_TLK: np.ndarray = routes.expert_ids
     layers = [layer for layer in range(ids_TLK.shape[1]) if layer not in fixed]
     if len(layers) < 2 or not len(ids_TLK):
