@@ -1,8 +1,8 @@
-"""The command line: each command is a module, imported only when it is asked for.
+"""The command line: one module per command, imported only when the command is used.
 
-Its docstring is its help, with an example as the last paragraph. It has `READS` (the arguments that name what
-is read, each with the ending of a copy of what comes from a pipe), `add_arguments(parser)` and
-`run(arguments) -> exit code`.
+The module's docstring is the command's help, with an example as the last paragraph. A command module defines
+`READS` (the arguments that name inputs, each with the file extension given to the copy of a piped input),
+`add_arguments(parser)` and `run(arguments) -> exit code`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_trace.data.display.tables import paragraph
 from moe_trace.data.errors import MoETraceError, OutputError, ProgramInterrupted
 from moe_trace.data.version import __version__
 
-# name -> (module, one line for the overview); modules are imported late: reading a trace never imports torch.
+# name -> (module, summary line). Modules are imported late so that reading a trace never imports torch.
 COMMANDS = {
     "run": ("run.command", "run a model and record its routing in a profiler trace"),
     "routers": ("routers", "list what would be traced in a model"),
@@ -38,7 +38,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     arguments_given = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
     parser = command_parser(next((a for a in arguments_given if a in COMMANDS), None))
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return _failed(f"{error.filename}: {error.strerror}; choose another file", OutputError.exit_code)
     except ProgramInterrupted:
-        sys.excepthook = lambda *_: None  # it has been told
+        sys.excepthook = lambda *_: None  # the interruption has already been reported
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
         print("moe-trace: interrupted", file=sys.stderr)
@@ -72,13 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str, code: int) -> int:
-    with suppress(OSError):  # nobody may be there to read it
+    with suppress(OSError):  # standard error may be closed
         print(f"moe-trace: error: {message}", file=sys.stderr)
     return code
 
 
 def command_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """That of `moe-trace`, with the options of one command, whose module is then `command`."""
+    """Return the parser of `moe-trace` with the options of the chosen command.
+
+    After parsing, the attribute `command` is that command's module, or None.
+    """
     parser = argparse.ArgumentParser(
         prog="moe-trace",
         description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
@@ -96,11 +99,13 @@ def command_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def add_command(commands: Any, name: str, line: str, module: str) -> argparse.ArgumentParser:
-    """Add a command's parser to argparse's subparsers, and return it; `command` is then its module.
+    """Add the parser of a command to argparse's subparsers and return it.
+
+    After parsing, the attribute `command` is the command's module.
 
     Args:
-        line: one line for the overview.
-        module: below this package; the last paragraph of its docstring is an example.
+        line: the summary line for the overview.
+        module: name relative to this package. The last paragraph of its docstring is an example.
     """
     command: Any = importlib.import_module(f"moe_trace.cli.{module}")
     *description, example = inspect.cleandoc(command.__doc__ or line).split("\n\n")

@@ -1,4 +1,4 @@
-"""What the commands that read traces share: filters, the progress bar, and care for existing files."""
+"""Arguments shared by the commands that read traces: filters, progress bar, protection of existing files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from moe_trace.data.display.tables import printable, wrapped
 from moe_trace.data.errors import OutputError, TraceFileError, UsageError
 from moe_trace.data.schema import STAGES
 
-if TYPE_CHECKING:  # reading takes a while to import, and `--help` needs none of it
+if TYPE_CHECKING:  # these imports are slow, and `--help` does not need them
     from moe_trace.read.analysis import TraceSummary
     from moe_trace.read.file.filters import Filter
     from moe_trace.read.file.opening import Progress
     from moe_trace.read.time.peaks import PeakOverride
 
 _BROKEN_SHOWN = 5
-"""Of what breaks a rule."""
+"""Maximum number of violations printed per rule."""
 
 
 def add_output(
     parser: argparse.ArgumentParser, metavar: str, help: str, *, name: str = "--out", required: bool = False
 ) -> None:
-    """`-o`, `--out` and `-f`, `--force`, the same in all commands that write."""
+    """Add `-o`, `--out` and `-f`, `--force`, which are the same in all commands that write."""
     add = parser.add_argument
     add("-o", name, type=Path, required=required, metavar=metavar, help=help)
     add("-f", "--force", action="store_true", help=f"replace {metavar} if it exists")
@@ -37,10 +37,10 @@ def add_output(
 def add_format(
     parser: argparse.ArgumentParser, *more: str, alias: bool = False, help: str = "default: text"
 ) -> None:
-    """`--format`: text, JSON, and what else there is.
+    """Add `--format` with text, JSON and any further choices.
 
     Args:
-        alias: `--json`, too.
+        alias: also add `--json`.
     """
     parser.add_argument("--format", choices=("text", "json", *more), default="text", help=help)
     if alias:
@@ -49,15 +49,15 @@ def add_format(
 
 
 def parse_names(text: str | None) -> list[str]:
-    """`a, b` -> ["a", "b"]."""
+    """Split a comma-separated list: `a, b` gives ["a", "b"]."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def parse_numbers(option: str, text: str | None, most: int | None = None) -> tuple[int, ...]:
-    """`8,16,8` -> (8, 16).
+    """Parse a comma-separated list of numbers without duplicates: `8,16,8` gives (8, 16).
 
     Raises:
-        UsageError: not whole numbers from 1 on.
+        UsageError: the text is not a list of integers from 1 to `most`.
     """
     parts = parse_names(text)
     end = 10**9 if most is None else most
@@ -68,7 +68,7 @@ def parse_numbers(option: str, text: str | None, most: int | None = None) -> tup
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
-    """The options that choose calls, and the device's peaks."""
+    """Add the options that select calls and those that set the device's peaks."""
     add_choice(parser)
     add = parser.add_argument
     add("--peak-tflops", type=float, metavar="X", help="the device's peak, instead of the built-in table's")
@@ -76,7 +76,7 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
-    """The options that choose calls."""
+    """Add the options that select calls."""
     add = parser.add_argument
     add("--layer", metavar="3,L05", help="only these layers: indices, labels or module paths")
     add("--step", metavar="0,4-7", help="only these steps")
@@ -90,17 +90,17 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_filter(arguments: argparse.Namespace) -> Filter:
-    """The filter that the options describe."""
+    """Return the filter described by the options."""
     from moe_trace.read.file.filters import Filter
 
-    # `03` and `3` are one layer index.
+    # `03` and `3` are the same layer index.
     layers = frozenset(str(int(name)) if name.isdecimal() else name for name in parse_names(arguments.layer))
     stages = frozenset([arguments.stage]) if arguments.stage else frozenset()
     return Filter(layers=layers, steps=parse_steps(arguments.step), stages=stages)
 
 
 def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
-    """The peaks that the options give."""
+    """Return the peaks given by the options."""
     from moe_trace.read.time.peaks import PeakOverride
 
     for value in (arguments.peak_tflops, arguments.peak_gbps):
@@ -110,7 +110,7 @@ def chosen_peak(arguments: argparse.Namespace) -> PeakOverride:
 
 
 def read_chosen(path: str, arguments: argparse.Namespace) -> TraceSummary:
-    """What a trace or a folder says of the chosen calls; it is called by the name that the user gave."""
+    """Return the summary of the selected calls of a trace or folder, named as the user named it."""
     from moe_trace.read.reader import read_summary
 
     with reading_progress() as progress:
@@ -122,7 +122,7 @@ def read_chosen(path: str, arguments: argparse.Namespace) -> TraceSummary:
 
 
 def parse_steps(text: str | None) -> frozenset[int]:
-    """`0,4-7` -> {0, 4, 5, 6, 7}."""
+    """Parse a list of steps and ranges of steps: `0,4-7` gives {0, 4, 5, 6, 7}."""
     steps: set[int] = set()
     for part in (text or "").split(","):
         first, dash, last = part.strip().partition("-")
@@ -138,10 +138,10 @@ def parse_steps(text: str | None) -> frozenset[int]:
 
 
 def print_results(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str) -> int:
-    """Print what each file keeps of each rule and what breaks it; the exit status.
+    """Print which rules each file keeps and what violates the others; return the exit code.
 
     Args:
-        results: file -> rule -> what breaks it, each with a `sentence`.
+        results: file -> rule -> its violations, each with a `sentence`.
     """
     if form == "json":
         print(json_text(results), end="")
@@ -158,10 +158,10 @@ def print_results(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str)
 
 
 def refuse_to_replace(target: Path, *, force: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """Raise `OutputError` before any work is done for a file that would not be written.
+    """Raise `OutputError` before any work is done if the output file could not be written.
 
     Args:
-        inputs: what the same command reads, files or folders: none of it is replaced, `force` or not.
+        inputs: files or folders that the same command reads. They are never replaced, even with `force`.
     """
     if any(_is_among(target, Path(given)) for given in inputs):
         raise OutputError(f"{target} is what this command reads; choose another name for what it writes")
@@ -187,7 +187,7 @@ def _is_among(target: Path, given: Path) -> bool:
 
 @contextmanager
 def reading_progress() -> Iterator[Progress | None]:
-    """Yield what `read_summary` calls as it goes; None where nobody watches."""
+    """Yield a progress callback for `read_summary`, or None if standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,8 +1,9 @@
-"""Answer the questions that one asks of a trace, each stage (prefill, decode, train) for itself.
+"""Answer common questions about a trace, for each stage (prefill, decode, train) separately.
 
-Which layer is most imbalanced, and is it real; how much of the time is MoE, and how much the router,
-per step, token and call; what balance would save; what to try next, and why. Of two runs on different
-text also: which experts serve which text. `report` has the tables that the answers rest on.
+Which layer is most imbalanced, and whether the imbalance is real; how much of the time is spent in MoE
+layers and in the router, per step, token and call; what balance would save; what to try next, and why.
+For two runs on different text also: which experts serve which text. `report` has the tables that the
+answers are based on.
 
 Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
 """
@@ -41,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, answer, print."""
     paths = [path for path in (arguments.path, arguments.other) if path is not None]
     labels = _labels(arguments.labels, paths)
     summary, *others = (read_chosen(path, arguments) for path in paths)
@@ -72,6 +72,6 @@ def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:
     alike = [a == b for a, b in zip(*names, strict=False)]
     shared = re.sub(
         r"[^_.-]*$", "", names[0][: [*alike, False].index(False)]
-    )  # `h100_` of `h100_a`, `h100_b`
+    )  # `h100_` in `h100_a` and `h100_b`
     a, b = (name[len(shared) :] or name for name in names)
     return a, b

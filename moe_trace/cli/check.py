@@ -1,6 +1,6 @@
 """Check that a merged trace keeps its promises.
 
-Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters stand in their
+Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters lie within their
 ranges, lanes don't cross. The exit status is 1 where a promise is broken.
 
 Example: moe-trace check runs/demo
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check each file; print what is kept and what is broken."""
+    """Check each file and print which rules are kept and which are broken."""
     results: dict[str, dict[str, list[Violation]]] = {}
     for path in arguments.paths:
         files = find_traces(path)

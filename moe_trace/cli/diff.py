@@ -1,9 +1,9 @@
-"""Say what changed between two traces, or two folders of traces.
+"""Compare two traces, or two folders of traces, and report what changed.
 
-Load, entropy, latency, phases and FLOP/s, with a bootstrap over calls, so that noise is not called a
-change. With --fail-on the exit status is 1 where a real change is larger than a limit; a change that
-too few calls (under 5) can't tell from noise counts as real. Metrics are of all layers together, or of
-one: 'L03:router_entropy<-10%'.
+Load, entropy, latency, phases and FLOP/s are compared with a bootstrap over calls, so that noise is not
+reported as a change. With --fail-on the exit status is 1 where a real change is larger than a limit; a
+change that cannot be told from noise because there are too few calls (under 5) counts as real. Metrics
+cover all layers together, or one layer: 'L03:router_entropy<-10%'.
 
 Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
 """
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print, and judge."""
     conditions = [parse_condition(text) for text in arguments.fail_on]
     if not 0 <= arguments.host_floor < float("inf"):
         raise UsageError(f"found --host-floor {arguments.host_floor:g}, expected a percentage from 0 on")
@@ -70,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:
-    """A stage of too few calls is judged only where no other stage can be."""
+    """Return the violated conditions. A stage with too few calls is judged only where no other stage can
+    be.
+    """
     compared = {(change.site, change.metric) for change in changes if change.verdict != "few calls"}
     judged = [c for c in changes if c.verdict != "few calls" or (c.site, c.metric) not in compared]
     return [(condition, change) for condition in conditions for change in judged if condition.fails(change)]

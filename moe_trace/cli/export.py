@@ -1,8 +1,8 @@
 """Write a trace's routing for other tools.
 
-csv and parquet hold one row per router call with all of its figures; perfetto is a native trace for
-ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for load balancers of
-experts (.npy, or JSON where FILE ends in .json).
+csv and parquet hold one row per router call with all of its metrics; perfetto is a native trace for
+ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for expert load balancers
+(.npy, or JSON where FILE ends in .json).
 
 Example: moe-trace export runs/demo --to parquet --out calls.parquet
 """
@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, then write one file."""
     target = arguments.out or Path(_stem(arguments.path) + SUFFIXES[arguments.to])
     refuse_to_replace(target, force=arguments.force, inputs=[arguments.path])
     summary = read_chosen(arguments.path, arguments)

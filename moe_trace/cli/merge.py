@@ -1,7 +1,7 @@
 """Merge the traces of a run's ranks into one, with the ranks as processes on one clock.
 
-Clocks are aligned by the collectives that the ranks share, and what is left is printed. Ranks that are
-missing or cannot be read are named; the others are merged.
+Clocks are aligned by the collectives that the ranks share, and the remaining error is printed. Ranks that
+are missing or cannot be read are named; the others are merged.
 
 Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
 """
@@ -30,11 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read all traces, then write one."""
     out = arguments.out
     if not out.name.endswith((".json", ".json.gz")):
         raise UsageError(f"found --out {out}, expected a name that ends in .json or .json.gz")
-    files = [path for path in arguments.paths if not os.path.isdir(path)]  # in a folder: see plan_merge
+    files = [path for path in arguments.paths if not os.path.isdir(path)]  # plan_merge handles folders
     refuse_to_replace(out, force=arguments.force, inputs=files)
     with reading_progress() as progress:
         plan = plan_merge(arguments.paths, out, progress)

@@ -1,4 +1,4 @@
-"""The ends of a command: it may read from a pipe, and write to what is closed, full, or knows no Unicode."""
+"""Standard streams and pipes of a command: piped inputs, closed or full outputs, non-Unicode encodings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ESCAPES = "moe_trace_escapes"
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """`\\uXXXX`, which JSON and people read alike; bytes of a name that is no UTF-8 are `\\udcXX`."""
+    """Encode a character as `\\uXXXX`, valid in JSON; bytes of a name that is not UTF-8 become `\\udcXX`."""
     assert isinstance(error, UnicodeEncodeError)
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
     pairs = zip(units[::2], units[1::2], strict=True)
@@ -33,17 +33,17 @@ codecs.register_error(_ESCAPES, _escape)
 
 
 _plain: dict[str, str] = {}
-"""How the streams treated characters that they cannot write."""
+"""Error handlers of the streams before `prepare_streams` replaced them, by name of the stream."""
 
 
 def restore_streams() -> None:
-    """Undo `prepare_streams` for a program of the user's."""
+    """Undo `prepare_streams` before a program of the user runs."""
     for name, errors in _plain.items():
         getattr(sys, name).reconfigure(errors=errors)
 
 
 def prepare_streams() -> None:
-    """Have both streams take any text; what is written to a closed one is lost."""
+    """Make standard output and error accept any text. Text written to a closed stream is discarded."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -54,7 +54,7 @@ def prepare_streams() -> None:
 
 
 def abandon_stdout() -> None:
-    """Keep the interpreter from writing what is left to a stream that failed."""
+    """Keep the interpreter from flushing the remaining output to a stream that failed."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
@@ -63,21 +63,22 @@ def abandon_stdout() -> None:
 
 @contextmanager
 def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> Iterator[None]:
-    """Copy pipes and standard input (`-`) to files, for a trace is read from more than one place.
+    """Copy pipes and standard input (`-`) to temporary files, since a trace is read more than once.
 
     Args:
-        arguments: what is read is replaced by its copy; `copies` says how the user named it.
-        reads: names of the arguments that say what is read -> how the copy's name ends.
+        arguments: arguments that name an input are replaced by the path of its copy; `copies` maps each copy
+            to the name that the user gave.
+        reads: name of each argument that names inputs -> file extension of the copy.
 
     Raises:
-        MoETraceError: one cannot be read, or the command fails; names are those that the user gave.
+        MoETraceError: an input cannot be read, or the command fails; names are those that the user gave.
     """
     copies = arguments.copies = dict[str, str]()
     with ExitStack() as stack:
 
         @cache
         def folder() -> str:
-            import tempfile  # what it loads takes longer than most commands take to start
+            import tempfile  # its imports take longer than most commands take to start
 
             return stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_trace-"))
 
@@ -123,5 +124,5 @@ def _is_pipe(path: str | Path) -> bool:
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
-        return False  # who reads it says what is wrong
+        return False  # the command that reads it reports the error
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)

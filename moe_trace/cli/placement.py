@@ -1,9 +1,9 @@
-"""Say what another placement of the experts over ranks would give, from recorded counts alone.
+"""Estimate what another placement of the experts over ranks would give, from recorded counts alone.
 
-Load per rank and all-to-all volume for contiguous placement (what runs by default), balanced placement,
-and placement with second copies of hot experts, each judged on steps that it was not chosen on. PATH is
-a trace, a folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or what
-SGLang's expert distribution recorder dumped, .pt).
+Load per rank and all-to-all volume for contiguous placement (the usual default), balanced placement, and
+placement with replicas of hot experts, each judged on steps that it was not chosen on. PATH is a trace, a
+folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or a dump of SGLang's
+expert distribution recorder, .pt).
 
 Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
 """
@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, plan, judge, print; write the map."""
     if arguments.out is not None:
         refuse_to_replace(arguments.out, force=arguments.force, inputs=[arguments.path])
     options = [

@@ -1,8 +1,8 @@
-"""Write beside each trace a small file with all that a report needs of it.
+"""Write next to each trace a small file with everything that a report needs from it.
 
 For runs of many ranks: reduce each trace on the node that wrote it, and collect the small files alone.
-`report`, `diff`, `placement` and `export` read them where the trace is gone, and where it is there and
-has not changed since, which is quicker. `check` and `merge` need the traces themselves.
+`report`, `diff`, `placement` and `export` read them where the trace is missing, and, because it is faster,
+where the trace has not changed since. `check` and `merge` need the traces themselves.
 
 Example: moe-trace reduce runs/ep256
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from moe_trace.data.display.tables import printable
 from moe_trace.data.errors import MoETraceError
 
-READS: dict[str, str] = {}  # there is nothing beside a pipe
+READS: dict[str, str] = {}  # a pipe has no folder to write the reduced file to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reduce one after another, on all cores."""
+    """Reduce the traces one after another, each on all cores."""
     from moe_trace.read.file.folder import find_traces
     from moe_trace.read.reduced.workers import reduce_traces
 

@@ -1,6 +1,6 @@
-"""Say what a trace tells about the routing, from the file alone.
+"""Report what a trace holds about the routing, from the file alone.
 
-Figures per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
+Metrics per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
 costs, and findings with advice. Several paths are reported one after another; a folder as one.
 
 Example: moe-trace report runs/demo --html report.html
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report, or write the page."""
     if arguments.html is not None:
         refuse_to_replace(arguments.html, force=arguments.force, inputs=arguments.paths)
     summaries = [read_chosen(path, arguments) for path in arguments.paths]
@@ -52,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _routes_of(prefix: str, path: str) -> RoutesPart | None:
-    """What lies beside a trace as its routes; a file that cannot be read is reported and left out."""
+    """Return the routes next to a trace as a part of the page; a file that cannot be read is reported and
+    skipped.
+    """
     from moe_trace.data.routes.file import read_routes, routes_beside
     from moe_trace.show.figures.routes.report import routes_figures
     from moe_trace.show.routes_page import routes_part

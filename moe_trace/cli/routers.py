@@ -1,7 +1,7 @@
 """List the routers of a model: what would be traced, without running it.
 
-The model is built without weights, so that any size fits. Routers that differ in nothing but their layer
-share a row; the legend below says what they are and how they are read.
+The model is built without weights, so that any size fits. Routers that differ only in their layer share a
+row; the legend below explains what they are and how they are read.
 
 Example: moe-trace routers demo
 """
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a row per group of equal routers, or all of them as JSON."""
+    """Print one row per group of equal routers, or all routers as JSON."""
     from moe_trace.find.registry import CONTRACTS
     from moe_trace.find.routers import find_routers
     from moe_trace.show.routers import render_routers, render_routers_json

@@ -1,8 +1,8 @@
-"""Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Both need no internet.
+"""Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Neither needs internet.
 
-A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler carries; without that
-package, or with --tab, in the MoE tab. This machine alone is answered; from another one, forward the
-port: ssh -L 6006:localhost:6006 HOST. Ctrl-C ends it.
+A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler provides; without that
+package, or with --tab, in the MoE tab. The server accepts connections from this machine only; to use it
+from another one, forward the port: ssh -L 6006:localhost:6006 HOST. Ctrl-C stops it.
 
 Example: moe-trace view runs --port 6007 --open
 """
@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check what can be checked before, start a server, wait for its end."""
+    """Check the arguments, start a server and wait until it ends."""
     path: Path = arguments.path
     if not path.exists():
         raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")
     if arguments.tokenizer:
         name_tokenizer(arguments.tokenizer)
     viewer = None if path.is_dir() or arguments.tab else find_trace_viewer()
-    # Whatever started this may end it by a signal: the server must end too.
+    # The parent process may end this one by a signal, and the server must end with it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if viewer is not None:
@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def name_tokenizer(path: str) -> None:
-    """Have the tab, which runs in another process, read the text of token ids there.
+    """Set the tokenizer with which the tab, which runs in another process, decodes token ids.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the tokenizer cannot be read.
     """
     from moe_trace.read.routes.text.tokenizer import TOKENIZER, read_vocabulary
 
@@ -79,7 +79,7 @@ def name_tokenizer(path: str) -> None:
 
 
 def show_timeline(trace: Path, viewer: Path, port: int, to_open: bool) -> int:
-    """One trace in chrome://tracing's viewer, until Ctrl-C."""
+    """Serve one trace in chrome://tracing's viewer until Ctrl-C."""
     require_trace(trace)
     with TraceServer(trace, viewer, host=HOST, port=port) as server:
         say_address(f"the timeline of {trace}", server.address, to_open)
@@ -89,7 +89,7 @@ def show_timeline(trace: Path, viewer: Path, port: int, to_open: bool) -> int:
 
 
 def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
-    """A folder, or one trace of it, in TensorBoard's MoE tab, until Ctrl-C."""
+    """Serve a folder, or one of its traces, in TensorBoard's MoE tab until Ctrl-C."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "the MoE tab needs tensorboard, which is not installed; run: pip install tensorboard"
@@ -107,9 +107,9 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
             "leave --tab out"
         )
     port = choose_port(wanted_port)
-    # -P: what happens to lie in the current folder must not stand in for an installed package.
+    # -P: a file in the current folder must not shadow an installed package.
     command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(folder), "--host", HOST]
-    process = subprocess.Popen([*command, "--port", str(port)])  # its output goes where ours goes
+    process = subprocess.Popen([*command, "--port", str(port)])  # it inherits our standard streams
     try:
         wait_until_it_answers(process, port)
         say_address(f"the MoE tab of {path}", f"http://localhost:{port}/#moe{shown}", to_open)
@@ -119,16 +119,14 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
 
 
 def say_address(what: str, address: str, to_open: bool) -> None:
-    """Print it, and open it in a browser if that is wanted and possible."""
+    """Print the address, and open it in a browser if wanted and possible."""
     print(f"{what}: {address}\nCtrl-C ends it", flush=True)
     if to_open and not webbrowser.open(address):
         print("moe-trace: found no browser to open; open the address yourself", file=sys.stderr)
 
 
 def require_trace(path: Path) -> None:
-    """Raises:
-    UsageError: what can be seen at once says that it is no trace.
-    """
+    """Raise UsageError if the first bytes of a file show that it is not a trace."""
     try:
         with opened(path) as (_, plain):
             start = plain.read(64)
@@ -139,10 +137,10 @@ def require_trace(path: Path) -> None:
 
 
 def require_traces(folder: Path) -> Catalog:
-    """What lies below the folder.
+    """Return the catalog of the traces below a folder.
 
     Raises:
-        UsageError: it holds no trace.
+        UsageError: the folder holds no trace.
     """
     catalog = find_catalog(folder)
     if not catalog.traces:
@@ -154,10 +152,10 @@ def require_traces(folder: Path) -> Catalog:
 
 
 def choose_port(wanted: int | None) -> int:
-    """The wanted port, or by default the first free one from `DEFAULT_PORT` on.
+    """Return the wanted port, or by default the first free one from `DEFAULT_PORT` on.
 
     Raises:
-        UsageError: the wanted port is taken, or is none.
+        UsageError: the wanted port is taken, or is not a valid port.
     """
     if wanted is None:
         return next((p for p in range(DEFAULT_PORT, DEFAULT_PORT + 100) if is_free(p)), DEFAULT_PORT)
@@ -172,9 +170,9 @@ def choose_port(wanted: int | None) -> int:
 
 
 def is_free(port: int) -> bool:
-    """Whether TensorBoard could listen on it."""
+    """Return whether TensorBoard could listen on a port."""
     with socket.socket() as probe:
-        # As TensorBoard does it: connections of an ended server that linger do not make the port taken.
+        # As in TensorBoard: lingering connections of a server that ended do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -187,7 +185,7 @@ def wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
     """Return once TensorBoard serves the tab.
 
     Raises:
-        MoETraceError: it ended, or did not answer in time.
+        MoETraceError: TensorBoard ended, or did not answer in time.
     """
     for _ in range(int(START_TIMEOUT_S / POLL_S)):
         if process.poll() is not None:
@@ -204,7 +202,7 @@ def wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Stop TensorBoard, by force if it does not end by itself."""
+    """Stop TensorBoard, by force if it does not end within 10 seconds."""
     process.terminate()
     try:
         process.wait(10)

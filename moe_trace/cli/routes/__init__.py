@@ -1,1 +1,1 @@
-"""`moe-trace routes`: commands on files of routes."""
+"""The commands of `moe-trace routes`."""

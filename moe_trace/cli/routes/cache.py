@@ -1,8 +1,8 @@
-"""Say what keeping some experts in fast memory would give on recorded routes.
+"""Estimate what keeping some experts in fast memory would give on recorded routes.
 
-Hit rate, experts loaded and bytes moved for each token, by policy and by how many experts of each layer
-fit: what was used last (lru), most often (lfu), the best fixed choice (static), and Belady's optimum,
-which no policy beats. A step is one forward, whose tokens need their experts together.
+Hit rate, experts loaded and bytes moved per token, by policy and by how many experts of each layer fit:
+least recently used (lru), least frequently used (lfu), the best fixed choice (static), and Belady's
+optimum, which no policy beats. A step is one forward, whose tokens need their experts together.
 
 Example: moe-trace routes cache runs/demo/trace.routes.npz --experts-in-memory 4,8
 """
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, simulate, print."""
     from moe_trace.cli.routes.reading import routes_of
     from moe_trace.read.routes.cache.simulate import expert_bytes_of, simulate
     from moe_trace.show.routes.cache import render_cache_json, render_cache_text

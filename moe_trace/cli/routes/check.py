@@ -1,7 +1,7 @@
 """Check that routes can be what a router decided.
 
 Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
-row is stale, padding is marked. With --reference, layers are held against those of another file of the
+row is stale, padding is marked. With --reference, layers are compared with those of another file of the
 same tokens, to find an offset between layers. The exit status is 1 where something is wrong.
 
 Example: moe-trace routes check runs/demo/trace.routes.npz
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check each file; print what holds and what does not."""
+    """Check each file and print which rules are kept and which are broken."""
     from moe_trace.read.routes.check import RoutesProblem, check_routes
 
     reference = routes_of(arguments.reference, arguments) if arguments.reference else None

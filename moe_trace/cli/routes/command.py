@@ -1,7 +1,7 @@
 """Check, compare and study which token went to which experts, from files of routes.
 
 `moe-trace run --routes` and `MoETracer(model, routes=True)` record them; captures of vLLM, SGLang, verl
-and Megatron are read too.
+and Megatron can be read as well.
 
 Example: moe-trace routes check runs/demo/trace.routes.npz
 """
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands; all are imported, so each imports what it reads with when it runs."""
+    """Add the subcommands. All of them are imported here, so each defers its heavy imports to `run`."""
     commands = parser.add_subparsers(
         metavar="COMMAND", title="commands", required=True, help="what to do with them"
     )

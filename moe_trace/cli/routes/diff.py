@@ -1,8 +1,8 @@
 """Compare routings of the same tokens: precisions, engines, training and inference, checkpoints.
 
 How much of the top-k sets and of their order is shared by layer and position, how many tokens differ
-anywhere, and in which layer that begins. Tokens are matched by sequence and position, and must have the
-same ids where ids were recorded. Of three files or more each is compared with the last: router
+anywhere, and in which layer the difference begins. Tokens are matched by sequence and position, and must
+have the same ids where ids were recorded. With three or more files, each is compared with the last: router
 saturation.
 
 Example: moe-trace routes diff bf16.routes.npz fp8.routes.npz
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare and print."""
     from moe_trace.data.display.json import json_text
     from moe_trace.read.routes.compare.comparison import compare_routes
     from moe_trace.show.routes import diff

@@ -1,6 +1,6 @@
 """Write routes for other tools.
 
-npy is [tokens, layers, top_k] as vLLM returns it, -1 for no expert; npz has the other columns beside it;
+npy is [tokens, layers, top_k] as vLLM returns it, -1 for no expert; npz holds the other columns as well;
 megatron is a router trace; parquet, arrow and safetensors hold all columns and can be imported again.
 
 Example: moe-trace routes export runs/demo/trace.routes.npz --to parquet --out routes.parquet
@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, then write one file."""
     from moe_trace.read.routes.interchange.files import FORMATS, export_routes
 
     given = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)

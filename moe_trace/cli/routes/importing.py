@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, tell what was done, and write."""
     from moe_trace.data.display.json import attributes
     from moe_trace.read.routes.interchange.files import import_routes
 

@@ -1,4 +1,4 @@
-"""Files of routes as the commands read them: what a file lacks is said on standard error."""
+"""Reading of route files for the commands; what a file lacks is reported on standard error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # `--help` needs no numpy
     from moe_trace.data.routes.columns import RecordedRoutes
 
 ROUTES = ".routes.npz"
-"""How the copy of a pipe's content is named."""
+"""File extension of the copy of a piped input."""
 
 
 def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
-    """Read a file of routes, or a capture whose ending says its format, and say what it lacks."""
+    """Read a file of routes, or a capture whose extension gives its format, and report what it lacks."""
     from moe_trace.data.routes.file import IncompleteRoutes, read_routes
     from moe_trace.read.routes.interchange.files import ENDINGS, import_routes
 
@@ -38,10 +38,10 @@ def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
 
 
 def predicted_ids(path: str) -> np.ndarray:
-    """The token ids that a model predicted, one a row.
+    """Return the token ids predicted by a model, one per row.
 
     Raises:
-        UsageError: no array of whole numbers in one dimension.
+        UsageError: the file does not hold a one-dimensional array of integers.
     """
     import numpy as np
 
@@ -56,5 +56,5 @@ def predicted_ids(path: str) -> np.ndarray:
 
 
 def named(path: str, arguments: argparse.Namespace) -> str:
-    """The name that the user gave."""
+    """Return the name that the user gave for an input."""
     return str(arguments.copies.get(path, path))

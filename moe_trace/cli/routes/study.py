@@ -1,9 +1,9 @@
 """Study which token went to which experts.
 
-Experts that are chosen together, reuse from token to token, how well a layer predicts the next, distinct
-experts of a step by its size; gating weights and vocabulary where they were recorded. Several files of
-one model are domains, named by --labels; several files of the same tokens are checkpoints, whose
-saturation is reported. The formulas are in docs/routes_study.md.
+Co-activation of experts, reuse from token to token, how well a layer predicts the next, distinct experts
+of a step by its size; gating weights and vocabulary where they were recorded. Several files of one model
+are domains, named by --labels; several files of the same tokens are checkpoints, whose saturation is
+reported. The formulas are in docs/routes_study.md.
 
 Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
 """
@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, study, print."""
     from moe_trace.cli.routes.reading import named, predicted_ids, routes_of
     from moe_trace.read.routes.study import study
     from moe_trace.show.routes.study import render_study_json, render_study_text

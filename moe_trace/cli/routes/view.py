@@ -1,7 +1,7 @@
-"""Write routes as a page to look at: the text in the colours of its experts, and the study's figures.
+"""Write routes as a web page: the text in the colours of its experts, and the figures of the study.
 
-The page holds all that it shows, needs no internet and sends nothing. Text stands in it only where token
-ids were recorded (`Routes(token_ids=True)`) and a tokenizer is given. Of several files the first is shown
+The page is self-contained: it needs no internet and sends nothing. It shows text only where token ids
+were recorded (`Routes(token_ids=True)`) and a tokenizer is given. Of several files the first is shown
 token by token, and all are studied together: the same tokens as checkpoints, other tokens as domains.
 
 Example: moe-trace routes view runs/demo/trace.routes.npz --tokenizer demo -o routes.html
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, study, write."""
     from moe_trace.cli.routes.reading import named, routes_of
     from moe_trace.read.routes.text.tokenizer import read_vocabulary
     from moe_trace.show.figures.routes.report import routes_figures

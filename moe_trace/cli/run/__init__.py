@@ -1,1 +1,1 @@
-"""`moe-trace run`, of a model and of a program."""
+"""The command `moe-trace run`, for a model or a program."""

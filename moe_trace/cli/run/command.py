@@ -1,13 +1,13 @@
 """Run a model, or a program of your own, under torch.profiler and record what the routers decide.
 
 Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
-scalars into a folder, then prints the figures of each layer.
+scalars into a folder, then prints the metrics of each layer.
 
-A program runs as Python runs it, unchanged: options stand before its name, and what follows is its own.
-Each model with routers that it calls is recorded. If it starts a torch.profiler, the routing stands in
-the traces which that writes; if not, --steps are profiled. A step is an optimizer's, with all its
-forwards; where none is trained, a forward. Under `torchrun -m moe_trace run SCRIPT` each process writes
-a trace.
+A program runs unchanged, as under Python: options go before its name, and everything after it is passed
+on. Each model with routers that the program calls is recorded. If it uses torch.profiler, the routing is
+added to the traces it writes; otherwise --steps are profiled. A step is an optimizer step with all its
+forwards or, where nothing is trained, one forward. Under `torchrun -m moe_trace run SCRIPT` each process
+writes a trace.
 
 Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
 """
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, then print figures, files and what to do next."""
+    """Record, then print metrics, files and suggested next commands."""
     values = {name: value for name, value in vars(arguments).items() if name not in ("command", "copies")}
     script, module, own = (values.pop(name) for name in ("script", "module", "script_arguments"))
     values["layers"] = parse_layers(values["layers"])
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_models(values: dict[str, Any]) -> int:
-    """Record a model, or a run for each prompt and length."""
+    """Record a model once, or once for each prompt and length."""
     settle_steps(values, RunConfig().steps, RunConfig().warmup)
     lengths = parse_numbers("--seq-len", given) if (given := values.pop("seq_len")) is not None else ()
     values["out"] = values["out"] or new_folder(
@@ -90,7 +90,7 @@ def _run_models(values: dict[str, Any]) -> int:
             with _no_empty_folder(one.out):
                 result = _run_with_progress(one)
         except LeaderFailed as error:
-            return error.exit_code  # rank 0 has said it
+            return error.exit_code  # rank 0 has printed the error
         if result.summary is None:  # rank 0 prints for all
             continue
         results.append((name, result.summary))
@@ -185,14 +185,14 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
-    """`0,3,L05` -> (0, 3, "L05")."""
+    """Parse a list of layers: `0,3,L05` gives (0, 3, "L05")."""
     if text is None:
         return None
     return tuple(int(part) if part.isdigit() else part for part in parse_names(text))
 
 
 def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # torch stays unimported here
-    # Kineto writes a line to stderr whenever a profiler starts and stops; torch reads this when it loads.
+    # Kineto logs a line to stderr at each start and stop of a profiler; torch reads this variable on import.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from moe_trace.data.display.progress import progress_bar
     from moe_trace.workload.models import hide_progress_bars
@@ -207,10 +207,10 @@ def _run_with_progress(config: RunConfig):  # type: ignore[no-untyped-def]  # to
 
 @contextmanager
 def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """A run that ends before it writes leaves no folder that it made.
+    """Remove a folder that the run created if the run ends before writing to it.
 
     Raises:
-        Interrupted: Ctrl-C before there was anything to keep.
+        Interrupted: Ctrl-C was pressed before there was anything to keep.
     """
     existed = folder.exists()
     try:

@@ -1,4 +1,4 @@
-"""`moe-trace run SCRIPT`: the options of a user's program, and what is reported once it ended."""
+"""`moe-trace run SCRIPT`: the options for a user's program, and the report after it has ended."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OF_SCRIPTS = ("steps", "warmup", "layers", "every", "routes", "record_shapes", 
 
 
 def record_program(program: Program, values: dict[str, Any]) -> int:
-    """Run it with the options given; what we say goes to stderr, for stdout is the program's.
+    """Run a program with the given options. Our own output goes to stderr, since stdout is the program's.
 
     Raises:
-        ProgramInterrupted: it was, by Ctrl-C.
+        ProgramInterrupted: the program was interrupted by Ctrl-C.
     """
     config = _config(program, values)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its lines at each start and stop of a profiler
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences a line at each start and stop of a profiler
     made = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
     restore_streams()
     try:
@@ -41,7 +41,7 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
         for folder in made:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
-    with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # it may be closed
+    with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # the stream may be closed
         if os.environ.get("RANK", "0") == "0":
             _tell(run)
     if run.status == INTERRUPTED:
@@ -50,7 +50,7 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
 
 
 class _OursToStderr:
-    """What this thread prints goes to stderr; others, the program's, print where they did."""
+    """Stdout that sends the text of the thread that created it to stderr, other threads' text to stdout."""
 
     def __init__(self) -> None:
         self._stdout, self._thread = sys.stdout, threading.get_ident()
@@ -74,10 +74,10 @@ def _tell(run: Any) -> None:
 
 
 def _config(program: Program, values: dict[str, Any]) -> RunConfig:
-    """What is recorded of it.
+    """Return the configuration of the recording.
 
     Raises:
-        UsageError: an option is of a model that moe_trace runs itself.
+        UsageError: an option applies only to a model that moe_trace runs itself.
     """
     plain, split = RunConfig(), Split()
     for name, value in values.items():
@@ -87,14 +87,14 @@ def _config(program: Program, values: dict[str, Any]) -> RunConfig:
             raise UsageError(f"--{option} is of a model that moe-trace runs; {program.target} brings its own")
     settle_steps(values, SCRIPT_STEPS, 0)
     chosen = {name: values[name] for name in _OF_SCRIPTS}
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" or has_store()  # which tells rank 0's folder to all
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or has_store()  # which shares rank 0's folder
     out = values["out"] or new_folder(program.name, "script", alone=alone)
-    chosen["out"] = Path(os.path.abspath(out))  # the program may go elsewhere
+    chosen["out"] = Path(os.path.abspath(out))  # the program may change its working directory
     return RunConfig(**chosen)
 
 
 def parse_steps(text: str) -> int | range:
-    """`8`, or `10-12`, which are three."""
+    """Parse a number of steps (`8`) or an inclusive range (`10-12`, which is three steps)."""
     first, dash, last = text.partition("-")
     if not first.isdigit() or (dash and not last.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a number, or a first and a last step, found {text}")
@@ -106,7 +106,7 @@ def parse_steps(text: str) -> int | range:
 
 
 def parse_routes(text: str) -> Path:
-    """A file for routes; what looks like something else is taken to be the program's name."""
+    """Parse the file for routes. Text without the extension is taken for the program's name and rejected."""
     if not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(
             f"expected a file that ends in .npz, found {text}; to record beside the trace put another option "
@@ -116,10 +116,10 @@ def parse_routes(text: str) -> Path:
 
 
 def settle_steps(values: dict[str, Any], steps: int, warmup: int) -> None:
-    """Numbers for `steps` and `warmup` in place of what was given.
+    """Replace `steps` and `warmup` in `values` by numbers.
 
     Raises:
-        UsageError: both tell where the recording begins.
+        UsageError: both options define where the recording begins.
     """
     if isinstance(values["steps"], range):
         if values["warmup"] is not None:
@@ -130,14 +130,14 @@ def settle_steps(values: dict[str, Any], steps: int, warmup: int) -> None:
 
 
 def new_folder(model: str, mode: str, *, alone: bool) -> Path:
-    """`moe_trace_runs/demo-prefill-20260131-235959`, or with `-2` where that is taken.
+    """Return an unused path such as `moe_trace_runs/demo-prefill-20260131-235959`, ending in `-2` if needed.
 
     Args:
-        alone: nobody else must choose the same; without it the folder that holds all runs.
+        alone: no other process has to choose the same folder. If False, the parent of all runs is returned.
     """
     parent = RunConfig().out
     if not alone:
-        return parent  # clocks may differ
+        return parent  # the clocks of other processes may differ
     name = re.sub(r"[^\w.-]+", "-", Path(model).stem if model.endswith(".json") else model.rstrip("/"))
     stem = f"{name[-40:].strip('-.')}-{mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
@@ -145,14 +145,14 @@ def new_folder(model: str, mode: str, *, alone: bool) -> Path:
 
 
 def print_files(files: tuple[Path, ...]) -> None:
-    """With their sizes."""
+    """Print the files written, with their sizes."""
     print("Files written")
     for file in files:
         print(f"  {file}  ({os.path.getsize(file) / 1024:,.0f} KiB)")
 
 
 def print_next(folder: Path, trace: Path) -> None:
-    """What to do with them."""
+    """Print suggested next commands."""
     print("\nNext")
     quoted = shlex.quote(str(folder))
     print(f"  moe-trace ask {quoted}           # what to look at, and what to try")
