@@ -1,1 +1,1 @@
-"""One module for each group of figures."""
+"""Figures of the report and the TensorBoard tab, one module per group."""

@@ -1,4 +1,4 @@
-"""One metric of every forward call as a grid: a row per layer, a column per forward of the model."""
+"""One metric of every forward call as a grid with a row per layer and a column per forward of the model."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy.typing as npt
 
 from moe_trace.data.calls.table import CallTable
 
-CELLS_MAX = 20_000  # of one figure, so that its size does not grow with the run
-COLUMNS_MAX = 400  # more cannot be told apart on a screen
+CELLS_MAX = 20_000  # per figure, so that its size does not grow with the run
+COLUMNS_MAX = 400  # more are not distinguishable on a screen
 TICKS_MAX = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallGrid:
-    """L layers x C forwards; NaN where a layer has no value."""
+    """A metric of L layers and C forwards; NaN where a layer has no value."""
 
     sites: tuple[str, ...]
-    """In the order of the model."""
+    """Labels of the layers in model order."""
     steps_C: npt.NDArray[np.int64]
     nth_C: npt.NDArray[np.int64]
-    """0, 1, ... within the step: which of the step's forwards a column is."""
+    """Index of the forward within its step."""
     values_LC: npt.NDArray[np.float64]
 
     def means_L(self) -> npt.NDArray[np.float64]:
-        """Mean over the calls of each layer."""
+        """Return the mean over the calls of each layer."""
         return np.asarray(np.nanmean(self.values_LC, axis=1))
 
 
 def call_grid(calls: CallTable, values_N: npt.NDArray[np.number]) -> CallGrid | None:
-    """The grid of all forward calls that have a value, NaN for none; None if there are no such calls.
+    """Return the grid of all forward calls that have a value, or None if there are none.
 
     A column is the n-th call of each layer in a step: layers are compared where they ran in the same forward.
     """
@@ -50,13 +50,13 @@ def call_grid(calls: CallTable, values_N: npt.NDArray[np.number]) -> CallGrid | 
 
 
 def sites_of(calls: CallTable) -> list[str]:
-    """Labels of the layers that were called, in the order of the model."""
+    """Return the labels of the layers that were called, in model order."""
     keys = [calls.keys[router] for router in np.unique(calls.router).tolist()]
     return [site for _, site in sorted({(key.layer, key.site) for key in keys})]
 
 
 def _nth(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """0, 1, ... among the calls of the same layer and step."""
+    """Return the index of each call among the calls of the same layer and step."""
     order = np.lexsort((step, layer))
     begins = np.diff(layer[order], prepend=-1).astype(bool) | (np.diff(step[order], prepend=-1) != 0)
     position = np.arange(len(order))
@@ -67,23 +67,23 @@ def _nth(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArr
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Neighbouring forwards taken together, so that a figure has at most `CELLS_MAX` cells."""
+    """Groups of neighbouring forwards, so that a figure has at most `CELLS_MAX` cells."""
 
     labels: list[str]
-    """One per group: `12`, `12 to 15`, or `12, forward 3` where a step has several."""
+    """One label per group: `12`, `12 to 15`, or `12, forward 3` where a step has several forwards."""
     ticks: dict[str, str]
-    """Which labels stand on the axis, and as what."""
+    """Mapping from labels shown on the axis to their tick text."""
     title: str
-    """Of the axis: what the labels count."""
+    """Title of the axis: what the labels count."""
     values_LB: npt.NDArray[np.float64]
     """Mean over the forwards of each group."""
 
 
 def grouped_columns(grid: CallGrid) -> Columns:
-    """The grid with neighbouring columns averaged where there are too many to be drawn."""
+    """Average neighbouring columns of the grid where there are too many to draw."""
     count = len(grid.steps_C)
     most = max(1, min(COLUMNS_MAX, CELLS_MAX // len(grid.sites)))
-    size = -(-count // most)  # the same for all but the last: the axis is to be even
+    size = -(-count // most)  # equal for all but the last group, to keep the axis even
     groups = np.split(np.arange(count), range(size, count, size))
     starts = [int(group[0]) for group in groups]
     known_LC = ~np.isnan(grid.values_LC)
@@ -107,7 +107,7 @@ def _labels(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]]) -> tuple[st
 
 
 def _ticks(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]], labels: Sequence[str]) -> dict[str, str]:
-    """Round numbers of steps, or of forwards where there is one step; each at the group that reaches it."""
+    """Choose round step numbers (forwards if there is one step), each at the group that reaches it."""
     several = len(np.unique(grid.steps_C)) > 1
     counted = grid.steps_C if several or not grid.nth_C.any() else grid.nth_C
     first, last = int(counted.min()), int(counted.max())
@@ -123,6 +123,6 @@ def _ticks(grid: CallGrid, groups: Sequence[npt.NDArray[np.int64]], labels: Sequ
 
 
 def _round_up(value: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50 ..."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50 ... that is not below `value`."""
     power = 10 ** (len(str(value)) - 1)
     return next(m * power for m in (1, 2, 5, 10) if m * power >= value)

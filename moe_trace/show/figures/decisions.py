@@ -1,4 +1,4 @@
-"""Figures of decisions: how even and how sure they are over time, and how many experts a token uses."""
+"""Figures of routing decisions: load balance and confidence over time, and experts used per token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SLOTS = Metric(
 
 
 def load_over_time(calls: CallTable) -> Figure:
-    """Load max÷mean of each call."""
+    """Plot load max÷mean of each call."""
     loads = calls.assignments
     with np.errstate(invalid="ignore"):
         values_N = loads.largest() / (loads.totals() / loads.sizes)
@@ -56,12 +56,12 @@ def load_over_time(calls: CallTable) -> Figure:
 
 
 def entropy_over_time(calls: CallTable) -> Figure:
-    """Router entropy of each call."""
+    """Plot router entropy of each call."""
     return metric_over_time(call_grid(calls, calls.router_entropy), ENTROPY)
 
 
 def lost_slots_over_time(calls: CallTable) -> Figure:
-    """Slots of one layer that were skipped, and assignments that padding made, where there are any."""
+    """Plot the skipped slots of one layer and the assignments made by padding, where there are any."""
     lost = {
         name: call_grid(calls, np.array(calls.values(column), np.float64))
         for name, column in (("skipped", "skipped"), ("padding", "padding_assignments"))
@@ -75,12 +75,12 @@ def lost_slots_over_time(calls: CallTable) -> Figure:
 
 
 def layer_figures(router: RouterSummary, calls: CallTable, counts_E: np.ndarray, label: str) -> list[Figure]:
-    """Load sorted and over time, entropy, confidence, slots used, skipped and padding of one layer.
+    """Return one layer's figures: load sorted and over time, entropy, confidence, slots used, lost slots.
 
     Args:
-        calls: of that layer alone.
+        calls: calls of that layer alone.
         counts_E: assignments of the chosen steps.
-        label: names those steps.
+        label: name of those steps.
     """
     found = [
         sorted_load(router.info.site, counts_E, label),
@@ -98,7 +98,7 @@ def layer_figures(router: RouterSummary, calls: CallTable, counts_E: np.ndarray,
 
 
 def sorted_load(site: str, counts_E: np.ndarray, label: str) -> Figure:
-    """The experts of one layer from the busiest to the least used, over an equal share."""
+    """Plot the load of a layer's experts over an equal share, busiest first."""
     total = int(counts_E.sum())
     order = np.argsort(-counts_E, kind="stable")
     ratios = [float(counts_E[e]) * len(counts_E) / total if total else 0.0 for e in order]
@@ -136,7 +136,7 @@ def _equal_share_line() -> dict[str, object]:
 
 
 def k_histogram(routers: Sequence[RouterSummary]) -> Figure:
-    """Tokens by the number of experts that they used; nothing where each used its layer's k."""
+    """Plot tokens by the number of experts they used; no data if each token used its layer's k."""
     routers = [r for r in routers if sum(r.decisions.k_histogram)]
     most = max((len(r.decisions.k_histogram) for r in routers), default=0)
     counts_LK = [[*r.decisions.k_histogram, *[0] * (most - len(r.decisions.k_histogram))] for r in routers]

@@ -1,4 +1,4 @@
-"""Figure of how many experts a step reads, by its number of tokens."""
+"""Figure of the number of experts that a step reads, by its number of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEADINGS = ("tokens", "calls", "fewest", "median", "most", "uniform", "of", "rea
 
 
 def distinct_figure(report: DistinctReport | None) -> Figure:
-    """Median and extremes over all layers' calls, beside uniform routing; no data where there are none."""
+    """Plot median and extremes over all layers' calls against uniform routing; no data without a report."""
     sizes = report.sizes if report is not None else ()
     return Figure(
         key="distinct",
@@ -30,7 +30,7 @@ def distinct_figure(report: DistinctReport | None) -> Figure:
 
 
 def row(size: DistinctExperts) -> tuple[Cell, ...]:
-    """The cells of `HEADINGS`."""
+    """Return the cells of `HEADINGS`."""
     read = None if size.bytes is None else size.bytes / 1e6
     counts = (size.min, size.median, size.max, size.uniform, size.experts)
     return (size.label, size.calls, *counts, read, size.least_us)

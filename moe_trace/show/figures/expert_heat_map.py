@@ -1,4 +1,4 @@
-"""Figures of load: what each expert of each layer receives, or each slot of a load balancer."""
+"""Figures of load per expert of each layer, or per slot of a load balancer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from moe_trace.show.figures.figure import (
     layers_map,
 )
 
-FRAMES_MAX = 60  # of the heat map's slider; more steps are taken together
-FRAMES_CELLS_MAX = 250_000  # of all frames: with 61 layers x 256 experts a frame has 15,616
+FRAMES_MAX = 60  # positions of the heat map's slider; more steps are grouped
+FRAMES_CELLS_MAX = 250_000  # over all frames; with 61 layers x 256 experts a frame has 15,616
 LOAD_HEADINGS = ("max÷mean", "CV", "Gini", "entropy", "busiest expert", "dead experts")
 PHYSICAL_HEADINGS = ("layer", "experts", "slots", "maps", "by expert", "by slot", "by rank", "replicas")
 Rows = list[list[float | None]]
 
 
 def expert_heat_map(summary: Summary) -> Figure:
-    """Layers x experts: each expert's assignments over the mean of its layer."""
+    """Plot layers x experts: each expert's assignments over the mean of its layer."""
     routers = [r for r in summary.routers if sum(r.assignments)]
     experts = max((len(r.assignments) for r in routers), default=0)
     overall = [equal_share_row(np.array(r.assignments), experts) for r in routers]
@@ -55,7 +55,7 @@ def expert_heat_map(summary: Summary) -> Figure:
 
 
 def physical_figure(report: PhysicalReport | None) -> Figure:
-    """Layers x slots: each slot's assignments over the mean of its layer; no data where there are none."""
+    """Plot layers x slots: each slot's assignments over the mean of its layer; no data without slots."""
     layers = report.layers if report is not None else ()
     width = max((len(layer.assignments) for layer in layers), default=0)
     z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
@@ -79,11 +79,11 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
 
 
 def difference_map(a: TraceSummary, b: TraceSummary) -> Figure:
-    """B − A of each expert's load over an equal share, for the layers of both."""
+    """Plot B − A of each expert's load over an equal share, for the layers that both have."""
     of_b = {router.info.name: router for router in b.routers}
     pairs = [(r, of_b[r.info.name]) for r in a.routers if r.info.name in of_b]
     pairs = [(x, y) for x, y in pairs if sum(x.assignments) and sum(y.assignments)]
-    pairs = [(x, y) for x, y in pairs if len(x.assignments) == len(y.assignments)]  # else of other models
+    pairs = [(x, y) for x, y in pairs if len(x.assignments) == len(y.assignments)]  # same model only
     experts = max((len(x.assignments) for x, _ in pairs), default=0)
     z = [_difference(x, y, experts) for x, y in pairs]
     reach = max([0.25, *(abs(v) for row in z for v in row if v is not None)])
@@ -119,11 +119,11 @@ def _diverging_map(
     unit: str = "× equal",
     **more: Any,
 ) -> tuple[list[Spec], Spec]:
-    """Data and layout of layers x experts: both arms of the scale use all of their colours, however uneven.
+    """Return data and layout of layers x experts; both arms of the scale use their full range of colours.
 
     Args:
-        column: what a column is.
-        more: of plotly's heat map.
+        column: what a column represents.
+        more: further attributes of plotly's heat map.
     """
     middle = (centre - low) / (high - low)
     places = (0.0, middle / 2, middle, (1 + middle) / 2, 1.0)
@@ -143,16 +143,16 @@ def _diverging_map(
 
 
 def _colours_end(z: Rows) -> tuple[float, str]:
-    """The highest multiple of an equal share with a colour of its own, and what the caption says of it."""
+    """Return the highest multiple of an equal share with its own colour, and a note for the caption."""
     known = [value for row in z for value in row if value is not None]
     highest = max(2.0, colour_cap(known, least=4.0))
     return highest, cap_said(highest, known) if known else ""
 
 
 def load_row(site: str, count: int, load_E: np.ndarray) -> tuple[Cell, ...]:
-    """A layer, its tokens or assignments, and the cells of `LOAD_HEADINGS`.
+    """Return a layer, its tokens or assignments, and the cells of `LOAD_HEADINGS`.
 
-    Experts without an assignment are dead only where uniform routing would have missed none.
+    Experts without an assignment count as dead only where uniform routing would have reached all of them.
     """
     load, total = describe_load(load_E), int(load_E.sum())
     busiest = int(load_E.argmax()) if total else None
@@ -161,7 +161,7 @@ def load_row(site: str, count: int, load_E: np.ndarray) -> tuple[Cell, ...]:
 
 
 def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
-    """Multiples of an equal share, None beyond the layer's own experts."""
+    """Return multiples of an equal share, None beyond the layer's own experts."""
     total = int(load_E.sum())
     row: list[float | None] = [None] * width
     if total:
@@ -187,12 +187,12 @@ def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: in
 
 
 def step_label(first: int, last: int) -> str:
-    """`step 3`, `steps 3 to 5`."""
+    """Return a label such as `step 3` or `steps 3 to 5`."""
     return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def physical_row(layer: PhysicalLoad) -> tuple[Cell, ...]:
-    """The cells of `PHYSICAL_HEADINGS`."""
+    """Return the cells of `PHYSICAL_HEADINGS`."""
     uneven = (layer.expert_max_over_mean, layer.slot_max_over_mean, layer.rank_max_over_mean)
     worst = next((one.max_over_mean for one in layer.replicas), None)
     return (layer.site, layer.experts, len(layer.assignments), layer.maps, *uneven, worst)

@@ -1,7 +1,7 @@
-"""What a figure is: a plotly specification (dicts, without plotly itself) and the words that say the same.
+"""Figures as plotly specifications (dicts, without plotly itself) with a caption and a table of the data.
 
-The HTML report and the TensorBoard tab draw the same ones. Names come from a file, and plotly reads a subset
-of HTML in texts, so every name is escaped here. Colours that depend on the theme are left to the page.
+The HTML report and the TensorBoard tab draw the same figures. Names come from a file, and plotly interprets a
+subset of HTML in texts, so every name is escaped here. Colours that depend on the theme are left to the page.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moe_trace.data.display.columns import Cell
 Spec = dict[str, Any]
 
 TABLE_ROWS_MAX = 200
-ROW_PX, ROW_MIN_PX, ROWS_MAX_PX = 24, 9, 620  # of heat maps with a row a layer
+ROW_PX, ROW_MIN_PX, ROWS_MAX_PX = 24, 9, 620  # for heat maps with one row per layer
 
-# Okabe and Ito's palette, told apart by readers with any kind of colour vision, on light and dark.
+# Okabe and Ito's palette, distinguishable with any kind of colour vision, on light and dark backgrounds.
 PHASE_COLOURS = {
     "router": "#0072B2",
     "dispatch": "#E69F00",
@@ -32,7 +32,7 @@ PHASE_COLOURS = {
 }
 LINES = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
 DASHED = {"color": "#888888", "dash": "dash"}
-"""Of lines to compare with."""
+"""Style of reference lines."""
 BAND, INNER_BAND = "rgba(128,128,128,0.22)", "rgba(128,128,128,0.45)"
 
 
@@ -42,14 +42,14 @@ class Frame:
 
     label: str
     z: list[list[float | None]] = field(default_factory=list)
-    """Of a heat map."""
+    """Values of a heat map."""
     traces: list[Spec] = field(default_factory=list)
-    """What changes in each trace of others."""
+    """For other figures: what changes in each trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A plot with the words and the table that say the same."""
+    """A plot with a caption and a table of the same data."""
 
     key: str
     title: str
@@ -60,19 +60,24 @@ class Figure:
     headings: tuple[str, ...]
     rows: Sequence[tuple[Cell, ...]]
     frames: list[Frame] = field(default_factory=list)
-    """For a slider; the first is what `data` shows."""
+    """Positions of a slider; the first is the one shown by `data`."""
     slider: str = "Step"
-    """What the slider chooses."""
+    """What the slider selects."""
 
 
 def safe(name: object) -> str:
-    """A name fit for a plotly text."""
+    """Escape and shorten a name for use in a plotly text."""
     return html.escape(str(name)[:80])
 
 
 def colour_cap(values: Sequence[float] | np.ndarray, *, least: float = 0.0) -> float:
-    """Where a colour scale ends: beyond four times the upper quartile all are equally dark, so that one value
-    far off does not make all others look alike."""
+    """Return the end of a colour scale: four times the upper quartile, or the maximum if that is lower.
+
+    All values above it have the same colour, so that a single outlier does not make the others look alike.
+
+    Args:
+        least: lower bound of the cap, unless the maximum is lower.
+    """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     if not len(known):
@@ -81,44 +86,44 @@ def colour_cap(values: Sequence[float] | np.ndarray, *, least: float = 0.0) -> f
 
 
 def cap_said(cap: float, values: Sequence[float] | np.ndarray) -> str:
-    """For the caption; nothing where the scale reaches the highest value."""
+    """Return a note for the caption, empty if the scale reaches the highest value."""
     return f" The colour ends at {cap:.3g}: what is higher looks the same." if cap < np.nanmax(values) else ""
 
 
 def rows_px(rows: int) -> int:
-    """Height of a heat map with a row a layer: lower rows where there are many, so that it fits a screen."""
+    """Return the height of a heat map with a row per layer. Many rows are lower, so that it fits a screen."""
     return rows * max(ROW_MIN_PX, min(ROW_PX, ROWS_MAX_PX // max(1, rows)))
 
 
 def bars(
     name: str, x: Sequence[str], y: Sequence[float | None], colour: str, hover: str, **more: Any
 ) -> Spec:
-    """A bar for each of `x`; `hover` is what a pointer on one shows, its value by default."""
+    """Return a bar for each of `x`; `hover` is the text shown under the pointer, by default its value."""
     shown = {"hovertemplate": hover} if hover else {}
     spec: Spec = {"type": "bar", "name": name, "x": [safe(label) for label in x], "y": y}
     return {**spec, "marker": {"color": colour}, **shown, **more}
 
 
 def curve(name: str, x: Sequence[Any], y: Sequence[float | None], hover: str = "", **more: Any) -> Spec:
-    """A line through `y`; `hover` is what a pointer on it shows, nothing by default."""
+    """Return a line through `y`; `hover` is the text shown under the pointer, by default none."""
     shown = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
     return {"type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y), **shown, **more}
 
 
 def axis(title: str, **more: Any) -> Spec:
-    """One that is named, and begins at 0 unless `rangemode` says otherwise."""
+    """Return an axis with a title that starts at 0 unless `rangemode` says otherwise."""
     return {"title": {"text": title}, "rangemode": "tozero", **more}
 
 
 def bars_layout(unit: str, height: int, **more: Any) -> Spec:
-    """Of figures with a bar, or a group of them, a layer."""
+    """Return the layout of figures with a bar, or a group of bars, per layer."""
     return {"xaxis": layer_columns(), "yaxis": axis(unit), "height": height, **more}
 
 
 def layers_map(
     layers: Sequence[str], columns: Sequence[Any], z: list[list[Any]], unit: str, hover: str, **more: Any
 ) -> tuple[Spec, Spec]:
-    """Data and layout of a heat map with a row a layer; `hover` is what a pointer on a cell shows."""
+    """Return data and layout of a heat map with a row per layer; `hover` is the text shown on a cell."""
     labels = [safe(layer) for layer in layers]
     layout = {
         "xaxis": {"type": "category"},
@@ -131,7 +136,7 @@ def layers_map(
 def heat_map(
     z: list[list[Any]], x: Sequence[Any], y: Sequence[str], unit: str, hover: str, **more: Any
 ) -> Spec:
-    """Cells of `x` and `y`; `hover` is what a pointer on one shows."""
+    """Return a heat map with cells at `x` and `y`; `hover` is the text shown on a cell."""
     return {
         **{"type": "heatmap", "z": z, "x": x, "y": y, "colorscale": "Viridis"},
         "colorbar": {"title": {"text": unit}, "thickness": 14},
@@ -141,18 +146,18 @@ def heat_map(
 
 
 def layer_columns() -> Spec:
-    """The horizontal axis of figures with a bar a layer; names are left out where they would not fit."""
+    """Return the horizontal axis of figures with a bar per layer; labels that would not fit are omitted."""
     return {"type": "category", "nticks": 32}
 
 
 def ids_axis(title: str, count: int) -> Spec:
-    """The horizontal axis of a heat map with a column an expert: whole numbers, at most 16 of them."""
+    """Return the horizontal axis of a heat map with a column per expert: at most 16 integer ticks."""
     step = next(one for one in (10**n * digit for n in range(9) for digit in (1, 2, 5)) if one * 16 >= count)
     return {"title": {"text": title}, "tick0": 0, "dtick": step}
 
 
 def layers_axis(labels: Sequence[str]) -> Spec:
-    """The vertical axis of such a heat map, the first layer on top; as many names as there is room for."""
+    """Return the vertical axis of a heat map, first layer on top, with as many labels as fit."""
     every = max(1, -(-15 * len(labels) // max(1, rows_px(len(labels)))))
     shown = list(labels[::every])
     return {

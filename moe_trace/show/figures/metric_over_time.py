@@ -1,7 +1,7 @@
-"""How a metric of every layer changes from forward to forward, for any number of layers and forwards.
+"""Figures of a metric of every layer over time, for any number of layers and forwards.
 
-A few layers are lines. More are a heat map of layers x forwards, and below it how the layers spread: the
-median, the quarters and the extremes, with the layers that stand out by name. A single forward is bars.
+A few layers are drawn as lines. More are drawn as a heat map of layers x forwards and, below it, the spread
+over layers: median, quartiles and extremes, with outlier layers by name. A single forward is drawn as bars.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moe_trace.show.figures.figure import (
     safe,
 )
 
-LINES_MAX = 4  # layers that can be told apart as lines
+LINES_MAX = 4  # layers that are distinguishable as lines
 NAMED = 3
 BAND_PX, GAP_PX = 190, 56
 Extreme = Literal["highest", "lowest"]
@@ -41,20 +41,20 @@ Extreme = Literal["highest", "lowest"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What is drawn."""
+    """The metric to draw."""
 
     key: str
     title: str
     unit: str
     caption: str
     worst: Extreme
-    """Which layers are named: those with the highest mean, or the lowest."""
+    """Whether the layers with the highest or the lowest mean are named."""
     row: str = "layer"
-    """What the grid has a row for."""
+    """What a row of the grid represents."""
 
 
 def metric_over_time(grid: CallGrid | None, metric: Metric) -> Figure:
-    """The figure that suits the number of layers and forwards; without data where there is no grid."""
+    """Return the figure that suits the number of layers and forwards; without data if there is no grid."""
     data: list[Spec] = []
     layout: Spec = {}
     title, notes = f"{metric.title} over time", []
@@ -96,7 +96,7 @@ def _rows(grid: CallGrid) -> list[tuple[Cell, ...]]:
 
 
 def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[int]:
-    """Rows of the layers whose mean stands out most, worst first; none where all have the same."""
+    """Return the rows of the layers with the most extreme mean, worst first; none if all means are equal."""
     means_L = grid.means_L()
     if np.ptp(means_L) == 0:
         return []
@@ -106,7 +106,7 @@ def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[in
 def _bars(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
     values_L = columns.values_LB[:, 0]
     worst = worst_layers(grid, metric.worst, min(NAMED, len(grid.sites) // 2))
-    tied = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # at a ceiling there may be many
+    tied = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # many may tie at a maximum
     coloured = tied if len(tied) <= len(grid.sites) // 2 else set()
     colours = [LINES[0] if i in coloured else BAND for i in range(len(grid.sites))]
     hover = f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>"
@@ -157,7 +157,7 @@ def _map_and_spread(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[l
 
 
 def _spread(columns: Columns, metric: Metric) -> list[Spec]:
-    """Extremes, quarters and median over the layers, as two bands and a line."""
+    """Return extremes, quartiles and median over the layers as two bands and a line."""
     with np.errstate(invalid="ignore"):
         low, q1, median, q3, high = np.nanpercentile(columns.values_LB, (0, 25, 50, 75, 100), axis=0)
     bands: list[Spec] = []

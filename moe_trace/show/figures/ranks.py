@@ -1,4 +1,4 @@
-"""Figures of a run of several ranks: who sends to whom, who computes what, what the exchange costs."""
+"""Figures of a run with several ranks: assignments sent, load of each rank, and cost of the exchange."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ WAITING, MOVING = "#E69F00", "#0072B2"
 
 
 def rank_figures(report: RankReport) -> list[Figure]:
-    """All figures that the report has data for."""
+    """Return all figures that the report has data for."""
     found = [sent_matrix(report), share_map(report), exchange_bars(report), balance_over_steps(report)]
     return [figure for figure in found if figure.data]
 
 
 def sent_matrix(report: RankReport) -> Figure:
-    """Ranks x ranks: assignments that the row's rank sends to the column's, over all layers."""
+    """Plot ranks x ranks: assignments sent from the row's rank to the column's, over all layers."""
     layers = [layer.sent for layer in report.layers if layer.sent is not None]
     total = np.sum(layers, axis=0) if layers else np.zeros((0, 0), np.int64)
     columns = [f"rank {rank}" for rank in range(total.shape[1])]
@@ -71,7 +71,7 @@ def _matrix_table(report: RankReport, total: np.ndarray) -> tuple[tuple[str, ...
 
 
 def share_map(report: RankReport) -> Figure:
-    """Layers x ranks: each rank's assignments over the mean rank's."""
+    """Plot layers x ranks: each rank's assignments over those of the mean rank."""
     sites, ranks = [layer.site for layer in report.layers], _names(report)
     over_mean = [_over_mean(layer.load) for layer in report.layers]
     hover = "layer %{y}, %{x}: %{z:.2f} of the mean rank's assignments"
@@ -123,7 +123,7 @@ def _over_mean(load: Sequence[int]) -> list[float]:
 
 
 def exchange_bars(report: RankReport) -> Figure:
-    """Layers: time of the collectives over all ranks, waiting apart."""
+    """Plot the time of each layer's collectives over all ranks, with waiting separate."""
     sites: dict[str, list[ExchangeTime]] = {}
     for one in report.exchanges:
         sites.setdefault(one.site, []).append(one)
@@ -154,7 +154,7 @@ def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
 
 
 def _moving_and_waiting(members: Sequence[ExchangeTime]) -> tuple[float | None, float | None]:
-    """Their times in µs; of ranks that do not tell all of theirs, none."""
+    """Return their times in µs, or None if a rank's times are incomplete."""
     times = [one.time_us for one in members if one.time_us is not None]
     if len(times) < len(members):
         return None, None
@@ -163,7 +163,7 @@ def _moving_and_waiting(members: Sequence[ExchangeTime]) -> tuple[float | None, 
 
 
 def balance_over_steps(report: RankReport) -> Figure:
-    """Steps: how uneven the ranks' load is, and what the waiting costs."""
+    """Plot the imbalance of the ranks' load and the cost of waiting by step."""
     steps = [step.step for step in report.steps]
     data: list[Spec] = [
         _line(steps, [s.imbalance for s in report.steps], "load max÷mean", PHASE_COLOURS["experts"], "y")
@@ -196,5 +196,5 @@ def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, y
 
 
 def _numbers_in(cells: int, form: str) -> Spec:
-    """Where there is room for them."""
+    """Return the attribute that prints numbers in cells, if there is room for them."""
     return {"texttemplate": form} if cells <= CELLS_NAMED else {}

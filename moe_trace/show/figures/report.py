@@ -1,4 +1,4 @@
-"""All figures of one summary, in the order of the report."""
+"""All figures of a summary, in the order of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_trace.show.figures.time import latency, phase_figures
 
 
 def figures(summary: Summary) -> list[Figure]:
-    """All figures that the summary has data for."""
+    """Return all figures that the summary has data for."""
     found = [expert_heat_map(summary)]
     if isinstance(summary, TraceSummary):
         found.append(physical_figure(summary.physical))

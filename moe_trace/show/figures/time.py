@@ -37,7 +37,7 @@ _PASS_COLOURS: dict[Pass, str] = {"forward": HOST, "recompute": "#56B4E9", "back
 
 
 def time_figures(summary: TraceSummary) -> list[Figure]:
-    """All that the trace has data for; phases come once per clock."""
+    """Return all figures of time that the trace has data for, with phases once per clock."""
     report = summary.phases
     found = []
     if report is not None:
@@ -49,26 +49,26 @@ def time_figures(summary: TraceSummary) -> list[Figure]:
 
 
 def phase_figures(report: PhaseReport, *, every_clock: bool = False) -> list[Figure]:
-    """Phases of forward, recomputed and backward calls; by the device's clock where there is one."""
+    """Return the phases of forward, recomputed and backward calls, by the device's clock if there is one."""
     clocks = _clocks(report) if every_clock else _clocks(report)[:1]
     return [phase_stack(report, clock, part) for part in report.passes() for clock in clocks]
 
 
 def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
-    """The host's beside the device's where it is known of all calls, as it is not inside compiled code."""
+    """Return the clocks that times are known for; host times are not known inside compiled code."""
     if not report.whole.on_device:
         return ("host",)
     return ("device", "host") if report.whole.host_known else ("device",)
 
 
 def inside_compiled(report: PhaseReport | None) -> str:
-    """The mark alone, where another figure gives the shares."""
+    """Return the note on compiled code for captions of figures next to one that gives the shares."""
     known = report is not None and report.provenance is not None
     return f" Inside compiled code {BY_COMPILER}." if known else ""
 
 
 def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
-    """Stacked bars: mean time of each phase of one call, per layer."""
+    """Plot the mean time of each phase of one call as stacked bars, per layer."""
     of_layers = [(part_us(layer, clock, part), max(1, layer.count(part))) for layer in report.layers]
     columns = {
         name: [us[name] / calls if name in us else None for us, calls in of_layers]
@@ -97,14 +97,14 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
 def _bars(
     report: PhaseReport, name: str, values: Sequence[float | None], colour: str, hover: str, digits: int = 3
 ) -> Spec:
-    """A bar for each layer; a phase that a layer does not have is as long as one that took no time."""
+    """Return a bar per layer; a phase that a layer does not have is drawn like one that took no time."""
     heights = [round(value or 0.0, digits) for value in values]
     sites = [layer.site for layer in report.layers]
     return bars(name, sites, heights, colour, f"%{{x}} {name}: {hover}<extra></extra>")
 
 
 def part_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
-    """Time of each phase over all calls of a layer; also of `gap` and `block`, which the backward has not."""
+    """Return the time of each phase over a layer's calls, and of `gap` and `block` except in the backward."""
     on_device = clock == "device"
     found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     for phase, time in (layer.phases_of(part) or {}).items():
@@ -117,7 +117,7 @@ def part_us(layer: LayerPhases, clock: Clock, part: Pass) -> dict[str, float]:
 
 
 def launch_gaps(report: PhaseReport) -> Figure:
-    """The share of each block in which nothing of it ran, by both clocks."""
+    """Plot the share of each block's time in which none of its work ran, by both clocks."""
     clocks = _clocks(report)
     data: list[Spec] = []
     columns = []
@@ -151,7 +151,7 @@ def launch_gaps(report: PhaseReport) -> Figure:
 
 
 def passes_side_by_side(report: PhaseReport) -> Figure:
-    """Work of each layer's call: forward, computed again under checkpointing, backward."""
+    """Plot the work of each layer's call: forward, recompute under checkpointing, backward."""
     clock = _clocks(report)[0]
     parts = report.passes()
     values = {
@@ -181,7 +181,7 @@ def passes_side_by_side(report: PhaseReport) -> Figure:
 
 
 def latency(summary: TraceSummary) -> Figure:
-    """Router latency per layer."""
+    """Plot router latency per layer."""
     routers = [r for r in summary.routers if r.latency.host is not None]
     sites = [r.info.site for r in routers]
     data, columns = [], []
@@ -209,7 +209,7 @@ def latency(summary: TraceSummary) -> Figure:
 
 
 def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution | None], colour: str) -> Spec:
-    """Bars at the median, with whiskers up to the 95th percentile."""
+    """Return bars at the median, with whiskers up to the 95th percentile."""
     whiskers = {
         "type": "data",
         "symmetric": False,
@@ -223,7 +223,7 @@ def _median_bars(name: str, sites: Sequence[str], found: Sequence[Distribution |
 
 
 def latency_distribution(summary: TraceSummary) -> Figure:
-    """How many router calls took how long, by three clocks."""
+    """Plot a histogram of router latency over calls, by three clocks."""
     spans_us = summary.calls.duration_us("device", "router")
     clocks = {
         "host": summary.calls.host_us(),
@@ -258,7 +258,7 @@ def latency_distribution(summary: TraceSummary) -> Figure:
 
 
 def _ticks(data: Sequence[Spec]) -> Spec:
-    """1, 2, 5, 10 ...: plotly's own ticks on a short logarithmic axis are hard to read."""
+    """Return ticks at 1, 2, 5, 10 ..., since plotly's own are hard to read on a short logarithmic axis."""
     edges = [edge for spec in data for edge in (spec["x"][0], spec["x"][-1])]
     if not edges:
         return {}

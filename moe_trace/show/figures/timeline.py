@@ -1,4 +1,4 @@
-"""One step on a true time axis: a band per layer, a line per part within it, counters below."""
+"""One step on a time axis to scale: a band per layer, a line per part within it, counters below."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTER_COLOUR = "#7A5195"
 def timeline_figure(
     lanes: Lanes, segments: Segments, *, step: int, clock: Clock, origin_ns: int, window_ns: tuple[int, int]
 ) -> Figure:
-    """Lanes and counters of one step; times in µs since `origin_ns`, drawn from `window_ns` on."""
+    """Plot lanes and counters of one step, in µs since `origin_ns`, initially showing `window_ns`."""
     calls = lanes.samples.take(np.unique(segments.block))
     sites = sites_of(calls)
     used = np.unique(segments.phase).tolist()
@@ -86,7 +86,7 @@ def _us(time_ns: np.ndarray) -> list[float]:
 
 
 def _counter(name: str, points: Sequence[tuple[Span, float]], origin_ns: int, axis: str) -> Spec:
-    """A step function: the layer's value from the start of its MoE block, 0 from its end."""
+    """Return a step function with the layer's value from the start of its MoE block and 0 from its end."""
     times, values = [], []
     for span, value in points:
         times += [span.start_us - origin_ns / 1000, span.end_us - origin_ns / 1000]
@@ -135,7 +135,7 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
 
 
 def _add_counter_axes(layout: Spec, counters: Sequence[Spec], top: float) -> None:
-    """An axis and a title for each counter, one below the other in the lower `top` of the figure."""
+    """Add an axis and a title for each counter, stacked in the lower `top` of the figure."""
     for i, spec in enumerate(counters):
         high, each = top * (1 - i / len(counters)), top / len(counters)
         layout[f"yaxis{i + 2}"] = {

@@ -1,4 +1,4 @@
-"""Figures of routes as bars and curves: domains, saturation, reuse, and how many experts a batch reads."""
+"""Figures of routes as bars and curves: domains, saturation, reuse, and distinct experts of a batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from moe_trace.show.figures.routes.matrices import coactivation_map, known, site
 from moe_trace.show.routes.study import BATCHES
 
 DOMAINS_MAX = 6
-"""Bars side by side."""
+"""Maximum number of bars side by side."""
 _HEIGHT = 320
 _COLOURS = tuple(
     PHASE_COLOURS[part] for part in ("router", "dispatch", "experts", "combine", "shared", "other")
@@ -35,7 +35,7 @@ _COLOURS = tuple(
 
 
 def study_figures(found: RoutesStudy) -> list[Figure]:
-    """All figures that the study has data for."""
+    """Return all figures that the study has data for."""
     drawn = [
         domain_bars(found),
         saturation_curve(found),
@@ -48,7 +48,7 @@ def study_figures(found: RoutesStudy) -> list[Figure]:
 
 
 def domain_bars(found: RoutesStudy) -> Figure | None:
-    """For each expert the share of each domain's tokens that have it in their top k; None of one file."""
+    """Plot, per expert, the share of each domain's tokens with it in their top k; None for a single file."""
     labels = found.labels[:DOMAINS_MAX]
     frames: list[Frame] = []
     rows: list[tuple[Cell, ...]] = []
@@ -90,7 +90,7 @@ def domain_bars(found: RoutesStudy) -> Figure | None:
 
 
 def saturation_curve(found: RoutesStudy) -> Figure | None:
-    """How much of the last checkpoint's top k each checkpoint has; None where files hold other tokens."""
+    """Plot the share of the last checkpoint's top k that each checkpoint has; None if the tokens differ."""
     figure = found.saturation
     if figure is None:
         return None
@@ -118,7 +118,7 @@ def saturation_curve(found: RoutesStudy) -> Figure | None:
 
 
 def reuse_bars(found: RoutesStudy) -> Figure | None:
-    """Share of a token's experts that the token before it used, by layer; None where no token has one."""
+    """Plot, by layer, the share of a token's experts that the previous token used; None without any."""
     rows = [
         (site, *map(known, (one.consecutive, one.by_chance, one.by_load, one.first_use)))
         for site, layer in zip(site_labels(found), found.layers, strict=True)
@@ -146,7 +146,7 @@ def reuse_bars(found: RoutesStudy) -> Figure | None:
 
 
 def distinct_curve(found: RoutesStudy) -> Figure | None:
-    """How many experts' weights a layer reads for a batch of so many tokens; None without tokens."""
+    """Plot the number of experts whose weights a layer reads, by batch size; None without tokens."""
     sites, figures = site_labels(found), [layer.distinct for layer in found.layers]
     longest = min((len(one.expected) for one in figures), default=0)
     if not longest:
@@ -194,23 +194,23 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many of the layers, the first and the last among them."""
+    """Return the indices of at most `most` layers, including the first and the last."""
     return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(int)).tolist()
 
 
 def numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
-    """As JSON holds them: rounded, None for NaN."""
+    """Return the values for JSON: rounded, None for NaN."""
     return [known(value, digits) for value in values.tolist()]
 
 
 def line(name: str, x: Sequence[object], y: np.ndarray, colour: str, hover: str) -> Spec:
-    """One curve, with a mark on each point where they are few."""
+    """Return a curve, with markers if it has few points."""
     mode = "lines+markers" if len(x) < 20 else "lines"
     return curve(safe(name), x, numbers(y), f"{safe(name)}, {hover}", mode=mode, line={"color": colour})
 
 
 def dashed(name: str, x: Sequence[object], y: Sequence[float | None]) -> Spec:
-    """A line to compare with: chance, or a limit."""
+    """Return a reference line, such as chance or a limit."""
     return curve(name, x, y, line=DASHED)
 
 
@@ -220,5 +220,5 @@ def _marks(name: str, x: Sequence[object], y: Sequence[float | None], hover: str
 
 
 def shares_axis(title: str, top: float | None = None) -> Spec:
-    """The vertical axis of shares."""
+    """Return the vertical axis of shares."""
     return axis(title, tickformat=".0%", **({"range": [0, top]} if top else {}))

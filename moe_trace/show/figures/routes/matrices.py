@@ -1,4 +1,4 @@
-"""Figures of routes as matrices: which experts are chosen together, and which follow in the next layer."""
+"""Figures of routes as matrices: co-activation of experts, and transitions to the next layer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from moe_trace.read.routes.study import LayerStudy, RoutesStudy
 from moe_trace.show.figures.figure import Figure, Frame, Spec, cap_said, colour_cap, heat_map
 
 CELLS_MAX = 120_000
-"""Of all layers of one figure; of more, the most used experts are drawn."""
+"""Maximum number of cells over all layers of a figure. Beyond it, only the most used experts are drawn."""
 EXPERTS_MIN = 16
 PAIRS_NAMED = 3
 SIDE_PX = 520
 _Map = tuple[str, np.ndarray, np.ndarray, np.ndarray]
-"""Of one layer: its label, the experts of the rows and of the columns, the values."""
+"""Map of one layer: its label, the experts of the rows and of the columns, the values."""
 
 
 def site_labels(found: RoutesStudy) -> list[str]:
-    """Short names of the layers."""
+    """Return short names of the layers."""
     return [label for label, _ in layer_labels([layer.layer for layer in found.layers])]
 
 
 def coactivation_map(found: RoutesStudy) -> Figure:
-    """P(j | i) of every two experts of a layer."""
+    """Plot P(j | i) for every two experts of a layer."""
     labels, chosen = site_labels(found), [_most_used(layer, len(found.layers)) for layer in found.layers]
     pairs = "all pairs of a token's experts" if found.pairs == "all" else "experts of neighbouring slots"
     return _heat_maps(
@@ -56,7 +56,7 @@ def coactivation_map(found: RoutesStudy) -> Figure:
 
 
 def transition_map(found: RoutesStudy) -> Figure:
-    """P(e' | e) from each layer to the next."""
+    """Plot P(e' | e) from each layer to the next."""
     labels, chosen = site_labels(found), [_most_used(layer, len(found.layers)) for layer in found.layers]
     maps: list[_Map] = []
     rows: list[tuple[Cell, ...]] = []
@@ -85,12 +85,12 @@ def transition_map(found: RoutesStudy) -> Figure:
 
 
 def known(number: float, digits: int = 4) -> float | None:
-    """Rounded; None for NaN, which JSON does not have."""
+    """Round a number; return None for NaN, which JSON does not have."""
     return None if math.isnan(number) else round(float(number), digits)
 
 
 def _most_used(layer: LayerStudy, layers: int) -> np.ndarray:
-    """Ids of the experts that are drawn, ascending: all, or the most used where they are too many."""
+    """Return the ids of the experts to draw, ascending: all, or the most used if there are too many."""
     most = max(EXPERTS_MIN, math.isqrt(CELLS_MAX // max(1, layers)))
     return np.sort(np.argsort(-layer.counts, kind="stable")[:most])
 
@@ -111,9 +111,9 @@ def _square(columns: str, rows: str) -> Spec:
 
 
 def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
-    """The figure with one map a layer, all on one scale."""
+    """Return the figure with one map per layer, all on the same colour scale."""
     values = np.concatenate([np.zeros(0), *(values.ravel() for *_, values in maps)])
-    values = values[values > 0]  # NaN is not
+    values = values[values > 0]  # also drops NaN
     if not len(values):
         return figure
     cap = colour_cap(values, least=0.05)

@@ -1,4 +1,4 @@
-"""All figures of one group of layers of files of routes, and that of a simulated cache."""
+"""All figures of one group of layers of route files, and the figure of a simulated cache."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from moe_trace.show.figures.routes.curves import dashed, line, shares_axis, stud
 from moe_trace.show.figures.routes.matrices import known
 
 CACHE_STEPS_MAX = 2048
-"""Tokens, one after the other as if each were decoded alone."""
+"""Maximum number of simulated tokens, taken one per step as if each were decoded alone."""
 CACHED = 8
-"""Sizes of memory that the limit is drawn for."""
+"""Belady's limit is drawn for memory sizes of 1/8 to 7/8 of a layer's experts."""
 
 
 def routes_figures(parts: Sequence[RecordedRoutes], labels: Sequence[str]) -> list[Figure]:
-    """Of a study of the files together, and of a cache on the last one.
+    """Return the figures of a study of the files together, and of a cache simulated on the last one.
 
     Args:
         parts: one group of layers of each file.
 
     Raises:
-        UsageError: files of other layers.
+        UsageError: the files have different layers.
     """
     found = study_figures(study(parts, labels))
     experts = max(parts[-1].num_experts, default=0)
@@ -42,7 +42,7 @@ _HEIGHT = 340
 
 
 def cache_curve(found: CacheStudy) -> Figure:
-    """Hit rate of each policy over the experts that fit, with Belady's as the limit."""
+    """Plot the hit rate of each policy over the experts that fit, with Belady's as the limit."""
     data: list[Spec] = []
     for (policy, rate_E), colour in zip(found.curves.items(), LINES, strict=False):
         sizes = list(range(1, len(rate_E) + 1))
