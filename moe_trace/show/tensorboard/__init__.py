@@ -1,1 +1,1 @@
-"""The MoE tab of TensorBoard: traces below the log folder, read without torch, drawn without the internet."""
+"""The MoE tab of TensorBoard: traces below the log folder, read without torch and drawn without internet."""

@@ -1,7 +1,7 @@
-"""Which traces lie below the log folder. Requests name a run and a trace; only what is listed here is served.
+"""Catalog of the traces below the log folder. Requests name a run and a trace; only listed files are served.
 
-A name from a request is looked up, never joined to a path, so no form of `..` can leave the folder. Links are
-followed only where they stay below it.
+Names from requests are looked up, never joined to a path, so no form of `..` can leave the folder. Links are
+followed only if they stay below it.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ OUTSIDE = "a link that leaves the log folder; it is not followed"
 
 @dataclass(frozen=True)
 class Trace:
-    """One trace file, as it was when the folder was looked through."""
+    """A trace file at the time of the scan of the folder."""
 
     run: str
-    """Folder relative to the log folder; `.` for itself; in `--logdir_spec` behind the folder's name."""
+    """Folder relative to the log folder, `.` for itself; with `--logdir_spec` below the folder's name."""
     name: str
     path: Path
-    """The file; of a trace that is gone, what it was reduced to."""
+    """The file, or the reduced file if the trace itself is missing."""
     root: Path
-    """The log folder, links resolved: nothing outside is read."""
+    """The log folder with links resolved; nothing outside it is read."""
     mtime_ns: int
     size_bytes: int
 
     @property
     def is_reduced(self) -> bool:
-        """Whether the trace is gone, and with it the events."""
+        """Whether only the reduced file exists, which has no events."""
         return TRACE_NAME.fullmatch(self.path.name) is None
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """Changes when the file does."""
+        """Key that changes when the file changes."""
         return str(self.path), self.mtime_ns, self.size_bytes
 
     @property
     def label(self) -> str:
-        """The worker's name: the file's, without its endings."""
+        """Name of the worker: the file's name without its extensions."""
         match = TRACE_NAME.fullmatch(self.name)
         return match["stem"] if match else self.name
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What was found below the log folder."""
+    """The files found below the log folder."""
 
     traces: Mapping[tuple[str, str], Trace]
-    """By (run, name), runs and names in order."""
+    """Mapping from (run, name) to trace, in sorted order."""
     refused: Mapping[tuple[str, str], str]
-    """(run, name) -> why it is not served."""
+    """Mapping from (run, name) to the reason why the file is not served."""
     cut_off: bool
     """Whether there are more than `TRACES_MAX` files."""
 
 
 class Catalogs:
-    """The latest look at the log folder. Imports only the standard library, so that it always works.
+    """Cache of the latest catalog. Imports only the standard library, so that it always works.
 
     Args:
-        logdir: as TensorBoard got it; empty where it was started without one.
-        logdir_spec: likewise: `name:folder,name:folder`.
+        logdir: the option as TensorBoard received it; empty if it was not given.
+        logdir_spec: likewise, in the form `name:folder,name:folder`.
     """
 
     def __init__(self, logdir: str, logdir_spec: str = "") -> None:
@@ -81,7 +81,7 @@ class Catalogs:
         self._latest: tuple[float, Catalog] | None = None
 
     def get(self, max_age_s: float) -> Catalog:
-        """A catalog of at most that age: walking through a large folder on a network takes time."""
+        """Return a catalog of at most that age, since scanning a large folder on a network takes time."""
         with self._lock:
             now = time.monotonic()
             if self._latest is None or now - self._latest[0] > max_age_s:
@@ -90,10 +90,10 @@ class Catalogs:
             return self._latest[1]
 
     def find(self, run: str, name: str) -> Trace:
-        """The listed trace, as its file is now.
+        """Return a listed trace with the current state of its file.
 
         Raises:
-            KeyError: no such trace is listed, or its file is gone.
+            KeyError: no such trace is listed, or its file no longer exists.
         """
         for max_age_s in (RECENT_S, FRESH_S):
             trace = self.get(max_age_s).traces.get((run, name))
@@ -107,7 +107,7 @@ class Catalogs:
 
 
 def _parse_spec(spec: str) -> list[tuple[str, str]]:
-    """(name, folder) for each part of `--logdir_spec`, as TensorBoard cuts it; the name may be missing."""
+    """Split `--logdir_spec` into (name, folder) pairs as TensorBoard does; the name may be empty."""
     found = []
     for part in filter(None, spec.split(",")):
         name, colon, folder = part.partition(":")
@@ -128,12 +128,12 @@ def _joined(catalogs: list[Catalog]) -> Catalog:
 
 
 def as_text(name: str) -> str:
-    """A name that JSON and addresses can carry: bytes that are no UTF-8 as `\\xff`."""
+    """Return a name that JSON and URLs can carry, with bytes that are not UTF-8 as `\\xff`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def find_catalog(logdir: Path, prefix: str = "") -> Catalog:
-    """Look through the folder; what cannot be looked at is left out or refused, never an error."""
+    """Scan the folder. Files that cannot be examined are left out or refused, never an error."""
     root = Path(os.path.realpath(os.path.expanduser(logdir)))
     traces: dict[tuple[str, str], Trace] = {}
     refused: dict[tuple[str, str], str] = {}
@@ -149,18 +149,18 @@ def find_catalog(logdir: Path, prefix: str = "") -> Catalog:
         except OSError as error:
             refused[run, name] = f"cannot be read ({error.strerror})"
             continue
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
             refused[run, name] = "no regular file; it is not read"
             continue
         found = Trace(run, name, path, root, status.st_mtime_ns, status.st_size)
-        other = traces.get((run, name))  # a trace that is gone may have been reduced before, too
+        other = traces.get((run, name))  # a missing trace may have several reduced files
         if other is None or other.mtime_ns < found.mtime_ns:
             traces[run, name] = found
     return Catalog(dict(sorted(traces.items())), refused, False)
 
 
 def is_below(path: Path, root: Path) -> bool:
-    """Whether the file that the path leads to, links followed, lies below `root` (a real path)."""
+    """Return whether a file, with links followed, lies below `root` (a real path)."""
     return Path(os.path.realpath(path)).is_relative_to(root)
 
 
@@ -170,7 +170,7 @@ def _candidates(root: Path) -> Iterator[tuple[str, str, Path]]:
         run = Path(folder).relative_to(root).as_posix()
         for name in sorted(folders):
             path = Path(folder, name)
-            if path.is_symlink() and not is_below(path, root):  # os.walk does not enter it: say so
+            if path.is_symlink() and not is_below(path, root):  # os.walk does not enter it: report it
                 yield run, f"{name}/", path
         for name in sorted(files):
             if TRACE_NAME.fullmatch(name):

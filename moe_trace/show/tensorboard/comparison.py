@@ -1,4 +1,4 @@
-"""B against A: what changed in the set-up, the routing and the figures, and the difference map."""
+"""B against A: changes of set-up, routing and metrics, and the map of load differences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure, plain_tab
 
 
 def compared_sites(a: TraceSummary, b: TraceSummary) -> list[str]:
-    """The layers that both have, behind `all`."""
+    """Return `all`, followed by the layers that both traces have."""
     names_b = {router.info.name for router in b.routers}
     return ["all", *(r.info.site for r in a.routers if r.info.name in names_b)]
 
 
 def comparison(found: Comparison, difference: Figure) -> JsonDict:
-    """What the view shows of the layer that was compared, or of all."""
+    """Return the data of the view, for the layer that was compared or for all."""
     changes = found.changes
     rows = [(c.metric, c.a, c.b, c.difference, c.relative, c.low, c.high, c.verdict) for c in changes]
     headings = ("metric", "A", "B", "B − A", "relative", "interval from", "interval to", "verdict")
@@ -34,7 +34,7 @@ def comparison(found: Comparison, difference: Figure) -> JsonDict:
 
 
 def _routing(found: Comparison) -> JsonDict:
-    """Layers whose experts' shares moved most beyond chance first."""
+    """Return the layers as a table, those whose shares moved most beyond chance first."""
     rows = [
         (
             change.site,

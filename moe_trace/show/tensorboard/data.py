@@ -1,4 +1,4 @@
-"""What each view shows, as data: functions from a request's parameters to plain JSON. No HTTP in here."""
+"""Data of each view: functions from a request's parameters to plain JSON, independent of HTTP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 
 class StagePart(NamedTuple):
-    """The part of a trace that a view shows: one stage of it where it holds several."""
+    """The part of a trace that a view shows: one stage, if the trace has several."""
 
     trace: Trace
     stage: Stage | None
@@ -45,7 +45,7 @@ class StagePart(NamedTuple):
 
 
 class Dashboard:
-    """Answers the views' questions."""
+    """Handler of the views' requests."""
 
     def __init__(self, catalogs: Catalogs) -> None:
         self.catalogs = catalogs
@@ -69,11 +69,11 @@ class Dashboard:
         }
 
     def answer(self, view: str, parameters: Parameters) -> JsonDict:
-        """The data of a view; a trace that cannot be read is an answer too: `{"broken": reason}`.
+        """Return the data of a view, or `{"broken": reason}` for a trace that cannot be read.
 
         Raises:
-            KeyError: no such run, trace, layer or step.
-            ValueError: a parameter has another form.
+            KeyError: there is no such run, trace, layer or step.
+            ValueError: a parameter is malformed.
         """
         try:
             return self._views[view](parameters)
@@ -83,7 +83,7 @@ class Dashboard:
     # -- which traces ---------------------------------------------------------------------------------
 
     def runs_impl(self, parameters: Parameters) -> JsonDict:
-        """All runs and their traces, with what is known of each."""
+        """List all runs and their traces, with what is already known of each."""
         catalog = self.catalogs.get(0.0 if parameters.get("fresh") else FRESH_S)
         self.store.forget_old(catalog)
         runs: dict[str, list[JsonDict]] = {}
@@ -101,9 +101,9 @@ class Dashboard:
         }
 
     def trace_impl(self, parameters: Parameters) -> JsonDict:
-        """One trace, read if need be, so that the list can say what it is."""
+        """Read one trace if necessary and return its entry of the list."""
         trace = self._trace(parameters)
-        with suppress(MoETraceError):  # its reason is in the answer
+        with suppress(MoETraceError):  # the answer contains the reason
             self.store.summary(trace)
         return self._listed(trace)
 
@@ -119,7 +119,7 @@ class Dashboard:
         if summary is not None:
             ranks = len(summary.ranks.ranks) if summary.ranks is not None else 1
             model = model_name(summary.model)
-            model += f", {len(summary.routers)} routers"  # a shorter model of the same class is another one
+            model += f", {len(summary.routers)} routers"  # models of one class may differ in length
             known = {"rank": summary.rank, "ranks": ranks, "stages": list(summary.by_stage()), "model": model}
             return {**found, "state": "ok", **known}
         return {**found, "state": "broken", "reason": reason} if reason else {**found, "state": "unread"}
@@ -132,7 +132,7 @@ class Dashboard:
         return [trace for trace in self.catalogs.get(FRESH_S).traces.values() if trace.run == run]
 
     def _part(self, parameters: Parameters, suffix: str = "") -> StagePart:
-        """The trace, and of it the stage that is asked for, without one A's, without that the first."""
+        """Return a trace and its requested stage, or else A's stage, or else the first."""
         trace = self._trace(parameters, suffix)
         whole = self.store.summary(trace)
         if not whole.stages:
@@ -147,11 +147,11 @@ class Dashboard:
     # -- views ----------------------------------------------------------------------------------------
 
     def overview_impl(self, parameters: Parameters) -> JsonDict:
-        """Facts, cards and findings."""
+        """Return facts, cards and findings."""
         return overview(self.store.summary(self._trace(parameters)))
 
     def routing_impl(self, parameters: Parameters) -> JsonDict:
-        """The heat map over all steps, and which steps and layers there are."""
+        """Return the heat map over all steps, and lists of the steps and layers."""
         part = self._part(parameters)
         figure = self._derived(part, "map", lambda s: replace(expert_heat_map(s), frames=[]))
         over_time = self._derived(
@@ -171,13 +171,13 @@ class Dashboard:
         }
 
     def heat_impl(self, parameters: Parameters) -> JsonDict:
-        """The heat map's numbers and its table, of some steps."""
+        """Return the heat map's numbers and its table for a range of steps."""
         part = self._part(parameters)
         counts = self._derived(part, "steps", StepCounts)
         return heat(loaded_routers(part.summary), counts, *step_range(parameters, counts.steps))
 
     def layer_impl(self, parameters: Parameters) -> JsonDict:
-        """One layer: its load sorted and over time, its decisions, its lost slots."""
+        """Return one layer's load, sorted and over time, its decisions and its lost slots."""
         part = self._part(parameters)
         routers = loaded_routers(part.summary)
         index = next((i for i, r in enumerate(routers) if r.info.site == parameters.get("site")), None)
@@ -201,7 +201,7 @@ class Dashboard:
         }
 
     def time_impl(self, parameters: Parameters) -> JsonDict:
-        """Phases by both clocks, gaps, latencies."""
+        """Return phases by both clocks, gaps, and latencies."""
         summary = self._part(parameters).summary
         return {
             "figures": figures_by_key(time_figures(summary)),
@@ -210,14 +210,14 @@ class Dashboard:
         }
 
     def timeline_impl(self, parameters: Parameters) -> JsonDict:
-        """One step's lanes and counters, within a window."""
+        """Return one step's lanes and counters within a window."""
         found = timeline(self._lanes(parameters), parameters)
         if found["figure"] is None:
             found["in_graphs"] = in_graphs(self._part(parameters).summary)
         return found
 
     def kernels_impl(self, parameters: Parameters) -> JsonDict:
-        """What ran in a window of one step, by name."""
+        """Return the kernels or operators in a window of one step, by name."""
         return kernels(self._lanes(parameters), parameters)
 
     def _lanes(self, parameters: Parameters) -> Lanes:
@@ -230,7 +230,7 @@ class Dashboard:
         return self._derived(part, "lanes", lanes)
 
     def compare_impl(self, parameters: Parameters) -> JsonDict:
-        """B against A: difference map, and every metric with its interval."""
+        """Compare B with A: difference map, and every metric with its interval."""
         a, b = self._part(parameters), self._part(parameters, "_b")
         sites = compared_sites(a.summary, b.summary)
         site = parameters.get("site", "") if parameters.get("site") in sites else "all"
@@ -239,7 +239,7 @@ class Dashboard:
         return {"sites": sites, "site": site, **comparison(found, difference_map(a.summary, b.summary))}
 
     def ranks_impl(self, parameters: Parameters) -> JsonDict:
-        """The ranks of a run; traces that cannot be read are named."""
+        """Return the ranks of a run; traces that cannot be read are listed."""
         traces = self._run(parameters)
         summaries, broken = [], []
         for trace in traces:

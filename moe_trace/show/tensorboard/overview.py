@@ -25,7 +25,7 @@ VIEW_OF_RULE = {
     "costly_imbalance": "time",
     "weights_bind": "time",
 }
-"""Every other rule is about the routing."""
+"""Mapping from rule to view; all other rules belong to the routing view."""
 _COUNTED = (
     ("MoE layers", "routers"),
     ("steps", "steps"),
@@ -36,11 +36,11 @@ _COUNTED = (
     ("padding", "padding_assignments"),
     ("requests a forward", "requests_per_forward"),
 )
-"""Labels of the fields of `Totals`."""
+"""Labels and names of the fields of `Totals` that are shown."""
 
 
 class _Card(NamedTuple):
-    """One of the five figures to look at first; without a value where the trace does not tell."""
+    """One of the five main metrics, without a value where the trace does not have it."""
 
     label: str
     view: str
@@ -52,12 +52,12 @@ class _Card(NamedTuple):
 
 
 def path_of(stage: str | None) -> str:
-    """Where the stage's figures stand in the report's JSON: `` or `stages.prefill.`."""
+    """Return the prefix of a stage's metrics in the report's JSON: `` or `stages.prefill.`."""
     return f"stages.{stage}." if stage else ""
 
 
 def overview(summary: TraceSummary) -> JsonDict:
-    """What the first page shows of one trace: each of its stages, one after the other."""
+    """Return the first page of a trace, with its stages in order."""
     stages: dict[str, TraceSummary] = {str(k): part for k, part in summary.stages.items()} or {"": summary}
     apart = summary.findings_apart()
     return {
@@ -92,7 +92,7 @@ def _finding(finding: Finding) -> JsonDict:
 
 
 def facts(summary: TraceSummary) -> list[JsonDict]:
-    """What was recorded: texts, and numbers with their place in the report's JSON."""
+    """Return what was recorded: texts, and numbers with their path in the report's JSON."""
     model, totals, speed = summary.model, summary.totals, summary.speed
     device = speed.device if speed is not None and speed.device else model.get("device")
     plain = [
@@ -105,7 +105,7 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
 
 
 def known_facts(facts: Iterable[tuple[str, float | None, str]]) -> list[JsonDict]:
-    """Labels, numbers and their places in the report's JSON, for the page; the unknown are left out."""
+    """Return labels, numbers and their paths in the report's JSON; unknown values are left out."""
     return [
         {"label": label, "text": number_text(value), "value": value, "path": path}
         for label, value, path in facts
@@ -114,10 +114,10 @@ def known_facts(facts: Iterable[tuple[str, float | None, str]]) -> list[JsonDict
 
 
 def cards(summary: TraceSummary, path: str = "") -> list[JsonDict]:
-    """The five figures to look at first.
+    """Return the five main metrics.
 
     Args:
-        path: where the summary stands in the report's JSON.
+        path: prefix of the summary in the report's JSON.
     """
     found = [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
     return [{**card._asdict(), "path": card.path and f"{path}{card.path}"} for card in found]
@@ -136,7 +136,7 @@ def _moe_share(summary: TraceSummary) -> _Card:
 
 
 def in_graphs(summary: TraceSummary) -> bool:
-    """Whether calls ran inside CUDA graphs, where there are no ranges."""
+    """Return whether calls ran inside CUDA graphs, where there are no ranges."""
     return bool(summary.calls.in_graph.any())
 
 

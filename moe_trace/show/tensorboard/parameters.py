@@ -1,4 +1,4 @@
-"""What a request's parameters mean; each function raises ValueError for another form."""
+"""Parsing of a request's parameters; each function raises ValueError for malformed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Parameters = Mapping[str, str]
 
 
 def integer(parameters: Parameters, name: str, default: int) -> int:
-    """A whole number; the default where none is given."""
+    """Parse an integer; return the default if the parameter is missing."""
     text = parameters.get(name, "")
     if not text:
         return default
@@ -20,7 +20,7 @@ def integer(parameters: Parameters, name: str, default: int) -> int:
 
 
 def step_range(parameters: Parameters, steps: np.ndarray) -> tuple[int, int]:
-    """Positions in `steps`; all of them by default."""
+    """Return the first and last position in `steps`, by default of all steps."""
     last = len(steps) - 1
     first_given, last_given = integer(parameters, "from", 0), integer(parameters, "to", last)
     if not 0 <= first_given <= last_given <= last:
@@ -29,7 +29,7 @@ def step_range(parameters: Parameters, steps: np.ndarray) -> tuple[int, int]:
 
 
 def time_window(parameters: Parameters, origin_ns: int, end_ns: int) -> tuple[int, int]:
-    """From `start` to `end`, in µs since the origin, within the step."""
+    """Return (start, end) in ns, clipped to the step; the parameters are in µs since the origin."""
     bounds = []
     for name, default in (("start", 0.0), ("end", (end_ns - origin_ns) / 1000)):
         text = parameters.get(name, "")

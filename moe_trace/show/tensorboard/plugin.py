@@ -1,8 +1,8 @@
 """The TensorBoard plugin: routes and HTTP, nothing else.
 
-If the import of a plugin fails, the user's whole TensorBoard ends. So this module imports only the standard
-library, werkzeug and tensorboard; the reading half is imported with the first request, and if that fails the
-tab says so.
+If a plugin fails to import, the user's whole TensorBoard stops. So this module imports only the standard
+library, werkzeug and tensorboard; the code that reads traces is imported on the first request, and if that
+fails the tab reports it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Route = Callable[[Request], Response]
 
 
 class MoEPlugin(base_plugin.TBPlugin):
-    """The tab "MoE"."""
+    """Plugin of the tab "MoE"."""
 
     plugin_name = PLUGIN_NAME
 
@@ -56,23 +56,23 @@ class MoEPlugin(base_plugin.TBPlugin):
         self._dashboard: Any = None
 
     def get_plugin_apps(self) -> Mapping[str, Any]:
-        """Route -> WSGI application."""
+        """Return a mapping from route to WSGI application."""
         routes: dict[str, Route] = {"/static/*": self._static_route, "/plotly.min.js": self._plotly_route}
         routes |= {f"/{view}": self._view_route(view) for view in VIEWS}
         routes["/download"] = self._download_route
         return {path: _application(route) for path, route in routes.items()}
 
     def is_active(self) -> bool:
-        """Whether the log folder holds any trace."""
+        """Return whether the log folder holds any trace."""
         try:
             catalog = self._catalogs.get(RECENT_S)
             return bool(catalog.traces or catalog.refused)
-        except Exception:  # TensorBoard asks all plugins at once: none may break the others
+        except Exception:  # TensorBoard asks all plugins at once, so an error would break the others
             _log.exception("the MoE tab could not look through %s", self._catalogs.logdir)
             return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        """The tab's name and its ES module."""
+        """Return the tab's name and its ES module."""
         return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="MoE")
 
     def _data(self) -> Any:
@@ -100,7 +100,7 @@ class MoEPlugin(base_plugin.TBPlugin):
         return route
 
     def _static_route(self, request: Request) -> Response:
-        """Only the files that the package brought are served: the name is looked up, never joined."""
+        """Serve only files of this package: the name is looked up, never joined to a path."""
         name = request.path.rpartition("/static/")[2]
         known = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
         path = known.get(name)
@@ -143,7 +143,7 @@ def _logdir_spec(context: base_plugin.TBContext) -> str:
 
 
 def _application(route: Route) -> Any:
-    """Refuses methods other than GET, and answers a fault of ours with words instead of a page."""
+    """Wrap a route: refuse methods other than GET, and turn exceptions into a message instead of a page."""
 
     @Request.application
     def application(request: Request) -> Response:

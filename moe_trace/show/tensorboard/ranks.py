@@ -1,4 +1,4 @@
-"""The ranks of one run: side by side by their own traces, and together where these share collectives."""
+"""The ranks of one run: side by side from their own traces, and combined where these share collectives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_trace.show.text.ranks import rank_sentences
 
 
 def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
-    """The ranks together: of one trace for each rank, or of a trace that holds them merged.
+    """Return the report of the ranks together, from one trace per rank or from a merged trace.
 
     None for a single rank, and for traces of different models or runs.
     """
@@ -31,7 +31,7 @@ def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
 
 
 def together(report: RankReport | None) -> JsonDict | None:
-    """The report as sentences and figures."""
+    """Return the report as sentences and figures."""
     if report is None:
         return None
     return {
@@ -43,7 +43,7 @@ def together(report: RankReport | None) -> JsonDict | None:
 
 
 def by_rank(summaries: Sequence[TraceSummary]) -> list[JsonDict]:
-    """One row per rank: the traces of a rank (a schedule that repeats writes several) are added up."""
+    """Return one row per rank, summed over its traces (a repeating schedule writes several)."""
     rows: dict[int, JsonDict] = {}
     for summary in sorted(summaries, key=lambda one: one.rank):
         phases, totals = summary.phases, summary.totals
@@ -70,13 +70,13 @@ def _work_us(layer: LayerPhases, on_device: bool) -> float:
 
 
 def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -> JsonDict:
-    """Tables and figures of at least two ranks; of one, only how many there are.
+    """Return tables and figures of at least two ranks; for one, only the number of ranks.
 
     Args:
-        summaries: of the traces of a rank each.
-        report: of the same ranks together. Collectives also run while they wait for other ranks: that is no
-            work, or the rank that waits longest would pass for the straggler. Where it cannot be taken out
-            (gloo waits in operators of the host), no straggler is named.
+        summaries: summaries of traces of one rank each.
+        report: report of the same ranks together. Collectives also run while they wait for other ranks. That
+            is not work, or the rank that waits longest would appear to be the straggler. If the wait cannot
+            be subtracted (gloo waits in operators of the host), no straggler is named.
     """
     rows = by_rank(summaries)
     without_waits = _take_waits_out(rows, report)
@@ -97,7 +97,7 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
 
 
 def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
-    """Whether the waits of all ranks in their layers' kernels are known, and taken out of their work."""
+    """Subtract the waits in the layers' kernels from the ranks' work; return whether all were known."""
     exchanges = report.exchanges if report is not None else ()
     if not exchanges or not all(one.on_device and one.wait_us is not None for one in exchanges):
         return False
@@ -123,7 +123,7 @@ def _straggler(rows: Sequence[JsonDict]) -> JsonDict | None:
 
 
 def load_per_rank(rows: Sequence[JsonDict]) -> Figure:
-    """Tokens that each rank's routers saw."""
+    """Plot the tokens that each rank's routers received."""
     tokens = [row["tokens"] for row in rows]
     return Figure(
         key="rank-load",
@@ -140,7 +140,7 @@ def load_per_rank(rows: Sequence[JsonDict]) -> Figure:
 
 
 def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
-    """MoE work of each rank."""
+    """Plot the MoE work of each rank."""
     work_us = [row["moe_work_us"] for row in rows]
     clock = "device busy" if all(row["on_device"] for row in rows) else "operator"
     return Figure(
@@ -156,7 +156,7 @@ def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figu
 
 
 def work_map(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
-    """Layers x ranks: each rank's work over the mean of the ranks."""
+    """Plot layers x ranks: each rank's work over the mean of the ranks."""
     sites = sorted({site for row in rows for site in row["work_us"]})
     work = np.array([[row["work_us"][site] for row in rows] for site in sites], float).reshape(-1, len(rows))
     mean = work.mean(1, keepdims=True)

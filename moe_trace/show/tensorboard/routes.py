@@ -1,4 +1,4 @@
-"""The routes beside a trace: pages of tokens, and the figures of their study, in bounded answers."""
+"""The routes recorded with a trace: pages of tokens and figures of their study, in bounded answers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure
 
 KEPT_MAX = 2
 COMPARED_MAX = 12
-"""Files of a run that are compared."""
+"""Maximum number of files of a run that are compared."""
 STUDIED_MAX_SLOTS = 32_000_000
-"""Of one file; some seconds of work."""
+"""Maximum number of slots that are studied per file, which takes some seconds."""
 
 
 def routes_file(trace: Trace) -> Path | None:
-    """The file of routes beside a trace, if there is one in the log folder."""
-    match = TRACE_NAME.match(trace.path.name)  # or what a trace that is gone was reduced to
+    """Return the file of routes next to a trace, if there is one in the log folder."""
+    match = TRACE_NAME.match(trace.path.name)  # also matches a reduced file
     path = routes_beside(trace.path.with_name(match[0])) if match else None
     return path if path is not None and is_below(path, trace.root) else None
 
 
 @dataclass
 class _Kept:
-    """What was read of one file."""
+    """Content of one file."""
 
     routes: RecordedRoutes
     pages: list[TokenPages]
@@ -48,14 +48,14 @@ class _Kept:
 
 
 class RoutesFiles:
-    """Answers the view's questions; keeps the files that were asked for last."""
+    """Handler of the view's requests; keeps the files requested last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._read_once = lru_cache(KEPT_MAX)(_read)
 
     def header(self, trace: Trace, parameters: Parameters) -> JsonDict:
-        """What holds for all tokens of a group of layers; `{"missing": True}` without a file."""
+        """Return the data shared by all pages of a group of layers; `{"missing": True}` without a file."""
         kept = self._read(trace)
         if kept is None:
             return {"missing": True}
@@ -68,10 +68,10 @@ class RoutesFiles:
         }
 
     def page(self, trace: Trace, parameters: Parameters) -> JsonDict:
-        """One page of tokens.
+        """Return one page of tokens.
 
         Raises:
-            KeyError: no such page or group.
+            KeyError: there is no such page or group.
         """
         kept = self._read(trace)
         if kept is None:
@@ -79,7 +79,7 @@ class RoutesFiles:
         return self._group(kept, parameters).page(integer(parameters, "page", 0))
 
     def study(self, trace: Trace, run: Sequence[Trace], parameters: Parameters) -> JsonDict:
-        """Figures of one group of layers, and of the other files of its run held against it.
+        """Return figures of one group of layers, and of its comparison with the other files of its run.
 
         Args:
             run: all traces of the run.
@@ -114,7 +114,7 @@ class RoutesFiles:
 
 
 def _read(path: Path, *version: int) -> _Kept:
-    """The file as it is now: another `version` is another file."""
+    """Read the file; `version` only serves as a cache key for its current content."""
     try:
         routes = read_routes(path)
     except MemoryError as error:
@@ -125,7 +125,7 @@ def _read(path: Path, *version: int) -> _Kept:
 
 
 def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
-    """As many of the first tokens as can be studied while somebody waits."""
+    """Study as many of the first tokens as an interactive request allows."""
     per_token = max(1, routes.expert_ids[:1].size)
     most = max(1, STUDIED_MAX_SLOTS // per_token)
     part = routes[:most] if len(routes) > most else routes
@@ -135,14 +135,14 @@ def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
 
 
 def _compared(routes: RecordedRoutes, others: Sequence[Trace], group: int) -> list[JsonDict]:
-    """Files of one rank and the same layers, as checkpoints or as domains."""
+    """Compare files of the same rank and layers, as checkpoints or as domains."""
     parts, labels = [], []
     most = max(1, STUDIED_MAX_SLOTS // max(1, routes.expert_ids[:1].size * len(others)))
     for other in others:
         path = routes_file(other)
         with suppress(
             MoETraceError, IndexError, OSError
-        ):  # one that cannot be read says so when it is chosen
+        ):  # an unreadable file is reported when it is selected
             part = read_routes(path).groups[group] if path is not None else routes
             same = (part.layers, part.num_experts, part.top_k, part.rank)
             if same == (routes.layers, routes.num_experts, routes.top_k, routes.rank):

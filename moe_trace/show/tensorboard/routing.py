@@ -1,4 +1,4 @@
-"""Counts of any range of steps, and the facts of one layer."""
+"""Assignment counts of any range of steps, and facts about one layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_trace.show.tensorboard.to_json import JsonDict, plain_table
 
 
 class StepCounts:
-    """Running sums of the assignments over steps, so that any range of steps is one subtraction."""
+    """Cumulative assignments over steps, so that any range of steps is one subtraction."""
 
     def __init__(self, summary: TraceSummary) -> None:
         routers = loaded_routers(summary)
@@ -27,18 +27,18 @@ class StepCounts:
         self._sums = np.concatenate([nothing, counts_SLE]).cumsum(0)
 
     def between(self, first: int, last: int) -> list[np.ndarray]:
-        """Assignments of each layer from the first to the last position, both included."""
+        """Return the assignments of each layer from the first to the last position, both included."""
         chosen = self._sums[last + 1] - self._sums[first]
         return [row[:size] for row, size in zip(chosen, self.sizes, strict=True)]
 
 
 def loaded_routers(summary: TraceSummary) -> list[RouterSummary]:
-    """Those that assigned anything."""
+    """Return the routers that assigned anything."""
     return [router for router in summary.routers if sum(router.assignments)]
 
 
 def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last: int) -> JsonDict:
-    """The heat map's numbers and its table, from the first to the last position of the steps."""
+    """Return the heat map's numbers and its table, from the first to the last position of the steps."""
     layers = list(zip(routers, counts.between(first, last), strict=True))
     rows = [load_row(router.info.site, int(load_E.sum()), load_E) for router, load_E in layers]
     return {
@@ -48,7 +48,7 @@ def heat(routers: Sequence[RouterSummary], counts: StepCounts, first: int, last:
 
 
 def layer_facts(router: RouterSummary, place: str) -> list[JsonDict]:
-    """Its figures over all steps, with their place in the report's JSON."""
+    """Return a layer's metrics over all steps, with their paths in the report's JSON."""
     load, decisions = router.load, router.decisions
     numbers: dict[str, tuple[float | None, str]] = {
         "calls": (router.calls, "calls"),

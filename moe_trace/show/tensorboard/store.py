@@ -1,4 +1,4 @@
-"""What was read from the traces, kept while their files stay the same, in bounded memory."""
+"""Cache of trace summaries, kept while their files stay the same, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_trace.show.tensorboard.catalog import OUTSIDE, Catalog, Trace, is_below
 
 SUMMARIES_MAX_BYTES = 512 * 2**20
 DERIVED_MAX = 32
-"""Answers kept beside each summary: under the 2 MB of a view, or arrays smaller than the summary."""
+"""Maximum number of results kept per summary: under the 2 MB of a view, or arrays smaller than it."""
 REASONS_MAX = 4096
 
 _NO_EVENTS = (
@@ -37,9 +37,9 @@ class _Kept:
 
 
 class Store:
-    """Reads one trace at a time; threads that ask for the same one wait for one reading.
+    """Reader of one trace at a time; threads that request the same trace share one read.
 
-    What has been read is answered meanwhile: the lock on what is kept is never held while a file is parsed.
+    The lock on the cache is never held while a file is parsed, so cached traces remain available meanwhile.
     """
 
     def __init__(self, *, max_bytes: int = SUMMARIES_MAX_BYTES) -> None:
@@ -49,27 +49,27 @@ class Store:
         self._reading = threading.RLock()
         self._keeping = threading.Lock()
         self.reads = 0
-        """Traces read so far, for tests of the cache."""
+        """Number of traces read so far, for tests of the cache."""
 
     def reason(self, trace: Trace) -> str | None:
-        """Why the trace could not be read; None if it could, or was not tried."""
+        """Return why the trace could not be read; None if it could, or was not tried."""
         return self._reasons.get(trace.key)
 
     def known(self, trace: Trace) -> TraceSummary | None:
-        """The summary, if it is at hand."""
+        """Return the summary if it is cached, else None."""
         kept = self._kept.get(trace.key)
         return kept.summary if kept is not None else None
 
     def summary(self, trace: Trace) -> TraceSummary:
-        """What the trace says, read now or earlier.
+        """Return the summary of the trace, read now or earlier.
 
         Raises:
-            TraceFileError: it cannot be read.
+            TraceFileError: the trace cannot be read.
         """
         return self._keep(trace).summary
 
     def derived(self, trace: Trace, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:
-        """Something computed from the summary, kept as long as the summary is."""
+        """Return a result computed from the summary and cached with it."""
         kept = self._keep(trace)
         with kept.computing:
             if what not in kept.derived:
@@ -82,10 +82,10 @@ class Store:
             return found
 
     def read_file(self, trace: Trace) -> TraceFile:
-        """The trace with its own events, which are too large to be kept: keep what you make of them.
+        """Read the trace with its own events, which are too large to cache: keep only derived results.
 
         Raises:
-            TraceFileError: it cannot be read.
+            TraceFileError: the trace cannot be read.
         """
         if trace.is_reduced:
             raise TraceFileError(_NO_EVENTS)
@@ -93,7 +93,7 @@ class Store:
             return self._read(trace, lambda: read_trace(trace.path))
 
     def forget_old(self, catalog: Catalog) -> None:
-        """Drop what was read from files that have changed or gone."""
+        """Drop summaries of files that have changed or no longer exist."""
         current = {trace.key for trace in catalog.traces.values()}
         with self._keeping:
             for key in [key for key in self._kept if key not in current]:
@@ -125,16 +125,16 @@ class Store:
         known = self._reasons.get(trace.key)
         if known is not None:
             raise TraceFileError(known)
-        if not is_below(trace.path, trace.root):  # changed since the folder was looked through
+        if not is_below(trace.path, trace.root):  # changed since the scan
             raise TraceFileError(OUTSIDE)
         self.reads += 1
         try:
             return read()
         except MoETraceError as error:
             self._remember(trace, str(error).removeprefix(f"{trace.path}: "))
-        except MemoryError as error:  # there may be more of it another time
+        except MemoryError as error:  # more memory may be free another time
             raise TraceFileError("too large for the memory that this machine has left") from error
-        except Exception as error:  # a hostile file must not take the tab down with it
+        except Exception as error:  # a hostile file must not crash the tab
             self._remember(trace, f"cannot be read ({type(error).__name__}: {error})")
         raise TraceFileError(self._reasons[trace.key])
 
@@ -144,7 +144,7 @@ class Store:
             self._reasons.popitem(last=False)
 
     def _shrink(self) -> None:
-        """Drop what was not asked for longest; the newest stays, however large it is."""
+        """Drop the least recently used summaries; the newest is kept, however large it is."""
         while len(self._kept) > 1 and sum(k.size_bytes for k in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)
 
@@ -155,6 +155,6 @@ def _summary(trace: Trace) -> TraceSummary:
 
 
 def _size_bytes(summary: TraceSummary) -> int:
-    """About what the summary takes: a call is some 2.5 kB beside its lists of counts (measured)."""
+    """Return the approximate size of a summary: 2.5 kB per call besides its lists of counts (measured)."""
     counts = sum(len(lists.values) for lists in summary.calls.lists.values())
     return 2**20 + 16 * counts + 2500 * len(summary.calls)

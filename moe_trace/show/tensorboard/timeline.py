@@ -1,4 +1,4 @@
-"""One step of a trace: its lanes and counters within a window, and what ran in it."""
+"""One step of a trace: its lanes and counters within a window, and the kernels or operators in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_trace.show.tensorboard.to_json import JsonDict, plain_figure, plain_tab
 KERNELS_MAX = 100
 NAME_MAX = 400
 PIXELS = 1500
-"""Stretches of the timeline are told apart down to this part of the window."""
+"""Pieces closer than 1 / `PIXELS` of the window are joined."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Step:
 
 
 def timeline(lanes: Lanes, parameters: Parameters) -> JsonDict:
-    """Lanes and counters of the step, joined as finely as the window asks for."""
+    """Return lanes and counters of the step, joined according to the window."""
     shown = _step(lanes, parameters)
     if shown is None:
         return {"steps": [], "figure": None}
@@ -52,7 +52,7 @@ def timeline(lanes: Lanes, parameters: Parameters) -> JsonDict:
 
 
 def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
-    """Kernels, or operators of the host, that touch the window, by name."""
+    """Return the kernels, or operators of the host, that overlap the window, by name."""
     shown = _step(lanes, parameters)
     if shown is None:
         return {"table": None}

@@ -1,4 +1,4 @@
-"""Figures and numbers as JSON for the page: each number with its text, formatted once, in Python."""
+"""Figures and numbers as JSON for the page. Each number comes with its text, formatted once, in Python."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ JsonDict = dict[str, Any]
 
 
 def plain_figure(figure: Figure) -> JsonDict:
-    """The plot's specification and the table that says the same."""
+    """Return the specification of the plot and the table of the same data."""
     entries = attributes(figure, "key", "title", "caption", "data", "layout", "frames", "slider")
     return {**entries, "frames": plain(figure.frames), "table": plain_table(figure.headings, figure.rows)}
 
 
 def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> JsonDict:
-    """Cells are texts, or [text, number]."""
+    """Return a table whose cells are texts or [text, number]."""
     columns = columns_of(headings)
     return {
         "headings": [column.label for column in columns],
@@ -33,11 +33,11 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Json
 
 
 def plain_cell(cell: Cell, column: Column) -> str | list[Any]:
-    """A number keeps its value beside its text, so that the page can be checked against the report."""
+    """Return a cell's text, and the value of a number, so that the page can be checked against the report."""
     text = column.cell(cell)
     return text if cell is None or isinstance(cell, str) else [text, cell]
 
 
 def figures_by_key(figures: Iterable[Figure]) -> dict[str, JsonDict]:
-    """Ready to be drawn, in order."""
+    """Return the figures that have data, in order."""
     return {figure.key: plain_figure(figure) for figure in figures if figure.data}
