@@ -1,1 +1,1 @@
-"""A summary as text, JSON, CSV or HTML: functions from figures to strings, which compute nothing."""
+"""Renderers of a summary as text, JSON, CSV or HTML. They compute no metrics of their own."""

@@ -1,4 +1,4 @@
-"""Answers as text and JSON."""
+"""Rendering of answers as text and JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LAYERS_SHOWN = 8
 
 
 def render_answers(answers: Sequence[Answer]) -> str:
-    """Each question with the answer for each run and stage below it."""
+    """Render each question, followed by its answers for each run and stage."""
     parts = []
     for name in dict.fromkeys(answer.question for answer in answers):
         mine = [answer for answer in answers if answer.question == name]
@@ -100,5 +100,5 @@ _ROWS = {
 
 
 def plain_answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """What their JSON holds."""
+    """Return the answers as they appear in JSON."""
     return [{"asked": QUESTIONS[answer.question], **vars(answer)} for answer in answers]

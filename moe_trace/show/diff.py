@@ -1,4 +1,4 @@
-"""A comparison of two recordings as text, CSV and JSON."""
+"""Rendering of a comparison of two recordings as text, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _value(value: float) -> str:
 
 
 SIDES = tuple(Column(side, terminal=_value) for side in "AB")
-"""Columns of figures that reach from shares to FLOP/s."""
+"""Columns of values that range from shares to FLOP/s."""
 
 
 def render_diff_text(comparison: Comparison, *, everything: bool = False) -> str:
-    """The answer in a sentence, then set-up, routing and figures, with what is behind each."""
+    """Render the headline, then set-up, routing and metrics with the evidence for each."""
     parts = [
         f"A  {printable(comparison.a, 200)}\nB  {printable(comparison.b, 200)}",
         paragraph(headline(comparison)),
@@ -46,7 +46,7 @@ def render_diff_text(comparison: Comparison, *, everything: bool = False) -> str
 
 
 def headline(comparison: Comparison) -> str:
-    """`Changed: set-up (dtype); routing of 3 of 16 layers, most in L02 (0.12); experts +5.1 %.`"""
+    """Return a sentence such as `Changed: set-up (dtype); routing of 3 of 16 compared layers, …`."""
     found = []
     if comparison.setup:
         found.append(f"set-up ({', '.join(printable(c.fact, 40) for c in comparison.setup[:4])})")
@@ -94,7 +94,7 @@ _WORDS = {
 
 
 def words(metric: str) -> str:
-    """`experts_p50` -> `experts`, `experts_share` -> `experts' share of the block`."""
+    """Return the name of a metric in words: `experts_p50` gives `experts`, `load_cv` gives `load CV`."""
     if metric in _WORDS:
         return _WORDS[metric]
     if metric.endswith("_share"):
@@ -104,7 +104,7 @@ def words(metric: str) -> str:
 
 
 def size_of(change: Change) -> str:
-    """The relative change, or the difference where A is 0."""
+    """Return the relative change, or the difference where A is 0."""
     return f"{change.difference:+.3g}" if change.relative is None else signed_percent(change.relative)
 
 
@@ -150,7 +150,7 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
 
 
 def _no_layer(routing: Sequence[RoutingChange]) -> str:
-    """Why none is named."""
+    """Return the reason why no layer is listed."""
     if all(r.same_counts for r in routing):
         return "the same counts in every call of every layer"
     most = max(routing, key=lambda r: r.total_variation - r.chance)
@@ -163,7 +163,7 @@ def _no_layer(routing: Sequence[RoutingChange]) -> str:
 
 
 def shifts(experts: Sequence[ExpertShift]) -> str:
-    """`26 +1.2, 5 +0.8`: two experts, and by how many percentage points of their layer they moved."""
+    """Return two experts and their shifts in percentage points of the layer, as in `26 +1.2, 5 +0.8`."""
     return ", ".join(f"{s.expert} {100 * (s.share_b - s.share_a):+.1f}" for s in experts[:2]) or "-"
 
 
@@ -201,12 +201,12 @@ _CHANGE = ("site", "metric", "a", "b", "difference", "relative", "low", "high", 
 
 
 def render_diff_csv(comparison: Comparison) -> str:
-    """One row per layer and metric."""
+    """Render one row per layer and metric."""
     return csv_text(_CHANGE, (list(attributes(change, *_CHANGE).values()) for change in comparison.changes))
 
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:
-    """What its JSON holds."""
+    """Return the comparison as it appears in JSON."""
     entries = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
     return entries | {
         "changes": [{**vars(c), **attributes(c, "difference", "relative")} for c in comparison.changes]

@@ -1,4 +1,4 @@
-"""A self-contained page that works offline: its head, its scripts, and figures as HTML."""
+"""A self-contained HTML page that works offline: its head, its scripts, and figures as HTML."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 _PAGE = Path(__file__).parent / "page"
 _STATIC = Path(__file__).parent / "tensorboard" / "static"
 _SHARED = ("theme.js", "dom.js", "tokens.js")
-"""Modules of the tab that pages use; here they stand in one, without their imports."""
+"""JavaScript modules shared with the TensorBoard tab; a page concatenates them without their imports."""
 _IMPORT = re.compile(r"^import .*;\n", re.MULTILINE)
 
-# Nothing may come from outside; plotly writes style elements and draws on data: and blob: images.
+# Nothing is loaded from other hosts; plotly writes style elements and uses data: and blob: images.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
@@ -28,13 +28,13 @@ _POLICY = (
 
 
 def document(title: str, body: str, specs: Sequence[object], *, routes: Sequence[object] = ()) -> str:
-    """The whole page; plotly's own bundle is inside.
+    """Return the whole page, with plotly's own bundle included.
 
     Args:
         title: plain text.
         body: HTML.
-        specs: of the figures in it, from `figure_spec`.
-        routes: tokens to show, each for an element of its `id`.
+        specs: specifications of the figures in `body`, from `figure_spec`.
+        routes: pages of tokens, each for the element with its `id`.
 
     Raises:
         UsageError: plotly is not installed.
@@ -77,12 +77,12 @@ def _head(title: str) -> str:
 
 
 def figure_spec(prefix: str, figure: Figure) -> dict[str, object]:
-    """What the page's script hands to plotly."""
+    """Return the specification that the page's script passes to plotly."""
     return {"id": f"{prefix}-{figure.key}", **attributes(figure, "data", "layout", "frames")}
 
 
 def figure_html(prefix: str, figure: Figure) -> str:
-    """Its words, the place of its plot, and the same as a table."""
+    """Return the title and caption of a figure, the element for its plot, and its table."""
     key = f"{prefix}-{figure.key}"
     return f"""<figure aria-labelledby="{key}-title">
 <h3 id="{key}-title">{escape(figure.title)}</h3>
@@ -107,7 +107,7 @@ def _slider(key: str, figure: Figure) -> str:
 
 
 def table_html(figure: Figure) -> str:
-    """The figure as a table."""
+    """Return the table of a figure as HTML."""
     columns = columns_of(figure.headings)
     head = "".join(f'<th scope="col" title="{escape(c.definition)}">{escape(c.label)}</th>' for c in columns)
     body = "\n".join(
@@ -125,7 +125,7 @@ def table_html(figure: Figure) -> str:
 
 
 def _script_json(value: object) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Return JSON that cannot end the script element that contains it."""
     text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -133,7 +133,7 @@ def _script_json(value: object) -> str:
 
 
 def _plotly() -> str:
-    """The bundle out of the installed package, without importing the package."""
+    """Read the JavaScript bundle of the installed plotly package without importing the package."""
     spec = importlib.util.find_spec("plotly")
     if spec is None or spec.origin is None:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A summary as one self-contained page that works offline, and as a fragment for notebooks."""
+"""A summary as a self-contained HTML page that works offline, and as a fragment for notebooks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _IN_NOTEBOOKS = ("experts", "latency", "forward")
 
 
 def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart | None] | None = None) -> str:
-    """The whole page; plotly's own bundle is inside.
+    """Return the whole page, with plotly's own bundle included.
 
     Args:
-        routes: of each summary, where they were recorded beside it.
+        routes: for each summary, the routes recorded with it, or None.
 
     Raises:
         UsageError: plotly is not installed.
@@ -43,12 +43,12 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
 
 
 def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
-    """Each stage under its name; a single one under none."""
+    """Return a mapping from stage to summary; a summary without stages has the key ""."""
     return {str(stage): part for stage, part in summary.stages.items()} or {"": summary}
 
 
 def render_fragment(summary: TraceSummary) -> str:
-    """Totals, findings, the load as a picture and the tables, without scripts: what a notebook shows."""
+    """Return totals, findings, the load as a picture and the tables, without scripts, for a notebook."""
     shown, apart = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
         found = [figure for figure in figures(part) if figure.key.split("-")[0] in _IN_NOTEBOOKS]
@@ -63,7 +63,7 @@ def render_fragment(summary: TraceSummary) -> str:
 def _section(
     prefix: str, summary: TraceSummary, routes: RoutesPart | None
 ) -> tuple[str, list[dict[str, object]]]:
-    """One trace, and the specifications of its figures: its stages, or all of it, then its ranks together."""
+    """Return one trace and its figures' specifications: its stages, or all of it, then its ranks together."""
     apart = summary.findings_apart()
     parts = [
         (f"{prefix}-{stage}" if stage else prefix, stage, _answers(part, apart[stage]), figures(part))
@@ -120,7 +120,7 @@ def _totals(summary: TraceSummary) -> str:
 
 
 def _findings_of_run(summary: TraceSummary) -> str:
-    """Those about the run as a whole, below its stages."""
+    """Return the findings about the run as a whole, which are shown below its stages."""
     found = summary.findings_apart()[""] if summary.stages else ()
     return f"<h3>Findings about the run as a whole</h3>{_findings(found)}" if found else ""
 
@@ -137,7 +137,7 @@ def _findings(found: Sequence[Finding]) -> str:
 
 
 def _marked(text: str) -> str:
-    """Escaped, with what stands between backquotes as code."""
+    """Escape a text and mark what is between backquotes as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

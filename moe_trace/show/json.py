@@ -11,12 +11,12 @@ from moe_trace.read.analysis import TraceSummary
 
 
 def render_json(summary: Summary) -> str:
-    """Indented JSON text, without NaN or infinity."""
+    """Return indented JSON text, without NaN or infinity."""
     return json_text(to_plain(summary))
 
 
 def to_plain(summary: Summary) -> dict[str, Any]:
-    """The summary as dicts, lists, strings and numbers."""
+    """Return the summary as dicts, lists, strings and numbers."""
     entries: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **attributes(summary, "trace", "model", "options", "rank", "versions", "lost"),
@@ -35,7 +35,7 @@ def to_plain(summary: Summary) -> dict[str, Any]:
 
 
 def _figures(summary: Summary) -> dict[str, Any]:
-    """What differs from stage to stage."""
+    """Return the entries that differ between stages."""
     entries = {"routers": [_router(router) for router in summary.routers], "totals": summary.totals}
     if isinstance(summary, TraceSummary):
         entries |= attributes(summary, "phases", "speed", "imbalance", "load_models", "findings")

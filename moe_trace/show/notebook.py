@@ -1,4 +1,4 @@
-"""What a notebook shows of a comparison, a live summary and a single call: tables without scripts."""
+"""Notebook representations of a comparison, a live summary and a single call: tables without scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BAR_PX = 160
 
 
 def html_table(headings: Sequence[str | Column], rows: Iterable[Sequence[Cell]]) -> str:
-    """A plain table of the figures as a terminal shows them, and of texts in full; every cell is escaped."""
+    """Return a plain table with numbers as on a terminal and texts in full; every cell is escaped."""
     columns = columns_of(headings)
     titles = (f' title="{escape(c.definition)}"' * bool(c.definition) for c in columns)
     head = "".join(f"<th{title}>{escape(c.label)}</th>" for c, title in zip(columns, titles, strict=True))
@@ -32,7 +32,7 @@ def _cell(column: Column, value: Cell) -> str:
 
 
 def comparison_html(comparison: Comparison) -> str:
-    """The answer, what differs in the set-up, the layers' distances as bars, and the figures that changed."""
+    """Return the headline, set-up differences, the layers' distances as bars, and changed metrics."""
     parts = [f"<p><b>{escape(headline(comparison))}</b></p>"]
     parts.append(f"<p>A {escape(comparison.a)}<br>B {escape(comparison.b)}</p>")
     if comparison.setup:
@@ -62,7 +62,7 @@ def _distances(comparison: Comparison) -> str:
 
 
 def summary_html(summary: Summary) -> str:
-    """A line per router."""
+    """Return a table with a row per router."""
     headings = ("layer", "calls", "tokens", "max÷mean", "CV", "dead", "router entropy", "router confidence")
     rows = (
         (
@@ -77,7 +77,7 @@ def summary_html(summary: Summary) -> str:
 
 
 def load_picture_html(routers: Sequence[RouterSummary]) -> str:
-    """The load of every expert, a row for each layer; nothing without assignments."""
+    """Return a picture of the load of every expert, a row per layer; empty without assignments."""
     loads = [router.assignments for router in routers if sum(router.assignments)]
     if not loads:
         return ""
@@ -90,7 +90,7 @@ def load_picture_html(routers: Sequence[RouterSummary]) -> str:
 
 
 def sample_html(sample: RoutingSample) -> str:
-    """One call, figure by figure."""
+    """Return a table with the metrics of one call."""
     load = describe_load(sample.assignments)
     rows = [
         ("router", f"{sample.site} ({sample.name})"),

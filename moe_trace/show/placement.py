@@ -1,4 +1,4 @@
-"""A study of placements as text and JSON."""
+"""Rendering of a study of placements as text and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _THREE = partial(fixed, decimals=3)
 
 
 def render_placement_text(study: PlacementStudy, *, every_layer: bool = False) -> str:
-    """What was read and how it was split, all cluster sizes side by side, then each one's layers."""
+    """Render the input and its split, all cluster sizes side by side, then the layers of each."""
     parts = [_heading(study), _overview(study)]
     parts += [_layers(study, cluster, every_layer=every_layer) for cluster in study.clusters]
     notes = [*study.counts.notes, *_advice(study)]
@@ -79,7 +79,7 @@ def _overview_row(
 
 
 def _moved(study: PlacementStudy, plan: JudgedPlan) -> tuple[str, str]:
-    """To other ranks of the node, and to other nodes."""
+    """Return the traffic to other ranks of the same node, and to other nodes."""
     if _bytes_known(study):
         each_L = np.array([layer.slot_bytes for layer in study.counts.layers], np.float64)
         _, same, other = (plan.slots_WL @ each_L * 2 / study.observations).tolist()
@@ -93,7 +93,7 @@ def _bytes_known(study: PlacementStudy) -> bool:
 
 
 def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) -> str:
-    """One row a layer, the most uneven first where not all are shown."""
+    """Render one row per layer, the most uneven first where not all are shown."""
     several = len(cluster.least_without_copies_FL) > 1
     headings = [Column("layer", width=12), Column("bound", terminal=_THREE)]
     columns_L = [known_mean(cluster.least_without_copies_FL, axis=0)]
@@ -151,7 +151,7 @@ def _advice(study: PlacementStudy) -> list[str]:
 
 
 def render_placement_json(study: PlacementStudy) -> str:
-    """Everything, per layer and fold; without the maps, which `--out` writes."""
+    """Render all results per layer and fold, except the maps, which `--out` writes."""
     counts = study.counts
     folds = [
         {part: [counts.labels[i] for i in getattr(fold, part)] for part in ("chosen", "judged")}

@@ -1,4 +1,4 @@
-"""The routers of a model as text: a row for each group of equal ones, and a legend."""
+"""The routers of a model as text: a row per group of equal routers, and a legend."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a path component that is a numb
 
 
 def render_routers_json(model: str, routers: Sequence[RouterInfo]) -> str:
-    """All that is known of each router, as indented JSON."""
+    """Return all properties of each router as indented JSON."""
     return json_text({"model": {"class": model}, "routers": routers})
 
 
 def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[str, str]) -> str:
-    """Text of 80 columns.
+    """Render text of 80 columns.
 
     Args:
         model: class of the model.
-        contracts: contract -> how router and experts speak to each other, in a line.
+        contracts: mapping from contract to a one-line description of the interface of router and experts.
     """
     groups = group_routers(routers)
     names = [chr(ord("A") + i) if i < 26 else f"Z{i}" for i in range(len(groups))]
@@ -39,7 +39,7 @@ def render_routers(model: str, routers: Sequence[RouterInfo], contracts: dict[st
 
 
 def group_routers(routers: Sequence[RouterInfo]) -> list[list[RouterInfo]]:
-    """Routers that differ in nothing but their layer, in the order in which they were found."""
+    """Group routers that differ only in their layer, in the order in which they were found."""
     groups: dict[object, list[RouterInfo]] = {}
     for router in routers:
         facts = {key: value for key, value in asdict(router).items() if key not in ("site", "name", "layer")}
@@ -48,7 +48,7 @@ def group_routers(routers: Sequence[RouterInfo]) -> list[list[RouterInfo]]:
 
 
 def _table(names: Sequence[str], groups: Sequence[Sequence[RouterInfo]]) -> str:
-    """Two lines a group: the parameters of one router and what belongs to it, and the FLOPs of one token."""
+    """Render two lines per group: parameters of one router and its experts, and FLOPs per token."""
     rows: list[tuple[Cell, ...]] = []
     for name, group in zip(names, groups, strict=True):
         info = group[0]
@@ -56,7 +56,7 @@ def _table(names: Sequence[str], groups: Sequence[Sequence[RouterInfo]]) -> str:
         rows += _two_lines(size, [info])
     everything = [router for group in groups for router in group]
     if len(everything) > 1:
-        # No sum of FLOPs: a token of an image never meets the experts of text.
+        # FLOPs are not summed: image tokens never reach the experts for text.
         rows.append(_two_lines(("all", "", "", ""), everything)[0])
     sizes = [count_column(part) for part in ("router", "experts", "shared experts")]
     return text_table(("", "layers", "E", "k", "", *sizes), rows, left=2)
@@ -76,7 +76,7 @@ def _two_lines(first: tuple[Cell, ...], routers: Sequence[RouterInfo]) -> list[t
 
 
 def expert_flops_per_token(info: RouterInfo) -> int:
-    """Of the routed experts, for a token that uses all its slots on experts that compute."""
+    """Return the FLOPs of the routed experts for a token whose slots all go to experts that compute."""
     slots = info.num_experts if info.every_expert_computes else info.top_k
     return info.expert_flops_per_slot * slots
 
@@ -94,7 +94,7 @@ def _legend(name: str, group: Sequence[RouterInfo]) -> str:
 
 
 def _entry(label: str, text: str) -> str:
-    """A label and its text, wrapped beside it."""
+    """Return a label with its text, wrapped next to it."""
     return textwrap.fill(
         printable(text, 2000),
         WIDTH,
@@ -105,7 +105,7 @@ def _entry(label: str, text: str) -> str:
 
 
 def compact_path(paths: Sequence[str]) -> str:
-    """`model.layers.{0-31}.mlp.gate` for paths that differ in one number; else the first and the last."""
+    """Return `model.layers.{0-31}.mlp.gate` for paths that differ in one number, else the first and last."""
     numbers = [[int(number) for number in _NUMBER.findall(path)] for path in paths]
     varying = [i for i, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
     if not varying:
@@ -118,7 +118,7 @@ def compact_path(paths: Sequence[str]) -> str:
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """`0-2,5,7-9`; `1-47 step 2` for an even spacing."""
+    """Return `0-2,5,7-9`, or `1-47 step 2` for an even spacing."""
     ordered = sorted(set(numbers))
     steps = {b - a for a, b in itertools.pairwise(ordered)}
     if len(ordered) > 2 and len(steps) == 1 and steps != {1}:

@@ -1,4 +1,4 @@
-"""Routes as one self-contained page: the text in the colours of its experts, and the study's figures."""
+"""Routes as a self-contained page: the text in the colours of its experts, and the figures of the study."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moe_trace.show.figures.figure import Figure
 from moe_trace.show.routes.tokens import TokenPages
 
 TOKENS_MAX_BYTES = 32 * 2**20
-"""Of all tokens in a page, as they stand in it: a browser reads the whole file before it shows anything."""
+"""Maximum size of all encoded tokens in a page, which a browser reads entirely before it shows anything."""
 
 
 def token_view(key: str, routes: RecordedRoutes, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """What tokens.js takes: as many pages of tokens as fit; `key` is the id of the element that it fills."""
+    """Return the input of tokens.js: as many pages as fit, and the id (`key`) of the element to fill."""
     pages = TokenPages(routes, vocabulary)
     found: list[dict[str, Any]] = []
     size_bytes = 0
@@ -41,9 +41,9 @@ class RoutesPart:
 
     html: str
     specs: list[dict[str, object]]
-    """Of its figures."""
+    """Specifications of its figures."""
     views: list[dict[str, Any]]
-    """Its tokens."""
+    """Its tokens, one entry per group of layers."""
 
 
 def routes_part(
@@ -52,12 +52,12 @@ def routes_part(
     vocabulary: Vocabulary | None = None,
     figures: Sequence[Sequence[Figure]] = (),
 ) -> RoutesPart:
-    """All groups of layers of a file.
+    """Render all groups of layers of a file.
 
     Args:
-        prefix: of the ids of elements.
-        vocabulary: says the text of the tokens, where their ids were recorded.
-        figures: of each group of layers.
+        prefix: prefix of the ids of elements.
+        vocabulary: mapping from token ids to text, used where ids were recorded.
+        figures: figures of each group of layers.
     """
     views = [token_view(f"{prefix}tokens{i}", group, vocabulary) for i, group in enumerate(routes.groups)]
     drawn = [*figures, *[()] * len(views)][: len(views)]
@@ -76,13 +76,13 @@ def render_routes_page(
     vocabulary: Vocabulary | None = None,
     figures: Sequence[Sequence[Figure]] = (),
 ) -> str:
-    """The whole page of a file of routes.
+    """Render the whole page of a file of routes.
 
     Args:
-        routes: what the file holds.
-        label: names the file.
+        routes: the routes in the file.
+        label: name of the file.
         vocabulary: as in `routes_part`.
-        figures: likewise.
+        figures: as in `routes_part`.
 
     Raises:
         UsageError: plotly is not installed.
@@ -98,7 +98,7 @@ def render_routes_page(
 
 
 def notes(routes: RecordedRoutes, vocabulary: Vocabulary | None, how: str = "--tokenizer PATH") -> list[str]:
-    """What is not here, and why; `how` a tokenizer is named."""
+    """Return notes on missing data and the reasons; `how` explains how to set a tokenizer."""
     found = []
     if routes.token_ids is None:
         found.append(

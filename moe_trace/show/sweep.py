@@ -1,4 +1,4 @@
-"""Several runs side by side as text."""
+"""Comparison of several runs as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TIME: dict[Column | str, _Metric] = {
 
 
 def render_comparison(runs: Sequence[tuple[str, Summary]]) -> str:
-    """A row per run: means over its routers; latencies and work for one router call."""
+    """Render a row per run: means over its routers; latencies and work per router call."""
     titles = {
         "Comparison (means over routers, tokens a call, router entropy in nats)": _ROUTING,
         "Router p50 on host and device, and FLOP a call": _TIME,

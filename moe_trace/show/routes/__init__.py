@@ -1,1 +1,1 @@
-"""Routes as text, JSON, and pages of tokens."""
+"""Rendering of routes as text, JSON, and pages of tokens."""

@@ -1,4 +1,4 @@
-"""A simulated cache as text and JSON."""
+"""Rendering of a simulated cache as text and JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_trace.show.routes.study import layer_label
 
 
 def render_cache_text(study: CacheStudy, *, every_layer: bool = False) -> str:
-    """A line for each policy and size; with `every_layer`, the hit rates of the layers below."""
+    """Render a line per policy and size; with `every_layer`, also the hit rates of the layers."""
     parts = [_header(study)]
     known = study.expert_bytes is not None
     rows: list[tuple[Cell, ...]] = []
@@ -75,7 +75,7 @@ def _layers(study: CacheStudy) -> str:
 
 
 def render_cache_json(study: CacheStudy) -> str:
-    """Indented JSON text; docs/routes_study.md has the keys."""
+    """Return indented JSON text; docs/routes_study.md lists the keys."""
     entries = attributes(study, "layers", "together", "shared", "steps", "steps_recorded", "tokens")
     entries |= attributes(study, "expert_bytes", "curves")
     return json_text({**entries, "results": [_result(result) for result in study.results]})

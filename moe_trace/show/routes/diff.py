@@ -1,4 +1,4 @@
-"""Two routings of the same tokens, or checkpoints against the last, as text and JSON."""
+"""Rendering of two routings of the same tokens, or of checkpoints against the last, as text and JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_trace.data.display.tables import paragraph, printable, share
 from moe_trace.data.layer_labels import layer_labels
 from moe_trace.read.routes.compare.comparison import PositionOverlap, RoutesComparison
 
-# What the figures are: `read/routes/compare/comparison.py`.
+# The metrics are defined in `read/routes/compare/comparison.py`.
 _LAYER, _OVERLAP = Column("layer", width=40), Column("overlap", terminal=share)
 _CHANCE, _ANYWHERE = Column("by chance", terminal=share), Column("differ anywhere", terminal=share)
 _SHARES = {"same_rank": "same rank", "differs": "differ", "reordered": "reordered", "begins": "begin here"}
@@ -25,7 +25,7 @@ _OF_WEIGHTS = {
 
 
 def render_routes_diff(names: Sequence[str], found: RoutesComparison) -> str:
-    """What differs, where it begins, and the figures by layer and position."""
+    """Render what differs, where the difference begins, and the metrics by layer and position."""
     parts = [
         "\n".join(f"{side}  {printable(name, 200)}" for side, name in zip("AB", names, strict=True)),
         paragraph(_headline(found)),
@@ -36,7 +36,7 @@ def render_routes_diff(names: Sequence[str], found: RoutesComparison) -> str:
 
 
 def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -> str:
-    """Each file's overlap with the last, by layer."""
+    """Render each file's overlap with the last, by layer."""
     layers = found[0].layers
     listed = "\n".join(f"{number}  {printable(name, 200)}" for number, name in enumerate(names, 1))
     title = f"Overlap with {len(names)}, of {found[0].tokens:,} tokens, matched by {found[0].aligned_by}."
@@ -54,7 +54,7 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
 
 
 def plain_routes_diff(names: Sequence[str], found: RoutesComparison) -> dict[str, Any]:
-    """All figures by name."""
+    """Return all metrics by name."""
     figures = ("num_experts", "top_k", "compared", "overlap", *_SHARES, *_OF_WEIGHTS)
     columns = attributes(found, *figures)
     layers = [
@@ -72,7 +72,7 @@ def plain_routes_diff(names: Sequence[str], found: RoutesComparison) -> dict[str
 
 
 def plain_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -> dict[str, Any]:
-    """Each file's overlap with the last, by layer."""
+    """Return each file's overlap with the last, by layer."""
     return {
         "last": names[-1],
         "tokens": found[0].tokens,
@@ -127,6 +127,6 @@ def _position_table(found: RoutesComparison) -> str:
 
 
 def _mean(found: RoutesComparison | PositionOverlap) -> float | None:
-    """Of the layers' overlap."""
+    """Return the mean of the layers' overlap, or None if no layer has one."""
     told = found.overlap[np.isfinite(found.overlap)]
     return float(told.mean()) if len(told) else None

@@ -1,4 +1,4 @@
-"""A study of routes as text, a table for each analysis and a line for each layer, and as JSON."""
+"""Rendering of a study of routes: text with a table per analysis and a row per layer, and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SEGMENT_SHOWN = 0
 
 
 def render_study_text(study: RoutesStudy) -> str:
-    """All that could be found, and what could not be and why."""
+    """Render all results, then what is unknown and why."""
     parts = [_header(study), *_tables(study), *_unknown(study)]
     for number, group in enumerate(study.others, start=2):
         parts += [paragraph(f"Layers that saw other tokens, group {number}"), _header(group), *_tables(group)]
@@ -27,7 +27,7 @@ def render_study_text(study: RoutesStudy) -> str:
 
 
 def layer_label(path: str) -> str:
-    """`L03` of a module path with one number in it; the path itself otherwise."""
+    """Return a label such as `L03` for a module path with one number in it, otherwise the path itself."""
     numbers = [part for part in path.split(".") if part.isdecimal()]
     return f"L{int(numbers[0]):02d}" if len(numbers) == 1 else path
 
@@ -131,7 +131,7 @@ def _distinct(study: RoutesStudy) -> str:
 
 
 def _measured(study: RoutesStudy) -> str:
-    """Recorded decode steps: the sizes with the most steps."""
+    """Render the recorded decode steps, for the batch sizes with the most steps."""
     steps: dict[int, int] = {}
     rows: list[tuple[LayerStudy, Row]] = []
     found = [layer.distinct for layer in study.layers]
@@ -228,10 +228,10 @@ _PAIRS = 20
 
 
 def render_study_json(study: RoutesStudy, *, matrices: bool = False) -> str:
-    """Indented JSON text; NaN is null.
+    """Return indented JSON text; NaN is null.
 
     Args:
-        matrices: with the [E, E] counts of co-activation and transitions, which grow with E squared.
+        matrices: include the [E, E] counts of co-activation and transitions, which grow with E squared.
     """
     return json_text(_group(study, matrices))
 

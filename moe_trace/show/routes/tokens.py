@@ -1,4 +1,4 @@
-"""Routes as pages of tokens, for the HTML page and the tab: in the order of reading, columns as bytes."""
+"""Routes as pages of tokens in reading order, with columns packed as bytes, for the HTML page and the tab."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_trace.read.routes.text.tokenizer import Vocabulary
 JsonDict = dict[str, Any]
 
 TOKENS_MAX = 2048
-"""Of a page: more elements make a browser slow."""
+"""Maximum number of tokens per page; more elements make a browser slow."""
 PAGE_MAX_BYTES = 2**20
 PADDING, RECOMPUTED = 1, 2
 """Bits of the column `flags`."""
@@ -32,7 +32,7 @@ class _Part:
 
     text: Text
     offset: int
-    """Tokens of the text that stand on pages before."""
+    """Number of tokens of the text on previous pages."""
     tokens: int
 
     def words(self) -> str:
@@ -43,11 +43,11 @@ class _Part:
 
 
 class TokenPages:
-    """The tokens of one group of layers, a page at a time.
+    """The tokens of one group of layers, one page at a time.
 
     Args:
-        routes: of one group; see `RecordedRoutes.groups`.
-        vocabulary: says the text of the token ids, where they were recorded.
+        routes: routes of one group; see `RecordedRoutes.groups`.
+        vocabulary: mapping from token ids to text, used where ids were recorded.
     """
 
     def __init__(self, routes: RecordedRoutes, vocabulary: Vocabulary | None = None) -> None:
@@ -62,7 +62,7 @@ class TokenPages:
         return len(self._pages)
 
     def header(self) -> JsonDict:
-        """What holds for all pages."""
+        """Return the data that all pages share."""
         routes = self.routes
         counted = routes.counted
         counts_LE = (routes if counted.all() else routes[counted]).assignments()
@@ -83,10 +83,10 @@ class TokenPages:
         }
 
     def page(self, index: int) -> JsonDict:
-        """The tokens of a page.
+        """Return the tokens of a page.
 
         Raises:
-            KeyError: no such page.
+            KeyError: there is no such page.
         """
         if not 0 <= index < len(self._pages):
             raise KeyError("page of that number")
@@ -108,7 +108,7 @@ class TokenPages:
 
 
 def _pages(texts: Sequence[Text], most: int) -> Iterator[list[_Part]]:
-    """Short texts share a page, long ones take several."""
+    """Yield pages of at most `most` tokens. Short texts share a page, long texts take several."""
     page: list[_Part] = []
     room = most
     for text in texts:
@@ -131,7 +131,7 @@ def _title(parts: Sequence[_Part]) -> str:
 
 
 def _columns(chosen: RecordedRoutes) -> dict[str, np.ndarray]:
-    """By falling size of an element, so that each begins at a multiple of it."""
+    """Return the columns by descending item size, so that each offset is a multiple of the item size."""
     flags = chosen.padding * np.uint8(PADDING) | chosen.again * np.uint8(RECOMPUTED)
     found: dict[str, np.ndarray | None] = {
         "position": chosen.position.astype(np.int32),
@@ -148,7 +148,7 @@ def _columns(chosen: RecordedRoutes) -> dict[str, np.ndarray]:
 
 
 def packed(columns: Any) -> str:
-    """The columns one behind the other, little-endian, as gzip in base64."""
+    """Return the concatenated columns, little-endian, as gzip in base64."""
     content = b"".join(
         np.ascontiguousarray(column).astype(column.dtype.newbyteorder("<"), copy=False).tobytes()
         for column in columns

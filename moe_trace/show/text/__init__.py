@@ -1,4 +1,4 @@
-"""A report as text that reads at 80 columns."""
+"""A report as text for terminals of 80 columns."""
 
 from moe_trace.show.text.report import render_text
 

@@ -1,4 +1,4 @@
-"""How many experts a step reads, as text."""
+"""The number of experts that a step reads, as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_trace.read.experts.distinct import DistinctReport
 
 
 def distinct_part(summary: TraceSummary) -> list[str]:
-    """A row for each number of tokens, and the layers that lie farthest apart."""
+    """Render a row per number of tokens, and the layers that differ most."""
     report = summary.distinct
     if report is None:
         return []
@@ -40,7 +40,7 @@ def _said_of_bytes(report: DistinctReport) -> str:
 
 
 def _apart(report: DistinctReport) -> list[str]:
-    """The layers that use fewest and most, by the size with most calls."""
+    """Return the layers that use fewest and most experts, for the size with most calls."""
     usual = max(report.sizes, key=lambda size: size.calls)
     known = [
         (size.mean, printable(layer.site, 12))

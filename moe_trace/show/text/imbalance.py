@@ -1,4 +1,4 @@
-"""What uneven load costs in this set-up, as text."""
+"""The cost of uneven load in this set-up, as text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMPARED = {
 
 
 def imbalance_part(summary: TraceSummary) -> list[str]:
-    """What it rests on in a sentence a model, and a table of the layers that it answers for."""
+    """Render a sentence on the evidence per model, and a table of the layers with a verdict."""
     if not summary.imbalance:
         return []
     lines = [paragraph(_sentence(model)) for model in summary.load_models]

@@ -1,4 +1,4 @@
-"""How evenly experts are used, and how sure routers are, as text."""
+"""Load balance of experts and confidence of routers as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALIKE = f"{TOKENS_ALIKE} tokens of a text count as one"
 
 
 def load_parts(summary: Summary) -> list[str]:
-    """The table of loads with what they are compared with, and the table of routers."""
+    """Render the table of loads, its comparison with chance, and the table of routers."""
     parts = [_load_table(summary.routers)]
     sentences = [*_possible(summary.routers), *_chance(summary.routers)]
     if sentences:
@@ -67,7 +67,7 @@ def _possible(routers: Sequence[RouterSummary]) -> list[str]:
 
 
 def _chance(routers: Sequence[RouterSummary]) -> list[str]:
-    """Which loads are more uneven than chance, and which is the most uneven."""
+    """Say which loads are more uneven than chance, and which layer is the most uneven."""
     known = [router for router in routers if router.calls]
     if not known:
         return []
@@ -120,7 +120,7 @@ def _router_table(routers: Sequence[RouterSummary], mark: str) -> str:
 
 
 def label(router: RouterSummary, width: int = 12) -> str:
-    """The router's label, cut to a column."""
+    """Return the router's label, cut to the width of its column."""
     return printable(router.info.site, width)
 
 

@@ -14,7 +14,7 @@ _COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward
 
 
 def phase_parts(summary: TraceSummary) -> list[str]:
-    """Where the time goes: a table for each pass, and the shares in a sentence."""
+    """Render where the time goes: a table per pass, and the shares in a sentence."""
     report = summary.phases
     if report is None:
         return []
@@ -48,7 +48,7 @@ def _pass_table(report: PhaseReport, part: Pass) -> str:
 
 
 def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
-    """The phases of a pass, then gap and block, of which the backward has its sum only."""
+    """Return the phases of a pass, then gap and block; for the backward, then only their sum."""
     us = part_us(layer, "device" if report.whole.on_device else "host", part)
     values = [us[phase] for phase in _used(report)]
     last = [sum(values)] if part == "backward" else [us.get("gap", 0.0), us.get("block", 0.0)]
@@ -56,7 +56,7 @@ def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
 
 
 def _used(report: PhaseReport) -> list[str]:
-    """Leave out the columns of phases that no pass has."""
+    """Return the phases that took time in any pass; columns of the others are left out."""
     passes = [report.total.phases_of(part) or {} for part in report.passes()]
     return [
         phase for phase in PHASES if any(report.work_us(times[phase]) for times in passes if phase in times)
@@ -64,7 +64,7 @@ def _used(report: PhaseReport) -> list[str]:
 
 
 def shares_sentence(report: PhaseReport) -> str:
-    """`MoE is 71 % of the model's busy device time. Of MoE's busy device time: router 0.9 %, …`"""
+    """Return e.g. `MoE is 71 % of the model's busy device time. Of MoE's busy device time: router 1 %, …`"""
     clock = "busy device time" if report.whole.on_device else "time in operators"
     passes = {part: report.total.phases_of(part) for part in report.passes()}
     work = report.whole.moe_work_us
@@ -99,7 +99,7 @@ def shares_sentence(report: PhaseReport) -> str:
 
 
 def speed_part(summary: TraceSummary) -> list[str]:
-    """Achieved rates, with the peak that they are compared with."""
+    """Render the achieved rates with the peak that they are compared with."""
     speed = summary.speed
     if speed is None:
         return []

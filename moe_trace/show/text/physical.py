@@ -1,4 +1,4 @@
-"""What the slots of a load balancer got, as text."""
+"""Load of the slots of a load balancer as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = 3
 
 
 def physical_part(summary: TraceSummary) -> list[str]:
-    """A row a layer; the replicas that share their tokens least evenly."""
+    """Render a row per layer, and the replicas that share their tokens least evenly."""
     report = summary.physical
     if report is None:
         return []

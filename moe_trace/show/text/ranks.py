@@ -19,7 +19,7 @@ MATRIX_MAX = 8
 
 
 def rank_parts(summary: TraceSummary) -> list[str]:
-    """Load, all-to-all and waiting; nothing for a single rank."""
+    """Render load, all-to-all and waiting; nothing for a single rank."""
     report = summary.ranks
     if report is None:
         return []
@@ -33,7 +33,7 @@ def rank_parts(summary: TraceSummary) -> list[str]:
 
 
 def rank_sentences(report: RankReport) -> list[str]:
-    """What the ranks are, how their clocks stand, what they wait, and whether the bytes are right."""
+    """Describe the ranks, the alignment of their clocks, waiting, the check of bytes, and load over time."""
     return [
         _who(report),
         *clock_lines(report.alignment),
@@ -88,7 +88,7 @@ def _over_time(report: RankReport) -> list[str]:
 
 
 def clock_lines(alignment: Alignment) -> list[str]:
-    """How the clocks were aligned, and what is left."""
+    """Describe how the clocks were aligned, and the residual."""
     lines = [_method(alignment)]
     if alignment.after is not None:
         before = f" ({alignment.early_before} before alignment)" if alignment.early_before else ""
@@ -144,7 +144,7 @@ def _load_row(layer: LayerRanks, *, few: bool) -> tuple[Cell, ...]:
 
 
 def _exchange_table(report: RankReport) -> str:
-    """Over all ranks: each figure is a sum, the bandwidth that of a mean rank."""
+    """Render totals over all ranks; the bandwidth is that of a mean rank."""
     groups: dict[tuple[str, str], list[ExchangeTime]] = {}
     for one in report.exchanges:
         groups.setdefault((one.site, one.part), []).append(one)

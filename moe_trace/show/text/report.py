@@ -1,4 +1,4 @@
-"""A summary as text that reads at 80 columns: findings first, then each stage, then what to know."""
+"""A summary as text for 80 columns: findings first, then each stage, then notes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_trace.show.text.ranks import rank_parts
 
 
 def render_text(summary: Summary) -> str:
-    """What to look at, the figures of each stage, and what to know before trusting them."""
+    """Render the findings, the metrics of each stage, and notes on how far to trust them."""
     parts = [_heading(summary)]
     if isinstance(summary, TraceSummary):
         parts += _findings(summary)
@@ -52,7 +52,7 @@ def _findings(summary: TraceSummary) -> list[str]:
 
 
 def _once_for_all_stages(findings: Sequence[Finding]) -> list[str]:
-    """What is found alike in several stages is said once, at the place of the worst, with their names."""
+    """Merge findings that are equal in several stages, at the position of the worst, naming the stages."""
     stages: dict[str, list[str]] = {}
     for finding in findings:
         stage = finding.stage or ""
@@ -101,7 +101,7 @@ def _facts(summary: Summary) -> str:
 
 
 def _steps(summary: Summary) -> str:
-    """With the tokens of its forward calls, once for all layers, where the steps are of one stage."""
+    """Return the number of steps and, for steps of one stage, their tokens, counted once for all layers."""
     steps = summary.totals.steps
     if isinstance(summary, TraceSummary) and summary.stages:
         return f"{steps} {'step' if steps == 1 else 'steps'}"

@@ -1,7 +1,7 @@
-"""One trace in chrome://tracing's viewer, served on this machine without the internet.
+"""One trace in chrome://tracing's viewer, served on this machine without internet.
 
-The viewer itself is the one that torch-tb-profiler carries. chrome://tracing is switched off by default in
-today's Chromium, and Perfetto's page has to be loaded from the internet.
+The viewer itself is the one included in torch-tb-profiler. chrome://tracing is disabled by default in current
+Chromium, and Perfetto's page has to be loaded from the internet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def find_trace_viewer() -> Path | None:
-    """The viewer's page in the installed torch-tb-profiler, which is not imported; None without it."""
+    """Return the viewer's page in the installed torch-tb-profiler, without importing it, or None."""
     spec = importlib.util.find_spec("torch_tb_profiler")
     if spec is None or spec.origin is None:
         return None
@@ -28,7 +28,7 @@ def find_trace_viewer() -> Path | None:
 
 
 class TraceServer(ThreadingHTTPServer):
-    """Answers for the viewer's three files and the trace; everything else is not found.
+    """Server of the viewer's three files and the trace; everything else is not found.
 
     Raises:
         OSError: the port is taken.
@@ -48,7 +48,7 @@ class TraceServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
+        """URL to open in a browser."""
         return f"http://localhost:{self.server_address[1]}/?trace={quote(os.fsencode(self.trace.name))}"
 
 
@@ -56,8 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: TraceServer
 
     def do_GET(self) -> None:
-        """One of the four files."""
-        # A page elsewhere that makes its own name point to this machine must not read the trace.
+        """Serve one of the four files."""
+        # A foreign page whose host name resolves to this machine (DNS rebinding) must not read the trace.
         asked = (self.headers.get("Host") or "").rpartition(":")[0]
         found = self.server.files.get(urlsplit(self.path).path)
         if asked not in ("localhost", "127.0.0.1") or found is None:
@@ -78,4 +78,4 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet: the address is all that a user needs to see."""
+        """Log nothing: the address is all that a user needs to see."""
