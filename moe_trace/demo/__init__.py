@@ -1,8 +1,8 @@
-"""A small OLMoE that really routes: trained on four domains, its experts prefer domains, its load is uneven.
+"""A small OLMoE with real routing: trained on four domains, with experts that prefer domains and uneven load.
 
-Everything is in this folder, so nothing is downloaded. What it learnt from, how well, and how it routes is
-written in `MODEL_CARD.md` beside this file; `scripts/train_demo_model.py` makes it again. Importing this
-module imports no torch.
+Everything is in this folder, so nothing is downloaded. Its training data, quality and routing are described
+in `MODEL_CARD.md` next to this file; `scripts/train_demo_model.py` recreates it. Importing this module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEMO_PROMPTS", "demo_path", "load_demo_model"]
 
-# Written for this package in the manner of each domain; the JSON shares its keys with the training text, and
-# no more than that.
+# Written for this package in the style of each domain. The JSON shares its keys with the training text and
+# nothing else.
 DEMO_PROMPTS: dict[str, str] = {
     "prose": (
         "And it came to pass in the evening of the third day, that the old man rose up from his place by "
@@ -62,23 +62,23 @@ DEMO_PROMPTS: dict[str, str] = {
         '<div class="codeblock"><pre>SELECT layer, sum(load) FROM trace GROUP BY layer;\n</pre></div>\n'
     ),
 }
-"""Domain -> a prompt of 450 to 560 bytes that the model has not seen; every byte is one token."""
+"""Mapping from domain to a prompt of 450 to 560 bytes that the model has not seen. Each byte is a token."""
 
 
 def demo_path() -> Path:
-    """The folder that `OlmoeForCausalLM.from_pretrained` reads: config, weights and model card."""
+    """Return the folder for `OlmoeForCausalLM.from_pretrained`, with config, weights and model card."""
     return Path(__file__).parent
 
 
 def load_demo_model(
     device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **kwargs: Any
 ) -> tuple[OlmoeForCausalLM, ByT5Tokenizer]:
-    """Loads the model, in eval mode, and its tokenizer, from this package alone.
+    """Load the model, in eval mode, and its tokenizer from this package alone.
 
-    `dtype=None` means float32: the weights are stored in bfloat16, which many CPUs compute slowly. `kwargs`
-    go to `from_pretrained` (say `experts_implementation="eager"`). The tokenizer has no vocabulary file: a
-    token is a byte, with id byte + 3. It appends the end token 1, so encode a prompt that is to be continued
-    with `add_special_tokens=False`.
+    `dtype=None` means float32: the weights are stored in bfloat16, which is slow on many CPUs. `kwargs` are
+    passed to `from_pretrained` (for example `experts_implementation="eager"`). The tokenizer has no
+    vocabulary file: each byte is a token with the id byte + 3. It appends the end token 1, so encode a prompt
+    that is to be continued with `add_special_tokens=False`.
     """
     import torch
     from transformers import ByT5Tokenizer, OlmoeForCausalLM

@@ -1,4 +1,4 @@
-"""Routers of one's own: change what the experts receive, while a context is open.
+"""Custom routing: change what the experts receive while a context is open.
 
 with replace_router(model, cumulative_mass(0.5)):
     model(**inputs)

@@ -1,4 +1,4 @@
-"""`replace_router`: a rule that runs after the real router and decides what its experts receive."""
+"""`replace_router`: apply a rule after the model's own router to decide what its experts receive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from moe_trace.find.routers import LayerSelector, RouterSite, find_routers
 
 RoutingRule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`rule(router_logits [T, E], weights [T, K], indices [T, K], hidden_states [T, D])
--> (weights [T, K'], indices [T, K'])`; an index outside [0, E), such as -1, skips its slot."""
+-> (weights [T, K'], indices [T, K'])`; an index outside [0, E), such as -1, skips the slot.
+"""
 
 Renormalise = Literal["none", "original", "one"]
 
@@ -25,32 +26,33 @@ _CONTRACT = "topk-experts"
 
 
 class RoutingRuleError(MoETraceError):
-    """A routing rule returned something that no experts module can take."""
+    """A routing rule returned something that no experts module accepts."""
 
 
 def replace_router(
     model: nn.Module, fn: RoutingRule, layers: LayerSelector = None, *, renormalise: Renormalise = "none"
 ) -> RouterReplacement:
-    """Let `fn` decide, after each real router, which experts run and with what weights.
+    """Let `fn` decide, after each real router, which experts run and with which weights.
 
-    To be entered as a context manager; leaving it gives the model its own routing back. Rules of several
-    open contexts run one after the other, the first entered first. A skipped slot reaches the experts as
-    index 0 with weight 0, because their kernels take no negative index: it costs the same to compute, adds
-    nothing to the output, and is recorded as skipped. A rule that returns fewer slots saves the work.
+    Returns a context manager; leaving it restores the model's own routing. The rules of several open contexts
+    run in the order in which they were entered. A skipped slot reaches the experts as index 0 with weight 0,
+    because their kernels do not accept negative indices: it costs the same to compute, adds nothing to the
+    output, and is recorded as skipped. A rule that returns fewer slots saves the work.
 
     Args:
-        model: holds the routers.
-        fn: a `RoutingRule`; plain tensor operations that do not wait for the device. Gradients flow through
-            the weights that it returns. On gemma4 the "logits" are probabilities, as its router returns.
-        layers: which routers: layer indices, labels, module paths, or a predicate; None takes all.
-        renormalise: what happens to the weights that are not skipped. "none": they stay as `fn` returned
-            them; "original": they are scaled so that a token's weights sum to what the real router's
-            summed to; "one": to 1. A token without any slot gets nothing from its experts in each case.
+        model: the model that contains the routers.
+        fn: a `RoutingRule` of plain tensor operations that do not synchronize with the device. Gradients flow
+            through the weights that it returns. On gemma4 the "logits" are probabilities, as its router
+            returns.
+        layers: routers to replace: layer indices, labels, module paths, or a predicate; None selects all.
+        renormalise: how the weights that are not skipped are scaled. "none": not at all; "original": to the
+            sum of the real router's weights for the token; "one": to 1. In each case, a token without any
+            slot gets nothing from its experts.
 
     Raises:
-        NoRoutersFound: the model holds no router that a known contract reads.
-        UsageError: a router does not hand (weights, indices) to its experts; or a bad argument.
-        RoutingRuleError: while the model runs, when `fn` returns tensors of another form.
+        NoRoutersFound: the model contains no router that a known contract can read.
+        UsageError: a router does not pass (weights, indices) to its experts, or an argument is invalid.
+        RoutingRuleError: during a forward, when `fn` returns tensors of another form.
     """
     if renormalise not in get_args(Renormalise):
         raise UsageError(f"expected renormalise to be one of {get_args(Renormalise)}, found {renormalise!r}")
@@ -65,10 +67,10 @@ def replace_router(
 
 
 class RouterReplacement:
-    """What `replace_router` returns: active while entered; may be entered again afterwards."""
+    """Context manager returned by `replace_router`. It can be entered again after it was left."""
 
     def __init__(self, sites: list[RouterSite], fn: RoutingRule, renormalise: Renormalise) -> None:
-        self.sites = [*{site.router: site for site in reversed(sites)}.values()][::-1]  # one a router
+        self.sites = [*{site.router: site for site in reversed(sites)}.values()][::-1]  # one per router
         self._applied = [_AppliedRule(site.name, fn, renormalise) for site in self.sites]
         self._active = False
 
@@ -86,7 +88,7 @@ class RouterReplacement:
         self.remove()
 
     def remove(self) -> None:
-        """Give the model its own routing back; does nothing when that is done."""
+        """Restore the model's own routing. Does nothing if no rule is active."""
         if not self._active:
             return
         for site, applied in zip(self.sites, self._applied, strict=True):
@@ -96,7 +98,7 @@ class RouterReplacement:
 
 @dataclass(eq=False)
 class _AppliedRule:
-    """A rule on one router."""
+    """A rule applied to one router."""
 
     name: str
     fn: RoutingRule
@@ -112,7 +114,7 @@ class _AppliedRule:
         if self.renormalise != "none":
             target_T1 = weights_TK.sum(-1, keepdim=True) if self.renormalise == "original" else 1.0
             sum_T1 = weights.sum(-1, keepdim=True)
-            # A token without a slot sums to 0: dividing by 1 instead keeps it, and its gradient, at 0.
+            # The weights of a token without slots sum to 0; dividing by 1 keeps them, and the gradient, at 0.
             weights = weights * (target_T1 / sum_T1.masked_fill(sum_T1 == 0, 1.0))
         return weights.to(weights_TK.dtype), index.masked_fill(skipped, SKIP).to(index_TK.dtype)
 
@@ -137,20 +139,20 @@ class _AppliedRule:
 
 
 class _RouterHooks:
-    """The hooks on one router and its experts while any rule is active on it."""
+    """Forward hooks on one router and its experts while any rule is active on it."""
 
     def __init__(self, site: RouterSite) -> None:
         self._site = site
         self._rules: list[_AppliedRule] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._logits: dict[int, Tensor] = {}  # by thread, from the router to its experts
+        self._logits: dict[int, Tensor] = {}  # by thread, kept between the router and its experts
 
     def add(self, rule: _AppliedRule) -> None:
         """Run the rule after those that are already active."""
         self._rules = [*self._rules, rule]
         if self._handles or self._site.experts is None:
             return
-        # Ahead of a tracer's hooks, whenever those come: the time of a rule is time of the router.
+        # Run before the hooks of any tracer, so that the time of a rule counts as router time.
         self._handles = [
             self._site.router.register_forward_hook(self._after_router, prepend=True),
             self._site.experts.register_forward_pre_hook(
@@ -159,7 +161,7 @@ class _RouterHooks:
         ]
 
     def discard(self, rule: _AppliedRule) -> None:
-        """Take the rule off, and the hooks with the last one."""
+        """Remove the rule, and with the last rule the hooks."""
         self._rules = [active for active in self._rules if active is not rule]
         if not self._rules:
             for handle in self._handles:
@@ -174,7 +176,7 @@ class _RouterHooks:
         return weights, index.masked_fill(is_skipped(index, logits), 0)
 
     def _after_router(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):  # a router that returns its logits alone: its block selects (DBRX)
+        if isinstance(output, Tensor):  # the router returns only logits and its block selects (DBRX)
             self._logits[threading.get_ident()] = output
             return None
         if not isinstance(output, tuple) or len(output) < 3:
@@ -204,7 +206,7 @@ def _hooks_of(site: RouterSite) -> _RouterHooks:
 
 
 def is_skipped(index: Tensor, logits: Tensor) -> Tensor:
-    """Which slots have an index outside [0, E)."""
+    """Return which slots have an index outside [0, E)."""
     return (index < 0) | (index >= logits.shape[-1])
 
 

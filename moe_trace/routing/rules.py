@@ -1,7 +1,7 @@
-"""Ready-made routing rules for `replace_router`; each is a factory that returns a rule.
+"""Ready-made routing rules for `replace_router`; each function is a factory that returns a rule.
 
-Probabilities are softmax(router_logits). Shape suffixes: T tokens, E experts, K slots per token.
-No rule waits for the device.
+Probabilities are softmax(router_logits). Shape suffixes: T tokens, E experts, K slots per token. No rule
+synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from moe_trace.routing.replace import SKIP, RoutingRule, is_skipped
 
 
 def top_k(k: int) -> RoutingRule:
-    """Each token uses exactly `k` experts, however many its router was trained to use.
+    """Use exactly `k` experts per token, however many the router was trained to use.
 
-    Fewer than the router's K: the slots of largest weight stay, and the others are not computed. More: the
-    most probable experts, with their probabilities scaled per token as the router scaled its own K; exact
-    for routers that select by softmax, an approximation for the others.
+    If `k` is at most the router's K, the slots of largest weight are kept and the others are not computed.
+    Otherwise the most probable experts are used, with their probabilities scaled per token as the router
+    scaled its own K: exact for routers that select by softmax, an approximation for the others.
     """
     if k < 1:
         raise UsageError(f"expected k >= 1, found {k}")
@@ -41,7 +41,7 @@ def top_k(k: int) -> RoutingRule:
 
 
 def confidence_threshold(p: float) -> RoutingRule:
-    """A slot whose probability is under `p` is skipped; the most probable slot of a token always stays."""
+    """Skip slots with a probability below `p`; the most probable slot of a token is always kept."""
     _require_share("p", p)
 
     def rule(logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def confidence_threshold(p: float) -> RoutingRule:
 
 
 def cumulative_mass(p: float) -> RoutingRule:
-    """Dynamic k: a token uses its most probable slots until their probabilities sum to `p`.
+    """Use the most probable slots of each token until their probabilities sum to `p` (dynamic k).
 
     At least one slot, at most the router's K (top-p routing, arXiv:2403.07652, there without that cap).
     """
@@ -72,11 +72,11 @@ def cumulative_mass(p: float) -> RoutingRule:
 
 
 def drop_over_capacity(c: float) -> RoutingRule:
-    """An expert takes at most ceil(c x T x K / E) tokens of a call; later ones are skipped.
+    """Limit each expert to ceil(c x T x K / E) tokens per call and skip later ones.
 
     `c` is the capacity factor (Switch Transformers, arXiv:2101.03961, equation 3; times K for top-k). First
-    choices come before second choices (GShard, arXiv:2006.16668), and within those the order of the
-    tokens counts, padding included. A decode step of few tokens has little capacity: mind `generate()`.
+    choices precede second choices (GShard, arXiv:2006.16668), each in the order of the tokens, padding
+    included. A decode step with few tokens has little capacity: mind `generate()`.
     """
     if not c > 0:
         raise UsageError(f"expected a capacity factor c > 0, found {c}")
@@ -84,7 +84,8 @@ def drop_over_capacity(c: float) -> RoutingRule:
     def rule(logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         experts = logits_TE.shape[-1]
         capacity = math.ceil(c * index_TK.numel() / experts)
-        # [K, T]: the queue of first choices, then that of second choices; slots already skipped queue apart.
+        # [K, T]: the queue of first choices, then that of second choices. Slots already skipped get a queue
+        # of their own.
         queue = index_TK.masked_fill(is_skipped(index_TK, logits_TE), experts).T.flatten()
         place = _place_in_queue(queue, experts + 1).view(index_TK.shape[::-1]).T
         return weights_TK, index_TK.masked_fill(place >= capacity, SKIP)
@@ -93,19 +94,19 @@ def drop_over_capacity(c: float) -> RoutingRule:
 
 
 def _slot_probabilities(logits_TE: Tensor, index_TK: Tensor) -> Tensor:
-    """[T, K] float32 probability of each slot's expert; of a slot that is already skipped, 0."""
+    """Return the [T, K] float32 probability of each slot's expert, 0 for slots already skipped."""
     probs_TE, last = logits_TE.float().softmax(-1), logits_TE.shape[-1] - 1
     return probs_TE.gather(-1, index_TK.clamp(0, last)).masked_fill(is_skipped(index_TK, logits_TE), 0.0)
 
 
 def _is_largest(probs_TK: Tensor) -> Tensor:
-    """True at one slot of each token: the first of the largest."""
+    """Return a mask that is True at the first of the largest slots of each token."""
     best = probs_TK.argmax(-1, keepdim=True)
     return torch.zeros_like(probs_TK, dtype=torch.bool).scatter(-1, best, True)
 
 
 def _place_in_queue(ids_N: Tensor, bins: int) -> Tensor:
-    """[N]: how many equal ids stand before each id."""
+    """Return the number of equal ids before each id, shape [N]."""
     order = ids_N.argsort(stable=True)
     counts = torch.zeros(bins, dtype=torch.int64, device=ids_N.device)
     counts.scatter_add_(0, ids_N, torch.ones_like(ids_N))

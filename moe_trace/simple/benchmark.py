@@ -1,4 +1,4 @@
-"""`SimpleBenchmark`: the same texts through one model under several configurations."""
+"""`SimpleBenchmark`: run the same texts through one model under several configurations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from moe_trace.simple.model_state import ModelState
 from moe_trace.simple.profiler import MoEProfiler
 
 ConfigFn = Callable[[nn.Module], Any]
-"""Changes the model in place; may return a context manager (such as `replace_router`'s) to be entered for
-the measurement, or another module to run instead, whose routers are then looked at."""
+"""Function that changes the model in place. It may return a context manager (such as `replace_router`'s) to
+enter for the measurement, or another module to run instead, whose routers are then examined.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,20 @@ class SimpleBenchmark:
         benchmark.run_config("two experts", texts, lambda model: replace_router(model, top_k(2)))
         print(benchmark.compare())
 
-    `run_config` runs its configuration once, so that a mistake shows at once; `compare` then measures all of
-    them in turn, `repeats` times. Each measurement is two forwards a text, in eval mode and without
-    gradients: one bare, for the wall time, and one with `MoEProfiler`, for what the routers did.
+    `run_config` runs its configuration once, so that mistakes show at once; `compare` then measures all of
+    them in turn, `repeats` times. Each measurement is two forwards per text, in eval mode and without
+    gradients: one without hooks, for the wall time, and one with `MoEProfiler`, for the routing.
 
     Args:
-        model: holds the routers. Afterwards it is what it was, bit for bit.
+        model: the model that contains the routers. Its state is restored afterwards, bit for bit.
         tokenizer: called as `tokenizer(text, return_tensors="pt")`.
-        repeats: rounds that `compare` measures.
-        warmup: forwards a text before each measurement that are thrown away.
-        layers: routers to look at; None takes all.
-        progress: show a bar; None shows it on a terminal or in a notebook.
+        repeats: number of rounds that `compare` measures.
+        warmup: number of discarded forwards per text before each measurement.
+        layers: routers to examine; None selects all.
+        progress: whether to show a bar; None shows it on a terminal or in a notebook.
 
     Raises:
-        NoRoutersFound: the model holds no router that a known contract reads.
+        NoRoutersFound: the model contains no router that a known contract can read.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class SimpleBenchmark:
             raise UsageError(
                 f"expected repeats >= 1 and warmup >= 0, found repeats={repeats}, warmup={warmup}"
             )
-        MoEProfiler(model, layers=layers)  # no routers, or a wrong layers=, shows here
+        MoEProfiler(model, layers=layers)  # fails early without routers or with a wrong layers=
         self.model, self.tokenizer = model, tokenizer
         self.repeats, self.warmup, self.layers = repeats, warmup, layers
         self._progress = progress
@@ -81,14 +82,14 @@ class SimpleBenchmark:
     def run_config(
         self, name: str, texts: str | Sequence[str] | Mapping[str, str], config_fn: ConfigFn | None = None
     ) -> list[Measurement]:
-        """Run a configuration once and keep it for `compare`; a name that is taken is replaced.
+        """Run a configuration once and keep it for `compare`, replacing one of the same name.
 
         Args:
             texts: one text, a list, or a dict of name -> text.
             config_fn: see `ConfigFn`; its changes are undone before this returns.
 
         Returns:
-            A measurement a text, each without repetition: for the figures use `compare`.
+            One measurement per text, without repetition; use `compare` for results.
 
         Raises:
             UsageError: there is no text, or one is empty.
@@ -101,13 +102,14 @@ class SimpleBenchmark:
         return taken
 
     def compare(self, csv: str | os.PathLike[str] | None = None, *, by_text: bool = False) -> Comparison:
-        """The configurations side by side; the first is what the ratios refer to.
+        """Compare the configurations; ratios are relative to the first one.
 
-        Measures when there is something new to measure, and remembers it.
+        Measures only if there is something new to measure, and keeps the results.
 
         Args:
-            csv: where to write the table too.
-            by_text: a line per configuration and text, each against the first configuration on that text.
+            csv: path to write the table to as well.
+            by_text: one line per configuration and text, each relative to the first configuration on that
+                text.
 
         Raises:
             UsageError: `run_config` was never called.
@@ -129,7 +131,7 @@ class SimpleBenchmark:
         with progress_bar(self._progress) as tell:
             for done in range(self.repeats):
                 taken: dict[str, list[Measurement]] = {}
-                # Every other round runs backwards, so that no configuration always follows the same one.
+                # Every other round is reversed, so that no configuration always follows the same one.
                 for config in configs if done % 2 == 0 else reversed(configs):
                     tell(f"round {done + 1}: {config.name}", done * len(configs) + len(taken), total)
                     taken[config.name] = self._measure(config, state)
@@ -138,7 +140,7 @@ class SimpleBenchmark:
         return rounds
 
     def _state_for(self, configs: Sequence[_Config]) -> ModelState | None:
-        """What to go back to; a copy of all weights, so none is made where nothing is changed."""
+        """Return the state to restore. It copies all weights, so it is None where nothing is changed."""
         return ModelState(self.model) if any(config.change is not None for config in configs) else None
 
     def _measure(self, config: _Config, state: ModelState | None) -> list[Measurement]:
@@ -147,7 +149,7 @@ class SimpleBenchmark:
 
     @contextmanager
     def _configured(self, change: ConfigFn | None, state: ModelState | None) -> Iterator[nn.Module]:
-        """The model in eval mode and changed; afterwards as it was."""
+        """Yield the changed model in eval mode, and restore it afterwards."""
         if change is None or state is None:
             modes = [(module, module.training) for module in self.model.modules()]
             try:
@@ -224,6 +226,6 @@ def _wait(inputs: dict[str, Tensor]) -> None:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Of those that are known."""
+    """Return the mean of the known values."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else NAN

@@ -1,7 +1,7 @@
-"""Measurements of several configurations, and how they compare. No torch.
+"""Measurements of several configurations and their comparison. Does not import torch.
 
-Rounds are interleaved (every configuration once a round), so what drifts, such as the clock of the chip,
-hits all alike; ratios are taken within a round.
+Rounds are interleaved (each configuration once per round), so drift, such as of the chip's clock, affects all
+configurations alike; ratios are computed within a round.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TWO, _THREE = partial(fixed, decimals=2), partial(fixed, decimals=3)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One configuration on one text, once."""
+    """A single measurement of one configuration on one text."""
 
     config: str
     text: str
@@ -36,32 +36,32 @@ class Measurement:
     latency_ms: float
     """Wall time of the forward, device included, without any hook of ours."""
     router_ms: float
-    """All routers of one hooked forward, by the clock of the device."""
+    """Time of all routers in one hooked forward, by the device's clock."""
     experts_ms: float
     flops_per_token: float
-    """Routers and routed experts."""
+    """FLOPs of routers and routed experts."""
     load_max_over_mean: float
     """Mean over layers."""
     router_confidence: float
     """Mean over layers."""
     k_mean: float
     skipped_share: float
-    """Of all slots."""
+    """Share of all slots that were skipped."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A figure over rounds, and against the first configuration."""
+    """A metric over rounds, absolute and relative to the first configuration."""
 
     median: float
     low: float
-    """Smallest of the rounds."""
+    """Minimum over rounds."""
     high: float
-    """Largest of the rounds."""
+    """Maximum over rounds."""
     ratio: float
-    """Median over rounds of the round's figure over the first configuration's; NaN where that is 0."""
+    """Median over rounds of the ratio to the first configuration's value; NaN where that is 0."""
     ratio_low: float
-    """Interval of that median by order statistics: no shape is assumed. NaN with a single round."""
+    """Low end of that median's distribution-free interval (order statistics). NaN with a single round."""
     ratio_high: float
 
 
@@ -109,25 +109,25 @@ COLUMNS = {name: _OF_LINE[name] for name in tuple(_OF_LINE)[:4]} | {
     for name in _FIGURES
     for suffix, (_, words) in _PARTS.items()
 }
-"""Name in the rows -> label, definition and unit."""
+"""Mapping from name in the rows to label, definition and unit."""
 
 
 class Comparison:
-    """A table: iterate over its rows (dicts), take a column by name, or turn it into pandas, CSV or text."""
+    """Table of results: iterate over rows (dicts), index a column, or export to pandas, CSV or text."""
 
     def __init__(self, lines: Sequence[ComparedConfig], coverage: float) -> None:
         self.lines = tuple(lines)
         self.interval_coverage = coverage
-        """Probability that the interval of a ratio holds its true median, if rounds are independent."""
+        """Probability that the interval of a ratio contains its true median, if rounds are independent."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A dict per configuration: the medians, `_min`, `_max`, `_ratio`, `_ratio_low`, `_ratio_high`."""
+        """One dict per configuration: the medians, `_min`, `_max`, `_ratio`, `_ratio_low`, `_ratio_high`."""
         return [_row(line) for line in self.lines]
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns."""
+        """Names of the columns."""
         return list(COLUMNS) if self.lines else []
 
     def __len__(self) -> int:
@@ -140,15 +140,15 @@ class Comparison:
         return [row[column] for row in self.rows]
 
     def to_df(self) -> Any:
-        """The rows as a `pandas.DataFrame`; `attrs["columns"]` says what each column is.
+        """Return the rows as a `pandas.DataFrame`; `attrs["columns"]` describes the columns.
 
         Raises:
-            MissingPackage: pandas is not installed; `rows` and `to_csv` need none.
+            MissingPackage: pandas is not installed; `rows` and `to_csv` do not need it.
         """
         return data_frame(self.rows, COLUMNS)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as CSV, whole or not at all; an unknown figure is an empty cell."""
+        """Write the rows as CSV, atomically; cells of unknown values are empty."""
         write_text(Path(path), csv_text(self.columns, (list(row.values()) for row in self.rows)))
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ def compare(measurements: Sequence[Sequence[Measurement]], *, by_text: bool = Fa
     """Reduce rounds of measurements to a line per configuration, or per configuration and text.
 
     Args:
-        measurements: one sequence a round, each with every configuration.
+        measurements: one sequence per round, each with every configuration.
     """
     rounds = [_round_figures(taken, by_text) for taken in measurements]
     first = {key[1]: key for key in reversed(rounds[0])}
@@ -168,11 +168,11 @@ def compare(measurements: Sequence[Sequence[Measurement]], *, by_text: bool = Fa
 
 
 def interval(values: Any) -> tuple[float, float, float]:
-    """(low, high, coverage) of the median, by order statistics: the narrowest pair that covers 95 %.
+    """Return (low, high, coverage) of the median by order statistics: the narrowest pair that covers 95 %.
 
-    With fewer than six values no pair does, and the widest is given with the coverage that it has:
-    1 - 2 x Binomial(n, 1/2)(X < r) for the r-th smallest and r-th largest (David and Nagaraja, Order
-    Statistics, section 7.1).
+    With fewer than six values no pair does, and the widest is returned with its actual coverage: 1 - 2 x
+    Binomial(n, 1/2)(X < r) for the r-th smallest and r-th largest (David and Nagaraja, Order Statistics,
+    section 7.1).
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
@@ -189,7 +189,7 @@ def interval(values: Any) -> tuple[float, float, float]:
 
 
 _Key = tuple[str, str]
-"""Configuration and text."""
+"""Names of configuration and text."""
 
 
 def _round_figures(taken: Sequence[Measurement], by_text: bool) -> dict[_Key, dict[str, float]]:
@@ -202,7 +202,7 @@ def _round_figures(taken: Sequence[Measurement], by_text: bool) -> dict[_Key, di
 
 
 def _figures(group: Sequence[Measurement]) -> dict[str, float]:
-    """Times are means over the texts; the other figures are means over tokens."""
+    """Return times as means over the texts, and other metrics as means over tokens."""
     tokens = sum(m.tokens for m in group)
     seconds = sum(m.latency_ms for m in group) / 1000
     timed = {

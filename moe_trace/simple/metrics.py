@@ -1,7 +1,7 @@
-"""Figures of the simple interface: one row per router call, and a flat dict of numbers per router. No torch.
+"""Metrics of the simple interface: a row per router call, and a flat dict per router. No torch.
 
-A figure that is not known is NaN, never 0 and never a sentence: memory on a CPU, confidence of a router
-without true logits, everything of a router that was not called.
+Unknown values are NaN, never 0 or text: memory on a CPU, confidence of a router without true logits, and all
+metrics of a router that was not called.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LATENCY = ("mean", "std", "min", "max", "p50", "p95", "p99")
 
 @dataclass(frozen=True, kw_only=True)
 class CallRow:
-    """One call of one router: a row of the CSV, whose columns are the fields, in this order."""
+    """One call of one router: a row of the CSV, whose columns are the fields in this order."""
 
     step: int = field(metadata=as_column("step", "The tracer's step that the call is of."))
     layer: int = field(metadata=as_column("layer index", "Index of the layer in the model."))
@@ -75,7 +75,7 @@ class CallRow:
 
 
 COLUMNS = columns_of_fields(CallRow)
-"""Name in the CSV and in data frames -> label, definition and unit."""
+"""Mapping from name in the CSV and in data frames to label, definition and unit."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,22 @@ class RouterMetrics:
 
     info: RouterInfo
     samples: tuple[RoutingSample, ...]
-    """As `MoETracer.samples()` gives them."""
+    """Samples as returned by `MoETracer.samples()`."""
     rows: tuple[CallRow, ...]
-    """One per sample, in the same order."""
+    """One row per sample, in the same order."""
 
     def get_summary(self) -> dict[str, float]:
-        """Numbers over all calls; NaN where there is nothing to tell. Standard deviations are population's.
+        """Return metrics over all calls, NaN where unknown. Standard deviations are of the population.
 
-        - `flops_total_mean`, `_std`, `_p50`, `_p95`, `_p99`, `flops_router_mean`, `flops_expert_mean`:
-          FLOPs **per token**, distributed over calls; a gated expert counts with its three matrices.
-          `flops_total`, `flops_router`, `flops_expert`: the sums over all calls.
-        - `latency_mean_ms`, `_std_`, `_min_`, `_max_`, `_p50_`, `_p95_`, `_p99_`: of a call of the router,
-          in milliseconds, recomputed calls included.
+        - `flops_total_mean`, `_std`, `_p50`, `_p95`, `_p99`, `flops_router_mean`, `flops_expert_mean`: FLOPs
+          **per token**, distributed over calls; a gated expert counts with its three matrices. `flops_total`,
+          `flops_router`, `flops_expert`: sums over all calls.
+        - `latency_mean_ms`, `_std_`, `_min_`, `_max_`, `_p50_`, `_p95_`, `_p99_`: latency of a router call in
+          milliseconds, recomputed calls included.
         - `active_experts_mean`, `_std`: experts with an assignment, over calls.
-        - `k_mean`, `_std`, `_min`, `_max`: experts that a token really used, over tokens.
-        - `expert_load_mean`, `_std`: assignments per expert, over experts, all calls together; `_cv` is
-          their ratio, `_gini` 0 for an even load, `_entropy` 1 for an even load.
+        - `k_mean`, `_std`, `_min`, `_max`: experts that a token actually used, over tokens.
+        - `expert_load_mean`, `_std`: assignments per expert, over experts, all calls together; `_cv` is their
+          ratio, `_gini` is 0 and `_entropy` 1 for an even load.
         - `router_confidence_mean`, `_std`: 1 - H / ln E, the mean over tokens; the deviation is that of the
           calls' means, weighted by tokens.
         - `memory_mean_mb`, `memory_max_mb`: MiB on the device, over calls; NaN on a CPU.
@@ -123,7 +123,7 @@ class RouterMetrics:
 def call_row(
     sample: RoutingSample, *, device: str, clock: str, latency_ms: float, experts_ms: float
 ) -> CallRow:
-    """The row of one sample, with the times that it was given."""
+    """Return the row of a sample with the given times."""
     load = describe_load(sample.assignments)
     return CallRow(
         step=sample.step,
@@ -148,7 +148,7 @@ def call_row(
 
 
 def rows_to_csv(rows: Iterable[CallRow]) -> str:
-    """The rows as CSV text with a heading; an unknown figure is an empty cell."""
+    """Return the rows as CSV text with a header; cells of unknown values are empty."""
     return csv_text(tuple(COLUMNS), ([getattr(row, name) for name in COLUMNS] for row in rows))
 
 
@@ -170,7 +170,7 @@ def _flops(calls: CallTable) -> dict[str, float]:
 
 
 def _k(calls: CallTable) -> dict[str, float]:
-    """From the histograms: the figure is a token's, not a call's."""
+    """Compute the statistics from histograms, since k is a property of a token, not of a call."""
     tokens_K = calls.lists["k_histogram"].summed()
     if not tokens_K.sum():
         return dict.fromkeys(("k_mean", "k_std", "k_min", "k_max"), NAN)
@@ -207,13 +207,13 @@ def _confidence(calls: CallTable) -> dict[str, float]:
 
 
 def _spread(name: str, values: Iterable[float], *figures: str, unit: str = "") -> dict[str, float]:
-    """Figures of a `Distribution` of the values that are known."""
+    """Return statistics (fields of `Distribution`) of the known values."""
     found = distribution(value for value in values if value == value)
     return {f"{name}_{one}{unit}": NAN if found is None else getattr(found, one) for one in figures}
 
 
 def render_metrics(model_name: str, metrics: Mapping[str, RouterMetrics], notes: Sequence[str]) -> str:
-    """A line per router that was called, and every note; text of at most 80 columns a line."""
+    """Render a line per router that was called, and all notes, in lines of at most 80 columns."""
     called = [router for router in metrics.values() if router.samples]
     parts = [printable(model_name)]
     if called:

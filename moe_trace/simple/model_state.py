@@ -1,4 +1,4 @@
-"""Put a model back exactly as it was, whatever a function did to it."""
+"""Restore a model exactly, whatever a function did to it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 class ModelState:
-    """What makes a model what it is: modules, hooks, attributes, configs, and the values of its tensors.
+    """Snapshot of a model: modules, hooks, attributes, configs, and the values of its tensors.
 
-    Restored are: replaced, added and removed submodules, parameters and buffers; every hook; every plain
-    attribute of a module (`training`, `top_k`, a patched `forward`); its class; config objects; and the
-    bits of all parameters and buffers, their type, device, `requires_grad` and `.grad`. The copy of the
-    values takes as much host memory as the model's weights.
+    Restored are: replaced, added and removed submodules, parameters and buffers; all hooks; all plain
+    attributes of a module (`training`, `top_k`, a patched `forward`); its class; config objects; and the bits
+    of all parameters and buffers, their dtype, device, `requires_grad` and `.grad`. The copy of the values
+    takes as much host memory as the model's weights.
 
     Not restored: state outside the model, such as an optimizer's or a random generator's.
     """
@@ -29,7 +29,7 @@ class ModelState:
         self._tensors = [_TensorState(tensor) for tensor in {id(t): t for t in tensors}.values()]
 
     def restore(self) -> None:
-        """Put everything back; may be called again and again."""
+        """Restore everything. May be called repeatedly."""
         for known in self._objects:
             known.restore()
         for tensor in self._tensors:
@@ -37,12 +37,12 @@ class ModelState:
 
 
 class _ObjectState:
-    """An object's class and attributes; containers among these stay the same ones and get their content back.
+    """An object's class and attributes. Containers among these keep their identity and regain their content.
 
-    Identity matters: a hook's handle finds its dict by a weak reference.
+    Identity matters: a hook's handle refers to its dict by a weak reference.
 
     Args:
-        copied: how a container is copied: a module's is not looked into, a config's to the bottom.
+        copied: function that copies a container: shallow for a module's, deep for a config's.
     """
 
     def __init__(self, target: Any, copied: Callable[[Any], Any]) -> None:
@@ -70,7 +70,7 @@ class _ObjectState:
 
 
 class _TensorState:
-    """A parameter or buffer: the storage that it had, and what stood in it."""
+    """The original storage of a parameter or buffer, and a copy of its values."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -95,7 +95,7 @@ class _TensorState:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every config object below the model, those inside other configs included."""
+    """Return all config objects of the model, including those nested in other configs."""
     found: dict[int, Any] = {}
     queue = [value for module in model.modules() for value in vars(module).values() if _is_config(value)]
     while queue:

@@ -1,4 +1,4 @@
-"""`MoEProfiler`: start, run the model, stop, read the figures; no torch profiler is needed."""
+"""`MoEProfiler`: start, run the model, stop, read the metrics. No torch profiler is needed."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ __all__ = ["MoEProfiler", "RouterMetrics"]
 class MoEProfiler:
     """Record what every router of a model decides between `start()` and `stop()`.
 
-    Hooks are on the model only in between; the model computes the same bits with them. Nothing waits for
-    the device until figures are asked for. A step is one forward of `model` (so one generated token is one
-    step), or what `step()` ends once it has been called.
+    Hooks are on the model only in between, and its results are bitwise the same with them. The device is not
+    synchronized until results are requested. A step is one forward of `model` (so one generated token is one
+    step), or, once `step()` has been called, ends with each call of it.
 
     Args:
-        model: any module that holds Mixture-of-Experts routers.
-        layers: which routers: layer indices, labels, module paths, or a predicate; None takes all.
-        warmup: steps to leave out at the start.
+        model: any module that contains Mixture-of-Experts routers.
+        layers: routers to record: layer indices, labels, module paths, or a predicate; None selects all.
+        warmup: number of steps to skip at the start.
         every: record every n-th step after that.
-        capacity: router calls kept; beyond it the oldest are dropped, and the summary says so.
-        routes: record which token went to which expert too, for `tracer.routes()`; see `MoETracer`.
+        capacity: number of router calls kept; beyond it the oldest are dropped, and the summary reports it.
+        routes: also record which token went to which expert, for `tracer.routes()`; see `MoETracer`.
         warmup_steps: older name of `warmup`.
         sampling_rate: older name of `every`.
 
     Raises:
-        NoRoutersFound: the model holds no router that a known contract reads.
-        UsageError: arguments out of range, or `layers` selects nothing.
+        NoRoutersFound: the model contains no router that a known contract can read.
+        UsageError: arguments are out of range, or `layers` selects nothing.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MoEProfiler:
             clock=self._clock,
             routes=routes,
         )
-        """The `MoETracer` that does the work."""
+        """The underlying `MoETracer`."""
         self._devices = {site.name: _device_of(site.router) for site in self.tracer.sites}
         self._remover: weakref.finalize[..., MoEProfiler] | None = None
         self._ever_started = False
@@ -92,7 +92,7 @@ class MoEProfiler:
     # -- life -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put the hooks on. A second measurement adds to the first; a running one goes on, with a warning."""
+        """Add the hooks. A second measurement adds to the first; a running one continues, with a warning."""
         if self._remover is not None:
             warnings.warn(
                 "MoEProfiler.start() was called while it was running: the measurement goes on. "
@@ -102,13 +102,13 @@ class MoEProfiler:
             )
             return
         self.tracer.start()
-        # A profiler dropped without stop(), as when a notebook cell runs again, takes its hooks along.
+        # A profiler dropped without stop(), as when a notebook cell is run again, removes its hooks.
         self._remover = weakref.finalize(self, self.tracer.stop)
         self._remover.atexit = False
         self._ever_started = True
 
     def stop(self) -> None:
-        """Take the hooks off; warns if nothing was recorded. Once stopped, stopping again does nothing."""
+        """Remove the hooks; warn if nothing was recorded. Stopping a second time has no effect."""
         if self._remover is None:
             if not self._ever_started:
                 warnings.warn(
@@ -135,13 +135,13 @@ class MoEProfiler:
         self.stop()
 
     def step(self) -> None:
-        """End a step by hand; from the first call on, forwards are no steps any more."""
+        """End a step explicitly; from the first call on, forwards no longer count as steps."""
         self.tracer.step()
 
     # -- results --------------------------------------------------------------------------------------
 
     def get_metrics(self) -> dict[str, RouterMetrics]:
-        """Module path of the router -> its figures, in the order of the layers. Waits for the device."""
+        """Return a mapping from router's module path to its metrics, in layer order. Waits for the device."""
         by_router: dict[str, list[RoutingSample]] = {site.name: [] for site in self.tracer.sites}
         for sample in self.tracer.samples():
             by_router[sample.name].append(sample)
@@ -156,23 +156,23 @@ class MoEProfiler:
         }
 
     def rows(self) -> list[CallRow]:
-        """One row per call and layer, in order of time."""
+        """Return one row per call and layer, in chronological order."""
         rows = [row for metrics in self.get_metrics().values() for row in metrics.rows]
         return sorted(rows, key=lambda row: row.timestamp)
 
     def to_df(self) -> Any:
-        """The rows as a `pandas.DataFrame`; `attrs["columns"]` says what each column is.
+        """Return the rows as a `pandas.DataFrame`; `attrs["columns"]` describes the columns.
 
         Raises:
-            MissingPackage: pandas is not installed; `rows` and `save_csv` need none.
+            MissingPackage: pandas is not installed; `rows` and `save_csv` do not need it.
         """
         return data_frame(self.rows(), COLUMNS)
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as CSV, whole or not at all; a file that exists is replaced. Needs no pandas.
+        """Write the rows as CSV, atomically, replacing an existing file. Does not need pandas.
 
         Raises:
-            NothingRecorded: there is no row; the message says why and what to change.
+            NothingRecorded: there are no rows; the message says why and what to change.
             OutputError: the file cannot be written.
         """
         rows = self.rows()
@@ -181,11 +181,11 @@ class MoEProfiler:
         write_text(Path(path), rows_to_csv(rows))
 
     def print_summary(self) -> None:
-        """Print a line per layer; or, where nothing was recorded, why, and what to change."""
+        """Print a line per layer or, if nothing was recorded, the reason and what to change."""
         print(render_metrics(type(self.tracer.model).__name__, self.get_metrics(), self.notes()), end="")
 
     def notes(self) -> list[str]:
-        """What to know before trusting the figures; empty when there is nothing to say."""
+        """Return notes on how far to trust the metrics; empty if there are none."""
         nothing = self._nothing_recorded()
         return [nothing] if nothing is not None else list(self.tracer.summary().notes)
 
@@ -201,7 +201,7 @@ class MoEProfiler:
         )
 
     def _nothing_recorded(self) -> str | None:
-        """Why no router call was recorded, and what to change; None if any was."""
+        """Return why no router call was recorded and what to change, or None if any was."""
         tracer = self.tracer
         if any(tracer.calls_by_router().values()):
             return None
@@ -240,7 +240,7 @@ def _require_count(name: str, value: Any, *, least: int) -> None:
 
 
 def _host_us(sample: RoutingSample) -> float:
-    """Host time of a router call: its range in the trace, or the clock between its hooks."""
+    """Return the host time of a router call: its range in the trace, or the time between its hooks."""
     if sample.placement is not None and "router" in sample.placement.host:
         return sample.placement.host["router"].duration_us
     return (sample.host_end_ns - sample.host_start_ns) / 1000
