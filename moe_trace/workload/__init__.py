@@ -1,1 +1,1 @@
-"""What `moe-trace run` runs: models, inputs and the steps on them."""
+"""Workloads of `moe-trace run`: models, inputs and the steps on them."""

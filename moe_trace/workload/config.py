@@ -1,4 +1,4 @@
-"""The settings of a run, checked once."""
+"""Validated settings of a run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EP_IMPLEMENTATIONS = ("auto", "all_to_all", "all_reduce")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Over how many processes a run is split, and by what."""
+    """Number of processes of a run, and how they split it."""
 
     fsdp: int = 1
-    """Processes with tokens of their own, which share the weights (FSDP 2)."""
+    """Number of processes with tokens of their own that shard the weights (FSDP 2)."""
     tp: int = 1
-    """Processes that split the matrices and work on the same tokens."""
+    """Number of processes that split matrices and work on the same tokens."""
     ep: int = 1
-    """Processes that deal out the experts; the same ones that `fsdp` x `tp` counts."""
+    """Number of processes that divide the experts, out of those counted by `fsdp` x `tp`."""
     ep_implementation: str = "auto"
     ddp: bool = False
-    """Every process has the whole model, and tokens of its own."""
+    """Whether every process has the whole model, and tokens of its own."""
 
     def __post_init__(self) -> None:
         for name in ("fsdp", "tp", "ep"):
@@ -54,7 +54,7 @@ class Split:
 
     @property
     def needs_transformers(self) -> bool:
-        """Whether transformers does the splitting."""
+        """Whether transformers splits the model."""
         return self.fsdp * self.tp * self.ep > 1
 
     @property
@@ -64,13 +64,13 @@ class Split:
 
     @property
     def processes(self) -> int | None:
-        """How many are needed; None where any number will do."""
+        """Number of processes needed; None if any number will do."""
         return None if self.ddp else self.fsdp * self.tp
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One `moe-trace run`."""
+    """Settings of one `moe-trace run`."""
 
     model: str = "demo"
     """`demo`, a hub id, a folder, or a config.json."""
@@ -79,25 +79,25 @@ class RunConfig:
     prompts_file: Path | None = None
     mode: Mode = "prefill"
     steps: int = 4
-    """Recorded steps."""
+    """Number of recorded steps."""
     warmup: int = 1
-    """Steps run before, which are not recorded."""
+    """Number of steps run before, which are not recorded."""
     batch: int | None = None
     """Sequences per step; by default one per prompt, at least 1."""
     seq_len: int | None = None
-    """Tokens per sequence; by default the longest prompt's."""
+    """Tokens per sequence; by default those of the longest prompt."""
     max_new_tokens: int = 16
     device: str = "auto"
     top_k: int | None = None
-    """Experts a token; by default as the model's config says."""
+    """Experts per token; by default as in the model's config."""
     experts_implementation: str | None = None
-    """How transformers computes the experts: eager, grouped_mm, batched_mm; by default as the model does."""
+    """Experts implementation in transformers: eager, grouped_mm, batched_mm; by default the model's own."""
     dtype: str | None = None
-    """By default float32 on a CPU and bfloat16 on a GPU; the demo's own type stays."""
+    """By default float32 on a CPU and bfloat16 on a GPU, except for the demo, which is always float32."""
     layers: tuple[int | str, ...] | None = None
     every: int = 1
     routes: bool | Path = False
-    """Whether to record which token went to which expert: beside each trace, or in this file."""
+    """Whether to record which token went to which expert: next to each trace, or in this file."""
     record_shapes: bool = False
     with_stack: bool = False
     out: Path = Path("moe_trace_runs")
@@ -105,7 +105,7 @@ class RunConfig:
     seed: int = 0
     split: Split = field(default_factory=Split)
     rank_timeout: float = 120.0
-    """Seconds that rank 0 waits for the others' traces."""
+    """Time in seconds that rank 0 waits for the others' traces."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("warmup", 0), ("every", 1), ("max_new_tokens", 1)):
@@ -124,17 +124,17 @@ class RunConfig:
 
 
 def routes_of(config: RunConfig) -> bool | Routes:
-    """Which routes this process records; each of several has a file of its own."""
+    """Return the routes option of this process; each of several processes has its own file."""
     if isinstance(config.routes, bool):
         return config.routes
     path, rank = config.routes, os.environ.get("RANK", "0")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         path = path.with_name(f"{path.name.removesuffix(SUFFIX).removesuffix('.npz')}.rank{rank}{SUFFIX}")
-    return Routes(path=path.absolute())  # a program may go elsewhere
+    return Routes(path=path.absolute())  # a program may change its directory
 
 
 def routes_elsewhere(config: RunConfig, files: Iterable[Path]) -> list[Path]:
-    """The file of routes that was asked for by name, where it is not among `files`."""
+    """Return the explicitly named file of routes if it is not among `files`."""
     routes = routes_of(config)
     path = Path(routes.path) if isinstance(routes, Routes) and routes.path is not None else None
     return [] if path is None or path in {file.absolute() for file in files} else [path]

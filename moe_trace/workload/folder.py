@@ -1,4 +1,4 @@
-"""The folder that a run writes into."""
+"""The output folder of a run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ OUTPUT_PATTERNS = (
 
 
 def files_in(folder: Path) -> tuple[Path, ...]:
-    """What a run wrote there."""
+    """Return the files that a run wrote there."""
     return tuple(sorted(file for pattern in OUTPUT_PATTERNS for file in folder.glob(pattern)))
 
 
 def traces_in(folder: Path) -> list[Path]:
-    """Of that the traces."""
+    """Return the traces that a run wrote there."""
     return sorted(file for pattern in _TRACES for file in folder.glob(pattern))
 
 
 def claim_folder(folder: Path, *, force: bool) -> list[Path]:
-    """Make it, and return what an earlier run wrote there.
+    """Create the folder, and return the files of an earlier run in it.
 
     Raises:
-        OutputError: it holds files and `force` was not given, or it cannot be made, or written by torch.
+        OutputError: the folder holds files and `force` was not given, cannot be created, or has a name that
+            torch cannot write to.
     """
     try:
         str(folder.absolute()).encode()

@@ -1,4 +1,4 @@
-"""Token batches for a run, from prompts where there is a tokenizer, else random ids; and a step on them."""
+"""Token batches for a run, from prompts if there is a tokenizer, else random ids; and steps on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Step = Callable[[], object]
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Name -> text, from a JSON object or list of strings, or from a text file with a prompt per line."""
+    """Read name -> text from a JSON object or list of strings, or a text file with one prompt per line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +56,7 @@ def make_inputs(
     device: torch.device,
     seed: int,
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, [batch, length], padded on the left.
+    """Return `input_ids` and `attention_mask`, [batch, length], padded on the left.
 
     Prompts are repeated to fill `batch`; with `seq_len` each is cut, or repeated, to exactly that length.
     Without a tokenizer, or without prompts, the ids are drawn at random from the model's vocabulary.
@@ -76,7 +76,7 @@ def make_inputs(
 
 
 def _for_model(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """An encoder-decoder gets the same tokens for both halves."""
+    """Return the model's inputs; an encoder-decoder gets the same tokens for both halves."""
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
@@ -101,12 +101,12 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def make_step(model: Any, inputs: dict[str, Tensor], *, mode: Mode, max_new_tokens: int) -> Step:
-    """A function that runs one step of `mode` on the inputs."""
+    """Return a function that runs one step of `mode` on the inputs."""
     if mode == "train":
         return _training_step(model.train(), inputs)
     model.eval()
     call = partial(model, **inputs)
-    if mode == "generate":  # exactly this many tokens, so that steps are alike
+    if mode == "generate":  # exactly this many tokens, so that steps are equal
         sizes = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
         call = partial(model.generate, **inputs, **sizes, do_sample=False)
     return torch.no_grad()(call)

@@ -15,7 +15,7 @@ from moe_trace.demo import demo_path, load_demo_model
 
 
 class ModelError(MoETraceError):
-    """A model could not be loaded."""
+    """A model could not be loaded, or failed in its own forward."""
 
     exit_code = 7
 
@@ -27,10 +27,10 @@ _NOT_LOADED = (
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the GPU where there is one.
+    """Return the device of that name; `auto` selects the GPU if there is one.
 
     Raises:
-        UsageError: a GPU was asked for and there is none.
+        UsageError: the name is not valid, or a GPU was requested and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,18 +55,18 @@ def load_model(
     top_k: int | None = None,
     experts_implementation: str | None = None,
 ) -> tuple[nn.Module, Any]:
-    """The model, in eval mode, and its tokenizer (None where there is none).
+    """Return the model, in eval mode, and its tokenizer or None.
 
     Args:
         source: `demo`, a hub id, a folder with weights, or the path of a config.json.
-        device: where it is built; `meta` with `random_weights` builds no weights at all.
+        device: device to build the model on; `meta` with `random_weights` allocates no weights at all.
         random_weights: build from the config alone.
         distributed_config: transformers' own, to load only this process's part of the weights.
-        top_k, experts_implementation: instead of what the config says.
+        top_k, experts_implementation: override the config.
 
     Raises:
-        ModelError: it cannot be loaded; the message says what was tried.
-        UsageError: a config without weights, and no `random_weights`.
+        ModelError: the model cannot be loaded; the message says what was tried.
+        UsageError: a config without weights was given without `random_weights`.
     """
     path = str(demo_path()) if source == "demo" else source
     split = {} if distributed_config is None else {"distributed_config": distributed_config}
@@ -83,7 +83,7 @@ def load_model(
         return _with_experts(model.eval(), experts_implementation), tokenizer
     except UsageError:
         raise
-    except Exception as error:  # a config that a model's code stumbles over fails in any way it likes
+    except Exception as error:  # a bad config can raise anything in a model's code
         raise ModelError(_NOT_LOADED.format(source=source, why=_first_line(error))) from error
 
 
@@ -96,7 +96,7 @@ def _config(source: str, top_k: int | None, *, random_weights: bool) -> Any:
         values = json.loads(Path(source).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError("the config has no `model_type`")
-    # Reads a config.json again, for it decodes what JSON cannot hold: infinity.
+    # Reads a config.json again, since it also decodes what JSON cannot represent: infinity.
     return _with_top_k(transformers.AutoConfig.from_pretrained(source), top_k)
 
 
@@ -111,10 +111,10 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_ex
 
 
 def _with_top_k(config: Any, top_k: int | None) -> Any:
-    """The config with another number of experts a token.
+    """Return the config with another number of experts per token.
 
     Raises:
-        UsageError: it says nowhere how many there are, or not that many.
+        UsageError: the config has no such number, or fewer experts.
     """
     if top_k is None:
         return config
@@ -133,10 +133,10 @@ def _with_top_k(config: Any, top_k: int | None) -> Any:
 
 
 def _with_experts(model: nn.Module, implementation: str | None) -> nn.Module:
-    """The model with its experts computed in another way.
+    """Return the model with another implementation of its experts.
 
     Raises:
-        UsageError: it knows no such way.
+        UsageError: the model does not support it.
     """
     if implementation is None:
         return model
@@ -151,7 +151,7 @@ def _with_experts(model: nn.Module, implementation: str | None) -> nn.Module:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that the config names, else the first of its type that does most: generate, then encode."""
+    """Return the class named by the config, else of its first auto class: generation before encoding."""
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
@@ -165,7 +165,7 @@ def _model_class(config: Any) -> Any:
     ):
         if type(config) in mapping._model_mapping:
             found = mapping._model_mapping[type(config)]
-            # Some composite configs stand beside the class of their text model, which takes another config.
+            # Some composite configs are mapped to the class of their text model, which takes another config.
             if found.config_class is type(config):
                 return found
     part = _class_of_a_part(config)
@@ -175,7 +175,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _class_of_a_part(config: Any) -> Any:
-    """For the config of a part, such as a text model inside a composite one, which no auto class knows."""
+    """Return a class for the config of a part, such as a composite's text model, unknown to auto classes."""
     import transformers
 
     package, _, module_name = type(config).__module__.rpartition(".")
@@ -194,7 +194,7 @@ def _class_of_a_part(config: Any) -> Any:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model; None where it has none."""
+    """Return the tokenizer of a model, or None if it has none."""
     import transformers
 
     if source.endswith(".json"):
@@ -202,7 +202,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, AttributeError):
-        return None  # a folder without a tokenizer: random tokens are used, and the run says so
+        return None  # a folder without a tokenizer: random tokens are used
 
 
 def _first_line(error: Exception) -> str:
@@ -210,7 +210,7 @@ def _first_line(error: Exception) -> str:
 
 
 def hide_progress_bars() -> None:
-    """Those that transformers draws while it loads weights."""
+    """Hide the progress bars that transformers draws while it loads weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""The processes of one `moe-trace run` under torchrun: joining, agreeing, and waiting for each other's files.
+"""The processes of a `moe-trace run` under torchrun: joining, agreeing, and waiting for each other's files.
 
-What is agreed goes through the rendezvous' key-value store, which serves also when a process has died; no
-collective is added to the steps that are recorded.
+Agreement uses the rendezvous' key-value store, which also works when a process has died; no collective is
+added to the recorded steps.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from moe_trace.data.errors import MoETraceError, UsageError
 
 _POLL_S = 0.05
 _STOPPING_S = 1.0
-_COLLECTIVE_S = 7200.0  # processes may load large models for tens of minutes, and not evenly
+_COLLECTIVE_S = 7200.0  # loading a large model may take tens of minutes, and differ between processes
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_runs = itertools.count()  # one process may do several, each with keys of its own in the store
+_runs = itertools.count()  # a process may do several runs, each with its own keys in the store
 
 
 class RankFailed(MoETraceError):
-    """A process of the run died, failed, was late, or left no file; what the others wrote is kept."""
+    """A process of the run died, failed, was late, or left no file. Files of the others are kept."""
 
     exit_code = 8
 
 
 class LeaderFailed(MoETraceError):
-    """Rank 0 could not go on, and has said why; the other processes end without a word."""
+    """Rank 0, or the process that draws the weights, failed or did not answer; this process ends silently."""
 
     exit_code = 8
 
 
 class StopSignal:
-    """What torchrun's SIGTERM does to rank 0: when a process dies, torchrun stops the others.
+    """Handler of torchrun's SIGTERM in rank 0: when a process dies, torchrun stops the others.
 
-    The run is broken off by an error, so that the trace is still written and rank 0 can say who died. From
-    `only_note` on the signal only shortens the waiting for others.
+    It raises an error that ends the run, so that the trace is still written and rank 0 can report which
+    process died. After `only_note` the signal only shortens the wait for others.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,14 @@ class StopSignal:
         self._raises = True
 
     def __call__(self, number: int, frame: Any) -> None:
-        """The signal's handler."""
+        """Handle the signal."""
         self.asked = True
         if self._raises:
             self._raises = False
             raise RankFailed("torchrun stopped this process, because another one ended")
 
     def only_note(self) -> None:
-        """Do not raise any more."""
+        """Stop raising errors on the signal."""
         self._raises = False
 
 
@@ -81,36 +81,36 @@ class Worker:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process draws, prints and answers for the run."""
+        """Whether this process draws, prints and reports for the run."""
         return self.rank == 0
 
     def publish(self, what: str, value: object) -> None:
-        """Leave a JSON value for the others under this rank's name."""
+        """Publish a JSON value for the others under this rank's key."""
         if self.store is not None:
             self.store.set(f"{what}/{self.rank}", json.dumps(value))
 
     def lookup(self, what: str, rank: int) -> Any:
-        """What a rank has told; None where it has not, yet."""
+        """Return the value that a rank has published, or None if it has not yet."""
         key = f"{what}/{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def told(self, what: str, rank: int) -> Any:
-        """As `lookup`; `{"failed": why}` of a rank that has failed."""
+        """Return the value as `lookup` does, or `{"failed": why}` for a rank that has failed."""
         failed = self.lookup("failed", rank)
         return self.lookup(what, rank) if failed is None else {"failed": failed}
 
     def wait_for_leader(self, what: str, timeout_s: float) -> None:
-        """Wait until rank 0 told `what`.
+        """Wait until rank 0 has published `what`.
 
         Raises:
-            LeaderFailed: it failed, or did not within the time.
+            LeaderFailed: rank 0 failed, or did not publish it in time.
         """
         answer = self.wait(lambda: self.lookup(what, 0), timeout_s)
         if answer is None or answer.get("failed"):
             raise LeaderFailed(f"rank 0 {'failed' if answer else f'did not answer in {timeout_s:g} s'}")
 
     def wait(self, ask: Callable[[], Any], timeout_s: float) -> Any:
-        """The first answer that is not None; None when the time is up, or soon after a stop was asked for."""
+        """Return the first answer that is not None, or None at the timeout or shortly after a stop signal."""
         deadline = time.monotonic() + timeout_s
         while True:
             answer = ask()
@@ -122,7 +122,7 @@ class Worker:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or something that sets its variables, started this process."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return all(name in os.environ for name in _VARIABLES)
 
 
@@ -131,11 +131,11 @@ def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
     """Join the process group of torchrun, and leave it at the end.
 
     Args:
-        device_type: `cuda` takes NCCL and the GPU of the local rank, `cpu` takes gloo.
-        expected: processes that the sizes given multiply to; None for any number.
+        device_type: `cuda` uses NCCL and the GPU of the local rank, `cpu` uses gloo.
+        expected: required number of processes, the product of the given sizes; None for any number.
 
     Raises:
-        UsageError: not started by torchrun, or with another number of processes.
+        UsageError: the process was not started by torchrun, or the number of processes differs.
     """
     if not is_launched():
         raise UsageError(
@@ -166,7 +166,7 @@ def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
         yield worker
     finally:
         signal.signal(signal.SIGTERM, before)
-    distributed.destroy_process_group()  # not after a failure: it may wait for a process that has died
+    distributed.destroy_process_group()  # skipped after a failure, where it might wait for a dead process
 
 
 def _take_gpu(rank: int, local_rank: int) -> torch.device:
@@ -180,10 +180,10 @@ def _take_gpu(rank: int, local_rank: int) -> torch.device:
 
 
 def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:
-    """Wait for the files of the other ranks; a sentence for each that left none in the folder.
+    """Wait for the files of the other ranks; return a sentence for each rank without a file in the folder.
 
     Args:
-        timeout_s: for all of them together.
+        timeout_s: timeout for all of them together.
     """
     deadline = time.monotonic() + timeout_s
     problems = []

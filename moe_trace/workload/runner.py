@@ -1,4 +1,4 @@
-"""Run a model under the profiler and write what was recorded."""
+"""Run a model under the profiler and write the recording."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ from moe_trace.workload.process_group import (
 from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
 
 _CLAIM_S = 300.0
-_GIVE_UP_S = 5.0  # for the others' files once this process itself has failed: torchrun soon ends it
+_GIVE_UP_S = 5.0  # wait for the others' files after this process has failed: torchrun soon ends it
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind."""
+    """Result of a run."""
 
     summary: Summary | None
-    """Of all processes; None in those that are not rank 0."""
+    """Summary of all processes; None except in rank 0."""
     trace: Path
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
-    """Ranks that left no file, a sentence each."""
+    """One sentence for each rank that left no file."""
 
 
 def run(config: RunConfig, progress: Progress = lambda what, done, total: None) -> RunResult:
-    """Load, warm up, record, write. Under torchrun every process calls it.
+    """Load, warm up, record, write. Under torchrun every process calls this function.
 
     Args:
-        progress: called with (what is being done, steps done, steps in all).
+        progress: called with (current activity, completed steps, total steps).
 
     Raises:
-        OutputError: the folder holds files and `force` was not given, or cannot be written.
+        OutputError: the folder holds files and `force` was not given, or it cannot be written.
         NothingRecorded: no router was called in the recorded steps.
-        UsageError: the processes, or this torch and transformers, do not fit what was asked for.
-        RankFailed: in rank 0, where this process or another one could not end the run.
+        UsageError: the processes, or the versions of torch and transformers, do not fit the request.
+        RankFailed: in rank 0, if this process or another one could not finish the run.
     """
     device = choose_device(config.device)
     if not config.split.is_split:
@@ -99,7 +99,7 @@ def _record(
     progress("loading the model", 0, total)
     torch.manual_seed(config.seed)
     step, model = _prepare(config, worker, device)
-    prof = _profiler(model, config, device)  # before the warm-up: it knows whether there is a router at all
+    prof = _profiler(model, config, device)  # before the warm-up, as it fails if there is no router
     for done in range(config.warmup):
         progress("warming up", done, total)
         _run(step, model)
@@ -114,7 +114,7 @@ def _record(
             interrupted = True
             prof.tracer.abandon_calls()
         finally:
-            worker.stop.only_note()  # torchrun's signal must not break off the writing of what was recorded
+            worker.stop.only_note()  # torchrun's signal must not interrupt writing the recording
         progress("writing the trace", total, total)
     if interrupted:
         raise _interrupted(config, worker, earlier, done)
@@ -124,13 +124,13 @@ def _record(
             f"check --layers and --every ({config.every})"
         )
     trace = _written(config, worker, earlier)
-    for file in earlier if worker.is_rank0 else []:  # only now: a run that fails leaves the one before it
+    for file in earlier if worker.is_rank0 else []:  # only now, so that a failed run keeps the previous one
         file.unlink(missing_ok=True)
     return trace, prof
 
 
 def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: int) -> Interrupted:
-    """What Ctrl-C left; an earlier run in the folder stays too, for this one did not end."""
+    """Return the error after Ctrl-C. An earlier run in the folder is kept, since this one did not finish."""
     ended = f"interrupted after {steps} of {config.steps} recorded steps"
     return Interrupted(
         f"{ended}; what was recorded until then is kept in {_written(config, worker, earlier)}"
@@ -138,7 +138,7 @@ def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: 
 
 
 def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[Step, torch.nn.Module]:
-    """The model, and a function that runs one step of it on this process's rows."""
+    """Return a function that runs one step on this process's rows, and the model."""
     how: dict[str, Any] = {
         "device": device,
         "dtype": _dtype(config, device),
@@ -169,7 +169,7 @@ def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[S
 
 
 def _even_rows(rows: int, config: RunConfig, worker: Worker) -> int | None:
-    """So many that each process with tokens of its own gets as many as the others."""
+    """Round up so that all processes with tokens of their own get the same number of rows."""
     if not config.split.is_split:
         return None
     parts = worker.world_size if config.split.ddp else config.split.fsdp
@@ -204,7 +204,7 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
 
 @contextmanager
 def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
-    """A process that fails says so to the others; rank 0 then says what became of all of them."""
+    """Publish a failure of this process to the others; rank 0 then reports the state of all."""
     try:
         yield
     except (MoETraceError, RuntimeError, OSError, MemoryError) as error:
@@ -218,7 +218,7 @@ def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
             raise
         worker.stop.only_note()
         others = missing_files(worker, config.out, _GIVE_UP_S)
-        if not others:  # the fault is this rank's own
+        if not others:  # the failure is this rank's own
             raise
         kept = [file.name for file in traces_in(config.out)]
         raise RankFailed(
@@ -228,7 +228,7 @@ def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
 
 
 def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
-    """The trace that this process wrote."""
+    """Return the trace that this process wrote."""
     name = f".rank{worker.rank}." if worker.store is not None else ""
     known = {file.name for file in earlier}
     traces = [f for f in traces_in(config.out) if name in f.name]
@@ -236,13 +236,13 @@ def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
 
 
 def _claim_folder(config: RunConfig, worker: Worker) -> list[Path]:
-    """Rank 0 makes the folder, and the others write into it too.
+    """Create the folder in rank 0, and wait for it in the others, which write into it too.
 
-    Returns what an earlier run wrote, which `force` allows to replace.
+    Returns the files of an earlier run, which `force` allows to replace.
     """
     if not worker.is_rank0:
         worker.wait_for_leader("folder", _CLAIM_S)
-        config.out.mkdir(parents=True, exist_ok=True)  # another machine's disk, perhaps
+        config.out.mkdir(parents=True, exist_ok=True)  # may be another machine's disk
         return list(files_in(config.out))
     try:
         earlier = claim_folder(config.out, force=config.force)

@@ -23,10 +23,10 @@ _DRAWING_S, _READING_S = 1800.0, 600.0  # large models take minutes
 
 
 def require_support(split: Split, device: torch.device) -> None:
-    """Say at once what this torch and transformers cannot do.
+    """Check early that this torch and transformers support the split.
 
     Raises:
-        UsageError: a part is missing; the message names it.
+        UsageError: a requirement is missing; the message names it.
     """
     if not distributed.is_available():
         raise UsageError("this torch is built without torch.distributed; a run cannot be split with it")
@@ -58,7 +58,7 @@ def require_support(split: Split, device: torch.device) -> None:
 
 
 def wrapped(model: nn.Module, split: Split, mode: Mode) -> nn.Module:
-    """With `--ddp` in DistributedDataParallel, except to generate: it has no `generate` to call."""
+    """Wrap the model in DistributedDataParallel for `--ddp`, except to generate: it has no `generate`."""
     if not split.ddp or mode == "generate":
         return model
     return nn.parallel.DistributedDataParallel(model)
@@ -74,13 +74,13 @@ def load_split_model(
     random_weights: bool,
     **changed: Any,
 ) -> tuple[nn.Module, Any]:
-    """This process's part of the model (all of it with `--ddp`), in eval mode, and its tokenizer.
+    """Return this process's part of the model (all of it with `--ddp`), in eval mode, and its tokenizer.
 
     `changed` are `top_k` and `experts_implementation` of `load_model`. Random weights are the same on all
     processes, and the same as those of a run that is not split.
 
     Raises:
-        ModelError: it cannot be loaded, or cannot be split like that.
+        ModelError: the model cannot be loaded, or cannot be split like that.
     """
     if not split.needs_transformers:
         return load_model(source, device=device, dtype=dtype, random_weights=random_weights, **changed)
@@ -110,9 +110,9 @@ def _config(split: Split) -> Any:
 
 @contextmanager
 def _random_weights_on_disk(source: str, worker: Worker, dtype: torch.dtype | None) -> Iterator[Path]:
-    """Weights drawn by one process per machine, since only `from_pretrained` knows how to split.
+    """Save weights drawn by one process per machine, since only `from_pretrained` can split a model.
 
-    The folder goes when all processes of the machine have read it, or failed to.
+    The folder is deleted when all processes of the machine have read it, or failed to.
     """
     if worker.local_rank != 0:
         maker = worker.rank - worker.local_rank
@@ -135,10 +135,10 @@ def _random_weights_on_disk(source: str, worker: Worker, dtype: torch.dtype | No
 
 
 def rows_of_this_process(model: nn.Module, inputs: dict[str, Tensor], worker: Worker) -> dict[str, Tensor]:
-    """The rows of the batch that are this process's: processes that split a model's tensors share theirs.
+    """Return this process's rows of the batch: processes that split a model's tensors share their rows.
 
     Raises:
-        UsageError: the rows cannot be shared out evenly.
+        UsageError: the rows cannot be divided evenly.
     """
     part, parts = worker.rank, worker.world_size
     manager = getattr(model, "_mesh_manager", None)

@@ -12,13 +12,12 @@ from moe_trace.workload.inputs import read_prompts
 
 
 def variants(config: RunConfig, seq_lens: Sequence[int]) -> list[tuple[str, RunConfig]]:
-    """(name, config) of each run; a single run keeps the folder, several get one each below it.
+    """Return (name, config) of each run. A single run keeps the folder, several get subfolders.
+
+    A JSON prompts file with several texts makes a run of each; other prompts files are one batch.
 
     Args:
-        seq_lens: tokens per sequence; more than one makes a run of each.
-
-    A prompts file that is a JSON object of name -> text makes a run of each text; other prompts files are
-    one batch.
+        seq_lens: tokens per sequence; with more than one, each makes a run.
 
     Raises:
         UsageError: two names would share a folder.

@@ -1,1 +1,1 @@
-"""A program of the user's: run as Python runs it, and watched."""
+"""Running and watching a program of the user."""

@@ -1,4 +1,4 @@
-"""Run a program as `python program.py` and `python -m module` do: `__main__`, arguments, paths and ending."""
+"""Run a program like `python program.py` or `python -m module`: `__main__`, arguments, paths, exit status."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Program:
-    """A file, or a module by its name, and what it is started with."""
+    """A file, or a module by its name, and its arguments."""
 
     target: str
     arguments: Sequence[str] = ()
@@ -38,14 +38,14 @@ class Program:
 
     @property
     def name(self) -> str:
-        """For the folder of its run."""
+        """Name for the folder of its run."""
         return self.target if self.is_module else Path(self.target).stem
 
     def check(self) -> None:
-        """Find out whether it exists.
+        """Check that the program exists and can be recorded.
 
         Raises:
-            UsageError: there is no such program, or it starts the processes that would have to be watched.
+            UsageError: there is no such program, or it is a launcher of the processes to be watched.
         """
         name = self.target if self.is_module else Path(self.target).name
         if name in _LAUNCHERS:
@@ -57,9 +57,9 @@ class Program:
             raise UsageError(f"found no file {self.target}, expected a Python program")
 
     def run(self) -> int:
-        """Run it to its end, and return the status that Python would end with; 130 after Ctrl-C.
+        """Run the program to its end, and return the exit status that Python would have; 130 after Ctrl-C.
 
-        It stays `__main__` afterwards, for what runs when the process ends.
+        The program remains `__main__` afterwards, for code that runs when the process exits.
         """
         try:
             self._run()
@@ -73,7 +73,7 @@ class Program:
         return 0
 
     def _run(self) -> None:
-        if not sys.flags.safe_path:  # else Python puts no folder there
+        if not sys.flags.safe_path:  # otherwise Python adds no folder
             sys.path[0] = os.getcwd() if self.is_module else str(Path(self.target).resolve().parent)
         if self.is_module:
             spec = _spec_of(self.target)
@@ -115,7 +115,7 @@ def _spec_of(name: str) -> ModuleSpec:
 
 
 def _tell(error: BaseException) -> None:
-    """As Python does, by the hook that the program may have set, and without our own calls above its own."""
+    """Report an error as Python does, by the program's own hook if set, and without our own stack frames."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next

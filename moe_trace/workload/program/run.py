@@ -1,7 +1,7 @@
-"""A program of the user's under `moe-trace run`: run as Python runs it, and watched once it imports torch.
+"""Run a program of the user under `moe-trace run`: unchanged, and watched once it imports torch.
 
-Torch is not imported before the program does that: programs set variables that torch and transformers read
-when they are imported.
+Torch is not imported before the program imports it, since programs set variables that torch and transformers
+read on import.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """How a program ended, and what was recorded of it."""
+    """How a program ended, and what was recorded."""
 
     status: int
-    """As `Program.run` returns it."""
+    """Exit status from `Program.run`."""
     out: Path
     traces: tuple[Path, ...]
-    """That hold the routing, by whatever profiler."""
+    """Traces with the routing, from any profiler."""
     files: tuple[Path, ...]
-    """In `out`."""
+    """Files in `out`."""
     own_profiler: bool
-    """The program started one."""
+    """Whether the program started a profiler."""
     why_nothing: str
-    """Where there is no trace."""
+    """Reason to report if there is no trace."""
 
 
 def run_program(program: Program, config: RunConfig) -> ProgramRun:
-    """Run it to its end.
+    """Run the program to its end.
 
     Args:
-        config: `steps` are profiled after `warmup` others, unless the program starts a profiler of its own.
+        config: `steps` are profiled after `warmup` others, unless the program starts its own profiler.
 
     Raises:
-        UsageError: there is no such program, or it starts other processes that would be the ones to watch.
+        UsageError: there is no such program, or it is a launcher of the processes to be watched.
         OutputError: the folder cannot be written, or holds other files.
     """
     program.check()
@@ -86,7 +86,7 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
 
 
 def _status_of(program: Program) -> int:
-    """Run it. A process that it forked ends here: forked while a profiler records, it would hang later."""
+    """Run the program. Processes that it forked exit here: forked under a profiler, they would hang later."""
     process, status = os.getpid(), program.run()
     if os.getpid() != process:
         atexit._run_exitfuncs()
@@ -105,17 +105,17 @@ def _launched() -> bool:
 
 
 def _worker() -> str | None:
-    """The rank is in the name, though the program's process group may be gone when the trace is written."""
+    """Return a worker name with the rank, since the process group may be gone when the trace is written."""
     return f"{socket.gethostname()}_{os.getpid()}.rank{_rank()}" if _launched() else None
 
 
 def has_store() -> bool:
-    """Whether torchrun started this process, whose agent keeps a store."""
+    """Return whether torchrun started this process and its agent keeps a store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _agreed(folder: Path) -> Path:
-    """Rank 0's folder, told through the store that torchrun's agent keeps; the program's group is its own."""
+    """Return rank 0's folder from the store of torchrun's agent; the process group is the program's own."""
     if not _launched() or not has_store():
         return folder
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -144,27 +144,27 @@ def _why_nothing(program: Program, watch: Watch) -> str:
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):
-    """Calls `ready` when torch has been imported."""
+    """Import hook that calls `ready` when torch has been imported."""
 
     def __init__(self, ready: Callable[[], None]) -> None:
         self._ready = ready
 
     def install(self) -> None:
-        """Ahead of those that find it."""
+        """Install the hook before all other finders."""
         if "torch" in sys.modules:
             self._ready()
         else:
             sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
-        """Torch was imported, or never is."""
+        """Remove the hook if it is still installed."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Torch's own, with a loader that tells us."""
+        """Return torch's own spec, with a loader that calls `ready` after the import."""
         if name != "torch":
             return None
         self.remove()

@@ -1,10 +1,10 @@
-"""What happens in a program of the user's: models with routers are called, optimizers step, profilers start.
+"""Watch a user's program: calls of models with routers, optimizer steps, and starts of profilers.
 
-Each model with routers gets a tracer at its first call, and every torch profiler that the program starts
-writes the routing into its traces. Where it starts none, some of its steps are profiled.
+Each model with routers gets a tracer at its first call, and every torch profiler that the program starts adds
+the routing to its traces. If the program starts none, some of its steps are profiled.
 
-A step is what lies between the first forwards after an optimizer's step: its forwards, backwards and the
-optimizer. A program that trains nothing has no such steps; each forward of its first model is one.
+A step begins with the first forward after an optimizer step, and contains its forwards, backwards and the
+optimizer step. In a program without training, each forward of its first model is a step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moe_trace.workload.config import RunConfig, routes_of
 
 
 class _Tracer(MoETracer):
-    """Tells which traces its routing was added to."""
+    """Tracer that keeps a list of the traces its routing was added to."""
 
     traces: list[Path]
 
@@ -46,43 +46,43 @@ class _Tracer(MoETracer):
 
 
 class Watch:
-    """Traces the models of the program, and profiles steps of it unless it does so itself.
+    """Watch that traces the models of a program, and profiles some steps unless the program does so itself.
 
     Args:
         config: `steps` are profiled after `warmup` others, into `out`.
-        worker: of the names of traces; None for the usual.
+        worker: worker name in file names of traces; None for the default.
     """
 
     def __init__(self, config: RunConfig, worker: str | None = None) -> None:
         self.config, self._worker = config, worker
         self.step = -1
-        """The step under way."""
+        """Index of the current step."""
         self.own_profiler = False
-        """Whether the program started one."""
+        """Whether the program started a profiler."""
         self.models: list[str] = []
-        """Classes of the models that are traced."""
+        """Classes of the traced models."""
         self.traces: list[Path] = []
-        """That hold the routing, in the order in which they were written."""
+        """Traces with the routing, in the order in which they were written."""
         self._known: dict[int, bool] = {}
-        """By id of a module that was looked at: whether its forwards are steps."""
+        """Whether forwards of a module are steps, by id of each module seen."""
         self._alive: dict[int, weakref.ref[nn.Module]] = {}
         self._routers = weakref.WeakSet[nn.Module]()
-        self._tracers = weakref.WeakSet[_Tracer]()  # a model that the program drops may die
+        self._tracers = weakref.WeakSet[_Tracer]()  # must not keep a model that the program drops alive
         self._counts: weakref.ref[nn.Module] | None = None
         self._by_optimizer = self._optimizer_stepped = False
         self._profiler: torch.profiler.profile | None = None
         self._over = False
-        """Our profile was written, and the tracers are off."""
+        """Whether our profile was written and the tracers were stopped."""
         self._pid = os.getpid()
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Look at each call of a module, each profiler and each step of an optimizer."""
+        """Watch all calls of modules, starts of profilers and steps of optimizers."""
         original = nn.Module.__call__
 
         @functools.wraps(original)
         def look_and_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if known.get(id(module), True):  # a global hook could not put hooks on for this very call
+            if known.get(id(module), True):  # a global hook could not add hooks for this very call
                 before(module)
             return original(module, *args, **kwargs)
 
@@ -94,7 +94,7 @@ class Watch:
         self._undo.append(lambda: unlisten(self._met))
 
     def finish(self) -> None:
-        """Write what was recorded and leave everything as it was; nothing in a process that was forked."""
+        """Write what was recorded and undo all patches; do nothing in a forked process."""
         if os.getpid() == self._pid:
             self._safely(self._end_profile)
             for tracer in list(self._tracers):
@@ -103,7 +103,7 @@ class Watch:
                 self._undo.pop()()
 
     def tracers(self) -> list[MoETracer]:
-        """Of the models that still live."""
+        """Return the tracers of models that are still alive."""
         return list(self._tracers)
 
     def _before_call(self, module: nn.Module) -> None:
@@ -136,7 +136,7 @@ class Watch:
             self._known[id(module)] = True
 
     def _remember(self, modules: Any) -> None:
-        """As looked at; an id is free again when its module is gone."""
+        """Mark modules as seen, until they are deleted and their ids may be reused."""
         for module in modules:
             key = id(module)
 
@@ -170,7 +170,7 @@ class Watch:
     def _start_profile(self, module: nn.Module) -> None:
         config = self.config
         on_gpu = torch.cuda.is_available() and any(p.is_cuda for p in module.parameters())
-        with warnings.catch_warnings():  # of no warm-up where the first step is asked for
+        with warnings.catch_warnings():  # a warning about the lack of warm-up if the first step is recorded
             warnings.simplefilter("ignore", UserWarning)
             steps = schedule(
                 wait=max(0, config.warmup - 1), warmup=min(1, config.warmup), active=config.steps, repeat=1
@@ -190,7 +190,7 @@ class Watch:
             profiler.stop()
 
     def _met(self, prof: Any) -> None:
-        """A profiler starts or steps: two at once end the process, so ours makes way for the program's."""
+        """Handle a profiler's start or step: two at once end the process, so ours gives way to another."""
         if prof is self._profiler or prof is getattr(self._profiler, "profiler", None):
             return
         if os.getpid() != self._pid or self.own_profiler:
@@ -202,7 +202,7 @@ class Watch:
 
     @staticmethod
     def _safely(do: Callable[[], None]) -> None:
-        """The program goes on whatever becomes of us."""
+        """Run `do` and print its errors, so that the program continues in any case."""
         try:
             do()
         except Exception as error:
