@@ -42,7 +42,7 @@ window.addEventListener("beforeprint", () => { before = root.dataset.theme; setT
 window.addEventListener("afterprint", () => setTheme(before));
 setTheme(dark.matches ? "dark" : "light");
 
-// The tokens of each group of layers: its pages stand in this file.
+// The tokens of each group of layers, whose pages are embedded in this file.
 for (const {id, header, pages} of JSON.parse(document.getElementById("routes").textContent)) {
   document.getElementById(id).append(tokens(header, async (i) => pages[i]).element);
 }

@@ -1,4 +1,4 @@
-// Draws plotly specifications in the colours of the theme. Without plotly the tables still say everything.
+// Draws plotly specifications in the colours of the theme. Without plotly the tables still have all data.
 
 import {el} from "./dom.js";
 import {themed} from "./theme.js";
@@ -25,9 +25,9 @@ function paint(place) {
   return plotly.react(place, data, layout, config);
 }
 
-// Draws; resolves once the chart stands. `onclick` gets (row, column) of the point.
+// Draws the chart and resolves once it is complete. `onclick` receives (row, column) of the point.
 export async function draw(place, spec, onclick) {
-  place.style.minHeight = `${spec.layout.height || 300}px`; // the page must not jump when the chart comes
+  place.style.minHeight = `${spec.layout.height || 300}px`; // the page must not jump when the chart appears
   let plotly;
   try {
     plotly = await loadPlotly();
@@ -51,14 +51,14 @@ export async function draw(place, spec, onclick) {
   }
 }
 
-// Other numbers in the same chart.
+// Replaces the numbers in the chart.
 export async function update(place, change) {
   if (!place.chart) return;
   place.chart.spec = change(place.chart.spec);
   await paint(place);
 }
 
-// The theme has changed.
+// Redraws after a change of theme.
 export function repaint() {
   for (const place of drawn) {
     if (place.isConnected) paint(place);

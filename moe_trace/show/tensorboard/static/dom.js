@@ -1,4 +1,4 @@
-// Builds DOM. Text goes in as text, never as HTML: names come out of files.
+// Builds DOM. Text is inserted as text, never as HTML, since names come from files.
 
 export function el(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -19,7 +19,7 @@ export function clear(element) {
 let ids = 0;
 export const freshId = (stem) => `${stem}-${++ids}`;
 
-// Text with what stands between backquotes as code.
+// Returns text with the parts between backquotes as code.
 export function marked(text) {
   return text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
 }

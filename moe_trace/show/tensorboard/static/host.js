@@ -1,12 +1,12 @@
-// What ties the tab to the TensorBoard round it: its theme, its reload button, its address.
+// Connects the tab to the TensorBoard around it: its theme, its reload button, its address.
 //
 // The tab runs in an iframe of the same origin. The reload button arrives over the message channel that
 // TensorBoard opens for plugins. For theme and address there is no such message, so the parent page is read
-// directly, and where that is forbidden (a notebook that shows TensorBoard from elsewhere) the tab goes on
-// without: the theme of the system, an address that does not change.
+// directly. Where that is forbidden (a notebook that shows TensorBoard from another origin), the tab works
+// without it: with the theme of the system, and an address that does not change.
 
 const PLUGIN = "moe";
-const PREFIX = `p.${PLUGIN}.`; // TensorBoard's own form for parameters of a plugin
+const PREFIX = `p.${PLUGIN}.`; // TensorBoard's prefix for parameters of a plugin
 const KNOWN = ["view", "run", "trace", "stage", "from", "to", "site", "expert", "step", "clock", "start", "end", "page", "slot",
   "group", "run_b", "trace_b", "stage_b"];
 
@@ -72,9 +72,9 @@ export function readState() {
   return state;
 }
 
-// A step of its own in the browser's history where the user went to another place, none for a moved slider.
+// Adds an entry to the browser's history when the user goes to another place, none for a moved slider.
 export function writeState(state, asStep) {
-  if (!host || parts()[0] !== PLUGIN) return; // another tab is in front: its address is not ours to change
+  if (!host || parts()[0] !== PLUGIN) return; // another tab is active, and its address must not change
   const others = parts().slice(1).filter((part) => !nameOf(part).startsWith(PREFIX));
   const ours = KNOWN.filter((key) => state[key] !== undefined && state[key] !== "")
     .map((key) => `${PREFIX}${key}=${encodeURIComponent(state[key])}`);

@@ -1,4 +1,4 @@
-// The MoE tab. TensorBoard imports this module into an iframe of its own and calls render().
+// The MoE tab. TensorBoard imports this module into its own iframe and calls render().
 
 import {connect, onNavigate, onTheme, readState, writeState} from "./host.js";
 import {repaint} from "./chart.js";
@@ -23,7 +23,7 @@ const VIEWS = {
   ranks: ["Ranks", ranks],
   routes: ["Tokens", routes],
 };
-// What belongs to one trace, and means nothing in another.
+// State that belongs to one trace and has no meaning in another.
 const OF_TRACE = ["stage", "from", "to", "site", "expert", "step", "clock", "start", "end", "page", "slot", "group"];
 // Views that only some traces have.
 const HAS = {
@@ -34,7 +34,7 @@ const HAS = {
 class App {
   constructor() {
     this.state = readState();
-    this.turn = 0; // of the latest question; what an older one draws is thrown away
+    this.turn = 0; // number of the latest request; older ones are discarded
     this.nav = el("nav", {"aria-label": "Views"});
     this.main = el("main", {id: "main", tabindex: "-1"});
     this.live = el("p", {role: "status", class: "visually-hidden"});
@@ -53,7 +53,7 @@ class App {
     this.main.focus();
   }
 
-  // Reads the list of runs anew, and draws the view.
+  // Reads the list of runs again and draws the view.
   async refresh(fresh) {
     let runs;
     try {
@@ -63,7 +63,7 @@ class App {
     }
     if (runs.error) return clear(this.main).append(problem(runs.error));
     const versions = JSON.stringify(runs.runs.map((run) => [run.run, run.traces.map((t) => [t.trace, t.version])]));
-    // TensorBoard reloads every 30 s. Where no file has changed, nothing that the reader has opened is closed.
+    // TensorBoard reloads every 30 s. If no file has changed, nothing that the user has opened is closed.
     if (fresh && versions === this.versions) return undefined;
     this.versions = versions;
     forget();
@@ -72,7 +72,7 @@ class App {
     return this.draw();
   }
 
-  // The trace that the list offers: another where the named one is gone, and the address says so.
+  // Takes the picker's choice, and updates the address if it named another trace, which no longer exists.
   take(chosen) {
     const isGone = this.state.run !== undefined && this.state.trace !== undefined
       && (chosen.run !== this.state.run || chosen.trace !== this.state.trace);
@@ -87,14 +87,14 @@ class App {
     this.go(state, {whole: true});
   }
 
-  // Layer and expert stay: they are the same in every stage. Steps are counted anew.
+  // Layer and expert are kept, as they are the same in every stage. The choice of steps is reset.
   chooseStage(stage) {
     const state = {...this.state, stage};
     for (const name of ["from", "to", "step", "start", "end"]) delete state[name];
     this.go(state, {whole: true});
   }
 
-  // Changes the state; `quiet` leaves the page as it is, since the view has drawn the change itself.
+  // Changes the state. `quiet` does not redraw the page, since the view has drawn the change itself.
   go(changes, {quiet = false, whole = false} = {}) {
     const before = this.state.view;
     this.state = whole ? changes : {...this.state, ...changes};
@@ -102,7 +102,7 @@ class App {
     writeState(this.state, !quiet);
     if (quiet) return undefined;
     const moved = this.state.view !== before;
-    if (moved) window.scrollTo(0, 0); // focus alone would leave the view's head below the header
+    if (moved) window.scrollTo(0, 0); // focus alone would leave the top of the view below the header
     return this.draw().then(() => moved && this.main.focus({preventScroll: true}));
   }
 

@@ -1,4 +1,4 @@
-// Asks the plugin's routes. Knows nothing of the page.
+// Requests data from the plugin's routes, independently of the page.
 
 const CACHE_MAX = 64;
 const kept = new Map();
@@ -9,7 +9,7 @@ export function address(view, parameters) {
   return query ? `${view}?${query}` : view;
 }
 
-// The answer to a question; throws an Error whose message can be shown.
+// Returns the response to a request; throws an Error whose message can be shown.
 export async function ask(view, parameters = {}) {
   let answer;
   try {
@@ -23,7 +23,7 @@ export async function ask(view, parameters = {}) {
   return content;
 }
 
-// The same, with the last answers kept: for what a slider asks again and again.
+// The same with a cache of the last responses, for the repeated requests of a slider.
 export function askOnce(view, parameters) {
   const key = address(view, parameters);
   if (!kept.has(key)) {
@@ -35,12 +35,12 @@ export function askOnce(view, parameters) {
   return kept.get(key);
 }
 
-// After a reload the files may have changed.
+// Clears the cache: after a reload the files may have changed.
 export function forget() {
   kept.clear();
 }
 
-// Lets only the latest question's answer through: a late one never overwrites a newer question.
+// Passes on only the response to the latest request, so that an older one never overwrites it.
 export class Latest {
   #turn = 0;
 

@@ -1,11 +1,11 @@
-// What several views are made of: words with a definition, facts, tables, figures, and the three states.
+// Elements shared by several views: labels with definitions, facts, tables, figures, and the three states.
 
 import {draw} from "./chart.js";
 import {button, el, freshId, select} from "./dom.js";
 
 export const definitions = {};
 
-// A label; where it has a definition, that is shown on hover and on focus.
+// A label. Its definition, if any, is shown on hover and on focus.
 export function term(label, words = definitions[label]) {
   if (!words) return el("span", {}, label);
   const id = freshId("tip");
@@ -19,7 +19,7 @@ export function term(label, words = definitions[label]) {
   return holder;
 }
 
-// Fixed to the window, since tables scroll and would cut it off.
+// Fixed to the window, since scrolling tables would clip it.
 function placeTip(word, tip) {
   const box = word.getBoundingClientRect();
   const width = Math.min(320, window.innerWidth - 24);
@@ -30,7 +30,7 @@ function placeTip(word, tip) {
   tip.style.top = `${fits ? below : Math.max(4, box.top - tip.offsetHeight - 6)}px`;
 }
 
-// A number keeps its value and its place in the report's JSON.
+// A number carries its value and its path in the report's JSON.
 export function figureNumber(fact, tag = "dd") {
   return el(tag, {"data-value": fact.value, "data-path": fact.path, "data-label": fact.label}, fact.text);
 }
@@ -61,7 +61,7 @@ export function table(content, caption, {rowHead} = {}) {
       el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows)), more);
 }
 
-// A plot, its words, and the same as a table. `tools` stand between words and plot.
+// A plot with its title, caption and table. `tools` are placed between caption and plot.
 export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) {
   const id = freshId("figure");
   const plot = el("div", {class: "plot", role: "img", "aria-label": `${spec.title}. ${spec.caption}`});
@@ -70,7 +70,7 @@ export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) 
   const card = el("figure", {"data-figure": spec.key, "aria-labelledby": id},
     el("h2", {id}, spec.title), caption, ...tools, plot,
     el("details", {open, ontoggle: () => card.fillTable()}, el("summary", {}, "The same as a table"), holder));
-  let latest; // of a table that is not seen, nothing is built: a slider changes it many times a second
+  let latest; // hidden tables are not built: a slider changes them many times a second
   card.fillTable = () => {
     if (!latest || !holder.parentElement.open) return;
     holder.replaceChildren(table(latest, `${spec.title}, table`, {rowHead}));
@@ -86,7 +86,7 @@ export function figure(spec, {tools = [], onclick, open = false, rowHead} = {}) 
   return card;
 }
 
-// Which stage is shown; of a trace that has one only, its name.
+// A choice of the stage, or only its name if the trace has a single one.
 export function stageChoice(stages, now, onchoose) {
   if (stages.length > 1) return select("Stage", stages.map((stage) => [stage, stage]), now, onchoose);
   return stages.length ? el("span", {class: "field", "data-stage": now}, el("span", {class: "soft"}, "Stage"), now) : "";
@@ -111,7 +111,7 @@ export function problem(words, retry) {
     el("p", {}, words), retry && button("Try again", retry));
 }
 
-// True, with the reason on the page, where the trace itself cannot be read.
+// Returns true, and shows the reason on the page, if the trace itself cannot be read.
 export function isBroken(place, answer) {
   const words = answer.broken || answer.error;
   if (!words) return false;

@@ -1,10 +1,10 @@
-// Chooses the run and the trace, and lists the traces that cannot be read, each with its reason.
+// Selects the run and the trace, and lists unreadable traces, each with the reason.
 
 import {clear, el, select} from "./dom.js";
 import {empty, stageChoice} from "./parts.js";
 import {ask} from "./model.js";
 
-// Larger traces are read when they are chosen, not just to tell whether they can be.
+// Larger traces are read only when they are selected, not to find out whether they can be read.
 const CHECKED_MAX_BYTES = 20 * 2 ** 20;
 
 export class Picker {
@@ -21,7 +21,7 @@ export class Picker {
     return this.runs.some((run) => run.traces.some((trace) => trace.state !== "broken"));
   }
 
-  // Several, or not known yet: the traces of one rank (a schedule that repeats writes many) need no comparison.
+  // Several ranks, or unknown: traces of one rank (a repeating schedule writes many) need no comparison.
   manyRanks(name) {
     const traces = (this.runs.find((run) => run.run === name)?.traces ?? []).filter((one) => one.state !== "broken");
     const ranks = new Set(traces.map((one) => one.rank ?? one.trace));
@@ -32,7 +32,7 @@ export class Picker {
     return this.runs.find((run) => run.run === this.chosen.run)?.traces.find((one) => one.trace === this.chosen.trace);
   }
 
-  // Takes the list in; gives the run and the trace to show, {} without any.
+  // Updates the list; returns the run and the trace to show, {} without any.
   async fill(answer, state) {
     const turn = ++this.turn;
     this.answer = answer;
@@ -46,7 +46,7 @@ export class Picker {
     return this.chosen;
   }
 
-  // What the address names, though it be broken: its reason is then shown. Else the first that can be read.
+  // The trace in the address, even if broken: the reason is then shown. Else the first readable trace.
   async firstReadable(state) {
     const run = this.runs.find((one) => one.run === state.run);
     if (run?.traces.some((trace) => trace.trace === state.trace)) return {run: state.run, trace: state.trace};
@@ -63,11 +63,11 @@ export class Picker {
     if (trace.state === "unread") Object.assign(trace, await ask("trace", {run, trace: trace.trace}));
   }
 
-  // Reads the chosen trace if need be: its stages can be chosen then.
+  // Reads the selected trace if necessary, so that its stages can be selected.
   async readChosen(stage) {
     const unread = this.chosenTrace?.state === "unread";
     if (unread) await this.read(this.chosenTrace, this.chosen.run);
-    if (!unread && stage === this.stage) return; // what has the focus stays
+    if (!unread && stage === this.stage) return; // keeps the focus
     this.stage = stage;
     this.draw();
   }
@@ -112,7 +112,7 @@ export class Picker {
     clear(this.broken).append(el("summary", {}, count), brokenList(list));
   }
 
-  // One after the other, so that a folder of many traces does not keep TensorBoard from answering.
+  // One after the other, so that a folder of many traces does not block TensorBoard.
   async check(turn) {
     for (const run of this.runs) {
       for (const trace of run.traces) {
@@ -121,13 +121,13 @@ export class Picker {
         try {
           await this.read(trace, run.run);
         } catch {
-          return; // TensorBoard has gone, or the file has: the next reload tells
+          return; // TensorBoard or the file no longer exists: the next reload shows it
         }
         if (trace.state === "broken" && turn === this.turn) this.drawBroken();
       }
     }
     if (turn !== this.turn) return;
-    if (!this.element.contains(document.activeElement)) this.draw(); // with the ranks that are known now
+    if (!this.element.contains(document.activeElement)) this.draw(); // with the ranks known by now
     this.onChecked();
     this.element.dataset.checked = "true";
   }

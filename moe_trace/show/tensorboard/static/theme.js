@@ -1,4 +1,4 @@
-// The colours of charts in both themes, for the TensorBoard tab and the HTML report. Figures come in the colours of
+// Colours of charts in both themes, for the TensorBoard tab and the HTML report. Figures use the colours of
 // the light theme; plotly's templates do the rest.
 
 const THEMES = {
@@ -6,7 +6,7 @@ const THEMES = {
   dark: {ink: "#e6edf3", grid: "#4a5058", line: "#575d66", panel: "#2d333b"},
 };
 
-// Light -> dark. Every colour that a figure may hold keeps apart from the others in its new form too.
+// Light -> dark. The dark forms of all colours used in figures are distinct, too.
 const DARK = {
   "#0072B2": "#4C9FE6", // blue: router, host
   "#E69F00": "#F2B632", // orange: dispatch, device span
@@ -17,7 +17,7 @@ const DARK = {
   "#D55E00": "#FF8A3D", // vermilion: the worst layer
   "#7A5195": "#B794D6", // violet: counters
   "#888888": "#AAB2BB",
-  // Gaps, and the layers between those that stand out: pale on white, brighter than the panel on black.
+  // Gaps, and layers that are not highlighted: pale on white, brighter than the panel on black.
   "rgba(128,128,128,0.25)": "rgba(205,212,220,0.3)",
   "rgba(128,128,128,0.22)": "rgba(205,212,220,0.25)",
   "rgba(128,128,128,0.45)": "rgba(205,212,220,0.45)",
@@ -61,7 +61,7 @@ export function showFrame(data, frame) {
   frame.traces.forEach((changes, i) => Object.assign(data[i], changes));
 }
 
-// What plotly draws of a figure in that theme: "light" or "dark".
+// Returns plotly's input for a figure in a theme: "light" or "dark".
 export function themed(figure, theme) {
   return {
     data: theme === "dark" ? figure.data.map(themedTrace) : figure.data,

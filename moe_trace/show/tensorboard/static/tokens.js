@@ -1,7 +1,7 @@
-// The text of a run, each token in the colour of its expert. Text goes in as text; the HTML page has the same code.
+// The text of a run with each token in the colour of its expert, for the tab and the HTML page; never as HTML.
 //
-// `header` says what holds for all pages (show/routes/tokens.py); `load(i)` gives a page. `state` is where it opens,
-// `tell(changes)` hears what the reader chooses.
+// `header` is the data of all pages (show/routes/tokens.py); `load(i)` returns a page. `state` is the initial state,
+// and `tell(changes)` is called with the user's choices.
 
 import {button, clear, el, freshId} from "./dom.js";
 
@@ -14,7 +14,7 @@ const TYPES = {int32: Int32Array, uint16: Uint16Array, uint8: Uint8Array};
 
 // -- data -------------------------------------------------------------------------------------------------
 
-// A page's columns as typed arrays.
+// Returns a page's columns as typed arrays.
 async function unpack(page) {
   const bytes = Uint8Array.from(atob(page.data), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -36,7 +36,7 @@ function half(bits) { // a float16
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
 }
 
-// What would not be seen, or would move what stands beside it: controls, marks of direction, blanks of no width.
+// Characters that are invisible or move their neighbours: controls, directional marks, zero-width blanks.
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zl}\p{Zp}]/gu;
 const NAMED = {"\n": "⏎", "\t": "⇥"};
 
@@ -54,7 +54,7 @@ const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : 
 
 const hue = (expert) => ((expert * 137.508 + 210) % 360).toFixed(1);
 
-// Experts next to each other are far apart in hue, and of three degrees of lightness.
+// Neighbouring experts differ strongly in hue, and have one of three degrees of lightness.
 function paint(element, expert) {
   element.style.setProperty("--hue", hue(expert));
   element.style.setProperty("--step", String((expert % 3) - 1));
@@ -130,7 +130,7 @@ class Tokens {
     this.slotSlider.say(this.slot, this.slotWords());
     const turn = ++this.turn;
     const page = await this.load(this.index);
-    if (turn !== this.turn) return; // a later page was asked for
+    if (turn !== this.turn) return; // a later page was requested
     if (page.broken || page.error) throw new Error(page.broken || page.error);
     const unpacked = await unpack(page);
     if (turn !== this.turn) return;
@@ -165,7 +165,7 @@ class Tokens {
     return this.header.has_text;
   }
 
-  // What the token says; where its text is not known, its id or its position.
+  // The text of the token, or its id or position if the text is unknown.
   word(i) {
     const {page} = this;
     if (page.flags[i] & PADDING) return "·";
@@ -273,7 +273,7 @@ class Tokens {
     }));
   }
 
-  // Those of this page that the chosen expert got, in any slot.
+  // Tokens of this page that were routed to the selected expert, in any slot.
   showGot() {
     const {expert, layer, header} = this;
     clear(this.got).hidden = expert === undefined;
@@ -305,7 +305,7 @@ class Tokens {
       ...most.map(([word, number]) => el("span", {}, el("span", {class: "token plain"}, visible(word)), `×${number}`)))];
   }
 
-  // The token between its neighbours; a click goes there.
+  // The token between its neighbours; a click selects it.
   mention(i) {
     const words = (from, to) => {
       const found = [];

@@ -4,8 +4,8 @@ import {el, select} from "../dom.js";
 import {ask} from "../model.js";
 import {empty, figure, isBroken, loading, stageChoice, table, term} from "../parts.js";
 
-const READ_MAX_BYTES = 20 * 2 ** 20; // a larger one is read when it is chosen
-const SEPARATOR = "\n"; // stands in no run and no file name of ours
+const READ_MAX_BYTES = 20 * 2 ** 20; // larger traces are read when they are selected
+const SEPARATOR = "\n"; // occurs in no run and no file name of ours
 
 export async function show(place, context) {
   const others = choices(context);
@@ -44,7 +44,7 @@ function choices({runs, state}) {
 const traceOf = ({runs, state}) =>
   runs.find(({run}) => run === state.run)?.traces.find(({trace}) => trace === state.trace);
 
-// B is a trace of A's model if one is found; what was not read yet is asked for, small files only.
+// B is a trace of A's model if one is found; traces not read yet are requested if they are small.
 async function firstOfModel(others, context) {
   const a = traceOf(context);
   for (const other of others) {
@@ -54,7 +54,7 @@ async function firstOfModel(others, context) {
   return others.find(({trace}) => trace.state !== "broken") ?? others[0];
 }
 
-// What the two are: what makes the figures below hard to compare is said before them.
+// Describes both traces, and differences that make the metrics below hard to compare.
 function differences(answer) {
   const list = (items) => el("ul", {}, ...items.map((words) => el("li", {}, words)));
   return [el("section", {class: "panel", "data-figure": "setup"}, el("h2", {}, "What changed"),
@@ -79,7 +79,7 @@ function head(context, others, chosen) {
       b.choice((stage_b) => context.go({stage_b}))));
 }
 
-// The stage that is shown of a trace: the wanted one where it has it.
+// Returns the stage to show of a trace: the wanted one, if it has it.
 function stagesOf(trace, wanted) {
   const stages = trace?.stages ?? [];
   const now = stages.includes(wanted) ? wanted : stages[0];

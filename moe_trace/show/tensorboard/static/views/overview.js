@@ -1,4 +1,4 @@
-// Facts, five cards, and the findings, worst first, each with the way to the view that shows it.
+// Facts, five cards, and the findings, worst first, each with a link to the view that shows it.
 
 import {button, el, marked} from "../dom.js";
 import {facts, figureNumber, isBroken, loading, term} from "../parts.js";
@@ -22,7 +22,7 @@ export async function show(place, {ask, go, isCurrent, state}) {
   }
 }
 
-// Cards and findings of one stage; of a trace that holds no other, without a heading.
+// Cards and findings of one stage, without a heading if the trace has no other.
 function stage(part, go) {
   const show = (target) => go({...target, stage: part.stage || undefined});
   const name = part.stage ? `${part.stage[0].toUpperCase()}${part.stage.slice(1)}` : "";

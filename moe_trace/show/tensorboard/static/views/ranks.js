@@ -1,4 +1,4 @@
-// The ranks of a run: together, where their traces share collectives, and side by side by their own traces.
+// The ranks of a run: combined, where their traces share collectives, and side by side from their own traces.
 
 import {el} from "../dom.js";
 import {empty, figure, isBroken, loading, term} from "../parts.js";
@@ -31,12 +31,12 @@ function summary(answer) {
     ...straggler(answer));
 }
 
-const EVEN = 1.01; // below it, the slowest rank is no news
+const EVEN = 1.01; // below it, the slowest rank is not worth reporting
 
 const traces = (count) => (count === 1 ? "one merged trace" : `${count} traces`);
 
 function straggler(answer) {
-  if (answer.same_load === undefined) return []; // a merged trace: no summary of each rank alone
+  if (answer.same_load === undefined) return []; // a merged trace has no summary of each rank
   const slowest = answer.straggler;
   const words = slowest && slowest.ratio < EVEN
     ? ["Every rank does the same MoE work, to within 1 %: there is no ", term("straggler"), "."]
@@ -48,7 +48,7 @@ function straggler(answer) {
     : [answer.waits_inside
       ? "The MoE work of these traces has the waiting for other ranks in it, so it names no straggler."
       : "The traces have no MoE ranges, so no straggler can be named."];
-  if (answer.together) return [el("p", {}, ...words)]; // which says who routes whose tokens
+  if (answer.together) return [el("p", {}, ...words)]; // which says which ranks route the same tokens
   const same = answer.same_load
     ? "All ranks saw the same assignments: either they route the same tokens (all-reduce expert parallelism), or one "
       + "trace was copied. Their tokens must not be added up."
@@ -63,7 +63,7 @@ function unreadable(answer) {
     : [];
 }
 
-// Load, waiting, clocks and bytes, as the report says them.
+// Load, waiting, clocks and bytes, in the words of the report.
 function together(report) {
   if (!report) return [];
   const missing = report.has_exchange ? [] : [el("p", {class: "soft"},

@@ -1,4 +1,4 @@
-// The tokens of a trace's file of routes in the colours of their experts, and what a study of them says.
+// The tokens of a trace's file of routes in the colours of their experts, and the figures of their study.
 
 import {update} from "../chart.js";
 import {el, freshId, select} from "../dom.js";
@@ -39,7 +39,7 @@ export async function show(place, context) {
   await Promise.all([...compared, ...cards].map((one) => one.drawn));
 }
 
-// A figure with a position of its slider for each layer.
+// A figure whose slider has a position for each layer.
 function card(spec) {
   if (!spec.frames.length) return figure(spec);
   const id = freshId("frame");

@@ -1,4 +1,4 @@
-// The heat map layers × experts over chosen steps, and one layer in detail.
+// The heat map of layers × experts over selected steps, and one layer in detail.
 
 import {update} from "../chart.js";
 import {button, clear, el, freshId, select} from "../dom.js";
@@ -21,7 +21,7 @@ export async function show(place, context) {
   const overTime = Object.values(answer.over_time).map((spec) => figure(spec));
   place.replaceChildren(view.card, ...overTime, view.detail);
   if (view.isChosen) view.moved();
-  context.state.site ??= answer.worst ?? answer.sites[0]; // a page that opens on an empty half helps nobody
+  context.state.site ??= answer.worst ?? answer.sites[0]; // the page should not open with an empty half
   await Promise.all([view.card.drawn, ...overTime.map((card) => card.drawn), view.showLayer()]);
 }
 
@@ -112,7 +112,7 @@ class Routing {
     if (!this.timer) this.settle();
   }
 
-  // The layer follows when the slider rests: drawing it at each step would make the slider stick.
+  // The layer is drawn when the slider rests, since drawing it at each step would block the slider.
   settle() {
     clearTimeout(this.settling);
     this.settling = setTimeout(() => { if (this.site && this.context.isCurrent()) this.showLayer(); }, SETTLE_MS);
@@ -177,7 +177,7 @@ class Routing {
     return undefined;
   }
 
-  // Only the sorted load depends on the chosen steps: the layer's other figures stay as they are.
+  // Only the sorted load depends on the selected steps; the layer's other figures do not change.
   async showSorted(sorted) {
     const expert = oneExpert(sorted, this.context.state.expert);
     this.expert.replaceWith(expert);
@@ -190,7 +190,7 @@ class Routing {
   }
 }
 
-// The expert whose cell was clicked, and its bar.
+// Shows the expert whose cell was clicked, and its bar.
 function oneExpert(sorted, expert) {
   const [bars] = sorted.data;
   const place = expert === undefined ? -1 : bars.x.indexOf(String(expert));

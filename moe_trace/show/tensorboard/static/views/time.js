@@ -27,7 +27,7 @@ export async function show(place, {ask, isCurrent}) {
   await Promise.all(cards.map((card) => card.drawn));
 }
 
-// Stacked times, which a button turns into shares of the call.
+// Stacked times, which a button converts into shares of the call.
 function stack(spec) {
   let shares = false;
   const toggle = button("As shares", async () => {

@@ -1,4 +1,4 @@
-// One step as lanes on a true time axis, counters below, and what ran in the range that is seen.
+// One step as lanes on a time axis to scale, with counters below and the kernels in the visible range.
 
 import {update} from "../chart.js";
 import {button, clear, el, select} from "../dom.js";
@@ -52,7 +52,7 @@ class Timeline {
       button("Whole step", () => this.set([0, this.answer.length_us])));
   }
 
-  // Mouse and touch: plotly moves the axis itself, and says so in many small steps.
+  // Mouse and touch: plotly moves the axis itself, and reports it in many small steps.
   listen() {
     this.card.plot.on("plotly_relayout", (change) => {
       const range = change["xaxis.range"] ?? [change["xaxis.range[0]"], change["xaxis.range[1]"]];
@@ -78,7 +78,7 @@ class Timeline {
     return this.moved();
   }
 
-  // The server draws what it joined before in finer pieces, the closer one looks.
+  // The closer the zoom, the finer the pieces into which the server resolves joined ones.
   async moved() {
     const [start, end] = this.range.map((us) => us.toFixed(3));
     const {step, clock} = this.answer;
