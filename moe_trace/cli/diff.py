@@ -69,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _failures(conditions: Sequence[Condition], changes: Sequence[Change]) -> list[tuple[Condition, Change]]:
-    """Return the violated conditions. A stage with too few calls is judged only where no other stage can
-    be.
-    """
+    """Return the violated conditions. A stage with few calls is judged only if no other stage can be."""
     compared = {(change.site, change.metric) for change in changes if change.verdict != "few calls"}
     judged = [c for c in changes if c.verdict != "few calls" or (c.site, c.metric) not in compared]
     return [(condition, change) for condition in conditions for change in judged if condition.fails(change)]

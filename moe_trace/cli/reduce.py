@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reduce the traces one after another, each on all cores."""
+    """Reduce the traces in parallel, and report each in the given order."""
     from moe_trace.read.file.folder import find_traces
     from moe_trace.read.reduced.workers import reduce_traces
 

@@ -1,7 +1,7 @@
 """Report what a trace holds about the routing, from the file alone.
 
 Metrics per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
-costs, and findings with advice. Several paths are reported one after another; a folder as one.
+costs, and findings with advice. Several paths are reported one after another; a folder is reported as one.
 
 Example: moe-trace report runs/demo --html report.html
 """
@@ -51,9 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _routes_of(prefix: str, path: str) -> RoutesPart | None:
-    """Return the routes next to a trace as a part of the page; a file that cannot be read is reported and
-    skipped.
-    """
+    """Return the routes next to a trace as a part of the page; an unreadable file is reported and skipped."""
     from moe_trace.data.routes.file import read_routes, routes_beside
     from moe_trace.show.figures.routes.report import routes_figures
     from moe_trace.show.routes_page import routes_part

@@ -182,7 +182,7 @@ def is_free(port: int) -> bool:
 
 
 def wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
-    """Return once TensorBoard serves the tab.
+    """Wait until TensorBoard serves the tab.
 
     Raises:
         MoETraceError: TensorBoard ended, or did not answer in time.

@@ -1,8 +1,8 @@
-"""A small OLMoE with real routing: trained on four domains, with experts that prefer domains and uneven load.
+"""A small OLMoE with real routing.
 
-Everything is in this folder, so nothing is downloaded. Its training data, quality and routing are described
-in `MODEL_CARD.md` next to this file; `scripts/train_demo_model.py` recreates it. Importing this module does
-not import torch.
+It was trained on four domains; its experts prefer domains, and its load is uneven. Everything is in this
+folder, so nothing is downloaded. `MODEL_CARD.md` describes its training data, quality and routing;
+`scripts/train_demo_model.py` recreates it. Importing this module does not import torch.
 """
 
 from __future__ import annotations

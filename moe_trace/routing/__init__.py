@@ -1,7 +1,9 @@
 """Custom routing: change what the experts receive while a context is open.
 
-with replace_router(model, cumulative_mass(0.5)):
-    model(**inputs)
+Example::
+
+    with replace_router(model, cumulative_mass(0.5)):
+        model(**inputs)
 """
 
 from __future__ import annotations

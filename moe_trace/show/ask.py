@@ -1,4 +1,4 @@
-"""Rendering of answers as text and JSON."""
+"""Render answers as text and JSON."""
 
 from __future__ import annotations
 

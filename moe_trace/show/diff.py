@@ -1,4 +1,4 @@
-"""Rendering of a comparison of two recordings as text, CSV and JSON."""
+"""Render a comparison of two recordings as text, CSV and JSON."""
 
 from __future__ import annotations
 

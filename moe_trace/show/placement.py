@@ -1,4 +1,4 @@
-"""Rendering of a study of placements as text and JSON."""
+"""Render a study of placements as text and JSON."""
 
 from __future__ import annotations
 

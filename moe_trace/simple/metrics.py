@@ -1,4 +1,4 @@
-"""Metrics of the simple interface: a row per router call, and a flat dict per router. No torch.
+"""Metrics of the simple interface: a row per router call, and a flat dict per router. Does not import torch.
 
 Unknown values are NaN, never 0 or text: memory on a CPU, confidence of a router without true logits, and all
 metrics of a router that was not called.

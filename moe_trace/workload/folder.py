@@ -32,8 +32,8 @@ def claim_folder(folder: Path, *, force: bool) -> list[Path]:
     """Create the folder, and return the files of an earlier run in it.
 
     Raises:
-        OutputError: the folder holds files and `force` was not given, cannot be created, or has a name that
-            torch cannot write to.
+        OutputError: the folder holds files and `force` was not given, it cannot be created, or its name is
+            not UTF-8, so that torch cannot write to it.
     """
     try:
         str(folder.absolute()).encode()

@@ -1,4 +1,4 @@
-"""Estimate what keeping some experts in fast memory would give on recorded routes.
+"""Simulate keeping some of the experts in fast memory, on recorded routes.
 
 Hit rate, experts loaded and bytes moved per token, by policy and by how many experts of each layer fit:
 least recently used (lru), least frequently used (lfu), the best fixed choice (static), and Belady's

@@ -1,4 +1,4 @@
-"""Check that routes can be what a router decided.
+"""Check that routes are possible decisions of a router.
 
 Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
 row is stale, padding is marked. With --reference, layers are compared with those of another file of the

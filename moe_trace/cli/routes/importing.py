@@ -1,8 +1,8 @@
 """Read the routes that another tool captured.
 
 Arrays of vLLM, SGLang and verl (.npy, .npz with routed_experts, .safetensors), responses of their servers
-(.json, or .jsonl with one a line), Megatron's router trace (.jsonl), SGLang's recorder of expert loads
-(.pt, per_token), and what `export` wrote.
+(.json, or .jsonl with one per line), Megatron's router trace (.jsonl), SGLang's recorder of expert loads
+(.pt, per_token), and files written by `export`.
 
 Example: moe-trace routes import routed_experts.npy --num-experts 64 --out vllm.routes.npz
 """

@@ -1,4 +1,4 @@
-"""Reading of route files for the commands; what a file lacks is reported on standard error."""
+"""Read route files for the commands, and report on standard error what a file lacks."""
 
 from __future__ import annotations
 

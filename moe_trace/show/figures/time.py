@@ -55,14 +55,14 @@ def phase_figures(report: PhaseReport, *, every_clock: bool = False) -> list[Fig
 
 
 def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
-    """Return the clocks that times are known for; host times are not known inside compiled code."""
+    """Return the clocks to show: the host's next to the device's only where it is known of all calls."""
     if not report.whole.on_device:
         return ("host",)
     return ("device", "host") if report.whole.host_known else ("device",)
 
 
 def inside_compiled(report: PhaseReport | None) -> str:
-    """Return the note on compiled code for captions of figures next to one that gives the shares."""
+    """Return the note that times inside compiled code are from the compiler, without their coverage."""
     known = report is not None and report.provenance is not None
     return f" Inside compiled code {BY_COMPILER}." if known else ""
 

@@ -1,1 +1,1 @@
-"""Rendering of routes as text, JSON, and pages of tokens."""
+"""Renderers of routes as text, JSON, and pages of tokens."""

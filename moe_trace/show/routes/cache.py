@@ -1,4 +1,4 @@
-"""Rendering of a simulated cache as text and JSON."""
+"""Render a simulated cache as text and JSON."""
 
 from __future__ import annotations
 

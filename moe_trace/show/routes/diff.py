@@ -1,4 +1,4 @@
-"""Rendering of two routings of the same tokens, or of checkpoints against the last, as text and JSON."""
+"""Render two routings of the same tokens, or checkpoints against the last, as text and JSON."""
 
 from __future__ import annotations
 

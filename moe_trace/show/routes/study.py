@@ -1,4 +1,4 @@
-"""Rendering of a study of routes: text with a table per analysis and a row per layer, and JSON."""
+"""Render a study of routes as text, with a table per analysis and a row per layer, and as JSON."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ OUTSIDE = "a link that leaves the log folder; it is not followed"
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file at the time of the scan of the folder."""
+    """A trace file as found by a scan of the folder."""
 
     run: str
     """Folder relative to the log folder, `.` for itself; with `--logdir_spec` below the folder's name."""

@@ -1,4 +1,4 @@
-"""Parsing of a request's parameters; each function raises ValueError for malformed ones."""
+"""Parse a request's parameters; each function raises ValueError for malformed ones."""
 
 from __future__ import annotations
 

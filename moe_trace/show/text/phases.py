@@ -64,7 +64,7 @@ def _used(report: PhaseReport) -> list[str]:
 
 
 def shares_sentence(report: PhaseReport) -> str:
-    """Return e.g. `MoE is 71 % of the model's busy device time. Of MoE's busy device time: router 1 %, …`"""
+    """Summarize the shares, as in `MoE is 71 % of the model's busy device time. …: router 0.9 %, …`"""
     clock = "busy device time" if report.whole.on_device else "time in operators"
     passes = {part: report.total.phases_of(part) for part in report.passes()}
     work = report.whole.moe_work_us

@@ -1,1 +1,1 @@
-"""Running and watching a program of the user."""
+"""Run and watch a program of the user."""

@@ -150,7 +150,7 @@ class _TorchFinder(importlib.abc.MetaPathFinder):
         self._ready = ready
 
     def install(self) -> None:
-        """Install the hook before all other finders."""
+        """Install the hook before all other finders, or call `ready` if torch has already been imported."""
         if "torch" in sys.modules:
             self._ready()
         else:
