@@ -78,10 +78,7 @@ def _failed(message: str, code: int) -> int:
 
 
 def command_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `moe-trace` with the options of the chosen command.
-
-    After parsing, the attribute `command` is that command's module, or None.
-    """
+    """Return the parser of `moe-trace` with one command's options; `command` is then its module."""
     parser = argparse.ArgumentParser(
         prog="moe-trace",
         description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
@@ -99,9 +96,7 @@ def command_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def add_command(commands: Any, name: str, line: str, module: str) -> argparse.ArgumentParser:
-    """Add the parser of a command to argparse's subparsers and return it.
-
-    After parsing, the attribute `command` is the command's module.
+    """Add a command's parser to argparse's subparsers, and return it; `command` is then its module.
 
     Args:
         line: the summary line for the overview.

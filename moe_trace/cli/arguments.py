@@ -49,15 +49,15 @@ def add_format(
 
 
 def parse_names(text: str | None) -> list[str]:
-    """Split a comma-separated list: `a, b` gives ["a", "b"]."""
+    """Split at commas: `a, b` gives ["a", "b"]."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def parse_numbers(option: str, text: str | None, most: int | None = None) -> tuple[int, ...]:
-    """Parse a comma-separated list of numbers without duplicates: `8,16,8` gives (8, 16).
+    """Parse distinct numbers: `8,16,8` gives (8, 16).
 
     Raises:
-        UsageError: the text is not a list of integers from 1 to `most`.
+        UsageError: these are not integers from 1 to `most`.
     """
     parts = parse_names(text)
     end = 10**9 if most is None else most
@@ -122,7 +122,7 @@ def read_chosen(path: str, arguments: argparse.Namespace) -> TraceSummary:
 
 
 def parse_steps(text: str | None) -> frozenset[int]:
-    """Parse a list of steps and ranges of steps: `0,4-7` gives {0, 4, 5, 6, 7}."""
+    """Parse steps and ranges: `0,4-7` gives {0, 4, 5, 6, 7}."""
     steps: set[int] = set()
     for part in (text or "").split(","):
         first, dash, last = part.strip().partition("-")

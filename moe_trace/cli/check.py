@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check each file and print which rules are kept and which are broken."""
     results: dict[str, dict[str, list[Violation]]] = {}
     for path in arguments.paths:
         files = find_traces(path)

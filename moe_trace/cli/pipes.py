@@ -66,8 +66,7 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
     """Copy pipes and standard input (`-`) to temporary files, since a trace is read more than once.
 
     Args:
-        arguments: arguments that name an input are replaced by the path of its copy; `copies` maps each copy
-            to the name that the user gave.
+        arguments: inputs are replaced by their copies; `copies` maps each to the name that the user gave.
         reads: name of each argument that names inputs -> file extension of the copy.
 
     Raises:

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Reduce the traces in parallel, and report each in the given order."""
     from moe_trace.read.file.folder import find_traces
     from moe_trace.read.reduced.workers import reduce_traces
 

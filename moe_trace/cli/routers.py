@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one row per group of equal routers, or all routers as JSON."""
     from moe_trace.find.registry import CONTRACTS
     from moe_trace.find.routers import find_routers
     from moe_trace.show.routers import render_routers, render_routers_json

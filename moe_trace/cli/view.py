@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check the arguments, start a server and wait until it ends."""
     path: Path = arguments.path
     if not path.exists():
         raise UsageError(f"{path} does not exist; record a run with `moe-trace run --out {path}`")

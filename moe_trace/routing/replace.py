@@ -98,8 +98,6 @@ class RouterReplacement:
 
 @dataclass(eq=False)
 class _AppliedRule:
-    """A rule applied to one router."""
-
     name: str
     fn: RoutingRule
     renormalise: Renormalise

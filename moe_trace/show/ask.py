@@ -100,5 +100,5 @@ _ROWS = {
 
 
 def plain_answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Return the answers as they appear in JSON."""
+    """Return the entries of their JSON."""
     return [{"asked": QUESTIONS[answer.question], **vars(answer)} for answer in answers]

@@ -150,7 +150,6 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
 
 
 def _no_layer(routing: Sequence[RoutingChange]) -> str:
-    """Return the reason why no layer is listed."""
     if all(r.same_counts for r in routing):
         return "the same counts in every call of every layer"
     most = max(routing, key=lambda r: r.total_variation - r.chance)
@@ -206,7 +205,7 @@ def render_diff_csv(comparison: Comparison) -> str:
 
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as it appears in JSON."""
+    """Return the entries of its JSON."""
     entries = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
     return entries | {
         "changes": [{**vars(c), **attributes(c, "difference", "relative")} for c in comparison.changes]

@@ -43,7 +43,7 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
 
 
 def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
-    """Return a mapping from stage to summary; a summary without stages has the key ""."""
+    """Map stages to their summaries; a summary without stages has the key ""."""
     return {str(stage): part for stage, part in summary.stages.items()} or {"": summary}
 
 
@@ -120,7 +120,6 @@ def _totals(summary: TraceSummary) -> str:
 
 
 def _findings_of_run(summary: TraceSummary) -> str:
-    """Return the findings about the run as a whole, which are shown below its stages."""
     found = summary.findings_apart()[""] if summary.stages else ()
     return f"<h3>Findings about the run as a whole</h3>{_findings(found)}" if found else ""
 

@@ -94,7 +94,6 @@ def _legend(name: str, group: Sequence[RouterInfo]) -> str:
 
 
 def _entry(label: str, text: str) -> str:
-    """Return a label with its text, wrapped next to it."""
     return textwrap.fill(
         printable(text, 2000),
         WIDTH,

@@ -226,6 +226,5 @@ def _wait(inputs: dict[str, Tensor]) -> None:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Return the mean of the known values."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else NAN

@@ -27,7 +27,7 @@ _NOT_LOADED = (
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` selects the GPU if there is one.
+    """Return a device; `auto` selects the GPU if there is one.
 
     Raises:
         UsageError: the name is not valid, or a GPU was requested and there is none.

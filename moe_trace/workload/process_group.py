@@ -57,7 +57,6 @@ class StopSignal:
         self._raises = True
 
     def __call__(self, number: int, frame: Any) -> None:
-        """Record the signal, and raise RankFailed the first time unless `only_note` was called."""
         self.asked = True
         if self._raises:
             self._raises = False

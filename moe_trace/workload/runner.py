@@ -138,7 +138,6 @@ def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: 
 
 
 def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[Step, torch.nn.Module]:
-    """Return a function that runs one step on this process's rows, and the model."""
     how: dict[str, Any] = {
         "device": device,
         "dtype": _dtype(config, device),
@@ -228,7 +227,6 @@ def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
 
 
 def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
-    """Return the trace that this process wrote."""
     name = f".rank{worker.rank}." if worker.store is not None else ""
     known = {file.name for file in earlier}
     traces = [f for f in traces_in(config.out) if name in f.name]

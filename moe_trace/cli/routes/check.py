@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check each file and print which rules are kept and which are broken."""
     from moe_trace.read.routes.check import RoutesProblem, check_routes
 
     reference = routes_of(arguments.reference, arguments) if arguments.reference else None

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, then print metrics, files and suggested next commands."""
     values = {name: value for name, value in vars(arguments).items() if name not in ("command", "copies")}
     script, module, own = (values.pop(name) for name in ("script", "module", "script_arguments"))
     values["layers"] = parse_layers(values["layers"])
@@ -185,7 +184,7 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_layers(text: str | None) -> tuple[int | str, ...] | None:
-    """Parse a list of layers: `0,3,L05` gives (0, 3, "L05")."""
+    """Parse layers: `0,3,L05` gives (0, 3, "L05")."""
     if text is None:
         return None
     return tuple(int(part) if part.isdigit() else part for part in parse_names(text))

@@ -94,7 +94,7 @@ def _config(program: Program, values: dict[str, Any]) -> RunConfig:
 
 
 def parse_steps(text: str) -> int | range:
-    """Parse a number of steps (`8`) or an inclusive range (`10-12`, which is three steps)."""
+    """Parse a number (`8`) or an inclusive range (`10-12`, three steps)."""
     first, dash, last = text.partition("-")
     if not first.isdigit() or (dash and not last.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a number, or a first and a last step, found {text}")
@@ -130,10 +130,10 @@ def settle_steps(values: dict[str, Any], steps: int, warmup: int) -> None:
 
 
 def new_folder(model: str, mode: str, *, alone: bool) -> Path:
-    """Return an unused path such as `moe_trace_runs/demo-prefill-20260131-235959`, ending in `-2` if needed.
+    """Return an unused path such as `moe_trace_runs/demo-prefill-20260131-235959`, or with `-2` at the end.
 
     Args:
-        alone: no other process has to choose the same folder. If False, the parent of all runs is returned.
+        alone: no other process must choose the same folder; without it, the parent of all runs is returned.
     """
     parent = RunConfig().out
     if not alone:

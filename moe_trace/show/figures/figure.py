@@ -71,12 +71,9 @@ def safe(name: object) -> str:
 
 
 def colour_cap(values: Sequence[float] | np.ndarray, *, least: float = 0.0) -> float:
-    """Return the end of a colour scale: four times the upper quartile, or the maximum if that is lower.
+    """Return the end of a colour scale: 4 times the upper quartile, at least `least`, at most the maximum.
 
-    All values above it have the same colour, so that a single outlier does not make the others look alike.
-
-    Args:
-        least: lower bound of the cap, unless the maximum is lower.
+    Higher values have the same colour, so that one outlier does not make the others look alike.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]

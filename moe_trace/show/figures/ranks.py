@@ -196,5 +196,4 @@ def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, y
 
 
 def _numbers_in(cells: int, form: str) -> Spec:
-    """Return the attribute that prints numbers in cells, if there is room for them."""
     return {"texttemplate": form} if cells <= CELLS_NAMED else {}

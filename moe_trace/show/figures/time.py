@@ -62,7 +62,7 @@ def _clocks(report: PhaseReport) -> tuple[Clock, ...]:
 
 
 def inside_compiled(report: PhaseReport | None) -> str:
-    """Return the note that times inside compiled code are from the compiler, without their coverage."""
+    """Return the note on the source of times inside compiled code, without their coverage."""
     known = report is not None and report.provenance is not None
     return f" Inside compiled code {BY_COMPILER}." if known else ""
 

@@ -127,6 +127,6 @@ def _position_table(found: RoutesComparison) -> str:
 
 
 def _mean(found: RoutesComparison | PositionOverlap) -> float | None:
-    """Return the mean of the layers' overlap, or None if no layer has one."""
+    """Return the mean over layers, None if unknown."""
     told = found.overlap[np.isfinite(found.overlap)]
     return float(told.mean()) if len(told) else None

@@ -108,7 +108,7 @@ class TokenPages:
 
 
 def _pages(texts: Sequence[Text], most: int) -> Iterator[list[_Part]]:
-    """Yield pages of at most `most` tokens. Short texts share a page, long texts take several."""
+    """Yield pages: short texts share one, long ones take several."""
     page: list[_Part] = []
     room = most
     for text in texts:

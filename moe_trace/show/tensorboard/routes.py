@@ -39,8 +39,6 @@ def routes_file(trace: Trace) -> Path | None:
 
 @dataclass
 class _Kept:
-    """Content of one file."""
-
     routes: RecordedRoutes
     pages: list[TokenPages]
     computing: threading.Lock = field(default_factory=threading.Lock)

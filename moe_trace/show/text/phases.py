@@ -56,7 +56,7 @@ def _values(report: PhaseReport, layer: LayerPhases, part: Pass) -> list[float]:
 
 
 def _used(report: PhaseReport) -> list[str]:
-    """Return the phases that took time in any pass; columns of the others are left out."""
+    """Leave out phases that took no time in any pass."""
     passes = [report.total.phases_of(part) or {} for part in report.passes()]
     return [
         phase for phase in PHASES if any(report.work_us(times[phase]) for times in passes if phase in times)

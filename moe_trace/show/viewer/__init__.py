@@ -56,7 +56,6 @@ class _Handler(BaseHTTPRequestHandler):
     server: TraceServer
 
     def do_GET(self) -> None:
-        """Serve one of the four files."""
         # A foreign page whose host name resolves to this machine (DNS rebinding) must not read the trace.
         asked = (self.headers.get("Host") or "").rpartition(":")[0]
         found = self.server.files.get(urlsplit(self.path).path)

@@ -150,14 +150,13 @@ class _TorchFinder(importlib.abc.MetaPathFinder):
         self._ready = ready
 
     def install(self) -> None:
-        """Install the hook before all other finders, or call `ready` if torch has already been imported."""
+        """Install the hook first, or call `ready` if torch is already imported."""
         if "torch" in sys.modules:
             self._ready()
         else:
             sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
-        """Remove the hook if it is still installed."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 

@@ -46,7 +46,7 @@ class _Tracer(MoETracer):
 
 
 class Watch:
-    """Watch that traces the models of a program, and profiles some steps unless the program does so itself.
+    """Tracing of a program's models, and profiling of some steps unless the program does so itself.
 
     Args:
         config: `steps` are profiled after `warmup` others, into `out`.
@@ -202,7 +202,7 @@ class Watch:
 
     @staticmethod
     def _safely(do: Callable[[], None]) -> None:
-        """Run `do` and print its errors, so that the program continues in any case."""
+        """Keep the program running if we fail."""
         try:
             do()
         except Exception as error:

@@ -111,7 +111,6 @@ def _square(columns: str, rows: str) -> Spec:
 
 
 def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
-    """Return the figure with one map per layer, all on the same colour scale."""
     values = np.concatenate([np.zeros(0), *(values.ravel() for *_, values in maps)])
     values = values[values > 0]  # also drops NaN
     if not len(values):
