@@ -100,5 +100,5 @@ _ROWS = {
 
 
 def plain_answers(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Return the entries of their JSON."""
+    """Convert answers to dicts for JSON."""
     return [{"asked": QUESTIONS[answer.question], **vars(answer)} for answer in answers]

@@ -205,7 +205,7 @@ def render_diff_csv(comparison: Comparison) -> str:
 
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:
-    """Return the entries of its JSON."""
+    """Convert a comparison to dicts and lists for JSON."""
     entries = attributes(comparison, "a", "b", "unchanged", "setup", "routing", "notes")
     return entries | {
         "changes": [{**vars(c), **attributes(c, "difference", "relative")} for c in comparison.changes]

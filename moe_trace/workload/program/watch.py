@@ -46,7 +46,7 @@ class _Tracer(MoETracer):
 
 
 class Watch:
-    """Tracing of a program's models, and profiling of some steps unless the program does so itself.
+    """Tracer of a program's models, which also profiles some steps unless the program does so itself.
 
     Args:
         config: `steps` are profiled after `warmup` others, into `out`.
