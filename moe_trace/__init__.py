@@ -1,7 +1,7 @@
-"""moe_trace: what a Mixture-of-Experts router does, beside the kernels, in a torch.profiler trace.
+"""Routing of Mixture-of-Experts models, recorded next to the kernels in torch.profiler traces.
 
-Importing this package imports neither torch nor numpy: names are resolved when they are first used, so
-that reading a trace stays cheap.
+Public names are resolved on first use, so importing this package imports neither torch nor numpy and reading
+a trace stays cheap.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _HOME = {
 }
 
 _RENAMED = {"register_contract": "register_adapter", "Reading": "RouterOutput"}
-"""Older names, which work and warn."""
+"""Deprecated names: they still work, with a warning."""
 
 register_renderers(
     {

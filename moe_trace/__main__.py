@@ -1,4 +1,4 @@
-"""`python -m moe_trace`."""
+"""Entry point of `python -m moe_trace`."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""The vocabulary of both halves: records, their encoding, summaries, errors and files. No torch."""
+"""Records, their encoding, summaries, errors and files, shared by recording and reading. No torch."""

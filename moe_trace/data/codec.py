@@ -1,6 +1,6 @@
-"""A `Recording` to and from the JSON that rides in a trace under the key `moe_trace`.
+"""Encoding of a `Recording` as the JSON stored in a trace under the key `moe_trace`, and its decoding.
 
-Samples are written column by column: sixteen layers of a thousand steps share their field names.
+Samples are written column by column, so that field names are not repeated for each of the thousands of calls.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from moe_trace.data.schema import (
 )
 
 SAMPLES_KEY = "samples"
-"""The one large value, which is decoded straight into columns."""
-_FIRST_KINDS = 3  # of a placement; older files know no others
+"""The one large value; it is decoded straight into columns."""
+_FIRST_KINDS = 3  # range kinds in the placements of older files
 
 
 _Rank = Annotated[int, msgspec.Meta(ge=0, le=RANKS_MAX)]
@@ -75,11 +75,11 @@ class _Payload(msgspec.Struct, kw_only=True):
 
 
 _SHARED = ("model", "options", "routers", "rank", "world_size", "versions", "lost", "parallel", "routes")
-"""What `Recording` has by the same name."""
+"""Attributes that `_Payload` and `Recording` have under the same name."""
 
 
 def encode_recording(recording: Recording, **extra: Any) -> bytes:
-    """One line of JSON; `extra` keys are added at its top level."""
+    """Return the recording as one line of JSON, with the `extra` keys added at its top level."""
     index = {router.name: i for i, router in enumerate(recording.routers)}
     calls = recording.calls
     by_key = np.array([index[key.name] for key in calls.keys], np.int64)
@@ -91,7 +91,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
         for name in LISTS
         if name not in left_out
     }
-    if "slot_experts" in columns:  # a map that changes seldom
+    if "slot_experts" in columns:  # the map seldom changes
         columns["slot_experts"] = _raw_list(
             map(msgspec.json.encode, changes_only(calls.lists["slot_experts"], by_key[calls.router]))
         )
@@ -99,7 +99,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     payload = {
         "schema_version": SCHEMA_VERSION,
         **attributes(recording, "model", "options", "rank", "world_size", "versions"),
-        # msgspec writes no default that it left out of an object when it read it from an older file.
+        # With `asdict`: msgspec omits fields that were defaulted when reading an older file.
         "lost": asdict(recording.lost),
         "parallel": None if recording.parallel is None else asdict(recording.parallel),
         "routers": [asdict(router) for router in recording.routers],
@@ -110,17 +110,17 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     }
     try:
         return msgspec.json.encode(payload)
-    except UnicodeEncodeError:  # a name of a file that is no UTF-8
+    except UnicodeEncodeError:  # a file name that is not valid UTF-8
         text = json.dumps(payload, ensure_ascii=False, default=msgspec.json.decode)
         return text.encode("utf-8", "replace")
 
 
 def decode_recording(payload: Any) -> Recording:
-    """The inverse of `encode_recording`, from parsed JSON, in which the samples may be `msgspec.Raw`.
+    """Decode parsed JSON that `encode_recording` wrote. The samples may be `msgspec.Raw`.
 
     Raises:
-        SchemaError: an unknown schema version.
-        TraceFileError: fields of another form.
+        SchemaError: the schema version is unknown.
+        TraceFileError: the fields do not follow the schema.
     """
     version = payload.get("schema_version") if isinstance(payload, dict) else None
     if version != SCHEMA_VERSION:
@@ -149,7 +149,7 @@ def decode_recording(payload: Any) -> Recording:
 
 
 def _encode_graphs(recording: Recording) -> dict[str, Any]:
-    """Nothing where no graph was recorded."""
+    """Return the JSON of the graphs; empty where no graph was recorded."""
     graphs = {
         "marks": [asdict(mark) for mark in recording.graph_marks],
         "captured": [asdict(graph) for graph in recording.captured_graphs],
@@ -163,7 +163,7 @@ def _encode_graphs(recording: Recording) -> dict[str, Any]:
 
 
 def _left_out(name: str, calls: CallTable) -> bool:
-    """Whether a column that came later is one of Nones throughout: a file without it says the same."""
+    """Return whether a column added in a later release holds only None, so that it can be omitted."""
     if DEFAULTS.get(name, 0) is not None:
         return False
     if name in LISTS:
@@ -172,7 +172,7 @@ def _left_out(name: str, calls: CallTable) -> bool:
 
 
 def _require_groups(payload: _Payload) -> None:
-    """Groups hold the rank itself, each rank once, and no rank that the run does not have."""
+    """Check that each group contains this rank, no rank twice, and only ranks of the run."""
     rank, parallel, world_size = payload.rank, payload.parallel, max(payload.rank + 1, payload.world_size)
     for group in (parallel.token_ranks, parallel.expert_ranks) if parallel is not None else ():
         wrong = rank not in group or len(set(group)) < len(group)
@@ -181,17 +181,17 @@ def _require_groups(payload: _Payload) -> None:
 
 
 def number_cells(column: npt.NDArray) -> list[bytes]:
-    """The JSON of each number; null for NaN."""
+    """Return the JSON of each number; null for NaN."""
     return msgspec.json.encode(column.tolist())[1:-1].split(b",") if len(column) else []
 
 
 def _raw_list(cells: Iterable[bytes]) -> msgspec.Raw:
-    """Thousands of small lists that live at once would set off the garbage collector."""
+    """Join encoded cells. Thousands of small lists alive at once would trigger the garbage collector."""
     return msgspec.Raw(b"[%b]" % b",".join(cells))
 
 
 def _encode_places(places: Places) -> Iterator[bytes]:
-    """As older releases wrote them where there is nothing that these could not read."""
+    """Encode placements, in the form of older releases where it can represent them."""
     sides = [_encode_side(places, side) for side in SIDES]
     busy = {kind: column.tolist() for kind, column in places.busy_us.items()}
     for row, (placed, host, device) in enumerate(zip(places.placed.tolist(), *sides, strict=True)):
@@ -212,7 +212,7 @@ _Spans = list[tuple[float, float] | None]
 
 
 class _Placement(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """A placement as the file has it: spans by kind, None where there is none."""
+    """A placement as stored in the file: spans by kind, None where there is none."""
 
     host: _Spans
     device: _Spans
@@ -224,7 +224,7 @@ def _cells(name: str) -> Any:
     return list[cell | None] if name in OPTIONAL else list[cell]
 
 
-# Typed, so that a hostile file cannot smuggle in other values; fields that came later may be missing.
+# Typed, so that a malicious file cannot inject other values. Fields added in later releases may be missing.
 _Columns = msgspec.defstruct(
     "_Columns",
     [
@@ -285,6 +285,6 @@ def _decode_places(rows: list[_Placement | None]) -> Places:
 
 
 def _require_finite(column: np.ndarray, cells: Sequence[Any]) -> None:
-    """The recorder writes no NaN and no infinity; a file that has them was changed."""
+    """Reject NaN and infinity. The recorder never writes them, so the file was changed."""
     if not np.isfinite(column[[cell is not None for cell in cells]]).all():
         raise ValueError("expected finite numbers, found others")

@@ -1,4 +1,4 @@
-"""What one graph of `torch.compile` launches, and which part of an MoE layer each launch computes."""
+"""Kernel launches of graphs compiled by `torch.compile`, and the part of an MoE layer each one computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 BY_COMPILER = "by the compiler's provenance"
-"""The mark of times that are known by it: by what torch's provenance tracking says of each launch."""
+"""Label of times attributed by torch's provenance tracking of each launch."""
 Place = Literal["router", "experts", "block"]
 """Inside the router, inside the experts, or elsewhere in their MoE block."""
 
@@ -17,16 +17,18 @@ class LaunchPart:
     """A part of the model that a launch computes."""
 
     routers: tuple[str, ...]
-    """Module paths of the routers of the layer; several where layers share the compiled code, which then runs
-    once for each of them."""
+    """Module paths of the layer's routers; several where layers share the compiled code, which then runs once
+    per layer."""
     place: Place
 
     def router(self, number: int, runs: int, among: Container[str]) -> str | None:
-        """Whose a run of the graph in a forward is: where layers share the code, one layer's, in their order.
+        """Return the router of one run of the graph in a forward, or None if it is unknown.
+
+        Layers that share the code run it in the order of `routers`.
 
         Args:
-            number: which of the graph's `runs` in the forward it is.
-            among: the routers that the forward calls.
+            number: index of the run among the graph's `runs` in the forward.
+            among: routers called by the forward.
         """
         routers = [name for name in self.routers if name in among]
         return routers[number] if len(routers) == runs else None
@@ -34,18 +36,18 @@ class LaunchPart:
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledLaunch:
-    """One launch of the generated code: a generated kernel, or a call of a library."""
+    """One launch of the generated code: a generated kernel or a library call."""
 
     kernel: str
-    """Name of the generated kernel, as a trace has it; of a library's call, the operator."""
+    """Name of the generated kernel as in a trace; for a library call, the operator."""
     generated: bool
-    """Whether it is one kernel of that name; a library's call runs any number of kernels of any names."""
+    """Whether it is a single kernel of that name. A library call runs any number of kernels of any name."""
     parts: tuple[int, ...] = ()
-    """Places in `CompiledGraph.parts`; empty for the rest of the model, several where it was fused."""
+    """Indices into `CompiledGraph.parts`; empty for the rest of the model, several for a fused launch."""
     outside: bool = False
-    """Whether it computes something of the rest of the model as well."""
+    """Whether it also computes a part of the rest of the model."""
     product: bool = False
-    """Whether it is, or holds, a matrix product."""
+    """Whether it is or contains a matrix product."""
     gather: bool = False
     """Whether it gathers rows."""
     write: bool = False
@@ -54,25 +56,28 @@ class CompiledLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledGraph:
-    """The launches of one graph in the order of its generated code, by the compiler's provenance."""
+    """Launches of one compiled graph, in the order of its generated code, by the compiler's provenance."""
 
     parts: tuple[LaunchPart, ...]
     launches: tuple[CompiledLaunch, ...]
-    """Empty where there is a problem."""
+    """Empty if there is a `problem`."""
     backward: bool = False
     problem: str = ""
-    """Why its launches are not known, with what helps."""
+    """Why the launches are unknown, and what to do about it."""
     key: str = ""
-    """Of the graph in Inductor's cache, as a trace shows it of each call; empty where it is not known."""
+    """Key of the graph in Inductor's cache, as a trace shows it for each call; empty if unknown."""
 
 
 _FLAGS = ("generated", "outside", "product", "gather", "write")
 _VERSIONS = (1, 2)
-"""The first has no problems; the last is written."""
+"""Version 1 has no `problem`; the last version is the one written."""
 
 
 def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
-    """As JSON: each kernel's name once; a launch is its place among them, its flags as bits, its parts."""
+    """Return the graphs as JSON, with each kernel name stored once.
+
+    A launch is the index of its kernel, its flags as bits, and its parts.
+    """
     kernels: dict[str, int] = {}
     encoded = []
     for graph in graphs:
@@ -92,10 +97,10 @@ def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
 
 
 def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
-    """The inverse; empty for None, and for a later version, whose meaning is not known.
+    """Decode the value written by `encode_compiled`; empty for None and for unknown later versions.
 
     Raises:
-        ValueError, TypeError, LookupError: no such JSON.
+        ValueError, TypeError, LookupError: the JSON has another form.
     """
     if value is None or value["version"] not in _VERSIONS:
         return ()

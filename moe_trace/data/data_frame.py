@@ -1,4 +1,4 @@
-"""Tables as pandas has them."""
+"""Conversion of tables to pandas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_trace.data.errors import optional_package
 
 
 def data_frame(rows: Iterable[Any], columns: Mapping[str, Column], feature: str = "to_df()") -> Any:
-    """A `pandas.DataFrame` of those columns; `attrs["columns"]` says what each one is.
+    """Return a `pandas.DataFrame` of the columns; `attrs["columns"]` describes each one.
 
     Raises:
         MissingPackage: pandas is not installed.

@@ -1,6 +1,6 @@
-"""How many different experts T tokens choose: the sum, over the experts, of the chance that any token does.
+"""Expected number of distinct experts that T tokens choose: the sum over experts of P(any token chooses it).
 
-    tokens that choose k of E experts at random, alike and apart     E (1 - (1 - k / E)^T)
+    independent tokens, each choosing k of E experts uniformly       E (1 - (1 - k / E)^T)
     T of N tokens drawn without replacement, n_e of which have e     sum_e (1 - C(N - n_e, T) / C(N, T))
 
 Both are exact. C(N - n, T) / C(N, T) is the product of (N - n - i) / (N - i) over i < T.
@@ -15,13 +15,15 @@ import numpy.typing as npt
 def uniform_distinct(
     num_experts: int, per_token: npt.ArrayLike, tokens: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
-    """[...] mean for tokens that choose `per_token` different experts each, none more likely than another."""
+    """Return the mean, [...], for tokens that each choose `per_token` distinct experts uniformly."""
     missed = 1 - np.minimum(1.0, np.asarray(per_token, np.float64) / num_experts)
     return np.asarray(num_experts * (1 - missed ** np.asarray(tokens, np.float64)))
 
 
 def drawn_distinct(counts_E: npt.NDArray[np.int64], tokens: int, most: int) -> npt.NDArray[np.float64]:
-    """[B] mean for 1 ... B (`most`, or all) of `tokens` tokens, `counts_E` of which have each expert."""
+    """Return the mean, [B], for draws of 1 ... B (`most`, or all) of `tokens` tokens, `counts_E` of which
+    have each expert.
+    """
     drawn = np.arange(min(most, tokens))[:, None]
     missing_BE = np.maximum(0, tokens - counts_E[None] - drawn) / (tokens - drawn)
     return (1 - np.cumprod(missing_BE, axis=0)).sum(axis=1)

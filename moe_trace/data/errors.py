@@ -1,4 +1,4 @@
-"""The errors a user can meet: one base class, each with the exit code that the command line returns."""
+"""Exceptions raised to users: one base class, each with the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def deprecated(old: str, new: str) -> None:
 
 
 class MoETraceError(Exception):
-    """Base class. The message says what was found, what was expected, and the next move."""
+    """Base class. The message says what was found, what was expected, and what to do next."""
 
     exit_code = 1
 
 
 class NoRoutersFound(MoETraceError):
-    """The model holds no Mixture-of-Experts router that a known contract can read."""
+    """The model has no Mixture-of-Experts router that a known contract can read."""
 
     exit_code = 3
 
@@ -31,13 +31,13 @@ class NothingRecorded(MoETraceError):
 
 
 class TraceFileError(MoETraceError):
-    """A trace file is missing, truncated, not JSON, of another tool, or has no moe_trace data."""
+    """A trace file is missing, truncated, not JSON, written by another tool, or without moe_trace data."""
 
     exit_code = 5
 
 
 class SchemaError(TraceFileError):
-    """A trace holds moe_trace data of a schema version that this release does not know."""
+    """A trace contains moe_trace data of a schema version unknown to this release."""
 
 
 class Interrupted(MoETraceError):
@@ -47,7 +47,7 @@ class Interrupted(MoETraceError):
 
 
 class ProgramInterrupted(BaseException):
-    """Ctrl-C ended a program of the user's, which has told of it; the process shall end by that signal."""
+    """Ctrl-C ended a user's program, which already reported it; the process must end by that signal."""
 
 
 class OutputError(MoETraceError):
@@ -57,25 +57,25 @@ class OutputError(MoETraceError):
 
 
 class UsageError(MoETraceError):
-    """The arguments do not fit together."""
+    """The arguments are invalid or incompatible."""
 
     exit_code = 2
 
 
 class MissingPackage(UsageError, ImportError):
-    """A package that only some features need is not installed."""
+    """An optional package is not installed."""
 
 
 def optional_package(name: str, feature: str, install: str) -> Any:
-    """Import what only some features need.
+    """Import a package that only some features need.
 
     Args:
-        name: the module, such as "pyarrow.parquet".
+        name: module name, such as "pyarrow.parquet".
         feature: what needs it, as the subject of a sentence.
-        install: what to give to pip.
+        install: argument for pip.
 
     Raises:
-        MissingPackage: it is not installed; one line says what to install.
+        MissingPackage: it is not installed; the message says what to install.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and say why one cannot be opened."""
+"""Atomic file output, and the error for a trace that cannot be opened."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from moe_trace.data.errors import OutputError, TraceFileError
 
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `target` on success and vanishes on failure.
+    """Yield a path to write to, which becomes `target` on success and is removed on failure.
 
-    The temporary file has the target's own name, in a hidden folder beside it: writers that put their
-    path into the file then write the right name, and the final rename stays within one file system.
+    The temporary file has the target's own name, in a hidden folder next to it: writers that store their path
+    in
+    the file then store the right name, and the final rename stays within one file system.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     import shutil
-    import tempfile  # what it loads takes longer than most commands take to start
+    import tempfile  # imports more than most commands need to start
 
-    target = Path(os.path.realpath(target))  # a link stays a link
+    target = Path(os.path.realpath(target))  # keep a symbolic link
     folder = None
     try:
         special = target.exists() and not target.is_file()
         folder = Path(tempfile.mkdtemp(prefix=".moe_trace-", dir=None if special else target.parent))
         temporary = folder / target.name
         yield temporary
-        if special:  # a device or a pipe is written to, never replaced
+        if special:  # never replace a device or a pipe
             with temporary.open("rb") as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
             return
@@ -48,11 +49,13 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 
 
 def write_text(target: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
+        temporary.write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )  # for names that are not UTF-8
 
 
 def trace_path_error(path: Path, error: OSError) -> TraceFileError:
-    """The error for a trace that cannot be opened."""
+    """Return the error for a trace that cannot be opened."""
     return TraceFileError(f"{path}: cannot be read ({error.strerror}); give the path of an existing trace")

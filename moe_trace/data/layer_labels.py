@@ -1,4 +1,4 @@
-"""Short labels of layers, from the paths of their routers."""
+"""Short labels of layers, derived from the module paths of their routers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def layer_labels(paths: Sequence[str]) -> list[tuple[str, int]]:
-    """(label, layer) of each path: `L03`, or `L03.text` where a layer index holds several routers."""
+    """Return the (label, layer) of each path: `L03`, or `L03.text` if a layer has several routers."""
     layers = [_layer_index(path, default=i) for i, path in enumerate(paths)]
     crowded = {layer for layer, count in Counter(layers).items() if count > 1}
     labels = []
@@ -22,14 +22,14 @@ def layer_labels(paths: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _layer_index(path: str, default: int) -> int:
-    """The first number after `layers`, `blocks` and the like; else the first number of the path."""
+    """Return the first number after `layers`, `blocks` and the like, else the first number of the path."""
     after_name = re.findall(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)", path)
     numbers = after_name or re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return int(numbers[0]) if numbers else default
 
 
 def _distinguishing_part(path: str, peers: list[str]) -> str:
-    """The shortest run of path components, from the first that differs, which no peer shares."""
+    """Return the shortest run of path components, from the first that differs, that no peer shares."""
     parts = path.split(".")
     others = [peer.split(".") for peer in peers]
     first = next((i for i in range(len(parts)) if any(parts[i : i + 1] != o[i : i + 1] for o in others)), 0)

@@ -1,21 +1,21 @@
-"""How evenly assignments spread over experts, what spread is possible at all, and what is chance.
+"""Load balance statistics: how unevenly assignments spread over experts, compared with bounds and with
+chance.
 
-Uniform routing: each token t chooses k_t different experts of E, all sets alike, tokens independent of each
-other. With the loads n_e, their mean m, a_t = k_t (E - k_t), and the spread Q = sum over experts of (n_e -
-m)^2:
+Uniform routing: each token t chooses k_t distinct experts of E, all sets equally likely, tokens independent.
+With the loads n_e, their mean m, a_t = k_t (E - k_t), and the spread Q = sum over experts of (n_e - m)^2:
 
     mean of Q       sum_t a_t / E
     variance of Q   2 ((sum_t a_t)^2 - sum_t a_t^2) / (E^2 (E - 1))
 
-Both are exact, for any number of tokens: sum n_e^2 = sum_t k_t + 2 sum_{t<u} |S_t and S_u|; the overlap of
+Both are exact for any number of tokens: sum n_e^2 = sum_t k_t + 2 sum_{t<u} |S_t and S_u|; the overlap of
 two random sets is hypergeometric with mean k_t k_u / E and variance a_t a_u / (E^2 (E - 1)), and the
-overlaps of different pairs are uncorrelated. One token gives the same Q whatever it chooses, so it says
-nothing. Where the sets are expected to overlap in fewer than 200 experts, the p-value comes from simulating
-uniform routing (fixed seed); beyond that from the chi-square of this mean and variance, by Wilson and
+overlaps of different pairs are uncorrelated. A single token gives the same Q whatever it chooses, so it
+carries no information. Where the expected overlap is below 200 experts, the p-value comes from simulating
+uniform routing (fixed seed); above that from the chi-square of this mean and variance, by Wilson and
 Hilferty's cube root (PNAS 17:684, 1931), with which simulations agree there.
 
-Tokens of one text are not independent: neighbours choose alike. So a load is called more uneven than chance
-only if it would be with runs of `TOKENS_ALIKE` tokens that each choose as one.
+Tokens of one text are not independent: neighbouring tokens choose similar experts. A load is therefore called
+more uneven than chance only if it still is when runs of `TOKENS_ALIKE` tokens count as one choice.
 """
 
 from __future__ import annotations
@@ -33,40 +33,41 @@ from moe_trace.data.calls.ragged import CountLists
 Floats = npt.NDArray[np.float64]
 
 TIE = 1e-9
-"""Relative difference below which figures of two layers are one."""
+"""Relative difference below which the values of two layers are considered equal."""
 SIGNIFICANT = 0.001
-"""Largest p-value that is called more than chance: with tens of layers, one in fifty reports is wrong."""
+"""Largest p-value considered more than chance: with tens of layers, one report in fifty is wrong."""
 TOKENS_ALIKE = 20
-"""Tokens of a text that say as much as one independent token: the variance of the experts' counts between
-pieces of a text, over that of independent tokens (measured: docs/metrics.md)."""
+"""Tokens of a text that carry as much information as one independent token: the variance of expert counts
+between pieces of a text, over that of independent tokens (measured: docs/metrics.md)."""
 OVERLAPS_MIN = 200
 DRAWS_MAX = 10_000
 KEYS_MAX = 10_000_000
-"""Random numbers that a simulation may draw."""
+"""Maximum number of random values that a simulation draws."""
 _CALLS_AT_ONCE = 1024
 ENOUGH_PER_EXPERT = 20
-"""Least mean load at which an expert without a token is called dead; uniform routing misses it in e^-20."""
+"""Least mean load at which an expert without tokens is called dead; uniform routing leaves one out with
+probability e^-20."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Figures of one router's load; None where there was no assignment."""
+    """Load statistics of one router; None where there was no assignment."""
 
     max_over_mean: float | None
-    """Largest expert's assignments over the mean: 1 is even, E / K has every token on one."""
+    """Assignments of the busiest expert over the mean: 1 is even, E / K has every token on one expert."""
     cv: float | None
     """Population standard deviation over the mean."""
     gini: float | None
     """0 for equal loads, (E - 1) / E when one expert takes all."""
     entropy: float | None
-    """Entropy of the shares over ln E: 1 is even, 0 is all on one."""
+    """Entropy of the shares over ln E: 1 is even, 0 is all on one expert."""
     active_experts: int
     dead_experts: tuple[int, ...]
-    """Ids of the experts that got no assignment; whether that says anything, `Chance.tells_dead` tells."""
+    """Ids of the experts without assignments; meaningful only where `Chance.tells_dead`."""
 
 
 def describe_load(assignments: npt.ArrayLike) -> Load:
-    """The figures for `[E]` assignments per expert."""
+    """Return the load statistics of assignments per expert, [E]."""
     loads_E = np.asarray(assignments, dtype=np.float64)
     dead = tuple(np.flatnonzero(loads_E == 0).tolist())
     some = np.add.reduce(loads_E) > 0
@@ -94,7 +95,7 @@ class Loads:
 
 
 def describe_loads(assignments: CountLists) -> Loads:
-    """The figures of `describe_load`, to the bit, for many calls at once."""
+    """Return the statistics of `describe_load`, bit for bit, for many calls at once."""
     figures = np.full((4, len(assignments)), np.nan)
     sizes, some = assignments.sizes, assignments.totals() > 0
     for experts in set(sizes[some].tolist()):
@@ -108,12 +109,12 @@ def describe_loads(assignments: CountLists) -> Loads:
 
 
 def max_over_mean(loads_E: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> float:
-    """Largest load over the mean load; not all are 0."""
+    """Return the largest load over the mean load; at least one must not be 0."""
     return float(np.maximum.reduce(loads_E) / (np.add.reduce(loads_E) / len(loads_E)))
 
 
 def load_figures(loads_NE: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-    """[N] max÷mean, CV, Gini and entropy of loads that are not all 0.
+    """Return max÷mean, CV, Gini and entropy, [N] each, of loads that are not all 0.
 
     The Gini coefficient is sum_i (2i - E - 1) x_i / (E sum x), x ascending, i from 1; the entropy is
     -sum p ln p / ln E, and 1 for a single expert, whose load cannot be uneven.
@@ -121,7 +122,7 @@ def load_figures(loads_NE: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     experts = loads_NE.shape[1]
     sum_N = np.add.reduce(loads_NE, axis=1)
     mean_N = sum_N / experts
-    off_NE = loads_NE - mean_N[:, None]  # as `numpy.std` has it, which takes far longer for few numbers
+    off_NE = loads_NE - mean_N[:, None]  # as in `numpy.std`, which is far slower on few numbers
     weighted_N = np.add.reduce(_gini_weights(experts) * np.sort(loads_NE, axis=1), axis=1)
     return (
         np.maximum.reduce(loads_NE, axis=1) / mean_N,
@@ -137,7 +138,7 @@ def _gini_weights(n: int) -> npt.NDArray[np.int64]:
 
 
 def _entropy(loads_NE: Floats, sum_N: Floats) -> Floats:
-    """One sum over all experts would round in another way than that of the experts in use."""
+    """Sum over the experts in use only, because a sum over all experts would round differently."""
     entropy_N = np.ones(len(loads_NE))
     used_NE = loads_NE > 0
     used_N = np.add.reduce(used_NE, axis=1)
@@ -153,43 +154,43 @@ def _entropy(loads_NE: Floats, sum_N: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """What a router's load is compared with; None where it is not known."""
+    """Reference values for a router's load; None where unknown."""
 
     floor: float | None
     """Least possible max÷mean: 1, or more where there are fewer assignments than experts."""
     ceiling: float | None
-    """Largest possible max÷mean, E / K: no expert gets more than all tokens. E where a token's slots may fall
-    on one expert."""
+    """Largest possible max÷mean, E / K, as no expert gets more than all tokens; E if several slots of a token
+    may choose the same expert."""
     cv: float | None
-    """Root of the mean squared CV that uniform routing of the same tokens has."""
+    """Root mean square of the CV under uniform routing of the same tokens."""
     cv_clustered: float | None
-    """The same if tokens choose alike in runs of `TOKENS_ALIKE`, as those of a text do."""
+    """The same if tokens choose alike in runs of `TOKENS_ALIKE`, as in text."""
     cv_beyond: float | None
-    """sqrt(CV^2 - that^2), 0 where chance gives as much: the CV of the router's own preferences, whatever the
-    number of tokens."""
+    """sqrt(CV^2 - chance CV^2), at least 0: the CV of the router's own preferences, independent of the number
+    of tokens."""
     p_value: float | None
-    """How often uniform routing is at least as uneven; None where all routings of so few tokens are."""
+    """Probability that uniform routing is at least as uneven; None if all routings of so few tokens are."""
     p_value_clustered: float | None
-    """The same if tokens choose alike in runs of `TOKENS_ALIKE`; None below two runs, which say nothing."""
+    """The same if tokens choose alike in runs of `TOKENS_ALIKE`; None below two runs."""
     tells_dead: bool
-    """Whether there were enough assignments to call an expert without any dead."""
+    """Whether there are enough assignments to call an expert without any dead."""
 
     @property
     def is_real(self) -> bool:
-        """Whether the load is more uneven than chance, on text whose neighbouring tokens choose alike."""
+        """Whether the load is more uneven than chance on text, whose neighbouring tokens choose alike."""
         return self.p_value_clustered is not None and self.p_value_clustered < SIGNIFICANT
 
     @property
     def says_nothing(self) -> bool:
-        """Whether there are too few tokens to tell an even router from an uneven one."""
+        """Whether there are too few tokens to distinguish an even router from an uneven one."""
         return self.p_value_clustered is None
 
 
 def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> Chance:
-    """Compare `[E]` assignments with what is possible and what is chance.
+    """Compare assignments per expert, [E], with their bounds and with chance.
 
     Args:
-        k_histogram: [K + 1] tokens by the number of slots that they really used.
+        k_histogram: [K + 1] number of tokens by the number of slots they used.
     """
     loads_E = np.asarray(assignments, dtype=np.float64)
     tokens_K = np.asarray(k_histogram, dtype=np.float64)
@@ -202,7 +203,7 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
         )
         return Chance(**nothing, tells_dead=tells_dead)
     if float((np.arange(len(tokens_K)) * tokens_K).sum()) != slots or loads_E.max() > tokens:
-        # Several assignments of a token may fall on one expert: then each chooses by itself.
+        # A token's slots may choose the same expert, so each assignment counts as an independent choice.
         tokens_K, tokens = np.array([0.0, slots]), slots
     mean = slots / experts
     found = float(((loads_E - mean) ** 2).sum())
@@ -223,7 +224,7 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
 
 @dataclass(frozen=True, eq=False)
 class _Uniform:
-    """The spread Q of uniform routing."""
+    """Distribution of the spread Q under uniform routing."""
 
     experts: int
     tokens_K: tuple[int, ...]
@@ -232,7 +233,7 @@ class _Uniform:
 
     @classmethod
     def of(cls, experts: int, tokens_K: npt.NDArray[np.float64]) -> _Uniform:
-        """Of as many tokens of each number of slots."""
+        """Return the distribution for as many tokens of each number of slots."""
         choices_K = np.arange(len(tokens_K))
         spread_K = (choices_K * (experts - choices_K)).astype(np.float64)
         total = float((spread_K * tokens_K).sum())
@@ -245,7 +246,7 @@ class _Uniform:
         return sum(k * n for k, n in enumerate(self.tokens_K))
 
     def p_value(self, found: float) -> float | None:
-        """How often it spreads at least as much; None where it cannot differ."""
+        """Return the probability of a spread of at least `found`; None if the spread cannot vary."""
         if self.variance <= 1e-9 * self.mean**2:
             return None
         tokens = sum(self.tokens_K)
@@ -258,8 +259,10 @@ class _Uniform:
 
 
 def most_uneven(chances: Sequence[Chance]) -> list[int]:
-    """Positions of the loads that are most uneven beyond chance (`cv_beyond`): several where they tie, none
-    where no load is more uneven than uniform routing of the same tokens."""
+    """Return the positions of the loads most uneven beyond chance (`cv_beyond`).
+
+    Several if they tie; none if no load is more uneven than uniform routing of the same tokens.
+    """
     beyond = [chance.cv_beyond or 0.0 if chance.is_real else 0.0 for chance in chances]
     most = max(beyond, default=0.0)
     return [i for i, value in enumerate(beyond) if value > 0 and value >= most * (1 - TIE)]
@@ -267,7 +270,7 @@ def most_uneven(chances: Sequence[Chance]) -> list[int]:
 
 @functools.lru_cache(maxsize=16)
 def _simulated(experts: int, tokens_K: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """[draws] Q of uniform routing."""
+    """Return Q, [draws], of simulated uniform routing."""
     random = np.random.default_rng(0)
     choices_T = np.repeat(np.arange(len(tokens_K)), tokens_K)
     draws = max(1, min(DRAWS_MAX, KEYS_MAX // (experts * len(choices_T))))

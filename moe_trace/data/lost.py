@@ -1,4 +1,4 @@
-"""What several traces of one run, or several tracers of one trace, lost: taken together."""
+"""Sums of what several traces of one run, or several tracers of one trace, lost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _COUNTS = tuple(field.name for field in fields(Lost) if isinstance(field.default
 
 
 def add_lost(parts: Sequence[Lost], called: Collection[str]) -> Lost:
-    """The sum; a router is never called only if it was called in none of the traces.
+    """Return the sum. A router counts as never called only if none of the traces called it.
 
     Args:
-        called: module paths of the routers that were.
+        called: module paths of the routers that were called.
     """
     never = dict.fromkeys(name for lost in parts for name in lost.never_called if name not in called)
     counts: Any = {name: sum(getattr(lost, name) for lost in parts) for name in _COUNTS}
@@ -31,7 +31,7 @@ def add_lost(parts: Sequence[Lost], called: Collection[str]) -> Lost:
 
 
 def summed(parts: Iterable[Lost], *names: str) -> dict[str, Any]:
-    """Fields that count by name, each added up over the parts."""
+    """Return the named fields, which count by key, summed over the parts."""
     parts = tuple(parts)
     return {name: dict(sum((Counter(getattr(lost, name)) for lost in parts), Counter())) for name in names}
 

@@ -1,4 +1,4 @@
-"""From a recording to the figures per router: frozen dataclasses, no text, no torch."""
+"""Reduction of a recording to per-router statistics: frozen dataclasses, no text, no torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moe_trace.data.schema import Lost, Recording, RouterInfo
 from moe_trace.data.summary_notes import notes_of
 
 SampleKey = tuple[str, int]
-"""(module path of the router, call)"""
+"""(module path of the router, call number)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """A distribution over calls, in microseconds; population standard deviation, linear percentiles."""
+    """Distribution over calls, in microseconds: population standard deviation, linear percentiles."""
 
     mean: float
     std: float
@@ -37,12 +37,12 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """How long the router took, by three clocks; None where the trace does not tell."""
+    """Router latency by three clocks; None where the trace does not contain it."""
 
     host: Distribution | None
-    """Duration of the router's range on the host (without a trace: between its hooks)."""
+    """Duration of the router's range on the host (without a trace: time between its hooks)."""
     device_span: Distribution | None
-    """From its first kernel to its last, gaps included."""
+    """Time from its first kernel to its last, gaps included."""
     device_busy: Distribution | None
     """Sum of the kernels launched inside the range."""
 
@@ -69,23 +69,23 @@ class Flops:
     router: int
     experts: int
     shared: int = 0
-    """Of the always-on experts beside the routed ones; not part of the total."""
+    """FLOPs of the always-active shared experts; not part of the total."""
     recomputed: int = 0
-    """The part of the total that recomputed calls made."""
+    """The part of the total spent in recomputed calls."""
 
     @property
     def total(self) -> int:
-        """Of router and routed experts."""
+        """FLOPs of the router and the routed experts."""
         return self.router + self.experts
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RouterSummary(ShortRepr):
-    """One router over all its recorded calls; those that checkpointing ran again are counted apart."""
+    """One router over all its recorded calls. Calls recomputed by checkpointing are counted separately."""
 
     info: RouterInfo
     calls: int
-    """Forward calls: what load, decisions and latency are of."""
+    """Forward calls, on which load, decisions and latency are based."""
     recomputed_calls: int
     tokens: int
     assignments: tuple[int, ...]
@@ -96,41 +96,41 @@ class RouterSummary(ShortRepr):
     chance: Chance
     decisions: Decisions
     latency: Latency
-    """Of the forward calls."""
+    """Latency of the forward calls."""
     recompute_latency: Latency
-    """Of the recomputed calls."""
+    """Latency of the recomputed calls."""
     flops: Flops
-    """Of forward and recomputed calls."""
+    """FLOPs of forward and recomputed calls."""
     memory_max_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Over all routers."""
+    """Totals over all routers."""
 
     routers: int
     calls: int
     steps: int
     tokens: int
-    """Router calls x their tokens: a token counts once per MoE layer."""
+    """Tokens of all router calls: a token counts once per MoE layer."""
     assignments: int
     skipped: int
     padding_assignments: int
     nonfinite_tokens: int
     recomputed_calls: int
     load_max_over_mean_mean: float | None
-    """Mean over routers of each one's load max÷mean."""
+    """Mean over routers of their load max÷mean."""
     router_host_us: float | None
-    """Of forward and recomputed calls."""
+    """Host time of forward and recomputed calls."""
     flops_router: int
     flops_experts: int
     requests_per_forward: float | None = None
-    """Mean over forwards; None where no host framework reports which tokens are whose."""
+    """Mean over forwards; None unless a host framework reports the requests of the tokens."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Summary(ShownInNotebooks):
-    """What was recorded, per router and in all."""
+    """Statistics of a recording, per router and in total."""
 
     trace: str | None
     model: Mapping[str, Any]
@@ -141,20 +141,22 @@ class Summary(ShownInNotebooks):
     routers: tuple[RouterSummary, ...]
     totals: Totals
     notes: tuple[str, ...] = ()
-    """What a reader must know before trusting the figures."""
+    """Notes to read before trusting the numbers."""
 
     def __repr__(self) -> str:
         t = self.totals
         return f"<Summary of {model_name(self.model)}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
 
     def to_dataframe(self) -> Any:
-        """One row per router, as a pandas DataFrame (`MissingPackage`, an `ImportError`, without pandas)."""
+        """Return a pandas DataFrame with one row per router (`MissingPackage`, an `ImportError`, without
+        pandas).
+        """
         pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame([_flat_router(router) for router in self.routers])
 
 
 def model_name(model: Mapping[str, Any], most: int = 200) -> str:
-    """What to call a recorded model, at most so many characters of it."""
+    """Return the display name of a recorded model, at most `most` characters long."""
     return str(model.get("name") or model.get("class") or "unnamed model")[:most]
 
 
@@ -177,12 +179,12 @@ def summarize(
     device_busy_us: Mapping[SampleKey, float] | None = None,
     notes: Sequence[str] = (),
 ) -> Summary:
-    """Reduce a recording to its figures.
+    """Reduce a recording to its statistics.
 
     Args:
         trace: path of the file it came from.
         device_busy_us: kernel time inside each router range, where a trace was read for it.
-        notes: added to the summary's own.
+        notes: appended to the summary's own notes.
     """
     calls = recording.calls
     routers = tuple(
@@ -250,7 +252,7 @@ def _latency(calls: CallTable, busy_us: Mapping[SampleKey, float]) -> Latency:
     host, device = calls.host_us(), calls.duration_us("device", "router")
     busy = [busy_us[key] for key in calls.call_keys() if key in busy_us]
     return Latency(
-        # A fused block gives its router no time of its own.
+        # A router inside a fused block has no time of its own.
         host=distribution(host[host > 0]),
         device_span=distribution(device[~np.isnan(device)]),
         device_busy=distribution(busy),
@@ -258,11 +260,11 @@ def _latency(calls: CallTable, busy_us: Mapping[SampleKey, float]) -> Latency:
 
 
 def distribution(values: Iterable[float]) -> Distribution | None:
-    """None where there are no values."""
+    """Return the distribution of the values; None if there are none."""
     array = np.fromiter(values, dtype=np.float64)
     if not len(array):
         return None
-    at = np.array((0.50, 0.95, 0.99)) * (len(array) - 1)  # `np.percentile` loads more than a report needs
+    at = np.array((0.50, 0.95, 0.99)) * (len(array) - 1)  # `np.percentile` imports more than needed
     p50, p95, p99 = np.interp(at, np.arange(len(array)), np.sort(array)).tolist()
     return Distribution(
         mean=float(array.mean()),

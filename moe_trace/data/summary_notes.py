@@ -1,4 +1,4 @@
-"""Sentences for everything that a reader must know before trusting the figures, each with what to do."""
+"""Notes that a reader needs before trusting the numbers, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LOST_CALLS = {
     "rewritten": "were written over before they were read; later ones are copied at once, so run the model "
     "again",
 }
-"""Why a router call is not in the recording, other than `overwritten` and `unreduced`."""
+"""Reasons why a router call is missing from the recording, other than `overwritten` and `unreduced`."""
 
 
 def notes_of(recording: Recording) -> list[str]:
-    """What was lost, and what is special about the calls and their routers."""
+    """Return notes on what was lost and on special cases of the calls and their routers."""
     lost, notes = recording.lost, []
     if lost.never_called:
         notes.append(
@@ -78,11 +78,11 @@ def _routes_notes(routes: str | None) -> list[str]:
 
 
 def _lost_calls(lost: Lost) -> list[str]:
-    """Router calls that were seen and are not recorded, and forwards in which none was seen."""
+    """Return notes on router calls that were seen but not recorded, and forwards in which none was seen."""
     notes = []
     for reason, words in LOST_CALLS.items():
         sites = {name: reasons[reason] for name, reasons in lost.calls.items() if reasons.get(reason)}
-        if sites and reason != "unreadable":  # told with what was found instead
+        if sites and reason != "unreadable":  # a note on `misread` already covers these
             notes.append(f"{sum(sites.values())} router calls ({_first(list(sites))}) {words}")
     if lost.not_reached:
         notes.append(
@@ -102,7 +102,7 @@ def _lost_calls(lost: Lost) -> list[str]:
 
 
 def _trace_notes(recording: Recording) -> list[str]:
-    """What the trace and the recording do not share."""
+    """Return notes on differences between trace and recording."""
     lost, by_clock = recording.lost, np.count_nonzero(placed_by_clock(recording.calls))
     notes = [
         f"{count} router calls have no range in the trace: {why}" for why, count in lost.without_range.items()
@@ -125,7 +125,7 @@ def _trace_notes(recording: Recording) -> list[str]:
 
 
 def _why_undecided(lost: Lost) -> str:
-    """Why ranges have no sample."""
+    """Return the reason why ranges have no sample."""
     if lost.overwritten:
         return "their calls were dropped; raise capacity="
     if sum(sum(reasons.values()) for reasons in lost.calls.values()) >= lost.ranges_without_sample:
@@ -137,7 +137,7 @@ def _why_undecided(lost: Lost) -> str:
 
 
 def _graph_notes(recording: Recording) -> list[str]:
-    """What is known of calls inside graphs, and why there is not more."""
+    """Return notes on calls inside graphs, and why more is not known about them."""
     calls, lost = recording.calls.take(recording.calls.in_graph), recording.lost
     if not len(calls):
         return []
@@ -168,7 +168,7 @@ def _graph_notes(recording: Recording) -> list[str]:
 
 
 def _router_notes(routers: Sequence[RouterInfo]) -> list[str]:
-    """What is special about routers, once for all that share it."""
+    """Return notes on special routers, each once for all routers that share it."""
     sites: dict[str, list[str]] = {}
     for router in routers:
         for note in router.notes:

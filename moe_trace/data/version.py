@@ -1,3 +1,3 @@
-"""The release; `setup.cfg` says the same."""
+"""Release version; must match `setup.cfg`."""
 
 __version__ = "0.2.0"
