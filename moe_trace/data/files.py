@@ -15,8 +15,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
     """Yield a path to write to, which becomes `target` on success and is removed on failure.
 
     The temporary file has the target's own name, in a hidden folder next to it: writers that store their path
-    in
-    the file then store the right name, and the final rename stays within one file system.
+    in the file then store the right name, and the final rename stays within one file system.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -51,9 +50,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with whole_file(target) as temporary:
-        temporary.write_text(
-            text, encoding="utf-8", errors="backslashreplace"
-        )  # for names that are not UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for names that are no UTF-8
 
 
 def trace_path_error(path: Path, error: OSError) -> TraceFileError:

@@ -1,5 +1,4 @@
-"""Load balance statistics: how unevenly assignments spread over experts, compared with bounds and with
-chance.
+"""Load balance statistics: how unevenly assignments spread over experts, next to bounds and chance.
 
 Uniform routing: each token t chooses k_t distinct experts of E, all sets equally likely, tokens independent.
 With the loads n_e, their mean m, a_t = k_t (E - k_t), and the spread Q = sum over experts of (n_e - m)^2:

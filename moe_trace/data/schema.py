@@ -46,8 +46,7 @@ def is_band(pid: object) -> bool:
 
 def range_name(kind: RangeKind, site: str) -> str:
     """Return the name of a range, such as `moe.router/L03`: stable per layer, so that `key_averages()` groups
-    by it.
-    """
+    by it."""
     return f"{RANGE_PREFIX}{kind}/{site}"
 
 
@@ -96,8 +95,7 @@ class RouterInfo:
 @dataclass(frozen=True, kw_only=True)
 class GraphMark:
     """The device's count of forwards, copied to the host at the end of a step, which assigns replays to
-    steps.
-    """
+    steps."""
 
     start_ns: int
     """`time.time_ns()` before the copy was launched; the copy itself appears in the trace, on its stream."""
@@ -127,8 +125,7 @@ class CapturedGraph:
     """A manually captured CUDA graph, up to the last MoE call in it.
 
     Nodes are those that do work: kernels, copies, memsets. The events of a replay can be assigned to nodes
-    only if
-    the graph is a plain chain.
+    only if the graph is a plain chain.
     """
 
     nodes: int
@@ -252,8 +249,7 @@ class Recording:
     @property
     def experts_are_split(self) -> bool:
         """Whether this process computes other slots than its routers assigned, or a part of each, so that the
-        time of its experts does not correspond to the FLOPs of its calls.
-        """
+        time of its experts does not correspond to the FLOPs of its calls."""
         parallel = self.parallel
         if parallel is None:
             return False

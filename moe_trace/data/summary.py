@@ -149,8 +149,7 @@ class Summary(ShownInNotebooks):
 
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with one row per router (`MissingPackage`, an `ImportError`, without
-        pandas).
-        """
+        pandas)."""
         pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame([_flat_router(router) for router in self.routers])
 

@@ -1,1 +1,1 @@
-"""The table of router calls, and what it is made of."""
+"""The table of router calls and its columns."""

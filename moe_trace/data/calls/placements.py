@@ -1,4 +1,4 @@
-"""Where calls stand in a trace, by column: the start and duration of each kind of range, host and device."""
+"""Places of calls in a trace as columns: start and duration of each kind of range, on host and device."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """N placements by column; kinds that no call has are left out."""
+    """Placements of N calls as columns; kinds that no call has are omitted."""
 
     placed: npt.NDArray[np.bool_]
     """[N] whether the call has a placement at all."""
     spans: Mapping[tuple[Side, RangeKind], Floats] = field(default_factory=dict)
     """[N, 2] start and duration in microseconds; NaN where the call lacks the range."""
     busy_us: Mapping[RangeKind, Floats] = field(default_factory=dict)
-    """[N] NaN where it is unknown."""
+    """[N] microseconds; NaN where unknown."""
 
     @staticmethod
     def of(placements: Iterable[Placement | None], size: int) -> Places:
-        """From that many records."""
+        """Convert `size` placement records to columns."""
         placed = np.zeros(size, bool)
-        edges: dict[tuple[Side, RangeKind], list[float]] = {}  # far faster to fill than an array
+        edges: dict[tuple[Side, RangeKind], list[float]] = {}  # lists are far faster to fill than arrays
         busy: dict[RangeKind, Floats] = {}
         for row, placement in enumerate(placements):
             if placement is None:
@@ -54,7 +54,7 @@ class Places:
 
     @staticmethod
     def concatenated(parts: Sequence[Places]) -> Places:
-        """All rows of all parts."""
+        """Return all rows of all parts."""
         return Places(
             np.concatenate([part.placed for part in parts]),
             {key: np.concatenate([p.span(*key) for p in parts]) for key in _keys(p.spans for p in parts)},
@@ -65,17 +65,17 @@ class Places:
         return len(self.placed)
 
     def span(self, side: Side, kind: RangeKind) -> Floats:
-        """[N, 2] start and duration; NaN where there is none."""
+        """Return start and duration, [N, 2]; NaN where there is no range."""
         found = self.spans.get((side, kind))
         return np.full((len(self), 2), np.nan) if found is None else found
 
     def busy(self, kind: RangeKind) -> Floats:
-        """[N] as reported; NaN where unknown."""
+        """Return the busy time, [N]; NaN where unknown."""
         found = self.busy_us.get(kind)
         return np.full(len(self), np.nan) if found is None else found
 
     def take(self, index: IntArray) -> Places:
-        """The rows of an index."""
+        """Return the rows at an index."""
         return Places(
             self.placed[index],
             {key: column[index] for key, column in self.spans.items()},
@@ -83,7 +83,7 @@ class Places:
         )
 
     def without(self, rows: npt.NDArray[np.bool_]) -> Places:
-        """The same, but those rows have no place."""
+        """Return a copy in which the given rows have no place."""
         return Places(
             self.placed & ~rows,
             {key: np.where(rows[:, None], np.nan, column) for key, column in self.spans.items()},
@@ -91,7 +91,7 @@ class Places:
         )
 
     def to_placements(self) -> list[Placement | None]:
-        """As records."""
+        """Return the rows as placement records."""
         found = {row: Placement(host={}, device={}) for row in np.flatnonzero(self.placed).tolist()}
         for side in SIDES:
             for kind in (kind for kind in RANGE_KINDS if (side, kind) in self.spans):

@@ -1,4 +1,4 @@
-"""A column whose cells are lists of counts, of any lengths: one flat array, and where each row begins."""
+"""Column of variable-length lists of counts: one flat array and the offset of each row."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class CountLists:
-    """N lists of counts, or None in a list's place."""
+    """N lists of counts, each of which may be None."""
 
     values: npt.NDArray[np.integer]
-    """The cells one after another, in the smallest type that holds them."""
+    """Cells of all rows in order, in the smallest type that holds them."""
     starts: IntArray
-    """[N + 1] where each begins in `values`, and the end."""
+    """[N + 1] offset of each row in `values`, and the end."""
     known: npt.NDArray[np.bool_]
-    """[N] False for None."""
+    """[N] False where the list is None."""
 
     @staticmethod
     def of(rows: Sequence[Sequence[int] | npt.NDArray[np.integer] | None]) -> CountLists:
-        """From lists or arrays.
+        """Convert lists or arrays.
 
         Raises:
             OverflowError: a count does not fit 64 bits.
@@ -41,7 +41,7 @@ class CountLists:
 
     @staticmethod
     def concatenated(parts: Sequence[CountLists]) -> CountLists:
-        """All rows of all parts."""
+        """Return all rows of all parts."""
         return CountLists(
             _compact(np.concatenate([part.values.astype(np.int64) for part in parts])),
             _starts(np.concatenate([part.sizes for part in parts])),
@@ -53,59 +53,59 @@ class CountLists:
 
     @property
     def sizes(self) -> IntArray:
-        """[N] length of each; 0 for None."""
+        """[N] length of each list; 0 for None."""
         return np.diff(self.starts)
 
     def row(self, index: int) -> IntArray | None:
-        """One of them."""
+        """Return one list as an array."""
         if not self.known[index]:
             return None
         return self.values[self.starts[index] : self.starts[index + 1]].astype(np.int64)
 
     def rows(self) -> list[IntArray | None]:
-        """All of them; arrays that share one buffer."""
+        """Return all lists as arrays that share one buffer."""
         values, starts = self.values.astype(np.int64), self.starts.tolist()
         pairs = zip(starts[:-1], starts[1:], self.known.tolist(), strict=True)
         return [values[first:last] if known else None for first, last, known in pairs]
 
     def to_lists(self) -> Iterator[list[int] | None]:
-        """All of them, one by one, as JSON has them."""
+        """Return an iterator over all lists, as in JSON."""
         return (None if row is None else row.tolist() for row in self.rows())
 
     def take(self, index: IntArray) -> CountLists:
-        """The rows of an index."""
+        """Return the rows at an index."""
         sizes = self.sizes[index]
         starts = _starts(sizes)
         cells = np.arange(starts[-1]) + np.repeat(self.starts[index] - starts[:-1], sizes)
         return CountLists(self.values[cells], starts, self.known[index])
 
     def totals(self) -> IntArray:
-        """[N] sum of each; 0 for None."""
+        """Return the sum of each list, [N]; 0 for None."""
         sums = np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])
         return sums[self.starts[1:]] - sums[self.starts[:-1]]
 
     def largest(self) -> IntArray:
-        """[N] largest count of each; 0 for None and for an empty list."""
+        """Return the largest count of each list, [N]; 0 for None and for an empty list."""
         found = np.zeros(len(self), np.int64)
         np.maximum.at(found, self._rows(), self.values)
         return found
 
     def used(self, first: int | None = None) -> IntArray:
-        """[N] how many counts of each, or of its first ones, are not 0."""
+        """Return the number of non-zero counts in each list, or in its first `first` cells, [N]."""
         some = self.values != 0
         if first is not None:
             some &= self._places() < first
         return np.bincount(self._rows()[some], minlength=len(self))
 
     def summed(self, *, least: int = 0) -> IntArray:
-        """The sum of all lists, at least so long."""
+        """Return the sum of all lists, padded to at least length `least`."""
         return self.summed_by(np.zeros(len(self), np.int64), 1, least=least)[0]
 
     def summed_by(self, group: IntArray, groups: int, *, least: int = 0) -> IntArray:
-        """`[groups, width]`: the sum of the lists of each group, at least so wide.
+        """Return the sum of the lists of each group, `[groups, width]`, with `width` at least `least`.
 
         Args:
-            group: [N] the group of each row, from 0.
+            group: [N] group of each row, from 0.
         """
         sizes = self.sizes
         width = max(least, int(sizes.max(initial=0)))

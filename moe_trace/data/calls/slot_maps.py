@@ -1,4 +1,5 @@
-"""Which expert each slot of a load balancer holds: written where it changes, and held to its router.
+"""Maps from a load balancer's slots to experts: stored only where they change, and checked against the
+router.
 
 N calls, E experts, P slots.
 """
@@ -16,10 +17,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 def changes_only(maps: CountLists, router: IntArray) -> Iterator[list[int] | None]:
-    """All of them, one by one; an empty list where the router's call before has the same.
+    """Yield each map, or an empty list where it equals that of the router's previous call.
 
     Args:
-        router: [N] of each call.
+        router: [N] router of each call.
     """
     last: dict[int, list[int]] = {}
     for key, row in zip(router.tolist(), maps.to_lists(), strict=True):
@@ -31,14 +32,14 @@ def changes_only(maps: CountLists, router: IntArray) -> Iterator[list[int] | Non
 def all_maps(
     changes: CountLists, counts: CountLists, router: IntArray, sizes: Sequence[tuple[int, int]]
 ) -> CountLists:
-    """From what `changes_only` gave: all of them again.
+    """Restore all maps from the output of `changes_only`.
 
     Args:
         counts: `slot_assignments`.
         sizes: (P, E) of each router.
 
     Raises:
-        ValueError: maps or counts that are none of their router's.
+        ValueError: maps or counts do not fit their router.
     """
     if not (changes.known.any() or counts.known.any()):
         return changes

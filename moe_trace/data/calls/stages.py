@@ -1,4 +1,4 @@
-"""Calls by stage: of those whose tokens are of several stages, the part that is of one."""
+"""Selection of calls by stage, including the part of a mixed call that belongs to one stage."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from moe_trace.data.calls.table import NONE, CallTable
 
 _SPLIT: tuple[Stage, ...] = ("prefill", "decode")
 _OF_THE_WHOLE = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss", "aux_loss")
-"""Means over all tokens of a call, which its parts do not tell."""
+"""Means over all tokens of a call, which are unknown for its parts."""
 
 
 def stages_of(calls: CallTable) -> list[Stage]:
-    """The stages that calls, or parts of mixed ones, are of, in the order of `STAGES`."""
+    """Return the stages of calls, or of parts of mixed calls, in the order of `STAGES`."""
     there = set(calls.stage.tolist())
     return [stage for stage in STAGES if stage in there or _has_part(calls, stage).any()]
 
 
 def whole_stages(stages: Collection[Stage]) -> Collection[Stage]:
-    """The stages whose calls are wholly of these: mixed ones too where prefill and decode both are."""
+    """Return the stages whose whole calls are selected: `mixed` too if both prefill and decode are."""
     return {*stages, "mixed"} if set(_SPLIT) <= set(stages) else stages
 
 
 def of_stages(calls: CallTable, stages: Collection[Stage]) -> CallTable:
-    """The calls of some stages, and of each mixed call the part that is of them, under its number.
+    """Return the calls of some stages, with mixed calls reduced to their part, under the same number.
 
-    A part has the tokens, assignments, requests and FLOPs of its stage, without padding. Its time cannot be
-    told from that of the whole, nor can the means over tokens: both are unknown.
+    A part has the tokens, assignments, requests and FLOPs of its stage, without padding. Its time and its
+    means over tokens cannot be separated from those of the whole call, so both are unknown.
     """
     whole = whole_stages(stages)
     rows = np.isin(calls.stage, list(whole))
@@ -45,13 +45,13 @@ def of_stages(calls: CallTable, stages: Collection[Stage]) -> CallTable:
 
 
 def requests_per_forward(calls: CallTable) -> float | None:
-    """Mean over the forward calls of the requests in them; None where unknown."""
+    """Return the mean number of requests in the forward calls; None if unknown."""
     known = calls.requests[calls.forward & (calls.requests != NONE)]
     return float(known.mean()) if len(known) else None
 
 
 def _has_part(calls: CallTable, stage: Stage) -> npt.NDArray[np.bool_]:
-    """[N] whether the call is mixed and some of its tokens are of the stage."""
+    """Return whether each call is mixed and has tokens of the stage, [N]."""
     if stage not in _SPLIT:
         return np.zeros(len(calls), bool)
     known = calls.lists[f"{stage}_assignments"].known
@@ -65,7 +65,7 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
     tokens, slots = numbers[f"{stage}_tokens"], of_stage.totals()
     in_prefill = numbers["prefill_requests"]
     told = in_prefill != NONE
-    # Exact where a slot that chose an expert is one that it computed.
+    # Exact if every assigned slot was computed.
     computed = numbers["computed_slots"] * slots // np.maximum(1, lists["assignments"].totals())
     requests = in_prefill if stage == "prefill" else np.where(told, numbers["requests"] - in_prefill, NONE)
     changed = {
@@ -95,12 +95,12 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
 
 
 def _chosen(part: npt.NDArray[np.bool_], of_part: CountLists, whole: CountLists) -> CountLists:
-    """`of_part` where the call is a part."""
+    """Return `of_part` where the call is a part, else `whole`."""
     return CountLists.concatenated([of_part, whole]).take(np.where(part, 0, len(part)) + np.arange(len(part)))
 
 
 def _filled(
     part: npt.NDArray[np.bool_], whole: CountLists, value: npt.NDArray[np.int64] | None
 ) -> CountLists:
-    """`value` where the call is a part."""
+    """Return `value` where the call is a part, else `whole`."""
     return _chosen(part, CountLists.of([value] * len(part)), whole)

@@ -1,6 +1,6 @@
-"""The table of router calls: every field of `RoutingSample` as a column, and the rows as a view of it.
+"""Table of router calls: every field of `RoutingSample` as a column, with the rows as a view.
 
-All that is read from a trace, and all that asks it questions, goes by columns. N calls, R routers.
+Reading and analysis work on whole columns. N calls, R routers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 NONE = np.iinfo(np.int64).min
-"""Stands for None in a column of whole numbers."""
+"""Value of None in an integer column."""
 _CHUNK = 4096
 
 
 class RouterKey(NamedTuple):
-    """What a call says of its router."""
+    """Identity of a call's router."""
 
     site: str
     name: str
@@ -35,21 +35,21 @@ class RouterKey(NamedTuple):
 _TYPES = {f.name: str(f.type) for f in fields(RoutingSample)}
 _KINDS = {"int": int, "int | None": int, "float | None": float, "bool": bool, "Phase": str, "Stage": str}
 NUMBERS = tuple(name for name, kind in _TYPES.items() if kind in _KINDS and name not in RouterKey._fields)
-"""Fields with one value a call."""
+"""Fields with one value per call."""
 OPTIONAL = frozenset(name for name, kind in _TYPES.items() if kind.endswith("| None"))
 LISTS = tuple(name for name, kind in _TYPES.items() if "NDArray" in kind)
-"""Fields with a list of counts a call."""
+"""Fields with a list of counts per call."""
 DEFAULTS = {f.name: f.default for f in fields(RoutingSample) if f.default is not MISSING}
-"""Fields that came later, which older files lack."""
+"""Fields added in later releases, which older files lack."""
 
 
 def kind_of(name: str) -> type:
-    """`int`, `float`, `bool` or `str`: what the cells of that column are."""
+    """Return the type of a column's cells: `int`, `float`, `bool` or `str`."""
     return _KINDS[_TYPES[name]]
 
 
 def column_of(name: str, values: Sequence[Any]) -> npt.NDArray:
-    """A column from plain values; None becomes NaN or `NONE`.
+    """Convert plain values to a column; None becomes NaN or `NONE`.
 
     Raises:
         OverflowError: a number does not fit 64 bits.
@@ -65,19 +65,19 @@ def column_of(name: str, values: Sequence[Any]) -> npt.NDArray:
 
 @dataclass(frozen=True, eq=False)
 class CallTable(Sequence[RoutingSample]):
-    """N router calls. A sequence of `RoutingSample`s, each made when it is asked for."""
+    """N router calls: a sequence of `RoutingSample`s, each made on access."""
 
     keys: tuple[RouterKey, ...]
     router: IntArray
     """[N] index into `keys`."""
     numbers: Mapping[str, npt.NDArray]
-    """[N] by field: see `NUMBERS`."""
+    """[N] column of each field in `NUMBERS`."""
     lists: Mapping[str, CountLists]
     places: Places
 
     @staticmethod
     def of(samples: Sequence[RoutingSample]) -> CallTable:
-        """From rows; a table is given back as it is."""
+        """Convert rows to a table; a table is returned unchanged."""
         if isinstance(samples, CallTable):
             return samples
         keys: dict[RouterKey, int] = {}
@@ -92,7 +92,7 @@ class CallTable(Sequence[RoutingSample]):
 
     @staticmethod
     def concatenated(tables: Sequence[CallTable]) -> CallTable:
-        """All calls of all tables, in their order."""
+        """Return all calls of all tables, in order."""
         if len(tables) == 1:
             return tables[0]
         if not tables:
@@ -113,7 +113,7 @@ class CallTable(Sequence[RoutingSample]):
     # -- columns --------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> npt.NDArray:
-        """A column by its field's name, such as `calls.tokens` or `calls.site`."""
+        """Return a column by its field name, such as `calls.tokens` or `calls.site`."""
         if name in RouterKey._fields:
             kind = np.int64 if name == "layer" else object
             return np.array([getattr(key, name) for key in self.keys], dtype=kind)[self.router]
@@ -123,40 +123,40 @@ class CallTable(Sequence[RoutingSample]):
 
     @property
     def forward(self) -> Mask:
-        """[N] whether the call counts in the load: it is no recomputation."""
+        """[N] whether the call counts in the load, that is, is not a recomputation."""
         return self.numbers["phase"] == "forward"
 
     @property
     def assignments(self) -> CountLists:
-        """[N][E] as `RoutingSample.assignments`."""
+        """[N][E] `RoutingSample.assignments`."""
         return self.lists["assignments"]
 
     def duration_us(self, side: Side, kind: RangeKind) -> npt.NDArray[np.float64]:
-        """[N] of the range of that kind; NaN where the call has none."""
+        """Return the duration of a kind of range, [N]; NaN where the call has none."""
         return self.places.span(side, kind)[:, 1]
 
     def host_us(self) -> npt.NDArray[np.float64]:
-        """[N] host time of each call: its router's range in the trace, or the clock between its hooks."""
+        """Return the host time of each call, [N]: its router's range, or else the time between its hooks."""
         ranged = self.duration_us("host", "router")
         return np.where(np.isnan(ranged), _between_hooks_us(self), ranged)
 
     def call_keys(self) -> list[tuple[str, int]]:
-        """[N] (module path of the router, number of its call)."""
+        """Return the (module path of the router, call number) of each call, [N]."""
         names = [key.name for key in self.keys]
         return [(names[r], call) for r, call in zip(self.router.tolist(), self.call.tolist(), strict=True)]
 
     def total(self, name: str) -> int:
-        """The sum of a column of whole numbers, exact however large."""
+        """Return the exact sum of an integer column, however large."""
         return sum(self.numbers[name].tolist())
 
     def of_router(self, name: str) -> Mask:
-        """[N] whether the call is of the router with that module path."""
+        """Return whether each call is of the router with that module path, [N]."""
         return np.isin(self.router, [i for i, key in enumerate(self.keys) if key.name == name])
 
     # -- rows -----------------------------------------------------------------------------------------
 
     def take(self, rows: IntArray | Mask | slice) -> CallTable:
-        """The table of those rows."""
+        """Return the table of the given rows."""
         index = np.arange(len(self))[rows]
         return CallTable(
             self.keys,
@@ -167,7 +167,7 @@ class CallTable(Sequence[RoutingSample]):
         )
 
     def with_numbers(self, **columns: npt.NDArray) -> CallTable:
-        """The same calls with other columns."""
+        """Return the same calls with some columns replaced."""
         return replace(self, numbers={**self.numbers, **columns})
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ class CallTable(Sequence[RoutingSample]):
             yield RoutingSample(**key._asdict(), **dict(zip(names, row, strict=True)))
 
     def values(self, name: str) -> list[Any]:
-        """A column as plain values, None where the call does not tell."""
+        """Return a column as plain values, with None where unknown."""
         column = self.numbers[name]
         if name not in OPTIONAL:
             return column.tolist()
@@ -208,18 +208,18 @@ class CallTable(Sequence[RoutingSample]):
 
 
 def rows_in(calls: CallTable, other: CallTable) -> IntArray:
-    """[N] row of each call in another table; -1 where it has none."""
+    """Return the row of each call in another table, [N]; -1 where it has none."""
     row_of = {key: i for i, key in enumerate(other.call_keys())}
     return np.array([row_of.get(key, -1) for key in calls.call_keys()], np.int64)
 
 
 def known_values(values: npt.NDArray[np.float64]) -> list[float | None]:
-    """Plain values, None for NaN."""
+    """Return plain values, with None for NaN."""
     return [None if value != value else value for value in values.tolist()]
 
 
 def mean_over_tokens(calls: CallTable, figure: str) -> float | None:
-    """Each call's mean weighted by the tokens that went into it; None where no call tells it."""
+    """Return the mean of a column weighted by each call's finite tokens; None if no call has a value."""
     values = calls.numbers[figure]
     known = ~np.isnan(values)
     weights = (calls.tokens - calls.nonfinite_tokens)[known]
@@ -228,17 +228,17 @@ def mean_over_tokens(calls: CallTable, figure: str) -> float | None:
 
 
 def mean_over_calls(calls: CallTable, figure: str) -> float | None:
-    """Of the calls that tell it; None where none does."""
+    """Return the mean over the calls that have a value; None if none has."""
     known = calls.numbers[figure][~np.isnan(calls.numbers[figure])]
     return float(known.mean()) if len(known) else None
 
 
 def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> tuple[IntArray, IntArray]:
-    """[S] the steps of the forward calls, and `[S, L, E]` the assignments of those routers in each.
+    """Return the steps of the forward calls, [S], and the routers' assignments in each, `[S, L, E]`.
 
     Args:
         names: module paths of the L routers.
-        least: E is the longest list of counts, and at least this.
+        least: minimum of E, which is otherwise the length of the longest list of counts.
     """
     forward = np.flatnonzero(calls.forward)
     steps, step = np.unique(calls.step[forward], return_inverse=True)
@@ -251,18 +251,21 @@ def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> t
 
 
 def routers_timed(calls: CallTable) -> Mask:
-    """[N] whether the router has a time of its own in the trace."""
+    """Return whether the router has a time of its own in the trace, [N]."""
     return ~(np.isnan(calls.duration_us("host", "router")) & np.isnan(calls.duration_us("device", "router")))
 
 
 def routers_ranged(calls: CallTable) -> Mask:
-    """[N] whether the router has a range of its own on the host, as calls inside graphs have none."""
+    """Return whether the router has a range of its own on the host, [N]; calls inside graphs have none."""
     return ~np.isnan(calls.duration_us("host", "router")) & ~calls.in_graph
 
 
 def placed_by_clock(calls: CallTable) -> Mask:
-    """[N] whether the host's clock alone tells where the call stands: its router takes the time between its
-    hooks, to the nanosecond. A range takes longer: it is opened before the one, closed after the other."""
+    """Return whether only the host's clock places the call, [N].
+
+    Its router's duration then equals the time between its hooks, to the nanosecond. A range takes longer: it
+    is opened before the first hook and closed after the last.
+    """
     return routers_ranged(calls) & (calls.duration_us("host", "router") == _between_hooks_us(calls))
 
 

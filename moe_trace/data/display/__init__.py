@@ -1,1 +1,1 @@
-"""What renderers share: colours, and who draws what in a notebook."""
+"""Output formats shared by all renderers: columns, tables, CSV, JSON, colours, notebook display."""

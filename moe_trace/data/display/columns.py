@@ -1,7 +1,7 @@
-"""What the columns of tables are: for each label its definition, and how its numbers are written.
+"""Definition, unit and number format of each table column.
 
-Text, HTML report, tab and notebook take definition and format from here. A heading names a column, or
-several with units, clocks and steps round them: `host p95 µs` is `host`, and `p95`.
+Text, HTML report, tab and notebook take definition and format from here. A heading names one column, or
+several combined with units, clocks and steps: `host p95 µs` contains `host` and `p95`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Cell = str | int | float | None
 
 
 def number_text(value: float) -> str:
-    """Thousands set apart, four significant digits."""
+    """Format a number with thousands separators or four significant digits."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -40,22 +40,22 @@ class Column:
     text: Callable[[float], str] = number_text
     unit: str = ""
     terminal: Callable[[float], str] = number
-    """As `text` where width is scarce; whole numbers are written out."""
+    """Like `text`, where width is scarce; integers are written out."""
     width: int = 60
-    """Of texts in a terminal."""
+    """Maximum width of texts in a terminal."""
 
     def cell(self, value: str | float | None) -> str:
-        """A cell's text; `-` for what is not known: None and NaN."""
+        """Return a cell's text; `-` for unknown values (None and NaN)."""
         if value is None or value != value:
             return "-"
         return value if isinstance(value, str) else self.text(value)
 
     def described(self) -> dict[str, str]:
-        """What files and data frames say of it."""
+        """Return the description stored in files and data frames."""
         return {"label": self.label, "unit": self.unit, "definition": self.definition}
 
     def terminal_cell(self, value: Cell) -> str:
-        """A cell's text in a table of a terminal."""
+        """Return a cell's text for a table in a terminal."""
         if value is None or value != value:
             return "-"
         if isinstance(value, str):
@@ -66,7 +66,7 @@ class Column:
 def text_table(
     headings: Sequence[str | Column], rows: Sequence[Sequence[Cell]], *, left: int = 1, title: str = ""
 ) -> str:
-    """Values as a `table`, each written as its column says, below the title."""
+    """Format values as a `table` below a title, each value as its column specifies."""
     columns = columns_of(headings)
     cells = [[c.terminal_cell(value) for c, value in zip(columns, row, strict=True)] for row in rows]
     text = table([column.label for column in columns], cells, left=left)
@@ -74,7 +74,7 @@ def text_table(
 
 
 def columns_of(headings: Iterable[str | Column]) -> list[Column]:
-    """The columns of a table, by themselves or by the headings that name them."""
+    """Return the columns of a table, given as columns or as headings that name them."""
     return [heading if isinstance(heading, Column) else column_of(heading) for heading in headings]
 
 
@@ -147,7 +147,7 @@ _DECIMALS = {
     **dict.fromkeys(("max÷mean", "CV", "chance", "Gini", "entropy", "confidence"), 3),
     **dict.fromkeys(("load entropy", "router entropy", "router confidence", "moved"), 3),
 }
-"""In a terminal, where figures that are compared stand below each other."""
+"""Decimals in a terminal, where values are compared down a column."""
 _WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16, "differs": 24, "A": 24, "B": 24}
 _UNITS = ("µs", "GB/s", "FLOP/s", "%")
 _UNIT_OF = {
@@ -157,7 +157,7 @@ _UNIT_OF = {
 
 
 def column_of(heading: str) -> Column:
-    """The column that a heading names; its own words where it names none that is known."""
+    """Return the column that a heading names; a column with the heading as its label if none is known."""
     words = heading.strip()
     if words in DEFINITIONS:
         definition = DEFINITIONS[words]
@@ -166,7 +166,7 @@ def column_of(heading: str) -> Column:
         parts = [label for label in named if not any(label != other and label in other for other in named)]
         definition = " ".join(f"{label}: {DEFINITIONS[label]}" for label in parts)
     last = words.rpartition(" ")[2]
-    is_ratio = words.startswith("×")  # of an equal share: a multiple, not a part
+    is_ratio = words.startswith("×")  # "× equal share" is a multiple, not a fraction
     text = number_text if is_ratio else _FORMATS.get(last, number_text)
     terminal = partial(fixed, decimals=_DECIMALS[words]) if words in _DECIMALS else _FORMATS.get(last, number)
     unit = last if last in _UNITS else _UNIT_OF.get(words, "")
@@ -176,15 +176,15 @@ def column_of(heading: str) -> Column:
 def as_column(
     label: str, definition: str = "", unit: str = "", terminal: Callable[[float], str] = number
 ) -> dict[str, Column]:
-    """The metadata of a dataclass's field whose values are a column; `columns_of_fields` finds them."""
+    """Return field metadata for a dataclass field that is a column; see `columns_of_fields`."""
     return {"column": Column(label, definition, unit=unit, terminal=terminal)}
 
 
 def columns_of_fields(kind: type) -> dict[str, Column]:
-    """Field -> its column, in the order of the fields."""
+    """Return a mapping from field name to column, in the order of the fields."""
     return {one.name: one.metadata["column"] for one in fields(kind)}
 
 
 def count_column(label: str, unit: str = "") -> Column:
-    """Of figures that reach from units to billions: FLOP, bytes, FLOP/s."""
+    """Return a column for numbers from units to billions: FLOP, bytes, FLOP/s."""
     return Column(label, terminal=partial(scaled, unit=unit), text=partial(scaled, unit=unit))

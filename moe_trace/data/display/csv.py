@@ -1,4 +1,4 @@
-"""All that is written as CSV: one writer, one guard against formulas."""
+"""CSV output, guarded against formula injection."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """RFC 4180 with a heading. None and NaN are empty, lists are blank-separated.
+    """Return RFC 4180 text with a heading. None and NaN are empty, lists are separated by blanks.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    Text that a spreadsheet would evaluate as a formula gets a leading apostrophe.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""All that is written as JSON for people and tools: one form, one writer, without NaN or infinity."""
+"""JSON output for people and tools, without NaN or infinity."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """The `plain` form, indented, with a line end."""
+    """Return the `plain` form as indented JSON that ends with a newline."""
     return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
-    """As JSON holds it: dataclasses as objects of their fields, arrays as lists.
+    """Convert to plain JSON types: dataclasses to objects of their fields, arrays to lists.
 
-    JSON knows no NaN and no infinity, which absurd times in a broken file can make: null.
+    NaN and infinity, which invalid times in a damaged file can produce, become null, as JSON has neither.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -31,5 +31,5 @@ def plain(value: Any) -> Any:
 
 
 def attributes(value: Any, *names: str) -> dict[str, Any]:
-    """Some of an object's attributes, properties too, by name."""
+    """Return the named attributes of an object, properties included."""
     return {name: getattr(value, name) for name in names}

@@ -1,7 +1,7 @@
-"""How a record shows itself in a notebook and in a shell, without importing what draws it.
+"""Display of records in notebooks and shells, without importing the renderers.
 
-Records stand below the renderers. `moe_trace/__init__.py`, which knows both, says which renderer draws which
-record; it is imported when a notebook first asks.
+Records are imported by renderers, not the reverse. `moe_trace/__init__.py`, which knows both, registers a
+renderer for each record; it is imported when a notebook first displays one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _RENDERERS: dict[str, str] = {}
 
 
 def register_renderers(renderers: Mapping[str, str]) -> None:
-    """Tell who draws what: `module.Class` of a record -> `module.function`, which returns HTML."""
+    """Register renderers: `module.Class` of a record -> `module.function`, which returns HTML."""
     _RENDERERS.update(renderers)
 
 
 class ShownInNotebooks:
-    """A record, or a subclass of one, that a registered renderer draws."""
+    """Base class of records that a registered renderer displays, for themselves and their subclasses."""
 
     def _repr_html_(self) -> str | None:
         for kind in type(self).__mro__:
@@ -32,7 +32,8 @@ class ShownInNotebooks:
 
 
 class ShortRepr:
-    """A dataclass (`repr=False`) whose repr has its numbers and words, and of the rest how much there is."""
+    """Base class of dataclasses (`repr=False`) whose repr shows numbers and text, and the size of all
+    else."""
 
     def __repr__(self) -> str:
         shown = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]

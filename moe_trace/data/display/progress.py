@@ -1,4 +1,4 @@
-"""The bar that says how far something is, on standard error."""
+"""Progress bar on standard error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 def progress_bar(
     shown: bool | None = None, *, in_bytes: bool = False
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that takes what is being done, how much is done, and of how much.
+    """Yield a function that takes a description, the amount done and the total.
 
     Args:
-        shown: None for on a terminal or in a notebook. Elsewhere it is printed once, at the end.
-        in_bytes: what is counted, with the time that is left; else steps, with the time that they took.
+        shown: None shows it on a terminal or in a notebook; elsewhere it is printed once, at the end.
+        in_bytes: count bytes and show the remaining time; else count steps and show the elapsed time.
     """
     from rich.console import Console
     from rich.progress import (

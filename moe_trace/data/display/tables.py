@@ -1,4 +1,4 @@
-"""Plain tables that line up in a terminal, without control codes."""
+"""Plain text tables aligned for a terminal, without control codes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _NARROWEST = 40
 
 
 def screen_width() -> int:
-    """`WIDTH`, or less where the output is a terminal that has less, or `COLUMNS` says so."""
+    """Return `WIDTH`, or less if the terminal or `COLUMNS` is narrower."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return WIDTH
     return max(_NARROWEST, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns two blanks apart; the first `left` columns are aligned left, the others right.
+    """Format columns two blanks apart; the first `left` columns are left-aligned, the others right-aligned.
 
-    On a terminal narrower than `WIDTH`, columns that don't fit follow below, each time after the first one.
+    On a terminal narrower than `WIDTH`, columns that do not fit follow below, each time after the first
+    column.
     """
     lines = [list(headings), *map(list, rows)]
     widths = [max(columns(line[i]) for line in lines) for i in range(len(headings))]
@@ -36,7 +37,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int =
 
 
 def _folded(widths: Sequence[int], screen: int) -> list[list[int]]:
-    """Indices of the columns of each block."""
+    """Return the column indices of each block."""
     if screen >= WIDTH or not widths:
         return [list(range(len(widths)))]
     blocks = [[0]]
@@ -48,24 +49,24 @@ def _folded(widths: Sequence[int], screen: int) -> list[list[int]]:
 
 
 def pad(text: str, width: int, *, to_left: bool) -> str:
-    """Blanks up to a width on the screen."""
+    """Pad with blanks to a width on the screen."""
     blanks = " " * max(0, width - columns(text))
     return text + blanks if to_left else blanks + text
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal the text takes."""
+    """Return the number of terminal columns that the text takes."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
 def printable(text: object, limit: int = 60) -> str:
-    """A name out of a file, fit for a terminal: no control codes, of bounded length."""
+    """Return text from a file without control codes and at most `limit` characters long."""
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits; `-` for None."""
+    """Format with significant digits; `-` for None."""
     if value is None:
         return "-"
     if value == 0:
@@ -76,7 +77,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def number_ranges(numbers: Sequence[int]) -> list[str]:
-    """Ascending numbers, neighbours as a range, so that a thousand stay readable: `0-2`, `5`, `7-9`."""
+    """Format ascending numbers, neighbours as ranges, to keep long lists readable: `0-2`, `5`, `7-9`."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][-1] + 1:
@@ -87,12 +88,12 @@ def number_ranges(numbers: Sequence[int]) -> list[str]:
 
 
 def fixed(value: float | None, decimals: int) -> str:
-    """A fixed number of decimals; `-` for None."""
+    """Format with a fixed number of decimals; `-` for None."""
     return "-" if value is None else f"{value:,.{decimals}f}"
 
 
 def scaled(value: float | None, unit: str = "") -> str:
-    """`1.23 G` of something."""
+    """Format with a decimal prefix and unit, such as `1.23 G`; `-` for None."""
     if value is None:
         return "-"
     for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -102,7 +103,7 @@ def scaled(value: float | None, unit: str = "") -> str:
 
 
 def share(part: float | None) -> str:
-    """A fraction as a percentage; `-` for None."""
+    """Format a fraction as a percentage; `-` for None."""
     if part is None:
         return "-"
     percent = 100 * part
@@ -110,12 +111,12 @@ def share(part: float | None) -> str:
 
 
 def signed_percent(part: float | None) -> str:
-    """A relative difference; `-` for None."""
+    """Format a relative difference as a signed percentage; `-` for None."""
     return "-" if part is None else f"{100 * part:+.1f} %"
 
 
 def wrapped(text: str, mark: str = "  - ") -> str:
-    """An item of a list within the screen, its first line marked."""
+    """Wrap a list item to the screen width, its first line marked."""
     beside = " " * len(mark)
     return textwrap.fill(
         text, screen_width(), initial_indent=mark, subsequent_indent=beside, break_on_hyphens=False
@@ -123,5 +124,5 @@ def wrapped(text: str, mark: str = "  - ") -> str:
 
 
 def paragraph(text: str) -> str:
-    """Text within the screen."""
+    """Wrap text to the screen width."""
     return wrapped(text, "")
