@@ -1,1 +1,1 @@
-"""Understand a trace's JSON without holding it: its top-level keys, and its events."""
+"""Streaming access to a trace's JSON: its top-level keys and its events."""

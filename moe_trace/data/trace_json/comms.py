@@ -1,9 +1,9 @@
-"""Events that tell of collectives, as Kineto writes them: what they are called, and what their arguments say.
+"""Events of collectives as written by Kineto: their names and arguments.
 
-NCCL (and every backend that records its parameters) writes a `record_param_comms` operator on the thread that
-called the collective, with all that there is to know; its kernels are launched inside it. Gloo writes no
+NCCL (and every backend that records its parameters) writes a `record_param_comms` operator with all
+parameters on the thread that called the collective; its kernels are launched inside it. Gloo writes no
 parameters: its collective is the `c10d::` operator that called it, which has sizes only with
-`record_shapes=True`, and a range `gloo:...` on the thread of gloo's own that did the work.
+`record_shapes=True`, and a range `gloo:...` on the gloo thread that did the work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _list = msgspec.json.Decoder(list[msgspec.Raw])
 _sizes = msgspec.json.Decoder(_Sizes)
 _sizes_or_text = msgspec.json.Decoder(_Sizes | str)
 
-# Spellings differ: c10d::alltoall_base_, all_to_allv, gloo:all_to_all, _allgather_base, nccl:all_reduce.
+# Spellings vary: c10d::alltoall_base_, all_to_allv, gloo:all_to_all, _allgather_base, nccl:all_reduce.
 _KINDS: tuple[tuple[str, CommKind], ...] = (
     ("alltoall", "all_to_all"),
     ("allgather", "all_gather"),
@@ -40,7 +40,7 @@ _KINDS: tuple[tuple[str, CommKind], ...] = (
     ("allreduce", "all_reduce"),
     ("broadcast", "broadcast"),
 )
-# What `record_param_comms` also says, and what moves nothing.
+# Other names in `record_param_comms` events, which transfer no data.
 _NO_COLLECTIVES = ("wait", "init", "")
 
 ITEM_BYTES = {
@@ -55,7 +55,7 @@ _INTEGERS = ("long", "long int", "int", "short", "int64", "int32", "byte", "char
 
 
 class CommArgs(msgspec.Struct, gc=False):
-    """The arguments that tell of a collective, as JSON text: other tools write them in other forms."""
+    """Arguments of a collective, as JSON text because other tools write them in other forms."""
 
     collective: msgspec.Raw = msgspec.field(default=_NONE, name="Collective name")
     elements_in: msgspec.Raw = msgspec.field(default=_NONE, name="In msg nelems")
@@ -75,19 +75,19 @@ class CommArgs(msgspec.Struct, gc=False):
 
 
 def is_comm(name: str) -> bool:
-    """Whether an operator or range of that name tells of a collective."""
+    """Return whether an operator or range of that name belongs to a collective."""
     return name == PARAMETERS or name.startswith((OPERATOR, GLOO))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CommFacts:
-    """What the arguments of one event say; None for what they leave open."""
+    """Parsed arguments of one event; None for what they leave open."""
 
     kind: CommKind
     elements_in: int | None = None
     elements_out: int | None = None
     split_in: tuple[int, ...] | None = None
-    """Rows for each rank of the group, in its order; empty: equal parts."""
+    """Rows per rank, in the order of the group; empty for equal parts."""
     split_out: tuple[int, ...] | None = None
     dtype: str | None = None
     group: tuple[int, ...] | None = None
@@ -101,13 +101,14 @@ class CommFacts:
 
     @property
     def is_integer(self) -> bool | None:
-        """Whether the elements are whole numbers: counts or ids, no hidden states."""
+        """Whether the elements are integers, that is, counts or ids rather than hidden states."""
         return None if self.dtype is None else self.dtype.lower() in _INTEGERS
 
 
 @dataclass(frozen=True, eq=False)
 class CommEvent:
-    """One such event; times in nanoseconds on the trace's clock, `thread` an index of the table's threads."""
+    """One event of a collective; times in nanoseconds on the trace's clock, `thread` an index into the
+    table's threads."""
 
     name: str
     thread: int
@@ -117,7 +118,7 @@ class CommEvent:
 
 
 def facts_of(name: str, args: CommArgs | None) -> CommFacts | None:
-    """None where the event is no collective (a wait, a send, the start of a group)."""
+    """Return the facts of an event; None if it is no collective (a wait, a send, a group's start)."""
     if args is None:
         return None
     if name == PARAMETERS:
@@ -140,13 +141,13 @@ def facts_of(name: str, args: CommArgs | None) -> CommFacts | None:
 
 
 def kind_of(name: str) -> CommKind:
-    """The kind of a collective, however the backend spells it."""
+    """Return the kind of a collective, in any backend's spelling."""
     plain = name.lower().replace("_", "")
     return next((kind for part, kind in _KINDS if part in plain), "other")
 
 
 def _operator_facts(kind: CommKind, name: str, args: CommArgs) -> CommFacts:
-    """`c10d::alltoall_base_(output, input, group, output splits, input splits, ...)`, with shapes."""
+    """Parse `c10d::alltoall_base_(output, input, group, output splits, input splits, ...)` with shapes."""
     dims, concrete, types = (_read(raw, _list) or [] for raw in (args.dims, args.concrete, args.types))
     if kind != "all_to_all" or "base" not in name or len(dims) < 2 or len(concrete) < 5:
         return CommFacts(kind=kind)
@@ -161,7 +162,8 @@ def _operator_facts(kind: CommKind, name: str, args: CommArgs) -> CommFacts:
 
 
 def _group(args: CommArgs) -> tuple[int, ...] | None:
-    """The group's ranks; long lists are cut short in the text, but ranks at even distances are listed too."""
+    """Return the group's ranks. Long lists are truncated in the text, but evenly spaced ranks also have a
+    stride."""
     ranks = _read_sizes(args.group_ranks)
     if ranks:
         return ranks
@@ -175,7 +177,7 @@ def _group(args: CommArgs) -> tuple[int, ...] | None:
 
 
 def _read(text: msgspec.Raw | str, decoder: msgspec.json.Decoder[_T]) -> _T | None:
-    """None for what is of another type."""
+    """Return the decoded text; None if it has another type."""
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
@@ -183,7 +185,7 @@ def _read(text: msgspec.Raw | str, decoder: msgspec.json.Decoder[_T]) -> _T | No
 
 
 def _read_sizes(text: msgspec.Raw) -> tuple[int, ...] | None:
-    """`"[1, 2]"` or `[1, 2]`; None for `"[1, ..., 9]"`, which is cut short."""
+    """Parse `"[1, 2]"` or `[1, 2]`; None for the truncated form `"[1, ..., 9]"`."""
     found = _read(text, _sizes_or_text)
     return _read(found, _sizes) if isinstance(found, str) else found
 

@@ -1,7 +1,7 @@
-"""How much of what a figure adds up could be joined: the third state beside known and zero.
+"""Coverage: the share of a sum that could be joined, as a third state next to known and zero.
 
-A kernel whose launch the trace does not hold belongs to no layer that we could name. A sum without it is
-a lower bound, and is shown with its coverage; where less than `KNOWN_MIN` could be joined it is not given.
+A kernel whose launch is not in the trace cannot be assigned to a layer. A sum without it is a lower bound and
+is shown with its coverage; where less than `KNOWN_MIN` could be joined, no sum is given.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from dataclasses import dataclass, fields, replace
 from moe_trace.data.compiled_graph import BY_COMPILER
 
 KNOWN_MIN = 0.9
-"""Least share that must be joined for a sum to be given, by number and by time."""
+"""Minimum share, by number and by time, that must be joined for a sum to be given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How many things of one kind were joined to what they belong to."""
+    """Number of items of one kind that were joined to their owner."""
 
     joined: int = 0
     total: int = 0
     joined_ns: int = 0
     total_ns: int = 0
-    """Their time, where they have any."""
+    """Durations of the joined and of all items, where they have any."""
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     @property
     def share(self) -> float | None:
-        """The smaller of the shares by number and by time; None where there was nothing to join."""
+        """The smaller of the shares by number and by time; None if there was nothing to join."""
         if not self.total:
             return None
         by_time = self.joined_ns / self.total_ns if self.total_ns else 1.0
@@ -38,30 +38,30 @@ class Coverage:
 
     @property
     def known(self) -> bool:
-        """Whether a sum over the joined is near enough to that over all."""
+        """Whether a sum over the joined items is close enough to that over all."""
         return self.share is None or self.share >= KNOWN_MIN
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeCoverage:
-    """What the times of a trace's router calls rest on."""
+    """Coverage of the data behind the times of a trace's router calls."""
 
     kernels: Coverage = Coverage()
-    """Kernels, copies and memsets whose launch the trace holds."""
+    """Kernels, copies and memsets whose launch is in the trace."""
     launches: Coverage = Coverage()
-    """Launches of kernels inside MoE layers whose kernel the trace holds."""
+    """Launches of kernels inside MoE layers whose kernel is in the trace."""
     calls: Coverage = Coverage()
-    """Router calls whose ranges the trace holds, with operators inside."""
+    """Router calls whose ranges are in the trace, with operators inside."""
     backward: Coverage = Coverage()
-    """Backward nodes whose forward operator the trace holds."""
+    """Backward nodes whose forward operator is in the trace."""
     collectives: Coverage = Coverage()
-    """Collectives of MoE layers whose kernels, or range on the backend's thread, the trace holds."""
+    """Collectives of MoE layers whose kernels, or range on the backend's thread, are in the trace."""
     compiled: Coverage = Coverage()
-    """Router calls inside compiled code whose kernels the compiler's provenance names."""
+    """Router calls inside compiled code whose kernels are named by the compiler's provenance."""
     unshared: Coverage = Coverage()
-    """Kernels of those calls that were not fused from several phases, layers or the rest of the model."""
+    """Kernels of those calls that were not fused across phases, layers or the rest of the model."""
     cpp_kernels: Coverage = Coverage()
-    """Calls of compiled graphs on a CPU whose C++ kernels the trace shows."""
+    """Calls of compiled graphs on a CPU whose C++ kernels are in the trace."""
 
     def __add__(self, other: TimeCoverage) -> TimeCoverage:
         return TimeCoverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -73,7 +73,7 @@ class TimeCoverage:
 
     @property
     def provenance(self) -> Provenance | None:
-        """What times inside compiled code rest on; None without any."""
+        """Reliability of times inside compiled code; None if there are none."""
         if not self.unshared.total_ns:
             return None
         return Provenance(
@@ -82,19 +82,19 @@ class TimeCoverage:
         )
 
     def items(self) -> list[tuple[str, Coverage]]:
-        """(name, coverage), in the order of the fields."""
+        """Return (name, coverage) pairs in the order of the fields."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How far the compiler's provenance tells the times inside compiled code."""
+    """Share of the times inside compiled code that the compiler's provenance does not determine exactly."""
 
     unknown_share: float
-    """Of the router calls inside compiled code: those whose kernels do not follow it."""
+    """Share of router calls inside compiled code whose kernels do not match it."""
     shared_share: float
-    """Of the time of the others' kernels: what was fused from several phases, layers or the rest of the
-    model, and counts in equal parts."""
+    """Share of the other calls' kernel time in kernels fused from several phases, layers or the rest of the
+    model, which is divided into equal parts."""
 
     def __str__(self) -> str:
         return (
@@ -123,7 +123,7 @@ _LOSSES = {
 
 
 def loss_sentence(name: str, coverage: Coverage) -> str | None:
-    """What was not joined, in words; None where nothing was lost."""
+    """Describe what was not joined; None if nothing was lost."""
     share = coverage.share
     if share is None or share >= 1:
         return None
@@ -139,9 +139,9 @@ def loss_sentence(name: str, coverage: Coverage) -> str | None:
 
 
 def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
-    """One sentence for each kind of loss, and one for what was fused."""
+    """Return one sentence for each kind of loss, and one on fused kernels."""
     whole = sum(parts, TimeCoverage())
-    if not whole.cpp_kernels.known:  # which is why none was joined
+    if not whole.cpp_kernels.known:  # the reason why none was joined
         whole = replace(whole, compiled=Coverage())
     notes = [loss_sentence(name, coverage) for name, coverage in whole.items() if name in _LOSSES]
     found = whole.provenance
@@ -155,6 +155,6 @@ def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    """Never 100 % for what is not all, nor 0 % for what is not nothing."""
+    """Format a share, never rounded to 100 % unless it is all, nor to 0 % unless it is nothing."""
     text = f"{100 * share:.0f}" if share == 1 or 0.01 <= share <= 0.99 else f"{100 * share:.2g}"
     return f"{'99.9' if share < 1 and float(text) == 100 else text} %"

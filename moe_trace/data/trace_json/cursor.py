@@ -1,8 +1,8 @@
-"""A cursor over one JSON object that is too large to hold: its keys, and their values one after another.
+"""Cursor over a JSON object too large to hold in memory: its keys, and their values one after another.
 
-Kineto writes each key on a line of its own and turns every backslash into a slash, so that a quote in the
-user's metadata ends its string too early, and the file is no JSON. Before the events, a value that does not
-end where a value can is therefore taken to reach to the end of its line.
+Kineto writes each key on its own line and turns every backslash into a slash, so that a quote in the user's
+metadata ends its string too early and the file is not valid JSON. Before the events, a value that does not
+end where a value can is therefore assumed to extend to the end of its line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moe_trace.data.errors import TraceFileError
 
 BLOCK_BYTES = 4 * 2**20
 HELD_BYTES = 16 * 2**20
-"""Of one value before the events; what is longer is not read a second time."""
+"""Maximum size of a value before the events that is read a second time."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
@@ -24,16 +24,16 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class _NoValue(Exception):
-    """What stands in a value's place is no JSON."""
+    """The text in place of a value is not JSON."""
 
 
 class JsonCursor:
     """A cursor over one JSON object.
 
     Args:
-        read: returns up to that many bytes, none at the end.
-        name: of the file, for messages.
-        held: what was read already, and comes first.
+        read: returns up to the given number of bytes, none at the end.
+        name: name of the file, for messages.
+        held: bytes already read, which come first.
     """
 
     def __init__(self, read: Callable[[int], bytes], name: str, held: bytes = b"") -> None:
@@ -47,11 +47,11 @@ class JsonCursor:
 
     @property
     def position(self) -> int:
-        """Offset of the cursor in what was read."""
+        """Offset of the cursor in the bytes read."""
         return self._taken - len(self._data) + self._at
 
     def walk(self) -> Iterator[str]:
-        """The top-level keys; after each, the caller takes its value by one of the methods below."""
+        """Yield the top-level keys; after each, the caller consumes its value with a method below."""
         self._fill()
         if self._data.startswith(_BYTE_ORDER_MARK):
             self._at += len(_BYTE_ORDER_MARK)
@@ -73,7 +73,7 @@ class JsonCursor:
             yield key
 
     def _members(self) -> Iterator[str]:
-        """From a key on to the end of the object and of the file."""
+        """Yield keys from the next one to the end of the object and of the file."""
         while True:
             key = self._key()
             self._expect(b":")
@@ -82,7 +82,7 @@ class JsonCursor:
                 return
 
     def _ends_behind_value(self) -> bool:
-        """Whether the object ends here, and the file with it; else another key follows."""
+        """Return whether the object ends here, and the file with it; else another key follows."""
         mark = self._peek()
         if mark not in (b",", b"}"):
             raise self._broken("a comma or the end of the object")
@@ -92,7 +92,7 @@ class JsonCursor:
         return mark == b"}"
 
     def is_rest_of_object(self) -> bool:
-        """Whether from behind a value on the rest of the file is the rest of an object; reads to its end."""
+        """Return whether the rest of the file is the rest of an object after a value; reads to its end."""
         try:
             if not self._ends_behind_value():
                 for _ in self._members():
@@ -106,7 +106,7 @@ class JsonCursor:
             raise self._broken("the end of the file")
 
     def value(self) -> bytes:
-        """The next value's JSON text; where it is no JSON, its text as a string."""
+        """Return the next value's JSON text, or its text as a JSON string where it is not JSON."""
         if self._in_head:
             try:
                 return self._taken_to(self._end_before_mark())
@@ -115,10 +115,10 @@ class JsonCursor:
             if line is not None:
                 self._at = line.end(1)
                 return json.dumps(line.group(1).decode("utf-8", "replace")).encode()
-        return self._taken_to(self._value_end(self._grow))  # which says what is wrong
+        return self._taken_to(self._value_end(self._grow))  # which raises the error
 
     def skip(self) -> None:
-        """Skip the next value. Behind the events it is not held, whatever its size."""
+        """Skip the next value, which is not buffered as a whole if it comes after the events."""
         if self._in_head:
             self.value()
         else:
@@ -134,12 +134,12 @@ class JsonCursor:
         return text
 
     def _value_end(self, more: Callable[[], None], *, of_line: bool = False, keep: bool = True) -> int:
-        """Where the value at the cursor ends in the buffer, which has it whole then.
+        """Return the end of the value at the cursor in the buffer, which then contains all of it.
 
         Args:
-            more: has the buffer hold more of the file, or raises.
-            of_line: whether no string reaches from one line's last quote to the first of the next.
-            keep: whether the buffer must hold the whole value; else the cursor moves on inside it.
+            more: extends the buffer with more of the file, or raises.
+            of_line: raise `_NoValue` if a string spans from one line's last quote to the first of the next.
+            keep: whether the buffer must contain the whole value; else the cursor advances inside it.
         """
         if self._peek() not in (b"{", b"[", b'"'):
             while (end := _SCALAR.match(self._data, self._at).end()) == len(self._data):  # type: ignore[union-attr]
@@ -162,7 +162,7 @@ class JsonCursor:
                 self._at, size = match.end(), 0
 
     def _end_before_mark(self) -> int:
-        """The end of a value that what follows it shows to be one."""
+        """Return the end of a value, confirmed by the character that follows it."""
         size = self._value_end(self._hold_more, of_line=True) - self._at
         while (mark := self._behind_space(self._at + size)) == len(self._data):
             self._hold_more()
@@ -186,7 +186,7 @@ class JsonCursor:
     # -- the buffer -----------------------------------------------------------------------------------
 
     def _peek(self) -> bytes:
-        """The next byte that is not white space, where the cursor then stands; b"" at the end."""
+        """Move to the next byte that is not white space and return it; b"" at the end."""
         while True:
             self._at = self._behind_space(self._at)
             if self._at < len(self._data):
@@ -201,7 +201,7 @@ class JsonCursor:
         return match.end()
 
     def _fill(self, size: int = 0) -> None:
-        """Have a block and at least `size` bytes from the cursor on, if the file has them."""
+        """Buffer a block, and at least `size` bytes, from the cursor on, if the file has them."""
         parts, size = [self._data[self._at :]], max(BLOCK_BYTES, size)
         have = len(parts[0])
         while have < size and not self._ended:
@@ -219,7 +219,7 @@ class JsonCursor:
         self._grow()
 
     def _grow(self) -> None:
-        """More of one value; doubling keeps the work linear."""
+        """Buffer more of one value; doubling keeps the work linear."""
         if self._ended:
             raise TraceFileError(
                 f"{self.name}: the JSON ends too early, at byte {self._taken:,}, in "

@@ -1,7 +1,7 @@
-"""One event of the trace as msgspec reads it: the fields that are asked for, in whatever spelling they come.
+"""Decoding of single trace events with msgspec, tolerant of the spellings that tools use.
 
-A number may be written as 5, 5.0 or "5" (pandas and JavaScript make floats and texts of whole numbers), an id
-as "0x1f" or any text. What has no time is no event; what has odd arguments is still one.
+A number may be written as 5, 5.0 or "5" (pandas and JavaScript turn integers into floats and strings), an id
+as "0x1f" or any text. Events without a time are dropped; events with unexpected arguments are kept.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LINK_BITS = 2**63 - 1
 class EventArgs(CommArgs, gc=False):
     correlation: Number = None
     moe_trace: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    """The recording, in the event that carries it."""
+    """The recording, in the event that contains it."""
 
 
 class Event(msgspec.Struct, gc=False):
-    """`ts` and `dur` are NaN where they are missing: neither is zero."""
+    """A trace event. `ts` and `dur` are NaN where missing, which is distinct from zero."""
 
     ph: str = ""
     cat: str | None = None
@@ -46,7 +46,7 @@ _decode_event = msgspec.json.Decoder(Event).decode
 
 
 def decode_one(text: bytes) -> Event:
-    """An event of a batch that the fast way refuses, as far as it can be understood."""
+    """Decode an event of a batch that the fast path rejects, as far as possible."""
     try:
         return _decode_event(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -56,13 +56,13 @@ def decode_one(text: bytes) -> Event:
     except (ValueError, OverflowError):
         return UNREADABLE
     try:
-        return _decode_event(msgspec.json.encode(value))  # the arguments stay JSON text
+        return _decode_event(msgspec.json.encode(value))  # keeps the arguments as JSON text
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError, TypeError):
         return _without_odd_fields(value)
 
 
 def _without_odd_fields(value: Any) -> Event:
-    """Other tools put what they like into fields; an event is only lost if its time is odd."""
+    """Drop unexpected fields, which other tools write; an event is lost only if its time is invalid."""
     if not isinstance(value, dict):
         return UNREADABLE
     kept = {key: value[key] for key in ("ph", "cat", "pid", "tid", "ts", "dur", "id") if key in value}
@@ -79,7 +79,8 @@ def _without_odd_fields(value: Any) -> Event:
 
 
 def recording_in(events: Iterable[Event]) -> bytes | None:
-    """The recording's JSON, if one of the events carries it: the last, for merging adds behind all others."""
+    """Return the JSON of the recording in the last event that has one; merging appends it after all
+    others."""
     found = None
     for event in events:
         if event.ph == "M" and event.args is not None and event.args.moe_trace is not msgspec.UNSET:
@@ -88,7 +89,7 @@ def recording_in(events: Iterable[Event]) -> bytes | None:
 
 
 def whole_number(value: object) -> int | None:
-    """5, 5.0, "5", "5.0" and "0x5" are one number; None for anything else."""
+    """Return the integer written as 5, 5.0, "5", "5.0" or "0x5"; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -109,13 +110,13 @@ def whole_number(value: object) -> int | None:
 
 
 class Links:
-    """Correlations and ids of flows as 63-bit integers; equal for equal numbers in any spelling."""
+    """Correlations and flow ids as 63-bit integers, equal for equal numbers in any spelling."""
 
     def __init__(self) -> None:
         self._texts: dict[str, int] = {}
 
     def of(self, value: Number) -> int:
-        """`NO_LINK` where there is none."""
+        """Return the integer of a link; `NO_LINK` if there is none."""
         if type(value) is int:
             return value & _LINK_BITS if value >= 0 else NO_LINK
         if value is None:
@@ -125,12 +126,12 @@ class Links:
             return number & _LINK_BITS if number >= 0 else NO_LINK
         if not isinstance(value, str) or not value.strip():
             return NO_LINK
-        # A name as an id: a number that no counter reaches.
+        # Map a textual id to a number that no counter reaches.
         return self._texts.setdefault(value, _LINK_BITS - 1 - len(self._texts))
 
 
 def times_us(values: list[float | str]) -> list[float]:
-    """Times in microseconds, NaN for text that is no number."""
+    """Return times in microseconds; NaN for text that is not a number."""
 
     def one(value: float | str) -> float:
         try:

@@ -1,7 +1,7 @@
-"""The events that questions about routing need, as columns of numpy arrays.
+"""Trace events needed to analyse routing, as columns of numpy arrays.
 
 Three million events of a 1 GB trace take about 130 MB as columns; as objects they would take gigabytes.
-The parser is msgspec with typed structs: it builds no Python object for the fields that are not named here
+The parser is msgspec with typed structs: it builds no Python object for fields that are not named here
 (docs/reading.md has the measurement against orjson, simdjson, ijson and json).
 """
 
@@ -32,7 +32,7 @@ from moe_trace.data.trace_json.stream import JsonStream
 
 
 class Kind(IntEnum):
-    """What an event of the table is."""
+    """Kind of an event in the table."""
 
     OP = 0
     """A torch operator on the host (`cpu_op`)."""
@@ -59,14 +59,15 @@ _KINDS = {
     "mtia_ccp_events": Kind.DEVICE,
 }
 _HPU = "hpu_op"
-"""Gaudi's bridge writes the work of its engines so, too, and nothing that says what launched it."""
+"""Gaudi's bridge also uses this category for device work, without a link to its launch."""
 _LAUNCHING = ("_runtime", "_driver")
 _CATEGORIES_MAX = 1000
 _FLOWS = {"s": Kind.FORWARD, "f": Kind.BACKWARD}
 
 
 class _KindOf(dict[str | None, Kind | None]):
-    """Category -> kind. Every backend of Kineto names its host calls `<device>_runtime` and `_driver`."""
+    """Mapping from category to kind. Every Kineto backend names its host calls `<device>_runtime` and
+    `_driver`."""
 
     def __missing__(self, category: str | None) -> Kind | None:
         kind = _KINDS.get(category or "")
@@ -79,7 +80,7 @@ class _KindOf(dict[str | None, Kind | None]):
 
 @dataclass(frozen=True, eq=False)
 class EventTable:
-    """Columns of equal length, in the order of the file."""
+    """Event columns of equal length, in the order of the file."""
 
     kind: npt.NDArray[np.uint8]
     name: npt.NDArray[np.int32]
@@ -87,31 +88,31 @@ class EventTable:
     thread: npt.NDArray[np.int32]
     """Index into `threads`."""
     start_ns: npt.NDArray[np.int64]
-    """On the trace's clock. Integers, because microseconds since an epoch of years fill a float's digits."""
+    """On the trace's clock, as integers: microseconds since an epoch years ago exhaust a float's digits."""
     duration_ns: npt.NDArray[np.int64]
     link: npt.NDArray[np.int64]
-    """Correlation or flow id; -1 without."""
+    """Correlation or flow id; -1 if there is none."""
     names: tuple[str, ...]
     threads: tuple[tuple[Any, Any], ...]
-    """(process, thread) ids as the trace has them."""
+    """(process, thread) ids as in the trace."""
     unreadable: int
-    """Events that are not as the trace format says."""
+    """Number of events that violate the trace format."""
     comms: tuple[CommEvent, ...] = ()
-    """What says something of collectives, in the order of the file; not among the rows of a selection."""
+    """Events of collectives, in the order of the file; not among the rows of a selection."""
     processes: int = 1
-    """How many processes' events the file holds; those of one are here."""
+    """Number of processes in the file; the table contains the events of one."""
 
     def __len__(self) -> int:
         return len(self.kind)
 
     def select(self, mask: npt.NDArray[Any]) -> EventTable:
-        """The rows of a mask or an index."""
+        """Return the rows of a mask or an index."""
         chosen: Any = {name: getattr(self, name)[mask] for name in _COLUMNS}
         return replace(self, **chosen, comms=(), processes=1)
 
     @property
     def end_ns(self) -> npt.NDArray[np.int64]:
-        """Ends of the slices."""
+        """End times of the slices."""
         return self.start_ns + self.duration_ns
 
 
@@ -119,28 +120,30 @@ _COLUMNS = ("kind", "name", "thread", "start_ns", "duration_ns", "link")
 
 
 def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Kineto writes whole nanoseconds as microseconds with three decimals; rounding gets them back.
+    """Convert microseconds to nanoseconds.
 
-    NaN becomes 0, and what no clock shows the nearest time that 64 bits hold.
+    Kineto writes whole nanoseconds as microseconds with three decimals, so rounding is exact. NaN becomes 0;
+    out-of-range times are clipped to what 64 bits hold.
     """
     sane = np.nan_to_num(np.asarray(time_us, np.float64), nan=0.0, posinf=_TIME_MAX_US, neginf=-_TIME_MAX_US)
     return np.rint(np.clip(sane, -_TIME_MAX_US, _TIME_MAX_US) * 1000).astype(np.int64)
 
 
 def bounds_ns(span: Span) -> tuple[int, int]:
-    """Start and end; each part is rounded on its own, for their sum as a float may be a nanosecond off."""
+    """Return start and end in nanoseconds, rounding start and duration separately, since their float sum may
+    be off by a nanosecond."""
     start, duration = to_ns([span.start_us, span.duration_us]).tolist()
     return start, start + duration
 
 
 def spans_ns(spans: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """The same for `[N, 2]` starts and durations."""
+    """Return start and end, [N, 2], of `[N, 2]` starts and durations, as `bounds_ns` does."""
     ns = to_ns(spans)
     return np.stack([ns[:, 0], ns[:, 0] + ns[:, 1]], axis=1)
 
 
 class EventTableBuilder:
-    """Takes the batches of a stream one after another."""
+    """Builds an `EventTable` from the batches of a stream."""
 
     def __init__(self) -> None:
         self._names: defaultdict[str, int] = defaultdict()
@@ -149,7 +152,7 @@ class EventTableBuilder:
         self._threads.default_factory = self._threads.__len__
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._comms: list[CommEvent] = []
-        self._told: list[bool] = []  # of each name, whether it is that of a collective
+        self._told: list[bool] = []  # for each name, whether it belongs to a collective
         self._kind_of = _KindOf()
         self._links = Links()
         self.recording: bytes | None = None
@@ -158,12 +161,12 @@ class EventTableBuilder:
         self.seen = 0
 
     def read(self, stream: JsonStream) -> None:
-        """Take `traceEvents`, at which the stream stands."""
+        """Read `traceEvents` at the stream's position."""
         for batch in stream.batches(decode_batch, decode_one):
             self.add(batch)
 
     def add(self, events: list[Event]) -> None:
-        """Take some events; keep those that the table is about."""
+        """Add some events, keeping those of interest."""
         self.seen += len(events)
         self.recording = recording_in(events) or self.recording
         kind_of, link_of = self._kind_of, self._links.of
@@ -197,7 +200,7 @@ class EventTableBuilder:
     def _take_comms(
         self, slices: list[Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
     ) -> None:
-        """Keep what tells of collectives: few events, each with its arguments."""
+        """Keep events of collectives: few events, each with its arguments."""
         kind, name = columns[0][: len(slices)], columns[1][: len(slices)]
         self._told += map(is_comm, itertools.islice(self._names, len(self._told), None))
         host = (kind == Kind.OP) | (kind == Kind.RANGE)
@@ -209,7 +212,7 @@ class EventTableBuilder:
                 self._comms.append(CommEvent(event.name, thread, start, start + duration, facts))
 
     def build(self) -> EventTable:
-        """The table of everything that was added, without events whose time is far from all others."""
+        """Return the table of everything added, without events whose time is far from all others."""
         if not self._parts:
             self.add([])
         columns = map(np.concatenate, zip(*self._parts, strict=True))
@@ -233,8 +236,10 @@ class EventTableBuilder:
 
 
 def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """First and last start of the recording. Fewer than one event in a hundred, an hour or more away from all
-    others, have times that no clock showed (`ts: 0` among times since an epoch): they lie outside.
+    """Return the first and last start time of the recording.
+
+    Times that no clock showed (`ts: 0` among times since an epoch) lie outside it: those of fewer than one
+    event in a hundred that are an hour or more away from all others.
     """
     if not len(start_ns):
         return 0, 0
@@ -254,7 +259,7 @@ def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
 def _array(times: list[float | str]) -> npt.NDArray[np.float64]:
     try:
         return np.array(times, np.float64)
-    except ValueError:  # text that is no number
+    except ValueError:  # text that is not a number
         return np.array(times_us(times), np.float64)
 
 
@@ -265,7 +270,7 @@ _STRAYS_MAX = 0.01
 
 
 def find_links(links: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """[N] the first row with each link, such as the launch of a kernel; -1 where there is none."""
+    """Return the first row with each link, [N], such as the launch of a kernel; -1 where there is none."""
     order = np.argsort(among, kind="stable")
     at = np.searchsorted(among, links, sorter=order)
     known = (at < len(among)) & (links != NO_LINK)

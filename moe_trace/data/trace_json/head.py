@@ -1,4 +1,4 @@
-"""What the top-level keys of a trace say beside its events: devices, the clock's base, process groups."""
+"""Parsing of a trace's top-level keys other than its events: devices, clock base, process groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def device_names(text: bytes) -> tuple[str, ...]:
 
 
 def base_time(text: bytes) -> int:
-    """Nanoseconds; 0 where the value is none. Some tools write whole numbers as floats or strings."""
+    """Return nanoseconds; 0 if the value is invalid. Some tools write integers as floats or strings."""
     value = value_or_none(text)
     if isinstance(value, str) and len(value) < 20 and value.removeprefix("-").isdecimal():
         value = int(value)
@@ -30,7 +30,7 @@ def host_name(text: bytes) -> str | None:
 
 
 def group_ranks(text: bytes) -> tuple[tuple[int, ...], ...]:
-    """Each set of ranks once, in the order of the file."""
+    """Return each set of ranks once, in the order of the file."""
     info = value_or_none(text)
     groups = info.get("pg_config") if isinstance(info, dict) else None
     found = []

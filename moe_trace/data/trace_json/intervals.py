@@ -1,4 +1,4 @@
-"""Slices of a thread: which holds a moment, which is held by no other, and which are backward nodes."""
+"""Interval queries on the slices of threads: containment, outermost slices, backward nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_trace.data.trace_json.events import EventTable, Kind
 
 
 class Intervals:
-    """Rows that do not overlap on their thread, sorted by thread and start."""
+    """Rows that do not overlap within a thread, sorted by thread and start."""
 
     thread: npt.NDArray[np.int64]
     start_ns: npt.NDArray[np.int64]
@@ -21,7 +21,7 @@ class Intervals:
     def at(
         self, thread: npt.NDArray, start_ns: npt.NDArray, end_ns: npt.NDArray | None = None
     ) -> npt.NDArray[np.int64]:
-        """[N] the row that holds each moment of a thread, or stretch of time; -1 where none does."""
+        """Return the row that contains each moment, or time span, of a thread, [N]; -1 where none does."""
         found = np.full(len(start_ns), -1, dtype=np.int64)
         end_ns = start_ns if end_ns is None else end_ns
         bounds = np.flatnonzero(np.diff(self.thread, prepend=-1, append=-1))  # threads count from 0
@@ -34,7 +34,8 @@ class Intervals:
 
 
 def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """Whether no other row of the same block holds the row; rows are sorted by start, longest first."""
+    """Return whether no other row of the same block contains the row; rows are sorted by start, longest
+    first."""
     starts, reached = reached_by_group(block, host.start_ns, host.end_ns)
     outermost = np.ones(len(host), dtype=bool)
     outermost[1:] = starts[1:] >= reached[:-1]
@@ -44,9 +45,11 @@ def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
 def reached_by_group(
     group: npt.NDArray, start_ns: npt.NDArray[np.int64], end_ns: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """[N] the start of each row, and the latest end of its group so far; rows are sorted by group and start.
+    """Return the start of each row and the latest end in its group so far, [N] each, both with the groups
+    shifted apart.
 
-    One running maximum serves all groups: each is moved behind all before it.
+    Rows are sorted by group and start. Shifting each group past all earlier ones lets one running maximum
+    serve all.
     """
     origin = int(start_ns.min(initial=np.iinfo(np.int64).max))
     rank = np.cumsum(np.diff(group, prepend=group[:1]) != 0)
@@ -55,14 +58,15 @@ def reached_by_group(
 
 
 def outermost_slices(slices: EventTable) -> EventTable:
-    """The slices that no other slice of their thread holds."""
+    """Return the slices that no other slice of their thread contains."""
     ordered = slices.select(np.lexsort((-slices.duration_ns, slices.start_ns, slices.thread)))
     return ordered.select(is_outermost(ordered, ordered.thread.astype(np.int64)))
 
 
 def node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable, npt.NDArray[np.bool_]]:
-    """The backward nodes as slices, and which were found: a flow ends at the start of its node, the longest
-    operator there.
+    """Return the backward nodes as slices, and whether each was found.
+
+    A flow ends at the start of its node, which is the longest operator there.
     """
     ops = events.select(events.kind == Kind.OP)
     ops = ops.select(np.lexsort((-ops.duration_ns, ops.start_ns, ops.thread)))

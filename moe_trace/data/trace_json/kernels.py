@@ -1,4 +1,4 @@
-"""Which kernels were launched inside which host interval: joined by the correlation of launch and kernel."""
+"""Kernels launched inside host intervals, joined by the correlation of launch and kernel."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, bounds_ns, find_links
 
 _EARLY_NS = 10**6
-"""More than the clocks of host and device differ."""
+"""More than the difference between the clocks of host and device."""
 _FEW = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """Kernels, copies and memsets whose launch the trace holds, sorted by thread and time of the launch."""
+    """Kernels, copies and memsets whose launch is in the trace, sorted by thread and time of the launch."""
 
     launch_thread: npt.NDArray[np.int32]
     launch_ns: npt.NDArray[np.int64]
@@ -31,14 +31,14 @@ class Kernels:
     stream: npt.NDArray[np.int32]
     """Index into the table's threads: the device and its stream."""
     coverage: Coverage
-    """How many kernels of the trace these are."""
+    """Share of the trace's kernels that these are."""
 
     def within(self, thread: int, span: Span) -> slice:
-        """Those that a thread launched inside a span."""
+        """Return the kernels that a thread launched inside a span."""
         return self.within_ns(thread, *bounds_ns(span))
 
     def within_ns(self, thread: int, begin: int, end: int) -> slice:
-        """The same between two times in nanoseconds, both included."""
+        """Return the kernels launched between two times in nanoseconds, both included."""
         first = int(np.searchsorted(self.launch_thread, thread, "left"))
         last = int(np.searchsorted(self.launch_thread, thread, "right"))
         launches = self.launch_ns[first:last]
@@ -49,10 +49,10 @@ class Kernels:
 
 
 def find_kernels(events: EventTable) -> Kernels:
-    """Join each kernel with its launch, by the correlation that both carry; the events are of one process.
+    """Join each kernel with its launch by their correlation; the events are of one process.
 
-    A kernel that begins before its launch is not joined, where it is one of few: no clock showed its time.
-    Where many do, the device's clock stands apart from the host's, which the join does not ask.
+    A kernel that begins before its launch has an invalid time and is not joined, provided there are few of
+    them. If there are many, the device's clock is offset from the host's, which does not affect the join.
     """
     launches = events.select((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
     every = events.select(events.kind == Kind.DEVICE)

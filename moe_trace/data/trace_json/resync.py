@@ -1,8 +1,8 @@
-"""Go on after an event that is no JSON: torch writes a quote in a range's name as it is.
+"""Recovery after an event that is not valid JSON: torch writes quotes in range names unescaped.
 
-An event ends where `}`, a comma and the `{"` of the next stand, which no JSON string holds unescaped. Runs of
-such pieces are decoded together, ever shorter ones round what fails, until the broken event stands alone: it
-is handed to the caller's lenient reader, which counts it, and the next is read as if nothing had been.
+An event ends at `}`, a comma and the `{"` of the next, which no JSON string contains unescaped. Runs of such
+pieces are decoded together, in ever shorter runs around a failure, until the broken event is isolated: it is
+passed to the caller's lenient decoder, which counts it, and reading continues with the next one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _KEY_BEHIND = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,25
 _NOTHING_BEHIND = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
 _END = re.compile(_KEY_BEHIND, re.DOTALL)
 _END_OF_FILE = re.compile(_KEY_BEHIND + b"|" + _NOTHING_BEHIND, re.DOTALL)
-"""Of the array: a bracket behind its last element, and the next key of what holds it, or its end."""
+"""End of the array: a bracket after its last element, then the next key of the enclosing object or its
+end."""
 REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NESTED_MAX = 256
-"""Pieces that one event can be cut into by lists of objects in its arguments."""
+"""Maximum number of pieces into which lists of objects in its arguments can split one event."""
 _EVENT_MAX = 2**20
 _TRIES_BYTES = 2**23
-"""Text that may be looked at again for events that lists cut into pieces, in one buffer of nonsense."""
+"""Bytes that may be re-read in one buffer for events that lists split into pieces, a bound for malformed
+input."""
 _T = TypeVar("_T")
 
 
@@ -38,15 +40,15 @@ def decode_around_breaks(
     *,
     more: bool = False,
 ) -> tuple[list[_T], int] | None:
-    """The elements of an array of objects from an offset on, as far as the buffer goes.
+    """Decode the elements of an array of objects from an offset to the end of the buffer.
 
     Args:
         decode: a JSON array's text -> its elements; raises `msgspec.DecodeError`.
-        one: the text of an element that `decode` refuses.
-        more: whether the file goes on behind the buffer.
+        one: the text of an element that `decode` rejects.
+        more: whether the file continues after the buffer.
 
     Returns:
-        The elements and the offset just behind the last of them; None where none ends in the buffer.
+        The elements and the offset just after the last of them; None if none ends in the buffer.
     """
     return _Pieces(data, start, decode, one, more).take()
 
@@ -87,7 +89,7 @@ class _Pieces(Generic[_T]):
         return (self._found, self._at) if self._found else None
 
     def _take_run(self, first: int, last: int) -> bool:
-        """Whether pieces can be decoded together."""
+        """Decode pieces together; return whether that succeeded."""
         try:
             self._found += self._decode(b"[%b]" % self._data[self._starts[first] : self._ends[last - 1]])
         except REFUSALS:
@@ -96,7 +98,7 @@ class _Pieces(Generic[_T]):
         return True
 
     def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
-        """Whether the array ends in this piece; then its last element is taken, `broken` or not."""
+        """Take the last element, `broken` or not, if the array ends in this piece; return whether it does."""
         if _state(self._data[start:end]) == "whole":
             return False
         pattern = _END if self._more else _END_OF_FILE
@@ -112,7 +114,7 @@ class _Pieces(Generic[_T]):
                 self._found.append(self._one(text))
             self._at = at
             return True
-        # A bracket behind what is sound so far closes a list inside the element, not the array.
+        # A bracket after text that is valid so far closes a list inside the element, not the array.
         ends = [at for at in ends if _state(self._data[start:at]) != "open"] if broken else []
         if ends:
             self._found.append(self._one(self._data[start : ends[0]]))
@@ -120,7 +122,7 @@ class _Pieces(Generic[_T]):
         return bool(ends)
 
     def _take_one(self, first: int) -> int | None:
-        """One event, which lists in it may have cut into pieces; the next piece, None at the end."""
+        """Take one event, which lists in it may have split; return the next piece, or None at the end."""
         start = self._starts[first]
         for last in range(first + 1, min(first + _NESTED_MAX, len(self._ends)) + 1):
             if self._take_run(first, last):
@@ -129,14 +131,14 @@ class _Pieces(Generic[_T]):
             self._tries -= len(text)
             state = _state(text)
             if self._tries < 0 or state in ("whole", "broken"):
-                if state == "whole":  # but of another type than expected
+                if state == "whole":  # valid JSON, but of an unexpected type
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
                 break
         else:
             if self._more and len(self._data) - start < _EVENT_MAX:
-                return None  # its end may follow
+                return None  # its end may be in the next buffer
             if not self._more and self._take_last(start, len(self._data), broken=False):
                 return None
         if self._take_last(start, self._ends[first]):
@@ -144,14 +146,14 @@ class _Pieces(Generic[_T]):
         return self._take_broken(self._data[start : self._ends[first]], first + 1)
 
     def _take_broken(self, text: bytes, following: int) -> int:
-        """What only the lenient reader may understand."""
+        """Take an event that only the lenient decoder may understand."""
         self._found.append(self._one(text))
         self._at = self._ends[following - 1]
         return following
 
 
 def _state(text: bytes) -> Literal["whole", "open", "in a string", "broken"]:
-    """What a lenient parser finds: `open` where the text ends inside a list or an object."""
+    """Classify text as a lenient parser would: `open` if it ends inside a list or an object."""
     whole = text.decode("utf-8", "replace")
     try:
         json.loads(whole, strict=False)

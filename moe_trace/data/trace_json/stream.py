@@ -1,9 +1,9 @@
-"""The events of a trace in bounded memory: in batches, one by one, or only where they end.
+"""Streaming of a trace's events in bounded memory: in batches, one by one, or only up to their end.
 
 The events are most of the file. They are cut into batches at a guessed boundary, where one object in a list
-seems to end and the next to begin, and the batch is decoded as one JSON array. A guess that falls inside an
-event leaves brackets unbalanced, so the decoder itself proves each guess; only where it objects is the text
-looked at piece by piece.
+seems to end and the next to begin, and each batch is decoded as one JSON array. A guess inside an event
+leaves brackets unbalanced, so the decoder itself verifies each guess; only where it fails is the text
+examined piece by piece.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _decode_texts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class JsonStream(JsonCursor):
-    """A cursor over a trace's JSON that can take its events."""
+    """A cursor over a trace's JSON that can also read its events."""
 
     def batches(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> Iterator[list[_T]]:
-        """The elements of the next value, an array of objects, some at a time.
+        """Yield the elements of the next value, an array of objects, in batches.
 
         Args:
             decode: a JSON array's text -> its elements; raises `msgspec.DecodeError`.
-            one: the text of a single element; called for each element of a batch that `decode` refuses.
+            one: the text of a single element; called for each element of a batch that `decode` rejects.
         """
         self._expect(b"[")
         while True:
@@ -49,14 +49,14 @@ class JsonStream(JsonCursor):
                 raise self._broken("a comma or the end of traceEvents")
 
     def skip_objects(self, file: BinaryIO, watch: Callable[[Window], None]) -> ArrayBounds:
-        """Pass over the next value, an array of objects, at the speed of a search for its end.
+        """Skip the next value, an array of objects, by searching for its end.
 
         Args:
-            file: what the cursor reads, from its first byte on.
-            watch: is shown the array on the way.
+            file: the file that the cursor reads, from its first byte.
+            watch: called with each window of the array.
 
         Raises:
-            TraceFileError: no such array stands here, or the file is truncated.
+            TraceFileError: there is no such array here, or the file is truncated.
         """
         self._expect(b"[")
         start = self.position
@@ -77,10 +77,10 @@ class JsonStream(JsonCursor):
         self._data, self._at, self._taken, self._ended = b"", 0, offset, False
 
     def elements(self) -> Iterator[tuple[int, bytes]]:
-        """The elements of the next value, an array of objects, each with its offset."""
+        """Yield the elements of the next value, an array of objects, each with its offset."""
         for batch in self.batches(_decode_texts, msgspec.Raw):
             first, at, found = self._taken - len(self._data), self._at, []
-            for text in map(bytes, reversed(batch)):  # between two of them stand a comma and white space
+            for text in map(bytes, reversed(batch)):  # separated by a comma and white space
                 at = self._data.rindex(text[-1:], 0, at) + 1 - len(text)
                 found.append((first + at, text))
             yield from reversed(found)
@@ -88,7 +88,7 @@ class JsonStream(JsonCursor):
     # -- batches --------------------------------------------------------------------------------------
 
     def _guessed_batch(self, decode: Callable[[bytes], list[_T]]) -> list[_T] | None:
-        """All before the last place in the buffer where one object in a list ends and the next begins."""
+        """Decode up to the last place in the buffer where one object seems to end and the next to begin."""
         cut = self._data.rfind(b"},", self._at)
         while cut >= 0 and not BOUNDARY.match(self._data, cut):
             cut = self._data.rfind(b"},", self._at, cut)
@@ -104,7 +104,7 @@ class JsonStream(JsonCursor):
     def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
         data, more, taken = self._data, not self._ended, None
         carrier = _CARRIER.search(data, self._at)
-        if carrier is not None:  # as long as it may be, and whatever lists it holds, a recording is sound
+        if carrier is not None:  # the recording is valid, however long and nested
             data, more = data[: carrier.start()] + b'{"', False
         if carrier is None or carrier.start() > self._at:
             taken = decode_around_breaks(data, self._at, decode, one, more=more)
@@ -114,7 +114,7 @@ class JsonStream(JsonCursor):
         return found
 
     def _one_element(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
-        """The next, however long it is."""
+        """Decode the next element, however long it is."""
         end = self._value_end(self._grow)
         if self._peek() != b"{":
             raise self._broken("an event")
@@ -126,10 +126,9 @@ class JsonStream(JsonCursor):
 
 
 def decoders(kind: type[_T]) -> tuple[Callable[[bytes], list[_T]], Callable[[bytes], _T]]:
-    """What `JsonStream.batches` asks for, for structs that have a default for each field.
+    """Return the arguments of `JsonStream.batches` for structs with a default for each field.
 
-    An event that the fast way refuses is read without its raw fields; one that cannot be understood has the
-    defaults alone.
+    An event that the fast path rejects is read without its raw fields; an invalid one has only defaults.
     """
     names = [field.name for field in msgspec.structs.fields(kind) if field.type is not msgspec.Raw]  # type: ignore[arg-type]
 
@@ -144,17 +143,17 @@ def decoders(kind: type[_T]) -> tuple[Callable[[bytes], list[_T]], Callable[[byt
 
 
 def events_as(kind: type[_T], events: EventBytes) -> Iterator[_T]:
-    """The events, as `decoders` reads them."""
+    """Yield the events, decoded by `decoders`."""
     events.file.seek(events.start - 1)
     for batch in JsonStream(events.file.read, events.file.name).batches(*decoders(kind)):
         yield from batch
 
 
 def loads_lenient(text: bytes) -> Any:
-    """One value of JSON that a strict parser refuses: NaN, control characters in strings, broken UTF-8.
+    """Parse one JSON value that a strict parser rejects: NaN, control characters in strings, broken UTF-8.
 
     Raises:
-        ValueError: it is not JSON even so, or nested too deeply.
+        ValueError: it is still not JSON, or nested too deeply.
     """
     try:
         return json.loads(text.decode("utf-8", "replace"), strict=False)
@@ -163,7 +162,7 @@ def loads_lenient(text: bytes) -> Any:
 
 
 def value_or_none(text: bytes) -> Any:
-    """The same, None for what is no JSON."""
+    """Parse like `loads_lenient`; None for text that is not JSON."""
     try:
         return loads_lenient(text)
     except ValueError:

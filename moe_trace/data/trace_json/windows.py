@@ -1,7 +1,7 @@
-"""Search the events in a trace's file block by block, in one buffer of a fixed size, and for their end.
+"""Search for events, and for their end, in a trace file block by block through one buffer of fixed size.
 
-An array of objects ends at the first bracket behind a brace from which on the rest of the file is the rest of
-the object that holds it.
+An array of objects ends at the first bracket after a brace from which the rest of the file is the rest of the
+enclosing object.
 """
 
 from __future__ import annotations
@@ -14,42 +14,43 @@ import numpy as np
 
 from moe_trace.data.trace_json.cursor import JsonCursor
 
-CHUNK = 2**20  # read and searched while it is in the processor's cache
+CHUNK = 2**20  # small enough to be searched while in the CPU cache
 EVENT_MAX = 64 * 2**10
-"""Bytes of one event, on each side of what is found in it; ours are below 1 KiB."""
+"""Maximum bytes of an event on each side of a match in it; moe_trace's own are below 1 KiB."""
 _WHITE = b" \t\r\n"
 _HELD = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A piece of a file with what stands round it; the buffer is overwritten once the next is asked for."""
+    """A piece of a file with its surroundings; the buffer is overwritten when the next window is
+    requested."""
 
     buffer: bytearray
     offset: int
-    """Of the buffer's first byte in the file."""
+    """Offset in the file of the buffer's first byte."""
     since: int
     until: int
-    """What begins in `[since, until)` is in no other window."""
+    """Matches that begin in `[since, until)` are in no other window."""
     filled: int
-    """Bytes of the buffer that hold any of the file."""
+    """Number of bytes in the buffer that contain file data."""
 
     def ending_at(self, end: int) -> Window:
-        """As it were if the events ended there."""
+        """Return the window as if the events ended at `end`."""
         return replace(self, until=min(self.until, end), filled=end)
 
 
 @dataclass(frozen=True, eq=False)
 class EventBytes:
-    """The part of a trace's file that holds its events."""
+    """The part of a trace file that contains its events."""
 
     file: BinaryIO
     start: int
     end: int
 
     def windows(self) -> Iterator[Window]:
-        """All of it, in order; whoever asks may move the file."""
-        # What is kept of the block before: what stands before a match, and a match whose event is cut off.
+        """Yield windows over all of it, in order; the caller may move the file position."""
+        # Keep from the previous block the text before a match, and matches whose event is cut off.
         buffer = bytearray(2 * EVENT_MAX + CHUNK)
         view = memoryview(buffer)
         filled = searched = 0
@@ -70,27 +71,27 @@ class EventBytes:
 
 @dataclass(frozen=True)
 class ArrayBounds:
-    """Where an array of objects stands, as offsets in the JSON."""
+    """Bounds of an array of objects, as offsets in the JSON."""
 
     start: int
     """Just after its opening bracket."""
     end: int
     """Just after its last element; `start` where it is empty."""
     holds_lists: bool = False
-    """Whether some object in it holds a list that ends with an object."""
+    """Whether an object in it contains a list that ends with an object."""
 
     @property
     def empty(self) -> bool:
-        """Whether it has no element."""
+        """Whether it has no elements."""
         return self.end == self.start
 
 
 def find_end(rest: EventBytes, watch: Callable[[Window], None]) -> tuple[ArrayBounds, int] | None:
-    """The bounds of the array, and the offset of its closing bracket; None where the file does not end it.
+    """Return the bounds of the array and the offset of its closing bracket; None if the file does not end it.
 
     Args:
         rest: the file from the array's first element on.
-        watch: is shown all elements, window by window.
+        watch: called with each window of the elements.
     """
     holds_lists, brace_before = False, None
     for window in rest.windows():
@@ -110,15 +111,15 @@ def find_end(rest: EventBytes, watch: Callable[[Window], None]) -> tuple[ArrayBo
 
 
 def _brackets(window: Window) -> Iterator[int]:
-    """Where there is a `]` with a `}` or white space before it."""
+    """Yield the positions of `]` after a `}` or white space."""
     text = np.frombuffer(window.buffer, np.uint8)
     brackets = np.flatnonzero(text[window.since : window.until] == ord("]")) + window.since
-    before = text[brackets - 1]  # few bytes are brackets: the rest is asked of them alone
+    before = text[brackets - 1]  # test only the brackets, which are few
     yield from brackets[(before == ord("}")) | (before <= ord(" "))].tolist()
 
 
 def _last_mark(buffer: bytearray, end: int) -> int:
-    """Where the last byte before `end` stands that is not white space; -1 where there is none."""
+    """Return the position of the last byte before `end` that is not white space; -1 if there is none."""
     for size in (64, end):
         start = max(0, end - size)
         kept = buffer[start:end].rstrip(_WHITE)
@@ -128,12 +129,12 @@ def _last_mark(buffer: bytearray, end: int) -> int:
 
 
 def _brace(window: Window, at: int) -> int | None:
-    """The offset in the file of a closing brace that stands there."""
+    """Return the file offset of the position if it holds a closing brace."""
     return window.offset + at if window.buffer[at] == ord("}") else None
 
 
 def _ends_at(rest: EventBytes, window: Window, bracket: int) -> bool:
-    """Whether from behind the bracket on the rest of the file is the rest of the object."""
+    """Return whether the rest of the file after the bracket is the rest of the object."""
     held = bytes(window.buffer[bracket + 1 : min(window.filled, bracket + 1 + _HELD)])
     rest.file.seek(window.offset + bracket + 1 + len(held))
     return JsonCursor(rest.file.read, str(rest.file.name), held).is_rest_of_object()
