@@ -1,1 +1,1 @@
-"""Routes, the experts of each token: their columns, what is asked for, and the file that keeps them."""
+"""Routes, the experts of each token: columns, options and file format."""

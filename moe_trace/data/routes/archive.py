@@ -1,7 +1,7 @@
-"""The members of a zip archive in the order in which they were written, from their own headers.
+"""Members of a zip archive in the order of writing, read from their local headers.
 
-`zipfile` reads an archive's directory, which stands at its end and is missing after a crash. Here nothing is
-believed: a member is decompressed up to the size that its caller expects, and its CRC-32 must hold.
+`zipfile` reads an archive's directory, which is at its end and missing after a crash. Nothing in the file is
+trusted here: a member is decompressed up to the size that the caller expects, and its CRC-32 must match.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STORED, DEFLATED = 0, 8
 
 
 class Damaged(Exception):
-    """What was found, and at which byte."""
+    """The archive is damaged; the message says what was found, and at which byte."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Member:
     method: int
     crc: int
     start: int
-    """Of its data."""
+    """Offset of its data."""
     compressed: int
     size: int
 
     def read(self, file: BinaryIO, most: int) -> bytes:
-        """Its data, decompressed.
+        """Return its data, decompressed.
 
         Raises:
-            Damaged: it is larger than `most` bytes, or does not hold together.
+            Damaged: it is larger than `most` bytes, or corrupt.
         """
         if self.size > most or self.compressed > most + most // 1000 + 64:
             raise Damaged(f"{self.name} of {self.size:,} bytes where at most {most:,} are expected")
@@ -57,10 +57,10 @@ class Member:
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The members, up to the archive's directory or to the end of the file.
+    """Yield the members, up to the archive's directory or the end of the file.
 
     Raises:
-        Damaged: something else stands there, or the file ends within a member.
+        Damaged: there is something else, or the file ends within a member.
     """
     place = 0
     while place < size:
@@ -80,6 +80,6 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
 
 
 def is_finished(file: BinaryIO, size: int) -> bool:
-    """Whether the archive's directory ends the file, as it does when it was closed."""
+    """Return whether the file ends with the archive's directory, that is, was closed."""
     file.seek(max(0, size - _END_BYTES))
     return file.read(_END_BYTES).startswith(_END)

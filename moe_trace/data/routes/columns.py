@@ -14,67 +14,66 @@ from moe_trace.data.routes.header import TYPES, Group, column_shape
 from moe_trace.data.routes.writer import added_up, save_routes
 
 UNKNOWN = -1
-"""A sequence, position or token id that is unknown."""
+"""Value of an unknown sequence, position or token id."""
 
 
 def id_type(num_experts: int) -> np.dtype[Any]:
-    """The type of expert ids: its greatest value stands for "no expert", and is no id."""
+    """Return the dtype of expert ids. Its largest value means "no expert" and is not an id."""
     return np.dtype(np.uint8 if num_experts <= 255 else np.uint16)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RecordedRoutes:
-    """The routes of T tokens through L layers of K slots, rows in the order of the calls.
+    """Routes of T tokens through L layers of K slots, with rows in the order of the calls.
 
-    Layers that see other tokens than their neighbours (an encoder, a vision tower) stand in a group of their
-    own: `groups` has all of them, and the columns here are those of the first, which has the most
-    assignments.
+    Layers that see other tokens than their neighbours (an encoder, a vision tower) form a separate group:
+    `groups` has all groups, and the columns here are those of the first, which has the most assignments.
 
     Raises:
         ValueError: columns of different lengths, or of the wrong type.
     """
 
     expert_ids: np.ndarray
-    """[T, L, K] uint8, or uint16 from 256 experts on: as the experts received them, in the router's order;
-    `no_expert` where a slot was skipped, and all K where the layer's call was lost."""
+    """[T, L, K] uint8, or uint16 from 256 experts on: ids as received by the experts, in the router's order;
+    `no_expert` for skipped slots, and for all K if the layer's call was lost."""
     layers: tuple[str, ...]
     """Module paths of the L routers."""
     num_experts: tuple[int, ...]
-    """Experts of each of the L layers."""
+    """Number of experts of each of the L layers."""
     top_k: tuple[int, ...]
-    """Slots of each; slots beyond are `no_expert`."""
+    """Slots of each layer; slots beyond are `no_expert`."""
     padding: np.ndarray
-    """[T] bool: tokens that the attention mask leaves out."""
+    """[T] bool: tokens excluded by the attention mask."""
     step: np.ndarray
     """[T] int64, as `RoutingSample.step`."""
     forward: np.ndarray
-    """[T] int64: number of the forward of the model; the tokens of a batch ran together."""
+    """[T] int64: number of the model's forward; the tokens of a batch share it."""
     sequence: np.ndarray
-    """[T] int32: row of the batch, number of the packed sequence, or of the request where a host framework
-    told; `UNKNOWN` where nobody did."""
+    """[T] int32: row of the batch, number of the packed sequence, or number of the request if a host
+    framework reports it; `UNKNOWN` otherwise."""
     position: np.ndarray
-    """[T] int32: position within the sequence, padding not counted; `UNKNOWN` where no one reports it."""
+    """[T] int32: position within the sequence, padding not counted; `UNKNOWN` if not reported."""
     stage_codes: np.ndarray
-    """[T] uint8: places in `STAGES`."""
+    """[T] uint8: indices into `STAGES`."""
     recomputed: np.ndarray | None = None
-    """[T] bool: run again by the backward of a checkpointed region; None where none was."""
+    """[T] bool: run again by the backward of a checkpointed region; None if there was none."""
     lost_layers: np.ndarray | None = None
-    """[T, L] bool: layers whose call was lost; None where none was."""
+    """[T, L] bool: layers whose call was lost; None if none was."""
     weights: np.ndarray | None = None
-    """[T, L, K] float16: gating weights, where they were asked for."""
+    """[T, L, K] float16: gating weights, if requested."""
     token_ids: np.ndarray | None = None
-    """[T] int32: ids of the prompt's tokens, where they were asked for."""
+    """[T] int32: ids of the prompt's tokens, if requested."""
     rank: int = 0
     world_size: int = 1
     model: Mapping[str, Any] = field(default_factory=dict)
     """Name and class of the model, as in `Recording.model`."""
     versions: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Tokens that are not here, by reason."""
+    """Number of tokens left out, by reason."""
     incomplete: str = ""
-    """What a file lacks that was not closed, in words."""
+    """Description of what is missing from a file that was not closed."""
     others: tuple[RecordedRoutes, ...] = ()
-    """Groups of layers that saw other tokens; see `groups`."""
+    """Other groups of layers; see `groups`."""
 
     def __post_init__(self) -> None:
         shape = np.shape(self.expert_ids)
@@ -99,22 +98,22 @@ class RecordedRoutes:
 
     @property
     def no_expert(self) -> int:
-        """What stands in `expert_ids` for a slot without an expert."""
+        """Value in `expert_ids` of a slot without an expert."""
         return int(np.iinfo(self.expert_ids.dtype).max)
 
     @property
     def skipped(self) -> np.ndarray:
-        """[T, L, K] bool: slots that went to no expert: of weight zero, beyond a capacity, or lost."""
+        """[T, L, K] bool: slots without an expert: weight zero, over capacity, or lost."""
         return self.expert_ids == self.no_expert
 
     @property
     def again(self) -> np.ndarray:
-        """[T] bool: `recomputed`, also where none was."""
+        """[T] bool: `recomputed`, all False if it is None."""
         return np.zeros(len(self), bool) if self.recomputed is None else self.recomputed
 
     @property
     def counted(self) -> np.ndarray:
-        """[T] bool: tokens that figures are of, which are no padding and were not run again."""
+        """[T] bool: tokens included in statistics, that is, neither padding nor recomputed."""
         return ~(self.padding | self.again)
 
     @property
@@ -124,39 +123,39 @@ class RecordedRoutes:
 
     @property
     def described(self) -> Group:
-        """What a file says of this group of layers."""
+        """Description of this group of layers, as stored in a file."""
         kind: Any = self.expert_ids.dtype.newbyteorder("<").str
         experts, top_k = map(int, self.num_experts), map(int, self.top_k)
         return Group(tuple(self.layers), tuple(experts), tuple(top_k), self.expert_ids.shape[2], kind)
 
     @property
     def run(self) -> dict[str, Any]:
-        """What a file says of the run."""
+        """Description of the run, as stored in a file."""
         model, versions = dict(self.model), dict(self.versions)
         return {"rank": self.rank, "world_size": self.world_size, "model": model, "versions": versions}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the columns of all groups."""
+        """Size in bytes of the columns of all groups."""
         own = sum(column.nbytes for column in self.columns().values())
         return own + sum(group.nbytes for group in self.others)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns that are there, by name."""
+        """Return the columns that are present, by name."""
         named = ((name, getattr(self, name)) for name in COLUMNS)
         return {name: column for name, column in named if column is not None}
 
     def __getitem__(self, tokens: Any) -> RecordedRoutes:
-        """The same of some tokens: a slice, indices or a mask of T; of this group alone."""
+        """Return some tokens of this group: a slice, indices or a mask, [T]."""
         chosen: Any = {name: column[tokens] for name, column in self.columns().items()}
         return replace(self, others=(), **chosen)
 
     def save(self, path: str | Path, *, level: int = 1) -> Path:
-        """Write all groups to a file, whole or not at all; `moe_trace.read_routes` reads it.
+        """Write all groups to a file, atomically; `moe_trace.read_routes` reads it.
 
         Args:
-            path: by convention ends in `.routes.npz`.
-            level: of zlib, 0 to 9.
+            path: ends in `.routes.npz` by convention.
+            level: zlib compression level, 0 to 9.
 
         Raises:
             OutputError: the file cannot be written.
@@ -164,7 +163,7 @@ class RecordedRoutes:
         return save_routes(self, path, level=level)
 
     def assignments(self) -> np.ndarray:
-        """[L, E] int64: slots by layer and expert, padding included; E is the most of any layer."""
+        """Return slots by layer and expert, [L, E] int64, padding included; E is the largest of any layer."""
         experts = max(self.num_experts, default=0)
         counts_LE = np.zeros((len(self.layers), experts), np.int64)
         for layer, ids_TK in enumerate(np.moveaxis(self.expert_ids, 1, 0)):
@@ -174,14 +173,14 @@ class RecordedRoutes:
 
 COLUMNS = ("expert_ids", *TYPES)
 ABSENT = {"recomputed": False, "lost_layers": False, "token_ids": UNKNOWN, "weights": np.nan}
-"""What an optional column holds for tokens of a part without it."""
+"""Value of an optional column for tokens of a part that lacks it."""
 
 
 def concatenate(parts: Sequence[RecordedRoutes]) -> RecordedRoutes:
-    """Parts of one run, in order; their layers are the same. Tokens that were dropped are added up.
+    """Join parts of one run with the same layers, in order. Counts of dropped tokens are summed.
 
     Raises:
-        ValueError: no parts, or parts of other layers.
+        ValueError: no parts, or parts of different layers.
     """
     if not parts:
         raise ValueError("expected at least one part of the routes; found none")

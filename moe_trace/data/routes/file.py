@@ -1,4 +1,4 @@
-"""The file of routes: `RoutesWriter` appends to it, `read_routes` reads it. Its format: `writer.py`."""
+"""Reading of route files. `writer.py` defines the format; `RoutesWriter` writes it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ SUFFIX = ".routes.npz"
 _NO_HEADER = Header(groups=())
 _NPY_HEADER_BYTES = 256
 _FREE_BYTES, _EXPANSION = 1 << 30, 200
-"""A file may expand to the first, or to so many times its own size."""
+"""A file may expand to `_FREE_BYTES`, or to `_EXPANSION` times its own size."""
 _CHUNK_MEMBER = re.compile(r"c(\d{6,9})\.(?:(\w{1,20})\.npy|json)")
 
 
 class IncompleteRoutes(UserWarning):
-    """The file was not closed: the run goes on or has crashed. Its whole chunks were read."""
+    """The file was not closed, because the run continues or crashed. Its complete chunks were read."""
 
 
 def read_routes(path: str | Path) -> RecordedRoutes:
-    """Read a file of routes.
+    """Read a route file.
 
-    A file that was not closed is read up to its last whole chunk; `RecordedRoutes.incomplete` and a warning
-    say so.
+    A file that was not closed is read up to its last complete chunk; `RecordedRoutes.incomplete` and a
+    warning report this.
 
     Raises:
-        TraceFileError: no such file, another format, or damaged.
+        TraceFileError: the file is missing, damaged, or of another format.
     """
     shown = os.fspath(path)
     try:
@@ -73,7 +73,7 @@ def read_routes(path: str | Path) -> RecordedRoutes:
 
 @dataclass
 class _Contents:
-    """What the headers and the chunks' ends say."""
+    """Contents of the headers and of the ends of chunks."""
 
     header: Header = _NO_HEADER
     headers: int = 0
@@ -82,11 +82,11 @@ class _Contents:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """One without layers, where there is none."""
+        """Groups of layers; one without layers if there is none."""
         return self.header.groups or (Group((), (), (), 0, "|u1"),)
 
     def ends(self, number: int) -> list[ChunkEnd]:
-        """Of the chunks of a group."""
+        """Return the ends of a group's chunks."""
         return [end for end, _ in self.chunks if end.group == number]
 
 
@@ -104,7 +104,7 @@ def _read(file: BinaryIO, size: int, shown: str) -> RecordedRoutes:
         raise Damaged("a file that ends before its first whole chunk")
     groups, header = contents.groups, contents.header
     total = sum(groups[end.group].nbytes(name, end.tokens) for end, own in contents.chunks for name in own)
-    if total > max(_FREE_BYTES, _EXPANSION * size):  # before memory is taken
+    if total > max(_FREE_BYTES, _EXPANSION * size):  # before memory is allocated
         raise Damaged(f"{size:,} bytes that would expand to {total:,}")
     columns = _columns(file, contents, finished)
     if not finished:
@@ -163,8 +163,8 @@ def _scan(file: BinaryIO, size: int, contents: _Contents) -> None:
 
 
 def _columns(file: BinaryIO, contents: _Contents, finished: bool) -> list[dict[str, Any]]:
-    """The columns of each group, optional ones where a chunk has them. Of a file that was not closed, chunks
-    from the first damaged one on are left out."""
+    """Return the columns of each group, with optional ones if any chunk has them. If the file was not closed,
+    chunks from the first damaged one on are left out."""
     columns: list[dict[str, Any]] = []
     for number, group in enumerate(contents.groups):
         ends = contents.ends(number)
@@ -220,7 +220,7 @@ def _array(file: BinaryIO, member: Member, name: str, group: Group, tokens: int)
 
 
 def routes_beside(trace: Path) -> Path | None:
-    """`NAME.pt.trace.routes.npz` or `NAME.routes.npz` beside `NAME.pt.trace.json`, packed or not."""
+    """Return `NAME.pt.trace.routes.npz` or `NAME.routes.npz` next to `NAME.pt.trace.json`, gzipped or not."""
     stem = trace.name.removesuffix(".gz").removesuffix(".json")
     paths = (trace.with_name(name + SUFFIX) for name in (stem, stem.removesuffix(".pt.trace")))
     return next((path for path in paths if path.is_file()), None)

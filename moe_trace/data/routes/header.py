@@ -1,4 +1,4 @@
-"""What a file of routes says of itself: its header, and the end of each chunk, checked as they are read."""
+"""Metadata of a route file: its header and the end of each chunk, validated on reading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPES: dict[str, str] = {
     "lost_layers": "|b1",
     "weights": "<f2",
 }
-"""Types in the file; that of `expert_ids` stands in the header."""
+"""Types in the file; the header has that of `expert_ids`."""
 HEADER_BYTES = 16 << 20
 END_BYTES = 1 << 16
 _MOST_CHUNK_BYTES = 1 << 28
@@ -39,7 +39,7 @@ _Read = TypeVar("_Read", bound=msgspec.Struct)
 
 
 def column_shape(column: str, tokens: int, layers: int, slots: int) -> tuple[int, ...]:
-    """Of a column of some tokens."""
+    """Return the shape of a column for a number of tokens."""
     if column in ("expert_ids", "weights"):
         return (tokens, layers, slots)
     return (tokens, layers) if column == "lost_layers" else (tokens,)
@@ -59,20 +59,20 @@ class Group(msgspec.Struct, frozen=True):
             raise ValueError("num_experts and top_k are not one number for each layer")
 
     def shape(self, column: str, tokens: int) -> tuple[int, ...]:
-        """Of a column of some tokens."""
+        """Return the shape of a column for a number of tokens."""
         return column_shape(column, tokens, len(self.layers), self.slots)
 
     def dtype(self, column: str) -> np.dtype[Any]:
-        """Of a column in the file."""
+        """Return the dtype of a column in the file."""
         return np.dtype(self.type if column == "expert_ids" else TYPES[column])
 
     def nbytes(self, column: str, tokens: int) -> int:
-        """Of a column of some tokens."""
+        """Return the size in bytes of a column for a number of tokens."""
         return prod(self.shape(column, tokens)) * self.dtype(column).itemsize
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """The run, and the groups of layers."""
+    """Description of the run and of the groups of layers."""
 
     format: str = FORMAT
     version: int = VERSION
@@ -89,15 +89,15 @@ class ChunkEnd(msgspec.Struct, frozen=True):
 
     chunk: _Count
     group: _Count
-    """Its place among the header's groups."""
+    """Index among the header's groups."""
     tokens: _Tokens
     columns: dict[str, _Count]
-    """CRC-32 of each."""
+    """CRC-32 of each column."""
     dropped: dict[str, _Count]
 
 
 def json_bytes(struct: msgspec.Struct) -> bytes:
-    """As a member of the archive; what JSON cannot hold of a model's config stands as text."""
+    """Encode as a member of the archive; values of a model's config that are not JSON become text."""
 
     def plain(value: Any) -> Any:
         return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else str(value)
@@ -106,10 +106,10 @@ def json_bytes(struct: msgspec.Struct) -> bytes:
 
 
 def read_header(data: bytes) -> Header:
-    """The header.
+    """Decode the header.
 
     Raises:
-        Damaged: it is no header of this format, of another version, or tells what cannot be.
+        Damaged: it is not a header of this format and version, or is invalid.
     """
     header = _read(data, Header, "a header")
     if header.format != FORMAT:
@@ -120,10 +120,10 @@ def read_header(data: bytes) -> Header:
 
 
 def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> ChunkEnd:
-    """What a chunk holds.
+    """Decode the end of a chunk.
 
     Raises:
-        Damaged: it is another chunk's, or tells what cannot be.
+        Damaged: it belongs to another chunk, or is invalid.
     """
     end = _read(data, ChunkEnd, f"an end of chunk {number}")
     if end.chunk != number or end.group >= len(groups):
@@ -139,7 +139,7 @@ def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> Chunk
 
 def _read(data: bytes, kind: type[_Read], what: str) -> _Read:
     try:
-        return msgspec.convert(json.loads(data), kind)  # a config may hold NaN, which only json reads
+        return msgspec.convert(json.loads(data), kind)  # a config may contain NaN, which only json reads
     except msgspec.ValidationError as error:
         raise Damaged(f"{what} of another form ({error!s:.200})") from error
     except (ValueError, RecursionError) as error:

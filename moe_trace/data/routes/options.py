@@ -1,4 +1,4 @@
-"""What is asked of a tracer that records routes."""
+"""Options for recording routes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from moe_trace.data.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Routes:
-    """Which routes to record, given as `routes=` to `MoETracer` and all that is built on it.
+    """Options for recording routes, passed as `routes=` to `MoETracer` and everything built on it.
 
     `routes=True` means `Routes()`.
 
     Args:
-        weights: keep the gating weights too, as float16: twice the bytes of the expert ids.
-        token_ids: keep the ids of the prompt's tokens. They are somebody's text: off by default.
-        max_mib: mebibytes of host memory that the routes may take; beyond it tokens are dropped and counted.
+        weights: also keep the gating weights, as float16: twice the bytes of the expert ids.
+        token_ids: also keep the ids of the prompt's tokens. They reveal users' text, so this is off by
+            default.
+        max_mib: host memory for routes in mebibytes; tokens beyond it are dropped and counted.
         layers: which routers, as for `MoETracer`: layer indices, labels, module paths or a predicate.
         every: record the routes of every n-th recorded step.
-        keep: what stays when `max_mib` is reached: the `"newest"` tokens, or a `"reservoir"`, a uniform
+        keep: what to keep once `max_mib` is reached: the `"newest"` tokens, or a `"reservoir"`, a uniform
             sample of all sequences seen.
-        path: append to this file while the run goes on; it can be read after a crash up to its last chunk,
-            and what stands in it takes no memory.
+        path: append to this file during the run; after a crash it can be read up to its last chunk, and what
+            was written takes no memory.
 
     Raises:
         UsageError: `every` below 1, `max_mib` not above 0, or an unknown `keep`.

@@ -1,15 +1,15 @@
-"""`RoutesWriter`: routes appended to a file while a run goes on.
+"""`RoutesWriter`: appends routes to a file during a run.
 
 The file is a zip archive that `numpy.load` opens. Its members, in this order:
 
-- `header.0.json`: version of the format, model, versions, rank, and the groups of layers: paths, experts,
-  top-k, slots and type of the ids. A group that is met later brings another header, `header.1.json`, with all
-  groups so far.
-- chunk by chunk, `c000000.expert_ids.npy` and the other columns of up to `CHUNK_BYTES` of ids of one group,
-  then `c000000.json`, which names the group, the tokens, the columns with their CRC-32, and what was dropped.
-  A chunk counts once that last member is there.
+- `header.0.json`: format version, model, versions, rank, and the groups of layers: paths, experts, top-k,
+  slots and type of the ids. A group encountered later adds another header, `header.1.json`, with all groups
+  so far.
+- for each chunk, `c000000.expert_ids.npy` and the other columns of up to `CHUNK_BYTES` of ids of one group,
+  then `c000000.json`, with the group, the number of tokens, the CRC-32 of each column, and what was dropped.
+  A chunk is valid once that last member exists.
 
-Columns of [T, L, K] are written as [L, T, K]: tokens of one layer resemble each other, which deflate finds.
+Columns of [T, L, K] are written as [L, T, K], as deflate compresses similar tokens of one layer well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHUNK_BYTES = 2 << 20
 
 
 class Part(Protocol):
-    """What of `RecordedRoutes` is written."""
+    """The part of `RecordedRoutes` that is written."""
 
     @property
     def described(self) -> Group: ...
@@ -51,7 +51,7 @@ class Part(Protocol):
 
 @dataclass
 class _Waiting:
-    """What waits for a chunk of its own, of layers that see the same tokens."""
+    """Tokens of layers that see the same tokens, waiting to fill a chunk."""
 
     group: Group
     parts: list[dict[str, np.ndarray]] = field(default_factory=list)
@@ -67,14 +67,14 @@ class _Waiting:
 
 
 class RoutesWriter:
-    """Appends routes to a file, a chunk at a time; also a context manager.
+    """Appends routes to a file in chunks; also a context manager.
 
-    What was appended waits in memory until it fills a chunk of 2 MiB of ids; `flush` writes it at once.
-    After a crash the file can be read up to its last whole chunk.
+    Appended tokens wait in memory until they fill a chunk of 2 MiB of ids; `flush` writes them at once. After
+    a crash the file can be read up to its last complete chunk.
 
     Args:
         path: the file, by convention `<stem of the trace>.routes.npz`; replaced if it exists.
-        level: of zlib, 0 to 9.
+        level: zlib compression level, 0 to 9.
 
     Raises:
         OutputError: the file cannot be written, here or later.
@@ -93,7 +93,7 @@ class RoutesWriter:
         self._closed = False
 
     def append(self, part: Part) -> None:
-        """Add the tokens of a part, its other groups included.
+        """Add the tokens of a part, including its other groups.
 
         Raises:
             ValueError: a layer's experts, top-k, slots or type differ from those of earlier parts, or a value
@@ -111,13 +111,13 @@ class RoutesWriter:
             self._take(waiting, group)
 
     def flush(self) -> None:
-        """Write what waits as chunks, and hand the file to the operating system."""
+        """Write waiting tokens as chunks and pass them to the operating system."""
         for waiting in self._groups.values():
             if waiting.parts or waiting.dropped:
                 self._write_chunk(waiting)
 
     def close(self) -> None:
-        """Write what waits and the archive's directory; idempotent."""
+        """Write waiting tokens and the archive's directory; idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -139,7 +139,7 @@ class RoutesWriter:
         self.close()
 
     def __del__(self) -> None:
-        with suppress(Exception):  # else the archive would be finished without what waits
+        with suppress(Exception):  # otherwise the archive would be closed without the waiting tokens
             self.close()
 
     def _group(self, part: Part) -> _Waiting:
@@ -158,7 +158,7 @@ class RoutesWriter:
             self._write_chunk(waiting)
         tokens, start = len(columns["expert_ids"]), 0
         if not tokens and not waiting.parts:
-            waiting.parts.append(columns)  # which columns there are is kept too
+            waiting.parts.append(columns)  # keeps the set of columns
         while start < tokens:
             end = min(tokens, start + waiting.chunk_tokens - waiting.tokens)
             waiting.parts.append({name: column[start:end].copy() for name, column in columns.items()})
@@ -187,7 +187,7 @@ class RoutesWriter:
             self._file.flush()
 
     def _write(self, name: str, data: bytes) -> None:
-        member = zipfile.ZipInfo(name)  # of 1980: the same routes give the same bytes
+        member = zipfile.ZipInfo(name)  # dated 1980, so that equal routes give equal bytes
         member.compress_type = zipfile.ZIP_DEFLATED
         with self._said_if_unwritable():
             self._zip.writestr(member, data, compresslevel=self._level)
@@ -204,7 +204,7 @@ class RoutesWriter:
 
 
 def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:
-    """Write routes to a file, whole or not at all; returns the path.
+    """Write routes to a file, atomically, and return the path.
 
     Raises:
         OutputError: the file cannot be written.
@@ -215,7 +215,7 @@ def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:
 
 
 def added_up(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Tokens by reason, of several."""
+    """Return the sum of several token counts by reason."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)
@@ -234,7 +234,7 @@ def _typed(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _npy(column: np.ndarray) -> bytes:
-    """As `numpy.save` writes it, the layers first."""
+    """Encode as `numpy.save` does, with layers as the first dimension."""
     buffer = io.BytesIO()
     layers_first = np.moveaxis(column, 1, 0) if column.ndim > 1 else column
     np.lib.format.write_array(buffer, np.ascontiguousarray(layers_first), version=(1, 0), allow_pickle=False)
