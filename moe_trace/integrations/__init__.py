@@ -1,1 +1,1 @@
-"""moe_trace inside other libraries' training loops."""
+"""Integrations with training loops and serving engines of other libraries."""

@@ -1,4 +1,4 @@
-"""`tensorboard_trace_handler`: a profiler's trace and the routing's scalars in one folder."""
+"""`tensorboard_trace_handler`: a profiler's trace and the routing scalars in one folder."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def tensorboard_trace_handler(
     first_step: int = 0,
     reduce: bool = False,
 ) -> Callable[[Any], None]:
-    """An `on_trace_ready` that writes the merged trace and TensorBoard scalars into one folder.
+    """Return an `on_trace_ready` that writes the merged trace and TensorBoard scalars to one folder.
 
     Args:
-        dir_name: TensorBoard's log folder; made if it is missing.
-        worker_name: unique for each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
-            process group. Each rank then writes a trace of its own, and its scalars into `rank3` below.
+        dir_name: TensorBoard's log folder; created if missing.
+        worker_name: unique name of each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
+            process group. Each rank then writes its own trace, and its scalars to the subfolder `rank3`.
         use_gzip: write `.pt.trace.json.gz`.
-        first_step: of the scalars, where the caller counts its steps otherwise than the profiler, from 0.
-        reduce: read the trace once it is written, and put a small file beside it with all that a report
-            needs of it: for runs of many ranks (`moe-trace reduce` does the same later).
+        first_step: first step of the scalars, if the caller counts steps differently from the profiler, from
+            0.
+        reduce: after writing the trace, also write a small file next to it with everything a report needs:
+            for runs with many ranks (`moe-trace reduce` does the same later).
     """
 
     def handle(prof: Any) -> None:
-        # Only now: the process group may be younger than the handler.
+        # The process group may be created after the handler.
         rank, world_size = rank_and_world_size()
         worker, scalars = worker_name, Path(dir_name)
         if world_size > 1:
@@ -56,7 +57,7 @@ def tensorboard_trace_handler(
 
 
 def _reduce_newest(folder: Path, worker: str) -> None:
-    """The trace stands whatever becomes of this."""
+    """Reduce the newest trace. It is kept even if this fails."""
     from moe_trace.read.reduced.workers import reduce_trace
 
     written = list(folder.glob(f"{glob.escape(worker)}.*.pt.trace.json*"))

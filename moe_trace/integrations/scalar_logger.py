@@ -1,4 +1,4 @@
-"""Routing figures as TensorBoard scalars during a whole training run, without a profiler."""
+"""Routing metrics as TensorBoard scalars during a whole training run, without a profiler."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
-_WAITING = 4  # hand-overs that may wait for the writer
-# Steps of that time are written together: most of the writer's work is the same for one step as for many, and
-# while it holds Python's lock, the training's thread launches nothing.
+_WAITING = 4  # maximum batches queued for the writer
+# Steps of this period are written together: most of the writer's work is independent of their number, and
+# while it holds the GIL, the training thread launches nothing.
 _PERIOD_S = 2.0
-_STEPS_MAX = 32  # ... but no more than these, of some KB a router each
+_STEPS_MAX = 32  # ... up to this many, of some KB per router each
 
 
 class ScalarLogger:
-    """Write load, entropy and auxiliary loss of every recorded step, from a thread of its own.
+    """Write load, entropy and auxiliary loss of every recorded step, from a separate thread.
 
         with MoETracer(model, every=100) as tracer, ScalarLogger(tracer, "runs/moe") as logger:
             for batch in batches:
                 ...                 # forward, backward, optimizer
                 logger.step()       # instead of tracer.step()
 
-    `step` costs the training thread one batch of kernels and one asynchronous copy, in recorded steps only;
-    it waits for nothing. The steps of 2 seconds, or 32 steps, are written together. What has been written is
-    forgotten, so a run of any length takes no more memory.
+    In recorded steps only, `step` costs the training thread one batch of kernels and one asynchronous copy;
+    it never blocks. The steps of 2 seconds, or 32 steps, are written together. Written samples are discarded,
+    so memory use does not grow with the length of the run.
 
     Args:
-        tracer: decides by its `every` and `warmup` which steps are recorded.
-        folder: TensorBoard's log folder; made if it is missing.
+        tracer: its `every` and `warmup` determine which steps are recorded.
+        folder: TensorBoard's log folder; created if missing.
     """
 
     def __init__(self, tracer: MoETracer, folder: str | os.PathLike[str]) -> None:
@@ -56,7 +56,7 @@ class ScalarLogger:
         self._writer.start()
 
     def step(self) -> None:
-        """End a step: hand what was recorded to the writer, if it is time to."""
+        """End a step and pass recorded steps to the writer when they are due."""
         recorded = self._tracer.samples_this_step()
         self._tracer.step()
         if recorded:
@@ -70,7 +70,7 @@ class ScalarLogger:
                 self.steps_dropped += len(steps)
 
     def close(self) -> None:
-        """Write what is left, and end the thread. Warns if something could not be written."""
+        """Write the remaining steps and end the thread. Warns if something could not be written."""
         if not self._writer.is_alive():
             return
         left = self._tracer.take_batches()
@@ -98,7 +98,7 @@ class ScalarLogger:
         self.close()
 
     def _write_all(self) -> None:
-        """The writer's thread: waits for each copy, then writes; a failure must not stop the training."""
+        """Run the writer's thread: wait for each copy, then write. A failure must not stop the training."""
         try:
             with self._make_writer(log_dir=self._folder) as writer:
                 while (steps := self._queue.get()) is not None:
@@ -111,7 +111,7 @@ class ScalarLogger:
                 self.steps_dropped += len(steps)
 
     def _write(self, writer: Any, *, last_step: bool) -> None:
-        """Every step that is complete: one is, when a later one has begun."""
+        """Write every complete step; a step is complete once a later one has begun."""
         newest = max((sample.step for sample in self._held), default=0)
         complete = [sample for sample in self._held if last_step or sample.step < newest]
         self._held = [sample for sample in self._held if not last_step and sample.step >= newest]

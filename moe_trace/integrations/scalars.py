@@ -1,4 +1,4 @@
-"""Routing figures as TensorBoard scalars."""
+"""Routing metrics as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ IntArray = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 IMAGE_TAG = "moe_load/layers_x_experts"
-IMAGES_MAX = 10  # TensorBoard shows no more of one tag, unless it is asked to
+IMAGES_MAX = 10  # TensorBoard's default maximum per tag
 
 
 def load_writer() -> Any:
-    """torch's `SummaryWriter`. The first import takes a second or two: before a training step, not in one."""
+    """Return torch's `SummaryWriter`. The first import takes a second or two, so call it before training
+    steps."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter
@@ -32,9 +33,9 @@ def load_writer() -> Any:
 def write_scalars(
     folder: str | os.PathLike[str], samples: Sequence[RoutingSample], *, first_step: int = 0
 ) -> None:
-    """Write `moe_<figure>/<site>` and `moe_<figure>/mean` for each step, through torch's SummaryWriter.
+    """Write `moe_<metric>/<site>` and `moe_<metric>/mean` for each step, through torch's SummaryWriter.
 
-    And a picture of every expert's load, layers x experts, for some steps.
+    For some steps, also write an image of every expert's load, layers x experts.
     """
     if not samples:
         return
@@ -45,7 +46,7 @@ def write_scalars(
 
 
 def add_scalars(writer: Any, samples: Sequence[RoutingSample], *, first_step: int = 0) -> None:
-    """One event a step: a tenth of the time of `add_scalar` for each, which holds Python's lock."""
+    """Write one event per step, in a tenth of the time of separate `add_scalar` calls, which hold the GIL."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     for step, points in itertools.groupby(scalar_points(samples), key=lambda point: point[2]):
@@ -54,7 +55,7 @@ def add_scalars(writer: Any, samples: Sequence[RoutingSample], *, first_step: in
 
 
 def scalar_points(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, step): per step and router, all calls of the step taken together, and their mean."""
+    """Yield (tag, value, step) for each step and router, over all its calls in the step, and their mean."""
     calls = CallTable.of(samples)
     keys = sorted(calls.keys)
     steps, figures = _figures(calls, [key.name for key in keys])
@@ -71,7 +72,7 @@ def scalar_points(samples: Sequence[RoutingSample]) -> Iterator[tuple[str, float
 
 
 def _figures(calls: CallTable, names: Sequence[str]) -> tuple[IntArray, dict[str, Floats]]:
-    """[S] steps, and `[S, L]` by figure; NaN where a step does not tell it."""
+    """Return the steps, [S], and each metric, `[S, L]`; NaN where a step has no value."""
     steps, loads_SLE = load_by_step(calls, names)
     calls = calls.take(calls.forward)
     row = {name: i for i, name in enumerate(names)}
@@ -89,7 +90,7 @@ def _figures(calls: CallTable, names: Sequence[str]) -> tuple[IntArray, dict[str
 
     experts_L = np.zeros(len(names), np.int64)
     np.maximum.at(experts_L, layer, calls.assignments.sizes)
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where nothing is known
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where there is no data
         mean_SL = loads_SLE.sum(2) / experts_L
         there_LE = np.arange(loads_SLE.shape[2]) < experts_L[:, None]
         variance_SL = ((loads_SLE - mean_SL[..., None]) ** 2 * there_LE).sum(2) / experts_L
@@ -105,7 +106,7 @@ def _figures(calls: CallTable, names: Sequence[str]) -> tuple[IntArray, dict[str
 
 
 def step_loads(samples: Sequence[RoutingSample], steps_max: int) -> dict[int, list[npt.NDArray[np.int64]]]:
-    """Step -> assignments of each layer in it, for at most that many steps, spread over the recording."""
+    """Return the assignments of each layer by step, for at most `steps_max` evenly spaced steps."""
     calls = CallTable.of(samples)
     calls = calls.take(calls.forward)
     used = [calls.keys[router] for router in np.unique(calls.router).tolist()]

@@ -1,4 +1,4 @@
-"""`MoETraceCallback`: routing in the logs of transformers' `Trainer`, and traces on a schedule."""
+"""`MoETraceCallback`: routing metrics in the logs of transformers' `Trainer`, and traces on a schedule."""
 
 from __future__ import annotations
 
@@ -26,36 +26,38 @@ Schedule = Callable[[int], ProfilerAction]
 
 
 class MoETraceCallback(TrainerCallback):
-    """Add routing figures to what the Trainer logs, and write merged traces of some steps.
+    """Add routing metrics to the Trainer's logs, and write merged traces of some steps.
 
         callback = MoETraceCallback("runs/moe")
         callback.add_to(trainer)
         trainer.train()
 
-    With every training log come `moe_load_max_over_mean`, `moe_load_cv`, `moe_router_entropy` (nats),
-    `moe_router_confidence` and `moe_skipped_share`: means over the layers, and over the steps since the log
-    before. Forwards of an evaluation do not count. In a distributed run they are those of the logging rank.
+    Every training log gets `moe_load_max_over_mean`, `moe_load_cv`, `moe_router_entropy` (nats),
+    `moe_router_confidence` and `moe_skipped_share`: means over the layers and over the steps since the
+    previous log. Forwards of an evaluation do not count. In a distributed run they are those of the logging
+    rank.
 
-    The scalars that are written with a trace stand at the Trainer's own steps, from 1; in the trace itself
-    the profiler counts from 0.
+    Scalars written with a trace use the Trainer's step numbers, from 1; in the trace itself the profiler
+    counts from 0.
 
-    `add_to` puts the callback ahead of the Trainer's reporters, so that TensorBoard and the like receive the
-    figures. Given as `Trainer(callbacks=[callback])` it runs after them: the figures are then in
-    `trainer.state.log_history` and in what is printed, but not in what those reporters write.
+    `add_to` puts the callback before the Trainer's reporters, so that TensorBoard and others receive the
+    metrics. Passed as `Trainer(callbacks=[callback])` it runs after them: the metrics are then in
+    `trainer.state.log_history` and in the printed log, but not in the reporters' output.
 
     Args:
-        folder: where traces and their TensorBoard scalars go; None writes no trace.
-        schedule: which training steps are traced, as for `torch.profiler.profile`; by default one step of
-            wait, one of warm-up, three that are traced, once.
+        folder: output folder for traces and their TensorBoard scalars; None writes no trace.
+        schedule: which training steps to trace, as for `torch.profiler.profile`; by default one step of wait,
+            one of warm-up, three traced, once.
         layers: which routers; see `MoETracer`.
         every: record the routing of every n-th step.
-        per_layer: log each layer too, as `moe_load_max_over_mean/L03`.
-        capacity: router calls kept; the oldest are dropped beyond it.
-        routes: record which token went to which expert too, for `tracer.routes()`; see `MoETracer`.
+        per_layer: also log each layer, as `moe_load_max_over_mean/L03`.
+        capacity: maximum number of router calls kept; the oldest are dropped beyond it.
+        routes: also record which token went to which expert, for `tracer.routes()`; see `MoETracer`.
         profiler_arguments: further arguments of `torch.profiler.profile`.
 
-    An exception in the training leaves the profiler running, because the Trainer then tells its callbacks
-    nothing: call `close()`, or use the callback as a context manager round `trainer.train()`.
+    An exception during training leaves the profiler running, because the Trainer does not notify its
+    callbacks:
+    call `close()`, or use the callback as a context manager around `trainer.train()`.
     """
 
     def __init__(
@@ -82,14 +84,14 @@ class MoETraceCallback(TrainerCallback):
         self._logged_until = 0
 
     def add_to(self, trainer: Any) -> MoETraceCallback:
-        """Become the first of the trainer's callbacks."""
+        """Insert the callback before the trainer's other callbacks."""
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
         return self
 
     def close(self) -> None:
-        """Stop recording and take the hooks off; does nothing when that is done."""
+        """Stop recording and remove the hooks; idempotent."""
         running, self._running = self._running, None
         if running is not None:
             running.stop()
@@ -109,21 +111,21 @@ class MoETraceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the hooks on the model that is trained."""
+        """Register the hooks on the model being trained."""
         self.close()
         self._logged_until = 0
         model: nn.Module = kwargs["model"]
         started: profile | MoETracer
         if self.folder is None:
             started = self.tracer = MoETracer(model, **self._recording)
-            self.tracer.count_steps_by_hand()  # with gradient accumulation a step has several forwards
+            self.tracer.count_steps_by_hand()  # gradient accumulation runs several forwards per step
         else:
             started = profile(
                 model,
                 **self._recording,
                 schedule=self._schedule,
-                # The Trainer calls its first step 1, or counts on where it resumed; what is logged at a step
-                # and the scalars of that step must stand at one place.
+                # The Trainer counts steps from 1, or from where it resumed; the logs and the scalars of a step
+                # must have the same number.
                 on_trace_ready=tensorboard_trace_handler(self.folder, first_step=state.global_step + 1),
                 **self._profiler_arguments,
             )
@@ -134,14 +136,14 @@ class MoETraceCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One optimizer step is one step, however many forwards it took."""
+        """Count one optimizer step as one step, however many forwards it took."""
         if self._running is not None:
             self._running.step()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the figures of the steps since the log before."""
+        """Add the metrics of the steps since the previous log."""
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs or self._running is None or self.tracer is None:
             return
@@ -151,13 +153,13 @@ class MoETraceCallback(TrainerCallback):
         self._logged_until = max(s.step for s in new) + 1
         figures = _means(new, per_layer=self.per_layer)
         logs.update(figures)
-        if state.log_history:  # the Trainer files a copy before it asks its callbacks
+        if state.log_history:  # the Trainer stores a copy before calling its callbacks
             state.log_history[-1].update(figures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the hooks off; a trace under way is written."""
+        """Remove the hooks; a trace in progress is written."""
         self.close()
         if self.tracer is not None and not any(self.tracer.calls_by_router().values()):
             warnings.warn(
@@ -170,7 +172,7 @@ class MoETraceCallback(TrainerCallback):
 
 
 def _means(samples: Sequence[RoutingSample], *, per_layer: bool) -> dict[str, float]:
-    """Name in the logs -> mean over the steps."""
+    """Return the mean over the steps, by name in the logs."""
     values: dict[str, list[float]] = defaultdict(list)
     for tag, value, _ in scalar_points(samples):
         figure, layer = tag.split("/", 1)

@@ -1,1 +1,1 @@
-"""moe_trace in SGLang: the hook that its server takes, and the files of its expert distribution recorder."""
+"""Integration with SGLang: a hook for its server, and files of its expert distribution recorder."""

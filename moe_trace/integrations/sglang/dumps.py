@@ -1,13 +1,13 @@
-"""What SGLang's expert distribution recorder dumps: `expert_distribution_recorder_<time>[_<rank>].pt`.
+"""Dumps of SGLang's expert distribution recorder: `expert_distribution_recorder_<time>[_<rank>].pt`.
 
-Written after `sglang.srt.eplb.expert_distribution`, and not run on it. By its
+Written from the source of `sglang.srt.eplb.expert_distribution`, but not tested with it. Contents by
 `--expert-distribution-recorder-mode`:
 
     stat, stat_approx   logical_count [steps, layers, experts], summed over ranks; a ring of buffered steps
-    per_pass            records of one rank: global_physical_count [layers, slots] a forward
-    per_token           these, and topk_ids_of_layer [layers, tokens, 8] with input_ids and positions
+    per_pass            records of one rank: global_physical_count [layers, slots] per forward
+    per_token           the same, and topk_ids_of_layer [layers, tokens, 8] with input_ids and positions
 
-Counts and ids by slot are taken to experts by `last_physical_to_logical_map` [layers, slots].
+Slots are mapped to experts by `last_physical_to_logical_map` [layers, slots].
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _OTHERWISE = (
 
 
 def counts_of_dump(path: str | Path) -> np.ndarray:
-    """[steps, layers, experts] of int64, without the steps in which nothing was counted.
+    """Return counts as int64, [steps, layers, experts], without steps in which nothing was counted.
 
     Raises:
-        UsageError: the file is no such dump.
+        UsageError: the file is not such a dump.
     """
     dump = _load(Path(path))
     if "logical_count" in dump:
@@ -48,11 +48,12 @@ def counts_of_dump(path: str | Path) -> np.ndarray:
 
 
 def routes_of_dump(path: str | Path) -> Capture:
-    """The ids of each token of a dump in the mode per_token, with its id, position and forward; of layers
-    and slots, those in which there is one.
+    """Return each token's expert ids in a `per_token` dump, with token id, position and forward.
+
+    Layers and slots without any id are left out.
 
     Raises:
-        UsageError: the file is no such dump.
+        UsageError: the file is not such a dump.
     """
     dump = _load(Path(path))
     records = _records(dump, path) if "records" in dump else [{}]
@@ -120,7 +121,7 @@ def _slot_map(dump: dict[str, Any], path: str | Path) -> np.ndarray:
 
 
 def _by_expert(counts_LP: np.ndarray, slots_LP: np.ndarray, path: str | Path) -> np.ndarray:
-    """[L, E]: the replicas of an expert added up."""
+    """Return counts by expert, [L, E], summed over the replicas of each."""
     if counts_LP.shape != slots_LP.shape or slots_LP.min(initial=0) < 0:
         raise UsageError(
             f"{path}: found counts {list(counts_LP.shape)} beside a map {list(slots_LP.shape)} of slots"

@@ -1,7 +1,7 @@
-"""The routing in the traces that SGLang's own profiler writes, by its option `--forward-hooks`.
+"""Routing in the traces of SGLang's own profiler, through its option `--forward-hooks`.
 
-Written after `sglang.srt.model_executor.hook_manager`, and not run on it. Routers are read as
-`find/contracts/engines/sglang.py` says: eager mode, `--disable-cuda-graph`.
+Written from the source of `sglang.srt.model_executor.hook_manager`, but not tested with it. Routers are read
+as described in `find/contracts/engines/sglang.py`: eager mode, `--disable-cuda-graph`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ Hook = Callable[[nn.Module, Any], None]
 
 
 def trace_while_profiled(config: Mapping[str, Any]) -> Hook:
-    """A forward pre-hook for the module `model`, which SGLang calls in each forward: it records while a
-    profiler does. Between profiles it is one question a forward, and no hook is on a router.
+    """Return a forward pre-hook for the module `model` that records while a profiler does.
+
+    SGLang calls it in each forward. Between profiles it costs one check per forward, and no router has a
+    hook.
 
         python -m sglang.launch_server --model-path MODEL --disable-cuda-graph --forward-hooks '[{"name":
             "moe_trace", "target_modules": ["model"], "hook_type": "forward_pre",
             "hook_factory": "moe_trace.integrations.sglang.hook:trace_while_profiled"}]'
 
-    Then /start_profile and /stop_profile write traces with the routing in them. A model that holds no routers
-    is warned of, once.
+    /start_profile and /stop_profile then write traces with the routing in them. A model without routers
+    causes one warning.
 
     Args:
-        config: `MoETracer`'s keyword arguments, such as `{"routes": true}`.
+        config: keyword arguments of `MoETracer`, such as `{"routes": true}`.
     """
     return _FollowProfiler(dict(config)).before_forward
 
@@ -53,7 +55,7 @@ class _FollowProfiler:
             warnings.warn(f"the routing is not recorded: {error}", RuntimeWarning, stacklevel=2)
 
     def _follow(self, module: nn.Module, profiled: bool) -> None:
-        if not self._ready:  # the first forward of all: kernels are compiled now, and not in a profile
+        if not self._ready:  # first forward: compile kernels now, not while profiling
             with MoETracer(module, **self._config):
                 self._ready = True
         if not profiled and self._tracer is not None:

@@ -1,5 +1,5 @@
-"""moe_trace inside vLLM: the routing in the traces that vLLM's own profiler writes.
+"""Integration with vLLM: routing in the traces of vLLM's own profiler.
 
-With moe_trace installed beside vLLM there is nothing to call: `plugin` is found by vLLM, and records while
-`start_profile` is in force. `extension` is the door for those who want no plugin.
+With moe_trace installed next to vLLM there is nothing to call: vLLM finds `plugin`, which records between
+`start_profile` and `stop_profile`. `extension` is the alternative without a plugin.
 """

@@ -1,11 +1,11 @@
-"""The door without any patch: a class that vLLM mixes into its workers, for `collective_rpc`.
+"""Worker extension for vLLM, for use through `collective_rpc` without any patching.
 
     llm = LLM(..., worker_extension_cls="moe_trace.integrations.vllm.extension.MoETraceWorker")
     llm.collective_rpc("moe_trace_start")
     llm.start_profile(); llm.generate(...); llm.stop_profile()
     llm.collective_rpc("moe_trace_stop")
 
-It records in eager mode (`enforce_eager=True`): what vLLM has compiled before has no hooks in it.
+It records in eager mode (`enforce_eager=True`): code that vLLM compiled before contains no hooks.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from moe_trace.record.tracer import MoETracer
 
 
 class MoETraceWorker:
-    """Methods that each worker gets. All that they return can be sent to another process."""
+    """Methods added to each worker. Their return values can be sent to another process."""
 
     _moe_tracer: MoETracer | None = None
     _moe_tokens: StepTokens | None = None
 
     def moe_trace_start(self, **options: Any) -> list[str]:
-        """Hook the routers; the torch profilers that record from now on have the routing in their traces.
+        """Hook the routers; torch profilers that record from now on have the routing in their traces.
 
         Args:
-            options: of `MoETracer`, such as `every` and `routes`.
+            options: arguments of `MoETracer`, such as `every` and `routes`.
 
         Returns:
-            The paths of the routers.
+            The module paths of the routers.
 
         Raises:
-            UsageError: it records already, or vLLM has compiled its model.
+            UsageError: it is already recording, or vLLM has compiled its model.
             NoRoutersFound: the model has no routers.
         """
         if self._moe_tracer is not None:
@@ -53,17 +53,17 @@ class MoETraceWorker:
         return [site.name for site in tracer.sites]
 
     def moe_trace_stop(self, trace: str | None = None) -> dict[str, list[list[int]]]:
-        """Take everything off again.
+        """Stop recording and remove all hooks.
 
         Args:
-            trace: path of a trace that some other profiler wrote meanwhile, to merge the routing into.
+            trace: path of a trace that another profiler wrote meanwhile, to merge the routing into.
 
         Returns:
-            By path of the router: the tokens per expert of each call, [calls][E].
+            By module path of the router: the tokens per expert of each call, [calls][E].
 
         Raises:
-            UsageError: nothing records.
-            MoETraceError: the trace cannot be merged into; it is left as it was.
+            UsageError: nothing is being recorded.
+            MoETraceError: the trace cannot be merged into; it is left unchanged.
         """
         tracer = self._moe_tracer
         if tracer is None:

@@ -1,11 +1,11 @@
-"""Routing figures of a serving run, without a trace: JSON Lines, and what vLLM's `/metrics` carries.
+"""Routing metrics of a serving run, without a trace: JSON Lines, and values in vLLM's `/metrics`.
 
     MOE_TRACE_VLLM_METRICS=/var/log/moe.jsonl vllm serve ...
 
-A worker appends a line for each window of time. The process that answers `/metrics` is another one, so it
-reads the last lines of that file when it is asked (`metrics_page`, in prometheus_client's default registry).
-Where `PROMETHEUS_MULTIPROC_DIR` is set, as with several API servers, vLLM's `/metrics` shows only what
-processes left there; then the workers leave theirs there, too.
+A worker appends a line for each time window. Another process answers `/metrics`, so it reads the last lines
+of that file on each request (`metrics_page`, in prometheus_client's default registry). If
+`PROMETHEUS_MULTIPROC_DIR` is set, as with several API servers, vLLM's `/metrics` shows only what processes
+wrote to that folder; the workers then write there, too.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ logger = logging.getLogger("vllm.moe_trace")
 
 
 def window(samples: Sequence[RoutingSample]) -> dict[str, Any]:
-    """The figures of some router calls taken together: `tokens`, `forwards`, and `layers` with `FIGURES`.
+    """Return the metrics of router calls taken together: `tokens`, `forwards`, and `layers` with `FIGURES`.
 
-    Experts are dead where their layer made `ENOUGH_PER_EXPERT` assignments an expert; else that is None.
+    Dead experts are None unless the layer made `ENOUGH_PER_EXPERT` assignments per expert.
     """
     calls = CallTable.of(samples)
     calls = calls.take(calls.forward)
@@ -60,12 +60,12 @@ def window(samples: Sequence[RoutingSample]) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends a window's figures to the file, from a thread of its own.
+    """Appends the metrics of each window to the file, from a separate thread.
 
     Args:
-        tracer: records while it lasts.
-        path: of the JSON Lines.
-        rank: named in each line.
+        tracer: an active tracer.
+        path: path of the JSON Lines file.
+        rank: written in each line.
         seconds: length of a window.
     """
 
@@ -81,23 +81,23 @@ class MetricsWriter:
         self._thread.start()
 
     def forget(self) -> None:
-        """Drop what was recorded outside steps: vLLM's runs of random tokens. Waits for the device.
+        """Discard calls recorded outside steps, in vLLM's runs of random tokens. Waits for the device.
 
-        Batches alone do not have what compiled code wrote: it would count in the next window.
+        Taking batches alone would miss calls from compiled code, which would then count in the next window.
         """
         self._read_all()
 
     def keep(self) -> None:
-        """Set apart what was recorded so far, before such a run. Waits for the device."""
+        """Set aside calls recorded so far, before such a run. Waits for the device."""
         self._held += self._read_all()
 
     def step(self) -> None:
-        """A step of the engine is over; hands the window on where its time is up, without waiting."""
+        """End a step of the engine; hand over the window if its time is up, without waiting."""
         if time.monotonic() - self._since >= self._seconds:
             self._hand_on()
 
     def close(self) -> None:
-        """Write the last window, and end the thread."""
+        """Write the last window and end the thread."""
         if self._thread.is_alive():
             self._hand_on()
             self._queue.put(None)
@@ -131,7 +131,7 @@ class MetricsWriter:
             self._totals[name] += found[name]
         total = {f"{name}_total": count for name, count in self._totals.items()}
         line = {"time": round(time.time(), 3), "rank": self._rank, **found, **total}
-        with self._path.open("ab", buffering=0) as file:  # one write: lines of several ranks stay whole
+        with self._path.open("ab", buffering=0) as file:  # a single write keeps lines of several ranks intact
             file.write(json.dumps(line).encode() + b"\n")
         for name in COUNTS if self._shared else ():
             self._shared[name].labels(str(self._rank)).inc(found[name])
@@ -141,29 +141,30 @@ class MetricsWriter:
 
 
 def every() -> int:
-    """Of so many forwards one is recorded."""
+    """Return the number of forwards per recorded forward."""
     return int(os.environ.get(EVERY, "1"))
 
 
 def wanted() -> bool:
-    """Whether metrics are asked for."""
+    """Return whether metrics are requested."""
     return bool(os.environ.get(PATH))
 
 
 def start_metrics(tracer: MoETracer) -> MetricsWriter | None:
-    """None where they are not asked for, or another rank routes the same tokens and writes them."""
+    """Start writing metrics; None if not requested, or if another rank routes the same tokens and writes
+    them."""
     path = os.environ.get(PATH)
     layout = engine_layout(tracer.model)
     rank = rank_and_world_size()[0]
     if not path or (layout is not None and min(layout.token_ranks) != rank):
         return None
     writer = MetricsWriter(tracer, Path(path), rank=rank, seconds=float(os.environ.get(SECONDS, "10")))
-    atexit.register(writer.close)  # an engine in this process is not always shut down
+    atexit.register(writer.close)  # an engine in this process may never be shut down
     return writer
 
 
 def _shared() -> dict[str, Any]:
-    """Metrics of this process that go to the shared folder."""
+    """Return the metrics of this process that go to the shared folder."""
     from prometheus_client import Counter, Gauge
 
     labels = ["rank", "layer"]

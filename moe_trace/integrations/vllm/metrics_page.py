@@ -1,7 +1,6 @@
-"""What vLLM's `/metrics` carries of the routing: the last lines that the workers wrote.
+"""Routing metrics in vLLM's `/metrics`: the last lines that the workers wrote.
 
-Its names and texts are those of the figures that `metrics` writes. No torch: the process that answers may
-hold no model.
+Names and help texts are also used by `metrics`. No torch: the process that answers may have no model.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PATH = "MOE_TRACE_VLLM_METRICS"
-"""Environment variable: file that a serving run's figures go to, with or without a profiler."""
+"""Environment variable: output file for metrics of a serving run, with or without a profiler."""
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 FIGURES = {
@@ -21,17 +20,17 @@ FIGURES = {
     "distinct_experts": "Experts of a layer that got a token, mean over the forwards of the last window",
     "dead_experts": "Experts of a layer that got no token in the last window",
 }
-"""Of each layer. Gauges `moe_trace_<figure>{rank, layer}`."""
+"""Metrics of each layer, as gauges `moe_trace_<figure>{rank, layer}`."""
 COUNTS = {
     "tokens": "Tokens that the routers saw, in recorded forwards",
     "forwards": "Forwards whose routing was recorded",
 }
-"""Since the start. Counters `moe_trace_<count>_total{rank}`."""
+"""Totals since the start, as counters `moe_trace_<count>_total{rank}`."""
 _TAIL_BYTES = 1 << 20
 
 
 def values_of(line: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """(name, values of its labels, value) of one line."""
+    """Yield (name, label values, value) from one line."""
     rank = str(line["rank"])
     for name in COUNTS:
         yield name, (rank,), line[f"{name}_total"]
@@ -42,13 +41,13 @@ def values_of(line: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], floa
 
 
 class FileCollector:
-    """What the last line of each rank says, whenever `/metrics` is asked."""
+    """Collector of the last line of each rank, read whenever `/metrics` is requested."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def collect(self) -> Iterator[Any]:
-        """Prometheus families; none before the first line."""
+        """Yield Prometheus metric families; none before the first line."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         families: dict[str, Any] = {
@@ -64,7 +63,7 @@ class FileCollector:
 
 
 def last_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """By rank: the newest whole line near the end of the file."""
+    """Return the newest complete line of each rank near the end of the file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -77,12 +76,12 @@ def last_lines(path: Path) -> dict[int, dict[str, Any]]:
             line = json.loads(text)
             found[line["rank"]] = line
         except (ValueError, TypeError, KeyError):
-            continue  # cut off at the beginning, or being written
+            continue  # truncated at the start, or still being written
     return found
 
 
 def serve_metrics() -> None:
-    """Have this process's default registry answer with the file, where metrics are asked for."""
+    """Register the file with this process's default Prometheus registry, if metrics are requested."""
     path = os.environ.get(PATH)
     if not path or os.environ.get(MULTIPROCESS):
         return

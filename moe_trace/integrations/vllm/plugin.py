@@ -1,7 +1,7 @@
-"""The entry point of vLLM's plugins (`vllm.general_plugins`): it runs in every process of an engine.
+"""Entry point for vLLM's plugins (`vllm.general_plugins`), run in every process of an engine.
 
-It wraps one method, `WorkerWrapperBase.init_device`, which runs once in each worker. Where vLLM's torch
-profiler is not configured, that is all that ever happens.
+It wraps one method, `WorkerWrapperBase.init_device`, which runs once in each worker. Unless vLLM's torch
+profiler or moe_trace's metrics are configured, it does nothing else.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from moe_trace.integrations.vllm.metrics_page import PATH, serve_metrics
 
 SWITCH = "MOE_TRACE_VLLM"
-"""Environment variable; `0` keeps moe_trace out of vLLM."""
+"""Environment variable; `0` disables moe_trace in vLLM."""
 _WORKERS, _WRAPPER, _METHOD = "vllm.v1.worker.worker_base", "WorkerWrapperBase", "init_device"
 
 
 def register() -> None:
-    """Called by vLLM, in some processes more than once; it never raises."""
+    """Install the wrapper. vLLM calls this, in some processes more than once; it never raises."""
     if os.environ.get(SWITCH, "1").strip().lower() in ("0", "false", "off", "no"):
         return
     try:
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`; workers that were made since stay as they are."""
+    """Undo `register`; workers created since then stay as they are."""
     wrapper: Any = getattr(importlib.import_module(_WORKERS), _WRAPPER)
     method = getattr(wrapper, _METHOD)
     if getattr(method, "_moe_trace", False):
@@ -52,7 +52,7 @@ def unregister() -> None:
 
 
 def _equip(worker: Any, config: Any) -> None:
-    """A worker has its device, and no model yet."""
+    """Install tracing in a worker that has its device but no model yet."""
     try:
         profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
         if worker is None or (profiler != "torch" and not os.environ.get(PATH)):
@@ -65,7 +65,7 @@ def _equip(worker: Any, config: Any) -> None:
 
 
 def _answer() -> None:
-    """This may be the process that answers `/metrics`."""
+    """Serve metrics, as this may be the process that answers `/metrics`."""
     try:
         serve_metrics()
     except Exception as error:

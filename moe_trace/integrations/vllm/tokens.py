@@ -1,16 +1,17 @@
-"""Whose tokens a forward of vLLM has: phase, request and position of each, padding and dummy batches.
+"""Description of the tokens in a vLLM forward: stage, request and position of each, padding and dummy
+batches.
 
-Read from what vLLM's model runner keeps on the host, as its scheduler filled it; nothing comes from a device.
+Read from the host state of vLLM's model runner, as filled by its scheduler; nothing is read from a device.
 
 decode     a generated token that is computed for the first time: the newest of its request, at position
-           max(prompt's length, tokens known - 1), and the draft tokens that a speculator put behind it
-prefill    every other token: prompts, whole or in chunks, and what a preempted request had generated before
-           it was preempted, which is computed again in one piece when it resumes
-padding    what fills a batch up to the size of a graph, or of the other data-parallel ranks, and all of a
-           dummy batch
+           max(prompt length, known tokens - 1), and the draft tokens that a speculator put after it
+prefill    every other token: prompts, whole or in chunks, and tokens that a preempted request had generated
+           before, which are computed again in one piece when it resumes
+padding    tokens that fill a batch up to the size of a graph, or of the other data-parallel ranks, and all
+           tokens of a dummy batch
 
-Nothing is told of batches that vLLM splits for overlap (`ubatch_slices`), nor of forwards that run as one
-CUDA graph (`FULL`), in which the host sees no model. With speculative decoding under asynchronous scheduling
+Batches that vLLM splits for overlap (`ubatch_slices`) are not described, nor forwards that run as one CUDA
+graph (`FULL`), in which no model runs on the host. With speculative decoding under asynchronous scheduling
 vLLM's own positions on the host are upper bounds, and so are these.
 """
 
@@ -29,7 +30,7 @@ _CONTEXT = "vllm.forward_context"
 
 
 class StepTokens:
-    """Asked in each forward of a model runner: what `MoETracer.describe_tokens` takes.
+    """Callable for `MoETracer.describe_tokens`, called in each forward of a model runner.
 
     Methods of the runner object are wrapped while it follows, never those of its class.
 
@@ -49,7 +50,7 @@ class StepTokens:
         self._wrapped: list[str] = []
 
     def follow(self) -> None:
-        """From now on know which step is under way."""
+        """Start tracking the current step."""
         execute, runner = self.runner.execute_model, self.runner
 
         @functools.wraps(execute)
@@ -73,7 +74,7 @@ class StepTokens:
             self._wrap("prepare_inputs", prepare_inputs)
 
     def leave(self) -> None:
-        """The runner is as it was before."""
+        """Restore the runner."""
         for name in self._wrapped:
             self.runner.__dict__.pop(name, None)
         self._wrapped.clear()
@@ -84,7 +85,7 @@ class StepTokens:
             setattr(self.runner, name, function)
 
     def __call__(self) -> BatchTokens | None:
-        """The tokens of the forward under way; None where they cannot be told apart."""
+        """Return the tokens of the current forward; None if they cannot be distinguished."""
         context = _forward_context()
         if context is None or getattr(context, "ubatch_slices", None) is not None:
             return None
@@ -95,7 +96,7 @@ class StepTokens:
         return self._of_prepared(self._batch, size) if self._batch is not None else self._of_runner(size)
 
     def _of_runner(self, size: int | None) -> BatchTokens:
-        """The first version keeps the requests of a step in its `input_batch`."""
+        """Read the first version, which keeps the requests of a step in its `input_batch`."""
         batch, counts = self.runner.input_batch, self._scheduled.num_scheduled_tokens
         ids = list(batch.req_ids)
         some = slice(0, len(ids))
@@ -105,7 +106,8 @@ class StepTokens:
         return self._told(ids, [counts[one] for one in ids], starts, np.maximum(prompts, known - 1), size)
 
     def _of_prepared(self, batch: Any, size: int | None) -> BatchTokens:
-        """The second returns an `InputBatch`, in which a request that resumes has all it knew as prefill."""
+        """Read the second version's `InputBatch`, in which a resumed request's known tokens are all
+        prefill."""
         states = np.asarray(batch.idx_mapping_np)[: batch.num_reqs]
         prompts = np.asarray(self.runner.req_states.prompt_len.np, np.int64)[states]
         known = np.asarray(batch.prefill_len_np[: batch.num_reqs], np.int64)
@@ -123,13 +125,13 @@ class StepTokens:
         return BatchTokens.of_requests(numbers, tokens=tokens, starts=starts, decode_from=first, size=size)
 
     def _forget(self, scheduled: Any) -> None:
-        """Requests that are over; an id may come again."""
+        """Forget finished requests, whose ids may be reused."""
         for one in getattr(scheduled, "finished_req_ids", None) or ():
             self._numbers.pop(one, None)
 
 
 def tell_tokens(tracer: MoETracer, worker: Any) -> StepTokens | None:
-    """Have a tracer told of the tokens of a worker's forwards; None where the worker has no such runner."""
+    """Have a worker's forwards described to a tracer; None if the worker has no such runner."""
     runner = getattr(worker, "model_runner", None)
     if not hasattr(runner, "execute_model"):
         return None
@@ -140,6 +142,6 @@ def tell_tokens(tracer: MoETracer, worker: Any) -> StepTokens | None:
 
 
 def _forward_context() -> Any:
-    """vLLM's, while it runs a forward."""
+    """Return vLLM's forward context during a forward."""
     module = sys.modules.get(_CONTEXT)
     return module.get_forward_context() if module and module.is_forward_context_available() else None

@@ -1,9 +1,9 @@
-"""What happens in a worker of vLLM whose torch profiler is configured.
+"""Tracing in a vLLM worker whose torch profiler or metrics are configured.
 
 Methods of the worker object itself are wrapped, never those of vLLM's classes. While its profiler records,
-the routers are hooked, and the profiler's trace gets the routing. Where the model will be compiled or
-captured into graphs, it is hooked for good: vLLM drops the guards of compiled code, which looks its hooks up
-and fails without them.
+the routers are hooked, and the profiler's trace gets the routing. A model that will be compiled or captured
+into graphs is hooked permanently: vLLM drops the guards of compiled code, which looks up its hooks and fails
+without them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from moe_trace.integrations.vllm.metrics import MetricsWriter, every, start_metr
 from moe_trace.integrations.vllm.tokens import StepTokens, tell_tokens
 from moe_trace.record.tracer import MoETracer
 
-logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's, which prints it as its own
+logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's logger, which prints its messages
 
 _AOT = "VLLM_USE_AOT_COMPILE"
-"""vLLM's cache of whole programs: one that is loaded was never traced, so that no hook is in it."""
+"""Enables vLLM's cache of whole programs. A program loaded from it was not traced, so it contains no
+hooks."""
 
 
 class WorkerTracing:
     """Records the routing of one worker.
 
     Args:
-        worker: vLLM's, before its model is loaded.
+        worker: vLLM's worker, before its model is loaded.
         config: its `VllmConfig`.
     """
 
@@ -48,7 +49,7 @@ class WorkerTracing:
         self._followed: Any = None
 
     def install(self) -> None:
-        """Wrap the methods of the worker that tell when to record."""
+        """Wrap the methods of the worker that determine when to record."""
         worker = self.worker
         if self.compiles:
             keep_caches_apart(self.config)
@@ -70,7 +71,7 @@ class WorkerTracing:
         worker.profile = start_or_stop
 
     def _measure(self, worker: Any) -> None:
-        """Wrap what tells a step of the engine from the runs of random tokens that it makes beside them."""
+        """Wrap the methods that separate the engine's steps from its runs of random tokens."""
 
         def when_idle(name: str) -> Callable[..., None]:
             def call() -> None:
@@ -86,13 +87,13 @@ class WorkerTracing:
 
     @property
     def _is_profiling(self) -> bool:
-        """Whether what is recorded belongs into a trace first."""
+        """Whether recorded calls are first needed for a trace."""
         return bool(getattr(getattr(self.worker, "profiler", None), "is_running", False))
 
     # -- when to record ---------------------------------------------------------------------------------
 
     def _profile_starts(self, delay: int | None) -> None:
-        """vLLM is asked to profile: at once, or after some steps, which then its profiler tells."""
+        """Begin recording at once, unless vLLM's profiler starts after some steps and will trigger it."""
         if delay is None:
             delay = getattr(self.config.profiler_config, "delay_iterations", 0)
         if self._followed is None and not delay:
@@ -104,7 +105,7 @@ class WorkerTracing:
             self._followed = profiler
             _wrap(profiler, "_start", before=self._guarded(self.begin))
             _wrap(profiler, "_stop", after=self._guarded(self.end))
-        if not getattr(profiler, "is_running", True):  # it could not be started, or waits
+        if not getattr(profiler, "is_running", True):  # failed to start, or is delayed
             self.end()
 
     def begin(self) -> None:
@@ -119,7 +120,8 @@ class WorkerTracing:
             logger.info("moe_trace records the routing of %d MoE layers", len(tracer.sites))
 
     def end(self) -> None:
-        """Profiling is over and the trace is written: nothing of ours stays, but in compiled code."""
+        """Remove everything except hooks in compiled code, once profiling is over and the trace is
+        written."""
         tracer = self.tracer
         if tracer is None:
             return
@@ -133,7 +135,7 @@ class WorkerTracing:
             tracer.stop()
             remove_taps(self.worker.get_model())
 
-    # -- nothing of ours raises into vLLM ---------------------------------------------------------------
+    # -- errors are not raised into vLLM ----------------------------------------------------------------
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., None]:
         def call(*args: Any) -> None:
@@ -160,7 +162,7 @@ def _wrap(
     before: Callable[[], None] | None = None,
     after: Callable[[], None] | None = None,
 ) -> None:
-    """Have an object's method call something before or after itself, whether it raises or not."""
+    """Make an object's method call functions before or after itself, whether it raises or not."""
     method = getattr(owner, name, None)
     if method is None:
         return
@@ -179,16 +181,16 @@ def _wrap(
 
 
 def compiles(config: Any) -> bool:
-    """Whether a `VllmConfig` has the model compiled, or captured into graphs."""
+    """Return whether a `VllmConfig` has the model compiled or captured into graphs."""
     compilation = getattr(config, "compilation_config", None)
     modes = (getattr(compilation, name, None) for name in ("mode", "cudagraph_mode"))
     return any(mode is not None and getattr(mode, "name", str(mode)) != "NONE" for mode in modes)
 
 
 def keep_caches_apart(config: Any) -> None:
-    """Code that is compiled with hooks is never used without, nor the other way round."""
+    """Keep code compiled with hooks from being used without them, and the reverse."""
     os.environ[_AOT] = "0"
-    if isinstance(getattr(config, "additional_config", None), dict):  # part of the hash of vLLM's cache
+    if isinstance(getattr(config, "additional_config", None), dict):  # part of vLLM's cache key
         config.additional_config["moe_trace"] = f"routing and phases, {__version__}"
     else:
         os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
