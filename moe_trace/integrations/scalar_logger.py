@@ -15,7 +15,7 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
-_WAITING = 4  # maximum batches queued for the writer
+_WAITING = 4  # hand-overs queued for the writer at most
 # Steps of this period are written together: most of the writer's work is independent of their number, and
 # while it holds the GIL, the training thread launches nothing.
 _PERIOD_S = 2.0
@@ -41,7 +41,7 @@ class ScalarLogger:
 
     def __init__(self, tracer: MoETracer, folder: str | os.PathLike[str]) -> None:
         self.steps_dropped = 0
-        """Steps left out because the writer could not keep up."""
+        """Steps omitted because the writer could not keep up."""
         self._tracer = tracer
         self._folder = os.fspath(folder)
         self._make_writer = load_writer()
@@ -49,7 +49,7 @@ class ScalarLogger:
         self._error: BaseException | None = None
         self._held: list[RoutingSample] = []
         self._steps: list[list[Any]] = []
-        """What was recorded since the last hand-over, by step."""
+        """Batches recorded since the last hand-over to the writer, by step."""
         self._handed_over = time.monotonic()
         self._writer = threading.Thread(target=self._write_all, name="moe_trace scalars", daemon=True)
         tracer.count_steps_by_hand()

@@ -75,7 +75,7 @@ class MoETraceCallback(TrainerCallback):
         self.folder = folder
         self.per_layer = per_layer
         self.tracer: MoETracer | None = None
-        """The tracer of the training that runs or ran last."""
+        """Tracer of the current or most recent training."""
         self._schedule = schedule or make_schedule(wait=1, warmup=1, active=3, repeat=1)
         self._recording: dict[str, Any] = {"layers": layers, "every": every, "capacity": capacity}
         self._recording["routes"] = routes
@@ -124,8 +124,8 @@ class MoETraceCallback(TrainerCallback):
                 model,
                 **self._recording,
                 schedule=self._schedule,
-                # The Trainer counts steps from 1, or from where it resumed; the logs and the scalars of a step
-                # must have the same number.
+                # The Trainer counts from 1, or from where it resumed; the logs and the scalars of a step must
+                # have the same number.
                 on_trace_ready=tensorboard_trace_handler(self.folder, first_step=state.global_step + 1),
                 **self._profiler_arguments,
             )

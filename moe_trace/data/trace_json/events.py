@@ -156,7 +156,7 @@ class EventTableBuilder:
         self._kind_of = _KindOf()
         self._links = Links()
         self.recording: bytes | None = None
-        """JSON that merging added, once it has come by."""
+        """JSON of the recording that merging added, once read."""
         self.unreadable = 0
         self.seen = 0
 

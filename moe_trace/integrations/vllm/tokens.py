@@ -41,11 +41,11 @@ class StepTokens:
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self._scheduled: Any = None
-        """The scheduler's output of the step under way; None between steps, where dummy batches run."""
+        """Scheduler output of the current step; None between steps, where dummy batches run."""
         self._batch: Any = None
-        """What the second version prepared of it."""
+        """Batch that the second version prepared from it."""
         self._numbers: dict[str, int] = {}
-        """By request id, while the request lives."""
+        """Numbers by request id, while the request is alive."""
         self._next = 0
         self._wrapped: list[str] = []
 

@@ -41,10 +41,10 @@ class WorkerTracing:
         self.tracer: MoETracer | None = None
         self.tokens: StepTokens | None = None
         self.compiles = compiles(config)
-        """Whether the model is compiled, or captured into graphs."""
+        """Whether the model is compiled or captured into graphs."""
         self.metrics: MetricsWriter | None = None
         self.stays = self.compiles or wanted()
-        """Whether the routers are hooked from the start to the end."""
+        """Whether the routers stay hooked from start to end."""
         self._failed = False
         self._followed: Any = None
 
