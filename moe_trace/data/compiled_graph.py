@@ -17,8 +17,8 @@ class LaunchPart:
     """A part of the model that a launch computes."""
 
     routers: tuple[str, ...]
-    """Module paths of the layer's routers; several where layers share the compiled code, which then runs once
-    per layer."""
+    """Module paths of the layer's routers; several where layers share compiled code, which runs once per
+    layer."""
     place: Place
 
     def router(self, number: int, runs: int, among: Container[str]) -> str | None:

@@ -44,8 +44,7 @@ KEYS_MAX = 10_000_000
 """Maximum number of random values that a simulation draws."""
 _CALLS_AT_ONCE = 1024
 ENOUGH_PER_EXPERT = 20
-"""Least mean load at which an expert without tokens is called dead; uniform routing leaves one out with
-probability e^-20."""
+"""Least mean load at which an expert without tokens is called dead; by chance one is missed in e^-20."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +164,7 @@ class Chance:
     cv_clustered: float | None
     """The same if tokens choose alike in runs of `TOKENS_ALIKE`, as in text."""
     cv_beyond: float | None
-    """sqrt(CV^2 - chance CV^2), at least 0: the CV of the router's own preferences, independent of the number
-    of tokens."""
+    """sqrt(CV^2 - chance CV^2), at least 0: the CV of the router's preferences, for any number of tokens."""
     p_value: float | None
     """Probability that uniform routing is at least as uneven; None if all routings of so few tokens are."""
     p_value_clustered: float | None

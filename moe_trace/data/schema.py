@@ -45,8 +45,7 @@ def is_band(pid: object) -> bool:
 
 
 def range_name(kind: RangeKind, site: str) -> str:
-    """Return the name of a range, such as `moe.router/L03`: stable per layer, so that `key_averages()` groups
-    by it."""
+    """Return a range name such as `moe.router/L03`; stable per layer, for grouping by `key_averages()`."""
     return f"{RANGE_PREFIX}{kind}/{site}"
 
 
@@ -82,7 +81,7 @@ class RouterInfo:
     notes: tuple[str, ...] = ()
     """Notes on the numbers of this router."""
     held_experts: tuple[int, ...] | None = None
-    """Global ids of the experts whose weights this process holds; None if it holds all. With `num_slots` they
+    """Global ids of the experts whose weights this process computes with; None if all. With `num_slots` they
     are slot ids."""
     num_slots: int = 0
     """P: physical slots on all ranks together, to which a load balancer (EPLB) assigns experts and their
@@ -94,8 +93,7 @@ class RouterInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphMark:
-    """The device's count of forwards, copied to the host at the end of a step, which assigns replays to
-    steps."""
+    """The device's count of forwards, copied to the host when a step ends; assigns replays to steps."""
 
     start_ns: int
     """`time.time_ns()` before the copy was launched; the copy itself appears in the trace, on its stream."""

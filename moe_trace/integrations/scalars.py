@@ -23,8 +23,7 @@ IMAGES_MAX = 10  # TensorBoard's default maximum per tag
 
 
 def load_writer() -> Any:
-    """Return torch's `SummaryWriter`. The first import takes a second or two, so call it before training
-    steps."""
+    """Return torch's `SummaryWriter`. The first import takes a second or two: call it before training."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter

@@ -41,8 +41,7 @@ class Placement:
     """Place of one router call in the trace: spans by range kind, on the host and on the device."""
 
     host: dict[RangeKind, Span]
-    """Ranges of moe_trace; for a router and experts compiled for a CPU, from the first to the last
-    operator."""
+    """Ranges of moe_trace; in code compiled for a CPU, first to last operator of a router or of experts."""
     device: dict[RangeKind, Span]
     """First to last kernel of the range, gaps included (Kineto's `gpu_user_annotation`); empty on a CPU. The
     block's span covers its own kernels and those of its router and experts."""
@@ -125,15 +124,14 @@ class RoutingSample(ShortRepr, ShownInNotebooks):
     graph_forward: int | None = None
     """Number of the forward as counted by the device, where the host saw none begin."""
     slot_bytes: int | None = None
-    """Bytes of one token's hidden state as the experts receive it: the traffic of a dispatched slot, one
+    """Bytes of one token's hidden state as its experts receive it: what one dispatched slot moves, one
     way."""
     prefill_tokens: int | None = None
     """Prefill tokens, where a host framework reports them (`MoETracer.describe_tokens`); the same holds for
     the fields below. tokens - prefill_tokens - decode_tokens are padding."""
     decode_tokens: int | None = None
     prefill_assignments: npt.NDArray[np.int64] | None = None
-    """[E] assignments of prefill tokens; with `decode_assignments` and those of padding they sum to
-    `assignments`."""
+    """[E] assignments of prefill tokens; with those of decode and padding tokens they are `assignments`."""
     decode_assignments: npt.NDArray[np.int64] | None = None
     requests: int | None = None
     """Number of requests that the tokens belong to."""

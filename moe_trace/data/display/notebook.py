@@ -32,8 +32,7 @@ class ShownInNotebooks:
 
 
 class ShortRepr:
-    """Base class of dataclasses (`repr=False`) whose repr shows numbers and text, and the size of all
-    else."""
+    """Base class of dataclasses (`repr=False`) whose repr shows numbers, text, and the size of all else."""
 
     def __repr__(self) -> str:
         shown = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]

@@ -107,8 +107,7 @@ class CommFacts:
 
 @dataclass(frozen=True, eq=False)
 class CommEvent:
-    """One event of a collective; times in nanoseconds on the trace's clock, `thread` an index into the
-    table's threads."""
+    """One event of a collective, in ns on the trace's clock; `thread` indexes the table's threads."""
 
     name: str
     thread: int
@@ -162,8 +161,7 @@ def _operator_facts(kind: CommKind, name: str, args: CommArgs) -> CommFacts:
 
 
 def _group(args: CommArgs) -> tuple[int, ...] | None:
-    """Return the group's ranks. Long lists are truncated in the text, but evenly spaced ranks also have a
-    stride."""
+    """Return the group's ranks; where the text truncates a long list, by start, stride and size."""
     ranks = _read_sizes(args.group_ranks)
     if ranks:
         return ranks

@@ -79,8 +79,7 @@ def _without_odd_fields(value: Any) -> Event:
 
 
 def recording_in(events: Iterable[Event]) -> bytes | None:
-    """Return the JSON of the recording in the last event that has one; merging appends it after all
-    others."""
+    """Return the JSON of the last recording in the events; merging appends it after all others."""
     found = None
     for event in events:
         if event.ph == "M" and event.args is not None and event.args.moe_trace is not msgspec.UNSET:

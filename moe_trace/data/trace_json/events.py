@@ -66,8 +66,7 @@ _FLOWS = {"s": Kind.FORWARD, "f": Kind.BACKWARD}
 
 
 class _KindOf(dict[str | None, Kind | None]):
-    """Mapping from category to kind. Every Kineto backend names its host calls `<device>_runtime` and
-    `_driver`."""
+    """Mapping from category to kind; Kineto backends name host calls `<device>_runtime` and `_driver`."""
 
     def __missing__(self, category: str | None) -> Kind | None:
         kind = _KINDS.get(category or "")
@@ -130,8 +129,7 @@ def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
 
 def bounds_ns(span: Span) -> tuple[int, int]:
-    """Return start and end in nanoseconds, rounding start and duration separately, since their float sum may
-    be off by a nanosecond."""
+    """Return start and end in ns, each part rounded by itself: a float sum may be off by a nanosecond."""
     start, duration = to_ns([span.start_us, span.duration_us]).tolist()
     return start, start + duration
 

@@ -34,8 +34,7 @@ class Intervals:
 
 
 def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
-    """Return whether no other row of the same block contains the row; rows are sorted by start, longest
-    first."""
+    """Return whether no other row of its block contains a row; rows are sorted by start, longest first."""
     starts, reached = reached_by_group(block, host.start_ns, host.end_ns)
     outermost = np.ones(len(host), dtype=bool)
     outermost[1:] = starts[1:] >= reached[:-1]
@@ -45,11 +44,9 @@ def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
 def reached_by_group(
     group: npt.NDArray, start_ns: npt.NDArray[np.int64], end_ns: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the start of each row and the latest end in its group so far, [N] each, both with the groups
-    shifted apart.
+    """Return the start and the latest end so far in the group of each row, [N]; sorted by group and start.
 
-    Rows are sorted by group and start. Shifting each group past all earlier ones lets one running maximum
-    serve all.
+    Groups are shifted past each other, so that one running maximum serves all.
     """
     origin = int(start_ns.min(initial=np.iinfo(np.int64).max))
     rank = np.cumsum(np.diff(group, prepend=group[:1]) != 0)

@@ -20,15 +20,13 @@ _KEY_BEHIND = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,25
 _NOTHING_BEHIND = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
 _END = re.compile(_KEY_BEHIND, re.DOTALL)
 _END_OF_FILE = re.compile(_KEY_BEHIND + b"|" + _NOTHING_BEHIND, re.DOTALL)
-"""End of the array: a bracket after its last element, then the next key of the enclosing object or its
-end."""
+"""End of the array: a bracket after its last element, then the next key or the end of its object."""
 REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NESTED_MAX = 256
 """Maximum number of pieces into which lists of objects in its arguments can split one event."""
 _EVENT_MAX = 2**20
 _TRIES_BYTES = 2**23
-"""Bytes that may be re-read in one buffer for events that lists split into pieces, a bound for malformed
-input."""
+"""Bytes of events split by lists that may be re-read in one buffer of malformed input."""
 _T = TypeVar("_T")
 
 

@@ -23,8 +23,7 @@ _HELD = 4096
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A piece of a file with its surroundings; the buffer is overwritten when the next window is
-    requested."""
+    """A piece of a file with its surroundings; requesting the next window overwrites the buffer."""
 
     buffer: bytearray
     offset: int

@@ -151,8 +151,7 @@ def wanted() -> bool:
 
 
 def start_metrics(tracer: MoETracer) -> MetricsWriter | None:
-    """Start writing metrics; None if not requested, or if another rank routes the same tokens and writes
-    them."""
+    """Start writing metrics; None if not requested, or if another rank writes those of the same tokens."""
     path = os.environ.get(PATH)
     layout = engine_layout(tracer.model)
     rank = rank_and_world_size()[0]

@@ -106,8 +106,7 @@ class StepTokens:
         return self._told(ids, [counts[one] for one in ids], starts, np.maximum(prompts, known - 1), size)
 
     def _of_prepared(self, batch: Any, size: int | None) -> BatchTokens:
-        """Read the second version's `InputBatch`, in which a resumed request's known tokens are all
-        prefill."""
+        """Read the second version's `InputBatch`, where all known tokens of a resumed request are prefill."""
         states = np.asarray(batch.idx_mapping_np)[: batch.num_reqs]
         prompts = np.asarray(self.runner.req_states.prompt_len.np, np.int64)[states]
         known = np.asarray(batch.prefill_len_np[: batch.num_reqs], np.int64)

@@ -24,8 +24,7 @@ from moe_trace.record.tracer import MoETracer
 logger = logging.getLogger("vllm.moe_trace")  # a child of vLLM's logger, which prints its messages
 
 _AOT = "VLLM_USE_AOT_COMPILE"
-"""Enables vLLM's cache of whole programs. A program loaded from it was not traced, so it contains no
-hooks."""
+"""Enables vLLM's cache of whole programs. A cached program was not traced, so it contains no hooks."""
 
 
 class WorkerTracing:
@@ -120,8 +119,7 @@ class WorkerTracing:
             logger.info("moe_trace records the routing of %d MoE layers", len(tracer.sites))
 
     def end(self) -> None:
-        """Remove everything except hooks in compiled code, once profiling is over and the trace is
-        written."""
+        """Remove everything but hooks in compiled code, once profiling is over and the trace is written."""
         tracer = self.tracer
         if tracer is None:
             return
