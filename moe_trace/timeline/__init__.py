@@ -1,4 +1,4 @@
-"""Placing samples on a trace's timeline, and splicing counters, lanes and the recording into its file.
+"""Placement of samples on a trace's timeline, and insertion of counters, lanes and the recording in its file.
 
-Nothing in here imports torch, and nothing parses the trace into objects.
+Nothing here imports torch or parses the trace into objects.
 """

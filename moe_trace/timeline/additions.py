@@ -1,8 +1,8 @@
-"""What merging adds to a trace's file: how it is written, found and taken out again.
+"""Writing, finding and removing what merging adds to a trace file.
 
-The recording rides in the last event of `traceEvents`, the `process_labels` of the band's process: metadata
-that every viewer knows, under a key of its arguments that none of them asks for. Behind the bracket that
-closes the events stands nothing of ours (docs/trace_format.md says which consumer needs what).
+The recording is stored in the last event of `traceEvents`, the `process_labels` of the band's process:
+metadata that every viewer supports, under an argument key that viewers ignore. Nothing is added after the
+bracket that closes the events (docs/trace_format.md lists what each consumer needs).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _MAYBE_OURS = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
 def encode_addition(
     band: bytes, label: dict[str, Any], recording: bytes, *, offset: int, first: bool = False
 ) -> bytes:
-    """What merging writes behind the last event.
+    """Return what merging writes after the last event.
 
     Args:
-        band: events, without a comma at their ends; may be empty.
+        band: events, without a comma at either end; may be empty.
         label: the `process_labels` event of the band's process.
         recording: JSON object.
-        offset: where it will stand in the file.
-        first: whether no event stands before it.
+        offset: its offset in the file.
+        first: whether no event precedes it.
     """
     separator = b"\n" if first else b",\n"
     before = separator + band + b",\n" if band else separator
@@ -55,12 +55,12 @@ def encode_addition(
 
 
 def _carrier(label: dict[str, Any]) -> bytes:
-    """The event up to the recording."""
+    """Return the event up to the recording."""
     return msgspec.json.encode(label)[:-2] + b',"%b":' % METADATA_KEY.encode()
 
 
 def insert_addition(file: BinaryIO, offset: int, addition: bytes) -> None:
-    """Make room for it there, and write it; the file stays as it was if the disk is full."""
+    """Insert the addition at an offset; if the disk is full, the file is left unchanged."""
     file.seek(offset)
     rest = file.read()
     try:
@@ -74,7 +74,7 @@ def insert_addition(file: BinaryIO, offset: int, addition: bytes) -> None:
 
 
 def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
-    """Put back the bytes that stood there; they fit, for they were there before."""
+    """Write back the original bytes, which fit because they were there before."""
     file.seek(offset)
     file.write(rest)
     file.truncate()
@@ -82,8 +82,8 @@ def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
 
 
 def _find_addition(file: BinaryIO, end: int) -> tuple[int, int] | None:
-    """Where the addition that ends there begins, with the comma before the band, and where its event that
-    carries the recording does; None for any other spelling than merging's."""
+    """Return the start of the addition that ends at `end`, including the comma before the band, and the start
+    of its event with the recording; None if merging did not write it in this form."""
     start = max(0, end - _SPLICE_BYTES)
     file.seek(start)
     match = _SPLICE.search(file.read(end - start))
@@ -99,14 +99,16 @@ def _find_addition(file: BinaryIO, end: int) -> tuple[int, int] | None:
 
 
 def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
-    """Take out what an earlier merge added; as long as no other tool saved the file since, the bytes that are
-    left are those that the profiler wrote.
+    """Remove what an earlier merge added.
+
+    Unless another tool has saved the file since, the remaining bytes are exactly those that the profiler
+    wrote.
 
     Args:
-        watch: as of `read_layout`; it is shown those additions too.
+        watch: as in `read_layout`; it also sees the additions.
 
     Raises:
-        TraceFileError: as `read_layout`, or the trace is a merged one of several ranks.
+        TraceFileError: as in `read_layout`, or the file is a merged trace of several ranks.
     """
     layout = read_layout(file, watch)
     cuts = sorted(_own_cuts(file, layout))
@@ -117,9 +119,10 @@ def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLa
 
 
 def read_added(file: BinaryIO) -> bytes | None:
-    """The recording from the end of a file that no other tool saved since, without reading the rest.
+    """Return the recording from the end of a file that no other tool has saved since, without reading the
+    rest.
 
-    None where the file does not tell: then it stands among the events, or under a key, or nowhere.
+    None if it is not there: it may then be among the events, under a top-level key, or missing.
     """
     size = file.seek(0, 2)
     first = max(0, size - _TAIL_BYTES)
@@ -152,7 +155,7 @@ def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
     if old is not None and layout.old_key is not None:
         _refuse_several_ranks(file, old)
         yield layout.old_key
-    if old is not None or layout.events.holds_lists:  # as the routers in a recording do
+    if old is not None or layout.events.holds_lists:  # as the routers of a recording are
         yield from _own_elements(file, layout)
 
 
@@ -163,7 +166,7 @@ def _recording_in(file: BinaryIO, start: int, end: int) -> bytes:
 
 
 def _payload(recording: bytes) -> _Payload | None:
-    """None for what is no recording, such as metadata of the user's under our name."""
+    """Return None if it is not a recording, such as user metadata under the same key."""
     try:
         return msgspec.json.decode(recording, type=_Payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -179,7 +182,8 @@ def _refuse_several_ranks(file: BinaryIO, payload: _Payload | None) -> None:
 
 
 def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
-    """Our events one by one, each with its comma, in a file that another tool saved or an older release."""
+    """Yield moe_trace's events, each with its comma, in a file that another tool or an older release
+    saved."""
     file.seek(layout.events.start - 1)
     stream = JsonStream(file.read, file.name)
     kept_end = run_end = None
@@ -197,7 +201,7 @@ def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
 
 
 def _is_own_event(file: BinaryIO, text: bytes) -> bool:
-    """Whether merging added this event."""
+    """Return whether merging added this event."""
     if not _MAYBE_OURS.search(text):
         return False
     event = value_or_none(text)
@@ -214,7 +218,7 @@ def _is_own_event(file: BinaryIO, text: bytes) -> bool:
 
 
 def _cut(file: BinaryIO, cuts: Sequence[Cut]) -> None:
-    """Take bytes out of the file, in place."""
+    """Remove bytes from the file, in place."""
     size = file.seek(0, 2)
     target = cuts[0][0]
     bounds = [*cuts, (size, size)]

@@ -1,10 +1,10 @@
-"""Where routers and experts ran inside compiled code that is no CUDA graph: by the kernels of its calls.
+"""Spans of routers and experts inside compiled code without a CUDA graph, from the kernels of its calls.
 
-For this all events are read, which takes longer than the search for our ranges that a merge is otherwise:
-it is done only where the recording has the compiler's lists of launches, a router has no time yet, and the
-trace has calls of compiled graphs and kernels, those of a GPU or the ranges of Inductor's C++ kernels. The
-join is the one that reports use: lanes and phases are the same. On a CPU the kernels are operators of the
-host, and so are the spans. The trace is worth more than these lanes: whatever fails here, it is merged.
+This reads all events, which takes longer than the range search that a merge otherwise consists of. It is done
+only if the recording has the compiler's lists of launches, a router has no time yet, and the trace has calls
+of compiled graphs and kernels, those of a GPU or the ranges of Inductor's C++ kernels. Reports use the same
+join, so lanes and phases agree. On a CPU the kernels are host operators, and so are the spans. A failure here
+must not cost the trace: it is merged without these lanes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _LANES: tuple[Place, ...] = ("router", "experts")
 
 
 def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], events: EventBytes) -> CallTable:
-    """The same calls; those of compiled code whose kernels are known have spans of their router and experts.
+    """Add spans of router and experts to the calls of compiled code whose kernels are known.
 
     Args:
-        calls: with the place of the forward, or of the graph's launch.
+        calls: placed by the forward, or by the graph's launch.
         graphs: the compiler's lists, of all tracers.
     """
     listed = [graph for graph in graphs if graph.launches]
@@ -67,7 +67,7 @@ def _holds(events: EventBytes, text: bytes) -> bool:
 
 
 def _read(events: EventBytes) -> EventTable | None:
-    """None for what cannot be read: a merge does not fail for it, and who reads the file is told."""
+    """Return the events; None if they cannot be read, which must not fail the merge: readers report it."""
     events.file.seek(events.start - 1)
     builder = EventTableBuilder()
     try:
@@ -91,7 +91,8 @@ def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
 
 
 def _spans_of(work: Sequence[Work], size: int, join: CompiledCalls) -> tuple[Floats, Floats]:
-    """[size, 2] from each call's first kernel to its last, and [size] their sum; NaN for calls without."""
+    """Return the span from each call's first kernel to its last, [size, 2], and their sum, [size]; NaN for
+    calls without."""
     row, kernel, share = (
         np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
     )

@@ -1,4 +1,4 @@
-"""The compact band: counter tracks and lanes of one synthetic process above the CPU and GPU rows."""
+"""Counter tracks and lanes of one synthetic process, the band, above the CPU and GPU rows."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ OF_ROUTER = (
     *("router", "step", "call", "phase", "stage", "clock", "tokens", "top_k"),
     *("router entropy (nats)", "router confidence", "router FLOPs", "in graph"),
 )
-"""What a router's slice shows beside one of its experts."""
+"""Arguments of a router's slice where the experts' slice has all of them."""
 _json = msgspec.json.encode
 
 
 def band_events(placed: PlacedCalls, *, rank: int, tracks: Tracks = ("band",)) -> Iterator[bytes]:
-    """Chrome trace events for the calls, as JSON, one by one.
+    """Yield Chrome trace events for the calls, as JSON.
 
-    Thousands of small objects that live at once would set off the garbage collector, which walks the user's
-    model too.
+    They are not built as objects, because thousands of small objects alive at once would trigger the garbage
+    collector, which also traverses the user's model.
 
     Args:
         rank: names the band's process and is added to its id.
-        tracks: `band`: one counter track a figure, for all layers; `layers`: a track per layer and
-            figure; `experts`: one stacked track of the assignments to all experts.
+        tracks: `band`: one counter track per metric, for all layers; `layers`: one per layer and metric;
+            `experts`: one stacked track of the assignments to all experts.
     """
     if not len(placed):
         return
@@ -59,7 +59,7 @@ def _metadata(name: str, args: dict[str, Any], start_us: float, pid: int, tid: i
 
 
 def band_label(rank: int, start_us: float) -> dict[str, Any]:
-    """The event that names the band's rank, and that carries the recording."""
+    """Return the event that names the band's rank and contains the recording."""
     return {
         "ph": "M",
         "name": "process_labels",
@@ -121,7 +121,7 @@ _TRACKS: dict[str, Callable[[PlacedCalls, int], Iterator[bytes]]] = {
 def _step_function(
     name: str, spans: Floats, values: Sequence[bytes], zero: bytes, pid: int
 ) -> Iterator[bytes]:
-    """A value from the start of its MoE layer, 0 from its end."""
+    """Yield counter events: the value at the start of its MoE layer, 0 at its end."""
     head = b'{"ph":"C","name":%b,"pid":%d,"tid":0,"ts":' % (_json(name), pid)
     for start, end, value in zip(number_cells(spans[:, 0]), number_cells(spans.sum(1)), values, strict=True):
         yield b'%b%b,"args":%b}' % (head, start, value)
@@ -131,7 +131,7 @@ def _step_function(
 # -- lanes --------------------------------------------------------------------------------------------
 
 _Lane = tuple[str, Floats, Iterable[bytes], Iterable[bytes]]
-"""Its name, where its slices stand, and the names and arguments of these."""
+"""Name, spans, slice names and slice arguments of a lane."""
 
 
 def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
@@ -142,7 +142,7 @@ def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
     for args in placed.slice_args():
         whole.append(_json(args))
         short.append(_json({name: args[name] for name in OF_ROUTER if name in args}))
-    # What is told of the experts stands in their slice, and in the router's where they have none.
+    # Details of the experts are in their slice, or in the router's if they have none.
     alone = np.isnan(placed.spans["experts"][:, 0])
     router = np.where(alone, np.array(whole, object), np.array(short, object))
     args_of = {"router": router, "experts": np.array(whole, object)}
@@ -161,15 +161,15 @@ def _replay_lanes(replays: Replays) -> Iterator[_Lane]:
 
 
 def numbered(name: str, lane: int) -> str:
-    """Names of the further lanes that overlapping spans need."""
+    """Return the name of a lane; overlapping spans need further, numbered lanes."""
     return name if lane == 0 else f"{name} ({lane + 1})"
 
 
 def without_overlap(spans: Floats, rows: IntArray | None = None) -> list[IntArray]:
-    """Rows of `[N, 2]` starts and durations, in as few lanes as hold none that overlap.
+    """Distribute `[N, 2]` starts and durations over as few lanes as possible without overlap.
 
     Args:
-        rows: which of them; None for all.
+        rows: rows to distribute; None for all.
     """
     rows = np.arange(len(spans)) if rows is None else rows
     rows = rows[np.argsort(spans[rows, 0], kind="stable")]

@@ -1,4 +1,4 @@
-"""What stands where in a trace's file: its events, and the clock that they count from."""
+"""Layout of a trace file: the position of its events, and the base of their timestamps."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from moe_trace.data.trace_json.windows import ArrayBounds, Window
 
 _FIRST_EVENT = 64 * 2**10
 Cut = tuple[int, int]
-"""Bytes to take out: from, to."""
+"""Range of bytes to remove: start, end."""
 
 
 @dataclass(frozen=True, eq=False)
 class TraceLayout:
-    """The top level of a trace's JSON."""
+    """Top level of a trace's JSON."""
 
     events: ArrayBounds
     base_time_ns: int
-    """What event times count from; 0 where the trace does not tell."""
+    """Base of event timestamps; 0 if the trace does not have it."""
     old_key: Cut | None = None
-    """The top-level `moe_trace` of older releases, with the comma that sets it apart."""
+    """Top-level `moe_trace` key of older releases, with its separating comma."""
     old_value: bytes = b""
 
     def without(self, cuts: Sequence[Cut]) -> TraceLayout:
-        """The same once these bytes are gone."""
+        """Return the layout after these bytes are removed."""
         start, end = (
             offset - sum(min(to, offset) - since for since, to in cuts if since < offset)
             for offset in (self.events.start, self.events.end)
@@ -39,13 +39,13 @@ class TraceLayout:
 
 
 def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
-    """Walk the top level of the file.
+    """Read the top level of the file.
 
     Args:
-        watch: is shown the events on the way, so that they are read once.
+        watch: called with the windows of the events on the way, so that they are read once.
 
     Raises:
-        TraceFileError: the file is truncated, no JSON, or no trace of torch.profiler.
+        TraceFileError: the file is truncated, not JSON, or not a trace of torch.profiler.
     """
     file.seek(0)
     stream = JsonStream(file.read, file.name)
@@ -55,7 +55,7 @@ def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
     for key in stream.walk():
         if key == "traceEvents":
             events = stream.skip_objects(file, watch)
-        elif key == "baseTimeNanoseconds" and not (events and base_time_ns):  # Kineto's stands before them
+        elif key == "baseTimeNanoseconds" and not (events and base_time_ns):  # Kineto's comes first
             base_time_ns = base_time(stream.value())
         elif key == METADATA_KEY:
             old_value = stream.value()
@@ -69,7 +69,8 @@ def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
 
 
 def _with_comma(file: BinaryIO, key: tuple[int | None, int] | None) -> Cut | None:
-    """From the value before to its own end; as the first key, from the brace to the key that follows."""
+    """Return the bytes from the end of the previous value to the key's own end; for the first key, from the
+    brace to the next key."""
     if key is None:
         return None
     before, end = key
@@ -83,7 +84,7 @@ def _with_comma(file: BinaryIO, key: tuple[int | None, int] | None) -> Cut | Non
 
 
 def _is_event(file: BinaryIO, events: ArrayBounds) -> bool:
-    """Whether the array's first object is one of the Chrome trace format."""
+    """Return whether the array's first object is an event in the Chrome trace format."""
     if events.empty:
         return True
     file.seek(events.start)

@@ -1,4 +1,4 @@
-"""Splice the band and the recording into a trace file; the bytes around them stay what Kineto wrote."""
+"""Insertion of the band and the recording in a trace file, leaving the bytes that Kineto wrote unchanged."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Merged:
-    """What merging did: the samples of this trace with their placements, and what found no partner."""
+    """Result of a merge: the samples of this trace with their placements, and counts of unmatched ones."""
 
     placed: list[CallTable]
-    """By recording, in the order in which they were given."""
+    """Calls by recording, in the given order."""
     lost: Lost
     """Only what this merge lost: samples without a range, ranges without a sample."""
 
@@ -50,8 +50,8 @@ def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSamp
     Merging into a trace again replaces what the earlier merge added.
 
     Args:
-        trace_path: a `.json` or `.json.gz` trace; replaced in one step, or left as it was.
-        samples: `tracer.samples()`, or `tracer.recording()`, which also carries the model's description.
+        trace_path: a `.json` or `.json.gz` trace; replaced atomically, or left unchanged.
+        samples: `tracer.samples()`, or `tracer.recording()`, which also has the model's description.
 
     Raises:
         NothingRecorded: there is no sample, or none was taken while a profiler recorded.
@@ -73,7 +73,7 @@ def merge_into(trace_path: str | Path, samples: Recording | Sequence[RoutingSamp
 
 
 def recording_of(samples: Sequence[RoutingSample]) -> Recording:
-    """A recording that knows no more of the model than its samples tell."""
+    """Return a recording that describes the model only as far as its samples do."""
     routers = {sample.name: _router_of(sample) for sample in samples}
     return Recording(
         model={"name": None, "class": None, "num_layers": None, "num_moe_layers": len(routers)},
@@ -100,13 +100,13 @@ def _router_of(sample: RoutingSample) -> RouterInfo:
 
 
 def merge_recording(path: Path, recordings: Sequence[Recording], *, tracks: Tracks = ("band",)) -> Merged:
-    """Merge into an existing file, which is replaced in one step."""
+    """Merge into an existing file, which is replaced atomically."""
     try:
         source = path.open("rb")
     except OSError as error:
         raise trace_path_error(path, error) from error
     with source, whole_file(path) as target:
-        packed = source.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC  # names do not always tell
+        packed = source.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC  # the file name is unreliable
         source.seek(0)
         plain = target.with_name(f"{target.name}.plain") if packed else target
         _copy(source, plain, packed=packed)
@@ -137,7 +137,7 @@ def _copy(source: BinaryIO, plain: Path, *, packed: bool) -> None:
 
 
 def compress(plain: Path, target: Path) -> None:
-    """gzip a finished file."""
+    """Compress a finished file with gzip."""
     with plain.open("rb") as source, gzip.open(target, "wb", compresslevel=6) as packed:
         shutil.copyfileobj(source, packed, _COPY_BYTES)
 
@@ -149,10 +149,10 @@ def merge_in_place(
     tracks: Tracks = ("band",),
     activities: Collection[str] | None = None,
 ) -> Merged:
-    """Merge into a file of our own, without the copy that keeps a file of the user's safe.
+    """Merge into a temporary file, without the copy that protects a user's file.
 
     Args:
-        activities: names of the profiler's, to tell why ranges are missing; None where they are not known.
+        activities: names of the profiler's activities, to explain missing ranges; None if unknown.
     """
     with path.open("r+b") as file:
         search = RangeSearch()
@@ -182,7 +182,7 @@ def merge_in_place(
 
 
 def _with_own_names(recordings: Sequence[Recording]) -> list[Recording]:
-    """Recordings in which no two routers share a module path: models of one class have the same paths."""
+    """Make module paths unique across recordings, as models of one class have the same paths."""
     names = [router.name for recording in recordings for router in recording.routers]
     if len(set(names)) == len(names):
         return list(recordings)
@@ -213,7 +213,7 @@ def _renamed(calls: CallTable, name: Callable[[str], str]) -> CallTable:
 
 
 def _placed_of(recording: Recording, named: Recording, placed: Placed) -> CallTable:
-    """The placed samples of one recording, under the names that it gave them."""
+    """Return the placed samples of one recording, under their original names."""
     original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
     own = np.array([key.name in original for key in placed.samples.keys], bool)
     return _renamed(placed.samples.take(own[placed.samples.router]), lambda name: original.get(name, name))
@@ -254,7 +254,7 @@ def _compiled_graphs(recordings: Sequence[Recording]) -> tuple[CompiledGraph, ..
 
 
 def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
-    """One recording of all tracers, holding only the samples of this trace."""
+    """Combine the recordings of all tracers into one with only the samples of this trace."""
     first = recordings[0]
     lost = replace(
         add_lost([recording.lost for recording in recordings], called=()),
@@ -264,7 +264,7 @@ def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:
     if len(recordings) > 1:
         names = " + ".join(str(r.model.get("name")) for r in recordings)
         model = {**first.model, "name": names, "models": [r.model for r in recordings]}
-        # Each counts its own forwards, so that one list of marks could not tell whose they are.
+        # Each tracer counts its own forwards, so one list of marks would be ambiguous.
         first = replace(first, graph_marks=(), captured_graphs=(), graphs_compiled=False, annotated_nodes={})
     return replace(
         first,

@@ -1,4 +1,4 @@
-"""The calls that the band draws, by column: where each stands, and its figures. N calls."""
+"""The calls drawn in the band as columns: their places and metrics. N calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_trace.data.load_stats import Loads, describe_loads
 from moe_trace.data.schema import RANGE_KINDS, RangeKind
 
 BUSIEST = 4
-"""Experts that a slice names."""
+"""Number of experts listed in a slice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,23 +26,23 @@ class PlacedCalls:
 
     calls: CallTable
     spans: Mapping[RangeKind, Floats]
-    """[N, 2] start and duration; on the device where the call has a place there, else on the host."""
+    """[N, 2] start and duration; on the device if the call has a place there, else on the host."""
     on_device: Mask
     experts_are_split: bool = False
     """See `Recording.experts_are_split`."""
     by_compiler: bool = False
-    """Whether routers and experts inside graphs are told by the compiler's provenance."""
+    """Whether routers and experts inside graphs are identified by the compiler's provenance."""
 
     @staticmethod
     def of(calls: CallTable, *, experts_are_split: bool = False, by_compiler: bool = False) -> PlacedCalls:
-        """Those of a table that have a placement."""
+        """Return the calls of a table that have a placement."""
         calls = calls.take(calls.places.placed)
         placed = PlacedCalls.on(_drawn_on_device(calls), calls, experts_are_split=experts_are_split)
         return replace(placed, by_compiler=by_compiler)
 
     @staticmethod
     def on(on_device: Mask, calls: CallTable, *, experts_are_split: bool = False) -> PlacedCalls:
-        """Calls on a clock that is given."""
+        """Return calls on the given clock."""
         sides: tuple[Side, Side] = ("device", "host")
         spans = {
             kind: np.where(on_device[:, None], *(calls.places.span(side, kind) for side in sides))
@@ -57,41 +57,41 @@ class PlacedCalls:
 
     @cached_property
     def moe(self) -> Floats:
-        """[N, 2] the MoE layer: its block, or from the router to the end of what follows; else its graph."""
+        """[N, 2] span of the MoE layer: its block, or its router and experts together, or else its graph."""
         return _whole(self.spans)
 
     @cached_property
     def loads(self) -> Loads:
-        """The figures of each call's load."""
+        """Load statistics of each call."""
         return describe_loads(self.calls.assignments)
 
     @cached_property
     def totals(self) -> IntArray:
-        """[N] assignments."""
+        """[N] number of assignments."""
         return self.calls.assignments.totals()
 
     def having(self, kind: RangeKind) -> IntArray:
-        """The rows that have such a range."""
+        """Return the rows that have a range of that kind."""
         return np.flatnonzero(_there(self.spans[kind]))
 
     @cached_property
     def of_layers(self) -> IntArray:
-        """The rows with a place of their own, rather than only one shared with their graph's other layers."""
+        """Rows with a place of their own, not only one shared with the other layers of their graph."""
         return np.flatnonzero(_there(self.spans["router"]) | _there(self.spans["block"]))
 
     @property
     def start_us(self) -> float:
-        """When the first begins; there is one."""
+        """Start of the first call; there must be one."""
         return float(self.moe[0, 0])
 
     @property
     def clock(self) -> npt.NDArray[np.str_]:
-        """[N] whose time each call's spans are."""
+        """[N] clock of each call's spans, `device` or `host`."""
         return np.where(self.on_device, "device", "host")
 
     @cached_property
     def replays(self) -> Replays:
-        """The calls with the same graph or forward, in order of time."""
+        """Calls that share a graph or forward, in order of time."""
         rows = self.having("graph")
         calls, drawn = self.calls.take(rows), self.spans["graph"][rows]
         launched = np.nan_to_num(calls.places.span("host", "graph"))
@@ -103,7 +103,7 @@ class PlacedCalls:
         return Replays(self, rows[order], replay[order], keys[:, :2])
 
     def slice_args(self) -> Iterator[dict[str, Any]]:
-        """What a click on each call's slice shows."""
+        """Yield the arguments of each call's slice, which viewers show on a click."""
         calls, loads = self.calls, self.loads
         columns: dict[str, Iterable[Any]] = {
             "router": [calls.keys[router].name for router in calls.router.tolist()],
@@ -129,7 +129,7 @@ class PlacedCalls:
             yield dict(zip(columns, row, strict=True)) | (graph if in_graph else {})
 
     def line(self, row: int) -> str:
-        """One call in words."""
+        """Return a one-line description of a call."""
         worst, entropy = self.loads.max_over_mean[row], self.calls.router_entropy[row]
         parts = [f"{self.calls.tokens[row]} tokens", f"{self.totals[row]} assignments"]
         if worst == worst:
@@ -140,7 +140,7 @@ class PlacedCalls:
         return ", ".join(parts)
 
     def _busiest(self) -> Iterator[dict[str, int]]:
-        """The first few by load, however many experts there are: all of them stand in the recording."""
+        """Yield the `BUSIEST` experts by load; the recording has all of them."""
         for loads_E in self.calls.assignments.rows():
             assert loads_E is not None
             order = np.argsort(-loads_E, kind="stable")[:BUSIEST]
@@ -155,20 +155,20 @@ class Replays:
 
     placed: PlacedCalls
     row: IntArray
-    """[M] each call's row in `placed`, by replay and layer."""
+    """[M] row of each call in `placed`, by replay and layer."""
     replay: IntArray
-    """[M] which of the R it is of."""
+    """[M] index of its replay."""
     spans: Floats
     """[R, 2] start and duration."""
 
     def worst(self, values: npt.NDArray) -> Floats:
-        """[R] the largest of the calls' values; NaN where none is known."""
+        """Return the largest value of each replay's calls, [R]; NaN where none is known."""
         found = np.full(len(self.spans), np.nan)
         np.fmax.at(found, self.replay, values[self.row])
         return found
 
     def mean(self, values: npt.NDArray) -> Floats:
-        """[R] over the calls whose value is known; NaN where none is."""
+        """Return the mean over each replay's calls with a known value, [R]; NaN where there is none."""
         known = ~np.isnan(values[self.row])
         replay, size = self.replay[known], len(self.spans)
         total = np.bincount(replay, values[self.row[known]], size)
@@ -176,7 +176,7 @@ class Replays:
         return np.divide(total, counts, out=np.full(size, np.nan), where=counts > 0)
 
     def slice_args(self) -> Iterator[dict[str, Any]]:
-        """What a click on each replay shows: a line a layer."""
+        """Yield the arguments of each replay's slice, with one line per layer."""
         calls, clock = self.placed.calls, self.placed.clock
         figures = {name: known_values(figure(self)) for name, figure in REPLAY_FIGURES.items()}
         starts = np.flatnonzero(np.diff(self.replay)) + 1
@@ -199,9 +199,9 @@ def _drawn_on_device(calls: CallTable) -> Mask:
 
 
 def experts_range_us(calls: CallTable) -> Floats:
-    """[N] duration of each call's experts, dispatch, combine and gaps included; NaN where they have no place.
+    """Return the duration of each call's experts, [N], with dispatch, combine and gaps; NaN without a place.
 
-    On the clock that the band draws.
+    It is on the clock that the band draws.
     """
     device, host = (calls.duration_us(side, "experts") for side in ("device", "host"))
     return np.where(_drawn_on_device(calls), device, host)
@@ -239,7 +239,7 @@ FIGURES: dict[str, Callable[[PlacedCalls], npt.NDArray]] = {
     "expert TFLOP/s (with gaps)": _expert_tflops,
     "skipped slots (%)": _skipped_share,
 }
-"""[N] one value a call; NaN where there is none."""
+"""[N] one value per call; NaN where there is none."""
 
 REPLAY_NAME = "graph"
 REPLAY_FIGURES: dict[str, Callable[[Replays], Floats]] = {
@@ -248,4 +248,4 @@ REPLAY_FIGURES: dict[str, Callable[[Replays], Floats]] = {
     "router entropy (nats) (graph: mean)": lambda r: r.mean(r.placed.calls.router_entropy),
     "active experts (graph: mean)": lambda r: r.mean(r.placed.loads.active_experts),
 }
-"""[R] one value a replay; their names say that they stand for all its layers."""
+"""[R] one value per replay; their names say that they cover all its layers."""
