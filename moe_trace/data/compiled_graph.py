@@ -22,13 +22,14 @@ class LaunchPart:
     place: Place
 
     def router(self, number: int, runs: int, among: Container[str]) -> str | None:
-        """Return the router of one run of the graph in a forward, or None if it is unknown.
-
-        Layers that share the code run it in the order of `routers`.
+        """Return the router of one run of the graph in a forward; layers that share it run in order.
 
         Args:
             number: index of the run among the graph's `runs` in the forward.
             among: routers called by the forward.
+
+        Returns:
+            None where the runs do not match the routers.
         """
         routers = [name for name in self.routers if name in among]
         return routers[number] if len(routers) == runs else None
@@ -74,10 +75,7 @@ _VERSIONS = (1, 2)
 
 
 def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
-    """Return the graphs as JSON, with each kernel name stored once.
-
-    A launch is the index of its kernel, its flags as bits, and its parts.
-    """
+    """Return JSON with each kernel name once; a launch is its index, its flags as bits, and its parts."""
     kernels: dict[str, int] = {}
     encoded = []
     for graph in graphs:

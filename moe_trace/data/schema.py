@@ -193,9 +193,8 @@ class Parallel:
     """The role of one process in a distributed run; ranks are global."""
 
     mesh: dict[str, int]
-    """Sizes of the dimensions of the device mesh, without those of size 1: `dp` (serving engines),
-    `dp_replicate`, `fsdp`, `tp`, `ep`, `etp` (tensor parallelism of the experts, if different from the rest),
-    `pp`."""
+    """Sizes of the device mesh's dimensions, except those of size 1: `dp` (serving engines), `dp_replicate`,
+    `fsdp`, `tp`, `ep`, `etp` (tensor parallelism of the experts, if it differs), `pp`."""
     token_ranks: tuple[int, ...]
     """Ranks whose routers see the same tokens as this rank's, including itself, ascending. Their counts are
     one decision, to be counted once."""

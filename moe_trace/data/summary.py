@@ -148,7 +148,7 @@ class Summary(ShownInNotebooks):
         return f"<Summary of {model_name(self.model)}: {t.routers} routers, {t.calls} calls, {t.steps} steps>"
 
     def to_dataframe(self) -> Any:
-        """Return a pandas DataFrame, one row per router (`MissingPackage`, an `ImportError`, without
+        """Return a pandas DataFrame, a row per router (`MissingPackage`, an `ImportError`, without
         pandas)."""
         pandas = optional_package("pandas", "to_dataframe()", "pandas")
         return pandas.DataFrame([_flat_router(router) for router in self.routers])

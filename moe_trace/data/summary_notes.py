@@ -125,7 +125,6 @@ def _trace_notes(recording: Recording) -> list[str]:
 
 
 def _why_undecided(lost: Lost) -> str:
-    """Return the reason why ranges have no sample."""
     if lost.overwritten:
         return "their calls were dropped; raise capacity="
     if sum(sum(reasons.values()) for reasons in lost.calls.values()) >= lost.ranges_without_sample:

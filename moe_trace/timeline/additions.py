@@ -99,10 +99,8 @@ def _find_addition(file: BinaryIO, end: int) -> tuple[int, int] | None:
 
 
 def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
-    """Remove what an earlier merge added.
-
-    Unless another tool has saved the file since, the remaining bytes are exactly those that the profiler
-    wrote.
+    """Remove what an earlier merge added; unless another tool saved the file since, the bytes that remain are
+    those that the profiler wrote.
 
     Args:
         watch: as in `read_layout`; it also sees the additions.
@@ -119,8 +117,7 @@ def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLa
 
 
 def read_added(file: BinaryIO) -> bytes | None:
-    """Return the recording from the end of a file that no other tool has saved since, without reading the
-    rest.
+    """Return the recording from the end of a file that no other tool saved since, reading only its end.
 
     None if it is not there: it may then be among the events, under a top-level key, or missing.
     """
@@ -166,7 +163,7 @@ def _recording_in(file: BinaryIO, start: int, end: int) -> bytes:
 
 
 def _payload(recording: bytes) -> _Payload | None:
-    """Return None if it is not a recording, such as user metadata under the same key."""
+    """Return the recording's version and ranks; None for other data, such as user metadata under the key."""
     try:
         return msgspec.json.decode(recording, type=_Payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -182,8 +179,7 @@ def _refuse_several_ranks(file: BinaryIO, payload: _Payload | None) -> None:
 
 
 def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
-    """Yield moe_trace's events, each with its comma, in a file that another tool or an older release
-    saved."""
+    """Yield moe_trace's events, with their commas, in a file saved by another tool or an older release."""
     file.seek(layout.events.start - 1)
     stream = JsonStream(file.read, file.name)
     kept_end = run_end = None
@@ -201,7 +197,6 @@ def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
 
 
 def _is_own_event(file: BinaryIO, text: bytes) -> bool:
-    """Return whether merging added this event."""
     if not _MAYBE_OURS.search(text):
         return False
     event = value_or_none(text)
@@ -218,7 +213,6 @@ def _is_own_event(file: BinaryIO, text: bytes) -> bool:
 
 
 def _cut(file: BinaryIO, cuts: Sequence[Cut]) -> None:
-    """Remove bytes from the file, in place."""
     size = file.seek(0, 2)
     target = cuts[0][0]
     bounds = [*cuts, (size, size)]

@@ -91,8 +91,7 @@ def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
 
 
 def _spans_of(work: Sequence[Work], size: int, join: CompiledCalls) -> tuple[Floats, Floats]:
-    """Return the span from each call's first kernel to its last, [size, 2], and their sum, [size]; NaN for
-    calls without."""
+    """Return first to last kernel of each call, [size, 2], and their sum, [size]; NaN where there is none."""
     row, kernel, share = (
         np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
     )

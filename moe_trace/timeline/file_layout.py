@@ -69,8 +69,7 @@ def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
 
 
 def _with_comma(file: BinaryIO, key: tuple[int | None, int] | None) -> Cut | None:
-    """Return the bytes from the end of the previous value to the key's own end; for the first key, from the
-    brace to the next key."""
+    """Return the key's bytes, from the end of the value before; for the first key, up to the next key."""
     if key is None:
         return None
     before, end = key

@@ -52,8 +52,7 @@ class Placement:
     @property
     def in_graph(self) -> bool:
         """Whether the call is placed with its graph. `graph` on the host is then the launch of the graph if
-        one launch made the call, else the range around the model's forward; on the device it is its
-        kernels."""
+        one launch made the call, else the range around the forward; on the device, its kernels."""
         return "graph" in self.host
 
 
@@ -115,17 +114,14 @@ class RoutingSample(ShortRepr, ShownInNotebooks):
     true logits over exactly E classes."""
     in_graph: bool = False
     """Whether the call was made inside compiled code or a CUDA graph. The host clock then did not see the
-    router: `host_start_ns` = `host_end_ns` is the start of the model's forward, or 0 if the host saw no
-    call."""
+    router: `host_start_ns` = `host_end_ns` is the start of the forward, or 0 if the host saw no call."""
     dispatched: npt.NDArray[np.int64] | None = None
-    """[E] slots that this process itself sends to each expert's rank, where that is less than `assignments`:
-    ranks that share their tokens (tensor parallelism) dispatch a slice each. None means all of
-    `assignments`."""
+    """[E] slots that this process itself sends to each expert's rank, if fewer than `assignments`: ranks that
+    share tokens (tensor parallelism) dispatch a slice each. None means all of `assignments`."""
     graph_forward: int | None = None
     """Number of the forward as counted by the device, where the host saw none begin."""
     slot_bytes: int | None = None
-    """Bytes of one token's hidden state as its experts receive it: what one dispatched slot moves, one
-    way."""
+    """Bytes of one token's hidden state as its experts receive it: the traffic of one slot, one way."""
     prefill_tokens: int | None = None
     """Prefill tokens, where a host framework reports them (`MoETracer.describe_tokens`); the same holds for
     the fields below. tokens - prefill_tokens - decode_tokens are padding."""

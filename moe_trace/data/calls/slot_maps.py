@@ -1,5 +1,4 @@
-"""Maps from a load balancer's slots to experts: stored only where they change, and checked against the
-router.
+"""Slot-to-expert maps of a load balancer: stored where they change, and checked against the router.
 
 N calls, E experts, P slots.
 """

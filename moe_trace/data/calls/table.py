@@ -263,8 +263,8 @@ def routers_ranged(calls: CallTable) -> Mask:
 def placed_by_clock(calls: CallTable) -> Mask:
     """Return whether only the host's clock places the call, [N].
 
-    Its router's duration then equals the time between its hooks, to the nanosecond. A range takes longer: it
-    is opened before the first hook and closed after the last.
+    Its router then takes exactly the time between its hooks. A range takes longer: it is opened before the
+    first hook and closed after the last.
     """
     return routers_ranged(calls) & (calls.duration_us("host", "router") == _between_hooks_us(calls))
 

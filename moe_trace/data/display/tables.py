@@ -21,10 +21,9 @@ def screen_width() -> int:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Format columns two blanks apart; the first `left` columns are left-aligned, the others right-aligned.
+    """Format columns two blanks apart; the first `left` are aligned left, the others right.
 
-    On a terminal narrower than `WIDTH`, columns that do not fit follow below, each time after the first
-    column.
+    On a terminal narrower than `WIDTH`, columns that do not fit follow below, each time after the first.
     """
     lines = [list(headings), *map(list, rows)]
     widths = [max(columns(line[i]) for line in lines) for i in range(len(headings))]

@@ -18,8 +18,7 @@ class Routes:
 
     Args:
         weights: also keep the gating weights, as float16: twice the bytes of the expert ids.
-        token_ids: also keep the ids of the prompt's tokens. They reveal users' text, so this is off by
-            default.
+        token_ids: also keep the ids of the prompt's tokens. They reveal users' text: off by default.
         max_mib: host memory for routes in mebibytes; tokens beyond it are dropped and counted.
         layers: which routers, as for `MoETracer`: layer indices, labels, module paths or a predicate.
         every: record the routes of every n-th recorded step.

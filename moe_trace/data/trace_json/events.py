@@ -119,10 +119,9 @@ _COLUMNS = ("kind", "name", "thread", "start_ns", "duration_ns", "link")
 
 
 def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Convert microseconds to nanoseconds.
+    """Convert microseconds to nanoseconds; exact, as Kineto writes nanoseconds with three decimals.
 
-    Kineto writes whole nanoseconds as microseconds with three decimals, so rounding is exact. NaN becomes 0;
-    out-of-range times are clipped to what 64 bits hold.
+    NaN becomes 0; out-of-range times are clipped to what 64 bits hold.
     """
     sane = np.nan_to_num(np.asarray(time_us, np.float64), nan=0.0, posinf=_TIME_MAX_US, neginf=-_TIME_MAX_US)
     return np.rint(np.clip(sane, -_TIME_MAX_US, _TIME_MAX_US) * 1000).astype(np.int64)
@@ -236,8 +235,8 @@ class EventTableBuilder:
 def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
     """Return the first and last start time of the recording.
 
-    Times that no clock showed (`ts: 0` among times since an epoch) lie outside it: those of fewer than one
-    event in a hundred that are an hour or more away from all others.
+    Outside it are times that no clock showed (`ts: 0` among times since an epoch): those of fewer than one
+    event in a hundred, an hour or more away from all others.
     """
     if not len(start_ns):
         return 0, 0

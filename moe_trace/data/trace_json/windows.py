@@ -133,7 +133,6 @@ def _brace(window: Window, at: int) -> int | None:
 
 
 def _ends_at(rest: EventBytes, window: Window, bracket: int) -> bool:
-    """Return whether the rest of the file after the bracket is the rest of the object."""
     held = bytes(window.buffer[bracket + 1 : min(window.filled, bracket + 1 + _HELD)])
     rest.file.seek(window.offset + bracket + 1 + len(held))
     return JsonCursor(rest.file.read, str(rest.file.name), held).is_rest_of_object()

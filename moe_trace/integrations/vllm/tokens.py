@@ -141,6 +141,5 @@ def tell_tokens(tracer: MoETracer, worker: Any) -> StepTokens | None:
 
 
 def _forward_context() -> Any:
-    """Return vLLM's forward context during a forward."""
     module = sys.modules.get(_CONTEXT)
     return module.get_forward_context() if module and module.is_forward_context_available() else None
