@@ -34,8 +34,7 @@ def tensorboard_trace_handler(
         worker_name: unique name of each process; by default `hostname_pid`, and `hostname_pid.rank3` in a
             process group. Each rank then writes its own trace, and its scalars to the subfolder `rank3`.
         use_gzip: write `.pt.trace.json.gz`.
-        first_step: first step of the scalars, if the caller counts steps differently from the profiler, from
-            0.
+        first_step: first step of the scalars, if the caller does not count from 0 as the profiler does.
         reduce: after writing the trace, also write a small file next to it with everything a report needs:
             for runs with many ranks (`moe-trace reduce` does the same later).
     """

@@ -55,9 +55,8 @@ class MoETraceCallback(TrainerCallback):
         routes: also record which token went to which expert, for `tracer.routes()`; see `MoETracer`.
         profiler_arguments: further arguments of `torch.profiler.profile`.
 
-    An exception during training leaves the profiler running, because the Trainer does not notify its
-    callbacks:
-    call `close()`, or use the callback as a context manager around `trainer.train()`.
+    The Trainer does not notify its callbacks of an exception, which leaves the profiler running: call
+    `close()`, or use the callback as a context manager around `trainer.train()`.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ _json = msgspec.json.encode
 def band_events(placed: PlacedCalls, *, rank: int, tracks: Tracks = ("band",)) -> Iterator[bytes]:
     """Yield Chrome trace events for the calls, as JSON.
 
-    They are not built as objects, because thousands of small objects alive at once would trigger the garbage
-    collector, which also traverses the user's model.
+    Thousands of event objects alive at once would trigger the garbage collector, which also traverses the
+    user's model.
 
     Args:
         rank: names the band's process and is added to its id.

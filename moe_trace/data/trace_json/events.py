@@ -235,8 +235,8 @@ class EventTableBuilder:
 def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
     """Return the first and last start time of the recording.
 
-    Outside it are times that no clock showed (`ts: 0` among times since an epoch): those of fewer than one
-    event in a hundred, an hour or more away from all others.
+    Invalid times (`ts: 0` among times since an epoch) lie outside it: those of fewer than one event in a
+    hundred, an hour or more away from all others.
     """
     if not len(start_ns):
         return 0, 0

@@ -1,6 +1,6 @@
 """Dumps of SGLang's expert distribution recorder: `expert_distribution_recorder_<time>[_<rank>].pt`.
 
-Written from the source of `sglang.srt.eplb.expert_distribution`, but not tested with it. Contents by
+Follows `sglang.srt.eplb.expert_distribution`, but has not been run with it. Contents by
 `--expert-distribution-recorder-mode`:
 
     stat, stat_approx   logical_count [steps, layers, experts], summed over ranks; a ring of buffered steps

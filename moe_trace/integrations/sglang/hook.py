@@ -1,7 +1,7 @@
 """Routing in the traces of SGLang's own profiler, through its option `--forward-hooks`.
 
-Written from the source of `sglang.srt.model_executor.hook_manager`, but not tested with it. Routers are read
-as described in `find/contracts/engines/sglang.py`: eager mode, `--disable-cuda-graph`.
+Follows `sglang.srt.model_executor.hook_manager`, but has not been run with it. Routers are read as described
+in `find/contracts/engines/sglang.py`: eager mode, `--disable-cuda-graph`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ Hook = Callable[[nn.Module, Any], None]
 def trace_while_profiled(config: Mapping[str, Any]) -> Hook:
     """Return a forward pre-hook for the module `model` that records while a profiler does.
 
-    SGLang calls it in each forward. Between profiles it costs one check per forward, and no router has a
-    hook.
+    SGLang calls it in each forward. Between profiles it makes one check, and no router has a hook.
 
         python -m sglang.launch_server --model-path MODEL --disable-cuda-graph --forward-hooks '[{"name":
             "moe_trace", "target_modules": ["model"], "hook_type": "forward_pre",

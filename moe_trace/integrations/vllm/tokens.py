@@ -1,14 +1,13 @@
-"""Description of the tokens in a vLLM forward: stage, request and position of each, padding and dummy
-batches.
+"""Description of the tokens in a vLLM forward: stage, request and position; padding and dummy batches.
 
 Read from the host state of vLLM's model runner, as filled by its scheduler; nothing is read from a device.
 
-decode     a generated token that is computed for the first time: the newest of its request, at position
-           max(prompt length, known tokens - 1), and the draft tokens that a speculator put after it
-prefill    every other token: prompts, whole or in chunks, and tokens that a preempted request had generated
-           before, which are computed again in one piece when it resumes
-padding    tokens that fill a batch up to the size of a graph, or of the other data-parallel ranks, and all
-           tokens of a dummy batch
+    decode     a generated token that is computed for the first time: the newest of its request, at position
+               max(prompt length, known tokens - 1), and the draft tokens that a speculator put after it
+    prefill    every other token: prompts, whole or in chunks, and tokens that a preempted request had
+               generated before, which are computed again in one piece when it resumes
+    padding    tokens that fill a batch up to the size of a graph, or of the other data-parallel ranks, and
+               all tokens of a dummy batch
 
 Batches that vLLM splits for overlap (`ubatch_slices`) are not described, nor forwards that run as one CUDA
 graph (`FULL`), in which no model runs on the host. With speculative decoding under asynchronous scheduling
