@@ -50,7 +50,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 def write_text(target: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with whole_file(target) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for names that are no UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names can be invalid UTF-8
 
 
 def trace_path_error(path: Path, error: OSError) -> TraceFileError:

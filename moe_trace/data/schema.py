@@ -61,7 +61,7 @@ class RouterInfo:
     router_class: str
     experts_class: str | None
     contract: str
-    """How a call of this router is read (see `moe_trace.find.contracts`)."""
+    """Name of the contract that reads this router's calls (see `moe_trace.find.contracts`)."""
     num_experts: int
     """E: number of classes of the router's decision (identity experts included)."""
     top_k: int
@@ -201,7 +201,7 @@ class Parallel:
     expert_ranks: tuple[int, ...] = ()
     """Ranks of the expert-parallel group in shard order; empty if every rank has all experts."""
     expert_exchange: ExpertExchange | None = None
-    """How tokens reach their experts; None without expert parallelism."""
+    """Collective that exchanges tokens between experts; None without expert parallelism."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,7 +19,7 @@ _WAITING = 4  # hand-overs queued for the writer at most
 # Steps of this period are written together: most of the writer's work is independent of their number, and
 # while it holds the GIL, the training thread launches nothing.
 _PERIOD_S = 2.0
-_STEPS_MAX = 32  # ... up to this many, of some KB per router each
+_STEPS_MAX = 32  # ... up to this many steps, of some KB per router each
 
 
 class ScalarLogger:

@@ -19,7 +19,7 @@ IntArray = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 IMAGE_TAG = "moe_load/layers_x_experts"
-IMAGES_MAX = 10  # TensorBoard's default maximum per tag
+IMAGES_MAX = 10  # shown per tag by TensorBoard's default
 
 
 def load_writer() -> Any:

@@ -86,7 +86,7 @@ class WorkerTracing:
 
     @property
     def _is_profiling(self) -> bool:
-        """Whether recorded calls are first needed for a trace."""
+        """Whether recorded calls are needed for a trace first."""
         return bool(getattr(getattr(self.worker, "profiler", None), "is_running", False))
 
     # -- when to record ---------------------------------------------------------------------------------
