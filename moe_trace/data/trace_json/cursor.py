@@ -115,7 +115,7 @@ class JsonCursor:
             if line is not None:
                 self._at = line.end(1)
                 return json.dumps(line.group(1).decode("utf-8", "replace")).encode()
-        return self._taken_to(self._value_end(self._grow))  # which raises the error
+        return self._taken_to(self._value_end(self._grow))  # raises if it is malformed
 
     def skip(self) -> None:
         """Skip the next value, which is not buffered as a whole if it comes after the events."""

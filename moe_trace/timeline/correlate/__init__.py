@@ -1,1 +1,1 @@
-"""Where each recorded call stands in a trace: inside its range, or at the launch of a graph."""
+"""Placement of recorded calls in a trace: inside their ranges, or at the launch of a graph."""

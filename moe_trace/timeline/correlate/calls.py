@@ -1,4 +1,4 @@
-"""Join samples to their ranges: by enclosure of the host clock, never by order, never shifting a clock."""
+"""Join samples to their ranges by enclosure on the host clock, never by order; no clock is shifted."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from moe_trace.timeline.correlate.scan import RangeEvent
 
 @dataclass(frozen=True)
 class TraceClock:
-    """From the host's clock to the trace's."""
+    """Conversion from the host's clock to the trace's."""
 
     base_time_ns: int
     window: Span | None
-    """What the profiler recorded; None if the trace does not tell."""
+    """Time span recorded by the profiler; None if the trace does not have it."""
 
     def time_us(self, time_ns: int) -> float:
-        """On the trace's clock."""
+        """Return the time on the trace's clock, in microseconds."""
         return (time_ns - self.base_time_ns) / 1000
 
     def covers(self, time_ns: int) -> bool:
-        """Whether the trace was being recorded then."""
+        """Return whether the trace was being recorded at that time."""
         return self.window is None or self.window.holds(self.time_us(time_ns))
 
 
 @dataclass(frozen=True)
 class Placed:
-    """The outcome of placing: every sample that took part, and what found no partner."""
+    """Result of placement: every profiled sample of the trace, and counts of what was not matched."""
 
     samples: CallTable
-    """The profiled samples of this trace's window; `placement` is None where no range was found."""
+    """The profiled samples in this trace's window; `placement` is None where no range was found."""
     samples_without_range: int
     ranges_without_sample: int
     without_range: dict[str, int] = field(default_factory=dict)
-    """Samples whose range the trace does not hold, placed by the clock or not at all: why -> how many."""
+    """Samples whose range is missing from the trace, placed by the clock or not at all, by reason."""
     unplaced: dict[str, int] = field(default_factory=dict)
-    """Calls inside graphs that have no place: why -> how many."""
+    """Number of calls inside graphs without a place, by reason."""
     untimed: dict[str, int] = field(default_factory=dict)
-    """Calls inside graphs that have one, but no latency of their router: why -> how many."""
+    """Number of calls inside graphs with a place but no router latency, by reason."""
 
     def lost(self) -> dict[str, Any]:
-        """What the trace lacks, by the names that `Lost` has for it."""
+        """Return what the trace lacks, under the field names of `Lost`."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
 
 
@@ -63,17 +63,17 @@ def place_samples(
     window: Span | None,
     why: Callable[[int], str] = lambda thread: "",
 ) -> Placed:
-    """Give each profiled sample of the window the ranges of its router, experts and block.
+    """Join each profiled sample in the window to the ranges of its router, experts and block.
 
     Args:
-        samples: of one or more tracers; those that no profiler recorded are left out.
-        ranges: our ranges as found in the trace, host and device.
+        samples: from one or more tracers; those taken without a profiler are left out.
+        ranges: moe_trace's ranges found in the trace, host and device.
         base_time_ns: the trace's `baseTimeNanoseconds`.
-        window: what the profiler recorded, in trace time; None if the trace does not tell.
-        why: the cause for a sample of that thread that has no range (`MissingRanges.why`).
+        window: time span recorded by the profiler, in trace time; None if unknown.
+        why: returns why a sample of a thread has no range (`MissingRanges.why`).
     """
     table, clock = CallTable.of(samples), TraceClock(base_time_ns, window)
-    unseen = table.in_graph & (table.host_start_ns == 0)  # not known when it ran, only that it did
+    unseen = table.in_graph & (table.host_start_ns == 0)  # it is unknown when it ran
     covered = np.array([clock.covers(start_ns) for start_ns in table.host_start_ns.tolist()], bool)
     table = table.take(np.flatnonzero(table.profiled & (unseen | covered)))
     join = _Join(_Timeline(ranges), why)
@@ -89,11 +89,14 @@ class _Join:
     why: Callable[[int], str]
     causes: Counter[str] = field(default_factory=Counter)
     used: set[int] = field(default_factory=set)
-    """Routers' ranges that hold a sample, by identity."""
+    """Identities of the router ranges that contain a sample."""
 
     def placements(self, table: CallTable, clock: TraceClock) -> Iterator[Placement | None]:
-        """Of each row; one at a time, since thousands of small objects that live at once set off the garbage
-        collector, which walks the user's model too."""
+        """Yield the placement of each row.
+
+        One at a time, since thousands of small objects alive at once would trigger the garbage collector,
+        which also traverses the user's model.
+        """
         kept = table.places.to_placements() if table.in_graph.any() else ()
         taken_ns = table.host_end_ns - table.host_start_ns
         columns = (table.host_start_ns, table.site, table.thread, taken_ns, table.in_graph)
@@ -104,10 +107,10 @@ class _Join:
             if router is not None:
                 self.used.add(id(router))
                 yield self.timeline.placement(router)
-            elif in_graph:  # it has no range of its own, and lost none
+            elif in_graph:  # has no range of its own that could be missing
                 yield kept[row]
             else:
-                # Where neither router nor experts ran as modules, the router took no time.
+                # If neither router nor experts ran as modules, the router took no time.
                 block = None if taken_ns else self.timeline.block(site, thread, start_us)
                 self.causes.update([] if block else [self.why(thread)])
                 yield block or self.timeline.by_clock(thread, Span(start_us, taken_ns / 1000))
@@ -138,15 +141,18 @@ class _Timeline:
             self.routers.append(event)
 
     def by_clock(self, thread: int, taken: Span) -> Placement | None:
-        """Where the host's clock has it, if no range of ours is of its thread: the profiler recorded no host
-        events, or those of another thread. Where it has others, this one was lost."""
+        """Return the place by the host's clock, if no range of moe_trace is on its thread.
+
+        The profiler then recorded no host events, or those of another thread. If there are ranges, this one
+        was lost.
+        """
         return None if thread in self._seen else Placement(host={"router": taken}, device={})
 
     def enclosing(self, kind: RangeKind, site: str, thread: int, time_us: float) -> RangeEvent | None:
-        """The range of this site that holds the time, on the sample's own thread if it has one."""
+        """Return the site's range that contains the time, on the sample's own thread if that has ranges."""
         if thread in self._seen:
             return self._at(kind, site, thread, time_us)
-        # Another thread's range only in a trace that numbers its threads in another way altogether.
+        # Use another thread's range only if the trace numbers its threads differently.
         for other in sorted(self._threads.get((kind, site), ()), key=str):
             event = self._at(kind, site, other, time_us)
             if event is not None:
@@ -162,7 +168,7 @@ class _Timeline:
         return event if time_us <= event.span.end_us else None
 
     def placement(self, router: RangeEvent) -> Placement:
-        """The spans of the router's range, of the block round it and of the experts that follow it."""
+        """Return the spans of the router's range, its enclosing block and the experts that follow it."""
         events: dict[RangeKind, RangeEvent] = {"router": router}
         block = self._at("block", router.site, router.tid, router.span.start_us)
         if block is not None:
@@ -174,12 +180,12 @@ class _Timeline:
         device = {kind: span for kind, event in events.items() if (span := self._device_span(event))}
         whole = hull(device.values())
         if block is not None and whole is not None:
-            # Kineto gives a kernel to the innermost annotation only, so the block's own leaves these out.
+            # Kineto assigns a kernel to the innermost annotation only, so the block's own span omits these.
             device["block"] = whole
         return Placement(host=host, device=device)
 
     def block(self, site: str, thread: int, time_us: float) -> Placement | None:
-        """The block that holds the time, alone."""
+        """Return only the block that contains the time."""
         block = self.enclosing("block", site, thread, time_us)
         if block is None:
             return None
@@ -200,6 +206,6 @@ class _Timeline:
         return self._by_thread[key][index] if starts[index] < limit else None
 
     def _device_span(self, event: RangeEvent) -> Span | None:
-        """From the first kernel to the last of the range, over all streams that it launched on."""
+        """Return the span from the range's first kernel to its last, over all its streams."""
         parts = self._device.get(event.external_id, ()) if event.external_id is not None else ()
         return hull(part.span for part in parts)

@@ -1,10 +1,10 @@
-"""The calls of compiled graphs in a trace: which kernels each launched, and for which router calls.
+"""Join the kernels launched by compiled graphs in a trace to router calls.
 
-The profiler shows each call as an operator of Inductor's (`## Call CompiledFxGraph`). A forward's are those
-inside its range, or the one that holds the launch of its CUDA graph; a backward's are joined to its forward's
-by Kineto's flow from one autograd node to the other. Which launch each
-kernel is tells `timeline/correlate/compiled_launches.py`. On a CPU the kernels are the operators right inside
-the call: those of the libraries, and the ranges that Inductor's C++ kernels open where they were compiled so.
+The profiler shows each call of a graph as an operator of Inductor (`## Call CompiledFxGraph`). The calls of a
+forward are those inside its range, or the one that contains the launch of its CUDA graph; those of a backward
+are joined to their forward's by Kineto's flow between autograd nodes. The launch of each kernel is found by
+`timeline/correlate/compiled_launches.py`. On a CPU the kernels are the operators directly inside the call:
+those of libraries, and the ranges that Inductor's C++ kernels open if compiled to do so.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ from moe_trace.timeline.correlate.compiled_launches import Fit, LaunchMatcher
 IntArray = npt.NDArray[np.int64]
 CALL = "## Call CompiledFxGraph"
 _CPP_RANGE = re.compile(r"^graph_\d+_(?=cpp_)")
-"""What a C++ kernel's range has before the kernel's name, with `cpp.enable_kernel_profile`."""
+"""Prefix of a C++ kernel's name in its range, with `cpp.enable_kernel_profile`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel, as far as it is one router call's. `step` orders the launches of a call."""
+    """The part of a kernel that belongs to one router call. `step` orders the launches of a call."""
 
     call: int
-    """Row of the table of calls."""
+    """Row in the table of calls."""
     step: int
     place: Place
     kernel: int
-    """Row of the table of kernels."""
+    """Row in the table of kernels."""
     launch: CompiledLaunch
 
     @property
     def share(self) -> int:
-        """Of how many parts of the model the kernel is."""
+        """Number of parts of the model that the kernel computes."""
         return len(self.launch.parts) + self.launch.outside
 
 
 @dataclass(frozen=True)
 class _GraphCall:
-    """One call of a compiled graph, and what its kernels are."""
+    """One call of a compiled graph, and the launches of its kernels."""
 
     fit: Fit
     rows: IntArray
-    """Of the kernels, in the order of the stream."""
+    """Rows of the kernels, in the order of the stream."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Which router calls one call of a graph makes."""
+    """The router calls made by one call of a graph."""
 
     row_of: Mapping[str, int]
-    """By router's path, those of its forward."""
+    """Rows of the router calls in its forward, by module path."""
     number: int
-    """Which run of the graph in the forward it is, of how many."""
+    """Index of this run among the graph's `runs` in the forward."""
     runs: int
 
     def row(self, part: LaunchPart) -> int | None:
-        """The call of the part's router."""
+        """Return the call of the part's router."""
         router = part.router(self.number, self.runs, self.row_of)
         return None if router is None else self.row_of[router]
 
@@ -88,19 +88,19 @@ class CompiledCalls:
         kernels: Kernels,
     ) -> None:
         self.inside, self.kernels = inside, kernels
-        """Rows of the calls that were made inside compiled code and have a place; and what ran."""
+        """Rows of the calls made inside compiled code that have a place, and the kernels that ran."""
         self.on_device = bool((events.kind == Kind.DEVICE).any())
-        """Else what ran are operators of the host."""
+        """False if `kernels` are operators of the host."""
         self._calls, self._graphs, self._events = calls, graphs, events
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
         self._matcher = LaunchMatcher(graphs, self._every_fit, on_device=self.on_device)
         self._runs: dict[int, _Run] = {}
-        """By row of `_ops`: those of forwards that were joined."""
+        """Runs by row of `_ops`, for forwards that were joined."""
 
     def forward(self) -> list[Work]:
-        """What ran for the calls, as far as it can be told."""
+        """Return the work of the calls, as far as it can be identified."""
         inside = self.inside
         groups: dict[tuple[float, ...], list[int]] = defaultdict(list)
         spans = self._calls.places.span("host", "graph")[inside].tolist()
@@ -110,7 +110,7 @@ class CompiledCalls:
         return [one for rows in groups.values() for one in self._of_forward(np.array(rows, np.int64))]
 
     def backward(self) -> list[Work]:
-        """The same for the backwards of what `forward` joined."""
+        """Return the work of the backwards of what `forward` joined."""
         return [
             one
             for op, forward in self._backwards()
@@ -119,7 +119,8 @@ class CompiledCalls:
         ]
 
     def cpp_kernels(self) -> Coverage:
-        """The calls of graphs, where the lists hold C++ kernels: these all have ranges, or none has."""
+        """Return the coverage of graph calls if the lists have C++ kernels: all of them have ranges, or
+        none."""
         listed = any(one.kernel.startswith("cpp_") for graph in self._graphs for one in graph.launches)
         names = (self._events.names[name] for name in set(self.kernels.name.tolist()))
         shown = any(_CPP_RANGE.match(name) for name in names)
@@ -128,7 +129,7 @@ class CompiledCalls:
 
     def _of_forward(self, rows: IntArray) -> Iterator[Work]:
         names = self._calls.name[rows].tolist()
-        if len(set(names)) < len(names):  # a router that ran twice: whose launches are whose is not known
+        if len(set(names)) < len(names):  # a router ran twice, so its launches are ambiguous
             return
         row_of = dict(zip(names, rows.tolist(), strict=True))
         ops = self._ops_of(int(rows[0]))
@@ -143,7 +144,7 @@ class CompiledCalls:
             step += len(self._matcher.launches(one.fit))
 
     def _work(self, call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
-        """The kernels of a call of a graph that are some router call's."""
+        """Yield the kernels of a graph call that belong to a router call."""
         for number, (stretch, launch) in enumerate(self._matcher.launches(call.fit)):
             for part in (call.fit.graph.parts[at] for at in launch.parts):
                 row = run.row(part)
@@ -152,7 +153,8 @@ class CompiledCalls:
                         yield Work(row, step + number, part.place, int(call.rows[at]), launch)
 
     def _ops_of(self, row: int) -> list[int]:
-        """Rows of `_ops`: in the range of the call's forward, or round the launch that is its place."""
+        """Return the rows of `_ops` in the range of the call's forward, or around the launch that places
+        it."""
         start, end = spans_ns(self._calls.places.span("host", "graph")[[row]])[0]
         launched = np.flatnonzero(self._replays.start_ns == start)
         if len(launched):
@@ -165,7 +167,7 @@ class CompiledCalls:
         return [int(op) for op in np.flatnonzero(holds) if self._ops.thread[op] in threads]
 
     def _backwards(self) -> Iterator[tuple[int, int]]:
-        """(backward's, forward's) rows of `_ops` whose autograd nodes a flow joins."""
+        """Yield (backward, forward) rows of `_ops` whose autograd nodes are joined by a flow."""
         flows = [self._events.select(self._events.kind == kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
         at = find_links(flows[1].link, flows[0].link)
         ends, starts = flows[1].select(at >= 0), flows[0].select(at[at >= 0])
@@ -175,7 +177,7 @@ class CompiledCalls:
                 yield pair
 
     def _only_op_in(self, nodes: EventTable) -> list[int]:
-        """Of each node, the row of `_ops` inside it; -1 without one, or with several."""
+        """Return the row of `_ops` inside each node, or -1 where there is none or more than one."""
         found = []
         for thread, start, end in zip(nodes.thread, nodes.start_ns, nodes.end_ns, strict=True):
             inside = (self._ops.thread == thread) & (start <= self._ops.start_ns) & (self._ops.end_ns <= end)
@@ -184,9 +186,7 @@ class CompiledCalls:
         return found
 
     def _matched(self, op: int, routers: Collection[str], *, backward: bool = False) -> _GraphCall | None:
-        """The graph with some of these routers whose launches are those of a call; None without one, or where
-        several fit.
-        """
+        """Return the only graph with some of these routers whose launches match a call, or None."""
         found = [
             one
             for one in self._fitting(op)
@@ -200,7 +200,7 @@ class CompiledCalls:
         return (one.fit for op in range(len(self._ops)) for one in self._fitting(op))
 
     def _fitting(self, op: int) -> list[_GraphCall]:
-        """The graphs that a call may be of, by the names of its kernels."""
+        """Return the graphs that a call may belong to, by the names of its kernels."""
         if op not in self._found:
             self._found[op] = self._find(op)
         return self._found[op]
@@ -210,7 +210,7 @@ class CompiledCalls:
         launched = self.kernels.within_ns(int(ops.thread[op]), int(ops.start_ns[op]), int(ops.end_ns[op]))
         rows = np.arange(launched.start, launched.stop)
         replayed = np.flatnonzero(np.isin(self.kernels.link[rows], self._replays.link))
-        # A CUDA graph's inputs are copied before its launch, by kernels that are not its own.
+        # Kernels that copy a CUDA graph's inputs run before its launch and are not part of it.
         found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
         key = key_of(self._events.names[ops.name[op]])
         return [one for one in found or self._of_kernels(rows) if not key or one.fit.graph.key in ("", key)]
@@ -227,7 +227,7 @@ class CompiledCalls:
 def join_compiled(
     calls: CallTable, graphs: Sequence[CompiledGraph], events: EventTable, kernels: Kernels
 ) -> CompiledCalls | None:
-    """The calls inside compiled code with their kernels, on a CPU the operators inside them; None without."""
+    """Join the calls inside compiled code with kernels, on a CPU with operators; None if there are none."""
     inside = np.flatnonzero(calls.in_graph & ~np.isnan(calls.places.span("host", "graph")[:, 0]))
     if not len(inside) or not graphs:
         return None
@@ -239,19 +239,19 @@ def join_compiled(
 
 
 def compiled_calls(events: EventTable) -> EventTable:
-    """Inductor's operators, one a call of a compiled graph, sorted by thread and time."""
+    """Return Inductor's operators, one per call of a compiled graph, sorted by thread and time."""
     ops = events.select((events.kind == Kind.OP) & named(events, CALL))
     return ops.select(np.lexsort((ops.start_ns, ops.thread)))
 
 
 def key_of(call: str) -> str:
-    """Inductor's key of the graph that an operator of that name calls; empty where it tells none."""
+    """Return Inductor's key of the graph that an operator calls, from its name; empty if it has none."""
     key = call.removeprefix(CALL).strip(" #")
     return "" if key == "None" else key
 
 
 def operators_of_calls(events: EventTable) -> Kernels:
-    """The outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
+    """Return the outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
     calls = compiled_calls(events)
     ops = events.select((events.kind == Kind.OP) & ~named(events, CALL))
     at = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
@@ -272,7 +272,7 @@ def operators_of_calls(events: EventTable) -> Kernels:
 
 @dataclass(frozen=True, eq=False)
 class _Stretches(Intervals):
-    """Calls, which do not overlap on their thread."""
+    """Intervals of calls, which do not overlap on their thread."""
 
     thread: IntArray
     start_ns: IntArray
@@ -280,6 +280,6 @@ class _Stretches(Intervals):
 
 
 def named(events: EventTable, prefix: str) -> npt.NDArray[np.bool_]:
-    """Which events have a name that begins so."""
+    """Return whether the name of each event starts with the prefix."""
     named = np.array([name.startswith(prefix) for name in events.names], bool)
     return named[events.name] if len(named) else np.zeros(len(events), bool)

@@ -1,8 +1,8 @@
-"""Which launch of a compiled graph each kernel of a call of it is: joined as a whole sequence, name by name.
+"""Match the kernels of a compiled graph's call to its launches, as a whole sequence and name by name.
 
-A generated kernel has the name that the compiler gave it, and stands where the compiler put it; what runs
-between two of them are the kernels of the libraries' calls between them. Where both sequences agree
-throughout, each is who it is said to be. Where they do not, at one place, nothing is claimed.
+A generated kernel has the name and position that the compiler gave it; kernels between two of them belong to
+the library calls between them. Where both sequences agree throughout, every kernel is identified. If they
+differ in one place, none is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 _GENERATED = ("triton_", "cpp_")
 _NO_WORK = ("Memset", "Memcpy")
 _TORCHS = tuple(f"torch.ops.{name}." for name in ("aten", "inductor", "mkl", "mkldnn", "onednn", "quantized"))
-"""What torch's own operators begin with, which are written in C++."""
+"""Prefixes of torch's own operators, which are written in C++."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Kernels that follow each other, and the launches that they are of: one, or several of a library."""
+    """Consecutive kernels and their launches: one launch, or several library calls."""
 
     kernels: range
     launches: tuple[int, ...]
@@ -33,20 +33,20 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A graph whose launches a sequence of kernels may be."""
+    """A graph whose launches match a sequence of kernels."""
 
     graph: CompiledGraph
     names: tuple[str, ...]
-    """Of the kernels; the same in most calls of a graph."""
+    """Names of the kernels; the same in most calls of a graph."""
     stretches: Sequence[Stretch]
 
 
 class LaunchMatcher:
-    """Which launches the kernels of each call are, by all calls of a trace.
+    """Matches the kernels of each call to launches, using all calls of a trace.
 
     Args:
         every: returns the fits of all calls.
-        on_device: whether kernels of a GPU are matched; else the operators of a CPU, each by itself.
+        on_device: whether to match kernels of a GPU; else operators of a CPU, one by one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LaunchMatcher:
         self._launches: dict[Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
 
     def fits(self, names: tuple[str, ...]) -> list[Fit]:
-        """The graphs that a call may be of, by the names of its kernels."""
+        """Return the graphs that a call may belong to, by the names of its kernels."""
         if names not in self._fits:
             match = match_kernels if self._on_device else match_operators
             found = ((graph, match(names, graph)) for graph in self._graphs)
@@ -66,11 +66,11 @@ class LaunchMatcher:
         return self._fits[names]
 
     def is_usual(self, fit: Fit) -> bool:
-        """Whether these are the kernels that the graph runs."""
+        """Return whether these are the kernels that the graph usually runs."""
         return not self._on_device or self._usual[fit.graph] == fit.names
 
     def launches(self, fit: Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
-        """Which launch each of the kernels is; none where one of them is not known."""
+        """Return the launch of each stretch of kernels; empty if one of them is unknown."""
         if fit not in self._launches:
             known = fit.stretches if self.is_usual(fit) else ()
             parts = (split(fit.names, stretch, fit.graph, self._lengths) for stretch in known)
@@ -89,21 +89,21 @@ class LaunchMatcher:
 
 
 def match_kernels(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
-    """The launches of a GPU's kernels, the same for the same calls; None where the two do not agree."""
+    """Return the launches of a GPU's kernels; None if they do not match, or differ between equal calls."""
     stretches = match_launches(names, graph)
     return stretches if stretches is not None and is_consistent(names, stretches, graph) else None
 
 
 def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
-    """The launches of the kernels of one call of a compiled graph; None where the two do not agree.
+    """Return the launches of the kernels of one call of a compiled graph; None if they do not match.
 
     Args:
-        names: of the kernels, copies and memsets that the call launched, in the order of the stream.
+        names: kernels, copies and memsets that the call launched, in the order of the stream.
     """
     if graph.problem:
         return None
     found: list[Stretch] = []
-    at, waiting = 0, []  # the libraries' calls since the last generated kernel
+    at, waiting = 0, []  # library calls since the last generated kernel
     for number, launch in enumerate(graph.launches):
         if not launch.generated:
             waiting.append(number)
@@ -121,7 +121,7 @@ def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] 
 
 
 def _take(names: Sequence[str], kernels: range, launches: list[int], found: list[Stretch]) -> bool:
-    """Kernels between two generated ones are those of the libraries' calls there, each of at least one."""
+    """Assign kernels between two generated ones to the library calls there, each with at least one."""
     working = sum(not names[i].startswith(_NO_WORK) for i in kernels)
     if working < len(launches) or (working and not launches):
         return False
@@ -131,10 +131,11 @@ def _take(names: Sequence[str], kernels: range, launches: list[int], found: list
 
 
 def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
-    """The launches of a CPU's operators: each launch is one operator with its name.
+    """Return the launches of a CPU's operators; each launch is one operator with its name.
 
-    Since torch 2.14 the profiler shows of an operator that is written in Python only those that it calls, as
-    many as its data ask for. They are its own where no other between the same generated kernels is so.
+    Since torch 2.14, for an operator written in Python the profiler shows only the operators that it calls,
+    as many as its data require. They are assigned to it if it is the only such operator between the same
+    generated kernels.
     """
     shown, found = {_bare(name) for name in names}, list[Stretch]()
     for stretch in match_launches(names, graph) or ():
@@ -158,13 +159,14 @@ def _is_custom(call: str) -> bool:
 
 
 def _bare(operator: str) -> str:
-    """`topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of `extern_kernels.bias_addmm`."""
+    """Return `topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of
+    `extern_kernels.bias_addmm`."""
     parts = re.split(r"::|\.", operator.removeprefix("torch.ops."))
     return parts[1].removeprefix("bias_").strip("_") if len(parts) > 1 else operator
 
 
 def lengths_of_calls(fits: Iterable[Fit]) -> dict[str, set[int]]:
-    """By operator, how many kernels the libraries' calls run that stand alone, or among their like."""
+    """Return the kernel counts of library calls by operator, from calls alone or among equal calls."""
     found: dict[str, set[int]] = defaultdict(set)
     for fit in fits:
         for stretch in fit.stretches:
@@ -179,21 +181,21 @@ def lengths_of_calls(fits: Iterable[Fit]) -> dict[str, set[int]]:
 def split(
     names: Sequence[str], stretch: Stretch, graph: CompiledGraph, lengths: Mapping[str, set[int]]
 ) -> list[Stretch]:
-    """The calls of a stretch one by one, where it is known how many kernels each runs; else the stretch.
+    """Split a stretch into its calls if the number of kernels of each is known; else return it whole.
 
     Args:
-        lengths: by operator, how many kernels its calls run elsewhere.
+        lengths: numbers of kernels that its calls run elsewhere, by operator.
     """
     launches = [graph.launches[number] for number in stretch.launches]
     if len({replace(launch, kernel="") for launch in launches}) == 1:
         return [stretch]
     working = [i for i in stretch.kernels if not names[i].startswith(_NO_WORK)]
     least = [min(lengths.get(launch.kernel, {0})) for launch in launches]
-    # Where as many run as at the least, each runs its least: no other division adds up.
+    # If the total is the sum of the minima, each call runs its minimum.
     if not all(least) or sum(least) != len(working):
         if len(launches) != len(working) or part_of(stretch, graph) is None:
             return [stretch]
-        least = [1] * len(launches)  # all of one part, whichever runs more
+        least = [1] * len(launches)  # all compute the same part, whichever runs more
     found, at, start = [], 0, stretch.kernels.start
     for number, each in zip(stretch.launches, least, strict=True):
         at += each
@@ -204,7 +206,7 @@ def split(
 
 
 def part_of(stretch: Stretch, graph: CompiledGraph) -> CompiledLaunch | None:
-    """A launch that stands for all of a stretch; None where they compute different parts of the model."""
+    """Return a launch that represents a whole stretch; None if it computes different parts of the model."""
     launches = [graph.launches[number] for number in stretch.launches]
     if len({(launch.parts, launch.outside) for launch in launches}) > 1:
         return None
@@ -219,9 +221,9 @@ def part_of(stretch: Stretch, graph: CompiledGraph) -> CompiledLaunch | None:
 def usual_sequences(
     found: Iterable[tuple[CompiledGraph, Sequence[str]]],
 ) -> dict[CompiledGraph, tuple[str, ...] | None]:
-    """Of each graph, the kernels of more than half of its calls; None where they differ more than that.
+    """Return the kernels of more than half of each graph's calls; None if there is no such majority.
 
-    A graph runs the same kernels in each call: what ran beside them in one call is not among the others.
+    A graph runs the same kernels in each call, so kernels that run alongside one call are not in the others.
     """
     counts: dict[CompiledGraph, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for graph, names in found:
@@ -234,9 +236,9 @@ def usual_sequences(
 
 
 def is_consistent(names: Sequence[str], stretches: Sequence[Stretch], graph: CompiledGraph) -> bool:
-    """Whether the libraries' calls run the same kernels wherever they stand between the same generated ones.
+    """Return whether library calls run the same kernels wherever they are between the same generated ones.
 
-    Layers repeat, so this finds a kernel too many or too few that the libraries' names do not tell.
+    Layers repeat, so this detects a surplus or missing kernel that the libraries' names do not reveal.
     """
     seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
     around = [(), *((graph.launches[one.launches[0]].kernel,) for one in stretches), ()]

@@ -1,10 +1,10 @@
-"""Place calls that were made inside compiled code and CUDA graphs: at the launch of their graph.
+"""Place calls made inside compiled code and CUDA graphs at the launch of their graph.
 
-    host saw the forward    enclosure: the range that our own hook opened round it, and the launches in it
-    host saw nothing        the device's own count: copied at each mark, on the stream that it was counted on
+    host saw the forward    by enclosure: the range that moe_trace's hook opened around it, and launches in it
+    host saw nothing        by the device's own count, copied at each mark, on the stream that it counts on
 
-Both are exact or refused; what is refused is counted with its reason. Inside a launch, router and experts
-are told by the ids of their nodes, or by their positions in the chain that was captured.
+Both are exact or rejected; rejections are counted by reason. Inside a launch, router and experts are
+identified by the ids of their nodes, or by their positions in the captured chain.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def place_in_graphs(
     clock: TraceClock,
     timed: Callable[[CallTable], CallTable] = lambda calls: calls,
 ) -> Placed:
-    """Place what was left without a place because it was made inside graphs.
+    """Place the calls that have no place because they were made inside graphs.
 
     Args:
-        placed: the outcome for all calls of this trace.
-        recordings: of tracers that share no module path.
-        launches: of graphs and copies in the trace (`read_launches`).
-        timed: gives routers a time that their place does not tell.
+        placed: the result for all calls of this trace.
+        recordings: from tracers that share no module path.
+        launches: launches of graphs and copies in the trace (`read_launches`).
+        timed: adds times of routers that their place does not give.
     """
     samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
     for recording in recordings:
@@ -84,11 +84,11 @@ def _counts(reasons: Iterable[str]) -> dict[str, int]:
 
 
 class _HostForwards:
-    """The ranges round forwards, by thread, with the graphs launched inside each."""
+    """Ranges around forwards, by thread, with the graphs launched inside each."""
 
     def __init__(self, ranges: Sequence[RangeEvent], threads: set[int], replays: Replays) -> None:
         self._replays = replays
-        # Another thread's range only in a trace that numbers its threads in another way altogether.
+        # Use another thread's range only if the trace numbers its threads differently.
         self._same_numbers = any(event.tid in threads for event in ranges if not event.on_device)
         self._ranges: dict[Any, list[RangeEvent]] = defaultdict(list)
         self._twins: dict[Any, list[Span]] = defaultdict(list)
@@ -102,7 +102,7 @@ class _HostForwards:
         self._inside: dict[int, list[Launch]] = {}
 
     def placement(self, sample: RoutingSample) -> Found:
-        """At the launch that made the call where that can be told, else the whole forward."""
+        """Return the place at the launch that made the call if it is known, else the whole forward."""
         time_us = self._replays.clock.time_us(sample.host_start_ns)
         threads = [sample.thread] if self._same_numbers else sorted(self._ranges, key=str)
         event = next((e for t in threads if (e := self._enclosing(t, time_us)) is not None), None)
@@ -114,7 +114,7 @@ class _HostForwards:
         return whole if launch is None else self._replays.placement(launch, sample.name)
 
     def _enclosing(self, thread: Any, time_us: float) -> RangeEvent | None:
-        """The innermost: the last to start of those that hold the time."""
+        """Return the innermost range that contains the time: the last of them to start."""
         events = self._ranges.get(thread, [])
         index = bisect_right(events, time_us, key=lambda event: event.span.start_us) - 1
         while index >= 0 and events[index].span.end_us < time_us:
@@ -139,7 +139,7 @@ class _HostForwards:
     def _launch_of(
         self, name: str, event: RangeEvent, inside: Sequence[Launch], whole: Placement
     ) -> Launch | None:
-        """The only launch with this router in it; or the only one, if nothing beside it can have written."""
+        """Return the only launch with this router in it, or the only one if nothing else can have written."""
         known = [launch for launch in inside if name in self._replays.parts_of(launch)]
         if len(known) == 1:
             return known[0]
@@ -154,7 +154,7 @@ def _holds(outer: Span, inner: Span) -> bool:
 
 
 class _DeviceForwards:
-    """Which launch made which forward, by the counts between marks."""
+    """Launches of the forwards counted between marks."""
 
     def __init__(self, samples: Iterable[RoutingSample], replays: Replays) -> None:
         self._replays = replays
@@ -169,7 +169,7 @@ class _DeviceForwards:
                 self._found.update(self._match(before, after, mine))
 
     def placement(self, sample: RoutingSample) -> Found:
-        """At the launch that made the call."""
+        """Return the place at the launch that made the call, or why there is none."""
         forward = sample.graph_forward
         found = NO_MARK if forward is None else self._found.get(forward, NO_MARK)
         return found if isinstance(found, str) else self._replays.placement(found, sample.name)
@@ -177,18 +177,18 @@ class _DeviceForwards:
     def _match(
         self, before: GraphMark, after: GraphMark, forwards: Sequence[int]
     ) -> dict[int, Launch] | dict[int, str]:
-        """The launch of each forward; or for all of them why it cannot be told."""
+        """Return the launch of each forward, or for all of them the reason why it is unknown."""
         count = (after.forwards - before.forwards) - (after.seen - before.seen)
         mixed = after.seen != before.seen
         writers = MIXED if mixed and len(forwards) != count else self._writers(before, after, count)
         if isinstance(writers, str):
             return dict.fromkeys(forwards, writers)
-        # The counter goes up by one with each, so a forward's number is its place among them.
+        # The counter increases by one per forward, so a forward's number is its position.
         places = range(len(forwards)) if mixed else [forward - before.forwards - 1 for forward in forwards]
         return {forward: writers[place] for forward, place in zip(forwards, places, strict=True)}
 
     def _writers(self, before: GraphMark, after: GraphMark, count: int) -> list[Launch] | str:
-        """The launches that ran the model in order of time, one for each forward that was counted."""
+        """Return the launches that ran the model in order of time, one for each counted forward."""
         start_us, end_us = map(self._replays.clock.time_us, (before.end_ns, after.start_ns))
         between = [
             launch for launch in self._replays.launches.graphs if start_us <= launch.span.start_us <= end_us
@@ -212,18 +212,18 @@ class _DeviceForwards:
         recording = self._replays.recording
         able = list(between)
         if not recording.captured_graphs or recording.graphs_compiled:
-            # Each decision is written by a scatter. Without one outside the graphs, all of them ran inside.
+            # A scatter writes each decision. If there is none outside the graphs, all of them ran inside.
             able = [launch for launch in between if launch.scatters]
             last = hull([segment, *(item.span for launch in able for item in launch.work)])
             if not able or last is None or self._replays.launches.written_beside(last, last):
                 return UNKNOWN_GRAPH
-        # Where all launches replay one and the same graph, each made as many forwards as the others: one, if
-        # there are as many.
+        # If all launches replay the same graph, each made equally many forwards: one, if the numbers
+        # are equal.
         alike = len({tuple(item.kernel for item in launch.work) for launch in able}) == 1
         return able if alike and len(able) == count else OTHER_COUNT
 
     def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:
-        """The stream on which the mark's count was copied; None where the trace does not hold the copy."""
+        """Return the stream on which the mark's count was copied; None if the copy is not in the trace."""
         start_us, end_us = map(self._replays.clock.time_us, (mark.start_ns, mark.end_ns))
         for launch in self._replays.launches.copies:
             if launch.tid == mark.thread and start_us <= launch.span.start_us <= end_us and launch.work:

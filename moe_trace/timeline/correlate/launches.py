@@ -1,7 +1,7 @@
-"""Launches of CUDA graphs in a trace, with what each made the device do: joined by their correlation.
+"""Launches of CUDA graphs in a trace with their device work, joined by correlation.
 
-Only read when there are calls inside graphs to be placed. Like `scan.py`, a search of the bytes that parses
-no other event.
+Read only if there are calls inside graphs to place. Like `scan.py`, this searches the bytes and parses only
+matching events.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from moe_trace.data.trace_json.windows import EventBytes, Window
 from moe_trace.timeline.correlate.scan import decode_event
 
 _HOST_NAMES = re.compile(rb'"(?:cudaGraphLaunch|cudaMemcpyAsync)"')
-# What writes a decision outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
+# Writers of decisions outside a graph: Inductor's own kernels, launched by the driver, or torch's scatter.
 _OTHER_WRITERS = re.compile(rb'"cuLaunchKernel|index_put_kernel')
-_SCATTER = "index_put"  # in the names of Inductor's kernels as in those of torch's own
+_SCATTER = "index_put"  # in the names of Inductor's and of torch's own kernels
 _CORRELATION = re.compile(rb'"correlation"\s*:\s*(\d+)')
 _KERNELS = frozenset({"kernel", "concurrent_kernel"})
 _WORK = _KERNELS | {"gpu_memcpy", "gpu_memset"}
@@ -30,23 +30,23 @@ class DeviceWork:
     """A kernel, copy or memset."""
 
     kernel: str | None
-    """As `graph_digest` takes it; None for a copy or memset."""
+    """Input of `graph_digest`; None for a copy or memset."""
     span: Span
     stream: tuple[Any, Any]
-    """Process and thread of the trace, which are the device and its stream."""
+    """Process and thread in the trace, which are the device and its stream."""
     node_id: int
-    """The `graph node id` that newer profilers write; 0 without."""
+    """The `graph node id` that newer profilers write; 0 if there is none."""
     name: str = ""
 
     @property
     def scatters(self) -> bool:
-        """Whether it scatters into a tensor, as every write into a ring does."""
+        """Whether it scatters into a tensor, as every write to a ring buffer does."""
         return _SCATTER in self.name
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of the runtime on the host, and its work on the device in order of time."""
+    """A runtime call on the host, and its device work in order of time."""
 
     name: str
     span: Span
@@ -60,7 +60,7 @@ class Launch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what it ran."""
+        """Names of its work."""
         return tuple(item.name for item in self.work)
 
     @property
@@ -75,34 +75,35 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a trace tells of its graphs, by host time."""
+    """Graph launches of a trace and other writers of decisions, by host time."""
 
     graphs: list[Launch]
     copies: list[Launch]
-    """Among them those that our marks made."""
+    """Copies, including those made by moe_trace's marks."""
     driver_launches: list[tuple[Any, float]]
-    """Thread and time (us) of kernels that compiled code launched outside graphs."""
+    """Thread and time (us) of kernels launched by compiled code outside graphs."""
     scatters_us: list[float]
-    """Starts on the device of scatters outside graphs."""
+    """Start times on the device of scatters outside graphs."""
 
     def written_beside(self, host: Span, device: Span, thread: Any = None) -> bool:
-        """Whether anything outside graphs can have written a decision, launched by one thread, or any."""
+        """Return whether anything launched outside graphs, by one thread or any, can have written a
+        decision."""
         launched = [time_us for tid, time_us in self.driver_launches if thread in (None, tid)]
         return any(host.holds(time_us) for time_us in launched) or any(map(device.holds, self.scatters_us))
 
 
 def hull(spans: Iterable[Span]) -> Span | None:
-    """From the first start to the last end; None without spans."""
+    """Return the span from the first start to the last end; None if there are no spans."""
     found = list(spans)
     if len(found) < 2:
         return found[0] if found else None
     start = min(span.start_us for span in found)
-    # The sum of a start and a duration is no more exact than the clock, which counts nanoseconds.
+    # Sums of start and duration are rounded to the nanoseconds of the clock.
     return Span(start, round(max(span.end_us for span in found) - start, 3))
 
 
 def read_launches(events: EventBytes) -> Launches:
-    """All graph launches of the trace with their work, and the copies among which are those of our marks."""
+    """Return all graph launches of the trace with their work, and its copies, including those of marks."""
     found = {
         launch.correlation: launch
         for event in _events_at(events, _HOST_NAMES)
@@ -133,7 +134,7 @@ def _add_other_writers(events: EventBytes, table: Launches, graphs: frozenset[in
 def _events_at(
     events: EventBytes, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The events round each match; with `wanted`, of these numbers alone."""
+    """Yield the event around each match; with `wanted`, only around matches of these numbers."""
     for window in events.windows():
         for match in pattern.finditer(window.buffer, window.since, window.filled):
             if match.start() >= window.until:
@@ -145,7 +146,7 @@ def _events_at(
 
 
 def _event_round(window: Window, position: int) -> dict[str, Any] | None:
-    """Kineto starts each event with its `ph`; names of kernels may hold braces of their own."""
+    """Decode the event around a position, which Kineto starts with `ph`; kernel names may contain braces."""
     buffer = window.buffer
     phase = buffer.rfind(b'"ph"', max(0, position - windows.EVENT_MAX), position)
     start = buffer.rfind(b"{", max(0, phase - 64), phase) if phase >= 0 else -1

@@ -1,4 +1,4 @@
-"""Why a call has no range, no place on the timeline, or its router no time."""
+"""Reasons why a call has no range or no place in the trace, or its router no time."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ _HOST_CATEGORIES = frozenset({"cpu_op", "user_annotation", "python_function", "c
 
 
 class MissingRanges:
-    """The causes in one trace.
+    """Reasons for missing ranges in one trace.
 
     Args:
-        events: of the trace; read when there is a call to explain, once.
-        ranged_threads: on which our ranges stand.
-        activities: names of the profiler's activities; None where nobody knows, as for a file.
+        events: events of the trace; read at most once, when there is a call to explain.
+        ranged_threads: threads with ranges of moe_trace.
+        activities: names of the profiler's activities; None if unknown, as for a file.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class MissingRanges:
         self._activities = activities
 
     def why(self, thread: int) -> str:
-        """Why the trace holds no range of a call on this thread."""
+        """Return why the trace has no range of a call on this thread."""
         if thread in self._ranged_threads:
             return DROPPED
         if self._activities is not None and "CPU" not in self._activities:
@@ -98,13 +98,12 @@ class MissingRanges:
         return NO_ANNOTATIONS if thread in self._host_threads else OTHER_THREAD
 
     def why_no_forward(self, thread: int) -> str:
-        """The same for a call inside a graph, which has the range of its forward."""
+        """Return why there is no range of the forward of a call inside a graph."""
         cause = self.why(thread)
         return cause if cause in (NO_CPU, NO_HOST_EVENTS, OTHER_THREAD) else NO_RANGE
 
     @cached_property
     def _host_threads(self) -> frozenset[Any]:
-        """Threads with events of the host."""
         events = events_as(_OfThread, self._events)
         return frozenset(event.tid for event in events if event.cat in _HOST_CATEGORIES)
 

@@ -1,10 +1,10 @@
-"""The graphs launched in a trace: which kernels of a replay are a router's, and which its experts'.
+"""Identify the kernels of routers and of experts in each replay of a graph in a trace.
 
-By the ids of their nodes, where the graph was captured with annotations. Else by their positions: while the
-graph was captured by hand, the hooks noted at which nodes each router and its experts began and ended. In a
-plain chain the n-th event of a replay is the n-th node; the grids and blocks of all kernels up to the last
-noted one must be those of the replay. Where the profiler shows no copies and memsets, the kernels alone are
-told. Graphs of compiled code: by the compiler's provenance of what each of their kernels computes.
+By node ids, if the graph was captured with annotations. Else by positions: during a manual capture, the hooks
+noted at which nodes each router and its experts began and ended. In a plain chain the n-th event of a replay
+is the n-th node; the grids and blocks of all kernels up to the last noted one must match those of the replay.
+If the profiler does not show copies and memsets, only the kernels are compared. Graphs of compiled code: by
+the compiler's provenance of each kernel.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moe_trace.timeline.correlate.launches import DeviceWork, Launch, Launches, 
 from moe_trace.timeline.correlate.reasons import FUSED, UNKNOWN_NODES
 
 Found = Placement | str
-"""Or why there is no placement."""
+"""A placement, or the reason why there is none."""
 Parts = dict[str, dict[RangeKind, list[DeviceWork]]]
-"""The work of each router, by its module path, and of its experts in one replay."""
+"""Work of each router, by module path, and of its experts in one replay."""
 
 
 class Replays:
-    """The launches of a trace, and what one tracer knows of their graphs."""
+    """The launches of a trace, with what one tracer recorded about their graphs."""
 
     def __init__(self, recording: Recording, launches: Launches, clock: TraceClock) -> None:
         self.recording, self.launches, self.clock = recording, launches, clock
@@ -42,10 +42,10 @@ class Replays:
         self._matcher = LaunchMatcher(forwards, self._every_fit)
         self._parts: dict[int, Parts] = {}
         self._run: dict[int, tuple[int, int]] = {}
-        """By launch: which run of its compiled graph in the forward it is, and how many there are."""
+        """(index, total) of the launch's run of its compiled graph in the forward, by correlation."""
 
     def placement(self, launch: Launch, name: str) -> Placement:
-        """Of the router of that path, at its launch."""
+        """Return the placement of a router at its launch."""
         parts = self.parts_of(launch).get(name, {})
         work: dict[RangeKind, list[DeviceWork]] = {**parts, "graph": launch.work}
         spans = {kind: hull(item.span for item in items) for kind, items in work.items()}
@@ -56,7 +56,7 @@ class Replays:
         )
 
     def why_untimed(self, placement: Placement) -> str:
-        """Why a router has no time of its own."""
+        """Return why a router has no time of its own."""
         captured = self.recording.captured_graphs
         problems = [graph.problem for graph in captured if graph.problem is not None]
         if problems:
@@ -64,7 +64,7 @@ class Replays:
         return UNKNOWN_NODES if captured and "graph" in placement.device else FUSED
 
     def know_forward(self, launches: Sequence[Launch]) -> None:
-        """All launches of one forward, in order: where layers share code, each is one layer's."""
+        """Number the launches of one forward in order; where layers share code, each belongs to one layer."""
         graphs = [None if (fit := self._fit(launch)) is None else fit.graph for launch in launches]
         runs, done = Counter(graphs), Counter[CompiledGraph | None]()
         for launch, graph in zip(launches, graphs, strict=True):
@@ -72,7 +72,7 @@ class Replays:
             done[graph] += 1
 
     def parts_of(self, launch: Launch) -> Parts:
-        """Empty for a launch of a graph that is not known."""
+        """Return the work of each router; empty for a launch of an unknown graph."""
         if launch.correlation not in self._parts:
             self._parts[launch.correlation] = (
                 _by_ids(launch, self.recording)
@@ -82,7 +82,7 @@ class Replays:
         return self._parts[launch.correlation]
 
     def _by_compiler(self, launch: Launch) -> Parts:
-        """Of all its kernels, or empty: a router without some of its own would be too quick."""
+        """Return the work if all kernels are known: a router without some of them would seem too fast."""
         found: Parts = defaultdict(lambda: defaultdict(list))
         fit = self._fit(launch)
         if fit is None:
@@ -97,7 +97,7 @@ class Replays:
         return found
 
     def _fit(self, launch: Launch) -> Fit | None:
-        """The compiled graph that it replays; None where none fits, or several."""
+        """Return the compiled graph that the launch replays; None if none or more than one fits."""
         fits = self._matcher.fits(launch.names)
         return fits[0] if len(launch.streams) == 1 == len(fits) and self._matcher.is_usual(fits[0]) else None
 
@@ -110,7 +110,7 @@ def _by_ids(launch: Launch, recording: Recording) -> Parts:
     names = {router.site: router.name for router in recording.routers}
     for label, ids in recording.annotated_nodes.items():
         match, wanted = RANGE_NAME.fullmatch(label), frozenset(ids)
-        work = [item for item in launch.work if item.node_id and item.node_id in wanted]  # 0: not told
+        work = [item for item in launch.work if item.node_id and item.node_id in wanted]  # 0: unknown
         if work and match is not None and match.group(2) in names:
             kind: RangeKind = match.group(1)  # type: ignore[assignment]
             found[names[match.group(2)]][kind] = work
@@ -120,7 +120,7 @@ def _by_ids(launch: Launch, recording: Recording) -> Parts:
 def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> Parts:
     found: Parts = defaultdict(dict)
     alike = {(graph.calls, graph.copies): events for graph in graphs if (events := _events_of(launch, graph))}
-    if len(launch.streams) != 1 or len(alike) != 1:  # none, or several that do not agree on where calls are
+    if len(launch.streams) != 1 or len(alike) != 1:  # no graph, or graphs that disagree on the calls
         return found
     (calls, _), events = next(iter(alike.items()))
     often = Counter((call.name, call.kind) for call in calls)
@@ -132,11 +132,11 @@ def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> Parts:
 
 
 def _events_of(launch: Launch, graph: CapturedGraph) -> list[DeviceWork | None]:
-    """By node, up to the last noted: what ran, None for a copy that is not shown; empty for another graph."""
+    """Return the work of each node up to the last noted, None for a hidden copy; empty for another graph."""
     if graph.problem is not None:
         return []
     copies = frozenset(graph.copies)
-    # A copy between two places of the device runs as a kernel of the driver's own, `memcpy32_post`.
+    # A copy within the device runs as a kernel of the driver, `memcpy32_post`.
     each: list[DeviceWork | None] = [*launch.work[: graph.nodes]]
     kernels = iter([item for item in launch.work if item.kernel is not None])
     without_copies = [None if at in copies else next(kernels, None) for at in range(graph.nodes)]

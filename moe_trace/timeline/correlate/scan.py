@@ -1,4 +1,4 @@
-"""Find what we need among a trace's events, without parsing them: our ranges, and the time they cover."""
+"""Search a trace's events, without parsing them, for moe_trace's ranges and the time they cover."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SAMPLE = 256 * 2**10
 _LAST = 64 * 2**10
 _ANY_NAME = b'"' + RANGE_PREFIX.encode()
 _PROFILER_SPAN = re.compile(rb'"PyTorch Profiler \(\d+\)"')
-# What stands between the category of an event and the text of its name.
+# Text between the category of an event and its name.
 _SPELLING = re.compile(rb'"cat"\s*:\s*"\w+"(\s*,\s*"name"\s*:\s*)"')
 _DECODER = json.JSONDecoder()
 _CATEGORIES = ("user_annotation", "gpu_user_annotation")
-# An annotation as Kineto writes it; any other layout is parsed as JSON, which takes ten times as long.
+# An annotation as Kineto writes it; any other layout is parsed as JSON, which is ten times as slow.
 _KINETO_EVENT = re.compile(
     rb'\{\s*"ph": "X",\s*"cat": "((?:gpu_)?user_annotation)",\s*"name": "([^"\\]+)",\s*"pid": (\d+),'
     rb'\s*"tid": (\d+),\s*"ts": ([\d.]+),\s*"dur": ([\d.]+)\s*,\s*"args": \{\s*"External id": (\d+)[,\s}]'
@@ -32,7 +32,7 @@ _KINETO_EVENT = re.compile(
 
 
 class RangeEvent(msgspec.Struct, frozen=True, gc=False):
-    """One of our ranges in a trace, on the host or (as the annotation of its kernels) on a device."""
+    """A range of moe_trace in a trace, on the host or (as the annotation of its kernels) on a device."""
 
     kind: RangeKind
     site: str
@@ -44,7 +44,7 @@ class RangeEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 class RangeSearch:
-    """Our ranges, in the order of the file, among events that are shown window by window."""
+    """Finds moe_trace's ranges, in the order of the file, among events passed window by window."""
 
     def __init__(self) -> None:
         self._names = b""
@@ -56,8 +56,8 @@ class RangeSearch:
         self._found.extend(_ranges_in(window, self._names))
 
     def found(self, events: EventBytes) -> list[RangeEvent]:
-        """The ranges, once all of these events were shown."""
-        if not self._found and self._names != _ANY_NAME:  # some may be spelt in another way than the first
+        """Return the ranges, once all of these events were passed."""
+        if not self._found and self._names != _ANY_NAME:  # spellings may differ from the first
             self._names = _ANY_NAME
             for window in events.windows():
                 self(window)
@@ -65,7 +65,7 @@ class RangeSearch:
 
 
 def _names_as_spelt(window: Window) -> bytes:
-    """Our names as this file spells them: the longer what is searched for, the faster the search."""
+    """Return the names' prefix as this file spells it: a longer search text makes the search faster."""
     spellings = set(_SPELLING.findall(window.buffer, window.since, min(window.filled, _SAMPLE)))
     if len(spellings) != 1:
         return _ANY_NAME
@@ -74,7 +74,7 @@ def _names_as_spelt(window: Window) -> bytes:
 
 def _ranges_in(window: Window, names: bytes) -> Iterator[RangeEvent]:
     buffer = window.buffer
-    end = min(window.until + len(names) - 1, window.filled)  # a name that begins before may end behind it
+    end = min(window.until + len(names) - 1, window.filled)  # a name may extend past the end
     position = buffer.find(names, window.since, end)
     while position >= 0:
         event = _event_around(buffer, position, window.filled)
@@ -90,7 +90,7 @@ def _event_around(buffer: bytearray, name_at: int, end: int) -> RangeEvent | Non
     if match is not None:
         return _annotation(match)
     start = name_at
-    for _ in range(3):  # its own brace, or that of an `args` which stands before the name
+    for _ in range(3):  # its own brace, or that of an `args` before the name
         start = buffer.rfind(b"{", max(0, name_at - windows.EVENT_MAX), start)
         if start < 0:
             return None
@@ -117,7 +117,7 @@ def _kind_and_site(name: bytes) -> tuple[RangeKind, str] | None:
 
 
 def decode_event(buffer: bytearray, start: int, end: int) -> dict[str, Any] | None:
-    """What stands at a brace; None where that is no JSON of an event's length, which ends before `end`."""
+    """Decode the JSON object at a brace; None if it is invalid, too long, or incomplete at `end`."""
     for length in (2048, windows.EVENT_MAX):  # nearly all events are short
         try:
             text = buffer[start : min(end, start + length)].decode("utf-8", "replace")
@@ -158,8 +158,10 @@ class _Timed(msgspec.Struct, gc=False):
 
 
 def trace_window(events: EventBytes) -> Span | None:
-    """What the trace covers: the profiler's own span, which Kineto writes last, else from the first event to
-    the last. None for a trace without events."""
+    """Return the time span that the trace covers; None for a trace without events.
+
+    This is the profiler's own span, which Kineto writes last, or else from the first event to the last.
+    """
     last = max(events.start, events.end - _LAST)
     events.file.seek(last)
     window = _profiler_span(events.file.read(events.end - last))
@@ -181,7 +183,7 @@ def _profiler_span(text: bytes) -> Span | None:
 def _hull_of_events(events: EventBytes) -> Span | None:
     start, end = math.inf, -math.inf
     for event in events_as(_Timed, events):
-        if event.ph == "X" and event.cat == "Trace":  # the profiler's own, wherever a tool put it
+        if event.ph == "X" and event.cat == "Trace":  # the profiler's own span, wherever a tool put it
             return Span(event.ts, event.dur)
         if event.ph != "M":
             start, end = min(start, event.ts), max(end, event.ts + event.dur)
