@@ -22,14 +22,11 @@ class LaunchPart:
     place: Place
 
     def router(self, number: int, runs: int, among: Container[str]) -> str | None:
-        """Return the router of one run of the graph in a forward; layers that share it run in order.
+        """Return the router of a run of the graph, or None; layers that share the graph run it in order.
 
         Args:
             number: index of the run among the graph's `runs` in the forward.
             among: routers called by the forward.
-
-        Returns:
-            None where the runs do not match the routers.
         """
         routers = [name for name in self.routers if name in among]
         return routers[number] if len(routers) == runs else None
@@ -95,7 +92,7 @@ def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
 
 
 def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
-    """Decode the value written by `encode_compiled`; empty for None and for unknown later versions.
+    """Decode the value written by `encode_compiled`; empty for None and later versions.
 
     Raises:
         ValueError, TypeError, LookupError: the JSON has another form.

@@ -259,7 +259,7 @@ def _latency(calls: CallTable, busy_us: Mapping[SampleKey, float]) -> Latency:
 
 
 def distribution(values: Iterable[float]) -> Distribution | None:
-    """Return the distribution of the values; None if there are none."""
+    """Return the distribution; None without values."""
     array = np.fromiter(values, dtype=np.float64)
     if not len(array):
         return None

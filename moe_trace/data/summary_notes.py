@@ -78,7 +78,6 @@ def _routes_notes(routes: str | None) -> list[str]:
 
 
 def _lost_calls(lost: Lost) -> list[str]:
-    """Return notes on router calls that were seen but not recorded, and forwards in which none was seen."""
     notes = []
     for reason, words in LOST_CALLS.items():
         sites = {name: reasons[reason] for name, reasons in lost.calls.items() if reasons.get(reason)}
@@ -102,7 +101,6 @@ def _lost_calls(lost: Lost) -> list[str]:
 
 
 def _trace_notes(recording: Recording) -> list[str]:
-    """Return notes on differences between trace and recording."""
     lost, by_clock = recording.lost, np.count_nonzero(placed_by_clock(recording.calls))
     notes = [
         f"{count} router calls have no range in the trace: {why}" for why, count in lost.without_range.items()

@@ -1,1 +1,1 @@
-"""Integrations with training loops and serving engines of other libraries."""
+"""Integrations with other libraries' training loops and serving engines."""

@@ -213,7 +213,7 @@ def _renamed(calls: CallTable, name: Callable[[str], str]) -> CallTable:
 
 
 def _placed_of(recording: Recording, named: Recording, placed: Placed) -> CallTable:
-    """Return the placed samples of one recording, under their original names."""
+    """Return one recording's placed samples, under their original names."""
     original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
     own = np.array([key.name in original for key in placed.samples.keys], bool)
     return _renamed(placed.samples.take(own[placed.samples.router]), lambda name: original.get(name, name))

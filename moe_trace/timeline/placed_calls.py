@@ -103,7 +103,7 @@ class PlacedCalls:
         return Replays(self, rows[order], replay[order], keys[:, :2])
 
     def slice_args(self) -> Iterator[dict[str, Any]]:
-        """Yield the arguments of each call's slice, which viewers show on a click."""
+        """Yield each slice's arguments, shown on a click."""
         calls, loads = self.calls, self.loads
         columns: dict[str, Iterable[Any]] = {
             "router": [calls.keys[router].name for router in calls.router.tolist()],
@@ -129,7 +129,7 @@ class PlacedCalls:
             yield dict(zip(columns, row, strict=True)) | (graph if in_graph else {})
 
     def line(self, row: int) -> str:
-        """Return a one-line description of a call."""
+        """Describe one call in a line."""
         worst, entropy = self.loads.max_over_mean[row], self.calls.router_entropy[row]
         parts = [f"{self.calls.tokens[row]} tokens", f"{self.totals[row]} assignments"]
         if worst == worst:
@@ -168,7 +168,7 @@ class Replays:
         return found
 
     def mean(self, values: npt.NDArray) -> Floats:
-        """Return the mean over each replay's calls with a known value, [R]; NaN where there is none."""
+        """Return the mean of each replay's known values, [R]; NaN where there is none."""
         known = ~np.isnan(values[self.row])
         replay, size = self.replay[known], len(self.spans)
         total = np.bincount(replay, values[self.row[known]], size)
@@ -176,7 +176,7 @@ class Replays:
         return np.divide(total, counts, out=np.full(size, np.nan), where=counts > 0)
 
     def slice_args(self) -> Iterator[dict[str, Any]]:
-        """Yield the arguments of each replay's slice, with one line per layer."""
+        """Yield each replay's arguments, shown on a click: one line per layer."""
         calls, clock = self.placed.calls, self.placed.clock
         figures = {name: known_values(figure(self)) for name, figure in REPLAY_FIGURES.items()}
         starts = np.flatnonzero(np.diff(self.replay)) + 1

@@ -31,7 +31,7 @@ class Places:
 
     @staticmethod
     def of(placements: Iterable[Placement | None], size: int) -> Places:
-        """Convert `size` placement records to columns."""
+        """Convert `size` records."""
         placed = np.zeros(size, bool)
         edges: dict[tuple[Side, RangeKind], list[float]] = {}  # lists are far faster to fill than arrays
         busy: dict[RangeKind, Floats] = {}
@@ -91,7 +91,7 @@ class Places:
         )
 
     def to_placements(self) -> list[Placement | None]:
-        """Return the rows as placement records."""
+        """Convert to records."""
         found = {row: Placement(host={}, device={}) for row in np.flatnonzero(self.placed).tolist()}
         for side in SIDES:
             for kind in (kind for kind in RANGE_KINDS if (side, kind) in self.spans):

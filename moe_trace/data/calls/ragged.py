@@ -91,14 +91,14 @@ class CountLists:
         return found
 
     def used(self, first: int | None = None) -> IntArray:
-        """Return the number of non-zero counts in each list, or in its first `first` cells, [N]."""
+        """Return how many counts of each list, or of its first `first`, are not 0, [N]."""
         some = self.values != 0
         if first is not None:
             some &= self._places() < first
         return np.bincount(self._rows()[some], minlength=len(self))
 
     def summed(self, *, least: int = 0) -> IntArray:
-        """Return the sum of all lists, padded to at least length `least`."""
+        """Return the sum of all lists, of length `least` or more."""
         return self.summed_by(np.zeros(len(self), np.int64), 1, least=least)[0]
 
     def summed_by(self, group: IntArray, groups: int, *, least: int = 0) -> IntArray:

@@ -102,5 +102,4 @@ def _chosen(part: npt.NDArray[np.bool_], of_part: CountLists, whole: CountLists)
 def _filled(
     part: npt.NDArray[np.bool_], whole: CountLists, value: npt.NDArray[np.int64] | None
 ) -> CountLists:
-    """Return `value` where the call is a part, else `whole`."""
     return _chosen(part, CountLists.of([value] * len(part)), whole)

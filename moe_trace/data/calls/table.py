@@ -238,7 +238,7 @@ def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> t
 
     Args:
         names: module paths of the L routers.
-        least: minimum of E, which is otherwise the length of the longest list of counts.
+        least: lower bound of E, the length of the longest list of counts.
     """
     forward = np.flatnonzero(calls.forward)
     steps, step = np.unique(calls.step[forward], return_inverse=True)

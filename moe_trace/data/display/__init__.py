@@ -1,1 +1,1 @@
-"""Output formats shared by all renderers: columns, tables, CSV, JSON, colours, notebook display."""
+"""Output shared by all renderers: columns, tables, CSV, JSON, colours, notebooks."""

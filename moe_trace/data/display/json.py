@@ -10,14 +10,14 @@ from typing import Any
 
 
 def json_text(value: Any) -> str:
-    """Return the `plain` form as indented JSON that ends with a newline."""
+    """Return the `plain` form as indented JSON, ending with a newline."""
     return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:
     """Convert to plain JSON types: dataclasses to objects of their fields, arrays to lists.
 
-    NaN and infinity, which invalid times in a damaged file can produce, become null, as JSON has neither.
+    NaN and infinity, which invalid times in a damaged file can produce, become null.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -20,7 +20,7 @@ def register_renderers(renderers: Mapping[str, str]) -> None:
 
 
 class ShownInNotebooks:
-    """Base class of records that a registered renderer displays, for themselves and their subclasses."""
+    """Base class of records displayed by the renderer of their class or a base class."""
 
     def _repr_html_(self) -> str | None:
         for kind in type(self).__mro__:

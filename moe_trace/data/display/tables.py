@@ -92,7 +92,7 @@ def fixed(value: float | None, decimals: int) -> str:
 
 
 def scaled(value: float | None, unit: str = "") -> str:
-    """Format with a decimal prefix and unit, such as `1.23 G`; `-` for None."""
+    """Format with a decimal prefix, such as `1.23 G`; `-` for None."""
     if value is None:
         return "-"
     for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -110,7 +110,7 @@ def share(part: float | None) -> str:
 
 
 def signed_percent(part: float | None) -> str:
-    """Format a relative difference as a signed percentage; `-` for None."""
+    """Format a relative difference in percent; `-` for None."""
     return "-" if part is None else f"{100 * part:+.1f} %"
 
 

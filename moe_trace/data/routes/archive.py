@@ -20,7 +20,7 @@ STORED, DEFLATED = 0, 8
 
 
 class Damaged(Exception):
-    """The archive is damaged; the message says what was found, and at which byte."""
+    """What was found instead, and at which byte."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ _Read = TypeVar("_Read", bound=msgspec.Struct)
 
 
 def column_shape(column: str, tokens: int, layers: int, slots: int) -> tuple[int, ...]:
-    """Return the shape of a column for a number of tokens."""
+    """Return a column's shape for some tokens."""
     if column in ("expert_ids", "weights"):
         return (tokens, layers, slots)
     return (tokens, layers) if column == "lost_layers" else (tokens,)
@@ -59,15 +59,15 @@ class Group(msgspec.Struct, frozen=True):
             raise ValueError("num_experts and top_k are not one number for each layer")
 
     def shape(self, column: str, tokens: int) -> tuple[int, ...]:
-        """Return the shape of a column for a number of tokens."""
+        """Return a column's shape for some tokens."""
         return column_shape(column, tokens, len(self.layers), self.slots)
 
     def dtype(self, column: str) -> np.dtype[Any]:
-        """Return the dtype of a column in the file."""
+        """Return a column's dtype in the file."""
         return np.dtype(self.type if column == "expert_ids" else TYPES[column])
 
     def nbytes(self, column: str, tokens: int) -> int:
-        """Return the size in bytes of a column for a number of tokens."""
+        """Return a column's bytes for some tokens."""
         return prod(self.shape(column, tokens)) * self.dtype(column).itemsize
 
 

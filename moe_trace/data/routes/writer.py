@@ -215,7 +215,7 @@ def save_routes(routes: Part, path: str | Path, *, level: int = 1) -> Path:
 
 
 def added_up(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the sum of several token counts by reason."""
+    """Return the sum of token counts by reason."""
     total: Counter[str] = Counter()
     for part in parts:
         total.update(part)
@@ -234,7 +234,7 @@ def _typed(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _npy(column: np.ndarray) -> bytes:
-    """Encode as `numpy.save` does, with layers as the first dimension."""
+    """Encode as `numpy.save` does, layers first."""
     buffer = io.BytesIO()
     layers_first = np.moveaxis(column, 1, 0) if column.ndim > 1 else column
     np.lib.format.write_array(buffer, np.ascontiguousarray(layers_first), version=(1, 0), allow_pickle=False)

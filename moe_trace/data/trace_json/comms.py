@@ -175,7 +175,7 @@ def _group(args: CommArgs) -> tuple[int, ...] | None:
 
 
 def _read(text: msgspec.Raw | str, decoder: msgspec.json.Decoder[_T]) -> _T | None:
-    """Return the decoded text; None if it has another type."""
+    """Decode the text; None for another type."""
     try:
         return decoder.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):

@@ -23,7 +23,7 @@ class Coverage:
     total: int = 0
     joined_ns: int = 0
     total_ns: int = 0
-    """Durations of the joined and of all items, where they have any."""
+    """Durations of joined and of all items, where they have any."""
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -88,7 +88,7 @@ class TimeCoverage:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Share of the times inside compiled code that the compiler's provenance does not determine exactly."""
+    """Shares of the times inside compiled code that the compiler's provenance leaves open."""
 
     unknown_share: float
     """Share of router calls inside compiled code whose kernels do not match it."""
@@ -155,6 +155,6 @@ def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    """Format a share, never rounded to 100 % unless it is all, nor to 0 % unless it is nothing."""
+    """Format a share; only all is 100 %, and only nothing 0 %."""
     text = f"{100 * share:.0f}" if share == 1 or 0.01 <= share <= 0.99 else f"{100 * share:.2g}"
     return f"{'99.9' if share < 1 and float(text) == 100 else text} %"

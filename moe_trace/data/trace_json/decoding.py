@@ -115,7 +115,7 @@ class Links:
         self._texts: dict[str, int] = {}
 
     def of(self, value: Number) -> int:
-        """Return the integer of a link; `NO_LINK` if there is none."""
+        """Return a link's integer; `NO_LINK` without one."""
         if type(value) is int:
             return value & _LINK_BITS if value >= 0 else NO_LINK
         if value is None:

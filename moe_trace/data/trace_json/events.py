@@ -134,7 +134,7 @@ def bounds_ns(span: Span) -> tuple[int, int]:
 
 
 def spans_ns(spans: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return start and end, [N, 2], of `[N, 2]` starts and durations, as `bounds_ns` does."""
+    """Return `bounds_ns` of `[N, 2]` starts and durations, [N, 2]."""
     ns = to_ns(spans)
     return np.stack([ns[:, 0], ns[:, 0] + ns[:, 1]], axis=1)
 

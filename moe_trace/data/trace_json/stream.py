@@ -114,7 +114,6 @@ class JsonStream(JsonCursor):
         return found
 
     def _one_element(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
-        """Decode the next element, however long it is."""
         end = self._value_end(self._grow)
         if self._peek() != b"{":
             raise self._broken("an event")
@@ -162,7 +161,7 @@ def loads_lenient(text: bytes) -> Any:
 
 
 def value_or_none(text: bytes) -> Any:
-    """Parse like `loads_lenient`; None for text that is not JSON."""
+    """Like `loads_lenient`, but None for text that is not JSON."""
     try:
         return loads_lenient(text)
     except ValueError:

@@ -163,7 +163,6 @@ def start_metrics(tracer: MoETracer) -> MetricsWriter | None:
 
 
 def _shared() -> dict[str, Any]:
-    """Return the metrics of this process that go to the shared folder."""
     from prometheus_client import Counter, Gauge
 
     labels = ["rank", "layer"]

@@ -27,7 +27,7 @@ class TraceClock:
     """Time span recorded by the profiler; None if the trace does not have it."""
 
     def time_us(self, time_ns: int) -> float:
-        """Return the time on the trace's clock, in microseconds."""
+        """Return the time on the trace's clock."""
         return (time_ns - self.base_time_ns) / 1000
 
     def covers(self, time_ns: int) -> bool:
@@ -92,11 +92,8 @@ class _Join:
     """Identities of the router ranges that contain a sample."""
 
     def placements(self, table: CallTable, clock: TraceClock) -> Iterator[Placement | None]:
-        """Yield the placement of each row.
-
-        One at a time, since thousands of small objects alive at once would trigger the garbage collector,
-        which also traverses the user's model.
-        """
+        """Yield each row's placement: thousands of small objects alive at once would trigger the garbage
+        collector, which also traverses the user's model."""
         kept = table.places.to_placements() if table.in_graph.any() else ()
         taken_ns = table.host_end_ns - table.host_start_ns
         columns = (table.host_start_ns, table.site, table.thread, taken_ns, table.in_graph)
@@ -143,8 +140,8 @@ class _Timeline:
     def by_clock(self, thread: int, taken: Span) -> Placement | None:
         """Return the place by the host's clock, if no range of moe_trace is on its thread.
 
-        The profiler then recorded no host events, or those of another thread. If there are ranges, this one
-        was lost.
+        The profiler then recorded no host events, or another thread's. If there are ranges, this one was
+        lost.
         """
         return None if thread in self._seen else Placement(host={"router": taken}, device={})
 

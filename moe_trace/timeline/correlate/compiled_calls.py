@@ -71,7 +71,6 @@ class _Run:
     runs: int
 
     def row(self, part: LaunchPart) -> int | None:
-        """Return the call of the part's router."""
         router = part.router(self.number, self.runs, self.row_of)
         return None if router is None else self.row_of[router]
 

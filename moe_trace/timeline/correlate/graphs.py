@@ -169,7 +169,7 @@ class _DeviceForwards:
                 self._found.update(self._match(before, after, mine))
 
     def placement(self, sample: RoutingSample) -> Found:
-        """Return the place at the launch that made the call, or why there is none."""
+        """Return the place at the launch that made the call."""
         forward = sample.graph_forward
         found = NO_MARK if forward is None else self._found.get(forward, NO_MARK)
         return found if isinstance(found, str) else self._replays.placement(found, sample.name)

@@ -75,7 +75,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launches:
-    """Graph launches of a trace and other writers of decisions, by host time."""
+    """Launches of graphs and other writers in a trace, by host time."""
 
     graphs: list[Launch]
     copies: list[Launch]
@@ -93,7 +93,7 @@ class Launches:
 
 
 def hull(spans: Iterable[Span]) -> Span | None:
-    """Return the span from the first start to the last end; None if there are no spans."""
+    """Return first start to last end; None without spans."""
     found = list(spans)
     if len(found) < 2:
         return found[0] if found else None
@@ -134,7 +134,7 @@ def _add_other_writers(events: EventBytes, table: Launches, graphs: frozenset[in
 def _events_at(
     events: EventBytes, pattern: re.Pattern[bytes], wanted: frozenset[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the event around each match; with `wanted`, only around matches of these numbers."""
+    """Yield the event around each match; with `wanted`, only of these numbers."""
     for window in events.windows():
         for match in pattern.finditer(window.buffer, window.since, window.filled):
             if match.start() >= window.until:

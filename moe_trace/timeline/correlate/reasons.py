@@ -72,7 +72,7 @@ class MissingRanges:
     """Reasons for missing ranges in one trace.
 
     Args:
-        events: events of the trace; read at most once, when there is a call to explain.
+        events: events of the trace; read once, when there is a call to explain.
         ranged_threads: threads with ranges of moe_trace.
         activities: names of the profiler's activities; None if unknown, as for a file.
     """

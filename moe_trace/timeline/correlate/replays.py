@@ -72,7 +72,7 @@ class Replays:
             done[graph] += 1
 
     def parts_of(self, launch: Launch) -> Parts:
-        """Return the work of each router; empty for a launch of an unknown graph."""
+        """Return each router's work; empty for an unknown graph."""
         if launch.correlation not in self._parts:
             self._parts[launch.correlation] = (
                 _by_ids(launch, self.recording)

@@ -158,9 +158,9 @@ class _Timed(msgspec.Struct, gc=False):
 
 
 def trace_window(events: EventBytes) -> Span | None:
-    """Return the time span that the trace covers; None for a trace without events.
+    """Return the time span of the trace; None without events.
 
-    This is the profiler's own span, which Kineto writes last, or else from the first event to the last.
+    It is the profiler's own span, which Kineto writes last, else from the first event to the last.
     """
     last = max(events.start, events.end - _LAST)
     events.file.seek(last)
