@@ -230,7 +230,7 @@ class _Uniform:
 
     @classmethod
     def of(cls, experts: int, tokens_K: npt.NDArray[np.float64]) -> _Uniform:
-        """Return it for as many tokens of each number of slots."""
+        """Return the distribution for tokens by number of slots."""
         choices_K = np.arange(len(tokens_K))
         spread_K = (choices_K * (experts - choices_K)).astype(np.float64)
         total = float((spread_K * tokens_K).sum())

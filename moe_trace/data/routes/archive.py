@@ -20,7 +20,7 @@ STORED, DEFLATED = 0, 8
 
 
 class Damaged(Exception):
-    """What was found instead, and at which byte."""
+    """The archive is damaged; the message says what was found where."""
 
 
 @dataclass(frozen=True)
