@@ -22,18 +22,18 @@ from moe_trace.data.version import __version__
 
 # name -> (module, summary line). Modules are imported late so that reading a trace never imports torch.
 COMMANDS = {
-    "run": ("run.command", "run a model and record its routing in a profiler trace"),
-    "routers": ("routers", "list what would be traced in a model"),
-    "report": ("report", "what a trace says about the routing"),
-    "ask": ("ask", "questions answered: imbalance, MoE's share, what to try"),
-    "view": ("view", "start TensorBoard on a folder and its MoE tab"),
-    "merge": ("merge", "the traces of a run's ranks as one, on one clock"),
-    "reduce": ("reduce", "what a report needs of a trace, in a small file"),
-    "diff": ("diff", "what changed between two traces, and what is noise"),
-    "check": ("check", "whether a merged trace keeps its promises"),
-    "export": ("export", "calls as CSV or Parquet, Perfetto, expert counts"),
-    "placement": ("placement", "what another placement of experts would give"),
-    "routes": ("routes.command", "which token went where: check, compare, study"),
+    "run": ("run.command", "run a model or program and record its routing in a profiler trace"),
+    "routers": ("routers", "list the routers that would be traced in a model"),
+    "report": ("report", "report routing metrics, timings and findings of a trace"),
+    "ask": ("ask", "answer common questions: imbalance, time spent in MoE layers, what to try"),
+    "view": ("view", "show traces in TensorBoard's MoE tab, or one trace on its timeline"),
+    "merge": ("merge", "merge the traces of a run's ranks into one, on one clock"),
+    "reduce": ("reduce", "write the data that a report needs from a trace to a small file"),
+    "diff": ("diff", "compare two traces and distinguish changes from noise"),
+    "check": ("check", "check a trace with merged routing data for consistency"),
+    "export": ("export", "export calls as CSV or Parquet, a Perfetto trace, or expert counts"),
+    "placement": ("placement", "estimate the effect of another placement of experts over ranks"),
+    "routes": ("routes.command", "check, compare and study which token went to which experts"),
 }
 
 
@@ -81,7 +81,7 @@ def command_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Return the parser of `moe-trace` with one command's options; `command` is then its module."""
     parser = argparse.ArgumentParser(
         prog="moe-trace",
-        description="See what a Mixture-of-Experts router does, beside the kernels of a profiler trace.",
+        description="Show what Mixture-of-Experts routers do, next to the kernels in a profiler trace.",
         epilog="Example: moe-trace run --model demo --out runs/demo",
     )
     parser.add_argument("--version", action="version", version=f"moe-trace {__version__}")

@@ -35,7 +35,10 @@ def add_output(
 
 
 def add_format(
-    parser: argparse.ArgumentParser, *more: str, alias: bool = False, help: str = "default: text"
+    parser: argparse.ArgumentParser,
+    *more: str,
+    alias: bool = False,
+    help: str = "output format (default: text)",
 ) -> None:
     """Add `--format` with text, JSON and any further choices.
 
@@ -44,7 +47,7 @@ def add_format(
     """
     parser.add_argument("--format", choices=("text", "json", *more), default="text", help=help)
     if alias:
-        same = "the same as --format json"
+        same = "same as --format json"
         parser.add_argument("--json", action="store_const", const="json", dest="format", help=same)
 
 
@@ -71,21 +74,31 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     """Add the options that select calls and those that set the device's peaks."""
     add_choice(parser)
     add = parser.add_argument
-    add("--peak-tflops", type=float, metavar="X", help="the device's peak, instead of the built-in table's")
-    add("--peak-gbps", type=float, metavar="X", help="its memory bandwidth in GB/s, likewise")
+    add(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="peak throughput of the device in TFLOP/s (default: from a built-in table)",
+    )
+    add(
+        "--peak-gbps",
+        type=float,
+        metavar="X",
+        help="peak memory bandwidth of the device in GB/s (default: from a built-in table)",
+    )
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """Add the options that select calls."""
     add = parser.add_argument
-    add("--layer", metavar="3,L05", help="only these layers: indices, labels or module paths")
-    add("--step", metavar="0,4-7", help="only these steps")
+    add("--layer", metavar="3,L05", help="include only these layers: indices, labels or module paths")
+    add("--step", metavar="0,4-7", help="include only these steps")
     add(
         "--stage",
         "--phase",
         dest="stage",
         choices=STAGES,
-        help="only calls of this stage of the model's work; --phase is the older name",
+        help="include only calls in this stage of the model's work (older name: --phase)",
     )
 
 

@@ -1,9 +1,9 @@
 """Answer common questions about a trace, for each stage (prefill, decode, train) separately.
 
-Which layer is most imbalanced, and whether the imbalance is real; how much of the time is spent in MoE
-layers and in the router, per step, token and call; what balance would save; what to try next, and why.
-For two runs on different text also: which experts serve which text. `report` has the tables that the
-answers are based on.
+The questions are: which layer is most imbalanced, and whether the imbalance is real; how much time is spent
+in MoE layers and in the router, per step, token and call; what a balanced load would save; what to try next,
+and why. For two runs on different text, also which experts serve which text. `report` prints the tables that
+the answers are based on.
 
 Example: moe-trace ask runs/code runs/prose --labels code,prose --question experts
 """
@@ -26,17 +26,17 @@ READS = {"path": TRACE, "other": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-    add("other", nargs="?", metavar="OTHER", help="a second run of the same model, on other text")
+    add("path", metavar="PATH", help="trace (.json or .json.gz) or folder of traces")
+    add("other", nargs="?", metavar="OTHER", help="second run of the same model, on different text")
     add(
         "-q",
         "--question",
         action="append",
         choices=tuple(QUESTIONS),
         metavar="NAME",
-        help=f"answer only this one of {', '.join(QUESTIONS)}; may be given several times (default: all)",
+        help=f"answer only this question: {', '.join(QUESTIONS)}; may be given several times (default: all)",
     )
-    add("--labels", metavar="A,B", help="what to call the two runs (default: their names)")
+    add("--labels", metavar="A,B", help="names for the two runs (default: from their paths)")
     add_format(parser)
     add_filters(parser)
 

@@ -1,7 +1,7 @@
-"""Check that a merged trace keeps its promises.
+"""Check a trace with merged routing data for consistency.
 
-Samples and ranges are accounted for, assignments add up to tokens·k - skipped, counters lie within their
-ranges, lanes don't cross. The exit status is 1 where a promise is broken.
+Samples and ranges must be accounted for, assignments must add up to tokens·k - skipped, counters must lie
+within their ranges, and slices of a lane must not overlap. The exit status is 1 if a rule is broken.
 
 Example: moe-trace check runs/demo
 """
@@ -20,7 +20,7 @@ READS = {"paths": TRACE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="traces, or folders of traces")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="traces or folders of traces")
     add_format(parser)
 
 

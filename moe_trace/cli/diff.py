@@ -1,9 +1,9 @@
 """Compare two traces, or two folders of traces, and report what changed.
 
 Load, entropy, latency, phases and FLOP/s are compared with a bootstrap over calls, so that noise is not
-reported as a change. With --fail-on the exit status is 1 where a real change is larger than a limit; a
-change that cannot be told from noise because there are too few calls (under 5) counts as real. Metrics
-cover all layers together, or one layer: 'L03:router_entropy<-10%'.
+reported as a change. With --fail-on, the exit status is 1 if a real change exceeds a limit; a change that
+cannot be distinguished from noise because there are too few calls (under 5) counts as real. Metrics cover
+all layers together, or one layer: 'L03:router_entropy<-10%'.
 
 Example: moe-trace diff runs/before runs/after --fail-on 'device_busy_p50>+5%'
 """
@@ -28,25 +28,26 @@ READS = {"a": TRACE, "b": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("a", metavar="A", help="a trace or a folder of traces: before")
-    add("b", metavar="B", help="the same: after")
+    add("a", metavar="A", help="baseline trace or folder of traces (before)")
+    add("b", metavar="B", help="trace or folder of traces to compare with A (after)")
     add_format(parser, "csv")
     add(
         "--fail-on",
         action="append",
         default=[],
         metavar="'METRIC>+5%'",
-        help=f"may be given several times; metrics: {', '.join(METRICS)}",
+        help="exit with status 1 if this condition holds; may be given several times; metrics: "
+        f"{', '.join(METRICS)}",
     )
     add(
         "--host-floor",
         type=float,
         default=100 * HOST_FLOOR,
         metavar="PERCENT",
-        help="a change of a time on the host's clock is reported only beyond it; device times have no "
-        f"such limit (default: {100 * HOST_FLOOR:.0f})",
+        help="report a change of a time on the host's clock only if it exceeds this percentage; device times "
+        f"have no such limit (default: {100 * HOST_FLOOR:.0f})",
     )
-    add("--all", action="store_true", help="show what did not change too")
+    add("--all", action="store_true", help="also show what did not change")
     add_filters(parser)
 
 

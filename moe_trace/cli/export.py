@@ -1,8 +1,8 @@
-"""Write a trace's routing for other tools.
+"""Export the routing of a trace for other tools.
 
-csv and parquet hold one row per router call with all of its metrics; perfetto is a native trace for
+csv and parquet have one row per router call with all of its metrics; perfetto is a native trace for
 ui.perfetto.dev, with units; eplb is a [layers, experts] array of assignments for expert load balancers
-(.npy, or JSON where FILE ends in .json).
+(.npy, or JSON if FILE ends in .json).
 
 Example: moe-trace export runs/demo --to parquet --out calls.parquet
 """
@@ -26,9 +26,11 @@ READS = {"path": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-    add("--to", required=True, choices=tuple(SUFFIXES), help="the format; see above")
-    add_output(parser, "FILE", "default: PATH's name with another ending, here")
+    add("path", metavar="PATH", help="trace (.json or .json.gz) or folder of traces")
+    add("--to", required=True, choices=tuple(SUFFIXES), help="output format, described above")
+    add_output(
+        parser, "FILE", "output file (default: PATH's name with another extension, in the current folder)"
+    )
     add_filters(parser)
 
 

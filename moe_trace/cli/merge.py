@@ -1,6 +1,6 @@
 """Merge the traces of a run's ranks into one, with the ranks as processes on one clock.
 
-Clocks are aligned by the collectives that the ranks share, and the remaining error is printed. Ranks that
+Clocks are aligned using the collectives that the ranks share, and the remaining error is printed. Ranks that
 are missing or cannot be read are named; the others are merged.
 
 Example: moe-trace merge runs/ep2 --out merged.pt.trace.json.gz
@@ -25,8 +25,8 @@ READS = {"paths": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="a trace for each rank, or the folder with all of them")
-    add_output(parser, "FILE", "a .json or .json.gz file", required=True)
+    add("paths", nargs="+", metavar="PATH", help="one trace per rank, or the folder with all of them")
+    add_output(parser, "FILE", "output file, .json or .json.gz", required=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
-"""Estimate what another placement of the experts over ranks would give, from recorded counts alone.
+"""Estimate the effect of another placement of the experts over ranks, from recorded counts alone.
 
-Load per rank and all-to-all volume for contiguous placement (the usual default), balanced placement, and
-placement with replicas of hot experts, each judged on steps that it was not chosen on. PATH is a trace, a
-folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or a dump of SGLang's
-expert distribution recorder, .pt).
+Load per rank and all-to-all volume are computed for contiguous placement (the usual default), balanced
+placement, and placement with replicas of hot experts, each evaluated on steps that it was not chosen on.
+PATH is a trace, a folder of traces, or counts per expert (export --to eplb, JSON with counts per text, or a
+dump of SGLang's expert distribution recorder, .pt).
 
 Example: moe-trace placement runs/demo --ranks 2,4,8 --out map.json
 """
@@ -42,19 +42,51 @@ READS = {"path": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="a trace, a folder of traces, or a file of counts")
-    add("--ranks", default="8", metavar="8,16,64", help="numbers of ranks; each divides the experts")
-    add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over")
-    add("--replicas", type=int, default=1, metavar="R", help="slots a rank for second copies; default: 1")
-    add("--groups", type=int, metavar="G", help="groups of experts that stay on one node (group routing)")
-    add("--hedge", action="store_true", help="copies: be even for inputs unlike the recorded ones, too")
-    add("--split", choices=WAYS, default="auto", help="what is held out; auto: every second step")
-    add("--choose-on", metavar="NAMES", help="choose on these texts (c4,book) or steps (0-9)")
-    add("--judge-on", metavar="NAMES", help="judge on these; default: all the others")
-    add("--slot-bytes", type=int, metavar="N", help="bytes of one token's hidden state, if not recorded")
+    add("path", metavar="PATH", help="trace, folder of traces, or file of counts")
+    add(
+        "--ranks",
+        default="8",
+        metavar="8,16,64",
+        help="numbers of ranks, each a divisor of the number of experts (default: 8)",
+    )
+    add(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of nodes that the ranks are spread over (default: 1)",
+    )
+    add("--replicas", type=int, default=1, metavar="R", help="slots per rank for extra copies (default: 1)")
+    add(
+        "--groups",
+        type=int,
+        metavar="G",
+        help="number of expert groups, each kept on one node (group routing)",
+    )
+    add(
+        "--hedge",
+        action="store_true",
+        help="also balance plans with copies for inputs unlike the recorded ones",
+    )
+    add(
+        "--split",
+        choices=WAYS,
+        default="auto",
+        help="what to hold out (default: auto, every second step or each text in turn)",
+    )
+    add("--choose-on", metavar="NAMES", help="choose plans on these texts (c4,book) or steps (0-9)")
+    add(
+        "--judge-on", metavar="NAMES", help="evaluate plans on these texts or steps (default: all the others)"
+    )
+    add(
+        "--slot-bytes",
+        type=int,
+        metavar="N",
+        help="size of one token's hidden state in bytes, if not recorded",
+    )
     add_format(parser)
     add("--all", action="store_true", help="show every layer")
-    add_output(parser, "MAP.json", "write the plans: which slot holds which expert")
+    add_output(parser, "MAP.json", "write the plans to this file: which slot holds which expert")
     add_choice(parser)
 
 

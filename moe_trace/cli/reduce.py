@@ -1,8 +1,8 @@
-"""Write next to each trace a small file with everything that a report needs from it.
+"""Write everything that a report needs from a trace to a small file next to it.
 
-For runs of many ranks: reduce each trace on the node that wrote it, and collect the small files alone.
-`report`, `diff`, `placement` and `export` read them where the trace is missing, and, because it is faster,
-where the trace has not changed since. `check` and `merge` need the traces themselves.
+For runs with many ranks: reduce each trace on the node that wrote it, and collect only the small files.
+`report`, `diff`, `placement` and `export` read them if the trace is missing and, because it is faster, if
+the trace has not changed since. `check` and `merge` need the traces themselves.
 
 Example: moe-trace reduce runs/ep256
 """
@@ -20,7 +20,7 @@ READS: dict[str, str] = {}  # a pipe has no folder to write the reduced file to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("traces", nargs="+", metavar="PATH", help="traces, or folders of traces")
+    parser.add_argument("traces", nargs="+", metavar="PATH", help="traces or folders of traces")
 
 
 def run(arguments: argparse.Namespace) -> int:

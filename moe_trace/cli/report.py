@@ -1,7 +1,8 @@
-"""Report what a trace holds about the routing, from the file alone.
+"""Report the routing recorded in a trace, from the file alone.
 
-Metrics per layer, where the time goes (router, dispatch, experts, combine), speed, what uneven load
-costs, and findings with advice. Several paths are reported one after another; a folder is reported as one.
+The report has metrics per layer, a breakdown of time (router, dispatch, experts, combine), speed, the cost
+of uneven load, and findings with advice. Several paths are reported one after another; a folder is reported
+as one.
 
 Example: moe-trace report runs/demo --html report.html
 """
@@ -28,9 +29,9 @@ READS = {"paths": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="a .json or .json.gz trace, or a folder of traces")
-    add_format(parser, "csv", help="default: text; csv: one row per router call")
-    add("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+    add("paths", nargs="+", metavar="PATH", help="trace (.json or .json.gz) or folder of traces")
+    add_format(parser, "csv", help="output format; csv has one row per router call (default: text)")
+    add("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead")
     add("-f", "--force", action="store_true", help="replace FILE if it exists")
     add_filters(parser)
 

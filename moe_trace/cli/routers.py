@@ -1,7 +1,7 @@
-"""List the routers of a model: what would be traced, without running it.
+"""List the routers that would be traced in a model, without running it.
 
-The model is built without weights, so that any size fits. Routers that differ only in their layer share a
-row; the legend below explains what they are and how they are read.
+The model is built without weights, so that models of any size fit. Routers that differ only in their layer
+share a row; the legend below the table explains what they are and how they are read.
 
 Example: moe-trace routers demo
 """
@@ -17,7 +17,7 @@ READS = {"model": ".json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    known = "the demo in this package, an id on the hub, a folder, or a config"
+    known = "demo model of this package, Hugging Face Hub id, folder, or config.json"
     parser.add_argument("model", metavar="demo|HUB_ID|PATH|CONFIG.json", help=known)
     add_format(parser)
 

@@ -1,8 +1,9 @@
-"""Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline. Neither needs internet.
+"""Show a folder of traces in TensorBoard's MoE tab, or one trace on its timeline.
 
-A trace opens in the viewer of chrome://tracing, which the package torch-tb-profiler provides; without that
-package, or with --tab, in the MoE tab. The server accepts connections from this machine only; to use it
-from another one, forward the port: ssh -L 6006:localhost:6006 HOST. Ctrl-C stops it.
+No internet access is needed. A trace opens in the viewer of chrome://tracing, which the package
+torch-tb-profiler provides; without that package, or with --tab, it opens in the MoE tab. The server accepts
+connections from this machine only; to use it from another one, forward the port:
+ssh -L 6006:localhost:6006 HOST. Press Ctrl-C to stop it.
 
 Example: moe-trace view runs --port 6007 --open
 """
@@ -41,10 +42,26 @@ READS = {"path": TRACE}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", type=Path, metavar="DIR|TRACE", help="a folder with traces in it or below it, or one trace")
-    add("--tab", action="store_true", help="show one trace in TensorBoard's MoE tab")
-    add("--tokenizer", metavar="PATH", help="for the text of routes: as of `moe-trace routes view`")
-    add("--port", type=int, default=None, help=f"{DEFAULT_PORT} by default; the next free one if it is taken")
+    add(
+        "path",
+        type=Path,
+        metavar="DIR|TRACE",
+        help="folder with traces in it or in its subfolders, or one trace",
+    )
+    add(
+        "--tab",
+        action="store_true",
+        help="show a single trace in TensorBoard's MoE tab instead of on its timeline",
+    )
+    add(
+        "--tokenizer", metavar="PATH", help="tokenizer for the text of routes, as for `moe-trace routes view`"
+    )
+    add(
+        "--port",
+        type=int,
+        default=None,
+        help=f"port of the server (default: {DEFAULT_PORT}, or the next free one if it is taken)",
+    )
     add("--open", action="store_true", help="open the page in a browser")
 
 

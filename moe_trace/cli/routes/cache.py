@@ -1,8 +1,9 @@
 """Simulate keeping some of the experts in fast memory, on recorded routes.
 
-Hit rate, experts loaded and bytes moved per token, by policy and by how many experts of each layer fit:
-least recently used (lru), least frequently used (lfu), the best fixed choice (static), and Belady's
-optimum, which no policy beats. A step is one forward, whose tokens need their experts together.
+Reports hit rate, experts loaded and bytes moved per token, by policy and by the number of experts per layer
+that fit. The policies are least recently used (lru), least frequently used (lfu), the best fixed choice
+(static), and Belady's optimum (belady), which no policy beats. A step is one forward, whose tokens need
+their experts at the same time.
 
 Example: moe-trace routes cache runs/demo/trace.routes.npz --experts-in-memory 4,8
 """
@@ -23,21 +24,35 @@ READS = {"file": ".routes.npz"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", metavar="FILE", help="a file of routes")
-    add("--experts-in-memory", required=True, metavar="8,16,32", help="experts of each layer that fit")
-    add("--policy", default="lru,lfu,static,belady", metavar="lru,belady", help="default: all four")
-    add("--shared", action="store_true", help="one memory for all layers, of as many experts in all")
-    add("--each-token", action="store_true", help="take each token as a step, as if decoded alone")
-    add("--prefetch", choices=("transition",), help="load ahead what a layer's experts predict")
-    add("--expert-bytes", type=int, metavar="N", help="bytes of one expert's weights, if not by its shape")
+    add("file", metavar="FILE", help="routes file")
+    add("--experts-in-memory", required=True, metavar="8,16,32", help="numbers of experts per layer that fit")
+    add(
+        "--policy",
+        default="lru,lfu,static,belady",
+        metavar="lru,belady",
+        help="policies to simulate (default: all four)",
+    )
+    add("--shared", action="store_true", help="share one memory of the same total size among all layers")
+    add("--each-token", action="store_true", help="treat each token as a step, as if decoded alone")
+    add(
+        "--prefetch",
+        choices=("transition",),
+        help="prefetch the experts that a layer's experts predict for the next layer",
+    )
+    add(
+        "--expert-bytes",
+        type=int,
+        metavar="N",
+        help="size of one expert's weights in bytes (default: from its shape)",
+    )
     add(
         "--steps",
         type=int,
         metavar="N",
         default=STEPS_MAX,
-        help=f"simulate the first N steps, 0 for all; default: {STEPS_MAX:,}",
+        help=f"simulate the first N steps, 0 for all (default: {STEPS_MAX:,})",
     )
-    add("--layers", action="store_true", help="show the hit rates of every layer")
+    add("--layers", action="store_true", help="show hit rates of every layer")
     add_format(parser, alias=True)
 
 

@@ -1,8 +1,9 @@
 """Check that routes are possible decisions of a router.
 
-Ids are in range and differ within a token, no layer is filled with zeros or holds another's rows, no
-row is stale, padding is marked. With --reference, layers are compared with those of another file of the
-same tokens, to find an offset between layers. The exit status is 1 where something is wrong.
+Ids must be in range and differ within a token, no layer may be filled with zeros or hold another layer's
+rows, no row may be stale, and padding must be marked. With --reference, layers are compared with those of
+another file of the same tokens, to find an offset between layers. The exit status is 1 if anything is
+wrong.
 
 Example: moe-trace routes check runs/demo/trace.routes.npz
 """
@@ -25,8 +26,8 @@ READS = {"files": ROUTES, "reference": ROUTES}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="files of routes")
-    add("--reference", metavar="FILE", help="routes of the same tokens whose layers are right")
+    add("files", nargs="+", metavar="FILE", help="routes files")
+    add("--reference", metavar="FILE", help="routes of the same tokens whose layers are known to be correct")
     add_format(parser)
 
 

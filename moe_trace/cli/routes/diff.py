@@ -1,9 +1,9 @@
 """Compare routings of the same tokens: precisions, engines, training and inference, checkpoints.
 
-How much of the top-k sets and of their order is shared by layer and position, how many tokens differ
-anywhere, and in which layer the difference begins. Tokens are matched by sequence and position, and must
-have the same ids where ids were recorded. With three or more files, each is compared with the last: router
-saturation.
+Reports how much of the top-k sets and of their order is shared, by layer and position, how many tokens
+differ anywhere, and in which layer the difference begins. Tokens are matched by sequence and position, and
+must have the same ids if ids were recorded. With three or more files, each is compared with the last one
+(router saturation).
 
 Example: moe-trace routes diff bf16.routes.npz fp8.routes.npz
 """
@@ -21,7 +21,12 @@ READS = {"files": ROUTES}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="A and B, or checkpoints in order of training")
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="two routes files, A and B, or checkpoints in order of training",
+    )
     add_format(parser, alias=True)
 
 

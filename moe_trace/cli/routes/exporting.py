@@ -1,7 +1,7 @@
-"""Write routes for other tools.
+"""Export routes for other tools.
 
-npy is [tokens, layers, top_k] as vLLM returns it, -1 for no expert; npz holds the other columns as well;
-megatron is a router trace; parquet, arrow and safetensors hold all columns and can be imported again.
+npy is [tokens, layers, top_k] as returned by vLLM, with -1 for no expert; npz has the other columns as well;
+megatron is a router trace; parquet, arrow and safetensors have all columns and can be imported again.
 
 Example: moe-trace routes export runs/demo/trace.routes.npz --to parquet --out routes.parquet
 """
@@ -20,10 +20,12 @@ READS = {"file": ROUTES}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", metavar="FILE", help="a file of routes")
+    add("file", metavar="FILE", help="routes file")
     formats = ("npy", "npz", "megatron", "parquet", "arrow", "safetensors")
-    add("--to", required=True, choices=formats, help="the format; see above")
-    add_output(parser, "FILE", "default: FILE's name with another ending, here")
+    add("--to", required=True, choices=formats, help="output format, described above")
+    add_output(
+        parser, "FILE", "output file (default: FILE's name with another extension, in the current folder)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

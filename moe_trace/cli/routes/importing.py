@@ -1,8 +1,8 @@
-"""Read the routes that another tool captured.
+"""Import routes captured by another tool.
 
-Arrays of vLLM, SGLang and verl (.npy, .npz with routed_experts, .safetensors), responses of their servers
-(.json, or .jsonl with one per line), Megatron's router trace (.jsonl), SGLang's recorder of expert loads
-(.pt, per_token), and files written by `export`.
+Reads arrays from vLLM, SGLang and verl (.npy, .npz with routed_experts, .safetensors), responses of their
+servers (.json, or .jsonl with one per line), Megatron's router trace (.jsonl), dumps of SGLang's expert
+distribution recorder (.pt, per_token), and files written by `export`.
 
 Example: moe-trace routes import routed_experts.npy --num-experts 64 --out vllm.routes.npz
 """
@@ -20,12 +20,12 @@ READS = {"capture": ""}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("capture", metavar="FILE", help="what was captured")
-    add("--num-experts", type=int, metavar="E", help="experts of each layer; default: what the ids say")
-    add("--layers", type=int, metavar="L", help="layers of ids that came flat, as SGLang's do")
-    add("--top-k", type=int, metavar="K", help="experts per token of ids that came flat")
-    add("--as", dest="ending", metavar=".json", help="read it as a file of this ending")
-    add_output(parser, "FILE", "the file of routes to write", required=True)
+    add("capture", metavar="FILE", help="captured file")
+    add("--num-experts", type=int, metavar="E", help="number of experts per layer (default: from the ids)")
+    add("--layers", type=int, metavar="L", help="number of layers, if the ids are flat, as from SGLang")
+    add("--top-k", type=int, metavar="K", help="number of experts per token, if the ids are flat")
+    add("--as", dest="ending", metavar=".json", help="read the file as if it had this extension")
+    add_output(parser, "FILE", "routes file to write", required=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

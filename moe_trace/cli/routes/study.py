@@ -1,9 +1,9 @@
 """Study which token went to which experts.
 
-Co-activation of experts, reuse from token to token, how well a layer predicts the next, distinct experts
-of a step by its size; gating weights and vocabulary where they were recorded. Several files of one model
-are domains, named by --labels; several files of the same tokens are checkpoints, whose saturation is
-reported. The formulas are in docs/routes_study.md.
+Reports co-activation of experts, reuse from token to token, how well a layer predicts the next, and the
+number of distinct experts by step size; also gating weights and vocabulary if they were recorded. Several
+files of one model are treated as domains, named by --labels; several files of the same tokens are treated as
+checkpoints, and their saturation is reported. The formulas are in docs/routes_study.md.
 
 Example: moe-trace routes study code.routes.npz prose.routes.npz --labels code,prose
 """
@@ -21,24 +21,24 @@ READS = {"files": ".routes.npz"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="files of routes")
-    add("--labels", metavar="A,B", help="a name for each file; default: its own")
+    add("files", nargs="+", metavar="FILE", help="routes files")
+    add("--labels", metavar="A,B", help="one name per file (default: the file's own)")
     add(
         "--pairs",
         choices=("all", "adjacent"),
         default="all",
-        help="co-activation: all pairs of a token's experts (default), or those of neighbouring ranks, "
-        "as the OLMoE authors' script counts",
+        help="pairs counted as co-activated: all pairs of a token's experts, or only neighbours in the top-k "
+        "order, as in the OLMoE authors' script (default: all)",
     )
     add(
         "--predicted",
         nargs="+",
         metavar="FILE.npy",
-        help="for each file, the token ids that the model predicted at its rows, negative where unknown: "
-        "what experts specialise in is reported of these too",
+        help="token ids that the model predicted at the rows of each file, negative where unknown; expert "
+        "specialisation is reported for these, too",
     )
     add_format(parser, alias=True)
-    add("--matrices", action="store_true", help="JSON with the counts of every pair of experts")
+    add("--matrices", action="store_true", help="include the counts of every pair of experts in the JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

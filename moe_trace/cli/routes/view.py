@@ -1,8 +1,8 @@
-"""Write routes as a web page: the text in the colours of its experts, and the figures of the study.
+"""Write routes as a web page, with the text coloured by expert and the figures of the study.
 
-The page is self-contained: it needs no internet and sends nothing. It shows text only where token ids
-were recorded (`Routes(token_ids=True)`) and a tokenizer is given. Of several files the first is shown
-token by token, and all are studied together: the same tokens as checkpoints, other tokens as domains.
+The page is self-contained: it needs no internet access and sends nothing. Text is shown only if token ids
+were recorded (`Routes(token_ids=True)`) and a tokenizer is given. With several files, the first is shown
+token by token, and all are studied together: as checkpoints if they have the same tokens, else as domains.
 
 Example: moe-trace routes view runs/demo/trace.routes.npz --tokenizer demo -o routes.html
 """
@@ -25,14 +25,14 @@ READS = {"files": ENDING}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="files of routes")
+    add("files", nargs="+", metavar="FILE", help="routes files")
     add(
         "--tokenizer",
         metavar="PATH",
-        help="says the text of recorded token ids: a tokenizer.json, a folder with one, or a JSON "
-        "vocabulary {token: id}; demo: the demo model's",
+        help="tokenizer for the recorded token ids: a tokenizer.json, a folder with one, a JSON vocabulary "
+        "{token: id}, or demo for the demo model's",
     )
-    add_output(parser, "PAGE", "the page; by default the first FILE's name, as .html")
+    add_output(parser, "PAGE", "output page (default: the first FILE's name, with extension .html)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,13 @@
 """Run a model, or a program of your own, under torch.profiler and record what the routers decide.
 
 Writes one trace (for TensorBoard, Perfetto, chrome://tracing and `moe-trace report`) and TensorBoard
-scalars into a folder, then prints the metrics of each layer.
+scalars to a folder, then prints the metrics of each layer.
 
-A program runs unchanged, as under Python: options go before its name, and everything after it is passed
-on. Each model with routers that the program calls is recorded. If it uses torch.profiler, the routing is
-added to the traces it writes; otherwise --steps are profiled. A step is an optimizer step with all its
-forwards or, where nothing is trained, one forward. Under `torchrun -m moe_trace run SCRIPT` each process
-writes a trace.
+A program runs unchanged, as it would under Python: options come before its name, and everything after it
+is passed on. Every model with routers that the program calls is recorded. If the program uses
+torch.profiler, the routing is added to the traces it writes; otherwise --steps are profiled. A step is an
+optimizer step with all its forwards or, if nothing is trained, one forward. Under `torchrun -m moe_trace
+run SCRIPT`, each process writes a trace.
 
 Example: moe-trace run --steps 10-12 --out runs/mine train.py --learning-rate 1e-4
 """
@@ -47,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_work(parser)
     _add_split(parser)
     add = parser.add_argument
-    add("script", nargs="?", type=Path, metavar="SCRIPT", help="a Python program to run instead")
-    add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
-    of_module = "a module to run instead, as `python -m` does, and its arguments"
+    add("script", nargs="?", type=Path, metavar="SCRIPT", help="Python program to run instead of a model")
+    add("script_arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="arguments of the program")
+    of_module = "module to run instead of a model, as with `python -m`, and its arguments"
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS", help=of_module)
-    add_output(parser, "DIR", f"default: a new folder in {RunConfig().out}, named by model, mode and time")
+    add_output(
+        parser,
+        "DIR",
+        f"output folder (default: a new one in {RunConfig().out}, named after model, mode and time)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,45 +113,70 @@ def _run_models(values: dict[str, Any]) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     d = RunConfig()
-    add = parser.add_argument_group("the model").add_argument
+    add = parser.add_argument_group("model").add_argument
     add(
         "--model",
         default=d.model,
         metavar="demo|HUB_ID|PATH|CONFIG.json",
-        help="the demo in this package, an id on the hub, a folder, or a config (default demo)",
+        help="demo model of this package, Hugging Face Hub id, folder, or config.json (default: demo)",
     )
-    add("--random-weights", action="store_true", help="build the model from its config alone")
-    add("--top-k", type=int, metavar="K", help="experts a token (default: as its config says)")
+    add(
+        "--random-weights",
+        action="store_true",
+        help="build the model from its config alone, with random weights",
+    )
+    add("--top-k", type=int, metavar="K", help="experts per token (default: from the model's config)")
     add(
         "--experts-implementation",
         metavar="NAME",
-        help="eager, grouped_mm or batched_mm, as transformers names them (default: the model's own)",
+        help="experts implementation in transformers: eager, grouped_mm or batched_mm (default: the "
+        "model's own)",
     )
-    add("--device", default=d.device, metavar="auto|cpu|cuda", help="auto: a GPU if there is one (default)")
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add(
+        "--device",
+        default=d.device,
+        metavar="auto|cpu|cuda",
+        help="device to run on; auto selects a GPU if there is one (default: auto)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="data type of the model (default: float32 on a CPU, bfloat16 on a GPU)",
+    )
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
     d = RunConfig()
-    add = parser.add_argument_group("what it does, and what is recorded").add_argument
-    modes = "one forward a step, generating text, or training (default prefill)"
+    add = parser.add_argument_group("workload and recording").add_argument
+    modes = "one forward per step, text generation, or training (default: prefill)"
     add("--mode", choices=("prefill", "generate", "train"), default=d.mode, help=modes)
-    add("--prompt", metavar="TEXT", help="the text to read (default: the demo's texts, or one sentence)")
-    add("--prompts-file", type=Path, metavar="F", help="a prompt per line; JSON name -> text: a run of each")
-    which = f"how many are recorded, or which, from 0 (default {d.steps}; {SCRIPT_STEPS} of a program)"
+    add("--prompt", metavar="TEXT", help="input text (default: the demo's texts, or one sentence)")
+    add(
+        "--prompts-file",
+        type=Path,
+        metavar="F",
+        help="file with one prompt per line, or JSON name -> text: one run per text",
+    )
+    which = f"steps to record: a number, or a range from 0 (default: {d.steps}; {SCRIPT_STEPS} for a program)"
     add("--steps", type=parse_steps, metavar="N|A-B", help=which)
-    before = f"steps before (default {d.warmup}; 0 of a program)"
+    before = f"steps to run before recording (default: {d.warmup}; 0 for a program)"
     add("--warmup", type=int, metavar="N", help=before)
     add("--batch", type=int, metavar="B", help="sequences per step (default: one per prompt)")
-    add("--seq-len", metavar="T,...", help="tokens per sequence (default: the prompt's); a run of each")
-    tokens = f"tokens of a step with --mode generate (default {d.max_new_tokens})"
+    add(
+        "--seq-len",
+        metavar="T,...",
+        help="tokens per sequence, one run per value (default: the prompt's length)",
+    )
+    tokens = f"tokens generated per step with --mode generate (default: {d.max_new_tokens})"
     add("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="N", help=tokens)
     add(
         "--layers",
         metavar="0,3,L05",
-        help="only these routers: indices, labels or module paths (default all)",
+        help="record only these routers: indices, labels or module paths (default: all)",
     )
-    add("--every", type=int, default=d.every, metavar="N", help=f"record every n-th step (default {d.every})")
+    add(
+        "--every", type=int, default=d.every, metavar="N", help=f"record every N-th step (default: {d.every})"
+    )
     add(
         "--routes",
         nargs="?",
@@ -155,31 +184,56 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=d.routes,
         metavar="FILE.npz",
-        help="record which token went to which expert: beside the trace, or in this file as the run goes on",
+        help="also record which token went to which expert, in a file next to the trace, or in this file "
+        "during the run",
     )
-    add("--record-shapes", action="store_true", help="operators' shapes, as torch.profiler records them")
-    add("--with-stack", action="store_true", help="source lines, as torch.profiler records them")
+    add("--record-shapes", action="store_true", help="record operator shapes, as torch.profiler does")
+    add("--with-stack", action="store_true", help="record source lines, as torch.profiler does")
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
     d = Split()
     group = parser.add_argument_group(
-        "several processes",
-        paragraph("under `torchrun --nproc-per-node N -m moe_trace run ...`; each writes a trace"),
+        "multiple processes",
+        paragraph(
+            "for use with `torchrun --nproc-per-node N -m moe_trace run ...`; each process writes a trace"
+        ),
     )
     add = group.add_argument
-    add("--fsdp", type=int, default=d.fsdp, metavar="N", help="processes with tokens of their own (FSDP 2)")
-    add("--tp", type=int, default=d.tp, metavar="N", help="processes that split matrices, on the same tokens")
-    add("--ep", type=int, default=d.ep, metavar="N", help="of those, how many deal out the experts")
-    how = "how tokens reach their experts (default auto)"
+    add(
+        "--fsdp",
+        type=int,
+        default=d.fsdp,
+        metavar="N",
+        help="number of processes that shard the weights, each with its own tokens (FSDP 2)",
+    )
+    add(
+        "--tp",
+        type=int,
+        default=d.tp,
+        metavar="N",
+        help="number of processes that split the matrices and share the same tokens",
+    )
+    add(
+        "--ep",
+        type=int,
+        default=d.ep,
+        metavar="N",
+        help="number of these processes (fsdp x tp) among which the experts are divided",
+    )
+    how = "how tokens reach their experts (default: auto)"
     add("--ep-implementation", choices=EP_IMPLEMENTATIONS, default=d.ep_implementation, help=how)
-    add("--ddp", action="store_true", help="the whole model in every process, tokens of its own")
+    add(
+        "--ddp",
+        action="store_true",
+        help="replicate the whole model in every process, each with its own tokens",
+    )
     add(
         "--rank-timeout",
         type=float,
         default=RunConfig().rank_timeout,
         metavar="S",
-        help=f"rank 0 waits so long for the others' traces (default {RunConfig().rank_timeout:g} s)",
+        help=f"seconds that rank 0 waits for the others' traces (default: {RunConfig().rank_timeout:g})",
     )
 
 
