@@ -1,1 +1,1 @@
-"""Recording: from forward hooks to samples. The only half that needs torch."""
+"""Record routing: from forward hooks to samples. Only this half of the package needs torch."""

@@ -1,4 +1,4 @@
-"""Make a profiler merge what tracers recorded into each trace that it writes."""
+"""Make a profiler merge the recordings of tracers into each trace that it writes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from moe_trace.find.contracts.modules import class_name
 from moe_trace.record.forward.ranges import note_profiler, profiler_is_recording
 from moe_trace.timeline.merge import compress, merge_in_place
 
-_TRACERS = "_moe_trace_tracers"  # attribute of a profiler: tracers attached to it -> who follows its steps
-_OWN = "_moe_trace_own_methods"  # those of them that it had in itself, as when patched by others
+_TRACERS = "_moe_trace_tracers"  # profiler attribute: attached tracer -> its `follow` callback
+_OWN = "_moe_trace_own_methods"  # profiler attribute: methods that others had patched before
 
 _PATCHED = ("start", "step", "stop", "export_chrome_trace")
 
 Tracer = Any
-"""A `MoETracer`, which itself imports this module."""
+"""A `MoETracer`; `Any`, because its module imports this one."""
 
 
 Follow = Callable[[Any, str], None]
-"""Called with a profiler and the name of the method that was called of it."""
+"""Callback that receives a profiler and the name of the method being called on it."""
 
 
 def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) -> None:
     """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached.
 
     Args:
-        follow: told of the profiler's steps. Its owner then may not know of us: a trace that cannot be merged
-            is written as without us, and nothing raises. None where the user asked for it.
+        follow: callback for the profiler's steps, or None if the user asked for the attachment. With a
+            callback, the profiler's owner may not know of moe_trace, so a trace that cannot be merged is
+            written unchanged and nothing raises.
     """
     note_profiler(prof)
     tracers = getattr(prof, _TRACERS, None)
@@ -52,8 +53,8 @@ def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) ->
 def _wrap_methods(prof: Any) -> None:
     setattr(prof, _OWN, {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__})
     setattr(prof, _TRACERS, {})
-    # Forwards that run inside graphs are unseen by the host: tell the tracers where a step ends, and where a
-    # trace begins and ends.
+    # The host does not see forwards that run inside graphs, so tracers need to know where a step ends and
+    # where a trace begins and ends.
     for name in _PATCHED[:3]:
         method = getattr(prof, name, None)
         if method is not None:
@@ -68,7 +69,7 @@ def _wrap_methods(prof: Any) -> None:
 
 
 def detach_tracer(prof: Any, tracer: Tracer) -> None:
-    """Undo `attach_tracer`: with its last tracer gone, the profiler has the methods that it had before."""
+    """Undo `attach_tracer`. Detaching the last tracer restores the profiler's original methods."""
     tracers = getattr(prof, _TRACERS, None)
     if tracers is None or tracer not in tracers:
         return
@@ -97,19 +98,19 @@ def _marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., 
 
 
 def mark_begin(prof: Any) -> None:
-    """What ran before a trace began is not part of it."""
+    """Exclude from the trace whatever ran before it began."""
     if profiler_is_recording():
         for tracer in attached_tracers(prof):
             tracer.mark_graphs(profiled=False)
 
 
 def attached_tracers(prof: Any) -> dict[Tracer, Follow | None]:
-    """The tracers attached to a profiler; None for those that the user attached."""
+    """Return the tracers attached to a profiler and their `follow` callbacks (None: attached by the user)."""
     return dict(getattr(prof, _TRACERS, {}))
 
 
 class _NotBegun(OutputError):
-    """There is no place to export to, and a trace can be exported once."""
+    """The output file cannot be created. The trace, which can be exported only once, is not exported yet."""
 
 
 def _export_as_asked(export: Callable[[str], None], path: str | os.PathLike[str], prof: Any) -> None:
@@ -140,7 +141,7 @@ def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
             _require_complete(plain, path)
             try:
                 _merge_or_warn(plain, path, prof)
-            except (OSError, Warning) as error:  # the merge put the trace back: deliver it, then say so
+            except (OSError, Warning) as error:  # the merge restored the trace: deliver it, then raise
                 failure = error
             if plain != target:
                 compress(plain, target)
@@ -157,14 +158,14 @@ def _export(export: Callable[[str], None], path: Path, prof: Any) -> None:
 
 
 def _keep_others(plain: Path, path: Path) -> None:
-    """A profiler whose export writes under names of its own finds them beside the one that it was given."""
+    """Move files that the profiler's export wrote under other names to the folder of `path`."""
     for other in plain.parent.iterdir():
-        if other != plain and other.suffix != ".tmp":  # which Kineto leaves of a write that failed
+        if other != plain and other.suffix != ".tmp":  # left by Kineto after a failed write
             shutil.move(other, path.parent / other.name)
 
 
 def _require_complete(plain: Path, path: Path) -> None:
-    """Kineto only logs a failed write, so the file itself must tell."""
+    """Raise `OutputError` if the file is incomplete: Kineto only logs a failed write."""
     size = plain.stat().st_size if plain.exists() else 0
     if size:
         with plain.open("rb") as file:
@@ -180,7 +181,7 @@ def _require_complete(plain: Path, path: Path) -> None:
 
 
 def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
-    """Merge; but a trace that cannot be merged is still the user's trace, and is kept as it is."""
+    """Merge the recordings; if that is impossible, warn and keep the trace as it is."""
     tracers = _contributing(prof)
     try:
         merged = merge_in_place(
@@ -197,7 +198,7 @@ def _merge_or_warn(plain: Path, path: Path, prof: Any) -> None:
 
 
 def _contributing(prof: Any) -> list[Tracer]:
-    """Tracers that were asked for, then those of models that none before has: one may be traced twice."""
+    """Return explicitly attached tracers, then others that add a router: a model may have several tracers."""
     tracers = attached_tracers(prof)
     calls = {tracer: sum(tracer.calls_by_router().values()) for tracer in tracers}
     chosen = [tracer for tracer, follow in tracers.items() if follow is None]
@@ -214,7 +215,7 @@ def _contributing(prof: Any) -> list[Tracer]:
 
 
 def _activities(prof: Any) -> frozenset[str] | None:
-    """Names of what the profiler was asked to record; None for one that does not tell."""
+    """Return the names of the activities that the profiler records, or None if it does not expose them."""
     activities = getattr(prof, "activities", None)
     return None if activities is None else frozenset(activity.name for activity in activities)
 

@@ -1,6 +1,6 @@
-"""Time modules on the device without a profiler: CUDA events from a pool, read when the run is over.
+"""Time modules on the device without a profiler: CUDA events from a pool, read at the end of the run.
 
-On a CPU, where a module is done when it returns, the host's clock tells the same.
+On a CPU, where a module has finished when it returns, the host's clock is used.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from moe_trace.data.schema import RangeKind
 ClockName = Literal["host", "cuda_event"]
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
-# Unread pairs of events kept at most; beyond it, pairs that the device has passed are read early, which
-# does not wait for it. A pair costs under 1 KB.
+# Maximum number of unread event pairs. Beyond it, completed pairs are read early, which does not wait for the
+# device. A pair costs under 1 KB.
 _UNREAD_PAIRS_MAX = 2**16
 
 
 @dataclass(slots=True)
 class Mark:
-    """One timed call of a module; times in milliseconds once `clock` has been decided."""
+    """One timed call of a module, with host times in nanoseconds and, on CUDA, a pair of events."""
 
     device: torch.device
     start_ns: int
@@ -36,7 +36,7 @@ class Mark:
 
 @dataclass(slots=True)
 class CallTimes:
-    """How long one router call took; None where it was not timed."""
+    """Durations of one router call; None where it was not timed."""
 
     device: str
     clock: ClockName
@@ -45,13 +45,13 @@ class CallTimes:
 
 
 class DeviceClock:
-    """A `CallClock`: never waits for the device until `read`.
+    """A `CallClock` that does not wait for the device until `read`.
 
-    The time between two CUDA events is what passed on the stream between them: kernels and the gaps while
-    the device waited for the host to launch the next one.
+    The time between two CUDA events is what elapses on the stream between them: kernels, and the gaps in
+    which the device waits for the host to launch the next one.
 
     Args:
-        capacity: router calls whose times are kept; beyond it the oldest are dropped.
+        capacity: number of router calls whose times are kept; beyond it the oldest are dropped.
     """
 
     def __init__(self, *, capacity: int = 100_000) -> None:
@@ -62,7 +62,7 @@ class DeviceClock:
         self._times: dict[tuple[str, int], CallTimes] = {}
 
     def start(self, args: tuple[Any, ...]) -> Mark:
-        """Begin to time a module that was called with `args`, on the device of its first tensor."""
+        """Start timing a module called with `args`, on the device of its first tensor."""
         first = next((value for value in args if isinstance(value, Tensor)), None)
         device = torch.device("cpu") if first is None else first.device
         mark = Mark(device, time.perf_counter_ns())
@@ -72,13 +72,13 @@ class DeviceClock:
         return mark
 
     def stop(self, mark: Mark) -> None:
-        """The module has returned."""
+        """Stop timing, after the module has returned."""
         mark.end_ns = time.perf_counter_ns()
         if mark.events is not None:
             mark.events[1].record(torch.cuda.current_stream(mark.device))
 
     def keep(self, name: str, call: int, kind: RangeKind, mark: Mark) -> None:
-        """File the mark under its router call."""
+        """Store the mark under its router call."""
         clock: ClockName = "cuda_event" if mark.events is not None else "host"
         with self._lock:
             times = self._times.get((name, call))
@@ -92,7 +92,7 @@ class DeviceClock:
                 self._unread.append((times, kind, mark.device, mark.events))
 
     def read(self) -> dict[tuple[str, int], CallTimes]:
-        """(module path of the router, call) -> times. Waits for the device."""
+        """Return a mapping from (module path of the router, call) to times. Waits for the device."""
         with self._lock:
             while self._unread:
                 self._read_oldest()

@@ -1,8 +1,8 @@
-"""Warm-up of the recording on made-up calls, so that a step pays for nothing that happens only once.
+"""Warm up the recording on synthetic calls, so that no training or inference step pays one-time costs.
 
-The first use of anything on a GPU takes long: kernels are compiled or loaded, pinned memory is allocated. So
-all of it is used once when a tracer starts, before a profiler records: once for each kind of router in a
-process, through the recorder's own way.
+First use is slow on a GPU: kernels are compiled or loaded, and pinned memory is allocated. Each of these is
+therefore used once when a tracer starts, before a profiler records, through the recorder's own code path and
+once per kind of router and process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from moe_trace.record.reduce.stats import routing_stats
 
 _TOKENS = 512
 
-_Kind = tuple[torch.device, torch.dtype, int, int]  # of routers: their weights', experts, slots
+_Kind = tuple[torch.device, torch.dtype, int, int]  # device and dtype of the weights, experts, top-k
 _warm: set[_Kind] = set()
 
 
 def warm_up(sites: Sequence[RouterSite]) -> None:
-    """Run what recording calls of these routers will run; nothing on a CPU, and nothing for the second time.
+    """Run what recording calls of these routers will run. Does nothing on a CPU or for kinds already warm.
 
-    Not while a profiler records: its trace would hold it. What is not ready then is reduced by torch's
-    operators.
+    Does nothing while a profiler records either, because its trace would contain the warm-up. Torch's
+    operators then replace kernels that are not ready.
     """
     if not torch.cuda.is_available() or profiler_is_recording():
         return
@@ -54,11 +54,11 @@ def _warm_up(
     try:
         recorder = Recorder(capacity=SHIP_EVERY * len(sites) + 2 * WAITING_CALLS_MAX)
         forward = _reading(device, dtype, _TOKENS, num_experts, top_k)
-        for _ in range(SHIP_EVERY):  # so that they are shipped too
+        for _ in range(SHIP_EVERY):  # enough calls to ship a batch as well
             _add(recorder, sites, forward)
         decode = _reading(device, dtype, 1, num_experts, top_k)
         _add(recorder, (sites * (WAITING_CALLS_MAX // len(sites) + 1))[:WAITING_CALLS_MAX], decode)
-        shipped = recorder.take()  # kept, so that a single step is shipped to memory of its own
+        shipped = recorder.take()  # kept alive, so that a single step is shipped to separate memory
         _add(recorder, sites, forward)
         shipped += recorder.take()
         ring = _reading(device, torch.float32, 4, num_experts, top_k)
@@ -66,9 +66,9 @@ def _warm_up(
         alike = (torch.stack([one] * len(sites)) for one in (ring.logits_TE, ring.weights_TK, ring.index_TK))
         logits, weights, index = alike
         routing_stats(logits, weights, index, num_experts, None)
-        if device.type == "cuda":  # else kernels might end within the user's trace
+        if device.type == "cuda":  # otherwise kernels might end within the user's trace
             torch.cuda.current_stream(device).synchronize()
-    except RuntimeError:  # out of memory, or an operator that this device lacks: the model's step will tell
+    except RuntimeError:  # out of memory, or an operator missing here: the model's step will report it
         return
 
 

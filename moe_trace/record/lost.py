@@ -1,4 +1,4 @@
-"""What a recording lacks, and what only its calls could tell of the routers."""
+"""Report what a recording lacks, and router metadata that is known only after calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROWS_IN_GRAPH = (
 
 
 def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
-    """What is known of each router, with what only its calls could tell."""
+    """Return the metadata of each router, with a note where its block ran fused."""
     infos = [router.site.info for router in hooks.routers]
     return tuple(
         replace(info, notes=(*info.notes, _FUSED_NOTE)) if counts.fused else info
@@ -35,38 +35,41 @@ def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
 
 
 def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
-    """Recorded calls of each router, in graphs and outside of them."""
+    """Return the number of recorded calls of each router, inside and outside graphs."""
     counts = hooks.calls.counts
     return [one.recorded + in_graphs for one, in_graphs in zip(counts, graphs.calls, strict=True)]
 
 
 def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
-    """Hooks that dynamo did not compile in stay silent, and it does not look for hooks by default."""
+    """Return the number of recorded forwards in which no hook ran.
+
+    Hooks that dynamo did not compile in never run, and by default it does not check for new ones.
+    """
     if not frames_compiled() or unread_in_graphs(hooks, graphs):
         return 0
-    lost = (counts.lost.total() for counts in hooks.calls.counts)  # seen, and told with the reason
+    lost = (counts.lost.total() for counts in hooks.calls.counts)  # seen, and reported with a reason
     seen = map(sum, zip(recorded_calls(hooks, graphs), lost, strict=True))
     return max(0, hooks.watch.forwards_recorded - max(seen) - graphs.overwritten)
 
 
 def unread_in_graphs(hooks: ModelHooks, graphs: RingReader) -> dict[str, str]:
-    """Routers whose call was compiled and does not tell a decision there, and why."""
+    """Return routers whose compiled call exposes no decision, with the reason for each."""
     rows = list(zip(hooks.routers, hooks.calls.counts, graphs.rings.sites, strict=True))
     if not any(rings.misreads for _, _, rings in rows):
         return {}
     return {
         router.site.name: _ROWS_IN_GRAPH if router.site.listed else _UNREAD_IN_GRAPH
         for router, counts, rings in rows
-        # Blocks of one class share their code, so that only the first of them was seen being compiled.
+        # Blocks of one class share their code, so only the first of them was seen during compilation.
         if rings.misreads or (router.site.listed and not counts.seen)
     }
 
 
 def lost_so_far(hooks: ModelHooks, recorder: Recorder, graphs: RingReader, traces: Collection[Lost]) -> Lost:
-    """All that is not in the recording; says once if compiled code kept its hooks silent.
+    """Return everything missing from the recording; warn once if compiled code runs without hooks.
 
     Args:
-        traces: what merging into each trace lost.
+        traces: losses from merging into each trace.
     """
     rows = [
         (router.site.name, counts, in_graphs)

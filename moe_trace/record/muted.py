@@ -1,9 +1,9 @@
-"""The hooks that compiled code expects, between two tracers of its model: they record nothing.
+"""Hooks that compiled code expects and that record nothing, for the time between two tracers of a model.
 
-Dynamo compiles a model anew when the hooks in its code are gone, and does not ask for hooks in what it then
-has. So where code was compiled under a tracer, its hooks stay on when the tracer stops. They cost what they
-cost while it was active, in the graph, and keep the rings and nothing else that was recorded. The next tracer
-of the same routers has them replaced by its own, which write to the same rings.
+Dynamo recompiles a model when the hooks in its code have been removed, and the new code ignores later hooks.
+So where code was compiled under a tracer, its hooks stay installed when the tracer stops. Inside the graph
+they cost the same as while it was active; they keep the rings alive, but no other recorded data. The next
+tracer of the same routers replaces them with its own hooks, which write to the same rings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
 
 
 class MutedHooks:
-    """Stand in for those of a tracer that has stopped, as long as the model lives or until the next one."""
+    """Replacements for the hooks of a stopped tracer, until the model is freed or another tracer starts."""
 
     def __init__(self, hooks: ModelHooks, graphs: RingReader, on: Sequence[HooksOn]) -> None:
         self.sites = [router.site for router in hooks.routers]
@@ -47,7 +47,7 @@ class MutedHooks:
         self.rings.take_over(graphs.rings)
         self.failures = Failures()
         self._outermost: int | None = None
-        """Level of the module that the forward under way began with."""
+        """Level of the module through which the current forward entered the model."""
         self._entries = [ModelEntry(entry.module, entry.level, self, self.rings) for entry in hooks.entries]
         for entry in self._entries:
             entry.install()
@@ -66,7 +66,7 @@ class MutedHooks:
         _muted.add(self)
 
     def remove(self) -> None:
-        """Take them off."""
+        """Remove the hooks."""
         _muted.discard(self)
         for entry in self._entries:
             entry.remove()
@@ -74,13 +74,13 @@ class MutedHooks:
             router.set_level(Level.OFF)
 
     def shares(self, sites: Sequence[RouterSite]) -> bool:
-        """Whether they are on one of these routers."""
+        """Return whether any of these routers has the muted hooks."""
         mine = {id(site.router) for site in self.sites}
         return any(id(site.router) in mine for site in sites)
 
     @property
     def moved(self) -> bool:
-        """Whether some router is on another device than what it writes to."""
+        """Whether a router has moved to a device other than that of its rings."""
         return any(
             ring.counter.device != device_of(site.router)
             for site, rings in zip(self.sites, self.rings.sites, strict=True)
@@ -88,15 +88,15 @@ class MutedHooks:
         )
 
     def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """A module that the model may be entered through is called."""
+        """Handle the call of an entry module."""
         if replica or captures_now():
             return
         if self._outermost is None or entry.level <= self._outermost:
             self._outermost = entry.level
-            self.rings.begin_on_host()  # which compiled code asks for
+            self.rings.begin_on_host()  # compiled code reads this
 
     def end(self, entry: ModelEntry, output: Any) -> None:
-        """It has returned."""
+        """Handle the return of an entry module."""
         if captures_now():
             return
         self.rings.end_in_graph(entry.level)
@@ -109,7 +109,7 @@ _muted = weakref.WeakSet[MutedHooks]()
 
 
 def mute(hooks: ModelHooks, graphs: RingReader) -> None:
-    """Take a tracer's hooks off, and leave muted ones where compiled code expects some."""
+    """Remove a tracer's hooks, leaving muted ones where compiled code expects hooks."""
     on = [router.hooks_on for router in hooks.routers]
     hooks.remove()
     graphs.launches.stop()
@@ -118,17 +118,17 @@ def mute(hooks: ModelHooks, graphs: RingReader) -> None:
 
 
 def unmute(sites: Sequence[RouterSite], graphs: RingReader) -> list[HooksOn | None]:
-    """Take the muted hooks off these routers, and have their rings read from the next forward on.
+    """Remove the muted hooks from these routers, and let `graphs` read their rings from the next forward on.
 
     Returns:
-        Of each router the hooks to put on, so that the code is used again; empty where there is no such code.
+        Per router, the hooks to install so that compiled code is reused; empty if there is no such code.
     """
     found: list[HooksOn | None] = []
     for muted in [one for one in _muted if one.shares(sites)]:
         muted.remove()
         if not (found or muted.moved) and graphs.take_over(muted.rings, muted.graphs):
             found = [muted.on.get(_key(site)) for site in sites]
-    graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # what ran while it was off
+    graphs.mark(Segment(0, profiled=False, sampled=False), in_trace=False)  # what ran without a tracer
     missing = [site.name for site, on in zip(sites, found, strict=True) if on is None] if found else []
     if missing:
         warnings.warn(
@@ -142,16 +142,16 @@ def unmute(sites: Sequence[RouterSite], graphs: RingReader) -> list[HooksOn | No
 
 
 def remove_all() -> None:
-    """Take all muted hooks off, of whatever model; code that has hooks in it is compiled again."""
+    """Remove all muted hooks, of any model; code compiled with hooks is then recompiled."""
     for muted in list(_muted):
         muted.remove()
 
 
 def recompile() -> None:
-    """Forget all code that torch.compile has made in this process, so that it is made again with hooks.
+    """Discard all code compiled by torch.compile in this process, so that it is recompiled with hooks.
 
-    For a tracer that was started after the first compiled call, and for models that shall run without
-    the recording that was compiled into them. Everything compiled is compiled again at its next call.
+    Use this for a tracer started after the first compiled call, and for models that should run without the
+    recording compiled into them. Everything compiled is recompiled at its next call.
     """
     remove_all()
     torch.compiler.reset()
@@ -169,7 +169,7 @@ class _NoClock:
 
 
 class _NoCopies(TensorCopies):
-    """What is not recorded need not be copied."""
+    """Copies nothing, because nothing is recorded."""
 
     def router_output(self, output: Any) -> Any:
         return output

@@ -1,4 +1,4 @@
-"""What a tracer was asked to record."""
+"""Options of a tracer, as stored in its recording."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_trace.find.routers import LayerSelector
 
 @dataclass(frozen=True)
 class TracerOptions:
-    """The arguments of `MoETracer` that stand in the recording.
+    """The arguments of `MoETracer` that are stored in the recording.
 
     Raises:
         UsageError: one of the numbers is out of range.
@@ -31,7 +31,7 @@ class TracerOptions:
             raise UsageError(f"expected {expected}; found {found}")
 
     def as_recorded(self) -> dict[str, Any]:
-        """As JSON can hold them: of a predicate on layers, its name."""
+        """Return the options in JSON-compatible form, with the name of a layer predicate in its place."""
         layers = self.layers
         if callable(layers):
             told: Any = getattr(layers, "__name__", "predicate")

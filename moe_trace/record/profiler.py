@@ -1,4 +1,4 @@
-"""`moe_trace.profile`: torch.profiler.profile with the routing of a model in every trace it writes."""
+"""`moe_trace.profile`: `torch.profiler.profile` with a model's routing in every trace it writes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moe_trace.timeline.counter_tracks import Tracks
 
 
 class profile(torch.profiler.profile):
-    """Drop-in for `torch.profiler.profile` that also records the routing of `model`.
+    """Drop-in replacement for `torch.profiler.profile` that also records the routing of `model`.
 
     Args:
-        model: holds the routers.
+        model: module that contains the routers.
         layers, every, warmup, capacity, capacity_bytes, tracks, routes: see `MoETracer`.
-        profiler_arguments: every argument of `torch.profiler.profile`, unchanged.
+        profiler_arguments: all arguments of `torch.profiler.profile`, passed on unchanged.
 
-    `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` give the figures.
+    `tracer` is the `MoETracer`; `tracer.summary()` and `tracer.samples()` return the metrics.
 
     Raises:
-        NoRoutersFound: the model holds no router that a known contract reads.
+        NoRoutersFound: the model has no router that a known contract reads.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class profile(torch.profiler.profile):
         self.tracer.attach(self)
 
     def start(self) -> None:
-        """Put the hooks on and start profiling."""
+        """Install the hooks and start profiling."""
         self.tracer.start()
         try:
             super().start()
@@ -67,7 +67,7 @@ class profile(torch.profiler.profile):
             raise
 
     def stop(self) -> None:
-        """Stop profiling, which calls `on_trace_ready`, and take the hooks off."""
+        """Stop profiling, which calls `on_trace_ready`, and remove the hooks."""
         try:
             super().stop()
         finally:

@@ -1,16 +1,15 @@
-"""Pruning scores: what each expert gives to its layer's output, from its own outputs.
+"""Pruning scores: contribution of each expert to its layer's output, measured on the expert's own outputs.
 
-Over the tokens x that expert j was chosen for, with g_j(x) its gating weight and f_j(x) its output before
-that weight:
+Over the tokens x routed to expert j, with gating weight g_j(x) and expert output f_j(x) before weighting:
 
     REAP_j = mean of g_j(x) * ||f_j(x)||_2      (router-weighted expert activation pruning, arXiv 2510.13999)
     EAN_j  = mean of ||f_j(x)||_2               (expert activation norm)
 
-beside the number of those tokens (frequency) and the sum of g_j(x) (gate mass). Kernels give the sum over
-experts alone, so each expert's output is computed a second time, slot by slot: measuring costs about as
-much again as the experts' forward, and the memory of one slot's outputs, [T, H]. The second computation is
-checked against what the model computed: where the weighted outputs do not add up to it, a layer has no
-scores, and `unscored` says why.
+The number of those tokens (frequency) and the sum of g_j(x) (gate mass) are reported as well. Kernels return
+only the sum over experts, so each expert's output is computed a second time, slot by slot: measuring costs
+about as much again as the experts' forward, plus memory for the outputs of one slot, [T, H]. The second
+computation is checked against the model's: where the weighted outputs do not add up to the layer's output,
+the layer gets no scores, and `unscored` says why.
 """
 
 from __future__ import annotations
@@ -43,38 +42,38 @@ _TOLERANCE_HALF = 5e-2
 
 @dataclass(frozen=True, eq=False)
 class ExpertScores:
-    """Of one layer."""
+    """Scores of the experts of one layer."""
 
     tokens: int
-    """Tokens without padding."""
+    """Number of tokens, without padding."""
     frequency: npt.NDArray[np.int64]
-    """[E] tokens that the expert was chosen for; skipped slots are none."""
+    """[E] number of tokens routed to each expert, without skipped slots."""
     gate_mass: npt.NDArray[np.float64]
-    """[E] sum of the gating weights with which it was chosen."""
+    """[E] sum of the gating weights of those tokens."""
     ean: npt.NDArray[np.float64]
-    """[E] mean norm of its output; NaN where it was never chosen."""
+    """[E] mean norm of the expert's outputs; NaN for an expert never chosen."""
     reap: npt.NDArray[np.float64]
-    """[E] mean of weight times norm; NaN where it was never chosen."""
+    """[E] mean of gating weight times norm; NaN for an expert never chosen."""
 
 
 class PruningScores:
-    """Measures the scores of every expert in the forwards of `model` inside a `with` block.
+    """Measure the scores of every expert over the forwards of `model` inside a `with` block.
 
         with moe_trace.PruningScores(model) as scores:
             for batch in batches:
                 model(**batch)
         scores.save("scores.json")
 
-    Gradients, the model's output and its random numbers stay as they are. The model is run eagerly: compiled
+    Gradients, the model's output and its random numbers are unchanged. The model must run eagerly: compiled
     forwards and CUDA graphs do not call hooks.
 
     Args:
         model: any model whose routers `find_routers` finds.
-        layers: which of them, as for `MoETracer`.
+        layers: selection of routers, as for `MoETracer`.
 
     Raises:
-        NoRoutersFound: the model holds no router that is known.
-        UsageError: `layers` selects none.
+        NoRoutersFound: the model has no known router.
+        UsageError: `layers` selects no router.
     """
 
     def __init__(self, model: nn.Module, *, layers: LayerSelector = None) -> None:
@@ -83,10 +82,10 @@ class PruningScores:
         self._padding_T: Tensor | None = None
         self._tokens: Counter[str] = Counter()
         self._totals: dict[str, npt.NDArray[np.float64]] = {}
-        """[4, E] of each router: tokens, weights, norms, weights times norms."""
+        """[4, E] per router: tokens, weights, norms, weights times norms."""
         self._handles: list[Any] = []
         self.unscored: dict[str, str] = {}
-        """Module paths of routers whose experts could not be scored, and why."""
+        """Mapping from the module path of a router whose experts could not be scored to the reason."""
 
     def __enter__(self) -> PruningScores:
         add = self._handles.append
@@ -107,7 +106,7 @@ class PruningScores:
 
     @property
     def layers(self) -> dict[str, ExpertScores]:
-        """Scores by module path of the router, so far."""
+        """Scores so far, by module path of the router."""
         return {
             name: _scores(tokens, self._totals[name])
             for name in (site.name for site in self._sites)
@@ -115,10 +114,10 @@ class PruningScores:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the scores: `.json`, or `.npz` with arrays named `<module path>/<score>`.
+        """Write the scores to a `.json` file, or to an `.npz` file with arrays named `<module path>/<score>`.
 
         Raises:
-            UsageError: another suffix.
+            UsageError: the path has another suffix.
         """
         suffix = Path(path).suffix
         if suffix not in (".json", ".npz"):
@@ -140,12 +139,12 @@ class PruningScores:
         self._padding_T, _ = self._inputs.padding(args, kwargs)
 
     def _measure(self, site: RouterSite, scored: _Stacked | _Listed, *seen: Any) -> None:
-        if site.name in self.unscored or graph_task_id() != -1:  # a recomputation, in a backward pass
+        if site.name in self.unscored or graph_task_id() != -1:  # recomputation in a backward pass
             return
         try:
             with apart(), torch.no_grad(), torch.random.fork_rng(enabled=self._model.training):
                 found = scored.norms(*seen)
-        except Exception as error:  # a model's own code may raise anything when it is called once more
+        except Exception as error:  # a model's own code may raise anything when called again
             self.unscored[site.name] = str(error) or type(error).__name__
             return
         if found is not None:
@@ -176,12 +175,12 @@ def _scores(tokens: int, totals: npt.NDArray[np.float64]) -> ExpertScores:
 
 @dataclass
 class _Stacked:
-    """Experts in one module, `experts(hidden_states, index, weights)`: one call a slot, with weights of 1."""
+    """Experts in one module, `experts(hidden_states, index, weights)`, called per slot with weights of 1."""
 
     site: RouterSite
 
     def hook(self, measure: Callable[..., None], add: Callable[[Any], None]) -> None:
-        """Have each call of the experts measured."""
+        """Register a hook that measures each call of the experts."""
         experts = self.site.experts
         if experts is None or self.site.contract.name != "topk-experts" or not self.site.times_experts:
             raise ValueError(f"experts of the kind '{self.site.contract.name}' are not scored")
@@ -190,7 +189,7 @@ class _Stacked:
     def norms(
         self, experts: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> tuple[RouterOutput, Tensor] | None:
-        """[T, K] norms of the outputs of one call."""
+        """Return the decision and the [T, K] norms of the outputs of one call."""
         named = [kwargs[name] for name in forward_parameters(unwrapped(experts)) if name in kwargs]
         given = [*args, *named]
         if len(given) != 3 or not isinstance(output, Tensor):
@@ -214,14 +213,14 @@ class _Stacked:
 
 @dataclass
 class _Listed:
-    """A module for each expert: each is called on its tokens, when the block has ended."""
+    """Experts in a module each, which are called on their tokens after the block has run."""
 
     site: RouterSite
     call: Call | None = None
     rows: Counter[int] = field(default_factory=Counter)
 
     def hook(self, measure: Callable[..., None], add: Callable[[Any], None]) -> None:
-        """Keep the router's last call; have each call of the block measured."""
+        """Register hooks that keep the router's last call and measure each call of the block."""
         if self.site.block is None:
             raise ValueError("the block that holds the experts is not called as a module")
         add(self.site.router.register_forward_hook(self._keep))
@@ -237,7 +236,7 @@ class _Listed:
         self.rows[number] += args[0].shape[:-1].numel() if args and isinstance(args[0], Tensor) else 0
 
     def norms(self, block: nn.Module, args: Any, output: Any) -> tuple[RouterOutput, Tensor] | None:
-        """[T, K] norms of the outputs of one call."""
+        """Return the decision and the [T, K] norms of the outputs of one call."""
         call, self.call = self.call, None
         if call is None or not call.router_args:
             return None
@@ -265,8 +264,11 @@ class _Listed:
 
 
 def _possible_weights(choice: RouterOutput) -> list[Tensor]:
-    """[T, K] what may scale the outputs: the router's own word; of a gate that tells logits alone also their
-    softmax, over all experts or over the chosen. Which of them it is, the layer's output tells."""
+    """Return candidates for the [T, K] weights that scale the outputs.
+
+    The candidates are the router's own weights and, for a gate that returns logits only, their softmax over
+    all experts or over the chosen ones. The layer's output shows which of them the model uses.
+    """
     if choice.logits_TE is None:
         return [choice.weights_TK]
     chosen = choice.index_TK.clamp(0, choice.logits_TE.shape[1] - 1)
@@ -281,7 +283,7 @@ _NOT_THE_SUM = (
 
 
 def _adds_up(total: Tensor, output: Tensor) -> bool:
-    """Whether weighted outputs are the layer's output, up to rounding."""
+    """Return whether the sum of weighted outputs equals the layer's output, up to rounding."""
     output = output.detach()
     far = (total - output.reshape(total.shape).float()).norm()
     return bool(far <= _TOLERANCE.get(output.dtype, _TOLERANCE_HALF) * output.float().norm())

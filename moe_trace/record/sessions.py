@@ -1,7 +1,7 @@
-"""The profiler sessions of this process, whoever starts them, told to the tracers that are active.
+"""Report the profiler sessions of this process, whoever starts them, to the active tracers.
 
-Torch keeps no list of its profilers. While somebody listens, the four methods through which every session
-begins are wrapped on torch's classes; a session that began before is found among the live objects.
+Torch keeps no list of its profilers. While there are listeners, the four methods through which every session
+begins are wrapped on torch's classes; a session that is already running is found among the live objects.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.forward.steps import Steps
 
 Listener = Callable[[Any], None]
-"""A method that is called with each profiler, maybe several times: when it starts, steps or records."""
+"""Method called with each profiler, possibly several times: when it starts, steps or records."""
 
 _low_level: type = getattr(torch.profiler, "_KinetoProfile", torch.profiler.profile)
 _autograd = torch.autograd.profiler.profile
 _BEGINNINGS = (
     (torch.profiler.profile, "start"),
-    (torch.profiler.profile, "step"),  # one that waited when the first listener came
+    (torch.profiler.profile, "step"),  # for one that started before the first listener
     (_low_level, "start_trace"),
     (_autograd, "__enter__"),
 )
@@ -36,11 +36,11 @@ _lock = threading.RLock()
 _listeners: list[weakref.WeakMethod[Listener]] = []
 _originals: list[tuple[type, str, Any, Any]] = []
 _told: list[weakref.ref[Any]] = []
-"""The profiler that was met last: a process has one session at a time."""
+"""The profiler reported last: a process has one session at a time."""
 
 
 def listen(listener: Listener) -> None:
-    """Have a method told of each profiler, and at once of one that records already. It is held weakly."""
+    """Call `listener` for each profiler, and now for one that is recording. The reference is weak."""
     with _lock:
         if not _originals:
             _originals.extend(_wrap(owner, name) for owner, name in _BEGINNINGS)
@@ -50,7 +50,7 @@ def listen(listener: Listener) -> None:
 
 
 def unlisten(listener: Listener) -> None:
-    """Undo `listen`; with the last listener gone, torch's classes are as they were."""
+    """Undo `listen`. Removing the last listener restores torch's classes."""
     reference = weakref.WeakMethod(listener)
     with _lock:
         if reference in _listeners:
@@ -63,7 +63,7 @@ def _forget(reference: weakref.WeakMethod[Listener]) -> None:
         if _listeners:
             return
         for owner, name, original, wrapped in _originals:
-            if owner.__dict__.get(name) is wrapped:  # else somebody wrapped ours, which calls through
+            if owner.__dict__.get(name) is wrapped:  # otherwise it was wrapped again, and calls the original
                 setattr(owner, name, original)
         _originals.clear()
         _told.clear()
@@ -77,7 +77,7 @@ def _wrap(owner: type, name: str) -> tuple[type, str, Any, Any]:
         known, recorded = bool(attached_tracers(prof)), profiler_is_recording()
         _tell(prof)
         result = original(prof, *args, **kwargs)
-        if not known and not recorded:  # from now on its own methods do that
+        if not known and not recorded:  # from now on the profiler's own methods do that
             mark_begin(prof)
         return result
 
@@ -92,12 +92,12 @@ def _tell(prof: Any, listeners: list[Listener] | None = None) -> None:
     for listener in listeners:
         try:
             listener(prof)
-        except Exception as error:  # the session is the user's, and goes on without us
+        except Exception as error:  # the session is the user's and continues without us
             warnings.warn(f"the routing is not added to this profiler's traces: {error!r}", stacklevel=4)
 
 
 def _recording() -> list[Any]:
-    """The profiler of the session under way, if there is one."""
+    """Return the profiler of the current session, as a list that is empty without one."""
     if not process_is_profiled():
         return []
     known = [prof for prof in (reference() for reference in _told) if prof is not None and _records(prof)]
@@ -115,10 +115,10 @@ def _records(prof: Any) -> bool:
 
 
 class Sessions:
-    """The profilers whose traces one tracer's recording is merged into.
+    """The profilers whose traces receive one tracer's recording.
 
     Args:
-        auto: every profiler that records while the tracer is active.
+        auto: whether to attach to every profiler that records while the tracer is active.
     """
 
     def __init__(self, tracer: Any, steps: Steps, *, auto: bool) -> None:
@@ -126,22 +126,22 @@ class Sessions:
         self._left = weakref.WeakSet[Any]()
 
     def start(self) -> None:
-        """The tracer is active."""
+        """Start listening for profilers, when the tracer becomes active."""
         if self._auto:
             listen(self._met)
 
     def stop(self) -> None:
-        """It is active no more; profilers that were met stay attached, to be exported later."""
+        """Stop listening. Profilers seen so far stay attached, since they may be exported later."""
         unlisten(self._met)
 
     def attach(self, prof: Any) -> None:
-        """Attach to a profiler because the user says so."""
+        """Attach to a profiler at the user's request."""
         self._left.discard(prof)
         self._steps.profiler = prof
         attach_tracer(prof, self._tracer)
 
     def detach(self, prof: Any) -> None:
-        """Undo that, and stay away."""
+        """Detach from a profiler, and do not attach to it automatically again."""
         self._left.add(prof)
         detach_tracer(prof, self._tracer)
         self._steps.leave(prof)

@@ -1,4 +1,4 @@
-"""`MoETracer`: hooks on a model's routers while it is active, and what they recorded."""
+"""`MoETracer`: hooks on a model's routers while it is active, and access to what they recorded."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ from moe_trace.timeline.merge import merge_recording
 
 
 class MoETracer(HookOwner):
-    """Record what every router of a model decides, while active as a context manager.
+    """Record the decisions of every router of a model while active as a context manager.
 
     Args:
-        model: any module that holds Mixture-of-Experts routers, wrappers included.
-        layers: which routers: layer indices, labels, module paths, or a predicate on `RouterSite`.
+        model: any module that contains Mixture-of-Experts routers, wrappers included.
+        layers: selection of routers: layer indices, labels, module paths, or a predicate on `RouterSite`.
         every: record every n-th step.
-        warmup: steps to leave out at the start.
-        capacity: router calls kept; beyond it the oldest are dropped and counted.
-        capacity_bytes: memory of their figures on the host; beyond it the oldest are dropped too.
+        warmup: number of steps to skip at the start.
+        capacity: number of router calls to keep; beyond it the oldest are dropped and counted.
+        capacity_bytes: host memory for their metrics; beyond it the oldest calls are dropped too.
         tracks: counter tracks of the trace: the compact band, per layer, per expert.
-        clock: times each router and its experts too, such as `DeviceClock`.
-        routes: record which token went to which expert too, for `routes()`; True, or `Routes` with options.
+        clock: additional clock for the times of each router and its experts, such as `DeviceClock`.
+        routes: also record which token went to which expert, for `routes()`; True, or `Routes` with options.
         auto_attach: add the routing to the traces of every torch profiler that records while the tracer is
-            active, whoever made it. With False, only to those that `attach` names.
+            active, whoever created it. With False, only to those passed to `attach`.
 
-    A step is a profiler step (`prof.step()`) where a profiler records. Without one, a step is one forward of
-    `model`, until `step()` is called; from then on steps are counted by `step()` alone.
+    A step is a profiler step (`prof.step()`) while a profiler records. Without one, a step is one forward of
+    `model`, until `step()` is called; from then on `step()` alone counts steps.
 
     Raises:
-        NoRoutersFound: the model holds no router that a known contract reads.
+        NoRoutersFound: the model has no router that a known contract reads.
         UsageError: arguments out of range, or `layers` selects nothing.
     """
 
@@ -96,51 +96,51 @@ class MoETracer(HookOwner):
         self._sessions = Sessions(self, self._steps, auto=auto_attach)
         self._placements: dict[tuple[str, int], Placement] = {}
         self._traces_lost: dict[str, Lost] = {}
-        """By path: what merging into each trace lost."""
+        """Mapping from the path of a trace to what merging into it lost."""
         self.exported_samples: Sequence[RoutingSample] = ()
-        """The samples of the trace that was exported last."""
+        """Samples of the last exported trace."""
         self._description = describe_model(model, self.sites)
         self._parallel = ParallelModel(model)
 
     @property
     def every(self) -> int:
-        """Every n-th step is recorded."""
+        """Number of steps per recorded step."""
         return self._steps.every
 
     @property
     def warmup(self) -> int:
-        """Steps left out at the start."""
+        """Number of steps skipped at the start."""
         return self._steps.warmup
 
     @property
     def forwards_seen(self) -> int:
-        """Forwards of the model that the host has seen while the tracer was active."""
+        """Number of forwards of the model that the host has seen while the tracer was active."""
         return self._steps.forwards
 
     @property
     def forwards_recorded(self) -> int:
-        """Those that belong to a recorded step."""
+        """Number of those forwards that belong to a recorded step."""
         return self._hooks.watch.forwards_recorded
 
     def start(self) -> None:
-        """Put the hooks on. Samples of earlier activations are kept.
+        """Install the hooks. Samples of earlier activations are kept.
 
-        On a GPU the first start in a process takes seconds, so that no step does: kernels are compiled here.
-        Start the tracer before the profiler; in a profiler that records already, slower kernels are used.
+        On a GPU the first start in a process takes seconds, because kernels are compiled here rather than in
+        a step. Start the tracer before the profiler; if a profiler already records, slower kernels are used.
         """
         if self._active:
             raise MoETraceError("this MoETracer is already active; leave it before entering it again")
         self._active = True
         warn_of_missing()
         warm_up(self.sites)
-        self._parallel = ParallelModel(self.model)  # distributed since, or wrapped
+        self._parallel = ParallelModel(self.model)  # the model may have been distributed or wrapped since
         compiled = unmute(self.sites, self._graphs)
         sending = self._parallel.sending if self._parallel.world_size > 1 else None
         self._hooks.install(recording=self.samples_this_step(), sending=sending, compiled=compiled)
         self._sessions.start()
 
     def stop(self) -> None:
-        """Take the hooks off, but for muted ones where they were compiled in; what was recorded is kept."""
+        """Remove the hooks, leaving muted ones in code compiled with them; recorded data is kept."""
         self._sessions.stop()
         self.mark_graphs()
         unread = bool(unread_in_graphs(self._hooks, self._graphs))
@@ -161,45 +161,45 @@ class MoETracer(HookOwner):
         self.stop()
 
     def step(self) -> None:
-        """End a step, where no attached profiler counts them."""
+        """End a step, where no attached profiler counts steps."""
         self.mark_graphs()
         self._steps.end()
 
     def count_steps_by_hand(self) -> None:
-        """From now on a step ends with `step()` only; for steps of several forwards from the first one on."""
+        """Count steps by `step()` alone from now on, even before its first call."""
         self._steps.count_by_hand()
 
     def describe_tokens(self, told: BatchTokens | TokenProvider | None) -> None:
-        """Tell whose tokens a forward has, where its arguments do not; before the model is compiled.
+        """Describe the tokens of a forward whose arguments do not; call this before compiling the model.
 
         Args:
-            told: `BatchTokens` of the next forward, or what is asked for those of each; None ends it.
+            told: `BatchTokens` of the next forward, a callable that returns those of each, or None to reset.
         """
         self._hooks.describe(told)
 
     def attach(self, prof: Any) -> None:
-        """Merge the routing into what one profiler exports, for good; its `step_num` then is the step.
+        """Merge the routing into every export of one profiler, whose `step_num` becomes the step.
 
-        An active tracer does the first for every profiler that records (`auto_attach`), with a warning where
-        it cannot; once asked for, it raises.
+        An active tracer merges automatically into every profiler that records (`auto_attach`), and warns
+        where it cannot; a profiler attached here raises instead.
         """
         self._sessions.attach(prof)
 
     def detach(self, prof: Any) -> None:
-        """Undo `attach`: stopped tracers stay attached, since a trace is mostly exported later."""
+        """Undo `attach`. Stopping a tracer does not detach it, since traces are mostly exported later."""
         self._sessions.detach(prof)
 
     def samples(self, *, since_step: int = 0) -> list[RoutingSample]:
-        """One sample per router call recorded since a step, in order of time. Waits for the device."""
+        """Return one sample per router call recorded since a step, by time. Waits for the device."""
         self._collect()
         found = ((s, self._placements.get((s.name, s.call))) for s in self._recorder.drain(since_step))
         return [s if place is None else replace(s, placement=place) for s, place in found]
 
     def routes(self) -> RecordedRoutes:
-        """The experts of each token, in the order of the calls. Waits for the device.
+        """Return the experts of each token, in the order of the calls. Waits for the device.
 
         Raises:
-            UsageError: the tracer was not given `routes=`.
+            UsageError: the tracer was created without `routes=`.
         """
         if self._recorder.routes is None:
             raise UsageError("this MoETracer records no routes; make it with MoETracer(model, routes=True)")
@@ -208,10 +208,10 @@ class MoETracer(HookOwner):
         return self._recorder.routes.routes(self._description, self._parallel)
 
     def recording(self, *, trace: str | Path | None = None) -> Recording:
-        """Everything recorded, with the model's description and what was lost.
+        """Return everything recorded, with the model's description and what was lost.
 
         Args:
-            trace: that it is for; recorded routes are written beside it, and the recording names their file.
+            trace: path of the trace it is for; recorded routes are written next to it and referenced.
         """
         samples = tuple(self.samples())
         return Recording(
@@ -233,47 +233,47 @@ class MoETracer(HookOwner):
         )
 
     def summary(self) -> Summary:
-        """The figures per router; latencies are the trace's where it has been written, else the clock's."""
+        """Return metrics per router; latencies come from the written trace if there is one, else the clock."""
         return summarize(self.recording())
 
     def merge_into(self, trace_path: str | Path) -> None:
-        """Merge what was recorded into a trace on disk; fits torchtitan's `trace_post_processor`."""
+        """Merge the recording into a trace on disk; usable as torchtitan's `trace_post_processor`."""
         merged = merge_recording(Path(trace_path), [self.recording(trace=trace_path)], tracks=self.tracks)
         self.accept(merged.placed[0], merged.lost, trace_path)
 
     def accept(self, placed: CallTable, lost: Lost, trace_path: str | Path) -> None:
-        """Remember where the samples of one trace were placed, and what it lacked; the last merge counts."""
+        """Store the placements of one trace's samples and its losses; later merges replace earlier ones."""
         self.exported_samples = placed
         placements = zip(placed.call_keys(), placed.places.to_placements(), strict=True)
         self._placements.update((call, placement) for call, placement in placements if placement is not None)
         self._traces_lost[os.path.abspath(trace_path)] = lost
 
     def samples_this_step(self) -> bool:
-        """Whether the step under way is recorded."""
+        """Return whether the current step is recorded."""
         return self._steps.samples(self._steps.now())
 
     def take_batches(self) -> list[Any]:
-        """Remove what was recorded without waiting for the device; for `samples_of`, on any thread."""
+        """Remove recorded calls without waiting for the device; pass them to `samples_of`, on any thread."""
         if self._graphs.writes:
             self._graphs.ship()
         self._hooks.join()
         return self._recorder.take()
 
     def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
-        """The samples that `take_batches` removed, and those of compiled code. Waits for the copies."""
+        """Return the samples of `take_batches`, and those of compiled code. Waits for the copies."""
         if self._graphs.writes or self._graphs.shipped:
             self._graphs.collect()
             batches = batches + self._recorder.take(reduce=False)
         return self._recorder.samples_of(batches)
 
     def calls_by_router(self) -> dict[str, int]:
-        """Recorded calls by module path of the router."""
+        """Return the number of recorded calls by module path of the router."""
         self._collect()
         counts = recorded_calls(self._hooks, self._graphs)
         return {site.name: calls for site, calls in zip(self.sites, counts, strict=True)}
 
     def _collect(self) -> None:
-        """Bring all that was seen to the recorder. Waits for the device where graphs write."""
+        """Pass all observed calls to the recorder. Waits for the device where graphs write."""
         self._hooks.join()
         self.mark_graphs()
         self._graphs.drain()
@@ -286,14 +286,14 @@ class MoETracer(HookOwner):
     recompile = staticmethod(recompile)
 
     def abandon_calls(self) -> None:
-        """Forget router calls that an exception interrupted on this thread."""
+        """Discard router calls that an exception interrupted on this thread."""
         self._hooks.watch.abandon()
 
     def mark_graphs(self, *, profiled: bool | None = None) -> None:
-        """All that graphs wrote since the last mark belongs to the step under way.
+        """Attribute everything that graphs wrote since the last mark to the current step.
 
         Args:
-            profiled: whether a profiler recorded it; None for whether one records now.
+            profiled: whether a profiler recorded it; None to use whether one records now.
         """
         if self._graphs.writes and self._active:
             self._graphs.mark_step(self._steps, profiled)
