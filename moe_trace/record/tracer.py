@@ -233,7 +233,7 @@ class MoETracer(HookOwner):
         )
 
     def summary(self) -> Summary:
-        """Return metrics per router; latencies come from the written trace if there is one, else the clock."""
+        """Return metrics per router; latencies are from the written trace if there is one, else the clock."""
         return summarize(self.recording())
 
     def merge_into(self, trace_path: str | Path) -> None:

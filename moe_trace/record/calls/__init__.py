@@ -1,1 +1,1 @@
-"""One recorded call, and the store of many: kept, reduced in batches, copied late, made into samples."""
+"""Recorded router calls: referenced, reduced in batches, copied to the host late, made into samples."""

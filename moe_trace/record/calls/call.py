@@ -1,4 +1,4 @@
-"""Router calls on their way to their figures: what the hooks noted of each."""
+"""Records of router calls whose metrics have not been computed yet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_trace.record.parallel.dispatch import DispatchInfo
 
 @dataclass(slots=True)
 class CallRecord:
-    """One router call, before its figures are known."""
+    """One router call, before its metrics are known."""
 
     site: RouterSite
     call: int
@@ -31,20 +31,20 @@ class CallRecord:
     thread: int
     profiled: bool
     order: tuple[int, int] = (0, 0)
-    """Forwards that the host saw before it, and how many that it did not see since: they have no time."""
+    """Forwards that the host saw before it, and then forwards that it did not see, which have no time."""
     in_graph: bool = False
     graph_forward: int | None = None
     sending: DispatchInfo | None = None
-    """None where the process runs alone."""
+    """None if the process runs alone."""
     rows: ExpertRows | None = None
     told_E: Tensor | None = None
-    """See `RouterOutput`, both."""
+    """See `RouterOutput`, for both."""
     slots_2P: Tensor | None = None
     """See `RouterOutput`."""
     tokens: Any = None
-    """`ForwardTokens` where its routes are recorded."""
+    """`ForwardTokens` if its routes are recorded."""
     batch: BatchTokens | None = None
-    """What a host framework reports of its tokens."""
+    """Tokens described by a host framework."""
 
     def __len__(self) -> int:
         return 1
@@ -55,12 +55,12 @@ class CallRecord:
 
 @dataclass(slots=True)
 class ForwardRecords:
-    """The calls of a forward that called each of some routers once, in columns."""
+    """The calls, in columns, of a forward that called each of its routers once."""
 
     context: ForwardContext
     sites: Sequence[RouterSite]
     first: Sequence[int]
-    """Number of a call, less `forwards`, by site."""
+    """Number of each site's call, minus `forwards`."""
     forwards: int
     starts_ns: Sequence[int]
     ends_ns: Sequence[int]
@@ -88,7 +88,7 @@ class ForwardRecords:
 
 
 class Records:
-    """The records of many calls, in order; those of whole forwards stay in columns until asked for."""
+    """The records of many calls, in order; whole forwards stay in columns until iterated."""
 
     __slots__ = ("_count", "_parts")
 
@@ -98,17 +98,17 @@ class Records:
 
     @property
     def last_step(self) -> int:
-        """The step of the last one; -1 without any."""
+        """Step of the last call; -1 if there are no calls."""
         part = self._parts[-1] if self._parts else None
         return -1 if part is None else part.step if isinstance(part, CallRecord) else part.context.step
 
     def append(self, part: CallRecord | ForwardRecords) -> None:
-        """One call, or those of a forward."""
+        """Add one call, or the calls of one forward."""
         self._parts.append(part)
         self._count += len(part)
 
     def drop(self, count: int) -> None:
-        """Forget the first calls."""
+        """Remove the first `count` calls."""
         self._parts = list(islice(self, count, None))
         self._count = len(self._parts)
 
@@ -120,7 +120,7 @@ class Records:
 
 
 def detach(reading: RouterOutput) -> None:
-    """Keep a reading's values only: a tensor with a history would keep the forward's activations alive."""
+    """Detach a reading's tensors: with a gradient history they would keep the forward's activations alive."""
     if reading.weights_TK.requires_grad:
         reading.weights_TK = reading.weights_TK.detach()
     if reading.logits_TE is not None and reading.logits_TE.requires_grad:

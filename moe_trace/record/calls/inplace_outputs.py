@@ -1,4 +1,4 @@
-"""Routers that write their decision into the same memory again: it is copied at once, or a call is lost."""
+"""Detect routers that reuse the memory of their output, and copy the output or count the call as lost."""
 
 from __future__ import annotations
 
@@ -17,70 +17,70 @@ from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart
 from moe_trace.record.reduce.streams import copies_on_host
 
-_LEARNED_FROM = 4  # calls; a router that takes turns between more buffers than that is not seen through
+_LEARNED_FROM = 4  # calls; a router that rotates over more buffers than that is not detected
 
 
 class TensorCopies:
-    """Copies what one router's first calls handed out, and learns whether it must go on copying.
+    """Copies of the tensors of one router's first calls, to learn whether copying must continue.
 
-    It must where a call hands out storage that an earlier one did (which is kept alive here, so that no
-    allocator can have reused it), or where a tensor's version has moved by the end of the forward.
+    It must if a call returns storage that an earlier call returned (earlier storage is kept alive here, so no
+    allocator can have reused it), or if a tensor's version has changed by the end of the forward.
     """
 
     def __init__(self, *, static: bool = False) -> None:
         self.static = static
         self._calls = 0
         self._earlier: dict[int, Tensor] = {}
-        """By address of its storage."""
+        """Tensors of earlier calls, by address of their storage."""
         self._of_call: dict[int, Tensor] = {}
         self._noted: list[tuple[Tensor, int]] = []
         self._copied: list[tuple[Tensor, Tensor]] = []
-        """Tensors of inference mode, which have no version, and copies of them."""
+        """Inference-mode tensors, which have no version, with their copies."""
         self._differ: list[tuple[Tensor, torch.cuda.Event | None]] = []
-        """Whether any of them was another than its copy when a forward ended, and when that is known."""
+        """(whether a tensor differed from its copy when a forward ended, event that makes it available)."""
         self._received: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        """By thread: tensors that the experts under way were given, and copies of them."""
+        """Per thread, the tensors passed to its running experts, with their copies."""
 
     @property
     def learning(self) -> bool:
-        """Whether it is not known yet."""
+        """Whether it is still unknown if copying must continue."""
         return not (self.static or self.settled)
 
     @property
     def settled(self) -> bool:
-        """Whether copying can end."""
+        """Whether copying can stop."""
         return self._calls > _LEARNED_FROM and not (
             self.static or self._noted or self._copied or self._differ
         )
 
     def router_output(self, output: Any) -> Any:
-        """A copy of what a router returned, which begins another call."""
+        """Return a copy of a router's output, which starts a new call."""
         self._calls += 1
         self._earlier |= self._of_call
         self._of_call = {}
         return self.copy(output)
 
     def receive(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """Experts are about to be given these, and may write into them."""
+        """Copy the arguments of experts about to run, which may write into them."""
         self._received.pop(get_ident(), None)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         copies = [(value, self.copy(value)) for value in given]
         self._received[get_ident()] = copies
 
     def received(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Copies of what the experts that return now were given."""
+        """Return copies of the arguments of the experts that have just run."""
         copies = self.copy(args), {name: self.copy(value) for name, value in kwargs.items()}
         self._received.pop(get_ident(), None)
         return copies
 
     def copy(self, value: Any) -> Any:
-        """A copy of a tensor, or of the tensors of a tuple; the value itself where it cannot be copied."""
+        """Return a copy of a tensor, or of the tensors in a tuple; other values are returned unchanged."""
         if is_compiling() or tracing_state() is not None:
-            return value  # a copy would become part of the program that is made
+            return value  # a copy would become part of the traced program
         try:
             with apart(), overhead_range():
                 return self._copy(value)
-        except Exception:  # reading it will tell what it is
+        except Exception:  # reading the value will report what is wrong
             return value
 
     def _copy(self, value: Any) -> Any:
@@ -111,7 +111,7 @@ class TensorCopies:
             self._copied.append((tensor, copied))
 
     def end_forward(self) -> None:
-        """Look whether anything was written to since it was handed out."""
+        """Check whether any returned tensor has been written to since."""
         noted, self._noted = self._noted, []
         self.static |= any(tensor._version != version for tensor, version in noted)
         self._compare()
@@ -122,39 +122,40 @@ class TensorCopies:
             self._earlier, self._of_call = {}, {}
 
     def _compare(self) -> None:
-        """Hold what has no version against its copies; a device's answer is not waited for."""
+        """Compare tensors without versions with their copies, without waiting for the device."""
         copied, self._copied = self._copied, []
         for device in {copy.device for _, copy in copied}:
             try:
                 differ = [_differs(now, copy) for now, copy in copied if copy.device == device]
                 (answer,), known = copies_on_host([torch.stack(differ).any()])
-            except Exception:  # no values that can be compared, so nothing is known of them
+            except Exception:  # values that cannot be compared, so nothing is known
                 self.static = True
             else:
                 self._differ.append((answer, known))
 
 
 def _differs(now: Tensor, then: Tensor) -> Tensor:
-    """[] bool; NaN is what NaN was."""
+    """Return a scalar bool; NaN equals NaN."""
     return ((now != then) & ((now == now) | (then == then))).any()
 
 
 def original_of(tensor: Tensor) -> Tensor:
-    """What a copy was made of, which it keeps alive; the tensor itself where it is none."""
+    """Return the tensor of which this is a copy, which it keeps alive, or the tensor itself."""
     original: Tensor = getattr(tensor, "copy_of", tensor)
     return original
 
 
 def is_copy(value: Any) -> bool:
-    """Whether it is a copy that was made here."""
+    """Return whether the value is a copy made by `TensorCopies`."""
     return hasattr(value, "copy_of")
 
 
 def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:
-    """Of each group, the calls whose tensors are not any more what they were when they were handed out.
+    """Return, for each group, the calls whose tensors have changed since they were returned.
 
-    A tensor was written to if its version moved; or if a later call was handed the same memory, which while
-    the first still holds it no allocator gave away. (What the routers of one forward share is shared.)
+    A tensor was overwritten if its version changed, or if a later call returned the same memory, which no
+    allocator reuses while the first tensor holds it. Memory shared by the routers of one forward is not
+    counted.
     """
     found = [
         {
@@ -168,7 +169,7 @@ def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:
         columns = [group.columns[kind] if kind < len(group.columns) else [] for group in groups]
         try:
             addresses = [list(map(Tensor.data_ptr, column)) for column in columns]
-        except RuntimeError:  # tensors without memory: their values are all that there is
+        except RuntimeError:  # tensors without memory, which none can reuse
             continue
         taken = list(chain.from_iterable(addresses))
         if len(set(taken)) < len(taken):

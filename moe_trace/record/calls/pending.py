@@ -1,4 +1,4 @@
-"""Calls that wait to be reduced: references to the routers' own tensors, in columns, nothing computed."""
+"""Calls waiting to be reduced: references to the routers' tensors, in columns, with nothing computed."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from moe_trace.find.routers import RouterSite
 from moe_trace.record.calls.call import CallRecord, ForwardRecords, Records
 from moe_trace.record.reduce.streams import stream_of_now
 
-# Logits of one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a CPU a batch that
-# fits its cache takes half the time of one that does not.
+# Maximum number of logits in one batch. On a device this bounds the scratch memory to about 3 x 64 MiB; on a
+# CPU a batch that fits its cache takes half the time of one that does not.
 _REDUCED_ELEMENTS_MAX = {"cpu": 2**17, "cuda": 2**24}
 _form = attrgetter("__class__", "shape", "dtype", "device")
 _version = attrgetter("_version")
 
 Columns = Sequence[Sequence[Tensor]]
-"""The tensors of some calls: index, weights and, where there are any, logits."""
+"""The tensors of some calls: index, weights and, if present, logits."""
 Usual = dict[tuple[bool, ...], tuple[int, ...]]
-"""The versions that the tensors of a router's calls have, by which of them have any."""
+"""Usual versions of the tensors of a router's calls, keyed by which of them have none."""
 
 
 @dataclass(slots=True)
 class PendingCalls:
-    """Calls that one batch of kernels can take, in columns."""
+    """Calls, in columns, that can be reduced in one batch of kernels."""
 
     stream: int
-    """On which their tensors are made: elsewhere they might be read too early."""
+    """Stream on which the tensors are computed; on another one they might be read too early."""
     shape: torch.Size
     """[T, K] of each call."""
     room: int
-    """How many calls more one batch takes."""
+    """Number of further calls that fit the batch."""
     held: int
-    """Bytes that a call keeps alive."""
+    """Bytes that each call keeps alive."""
     records: Records = field(default_factory=Records)
     index: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    """Empty where the routers have no true logits."""
+    """Empty if the routers have no true logits."""
     masks: list[Tensor] = field(default_factory=list)
-    """Padding of each, or the phases of its tokens; empty where it is not known."""
+    """Padding mask or token phases of each call; empty if unknown."""
     versions: list[tuple[int, ...]] = field(default_factory=list)
-    """Of each call's tensors when they were handed out."""
+    """Versions of each call's tensors when they were returned."""
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def columns(self) -> tuple[list[Tensor], ...]:
-        """The tensors of the calls, a list a kind."""
+        """The tensors of the calls, one list per kind."""
         return (self.index, self.weights, self.logits) if self.logits else (self.index, self.weights)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all calls have the form of the first."""
+        """Whether all calls have the form of the first one."""
         return all(len(set(map(_form, column))) == 1 for column in self.columns)
 
     def without(self, calls: Container[int]) -> Iterator[PendingCalls]:
-        """The same, less some calls, in groups of one form each."""
+        """Return the group without some calls, split into groups of one form each."""
         store = PendingStore()
         rows = zip_longest(self.records, self.index, self.weights, self.logits, self.masks)
         for number, (record, index, weights, one, mask) in enumerate(rows):
@@ -74,23 +74,23 @@ class PendingCalls:
 
 
 class PendingStore:
-    """All calls that wait, in groups. Its user serialises."""
+    """All pending calls, in groups. Callers must serialise access."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.held_bytes = 0
         """Memory that the calls keep alive."""
         self.device_type = "cpu"
-        """Where the last new form of calls was seen."""
+        """Device type of the last new form of calls."""
         self._open: dict[Any, PendingCalls] = {}
         self._full: list[PendingCalls] = []
 
     def groups(self) -> list[PendingCalls]:
-        """All of them."""
+        """Return all groups."""
         return [*self._full, *self._open.values()]
 
     def take(self) -> list[PendingCalls]:
-        """Remove all of them."""
+        """Remove and return all groups."""
         groups = self.groups()
         self.__dict__.update(PendingStore().__dict__)
         return groups
@@ -106,9 +106,10 @@ class PendingStore:
         """Keep references to the tensors of a call.
 
         Args:
-            mask: which tokens are padding, where that is known.
-            usual: of its router, where nobody looked at their versions when they were handed out.
-            stream: on which they are made; None for the current one.
+            mask: padding mask, if known.
+            usual: versions that the router's tensors usually have, if they were not read when the tensors
+                were returned.
+            stream: stream on which they are computed; None for the current one.
         """
         tensors = [
             reading.index_TK,
@@ -129,15 +130,15 @@ class PendingStore:
         versions: Sequence[tuple[int, ...]],
         masks: Sequence[Tensor | None],
     ) -> bool:
-        """The same for the calls of forwards, which have one form as far as is known.
+        """Keep references to the tensors of the calls of forwards, assumed to have one form.
 
         Args:
-            columns: their tensors; only the first of each column is looked at before they are reduced.
-            versions: those of each call's tensors when they were handed out, of one forward.
-            masks: one of each forward, or None of each.
+            columns: their tensors; only the first of each column is inspected before the reduction.
+            versions: versions of each call's tensors when they were returned, for one forward.
+            masks: one mask per forward, or None for each.
 
         Returns:
-            False where they are too many for one batch, or only some have a mask, and nothing was kept.
+            False, with nothing kept, if one batch cannot hold the calls or only some forwards have a mask.
         """
         if len(set(map(_kind, masks))) > 1:
             return False
@@ -178,7 +179,7 @@ class PendingStore:
         stream: int | None = None,
         sent: tuple[Any, Any] = (None, None),
     ) -> PendingCalls | None:
-        """Where calls of the form of the first go; None if they are too many for one batch."""
+        """Return the group for calls of the form of the first one; None if one batch cannot hold them."""
         tensors, experts = [column[0] for column in columns], site.info.num_experts
         stream = stream_of_now(tensors[0]) if stream is None else stream
         form = (stream, *map(_form, tensors), experts, _kind(mask), sent)
@@ -186,7 +187,7 @@ class PendingStore:
         if group is not None and group.room >= calls:
             return group
         self.device_type = tensors[0].device.type
-        widest = max(1, tensors[-1].numel(), experts)  # `experts` wide is what it is reduced to
+        widest = max(1, tensors[-1].numel(), experts)  # results are `experts` wide
         room = max(1, _REDUCED_ELEMENTS_MAX.get(self.device_type, 2**24) // widest)
         if room < calls:
             return None
@@ -202,7 +203,7 @@ def _kind(mask: Tensor | None) -> torch.dtype | None:
 
 
 def versions_of(columns: Columns) -> list[tuple[int, ...]]:
-    """How often each call's tensors were written to; -1 for those of inference mode, which do not tell."""
+    """Return the version counters of each call's tensors; -1 for inference tensors, which have none."""
     try:
         return list(zip(*[map(_version, column) for column in columns], strict=True))
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""From the tensors of many router calls to two small ones, by the fastest way that their device has."""
+"""Reduce the tensors of many router calls to two small ones, by the fastest method for their device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moe_trace.record.reduce.streams import on_device
 
 
 def reduce_group(group: PendingCalls) -> Batch:
-    """Reduce calls of one form, on the device and the stream that made them; nothing waits."""
+    """Reduce calls of one form on the device and stream that computed them, without waiting."""
     group.index, group.weights, group.logits = map(_own_part, (group.index, group.weights, group.logits))
     group.masks = _masks(group)
     first = next(iter(group.records))
@@ -46,7 +46,7 @@ def reduce_group(group: PendingCalls) -> Batch:
 
 
 def _own_part(tensors: list[Any]) -> list[Tensor]:
-    """Of DTensors, what this process holds: to bring together what is split would be a collective."""
+    """Return the local tensors of DTensors. Sharded ones raise, because gathering would be a collective."""
     if not tensors or not hasattr(tensors[0], "to_local"):
         return tensors
     if any(not place.is_replicate() for tensor in tensors for place in tensor.placements):
@@ -58,7 +58,7 @@ def _own_part(tensors: list[Any]) -> list[Tensor]:
 
 
 def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:
-    """With the fused kernels; None where they are not ready, or cannot be used."""
+    """Reduce with the fused kernels; return None if they are not ready or cannot be used."""
     index, logits = group.index, group.logits
     fused = FUSED.ready_for(
         RouterOutput(index[0], group.weights[0], logits[0] if logits else None), num_experts
@@ -83,22 +83,25 @@ def _fused(group: PendingCalls, num_experts: int) -> PackedStats | None:
 
 
 def _with_slots(ints: Tensor, group: PendingCalls) -> Tensor:
-    """`ints` [L, n] with `slots_2P` of each call behind."""
+    """Append the `slots_2P` of each call to `ints`, [L, n]."""
     slots = []
     for record in group.records:
         slots.append(record.slots_2P)
-        record.slots_2P = None  # the record is kept for longer
+        record.slots_2P = None  # the record outlives the reduction
     return torch.cat([ints, torch.stack(slots).to(ints.dtype)], dim=-1)  # type: ignore[arg-type]
 
 
 def _in_phases(group: PendingCalls) -> bool:
-    """Whether the masks tell the phases of tokens, rather than only which are padding."""
+    """Return whether the masks hold token phases rather than only padding."""
     return bool(group.masks) and group.masks[0].dtype == torch.uint8
 
 
 def _masks(group: PendingCalls) -> list[Tensor]:
-    """The mask stands where the model's input is; with a device map its later layers are elsewhere. Phases
-    stand on the host, and are copied in one piece."""
+    """Return the masks on the device of the index.
+
+    A mask is on the device of the model's input, which with a device map differs from that of later layers.
+    Phases are on the host, and are copied in one piece.
+    """
     device, masks = group.index[0].device, group.masks
     if masks and masks[0].device.type == "cpu" != device.type:
         return list(torch.stack(masks).pin_memory().to(device, non_blocking=True))

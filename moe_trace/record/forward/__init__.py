@@ -1,1 +1,1 @@
-"""What is known of a forward of the model: its context, its inputs, and the routers that it missed."""
+"""Context of a forward of the model: its step, its inputs, and the routers that it did not reach."""

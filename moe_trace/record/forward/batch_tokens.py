@@ -1,7 +1,7 @@
-"""What a host framework tells of the tokens of a forward: whose each is, and which part of whose work.
+"""Description of a forward's tokens by a host framework: request, position and phase of each.
 
-Servers batch tokens of many requests in one dimension, some that prefill, some that decode, and pad them to
-the size of a CUDA graph. Nothing in the arguments of the model's forward says which is which.
+Servers batch tokens of many requests, prefilling and decoding, in one dimension, and pad them to the size of
+a CUDA graph. The arguments of the model's forward do not show which token is which.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from moe_trace.data.schema import Stage
 from moe_trace.record.forward.isolation import warn_user
 
 PREFILL, PADDING, DECODE = 0, 1, 2
-"""Phases of a token. A padding mask is one of these: its True is 1 too."""
+"""Phases of a token. Boolean padding masks use the same encoding: True is 1, `PADDING`."""
 
 Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchTokens:
-    """The T tokens of one forward, in the order in which its routers see them.
+    """The T tokens of one forward, in the order in which its routers receive them.
 
     Raises:
         ValueError: arrays of different lengths, or an unknown phase.
@@ -35,9 +35,9 @@ class BatchTokens:
     phases: npt.NDArray[np.uint8]
     """[T] `PREFILL`, `DECODE` or `PADDING`."""
     requests: Ints
-    """[T] a number of each token's request, which it keeps for its life; `UNKNOWN` for padding."""
+    """[T] number of each token's request, constant over the request's life; `UNKNOWN` for padding."""
     positions: Ints
-    """[T] position of each within its request, from 0; `UNKNOWN` for padding."""
+    """[T] position of each token within its request, from 0; `UNKNOWN` for padding."""
     prefill_tokens: int = field(init=False)
     decode_tokens: int = field(init=False)
 
@@ -59,18 +59,18 @@ class BatchTokens:
         decode_from: Sequence[int],
         size: int | None = None,
     ) -> BatchTokens:
-        """Tokens that stand together by request, one request after the other, and padding behind them.
+        """Build from tokens that are grouped by request, followed by padding.
 
         Args:
             requests: [R] number of each request.
-            tokens: [R] its tokens in this forward.
+            tokens: [R] number of its tokens in this forward.
             starts: [R] position of the first of them within the request.
-            decode_from: [R] its tokens from this position on are decoded: for a request that was never
+            decode_from: [R] position from which its tokens are decoded: for a request that was never
                 interrupted, the length of its prompt.
-            size: T, with padding; None for none.
+            size: T, including padding; None for no padding.
 
         Raises:
-            ValueError: more tokens than `size`, or fewer than none.
+            ValueError: more tokens than `size`, or a negative number of tokens.
         """
         counts = np.asarray(tokens, np.int64)
         real = int(counts.sum())
@@ -93,20 +93,19 @@ class BatchTokens:
 
     @property
     def stage(self) -> Stage:
-        """`mixed` where some tokens prefill and some decode; `decode` for padding alone, as what a server
-        runs to keep step with others is."""
+        """`mixed` for prefill and decode together; `decode` for padding alone, run to keep in step with others."""
         if self.prefill_tokens and self.decode_tokens:
             return "mixed"
         return "prefill" if self.prefill_tokens else "decode"
 
     def counted_requests(self) -> tuple[int, int]:
-        """(requests, those of them with a prefill token)."""
+        """Return (number of requests, number of those with a prefill token)."""
         known = self.requests != UNKNOWN
         prefill = np.unique(self.requests[known & (self.phases == PREFILL)])
         return len(np.unique(self.requests[known & (self.phases != PADDING)])), len(prefill)
 
     def as_tensor(self) -> Tensor:
-        """[T] uint8, the phases, on the host."""
+        """Return the phases as a [T] uint8 tensor on the host."""
         return torch.from_numpy(self.phases)
 
 
@@ -114,25 +113,25 @@ TokenProvider = Callable[[], BatchTokens | None]
 
 
 class TokenSource:
-    """Who tells the tokens of each forward. Asked once a forward; never raises into it."""
+    """Source of the tokens of each forward. Asked once per forward; raises nothing into it."""
 
     def __init__(self) -> None:
         self.provider: TokenProvider | None = None
-        """Asked for the tokens of each forward that is recorded; returns None where it does not know."""
+        """Called for the tokens of each recorded forward; returns None where it does not know them."""
         self.next: BatchTokens | None = None
-        """Of the next forward, in place of what the provider would tell."""
+        """Tokens of the next forward, which take precedence over the provider."""
         self._failed = False
 
     @property
     def tells(self) -> bool:
-        """Whether there is anything to ask."""
+        """Whether tokens or a provider are set."""
         return self.provider is not None or self.next is not None
 
     def take(self, *, wanted: bool) -> BatchTokens | None:
-        """The tokens of the forward that begins.
+        """Return the tokens of the forward that begins, or None.
 
         Args:
-            wanted: whether it is recorded; else a provider is not asked.
+            wanted: whether the forward is recorded; if not, the provider is not called.
         """
         told, self.next = self.next, None
         if told is None and wanted and self.provider is not None:

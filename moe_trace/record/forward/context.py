@@ -1,4 +1,4 @@
-"""Which forward of the model a thread is in, and what is known of it: step, stage, padding."""
+"""The current forward of each thread, and its context: step, stage, padding."""
 
 from __future__ import annotations
 
@@ -20,74 +20,74 @@ class ForwardContext:
     step: int
     stage: Stage
     padding_T: Tensor | None = None
-    """Which tokens are padding; the phases of all where `batch` tells them."""
+    """Mask of padding tokens; the phases of all tokens if `batch` provides them."""
     epoch: int = 0
-    """Forwards of the model that the host has seen; orders samples that have no time."""
+    """Number of forwards of the model that the host has seen; orders samples that have no time."""
     recorded: bool = True
-    """False for a step left out by `every` or `warmup`, whose hooks may be on for another thread's sake."""
+    """False for a step that `every` or `warmup` skips; hooks may still be installed for another thread."""
     of_model: bool = True
-    """False for a router called outside any forward of the model: through a submodule."""
+    """False for a router called outside any forward of the model, through a submodule."""
     profiled: bool = False
-    """Whether a profiler records, be it another thread only."""
+    """Whether a profiler records, even if on another thread only."""
     told: bool = False
-    """Whether the arguments of a module told stage and padding."""
+    """Whether stage and padding are known from the arguments of a module."""
     start_ns: int = 0
-    """When it began, where the host saw that."""
+    """Start time, if the host saw it."""
     ident: int = field(default_factory=threading.get_ident)
-    """The thread that runs it."""
+    """Identifier of the thread that runs it."""
     thread: int = field(default_factory=threading.get_native_id)
-    """Its native id."""
+    """Native id of that thread."""
     recomputed: bool = False
-    """Checkpointed as a whole, and run again by the backward."""
+    """Whether the backward pass runs it again, because it was checkpointed as a whole."""
     failed: bool = False
-    """An exception ended it."""
+    """Whether an exception ended it."""
     padding_unclear: bool = False
-    """A block saw another number of tokens than the mask has."""
+    """Whether a block received another number of tokens than the mask has."""
     reached: list[Collection[int]] = field(default_factory=list)
-    """Sites whose router was called, some at a time; shared by all that `replace` makes of it."""
+    """Groups of sites whose router was called; shared with all copies made by `replace`."""
     held_bytes: float = float("inf")
-    """Of the tensors that its routers hand out, about, where that is known."""
+    """Approximate size of the tensors that its routers return, if known."""
     tokens: Any = None
-    """`ForwardTokens` where its routes are recorded."""
+    """`ForwardTokens` if its routes are recorded."""
     batch: BatchTokens | None = None
-    """What a host framework reports."""
+    """Tokens described by a host framework."""
 
     def tell(self, batch: BatchTokens) -> None:
-        """A host framework tells its tokens."""
+        """Set the tokens that a host framework describes."""
         self.batch, self.stage, self.padding_T, self.told = batch, batch.stage, batch.as_tensor(), True
 
     def again(self) -> ForwardContext:
-        """The same forward, run again by its backward, maybe on another thread."""
+        """Return the context for rerunning this forward in the backward pass, possibly on another thread."""
         context = self.here()
         context.recomputed, context.failed = True, False
         return context
 
     def here(self) -> ForwardContext:
-        """The same forward on the calling thread."""
+        """Return a copy of the context for the calling thread."""
         return replace(self, thread=threading.get_native_id(), ident=threading.get_ident())
 
 
 @dataclass(slots=True)
 class Entered:
-    """A module of the model that a thread is in."""
+    """A module through which a thread entered the model."""
 
     level: int
     context: ForwardContext
     inside: int = 0
-    """Modules entered inside it so far."""
+    """Number of modules entered inside it so far."""
 
 
 class ForwardStack:
-    """The modules that each thread entered the model through, outermost first."""
+    """Stack per thread of the modules through which it entered the model, outermost first."""
 
     def __init__(self) -> None:
         self.stacks: dict[int, list[Entered]] = {}
-        """By thread; of none that is in no forward."""
+        """Stacks by thread, for threads inside a forward only."""
         self.last: ForwardContext | None = None
-        """The forward that began last: what a recomputation in the backward belongs to."""
+        """The forward that began last, to which a recomputation in the backward pass belongs."""
 
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
-        """A thread enters a module."""
+        """Push a module that a thread enters."""
         stack = self.stacks.get(thread)
         if stack is None:
             self.stacks[thread] = [Entered(level, context)]
@@ -96,7 +96,7 @@ class ForwardStack:
             stack.append(Entered(level, context))
 
     def contexts(self, *, without: int | None, innermost: bool) -> set[ForwardContext]:
-        """The forwards under way, but for all of a thread, or but for its innermost one."""
+        """Return the running forwards except those of thread `without`, or except its innermost one."""
         return {
             entered.context
             for thread, stack in list(self.stacks.items())
@@ -104,7 +104,7 @@ class ForwardStack:
         }
 
     def of(self, thread: int) -> ForwardContext | None:
-        """The forward that a thread is in; for one that only helps, the only one under way."""
+        """Return the thread's forward; for a thread outside any, the only running one, if there is just one."""
         stack = self.stacks.get(thread)
         if stack:
             return stack[-1].context

@@ -1,4 +1,4 @@
-"""What hooks become in a copy or a pickle of a traced model: it is another model, which is not recorded."""
+"""Detach hooks from copies and pickles of a traced model, which are separate models and not recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_trace.find.private.torch_names import remove_hooks, shares_hooks
 
 
 class InertHooks:
-    """Stands in a saved model for the hooks that were on; every hook of it does nothing."""
+    """Replacement for the hooks in a pickled model; each of its hooks does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -23,16 +23,16 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 class HookOwner:
-    """For classes whose methods `before...` and `after...` are put on modules as hooks.
+    """Base class for classes whose `before...` and `after...` methods are registered on modules as hooks.
 
-    `copy.deepcopy` of a module copies its hooks: they stay bound to the same object, which finds with
-    `detach_if_copy` that they were called for another module, and takes them off it. A pickle gets hooks
-    that do nothing.
+    `copy.deepcopy` of a module copies its hooks, which stay bound to the same object. With `detach_if_copy`,
+    that object detects a call for another module and removes the hooks from it. A pickle gets hooks that do
+    nothing.
     """
 
     @classmethod
     def hooks(cls) -> list[Callable[..., Any]]:
-        """Its methods that are put on modules."""
+        """Return the methods that are registered on modules."""
         named = ("before", "after")
         return [method for name, method in vars(cls).items() if name.lstrip("_").startswith(named)]
 
@@ -44,10 +44,10 @@ class HookOwner:
 
 
 def detach_if_copy(module: nn.Module, original: nn.Module | None) -> bool:
-    """Whether a hook was called for a copy of the module that it was put on.
+    """Return whether a hook was called for a copy of the module on which it was registered.
 
-    Replicas are none, nor are shallow copies: what is below them, and their hooks, are the original's own.
-    If so, all such hooks are taken off the copy and what is below it.
+    If so, remove all such hooks from the copy and its submodules. Replicas do not count as copies, nor do
+    shallow copies, which share their submodules and hooks with the original.
     """
     if module is original or getattr(module, "_is_replica", False):
         return False

@@ -1,4 +1,4 @@
-"""What the arguments of a model's forward tell: its stage, and which of its tokens are padding."""
+"""Read a forward's stage and padding from the arguments of the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moe_trace.record.forward.isolation import apart
 _TOKENS = ("input_ids", "inputs_embeds")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
 _POSITIONS = ("position_ids", "positions", "input_pos")
-_CACHES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+_CACHES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 class ModelInputs:
-    """Reads stage and padding from the arguments of one module's forward."""
+    """Reader of stage and padding from the arguments of one module's forward."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -33,19 +33,22 @@ class ModelInputs:
         self._caches, self._mask = self._places(_CACHES), self._places(("attention_mask",))
         self._own_mask = self._places(("decoder_attention_mask",)) if self._encoder_decoder else self._mask
         self.position_names = ("decoder_position_ids",) if self._encoder_decoder else _POSITIONS
-        """Arguments that tell the position of each token."""
+        """Names of the arguments that hold the position of each token."""
         self.names_tokens = any(name in self._positions for name in (*_TOKENS, *_DECODER_TOKENS))
-        """Whether the module's forward is one of a language model: it is given tokens by name."""
+        """Whether the module's forward takes tokens by name, as that of a language model."""
         self.names_mask = "attention_mask" in self._positions
-        """Whether it may be given a mask without its name."""
+        """Whether a mask may be passed positionally."""
 
     def length(self, args: Any, kwargs: dict[str, Any]) -> int | None:
-        """Tokens per row of the model's input; of the decoder's, where there is one."""
+        """Return the number of tokens per row of the model's input, or of the decoder's if there is one."""
         tokens = self.tokens(args, kwargs)
         return None if tokens is None else int(tokens.shape[1])
 
     def look(self, args: Any, kwargs: dict[str, Any]) -> tuple[Stage, int | None, bool]:
-        """(stage, tokens of all rows as far as the first tensor tells, whether they were named)."""
+        """Return (stage, number of tokens in all rows, whether tokens were passed by name).
+
+        Without named tokens, the number is that of the first tensor among the arguments, or None.
+        """
         named = tokens = self.tokens(args, kwargs) if kwargs or self.names_tokens else None
         if tokens is None:
             for value in (*args, *kwargs.values()):
@@ -63,7 +66,7 @@ class ModelInputs:
         return self._stage(named, args, kwargs), count, named is not None
 
     def stage(self, args: Any, kwargs: dict[str, Any]) -> Stage:
-        """`decode` for one token a row that follows what a cache holds."""
+        """Return the stage: `decode` for one token per row that continues a cache."""
         return self._stage(self.tokens(args, kwargs), args, kwargs)
 
     def _stage(self, tokens: Tensor | None, args: Any, kwargs: dict[str, Any]) -> Stage:
@@ -75,10 +78,11 @@ class ModelInputs:
         return "prefill" if cached == 0 else "decode"
 
     def padding(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
-        """([B * length] bool, True for padding, or None; whether there was a mask that could not be read).
+        """Return the padding as [B * length] bool, or None, and whether there was a mask that could not be
+        read.
 
-        A 2-D mask covers the cached tokens and the input. One of another length, or of another form, does
-        not tell which of its columns are the input's.
+        A 2-D mask covers the cached tokens and the input. In a mask of another length or form, the columns of
+        the input are unknown.
         """
         mask = self._given(args, kwargs, self._mask)
         if mask is None:
@@ -92,11 +96,11 @@ class ModelInputs:
         try:
             with apart():
                 return (mask[:, -length:] == 0).flatten(), False
-        except Exception:  # a mask of a kind that nobody thought of
+        except Exception:  # an unexpected kind of mask
             return None, True
 
     def tokens(self, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """Ids or embeddings of the model's input, a row a sequence; of the decoder's, where there is one."""
+        """Return ids or embeddings of the model's (or decoder's) input, one row per sequence."""
         for name, position in self._tokens:
             tokens = args[position] if position < len(args) else kwargs.get(name)
             if isinstance(tokens, Tensor) and tokens.dim() >= 2:
@@ -104,20 +108,20 @@ class ModelInputs:
         return None
 
     def given(self, args: Any, kwargs: dict[str, Any], names: Sequence[str]) -> Any:
-        """The first argument of these names that is given."""
+        """Return the first argument with one of these names that is not None."""
         return self._given(args, kwargs, self._places(names))
 
     def mask(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The attention mask of the tokens, of whatever form."""
+        """Return the attention mask of the tokens, in any form."""
         return self._given(args, kwargs, self._own_mask)
 
     def cached(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Tokens in a cache before each row: a number, a tensor, or None where it does not tell."""
+        """Return the number of cached tokens before each row: an int, a tensor, or None if unknown."""
         cache = self._given(args, kwargs, self._caches)
         return 0 if cache is None else _cached(cache)
 
     def _places(self, names: Sequence[str]) -> list[tuple[str, int]]:
-        """(name, position) of arguments; a position that no call reaches where there is none."""
+        """Return (name, position) of arguments; a missing parameter gets a position that no call reaches."""
         return [(name, self._positions.get(name, sys.maxsize)) for name in names]
 
     @staticmethod
@@ -130,7 +134,7 @@ class ModelInputs:
 
 
 def _cached_tokens(cache: Any) -> int | None:
-    """Tokens that a cache holds: 0 without one, None where only the device knows."""
+    """Return the number of tokens in a cache: 0 without one, None if only the device knows."""
     if cache is None:
         return 0
     length = _cached(cache)

@@ -1,4 +1,4 @@
-"""Keep our own work apart from the user's: no error of ours enters theirs, no mode of theirs ours."""
+"""Isolate moe_trace from user code: its errors do not reach the model, nor user modes its operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_trace.find.private.torch_names import outside_functions, outside_modes
 
 
 def warn_user(message: str, *, stacklevel: int = 3) -> None:
-    """Warn; where the user turned warnings into errors, stay silent instead of ending their forward."""
+    """Warn, but stay silent where warnings are errors, which would end the user's forward."""
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
     except RuntimeWarning:
@@ -22,29 +22,29 @@ def warn_user(message: str, *, stacklevel: int = 3) -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Without gradients, and seen by no mode of the user's.
+    """Disable gradients, and hide operators from the user's modes.
 
-    A policy of selective checkpointing is such a mode: it numbers the operators of a forward, and an
-    operator more in the forward than in its recomputation would make it return another's output.
+    A selective checkpointing policy is such a mode: it numbers the operators of a forward, so an extra
+    operator in the forward but not in its recomputation would make it return the output of another one.
     """
     with outside_functions(), torch.no_grad(), outside_modes():
         yield
 
 
 class Failures:
-    """Keeps what goes wrong in hooks of ours from the user's forward: said once, counted as lost."""
+    """Handler of errors in moe_trace's hooks: warns once, and keeps them out of the user's forward."""
 
     def __init__(self) -> None:
         self.first: str | None = None
 
     def note(self, error: Exception) -> None:
-        """Something went wrong."""
+        """Store and warn of the first error."""
         if self.first is None:
             self.first = f"{type(error).__name__}: {error}"
             warn_user(f"a hook of moe_trace failed ({self.first}); the model runs on, its routing is lost")
 
     def guarded(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function."""
+        """Call a function, and note its exception instead of raising it."""
         try:
             function(*arguments)
         except Exception as error:

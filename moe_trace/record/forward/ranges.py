@@ -1,6 +1,6 @@
-"""Open and close `record_function` ranges, so that none can stay open.
+"""Open and close `record_function` ranges, such that none can stay open.
 
-A range costs microseconds even when nobody records, so one is opened only while a profiler is recording.
+A range costs microseconds even without a profiler, so ranges are opened only while one records.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from moe_trace.find.private.torch_names import (
 )
 
 _all_threads = weakref.WeakSet[object]()  # profilers that record every thread
-_public_alone = weakref.WeakSet[object]()  # profilers that must be told of a range by `record_function`
+_public_alone = weakref.WeakSet[object]()  # profilers that see only ranges of `record_function`
 
 
 def profiler_is_recording() -> bool:
-    """Whether a torch profiler records the calling thread now."""
+    """Return whether a torch profiler is recording the calling thread."""
     if thread_is_profiled():
         return True
-    # A profiler of all threads is on for none of them in particular, not even for the one that started it.
+    # A profiler of all threads is not enabled on any single thread, including the one that started it.
     return bool(_all_threads) and process_is_profiled()
 
 
 def note_profiler(prof: object) -> None:
-    """Learn from a profiler's configuration whether it records every thread, and how it learns of ranges."""
+    """Note whether a profiler records every thread and which ranges it sees, from its configuration."""
     config = getattr(prof, "experimental_config", None)
     if profiles_all_threads(config):
         _all_threads.add(prof)
@@ -42,30 +42,30 @@ def note_profiler(prof: object) -> None:
 
 
 class OpenRanges:
-    """The ranges that one tracer has open, per thread."""
+    """The open ranges of one tracer, per thread."""
 
     __slots__ = ("opened", "own", "quiet", "slots", "thread", "wanted")
 
     def __init__(self) -> None:
         self.opened: dict[int, list[Any]] = {}
-        """By thread: by slot, what is open, as (what was open there before, entry). Empty where nothing can
-        be open, which is cheap to ask."""
+        """Per thread, and per slot, the open range as (range open there before, entry). Empty if nothing can
+        be open, which makes the check cheap."""
         self.wanted: bool | None = None
-        """Whether a profiler records the forwards under way; None where nobody knows, so it is asked."""
+        """Whether a profiler records the current forwards; None if unknown, in which case it is queried."""
         self.quiet: set[int] = set()
         """Threads whose forward is not recorded."""
         self.thread = -1
-        """Whose profiled forward began last: its ranges are opened without asking."""
+        """Thread of the profiled forward that began last; its ranges are opened without a query."""
         self.own: list[Any] = []
-        """What is open on `thread`. Such a range ends when nothing refers to its entry."""
+        """Open ranges of `thread`. Such a range ends when nothing refers to its entry."""
         self.slots: dict[str, int] = {}
 
     def slot(self, name: str) -> int:
-        """Where a range of that name stands; asked before any is opened."""
+        """Return the slot of a range name; to be called before any range is opened."""
         return self.slots.setdefault(name, len(self.slots))
 
     def want(self, thread: int) -> None:
-        """A profiler records the forward that the calling thread begins."""
+        """Open ranges for the forward that the calling thread begins, because a profiler records it."""
         self.wanted, own = True, self._on(thread)
         if enter_private is not None and not _public_alone:
             self.thread, self.own = thread, own
@@ -74,7 +74,7 @@ class OpenRanges:
         return self.opened.get(thread) or self.opened.setdefault(thread, [None] * len(self.slots))
 
     def open(self, name: str, thread: int) -> None:
-        """Open a range on the calling thread, if it is wanted."""
+        """Open a range on the calling thread, if wanted."""
         if thread != self.thread:
             if not self.wanted and (self.wanted is False or not profiler_is_recording()):
                 return
@@ -84,7 +84,7 @@ class OpenRanges:
         own[slot] = own[slot], enter_range(name, publicly=bool(_public_alone))
 
     def close(self, name: str, thread: int) -> None:
-        """Close the innermost open range of that name."""
+        """Close the innermost open range with this name."""
         own, slot = self.opened.get(thread), self.slots[name]
         if own and own[slot]:
             own[slot], entry = own[slot]
@@ -93,12 +93,12 @@ class OpenRanges:
                 del self.opened[thread]
 
     def has(self, name: str, thread: int) -> bool:
-        """Whether a range of that name is open on a thread."""
+        """Return whether a thread has an open range with this name."""
         own = self.opened.get(thread)
         return bool(own and own[self.slots[name]])
 
     def end(self, thread: int) -> None:
-        """Close what a thread has open: its forward is over, or was interrupted."""
+        """Close all ranges of a thread whose forward has ended or was interrupted."""
         if thread == self.thread:
             self.thread, self.own = -1, []
         own = self.opened.pop(thread, [])
@@ -111,12 +111,12 @@ class OpenRanges:
         return sum(one is not None for own in self.opened.values() for one in own)
 
 
-# Two tracers on one model would open every range twice; the first to come opens them.
+# Two tracers on one model would open every range twice, so only the first one opens them.
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
 
 
 def claim_ranges(router: nn.Module, tracer: object) -> bool:
-    """Whether `tracer` opens this router's ranges; it does from now on if no active tracer does."""
+    """Claim a router's ranges unless another active tracer has them; return whether `tracer` opens them."""
     owner = _owners.get(router)
     held_by = None if owner is None else owner()
     if held_by is None:
@@ -125,7 +125,7 @@ def claim_ranges(router: nn.Module, tracer: object) -> bool:
 
 
 def release_ranges(router: nn.Module, tracer: object) -> None:
-    """Give up the claim, if it is this tracer's."""
+    """Release the claim, if this tracer holds it."""
     owner = _owners.get(router)
     if owner is not None and owner() is tracer:
         del _owners[router]

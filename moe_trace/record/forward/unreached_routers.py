@@ -1,4 +1,4 @@
-"""Routers that a forward did not reach although earlier ones did: replaced under us, or fused away."""
+"""Routers that a forward did not reach although earlier ones did: replaced meanwhile, or fused away."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe_trace.find.routers import RouterSite
 
 
 class MissingSites:
-    """Counts, by router, the forwards that reached none of its hooks.
+    """Counter, per router, of forwards that ran none of its hooks.
 
-    A part of the model that ran as a whole or not at all, such as an encoder beside a decoder, is missed
-    only if its routers are no longer those of the model.
+    A part of the model that runs as a whole or not at all, such as an encoder next to a decoder, counts as
+    missed only if its routers are no longer those of the model.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[RouterSite]) -> None:
@@ -25,11 +25,11 @@ class MissingSites:
         self._sites = sites
         self._expected: set[int] = set()
         self._usual: Collection[int] | None = None
-        """What is known to be all of them."""
+        """The expected sites, as the object that the last complete forward reported."""
         self._towers = [re.split(r"\.\d+\.", f".{site.name}")[0] for site in sites]
 
     def look(self, parts: Sequence[Collection[int]]) -> None:
-        """A recorded forward has ended, which reached these sites."""
+        """Compare the sites that a recorded forward reached with the expected ones."""
         if len(parts) == 1 and parts[0] is self._usual:
             return
         reached = set(chain.from_iterable(parts))
