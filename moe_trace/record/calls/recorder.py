@@ -1,14 +1,14 @@
-"""Keep what the hooks saw until it can be reduced, in batches, on the device; bring it to the host late.
+"""Keep the observed calls until they are reduced in batches on the device; copy the results to the host late.
 
-Nothing here waits for the device until `drain`. The way of one router call:
+Nothing here waits for the device until `drain`. The stages of a router call:
 
     add      references to the router's own tensors, nothing computed            (in the hook)
     reduce   many calls in one batch of kernels -> two small tensors             (after a forward)
     ship     many small tensors -> pinned host memory, asynchronously            (every `SHIP_EVERY` batches)
-    drain    wait for what is under way; build `RoutingSample`s                  (when somebody asks)
+    drain    wait for pending copies; build `RoutingSample`s                     (on request)
 
-A large forward is reduced when it ends. Small ones (decode steps) wait for each other: their tensors are
-a few KB, and one batch of kernels for 32 steps costs what one for a single step would.
+A large forward is reduced when it ends. Small ones (decode steps) are reduced together: their tensors are a
+few KB, and one batch of kernels for 32 steps costs as much as one for a single step.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.forward.ranges import profiler_is_recording
 from moe_trace.record.reduce.streams import copies_on_host, on_stream
 
-_HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before a batch is reduced early
-# ... and beyond which a forward waits for no other. Reductions stop a model on a CPU; on a device they take
-# a millisecond of its host: forwards that the host bounds, of up to some 1000 tokens, do wait.
+_HELD_BYTES_MAX = 64 * 2**20  # router tensors kept alive before an early reduction
+# Size beyond which a forward is reduced at once. Reductions stop a model on a CPU; on a device they take a
+# millisecond of its host, so host-bound forwards, of up to some 1000 tokens, are deferred.
 _WAITING_BYTES_MAX = {"cpu": _HELD_BYTES_MAX, "cuda": 16 * 2**20}
 WAITING_CALLS_MAX = 1024
-_PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or where no forward of the model ends
+_PENDING_CALLS_MAX = 8 * WAITING_CALLS_MAX  # within one forward, or if no forward of the model ends
 SHIP_EVERY = 32
 DEFAULT_CAPACITY_BYTES = 256 * 2**20
 
 
 class Recorder:
-    """Bounded store of one tracer's calls. Any thread may add; reductions are serialised.
+    """Bounded store of one tracer's calls. Any thread may add calls; reductions are serialised.
 
     Args:
-        capacity: router calls kept; beyond it the oldest are dropped and counted in `overwritten`.
-        capacity_bytes: bytes that their figures may take on the host.
+        capacity: number of router calls to keep; beyond it the oldest are dropped and counted in
+            `overwritten`.
+        capacity_bytes: host memory for their metrics, in bytes.
     """
 
     def __init__(self, *, capacity: int, capacity_bytes: int = DEFAULT_CAPACITY_BYTES) -> None:
@@ -60,22 +61,22 @@ class Recorder:
         self.overwritten = 0
         self.unreduced = 0
         self.may_defer = True
-        """Whether small forwards may wait for each other; not where a later one overwrites their tensors."""
+        """Whether small forwards may be deferred; not if a later forward overwrites their tensors."""
         self._lock = threading.RLock()
         self.on_rewritten: Callable[[set[str]], None] | None = None
-        """Told the routers whose tensors were written over while they waited here; None: nobody looks."""
+        """Receives the names of routers whose pending tensors were overwritten; None disables the check."""
         self.routes: Any = None
-        """`RoutesRecorder`, where routes are recorded: takes each group of calls that was reduced."""
+        """`RoutesRecorder`, if routes are recorded: receives each group of reduced calls."""
         self.refusals = Refusals()
         self._pending = PendingStore()
         self._on_device: list[Batch] = []
         self._on_host: deque[Batch] = deque()
         self._kept = 0
         self._bytes = 0
-        """Of the figures on the host."""
+        """Size of the metrics on the host."""
         refused = {"unreadable": self.refusals.by_router, "unjoined": self.refusals.unjoined}
         self._lost: dict[str, Counter[str]] = defaultdict(Counter, refused)
-        """By reason, then by router."""
+        """Per reason, lost calls by router."""
 
     def add(
         self,
@@ -84,10 +85,10 @@ class Recorder:
         mask: Tensor | None = None,
         usual: Usual | None = None,
     ) -> None:
-        """Keep references to a call's tensors; reduce early if too much would be kept alive.
+        """Keep references to a call's tensors; reduce early if they would keep too much memory alive.
 
         Args:
-            mask: [T] bool, which tokens are padding, where that is known.
+            mask: [T] bool, True for padding, if known.
             usual: see `PendingStore.add`.
         """
         with self._lock:  # another thread may be taking them away
@@ -95,7 +96,7 @@ class Recorder:
         self._reduce_if_full()
 
     def add_forwards(self, *forwards: Any) -> bool:
-        """The same for the calls of some forwards: see `PendingStore.add_forwards`."""
+        """Keep references to the tensors of forwards: see `PendingStore.add_forwards`."""
         with self._lock:
             kept = self._pending.add_forwards(*forwards)
         self._reduce_if_full()
@@ -106,7 +107,7 @@ class Recorder:
             self.reduce()
 
     def end_forward(self) -> None:
-        """The model's forward is over: reduce it now, or let it wait for more if it is small."""
+        """Reduce the forward that has ended, or defer it if it is small."""
         pending = self._pending
         if not pending.calls:  # as in every forward that is not recorded
             return
@@ -117,11 +118,11 @@ class Recorder:
             self.reduce()
 
     def lost_of(self, name: str) -> Counter[str]:
-        """Calls of a router that were lost here, by reason."""
+        """Return the calls of a router that were lost here, by reason."""
         return Counter({reason: lost[name] for reason, lost in self._lost.items() if lost[name]})
 
     def reduce(self) -> None:
-        """Reduce all pending calls on their devices, without waiting for any."""
+        """Reduce all pending calls on their devices, without waiting."""
         if not self._pending.calls:
             return
         with self._lock, torch.no_grad():
@@ -133,7 +134,7 @@ class Recorder:
                     self._reduce_or_count(group)
 
     def _unharmed(self, groups: list[PendingCalls]) -> Iterator[PendingCalls]:
-        """Groups of one form each, without the calls that were written over, which are counted."""
+        """Return groups of one form each, less overwritten calls, which are counted."""
         gone: list[set[int]] = [set()] * len(groups)
         if self.on_rewritten is not None:
             gone = written_over(groups)
@@ -148,7 +149,7 @@ class Recorder:
                 yield group
 
     def _reduce_or_count(self, group: PendingCalls) -> None:
-        """Reduce a group; what cannot be reduced is counted, and never stops the user's forward."""
+        """Reduce a group, or count its calls as unreduced: no error may stop the user's forward."""
         memory = _allocated_bytes(group.index[0].device)
         try:
             with on_stream(group.index[0], group.stream):
@@ -171,7 +172,7 @@ class Recorder:
             )
 
     def add_reduced(self, batch: Batch) -> None:
-        """Keep calls that are reduced."""
+        """Keep reduced calls."""
         if batch.ints.device.type == "meta":
             raise ValueError("the router ran on the meta device, where there are no values")
         with self._lock:
@@ -187,12 +188,12 @@ class Recorder:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        """Keep to the capacity; batches stand in order of time, those still on the device last."""
+        """Drop calls beyond the capacity; batches are in order of time, those on the device last."""
         while self._kept > self.capacity or (self._bytes > self.capacity_bytes and self._on_host):
             oldest = self._on_host[0] if self._on_host else self._on_device[0]
             calls = len(oldest.records)
             over = self._kept - self.capacity
-            if over <= 0:  # by bytes: as many calls as hold what is too much
+            if over <= 0:  # by bytes: as many calls as hold the excess
                 over = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
             dropped = min(max(1, over), calls)
             gone = (one for one in islice(oldest.records, dropped) if not self.refusals.counted(one))
@@ -208,11 +209,11 @@ class Recorder:
             self.overwritten += dropped
 
     def _ship(self) -> None:
-        """Start the copies of all batches on a device to pinned host memory."""
+        """Start copying all batches on a device to pinned host memory."""
         if self.routes is not None:
             self.routes.ship()
         for batch in self._on_host:
-            if batch.copied is not None and batch.copied.query():  # out of pinned memory, which is scarce
+            if batch.copied is not None and batch.copied.query():  # free its pinned memory, which is scarce
                 before = batch.nbytes
                 batch.to_numpy()
                 self._bytes += batch.nbytes - before
@@ -233,7 +234,7 @@ class Recorder:
         self._drop_oldest()
 
     def drain(self, since_step: int = 0) -> list[RoutingSample]:
-        """The samples kept since a step, oldest first. Waits for the device; nothing is removed."""
+        """Return the samples kept since a step, oldest first. Waits for the device; nothing is removed."""
         with self._lock:
             self.reduce()
             give_back_memory(sum(len(batch.records) * batch.num_experts for batch in self._on_host))
@@ -252,7 +253,7 @@ class Recorder:
         return samples
 
     def take(self, *, reduce: bool = True) -> list[Any]:
-        """Remove all that is kept, without waiting for the device; `samples_of` turns it into samples."""
+        """Remove all kept calls without waiting for the device; `samples_of` converts them to samples."""
         with self._lock:
             if reduce:
                 self.reduce()
@@ -264,11 +265,11 @@ class Recorder:
         return batches
 
     def samples_of(self, batches: list[Any]) -> list[RoutingSample]:
-        """What `take` removed. Waits for the copies."""
+        """Return the samples of what `take` removed. Waits for the copies."""
         return [sample for batch in batches for _, sample in self._samples(batch)]
 
     def _samples(self, batch: Batch) -> list[tuple[CallRecord, RoutingSample]]:
-        """Those of one batch; what cannot be read is counted, and costs no other its place."""
+        """Return the samples of one batch; if it cannot be read, count its calls and go on."""
         try:
             return self.refusals.leave_out(batch.records, batch.to_samples())
         except Exception as error:
@@ -278,7 +279,7 @@ class Recorder:
 
 
 def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator[RoutingSample]:
-    """Calls counted in order of time: those in graphs got their numbers when they were drained."""
+    """Number calls in order of time: calls in graphs were numbered when they were drained."""
     calls = Counter(dropped)
     for sample in samples:
         call = calls[sample.name]
@@ -287,6 +288,6 @@ def _renumbered(samples: list[RoutingSample], dropped: Counter[str]) -> Iterator
 
 
 def _allocated_bytes(device: torch.device) -> int | None:
-    # `torch.cuda.memory_allocated` spends over 100 us on flattening figures that nobody reads.
+    # `torch.cuda.memory_allocated` spends over 100 us on flattening unused statistics.
     figures: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(device) if device.type == "cuda" else {}
     return figures.get("allocated_bytes", {}).get("all", {}).get("current")

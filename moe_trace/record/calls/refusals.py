@@ -1,4 +1,4 @@
-"""Calls whose decision turns out on the host to be unknown, and routers that contradict themselves."""
+"""Calls whose decision turns out to be unknown on the host, and routers that contradict themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moe_trace.record.forward.isolation import warn_user
 
 
 class CallNumbers:
-    """Numbers of calls, by router, as the runs that they form: a million in a row take what one does."""
+    """Call numbers per router, stored as runs: a million consecutive numbers take the memory of one."""
 
     def __init__(self) -> None:
         self.runs: dict[Hashable, list[range]] = {}
-        """By router: in order, with numbers between them."""
+        """Runs by router, in order and with gaps between them."""
 
     def add(self, router: Hashable, calls: range) -> None:
-        """Some more, which may be there already."""
+        """Add call numbers, some of which may be present already."""
         if not calls:
             return
         runs = self.runs.setdefault(router, [])
@@ -32,13 +32,13 @@ class CallNumbers:
         runs[first:last] = [calls]
 
     def has(self, router: Hashable, call: int) -> bool:
-        """Whether a call is one of them."""
+        """Return whether a call number is present."""
         runs = self.runs.get(router, [])
         at = bisect_right(runs, call, key=lambda run: run.start)
         return any(call in run for run in runs[max(0, at - 1) : at])
 
     def shared(self, other: CallNumbers) -> dict[Hashable, int]:
-        """How many calls of each router are in both, where any are."""
+        """Return, by router, how many calls are present in both, without zeros."""
         counts = {
             router: sum(
                 max(0, min(one.stop, two.stop) - max(one.start, two.start))
@@ -51,29 +51,29 @@ class CallNumbers:
 
 
 class Refusals:
-    """What was refused, however often the same calls are asked for."""
+    """Refused calls, counted once however often they are read."""
 
     def __init__(self) -> None:
         self.why: dict[str, str] = {}
-        """By router: of its first such call."""
+        """Reason by router, from its first refused call."""
         self.by_router: Counter[str] = Counter()
-        """How many calls of each."""
+        """Number of unreadable calls by router."""
         self.unjoined: Counter[str] = Counter()
-        """The same of those that were taken back."""
+        """Number of calls in `taken_back` that were found, by router."""
         self.taken_back = CallNumbers()
-        """By name: recorded as fused ones, but the experts are a module that is called."""
+        """By name: calls recorded as fused, whose experts turned out to be a module that is called."""
         self._calls = CallNumbers()
-        """By name and whether they were in graphs, where they have numbers of their own."""
+        """By name and whether the calls were in graphs, where they are numbered separately."""
         self._compared: set[str] = set()
 
     def counted(self, record: CallRecord) -> bool:
-        """Whether a call was refused already."""
+        """Return whether a call has been refused already."""
         return self._calls.has((record.site.name, record.in_graph), record.call)
 
     def leave_out(
         self, records: Iterable[CallRecord], samples: Sequence[RoutingSample | AdapterMismatch]
     ) -> list[tuple[CallRecord, RoutingSample]]:
-        """The calls that were not refused."""
+        """Return the calls that are not refused, with their samples."""
         kept: list[tuple[CallRecord, RoutingSample]] = []
         for record, sample in zip(records, samples, strict=True):
             if not record.in_graph and self.taken_back.has(record.site.name, record.call):

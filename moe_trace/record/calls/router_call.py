@@ -1,4 +1,4 @@
-"""One router call, joined from what the hooks saw; its experts are found by the memory of tensors."""
+"""A router call joined from hook events; experts are matched to it by the memory of their tensors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from moe_trace.record.forward.context import ForwardContext
 
 @dataclass(slots=True)
 class ExpertsCall:
-    """One call of an experts module, as it received it."""
+    """One call of an experts module, with the arguments it received."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sending: Any = None
     mark: Any = None
     recomputed: bool = False
-    """Where its router is not called again with it, it belongs to a decision of the forward."""
+    """Whether it ran in a backward; then it belongs to the forward's call if its router did not."""
 
 
 @dataclass(slots=True, eq=False)
 class RouterCall(Call):
-    """One call of a router with all that was joined to it."""
+    """One call of a router with everything joined to it."""
 
     site: int = 0
     thread: int = 0
@@ -41,17 +41,17 @@ class RouterCall(Call):
     returned: bool = False
     experts: list[ExpertsCall] = field(default_factory=list)
     rows: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the expert, rows) of each call of one that is a module of its own."""
+    """(expert number, rows) for each call of an expert that is a module of its own."""
     fused: bool = False
-    """Its block ended without having called any experts."""
+    """Whether its block ended without calling any experts."""
     refused: bool = False
-    """Its experts were called, and a hook before them raised: nothing was received."""
+    """Whether a hook before its experts raised, so that they received nothing."""
     cut_off: bool = False
-    """An exception ended its forward before the experts that are modules of their own had all been called."""
+    """Whether an exception ended its forward before all experts that are modules of their own were called."""
     unjoined: bool = False
-    """Experts of its site ran on another thread, for it or for another call."""
+    """Whether experts of its site ran on another thread, for this or another call."""
     reading: Any = None
-    """Of a block that called neither its router nor its experts: what `Found.read_block` read."""
+    """Result of `Found.read_block`, for a block that called neither its router nor its experts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,36 +61,36 @@ class Block:
     context: ForwardContext | None
     calls: list[RouterCall] = field(default_factory=list)
     elsewhere: list[tuple[int, ExpertsCall]] = field(default_factory=list)
-    """Calls of its site's experts on other threads meanwhile, whose memory does not tell whose they are."""
+    """Calls of its site's experts on other threads meanwhile that memory matches to no router call."""
 
 
 @dataclass(slots=True)
 class SiteState:
-    """What became of the calls of one router, and what they taught."""
+    """Counts of one router's calls, and what they show about its block."""
 
     seen: int = 0
     recorded: int = 0
     lost: Counter[str] = field(default_factory=Counter)
-    """By reason (`LOST_CALLS` in `data/summary_notes.py`)."""
+    """Lost calls by reason (`LOST_CALLS` in `data/summary_notes.py`)."""
     misread: str | None = None
-    """Why the first call that could not be read could not."""
+    """Reason why the first unreadable call could not be read."""
     fused: int = 0
-    """Calls of a block that called neither its router nor its experts."""
+    """Number of calls whose block called neither its router nor its experts."""
     elsewhere: bool = False
     """Whether its experts were ever called on another thread than its router."""
     loose: bool = False
     """Whether its block ever ended without its experts, which may then run at any later time."""
     thread: int | None = None
-    """Where its router was called last."""
+    """Thread of the router's last call."""
     experts_called: bool = False
     """Whether its experts were ever called as a module."""
     own_word: range = range(0)
-    """Numbers of the calls that are recorded as fused ones, less those that turned out not to be."""
+    """Numbers of calls recorded as fused, except those that turned out not to be."""
 
     def note(self, call: RouterCall) -> range:
-        """A call is recorded; returns the numbers of those that are refuted by it.
+        """Count a recorded call; return the numbers of calls that it refutes.
 
-        Where the experts are a module that is called, what was done without them may have assigned nothing.
+        If the experts are a module that is called, calls recorded without them may have assigned nothing.
         """
         before, number = self.own_word, self.recorded
         self.recorded += 1
@@ -103,7 +103,7 @@ class SiteState:
         return range(0)
 
     def refute(self) -> range:
-        """Experts were called that have no router: the first such call was theirs, as far as can be told."""
+        """Return the number of the first fused call, to which experts without a router most likely belong."""
         first, self.own_word = self.own_word[:1], self.own_word[1:]
         return first
 
@@ -111,10 +111,10 @@ class SiteState:
 def why_no_decision(
     call: RouterCall, site: RouterSite, state: SiteState, context: ForwardContext, *, observed: bool
 ) -> str | None:
-    """Why a router call assigned nothing, or nothing that was seen; None where it did.
+    """Return why a router call assigned nothing, or nothing observable; None if it did.
 
     Args:
-        observed: whether it was seen which calls its block made.
+        observed: whether the calls inside its block were observed.
     """
     if not call.returned or (call.refused and not call.experts):
         return "interrupted"
@@ -136,18 +136,18 @@ def why_no_decision(
 
 
 def _holds(block: nn.Module, part: nn.Module) -> bool:
-    """Whether a module is in a block; mostly it is a child."""
+    """Return whether a module is in a block; mostly it is a child."""
     return any(child is part for child in block.children()) or part in set(block.modules())
 
 
 def by_memory(experts: ExpertsCall, calls: Iterable[RouterCall]) -> list[RouterCall]:
-    """Those of the router calls whose output shares memory with what the experts received."""
+    """Return the router calls whose output shares memory with what the experts received."""
     given = set(_memory((*experts.args, *experts.kwargs.values())))
     return [call for call in calls if not given.isdisjoint(_memory((call.router_output,)))]
 
 
 def _memory(values: Iterable[Any]) -> Iterator[int]:
-    """What tells the memory of tensors: the address of their storage, which is theirs while they live."""
+    """Yield the storage address of each tensor, which is unique while the tensor lives."""
     for value in values:
         if isinstance(value, tuple | list):
             yield from _memory(value)
@@ -155,5 +155,5 @@ def _memory(values: Iterable[Any]) -> Iterator[int]:
             original = original_of(value)
             try:
                 yield original.untyped_storage().data_ptr() or id(original)
-            except Exception:  # a subclass or a wrapper of torch.func, without a storage of its own
+            except Exception:  # a subclass or torch.func wrapper without its own storage
                 yield id(original)

@@ -1,4 +1,4 @@
-"""Router calls that were reduced together, on their way from the device to `RoutingSample`s."""
+"""Batches of reduced router calls, from the device to `RoutingSample`s."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from moe_trace.record.calls.sparse_rows import SparseRows, smallest
 from moe_trace.record.parallel.dispatch import sent_counts
 from moe_trace.record.reduce.stats import FLOAT_FIELDS
 
-_RECORD_BYTES = 400  # of a `CallRecord` with its numbers; in the columns of a forward a call takes 150
+_RECORD_BYTES = 400  # of a `CallRecord` with its numbers; in a forward's columns a call takes 150
 
 
 @dataclass(slots=True)
 class Batch:
-    """Calls reduced together; the figures move from the device to pinned memory to numpy."""
+    """Calls reduced together; the metrics move from the device to pinned memory to numpy."""
 
     records: Records
     top_k: int
     tokens: int
     num_experts: int
     classes: int
-    """Logits per token, which may be more than the experts; 0 without true logits."""
+    """Number of logits per token, which may exceed the number of experts; 0 without true logits."""
     ints: Any
     floats: Any
     in_phases: bool = False
-    """Whether assignments are counted by phase too."""
+    """Whether assignments are also counted by phase."""
     num_slots: int = 0
-    """P, where what went to each physical slot is counted too."""
+    """P, if assignments to each physical slot are also counted."""
     stream: int = 0
     memory_bytes: int | None = None
-    """Allocated on the device when they were reduced."""
+    """Memory allocated on the device when the calls were reduced."""
     copied: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
-        """Host memory that the batch takes, about."""
+        """Approximate host memory of the batch."""
         return int(self.ints.nbytes + self.floats.nbytes) + _RECORD_BYTES * len(self.records)
 
     def drop(self, count: int) -> None:
-        """Forget the first calls."""
+        """Remove the first `count` calls."""
         self.records.drop(count)
         self.ints, self.floats = self.ints[count:], self.floats[count:]
 
     def to_samples(self) -> list[RoutingSample | AdapterMismatch]:
-        """One sample per call, or why it is unknown. Waits for the copy."""
+        """Return one sample per call, or the reason why it is unknown. Waits for the copy."""
         self.to_numpy()
         ints_LX = self.ints.dense() if isinstance(self.ints, SparseRows) else self.ints.astype(np.int64)
         rows = zip(self.records, ints_LX, self.floats, strict=True)
         return [_sample(self, record, ints, floats) for record, ints, floats in rows]
 
     def to_numpy(self) -> None:
-        """Keep the figures on the host, in as few bytes as hold them. Waits for the copy."""
+        """Move the metrics to the host, in as few bytes as hold them. Waits for the copy."""
         if isinstance(self.ints, Tensor):
             if self.copied is not None:
                 self.copied.synchronize()
@@ -139,7 +139,7 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
 
 
 def _reported(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
-    """What a host framework reports of the tokens, and the figures that follow from that."""
+    """Return what a host framework reports of the tokens, and the metrics that follow from it."""
     told = record.batch
     if told is None or not batch.in_phases or len(told) != batch.tokens:
         return {}
@@ -156,7 +156,7 @@ def _reported(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, A
 
 
 def _slots(batch: Batch, ints: np.ndarray) -> dict[str, Any]:
-    """What went to each physical slot, and the expert that it held; nothing where no slot's is known."""
+    """Return assignments and expert of each physical slot; nothing if no slot's expert is known."""
     if not batch.num_slots:
         return {}
     counts_P, experts_P = ints[len(ints) - 2 * batch.num_slots :].reshape(2, -1)
@@ -166,14 +166,14 @@ def _slots(batch: Batch, ints: np.ndarray) -> dict[str, Any]:
 
 
 def _aux_loss(batch: Batch, sums: np.ndarray, finite: int) -> float | None:
-    """Load balancing loss of one call: E x sum of (slots / T) x (mean probability)."""
+    """Return the load balancing loss of one call: E x sum of (slots / T) x (mean probability)."""
     if batch.classes != batch.num_experts or finite == 0:
         return None
     return batch.num_experts * float(sums[FLOAT_FIELDS.index("load_x_prob")]) / (batch.tokens * finite)
 
 
 def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:
-    """Rows that an expert multiplied: those of weight 0 too, those of identity experts not."""
+    """Return the rows that experts multiplied, including those of weight 0 but not of identity experts."""
     if info.every_expert_computes:
         return tokens * info.num_experts
     return int(assignments[: len(assignments) - info.identity_experts].sum()) + zero_weight
@@ -183,11 +183,11 @@ _MEANS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss")
 
 
 def _means(sums: np.ndarray, finite: int, classes: int) -> dict[str, float | None]:
-    """Over the tokens with finite logits; None where there are none."""
+    """Return means over the tokens with finite logits; None if there are none."""
     if not classes or not finite:
         return dict.fromkeys(_MEANS)
     mean = {name: float(value) / finite for name, value in zip(FLOAT_FIELDS, sums, strict=True)}
     mean["router_entropy"] = max(0.0, mean["entropy"])
-    # With one expert there is nothing to be unsure of.
+    # With one expert the router cannot be uncertain.
     mean["confidence"] = 1.0 - mean["router_entropy"] / math.log(classes) if classes > 1 else 1.0
     return {name: mean[name] for name in _MEANS}

@@ -1,8 +1,8 @@
-"""Hold a decision against the rows that entered its experts, once its counts have come to the host.
+"""Compare a decision with the rows that entered its experts, once its counts are on the host.
 
-A decision that is computed again from a gate's logits is the model's own if its counts are those of the rows.
-If they are not - a bias, groups, noise, a capacity - the rows are the truth where they can be rows of tokens,
-and nothing is known of which token each was.
+A decision recomputed from a gate's logits is the model's own if its counts equal the numbers of rows. If not
+- because of a bias, groups, noise or a capacity - the rows are the truth where they can be rows of tokens,
+and it is unknown which token each of them was.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from moe_trace.find.contracts import AdapterMismatch, ExpertRows
 
 
 def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.ndarray:
-    """[E] tokens that each expert worked on.
+    """Return the [E] tokens that each expert processed.
 
     Args:
-        decided_E: slots of the decision as it was read.
+        decided_E: slots of the decision as read.
 
     Raises:
-        AdapterMismatch: the decision is not the gate's top-k, and the rows may be something else than tokens.
+        AdapterMismatch: the decision is not the gate's top-k, and the rows may not be tokens.
     """
     rows_E = np.asarray(rows.rows_E)
     if np.array_equal(rows_E, decided_E):
@@ -27,8 +27,8 @@ def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.n
     alike = bool((rows_E == rows_E[0]).all())
     if not rows.by_logits:
         moved = rows_E.sum() == decided_E.sum() and not alike
-        # Fewer rows: dropped by a capacity. More: padding, or experts that compute what is masked afterwards.
-        # None: that expert was not called as a module, but computed elsewhere.
+        # Fewer rows: dropped by a capacity. More: padding, or experts whose results are masked afterwards.
+        # No rows: the expert was not called as a module, but computed elsewhere.
         return rows_E if moved else np.where(rows_E > 0, np.minimum(rows_E, decided_E), decided_E)
     every = tokens > 1 and bool((rows_E[rows_E > 0] == tokens).all())
     if alike or (every and not rows.whole):
@@ -41,7 +41,7 @@ def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.n
 
 
 def k_histogram(counts_E: np.ndarray, tokens: int, top_k: int) -> np.ndarray:
-    """[K + 1] tokens by the slots that they used, where the number of slots tells; else zeros: unknown."""
+    """Return [K + 1] tokens by number of slots used if the counts determine it, else zeros for unknown."""
     histogram, slots = np.zeros(top_k + 1, dtype=np.int64), int(counts_E.sum())
     if slots == tokens * top_k:
         histogram[top_k] = tokens
@@ -51,9 +51,10 @@ def k_histogram(counts_E: np.ndarray, tokens: int, top_k: int) -> np.ndarray:
 
 
 def disagreement(told_E: np.ndarray, counts_E: np.ndarray, skipped: int) -> str | None:
-    """How what a router says of its tokens per expert differs from its decision; None where it does not.
+    """Return how a router's own tokens per expert differ from its decision; None if they do not.
 
-    Counts of before the drops (DeepSpeed's `exp_counts`) agree if they exceed it by the skipped slots.
+    Counts taken before tokens are dropped (DeepSpeed's `exp_counts`) agree if they exceed the decision by the
+    skipped slots.
     """
     told = np.rint(told_E).astype(np.int64)
     if not np.array_equal(told, told_E):  # a share or a bias

@@ -1,4 +1,4 @@
-"""Rows of counts that are mostly zero, in the memory that the others need: 16,384 experts, 8 chosen."""
+"""Rows of counts that are mostly zero, stored without zeros: 16,384 experts, 8 chosen."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LARGE = 2**16  # counts
 
 @dataclass(slots=True)
 class SparseRows:
-    """[L, X] counts, of which only those that are not 0 are kept."""
+    """[L, X] counts, of which only nonzero ones are stored."""
 
     width: int
     ends_L: np.ndarray
-    """Where each row's entries end."""
+    """End of each row's entries."""
     columns_N: np.ndarray
     counts_N: np.ndarray
 
@@ -28,7 +28,7 @@ class SparseRows:
         return len(self.ends_L)
 
     def __getitem__(self, rows: slice) -> SparseRows:
-        """The rows from `rows.start` on."""
+        """Return the rows from `rows.start` on."""
         first = int(self.ends_L[rows.start - 1]) if rows.start else 0
         return SparseRows(
             self.width,
@@ -38,7 +38,7 @@ class SparseRows:
         )
 
     def dense(self) -> np.ndarray:
-        """[L, X] int64."""
+        """Return all counts as [L, X] int64."""
         dense_LX = _zeros(len(self), self.width)
         per_row = np.diff(self.ends_L, prepend=0)
         dense_LX[np.repeat(np.arange(len(self)), per_row), self.columns_N] = self.counts_N
@@ -46,14 +46,14 @@ class SparseRows:
 
 
 def _zeros(rows: int, width: int) -> np.ndarray:
-    """[rows, width] int64; large ones in pages of their own, which go back with the last row."""
+    """Return [rows, width] int64 zeros; large arrays get their own pages, freed with the last row."""
     if rows * width < _LARGE:
         return np.zeros((rows, width), dtype=np.int64)
     return np.ndarray((rows, width), np.int64, mmap.mmap(-1, 8 * rows * width))
 
 
 def smallest(ints_LX: np.ndarray) -> np.ndarray | SparseRows:
-    """The same counts in the narrowest integers that hold them, or without their zeros where that is less."""
+    """Return the counts in the narrowest integers that hold them, or without zeros if that is smaller."""
     least, most = (int(ints_LX.min()), int(ints_LX.max())) if ints_LX.size else (0, 0)
     dtype = np.promote_types(np.min_scalar_type(least), np.min_scalar_type(most))
     filled = int(np.count_nonzero(ints_LX))

@@ -93,7 +93,7 @@ class BatchTokens:
 
     @property
     def stage(self) -> Stage:
-        """`mixed` for prefill and decode together; `decode` for padding alone, run to keep in step with others."""
+        """`mixed` for prefill with decode; `decode` for padding alone, as run to keep step with others."""
         if self.prefill_tokens and self.decode_tokens:
             return "mixed"
         return "prefill" if self.prefill_tokens else "decode"

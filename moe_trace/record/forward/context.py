@@ -104,7 +104,7 @@ class ForwardStack:
         }
 
     def of(self, thread: int) -> ForwardContext | None:
-        """Return the thread's forward; for a thread outside any, the only running one, if there is just one."""
+        """Return the thread's forward; for a thread outside any, the running one if there is just one."""
         stack = self.stacks.get(thread)
         if stack:
             return stack[-1].context
