@@ -1,1 +1,1 @@
-"""The forward hooks on routers, experts, blocks and the model."""
+"""Forward hooks on routers, experts, blocks and the model."""

@@ -1,4 +1,4 @@
-"""Looks at each event where no end of a small forward is near: outside, in a backward, in a large one."""
+"""Inspect events outside small forwards: outside any forward, in a backward, in a large forward."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from moe_trace.record.hooks.events import (
 from moe_trace.record.hooks.site import SiteHooks
 
 _EVENTS_MAX = 256  # outside a forward of the model, whose end would join them
-KEPT_BYTES_MAX = 64 * 2**20  # of the tensors in them, inside a forward
+KEPT_BYTES_MAX = 64 * 2**20  # of the tensors in events, inside a forward
 
 
 class EventChecks:
-    """Notes events, and has them joined before they keep too much alive.
+    """Recorder of events that has them joined before they keep too much memory alive.
 
     Args:
-        outside: what is known of a router call outside any forward of the model.
-        join_passed: joins what is complete by all signs.
-        end_backward: called when the backward under way is over, which recomputes what a forward called.
+        outside: returns the context of a router call outside any forward of the model.
+        join_passed: joins the calls that appear complete.
+        end_backward: called at the end of the current backward pass, which recomputes calls of a forward.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class EventChecks:
         end_backward: Callable[[], None],
     ) -> None:
         self._kept_bytes = 0
-        """Of the tensors in events that are not joined."""
+        """Size of the tensors in events that are not joined."""
         self._awaits_backward = False
         self.has_looked = False
-        """Whether any of the events that are not joined was looked at."""
+        """Whether any event that is not joined was inspected."""
         self._natives: dict[int, int] = {}
         self._log, self._forwards, self._routers = log, forwards, routers
         self._outside, self._join_passed, self._end_backward = outside, join_passed, end_backward
 
     def start_again(self) -> None:
-        """What was noted is being joined. (A backward that failed calls nobody.)"""
+        """Reset, because noted events are being joined. (After a failed backward, no callback runs.)"""
         self._kept_bytes, self._awaits_backward, self.has_looked = 0, False, False
 
     def note(self, event: Sequence[Any]) -> None:
         """Note an event."""
         if is_exporting():
-            return  # a program, not a call
-        with suppress(Exception):  # what it is will be found out, and counted, when it is joined
+            return  # builds a program, calls nothing
+        with suppress(Exception):  # joining it will find and count what is wrong
             event = self._looked_at(event)
         self._log.items.extend(event)
 
@@ -87,20 +87,20 @@ class EventChecks:
         if kind not in (ROUTER, WATCHED, EXPERTS):
             return event
         if graph_task_id() != -1:
-            # Kept until the backward ends, it would keep the activations of a recomputed layer alive.
+            # If kept until the backward pass ends, it would keep the activations of a recomputed layer alive.
             with apart():
                 event = (event[0], thread, *map(_detached, event[2:]))
             if kind == EXPERTS:
                 event = (*event[:4], (*(event[4] or (None, None)), True))
             if not self._awaits_backward:
                 self._awaits_backward = True
-                after_backward(self._end_backward)  # else the next forward ends them
+                after_backward(self._end_backward)  # otherwise the next forward ends it
         self._kept_bytes += sum(map(_bytes, event[2:]))
         return event
 
     def _is_captured(self, site: int, args: Any) -> bool:
-        """Whether a call on a captured stream began as an eager one, as CUDA was not used when its hooks were
-        put on; then it begins again."""
+        """Return whether a call on a captured stream was begun as an eager one, which restarts it. This
+        happens if CUDA was not used when its hooks were installed."""
         router = self._routers[site]
         was_known = router.on_cuda
         for one in self._routers:
@@ -111,7 +111,7 @@ class EventChecks:
         return True
 
     def native_id(self, thread: int, context: ForwardContext) -> int:
-        """Of a thread that helps the forward's own."""
+        """Return the native id of a thread, which may be assisting the forward's own."""
         if thread not in self._natives:
             alive = {t.ident: t.native_id for t in threading.enumerate()}
             return alive.get(thread) or context.thread
@@ -131,7 +131,7 @@ def _bytes(value: Any) -> int:
 
 
 def bytes_of_token(site: RouterSite) -> float:
-    """What a router keeps of a token until the forward ends: logits, index, weights as they mostly are."""
-    if not site.contract.reads_late:  # its arguments too
+    """Return bytes per token that a router keeps until the forward ends: usually logits, index, weights."""
+    if not site.contract.reads_late:  # its arguments are kept too
         return float("inf")
     return 4.0 * site.info.num_experts + 12.0 * site.info.top_k

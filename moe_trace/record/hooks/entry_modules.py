@@ -1,7 +1,7 @@
-"""Through which modules a model is entered: itself, what it wraps, and the models inside it.
+"""Modules through which a model is entered: the model itself, what it wraps, and models inside it.
 
-`PeftModel.generate`, `ddp.module.generate` and `model.model(...)` never call the object that is traced, so
-each module that a forward may begin with is hooked; the outermost one that is called is the forward.
+`PeftModel.generate`, `ddp.module.generate` and `model.model(...)` never call the traced object, so each
+module with which a forward may begin is hooked; the outermost one that is called is the forward.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from moe_trace.record.graphs.compiled_rings import ModelRings
 
 
 class Watch(Protocol):
-    """Told of the calls of such modules."""
+    """Receiver of the calls of entry modules."""
 
     failures: Failures
 
     def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool) -> None:
-        """It, or a replica of it, is called."""
+        """Handle a call of the module, or of a replica of it."""
 
     def end(self, entry: ModelEntry, output: Any) -> None:
-        """It has returned; None where it raised."""
+        """Handle its return; `output` is None if it raised."""
 
 
 class ModelEntry(HookOwner):
-    """One module that a forward may begin with.
+    """A module with which a forward may begin.
 
     Args:
-        level: modules around it; smaller is further outside.
-        rings: told of forwards inside a graph that is being compiled, which has nothing else of its tracer.
+        level: number of modules around it; smaller is further outside.
+        rings: notified of forwards inside a graph that is being compiled, which contains nothing else of its
+            tracer.
     """
 
     def __init__(self, module: nn.Module, level: int, watch: Watch, rings: ModelRings) -> None:
@@ -49,8 +50,8 @@ class ModelEntry(HookOwner):
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
-        """Hook the module."""
-        self.inputs = ModelInputs(self.module)  # its forward may have been wrapped since
+        """Register the hooks."""
+        self.inputs = ModelInputs(self.module)  # its forward may have been wrapped meanwhile
         self._handles = [
             self.module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
             self.module.register_forward_hook(self.after, always_call=True),
@@ -99,8 +100,11 @@ class ModelEntry(HookOwner):
 
 
 def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:
-    """(module, level), outermost first: every module above the layers through which all routers are reached,
-    and every language model inside one that holds several."""
+    """Return (module, level), outermost first.
+
+    These are all modules above the layers through which all routers are reached, and all language models
+    inside a model that holds several.
+    """
     parts = {id(part) for site in sites for part in (site.router, site.experts, site.block)}
     found: dict[int, tuple[nn.Module, int]] = {id(model): (model, 0)}
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

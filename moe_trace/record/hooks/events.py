@@ -1,11 +1,11 @@
-"""What the hooks of one tracer saw, in the order in which it happened: one flat list, `WIDTH` items an event.
+"""Events that the hooks of one tracer observe, in order of time: one flat list with `WIDTH` items per event.
 
-The hooks extend it and do nothing else. Their events are joined into router calls when the forward ends: in
-columns where it ran as earlier ones did (`repeated_forwards.py`), else one by one (`joining.py`). An event is
+The hooks extend it and do nothing else. When the forward ends, the events are joined into router calls: in
+columns if it ran like earlier ones (`repeated_forwards.py`), else one by one (`joining.py`). An event is
 
-    (kind and site in one number, thread that it happened on, and three items that its kind says)
+    (number that encodes kind and site, thread on which it occurred, and three items that depend on the kind)
 
-Any thread may add one at any time; a flat list gives Python's garbage collector nothing to look through.
+Any thread may add events at any time; a flat list contains nothing that Python's garbage collector must scan.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any, Protocol
 from moe_trace.data.schema import RangeKind
 
 BEGIN = 0
-"""(time in ns, arguments or None, mark of the clock): the router is called."""
+"""Router called: (time in ns, arguments or None, mark of the clock)."""
 ROUTER = 1
-"""(time in ns, output, id of the backward or -1): it returned; output None where it raised."""
+"""Router returned: (time in ns, output or None if it raised, id of the backward pass or -1)."""
 WATCHED = 2
-"""(output, None, None): see `Found.watched`."""
+"""Watched module returned: (output, None, None). See `Found.watched`."""
 EXPERTS = 3
-"""(arguments, keyword arguments or None, None or (`DispatchInfo`, mark) and, in a backward, True): experts
-received these. None instead of arguments where a hook before them raised, so that they received nothing."""
+"""Experts called: (arguments, keyword arguments or None, None or (`DispatchInfo`, mark) and, in a backward
+pass, True). Arguments are None if a hook before the experts raised, so that they received nothing."""
 BLOCK = 4
-"""(time in ns, None, None): the block that holds the router is called."""
+"""Block that holds the router called: (time in ns, None, None)."""
 BLOCK_END = 5
-"""(reading or error or None, None, None): it returned. A reading only where `Found.read_block` made one."""
+"""Block returned: (reading or error or None, None, None). Only `Found.read_block` makes readings."""
 CONTEXT = 6
-"""(`ForwardContext`, None, None): that of the call that begins next, outside any forward of the model."""
+"""Context of the next call, outside any forward of the model: (`ForwardContext`, None, None)."""
 ROWS = 7
-"""(number of the expert, rows, None): one of the experts that are modules of their own is called."""
+"""Expert that is a module of its own called: (number of the expert, rows, None)."""
 
 WIDTH = 5
 KINDS = 8
@@ -40,38 +40,37 @@ Event = tuple[Any, Any, Any, Any, Any]
 
 
 def event_code(kind: int, site: int) -> int:
-    """The first item of an event."""
+    """Return the first item of an event."""
     return site * KINDS + kind
 
 
 class CallClock(Protocol):
-    """Times a router's module and its experts beside the host's clock; must not wait for the device."""
+    """Clock that times routers and experts in addition to the host's; must not wait for the device."""
 
     def start(self, args: tuple[Any, ...]) -> Any:
-        """Called just before the module runs, with its arguments; returns a mark."""
+        """Return a mark. Called just before the module runs, with its arguments."""
 
     def stop(self, mark: Any) -> None:
-        """Called just after it ran."""
+        """Stop timing. Called just after the module ran."""
 
     def keep(self, name: str, call: int, kind: RangeKind, mark: Any) -> None:
-        """The mark belongs to this recorded call. A mark that is never kept timed no recorded call."""
+        """Assign the mark to a recorded call. Marks never assigned did not time a recorded call."""
 
 
 class EventLog:
-    """The events that are not joined yet."""
+    """Events that are not joined yet."""
 
     __slots__ = ("items", "note", "waiting")
 
     def __init__(self) -> None:
         self.items: list[Any] = []
         self.note: Callable[[Event], Any] = self.items.extend
-        """What the hooks call: adds to the list, or has somebody look at each event first."""
+        """Called by the hooks with an event: adds it to the list, or has it inspected first."""
         self.waiting = 0
-        """How many items, the first ones, are those of forwards that wait (`repeated_forwards.py`)."""
+        """Number of items, at the front, that belong to pending forwards (`repeated_forwards.py`)."""
 
     def take(self, *, waiting: bool = False) -> list[Any]:
-        """Remove those of the forwards that wait, or what stands behind them now; other threads may add
-        meanwhile."""
+        """Remove and return pending forwards' items, or the ones behind; other threads may add meanwhile."""
         start, end = (0, self.waiting) if waiting else (self.waiting, len(self.items))
         if waiting:
             self.waiting = 0
@@ -80,7 +79,7 @@ class EventLog:
         return taken
 
     def last_first(self, site: int, thread: int) -> Iterator[tuple[int, list[Any]]]:
-        """(kind, its three items) of each event of a site on a thread, the last one first."""
+        """Yield (kind, three items) of each event of a site on a thread, last event first."""
         items = self.items
         for at in range(len(items) - WIDTH, self.waiting - 1, -WIDTH):
             code, on = items[at], items[at + 1]

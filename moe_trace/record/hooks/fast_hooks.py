@@ -1,7 +1,7 @@
-"""The hooks that run in most calls of most routers: they append to a list, and open ranges, and no more.
+"""Hooks for most calls of most routers: they append to a list, open ranges, and do nothing else.
 
-What is not plain goes to the hooks that know of everything (`functions.py`). Those of a site have an object
-of their own with little in it: between two calls, the model takes the place in the processor's caches.
+Special cases are delegated to the general hooks (`functions.py`). The hooks of a site belong to a small
+object of their own, because the model evicts it from the processor's caches between two calls.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from moe_trace.record.hooks.functions import MISSING, SiteObserver
 
 
 def _without_hidden(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What experts received, less the hidden states, which would keep their memory until the forward ends."""
+    """Drop hidden states from the experts' arguments, to free their memory before the forward ends."""
     return None, *args[1:]
 
 
 class PlainCalls(HookOwner):
-    """The hooks of a site whose calls are timed by the host's clock alone, and kept by reference.
+    """Hooks of a site whose calls are timed by the host's clock only, and kept by reference.
 
     Args:
-        general: takes every other call.
+        general: hooks that handle all other calls.
         index: number of the site in the events.
     """
 
@@ -37,20 +37,20 @@ class PlainCalls(HookOwner):
         self.general, self.log = general, log
         self.router: nn.Module | None = None
         self.experts: nn.Module | None = None
-        """Those that calls must be of; None while none is plain."""
+        """Modules whose calls are handled here; None while all calls are delegated."""
         self.traced, self.capturing = general.traced, general.capturing
         self.on_cuda = False
-        """Whether a call may be captured into a graph by hand, which is asked when the router begins."""
+        """Whether a call may be captured into a graph by hand, which is checked when the router begins."""
         self.begin_code, self.router_code, self.experts_code = (
             event_code(kind, index) for kind in (BEGIN, ROUTER, EXPERTS)
         )
 
     def start(self) -> None:
-        """Take calls."""
+        """Start handling calls."""
         self.router, self.experts = self.general.site.router, self.general.site.experts
 
     def stop(self) -> None:
-        """Take no more, though the hooks may still be on."""
+        """Stop handling calls, although the hooks may still be installed."""
         self.router = self.experts = None
 
     def before_router(self, module: nn.Module, args: Any) -> None:
@@ -83,15 +83,15 @@ class PlainCalls(HookOwner):
         ):
             self.general.after_experts(module, args, kwargs, output)
         else:
-            # Of (hidden states, index, weights), as mostly: the general way takes five times as long.
+            # Usually (hidden states, index, weights), for which the general code takes five times as long.
             args = (None, args[1], args[2]) if len(args) == 3 else _without_hidden(args)
             self.log.note((self.experts_code, get_ident(), args, None, None))
 
 
 class PlainRanges(PlainCalls):
-    """The same while a profiler records: on the thread whose forward it records, each is a range too.
+    """The same hooks while a profiler records; on the thread with the profiled forward they open ranges.
 
-    Whether dynamo traces is asked first: it cannot trace what tells the thread.
+    Whether dynamo traces is checked first, because it cannot trace `get_ident`.
     """
 
     def __init__(self, general: SiteObserver, index: int, log: EventLog, ranges: OpenRanges) -> None:
@@ -156,7 +156,7 @@ class PlainRanges(PlainCalls):
         else:
             now_ns = time_ns()
             ranges.own[self.router_slot] = opened[0]
-            opened = None  # ends it
+            opened = None  # ends the range
             self.log.note((self.router_code, ranges.thread, now_ns, output, graph_task_id()))
 
     def before_experts(self, module: nn.Module, args: Any) -> None:
@@ -194,18 +194,18 @@ class PlainRanges(PlainCalls):
 
 
 class ListedExpert(HookOwner):
-    """The hook of one expert.
+    """Hook on one expert.
 
     Args:
         site: number of the router in the events.
-        number: of the expert among those of the router.
+        number: number of the expert among those of the router.
     """
 
     def __init__(self, expert: nn.Module, site: int, number: int, log: EventLog) -> None:
         self._expert, self._code, self._number, self._log = expert, event_code(ROWS, site), number, log
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        """Forward pre-hook: shapes alone, which the host knows."""
+        """Forward pre-hook that reads only shapes, which the host knows."""
         if is_dynamo_compiling():
             return
         if module is not self._expert and detach_if_copy(module, self._expert):

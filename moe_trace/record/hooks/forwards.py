@@ -1,4 +1,4 @@
-"""Where a forward of the model begins and ends, on the host and in graphs, and what it needs hooked."""
+"""Begin and end forwards of the model, on the host and in graphs, and install the hooks that each needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from moe_trace.record.routes.recorder import RoutesRecorder
 
 @dataclass(eq=False)
 class ForwardWatch:
-    """Told by the hooks on the modules that a model is entered through."""
+    """Tracker of a model's forwards, called by the hooks on its entry modules."""
 
     model: nn.Module
     routers: list[SiteHooks]
@@ -52,7 +52,7 @@ class ForwardWatch:
     levels: HookLevels
     log: EventLog
     owner: object
-    """Claims the routers' ranges."""
+    """Owner that claims the routers' ranges."""
     forwards: ForwardStack = field(default_factory=ForwardStack)
     forwards_recorded: int = 0
     padding_unknown: int = 0
@@ -68,24 +68,24 @@ class ForwardWatch:
         self._token_bytes = sum(map(bytes_of_token, sites))
         self._busy, self._in_graph = self.forwards.stacks, self.graphs.rings.in_graph
         self._graphs_write = self.graphs.rings.counters
-        """Not empty where any graph writes into a ring."""
+        """Not empty if any graph writes into a ring."""
         self.calls: CallCollector
         self.routes: RoutesRecorder | None = self.recorder.routes
 
     def abandon(self) -> None:
-        """Forget router calls that an exception interrupted on this thread."""
+        """Discard router calls that an exception interrupted on this thread."""
         thread = get_ident()
         self.failures.guarded(self.calls.forget, thread)
         self._busy.pop(thread, None)
 
     def graph_started(self) -> None:
-        """Some of the model is compiled or captured. Runs while it is being traced or captured."""
-        self.recorder.may_defer = False  # a graph's next replay overwrites the tensors that it returned
+        """Note that part of the model is being compiled or captured. Runs during tracing or capture."""
+        self.recorder.may_defer = False  # a graph's next replay overwrites its output tensors
         if is_compiling() or not captures_now():
-            self.levels.keep()  # what is captured holds none of the hooks' Python
+            self.levels.keep()  # a captured graph contains none of the hooks' Python
 
     def outside(self) -> ForwardContext:
-        """What is known of a router called outside any forward: a submodule on its own."""
+        """Return the context of a router called outside any forward, through a submodule."""
         stage: Stage = "train" if torch.is_grad_enabled() and self.model.training else "prefill"
         step = self.steps.now()
         context = ForwardContext(step, stage, None, self.graphs.forwards.epoch, self.steps.samples(step))
@@ -95,17 +95,17 @@ class ForwardWatch:
 
     # -- a forward ------------------------------------------------------------------------------------
 
-    # Few functions on the way of a usual forward: what runs once in it finds nothing of it in any cache.
+    # The path of a usual forward makes few function calls: code that runs once per forward is in no cache.
 
     def begin(self, entry: ModelEntry, args: Any, kwargs: dict[str, Any], replica: bool = False) -> None:
-        """A module that the model may be entered through, or a replica of it, is called."""
+        """Begin a forward, on a call of an entry module or of a replica of it."""
         thread, levels, graphs_write = get_ident(), self.levels, self._graphs_write
         if captures_now() or replica or thread in self._busy:
             self._begin_otherwise(entry, thread, args, kwargs, replica)
             return
         if self.ranges.opened:
             self.ranges.end(thread)
-        if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # called outside any forward
+        if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # outside any forward
             self.recorder.end_forward()
         if graph_task_id() != -1 and self.forwards.last is not None:
             self._begin_again(self.forwards.last, entry, thread)
@@ -113,7 +113,7 @@ class ForwardWatch:
         step, sampled = self.steps.begin()
         sampled = sampled and tracing_state() is None  # else it became part of what torch.jit traces
         told_of = self.source.take(wanted=sampled or bool(graphs_write)) if self.source.tells else None
-        tokens, context = None, self._left_out  # one for all, of which nobody will ask more
+        tokens, context = None, self._left_out  # shared by all forwards that are skipped
         if sampled or graphs_write:
             stage, tokens, told = entry.inputs.look(args, kwargs)
             profiled = sampled and any_thread_is_profiled()
@@ -129,7 +129,7 @@ class ForwardWatch:
         self._in_graph.on_host = True
         first = self.steps.forwards == 1
         if not levels.kept and (first or may_be_compiled()) and is_compiled(self.model, first=first):
-            self.graph_started()  # else code compiled in a step left out, or before a profile, lacks hooks
+            self.graph_started()  # else code compiled in a skipped step or before a profile lacks hooks
         levels.want(context, thread)
         if sampled:
             self.forwards_recorded += 1
@@ -140,23 +140,23 @@ class ForwardWatch:
     def _begin_otherwise(
         self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
     ) -> None:
-        """The same where a stream is captured, or a forward is under way."""
+        """Begin a forward while a stream is captured or another forward is running."""
         if captures_now():
             self.levels.look_at_devices()
-            self.levels.set(Level.RANGES)  # which tells where the experts end
+            self.levels.set(Level.RANGES)  # needed to see where the experts end
             if thread not in self._busy:
                 self.graphs.rings.start_captured(entry.inputs.stage(args, kwargs), entry.level)
             return
         stack = self._busy.get(thread)
         outside = stack is not None and entry.level <= stack[0].level and not is_inside(entry.module)
         if outside and graph_task_id() == -1:
-            self.abandon()  # what is inside was left by an interruption that no hook saw, such as Ctrl-C
+            self.abandon()  # left by an interruption that no hook saw, such as Ctrl-C
             stack = None
         if not stack:
             whole = self.forwards.of(thread) if replica else None
             if whole is None:
                 self.begin(entry, args, kwargs)
-            else:  # DataParallel runs a part of the batch on a thread of its own
+            else:  # DataParallel runs part of the batch on a separate thread
                 self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
             return
         around = stack[-1]
@@ -167,12 +167,12 @@ class ForwardWatch:
         self.forwards.push(thread, entry.level, context)
 
     def _begin_again(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
-        """Checkpointed as a whole: the backward runs it again, which is no step and no forward of its own."""
+        """Rerun a forward that was checkpointed as a whole, in the backward pass: it is not a new step."""
         self.forwards.push(thread, entry.level, again := context.again())
         self.levels.want(again, thread)
 
     def _open_graph_range(self) -> None:
-        """Round the forward: where compiled code and the launches of its graphs stand in a trace."""
+        """Open a range around the forward, which locates compiled code and graph launches in a trace."""
         if claim_ranges(self.routers[0].site.router, self.owner):
             self.ranges.want(get_ident())
             self.ranges.open(self._graph_range, get_ident())
@@ -180,8 +180,11 @@ class ForwardWatch:
     def _begin_inside(
         self, entry: ModelEntry, thread: int, context: ForwardContext, args: Any, kwargs: dict[str, Any]
     ) -> ForwardContext:
-        """A module inside another one that did not tell, or that calls several, such as each token of a
-        `generate`: it has inputs of its own."""
+        """Return the context for a module inside another one.
+
+        The module has its own inputs if those of the outer one did not identify the stage, or if the outer
+        one calls several modules, such as one per token in `generate`.
+        """
         stage, tokens, told = entry.inputs.look(args, kwargs)
         if not told or context.batch is not None:
             return context
@@ -216,7 +219,7 @@ class ForwardWatch:
             self.routes.look(context, entry.inputs, args, kwargs)
 
     def send_events(self, tokens: int | None = None, context: ForwardContext | None = None) -> None:
-        """Where events go: straight into the list in a forward that is known to be small."""
+        """Select where events go: directly into the list in a forward known to be small."""
         log = self.log
         if context is not None and tokens is not None and len(self._busy) == 1:
             context.held_bytes = tokens * self._token_bytes
@@ -226,10 +229,10 @@ class ForwardWatch:
         log.note = self.calls.checks.note
 
     def end(self, entry: ModelEntry, output: Any) -> None:
-        """It has returned; without output, it raised."""
+        """Leave an entry module that has returned; `output` is None if it raised."""
         thread, ranges, levels, log = get_ident(), self.ranges, self.levels, self.log
         stack, graphs_write = self._busy.get(thread), self._graphs_write
-        if levels.kept or graphs_write:  # it may have begun in a graph that was broken off
+        if levels.kept or graphs_write:  # it may have begun in a graph that broke
             self.graphs.rings.end_in_graph(entry.level)
         if captures_now():
             return
@@ -250,7 +253,7 @@ class ForwardWatch:
         if joined:
             self.recorder.end_forward()
         if context.recorded:
-            if graphs_write:  # which remember the forward for longer
+            if graphs_write:  # graphs keep the context for longer
                 context.padding_T = None
             elif not (context.failed or context.recomputed):
                 self.missing.look(context.reached)
@@ -267,7 +270,7 @@ class ForwardWatch:
                 levels.settle()
 
     def _is_outermost(self, entry: ModelEntry, thread: int, output: Any) -> bool:
-        """Leave a module; whether it is the outermost that the thread entered, whose forward is over."""
+        """Leave a module; return whether it is the outermost one of the thread, whose forward is over."""
         stack = self._busy.get(thread, [])
         while stack and stack[-1].level > entry.level:  # left by an interruption that was caught inside
             stack.pop()

@@ -1,7 +1,7 @@
-"""What the hooks on one router, its experts and its block do: they append to a list, and open ranges.
+"""General hooks on one router, its experts and its block: they append to a list and open ranges.
 
-They do no arithmetic, never wait for the device, and never raise. What is known for a whole forward is not
-asked in each call: other hooks are put on (`site.py`).
+They do no arithmetic, never wait for the device, and never raise. What is constant during a forward is not
+checked in each call: other hooks are installed instead (`site.py`).
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from moe_trace.record.hooks.events import (
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 MISSING: Any = object()
-"""For what torch did not give a hook."""
+"""Marks an argument that torch did not pass to a hook."""
 
 
 class SiteObserver(HookOwner):
-    """The hooks of one site: what each of them does.
+    """The hooks of one site.
 
     Args:
         index: number of the site in the events.
-        rings: where decisions go that are made inside compiled code or a CUDA graph.
-        captures: notes where router and experts stand in a graph that is captured by hand.
-        clock: times router and experts by another clock too.
+        rings: destination of decisions made inside compiled code or a CUDA graph.
+        captures: notes the position of router and experts in a graph that is captured by hand.
+        clock: additional clock for router and experts.
     """
 
     ranged = False
     """Whether ranges are opened while a profiler records."""
     _of_block = (False, False)
-    """Whether the block is observed, and whether it is read; else it is a range alone."""
+    """(whether the block is observed, whether it is read); if neither, it only opens a range."""
     _times_experts = False
-    """Whether a hook tells when the experts begin."""
+    """Whether a hook observes the start of the experts."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class SiteObserver(HookOwner):
     ) -> None:
         self.site = site
         self.sending: Callable[[Any], DispatchInfo | None] | None = None
-        """Tells from the arguments of the experts what the call moves between processes; None where the
+        """Returns, from the arguments of the experts, what the call moves between processes; None if the
         process runs alone."""
         self.copies: TensorCopies | None = TensorCopies()
         self._index = index
@@ -87,7 +87,7 @@ class SiteObserver(HookOwner):
         self.capturing = self.captured.open
         """Not empty while a thread captures such a call."""
         self.on_cuda = False
-        """Whether a stream that is captured by hand may hold its calls."""
+        """Whether a stream that is captured by hand may contain its calls."""
         self._expert_marks: dict[int, Any] = {}
         self._ranges = ranges
         self._clock = clock
@@ -95,15 +95,15 @@ class SiteObserver(HookOwner):
         self.range_names = tuple(range_name(kind, site.site) for kind in ("router", "experts", "block"))
         self._router_range, self._experts_range, self._block_range = self.range_names
         self.observe_block = site.experts is not None or bool(site.listed)
-        """Whether the block is hooked to record: until it has shown that each router call has its experts."""
+        """Whether the block is hooked for recording, until each router call is seen to have its experts."""
         self.irregular = site.shares_router
-        """Whether only the block tells of a call what it is: then it stays observed."""
+        """Whether the kind of a call is known from its block only, which then stays observed."""
         self.on_change: Callable[[], None] = lambda: None
-        """Told that the block needs other hooks than are on."""
+        """Called when the block needs other hooks than those installed."""
         self._handles: list[RemovableHandle] = []
 
     def keep_block(self) -> None:
-        """Only its block can tell whether a call without experts ran fused, or had them elsewhere."""
+        """Keep the block observed: only it shows if a call without experts was fused or ran them elsewhere."""
         self.irregular = True
         if not self.observe_block:
             self.observe_block = True
@@ -114,13 +114,13 @@ class SiteObserver(HookOwner):
         return next((kind for kind in kinds if kind in (BLOCK, BLOCK_END)), BLOCK_END) == BLOCK
 
     def time_captured_experts(self) -> None:
-        """The router is captured into a graph by hand: when its experts begin is of interest in any case."""
+        """Hook the start of the experts, because the router is being captured into a graph by hand."""
         experts = self.site.experts
         if experts is not None and self.site.times_experts and not self._times_experts:
             self._times_experts = True
             self._handles.append(experts.register_forward_pre_hook(self.before_experts, prepend=True))
 
-    # -- hooks: most calls do without most of it (`fast_hooks.py`) ----------------------------------------
+    # -- hooks: most calls take the shorter path of `fast_hooks.py` ---------------------------------------
 
     def _after_watched(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_dynamo_compiling():
@@ -134,7 +134,7 @@ class SiteObserver(HookOwner):
         self._log.note((self._watched, get_ident(), output, None, None))
 
     def _trimmed(self, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of experts without those that reading does not need, copied where they must be."""
+        """Return the experts' arguments without those not needed for reading, copied if necessary."""
         args, kwargs = self._needed(args, kwargs)
         return (args, kwargs) if self.copies is None else self.copies.received(args, kwargs)
 
@@ -144,13 +144,13 @@ class SiteObserver(HookOwner):
         return (None, *args[1:]), {k: (None if k == "hidden_states" else v) for k, v in kwargs.items()}
 
     def _before_copied(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        """On the experts behind all other hooks, while what they are given is copied."""
+        """Copy the arguments of the experts, after all other hooks."""
         if is_dynamo_compiling() or get_ident() in self.capturing or self.copies is None:
             return
         self.copies.receive(*self._needed(args, kwargs or {}))
 
     def _adopt_traced(self) -> None:
-        """The router ran inside compiled code and its experts do not: it has no time of its own."""
+        """Record a router that ran inside compiled code, unlike its experts: it has no time of its own."""
         call = self.traced.take()
         if call is not None:
             now_ns, thread = time_ns(), get_ident()
@@ -195,7 +195,7 @@ class SiteObserver(HookOwner):
         thread = get_ident()
         if self._ranges.opened:
             self._ranges.close(self._router_range, thread)
-        if self.copies is not None:  # which is no work of the router's
+        if self.copies is not None:  # not part of the router's time
             output = self.copies.router_output(output)
         self._log.note((self._router, thread, now_ns, output, graph_task_id()))
 
@@ -211,8 +211,8 @@ class SiteObserver(HookOwner):
             self._expert_marks[thread] = self._clock.start(args)
 
     def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
-        # Without `output`: taken off by another thread while torch called the hooks, which then takes it for
-        # one without keyword arguments.
+        # `output` is missing if another thread removed the hook while torch was calling the hooks, which then
+        # calls it like one without keyword arguments.
         given = {} if output is MISSING else kwargs
         if is_dynamo_compiling():
             self.traced.after_experts(args, given)
@@ -268,7 +268,7 @@ class SiteObserver(HookOwner):
             self._ranges.close(self._block_range, thread)
 
     def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:
-        """(start, reading or error, whether in a backward) of a block in which the router was not called."""
+        """Return (start, reading or error, whether in a backward), or None if the block called its router."""
         for kind, items in self._log.last_first(self._index, get_ident()):
             if kind == BEGIN:
                 return None

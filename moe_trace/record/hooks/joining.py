@@ -1,9 +1,9 @@
-"""Join what the hooks saw into router calls: per site, thread and execution of the block.
+"""Join hook events into router calls, per site, thread and execution of the block.
 
-Router calls, experts calls and blocks are observed apart. A router call has none, one or several calls of
-its experts. Which router call they belong to is told by the memory of what they received where several
-could be, then by the execution of the block and by the thread; on another thread by memory, or by the only
-execution of the block that waits for experts. What does not join is counted with its reason.
+Router calls, experts calls and blocks are observed separately. A router call has none, one or several calls
+of its experts. If several router calls are possible, experts are matched by the memory of what they received,
+then by the execution of the block and by the thread; on another thread, by memory or by the only running
+block that waits for experts. What cannot be joined is counted with its reason.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from moe_trace.record.hooks.events import (
 
 
 class CallJoiner:
-    """Turns events into router calls, in the order in which the routers were called.
+    """Builder of router calls from events, in the order in which the routers were called.
 
     Args:
-        context_of: the forward that a thread is in, for the first event of a call.
-        orphan: told the site of each experts call that belongs to no router call.
+        context_of: returns the forward of a thread, for the first event of a call.
+        orphan: called with the site of each experts call that belongs to no router call.
     """
 
     def __init__(
@@ -54,25 +54,25 @@ class CallJoiner:
             ]
             for one in experts
         ]
-        """Of each site, all that call the same experts as it, if there are others."""
+        """Per site, all sites that call the same experts, itself included; empty if there are no others."""
         self._context_of = context_of
         self._orphan = orphan
         self._open: dict[tuple[int, int], list[RouterCall]] = {}
-        """Router calls that are not finished by site and thread, in order."""
+        """Unfinished router calls by site and thread, in order."""
         self._blocks: dict[tuple[int, int], list[Block]] = {}
-        """Executions of the block under way, outermost first."""
+        """Running executions of the block by site and thread, outermost first."""
         self.begun: list[RouterCall] = []
-        """All calls that are not finished, in order."""
+        """All unfinished calls, in order."""
         self._orphans: list[tuple[int, ExpertsCall]] = []
-        """Calls of experts, and their site, that belong to no router call so far."""
+        """(site, call) of experts that belong to no router call so far."""
         self._contexts: dict[int, ForwardContext] = {}
-        """Of the call that a thread begins next."""
+        """Context of the next call, by thread."""
 
     def add(self, items: Sequence[Any], context: ForwardContext | None = None) -> None:
-        """Fold events in.
+        """Process events.
 
         Args:
-            context: the forward that they belong to; None for whatever each of their threads is in.
+            context: forward to which they belong; None to use the current one of each thread.
         """
         columns = (items[column::WIDTH] for column in range(WIDTH))
         for code, thread, first, second, third in zip(*columns, strict=True):
@@ -109,7 +109,7 @@ class CallJoiner:
         own = self._last(site, thread)
         called = [c for s in self._sharing[site] if (c := self._last(s, thread))]
         if called and max(called, key=attrgetter("end_ns")) is not own:
-            return  # its hooks see the calls of other layers too
+            return  # the hooks also see calls of other layers
         if args is None:
             if own is not None:
                 own.refused = True
@@ -126,13 +126,13 @@ class CallJoiner:
         (blocks[0].elsewhere if waits else self._orphans).append((site, experts))
 
     def _last(self, site: int, thread: int) -> RouterCall | None:
-        """The router call that a thread made last, in the block that it is in; None where it has none."""
+        """Return the thread's last router call in its current block, or None."""
         blocks = self._blocks.get((site, thread))
         calls = (blocks[-1].calls if blocks else ()) or self._open.get((site, thread))
         return calls[-1] if calls and calls[-1].returned else None
 
     def _router_of(self, site: int, experts: ExpertsCall, own: RouterCall | None) -> RouterCall | None:
-        """The router call of experts: by memory where others than that of their own thread may be."""
+        """Return the router call of experts, matched by memory if calls of other threads are possible."""
         served = own is None or bool(own.experts)
         others = [
             call
@@ -144,14 +144,14 @@ class CallJoiner:
         if not others:
             return own
         found = by_memory(experts, [*others, *([] if own is None else [own])])
-        if len(found) > 1 and own not in found:  # one piece of memory, which routers write again
+        if len(found) > 1 and own not in found:  # one buffer, which routers reuse
             found = [call for call in found if not call.experts]
         if len(found) == 1:
             return found[0]
         return own if not found or own in found else None
 
     def _blocks_of(self, site: int) -> list[Block]:
-        """Executions of a site's block under way, on all threads."""
+        """Return the running executions of a site's block, on all threads."""
         return [block for (s, _), blocks in self._blocks.items() if s == site for block in blocks]
 
     def _rows(self, site: int, thread: int, rows: tuple[int, int]) -> None:
@@ -162,7 +162,7 @@ class CallJoiner:
             waiting = [c for block in blocks for c in block.calls if c.returned]
             if len(blocks) == 1 and waiting and not state.loose:
                 call = waiting[-1]
-            else:  # whose they are cannot be told
+            else:  # the matching call is unknown
                 for one in (one for (s, _), calls in self._open.items() if s == site for one in calls):
                     one.unjoined = True
         if call is not None:
@@ -173,7 +173,7 @@ class CallJoiner:
     ) -> None:
         blocks = self._blocks.get((site, thread))
         if not blocks and self._sites[site].shares_router:
-            return  # that of another layer
+            return  # a call of another layer
         call = RouterCall(args, site=site, thread=thread)
         self.states[site].thread = thread
         call.context, call.start_ns, call.mark = context, start_ns, mark
@@ -195,7 +195,7 @@ class CallJoiner:
             call.reading, call.recomputed, call.returned = reading[1], reading[2], True
             self.begun.append(call)
         elif returned and not any(call.experts or call.rows for call in block.calls):
-            # Where the router is called more than once, the last one decides.
+            # If the router is called more than once, the last call decides.
             if block.elsewhere and not state.loose:
                 returned[-1].experts += [experts for _, experts in block.elsewhere]
                 block.elsewhere = []
@@ -205,10 +205,10 @@ class CallJoiner:
         self._orphans += block.elsewhere
 
     def finished(self, under_way: Collection[ForwardContext]) -> list[RouterCall]:
-        """Remove the calls to which nothing can be joined any more.
+        """Remove and return the calls to which nothing can be joined any more.
 
         Args:
-            under_way: the forwards that have not ended.
+            under_way: forwards that have not ended.
         """
         done = [call for call in self.begun if call.context not in under_way]
         self._remove(done)
@@ -235,7 +235,7 @@ class CallJoiner:
                 del self._open[key]
 
     def passed(self) -> list[RouterCall]:
-        """Remove the calls whose thread has begun another one since, and that are complete by all signs."""
+        """Remove and return calls that appear complete and whose thread has begun another one since."""
         last: dict[int, RouterCall] = {call.thread: call for call in self.begun}
         done = [call for call in self.begun if last[call.thread] is not call and self._is_complete(call)]
         self._remove(done)
