@@ -94,7 +94,7 @@ class EventChecks:
                 event = (*event[:4], (*(event[4] or (None, None)), True))
             if not self._awaits_backward:
                 self._awaits_backward = True
-                after_backward(self._end_backward)  # otherwise the next forward ends it
+                after_backward(self._end_backward)  # if unavailable, the next forward ends it
         self._kept_bytes += sum(map(_bytes, event[2:]))
         return event
 

@@ -103,7 +103,7 @@ class SiteObserver(HookOwner):
         self._handles: list[RemovableHandle] = []
 
     def keep_block(self) -> None:
-        """Keep the block observed: only it shows if a call without experts was fused or ran them elsewhere."""
+        """Keep the block observed: only it shows whether a call without experts ran fused."""
         self.irregular = True
         if not self.observe_block:
             self.observe_block = True
@@ -268,7 +268,7 @@ class SiteObserver(HookOwner):
             self._ranges.close(self._block_range, thread)
 
     def _read_block(self, args: tuple[Any, ...], output: Any) -> Any:
-        """Return (start, reading or error, whether in a backward), or None if the block called its router."""
+        """Return (start, reading or error, whether in a backward), or None if the router was called."""
         for kind, items in self._log.last_first(self._index, get_ident()):
             if kind == BEGIN:
                 return None

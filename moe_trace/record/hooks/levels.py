@@ -1,4 +1,4 @@
-"""How much is hooked now on the routers of a model, whose hooks all threads inside the model share."""
+"""Install and remove the hooks on all routers of a model, which the threads inside the model share."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks, hooks_of_othe
 
 
 class HookLevels:
-    """Puts the hooks of all routers on and off, as the forwards under way need them."""
+    """Installer of the hooks on all routers, as the current forwards need them."""
 
     def __init__(self, hooks: Sequence[SiteHooks], ranges: OpenRanges) -> None:
         self._ranges = ranges
         self.kept = False
-        """Compiled code has the hooks in it, so they stay on: what they see in a forward that is not
-        recorded is forgotten when it ends."""
+        """Whether compiled code contains the hooks, so that they stay installed; what they observe in a
+        forward that is not recorded is discarded when it ends."""
         self._hooks = hooks
         self.wanted: dict[int, Level] = {}
-        """By thread inside the model: what its forward needs."""
+        """Level that the forward of each thread inside the model needs."""
         self.level: Level | None = None
-        """What the hooks were set to last; None where they have to be asked one by one."""
+        """Level set last; None if each router has to be checked."""
         self._router_hooks = [hooks_of(one.site.router) for one in hooks]
         self._cuda_is_used = False
-        """Whether it was when the hooks were told."""
+        """Whether CUDA was in use when the hooks were last informed."""
         self.stale = False
-        """Whether a block needs other hooks than are on."""
+        """Whether a block needs other hooks than those installed."""
         for one in hooks:
             one.on_change = self._change
         self.unsettled = list(hooks)
-        """Whose block may come to need no hook."""
+        """Routers whose block may come to need no hook."""
         self._installed: list[int] = []
-        """How many hooks each router had when ours were put on."""
+        """Number of hooks on each router after ours were installed."""
         self._others: list[tuple[tuple[int, ...], ...]] = []
         """Hooks of others on each router and its experts."""
         self._handles = 0
-        """Hooks that were ever put on anything when those were looked at."""
+        """Number of hooks ever registered in the process when those were inspected."""
         self._lock = threading.RLock()
         self.on_others: Callable[[], object] = lambda: None
-        """Told that somebody put hooks on a router or its experts, or took them off."""
+        """Called after others have added hooks to a router or its experts, or removed them."""
 
     def want(self, context: ForwardContext, thread: int) -> None:
-        """The calling thread begins a forward: hook what it needs."""
+        """Install the hooks for a forward that the calling thread begins."""
         ranges, level = self._ranges, Level.RECORD
         if not context.recorded:
             ranges.quiet.add(thread)
@@ -71,17 +71,17 @@ class HookLevels:
             self.set(level, thread)
 
     def set(self, level: Level, thread: int | None = None) -> None:
-        """Hook what `level` needs; cheap when nothing changes.
+        """Install the hooks of a level; cheap if nothing changes.
 
         Args:
-            thread: whose forward needs it; of all threads, the one that needs most wins.
+            thread: thread whose forward needs the level; the highest level of all threads is used.
         """
         with self._lock:
             if thread is not None:
                 self.wanted[thread] = level
                 if len(self.wanted) > 1:
                     level = max(self.wanted.values())
-            # Those of others that were put on since stand behind ours: see `SiteHooks.is_current`.
+            # Hooks that others added since come after ours: see `SiteHooks.is_current`.
             if level == self.level:
                 if self.kept or level == Level.OFF or [*map(len, self._router_hooks)] == self._installed:
                     return
@@ -95,13 +95,13 @@ class HookLevels:
             self._installed = [*map(len, self._router_hooks)]
 
     def look_at_devices(self) -> None:
-        """CUDA may be used from now on, as where the model was moved to a GPU."""
+        """Update the hooks for CUDA being used from now on, e.g. after the model was moved to a GPU."""
         self._cuda_is_used = cuda_is_used()
         for hooks in self._hooks:
             hooks.look_at_device()
 
     def _look_at_others(self) -> None:
-        """Hooks of others that come may write into what experts are given, before or after them."""
+        """Detect hooks added by others, which may write into the experts' arguments before or after them."""
         self._handles, before = RemovableHandle.next_id, self._others
         self._others = [hooks_of_others(one.site) for one in self._hooks]
         if before and self._others != before:
@@ -109,7 +109,7 @@ class HookLevels:
             self.on_others()
 
     def put_on_as(self, compiled: Sequence[HooksOn | None]) -> None:
-        """Hook as code that was compiled before expects it, so that it is used again; all where None."""
+        """Install the hooks that existing compiled code expects, so that it is reused; all hooks if None."""
         self.kept, self.level = True, None
         for hooks, on in zip(self._hooks, compiled, strict=True):
             if on is None:
@@ -118,15 +118,15 @@ class HookLevels:
                 hooks.put_on_as(on)
 
     def keep(self) -> None:
-        """Compiled code has the hooks in it from now on; may run while it is being traced.
+        """Keep the hooks installed, because compiled code contains them. May run during tracing.
 
-        All of them: torch 2.14 guards its code on the hooks of each module, so that one put on later, when a
-        profiler starts, would have it compiled again within the profile.
+        All of them stay: torch 2.14 guards compiled code on the hooks of each module, so a hook added later,
+        when a profiler starts, would cause recompilation within the profile.
         """
         self.kept = True
         self.level = None
         for hooks in self._hooks:
-            # Dynamo does not stand hooks that change while it traces them.
+            # Dynamo does not support hooks that change during tracing.
             if hooks.level == Level.OFF or not torch.compiler.is_compiling():
                 hooks.set_level(Level.RANGES, first=False)
 
@@ -134,16 +134,16 @@ class HookLevels:
         self.stale, self.level = True, None
 
     def settle_blocks(self) -> None:
-        """Whose calls need no hook on their block, now that a forward has shown it."""
+        """Stop hooking blocks that a finished forward has shown to need no hook."""
         for router in self._hooks:
             router.settle()
         self.unsettled = [router for router in self.unsettled if not router.settled]
 
     def settle(self) -> None:
-        """Take off what need not be observed any more, unless a thread is inside or code is compiled.
+        """Remove hooks no longer needed, unless a thread is inside the model or code is compiled.
 
-        At once and not when the next forward begins: `torch.cuda.make_graphed_callables` takes no module with
-        hooks, and is called in between.
+        This happens at once, not when the next forward begins: `torch.cuda.make_graphed_callables` accepts no
+        module with hooks, and is called in between.
         """
         if self.kept or not self.stale:
             return
@@ -157,7 +157,7 @@ class HookLevels:
             self._installed = list(map(len, self._router_hooks))
 
     def remove(self) -> None:
-        """Take all hooks off, whoever wants them."""
+        """Remove all hooks, whichever threads need them."""
         with self._lock:
             self.wanted.clear()
             self.level = None

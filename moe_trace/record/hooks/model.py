@@ -1,4 +1,4 @@
-"""All hooks of one tracer: its routers', and those on the modules that its model is entered through."""
+"""All hooks of one tracer: those on its routers and those on the entry modules of its model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from moe_trace.record.parallel.dispatch import DispatchInfo
 
 
 class ModelHooks:
-    """Put on, run and take off the hooks on a model and its routers.
+    """Installer and owner of the hooks on a model and its routers.
 
     Args:
-        steps: which step a forward belongs to, and whether it is recorded.
-        graphs: where decisions go that are made inside compiled code or a CUDA graph.
-        captures: notes where routers stand in a graph that is captured by hand.
-        clock: times routers and experts by another clock too.
+        steps: assigns forwards to steps, and decides which are recorded.
+        graphs: destination of decisions made inside compiled code or a CUDA graph.
+        captures: notes the position of routers in a graph that is captured by hand.
+        clock: additional clock for routers and experts.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ModelHooks:
     ) -> None:
         self._model = model
         self.silence_told = False
-        """Whether the user was told of forwards whose compiled code has no hooks."""
+        """Whether the user was warned of forwards whose compiled code has no hooks."""
         self._ranges, log = OpenRanges(), EventLog()
         shared: dict[str, Any] = {"ranges": self._ranges, "captures": captures, "clock": clock}
         self.routers = [
@@ -85,17 +85,17 @@ class ModelHooks:
         """Install all hooks.
 
         Args:
-            recording: whether the step under way is recorded. The hook on the model asks again at its next
-                forward; a caller of a submodule never gets there.
-            sending: tells from the arguments of the experts what a call moves between processes.
-            compiled: of each router, the hooks that stand in code that was compiled before.
+            recording: whether the current step is recorded. The hook on the model checks this again at its
+                next forward; calling a submodule does not reach that hook.
+            sending: returns, from the arguments of the experts, what a call moves between processes.
+            compiled: per router, the hooks in code that is already compiled.
         """
         owners = (ModelEntry, SiteObserver, PlainCalls, PlainRanges, ListedExpert)
         skip_in_dynamo(hook for one in owners for hook in one.hooks())
         for router in self.routers:
             router.sending = sending
         if compiled:
-            self.watch.recorder.may_defer = False  # as where a graph is made
+            self.watch.recorder.may_defer = False  # as when a graph is captured
         elif compiled_parts(self._model):
             self.watch.graph_started()
         for entry in self.entries:
@@ -107,7 +107,7 @@ class ModelHooks:
             self._levels.set(Level.RANGES if recording else Level.OFF)
 
     def describe(self, told: BatchTokens | TokenProvider | None) -> None:
-        """A host framework tells the tokens of forwards: see `MoETracer.describe_tokens`."""
+        """Set the tokens of forwards, as described by a host framework: see `MoETracer.describe_tokens`."""
         source, graphs = self.watch.source, self.watch.graphs
         graphs.rings.tells |= told is not None
         if isinstance(told, BatchTokens):
@@ -117,7 +117,7 @@ class ModelHooks:
             source.provider, source.next = told, None
 
     def remove(self) -> None:
-        """Remove all hooks and close every range; router calls under way are recorded."""
+        """Remove all hooks and close all ranges; unfinished router calls are recorded."""
         for entry in self.entries:
             entry.remove()
         self._levels.remove()
@@ -134,7 +134,7 @@ class ModelHooks:
             self._ranges.end(thread)
 
     def _cut_off(self, thread: int) -> None:
-        """Recording ends inside a forward: its open call is interrupted, and its other routers are missed."""
+        """End recording inside a forward: its open call is interrupted, and its other routers are missed."""
         context = self.watch.forwards.of(thread)
         if context is not None and context.recorded:
             context.failed = True
@@ -143,6 +143,6 @@ class ModelHooks:
                 self.watch.missing.look(context.reached)
 
     def join(self) -> None:
-        """Join what was seen outside any forward of the model."""
+        """Join events from outside any forward of the model."""
         self.watch.failures.guarded(self.calls.flush, None)
         self.watch.failures.guarded(self.calls.finish_waiting)

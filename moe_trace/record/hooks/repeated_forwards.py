@@ -1,7 +1,7 @@
-"""Forwards that run as earlier ones did: they wait for each other, and are then taken apart in columns.
+"""Process forwards that repeat earlier ones: they wait for each other and are processed in columns.
 
-A plan is made from the first such forward, which was joined one by one. Whether a later forward fits is told
-by comparing whole columns; one that does not is joined as the first was.
+A plan is made from the first such forward, whose calls are joined one by one. Comparing whole columns shows
+whether a later forward fits the plan; one that does not is joined like the first.
 """
 
 from __future__ import annotations
@@ -26,21 +26,20 @@ from moe_trace.record.hooks.events import BEGIN, BLOCK, BLOCK_END, EXPERTS, KIND
 from moe_trace.record.hooks.site import SiteHooks
 
 _PLANS_MAX = 64
-# Forwards that wait, and what they may keep alive. Done in a row they cost half of what they do one by one,
-# when nothing of ours is in the processor's caches.
+# Maximum number of pending forwards, and of bytes they keep alive. Processing them in a row costs half as
+# much as one by one, when none of our code and data is in the processor's caches.
 _WAITING_MAX = 32
 _WAITING_BYTES_MAX = 8 * 2**20
 
 _EXPECTED = {BEGIN: None, ROUTER: -1, EXPERTS: None, BLOCK: None, BLOCK_END: None}
-"""The last item of each event of a plain forward: no clock, no backward, no other process."""
+"""Last item of each event in a plain forward: no clock, no backward pass, no other process."""
 
 Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(slots=True, eq=False)
 class ForwardPlan:
-    """Where the calls stand among the events of a forward that called each of some routers once, and then its
-    experts, on one thread."""
+    """Event positions of a forward that, on one thread, called each router once and then its experts."""
 
     indices: tuple[int, ...]
     sites: tuple[RouterSite, ...]
@@ -49,21 +48,21 @@ class ForwardPlan:
     experts: Pick
     block_ends: Pick | None
     last_output: int
-    """Where the last router's output stands among the items."""
+    """Position of the last router's output among the items."""
     codes: list[int]
     lasts: list[Any]
     read: ColumnReader
     versions: Sequence[tuple[int, ...]] = ()
     inference: bool = field(default_factory=torch.is_inference_mode_enabled)
-    """Whose tensors have no versions."""
+    """Whether it ran in inference mode, whose tensors have no versions."""
 
     @property
     def length(self) -> int:
-        """Items of a forward."""
+        """Number of items per forward."""
         return WIDTH * len(self.codes)
 
     def columns(self, items: list[Any], thread: int, forwards: int = 1) -> Columns | None:
-        """The tensors of all calls of a thread's forwards; None where one of them is unlike the plan."""
+        """Return the tensors of all calls in a thread's forwards; None if one differs from the plan."""
         threads, firsts, seconds = items[1::WIDTH], items[2::WIDTH], items[3::WIDTH]
         if threads.count(thread) != len(threads):
             return None
@@ -74,17 +73,16 @@ class ForwardPlan:
         try:
             columns = self.read(self.routers(seconds), self.experts(firsts))
             return [*map(_detached, columns)] if columns[-1][-1].requires_grad else columns
-        except Exception:  # read one by one, the call that is wrong will be named
+        except Exception:  # reading one by one will name the bad call
             return None
 
 
 def _detached(column: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What keeps no graph alive."""
     return [tensor.detach() for tensor in column]
 
 
 def _picker(at: Sequence[int], events: int) -> Pick:
-    """Takes the items at some places of the column of a forward, or of those of several that follow."""
+    """Return a function that picks items at some positions from the column of one or several forwards."""
     step = at[1] - at[0] if len(at) > 1 else events
     if list(at) == list(range(at[0], events, step)) and events == step * len(at):
         places = slice(at[0], None, step)
@@ -93,7 +91,7 @@ def _picker(at: Sequence[int], events: int) -> Pick:
 
 
 def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan | None:
-    """A plan for forwards with these events, if they are plain and their routers alike."""
+    """Return a plan for forwards with these events if they are plain and their routers alike, else None."""
     codes = items[0::WIDTH]
     places: dict[int, dict[int, int]] = {}
     for at, code in enumerate(codes):
@@ -126,7 +124,7 @@ def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan |
     columns, outputs = plan.columns(items, items[1]), plan.routers(items[3::WIDTH])
     returned = chain.from_iterable(one if isinstance(one, tuple) else (one,) for one in outputs)
     if columns is None or any(map(is_copy, returned)):
-        return None  # of a copy the version is another than of what it was made of
+        return None  # versions of a copy and its original differ
     try:
         plan.versions = versions_of(columns)
     except (AttributeError, TypeError, RuntimeError):  # not tensors
@@ -135,13 +133,13 @@ def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan |
 
 
 class PlainForwards:
-    """Takes the events of forwards that follow a plan. Its user serialises.
+    """Processor of forwards that follow a plan. Callers must serialise access.
 
-    They stay where the hooks put them until enough forwards wait.
+    Events stay in the log until enough forwards are pending.
 
     Args:
-        padding: `padding(context, tokens)`: which tokens of a call are padding, where that is known.
-        join: has the events of a forward joined one by one, where they turn out to be unlike its plan.
+        padding: `padding(context, tokens)` returns which tokens of a call are padding, or None.
+        join: joins the events of a forward one by one, if they turn out to differ from its plan.
     """
 
     def __init__(
@@ -158,18 +156,18 @@ class PlainForwards:
         self._padding, self._join = padding, join
         self._plans: dict[Any, ForwardPlan] = {}
         self._last: ForwardPlan | None = None
-        """What the last forward followed."""
+        """Plan of the last forward."""
         self.waiting: list[tuple[ForwardPlan, ForwardContext]] = []
         """Forwards that are not recorded yet."""
         self._bytes = 0.0
 
     def forget(self) -> None:
-        """What the plans took for granted does not hold any more."""
+        """Discard all plans, because their assumptions no longer hold."""
         self._plans.clear()
         self._last = None
 
     def learn(self, items: list[Any]) -> None:
-        """Make a plan of a forward whose calls were all recorded, if it was a plain one."""
+        """Make a plan from a forward whose calls were all recorded, if it was plain."""
         plan = plan_of(items, self._routers)
         if plan is not None:
             if len(self._plans) >= _PLANS_MAX:
@@ -177,7 +175,7 @@ class PlainForwards:
             self._plans[_key(plan.codes)] = plan
 
     def keep(self, context: ForwardContext) -> bool:
-        """Let a forward that ends wait, if its events follow a plan as far as they tell by themselves."""
+        """Keep a finished forward pending if its event codes follow a plan; return whether they do."""
         log, plan = self._log, self._last
         start = log.waiting
         codes = log.items[start::WIDTH]
@@ -195,14 +193,14 @@ class PlainForwards:
             self._bytes > _WAITING_BYTES_MAX
             or len(waiting) >= _WAITING_MAX
             or not self._recorder.may_defer
-            or torch.is_grad_enabled()  # what is kept would keep the activations
+            or torch.is_grad_enabled()  # pending tensors would keep the activations alive
             or getattr(output[0] if isinstance(output, tuple) else output, "requires_grad", False)
         ):
             self.work_off()
         return True
 
     def work_off(self) -> None:
-        """Record the forwards that wait."""
+        """Record the pending forwards."""
         if not self.waiting:
             return
         waiting, self.waiting, self._bytes = self.waiting, [], 0.0
@@ -214,17 +212,17 @@ class PlainForwards:
             if not self._take(plan, items, contexts):
                 self._take_singly(plan, items, contexts)
             for context in contexts:
-                context.padding_T = None  # the context is kept for longer
+                context.padding_T = None  # the context outlives the forward
 
     def _take_singly(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> None:
-        """One of them is unlike its plan."""
+        """Record forwards one by one, because at least one of them differs from the plan."""
         for number, context in enumerate(contexts):
             own = items[number * plan.length : (number + 1) * plan.length]
             if len(contexts) == 1 or not self._take(plan, own, [context]):
                 self._join(own, context)
 
     def _take(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> bool:
-        """Record forwards of one plan and thread; nothing is where one of them is unlike the others."""
+        """Record forwards of one plan and thread; return False, with nothing recorded, if they differ."""
         columns = plan.columns(items, contexts[0].ident, len(contexts))
         if columns is None:
             return False
@@ -240,7 +238,7 @@ class PlainForwards:
                 self._records(plan, items, contexts), columns, plan.versions, masks
             ):
                 return False
-        except Exception:  # read one by one, the call that is wrong will be named
+        except Exception:  # reading one by one will name the bad call
             return False
         for index in plan.indices:
             self._states[index].seen += len(contexts)
@@ -250,7 +248,7 @@ class PlainForwards:
     def _records(
         self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]
     ) -> list[ForwardRecords]:
-        """What is known of the calls beside their tensors."""
+        """Return the records of the calls."""
         times, calls = items[2::WIDTH], len(plan.sites)
         begins, ends = plan.begins(times), plan.routers(times)
         first = tuple([self._states[index].recorded for index in plan.indices])
@@ -262,4 +260,4 @@ class PlainForwards:
 
 
 def _key(codes: Sequence[int]) -> Any:
-    return tuple(codes), torch.is_inference_mode_enabled()  # whose tensors have no versions
+    return tuple(codes), torch.is_inference_mode_enabled()  # inference tensors have no versions

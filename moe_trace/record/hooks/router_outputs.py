@@ -1,4 +1,4 @@
-"""From what the hooks saw to what is recorded: joins, reads, and accounts for every router call."""
+"""Turn events into records: join, read and account for every router call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from moe_trace.record.hooks.repeated_forwards import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
 
 _TOLD_CALLS = 4
-"""Calls whose counts are compared with what the router says of them."""
+"""Number of calls whose counts are compared with those that the router returns."""
 
 
 class CallCollector:
-    """Takes the events of all threads and hands finished calls to the recorder.
+    """Collector of all threads' events, which passes finished calls to the recorder.
 
     Args:
-        outside: what is known of a router call outside any forward of the model.
+        outside: returns the context of a router call outside any forward of the model.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class CallCollector:
     ) -> None:
         self._states = [router.captured.state for router in routers]
         self.orphans = 0
-        """Experts calls that belong to no router call."""
+        """Number of experts calls that belong to no router call."""
         self.padding_unclear = 0
-        """Forwards whose blocks saw other tokens than the mask has."""
+        """Number of forwards in which a block received another number of tokens than the mask has."""
         self._routers = routers
         self._log = log
         self._forwards = forwards
@@ -77,20 +77,20 @@ class CallCollector:
     # -- while the model runs -------------------------------------------------------------------------
 
     def end_backward(self) -> None:
-        """Join what was recomputed, and all that no forward under way will end."""
+        """Join recomputed calls, and all calls that no running forward will end."""
         self.flush(None)
         self._recorder.end_forward()
 
     def flush(self, thread: int | None, *, innermost: bool = False) -> bool:
-        """The forward of a thread ends: its calls, and those that are in none, are complete.
+        """End the forward of a thread: its calls, and those outside any forward, are complete.
 
         Args:
-            innermost: whether those around it on the thread go on.
+            innermost: whether only the innermost forward of the thread ends.
 
         Returns:
-            Whether calls were handed to the recorder. Those of a plain forward wait for others.
+            Whether calls were passed to the recorder. Those of a plain forward wait for others.
         """
-        # Few functions until the forward is kept: each that runs once a forward is in no cache.
+        # Few function calls until the forward is kept: code that runs once per forward is in no cache.
         if len(self._log.items) == self._log.waiting and not self._joiner.begun:
             return False
         with self._lock:
@@ -98,7 +98,7 @@ class CallCollector:
                 self.checks.start_again()
             context, stacks = None, self._forwards.stacks
             if len(stacks) == 1 and thread in stacks and not self._joiner.begun and self._clock is None:
-                context = stacks[thread][-1].context  # nothing else is under way
+                context = stacks[thread][-1].context  # nothing else is running
                 if not context.recorded or context.recomputed or context.failed or context.ident != thread:
                     context = None
                 elif self._plain.keep(context):
@@ -113,23 +113,23 @@ class CallCollector:
         return True
 
     def _join_late(self, items: list[Any], context: ForwardContext) -> None:
-        """A plain forward that waited, in which something was not as expected; nothing else is under way."""
+        """Join a plain forward that waited and differs from its plan; nothing else is running."""
         self._joiner.add(items, context)
         self._finish(self._joiner.finished(()))
 
     @property
     def counts(self) -> list[SiteState]:
-        """What became of the calls, by router."""
+        """Counts of the calls, by router."""
         self.finish_waiting()
         return self._states
 
     def finish_waiting(self) -> None:
-        """Record what waits."""
+        """Record the pending forwards."""
         with self._lock:
             self._plain.work_off()
 
     def forget_plans(self) -> None:
-        """What the next forward's calls hand out may be other than it was."""
+        """Discard the plans, because outputs of the next forward may differ."""
         with self._lock:
             self._plain.work_off()
             self._plain.forget()
@@ -138,15 +138,14 @@ class CallCollector:
                     router.copy_from_now_on(static=False)
 
     def _copy_from_now_on(self, names: set[str]) -> None:
-        """These routers write into memory that they handed out before: see `calls/inplace_outputs.py`."""
+        """Copy outputs of routers that reuse the memory of earlier ones: see `calls/inplace_outputs.py`."""
         self._plain.forget()
         for router in self._routers:
             if router.site.name in names:
                 router.copy_from_now_on()
 
     def flush_passed(self) -> None:
-        """Join what is complete by all signs, so that little is kept, and before another forward begins
-        inside the one under way."""
+        """Join calls that appear complete: to free memory, and before a forward begins inside another."""
         with self._lock:
             self.checks.start_again()
             self._plain.work_off()
@@ -154,7 +153,7 @@ class CallCollector:
             self._finish(self._joiner.passed())
 
     def forget(self, thread: int) -> None:
-        """The calling thread's calls under way were interrupted, and no hook was told."""
+        """Discard the thread's unfinished calls, interrupted without any hook being called."""
         with self._lock:
             for entered in self._forwards.stacks.get(thread, ()):
                 entered.context.failed = True
@@ -171,12 +170,12 @@ class CallCollector:
         self._recorder.refusals.taken_back.add(name, refuted)
 
     def _finish(self, calls: Sequence[RouterCall]) -> int:
-        """Read the calls, and hand them to the recorder; returns how many were recorded."""
+        """Read the calls and pass them to the recorder; return how many were recorded."""
         if not calls:
             return 0
         before = sum(state.recorded for state in self._states)
         for last in {call.context: call for call in calls if call.context and call.context.failed}.values():
-            # Of whose experts nobody knows which were still to come.
+            # It is unknown which of its experts were still to come.
             last.cut_off = bool(self._routers[last.site].site.listed)
         with apart():
             for call in calls:
@@ -188,7 +187,7 @@ class CallCollector:
     def _context(self, call: RouterCall) -> ForwardContext:
         context = call.context or self._outside()
         if call.recomputed and not context.of_model and self._forwards.last is not None:
-            return self._forwards.last  # the forward that began last is the one that a backward recomputes
+            return self._forwards.last  # the one that a backward pass recomputes
         return context
 
     def _finish_one(self, call: RouterCall, context: ForwardContext) -> None:
@@ -200,7 +199,7 @@ class CallCollector:
         if state.elsewhere or call.fused or reason in ("without_experts", "unjoined"):
             router.keep_block()
         if reason is not None:
-            # A recomputation that is cut short decided nothing that the forward had not.
+            # An interrupted recomputation decided nothing beyond what the forward did.
             if not (call.recomputed or context.recomputed):
                 state.seen += 1
                 state.lost[reason] += 1
@@ -208,7 +207,7 @@ class CallCollector:
         state.seen += 1
         try:
             self._record(call, context, self._read(call))
-        except Exception as error:  # a contract of the user's may raise anything
+        except Exception as error:  # a user's contract may raise anything
             state.lost["unreadable"] += 1
             self._misread(call.site, error)
 
@@ -229,7 +228,7 @@ class CallCollector:
         if experts:
             call.experts_args, call.experts_kwargs = experts[0].args, experts[0].kwargs
         if call.rows:
-            rows = Counter[int]()  # one may be called several times, or never
+            rows = Counter[int]()  # an expert may be called several times, or never
             for number, count in call.rows:
                 rows[number] += count
             call.expert_rows = tuple(rows[number] for number in range(len(site.listed)))
@@ -258,14 +257,14 @@ class CallCollector:
             tokens=context.tokens,
             batch=context.batch,
         )
-        by_reference = router.copies is None and len(call.experts) == 1  # else what is read was copied
+        by_reference = router.copies is None and len(call.experts) == 1  # else it was copied
         self._recorder.add(record, reading, mask, router.usual if by_reference else None)
         if self._clock is not None:
             self._keep_times(call, state.recorded)
         self._recorder.refusals.taken_back.add(site.name, state.note(call))
 
     def _padding(self, context: ForwardContext, tokens: int, recomputed: bool = False) -> Tensor | None:
-        """[tokens] bool, which of them are padding; None where it is not known."""
+        """Return the [tokens] bool mask of padding; None if unknown."""
         if context.padding_T is None or context.padding_T.shape[0] == tokens:
             return context.padding_T
         if not context.padding_unclear and not recomputed:

@@ -1,4 +1,4 @@
-"""Which hooks are on one router, its experts and its block: as few as the forward under way needs."""
+"""Install the hooks on one router, its experts and its block: as few as the current forward needs."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from moe_trace.record.hooks.functions import SiteObserver
 
 
 class Level(IntEnum):
-    """How much is hooked now."""
+    """How much is hooked."""
 
     OFF = 0
     RECORD = 1
     """Decisions and host times."""
     RANGES = 2
-    """The block too, and ranges while a profiler records."""
+    """The block as well, and ranges while a profiler records."""
 
 
 @dataclass(frozen=True)
 class HooksOn:
-    """Which hooks are on a router, its experts and its block, and where: what a compiler looks at."""
+    """Installed hooks of a site and their positions, as a compiler sees them."""
 
     level: Level
     of_block: tuple[bool, bool]
     copies: bool
     ranged: bool
     timed: bool
-    """By another clock."""
+    """Whether an additional clock is used."""
     sending: bool
     first: bool
 
 
 def hooks_of_others(site: RouterSite) -> tuple[tuple[int, ...], ...]:
-    """Ids of the hooks of others that may change what a router returns, or what its experts are given."""
+    """Return ids of others' hooks that may change a router's output or its experts' arguments."""
     of_experts = () if site.experts is None else ids_of_hooks(site.experts, but_of=HookOwner)
     return ids_of_hooks(site.router, but_of=HookOwner, pre=False), of_experts
 
 
 class SiteHooks(SiteObserver):
-    """Install and remove the hooks of one site.
+    """Installer of the hooks of one site.
 
     Args:
-        owner: the tracer, for the claim on the router's ranges; None for hooks that record nothing.
+        owner: tracer that claims the router's ranges; None for hooks that record nothing.
         others: see `SiteObserver`.
     """
 
@@ -62,27 +62,27 @@ class SiteHooks(SiteObserver):
         self.level = Level.OFF
         self.read = self.site.read
         self.usual: Usual = {}
-        """The versions of what its calls hand out, since it is known that nothing need be copied."""
+        """Usual versions of its calls' tensors, learned after copying has stopped."""
         self._owner = owner
         self.reads_block = self.site.read_block is not None
-        """Whether the block is hooked to read it: until it has called its router."""
+        """Whether the block is hooked to read it, until it has called its router."""
         self._of_block = (self.observe_block, self.reads_block)
         self._router_hooks: tuple[int, ...] = ()
         self._others: tuple[tuple[int, ...], ...] = ()
-        """On the router when ours were put on, ours included; and on the experts those of others."""
+        """Hooks when ours were installed: all of the router's, and others' on the router and its experts."""
         self._copies_received = False
-        """Whether a hook copies what the experts are given before they run."""
+        """Whether a hook copies the experts' arguments before they run."""
         self._plain_calls = PlainCalls(self, self._index, self._log)
         self._plain_ranges = PlainRanges(self, self._index, self._log, self._ranges)
         self._first = True
-        """Whether hooks may be put before those of others."""
+        """Whether hooks may be placed before those of others."""
 
-    # -- which are on ---------------------------------------------------------------------------------
+    # -- installed hooks ------------------------------------------------------------------------------
 
     def is_current(self, level: Level) -> bool:
-        """Whether what is installed is what `level` needs.
+        """Return whether the installed hooks are those that `level` needs.
 
-        Hooks that others put on a router later would change its output behind ours, which must come last.
+        Hooks that others add to a router later would change its output after ours, which must come last.
         """
         return (
             level == self.level
@@ -93,11 +93,11 @@ class SiteHooks(SiteObserver):
         )
 
     def set_level(self, level: Level, *, first: bool = True) -> None:
-        """Install what `level` needs.
+        """Install the hooks of a level.
 
         Args:
-            first: whether hooks may be put before those of others. Not those that are compiled: dynamo names
-                a hook by its place in `dict.keys(...)`, which does not see that an ordered dict moved it to
+            first: whether hooks may be placed before those of others. Compiled hooks may not: dynamo names a
+                hook by its place in `dict.keys(...)`, which does not reflect that an ordered dict moved it to
                 the front, and torch 2.11 then fails on its own guard.
         """
         self._remove()
@@ -112,7 +112,7 @@ class SiteHooks(SiteObserver):
 
     @property
     def hooks_on(self) -> HooksOn:
-        """Those that are on."""
+        """The installed hooks."""
         return HooksOn(
             level=self.level,
             of_block=self._of_block,
@@ -124,7 +124,7 @@ class SiteHooks(SiteObserver):
         )
 
     def put_on_as(self, on: HooksOn) -> None:
-        """Install the same hooks as those."""
+        """Install the given hooks."""
         self.observe_block, self.reads_block = on.of_block
         self.ranged = on.ranged
         if not on.copies:
@@ -146,8 +146,8 @@ class SiteHooks(SiteObserver):
         hooks = self._plain(level) or self
         if block is not None and (ranged or self.observe_block or self.reads_block):
             of_block = hooks if isinstance(hooks, PlainRanges) and True not in self._of_block else self
-            # Inside everybody's hooks, where the weights of a sharded router are still gathered; outside them
-            # where it is a range.
+            # Inside all other hooks when it is read, since the weights of a sharded router are still gathered
+            # there; outside them when it is a range.
             inner = self.reads_block and self._first
             add(block.register_forward_pre_hook(of_block.before_block, prepend=self._first))
             add(
@@ -172,7 +172,7 @@ class SiteHooks(SiteObserver):
             add(expert.register_forward_pre_hook(before_one, with_kwargs=True))
 
     def _plain(self, level: Level) -> PlainCalls | None:
-        """The hooks of plain calls, where there will be any."""
+        """Return the hooks for plain calls; None if there will be no plain calls."""
         if (
             self._clock is not None
             or self._keeps_arguments
@@ -187,7 +187,7 @@ class SiteHooks(SiteObserver):
         return hooks
 
     def look_at_device(self) -> None:
-        """Only where CUDA is used it is asked in each call whether a stream is captured."""
+        """Note whether CUDA is used: only then does each call check for a captured stream."""
         self.on_cuda = self._plain_calls.on_cuda = self._plain_ranges.on_cuda = cuda_is_used()
 
     def _remove(self) -> None:
@@ -198,7 +198,7 @@ class SiteHooks(SiteObserver):
             release_ranges(self.site.router, self._owner)
 
     def settle(self) -> None:
-        """A recorded forward has ended: what need not be observed any more is not hooked in the next one."""
+        """Stop observing, from the next forward on, what a recorded forward has shown to be irrelevant."""
         before, state = (self.observe_block, self.reads_block), self.captured.state
         if not self.irregular:
             self.observe_block = False
@@ -209,11 +209,11 @@ class SiteHooks(SiteObserver):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left to learn of the block."""
+        """Whether there is nothing left to learn about the block."""
         return not self.reads_block and (self.irregular or not self.observe_block)
 
     def end_copies(self) -> None:
-        """A forward has ended, with calls that were copied until it is known whether they must be."""
+        """End a forward; stop copying tensors once they are known not to be overwritten."""
         if self.copies is not None:
             self.copies.end_forward()
             if self.copies.settled:
@@ -221,10 +221,11 @@ class SiteHooks(SiteObserver):
                 self.on_change()
 
     def copy_from_now_on(self, *, static: bool = True) -> None:
-        """What calls hand out is copied: always, or until it is known again whether it must be.
+        """Copy the tensors of calls from now on: always, or until it is known again whether that is
+        necessary.
 
         Args:
-            static: whether the router writes into memory that it handed out before.
+            static: whether the router reuses the memory of its earlier outputs.
         """
         self.copies, self.usual = TensorCopies(static=static), {}
         self._plain_calls.stop()
