@@ -66,7 +66,6 @@ class MutedHooks:
         _muted.add(self)
 
     def remove(self) -> None:
-        """Remove the hooks."""
         _muted.discard(self)
         for entry in self._entries:
             entry.remove()

@@ -104,7 +104,7 @@ class MoETracer(HookOwner):
 
     @property
     def every(self) -> int:
-        """Number of steps per recorded step."""
+        """Interval between recorded steps, in steps."""
         return self._steps.every
 
     @property

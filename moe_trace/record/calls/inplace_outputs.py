@@ -74,7 +74,7 @@ class TensorCopies:
         return copies
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of a tensor, or of the tensors in a tuple; other values are returned unchanged."""
+        """Return a copy of a tensor or of a tuple's tensors, or the value itself if it cannot be copied."""
         if is_compiling() or tracing_state() is not None:
             return value  # a copy would become part of the traced program
         try:

@@ -86,7 +86,6 @@ class PendingStore:
         self._full: list[PendingCalls] = []
 
     def groups(self) -> list[PendingCalls]:
-        """Return all groups."""
         return [*self._full, *self._open.values()]
 
     def take(self) -> list[PendingCalls]:

@@ -172,7 +172,6 @@ class Recorder:
             )
 
     def add_reduced(self, batch: Batch) -> None:
-        """Keep reduced calls."""
         if batch.ints.device.type == "meta":
             raise ValueError("the router ran on the meta device, where there are no values")
         with self._lock:

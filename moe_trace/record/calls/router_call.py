@@ -1,4 +1,4 @@
-"""A router call joined from hook events; experts are matched to it by the memory of their tensors."""
+"""Router calls joined from hook events, with experts matched by the memory of their tensors."""
 
 from __future__ import annotations
 

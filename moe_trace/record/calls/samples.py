@@ -173,7 +173,7 @@ def _aux_loss(batch: Batch, sums: np.ndarray, finite: int) -> float | None:
 
 
 def _computed_slots(info: RouterInfo, tokens: int, assignments: np.ndarray, zero_weight: int) -> int:
-    """Return the rows that experts multiplied, including those of weight 0 but not of identity experts."""
+    """Return how many rows experts multiplied, including those of weight 0 but not of identity experts."""
     if info.every_expert_computes:
         return tokens * info.num_experts
     return int(assignments[: len(assignments) - info.identity_experts].sum()) + zero_weight

@@ -1,8 +1,8 @@
 """Compare a decision with the rows that entered its experts, once its counts are on the host.
 
-A decision recomputed from a gate's logits is the model's own if its counts equal the numbers of rows. If not
-- because of a bias, groups, noise or a capacity - the rows are the truth where they can be rows of tokens,
-and it is unknown which token each of them was.
+A decision recomputed from a gate's logits is the model's own if its counts equal the numbers of rows. If they
+differ (a bias, groups, noise, a capacity), the rows are the truth where they can be rows of tokens, and it is
+unknown which token each of them was.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moe_trace.find.contracts import AdapterMismatch, ExpertRows
 
 
 def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.ndarray:
-    """Return the [E] tokens that each expert processed.
+    """Return the [E] numbers of tokens that the experts processed.
 
     Args:
         decided_E: slots of the decision as read.

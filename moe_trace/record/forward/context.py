@@ -87,7 +87,6 @@ class ForwardStack:
         """The forward that began last, to which a recomputation in the backward pass belongs."""
 
     def push(self, thread: int, level: int, context: ForwardContext) -> None:
-        """Push a module that a thread enters."""
         stack = self.stacks.get(thread)
         if stack is None:
             self.stacks[thread] = [Entered(level, context)]

@@ -78,8 +78,7 @@ class ModelInputs:
         return "prefill" if cached == 0 else "decode"
 
     def padding(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
-        """Return the padding as [B * length] bool, or None, and whether there was a mask that could not be
-        read.
+        """Return ([B * length] bool padding mask or None, whether there was a mask that could not be read).
 
         A 2-D mask covers the cached tokens and the input. In a mask of another length or form, the columns of
         the input are unknown.

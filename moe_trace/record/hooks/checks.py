@@ -64,7 +64,6 @@ class EventChecks:
         self._kept_bytes, self._awaits_backward, self.has_looked = 0, False, False
 
     def note(self, event: Sequence[Any]) -> None:
-        """Note an event."""
         if is_exporting():
             return  # builds a program, calls nothing
         with suppress(Exception):  # joining it will find and count what is wrong
@@ -99,8 +98,10 @@ class EventChecks:
         return event
 
     def _is_captured(self, site: int, args: Any) -> bool:
-        """Return whether a call on a captured stream was begun as an eager one, which restarts it. This
-        happens if CUDA was not used when its hooks were installed."""
+        """Restart a call on a captured stream that began as an eager one; return whether it did.
+
+        It does if CUDA was not used when its hooks were installed.
+        """
         router = self._routers[site]
         was_known = router.on_cuda
         for one in self._routers:

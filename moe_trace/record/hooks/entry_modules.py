@@ -50,7 +50,6 @@ class ModelEntry(HookOwner):
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
-        """Register the hooks."""
         self.inputs = ModelInputs(self.module)  # its forward may have been wrapped meanwhile
         self._handles = [
             self.module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
@@ -60,7 +59,6 @@ class ModelEntry(HookOwner):
             give_stable_id(handle)
 
     def remove(self) -> None:
-        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -111,7 +111,7 @@ class ForwardWatch:
             self._begin_again(self.forwards.last, entry, thread)
             return
         step, sampled = self.steps.begin()
-        sampled = sampled and tracing_state() is None  # else it became part of what torch.jit traces
+        sampled = sampled and tracing_state() is None  # else torch.jit would trace it
         told_of = self.source.take(wanted=sampled or bool(graphs_write)) if self.source.tells else None
         tokens, context = None, self._left_out  # shared by all forwards that are skipped
         if sampled or graphs_write:
@@ -232,7 +232,7 @@ class ForwardWatch:
         """Leave an entry module that has returned; `output` is None if it raised."""
         thread, ranges, levels, log = get_ident(), self.ranges, self.levels, self.log
         stack, graphs_write = self._busy.get(thread), self._graphs_write
-        if levels.kept or graphs_write:  # it may have begun in a graph that broke
+        if levels.kept or graphs_write:  # it may have begun before a graph break
             self.graphs.rings.end_in_graph(entry.level)
         if captures_now():
             return

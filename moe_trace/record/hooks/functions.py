@@ -74,8 +74,7 @@ class SiteObserver(HookOwner):
     ) -> None:
         self.site = site
         self.sending: Callable[[Any], DispatchInfo | None] | None = None
-        """Returns, from the arguments of the experts, what the call moves between processes; None if the
-        process runs alone."""
+        """From the experts' arguments, returns what a call sends to other processes; None if alone."""
         self.copies: TensorCopies | None = TensorCopies()
         self._index = index
         self._log = log

@@ -112,7 +112,6 @@ class SiteHooks(SiteObserver):
 
     @property
     def hooks_on(self) -> HooksOn:
-        """The installed hooks."""
         return HooksOn(
             level=self.level,
             of_block=self._of_block,
@@ -124,7 +123,6 @@ class SiteHooks(SiteObserver):
         )
 
     def put_on_as(self, on: HooksOn) -> None:
-        """Install the given hooks."""
         self.observe_block, self.reads_block = on.of_block
         self.ranged = on.ranged
         if not on.copies:
@@ -221,8 +219,7 @@ class SiteHooks(SiteObserver):
                 self.on_change()
 
     def copy_from_now_on(self, *, static: bool = True) -> None:
-        """Copy the tensors of calls from now on: always, or until it is known again whether that is
-        necessary.
+        """Copy the tensors of calls from now on: always, or until this is known to be unnecessary.
 
         Args:
             static: whether the router reuses the memory of its earlier outputs.
