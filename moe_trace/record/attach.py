@@ -35,9 +35,8 @@ def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) ->
     """Make `prof.export_chrome_trace` merge what `tracer` recorded. Several tracers may be attached.
 
     Args:
-        follow: callback for the profiler's steps, or None if the user asked for the attachment. With a
-            callback, the profiler's owner may not know of moe_trace, so a trace that cannot be merged is
-            written unchanged and nothing raises.
+        follow: callback for the profiler's steps; None if the user asked to attach. If not None, a trace that
+            cannot be merged is written unchanged without raising, as its owner may not know of moe_trace.
     """
     note_profiler(prof)
     tracers = getattr(prof, _TRACERS, None)

@@ -41,10 +41,8 @@ def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
 
 
 def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:
-    """Return the number of recorded forwards in which no hook ran.
-
-    Hooks that dynamo did not compile in never run, and by default it does not check for new ones.
-    """
+    """Return the number of recorded forwards in which no hook ran. Hooks that dynamo did not compile in never
+    run, and by default it does not check for new ones."""
     if not frames_compiled() or unread_in_graphs(hooks, graphs):
         return 0
     lost = (counts.lost.total() for counts in hooks.calls.counts)  # seen, and reported with a reason

@@ -98,11 +98,8 @@ class ModelEntry(HookOwner):
 
 
 def entry_modules(model: nn.Module, sites: Sequence[RouterSite]) -> list[tuple[nn.Module, int]]:
-    """Return (module, level), outermost first.
-
-    These are all modules above the layers through which all routers are reached, and all language models
-    inside a model that holds several.
-    """
+    """Return (module, level), outermost first: all modules above the layers through which all routers are
+    reached, and all language models inside a model that holds several."""
     parts = {id(part) for site in sites for part in (site.router, site.experts, site.block)}
     found: dict[int, tuple[nn.Module, int]] = {id(model): (model, 0)}
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
