@@ -97,8 +97,8 @@ def _in_phases(group: PendingCalls) -> bool:
 
 
 def _masks(group: PendingCalls) -> list[Tensor]:
-    """Return the masks on the device of the index. A mask is on the device of the model's input, which a device
-    map may separate from later layers; phases are on the host, and are copied in one piece."""
+    """Return the masks on the device of the index. Masks are on the device of the model's input, from which a
+    device map may separate later layers; phases are on the host, and are copied in one piece."""
     device, masks = group.index[0].device, group.masks
     if masks and masks[0].device.type == "cpu" != device.type:
         return list(torch.stack(masks).pin_memory().to(device, non_blocking=True))
