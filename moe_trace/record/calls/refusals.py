@@ -61,9 +61,9 @@ class Refusals:
         self.unjoined: Counter[str] = Counter()
         """Number of calls in `taken_back` that were found, by router."""
         self.taken_back = CallNumbers()
-        """By name: calls recorded as fused, whose experts turned out to be a module that is called."""
+        """Calls recorded as fused, by router name, whose experts turned out to be a module that is called."""
         self._calls = CallNumbers()
-        """By name and whether the calls were in graphs, where they are numbered separately."""
+        """Refused calls by name and whether they were in graphs, where they are numbered separately."""
         self._compared: set[str] = set()
 
     def counted(self, record: CallRecord) -> bool:

@@ -45,7 +45,7 @@ class ModelInputs:
         return None if tokens is None else int(tokens.shape[1])
 
     def look(self, args: Any, kwargs: dict[str, Any]) -> tuple[Stage, int | None, bool]:
-        """Return (stage, number of tokens in the named or else first tensor or None, whether it was named)."""
+        """Return (stage, number of tokens in the named or else first tensor, whether it was named)."""
         named = tokens = self.tokens(args, kwargs) if kwargs or self.names_tokens else None
         if tokens is None:
             for value in (*args, *kwargs.values()):

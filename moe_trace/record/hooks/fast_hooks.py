@@ -89,7 +89,7 @@ class PlainCalls(HookOwner):
 
 
 class PlainRanges(PlainCalls):
-    """The same hooks while a profiler records; on the thread with the profiled forward they open ranges.
+    """Plain hooks while a profiler records: they open ranges on the thread of the profiled forward.
 
     Whether dynamo traces is checked first, because it cannot trace `get_ident`.
     """

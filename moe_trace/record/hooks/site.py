@@ -20,7 +20,7 @@ from moe_trace.record.hooks.functions import SiteObserver
 
 
 class Level(IntEnum):
-    """How much is hooked."""
+    """Extent of the installed hooks."""
 
     OFF = 0
     RECORD = 1
