@@ -1,9 +1,9 @@
-"""Where routers and experts stand in a CUDA graph that is being captured by hand.
+"""Positions of routers and experts in CUDA graphs that are captured by hand.
 
-While a stream is captured the hooks run in Python, once. They note how many nodes the graph had when a
-router or its experts began and ended, and mark their nodes for the profiler where torch can do that
-(`torch.cuda.graph(enable_annotations=True)`). What a replay's kernels are is found out when a trace is
-merged (`timeline/correlate/replays.py`). Nothing here raises: a graph whose nodes cannot be told keeps the
+While a stream is captured, the hooks run in Python, once. They note how many nodes the graph had when a
+router or its experts began and ended, and annotate their nodes for the profiler where torch supports it
+(`torch.cuda.graph(enable_annotations=True)`). The kernels of a replay are identified when a trace is merged
+(`timeline/correlate/replays.py`). Nothing here raises: a graph whose nodes cannot be identified keeps the
 reason.
 """
 
@@ -23,25 +23,25 @@ from moe_trace.record.graphs.cuda_driver import DriverError
 
 NOT_A_CHAIN = "the captured graph is no plain chain, so its kernels may run in another order each time"
 _CAPTURES_MAX = 1000
-_UNKNOWN = -1  # id of all captures that the driver does not tell
+_UNKNOWN = -1  # id of all captures that the driver cannot identify
 _ANNOTATION, _OWNER = "moe_trace", "moe_tracer"
 
 
 @dataclass
 class _Capture:
-    """One graph, as far as the last note."""
+    """One graph, up to the last time it was read."""
 
     nodes: list[str | None] = field(default_factory=list)
-    """Those that do work: kernels by grid and block, None for copies and memsets."""
+    """Nodes that do work: grid and block of each kernel, None for copies and memsets."""
     calls: list[GraphCall] = field(default_factory=list)
     seen: int = 0
-    """Nodes looked at."""
+    """Number of nodes read."""
     last: int | None = None
-    """The node looked at last."""
+    """The last node read."""
     problem: str | None = None
 
     def read(self, state: cuda_driver.CaptureState) -> None:
-        """Look at the nodes that are new, which must follow each other."""
+        """Read the new nodes, each of which must depend on the previous one only."""
         if self.problem is not None:
             return
         for node in cuda_driver.graph_nodes(state.graph)[self.seen :]:
@@ -67,7 +67,7 @@ class _Capture:
 
 @dataclass
 class _Open:
-    """A call of a router or of its experts under way in a capture."""
+    """A call of a router or of its experts that is in progress in a capture."""
 
     capture: _Capture
     first: int
@@ -75,34 +75,34 @@ class _Open:
 
 
 class CaptureNotes:
-    """The notes of one tracer."""
+    """The captures that one tracer has seen, and the calls in them."""
 
     def __init__(self) -> None:
         self._captures: dict[int, _Capture] = {}
         self._open: dict[tuple[int, str, RangeKind], _Open] = {}
 
     def begin(self, name: str, site: str, kind: RangeKind) -> None:
-        """A router, or its experts, begins; the current stream is being captured."""
+        """Note that a router or its experts begin; the current stream must be capturing."""
         capture = self._read()
         annotation = _annotate(range_name(kind, site), id(self))
         self._open[threading.get_ident(), name, kind] = _Open(capture, len(capture.nodes), annotation)
 
     def end(self, name: str, kind: RangeKind) -> None:
-        """It returned, or raised."""
+        """Note that a router or its experts returned or raised."""
         opened = self._open.pop((threading.get_ident(), name, kind), None)
         if opened is None:
             return
         if opened.annotation is not None:
             try:
                 opened.annotation.__exit__(None, None, None)
-            except Exception as error:  # private to torch, and never worth the user's capture
+            except Exception as error:  # a private API of torch must not break the user's capture
                 opened.capture.problem = f"torch's annotations failed ({type(error).__name__}: {error})"
         capture = self._read()
         if capture is opened.capture and len(capture.nodes) > opened.first:
             capture.calls.append(GraphCall(name=name, kind=kind, first=opened.first, last=len(capture.nodes)))
 
     def _read(self) -> _Capture:
-        """The capture under way, up to its last node."""
+        """Return the capture in progress, read up to its last node."""
         try:
             state = cuda_driver.capture_state(torch.cuda.current_stream().cuda_stream)
         except DriverError as error:
@@ -119,11 +119,11 @@ class CaptureNotes:
         return capture
 
     def graphs(self) -> tuple[CapturedGraph, ...]:
-        """All that was captured."""
+        """Return all captured graphs."""
         return tuple(_captured(capture) for capture in self._captures.values())
 
     def annotated_nodes(self) -> dict[str, tuple[int, ...]]:
-        """Ids of the nodes that torch marked for us, by range name."""
+        """Return the ids of the nodes that torch annotated for this tracer, by range name."""
         found: dict[str, list[int]] = {}
         for node, entries in kernel_annotations().items() if self._captures else ():
             for entry in entries:
@@ -152,6 +152,6 @@ def _annotate(label: str, owner: int) -> AbstractContextManager[Any] | None:
         scope = mark_kernels({_ANNOTATION: label, _OWNER: owner})
         if scope is not None:
             scope.__enter__()
-    except Exception:  # without it the nodes are told by their positions
+    except Exception:  # without annotations, nodes are identified by their positions
         return None
     return scope

@@ -1,4 +1,4 @@
-"""Which parts of a model are compiled, and what to say where the tracer came too late."""
+"""Detection of compiled parts of a model, and warnings about code compiled without hooks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FIRST_STABLE_ID = 2**40  # torch counts its own hooks from 0
 
 
 def give_stable_id(handle: RemovableHandle) -> None:
-    """Rename a hook in its module to the first free of a few fixed ids.
+    """Change the id of a hook in its module to the first free one of a few fixed ids.
 
     Dynamo compiles the ids of hooks into its guards: with torch's running numbers, layers could not share
-    their code, and hooks that are taken off and put on again would be compiled again.
+    their code, and hooks that are removed and registered again would cause a recompilation.
     """
     try:
         dicts = [handle.hooks_dict_ref(), *(ref() for ref in handle.extra_dict_ref)]
-    except AttributeError:  # another torch keeps its handles differently: only compile time is lost
+    except AttributeError:  # handles of this torch version differ: only compile time is lost
         return
     hooks = dicts[0]
     first = next(iter(hooks), None) == handle.id
@@ -31,15 +31,15 @@ def give_stable_id(handle: RemovableHandle) -> None:
     for entries in dicts:
         if handle.id in entries:
             entries[stable] = entries.pop(handle.id)
-    if first:  # it was put before all others, and stays there
+    if first:  # registered with prepend=True
         hooks.move_to_end(stable, last=False)
     handle.id = stable
 
 
 def compiled_parts(model: nn.Module) -> list[str]:
-    """Paths of the modules that torch.compile was applied to, as far as the modules themselves tell.
+    """Return the paths of the modules that torch.compile was applied to, as far as the modules show it.
 
-    `compiled = torch.compile(model)` leaves `model` as it is: only `compiled` tells.
+    `compiled = torch.compile(model)` leaves `model` unchanged: only `compiled` is recognized.
     """
     return [name or type(model).__name__ for name, module in model.named_modules() if _is_compiled(module)]
 
@@ -54,7 +54,10 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def is_called_through_compile() -> bool:
-    """Whether this thread is in a call of what `torch.compile` returned, so that code may be compiled now."""
+    """Return whether this thread is inside a call of a compiled function or module.
+
+    If it is, code may be compiled now.
+    """
     if "torch._dynamo.eval_frame" not in sys.modules:
         return False
     frame: FrameType | None = sys._getframe(1)
@@ -66,16 +69,16 @@ def is_called_through_compile() -> bool:
 
 
 def is_compiled(model: nn.Module, *, first: bool) -> bool:
-    """Whether the forward of a model that begins may run, or become, compiled code.
+    """Return whether the forward that begins may run compiled code, or be compiled.
 
     Args:
-        first: whether it is the first since the tracer started.
+        first: whether this is the first forward since the tracer started.
     """
     return (first and bool(compiled_parts(model))) or is_called_through_compile()
 
 
 def warn_of_silent_forwards(count: int) -> None:
-    """Say loudly that compiled code ran without hooks beside code that has them."""
+    """Warn that compiled code without hooks ran although other compiled code has them."""
     warnings.warn(
         f"no router call was seen in {count} forwards, and code was compiled in this process: code that was "
         "compiled while the tracer was off, or for another model of the same class, has no hooks in it and "
@@ -87,7 +90,7 @@ def warn_of_silent_forwards(count: int) -> None:
 
 
 def warn_if_compiled_before(model: nn.Module, *, called: bool) -> None:
-    """Say loudly that hooks which were put on after the first compiled call are not in the compiled code."""
+    """Warn that hooks registered after the first compiled call are not part of the compiled code."""
     if called or not frames_compiled():
         return
     parts = compiled_parts(model)

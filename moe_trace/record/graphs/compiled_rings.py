@@ -1,7 +1,7 @@
-"""The rings of a model's routers, and the counters of its forwards: made while a graph is traced or captured.
+"""Ring buffers of a model's routers and counters of its forwards, made while a graph is traced or captured.
 
-What is compiled or captured here becomes part of other people's graphs: tensor work alone (`ring_buffer.py`).
-All rest runs once, while the graph is being made.
+The tensor operations (`ring_buffer.py`) are compiled or captured into the user's graphs; everything else
+runs once, while the graph is being built.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Kind = RingKind | Room
 
 
 class SiteRings:
-    """The rings of one router; each is made when a call that needs it is traced or captured.
+    """The rings of one router, each allocated when the first call that needs it is traced or captured.
 
-    `write` runs inside other people's graphs: nothing but tensor work, and attributes that are the same for
-    all routers of a model, so that layers may share their compiled code.
+    `write` becomes part of the user's graphs: it uses tensor operations only, and attributes that are the
+    same for all routers of a model, so that layers can share their compiled code.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class SiteRings:
         self.reduced: GraphRing | None = None
         self.misreads = False
         self.traced = False
-        """Whether a compiler traced it, rather than a stream captured it."""
+        """Whether a compiler traced a call; False if calls were only captured by a stream."""
 
     @torch.compiler.assume_constant_result
     def prepare(self, kind: Kind, top_k: int, classes: int) -> int:
-        """Runs while tracing, never in the graph."""
+        """Allocate the ring if it is missing; runs while tracing, never in the graph."""
         self.traced |= not captures_now()
         if getattr(self, kind) is None:
             self._allocate(self, kind, top_k, classes)
@@ -74,12 +74,12 @@ class SiteRings:
 
     @torch.compiler.assume_constant_result
     def misread(self) -> int:
-        """A call has another form than its contract expects; runs while tracing, never in the graph."""
+        """Note that a call does not match the router's contract; runs while tracing, never in the graph."""
         self.misreads = True
         return 0
 
     def write(self, reading: RouterOutput, forward: ForwardInGraph | None = None) -> None:
-        """Put a decision into the slot of the forward under way; None for that which is compiled."""
+        """Write a router output into the slot of `forward`, by default the one being compiled."""
         forward = forward or self._forward
         if not CAN_RECORD_GRAPHS:
             return
@@ -97,7 +97,7 @@ class SiteRings:
         forward.write(ring, ring.body(reading), tokens)
 
     def write_captured(self, reading: RouterOutput) -> None:
-        """The same while a stream is captured into a graph, whose replays will write."""
+        """Write a router output while a stream is captured; replays of the graph repeat the write."""
         with torch.no_grad():
             self.write(reading, self._captured.now())
         keep_for_graphs(
@@ -105,7 +105,7 @@ class SiteRings:
         )
 
     def take_over(self, other: SiteRings) -> None:
-        """Write where another wrote, and leave it without memory."""
+        """Take over the ring memory of `other`, which is left with none."""
         self.traced |= other.traced
         self.misreads |= other.misreads
         for name in (*RING_KINDS, *ROOMS):
@@ -113,7 +113,7 @@ class SiteRings:
             setattr(other, name, None)
 
     def made(self, kinds: Iterable[Kind] = (*RING_KINDS, *ROOMS)) -> dict[Any, Any]:
-        """The rings of these kinds that there are."""
+        """Return the rings of these kinds that are allocated, by kind."""
         return {kind: ring for kind in kinds if (ring := getattr(self, kind)) is not None}
 
 
@@ -121,10 +121,10 @@ class ModelRings:
     """The rings of all routers of a model, and a counter of its forwards for each device.
 
     Args:
-        routers: one `SiteRings` is made for each.
-        forwards: what the host knows of the model's forwards.
-        started: called while tracing or capturing, whenever a graph takes up the hooks.
-        counting: called when a counter was made, with the number of the last forward that it does not count.
+        routers: routers; each gets its own `SiteRings`.
+        forwards: the host's record of the model's forwards.
+        started: called while tracing or capturing, whenever the hooks become part of a graph.
+        counting: called after a counter is made, with the number of the last forward that it does not count.
         keeps_ids: whether routes are recorded.
     """
 
@@ -143,7 +143,7 @@ class ModelRings:
         self.sites = [SiteRings(router.info.num_experts, *shared, keeps_ids=keeps_ids) for router in routers]
         self.counters: list[ForwardCounter] = []
         self.tells = False
-        """Whether a host framework tells the phases of tokens; asked when a graph is made."""
+        """Whether a host framework reports the phases of tokens; read when a counter is made."""
         self._routers = list(routers)
         self._forwards = forwards
         self._started = started
@@ -151,16 +151,16 @@ class ModelRings:
 
     @property
     def slots(self) -> int:
-        """Forwards until the first slot of some ring is written again."""
+        """Number of forwards after which the first ring wraps around."""
         return min((ring.slots for site in self.sites for ring in site.made().values()), default=1)
 
     @property
     def compiled(self) -> bool:
-        """Whether a compiler made any of the graphs that write here."""
+        """Whether any graph that writes to the rings was made by a compiler."""
         return any(site.traced for site in self.sites)
 
     def by_shape(self) -> dict[RingShape, list[int]]:
-        """The routers that have a ring of each shape."""
+        """Return the indices of the routers that have a ring of each shape."""
         found: dict[RingShape, list[int]] = {}
         for index, site in enumerate(self.sites):
             for ring in site.made(RING_KINDS).values():
@@ -169,19 +169,19 @@ class ModelRings:
 
     @torch.compiler.assume_constant_result
     def prepare(self) -> int:
-        """Make the counters; runs while tracing, never in the graph."""
+        """Allocate the counters; runs while tracing, never in the graph."""
         if not self.counters:
             for device in {device_of(site.router): None for site in self._routers}:
                 self._counter(device)
-            self._counting(self._forwards.seen())  # the one under way is counted by the graph itself
+            self._counting(self._forwards.seen())  # the graph itself counts the forward in progress
         self._started()
         return 0
 
     def start_in_graph(self, stage_code: int, level: int, forward: ForwardInGraph | None = None) -> None:
-        """A module that the model may be entered through is called inside a graph.
+        """Handle the call of an entry module of the model inside a graph.
 
-        The forward begins with the outermost one, unless the host saw it begin; the graph is compiled again
-        where it is used in the other way later.
+        The forward begins with the outermost entry module, unless the host saw it begin; the graph is
+        recompiled if that is different in a later call.
         """
         forward = forward or self.in_graph
         if not CAN_RECORD_GRAPHS or is_exporting() or forward.under_way:
@@ -193,7 +193,7 @@ class ModelRings:
         forward.start(stage_code, level, together=together)
 
     def end_in_graph(self, level: int) -> None:
-        """It has returned, inside a graph or behind one that was broken off."""
+        """Handle the return of an entry module, inside a graph or after a graph break."""
         if is_exporting():
             return
         if not is_compiling():
@@ -202,7 +202,11 @@ class ModelRings:
             self.in_graph.end(level)
 
     def take_over(self, other: ModelRings, *, forwards: int | None = None) -> None:
-        """Have what compiled code writes, which an earlier tracer had; count on from `forwards`, if given."""
+        """Take over the rings and counters that compiled code writes to from an earlier tracer's `other`.
+
+        Args:
+            forwards: number that the counters continue from, with empty rings; None to leave both unchanged.
+        """
         theirs = {(id(r.router), r.name): rings for r, rings in zip(other._routers, other.sites, strict=True)}
         for router, mine in zip(self._routers, self.sites, strict=True):
             if (rings := theirs.get((id(router.router), router.name))) is not None:
@@ -221,34 +225,34 @@ class ModelRings:
         self._counting(forwards)
 
     def begin_on_host(self) -> None:
-        """A forward begins that the host sees."""
+        """Handle the begin of a forward that the host sees."""
         self.in_graph.forget(on_host=True)
         self._captured.forget()
 
     def end_on_host(self) -> None:
-        """The forward that the host saw begin is over."""
+        """Handle the end of a forward that the host saw begin."""
         self.in_graph.forget()
 
     def start_captured(self, stage: Stage, level: int) -> None:
-        """The same while a stream is captured into a graph."""
+        """Handle the call of an entry module while a stream is captured into a graph."""
         if not self._captured.begins(level):
             return
         stage_code = STAGES.index(stage)
-        with torch.no_grad():  # nobody makes one kernel of what is captured
+        with torch.no_grad():  # no compiler fuses captured writes, so they need not wait for the end
             self.start_in_graph(stage_code, level, self._captured.now())
-        if not self.in_graph.under_way:  # for compiled code in it
+        if not self.in_graph.under_way:  # for compiled code that is called in the capture
             self.in_graph.start(stage_code, level, together=False)
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage, batch: BatchTokens | None) -> None:
-        """The same where the model's hook runs eagerly."""
+        """Handle the begin of a forward whose hook runs eagerly."""
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)
         self.describe(batch)
 
     def describe(self, batch: BatchTokens | None) -> None:
-        """The tokens of the forward that begins are told."""
+        """Write the phases of the tokens of the forward that begins to the counters."""
         with torch.no_grad():
             for counter in self.counters:
                 counter.describe(batch)
@@ -257,7 +261,7 @@ class ModelRings:
         wanted = self._routers[self.sites.index(site)].info
         make: Any = IdsRing if kind in ROOMS else GraphRing
         for other, router in zip(self.sites, self._routers, strict=True):
-            # All routers of a kind at once: a layer whose ring appears later could not share their code.
+            # Allocate for all routers alike at once: a layer whose ring appeared later could not share code.
             alike = all(getattr(router.info, key) == getattr(wanted, key) for key in _ALIKE)
             if alike and getattr(other, kind) is None:
                 counter = self._counter(device_of(router.router))
@@ -279,5 +283,5 @@ class ModelRings:
             counter = ForwardCounter(device, **numbers, tells=self.tells)
             counter.describe(self._forwards.batch)
         self.counters.append(counter)
-        self._counting(seen - 1)  # the forward under way is the first that writes
+        self._counting(seen - 1)  # the forward in progress is the first that writes
         return counter

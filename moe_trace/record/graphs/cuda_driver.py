@@ -1,7 +1,7 @@
-"""The few calls of CUDA's driver about captures that torch has no names for.
+"""CUDA driver calls about stream captures that torch does not expose.
 
-By ctypes: these symbols keep their form from one release of the driver to the next, and every process that
-uses CUDA has loaded it.
+They are called through ctypes: the signatures of these symbols are stable across driver releases, and every
+process that uses CUDA has loaded the library.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ WITHOUT_WORK = frozenset({3, 5, 6, 7, 10, 11})  # host, empty, wait, record, all
 
 
 class DriverError(Exception):
-    """The driver cannot tell; never leaves this package."""
+    """Failure of a driver call; never raised out of this package."""
 
 
 @dataclass(frozen=True)
 class CaptureState:
-    """Where a capture stands."""
+    """State of a capture in progress."""
 
     id: int
     graph: int
     frontier: tuple[int, ...]
-    """Nodes that the next one of the stream will depend on."""
+    """Nodes that the next node of the stream will depend on."""
 
 
 class _EdgeData(ctypes.Structure):
@@ -79,13 +79,13 @@ def _call(name: str, *arguments: Any) -> None:
 
 @contextmanager
 def relaxed_capture_mode() -> Iterator[None]:
-    """Let this thread allocate while a stream captures; it has the mode from before again afterwards.
+    """Let this thread allocate memory while a stream captures, and restore its capture mode afterwards.
 
-    Without the driver nothing is changed: memory that torch's cache holds can still be had.
+    Without the driver nothing is changed: memory that torch's allocator has cached is still available.
     """
     mode = ctypes.c_int(_RELAXED)
     try:
-        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # now it is the one from before
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # `mode` now holds the previous one
     except DriverError:
         yield
         return
@@ -96,10 +96,10 @@ def relaxed_capture_mode() -> Iterator[None]:
 
 
 def capture_state(stream: int) -> CaptureState:
-    """The capture that a stream takes part in.
+    """Return the state of the capture that a stream takes part in.
 
     Raises:
-        DriverError: it takes part in none, or the driver is older than CUDA 12.3.
+        DriverError: the stream is not being captured, or the driver is older than CUDA 12.3.
     """
     status, number = ctypes.c_int(), ctypes.c_ulonglong()
     graph, count = ctypes.c_void_p(), ctypes.c_size_t()
@@ -113,7 +113,7 @@ def capture_state(stream: int) -> CaptureState:
 
 
 def graph_nodes(graph: int) -> list[int]:
-    """All nodes so far."""
+    """Return all nodes of a graph so far."""
     count = ctypes.c_size_t()
     _call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
     nodes = (ctypes.c_void_p * count.value)()
@@ -123,7 +123,7 @@ def graph_nodes(graph: int) -> list[int]:
 
 
 def node_dependencies(node: int) -> list[int]:
-    """The nodes that a node waits for."""
+    """Return the nodes that a node depends on."""
     count, none = ctypes.c_size_t(), ctypes.c_void_p()
     _call("cuGraphNodeGetDependencies_v2", ctypes.c_void_p(node), none, none, ctypes.byref(count))
     if not count.value:
@@ -134,14 +134,14 @@ def node_dependencies(node: int) -> list[int]:
 
 
 def node_type(node: int) -> int:
-    """Its CUgraphNodeType."""
+    """Return the CUgraphNodeType of a node."""
     kind = ctypes.c_int()
     _call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
     return kind.value
 
 
 def kernel_shape(node: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Grid and block of a kernel's node."""
+    """Return the grid and block dimensions of a kernel node."""
     params = _KernelParams()
     _call("cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(node), ctypes.byref(params))
     return tuple(params.grid), tuple(params.block)

@@ -1,4 +1,4 @@
-"""Rings on their way to the host: reduced in one batch of kernels, copied, and read as rows."""
+"""Transfer of rings to the host: reduced in one batch of kernels, copied, and read as rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moe_trace.record.reduce.streams import copies_on_host
 
 @dataclass(slots=True)
 class Shipment:
-    """The rings of one shape, reduced; on the host once `copied` has passed."""
+    """The reduced rings of one shape, on the host once the event `copied` has completed."""
 
     shape: RingShape
     sites: list[int]
@@ -37,28 +37,31 @@ class Shipment:
     floats: Tensor
     copied: torch.cuda.Event | None
     ids: Any = None
-    """[rows, tokens, K] of small calls, where routes are recorded."""
+    """Expert ids of small calls, [rows, tokens, K], where routes are recorded."""
     weights: Any = None
+    """Gating weights of small calls, shaped like `ids`, where routes are recorded."""
     large: ShippedIds | None = None
-    """Ids of large ones."""
+    """Expert ids of large calls, where routes are recorded."""
     _newest: dict[int, int] = field(default_factory=dict)
-    """The last forward of each router."""
+    """Number of the last forward of each router."""
 
     @property
     def rows(self) -> int:
-        """One for each slot of each ring, written or not."""
+        """Number of rows: one for each slot of each ring, written or not."""
         return len(self.headers)
 
     def wait(self) -> None:
-        """Until it has arrived."""
+        """Wait until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
 
     def new_rows(self, drained: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(router, row, forward number), in order of the forwards of each router. Once it has arrived.
+        """Yield (router, row, forward number) of unread rows, ordered by forward within each router.
+
+        The copies must be complete.
 
         Args:
-            drained: the last forward of each router whose row was read before.
+            drained: number of the last forward of each router whose row has been read.
         """
         slots = self.shape.slots
         headers: np.ndarray = self.headers.numpy()
@@ -72,7 +75,7 @@ class Shipment:
                 yield index, position * slots + int(row), last + int(ahead[row])
 
     def batch(self, row: int, record: CallRecord, tokens: int) -> Batch:
-        """The figures of one call."""
+        """Return the reduced values of one call."""
         ints = self.ints[row : row + 1].clone()
         unpad(self.shape, ints, tokens)
         return Batch(
@@ -88,7 +91,7 @@ class Shipment:
         )
 
     def routes(self, index: int, row: int, forward: int, tokens: int) -> tuple[Any, Any]:
-        """(ids, weights) [tokens, K] of one call; None for what was not kept. After `new_rows`."""
+        """Return (ids, weights) [tokens, K] of one call, each None if not kept; call after `new_rows`."""
         if self.ids is not None:
             ids = self.ids[row, :tokens].numpy().view(id_type(self.shape.num_experts))
             return ids, self.weights[row, :tokens].numpy()
@@ -97,10 +100,10 @@ class Shipment:
 
 
 def ship(shape: RingShape, sites: list[int], rings: Sequence[GraphRing], *, routes: bool = False) -> Shipment:
-    """Reduce the rings of these routers and start their copies to the host; nothing waits.
+    """Reduce the rings of these routers and start their copies to the host, without synchronizing.
 
     Args:
-        routes: copy the ids of small calls too.
+        routes: also copy the ids and weights of small calls.
     """
     headers, stats = reduce_rings(rings)
     tensors = [headers, stats.ints, stats.floats]

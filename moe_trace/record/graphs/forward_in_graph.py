@@ -1,4 +1,4 @@
-"""The model's forward that is being traced or captured."""
+"""State of a model's forward that is being traced or captured."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from moe_trace.record.graphs.ring_buffer import GraphRing
 
 
 class ForwardInGraph:
-    """The model's forward that is being traced or captured; outside of one, its routers write at once.
+    """The model's forward that is being traced or captured; outside of one, routers write immediately.
 
-    A compiler makes one kernel of all routers' writes when they stand together at the end of the forward, and
-    one for every second router where they stand apart.
+    A compiler fuses all routers' writes into one kernel if they are together at the end of the forward, and
+    generates one kernel for every second router if they are not.
     """
 
     def __init__(self) -> None:
         self.on_host = False
-        """Whether the host saw the forward under way begin: then no module inside it begins one."""
+        """Whether the host saw the forward in progress begin: then no module inside it begins one."""
         self._code: int | None = None
         self.level = 0
-        """Of the module that it began with."""
+        """Level of the module that the forward began with."""
         self._waiting: list[tuple[GraphRing | IdsRing, Tensor, int]] | None = None
 
     @property
     def under_way(self) -> bool:
-        """Whether a forward was begun that has not ended."""
+        """Whether a forward has begun and not ended."""
         return self.on_host or self._code is not None
 
     def start(self, stage_code: int, level: int, *, together: bool) -> None:
-        """The model's forward begins.
+        """Begin a forward of the model.
 
         Args:
-            level: of the module that it begins with, and will end with.
-            together: its routers' writes shall wait for its end. Not where a backward will follow: what waits
-                cannot leave a layer that is checkpointed.
+            level: level of the module that the forward begins and ends with.
+            together: whether the routers' writes are deferred to the end of the forward. Must be False if a
+                backward will follow: deferred tensors cannot leave a checkpointed layer.
         """
         self._code, self.level = stage_code << 1 | 1, level
         self._waiting = [] if together else None
 
     def write(self, ring: GraphRing | IdsRing, body: Tensor, tokens: int) -> None:
-        """Write a row, now or at the end."""
+        """Write a row, now or at the end of the forward."""
         if self._waiting is None:
             ring.put(body, tokens, self._code)
         else:
             self._waiting.append((ring, body, tokens))
 
     def end(self, level: int) -> None:
-        """A module that the model may be entered through has returned."""
+        """Write the deferred rows and end the forward, if it began with a module of this level."""
         if self._code is None or level != self.level:
             return
         for ring, body, tokens in self._waiting or ():
@@ -57,23 +57,23 @@ class ForwardInGraph:
         self.forget()
 
     def forget(self, on_host: bool = False) -> None:
-        """No forward is under way, or one `on_host`; what one left that was interrupted is dropped."""
+        """Reset to no forward in progress, or to one that began `on_host`; drop deferred rows."""
         self._code = self._waiting = None
         self.on_host = on_host
 
 
 class CapturedForwards:
-    """The forwards that are being captured by hand; other threads run, or capture, forwards of their own."""
+    """The forwards that are being captured by hand, by thread: other threads may run or capture their own."""
 
     def __init__(self) -> None:
         self._by_thread: dict[int, ForwardInGraph] = {}
 
     def now(self) -> ForwardInGraph:
-        """That of the calling thread; one that was not begun where blocks are captured alone."""
+        """Return the calling thread's forward; one that was not begun if blocks are captured alone."""
         return self._by_thread.get(get_ident()) or ForwardInGraph()
 
     def begins(self, level: int) -> bool:
-        """Whether a forward of the calling thread begins with a module of that level."""
+        """Return whether a module of that level begins a forward on the calling thread; if so, begin it."""
         around = self._by_thread.get(get_ident())
         if around is not None and around.level < level:
             return False
@@ -81,10 +81,10 @@ class CapturedForwards:
         return True
 
     def end(self, level: int) -> None:
-        """A module returned."""
+        """End the calling thread's forward if it began with a module of this level."""
         if self.now().level == level:
             self.forget()
 
     def forget(self) -> None:
-        """None is under way on the calling thread."""
+        """Drop the calling thread's forward."""
         self._by_thread.pop(get_ident(), None)

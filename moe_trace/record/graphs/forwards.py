@@ -1,7 +1,7 @@
-"""The forwards whose decisions graphs write: which step each belongs to, and when it ran.
+"""Attribution of forwards whose router outputs graphs write to steps and times.
 
-A forward that the host saw begin (its hook ran eagerly) has that forward's step and time. One that it did
-not see, because its hook was compiled or is replayed, is only counted, by the device; marks tell its step.
+A forward that the host saw begin (its hook ran eagerly) has a known step and time. One that it did not see,
+because its hook was compiled or is replayed, is only counted, on the device; marks give its step.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from moe_trace.record.graphs.ring_buffer import EXACT
 from moe_trace.record.reduce.streams import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
-_TOLD_MAX = 1024  # forwards between two marks
-_MARKS_IN_TRACES = 10_000  # more steps than a trace can hold
+_TOLD_MAX = 1024  # forwards between two marks whose batches are kept
+_MARKS_IN_TRACES = 10_000  # more than the steps that fit into a trace
 
 
 @dataclass(slots=True)
 class Segment:
-    """Forwards that the host did not see, up to a mark."""
+    """The forwards between two marks that the host did not see."""
 
     step: int | None
-    """None where a step is one forward."""
+    """Step of all these forwards; None if each forward is a step."""
     profiled: bool
     sampled: bool
     batches: tuple[BatchTokens, ...] = ()
-    """What a host framework told of them, one of each, if it told all."""
+    """Batches that a host framework described since the last mark; used if there is one for each forward."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class _Mark:
     state: Tensor
     copied: torch.cuda.Event | None
     data: GraphMark
-    """What placing needs of it, once it has passed."""
+    """The mark as the timeline needs it; its `forwards` is 0 until `marks` fills it in."""
 
     def passed(self) -> bool:
         return self.copied is None or self.copied.query()
@@ -58,36 +58,36 @@ class _Mark:
 
 
 class GraphForwards:
-    """What the host knows of a model's forwards: those that it saw begin, and the marks between the others.
+    """The host's record of a model's forwards: those that it saw begin, and marks between the others.
 
     Args:
-        seen: returns how many forwards the host has seen.
-        samples_step: whether the decisions of a step are wanted.
+        seen: returns the number of forwards that the host has seen.
+        samples_step: returns whether a step is recorded.
     """
 
     def __init__(self, seen: Callable[[], int], samples_step: Callable[[int], bool]) -> None:
         self.seen = seen
         self.epoch = 0
-        """Forwards that the host saw begin."""
+        """Number of forwards that the host saw begin."""
         self.forgotten = 0
-        """Calls whose forward was no longer remembered."""
+        """Number of calls whose forward was no longer remembered."""
         self.batch: BatchTokens | None = None
-        """What was told of the forward that began, or begins, last."""
+        """Description of the tokens of the latest forward, or of the one about to begin."""
         self.counted_after = 0
-        """The last forward before those that the device counts."""
+        """Number of the last forward before those that the device counts."""
         self._told: deque[BatchTokens] = deque(maxlen=_TOLD_MAX)
-        """Of forwards since the last mark that the host did not see."""
+        """Batches of the forwards since the last mark that the host did not see."""
         self._samples_step = samples_step
         self._latest: ForwardContext | None = None
         self._by_epoch: dict[int, ForwardContext] = {}
         self._marks: deque[_Mark] = deque(maxlen=REMEMBERED)
         self._profiled_marks: deque[_Mark] = deque(maxlen=_MARKS_IN_TRACES)
-        """Those that stand in a trace."""
+        """Marks that appear in a trace."""
 
-    # -- noted in the forward's time ------------------------------------------------------------------
+    # -- called during a forward ----------------------------------------------------------------------
 
     def begin(self, forward: ForwardContext) -> int:
-        """The host sees a forward begin; returns its epoch."""
+        """Record that the host sees a forward begin, and return its epoch."""
         self.epoch += 1
         self._latest, self.batch = forward, forward.batch
         if self._told and self._told[-1] is forward.batch:
@@ -95,12 +95,12 @@ class GraphForwards:
         return self.epoch
 
     def describe(self, batch: BatchTokens) -> None:
-        """A host framework tells the tokens of the forward that begins next."""
+        """Record the tokens of the next forward, as described by a host framework."""
         self.batch = batch
         self._told.append(batch)
 
     def remember(self) -> bool:
-        """Graphs write in the forward that began last; returns whether the host saw any begin."""
+        """Keep the context of the latest forward, in which graphs write; return False if there is none."""
         if self._latest is None:
             return False
         self._by_epoch[self.epoch] = self._latest
@@ -108,14 +108,14 @@ class GraphForwards:
         return True
 
     def mark(self, segment: Segment, count: Tensor, *, in_trace: bool) -> int:
-        """All forwards since the last mark belong to `segment`; nothing waits.
+        """Assign all forwards since the last mark to `segment`, without synchronizing.
 
         Args:
-            count: the device's count of forwards.
-            in_trace: a profiler records, so that the copy of the count will stand in its trace.
+            count: number of forwards, counted on the device.
+            in_trace: whether a profiler records, so that the copy of the count appears in its trace.
 
         Returns:
-            The device's count at the last mark that it is known to have passed.
+            The count at the last mark whose copy is complete; 0 if there is none.
         """
         segment.batches = tuple(self._told)
         self._told.clear()
@@ -135,26 +135,29 @@ class GraphForwards:
         passed = [mark for mark in self._marks if mark.passed()]
         return passed[-1].forwards() if passed else 0
 
-    # -- asked when the decisions are drained ---------------------------------------------------------
+    # -- called when the rings are drained ------------------------------------------------------------
 
     def seen_by_host(self, epoch: int) -> int:
-        """How many are remembered of those that the host saw begin, up to this epoch."""
+        """Return the number of remembered forwards that the host saw begin, up to this epoch."""
         return sum(begun <= epoch for begun in list(self._by_epoch))
 
     def marks(self) -> tuple[GraphMark, ...]:
-        """The marks that were set while a profiler recorded. Waits for their copies."""
+        """Return the marks that were set while a profiler recorded. Waits for their copies."""
         return tuple(replace(mark.data, forwards=mark.forwards()) for mark in self._profiled_marks)
 
     def segments(self) -> list[tuple[int, Segment]]:
-        """(number of the last forward, segment), in order. Waits for the copies of the marks."""
+        """Return (number of the last forward, segment) pairs in order. Waits for the copies of the marks."""
         return [(mark.forwards(), mark.segment) for mark in self._marks]
 
     def full_epoch(self, epoch: int) -> int:
-        """The epoch of a row, which counts modulo `EXACT`."""
+        """Return the full epoch of a row, which stores it modulo `EXACT`."""
         return self.epoch - (self.epoch - epoch) % EXACT
 
     def attribute_to_host(self, record: CallRecord, epoch: int) -> bool:
-        """Give a call the step and time of a forward that the host saw; returns whether it is wanted."""
+        """Set the step and time of a call to those of a forward that the host saw.
+
+        Returns whether the forward is recorded.
+        """
         seen = self._by_epoch.get(epoch)
         if seen is None:
             self.forgotten += 1
@@ -168,7 +171,7 @@ class GraphForwards:
     def attribute_to_segment(
         self, record: CallRecord, forward: int, segments: list[tuple[int, Segment]]
     ) -> bool:
-        """Give a call the step of a forward that was only counted; returns whether it is wanted."""
+        """Set the step of a call in a forward that was only counted; return whether the step is recorded."""
         record.graph_forward = forward
         place = next((i for i, (end, _) in enumerate(segments) if forward <= end), None)
         if place is None:
@@ -183,13 +186,14 @@ class GraphForwards:
         return segment.sampled and (segment.step is not None or self._samples_step(record.step))
 
     def forget(self, oldest: int, epoch: int) -> None:
-        """The rows of all forwards up to `oldest` were drained, and of all epochs before `epoch`.
+        """Forget forwards up to `oldest` and epochs before `epoch`, whose rows have been drained.
 
-        That is the epoch of the last shipment. On another thread newer forwards may have begun since, whose
-        rows are still to come, so what is remembered changes in place.
+        `epoch` is that of the last shipment. Another thread may have begun newer forwards since, whose rows
+        are still to come, so the containers are changed in place.
         """
         for begun in list(self._by_epoch):
             if begun < epoch:
                 self._by_epoch.pop(begun, None)
-        while len(self._marks) > 1 and self._marks[1].forwards() < oldest:  # the one before tells a beginning
+        # The mark before a segment is kept, since it gives the segment's start.
+        while len(self._marks) > 1 and self._marks[1].forwards() < oldest:
             self._marks.popleft()

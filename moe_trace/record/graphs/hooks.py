@@ -1,7 +1,7 @@
-"""What the hooks on one router do while dynamo traces them: tensor work only, or the graph would break.
+"""Hooks of one router while Dynamo traces them or a stream is captured into a CUDA graph by hand.
 
-No clock, no ranges, no dicts and no threads: a single call is under way, because it is only being compiled.
-The same is done while a stream is captured into a CUDA graph by hand.
+They use tensor operations only, since a clock, ranges, dicts or threads would cause a graph break. Because
+the call is only being compiled, a single one is in progress.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moe_trace.record.graphs.compiled_rings import SiteRings
 
 
 class TracedSite:
-    """Reads a call of one router and writes it into the router's rings.
+    """Reader of a router's calls that writes them into the router's rings.
 
-    Nothing is written into a program that `torch.export` makes: it belongs to nobody's recording.
+    Nothing is written into a program that `torch.export` makes, since it is part of no recording.
     """
 
     def __init__(self, site: RouterSite, rings: SiteRings) -> None:
@@ -30,48 +30,48 @@ class TracedSite:
         self._read = site.read
         self._fused_block = site.read_block is not None
         self._calls_experts = site.experts is not None
-        """Not asked of the site: to dynamo, and in an exported program, a module has the name by which it was
-        reached first."""
+        """Not read from the site: to Dynamo, and in an exported program, a module has the name by which it
+        was reached first."""
         self.call: Call | None = None
-        """None again before the graph ends: what is kept beyond it, the graph would have to return."""
+        """The call in progress; reset before the graph ends, which would have to return it otherwise."""
         self._wrote = False
         self._shared = site.shares_router
         self._listens = not self._shared
-        """Whether a call of the router is one of this site."""
+        """Whether calls of the router belong to this site."""
 
     def before_block(self) -> None:
-        """The block that holds the router is called."""
+        """Handle a call of the block that contains the router."""
         if self._shared:
             self._listens = True
         if self._fused_block:
             self._wrote = False
 
     def before_router(self, args: Any) -> None:
-        """A call begins."""
+        """Begin a call."""
         if self._listens:
             self.call = Call(router_args=args)
 
     def after_router(self, output: Any) -> None:
-        """The router returned; the call ends here if no experts module follows."""
+        """Keep the router's output; end the call if no experts module follows."""
         if self.call is not None and output is not None:
             self.call.router_output = output
             if not self._calls_experts:
                 self._write()
 
     def after_watched(self, output: Any) -> None:
-        """See `Found.watched`."""
+        """Keep the output of the watched module; see `Found.watched`."""
         if self.call is not None:
             self.call.watched_output = output
 
     def after_experts(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """The experts received the decision: the call ends."""
+        """Keep the arguments of the experts and end the call."""
         if self.call is not None:
             self.call.experts_args = args
             self.call.experts_kwargs = kwargs
             self._write()
 
     def after_block(self, args: Any, output: Any) -> None:
-        """The block returned, perhaps without having called its experts, or even its router."""
+        """Handle the return of the block, which may not have called its experts, or even its router."""
         if self._shared:
             self._listens = False
         if self.call is not None:
@@ -80,7 +80,7 @@ class TracedSite:
             self._put(self._site.read_block, args, output)
 
     def take(self) -> Call | None:
-        """The call under way, whose router was compiled and whose experts run eagerly."""
+        """Return and clear the call in progress, whose router was compiled and whose experts run eagerly."""
         call, self.call = self.call, None
         return call if call is not None and call.router_output is not None else None
 
@@ -93,7 +93,7 @@ class TracedSite:
     def _put(self, read: Any, *given: Any) -> None:
         try:
             reading: RouterOutput = read(*given)
-        except Exception:  # whatever it is, it must not end the tracing of the user's code
+        except Exception:  # no error may abort the tracing of the user's code
             self.rings.misread()
             return
         if is_exporting():
@@ -105,27 +105,27 @@ class TracedSite:
 
 
 class CapturedCalls:
-    """Calls of one router while streams are captured by hand: read, written, and noted where they stand.
+    """Calls of one router while streams are captured by hand: read, written to the rings, and located.
 
-    Other threads run eagerly meanwhile, or capture graphs of their own, so the calls are kept by thread.
+    Other threads may run eagerly meanwhile, or capture graphs of their own, so calls are kept by thread.
 
     Args:
-        rings: where graphs write.
-        notes: where router and experts stand.
+        rings: rings that the graphs write to.
+        notes: positions of router and experts in the captured graphs.
     """
 
     def __init__(self, site: RouterSite, rings: SiteRings, notes: CaptureNotes) -> None:
         self._site, self._rings, self._notes = site, rings, notes
         self.open: dict[int, TracedSite] = {}
-        """By thread, that under way."""
+        """The call in progress, by thread."""
         self.state = SiteState()
-        """Of the site, which its tracer shares."""
+        """State of the site, shared with its tracer."""
 
     def begin(self, thread: int, args: Any, *, own: bool) -> None:
-        """The router is called.
+        """Begin a call of the router.
 
         Args:
-            own: whether for this site, and not for another one that shares it.
+            own: whether the call belongs to this site, and not to another one that shares the router.
         """
         self.open[thread] = call = TracedSite(self._site, self._rings)
         if own:
@@ -134,7 +134,7 @@ class CapturedCalls:
             self._notes.begin(self._site.name, self._site.site, "router")
 
     def end_router(self, thread: int, output: Any) -> bool:
-        """A router returned; whether it was one of these calls."""
+        """Handle the return of a router; return whether its call was open here."""
         call = self.open.get(thread)
         if call is None:
             return False
@@ -145,14 +145,14 @@ class CapturedCalls:
         return True
 
     def begin_experts(self, thread: int) -> bool:
-        """Experts are called; whether by one of these calls."""
+        """Handle the call of experts; return whether it belongs to a call open here."""
         if thread not in self.open:
             return False
         self._notes.begin(self._site.name, self._site.site, "experts")
         return True
 
     def end_experts(self, thread: int, args: Any, kwargs: dict[str, Any]) -> bool:
-        """They returned, or raised."""
+        """Handle the return of experts, or their error; return whether it ended a call open here."""
         call = self.open.pop(thread, None)
         if call is None:
             return False
@@ -163,7 +163,7 @@ class CapturedCalls:
         return True
 
     def end_block(self, thread: int, args: Any, output: Any) -> None:
-        """The block returned, or raised. What is open called its router, and no experts that are a module."""
+        """Handle the return of the block, or its error; an open call has called no experts module."""
         if output is None:
             self.open.pop(thread, None)
         elif self.state.experts_called:
@@ -172,8 +172,10 @@ class CapturedCalls:
             call.after_block(args, output)
 
     def lose(self, thread: int) -> bool:
-        """Count what is open on a thread, which is over: its experts were computed without being called, or
-        its capture failed."""
+        """Count the call open on a thread as lost, and return whether there was one.
+
+        Its experts were computed without being called, or its capture failed.
+        """
         if self.open.pop(thread, None) is None:
             return False
         self.state.seen += 1

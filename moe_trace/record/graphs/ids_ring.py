@@ -1,6 +1,6 @@
-"""Expert ids of large calls inside graphs, where routes are recorded: in static buffers of their own.
+"""Static buffers for the expert ids of large calls inside graphs, where routes are recorded.
 
-Small calls need none: their decision stands in the ring as it is (`ring_buffer.py`).
+Small calls need none: their rows in the rings hold the ids (`ring_buffer.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from moe_trace.record.reduce.streams import copies_on_host
 
 Room = Literal["ids_512", "ids_4096", "ids_32768"]
 ROOMS: dict[Room, int] = {"ids_512": 512, "ids_4096": 4096, "ids_32768": 32768}
-"""Tokens that a slot may hold; the ids of larger calls are lost."""
-_BYTES = 64 * 2**20  # of the rings of one room, over all sites
-_SLOTS = 64  # at most; forwards
+"""Tokens per slot; the ids of calls larger than the largest room are lost."""
+_BYTES = 64 * 2**20  # maximum for the rings of one room, over all sites
+_SLOTS = 64  # maximum number of forwards
 
 
 def room_for(tokens: int) -> Room | None:
-    """The ring that a call of so many tokens is written to."""
+    """Return the room for a call of `tokens` tokens, or None if it is too large."""
     if tokens <= ROOMS["ids_4096"]:
         return "ids_512" if tokens <= ROOMS["ids_512"] else "ids_4096"
     return "ids_32768" if tokens <= ROOMS["ids_32768"] else None
 
 
 class IdsRing:
-    """One ring of one router: `data` is flat, [slots * room * top_k]."""
+    """One ring of expert ids of one router: `data` is flat, [slots * room * top_k]."""
 
     def __init__(
         self, room: Room, *, num_experts: int, top_k: int, sites: int, counter: ForwardCounter
@@ -51,21 +51,21 @@ class IdsRing:
         mark_static_address(self.data)
 
     def body(self, reading: RouterOutput) -> Tensor:
-        """What `put` writes of a call; plain tensor work only."""
+        """Return the flat ids that `put` writes for a call, using tensor operations only."""
         return small_ids(reading.index_TK, reading.weights_TK.detach(), self.num_experts).flatten()
 
     def put(self, body: Tensor, tokens: int, code: int | None) -> None:
-        """Write the ids of a call into the slot of the forward under way; arguments as of `GraphRing.put`."""
+        """Write the ids of a call into the slot of the forward in progress; see `GraphRing.put`."""
         slot = self.counter.forwards % self.slots
         where = slot * self.width + torch.arange(body.shape[0], device=body.device)
         self.data.index_put_((where,), body)
 
 
 class ShippedIds:
-    """Rings on their way to the host; making it starts the copies, for which nothing waits.
+    """Rings of ids in transfer to the host; the constructor starts the copies without waiting for them.
 
     Args:
-        rings: by number of the router, and room; of one device.
+        rings: rings of one device, by index of the router and room.
     """
 
     def __init__(self, rings: Mapping[tuple[int, Room], IdsRing]) -> None:
@@ -74,10 +74,10 @@ class ShippedIds:
         self._data = dict(zip(rings, data, strict=True))
 
     def of(self, site: int, forward: int, newest: int, tokens: int) -> np.ndarray | None:
-        """[tokens, K] of one call; None where it was written over. Waits for the copy.
+        """Return the ids [tokens, K] of one call, or None if not kept or overwritten. Waits for the copy.
 
         Args:
-            newest: the last forward that may have been written.
+            newest: number of the last forward that may have been written.
         """
         room = room_for(tokens)
         ring = None if room is None else self._rings.get((site, room))

@@ -1,8 +1,8 @@
-"""Which part of an MoE layer each launch of compiled code computes, by the compiler's provenance.
+"""Mapping of the kernel launches of compiled code to parts of MoE layers, from the compiler's provenance.
 
-Asked for when a graph takes up the hooks, until the tracer stops. A fused kernel lists all nodes that it
-computes, also those that several kernels compute again because that is cheaper than to store them: what it
-is for are the nodes that no other kernel lists.
+Compilations are observed from the moment when hooks become part of a graph until the tracer stops. A fused
+kernel lists all nodes that it computes, including those that several kernels recompute because that is
+cheaper than storing them: the nodes that no other kernel lists determine what it computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_trace.record.graphs.memory import captures_now
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "int_mm")
 _GATHERS = ("index", "index_select", "gather", "take", "take_along_dim")
 _WRITES = ("index_add", "index_put", "index_copy", "scatter", "scatter_add", "scatter_reduce")
-_FREE = (  # what a fused kernel does on its way, at no cost of its own
+_FREE = (  # operators that add no cost to a fused kernel
     *("view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "alias", "clone"),
     *("slice", "select", "split", "split_with_sizes", "getitem", "full", "iota", "constant_pad_nd"),
     "convert_element_type",
@@ -37,24 +37,24 @@ class LaunchLists:
 
     def __init__(self, sites: Sequence[RouterSite]) -> None:
         self._places = {site.name: _places_in_block(site) for site in sites}
-        """Router's path -> path of a module of its layer -> what that is."""
+        """Path of a router -> path of a module of its layer -> the part that the module is."""
         self._found: dict[CompiledGraph, None] = {}
 
     def watch(self) -> None:
-        """A graph takes up the hooks: listen to what is compiled from now on."""
+        """Start to observe compilations, since hooks are becoming part of a graph."""
         if not captures_now():
             listen_to_compiles(self._told)
 
     def know(self, graphs: Iterable[CompiledGraph]) -> None:
-        """Those that an earlier tracer of the model was told of."""
+        """Add graphs that an earlier tracer of the model collected."""
         self._found |= dict.fromkeys(graphs)
 
     def stop(self) -> None:
-        """Listen no more; what was told is kept."""
+        """Stop observing compilations; the graphs are kept."""
         stop_listening(self._told)
 
     def graphs(self) -> tuple[CompiledGraph, ...]:
-        """Those with a router or experts in them, in the order in which they were compiled."""
+        """Return the graphs that contain a router or experts, in the order of their compilation."""
         return tuple(self._found)
 
     def _told(self, notes: LaunchNotes) -> None:
@@ -66,8 +66,10 @@ class LaunchLists:
 
 
 def _is_untraced(notes: LaunchNotes, graph: CompiledGraph) -> bool:
-    """Whether a forward of an MoE block holds none of our hooks, as that of a layer that is not recorded:
-    its modules, seen from what was compiled, may have the paths of one that is."""
+    """Return whether a forward of an MoE block contains none of our hooks, as in a layer not recorded.
+
+    Relative to the compiled code, its modules may have the same paths as those of a recorded layer.
+    """
     places = {part.place for part in graph.parts}
     return len(places) > 1 and "router" in places and not (notes.backward or any(n.ours for n in notes.nodes))
 
@@ -77,7 +79,7 @@ def _places_in_block(site: RouterSite) -> dict[str, Place]:
     within = {id(module): name for name, module in block.named_modules()}
     router = within.get(id(site.router))
     if router is None and site.experts is not None and id(site.experts) not in within:
-        return {}  # neither is a module of the model, as with vLLM: nodes do not tell what they are of
+        return {}  # neither is a module of the model, as in vLLM: the nodes do not refer to them
     if router is None:
         return {site.name: "router"}
     above = site.name[: len(site.name) - len(router)].rstrip(".")
@@ -94,7 +96,7 @@ def _places_in_block(site: RouterSite) -> dict[str, Place]:
 
 
 def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> CompiledGraph:
-    """The launches with the parts of the model that they compute."""
+    """Return the launches of a graph, each with the parts of MoE layers that it computes."""
     launches = notes.launches
     known = {node.name: node for node in notes.nodes}
     part_of = {node.name: _part_of(node, places) for node in notes.nodes}
@@ -135,7 +137,7 @@ def _is_generated(launch: LaunchNodes) -> bool:
 def _own_nodes(
     launch: LaunchNodes, listed: Mapping[str, int], libraries: set[str], known: Mapping[str, GraphNode]
 ) -> list[str]:
-    """The nodes that a launch is for, as far as it is known where they come from."""
+    """Return the nodes that determine what a launch computes, as far as their origin is known."""
     if not _is_generated(launch):
         return [name for name in launch.nodes[:1] if name in known]
     computed = [name for name in launch.nodes if name in known and name not in libraries]
@@ -148,14 +150,14 @@ def _own_nodes(
 
 
 def _operator(target: str) -> str:
-    """`index_put` of `aten.index_put_.default`."""
+    """Return the operator's base name: `index_put` for `aten.index_put_.default`."""
     parts = target.removeprefix("<built-in function ").rstrip(">").split(".")
     name = parts[-2] if len(parts) > 1 else parts[0]
     return name.strip("_").removesuffix("_backward").removesuffix("_fallback")
 
 
 def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> LaunchPart | None:
-    """The part of an MoE layer, by the innermost of its modules; None for the rest of the model."""
+    """Return the part of an MoE layer that a node belongs to, by its innermost module; None if none."""
     if node.ours:
         return None
     for path in reversed(node.modules):
@@ -168,12 +170,12 @@ def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> Laun
 
 
 def _below_root(path: str) -> str:
-    """`layers.0` of `L['self'].layers.0`, and of what older torch writes, `L['self']._modules['layers']…`."""
+    """Return `layers.0` for `L['self'].layers.0`, or for older torch's `L['self']._modules['layers']…`."""
     return _ROOT.sub("", _MODULES.sub(r".\1", path))
 
 
 def _matching(path: str, places: Mapping[str, Mapping[str, Place]]) -> dict[str, Place]:
-    """The routers in whose layer a module of that path, as seen from what was compiled, is one of ours."""
+    """Return the parts with this path by router; the path may be relative to a compiled submodule."""
     return {
         router: place
         for router, modules in places.items()

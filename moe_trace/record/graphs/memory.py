@@ -1,10 +1,10 @@
-"""Device memory that graphs write to: made while one is being traced or captured, and kept for it.
+"""Device memory that graphs write to: allocated while a graph is traced or captured, and kept alive for it.
 
-What a capturing stream allocates comes from the pool of its graph, and may have been another captured
-kernel's a moment before: each replay would write over it. What it fills is filled by each replay again. So
-our memory is made on a stream beside the capture. CUDA's "global" capture mode forbids `cudaMalloc` there,
-to every thread; "relaxed", which torch's own allocator switches to for what a capturing stream allocates,
-allows it.
+Memory that a capturing stream allocates comes from the pool of its graph and may have belonged to another
+captured kernel before, so that each replay would overwrite it; and each replay would repeat its
+initialization. Our memory is therefore allocated on a stream outside the capture. CUDA's "global" capture
+mode forbids `cudaMalloc` to every thread; "relaxed", which torch's own allocator switches to for the
+allocations of a capturing stream, allows it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _written: dict[int, Tensor] = {}
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
+    """Return whether the device's current stream is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def cuda_is_used() -> bool:
-    """Whether anything in the process has used a GPU: else no stream can be captured."""
+    """Return whether the process has initialized CUDA; if not, no stream can be captured."""
     return is_initialized()
 
 
 def captures_now() -> bool:
-    """Whether a stream of whatever device is current is being captured."""
+    """Return whether the current stream of the current device is being captured."""
     return is_initialized() and is_current_stream_capturing()
 
 
@@ -48,31 +48,31 @@ def outside_graphs(device: torch.device) -> Iterator[None]:
             return
         with relaxed_capture_mode(), torch.cuda.stream(_stream_beside(device)):
             yield
-            # The graph's first replay may follow on any stream. Only a capture waits here, never a replay.
+            # The graph may be replayed on any stream. Only a capture waits here, never a replay.
             torch.cuda.current_stream(device).synchronize()
 
 
 def keep_for_graphs(tensors: list[Tensor]) -> None:
-    """Keep memory that a captured graph writes to for as long as the process lives.
+    """Keep memory that a captured graph writes to alive until the process exits.
 
-    Nothing tells when a `CUDAGraph` is gone, and one that is replayed after its tracer would write into
-    whatever the memory had become.
+    The destruction of a `CUDAGraph` cannot be observed, and one replayed after its tracer was deleted would
+    write into memory that has been reused.
     """
     _written.update((tensor.data_ptr(), tensor) for tensor in tensors)
 
 
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """A stream that takes no part in a capture."""
+    """Return a stream that takes no part in a capture."""
     for _ in range(_STREAMS_OF_TORCH + 1):
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             if not torch.cuda.is_current_stream_capturing():
                 return stream
-    return torch.cuda.Stream(device, priority=-1)  # of another pool
+    return torch.cuda.Stream(device, priority=-1)  # from another pool
 
 
 def device_of(router: nn.Module) -> torch.device:
-    """Where the router's weights are, which is where its decision is made."""
+    """Return the device of the router's weights, on which it decides; else the current GPU, or the CPU."""
     for tensor in (*router.parameters(), *router.buffers()):
         if tensor.device.type != "meta":
             return tensor.device

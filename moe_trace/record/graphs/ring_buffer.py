@@ -1,12 +1,12 @@
-"""Static device buffers that compiled code and CUDA graphs write decisions into.
+"""Static device buffers that compiled code and CUDA graphs write router outputs into.
 
-Python does not run when a graph is replayed, so neither references nor the host's clock are to be had
-there. What can be had is plain tensor work that becomes part of the graph: each router copies its decision
-into its own ring, at the slot that the device itself counts.
+Python does not run when a graph is replayed, so neither tensor references nor the host's clock are
+available. Only tensor operations become part of the graph: each router copies its output into its own ring,
+at a slot that is counted on the device.
 
 A row of a ring is float32: [forward number, epoch, code, tokens, ...]. Small calls are copied raw, which
-Inductor makes one kernel of, and reduced together later; large ones are reduced inside the graph, so that a
-row has one width. Shape suffixes: S sites, T tokens, E experts, K slots per token, C logits per token.
+Inductor fuses into one kernel, and reduced together later; large ones are reduced inside the graph, so that
+rows have a fixed width. Shape suffixes: S sites, T tokens, E experts, K slots per token, C logits per token.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats, routing_sta
 HEADER = 4
 EXACT = 2**24  # integers below this are exact in float32
 PHASES_MAX = 2**17
-"""Tokens of a forward whose phases graphs can read."""
+"""Maximum number of tokens of a forward whose phases graphs can read."""
 
 RingKind = Literal["small", "medium", "reduced"]
 RING_KINDS: tuple[RingKind, ...] = ("small", "medium", "reduced")
-_TOKENS: dict[RingKind, int] = {"small": 4, "medium": 64}  # calls of up to so many tokens are copied raw
-_BYTES = 16 * 2**20  # of each kind of ring, over all sites
-_SLOTS: dict[RingKind, int] = {"small": 1024, "medium": 1024, "reduced": 256}  # at most; forwards
+_TOKENS: dict[RingKind, int] = {"small": 4, "medium": 64}  # calls of up to this many tokens are copied raw
+_BYTES = 16 * 2**20  # maximum for each kind of ring, over all sites
+_SLOTS: dict[RingKind, int] = {"small": 1024, "medium": 1024, "reduced": 256}  # maximum, in forwards
 
 
 class ForwardCounter:
-    """Counts forwards on the device, whoever starts them: an eager hook, compiled code, a graph's replay.
+    """Counter of forwards on the device, whether started by an eager hook, compiled code or a graph replay.
 
-    `forwards` counts them; `code` is epoch << 8 | stage << 1 | counted inside a graph. The host starts an
-    epoch with each forward that it sees, and keeps that forward's times under it. Both have no dimension:
-    a compiler that takes sizes for symbols would compare theirs with those of the batch.
+    `forwards` is the count; `code` is epoch << 8 | stage << 1 | counted inside a graph. The host begins an
+    epoch with each forward that it sees, and keeps that forward's times by epoch. Both are 0-dimensional:
+    with symbolic shapes, a compiler would compare their sizes with those of the batch.
 
     Args:
-        tells: whether a host framework tells the phases of tokens, which graphs then read from `phases`.
+        tells: whether a host framework reports the phases of tokens, which graphs then read from `phases`.
     """
 
     def __init__(self, device: torch.device, *, forwards: int, epoch: int, tells: bool = False) -> None:
@@ -61,11 +61,11 @@ class ForwardCounter:
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
-        """All that graphs use."""
+        """All tensors that graphs use."""
         return (self.forwards, self.code) if self.phases is None else (self.forwards, self.code, self.phases)
 
     def describe(self, batch: BatchTokens | None) -> None:
-        """Write the phases of the tokens of the forward that begins; nothing waits."""
+        """Write the phases of the tokens of the forward that begins, without synchronizing."""
         if self.phases is None:
             return
         if batch is not None:
@@ -77,51 +77,54 @@ class ForwardCounter:
         self._described = batch is not None
 
     def phases_of(self, tokens: int) -> Tensor | None:
-        """[tokens] uint8, of the forward under way; plain tensor work only."""
+        """Return the phases of the forward in progress, [tokens] uint8, using tensor operations only.
+
+        They are 0 for more than `PHASES_MAX` tokens.
+        """
         if self.phases is None:
             return None
         return self.phases[:tokens] if tokens <= PHASES_MAX else self.phases.new_zeros(tokens)
 
     def restart(self, *, forwards: int, epoch: int) -> None:
-        """Count on from there."""
+        """Continue from this count and epoch, without phases."""
         self.describe(None)
         self.forwards.fill_(forwards)
         self.code.fill_(epoch << 8)
 
     def start_on_host(self, epoch: int, stage: Stage) -> None:
-        """Two launches, no copy from the host, so nothing waits."""
+        """Count a forward that the host sees: two kernel launches, no copy, no synchronization."""
         self.forwards.add_(1)
         self.code.fill_((epoch << 8) | (STAGES.index(stage) << 1))
 
     def start_in_graph(self) -> None:
-        """Traced or captured; the code of such a forward is known by then, and needs no memory."""
+        """Count a forward while tracing or capturing; its code is a constant of the graph."""
         self.forwards.add_(1)
 
 
 @dataclass(frozen=True)
 class RingShape:
-    """What rings must have in common to be reduced together."""
+    """The properties that rings must share to be reduced together."""
 
     num_experts: int
     top_k: int
     classes: int
-    """C; 0 where the router has no true logits."""
+    """C; 0 if the router has no true logits."""
     kind: RingKind
     slots: int
     device: torch.device
     tells: bool = False
-    """Whether it has the phases of tokens too."""
+    """Whether rows also hold the phases of tokens."""
     num_slots: int = 0
-    """P: rows begin with what went to each physical slot, and the expert that it held."""
+    """P; if not 0, the header is followed by the load of each physical slot and the expert that it held."""
 
     @property
     def start(self) -> int:
-        """Where the decision stands in a row."""
+        """Offset of the router output in a row."""
         return HEADER + 2 * self.num_slots
 
     @property
     def width(self) -> int:
-        """Floats of a row."""
+        """Number of floats in a row."""
         if self.kind == "reduced":
             return self.start + self.ints_width + len(FLOAT_FIELDS)
         return self.start + _TOKENS[self.kind] * self.token_width
@@ -136,12 +139,12 @@ class RingShape:
 
 
 def ring_kind(tokens: int) -> RingKind:
-    """Where a call of so many tokens is written."""
+    """Return the kind of ring that a call of `tokens` tokens is written to."""
     return "small" if tokens <= _TOKENS["small"] else "medium" if tokens <= _TOKENS["medium"] else "reduced"
 
 
 class GraphRing:
-    """One ring of one router: `data` is flat, [slots * width].
+    """One ring buffer of one router: `data` is flat, [slots * width].
 
     Args:
         sites: number of routers that share the memory bound.
@@ -167,11 +170,11 @@ class GraphRing:
         self.num_experts = num_experts
         self.counter = counter
         self.data = torch.zeros(slots * self.width, device=counter.device)
-        # CUDA graphs may write to it and copy nothing.
+        # A static address lets CUDA graphs write to it without copying it.
         mark_static_address(self.data)
 
     def body(self, reading: RouterOutput) -> Tensor:
-        """What `put` writes of a call; plain tensor work only."""
+        """Return the row after the header that `put` writes for a call, using tensor operations only."""
         body = self._reduced(reading) if self.shape.kind == "reduced" else self._raw(reading)
         if not self.shape.num_slots:
             return body
@@ -181,7 +184,7 @@ class GraphRing:
         )
 
     def _raw(self, reading: RouterOutput) -> Tensor:
-        """The call as it is, [T * `token_width`]."""
+        """Return the raw call, [T * `token_width`]."""
         parts = [reading.index_TK, reading.weights_TK]
         if reading.logits_TE is not None:
             parts.append(reading.logits_TE)
@@ -202,10 +205,10 @@ class GraphRing:
         return torch.cat([stats.ints[0].float(), stats.floats[0]])
 
     def put(self, body: Tensor, tokens: int, code: int | None) -> None:
-        """Write the row of a call into the slot of the forward under way.
+        """Write the row of a call into the slot of the forward in progress.
 
         Args:
-            code: of the forward, where it is known while tracing; None for what the counter has.
+            code: code of the forward, if it is known while tracing; None to read it from the counter.
         """
         forwards, epoch_and_code = self.counter.forwards, self.counter.code
         header = [
@@ -215,7 +218,7 @@ class GraphRing:
             torch.full_like(forwards, tokens),
         ]
         row = _side_by_side([*(number.float().view(1) for number in header), body])
-        # One scatter into the flat buffer: a view of it would make functionalisation copy the whole ring.
+        # Scatter into the flat buffer: for a view of it, functionalization would copy the whole ring.
         slot = self.counter.forwards % self.slots
         where = slot * self.width + torch.arange(row.shape[0], device=row.device)
         self.data.index_put_((where,), row)
@@ -224,8 +227,8 @@ class GraphRing:
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat(parts, dim=-1)`.
 
-    While compiling, in a form that every compiler makes a part of the kernel that uses it; what becomes of
-    `cat` depends on its version, its device, and on who else reads the parts.
+    While compiling, use a form that every compiler fuses into the kernel that reads it; whether `cat` is
+    fused depends on the compiler's version, the device, and the other users of the parts.
     """
     if not torch.compiler.is_compiling():
         return torch.cat(list(parts), dim=-1)
@@ -239,10 +242,10 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
-    """(headers [S * slots, 4], figures) of rings of one shape, site by site; nothing waits.
+    """Reduce rings of one shape to (headers [S * slots, 4], stats), site by site, without synchronizing.
 
-    The figures of raw calls count the rows that a call did not fill as tokens whose slots are all out of
-    range; `unpad` takes them off again.
+    For raw calls, token rows that a call did not fill are counted as tokens whose slots are all out of
+    range; `unpad` subtracts them.
     """
     shape = rings[0].shape
     rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
@@ -267,7 +270,7 @@ def reduce_rings(rings: Sequence[GraphRing]) -> tuple[Tensor, PackedStats]:
 
 
 def raw_routes(rings: Sequence[GraphRing]) -> tuple[Tensor, Tensor]:
-    """(ids as of `small_ids`, weights in float16), [S * slots, tokens, K] each, of rings of small calls."""
+    """Return (ids as from `small_ids`, float16 weights), [S * slots, tokens, K] each, from raw rings."""
     shape = rings[0].shape
     rows = torch.stack([ring.data for ring in rings]).view(-1, shape.width)
     tokens_LTW = rows[:, shape.start :].view(len(rows), _TOKENS[shape.kind], shape.token_width)
@@ -276,9 +279,9 @@ def raw_routes(rings: Sequence[GraphRing]) -> tuple[Tensor, Tensor]:
 
 
 def unpad(shape: RingShape, ints: Tensor, tokens: int) -> None:
-    """Take the rows that a call of `tokens` tokens did not fill off its integer figures, in place."""
+    """Subtract the token rows that a call of `tokens` tokens did not fill from its integers, in place."""
     if shape.kind == "reduced":
         return
     unused = _TOKENS[shape.kind] - tokens
     ints[..., shape.num_experts + 1] -= unused * shape.top_k  # out of range
-    ints[..., shape.num_experts + 2] -= unused  # tokens that used no slot
+    ints[..., shape.num_experts + 2] -= unused  # tokens without a used slot

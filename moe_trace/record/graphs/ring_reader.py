@@ -1,11 +1,11 @@
-"""Decisions that were made inside compiled code and CUDA graphs: from the rings to the recorder.
+"""Transfer of router outputs from the rings of compiled code and CUDA graphs to the recorder.
 
-    write    plain tensor work that becomes part of the graph                  ring_buffer.py
-             and the counters of its forwards                               compiled_rings.py
-    ship     all rings reduced in one batch of kernels, copied asynchronously  device_to_host.py
-    drain    wait; attribute each row to its forward and step; hand it over    forwards.py
+    write    tensor operations that become part of the graph,                  ring_buffer.py
+             and the counters of its forwards                                  compiled_rings.py
+    ship     reduce all rings in one batch of kernels, copy asynchronously     device_to_host.py
+    drain    wait, attribute each row to its forward and step, hand it over    forwards.py
 
-This module says when: rings are shipped before one of them is full.
+This module schedules these steps: rings are shipped before one of them is full.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from moe_trace.record.graphs.ring_buffer import EXACT
 
 
 class RingReader:
-    """Ships the rings of a model in time, and hands what they held to its recorder.
+    """Reader that ships the rings of a model before they are full and passes their rows to its recorder.
 
     Args:
-        started: called while tracing or capturing, whenever a graph takes up the hooks.
-        steps: which are wanted, and how many forwards the host has seen.
+        started: called while tracing or capturing, whenever the hooks become part of a graph.
+        steps: the steps that are recorded, and the number of forwards that the host has seen.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class RingReader:
             keeps_ids=recorder.routes is not None,
         )
         self.calls = [0] * len(sites)
-        """Calls drained so far, by router."""
+        """Number of recorded calls drained so far, by router."""
         self._routers = list(sites)
         self._recorder = recorder
         self._keeps_ids = recorder.routes is not None
         self._lock = threading.RLock()
         self.shipped: deque[Shipment] = deque()
         self._unshipped = 0
-        """Forwards that the host saw begin since the rings were shipped."""
+        """Number of forwards that the host saw begin since the rings were last shipped."""
         self._shipped_at = 0
         self._shipped_epoch = 0
-        """The forward under way when the rings were shipped last."""
+        """Epoch of the forward in progress when the rings were last shipped."""
         self._drained = [0] * len(sites)
-        """The last forward whose row was drained, by router."""
+        """Number of the last forward whose row was drained, by router."""
         self._written_over = 0
 
     @property
@@ -87,33 +87,36 @@ class RingReader:
 
     @property
     def overwritten(self) -> int:
-        """Decisions that were lost."""
+        """Number of calls that were lost."""
         return self._written_over + self.forwards.forgotten
 
     def marks(self) -> tuple[GraphMark, ...]:
-        """The marks that were set while a profiler recorded. Waits for their copies."""
+        """Return the marks that were set while a profiler recorded. Waits for their copies."""
         with self._lock:
             return self.forwards.marks()
 
     def _counting(self, before: int) -> None:
-        """A counter was made; the first forward that it counts is the one after `before`."""
+        """Handle a new counter, whose first forward is the one after `before`."""
         self._drained = [before] * len(self._routers)
         self.forwards.counted_after = before
         if self.forwards.remember():
             self._unshipped = 1
 
     def release(self) -> bool:
-        """Read the rings for the last time, so that others may; whether compiled code writes there."""
+        """Ship the rings a last time, so that another tracer can take them over.
+
+        Returns whether compiled code writes to them and they could be read.
+        """
         if not self.rings.compiled or not self._may_read():
             return False
         self.ship()
         return True
 
     def take_over(self, rings: ModelRings, graphs: Iterable[CompiledGraph]) -> bool:
-        """Read what code writes that was compiled under an earlier tracer, from the next forward on.
+        """Take over the rings of code that was compiled under an earlier tracer, from the next forward on.
 
         Returns:
-            False, and nothing is read, where graphs write to rings of our own.
+            False, with nothing taken over, if graphs already write to rings of this reader.
         """
         if self.writes:
             return False
@@ -123,15 +126,15 @@ class RingReader:
             self.rings.take_over(rings, forwards=forwards)
             self._shipped_at = forwards
         self.launches.know(graphs)
-        self.launches.watch()  # what is compiled now finds rings, and need not ask for any
+        self.launches.watch()  # code compiled from now on finds these rings, so `started` may not be called
         return True
 
-    # -- in the forward's time ------------------------------------------------------------------------
+    # -- called during a forward ----------------------------------------------------------------------
 
     def start_on_host(self, forward: ForwardContext) -> None:
-        """The model's forward begins, and its hook runs eagerly. Ships the rings before they are full.
+        """Begin a forward whose hook runs eagerly; ship the rings before they are full.
 
-        Only where graphs write.
+        Called only if graphs write to the rings.
         """
         self.rings.begin_on_host()
         self.forwards.remember()
@@ -141,22 +144,22 @@ class RingReader:
         self.rings.start_on_host(forward.epoch, forward.stage, forward.batch)
 
     def describe(self, batch: BatchTokens) -> None:
-        """A host framework tells the tokens of the next forward, which it may see begin or not."""
+        """Record a host framework's description of the next forward, whose begin the host may not see."""
         self.forwards.describe(batch)
         self.rings.describe(batch)
 
     def mark_step(self, steps: Steps, profiled: bool | None) -> None:
-        """All forwards since the last mark belong to the step under way; see `MoETracer.mark_graphs`."""
+        """Assign all forwards since the last mark to the current step; see `MoETracer.mark_graphs`."""
         step = None if steps.are_forwards else steps.now()
         recording = profiler_is_recording()
         sampled = step is None or steps.samples(step)
         self.mark(Segment(step, recording if profiled is None else profiled, sampled), in_trace=recording)
 
     def mark(self, segment: Segment, *, in_trace: bool) -> None:
-        """All forwards since the last mark belong to `segment`; nothing waits.
+        """Assign all forwards since the last mark to `segment`, without synchronizing.
 
         Args:
-            in_trace: a profiler records, so that the copy of the count will stand in its trace.
+            in_trace: whether a profiler records, so that the copy of the count appears in its trace.
         """
         if not self._may_read():
             return
@@ -167,7 +170,7 @@ class RingReader:
                 self.ship()
 
     def ship(self) -> None:
-        """Reduce all rings and start their copies to the host; nothing waits."""
+        """Reduce all rings and start their copies to the host, without synchronizing."""
         by_shape = self.rings.by_shape()
         with self._lock, torch.no_grad():
             self._unshipped = 0
@@ -180,12 +183,12 @@ class RingReader:
                     large = {(i, room): ring for i, site in sites for room, ring in site.made(ROOMS).items()}
                     shipped.large = ShippedIds(large)
             if sum(shipped.rows for shipped in self.shipped) > self._recorder.capacity + REMEMBERED:
-                self._take()  # the recorder keeps to its capacity, and counts what it drops
+                self._take()  # the recorder enforces its capacity, and counts what it drops
 
-    # -- when samples are wanted ----------------------------------------------------------------------
+    # -- called when samples are read -----------------------------------------------------------------
 
     def drain(self) -> None:
-        """Hand every decision made so far to the recorder. Waits for the device."""
+        """Pass all calls so far to the recorder. Waits for the device."""
         if captures_now():
             return
         with self._lock:
@@ -194,7 +197,7 @@ class RingReader:
             self._take()
 
     def collect(self) -> None:
-        """Hand what was shipped to the recorder. Waits for the copies; may run on any thread."""
+        """Pass the shipped rows to the recorder. Waits for the copies; may run on any thread."""
         for shipped in list(self.shipped):
             shipped.wait()
         with self._lock:
@@ -224,7 +227,7 @@ class RingReader:
             key=lambda item: item[:2],
         )
         for forward, index, row, shipped in in_order:
-            if forward not in found[index]:  # else shipped twice
+            if forward not in found[index]:  # a row may be shipped twice
                 found[index].add(forward)
                 self._store(shipped, index, row, forward, segments)
         for index, forwards in enumerate(found):
@@ -264,7 +267,7 @@ class RingReader:
                 )
 
     def _count_lost(self, slots: int, last: int, forwards: set[int], seen_by_host: int) -> None:
-        """Rows written over before anybody shipped them; the host's forwards are shipped in time."""
+        """Count rows overwritten before they were shipped; the rows of the host's forwards never are."""
         span = max(forwards) - last
         if span > slots:
             self._written_over += max(0, span - len(forwards) - seen_by_host)
