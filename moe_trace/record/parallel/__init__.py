@@ -1,1 +1,1 @@
-"""Process groups, device meshes and what a rank dispatches."""
+"""Process groups, device meshes and the tokens that a rank dispatches."""

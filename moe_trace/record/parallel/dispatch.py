@@ -1,4 +1,4 @@
-"""What a router call moves between processes: known without asking the device, or counted on it.
+"""Data that a router call moves between processes: sizes known on the host, and counts made on the device.
 
 Shape suffixes: L router calls reduced together, T tokens, E experts, K slots per token.
 """
@@ -17,23 +17,23 @@ from moe_trace.record.reduce.stats import count_per_row
 
 @dataclass(frozen=True, slots=True)
 class DispatchInfo:
-    """What one call of an experts module moves; plain numbers, known without asking the device."""
+    """Data that one call of an experts module moves, as numbers known on the host."""
 
     slot_bytes: int | None
-    """Bytes of a token's hidden state."""
+    """Size of a token's hidden state in bytes."""
     rows: tuple[int, int] | None = None
-    """[start, stop) of the tokens that this process dispatches itself; None for all of them."""
+    """Range [start, stop) of the tokens that this process dispatches; None for all."""
 
 
 def append_sent_counts(
     ints: Tensor, sending: DispatchInfo | None, index_TK: Sequence[Tensor], num_experts: int
 ) -> Tensor:
-    """`ints` [L, n] with E columns more, where the L calls dispatch a slice of their tokens: slots by expert.
+    """Append E counts of dispatched slots by expert to `ints` [L, n], if the calls dispatch a slice of tokens.
 
-    What is dispatched follows the index alone: a slot of weight 0 travels too.
+    Dispatch depends on the index alone: a slot of weight 0 is sent too.
 
     Args:
-        index_TK: of each call, on one device.
+        index_TK: expert ids of each call, on one device.
     """
     if sending is None or sending.rows is None:
         return ints
@@ -45,5 +45,5 @@ def append_sent_counts(
 
 
 def sent_counts(ints: np.ndarray, sending: DispatchInfo | None, num_experts: int) -> np.ndarray | None:
-    """[E] of one call from what `append_sent_counts` made; None where all tokens are dispatched."""
+    """Return the counts [E] that `append_sent_counts` made for a call; None if all tokens are dispatched."""
     return None if sending is None or sending.rows is None else ints[-num_experts:]

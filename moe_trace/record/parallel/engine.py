@@ -1,7 +1,7 @@
-"""How a process of a serving engine takes part in its run, where neither wrappers nor layouts tell.
+"""Parallel layout of a process of a serving engine, which neither wrappers nor tensor layouts show.
 
-vLLM gives each process plain tensors of its own, keeps the groups in `vllm.distributed.parallel_state`, and
-each MoE layer has its `FusedMoEParallelConfig`. Both are read as they stand: nothing of vLLM is imported.
+vLLM gives each process plain tensors, keeps its groups in `vllm.distributed.parallel_state`, and each MoE
+layer has a `FusedMoEParallelConfig`. Both are read without importing anything from vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GROUPS = "vllm.distributed.parallel_state"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayout:
-    """See `Parallel`."""
+    """Parallel layout of one process; see `Parallel` for the fields."""
 
     sizes: dict[str, int]
     token_ranks: tuple[int, ...]
@@ -29,7 +29,7 @@ class EngineLayout:
 
 
 def engine_layout(model: nn.Module) -> EngineLayout | None:
-    """None where no engine that we know runs the model."""
+    """Return the layout of the model's engine, or None if no known engine runs the model."""
     groups = sys.modules.get(_GROUPS)
     found = next(_moe_layers(model), None) if groups is not None else None
     if groups is None or found is None:
@@ -56,7 +56,7 @@ def engine_layout(model: nn.Module) -> EngineLayout | None:
 
 
 def _moe_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """(layer, its configuration), those first that know whether they gather their tokens."""
+    """Yield (layer, configuration) pairs, first those of layers that show whether they gather tokens."""
     found = [
         (module, config)
         for module in model.modules()
@@ -66,8 +66,10 @@ def _moe_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _is_gathered(layer: nn.Module, config: Any) -> bool:
-    """Whether all ranks have the tokens of all before the router decides: the routers' inputs are gathered
-    for kernels that do not exchange tokens themselves."""
+    """Return whether the tokens of all ranks are gathered before the router decides.
+
+    This is done for kernels that do not exchange tokens themselves.
+    """
     if getattr(layer, "do_naive_dispatch_combine", False):
         return True
     return bool(config.pcp_size > 1 and config.dp_size == 1 and not config.use_all2all_kernels)

@@ -1,4 +1,4 @@
-"""What a reader of a trace wants to know of the model and the process that wrote it."""
+"""Metadata of the model and the process that are stored in a trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_trace.find.routers import RouterSite
 
 
 def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, Any]:
-    """Name, class, sizes, type and device of the model, seen through DDP and the like."""
+    """Return the name, class, sizes, dtype and device of the model inside wrappers such as DDP."""
     model = unwrapped(model)
     config = getattr(model, "config", None)
     layers, first = getattr(config, "num_hidden_layers", None), next(model.parameters(), None)
@@ -44,13 +44,13 @@ _NOT_OF_THE_MODEL = frozenset(
 
 
 def _config_values(config: Any) -> dict[str, Any]:
-    """The plain values of a transformers config, nested ones by `part.key`; long ones are left out."""
+    """Return the plain values of a transformers config, nested ones as `part.key`, without long ones."""
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
         return {}
     try:
         values = to_dict()
-    except Exception:  # a config of the user's own; nothing here may break the recording
+    except Exception:  # a custom config must not break the recording
         return {}
     return dict(_flat(values)) if isinstance(values, dict) else {}
 
@@ -70,14 +70,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _name(model: nn.Module, name_or_path: str) -> str:
-    """The hub id; the last part of a local path, since a trace travels; else the class."""
+    """Return the hub id, the last part of a local path (traces are shared), or the class name."""
     if os.path.isdir(name_or_path):
         name_or_path = os.path.basename(os.path.abspath(name_or_path))
     return name_or_path or class_name(model)
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(0, 1) where torch.distributed is not initialised."""
+    """Return the rank and world size, or (0, 1) if torch.distributed is not initialized."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -85,7 +85,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what is in the trace."""
+    """Return the versions of the packages that determine the contents of a trace."""
     found = {"moe_trace": __version__}
     for package in ("torch", "transformers"):
         try:

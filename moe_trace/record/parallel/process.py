@@ -1,8 +1,8 @@
-"""How the process takes part in a distributed run, read from the model that it runs.
+"""Role of the process in a distributed run, read from the model.
 
-transformers keeps the meshes that it built (`_mesh_manager`); of other models the wrappers (DDP, FSDP) and
-the layout of the parameters tell. A model with none of them runs on this process alone: its tokens are its
-own, whatever the other processes do. A serving engine keeps its groups itself (`engine.py`).
+transformers keeps the meshes that it built (`_mesh_manager`); for other models, the wrappers (DDP, FSDP) and
+the layout of the parameters are read. A model with none of them runs on this process alone: its tokens are
+its own, whatever other processes do. A serving engine keeps its own groups (`engine.py`).
 
 Nothing here starts a collective: groups, ranks and layouts are known to every process.
 """
@@ -33,9 +33,9 @@ MESH_DIMS = ("dp", "dp_replicate", "fsdp", "tp", "ep", "etp", "pp")
 
 
 class ParallelModel:
-    """The part that this process has in the run of `model`.
+    """The role of this process in the run of `model`.
 
-    Made while the process group is up; what it says stays true after the group is gone.
+    It must be created while the process group exists, and stays valid after the group is destroyed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,11 +63,11 @@ class ParallelModel:
         return self._expert_ranks == self._tokens_shared_by
 
     def describe(self, samples: Iterable[RoutingSample]) -> Parallel | None:
-        """For the recording; None where the process runs alone.
+        """Return the parallel layout for the recording, or None if the process runs alone.
 
         Args:
-            samples: of the recording. Under `ep_implementation="auto"` each forward chooses the exchange,
-                so that only they tell which it was; all-to-all if any forward used it.
+            samples: samples of the recording. Under `ep_implementation="auto"` each forward chooses the
+                exchange, which only they show; it is all-to-all if any forward used that.
         """
         if self.world_size == 1:
             return None
@@ -89,7 +89,7 @@ class ParallelModel:
         return "all_to_all"
 
     def sending(self, experts_args: Sequence[Any] | None) -> DispatchInfo | None:
-        """What the call of an experts module with these arguments will move. Runs inside the forward.
+        """Return what the call of an experts module with these arguments moves. Runs inside the forward.
 
         The first argument is the hidden states [T, hidden]. Tensor-parallel ranks, which all have the same
         tokens, each dispatch the slice that `torch.chunk` gives them (transformers' `AllToAllEP`).
@@ -103,17 +103,17 @@ class ParallelModel:
             return DispatchInfo(slot_bytes)
         gradients = torch.is_grad_enabled() and hidden.requires_grad
         if self._exchange == "auto" and self._shares_batch and not gradients:
-            return DispatchInfo(slot_bytes, (0, 0))  # this forward all-reduces: nobody dispatches anything
+            return DispatchInfo(slot_bytes, (0, 0))  # this forward uses all-reduce and dispatches nothing
         return DispatchInfo(slot_bytes, chunk(hidden.shape[0], len(sharers), sharers.index(self.rank)))
 
     # -- reading the model ----------------------------------------------------------------------------
 
     def _read_manager(self, holder: Any) -> None:
-        """The meshes that transformers built, and how its experts get their tokens."""
+        """Read the meshes that transformers built, and how its experts receive their tokens."""
         manager = holder._mesh_manager
         for name in ("pp", "dp_replicate", "fsdp", "tp", "ep"):
             self._sizes[name] = manager.get_mesh(name).size()
-        # In the order of the mesh, which is that of the slices and of the shards.
+        # Ranks are in mesh order, which is the order of slices and shards.
         tensor, experts = manager.get_mesh("tp"), manager.get_mesh("ep")
         self._tokens_shared_by = ranks_along(tensor, range(tensor.ndim))
         if experts.size() > 1:
@@ -121,7 +121,7 @@ class ParallelModel:
             self._exchange = _exchange_name(holder.config)
 
     def _read_wrappers(self, model: nn.Module) -> None:
-        """DDP and FSDP: each rank has its own tokens."""
+        """Read the sizes of DDP and FSDP, under which each rank has its own tokens."""
         from torch.nn.parallel import DistributedDataParallel
 
         module: Any
@@ -137,9 +137,9 @@ class ParallelModel:
                 self._widen("dp_replicate", info.mesh.size(info.replicate_mesh_dim))
 
     def _read_layouts(self, model: nn.Module) -> None:
-        """Of a model that transformers did not distribute: what DTensors are laid out over beside FSDP.
+        """Read the meshes of a model that transformers did not distribute from its DTensors, without FSDP's.
 
-        A dense weight that is split over ranks needs them to work on the same tokens.
+        Ranks that share a dense weight must work on the same tokens.
         """
         data_parallel = DataParallelDims(model)
         experts = {id(p) for _, p in expert_matrices(model)}
@@ -158,9 +158,9 @@ class ParallelModel:
 
 
 def _exchange_name(config: Any) -> str | None:
-    """`auto`, `all_to_all` or `all_reduce`; None for an implementation that we do not know.
+    """Return `auto`, `all_to_all` or `all_reduce`, or None for an unknown implementation.
 
-    DeepGEMM's Mega MoE moves the tokens inside its kernel: an all-to-all that no collective shows.
+    DeepGEMM's Mega MoE moves the tokens inside its kernel: an all-to-all without a visible collective.
     """
     if getattr(config, "_experts_implementation", None) == "deepgemm_megamoe":
         return "all_to_all"

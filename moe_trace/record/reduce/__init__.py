@@ -1,1 +1,1 @@
-"""From router outputs to figures, on the device."""
+"""Reduction of router outputs to statistics on the device."""

@@ -1,15 +1,15 @@
-"""Sizes of the blocks that the fused kernels are compiled for: a router's experts and slots decide."""
+"""Block sizes that the fused kernels are compiled for, derived from a router's experts and slots."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_ELEMENTS = 2048  # of one block of tokens x experts, which stays in registers
+_ELEMENTS = 2048  # elements of a tokens x experts block, which stays in registers
 _COLUMNS_MAX = 1024
 
 
 class Blocks(NamedTuple):
-    """Sizes of the kernels' blocks: all that is compiled into them."""
+    """Block sizes of the kernels, the only values that are compiled into them."""
 
     BLOCK_T: int
     BLOCK_E: int
@@ -20,7 +20,7 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(num_experts: int, top_k: int, classes: int) -> Blocks | None:
-    """The blocks for E experts, K slots and C logits; None where they would not fit into registers."""
+    """Return the block sizes for E experts, K slots and C logits, or None if they exceed the registers."""
     if not 0 < max(classes, num_experts, top_k + 1) <= _COLUMNS_MAX:
         return None
     block_e = _next_power_of_2(max(classes, num_experts))

@@ -1,7 +1,7 @@
-"""Which fused kernels can be launched at once: they are imported and compiled before a step, never in one.
+"""Registry of fused kernels that are ready to launch; they are imported and compiled outside of steps.
 
-The first use of a Triton kernel in a process holds the host for seconds: Triton's import, the C compiler of
-its launcher, and, with an empty cache on disk, the kernel itself.
+The first use of a Triton kernel in a process blocks the host for seconds: for importing Triton, compiling
+its launcher in C and, with an empty cache on disk, compiling the kernel itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from moe_trace.find.contracts import RouterOutput
 from moe_trace.record.reduce.block_sizes import Blocks, block_sizes
 from moe_trace.record.reduce.streams import on_device
 
-_FAILURES_MAX = 3  # of one device, after which it is not tried again
+_FAILURES_MAX = 3  # per device, after which it is not tried again
 
 
 class FusedKernels:
-    """The fused kernels that are ready, by device; where they are not, torch's operators reduce."""
+    """The fused kernels that are ready, by device; elsewhere, torch operators do the reduction."""
 
     def __init__(self) -> None:
         self._module: ModuleType | None = None
@@ -28,7 +28,7 @@ class FusedKernels:
         self._failures: Counter[torch.device] = Counter()
 
     def prepare(self, device: torch.device, num_experts: int, top_k: int) -> None:
-        """Make the kernels for E experts and K slots ready; may take seconds, so not within a step."""
+        """Compile the kernels for E experts and K slots; may take seconds, so do not call it in a step."""
         if self._failures[device] >= _FAILURES_MAX:
             return
         try:
@@ -48,7 +48,7 @@ class FusedKernels:
             self.failed(device, error)
 
     def ready_for(self, reading: RouterOutput, num_experts: int) -> ModuleType | None:
-        """The module of the kernels, if those that such a call needs can be launched at once."""
+        """Return the module of the kernels if those for this call are ready, else None."""
         if self._module is None:
             return None
         logits, index = reading.logits_TE, reading.index_TK
@@ -61,7 +61,7 @@ class FusedKernels:
         return self._module
 
     def failed(self, device: torch.device, error: Exception) -> None:
-        """Building or launching them failed on a device, which is given up after some failures."""
+        """Count a failure to build or launch kernels on a device, and give up after several; warn once."""
         self._failures[device] += 1
         if self._failures[device] == _FAILURES_MAX:
             self._ready[device].clear()
@@ -76,4 +76,4 @@ class FusedKernels:
 
 
 FUSED = FusedKernels()
-"""Those of this process."""
+"""Fused kernels of this process."""

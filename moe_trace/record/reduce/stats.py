@@ -1,4 +1,4 @@
-"""Routing figures as pure tensor functions: no synchronisation, no data-dependent shape, no Python loop.
+"""Routing statistics as pure tensor functions: no synchronization, data-dependent shapes or Python loops.
 
 Shape suffixes: L router calls reduced together, T tokens, E experts, K slots per token.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_trace.data.routes.columns import id_type
 from moe_trace.record.forward.batch_tokens import DECODE, PADDING
 
-# exp() of anything below is 0; the clamp keeps 0 * -inf = NaN away where a logit is -inf.
+# exp() of anything below is 0; clamping avoids 0 * -inf = NaN where a logit is -inf.
 _SMALLEST_EXPONENT = -1e4
 
 FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss", "load_x_prob")
@@ -22,14 +22,14 @@ FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss", "load_x_prob")
 
 @dataclass(frozen=True)
 class PackedStats:
-    """The figures of L calls in two small tensors, as `unpack_ints` and `FLOAT_FIELDS` name them."""
+    """The statistics of L calls in two small tensors, in the order of `unpack_ints` and `FLOAT_FIELDS`."""
 
     ints: Tensor
     """[L, E + 2 + K + 1 + 2] int64: assignments, slots of weight 0, slots out of range, k histogram,
-    padding assignments, tokens with finite logits. Where phases are known, 2 E more, of `phase_counts`."""
+    padding assignments, tokens with finite logits. Where phases are known, 2 E more, from `phase_counts`."""
     floats: Tensor
-    """[L, 5] float32: sums over the finite tokens, in the order of `FLOAT_FIELDS`; the last is the sum over
-    experts of (slots that chose it) x (its softmax probability, summed over the finite tokens)."""
+    """[L, 5] float32: sums over tokens with finite logits, as in `FLOAT_FIELDS`; the last is the sum over
+    experts of (slots that chose it) x (its softmax probability, summed over those tokens)."""
 
 
 def routing_stats(
@@ -42,11 +42,11 @@ def routing_stats(
     """Reduce L calls of one shape.
 
     Args:
-        logits_LTE: [L, T, E] any float type, or None where the routers have no true logits.
-        weights_LTK: [L, T, K] what scales each slot's output.
+        logits_LTE: [L, T, E] logits of any float type, or None if the routers have no true logits.
+        weights_LTK: [L, T, K] gating weights.
         index_LTK: [L, T, K] expert ids.
         num_experts: E.
-        padding_LT: [L, T] bool, True for padding tokens, or their phases in uint8; None if it is not known.
+        padding_LT: [L, T] bool, True for padding tokens, or uint8 phases; None if unknown.
     """
     slots_LN = _slot_ids(index_LTK, weights_LTK, num_experts).flatten(1)
     used_LTK = (slots_LN < num_experts).view_as(index_LTK)
@@ -68,31 +68,31 @@ def routing_stats(
 
 
 def _slot_ids(index_LTK: Tensor, weights_LTK: Tensor, num_experts: int) -> Tensor:
-    """Expert id of each slot; E where its weight is 0; E + 1 where its index is out of range."""
+    """Return the expert id of each slot; E if its weight is 0; E + 1 if its index is out of range."""
     ids = index_LTK.masked_fill(weights_LTK == 0, num_experts)
     return ids.masked_fill_((index_LTK < 0) | (index_LTK >= num_experts), num_experts + 1)
 
 
 def count_per_row(ids_LN: Tensor, bins: int) -> Tensor:
-    """[L, bins] int64 histogram of each row's ids, all within [0, bins)."""
+    """Return the integer histogram [L, bins] of each row's ids, all within [0, bins)."""
     rows = ids_LN.shape[0]
     flat = ids_LN.flatten()
     if rows > 1:
         offsets = torch.arange(0, rows * bins, bins, device=ids_LN.device).unsqueeze(-1)
         flat = (ids_LN + offsets).flatten()
-    # bincount's output has a size that depends on data, which no compiler can plan for.
+    # The size of bincount's output depends on data, which a compiler cannot handle.
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.bincount(flat, minlength=rows * bins).view(rows, bins)
     if flat.device.type == "cuda" and not torch.compiler.is_compiling():
-        # bincount waits for the device; histc with fixed bounds does not, and takes half of scatter_add_.
+        # bincount synchronizes; histc with fixed bounds does not, and takes half the time of scatter_add_.
         return torch.histc(flat, bins=rows * bins, min=0, max=rows * bins).view(rows, bins)
-    flat = flat.long()  # which is all that scatter_add_ and gather take while dynamo traces them
+    flat = flat.long()  # while Dynamo traces, scatter_add_ and gather accept int64 only
     counts = torch.zeros(rows * bins, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(rows, bins)
 
 
 def _k_histogram(used_LTK: Tensor) -> Tensor:
-    """[L, K + 1] tokens by the number of slots used: few bins, so comparing beats scattering into them."""
+    """Count tokens by number of used slots, [L, K + 1]; for few bins, comparing is faster than scattering."""
     bins = torch.arange(used_LTK.shape[-1] + 1, device=used_LTK.device)
     return (used_LTK.sum(-1, keepdim=True) == bins).sum(1)
 
@@ -105,7 +105,7 @@ def _padding_assignments(used_LTK: Tensor, padding_LT: Tensor | None) -> Tensor:
 
 
 def phase_counts(index_LTK: Tensor, weights_LTK: Tensor, phases_LT: Tensor, num_experts: int) -> Tensor:
-    """[L, 2 E] int64: assignments of prefill tokens by expert, and those of decode tokens.
+    """Count the assignments of prefill tokens, then those of decode tokens, by expert: [L, 2 E].
 
     Args:
         phases_LT: [L, T] uint8.
@@ -120,9 +120,9 @@ def phase_counts(index_LTK: Tensor, weights_LTK: Tensor, phases_LT: Tensor, num_
 def _logit_sums(
     logits_LTE: Tensor, index_LTK: Tensor, used_LTK: Tensor, counts_LE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens with finite logits, and their number.
+    """Return the number [L, 1] of tokens with finite logits, and the sums [L, 5] over them.
 
-    The largest logit m and the largest probability q give logsumexp = m - ln q.
+    With the largest logit m and the largest probability q, logsumexp = m - ln q.
     """
     dtype = torch.float64 if logits_LTE.dtype == torch.float64 else torch.float32
     probs_LTE = logits_LTE.softmax(-1, dtype=dtype)
@@ -148,9 +148,9 @@ def _logit_sums(
 
 
 def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Tensor) -> Tensor:
-    """Entropy of each token's softmax, in nats, by the form that is fastest on the device.
+    """Return the entropy of each token's softmax in nats, by the formula that is fastest on the device.
 
-    On the CPU: ln S - sum p (x - m) with S = 1 / q, two terms of one sign, so that nothing cancels.
+    On the CPU: ln S - sum p (x - m) with S = 1 / q, whose terms have the same sign and do not cancel.
     """
     if logits_LTE.device.type != "cpu":
         return torch.special.entr(probs_LTE).sum(-1)
@@ -159,9 +159,9 @@ def _entropy(logits_LTE: Tensor, max_LT1: Tensor, probs_LTE: Tensor, top1_LT: Te
 
 
 def small_ids(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """Expert ids as uint8, or int16 whose bits are those of uint16; all bits set where a slot was skipped.
+    """Cast expert ids to uint8, or to int16 with the bits of uint16; all bits are set for skipped slots.
 
-    Skipped is what the samples count as skipped: ids out of range, and slots of weight 0.
+    As in the samples, slots are skipped if their id is out of range or their weight is 0.
     """
     small = id_type(num_experts) == np.uint8
     skipped = (index < 0) | (index >= num_experts) | (weights == 0)

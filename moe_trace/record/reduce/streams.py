@@ -1,4 +1,4 @@
-"""Work on the stream that made a tensor, and copies to pinned host memory: nothing waits for either."""
+"""Helpers to run on the stream that produced a tensor, and to copy to pinned memory without synchronizing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from moe_trace.find.private.torch_names import current_stream_handle
 
 
 def stream_of_now(tensor: Tensor) -> int:
-    """Handle of the current stream on the tensor's device; 0 on a CPU, as for the default stream."""
+    """Return the handle of the current stream on the tensor's device; 0 on a CPU, like the default stream."""
     return current_stream_handle(tensor.device) if tensor.is_cuda else 0
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one; nothing to do for a CPU."""
+    """Return a context that makes a GPU the current device; it does nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_stream(tensor: Tensor, stream: int) -> AbstractContextManager[Any]:
-    """Make `stream` the current one on the tensor's device; nothing to do where it is already."""
+    """Return a context that makes `stream` the current stream on the tensor's device, if it is not."""
     if stream_of_now(tensor) == stream:
         return nullcontext()
     external: Any = torch.cuda.ExternalStream(stream, device=tensor.device)
@@ -31,7 +31,7 @@ def on_stream(tensor: Tensor, stream: int) -> AbstractContextManager[Any]:
 
 
 def copies_on_host(tensors: Sequence[Tensor]) -> tuple[list[Any], torch.cuda.Event | None]:
-    """Copies on the host of tensors of one device, complete once the event has passed."""
+    """Copy tensors of one device to the host; the copies are complete once the returned event has."""
     if tensors[0].device.type != "cuda":
         return [tensor.clone() for tensor in tensors], None
     with torch.cuda.device(tensors[0].device), torch.no_grad():
@@ -42,6 +42,6 @@ def copies_on_host(tensors: Sequence[Tensor]) -> tuple[list[Any], torch.cuda.Eve
 
 
 def _copy_to_pinned(source: Tensor) -> Tensor:
-    # The device is named, because a default device set by the user would be taken otherwise.
+    # The device is explicit, since the user may have set another default device.
     target = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return target.copy_(source, non_blocking=True)

@@ -1,11 +1,11 @@
-"""`stats.routing_stats` for a GPU in two kernels instead of some 45, written in Triton.
+"""Triton implementation of `stats.routing_stats` for GPUs, in two kernels instead of some 45.
 
-The first reads each call's tensors where they are, through a table of their addresses, and writes the sums of
-a chunk of tokens; the second adds up the chunks, always in the same order, so that equal inputs give equal
-figures. Nothing is copied, nothing waits. Shape suffixes as in `stats`, and C logits per token.
+The first reads each call's tensors in place, through a table of their addresses, and writes the sums of a
+chunk of tokens; the second adds up the chunks in a fixed order, so that the result is deterministic. Calls
+are not stacked, and the host does not synchronize. Shape suffixes as in `stats`, and C logits per token.
 
-Only the sizes of blocks are compiled in, which follow from a router's experts and slots: another number of
-tokens, type or layout is an argument, so that whatever a forward brings, nothing is compiled for it.
+Only block sizes, which follow from a router's experts and slots, are compile-time constants. The number of
+tokens and the data types are runtime arguments, so that no forward triggers a compilation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 from moe_trace.record.reduce.block_sizes import block_sizes
 from moe_trace.record.reduce.stats import FLOAT_FIELDS, PackedStats
 
-_SUMS = len(FLOAT_FIELDS) - 1  # the last field is made of the others
+_SUMS = len(FLOAT_FIELDS) - 1  # the last field is computed from the sums of probabilities and the counts
 _CHUNKS_MAX = 64
-_PROGRAMS = 1024  # some waves of a GPU's multiprocessors
+_PROGRAMS = 1024  # a few waves on a GPU's multiprocessors
 _WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX_TYPES = (torch.int64, torch.int32)
-# By the number that the kernel knows each type by; 0 for none. All are reduced in float32.
+# Codes by which the kernel distinguishes types, 0 for no logits. All types are reduced in float32.
 _LOGIT_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def fits(logits_TE: Tensor | None, weights_TK: Tensor, index_TK: Tensor) -> bool:
-    """Whether the kernels know the types of calls like this one."""
+    """Return whether the kernels support a call with these types."""
     return (
         index_TK.numel() > 0
         and weights_TK.dtype in _WEIGHT_TYPES
@@ -50,12 +50,11 @@ def fused_routing_stats(
     """Reduce L calls of one shape, type and device, for which `fits` holds and there are `block_sizes`.
 
     Args:
-        logits: L tensors [T, C], or None where the routers have no true logits.
-        weights: L tensors [T, K]: what scales each slot's output.
-        index: L tensors [T, K]: expert ids.
+        logits: L tensors [T, C], or None if the routers have no true logits.
+        weights: L tensors [T, K] of gating weights.
+        index: L tensors [T, K] of expert ids.
         num_experts: E.
-        padding: L tensors [T] bool, True for padding tokens, or their phases in uint8; None if it is not
-            known.
+        padding: L tensors [T] bool, True for padding tokens, or uint8 phases; None if unknown.
     """
     given = (weights, index, logits or weights, padding or weights)
     kinds = [[tensor.contiguous() for tensor in kind] for kind in given]
@@ -108,12 +107,12 @@ def fused_routing_stats(
 
 
 def _to_device(rows: list[list[int]], device: torch.device) -> Tensor:
-    """A copy from pinned memory, which the host does not wait for."""
-    table = torch.from_numpy(np.array(rows, dtype=np.int64))  # a third of the time of torch.tensor
+    """Copy a table of integers from pinned memory to the device, without synchronizing."""
+    table = torch.from_numpy(np.array(rows, dtype=np.int64))  # takes a third of the time of torch.tensor
     return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
-# Triton compiles anew for an argument that is 1, or a multiple of 16, unless it is told not to.
+# Triton specializes on arguments that are 1 or a multiple of 16, and would recompile for them.
 _COUNTS = ("calls", "tokens", "num_experts", "classes", "top_k")
 _KINDS = ("chunk_tokens", "weight_bytes", "index_bytes", "logit_kind", "has_padding")
 
@@ -129,7 +128,7 @@ def _load_ids(address, index_bytes, offsets, mask):  # type: ignore[no-untyped-d
 
 @triton.jit
 def _load_is_zero(address, weight_bytes, offsets, mask):  # type: ignore[no-untyped-def]
-    """Whether floats are 0 or -0, of whatever type: all bits but the sign's are."""
+    """Return whether floats of any type are 0 or -0, that is, all bits but the sign are 0."""
     if weight_bytes == 8:
         is_zero = (tl.load(address.to(tl.pointer_type(tl.int64)) + offsets, mask=mask, other=0) << 1) == 0
     else:
@@ -224,14 +223,14 @@ def _sum_chunks(  # type: ignore[no-untyped-def]
             good_T = live_T & (logsumexp_T - logsumexp_T == 0.0)  # neither NaN nor infinite
             share_T = tl.where(good_T, 1.0 / sum_T, 0.0)
             prob_TE = tl.where(good_T[:, None], exp_TE * share_T[:, None], 0.0)
-            # ln S - sum p (x - m): two terms of one sign, so that nothing cancels.
+            # ln S - sum p (x - m): both terms have the same sign, so they do not cancel.
             below_T = tl.sum(tl.where(prob_TE > 0.0, prob_TE * shifted_TE, 0.0), 1)
             entropy_T += tl.where(good_T, log_T - below_T, 0.0)
             top1_T += share_T
             z_T += tl.where(good_T, logsumexp_T * logsumexp_T, 0.0)
             probs_TE += prob_TE
             finite_T += good_T.to(tl.int32)
-            # Read once more, from the cache: that is quicker than picking them out of the block.
+            # Reading them again from the cache is faster than selecting them from the block.
             class_TK = tl.minimum(id_TK, classes - 1)
             chosen_TK = rows_T[:, None] * classes + class_TK
             picked_TK = _load_logits(logits, logit_kind, chosen_TK, is_used_TK)

@@ -1,1 +1,1 @@
-"""Routes while a model runs: ids cast on the device, joined into rows on the host, within a bound."""
+"""Recording of routes: ids are cast on the device and joined into rows on the host, in bounded memory."""

@@ -1,4 +1,4 @@
-"""The file of routes beside a trace."""
+"""Writing of routes to a file next to a trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_trace.record.routes.recorder import RoutesRecorder
 
 
 def end_routes(recorder: RoutesRecorder | None, routes: Callable[[], RecordedRoutes]) -> None:
-    """Recording ends: finish the file, where routes are streamed to one; arguments as of `write_beside`."""
+    """Finish the file that routes are streamed to, if any; see `write_beside` for the arguments."""
     if recorder is not None and recorder.stream is not None:
         routes()
         recorder.stream.close()
@@ -23,14 +23,14 @@ def end_routes(recorder: RoutesRecorder | None, routes: Callable[[], RecordedRou
 def write_beside(
     trace: str | Path | None, recorder: RoutesRecorder | None, routes: Callable[[], RecordedRoutes]
 ) -> str | None:
-    """Write routes to `<stem>.routes.npz` beside a trace; returns the file's name, relative to the trace.
+    """Write routes to `<stem>.routes.npz` next to a trace; return the file's path relative to the trace.
 
-    Routes that are streamed stand in a file already, which is named. A trace whose routes cannot be written
-    is still a trace: that is said, and None returned.
+    Streamed routes are already in a file, whose path is returned. If routes cannot be written, a warning is
+    issued and None returned, since the trace is complete without them.
 
     Args:
-        recorder: None where no routes are recorded.
-        routes: brings all that is recorded.
+        recorder: recorder of the routes; None if no routes are recorded.
+        routes: returns all recorded routes.
     """
     if trace is None or recorder is None:
         return None

@@ -1,4 +1,4 @@
-"""Calls of one forward joined into rows, on the host, within a bound of bytes."""
+"""Calls of one forward joined into rows, in bounded host memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moe_trace.record.calls.call import CallRecord
 from moe_trace.record.routes.identity import Columns, identity_of
 from moe_trace.record.routes.tokens import ForwardTokens
 
-_TOKEN_BYTES = 32  # of a row without its ids
-_COLUMN_BYTES, _BLOCK_BYTES = 128, 1580  # of Python's objects, which are most of a step that decodes
-_FORWARDS_BEHIND = 1024  # whose ids may be on a device still
-_LEAST_SHARE = 8  # rows are dropped by an eighth of a block at least, so that few copies are made
+_TOKEN_BYTES = 32  # bytes of a row without its ids
+_COLUMN_BYTES, _BLOCK_BYTES = 128, 1580  # bytes of Python objects, most of the memory of a decode step
+_FORWARDS_BEHIND = 1024  # forwards whose ids may still be on a device
+_LEAST_SHARE = 8  # at least an eighth of a block's rows are dropped at once, to limit the number of copies
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """T rows of layers that saw the same tokens of one forward."""
+    """T rows, one for each token of a forward, of the layers that saw the same tokens."""
 
     key: tuple[object, ...]
     order: tuple[int, int]
@@ -32,16 +32,16 @@ class Block:
     stage: Stage
     tokens: ForwardTokens
     count: int
-    """Rows as the routers saw them."""
+    """Number of rows that the routers saw."""
     kept: np.ndarray | None = None
-    """Numbers of the rows that are left; None for all."""
+    """Indices of the rows that are kept; None for all."""
     ids: dict[int, np.ndarray] = field(default_factory=dict)
-    """By router: [T, K]."""
+    """Expert ids [T, K] of the kept rows, by router."""
     weights: dict[int, np.ndarray] = field(default_factory=dict)
     calls: array[int] = field(default_factory=lambda: array("q"))
-    """Numbers of the calls, in the order of `ids`; -1 of those in graphs."""
+    """Call numbers, in the order of `ids`; -1 for calls in graphs."""
     lost: set[int] = field(default_factory=set)
-    """Routers whose decision turned out to be unknown."""
+    """Routers whose assignments turned out to be unknown."""
     recomputed: bool = False
     _identity: Columns | None = None
 
@@ -51,7 +51,7 @@ class Block:
 
     @property
     def row_bytes(self) -> int:
-        """Of each row that is left."""
+        """Bytes of each kept row."""
         columns = [*self.ids.values(), *self.weights.values()]
         return _TOKEN_BYTES + sum(column.shape[1] * column.itemsize for column in columns)
 
@@ -61,7 +61,7 @@ class Block:
         return self.rows * self.row_bytes + columns * _COLUMN_BYTES + _BLOCK_BYTES
 
     def add(self, router: int, ids: np.ndarray, weights: np.ndarray | None, call: int) -> None:
-        """The decision of one router, copied."""
+        """Add a copy of one router's ids [T, K] and weights."""
         rows = slice(None) if self.kept is None else self.kept
         self.ids[router] = np.array(ids[rows])
         self.calls.append(call)
@@ -69,12 +69,15 @@ class Block:
             self.weights[router] = np.array(weights[rows])
 
     def decided(self) -> list[tuple[int, int]]:
-        """(router, number of its call) of those that are not lost; calls in graphs never turn out to be."""
+        """Return (router, call number) of the calls that are not lost, without calls in graphs.
+
+        Calls in graphs never become lost.
+        """
         calls = zip(self.ids, self.calls, strict=True)
         return [(router, call) for router, call in calls if call >= 0 and router not in self.lost]
 
     def keep(self, rows: np.ndarray) -> int:
-        """Forget all rows but some of those that are left; returns how many were forgotten."""
+        """Keep some of the rows that are left, by index or mask, and return how many were dropped."""
         before = self.rows
         self.kept = np.arange(self.count)[rows] if self.kept is None else self.kept[rows]
         for columns in (self.ids, self.weights):
@@ -83,7 +86,7 @@ class Block:
         return before - self.rows
 
     def identity(self) -> Columns:
-        """Of the rows that are left."""
+        """Return the identity columns of the kept rows."""
         if self._identity is None:
             self._identity = identity_of(self.tokens, self.count, self.stage)
         kept = slice(None) if self.kept is None else self.kept
@@ -91,12 +94,12 @@ class Block:
 
 
 class Blocks:
-    """All that is kept in memory, in the order of the forwards.
+    """The blocks in memory, in the order of the forwards.
 
     Args:
-        max_bytes: beyond it rows are dropped, and counted in `dropped`.
-        keep: the `"newest"` rows; or a `"reservoir"`, in which every sequence has a random number, and those
-            of the greatest are dropped, with all that is decoded for them later (bottom-k sampling).
+        max_bytes: limit beyond which rows are dropped, and counted in `dropped`.
+        keep: `"newest"` to keep the newest rows; `"reservoir"` to give each sequence a random number and drop
+            those with the greatest, including what is decoded for them later (bottom-k sampling).
     """
 
     def __init__(self, max_bytes: int, keep: Literal["newest", "reservoir"]) -> None:
@@ -104,12 +107,12 @@ class Blocks:
         self.blocks: list[Block] = []
         self.nbytes = 0
         self.dropped: Counter[str] = Counter()
-        """Rows, by reason."""
+        """Number of dropped rows, by reason."""
         self._by_key: dict[tuple[object, ...], list[Block]] = {}
         self._again: dict[tuple[object, ...], None] = {}
-        """Blocks to come that were recomputed."""
+        """Keys of recomputed blocks that have not been added yet."""
         self._threshold = 1.0
-        """Sequences of greater numbers are not kept."""
+        """Sequences with this random number or a greater one are dropped."""
 
     def add(
         self,
@@ -121,11 +124,11 @@ class Blocks:
         part: int = 0,
         lost: bool = False,
     ) -> None:
-        """The decision of one call.
+        """Add the ids and weights of one call.
 
         Args:
-            part: of the model, where parts see other tokens than each other: its encoder.
-            lost: what it decided is unknown after all.
+            part: number of the part of the model, if parts such as an encoder see different tokens.
+            lost: whether the assignments turned out to be unknown.
         """
         block = self._block(record, router, len(ids), part)
         before = block.nbytes
@@ -137,9 +140,9 @@ class Blocks:
             self._drop_oldest() if self._keep == "newest" else self._drop_sequences(block)
 
     def recomputed(self, record: CallRecord, count: int, part: int) -> None:
-        """A call was made again by the backward."""
+        """Mark the blocks of a call as recomputed by the backward."""
         key = (record.order, id(record.tokens), count, part)
-        if key not in self._by_key:  # on its way from the device, or dropped
+        if key not in self._by_key:  # still on the device, or dropped
             self._again[key] = None
             if len(self._again) > _FORWARDS_BEHIND:
                 del self._again[next(iter(self._again))]
@@ -147,7 +150,7 @@ class Blocks:
             block.recomputed = True
 
     def take(self, *, but: int = 0) -> list[Block]:
-        """Remove all blocks but the last ones."""
+        """Remove and return all blocks but the last `but`."""
         until = max(0, len(self.blocks) - but)
         taken, self.blocks = self.blocks[:until], self.blocks[until:]
         self._forget(taken)
@@ -165,7 +168,7 @@ class Blocks:
             self.dropped["reservoir"] += block.keep(self._numbers(block) < self._threshold)
         block.recomputed = key in self._again
         found.append(block)
-        insort(self.blocks, block, key=lambda one: one.order)  # calls of other forms were reduced earlier
+        insort(self.blocks, block, key=lambda one: one.order)  # calls of other shapes may arrive earlier
         self.nbytes += block.nbytes
         return block
 
@@ -194,8 +197,8 @@ class Blocks:
         self._forget(dropped)
 
     def _drop_sequences(self, latest: Block) -> None:
-        """Of all blocks; other layers of the latest are still to come."""
-        wanted = self.max_bytes * 7 // 8  # with room for those that follow
+        """Drop sequences from all blocks; keep `latest`, to which other layers will be added."""
+        wanted = self.max_bytes * 7 // 8  # leaves room for later blocks
         while self.nbytes > wanted and any(block.rows for block in self.blocks):
             numbers = [self._numbers(block) for block in self.blocks]
             together = np.sort(np.concatenate(numbers))
@@ -211,9 +214,9 @@ class Blocks:
 
     @staticmethod
     def _numbers(block: Block) -> np.ndarray:
-        """[rows] in [0, 1): the random number of each row's sequence, which all its forwards share."""
+        """Return the random number in [0, 1) of each row's sequence, [rows], the same in all its forwards."""
         sequence = block.identity()["sequence"].astype(np.int64)
-        # Of one whose sequence is unknown, the forward is one.
+        # Rows of a forward whose sequences are unknown count as one sequence.
         owner = np.where(sequence == UNKNOWN, -1 - block.order[0] * 4096 - block.order[1], block.tokens.run)
         state = owner.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + sequence.astype(np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64

@@ -1,4 +1,4 @@
-"""Expert ids on their way to the host: cast on the device, copied to pinned memory behind an event."""
+"""Transfer of expert ids to the host: cast on the device, copied to pinned memory, completed by an event."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moe_trace.record.reduce.streams import copies_on_host, on_stream
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """The ids of some calls of one form."""
+    """The ids of several calls of the same shape."""
 
     records: list[CallRecord]
     num_experts: int
     ids: Any
-    """[calls, T, K] uint8, or int16 whose bits are those of uint16."""
+    """[calls, T, K] uint8, or int16 that holds the bits of uint16."""
     weights: Any
     """[calls, T, K] float16, or None."""
     stream: int = 0
@@ -34,7 +34,7 @@ class Chunk:
         return int(self.ids.nbytes + (0 if self.weights is None else self.weights.nbytes))
 
     def ship(self) -> None:
-        """Start the copies to the host; nothing waits."""
+        """Start the copies to the host, without synchronizing."""
         tensors = [self.ids] if self.weights is None else [self.ids, self.weights]
         with on_stream(self.ids, self.stream), torch.no_grad():
             copies, self.copied = copies_on_host(tensors)
@@ -42,11 +42,11 @@ class Chunk:
 
     @property
     def arrived(self) -> bool:
-        """Whether reading it waits for nothing."""
+        """Whether the copies are complete, so that reading does not wait."""
         return self.copied is None or self.copied.query()
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """(ids of their own type, weights) on the host. Waits for the copies."""
+        """Return (ids as uint8 or uint16, weights or None) on the host. Waits for the copies."""
         if self.copied is not None:
             self.copied.synchronize()
         ids = self.ids.numpy().view(id_type(self.num_experts))
@@ -62,7 +62,7 @@ def cast(
     *,
     keep_weights: bool,
 ) -> Chunk:
-    """The ids of these calls, on their device; see `small_ids`."""
+    """Return the ids of these calls, cast on their device; see `small_ids`."""
     index_LTK, weights_LTK = _stack(index), _stack(weights)
     ids = small_ids(index_LTK, weights_LTK, num_experts)
     return Chunk(records, num_experts, ids, weights_LTK.half() if keep_weights else None, stream)

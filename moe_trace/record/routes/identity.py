@@ -1,4 +1,4 @@
-"""Whose token each row is: sequence, position and padding, from a forward's arguments."""
+"""Sequence, position and padding of each row, from a forward's arguments."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from moe_trace.record.forward.batch_tokens import DECODE, PADDING, BatchTokens
 from moe_trace.record.routes.tokens import ForwardTokens
 
 Columns = dict[str, np.ndarray]
-"""[T] each, in the order of the rows that the routers saw, by their names in `RecordedRoutes`: `sequence`,
+"""Columns [T] by their names in `RecordedRoutes`, in the order of the rows that the routers saw: `sequence`,
 `position`, `padding`, `stage_codes`, and `token_ids` where they are known."""
 
 
 def identity_of(tokens: ForwardTokens, count: int, stage: Stage) -> Columns:
-    """Of a block of `count` rows; nothing is known of one of other tokens than the model was given.
+    """Return the identity columns of a block; they are unknown if its tokens are not the model's input.
 
     Args:
-        stage: of the forward, and of its tokens where nothing tells theirs.
+        tokens: description of the forward's tokens.
+        count: number of rows of the block.
+        stage: stage of the forward, used for tokens whose own stage is unknown.
     """
     arrays = tokens.arrays()
     ids = arrays.get("token_ids")
@@ -35,7 +37,7 @@ def identity_of(tokens: ForwardTokens, count: int, stage: Stage) -> Columns:
     starts = arrays.get("starts")
     if starts is not None and starts[0] == 0 and 0 < starts[-1] <= count and (np.diff(starts) >= 0).all():
         sequence = _between(starts, count).reshape(padding.shape)
-        padding = padding | (sequence == UNKNOWN)  # up to the size of a graph
+        padding = padding | (sequence == UNKNOWN)  # padding up to the batch size of a CUDA graph
         if "positions" not in arrays and tokens.cached == 0:
             position = (np.arange(count) - starts[sequence.ravel()]).reshape(padding.shape)
     else:
@@ -65,7 +67,7 @@ def _reported(batch: BatchTokens) -> Columns:
 
 
 def _positions(tokens: ForwardTokens, arrays: Mapping[str, np.ndarray], padding: np.ndarray) -> np.ndarray:
-    """[rows, length] positions within the sequences, padding not counted."""
+    """Return the positions within the sequences, [rows, length], not counting padding."""
     real = ~padding
     before = arrays.get("before")
     if before is None and tokens.cached is not None:
@@ -77,7 +79,7 @@ def _positions(tokens: ForwardTokens, arrays: Mapping[str, np.ndarray], padding:
     told = told.reshape(padding.shape)
     if not padding.any() or tokens.cached != 0:
         return told
-    # Who gives plain column numbers beside a mask counts padding too.
+    # Positions that are plain column indices count padding too, so the mask is counted instead.
     columns = told == np.arange(tokens.length)
     return (
         np.where(columns.all(1, keepdims=True) & padding[:, :1], counted, told)
@@ -87,15 +89,15 @@ def _positions(tokens: ForwardTokens, arrays: Mapping[str, np.ndarray], padding:
 
 
 def _between(starts: np.ndarray, count: int) -> np.ndarray:
-    """The number of the packed sequence that each row lies in."""
+    """Return the index of each row's packed sequence, or `UNKNOWN` for rows after the last one."""
     sequence = np.searchsorted(starts, np.arange(count), side="right") - 1
     return np.where(np.arange(count) < starts[-1], sequence, UNKNOWN)
 
 
 def _sequences(tokens: ForwardTokens, position: np.ndarray | None, padding: np.ndarray) -> np.ndarray:
-    """[rows, length]: the row of the batch; where positions start anew within a row, the packed sequence."""
+    """Return sequence numbers [rows, length]: batch rows, or packed sequences where positions restart."""
     rows = np.broadcast_to(np.arange(tokens.rows)[:, None], padding.shape)
-    if tokens.flat:  # one sequence, or many: their places do not tell
+    if tokens.flat:  # there may be one sequence or many
         rows = np.full(padding.shape, UNKNOWN)
     if position is None or tokens.length < 2:
         return rows

@@ -1,10 +1,10 @@
-"""`RoutesRecorder`: takes the router calls that a recorder reduces, and keeps which token went where.
+"""Recorder of routes: the expert ids of each token in the router calls that a tracer records.
 
-look     references to what tells whose tokens a forward has             tokens.py, when it begins
-take     ids of many calls cast to one or two bytes, on the device       chunks.py, when they are reduced
-ship     copies to pinned memory, behind an event                        with the recorder's own
-settle   joined into rows of a forward, within the bound                 blocks.py, once they have arrived
-routes   columns                                                         rows.py, when somebody asks
+look     copy the arguments that describe a forward's tokens             tokens.py, when it begins
+take     cast the ids of many calls to one or two bytes on the device    chunks.py, when they are reduced
+ship     copy them to pinned memory, followed by an event                with the recorder's own copies
+settle   join them into rows of a forward, in bounded memory             blocks.py, once they have arrived
+routes   make columns                                                    rows.py, on request
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from moe_trace.record.routes.rows import Layers, as_routes
 from moe_trace.record.routes.stream import RoutesStream
 from moe_trace.record.routes.tokens import ForwardTokens, look_at_tokens, ship_tokens
 
-_STREAMED_BYTES = 4 * 2**20  # of rows that wait for the file
-_FORWARDS_OPEN = 2  # the last ones, to which calls may be added yet
+_STREAMED_BYTES = 4 * 2**20  # bytes of rows that are kept before they are written to the file
+_FORWARDS_OPEN = 2  # latest blocks, to which calls may still be added
 _ON_DEVICE_MAX = 8 * 2**20  # bytes of ids on a device before their copies are started
 
 
 class RoutesRecorder:
-    """The routes of one tracer. Any thread may call it.
+    """Recorder of the routes of one tracer. Its methods may be called from any thread.
 
     Args:
-        sites: the routers whose routes are wanted.
-        steps: which steps are recorded; `options.every` counts those.
+        sites: the routers whose routes are recorded.
+        steps: the steps that are recorded; `options.every` counts those.
     """
 
     def __init__(
@@ -64,26 +64,26 @@ class RoutesRecorder:
         )
         self._part = [int(".encoder." in f".{site.name}.") for site in sites]
         self._lost_order = (-1, -1)
-        """Of the last forward in a graph whose ids were lost."""
+        """Order of the last forward in a graph whose ids were lost."""
         self._runs = 0
-        """Prefills and training steps seen."""
+        """Number of prefills and training forwards seen."""
         self._nobody = self._described = ForwardTokens()
         self._rows_first = all(site.contract is not ROUTER_BESIDE_EXPERTS for site in sites)
-        """Whether routers see the batch row by row. In other frameworks the sequence may come first."""
+        """Whether routers see tokens batch-first; in other frameworks the sequence may come first."""
         self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
         self._dropped: Counter[str] = Counter()
         self.stream = None if options.path is None else RoutesStream(options.path, self._blocks.max_bytes)
-        """Where rows go that are complete; None where they stay in memory."""
+        """Destination of complete rows; None if they stay in memory."""
         self._run: dict[str, Any] = {}
         self._on_device: list[Chunk] = []
         self._device_bytes = 0
         self._shipped: deque[Chunk] = deque()
         self._lock = threading.RLock()
 
-    # -- in the forward's time ------------------------------------------------------------------------
+    # -- called during a forward ----------------------------------------------------------------------
 
     def look(self, context: ForwardContext, inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward begins, or its arguments are known: keep what they say of its tokens."""
+        """Keep what the arguments of a forward say about its tokens, when it begins or they are known."""
         if self._wants(context.step):
             padding_T = None if context.batch is not None else context.padding_T
             tokens = look_at_tokens(inputs, args, kwargs, padding_T, token_ids=self.options.token_ids)
@@ -96,7 +96,7 @@ class RoutesRecorder:
             context.tokens, tokens.run = tokens, self._runs
 
     def outside(self, step: int) -> ForwardTokens | None:
-        """What is known of the tokens of a router that is called outside any forward: nothing."""
+        """Return the empty description of tokens outside any forward, or None if the step is not recorded."""
         return self._nobody if self._wants(step) else None
 
     def _wants(self, step: int) -> bool:
@@ -104,7 +104,7 @@ class RoutesRecorder:
         return (step - steps.warmup) // steps.every % self.options.every == 0
 
     def take(self, group: PendingCalls) -> None:
-        """Calls of one form were reduced: keep their ids. Nothing waits, and nothing raises."""
+        """Keep the ids of calls that were reduced. Does not synchronize and never raises."""
         with self._lock:
             try:
                 self._take(group)
@@ -139,7 +139,7 @@ class RoutesRecorder:
             self.ship()
 
     def ship(self) -> None:
-        """Start the copies of all that is on a device; what has arrived since the last time is settled."""
+        """Start the copies of all chunks on a device, and settle those that have arrived."""
         with self._lock:
             self._settle_arrived()
             ship_tokens(_tokens_of(self._on_device))
@@ -172,11 +172,11 @@ class RoutesRecorder:
             self._stream(self._blocks.take(but=_FORWARDS_OPEN))
 
     def add_from_graph(self, record: CallRecord, found: tuple[Any, Any], tokens: int) -> None:
-        """A call inside a graph has come to the host.
+        """Add a call inside a graph that has been copied to the host.
 
         Args:
-            record: without `tokens` where the host did not see its forward begin.
-            found: (ids, weights) [tokens, K]; None for what was not kept.
+            record: record of the call, without `tokens` if the host did not see its forward begin.
+            found: (ids, weights) [tokens, K], each None if not kept.
         """
         router, (ids, weights) = self._routers.get(record.site.name), found
         if router is None or not self._wants(record.step):
@@ -195,7 +195,7 @@ class RoutesRecorder:
             self._blocks.add(record, router, ids, weights, part=self._part[router])
 
     def _tokens_of_batch(self, record: CallRecord) -> ForwardTokens:
-        """What is known of the tokens of a forward that the host did not see, one for all its calls."""
+        """Return the description of a forward that the host did not see, one object for all its calls."""
         if record.batch is None:
             return self._nobody
         if self._described.batch is not record.batch:
@@ -203,7 +203,7 @@ class RoutesRecorder:
         return self._described
 
     def _stream(self, blocks: list[Block]) -> None:
-        """Have rows written, whose columns are made on the thread that writes."""
+        """Queue blocks for writing; their columns are made on the writer's thread."""
         if self.stream is not None and blocks:
             self._lose(blocks)
             layers, run = self._layers.copy(), self._run
@@ -214,7 +214,7 @@ class RoutesRecorder:
                         self.stream.written.add(layers.names[router], range(call, call + 1))
 
     def _lose(self, blocks: Sequence[Block]) -> None:
-        """What calls decided that were taken back since is unknown."""
+        """Mark the assignments of calls that were taken back since as unknown."""
         back, names = self._taken_back, self._layers.names
         for block in blocks if back.runs else ():
             block.lost.update(router for router, call in block.decided() if back.has(names[router], call))
@@ -228,7 +228,7 @@ class RoutesRecorder:
         self._dropped["failed"] += tokens
 
     def routes(self, model: Mapping[str, Any], parallel: ParallelModel) -> RecordedRoutes:
-        """All that is kept; see `RecordedRoutes` for the arguments. Waits for the device."""
+        """Return all routes; see `RecordedRoutes` for the arguments. Waits for the device."""
         ranks = {"rank": parallel.rank, "world_size": parallel.world_size}
         self._run = {"model": model, **ranks, "versions": versions()}
         with self._lock:
@@ -248,7 +248,7 @@ class RoutesRecorder:
 def routes_recorder(
     asked: bool | Routes, sites: Sequence[RouterSite], steps: Steps, refusals: Refusals
 ) -> RoutesRecorder | None:
-    """What records the routes that are asked for; None where none are.
+    """Return a recorder of the requested routes, or None if none are requested.
 
     Raises:
         UsageError: `Routes.layers` selects nothing.
@@ -264,8 +264,7 @@ def _tokens_of(chunks: Sequence[Chunk]) -> list[ForwardTokens]:
 
 
 def _is_contradicted(record: CallRecord, ids_TK: np.ndarray, num_experts: int) -> bool:
-    """Whether the rows that entered the experts are not those of the decision: then whose they were is
-    unknown."""
+    """Return whether the rows that entered the experts contradict the ids, so that the routes are unknown."""
     assert record.rows is not None
     counts_E = np.bincount(ids_TK.ravel(), minlength=num_experts)[:num_experts]
     try:

@@ -1,4 +1,4 @@
-"""From blocks to `RecordedRoutes`: which layers stand in one group, and their columns."""
+"""Conversion of blocks to `RecordedRoutes`: groups of layers that saw the same tokens, and their columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_trace.record.routes.blocks import Block
 
 @dataclass(slots=True)
 class Layers:
-    """The routers whose routes are recorded, and what was learned of each."""
+    """The routers whose routes are recorded, with the number of experts and top-k seen in their calls."""
 
     names: Sequence[str]
     num_experts: list[int]
@@ -22,11 +22,11 @@ class Layers:
     called: set[int] = field(default_factory=set)
 
     def copy(self) -> Layers:
-        """As they are known now."""
+        """Return a snapshot."""
         return Layers(self.names, list(self.num_experts), list(self.top_k), set(self.called))
 
     def learn(self, router: int, num_experts: int, top_k: int) -> None:
-        """A call had so many experts and slots."""
+        """Update a router with the number of experts and slots of a call."""
         self.called.add(router)
         self.num_experts[router] = max(self.num_experts[router], num_experts)
         self.top_k[router] = max(self.top_k[router], top_k)
@@ -35,10 +35,10 @@ class Layers:
 def as_routes(
     blocks: Sequence[Block], layers: Layers, dropped: Mapping[str, int], run: Mapping[str, Any]
 ) -> RecordedRoutes:
-    """The rows of all blocks, in the order of the calls; layers of other tokens in groups of their own.
+    """Return the rows of all blocks in call order, with layers that saw other tokens in separate groups.
 
     Args:
-        run: columns of `RecordedRoutes` that are the same for all tokens.
+        run: fields of `RecordedRoutes` that are the same for all tokens.
     """
     ordered = sorted(blocks, key=lambda block: block.order)
     groups = [replace(_group(ordered, members, layers), **run) for members in _groups(ordered, layers)]
@@ -48,7 +48,7 @@ def as_routes(
 
 
 def _groups(blocks: Iterable[Block], layers: Layers) -> list[list[int]]:
-    """Of the routers that were called, those that saw the same tokens in every forward that they share."""
+    """Group the routers that were called by equal tokens in every forward that they share."""
     forwards: dict[Any, dict[int, set[int]]] = {}
     for block in blocks:
         parts = forwards.setdefault((block.order, id(block.tokens)), {})
@@ -62,7 +62,7 @@ def _groups(blocks: Iterable[Block], layers: Layers) -> list[list[int]]:
 
 
 def _apart(parts: Sequence[frozenset[int]]) -> list[set[int]]:
-    """Parts of a forward; those that share a router are one: it was called on pieces of its tokens."""
+    """Merge the parts of a forward that share a router, which was called on pieces of its tokens."""
     found: list[set[int]] = []
     for part in parts:
         merged = set(part)
@@ -141,6 +141,6 @@ def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def _number(block: Block) -> int:
-    """Of the forward, from 0 on."""
+    """Return the 0-based number of a block's forward."""
     host, in_graph = block.order
     return max(0, (in_graph or host) - 1)

@@ -1,4 +1,4 @@
-"""Routes written to a file while a run goes on, by a thread of their own: nothing waits for the disk."""
+"""Writing of routes to a file during a run, on a separate thread, so that the model does not wait for it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from moe_trace.record.forward.isolation import warn_user
 
 
 class RoutesStream:
-    """Appends parts to a file in their order.
+    """Writer that appends parts to a file in order.
 
     Args:
-        max_bytes: of parts that wait to be written; what comes then is dropped.
+        max_bytes: limit for parts that wait to be written; further parts are dropped.
 
     Raises:
-        OutputError: the file cannot be made.
+        OutputError: the file cannot be created.
     """
 
     def __init__(self, path: str | Path, max_bytes: int) -> None:
-        self.path = Path(path).absolute()  # the program may go elsewhere
+        self.path = Path(path).absolute()  # the working directory may change
         self.dropped: Counter[str] = Counter()
-        """Rows, by reason."""
+        """Number of dropped rows, by reason."""
         self.written = CallNumbers()
-        """Calls, by name, that stand in the file as decisions."""
+        """Calls by router name whose assignments are in the file."""
         self._told: set[Hashable] = set()
         self._max_bytes, self._waiting_bytes = max_bytes, 0
         self._writer: RoutesWriter | None = RoutesWriter(self.path)
@@ -39,7 +39,7 @@ class RoutesStream:
         self._failed = False
 
     def append(self, rows: int, nbytes: int, part: Callable[[], RecordedRoutes]) -> bool:
-        """Have a part made and written later; returns whether it will be."""
+        """Queue a part to be made and written later; return False if it is dropped."""
         if self._waiting_bytes + nbytes > self._max_bytes and self._waiting_bytes:
             self.dropped["disk too slow"] += rows
             return False
@@ -65,7 +65,7 @@ class RoutesStream:
             self._waiting_bytes -= nbytes
 
     def tell_taken_back(self, calls: CallNumbers) -> None:
-        """Say once of each router that some of its rows in the file are unknown by now."""
+        """Warn once per router that some of its rows in the file have become unknown."""
         for name, count in calls.shared(self.written).items():
             if name not in self._told:
                 self._told.add(name)
@@ -75,7 +75,7 @@ class RoutesStream:
                 )
 
     def wait(self) -> None:
-        """Until all that was appended is in the file."""
+        """Wait until all queued parts are in the file."""
         if self._last is not None:
             self._last.result()
         if self._writer is not None:
@@ -92,7 +92,7 @@ class RoutesStream:
             self._writer = None
 
     def read(self) -> RecordedRoutes | None:
-        """All that stands in the file; None where nothing was written yet."""
+        """Return all routes in the file, or None if nothing was written yet."""
         self.wait()
         if not self.path.stat().st_size:
             return None

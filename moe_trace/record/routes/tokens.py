@@ -1,7 +1,7 @@
-"""What the arguments of a forward tell of its tokens, kept without waiting for the device.
+"""Descriptions of a forward's tokens, taken from its arguments without synchronizing with the device.
 
-Tensors are copied, since the caller may write to them before anybody reads them; they come to the host with
-the expert ids, and `identity.py` makes columns of them there.
+Tensors are copied, since the caller may overwrite them before they are read. They are copied to the host
+with the expert ids, where `identity.py` makes columns of them.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ _STARTS = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens")
 
 @dataclass(slots=True, eq=False)
 class ForwardTokens:
-    """The tokens of one forward, [rows, length] of them."""
+    """The tokens of one forward, [rows, length]."""
 
     rows: int = 0
-    """0 where unknown."""
+    """Number of rows; 0 if unknown."""
     length: int = 0
     flat: bool = False
-    """Given without a batch axis: whose tokens they are is not known by their place."""
+    """Whether the input has no batch dimension, so that sequences cannot be inferred from its shape."""
     cached: int | None = None
-    """Tokens of each row that stand before them; None where a tensor tells or nobody does."""
+    """Number of earlier tokens of each row; None if given by a tensor or unknown."""
     continues: bool = False
-    """Whether tokens are known to stand before them."""
+    """Whether earlier tokens are known to exist."""
     run: int = 0
-    """Shared by the forwards of the same sequences: a prefill and what is decoded after it."""
+    """Number shared by the forwards of the same sequences: a prefill and the decoding after it."""
     parts: dict[str, Tensor] = field(default_factory=dict)
-    """[n] int32 each: `token_ids`, `positions`, `padding`, `before` (real tokens before, by
+    """Tensors [n] int32: `token_ids`, `positions`, `padding`, `before` (number of earlier real tokens, by
     row), `starts` (of packed sequences)."""
     batch: BatchTokens | None = None
-    """What a host framework reports, in place of all but the ids."""
+    """Description by a host framework, which replaces all parts but the ids."""
     stream: int = 0
-    """On which the parts were made."""
+    """Handle of the stream on which the parts were made."""
     _arriving: tuple[Any, Any, dict[str, slice]] | None = None
     _host: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """Tokens of all rows."""
+        """Number of tokens of all rows."""
         return self.rows * self.length
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The parts on the host, once they were shipped. Waits for the copy."""
+        """Return the shipped parts on the host. Waits for the copy."""
         if self._arriving is not None:
             copy, copied, places = self._arriving
             if copied is not None:
@@ -66,7 +66,7 @@ class ForwardTokens:
 
 
 def ship_tokens(forwards: Iterable[ForwardTokens]) -> None:
-    """Start the copies of all parts to the host, one for each device; nothing waits."""
+    """Start the copies of all parts to the host, one per device and stream, without synchronizing."""
     by_stream: dict[Any, list[tuple[ForwardTokens, str, Tensor]]] = {}
     for tokens in forwards:
         for name, part in tokens.parts.items():
@@ -80,23 +80,23 @@ def ship_tokens(forwards: Iterable[ForwardTokens]) -> None:
         for tokens, name, part in found:
             places.setdefault(tokens, {})[name] = slice(start, start := start + len(part))
         for tokens, own in places.items():
-            tokens.arrays()  # of another device
+            tokens.arrays()  # first collect parts from another device
             tokens._arriving = (copy, copied, own)
 
 
 def look_at_tokens(
     inputs: ModelInputs, args: Any, kwargs: dict[str, Any], padding_T: Tensor | None, *, token_ids: bool
 ) -> ForwardTokens:
-    """Keep what the arguments of a forward tell.
+    """Return a description of the tokens in the arguments of a forward.
 
     Args:
-        padding_T: which tokens are padding, where that is known; nobody writes to it.
-        token_ids: keep the ids too.
+        padding_T: mask of padding tokens, if known; it is never written to.
+        token_ids: whether to keep the ids too.
     """
     try:
         with apart():
             return _look(inputs, args, kwargs, padding_T, token_ids)
-    except Exception:  # arguments of a kind that nobody thought of tell nothing
+    except Exception:  # unexpected arguments must not break the forward
         return ForwardTokens()
 
 
@@ -131,7 +131,7 @@ def _look(
 def _look_before(
     tokens: ForwardTokens, parts: dict[str, Tensor], inputs: ModelInputs, args: Any, kwargs: dict[str, Any]
 ) -> None:
-    """What stands before the tokens of each row: in a cache, less its padding, which the mask tells."""
+    """Set the number of earlier tokens of each row: those in the cache, less the padding in the mask."""
     cached = inputs.cached(args, kwargs)
     mask = inputs.mask(args, kwargs)
     if mask is not None:
@@ -153,7 +153,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _unnamed(inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Ids without a batch axis, or the first argument where it can be nothing but ids."""
+    """Return ids without a batch dimension, or the first argument if it can only be ids, or None."""
     named = inputs.given(args, kwargs, _IDS)
     first = named if isinstance(named, Tensor) else args[0] if args else None
     if not isinstance(first, Tensor) or first.is_floating_point() or first.is_complex():
