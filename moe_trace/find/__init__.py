@@ -1,1 +1,1 @@
-"""Finding the routers of a model, and what each of them returns."""
+"""Discovery of a model's routers and of the contracts that read their outputs."""

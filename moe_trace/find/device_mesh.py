@@ -1,7 +1,7 @@
-"""What the layout of a model's parameters says: what is split over which mesh, and who holds which experts.
+"""Sharding of a model's parameters: the mesh dimensions they are split over, and the experts a rank holds.
 
-Read from the DTensors and from FSDP's own state, never from sizes that a config asked for. Where
-torch.distributed is not part of torch, nothing is sharded.
+It is read from DTensors and FSDP's own state, never from sizes in a config. In a torch built without
+torch.distributed, nothing is sharded.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from moe_trace.find.contracts.modules import expert_matrices
 def held_experts(
     weights: Iterable[nn.Module], num_experts: int, data_parallel: DataParallelDims
 ) -> tuple[int, ...] | None:
-    """Global ids of the experts whose weights this process computes with; None where it is all of them.
+    """Return the global ids of the experts that this process computes; None if all.
 
-    A dimension of FSDP's does not count: its shards are gathered before the experts compute. A serving
-    engine's plain weights tell nothing, but its map from global to local ids does.
+    FSDP's dimensions do not count: its shards are gathered before the experts compute. A serving engine's
+    plain weights show no sharding, but its map from global to local ids does.
 
     Args:
-        weights: the modules that hold the experts' weights.
+        weights: modules that hold the experts' weights.
         num_experts: E.
-        data_parallel: of the model that the experts belong to.
+        data_parallel: FSDP dimensions of the model that the experts belong to.
     """
     for module in weights:
         mapped = getattr(module, "expert_map", None)
-        if isinstance(mapped, torch.Tensor) and mapped.shape == (num_experts,):  # vLLM: -1 is held elsewhere
+        if isinstance(mapped, torch.Tensor) and mapped.shape == (num_experts,):  # vLLM: -1 on other ranks
             return tuple(torch.nonzero(mapped >= 0).flatten().tolist())
         for _, parameter in expert_matrices(module):
             split = list(expert_dims(parameter, data_parallel))
@@ -41,7 +41,7 @@ def held_experts(
 
 
 def expert_dims(parameter: Any, data_parallel: DataParallelDims) -> Iterator[int]:
-    """Dimensions of the parameter's mesh, of more than one rank, over which its experts are split."""
+    """Yield the dimensions of the parameter's mesh, of size > 1, over which its experts are split."""
     for dim in layout_dims(parameter, data_parallel):
         placement = parameter.placements[dim]
         if placement.is_shard() and placement.dim == 0:
@@ -49,7 +49,7 @@ def expert_dims(parameter: Any, data_parallel: DataParallelDims) -> Iterator[int
 
 
 def layout_dims(parameter: Any, data_parallel: DataParallelDims) -> Iterator[int]:
-    """Dimensions of the parameter's mesh, of more than one rank, that are not FSDP's."""
+    """Yield the dimensions of the parameter's mesh, of size > 1, that are not FSDP's."""
     if is_dtensor(parameter):
         for dim in range(parameter.device_mesh.ndim):
             if parameter.device_mesh.size(dim) > 1 and not data_parallel.holds(parameter.device_mesh, dim):
@@ -57,7 +57,7 @@ def layout_dims(parameter: Any, data_parallel: DataParallelDims) -> Iterator[int
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a tensor laid out over a mesh."""
+    """Return whether a value is a DTensor."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -66,7 +66,7 @@ def is_dtensor(value: Any) -> bool:
 
 
 def _shard(parameter: Any, dims: Iterable[int]) -> tuple[int, int]:
-    """[start, stop) of dimension 0 on this rank; each mesh dimension cuts what the one before left."""
+    """Return this rank's range [start, stop) of dimension 0, which mesh dimensions split successively."""
     start, stop = 0, int(parameter.shape[0])
     for dim in dims:
         mesh = parameter.device_mesh
@@ -76,13 +76,16 @@ def _shard(parameter: Any, dims: Iterable[int]) -> tuple[int, int]:
 
 
 def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
-    """[start, stop) of one part as `torch.chunk` and `Shard` cut: the last ones may be short, or empty."""
+    """Return the range [start, stop) of a part as split by `torch.chunk` and `Shard`.
+
+    The last parts may be shorter, or empty.
+    """
     width = -(-size // parts)
     return min(part * width, size), min((part + 1) * width, size)
 
 
 def ranks_along(mesh: Any, dims: Iterable[int]) -> tuple[int, ...]:
-    """Global ranks that differ from this one only along `dims`, in the order of their shards."""
+    """Return the global ranks that differ from this one only along `dims`, in the order of their shards."""
     coordinate = mesh.get_coordinate()
     wanted = set(dims)
     index = tuple(slice(None) if dim in wanted else coordinate[dim] for dim in range(mesh.ndim))
@@ -97,20 +100,20 @@ class DataParallelDims:
         self._names = {name for mesh in self.meshes for name in mesh.mesh_dim_names or ()}
 
     def holds(self, mesh: Any, dim: int) -> bool:
-        """Whether this dimension is FSDP's. A mesh without names is compared as a whole."""
+        """Return whether a mesh dimension is FSDP's. A mesh without names is compared as a whole."""
         if mesh.mesh_dim_names is None:
             return any(mesh == other for other in self.meshes)
         return mesh.mesh_dim_names[dim] in self._names
 
 
 def fsdp_mesh_infos(model: nn.Module) -> list[Any]:
-    """FSDP 2's own record of its mesh, one for each different mesh: `mesh`, `shard_mesh_dim`, ..."""
+    """Return FSDP 2's mesh infos (`mesh`, `shard_mesh_dim`, ...), one for each distinct mesh."""
     found: dict[int, Any] = {}
     for module in model.modules():
         state = getattr(module, "_get_fsdp_state", None)
         if state is None:
             continue
-        state = state()  # private, so both of its forms are tried
+        state = state()  # private API, of which both known forms are supported
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:
             groups = [group] if (group := getattr(state, "_fsdp_param_group", None)) is not None else []

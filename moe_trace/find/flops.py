@@ -1,8 +1,8 @@
-"""Floating-point operations of routers and experts, by formula.
+"""FLOPs of routers and experts, computed from the shapes of their weights.
 
-`torch.utils.flop_counter` counts 0 for `aten::_grouped_mm`, transformers' default for experts, so FLOPs
-come from the shapes of the real weights: 2 per multiply-add, biases and norms excluded, as the counter
-does in eager mode.
+`torch.utils.flop_counter` counts 0 for `aten::_grouped_mm`, transformers' default for experts, so FLOPs are
+computed from the actual weights: 2 per multiply-add, without biases and norms, as the counter does in eager
+mode.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from moe_trace.find.contracts import Found
 from moe_trace.find.contracts.modules import expert_matrices, expert_modules, int_attribute, unwrapped
 from moe_trace.find.device_mesh import DataParallelDims, layout_dims
 
-# Weights of less than a byte are packed: their shapes say nothing about the matrices that are multiplied.
+# Weights of less than a byte are packed, so their shapes are not those of the matrices that are multiplied.
 _PACKED = (torch.uint8, torch.int8)
 
 
 def router_flops_per_token(router: nn.Module) -> int:
-    """2 x the elements of the router's 2-D matrix weights (its own `weight`, or its inner Linears')."""
+    """Return 2 x the elements of the router's matrix weights (its own `weight`, or its inner Linears')."""
     inner = unwrapped(router)
     classes, hidden = int_attribute(inner, "num_experts"), int_attribute(inner, "hidden_dim", "hidden_size")
-    # FSDP 1 flattens the weights of what it wraps, so that only the module's own word is left.
+    # FSDP 1 flattens the weights of wrapped modules, so that only the module's attributes are left.
     return dense_flops_per_token(inner) or 2 * classes * hidden
 
 
 def expert_flops_per_slot(weights: Iterable[nn.Module], num_experts: int) -> int:
-    """2 x the matrix weights of one expert, summed over the modules that hold the experts' weights."""
+    """Return 2 x the elements of one expert's matrix weights, summed over the modules that hold them."""
     return 2 * sum(_elements_of_one_expert(unwrapped(module), num_experts) for module in weights)
 
 
 def expert_bytes(
     weights: Iterable[nn.Module], num_experts: int, data_parallel: DataParallelDims
 ) -> int | None:
-    """Bytes of one expert's weights in this process, with biases and scales; None where they are not known.
+    """Return the bytes of one expert's weights in this process, with biases and scales; None if unknown.
 
-    Under data parallelism those that it gathers; under tensor parallelism its part.
+    Under data parallelism these are the gathered weights; under tensor parallelism, this rank's shard.
 
     Args:
-        weights: the modules that hold the experts' weights.
+        weights: modules that hold the experts' weights.
         num_experts: E, without identity experts.
-        data_parallel: of the model that the experts belong to.
+        data_parallel: FSDP dimensions of the model that the experts belong to.
     """
     total = 0.0
     for module in map(unwrapped, weights):
         listed = expert_modules(module)
         stacked = [matrix.shape[0] for _, matrix in expert_matrices(module)] or [num_experts]
         for parameter in (listed[0] if listed else module).parameters():
-            # LongCat's matrices differ in their rows: some have them for identity experts, too.
+            # LongCat's matrices differ in their number of rows: some include identity experts.
             first = parameter.shape[0] if parameter.dim() else 0
             rows = 1 if listed else first if first in stacked else stacked[0]
             parts = 1
@@ -64,12 +64,15 @@ def expert_bytes(
 
 
 def dense_flops_per_token(module: nn.Module) -> int:
-    """2 x the matrix weights of a module that works on every token."""
+    """Return 2 x the elements of the matrix weights of a module that processes every token."""
     return 2 * sum(_own_elements(part) for part in module.modules())
 
 
 def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
-    """Says what else in the block works on every token, such as the projections round latent experts."""
+    """Return a note on other modules of the block that process every token, such as latent projections.
+
+    Returns None if there are none.
+    """
     if found.block is None:
         return None
     counted = {id(m) for m in (found.router, found.gate, found.experts, *(found.weights or ()), *shared)}
@@ -87,16 +90,16 @@ def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:
-    """Number of parameters below the modules, each counted once."""
+    """Return the number of parameters of the modules, each counted once."""
     parameters = {id(p): p for module in modules for p in module.parameters()}
     return sum(parameter.numel() for parameter in parameters.values())
 
 
 def _own_elements(module: nn.Module) -> int:
     rows, columns = int_attribute(module, "out_features"), int_attribute(module, "in_features")
-    if rows and columns:  # also where the weight is packed
+    if rows and columns:  # also correct if the weight is packed
         return rows * columns if "weight" in module._parameters else 0
-    # Not "every 2-D parameter": some families keep a selection bias of shape [1, E].
+    # Other 2-D parameters are excluded: some families have a selection bias of shape [1, E].
     own = {name: p for name, p in module._parameters.items() if p is not None}
     return sum(p.numel() for name, p in own.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight"))
 
@@ -112,14 +115,17 @@ def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:
             return declared
     if matrices:
         return sum(p.shape[1] * p.shape[2] for p in matrices)
-    # All experts below each other in one matrix (DBRX), or one row each (Doge).
+    # All experts stacked in one matrix (DBRX), or one row each (Doge).
     rows = max(num_experts, 1)
     stacked = [p for p in experts.parameters() if p.dim() == 2 and p.shape[0] % rows == 0]
     return sum(p.numel() for p in stacked) // rows
 
 
 def _declared_elements(experts: nn.Module) -> int:
-    """From the module's own word on its sizes, where its weights are packed or no longer tensors; else 0."""
+    """Return the size of one expert from the module's attributes; 0 if it has none.
+
+    Used if the weights are packed or no longer tensors.
+    """
     hidden = int_attribute(experts, "hidden_dim", "hidden_size")
     width = int_attribute(experts, "intermediate_dim", "intermediate_size")
     gated = hasattr(experts, "gate_up_proj") or hasattr(experts, "gate_proj")

@@ -1,4 +1,4 @@
-"""The contracts that are known, and how a user adds one."""
+"""Registry of contracts, to which users can add their own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moe_trace.find.contracts.shared_experts import experts_beside, looks_like_e
 from moe_trace.find.contracts.switch_nllb import ONE_HOT
 from moe_trace.find.structure.router_beside_experts import ROUTER_BESIDE_EXPERTS
 
-# In the order in which they are asked; the first to find a router has it.
+# In order of precedence: the first contract that finds a router reads it.
 CONTRACTS: list[Contract] = [
     ONE_HOT,
     PRODUCT_KEY,
@@ -53,22 +53,22 @@ def register_adapter(
     find: Callable[[nn.Module], list[Found]] | None = None,
     description: str = "",
 ) -> Contract:
-    """Teach moe_trace a router that it does not know. It is asked before all contracts known so far.
+    """Register an adapter for a kind of router. It takes precedence over all adapters registered so far.
 
     Args:
-        name: of the contract, as it stands in traces and tables.
-        read: turns one call into a `RouterOutput(index_TK, weights_TK, logits_TE)`. It runs when the model's
-            forward ends and must not wait for the device (no `.item()`, `.tolist()`, `nonzero`). What it
-            raises is counted as lost, and the model runs on.
-        router: class of the router module, or the class's name. A class of torch.nn is a router only where it
-            stands beside what is built as its experts are. With `block`: path of the router inside it.
-        block: class, or its name, of the module that holds router and experts, where the router has no
-            class of its own: `block=MyMoE, router="gate"`.
-        experts: name of the experts module beside the router. Its call ends the decision: `read` finds its
-            arguments in `call.experts_args`. Without it, a decision ends with the router's call.
-        watch: path of a module inside the router; `read` finds its output in `call.watched_output`.
-        find: instead of `router`: looks at one module and returns the routers that stand there.
-        description: how router and experts speak to each other.
+        name: name of the adapter in traces and tables.
+        read: function that reads a `RouterOutput(index_TK, weights_TK, logits_TE)` from one call. It runs
+            when the model's forward ends and must not synchronize with the device (no `.item()`,
+            `.tolist()`, `nonzero`). If it raises, the call is counted as lost, and the model continues.
+        router: class of the router module, or its name. An instance of a torch.nn class is a router only if
+            its block has experts that match it. With `block`: path of the router inside the block.
+        block: class of the module that holds router and experts, or its name, if the router has no class of
+            its own: `block=MyMoE, router="gate"`.
+        experts: name of the experts module, a sibling of the router, whose arguments `read` finds in
+            `call.experts_args`. A router call ends when they are called; without `experts`, on return.
+        watch: path of a module inside the router, whose output `read` finds in `call.watched_output`.
+        find: function that returns the routers found at one module; replaces `router`.
+        description: the interface between router and experts.
 
     Raises:
         UsageError: the name is taken, or `router`, `block` and `find` do not fit together.
@@ -95,10 +95,10 @@ def _refuse_unfit(name: str, router: object, block: object, find: object) -> Non
 
 
 def unregister_adapter(name: str) -> None:
-    """Forget a contract.
+    """Remove an adapter.
 
     Raises:
-        UsageError: no contract has that name.
+        UsageError: no adapter has that name.
     """
     known = [contract for contract in CONTRACTS if contract.name == name]
     if not known:
@@ -108,7 +108,7 @@ def unregister_adapter(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _RouterBesideExperts:
-    """`find` of a contract that a user registered by the router's class."""
+    """`find` function of an adapter that was registered by the router's class."""
 
     name: str
     router: type[nn.Module] | str

@@ -1,4 +1,4 @@
-"""Find the Mixture-of-Experts routers of a model."""
+"""Discovery of the Mixture-of-Experts routers of a model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ LayerSelector = Sequence[int | str] | Callable[["RouterSite"], bool] | None
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSite(Found):
-    """One router, with the modules that hooks go on and the contract that reads its calls."""
+    """A router, with the modules to register hooks on and the contract that reads its calls."""
 
     info: RouterInfo
     contract: Contract
     read: Callable[[Call], RouterOutput]
-    """One call of this router; see `Contract.read`."""
+    """Function that reads one call of this router; see `Contract.read`."""
     shares_router: bool = False
-    """Whether other layers call the same router: a call of it is that of the layer whose block runs."""
+    """Whether other layers call the same router; a call then belongs to the layer whose block runs."""
 
     @property
     def site(self) -> str:
@@ -63,15 +63,15 @@ class RouterSite(Found):
 
 
 def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[RouterSite]:
-    """The routers of `model` in the order of its modules.
+    """Return the routers of `model` in the order of its modules.
 
     Args:
-        layers: which of them: layer indices (`[0, 3]`), labels or module paths (`["L03"]`), or a
-            predicate on the `RouterSite`. None takes all.
+        layers: routers to select: layer indices (`[0, 3]`), labels or module paths (`["L03"]`), or a
+            predicate on the `RouterSite`. None selects all.
 
     Raises:
-        NoRoutersFound: the model holds none that a known contract reads.
-        UsageError: `layers` selects none of those found, or names one that does not exist.
+        NoRoutersFound: the model has no router that a known contract reads.
+        UsageError: `layers` selects no router, or names one that does not exist.
     """
     found = _without_shared_experts(list(_walk(model)))
     unread = unread_experts(model, [item for _, _, item in found])
@@ -89,10 +89,10 @@ def find_routers(model: nn.Module, *, layers: LayerSelector = None) -> list[Rout
 
 
 def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
-    """(path of the module looked at, contract, what it found there), in the order of the modules.
+    """Yield (path of the inspected module, contract, router that it found there) in module order.
 
-    The first contract to find anything at a module has it; and what is inside a router is none. A router that
-    several layers share is found in each.
+    The first contract that finds a router at a module is used; modules inside a router are not routers. A
+    router that several layers share is found in each.
     """
     seen: set[int] = set()
     layers: dict[int, list[Found]] = {}
@@ -112,7 +112,7 @@ def _walk(model: nn.Module) -> Iterable[tuple[str, Contract, Found]]:
 
 
 def _is_another_layer(item: Found, others: Sequence[Found]) -> bool:
-    """Whether it has a block and experts of its own, beside those of the layers that call the same router."""
+    """Return whether `item` has its own block and experts, distinct from other layers' with this router."""
     if item.block is None or not others:
         return False
     parts, experts = set(item.block.modules()), set(_weights(item))
@@ -126,7 +126,7 @@ def _is_another_layer(item: Found, others: Sequence[Found]) -> bool:
 def _without_shared_experts(
     found: list[tuple[str, Contract, Found]],
 ) -> list[tuple[str, Contract, Found]]:
-    """Of experts that several routers send rows to, nobody can tell whose rows they are."""
+    """Do not count rows that enter experts shared by several routers, since their router is unknown."""
     users = Counter(id(expert) for _, _, item in found for expert in item.listed)
     return [
         (path, contract, replace(item, listed=()) if any(users[id(e)] > 1 for e in item.listed) else item)
@@ -138,7 +138,7 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
     names = [f"{path}.{item.router_path}".lstrip(".") for path, _, item in found]
     data_parallel = DataParallelDims(model)
     sites, callers = [], Counter(id(item.router) for _, _, item in found)
-    counted: set[int] = set()  # shared experts that two routers of a layer have in common (ernie4_5_vl_moe)
+    counted: set[int] = set()  # two routers of a layer may have shared experts in common (ernie4_5_vl_moe)
     for (path, contract, item), name, label in zip(found, names, layer_labels(names), strict=True):
         shared = shared_modules(model, path, item)
         info = _info(name, label, contract, item, shared, data_parallel)
@@ -185,12 +185,12 @@ def _info(
 
 
 def _weights(item: Found) -> tuple[nn.Module, ...]:
-    """The modules that hold the weights of the routed experts."""
+    """Return the modules that hold the weights of the routed experts."""
     return item.weights or ((item.experts,) if item.experts is not None else ())
 
 
 def select_sites(sites: list[RouterSite], layers: LayerSelector) -> list[RouterSite]:
-    """Those of the routers that `layers` names; see `find_routers`."""
+    """Return the routers that `layers` selects; see `find_routers`."""
     if layers is None:
         return sites
     if callable(layers):
@@ -210,7 +210,7 @@ def select_sites(sites: list[RouterSite], layers: LayerSelector) -> list[RouterS
 
 
 def transformers_release(module: nn.Module) -> str | None:
-    """The version of transformers, for a module of its classes."""
+    """Return the version of transformers if the module is an instance of one of its classes, else None."""
     package = sys.modules.get("transformers")
     of_transformers = any(
         base.__module__.startswith("transformers.") for base in type(unwrapped(module)).__mro__

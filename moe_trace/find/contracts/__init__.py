@@ -1,8 +1,8 @@
-"""Contracts: how a kind of router is recognised by its modules, and how one of its calls is read.
+"""Contracts, each of which recognizes a kind of router by its modules and reads its calls.
 
-A contract is two small functions. `find` looks at one module of a model and answers whether a router of
-its kind stands there; `read` turns what the hooks saw in one call into a `RouterOutput`. Adding a family is
-adding a contract to `CONTRACTS` of `find/registry.py`; a user adds one with `register_adapter`.
+A contract consists of two small functions. `find` inspects one module of a model and returns the routers of
+its kind there; `read` turns the arguments and outputs seen by hooks in one call into a `RouterOutput`. To
+support a family, add a contract to `CONTRACTS` in `find/registry.py`; users add one by `register_adapter`.
 """
 
 from moe_trace.find.contracts.contract import (

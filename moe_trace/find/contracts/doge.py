@@ -1,7 +1,7 @@
-"""product-key: experts are rows of two embeddings, found by the sum of two keys (Doge).
+"""Contract `product-key`: experts are rows of two embeddings, chosen by the sum of two keys (Doge).
 
-One linear layer gives two halves of sqrt(E) scores; expert `i * sqrt(E) + j` scores `x[i] + y[j]`. There is
-no logit of an expert, so entropy, confidence and z-loss are left empty.
+A linear layer computes two halves of sqrt(E) scores; expert `i * sqrt(E) + j` has the score `x[i] + y[j]`.
+There are no logits of experts, so entropy, confidence and z-loss are left empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOTE = (
 
 
 def find_product_key(block: nn.Module) -> list[Found]:
-    """A block with a key layer and two embeddings of experts."""
+    """Find a block with a key layer and two embeddings of experts."""
     children = dict(block.named_children())
     keys = int_attribute(block, "num_keys")
     if not keys or any(name not in children for name in _PARTS):
@@ -48,14 +48,14 @@ def find_product_key(block: nn.Module) -> list[Found]:
 
 
 def read_product_key(call: Call, keys: int = 1, *, normalised: bool = False) -> RouterOutput:
-    """The index that the embeddings were asked for; weights are the softmax of those experts' scores."""
+    """Read the index that was passed to the embeddings; weights are the softmax of those experts' scores."""
     index: Any = call.experts_args[0] if call.experts_args else None
     scores = call.router_output
     require_2d("index", index, integer=True)
     if not isinstance(scores, Tensor) or scores.numel() != 2 * keys * index.shape[0]:
         raise AdapterMismatch(f"expected 2 x {keys} scores for each token, found {described(scores)}")
     with overhead_range():
-        # As the family does: the halves are split by position in memory, not by the last dimension.
+        # As in the model's code, the halves are split by position in memory, not along the last dimension.
         x_TR, y_TR = scores.detach().view(2, index.shape[0], keys).unbind()
         summed_TK = x_TR.gather(-1, index // keys) + y_TR.gather(-1, index % keys)
         weights_TK = summed_TK.softmax(-1)

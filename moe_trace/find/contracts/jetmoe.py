@@ -1,8 +1,7 @@
-"""sorted-dispatch: the router returns its tokens sorted by expert, with the size of each expert (JetMoE).
+"""Contract `sorted-dispatch`: the router returns tokens sorted by expert, and each expert's count (JetMoE).
 
-Two routers a layer: the experts of the MLP, and those of the attention's projections, whose block is never
-called as a module. The experts are two modules `(inputs, expert_size)`, so the decision is read from the
-router alone.
+A layer has two routers: for the experts of the MLP, and for those of the attention projections, whose block
+is never called as a module. The experts are two modules `(inputs, expert_size)`, so only the router is read.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _SIZES_ARGUMENT = "expert_size"
 
 
 def find_sorted_dispatch(block: nn.Module) -> list[Found]:
-    """A block of a router and modules that take rows sorted by expert."""
+    """Find a block with a router and modules that take rows sorted by expert."""
     children = dict(block.named_children())
     weights = [
         child for child in children.values() if forward_parameters(unwrapped(child))[1:2] == [_SIZES_ARGUMENT]
@@ -42,7 +41,7 @@ def find_sorted_dispatch(block: nn.Module) -> list[Found]:
             router=children[router_name],
             router_path=router_name,
             experts=None,
-            # Mixture-of-attention blocks are used through `map` and `reduce`.
+            # Mixture-of-attention blocks are called through `map` and `reduce`.
             block=None if hasattr(block, "map") and hasattr(block, "reduce") else block,
             num_experts=int_attribute(router, "num_experts") or max(expert_rows(weights[0]), default=0),
             top_k=int_attribute(router, "top_k"),
@@ -52,7 +51,7 @@ def find_sorted_dispatch(block: nn.Module) -> list[Found]:
 
 
 def read_sorted_dispatch(call: Call) -> RouterOutput:
-    """Put the sorted rows back: row i went to the expert whose run it lies in, and was slot `position[i]`."""
+    """Undo the sorting: row i went to the expert in whose range it is, and was slot `positions[i]`."""
     output = call.router_output
     if not isinstance(output, tuple) or len(output) < 5:
         raise AdapterMismatch(
@@ -82,7 +81,7 @@ def _check(positions_N: Any, weights_N: Any, logits_TE: Any) -> None:
 
 
 def _to_device(sizes: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """The sizes as a tensor; from pinned memory, so that the copy does not wait for the device."""
+    """Return the sizes as a tensor on the device, copied from pinned memory to avoid synchronizing."""
     if isinstance(sizes, Tensor):
         return sizes.to(device, non_blocking=True)
     host = torch.tensor(sizes, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""dense-scores: `router -> (scores [T, E], logits [T, E])`, scores 0 where not chosen (Llama 4).
+"""Contract `dense-scores`: `router -> (scores [T, E], logits [T, E])`, scores 0 if not chosen (Llama 4).
 
-The block scales the input of every expert by its scores and runs all of them: E x T rows of FLOPs, whatever
-was chosen. The experts receive nothing that tells a decision, so it is read from the router alone.
+The block scales the input of every expert by its scores and runs all of them: E x T rows of FLOPs, regardless
+of the choice. The experts receive neither ids nor weights, so only the router is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOTE = "every expert computes every token, scaled by 0 where it was not chosen:
 
 
 def find_dense_scores(block: nn.Module) -> list[Found]:
-    """A block of experts that take hidden states alone and a linear router that knows its top-k."""
+    """Find a block with experts that take hidden states only, and a linear router that has a top-k."""
     children = dict(block.named_children())
     experts = children.pop("experts", None)
     if experts is None or len(forward_parameters(unwrapped(experts))) != 1:
@@ -56,7 +56,7 @@ def find_dense_scores(block: nn.Module) -> list[Found]:
 
 
 def read_dense_scores(call: Call, top_k: int = 1) -> RouterOutput:
-    """The k largest scores of each token; a score that underflowed to 0 chose nothing."""
+    """Read the k largest scores of each token; a score that underflowed to 0 is a skipped slot."""
     output = call.router_output
     parts = output if isinstance(output, tuple) else ()
     if len(parts) != 2 or not all(isinstance(p, Tensor) and p.dim() == 2 for p in parts):

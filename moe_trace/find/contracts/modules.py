@@ -1,4 +1,4 @@
-"""Look at modules and values without running anything: signatures, wrappers, sizes, forms."""
+"""Inspection of modules and values without running them: signatures, wrappers, sizes and shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_trace.find.contracts.contract import AdapterMismatch
 
-# Where wrappers keep the module that they stand for: PEFT, FSDP 1, DataParallel and DDP, torch.compile,
+# Attributes in which wrappers keep the wrapped module: PEFT, FSDP 1, DataParallel and DDP, torch.compile,
 # activation checkpointing.
 _WRAPPED = (
     "base_layer",
@@ -21,13 +21,13 @@ _WRAPPED = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
 )
-# Code of a router that returns first what a softmax gave, or nothing but weights and index.
+# Matches the code of a router that returns the result of a softmax first, or only weights and index.
 _NO_LOGITS = re.compile(r"\b(\w+) = [\w.]*softmax\(.*\breturn \1,|\breturn \w+, \w+\s*$", re.DOTALL)
 _ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside wrappers that pass their arguments on; the module itself where there is none."""
+    """Return the module inside wrappers that pass their arguments on, or the module itself."""
     while any(p.kind in _ANY_ARGUMENTS for p in _parameters(module)):
         inner = [child for name in _WRAPPED if (child := module._modules.get(name)) is not None]
         if not inner:
@@ -37,16 +37,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of the module's class as its author wrote it: FSDP 2 puts a class of its own before it."""
+    """Return the name of the module's original class, in front of which FSDP 2 puts its own class."""
     if hasattr(module, "_get_fsdp_state"):
         return type(module).__mro__[2].__name__
     return type(module).__name__
 
 
 def forward_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of the class's forward after self; empty where they cannot be told.
+    """Return the parameter names of the class's forward after self; empty if they cannot be determined.
 
-    The class and not the instance: expert parallelism replaces `module.forward` by a wrapper.
+    The class is inspected because expert parallelism replaces the instance's `forward` by a wrapper.
     """
     return [parameter.name for parameter in _parameters(module)]
 
@@ -59,10 +59,10 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def returns_logits(router: nn.Module) -> bool:
-    """Whether logits come first in what a router returns, as far as its code says otherwise.
+    """Return whether a router returns logits first; True unless its code shows otherwise.
 
-    It depends on the version and on whose copy the router is, and no value tells: probabilities are numbers
-    as logits are.
+    This depends on the version of the router's code, and cannot be seen in the values, since probabilities
+    could be logits too.
     """
     try:
         return not _NO_LOGITS.search(inspect.getsource(type(router).forward))
@@ -71,7 +71,7 @@ def returns_logits(router: nn.Module) -> bool:
 
 
 def logits_module(router: nn.Module, experts: int) -> tuple[str, nn.Module] | None:
-    """(name, module) of the one linear layer inside a router that has an output for each expert."""
+    """Return (name, module) of the only linear layer inside a router with one output per expert, or None."""
     linear = [
         (name, child)
         for name, child in router.named_children()
@@ -81,7 +81,7 @@ def logits_module(router: nn.Module, experts: int) -> tuple[str, nn.Module] | No
 
 
 def int_attribute(module: Any, *names: str) -> int:
-    """The first of these attributes that is a positive integer; 0 if none is."""
+    """Return the first of these attributes that is a positive integer, or 0."""
     for name in names:
         value = getattr(module, name, 0)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -90,19 +90,19 @@ def int_attribute(module: Any, *names: str) -> int:
 
 
 def expert_matrices(experts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The 3-D weights [E, ., .] below a module, without the scales of quantised ones."""
+    """Yield (name, weight) of the 3-D weights [E, ., .] of a module, without scales of quantized ones."""
     for name, parameter in experts.named_parameters():
         if parameter.dim() == 3 and "scale" not in name.rsplit(".", 1)[-1]:
             yield name, parameter
 
 
 def expert_rows(experts: nn.Module) -> list[int]:
-    """The first dimension of every 3-D weight, smallest first: experts with weights of that kind."""
+    """Return the sorted distinct first dimensions of the 3-D weights, which are numbers of experts."""
     return sorted({parameter.shape[0] for _, parameter in expert_matrices(experts)})
 
 
 def expert_modules(experts: nn.Module) -> list[nn.Module]:
-    """The children that are one expert each, where experts are kept in a list or a dict of modules."""
+    """Return the children that are one expert each, if the experts are a list or dict of modules."""
     if not isinstance(experts, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return []
     return [child for child in experts.children() if any(True for _ in child.parameters())]
@@ -118,7 +118,7 @@ def require_2d(what: str, value: Any, *, integer: bool = False) -> None:
 
 
 def described(value: Any) -> str:
-    """A value's type and shape, in words."""
+    """Return a value's type and shape in words."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, tuple):

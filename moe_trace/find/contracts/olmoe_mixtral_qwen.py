@@ -1,8 +1,7 @@
-"""topk-experts: `experts(hidden_states, index, weights)`, the contract of nearly every family.
+"""Contract `topk-experts`: `experts(hidden_states, index, weights)`, used by nearly every family.
 
-What the experts module receives is the decision, whichever way the router came to it: by logits, by biased
-scores, within groups, by a table, in the router or (DBRX) in the block. The router's own output is needed for
-the logits alone.
+The experts module receives the assignments, however they were made: from logits or biased scores, within
+groups, by a table, in the router or (DBRX) in the block. The router's own output is only needed for logits.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from moe_trace.find.contracts.topk_reading import (
 ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"Router|Gat(e|ing)$|TopK")
 Rule = Callable[[nn.Module, nn.Module], dict[str, Any]]
-"""`rule(router, experts)` -> what a family sets differently in `Found`; nothing if it is none of it."""
+"""`rule(router, experts)` -> fields of `Found` that a family sets differently; empty for other families."""
 
 
 def is_topk_experts(module: nn.Module) -> bool:
-    """Whether the module is called as `experts(hidden_states, index, weights)`; wrappers are seen through."""
+    """Return whether the module inside wrappers is called as `experts(hidden_states, index, weights)`."""
     parameters = forward_parameters(unwrapped(module))
     return len(parameters) >= 3 and parameters[1] in INDEX_ARGUMENTS
 
 
 def chooses_itself(module: nn.Module) -> bool:
-    """Whether the module is called as `experts(hidden_states, router_logits)`, and has a method to choose."""
+    """Return whether the module is called as `experts(hidden_states, router_logits)` and chooses experts."""
     experts = unwrapped(module)
     return forward_parameters(experts) == [HIDDEN_ARGUMENT, "router_logits"] and callable(
         getattr(experts, "route_tokens_to_experts", None)
@@ -56,7 +55,7 @@ def chooses_itself(module: nn.Module) -> bool:
 
 
 def find_topk_experts(block: nn.Module) -> list[Found]:
-    """A block whose children are an experts module, told by its signature, and the router beside it."""
+    """Find a block with an experts module, recognized by its signature, and a router among its children."""
     children = dict(block.named_children())
     experts_names = [
         name for name, child in children.items() if is_topk_experts(child) or chooses_itself(child)
@@ -78,7 +77,7 @@ def find_topk_experts(block: nn.Module) -> list[Found]:
         "read_block": fused_block_reader(router),
     }
     if any("attn" in name for name in children):
-        # Router and experts stand in the decoder layer itself, beside its dense network: no block to time.
+        # Router and experts are children of the decoder layer, next to its dense MLP: no block to time.
         fields |= {"block": None, "shared": tuple(children[name] for name in ("mlp",) if name in children)}
     for rule in RULES:
         fields |= rule(router, unwrapped(experts))
@@ -86,7 +85,7 @@ def find_topk_experts(block: nn.Module) -> list[Found]:
 
 
 def router_beside(children: dict[str, nn.Module]) -> str | None:
-    """The one child that is a router: by its name, else by the name of its class; None if that is unclear."""
+    """Return the name of the child that is a router, by name or else class name; None if ambiguous."""
     named = [name for name in ROUTER_NAMES if name in children]
     if not named:
         classes = {name: type(unwrapped(child)).__name__ for name, child in children.items()}
@@ -95,7 +94,7 @@ def router_beside(children: dict[str, nn.Module]) -> str | None:
 
 
 def class_count(router: nn.Module, experts: nn.Module) -> int:
-    """E. Under expert parallelism `experts.num_experts` is the local count, so the largest word wins."""
+    """Return E: the largest count, since `experts.num_experts` is the local one under expert parallelism."""
     return max(
         int_attribute(router, "num_experts", "n_routed_experts"),
         int_attribute(experts, "num_experts"),
@@ -104,7 +103,7 @@ def class_count(router: nn.Module, experts: nn.Module) -> int:
 
 
 def slot_count(router: nn.Module, block: nn.Module) -> int:
-    """K, as far as it can be told before a call."""
+    """Return K, or 0 if it is not known before a call."""
     config = getattr(router, "config", None)
     return (
         int_attribute(router, "top_k")
@@ -113,11 +112,11 @@ def slot_count(router: nn.Module, block: nn.Module) -> int:
     )
 
 
-# -- rules of families that say the same in another way ------------------------------------------------
+# -- rules for families that deviate -------------------------------------------------------------------
 
 
 def hash_router(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """DeepSeek-V4's hash layers: experts by a table of token ids, logits only weigh them."""
+    """Handle DeepSeek-V4's hash layers: a table of token ids chooses experts; logits give the weights."""
     if not hasattr(router, "tid2eid"):
         return {}
     note = "chosen by a table of token ids: no logits decide, so entropy, confidence and z-loss are empty"
@@ -125,11 +124,11 @@ def hash_router(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
 
 
 def no_logits_returned(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """Routers that return something else where logits are expected; see `returns_logits`.
+    """Handle routers that do not return logits first; see `returns_logits`.
 
-    Where a module inside computes them (Gemma 4's `proj`, AFMoE's `gate`), its output is read. Elsewhere
-    (OLMoE, Mixtral, Qwen and others before transformers 5.6, which overwrote them) their scale is lost: no
-    z-loss can be told, and a softmax of what is returned is no distribution of the router's.
+    If a module inside computes them (Gemma 4's `proj`, AFMoE's `gate`), its output is read. Otherwise (OLMoE,
+    Mixtral, Qwen and others before transformers 5.6, which overwrote them) their scale is lost: there is no
+    z-loss, and a softmax of the returned values is not the router's distribution.
     """
     if returns_logits(router):
         return {}
@@ -146,7 +145,7 @@ def no_logits_returned(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
 
 
 def choice_inside(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """Aria before its experts were handed an index: they are handed the logits, and choose themselves."""
+    """Handle older versions of Aria, whose experts receive the logits and choose by themselves."""
     if not chooses_itself(experts):
         return {}
     config = getattr(experts, "config", None)
@@ -154,7 +153,7 @@ def choice_inside(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
 
 
 def identity_experts(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """LongCat-Flash: the last indices are experts without weights, which return their input."""
+    """Handle LongCat-Flash, whose last experts have no weights and return their input."""
     rows = expert_rows(experts)
     if len(rows) < 2:
         return {}
@@ -164,7 +163,7 @@ def identity_experts(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
 
 
 def skip_class(router: nn.Module, experts: nn.Module) -> dict[str, Any]:
-    """Zaya: one more class than experts. The router rewrites it to expert 0 with a weight of exactly 0."""
+    """Handle Zaya, which has an extra class that the router rewrites to expert 0 with weight exactly 0."""
     classes = int_attribute(router, "num_router_classes")
     if classes <= int_attribute(router, "num_experts"):
         return {}

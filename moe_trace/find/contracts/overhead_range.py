@@ -1,4 +1,4 @@
-"""Mark the few device operations that some contracts need to read a call."""
+"""Profiler range for the few device operations that some contracts need to read a call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe_trace.find.private.torch_names import enter_range, leave_range, thread_
 
 @contextmanager
 def overhead_range() -> Iterator[None]:
-    """Without gradients, and in a range of our own: the cost stays visible and is nobody else's."""
+    """Disable gradients and open a range of moe_trace, so that the cost is visible and attributed to it."""
     with torch.no_grad():
-        # A range would break the graph of whoever compiles the model.
+        # A range would cause a graph break in a compiled model.
         if not torch.compiler.is_compiling() and thread_is_profiled():
-            entered = enter_range(OVERHEAD_RANGE)  # torch's own class imports a module at its first use
+            entered = enter_range(OVERHEAD_RANGE)  # `record_function` imports a module when first used
             try:
                 yield
             finally:

@@ -1,4 +1,4 @@
-"""What stands beside the routed experts: shared experts, and experts that nobody could read."""
+"""Detection of experts that no contract names: shared experts, sibling experts, and unread experts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moe_trace.find.contracts.contract import Found
 from moe_trace.find.contracts.modules import expert_matrices, expert_modules, unwrapped
 
 _ABOVE_THE_BLOCK = ("shared_mlp", "shared_experts")
-"""Shared experts that some families keep one level above the block."""
+"""Names of shared experts that some families keep one level above the block."""
 _EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 def shared_modules(model: nn.Module, block_path: str, found: Found) -> tuple[nn.Module, ...]:
-    """The always-on modules beside the routed experts: the contract's own word, else those named `shared`."""
+    """Return the modules that process every token: those the contract names, else those named `shared`."""
     if found.shared is not None:
         return found.shared
     children = model.get_submodule(block_path).named_children()
@@ -31,7 +31,7 @@ def shared_modules(model: nn.Module, block_path: str, found: Found) -> tuple[nn.
 
 
 def with_experts(found: Found) -> Found:
-    """With the weights of the experts that stand beside the router, where its contract names none."""
+    """Add the weights of the experts next to the router to `found`, if its contract names none."""
     if found.experts is not None or found.weights is not None or found.block is None:
         return found
     beside = experts_beside(dict(found.block.named_children()), found.router, found.num_experts)
@@ -39,10 +39,10 @@ def with_experts(found: Found) -> Found:
 
 
 def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, nn.Module]]:
-    """(path, module) of what looks like routed experts, outermost only, and no contract reads.
+    """Return (path, module) of the outermost modules that look like routed experts and no contract reads.
 
-    By structure and name together: a module called experts or MoE, by its name or its class, that holds
-    3-D weights [E, ., .] or a list of modules of one kind.
+    These are modules named experts or MoE, by attribute or class, that hold 3-D weights [E, ., .] or a list
+    of modules of the same class.
     """
     known = {id(part) for item in found for part in _parts(item)}
     unread: list[tuple[str, nn.Module]] = []
@@ -60,7 +60,7 @@ def _parts(found: Found) -> Iterator[nn.Module]:
 
 
 def looks_like_experts(path: str, module: nn.Module) -> bool:
-    """By name and structure together."""
+    """Return whether a module looks like routed experts, by both name and structure."""
     name = path.rpartition(".")[2]
     if not (_EXPERT_NAME.search(name) or _EXPERT_NAME.search(type(module).__name__)):
         return False
@@ -68,7 +68,7 @@ def looks_like_experts(path: str, module: nn.Module) -> bool:
 
 
 def count_experts(module: nn.Module) -> int:
-    """Rows of its own 3-D weights, or modules of one kind in a list; 0 where it is built otherwise."""
+    """Return the number of experts: rows of own 3-D weights, or items of one class in a list; else 0."""
     rows = [p.shape[0] for name, p in expert_matrices(module) if "." not in name]
     children = expert_modules(module)
     alike = len({type(child) for child in children}) == 1
@@ -78,8 +78,10 @@ def count_experts(module: nn.Module) -> int:
 def experts_beside(
     children: Mapping[str, nn.Module], router: nn.Module, num_experts: int
 ) -> nn.Module | None:
-    """The one child of a block that is built as its routed experts are, and has `num_experts` of them; where
-    that number is not known, the one that is named so."""
+    """Return the only child of a block that has the structure of `num_experts` experts, or None.
+
+    If that number is 0, that is unknown, return the only one that looks like experts by name and structure.
+    """
     others = {name: child for name, child in children.items() if child is not router}
     if num_experts:
         found = [child for child in others.values() if count_experts(unwrapped(child)) == num_experts > 1]

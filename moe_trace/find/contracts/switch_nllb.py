@@ -1,6 +1,6 @@
-"""one-hot: `experts(hidden_states, mask over all experts, weights)` (Switch Transformers, NLLB-MoE).
+"""Contract `one-hot`: `experts(hidden_states, mask over all experts, weights)` (Switch, NLLB-MoE).
 
-The router returns (mask, weights, logits). A row of zeros is a token that the capacity left out.
+The router returns (mask, weights, logits). A row of zeros is a token dropped by the capacity.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NLLB_NOTE = (
 
 
 def is_one_hot_experts(module: nn.Module) -> bool:
-    """Experts kept as a dict of modules that take a mask, or any that call their argument a mask."""
+    """Return whether experts are a dict of modules that take a mask, or name their argument a mask."""
     experts = unwrapped(module)
     parameters = forward_parameters(experts)
     if len(parameters) < 3:
@@ -41,7 +41,7 @@ def is_one_hot_experts(module: nn.Module) -> bool:
 
 
 def find_one_hot(block: nn.Module) -> list[Found]:
-    """A block of a router and such experts."""
+    """Find a block with a router and one-hot experts."""
     children = dict(block.named_children())
     names = [name for name, child in children.items() if is_one_hot_experts(child)]
     if len(names) != 1:
@@ -69,7 +69,7 @@ def find_one_hot(block: nn.Module) -> list[Found]:
 
 
 def _applies_one_hot_to_mask(experts: nn.Module) -> bool:
-    """Whether this transformers has the defect, so that the note goes away with it."""
+    """Return whether this version of transformers has the defect that the note describes."""
     try:
         return f"one_hot({_MASK_ARGUMENT}" in inspect.getsource(type(experts).forward)
     except (OSError, TypeError):
@@ -77,7 +77,7 @@ def _applies_one_hot_to_mask(experts: nn.Module) -> bool:
 
 
 def read_one_hot(call: Call) -> RouterOutput:
-    """Switch: the one expert of each row of the mask. NLLB: the two non-zeros of each row of the weights."""
+    """Read the expert in each row of Switch's mask, or the two non-zeros in each row of NLLB's weights."""
     logits, mask, weights = _parts(call)
     experts = logits.shape[-1]
     with overhead_range():
@@ -85,19 +85,19 @@ def read_one_hot(call: Call) -> RouterOutput:
             mask_TE = mask.reshape(-1, experts)
             index = mask_TE.argmax(-1, keepdim=True).masked_fill(~mask_TE.any(-1, keepdim=True), experts)
         else:
-            # The mask is of the first choice only; both choices are where the dense weights are not 0.
+            # The mask has the first choice only; the non-zeros of the dense weights are both choices.
             weights, index = weights.topk(2, dim=-1)
             index = index.masked_fill(weights == 0, experts)
     return RouterOutput(index, weights, logits.reshape(-1, experts))
 
 
 def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits [.., E], mask [.., E], weights [T, 1 or E]) of the call."""
+    """Return (logits [.., E], mask [.., E], weights [T, 1 or E]) of the call."""
     output = call.router_output
     given = (*(call.experts_args or ()), *call.experts_kwargs.values())
     mask, weights = (given[1], given[2]) if len(given) >= 3 else (None, None)
     logits = output[2] if isinstance(output, tuple) and len(output) >= 3 else None
-    if isinstance(call.watched_output, Tensor):  # Switch at first: what it returned third are weights
+    if isinstance(call.watched_output, Tensor):  # the third output of older versions of Switch is weights
         logits = call.watched_output
     if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
         raise AdapterMismatch(

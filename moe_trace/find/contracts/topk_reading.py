@@ -1,4 +1,4 @@
-"""How one call is read: index and weights as the experts received them, logits from the router."""
+"""Readers of contract `topk-experts`: index and weights as the experts received them, the router's logits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from moe_trace.find.contracts.contract import AdapterMismatch, Call, RouterOutpu
 from moe_trace.find.contracts.modules import described, int_attribute, require_2d, unwrapped
 from moe_trace.find.contracts.overhead_range import overhead_range
 
-# The name of the second argument of an experts module's forward, in every family of transformers 5 whose
-# index is [T, K]. (`router_mask`, NLLB's, is a mask over all experts.)
+# Names of the second argument of an experts module's forward, in every family of transformers 5 whose index
+# is [T, K]. (NLLB's `router_mask` is a mask over all experts.)
 INDEX_ARGUMENTS = frozenset({"top_k_index", "router_indices", "selected_experts"})
 HIDDEN_ARGUMENT = "hidden_states"
 
 
 def read_topk_experts(call: Call) -> RouterOutput:
-    """Index and weights as the experts received them: the true assignments. Logits from the router."""
+    """Read the actual assignments, as the experts received them, and the router's logits."""
     given, logits = call.experts_args, _logits(call)
     if given is not None and len(given) == 3:
-        # The usual form, checked in the fewest steps: this runs in every call of every router.
+        # This fast path checks the usual form, since it runs for every call of every router.
         index, weights = given[1], given[2]
         try:
             shape, logits_shape = index.shape, logits.shape
@@ -36,7 +36,7 @@ def read_topk_experts(call: Call) -> RouterOutput:
             ):
                 return RouterOutput(index, weights, logits)
         except AttributeError:
-            pass  # not tensors: said below
+            pass  # not tensors, which is reported below
     return _explain_or_read(call, logits)
 
 
@@ -46,7 +46,7 @@ def _logits(call: Call) -> Any:
 
 
 def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
-    """The same step by step, so that what does not fit can be named."""
+    """Read a call step by step, with an error that names what does not match."""
     index, weights = _choice(call)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] < index.shape[0]:
         raise AdapterMismatch(
@@ -58,21 +58,24 @@ def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
 
 
 def _of_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutput:
-    """Where the experts were given fewer tokens than the router, nothing tells which logits are theirs."""
+    """Return the output padded to all tokens, without logits if the experts received fewer than the router.
+
+    In that case it is unknown which logits belong to their tokens.
+    """
     if logits.shape[0] <= index.shape[0]:
         return RouterOutput(index, weights, logits)
     dropped = (0, 0, 0, logits.shape[0] - index.shape[0])
-    with overhead_range():  # the others were dropped: their slots are skipped
+    with overhead_range():  # the slots of dropped tokens are skipped
         return RouterOutput(functional.pad(index, dropped, value=-1), functional.pad(weights, dropped), None)
 
 
 def read_without_logits(call: Call) -> RouterOutput:
-    """The decision alone, where logits play no part in it."""
+    """Read index and weights only, for routers without usable logits."""
     return RouterOutput(*_choice(call), None)
 
 
 def read_watched_logits(call: Call) -> RouterOutput:
-    """Logits from a module inside the router; None where that was not called as a module."""
+    """Read logits from a module inside the router; they are None if it was not called as a module."""
     logits = call.watched_output
     index, weights = _choice(call)
     if not isinstance(logits, Tensor):
@@ -81,7 +84,7 @@ def read_watched_logits(call: Call) -> RouterOutput:
 
 
 def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:
-    """The choice of experts that are handed logits, by their own method: a function of the logits alone."""
+    """Return a reader for experts that receive logits, which repeats their choice by their own method."""
     choose: Any = unwrapped(experts).route_tokens_to_experts
 
     def read(call: Call) -> RouterOutput:
@@ -96,8 +99,8 @@ def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:
 
 
 def _choice(call: Call) -> tuple[Tensor, Tensor]:
-    """(index [T, K], weights [T, K]) of the call."""
-    if call.experts_args is None:  # a fused block did not call the experts module: the router's own word
+    """Return (index [T, K], weights [T, K]) of the call."""
+    if call.experts_args is None:  # a fused block did not call the experts module: use the router's output
         index, weights = _router_choice(call.router_output)
     else:
         index, weights = _experts_choice(call)
@@ -136,7 +139,7 @@ def _experts_choice(call: Call) -> tuple[Any, Any]:
     arguments: tuple[Any, ...] = call.experts_args or ()
     named = dict(call.experts_kwargs)
     index_name = next((name for name in named if name in INDEX_ARGUMENTS), None)
-    if index_name is not None:  # in whatever order they were named
+    if index_name is not None:  # keyword arguments may have any order
         index = named.pop(index_name)
         rest = [value for name, value in named.items() if name != HIDDEN_ARGUMENT]
         arguments = (None, index, *rest)
@@ -150,21 +153,21 @@ def _experts_choice(call: Call) -> tuple[Any, Any]:
 
 
 def choice_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """What `read_without_logits` reads, of many calls."""
+    """Read many calls like `read_without_logits`."""
     return [index for _, index, _ in experts_args], [weights for _, _, weights in experts_args]
 
 
 def topk_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """What `read_topk_experts` reads, of many calls."""
+    """Read many calls like `read_topk_experts`."""
     logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
     return *choice_columns(outputs, experts_args), logits
 
 
-# -- one decision whose experts are called several times: in tiles, slot by slot, hot and cold ones apart ----
+# -- router calls whose experts are called several times: by tile, by slot, or hot and cold ones separately --
 
 
 def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int) -> Call:
-    """One decision whose experts were called several times; see `Contract.combine`."""
+    """Merge several calls of the experts for one router call; see `Contract.combine`."""
     logits = _logits(call)
     shape = None
     if isinstance(logits, Tensor) and logits.dim() == 2:
@@ -176,12 +179,12 @@ def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int)
 def _combined_choice(
     choices: Sequence[tuple[Tensor, Tensor]], logits_shape: tuple[int, int] | None, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """(index [T, K], weights [T, K]) of all calls together.
+    """Merge the (index [T, K], weights [T, K]) of several calls.
 
     Args:
         choices: (index, weights) of each call, in order.
-        logits_shape: (T, E) of the router's logits; None where it has none.
-        top_k: K; 0 where it is not known.
+        logits_shape: (T, E) of the router's logits, or None if it has none.
+        top_k: K, or 0 if unknown.
 
     Raises:
         AdapterMismatch: the calls do not make up the router's tokens.
@@ -205,7 +208,7 @@ def _joined(choices: Sequence[tuple[Tensor, Tensor]], *, dim: int) -> tuple[Tens
 
 
 def _slots_of_any(choices: Sequence[tuple[Tensor, Tensor]], experts: int) -> tuple[Tensor, Tensor]:
-    """Each slot as the first call had it in which it was not masked out."""
+    """Take each slot from the first call in which it was not masked out."""
     index, weights = choices[0]
     for other_index, other_weights in choices[1:]:
         unused = (weights == 0) | (index < 0) | (index >= experts)
@@ -216,16 +219,16 @@ def _slots_of_any(choices: Sequence[tuple[Tensor, Tensor]], experts: int) -> tup
 
 # -- fused blocks, which call neither their router nor their experts -----------------------------------------
 
-# Routers that are nothing but top-k of `linear(x, weight, bias)` and a softmax over the k: only for those is
-# the decision of a fused kernel known without looking into it.
+# Routers that consist of a top-k of `linear(x, weight, bias)` and a softmax over the k: only for these are
+# the assignments of a fused kernel known without inspecting it.
 _RECOMPUTABLE_ROUTERS = frozenset({"GptOssTopKRouter"})
 
 
 def fused_block_reader(router: nn.Module) -> Callable[[tuple[Any, ...], Any], RouterOutput] | None:
-    """`read(arguments, output)` of the block's call, or None where nobody can tell the decision.
+    """Return `read(arguments, output)` for calls of the block, or None if assignments cannot be recomputed.
 
-    GPT-OSS under MXFP4 or MegaBlocks kernels computes the logits from `router.weight` inside the block and
-    hands them to a kernel. The decision is computed again from the block's input, by the same formula as the
+    With MXFP4 or MegaBlocks kernels, GPT-OSS computes the logits from `router.weight` inside the block and
+    passes them to a kernel. They are recomputed from the block's input, by the same formula as in the
     router's own forward. Other fused blocks are reported as never called.
     """
     if type(router).__name__ not in _RECOMPUTABLE_ROUTERS:

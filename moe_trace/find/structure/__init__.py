@@ -1,1 +1,1 @@
-"""Routers of any framework, recognised by their parts and by what they return, not by their class."""
+"""Routers of any framework, recognized by their modules and outputs rather than by class."""

@@ -1,6 +1,6 @@
-"""Decisions as routers write them: as expert ids, of each token its K, with a weight of the same shape.
+"""Parsing of router outputs: expert ids, K per token, with weights of the same shape, in one of the forms
 
-    torchtitan            (weights [B, L, K], ids [B, L, K], scores [B, L, E]), flat since
+    torchtitan            (weights [B, L, K], ids [B, L, K], scores [B, L, E]), flattened in newer versions
     OLMo-core             (weights, ids, tokens per expert [E], loss)
     NeMo Automodel        (weights, ids, loss or None)
     DeepSpeed AutoEP      (weights, ids, tokens per expert)
@@ -8,9 +8,9 @@
     megablocks, Nomic     (scores [T, E], weights, ids), in one order or the other
     DeepSpeed TopKGate    (loss, C, E, ids [K, T], locations [K, T], weights [K, T], counts); -1: dropped
 
-A count vector [E] that comes along is never the source: DeepSpeed's counts what capacity then drops.
+A count vector [E] in the output is never the source: DeepSpeed's includes what the capacity then drops.
 
-Or as a mask over all experts; a slot of a token that capacity dropped has the id E, which is no expert.
+Or a mask over all experts; slots of tokens dropped by the capacity get the id E, which is no expert:
 
     Megatron-core         (probabilities [T, E], routing map [T, E] of booleans), after capacity drops
     DeepSpeed, GShard     (loss, combine weights [T, E, C], dispatch mask [T, E, C], counts [E])
@@ -30,18 +30,18 @@ from moe_trace.find.contracts.modules import described
 from moe_trace.find.contracts.overhead_range import overhead_range
 
 MASK_ARGUMENT = "token_mask"
-"""The experts' argument [T], True for tokens that count, of NeMo Automodel."""
+"""Argument [T] of the experts in NeMo Automodel, True for tokens that are not masked out."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Ids and weights, a row a token."""
+    """Expert ids and weights, one row per token."""
 
     index_TK: Tensor
     weights_TK: Tensor
 
     def without(self, counted: Any, num_experts: int) -> Decision:
-        """With the tokens skipped that a mask [T] leaves out."""
+        """Return a copy in which tokens outside the mask `counted` [T] are skipped."""
         index = self.index_TK
         if not isinstance(counted, Tensor) or counted.dtype != torch.bool:
             return self
@@ -56,13 +56,13 @@ class Decision:
 
 
 def read_index(parts: Sequence[Any], num_experts: int, *, one_each: bool = False) -> Decision | None:
-    """The decision in the parts of an output, or in the arguments of a call; None where they hold no ids.
+    """Read ids and weights from the parts of an output or the arguments of a call; None if there are no ids.
 
     Args:
-        one_each: whether ids may be [T], as routers of one expert a token return them.
+        one_each: whether ids may have shape [T], as returned by routers with one expert per token.
 
     Raises:
-        AdapterMismatch: there are ids, and what belongs to them is unknown.
+        AdapterMismatch: there are ids, but the weights that belong to them are ambiguous or missing.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if one_each and _tells_one_each(tensors, num_experts):
@@ -91,13 +91,13 @@ def read_index(parts: Sequence[Any], num_experts: int, *, one_each: bool = False
 
 
 def told_counts(parts: Sequence[Any], num_experts: int) -> Tensor | None:
-    """[E] tokens per expert, where a router returns what may be that."""
+    """Return the tokens per expert [E] if a router seems to return them, else None."""
     vectors = [part for part in parts if isinstance(part, Tensor) and part.shape == (num_experts,)]
     return vectors[0].detach() if len(vectors) == 1 and not vectors[0].requires_grad else None
 
 
 def _tells_one_each(tensors: Sequence[Tensor], num_experts: int) -> bool:
-    """Whether there are ids [T] and weights [T], which cannot be figures [E] of the experts."""
+    """Return whether there are ids [T] and weights [T] that cannot be statistics [E] of the experts."""
     vectors = [t for t in tensors if t.dim() == 1]
     if len(vectors) != 2 or vectors[0].shape != vectors[1].shape or sum(map(_is_whole, tensors)) != 1:
         return False
@@ -109,7 +109,7 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def _capacity_routes(parts: Sequence[Any]) -> Decision:
-    """DeepSpeed's sparse routes, a row a choice: ids of dropped tokens are negative."""
+    """Read DeepSpeed's sparse routes [K, T], in which dropped tokens have negative ids."""
     index, locations, weights = parts[3], parts[4], parts[5]
     if not (index.shape == locations.shape == weights.shape) or index.dim() != 2:
         raise AdapterMismatch(
@@ -119,13 +119,13 @@ def _capacity_routes(parts: Sequence[Any]) -> Decision:
 
 
 def read_masks(parts: Sequence[Any], num_experts: int, top_k: int) -> Decision | None:
-    """The decision in the parts of an output; None where they hold no mask over the experts.
+    """Read ids and weights from a mask in the parts of an output; None if there is no mask over the experts.
 
     Args:
-        top_k: K, the slots of a token; the mask may have fewer.
+        top_k: K, the slots per token; the mask may have fewer.
 
     Raises:
-        AdapterMismatch: there is a mask, and K or the weights are unknown.
+        AdapterMismatch: there is a mask, but K or the weights are unknown.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     masks = [t for t in tensors if t.dtype == torch.bool and t.dim() in (2, 3) and t.shape[1] == num_experts]

@@ -1,7 +1,7 @@
-"""What a router decided, recognised by the form of what it returned, or of what the experts were handed.
+"""Reading of a router's assignments from the form of its output, or of the experts' arguments.
 
-Experts that are modules of a list are handed nothing but rows. Then the gate's top-k is the decision if it
-sends as many rows to each expert as entered it, which is known when the counts have come to the host
+Experts that are modules in a list only receive rows. In that case the gate's top-k is used if it sends as
+many rows to each expert as entered it, which is checked once the counts have been copied to the host
 (`record/calls/settled_rows.py`).
 """
 
@@ -27,17 +27,17 @@ def read_by_structure(
     is_gate: bool = False,
     gives_logits: bool = False,
 ) -> RouterOutput:
-    """The decision as the experts were handed it, else as the router returned it.
+    """Read the assignments from the experts' arguments, or else from the router's output.
 
     Args:
         num_experts: E.
-        top_k: K; 0 where only the call tells.
-        names: of the parameters of the experts' forward, for a mask of tokens among them.
+        top_k: K; 0 if only the call shows it.
+        names: parameter names of the experts' forward, to find a token mask among the arguments.
         is_gate: whether the router is a linear layer, or ends with one.
-        gives_logits: whether what it returns are its logits.
+        gives_logits: whether the router's output is its logits.
 
     Raises:
-        AdapterMismatch: neither has a form that tells one decision.
+        AdapterMismatch: neither has a form that determines the assignments.
     """
     output = call.router_output
     parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
@@ -65,7 +65,7 @@ def _flat(logits: Any, num_experts: int) -> Tensor | None:
 
 
 def _by_rows(call: Call, parts: tuple[Any, ...], logits: Any, num_experts: int, top_k: int) -> RouterOutput:
-    """The top-k of a gate's scores, to be held against the rows that entered each expert."""
+    """Return the top-k of a gate's scores, to be compared with the rows that entered each expert."""
     dense = [
         t for t in parts if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1:] == (num_experts,)
     ]

@@ -1,8 +1,8 @@
-"""router-beside-experts: a router and its experts in one block, whatever framework they are of.
+"""Contract `router-beside-experts`: a router and its experts in one block, for any framework.
 
-torchtitan, OLMo-core, NeMo Automodel, Megatron-core, DeepSpeed, the `MoEGate` of remote code, and blocks with
-a linear layer as the gate (transformers 4, hand-written ones). The modules say where a router stands and how
-many experts it has; what it decided is read in `reading.py`.
+It covers torchtitan, OLMo-core, NeMo Automodel, Megatron-core, DeepSpeed, the `MoEGate` of remote code, and
+blocks with a linear layer as the gate (transformers 4, custom ones). The modules determine the router and the
+number of experts; the router's output is read in `reading.py`.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _TOP_K = ("top_k", "topk", "k", *_CONFIG_TOP_K)
 
 
 def find_router_beside_experts(block: nn.Module) -> list[Found]:
-    """A block of one router, or one linear gate, and one module of experts."""
+    """Find a block with one router, or one linear gate, and one module of experts."""
     found = _look_at(block)
     return [found] if isinstance(found, Found) else []
 
 
 def describe_unread(model: nn.Module, unread: Sequence[tuple[str, nn.Module]]) -> str:
-    """The first few of them: the block with what it lacks, else how its experts are called.
+    """Describe the first three unread experts: what their block lacks, or else their call signature.
 
     Args:
-        unread: (path, module) of what looks like routed experts.
+        unread: (path, module) of modules that look like routed experts.
     """
     shown = dict.fromkeys(_described(model, path, module) for path, module in unread)
     more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
@@ -66,7 +66,7 @@ def _described(model: nn.Module, path: str, module: nn.Module) -> str:
 
 
 def _look_at(block: nn.Module) -> Found | str | None:
-    """Its router, or what keeps a block that holds experts from being read; None where it holds none."""
+    """Return the block's router, or the reason why its experts cannot be read; None without experts."""
     children = {n: c for n, c in block.named_children() if "shared" not in n}
     routers = [name for name, child in children.items() if _is_router(name, unwrapped(child))]
     holders = [n for n, c in children.items() if n not in routers and _holds_experts(n, unwrapped(c))]
@@ -79,7 +79,7 @@ def _look_at(block: nn.Module) -> Found | str | None:
         return _without_one_router(block, routers, held)
     given = children[routers[0]]
     classes = router_classes(unwrapped(given))
-    if classes < 2 or classes % held:  # each rank of expert parallelism holds an equal part
+    if classes < 2 or classes % held:  # under expert parallelism, ranks hold equal parts
         return f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {held} experts"
     return _found(block, routers[0], given, children[holders[0]], classes)
 
@@ -114,10 +114,10 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 
 def _gates(children: dict[str, nn.Module], holder: nn.Module, held: int) -> list[str]:
-    """Linear layers with an output for each expert; of several, those that are not named after noise."""
+    """Return the linear layers with one output per expert, without noise layers if there are others."""
     own_forward = not isinstance(holder, nn.ModuleList | nn.ModuleDict)
     if own_forward and not _listed(holder, held) and len(forward_parameters(holder)) < 2:
-        return []  # a module that is handed no decision has a gate of its own
+        return []  # an experts module that receives no assignments has a gate of its own
     gates = [
         name
         for name, child in children.items()
@@ -143,7 +143,7 @@ def _last(module: nn.Module) -> nn.Module | None:
 
 
 def _last_layer(module: nn.Module) -> nn.Module | None:
-    """The linear layer that a gate is, or ends with but for what has no weights; None for other modules."""
+    """Return the linear layer that a gate is, or its last layer with weights; None for other modules."""
     if int_attribute(module, "out_features") and int_attribute(module, "in_features"):
         return module
     if not isinstance(module, nn.Sequential):
@@ -158,13 +158,13 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 
 def _listed(experts: nn.Module, classes: int) -> tuple[nn.Module, ...]:
-    """The modules that are one expert each; none where others stand for them on other ranks."""
+    """Return the modules that are one expert each; empty if some experts are on other ranks."""
     lists = [found for part in experts.modules() if len(found := expert_modules(part)) == classes]
     return tuple(lists[0]) if len(lists) == 1 else ()
 
 
 def router_classes(router: nn.Module) -> int:
-    """E: by the router's own word, else by its linear layers or weight; 0 where nothing tells."""
+    """Return E from the router's attributes, or else its linear layers or weight; 0 if unknown."""
     told = int_attribute(router, *_CLASSES) or int_attribute(getattr(router, "config", None), *_CLASSES)
     last = _last_layer(router)
     if told or last is not None:
@@ -174,21 +174,21 @@ def router_classes(router: nn.Module) -> int:
         for c in router.children()
         if isinstance(unwrapped(c), nn.Linear)
     }
-    if len(linear) == 1:  # one layer, or one for the choice and one for its noise
+    if len(linear) == 1:  # one layer, or one for the scores and one for their noise
         return linear.pop()
     weight = router._parameters.get("weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
 
 
 def experts_held(experts: nn.Module) -> int:
-    """How many experts a module holds, on this rank: in a list, as 3-D weights, or by its own word."""
+    """Return the number of experts that a module holds on this rank, in a list, 3-D weights or attribute."""
     lists = [len(expert_modules(part)) for part in experts.modules()]
     told = [int_attribute(part, *_LOCAL) for part in experts.modules()]
     return max(*lists, 0) or max(expert_rows(experts), default=0) or max(*told, 0)
 
 
 def _chosen(router: nn.Module, block: nn.Module) -> int:
-    """K, by the router's or the block's word; `top_k` in a configuration may be that of sampling."""
+    """Return K from the router or the block; `top_k` in a config is ignored, since it may be for sampling."""
     configs = [getattr(module, "config", None) for module in (router, block)]
     told = int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K)
     return told or int_attribute(configs[0], *_CONFIG_TOP_K) or int_attribute(configs[1], *_CONFIG_TOP_K)

@@ -22,7 +22,7 @@ FLOAT_FIELDS = ("entropy", "top1_prob", "topk_mass", "z_loss", "load_x_prob")
 
 @dataclass(frozen=True)
 class PackedStats:
-    """The statistics of L calls in two small tensors, in the order of `unpack_ints` and `FLOAT_FIELDS`."""
+    """The statistics of L calls in two small tensors."""
 
     ints: Tensor
     """[L, E + 2 + K + 1 + 2] int64: assignments, slots of weight 0, slots out of range, k histogram,

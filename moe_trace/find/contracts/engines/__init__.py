@@ -1,1 +1,1 @@
-"""Contracts of inference engines, which run the modules of models in their own way."""
+"""Contracts of inference engines, which call the modules of models in their own way."""

@@ -1,10 +1,10 @@
-"""sglang-topk: SGLang's `TopK(hidden_states, router_logits) -> StandardTopKOutput`, told by its structure.
+"""Contract `sglang-topk`: SGLang's `TopK(hidden_states, router_logits) -> StandardTopKOutput`, by structure.
 
-Written after `sglang.srt.layers.moe.topk`, and not run on it. The decision is what `TopK` returns, in eager
-mode (`--disable-cuda-graph`): ids of physical experts where there are redundant ones, columns of fused shared
-experts last, -1 for padding. The gate beside it is not always called as a module, and some blocks append
-shared experts to what the experts are handed, so neither is read. `BypassedTopKOutput` and
-`TritonKernelTopKOutput` tell no ids: such calls are counted as lost.
+It was written from the source of `sglang.srt.layers.moe.topk`, and has not been run with it. The output of
+`TopK` in eager mode (`--disable-cuda-graph`) is read: ids of physical experts if there are redundant ones,
+columns of fused shared experts last, -1 for padding. The gate is not always called as a module, and some
+blocks append shared experts to the experts' arguments, so neither is read. `BypassedTopKOutput` and
+`TritonKernelTopKOutput` contain no ids: such calls are counted as lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GATES = ("gate", "router")
 
 
 def find_sglang_topk(block: nn.Module) -> list[Found]:
-    """A block of a module with a `topk_config` and a module of experts that knows how many it holds."""
+    """Find a block with a module that has a `topk_config` and an experts module with `num_experts`."""
     children = dict(block.named_children())
     chosen = [name for name, child in children.items() if _config(child) is not None]
     experts = children.get("experts")
@@ -77,10 +77,10 @@ def _notes(fused: int, physical: int, logical: int) -> tuple[str, ...]:
 
 
 def read_sglang_topk(call: Call, *, top_k: int, fused: int = 0, with_logits: bool = True) -> RouterOutput:
-    """`topk_ids`, `topk_weights` and `router_logits` of the output, without the columns of shared experts.
+    """Read `topk_ids`, `topk_weights` and `router_logits` of the output, without columns of shared experts.
 
     Raises:
-        AdapterMismatch: the output tells no ids, or has not `top_k` columns.
+        AdapterMismatch: the output has no ids, or does not have `top_k` columns.
     """
     output = call.router_output
     ids, weights = (getattr(output, name, None) for name in ("topk_ids", "topk_weights"))

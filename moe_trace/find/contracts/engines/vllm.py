@@ -1,9 +1,9 @@
-"""vllm-fused-moe: vLLM's `MoERunner`, told by its structure; nothing of vLLM is imported.
+"""Contract `vllm-fused-moe`: vLLM's `MoERunner`, recognized by its structure without importing vLLM.
 
-The runner calls `router.select_experts(hidden_states=, router_logits=)`, and hands what it returns to
-`routed_experts.forward_modular(x=, topk_weights=, topk_ids=)`. Neither is the call of a module, so both
-methods are led through one, a tap, which forward hooks see. The gate's own call is no part of it: off the CPU
-it may run inside compiled code, or be fused, while both methods run side by side in the operator
+The runner calls `router.select_experts(hidden_states=, router_logits=)`, and passes the result to
+`routed_experts.forward_modular(x=, topk_weights=, topk_ids=)`. Neither is a module call, so both methods are
+redirected through a module, a tap, that forward hooks can observe. The gate's own call is not included: on
+devices other than the CPU it may run in compiled code, or be fused, while both methods run in the operator
 `vllm::moe_forward`.
 
 Shape suffixes: T tokens, E experts, K slots per token.
@@ -28,19 +28,19 @@ _NEEDS = {
     _EXPERTS: ("x", "topk_weights", "topk_ids"),
     _MONOLITHIC: ("router_logits",),
 }
-"""By method: the arguments that are read."""
+"""Arguments that are read, by method."""
 _NOTE = "the router's time is that of choosing (select_experts): its gate's product is no part of it"
 
 
 class Tap(nn.Module):
-    """A method of vLLM's as a module: what calls the method calls the module, which calls the method.
+    """A module through which calls of a vLLM method are redirected.
 
-    It stands in the owner's `__dict__`, so that the owner's modules and state are what they were.
+    Its `redirect` is put into the owner's `__dict__`, so that the owner's modules and state do not change.
 
     Args:
-        owner: has the method.
-        name: of the method.
-        holds: modules whose parameters are to be the tap's own, such as the router's gate.
+        owner: object that has the method.
+        name: name of the method.
+        holds: module whose parameters become those of the tap, such as the router's gate.
     """
 
     method: Callable[..., Any]
@@ -52,7 +52,7 @@ class Tap(nn.Module):
         self.names = tuple(inspect.signature(self.method).parameters)
 
     def redirect(self, *args: Any, **kwargs: Any) -> Any:
-        """What stands in the method's place."""
+        """Replace the method: call the tap with the method's arguments."""
         raise NotImplementedError
 
     def _named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Tap(nn.Module):
 
 
 class RouterTap(Tap):
-    """`select_experts` as a router of other frameworks: it returns (logits, weights, ids)."""
+    """`select_experts` in the form of a router module that returns (logits, weights, ids)."""
 
     def redirect(self, *args: Any, **kwargs: Any) -> Any:
         return self(self._named(args, kwargs))[1:]
@@ -71,7 +71,7 @@ class RouterTap(Tap):
 
 
 class ExpertsTap(Tap):
-    """`forward_modular` as experts of other frameworks: called with (x, ids, weights, all else)."""
+    """`forward_modular` in the form of an experts module, called with (x, ids, weights, other arguments)."""
 
     def redirect(self, *args: Any, **kwargs: Any) -> Any:
         given = self._named(args, kwargs)
@@ -83,7 +83,7 @@ class ExpertsTap(Tap):
 
 
 class MonolithicTap(Tap):
-    """`forward_monolithic`, whose kernel chooses the experts and runs them: a decision that nobody sees."""
+    """`forward_monolithic`, whose kernel chooses the experts and runs them, so assignments are unknown."""
 
     def redirect(self, *args: Any, **kwargs: Any) -> Any:
         return self(self._named(args, kwargs))
@@ -93,7 +93,7 @@ class MonolithicTap(Tap):
 
 
 def is_runner(module: nn.Module) -> bool:
-    """Whether a module is built as vLLM's `MoERunner`."""
+    """Return whether a module has the structure of vLLM's `MoERunner`."""
     experts = getattr(module, "routed_experts", None)
     return (
         isinstance(experts, nn.Module)
@@ -103,7 +103,7 @@ def is_runner(module: nn.Module) -> bool:
 
 
 def find_vllm(block: nn.Module) -> list[Found]:
-    """The runners among a block's children. Puts taps on them, which `remove_taps` takes off."""
+    """Find the runners among a block's children and install taps on them, which `remove_taps` removes."""
     return [_found(block, name, child) for name, child in block.named_children() if is_runner(child)]
 
 
@@ -131,7 +131,7 @@ def _found(block: nn.Module, name: str, runner: Any) -> Found:
 
 
 def _balanced(runner: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """What differs under a load balancer: the experts receive ids of slots, some of which hold replicas."""
+    """Return the fields that differ under a load balancer, where experts receive slot ids with replicas."""
     slots = fields["num_experts"]
     experts = int_attribute(runner.moe_config, "num_logical_experts") or slots
     note = (
@@ -150,7 +150,7 @@ def _tap(kind: type[Tap], owner: Any, name: str, holds: nn.Module | None) -> Tap
     there = getattr(owner.__dict__.get(name), "__self__", None)
     if isinstance(there, Tap):
         return there
-    # Named as the class whose method it stands for, which is what a reader looks for.
+    # The tap has the name of the owner's class, which is the one that users know.
     tap = type(type(owner).__name__, (kind,), {})(owner, name, holds)
     if missing := [one for one in _NEEDS[name] if one not in tap.names]:
         raise AdapterMismatch(
@@ -162,7 +162,7 @@ def _tap(kind: type[Tap], owner: Any, name: str, holds: nn.Module | None) -> Tap
 
 
 def remove_taps(model: nn.Module) -> None:
-    """Give the methods back that `find_vllm` led through modules; hooks still on them see no call."""
+    """Restore the methods that `find_vllm` redirected; hooks left on the taps are no longer called."""
     for runner in model.modules():
         if is_runner(runner):
             for owner in (runner.router, runner.routed_experts):
@@ -172,7 +172,7 @@ def remove_taps(model: nn.Module) -> None:
 
 
 def read_vllm(call: Call) -> RouterOutput:
-    """Ids and weights as the experts received them, and the logits that the router was given."""
+    """Read ids and weights as the experts received them, and the logits that the router received."""
     given, output = call.experts_args, call.router_output
     if given is None or len(given) < 3:
         raise AdapterMismatch("expected forward_modular to follow select_experts; it was not called")
@@ -187,10 +187,10 @@ def read_vllm(call: Call) -> RouterOutput:
 
 
 def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
-    """With ids of slots taken back to experts. The map changes between forwards: `read` runs as one ends."""
+    """Read a call, mapping slot ids back to experts as its forward ends: the map changes between forwards."""
     found, state = read_vllm(call), runner.eplb_state
     slots_ER = getattr(state, "logical_to_physical_map", None)
-    if isinstance(slots_ER, Tensor):  # else the balancer has not begun, and the router leaves ids as they are
+    if isinstance(slots_ER, Tensor):  # if not, the balancer has not started, and ids are those of experts
         expert_P1 = experts_of_slots(slots_ER, num_slots)
         found.slots_2P = slots_of_call(found.index_TK, found.weights_TK, expert_P1)
         found.index_TK = logical_ids(found.index_TK, expert_P1)
@@ -198,7 +198,7 @@ def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
 
 
 def vllm_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
-    """What `read_vllm` reads, of many calls."""
+    """Read many calls like `read_vllm`."""
     return (
         [given[1] for given in experts_args],
         [given[2] for given in experts_args],
