@@ -1,1 +1,1 @@
-"""What is private in other packages."""
+"""Access to private APIs of other packages."""

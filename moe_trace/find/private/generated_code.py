@@ -1,7 +1,7 @@
-"""What the code that Inductor generated launches, read from its source, to hold its provenance against.
+"""Extraction of kernel launches from the source of Inductor's generated code, to verify its provenance.
 
-The compiler's provenance leaves some calls out, and tells neither which branch of a `torch.cond` ran nor of
-which of its calls a shared region was. A launch that is missing in it would be taken for its neighbour.
+The compiler's provenance omits some calls, and shows neither which branch of a `torch.cond` ran nor which
+call a shared region belongs to. Without verification, an omitted launch would be mistaken for its neighbor.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _LIBRARIES = (
     "_quantized.",
     "inductor_ops.",
 )
-_NO_LAUNCH = (  # what the code calls on buffers beside its launches; a copy between devices is no kernel
+_NO_LAUNCH = (  # other functions called on buffers; a copy between devices is no kernel
     *("alloc_from_pool", "clear", "as_strided", "view", "size", "stride", "data_ptr", "item", "copy_"),
     *("record", "synchronize", "len", "int", "float", "bool", "min", "max", "floor", "ceil", "isinstance"),
 )
 _VIEW = "aten.view.dtype"
 _HELPERS = ("torch._C._dynamo.guards.", "torch._inductor.")
-"""Whence the code has functions that launch nothing: checks, allocations and views, more in each torch."""
+"""Modules of functions that launch nothing: checks, allocations and views, more in each torch release."""
 _HANDLE = re.compile(r"\[Provenance debug handles\] \S+:(\d+)$", re.MULTILINE)
 
 BRANCHES = (
@@ -57,15 +57,15 @@ OTHER_ORDER = (
 
 
 class _Refused(Exception):
-    """Why the launches are not known."""
+    """Raised with the reason why the launches are unknown."""
 
 
 def problem_of(source: str, noted: Sequence[str]) -> str:
-    """Why the provenance does not tell what the code launches; empty where both agree.
+    """Return why the provenance does not match the launches of the code, or "" if it does.
 
     Args:
-        source: the module that Inductor wrote.
-        noted: names of the launches by the provenance, in their order.
+        source: source of the module that Inductor generated.
+        noted: names of the launches in the provenance, in order.
     """
     try:
         found = list(_Code(ast.parse(source)).launches())
@@ -83,7 +83,7 @@ def problem_of(source: str, noted: Sequence[str]) -> str:
 
 
 class _Code:
-    """The module that Inductor wrote."""
+    """The module that Inductor generated."""
 
     def __init__(self, module: ast.Module) -> None:
         self.functions = {node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)}
@@ -115,7 +115,7 @@ class _Code:
         ]
 
     def launches(self) -> Iterator[str]:
-        """Their names, in the order in which they are made."""
+        """Yield the names of the launches in order."""
         for name in self._in_body(_ENTRY):
             partition = _PARTITION.fullmatch(name)
             if partition is None:
@@ -164,7 +164,7 @@ class _Code:
         return self._takes_a_variable(call)
 
     def _takes_a_variable(self, call: ast.Call) -> bool:
-        """Other calls move no data: they are of the device, its streams and the like."""
+        """Return whether a call uses a local variable; other calls concern devices, streams and the like."""
         receiver = [call.func.value] if isinstance(call.func, ast.Attribute) else []
         parts = [*receiver, *call.args, *(keyword.value for keyword in call.keywords)]
         names = {node.id for part in parts for node in ast.walk(part) if isinstance(node, ast.Name)}
@@ -172,5 +172,5 @@ class _Code:
 
 
 def _called(node: ast.AST) -> str:
-    """`extern_kernels.mm` of its call."""
+    """Return the name of the called function, such as `extern_kernels.mm`, or ""."""
     return ast.unparse(node.func) if isinstance(node, ast.Call) else ""

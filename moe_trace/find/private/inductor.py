@@ -1,9 +1,9 @@
-"""The private names of torch's compiler that tell which part of a model each generated kernel computes.
+"""Access to Inductor's provenance, which shows the part of a model that each generated kernel computes.
 
-Inductor notes, while it generates code, which nodes of its graph each launch computes
-(`trace.provenance_tracking_level`), and each node knows the modules that it was traced in. Code that comes
-from Inductor's cache on disk brings the notes that a tracer put there when it was compiled. None of it has a
-public name; where one is missing, or anything fails, nothing is told and the user's compilation goes on.
+While generating code, Inductor records which nodes of its graph each launch computes
+(`trace.provenance_tracking_level`), and each node has the modules that it was traced in. Code loaded from
+Inductor's cache on disk contains the notes that a tracer stored there when it was compiled. All of this is
+private API: if a name is missing, or anything fails, there are no notes and the user's compilation continues.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from moe_trace.find.private.launch_notes import (
 )
 
 Told = Callable[[LaunchNotes], None]
-"""Called with the notes of a graph that was compiled, or came from the cache."""
+"""Callback with the notes of a graph that was compiled, or loaded from the cache."""
 
 _OURS = f'"{Path(__file__).parents[2]}{os.sep}'
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+")
 _OPERATOR = "torch.ops."
 _KEPT_AS, _CALLS = "moe_trace_launches", "moe_trace_calls"
 _NO_KERNEL = ("aten.copy_", "inductor_ops.resize_storage_bytes_")
-"""Calls that have a name and no note, and need none."""
+"""Calls that have a name but no note, and need none."""
 _listeners: list[Told] = []
 _undo: list[Callable[[], None]] = []
 _said: list[bool] = []
-_keys: list[str] = []  # of the graph that is looked for in the cache, until its notes are told
+_keys: list[str] = []  # key of the graph that is looked up in the cache, until its notes are reported
 _origins: WeakKeyDictionary[Any, Origins | None] = WeakKeyDictionary()
 
 
 def listen_to_compiles(told: Told) -> bool:
-    """Have `told` called for every graph that Inductor compiles, until `stop_listening`.
+    """Call `told` for every graph that Inductor compiles, until `stop_listening`.
 
-    The first listener switches Inductor's notes on, which cost compile time; without listeners they are as
-    the user set them. False where this torch has none.
+    The first listener enables Inductor's provenance, which costs compile time; without listeners it is as set
+    by the user. Returns False if this torch version has no provenance.
     """
     if told not in _listeners:
         if not _listeners and not _switch_on():
@@ -72,7 +72,7 @@ def stop_listening(told: Told) -> None:
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """The user's compilation is worth more than our notes."""
+    """Turn errors into one warning per process, since they must not break the user's compilation."""
     try:
         yield
     except Exception as error:
@@ -95,7 +95,7 @@ def _switch_on() -> bool:
         level, kernels_of = config.trace.provenance_tracking_level, debug.create_kernel_information_json
         _number_of_call(debug)
         _wrap(Scheduler, "codegen_extern_call", before=partial(_number_of_call, debug), after=_note_call)
-        # A backward that is compiled when it first runs leaves its notes to the next one.
+        # The notes of a backward that is compiled when it first runs remain in the table for the next graph.
         _wrap(GraphLowering, "compile_to_module", before=lambda *_: {*kernels_of()}, after=_note_graph)
     except (ImportError, AttributeError):
         while _undo:
@@ -103,7 +103,7 @@ def _switch_on() -> bool:
         return False
     config.trace.provenance_tracking_level = max(1, level)
     _undo.append(lambda: setattr(config.trace, "provenance_tracking_level", level))
-    with suppress(ImportError, AttributeError):  # without these, code from the cache has no notes
+    with suppress(ImportError, AttributeError):  # without these names, code from the cache has no notes
         from torch._inductor import codecache, compile_fx
         from torch._inductor.output_code import CompiledFxGraph
 
@@ -117,11 +117,11 @@ def _switch_on() -> bool:
 def _wrap(
     owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., None] | None = None
 ) -> None:
-    """Have a function of torch's call ours, whose failures it does not see.
+    """Wrap a function of torch with callbacks whose errors do not propagate.
 
     Args:
-        before: is called with its arguments.
-        after: is called with what `before` returned, the function's result, and its arguments.
+        before: called with the function's arguments.
+        after: called with the result of `before`, the function's result, and its arguments.
     """
     original = getattr(owner, name)
 
@@ -146,7 +146,7 @@ def _wrap(
 
 
 def _note_graph(earlier: set[str], module: Any, lowering: Any) -> None:
-    """The code of a graph was generated and loaded."""
+    """Report the notes of a graph whose code was generated and loaded."""
     from torch._inductor import debug
 
     kernels = debug.create_kernel_information_json()
@@ -158,12 +158,12 @@ def _note_graph(earlier: set[str], module: Any, lowering: Any) -> None:
 
 
 def _number_of_call(debug: Any, *_: Any) -> int:
-    """Of the last launch that has a note."""
+    """Return the number of the last launch that has a note."""
     return int(debug._inductor_kernel_provenance_debug_handle)
 
 
 def _note_call(before: int, _: Any, scheduler: Any, scheduler_node: Any) -> None:
-    """A library's call was generated: some have no note, and some also what is written into theirs."""
+    """Complete the note of a generated library call: some have none, or list more nodes than they compute."""
     from torch._inductor import debug
 
     call = scheduler_node.node
@@ -178,7 +178,7 @@ def _note_call(before: int, _: Any, scheduler: Any, scheduler_node: Any) -> None
 
 
 def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> LaunchNotes:
-    """Of a graph that was compiled, held against the code that was written to the path."""
+    """Return the notes of a compiled graph, verified against the code at `path`."""
     graph = lowering.module.graph
     idle = {node.name for node in graph.nodes if _is_idle(node)}
     problem = problem_of(path.read_text(), [launch.kernel for launch in launches])
@@ -192,20 +192,20 @@ def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> Laun
 
 
 def _all_nodes(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """Those of its regions and branches, too."""
+    """Return all nodes of a graph, including those of its regions and branches."""
     parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
     return [node for part in parts for node in part.graph.nodes]
 
 
 def _keep(_: None, result: None, graph: Any, *args: Any, **kwargs: Any) -> None:
-    """What Inductor puts into its cache was made."""
+    """Store the notes in the object that Inductor puts into its cache."""
     for value in (*args, *kwargs.values()):
         if isinstance(encoded := getattr(value, _KEPT_AS, None), bytes):
             setattr(graph, _KEPT_AS, encoded)
 
 
 def _tell_loaded(_: None, path: Any, graph: Any, *args: Any, **kwargs: Any) -> None:
-    """Code that came from the cache was loaded."""
+    """Report the notes of code that was loaded from the cache."""
     origins = _current_origins()
     notes = decode_notes(getattr(graph, _KEPT_AS, None), origins) if origins else None
     if notes is not None:
@@ -213,17 +213,17 @@ def _tell_loaded(_: None, path: Any, graph: Any, *args: Any, **kwargs: Any) -> N
 
 
 def _know_origins(*args: Any, **kwargs: Any) -> None:
-    """A graph as it was traced will be compiled, or its code come from the cache."""
+    """Keep the origins of a traced graph before it is compiled or its code is loaded from the cache."""
     context = torch._guards.TracingContext.try_get()
     graph = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.GraphModule)), None)
     if context is not None and graph is not None:
         found = _origins_of(graph)
-        # Of several graphs of one context, a backward does not tell whose it is.
+        # If a context has several graphs, a backward cannot be assigned to one of them.
         _origins[context] = found if _origins.get(context, found) == found else None
 
 
 def _know_key(key: str, *args: Any, **kwargs: Any) -> None:
-    """A graph is looked for in the cache, before it is loaded or compiled."""
+    """Keep the key of a graph that is looked up in the cache before it is loaded or compiled."""
     _keys[:] = [key]
 
 
@@ -251,10 +251,10 @@ def _tell(notes: LaunchNotes) -> None:
 
 
 def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNodes, ...]:
-    """Sorted by the number behind each name, which counts the launches of the generated code.
+    """Return the launches, sorted by the number in each name, which counts launches of the generated code.
 
     Args:
-        calls: of a library's, by that number, the node that it computes.
+        calls: node that each library call computes, by that number.
     """
     found = []
     for name, notes in kernels.items():
@@ -265,7 +265,7 @@ def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNod
 
 
 def _is_idle(node: torch.fx.Node) -> bool:
-    """Whether it is a view, as of complex numbers: called, but it runs no kernel. A CPU shows the call."""
+    """Return whether a node is a view that runs no kernel, as of complex numbers. A CPU trace shows its call."""
     value = node.meta.get("val")
     is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
     return is_view and isinstance(value, torch.Tensor) and value.device.type != "cpu"

@@ -1,7 +1,7 @@
-"""What Inductor notes of the launches of one graph, and the form in which its cache on disk keeps that.
+"""Provenance of the launches of one graph, and its encoding in Inductor's cache on disk.
 
-Inductor keeps compiled code on disk, but not which modules its nodes were traced in. So our notes are put
-into what it keeps, beside the generated code that they are of: they come, move and go with it.
+Inductor caches compiled code on disk, but not the modules that its nodes were traced in. Our notes are
+therefore stored in the cache entry of the generated code, and are loaded, moved and deleted with it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _DECODED_MAX = 256 << 20
 
 @dataclass(frozen=True)
 class GraphNode:
-    """An operator of a graph that was compiled."""
+    """An operator of a compiled graph."""
 
     name: str
     target: str
-    """As `aten.mm.default`."""
+    """Name of the operator, such as `aten.mm.default`."""
     modules: tuple[str, ...]
     """Paths of the modules that it was traced in, outermost first, such as `L['self'].model.layers.0.mlp`;
-    of a backward's operator, those of the forward's."""
+    for an operator of a backward, those of the corresponding forward operator."""
     ours: bool = False
     """Whether it was called from this package, in a hook of the tracer."""
 
 
 @dataclass(frozen=True)
 class LaunchNodes:
-    """One launch, in the order of the generated code: the kernel's name, and the names of its nodes."""
+    """A launch in the generated code: the kernel's name, and the names of its nodes."""
 
     kernel: str
     nodes: tuple[str, ...]
@@ -42,32 +42,32 @@ class LaunchNodes:
 
 @dataclass(frozen=True)
 class LaunchNotes:
-    """All launches of one graph, and the nodes that they compute."""
+    """All launches of one graph in the order of the generated code, and the nodes that they compute."""
 
     launches: tuple[LaunchNodes, ...]
     nodes: tuple[GraphNode, ...]
     backward: bool
     problem: str = ""
-    """Why these are not the launches that the generated code makes."""
+    """Reason why these are not the launches of the generated code; empty if they are."""
     key: str = ""
-    """Inductor's, of the graph in its cache, which a trace shows of each call; empty without that cache."""
+    """Inductor's cache key of the graph, which a trace shows for each call; empty without the cache."""
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the nodes of a graph were traced, before Inductor changed it.
+    """The modules in which the nodes of a graph were traced, before Inductor changed it.
 
-    Inductor keeps one code for all graphs that compute the same, in whatever modules: those of the layers of
-    a model, where they are compiled one by one.
+    Inductor caches the same code for all graphs that compute the same, regardless of their modules, such as
+    the layers of a model that are compiled one by one.
     """
 
     computes: str
     """Equal only for graphs with the same operators of the same arguments, in the same order."""
     nodes: tuple[tuple[tuple[str, ...], bool], ...]
-    """Of each node `GraphNode.modules` and `GraphNode.ours`."""
+    """`GraphNode.modules` and `GraphNode.ours` of each node."""
 
     def here(self, there: Origins) -> Mapping[tuple[str, ...], tuple[str, ...]] | None:
-        """Modules of another graph -> those of this one; None where these are not known, node by node."""
+        """Return the mapping from modules of another graph to those of this one; None if it is ambiguous."""
         if self.computes != there.computes or len(self.nodes) != len(there.nodes):
             return None
         found: dict[tuple[str, ...], tuple[str, ...]] = {(): ()}
@@ -79,7 +79,7 @@ class Origins:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What stands in the cache."""
+    """Content of the cache entry."""
 
     version: int
     notes: LaunchNotes
@@ -87,7 +87,7 @@ class _Kept:
 
 
 def encode_notes(notes: LaunchNotes, origins: Origins) -> bytes | None:
-    """For the cache; None where that would be too large."""
+    """Encode notes for the cache; return None if they are too large."""
     listed = {name for launch in notes.launches for name in launch.nodes}
     nodes = tuple(node for node in notes.nodes if node.name in listed)
     kept = _Kept(_VERSION, replace(notes, nodes=nodes, key=""), origins)
@@ -96,9 +96,9 @@ def encode_notes(notes: LaunchNotes, origins: Origins) -> bytes | None:
 
 
 def decode_notes(encoded: Any, origins: Origins) -> LaunchNotes | None:
-    """The notes as those of a graph of these origins.
+    """Decode notes from the cache, with their modules replaced by those of `origins`.
 
-    None for anything else, for another version, and where it is not known which modules stand for which.
+    Returns None for invalid data, another version, or if there is no mapping of the modules.
     """
     if not isinstance(encoded, bytes):
         return None

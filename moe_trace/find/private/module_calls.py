@@ -1,4 +1,4 @@
-"""What Python's own stack tells of the calls of modules under way."""
+"""Inspection of module calls in progress through Python's call stack."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import nn
 
 
 def raised_before_forward() -> bool:
-    """Asked in an always-called forward hook that was given no output: whether a pre-hook had raised.
+    """Return whether a pre-hook raised; called in an always-called forward hook that received no output.
 
-    torch calls such a hook while it handles the exception; behind the last pre-hook it binds `bw_hook`. A
-    torch in which that has another name is taken to have begun the forward.
+    torch calls such a hook while it handles the exception, and binds the local `bw_hook` after the last
+    pre-hook. If that local has another name in a torch version, the forward is assumed to have begun.
     """
     error = sys.exc_info()[1]
     trace = None if error is None else error.__traceback__
-    callers = sys._getframe(2), sys._getframe(3)  # of the hook, which another one may have handed on
+    callers = sys._getframe(2), sys._getframe(3)  # callers of the hook, which another hook may have called
     if trace is None or trace.tb_frame not in callers or trace.tb_next is None:
         return False
     inside = trace.tb_next.tb_frame
@@ -23,7 +23,7 @@ def raised_before_forward() -> bool:
 
 
 def is_inside(module: nn.Module) -> bool:
-    """Asked in a hook of a module: whether the calling thread is inside another call of it."""
+    """Return whether the calling thread is inside another call of a module; called in one of its hooks."""
     frame, calls, code = sys._getframe(1), 0, nn.Module.__call__.__code__
     while frame is not None and calls < 2:
         calls += frame.f_code is code and frame.f_locals.get("self") is module
@@ -32,10 +32,10 @@ def is_inside(module: nn.Module) -> bool:
 
 
 def ids_of_hooks(module: nn.Module, *, but_of: type, pre: bool = True) -> tuple[int, ...]:
-    """Of a module's forward hooks that are no methods of objects of a class; no id is ever used again.
+    """Return the ids of a module's forward hooks but methods of `but_of` instances; ids are never reused.
 
     Args:
-        pre: its forward pre-hooks too.
+        pre: whether to include forward pre-hooks.
     """
     on = [getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")[: 1 + pre]]
     found = (item for hooks in on for item in hooks.items())

@@ -1,7 +1,7 @@
-"""Every private name of torch that moe_trace uses, each with the public way or a plain refusal behind it.
+"""Every private name of torch that moe_trace uses, each with a public fallback or a reported loss.
 
-A nightly build may lack any of them. What a missing name takes away is said in one line when a tracer starts
-(`missing`), and the rest is recorded; nothing here is an ImportError.
+A nightly build may lack any of them. When a tracer starts, one line reports what is lost with a missing name
+(`missing`), and everything else is recorded; no missing name is an ImportError.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _said: list[bool] = []
 
 
 def missing() -> list[str]:
-    """What the installed torch does not let moe_trace do, a sentence each."""
+    """Return a sentence for each feature that the installed torch does not support."""
     return [f"torch {torch.__version__} has no {name}: {loss}" for name, loss in _missing.items()]
 
 
 def warn_of_missing() -> None:
-    """Say it, once in a process."""
+    """Warn of missing features, once per process."""
     if _missing and not _said:
         _said.append(True)
         warnings.warn("; ".join(missing()), RuntimeWarning, stacklevel=3)
 
 
 def _named(name: str, loss: str | None = None) -> Any:
-    """What has that name below `torch`, or None; a loss is remembered where nothing stands behind it."""
+    """Return the object of that name in `torch`, or None; a missing one is reported if `loss` is given."""
     holder, _, last = f"torch.{name}".rpartition(".")
     try:
         found = getattr(pkgutil.resolve_name(holder), last, None)
@@ -52,15 +52,15 @@ graph_task_id: Callable[[], int] = _named(
     "_C._current_graph_task_id",
     "calls that gradient checkpointing repeats are counted as calls of a forward",
 ) or (lambda: -1)
-"""Number of the backward that the calling thread is in, as where gradient checkpointing runs a forward again;
--1 outside of one."""
+"""Id of the backward that the calling thread is in, such as when gradient checkpointing recomputes a forward;
+-1 outside a backward."""
 
 
 _queue_callback = _named("autograd.Variable._execution_engine.queue_callback")
 
 
 def after_backward(callback: Callable[[], None]) -> bool:
-    """Have `callback` called when the backward under way is over; False where that cannot be asked for."""
+    """Call `callback` when the backward in progress ends; return False if that is not supported."""
     if _queue_callback is None:
         return False
     _queue_callback(callback)
@@ -76,10 +76,10 @@ _no_modes: Callable[[], AbstractContextManager[Any]] | None = _named(
 
 
 def outside_modes() -> AbstractContextManager[Any]:
-    """A context that no dispatch mode of the user's sees, such as a policy of selective checkpointing.
+    """Return a context hidden from the user's dispatch modes, such as a selective checkpointing policy.
 
-    What is computed on fake tensors stays with the mode that made them. Without torch's names for it the
-    modes see what is done inside.
+    Under a fake tensor mode, modes stay active. Without torch's private names, the modes see the operations
+    inside the context.
     """
     modes = _modes()
     if not modes or any(type(mode).__name__ == "FakeTensorMode" for mode in modes):
@@ -90,11 +90,11 @@ def outside_modes() -> AbstractContextManager[Any]:
 outside_functions: Callable[[], AbstractContextManager[Any]] = (
     _named("_C.DisableTorchFunction") or nullcontext
 )
-"""The same for modes and subclasses that override torch's functions, such as a default device."""
+"""Context hidden from modes and subclasses that override torch functions, such as a default device."""
 count_function_modes: Callable[[], int] = _named("_C._len_torch_function_stack") or (lambda: 0)
-"""How many modes of the user's see what is called of torch now, attributes of tensors included."""
+"""Number of active modes of the user that intercept torch functions, including attributes of tensors."""
 tracing_state: Callable[[], Any] = _named("_C._get_tracing_state") or (lambda: None)
-"""Not None where `torch.jit.trace` makes a program of what the calling thread computes."""
+"""Returns not None while `torch.jit.trace` traces the calling thread."""
 
 
 # -- the profiler --------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ if _thread_is_profiled is None and not hasattr(_profiler, "_is_profiler_enabled"
 
 
 def process_is_profiled() -> bool:
-    """Whether a torch profiler records any thread of this process."""
+    """Return whether a torch profiler records any thread of this process."""
     return bool(getattr(_profiler, "_is_profiler_enabled", False))
 
 
@@ -119,12 +119,12 @@ thread_is_profiled: Callable[[], bool] = _thread_is_profiled or process_is_profi
 
 
 def any_thread_is_profiled() -> bool:
-    """Either of them."""
+    """Return whether a torch profiler records any thread of this process, or the calling thread."""
     return getattr(_profiler, "_is_profiler_enabled", False) or thread_is_profiled()
 
 
 def profiles_all_threads(config: Any) -> bool:
-    """Whether a profiler's `experimental_config` asks for every thread; its fields are in its pickle only."""
+    """Return whether a profiler's `experimental_config`, readable by its pickle only, selects all threads."""
     make = _named("_C._profiler._ExperimentalConfig")
     try:
         default, every = (tuple(make(profile_all_threads=on).__getstate__()) for on in (False, True))
@@ -140,9 +140,9 @@ _leave = _named("_C._autograd._record_function_with_args_exit")
 
 
 def learns_of_public_ranges_alone(config: Any) -> bool:
-    """Whether an `experimental_config` asks for the backend `cupti_monitor`.
+    """Return whether an `experimental_config` selects the backend `cupti_monitor`.
 
-    It learns of ranges in `record_function.__enter__`; one that is opened otherwise has no row on the device.
+    That backend sees ranges in `record_function.__enter__`; others do not appear on the device.
     """
     return "cupti_monitor" in str(getattr(config, "custom_profiler_config", ""))
 
@@ -151,7 +151,7 @@ _record_function = torch.profiler.record_function
 
 
 def enter_range(name: str, publicly: bool = False) -> Any:
-    """Open a range of the kind that `record_function` opens, where it can be for a third of its time.
+    """Open a range like `record_function`, in a third of its time if torch's private names are available.
 
     `record_function` goes through two operators and their dispatcher; the names above do not.
     """
@@ -161,7 +161,7 @@ def enter_range(name: str, publicly: bool = False) -> Any:
 
 
 def leave_range(entered: Any) -> None:
-    """Close what `enter_range` opened."""
+    """Close a range that `enter_range` opened."""
     if isinstance(entered, _record_function):
         entered.__exit__(None, None, None)
     else:
@@ -169,18 +169,18 @@ def leave_range(entered: Any) -> None:
 
 
 enter_private: Any = None if _leave is None else _enter
-"""As `enter_range`, without asking. The range is over when nothing refers to what it returns: `_leave` only
-keeps that alive until it is called, and costs a fifth of the range."""
+"""Like `enter_range`, without its checks; None if unavailable. The range ends when its result is no longer
+referenced: `_leave` only keeps that alive until it is called, and costs a fifth of the range."""
 
 
 # -- dynamo and graphs ---------------------------------------------------------------------------------------
 
 EVAL_FRAME = os.path.join(os.path.dirname(torch.__file__), "_dynamo", "eval_frame.py")
-"""The file whose frames stand below a call of what `torch.compile` returned."""
+"""File whose frames are on the stack in a call of what `torch.compile` returned."""
 
 
 def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
-    """Keep dynamo from compiling these functions as graphs of their own: slower, and no less true. Hooks that
+    """Keep Dynamo from compiling these functions as separate graphs, which would only be slower. Hooks that
     are inlined into a larger graph are still traced (`torch.compiler.disable` would break that graph)."""
     strategy = _named("_C._dynamo.eval_frame._FrameExecStrategy")
     action = _named("_C._dynamo.eval_frame._FrameAction")
@@ -192,35 +192,35 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
 
 
 def may_be_compiled() -> bool:
-    """Whether `torch.compile` was ever asked for, or did anything before a `torch.compiler.reset`."""
+    """Return whether `torch.compile` was called, or compiled anything before a `torch.compiler.reset`."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    # None is the backend of what dynamo shall leave alone, such as the methods of optimizers.
+    # None is the backend of functions that Dynamo must not compile, such as the methods of optimizers.
     return any(getattr(frames, "cached_backends", {0: frames}).values()) or frames_compiled() > 0
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` makes a program of what is traced.
+    """Return whether `torch.export` is tracing.
 
-    Up to torch 2.11 dynamo takes `torch.compiler.is_exporting()` for True in whatever it compiles.
+    Up to torch 2.11, Dynamo treats `torch.compiler.is_exporting()` as True in everything that it compiles.
     """
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def frames_compiled() -> int:
-    """How many frames dynamo has compiled in this process; 0 where it keeps no such count."""
+    """Return the number of frames that Dynamo has compiled in this process; 0 if it has no such count."""
     counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
     return int(counters["frames"].get("ok", 0)) if "frames" in counters else 0
 
 
 def mark_static_address(tensor: Tensor) -> None:
-    """Let CUDA graphs write to the tensor where it is; without the name they may copy it, or not be made."""
+    """Let CUDA graphs write to the tensor in place; without this they may copy it, or not be created."""
     mark = _named("_dynamo.mark_static_address")
     if mark is not None:
         mark(tensor)
 
 
 def without_fake_tensors() -> AbstractContextManager[Any] | None:
-    """A context in which tensors are real while a compiler traces with fake ones, or None."""
+    """Return a context with real tensors while a compiler traces with fake ones; None if unavailable."""
     return None if _no_fakes is None else _no_fakes()
 
 
@@ -235,17 +235,17 @@ if not CAN_RECORD_GRAPHS:
 
 
 def kernel_annotations() -> Mapping[int, Sequence[Any]]:
-    """What was noted of the nodes of captured graphs, by their id; empty where torch keeps no such notes."""
+    """Return the annotations of nodes of captured graphs, by node id; empty if torch has none."""
     read = _named("cuda._graph_annotations.get_kernel_annotations")
     return {} if read is None else read()
 
 
 def mark_kernels(annotation: dict[str, Any]) -> AbstractContextManager[Any] | None:
-    """Annotate the nodes that a stream's capture adds, those of the backward not; None where that is off."""
+    """Return a context that annotates nodes added to a capture, but not a backward's; None if disabled."""
     mark = _named("cuda._graph_annotations.mark_kernels")
     if mark is None or not _named("cuda._graph_annotations._annotations_enabled"):
         return None
-    # From 2.14 on the kernels of the backward are annotated too, unless it is told not to.
+    # From 2.14 on, kernels of the backward are annotated too, unless disabled.
     forward_only = "backward" in inspect.signature(mark).parameters
     scope: AbstractContextManager[Any] = mark(annotation, **({"backward": False} if forward_only else {}))
     return scope
@@ -257,7 +257,7 @@ _raw_stream = _named("_C._cuda_getCurrentRawStream")
 
 
 def current_stream_handle(device: torch.device) -> int:
-    """As `torch.cuda.current_stream`, in a fifth of its time."""
+    """Return the handle of `torch.cuda.current_stream`, in a fifth of its time."""
     if _raw_stream is None:
         return torch.cuda.current_stream(device).cuda_stream
     return int(_raw_stream(device.index))
@@ -266,7 +266,7 @@ def current_stream_handle(device: torch.device) -> int:
 # -- hooks ---------------------------------------------------------------------------------------------------
 
 stream_is_captured = _named("_C._cuda_isCurrentStreamCapturing") or torch.cuda.is_current_stream_capturing
-"""Of the current stream, once CUDA is initialised. Asked in each router call: the public way is two more."""
+"""Whether the current stream is captured, once CUDA is initialized; saves two calls in each router call."""
 _HOOKS = "_forward_hooks"
 if not hasattr(nn.Module(), _HOOKS):
     _missing[f"torch.nn.Module.{_HOOKS}"] = (
@@ -275,13 +275,13 @@ if not hasattr(nn.Module(), _HOOKS):
 
 
 def hooks_of(module: nn.Module) -> Collection[int]:
-    """The forward hooks of a module, which grow and shrink as hooks come and go."""
+    """Return the live collection of a module's forward hooks."""
     hooks: Collection[int] = getattr(module, _HOOKS, ())
     return hooks
 
 
 def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold their hooks in one dict, as a shallow copy does with its original."""
+    """Return whether two modules share one dict of hooks, like a shallow copy and its original."""
     hooks = getattr(module, _HOOKS, None)
     if hooks is not None:
         return hooks is getattr(other, _HOOKS, None)
@@ -290,7 +290,7 @@ def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
 
 
 def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
-    """Take the forward hooks off a module, for which there is no handle, that `unwanted` names."""
+    """Remove the forward hooks and pre-hooks of a module that `unwanted` selects, without their handles."""
     names = ("_forward_pre_hooks", _HOOKS)
     beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     for hooks in (getattr(module, name, {}) for name in names):
