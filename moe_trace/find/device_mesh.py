@@ -76,10 +76,7 @@ def _shard(parameter: Any, dims: Iterable[int]) -> tuple[int, int]:
 
 
 def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
-    """Return the range [start, stop) of a part as split by `torch.chunk` and `Shard`.
-
-    The last parts may be shorter, or empty.
-    """
+    """Return a part's range [start, stop) as split by `torch.chunk` and `Shard`; the last may be empty."""
     width = -(-size // parts)
     return min(part * width, size), min((part + 1) * width, size)
 

@@ -1,8 +1,7 @@
 """FLOPs of routers and experts, computed from the shapes of their weights.
 
-`torch.utils.flop_counter` counts 0 for `aten::_grouped_mm`, transformers' default for experts, so FLOPs are
-computed from the actual weights: 2 per multiply-add, without biases and norms, as the counter does in eager
-mode.
+`torch.utils.flop_counter` counts 0 for `aten::_grouped_mm`, transformers' default for experts. FLOPs are 2
+per multiply-add, without biases and norms, as the counter does in eager mode.
 """
 
 from __future__ import annotations
@@ -69,10 +68,7 @@ def dense_flops_per_token(module: nn.Module) -> int:
 
 
 def projection_note(found: Found, shared: Iterable[nn.Module]) -> str | None:
-    """Return a note on other modules of the block that process every token, such as latent projections.
-
-    Returns None if there are none.
-    """
+    """Return a note on other modules of the block that process every token, such as latent projections."""
     if found.block is None:
         return None
     counted = {id(m) for m in (found.router, found.gate, found.experts, *(found.weights or ()), *shared)}
@@ -122,10 +118,7 @@ def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:
 
 
 def _declared_elements(experts: nn.Module) -> int:
-    """Return the size of one expert from the module's attributes; 0 if it has none.
-
-    Used if the weights are packed or no longer tensors.
-    """
+    """Return an expert's size by the module's attributes, for packed or replaced weights; 0 if unknown."""
     hidden = int_attribute(experts, "hidden_dim", "hidden_size")
     width = int_attribute(experts, "intermediate_dim", "intermediate_size")
     gated = hasattr(experts, "gate_up_proj") or hasattr(experts, "gate_proj")

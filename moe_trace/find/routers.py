@@ -185,7 +185,6 @@ def _info(
 
 
 def _weights(item: Found) -> tuple[nn.Module, ...]:
-    """Return the modules that hold the weights of the routed experts."""
     return item.weights or ((item.experts,) if item.experts is not None else ())
 
 

@@ -78,10 +78,8 @@ def count_experts(module: nn.Module) -> int:
 def experts_beside(
     children: Mapping[str, nn.Module], router: nn.Module, num_experts: int
 ) -> nn.Module | None:
-    """Return the only child of a block that has the structure of `num_experts` experts, or None.
-
-    If that number is 0, that is unknown, return the only one that looks like experts by name and structure.
-    """
+    """Return the only child of a block that is built of `num_experts` experts or, if that is 0, the only one
+    that looks like experts by name; None if there is not exactly one."""
     others = {name: child for name, child in children.items() if child is not router}
     if num_experts:
         found = [child for child in others.values() if count_experts(unwrapped(child)) == num_experts > 1]

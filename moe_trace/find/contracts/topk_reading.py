@@ -58,10 +58,7 @@ def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
 
 
 def _of_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutput:
-    """Return the output padded to all tokens, without logits if the experts received fewer than the router.
-
-    In that case it is unknown which logits belong to their tokens.
-    """
+    """Pad to all tokens if the experts received fewer, without logits: it is unknown which are theirs."""
     if logits.shape[0] <= index.shape[0]:
         return RouterOutput(index, weights, logits)
     dropped = (0, 0, 0, logits.shape[0] - index.shape[0])

@@ -158,7 +158,7 @@ def _note_graph(earlier: set[str], module: Any, lowering: Any) -> None:
 
 
 def _number_of_call(debug: Any, *_: Any) -> int:
-    """Return the number of the last launch that has a note."""
+    """Return the number of the last launch with a note."""
     return int(debug._inductor_kernel_provenance_debug_handle)
 
 
@@ -192,7 +192,7 @@ def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> Laun
 
 
 def _all_nodes(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """Return all nodes of a graph, including those of its regions and branches."""
+    """Return all nodes, including those of regions and branches."""
     parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
     return [node for part in parts for node in part.graph.nodes]
 
@@ -265,7 +265,7 @@ def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNod
 
 
 def _is_idle(node: torch.fx.Node) -> bool:
-    """Return whether a node is a view that runs no kernel, as of complex numbers. A CPU trace shows its call."""
+    """Return whether a node is a view that runs no kernel, as of complex numbers. A CPU's trace shows it."""
     value = node.meta.get("val")
     is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
     return is_view and isinstance(value, torch.Tensor) and value.device.type != "cpu"

@@ -54,10 +54,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def is_called_through_compile() -> bool:
-    """Return whether this thread is inside a call of a compiled function or module.
-
-    If it is, code may be compiled now.
-    """
+    """Return whether this thread is inside a call of a compiled function, and may thus compile code now."""
     if "torch._dynamo.eval_frame" not in sys.modules:
         return False
     frame: FrameType | None = sys._getframe(1)

@@ -202,11 +202,7 @@ class ModelRings:
             self.in_graph.end(level)
 
     def take_over(self, other: ModelRings, *, forwards: int | None = None) -> None:
-        """Take over the rings and counters that compiled code writes to from an earlier tracer's `other`.
-
-        Args:
-            forwards: number that the counters continue from, with empty rings; None to leave both unchanged.
-        """
+        """Take over an earlier tracer's rings; clear them and continue counting from `forwards`, if given."""
         theirs = {(id(r.router), r.name): rings for r, rings in zip(other._routers, other.sites, strict=True)}
         for router, mine in zip(self._routers, self.sites, strict=True):
             if (rings := theirs.get((id(router.router), router.name))) is not None:

@@ -56,9 +56,7 @@ class Shipment:
             self.copied.synchronize()
 
     def new_rows(self, drained: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """Yield (router, row, forward number) of unread rows, ordered by forward within each router.
-
-        The copies must be complete.
+        """Yield (router, row, forward number) of new rows, by forward for each router; call after `wait`.
 
         Args:
             drained: number of the last forward of each router whose row has been read.

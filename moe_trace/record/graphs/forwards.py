@@ -154,10 +154,7 @@ class GraphForwards:
         return self.epoch - (self.epoch - epoch) % EXACT
 
     def attribute_to_host(self, record: CallRecord, epoch: int) -> bool:
-        """Set the step and time of a call to those of a forward that the host saw.
-
-        Returns whether the forward is recorded.
-        """
+        """Set a call's step and time to those of a forward the host saw; return whether it is recorded."""
         seen = self._by_epoch.get(epoch)
         if seen is None:
             self.forgotten += 1

@@ -172,10 +172,7 @@ class CapturedCalls:
             call.after_block(args, output)
 
     def lose(self, thread: int) -> bool:
-        """Count the call open on a thread as lost, and return whether there was one.
-
-        Its experts were computed without being called, or its capture failed.
-        """
+        """Count a call open on a thread as lost: its experts were not called, or its capture failed."""
         if self.open.pop(thread, None) is None:
             return False
         self.state.seen += 1

@@ -66,10 +66,8 @@ class LaunchLists:
 
 
 def _is_untraced(notes: LaunchNotes, graph: CompiledGraph) -> bool:
-    """Return whether a forward of an MoE block contains none of our hooks, as in a layer not recorded.
-
-    Relative to the compiled code, its modules may have the same paths as those of a recorded layer.
-    """
+    """Return whether a forward of an MoE block contains none of our hooks, since its layer is not recorded.
+    Relative to the compiled code, its modules may have the same paths as those of a recorded layer."""
     places = {part.place for part in graph.parts}
     return len(places) > 1 and "router" in places and not (notes.backward or any(n.ours for n in notes.nodes))
 

@@ -77,10 +77,7 @@ class ForwardCounter:
         self._described = batch is not None
 
     def phases_of(self, tokens: int) -> Tensor | None:
-        """Return the phases of the forward in progress, [tokens] uint8, using tensor operations only.
-
-        They are 0 for more than `PHASES_MAX` tokens.
-        """
+        """Return the forward's phases, [tokens] uint8 (0 above `PHASES_MAX`), by tensor operations only."""
         if self.phases is None:
             return None
         return self.phases[:tokens] if tokens <= PHASES_MAX else self.phases.new_zeros(tokens)

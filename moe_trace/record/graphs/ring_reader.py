@@ -103,10 +103,7 @@ class RingReader:
             self._unshipped = 1
 
     def release(self) -> bool:
-        """Ship the rings a last time, so that another tracer can take them over.
-
-        Returns whether compiled code writes to them and they could be read.
-        """
+        """Ship the rings a last time; return whether they were read and another tracer can take them over."""
         if not self.rings.compiled or not self._may_read():
             return False
         self.ship()

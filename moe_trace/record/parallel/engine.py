@@ -66,10 +66,8 @@ def _moe_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _is_gathered(layer: nn.Module, config: Any) -> bool:
-    """Return whether the tokens of all ranks are gathered before the router decides.
-
-    This is done for kernels that do not exchange tokens themselves.
-    """
+    """Return whether the tokens of all ranks are gathered before the router decides, as is done for kernels
+    that do not exchange tokens themselves."""
     if getattr(layer, "do_naive_dispatch_combine", False):
         return True
     return bool(config.pcp_size > 1 and config.dp_size == 1 and not config.use_all2all_kernels)

@@ -214,7 +214,7 @@ class RoutesRecorder:
                         self.stream.written.add(layers.names[router], range(call, call + 1))
 
     def _lose(self, blocks: Sequence[Block]) -> None:
-        """Mark the assignments of calls that were taken back since as unknown."""
+        """Mark the assignments of calls that were retracted since as unknown."""
         back, names = self._taken_back, self._layers.names
         for block in blocks if back.runs else ():
             block.lost.update(router for router, call in block.decided() if back.has(names[router], call))
