@@ -114,12 +114,12 @@ def _choice(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _by_slot(value: Any) -> Any:
-    """[T, K] of what has several dimensions for the tokens: [batch, sequence, K], as AFMoE's had at first."""
+    """Flatten token dimensions to [T, K], such as [batch, sequence, K] of older versions of AFMoE."""
     return value.flatten(0, -2) if isinstance(value, Tensor) and value.dim() > 2 else value
 
 
 def _weights_of_chosen(dense_TE: Tensor, index_TK: Tensor) -> Tensor:
-    """[T, K] of weights for all experts, which HunYuan's and Phimoe's first routers return."""
+    """Select weights [T, K] from those of all experts, as returned by older routers of HunYuan and Phimoe."""
     with overhead_range():
         return dense_TE.gather(1, index_TK.long().clamp(0, dense_TE.shape[1] - 1))
 

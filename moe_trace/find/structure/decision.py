@@ -41,7 +41,7 @@ class Decision:
     weights_TK: Tensor
 
     def without(self, counted: Any, num_experts: int) -> Decision:
-        """Return a copy in which tokens outside the mask `counted` [T] are skipped."""
+        """Skip the tokens outside the mask `counted` [T]; change nothing if it is no boolean tensor."""
         index = self.index_TK
         if not isinstance(counted, Tensor) or counted.dtype != torch.bool:
             return self

@@ -1,7 +1,7 @@
 """Positions of routers and experts in CUDA graphs that are captured by hand.
 
-While a stream is captured, the hooks run in Python, once. They note how many nodes the graph had when a
-router or its experts began and ended, and annotate their nodes for the profiler where torch supports it
+While a stream is captured, the hooks run in Python, once. They record how many nodes the graph had when a
+router or its experts began and ended, and annotate these nodes for the profiler where torch supports it
 (`torch.cuda.graph(enable_annotations=True)`). The kernels of a replay are identified when a trace is merged
 (`timeline/correlate/replays.py`). Nothing here raises: a graph whose nodes cannot be identified keeps the
 reason.
@@ -82,13 +82,13 @@ class CaptureNotes:
         self._open: dict[tuple[int, str, RangeKind], _Open] = {}
 
     def begin(self, name: str, site: str, kind: RangeKind) -> None:
-        """Note that a router or its experts begin; the current stream must be capturing."""
+        """Record the start of a router or its experts; the current stream must be capturing."""
         capture = self._read()
         annotation = _annotate(range_name(kind, site), id(self))
         self._open[threading.get_ident(), name, kind] = _Open(capture, len(capture.nodes), annotation)
 
     def end(self, name: str, kind: RangeKind) -> None:
-        """Note that a router or its experts returned or raised."""
+        """Record that a router or its experts returned or raised."""
         opened = self._open.pop((threading.get_ident(), name, kind), None)
         if opened is None:
             return

@@ -221,12 +221,12 @@ class ModelRings:
         self._counting(forwards)
 
     def begin_on_host(self) -> None:
-        """Handle the begin of a forward that the host sees."""
+        """Handle the start of a forward that the host sees."""
         self.in_graph.forget(on_host=True)
         self._captured.forget()
 
     def end_on_host(self) -> None:
-        """Handle the end of a forward that the host saw begin."""
+        """Handle the end of a forward whose start the host saw."""
         self.in_graph.forget()
 
     def start_captured(self, stage: Stage, level: int) -> None:
@@ -241,7 +241,7 @@ class ModelRings:
         keep_for_graphs([memory for counter in self.counters for memory in counter.memory])
 
     def start_on_host(self, epoch: int, stage: Stage, batch: BatchTokens | None) -> None:
-        """Handle the begin of a forward whose hook runs eagerly."""
+        """Handle the start of a forward whose hook runs eagerly."""
         with torch.no_grad():
             for counter in self.counters:
                 counter.start_on_host(epoch, stage)

@@ -141,7 +141,7 @@ class RingReader:
         self.rings.start_on_host(forward.epoch, forward.stage, forward.batch)
 
     def describe(self, batch: BatchTokens) -> None:
-        """Record a host framework's description of the next forward, whose begin the host may not see."""
+        """Record a host framework's description of the next forward, whose start the host may not see."""
         self.forwards.describe(batch)
         self.rings.describe(batch)
 

@@ -28,7 +28,7 @@ class DispatchInfo:
 def append_sent_counts(
     ints: Tensor, sending: DispatchInfo | None, index_TK: Sequence[Tensor], num_experts: int
 ) -> Tensor:
-    """Append E counts of dispatched slots by expert to `ints` [L, n] if the calls dispatch a part of tokens.
+    """Append E counts of dispatched slots by expert to `ints` [L, n] if a slice of tokens is dispatched.
 
     Dispatch depends on the index alone: a slot of weight 0 is sent too.
 

@@ -70,7 +70,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _name(model: nn.Module, name_or_path: str) -> str:
-    """Return the hub id, the last part of a local path (traces are shared), or the class name."""
+    """Return the hub id, the last part of a local path (a trace may be shared), or the class name."""
     if os.path.isdir(name_or_path):
         name_or_path = os.path.basename(os.path.abspath(name_or_path))
     return name_or_path or class_name(model)

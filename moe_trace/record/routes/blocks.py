@@ -69,7 +69,7 @@ class Block:
             self.weights[router] = np.array(weights[rows])
 
     def decided(self) -> list[tuple[int, int]]:
-        """Return (router, call number) of calls that are not lost; calls in graphs never become lost."""
+        """Return (router, call number) of calls not lost; calls in graphs, never lost, are omitted."""
         calls = zip(self.ids, self.calls, strict=True)
         return [(router, call) for router, call in calls if call >= 0 and router not in self.lost]
 
