@@ -194,8 +194,8 @@ def _encode_places(places: Places) -> Iterator[bytes]:
     sides = [_encode_side(places, side) for side in SIDES]
     busy = {kind: column.tolist() for kind, column in places.busy_us.items()}
     for row, (placed, host, device) in enumerate(zip(places.placed.tolist(), *sides, strict=True)):
-        told = {kind: us[row] for kind, us in busy.items() if us[row] == us[row]}
-        more = b",%b" % msgspec.json.encode(told) if told else b""
+        known = {kind: us[row] for kind, us in busy.items() if us[row] == us[row]}
+        more = b",%b" % msgspec.json.encode(known) if known else b""
         yield b"[%b,%b%b]" % (host, device, more) if placed else b"null"
 
 

@@ -85,9 +85,9 @@ def encode_compiled(graphs: Sequence[CompiledGraph]) -> dict[str, Any]:
             for launch in graph.launches
         ]
         parts = [[part.place, *part.routers] for part in graph.parts]
-        one = {"parts": parts, "launches": launches, "backward": graph.backward}
-        told = {"problem": graph.problem, "key": graph.key}
-        encoded.append(one | {name: text for name, text in told.items() if text})
+        fields = {"parts": parts, "launches": launches, "backward": graph.backward}
+        optional = {"problem": graph.problem, "key": graph.key}
+        encoded.append(fields | {name: text for name, text in optional.items() if text})
     return {"version": _VERSIONS[-1], "kernels": [*kernels], "graphs": encoded}
 
 
@@ -109,8 +109,8 @@ def decode_compiled(value: Any) -> tuple[CompiledGraph, ...]:
         for kernel, flags, *places in graph["launches"]:
             if not 0 <= kernel < len(kernels) or not all(0 <= place < len(parts) for place in places):
                 raise ValueError(f"expected {len(kernels)} kernels and {len(parts)} parts, found others")
-            told = {flag: bool(flags >> bit & 1) for bit, flag in enumerate(_FLAGS)}
-            launches.append(CompiledLaunch(kernel=kernels[kernel], parts=tuple(places), **told))
+            launch_flags = {flag: bool(flags >> bit & 1) for bit, flag in enumerate(_FLAGS)}
+            launches.append(CompiledLaunch(kernel=kernels[kernel], parts=tuple(places), **launch_flags))
         texts = {name: str(graph.get(name, "")) for name in ("problem", "key")}
         graphs.append(
             CompiledGraph(parts=parts, launches=tuple(launches), backward=bool(graph["backward"]), **texts)

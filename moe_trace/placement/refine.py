@@ -61,8 +61,8 @@ class _Search:
                 return
             hottest = np.argsort(-self.loads[active].max(axis=2), axis=1, kind="stable")
             hot = hottest[np.arange(len(active)), tries[active]]
-            paid = self._swap(active, hot)
-            tries[active] = np.where(paid, 0, tries[active] + 1)
+            improved = self._swap(active, hot)
+            tries[active] = np.where(improved, 0, tries[active] + 1)
 
     def _swap(self, layers: Ints, hot: Ints) -> np.ndarray:
         """Make the best swap with the hot bin of each layer, and return where one paid."""
@@ -73,12 +73,12 @@ class _Search:
         if self.owners is not None:
             cost[self._doubled(layers, hot, inside)] = np.inf
         best = cost.reshape(len(layers), -1).argmin(axis=1)
-        mine, theirs = inside[rows, best // self.bin_I.size], best % self.bin_I.size
+        given, received = inside[rows, best // self.bin_I.size], best % self.bin_I.size
         total = eighth_power(self.loads[layers]).sum(axis=(1, 2))
-        paid = self._change_of_cost(layers, mine, theirs) < -_ENOUGH * total
-        paid &= np.isfinite(cost.reshape(len(layers), -1)[rows, best])
-        self._exchange(layers[paid], mine[paid], theirs[paid])
-        return paid
+        improved = self._change_of_cost(layers, given, received) < -_ENOUGH * total
+        improved &= np.isfinite(cost.reshape(len(layers), -1)[rows, best])
+        self._exchange(layers[improved], given[improved], received[improved])
+        return improved
 
     def _costs(self, layers: Ints, hot: Ints, inside: Ints) -> np.ndarray:
         """Return the change of cost by each swap with the hot bin, [l, capacity, I], in single precision."""

@@ -66,9 +66,9 @@ class TraceSummary(Evidence):
     def findings_apart(self) -> dict[str, tuple[Finding, ...]]:
         """Group findings by stage, with those about the whole run (or all, without stages) under `""`."""
         of_run = tuple(finding for finding in self.findings if finding.stage is None)
-        said = {finding.rule for finding in of_run}
+        reported_rules = {finding.rule for finding in of_run}
         found: dict[str, tuple[Finding, ...]] = {
-            stage: tuple(finding for finding in part.findings if finding.rule not in said)
+            stage: tuple(finding for finding in part.findings if finding.rule not in reported_rules)
             for stage, part in self.stages.items()
         }
         return {**found, "": of_run}

@@ -63,9 +63,9 @@ def samples_are_accounted_for(checked: Checked) -> Iterator[tuple[str, str]]:
     without, in_graphs = int((missing & ~calls.in_graph).sum()), int((missing & calls.in_graph).sum())
     if without != lost.samples_without_range:
         yield "lost", f"{without} samples have no range, but the file counts {lost.samples_without_range}"
-    by_clock, told = int(placed_by_clock(calls).sum()), sum(lost.without_range.values())
-    if told and without + by_clock != told:
-        yield "lost", f"{without + by_clock} samples have no range, but the file says why of {told}"
+    by_clock, explained = int(placed_by_clock(calls).sum()), sum(lost.without_range.values())
+    if explained and without + by_clock != explained:
+        yield "lost", f"{without + by_clock} samples have no range, but the file says why of {explained}"
     if lost.unplaced and in_graphs != sum(lost.unplaced.values()):
         yield "lost", f"{in_graphs} samples of graphs have no place, but the file says why: {lost.unplaced}"
 

@@ -78,9 +78,9 @@ def _band_events(stream: JsonStream) -> Iterator[BandEvent]:
             stream.skip()
             continue
         for batch in stream.batches(*decoders(_RawEvent)):
-            ours = [event for event in batch if is_band(event.pid) and event.ph in ("C", "X")]
-            times_ns = to_ns([(event.ts, event.dur) for event in ours]).tolist()
-            for event, (start_ns, duration_ns) in zip(ours, times_ns, strict=True):
+            band_events = [event for event in batch if is_band(event.pid) and event.ph in ("C", "X")]
+            times_ns = to_ns([(event.ts, event.dur) for event in band_events]).tolist()
+            for event, (start_ns, duration_ns) in zip(band_events, times_ns, strict=True):
                 counter = event.ph == "C"
                 track = event.pid, event.name if counter else event.tid
                 value = _sum_of_numbers(bytes(event.args)) if counter else None

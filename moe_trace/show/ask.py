@@ -16,8 +16,8 @@ def render_answers(answers: Sequence[Answer]) -> str:
     """Render each question, followed by its answers for each run and stage."""
     parts = []
     for name in dict.fromkeys(answer.question for answer in answers):
-        mine = [answer for answer in answers if answer.question == name]
-        parts.append("\n\n".join([paragraph(f"{QUESTIONS[name]}  ({name})"), *map(_one, mine)]))
+        same_question = [answer for answer in answers if answer.question == name]
+        parts.append("\n\n".join([paragraph(f"{QUESTIONS[name]}  ({name})"), *map(_one, same_question)]))
     return "\n\n\n".join(parts) + "\n"
 
 
@@ -68,8 +68,8 @@ def _expert_rows(answer: Answer) -> str:
     for row in answer.rows[:_LAYERS_SHOWN]:
         first = (row["layer"], row["moved"], row["chance"])
         for label, begin in zip(labels, (first, ("", "", "")), strict=True):
-            served = (f"{e}: {share(here)} ({share(there)})" for e, here, there in row[label][:2])
-            rows.append((*begin, label, ", ".join(served)))
+            texts = (f"{e}: {share(here)} ({share(there)})" for e, here, there in row[label][:2])
+            rows.append((*begin, label, ", ".join(texts)))
     headings = ("layer", "moved", "chance", "text", "experts that serve it more (other text)")
     return text_table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
 

@@ -67,8 +67,8 @@ def headline(comparison: Comparison) -> str:
         found.append(f"metrics of {', '.join(sorted(single)[:4])}")
     if found:
         return f"Changed: {'; '.join(found)}."
-    untold = any(c.verdict == "few calls" for c in comparison.changes)
-    if untold:
+    undecided = any(c.verdict == "few calls" for c in comparison.changes)
+    if undecided:
         return (
             "The set-up is the same, and no layer routes differently beyond chance. Too few steps to tell "
             "more."

@@ -248,6 +248,6 @@ def _row(router: RouterMetrics) -> tuple[Cell, ...]:
 
 
 def _explain(clocks: set[str]) -> str:
-    told = {"host": "the host's clock", "cuda_event": "CUDA events on the stream"}
-    by = " and ".join(told[c] for c in sorted(clocks))
-    return f"Latency (p50, p95) of one call of the router in ms, by {by}."
+    descriptions = {"host": "the host's clock", "cuda_event": "CUDA events on the stream"}
+    clock_names = " and ".join(descriptions[c] for c in sorted(clocks))
+    return f"Latency (p50, p95) of one call of the router in ms, by {clock_names}."

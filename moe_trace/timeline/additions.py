@@ -142,9 +142,9 @@ class _Payload(msgspec.Struct):
 
 def _own_cuts(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
     end = layout.events.end
-    ours = _find_addition(file, end)
-    if ours is not None:
-        start, event = ours
+    addition = _find_addition(file, end)
+    if addition is not None:
+        start, event = addition
         _refuse_several_ranks(file, _payload(_recording_in(file, event, end)))
         yield start, end
         return

@@ -83,10 +83,10 @@ def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
     side: Side = "device" if join.on_device else "host"
     for kind in _LANES:
         span, busy_us = _spans_of([one for one in work if one.place == kind], len(places), join)
-        told = ~np.isnan(busy_us)
-        if told.any():
-            spans[side, kind] = np.where(told[:, None], span, places.span(side, kind))
-            busy[kind] = np.where(told, busy_us, places.busy(kind))
+        known = ~np.isnan(busy_us)
+        if known.any():
+            spans[side, kind] = np.where(known[:, None], span, places.span(side, kind))
+            busy[kind] = np.where(known, busy_us, places.busy(kind))
     return Places(places.placed, spans, busy)
 
 
@@ -100,7 +100,7 @@ def _spans_of(work: Sequence[Work], size: int, join: CompiledCalls) -> tuple[Flo
     np.minimum.at(first, row, start_ns)
     np.maximum.at(last, row, start_ns + duration_ns)
     busy_ns = np.bincount(row, duration_ns // share, size)
-    told = np.bincount(row, minlength=size) > 0
+    has_kernels = np.bincount(row, minlength=size) > 0
     us = np.stack([first, last - first, busy_ns], axis=1) / 1000
-    us[~told] = np.nan
+    us[~has_kernels] = np.nan
     return us[:, :2], us[:, 2]

@@ -96,9 +96,9 @@ def _replay_counters(replays: Replays, pid: int) -> Iterator[bytes]:
 def _counters(spans: Floats, rows: IntArray, figures: dict[str, npt.NDArray], pid: int) -> Iterator[bytes]:
     for lane, members in enumerate(without_overlap(spans, rows)):
         for name, values in figures.items():
-            told = members[~np.isnan(values[members])]
-            counts = [b'{"value":%b}' % cell for cell in number_cells(values[told])]
-            yield from _step_function(numbered(name, lane), spans[told], counts, b'{"value":0}', pid)
+            known = members[~np.isnan(values[members])]
+            counts = [b'{"value":%b}' % cell for cell in number_cells(values[known])]
+            yield from _step_function(numbered(name, lane), spans[known], counts, b'{"value":0}', pid)
 
 
 def _expert_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:

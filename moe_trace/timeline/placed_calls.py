@@ -223,8 +223,8 @@ def _there(span: Floats) -> Mask:
 
 def _expert_tflops(placed: PlacedCalls) -> Floats:
     experts_us, flops = placed.spans["experts"][:, 1], placed.calls.expert_flops
-    told = (experts_us > 0) & (flops > 0) & (not placed.experts_are_split)
-    return np.divide(flops, experts_us, out=np.full(len(placed), np.nan), where=told) / 1e6
+    known = (experts_us > 0) & (flops > 0) & (not placed.experts_are_split)
+    return np.divide(flops, experts_us, out=np.full(len(placed), np.nan), where=known) / 1e6
 
 
 def _skipped_share(placed: PlacedCalls) -> Floats:

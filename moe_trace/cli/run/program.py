@@ -43,7 +43,7 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
                 folder.rmdir()
     with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # the stream may be closed
         if os.environ.get("RANK", "0") == "0":
-            _tell(run)
+            _report(run)
     if run.status == INTERRUPTED:
         raise ProgramInterrupted
     return run.status
@@ -59,18 +59,18 @@ class _OursToStderr:
         return getattr(sys.stderr if threading.get_ident() == self._thread else self._stdout, name)
 
 
-def _tell(run: Any) -> None:
-    ours = [trace for trace in run.traces if trace.parent == run.out.absolute()]
+def _report(run: Any) -> None:
+    own_traces = [trace for trace in run.traces if trace.parent == run.out.absolute()]
     if not run.traces:
         print(f"moe-trace: {run.why_nothing}")
         return
-    if ours and not run.own_profiler:
+    if own_traces and not run.own_profiler:
         from moe_trace.read.reader import read_summary
         from moe_trace.show.text import render_text
 
-        print(render_text(read_summary(ours[-1])))
-    print_files((*run.files, *(trace for trace in run.traces if trace not in ours)))
-    print_next(run.out if ours else run.traces[-1], run.traces[-1])
+        print(render_text(read_summary(own_traces[-1])))
+    print_files((*run.files, *(trace for trace in run.traces if trace not in own_traces)))
+    print_next(run.out if own_traces else run.traces[-1], run.traces[-1])
 
 
 def _config(program: Program, values: dict[str, Any]) -> RunConfig:

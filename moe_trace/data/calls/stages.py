@@ -64,10 +64,10 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
     of_stage, other = lists[f"{stage}_assignments"], _SPLIT[1 - _SPLIT.index(stage)]
     tokens, slots = numbers[f"{stage}_tokens"], of_stage.totals()
     in_prefill = numbers["prefill_requests"]
-    told = in_prefill != NONE
+    known = in_prefill != NONE
     # Exact if every assigned slot was computed.
     computed = numbers["computed_slots"] * slots // np.maximum(1, lists["assignments"].totals())
-    requests = in_prefill if stage == "prefill" else np.where(told, numbers["requests"] - in_prefill, NONE)
+    requests = in_prefill if stage == "prefill" else np.where(known, numbers["requests"] - in_prefill, NONE)
     changed = {
         "stage": np.full(len(calls), stage),
         "tokens": tokens,
@@ -80,7 +80,7 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
         "host_end_ns": numbers["host_start_ns"],
         f"{other}_tokens": np.zeros(len(calls), np.int64),
         "requests": requests,
-        "prefill_requests": np.where(told, requests if stage == "prefill" else 0, NONE),
+        "prefill_requests": np.where(known, requests if stage == "prefill" else 0, NONE),
         **{name: np.full(len(calls), np.nan) for name in _OF_THE_WHOLE},
     }
     for name, values in changed.items():

@@ -26,10 +26,10 @@ class Intervals:
         end_ns = start_ns if end_ns is None else end_ns
         bounds = np.flatnonzero(np.diff(self.thread, prepend=-1, append=-1))  # threads count from 0
         for low, high in itertools.pairwise(bounds):
-            mine = np.flatnonzero(thread == self.thread[low])
-            row = low + np.searchsorted(self.start_ns[low:high], start_ns[mine], "right") - 1
-            inside = (row >= low) & (end_ns[mine] <= self.end_ns[row])
-            found[mine[inside]] = row[inside]
+            on_thread = np.flatnonzero(thread == self.thread[low])
+            row = low + np.searchsorted(self.start_ns[low:high], start_ns[on_thread], "right") - 1
+            inside = (row >= low) & (end_ns[on_thread] <= self.end_ns[row])
+            found[on_thread[inside]] = row[inside]
         return found
 
 

@@ -56,8 +56,8 @@ class EventBytes:
         position = self.start
         while position < self.end:
             self.file.seek(position)
-            room = min(CHUNK, self.end - position)
-            read = self.file.readinto(view[filled : filled + room])  # type: ignore[attr-defined]
+            size = min(CHUNK, self.end - position)
+            read = self.file.readinto(view[filled : filled + size])  # type: ignore[attr-defined]
             if not read:
                 return
             filled, position = filled + read, position + read

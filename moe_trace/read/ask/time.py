@@ -95,14 +95,14 @@ def _parts(report: PhaseReport) -> list[str]:
 
 def balance(part: TraceSummary) -> dict[str, Any]:
     """Estimate the time that even loads of the experts would save, where the trace allows it."""
-    told = [cost for cost in part.imbalance if cost.cost_us is not None]
+    known_costs = [cost for cost in part.imbalance if cost.cost_us is not None]
     waiting = _waiting(part)
-    if not told:
+    if not known_costs:
         reason = next(
             (cost.reason for cost in part.imbalance if cost.reason), "the trace has no times of experts"
         )
         return {"sentence": f"Cannot tell: {reason}.{waiting}"}
-    low, cost, high = (_over_all(told, name) for name in ("low_us", "cost_us", "high_us"))
+    low, cost, high = (_sum_over_calls(known_costs, name) for name in ("low_us", "cost_us", "high_us"))
     work = part.phases.whole.moe_work_us if part.phases is not None else None
     figures = {
         "cost_us": cost,
@@ -117,7 +117,7 @@ def balance(part: TraceSummary) -> dict[str, Any]:
     if low <= 0 <= high:
         sentence = f"Nothing that the trace shows: {each(cost, part)} ({interval})."
     elif cost > 0:
-        worst = max(told, key=lambda one: one.cost_us or 0.0)
+        worst = max(known_costs, key=lambda cost_of_layer: cost_of_layer.cost_us or 0.0)
         sentence = (
             f"At most {each(cost, part)}{of_moe} ({interval}): the forward calls' experts, if each load were "
             f"as even as the evenest of the trace. Most in {worst.site}, {duration(worst.cost_us or 0.0)} a "
@@ -129,15 +129,20 @@ def balance(part: TraceSummary) -> dict[str, Any]:
             f"the trace. Here {saved_by(part.load_models)}"
         )
     rows = tuple(
-        {"layer": one.site, "us_per_call": one.cost_us, "low_us": one.low_us, "high_us": one.high_us}
-        for one in told
+        {
+            "layer": cost_of_layer.site,
+            "us_per_call": cost_of_layer.cost_us,
+            "low_us": cost_of_layer.low_us,
+            "high_us": cost_of_layer.high_us,
+        }
+        for cost_of_layer in known_costs
     )
     return {"sentence": sentence + waiting, "figures": figures, "rows": rows}
 
 
-def _over_all(told: Sequence[ImbalanceCost], name: str) -> float:
+def _sum_over_calls(costs: Sequence[ImbalanceCost], name: str) -> float:
     """Sum over all calls. The layers share one fit, so their errors add up and no interval is too narrow."""
-    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in told)
+    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in costs)
 
 
 def _waiting(part: TraceSummary) -> str:

@@ -79,10 +79,10 @@ def report_physical(recording: Recording, records: RankRecords) -> PhysicalRepor
         records: Recording of each rank.
     """
     calls = recording.calls
-    told = calls.forward & calls.lists["slot_assignments"].known & calls.lists["slot_experts"].known
-    if not told.any():
+    has_slots = calls.forward & calls.lists["slot_assignments"].known & calls.lists["slot_experts"].known
+    if not has_slots.any():
         return None
-    calls = calls.take(told)
+    calls = calls.take(has_slots)
     layers = [
         _layer(router, own, records)
         for router in recording.routers

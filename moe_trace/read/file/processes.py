@@ -39,11 +39,11 @@ def events_of_recording(events: EventTable, samples: Sequence[RoutingSample]) ->
     lanes = dict.fromkeys(pids[np.flatnonzero(events.kind == Kind.DEVICE)].tolist())
     owners = _owners(list(lanes), hosts, events, pids)
     device = events.kind == Kind.DEVICE
-    nobodys = device & np.isin(pids, [lane for lane, owner in owners.items() if owner is None])
+    unowned = device & np.isin(pids, [lane for lane, owner in owners.items() if owner is None])
     lanes_of_own = np.isin(pids, [lane for lane, owner in owners.items() if owner == own])
-    mine = np.where(device, nobodys | lanes_of_own, pids == own)
-    link = np.where(nobodys, NO_LINK, events.link)
-    kept = replace(events, link=link).select(mine)
+    selected = np.where(device, unowned | lanes_of_own, pids == own)
+    link = np.where(unowned, NO_LINK, events.link)
+    kept = replace(events, link=link).select(selected)
     of_thread = _pid_of_thread(events)
     return replace(
         kept, comms=tuple(c for c in events.comms if of_thread[c.thread] == own), processes=len(hosts)

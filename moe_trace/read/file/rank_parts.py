@@ -149,6 +149,8 @@ def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording
 
 def events_of(events: EventTable, pids: Sequence[int | str]) -> EventTable:
     """Select the events of some processes."""
-    mine = np.array([pid in set(pids) for pid, _ in events.threads], dtype=bool)
-    kept = events.select(mine[events.thread] if len(mine) else np.zeros(len(events), dtype=bool))
-    return replace(kept, comms=tuple(c for c in events.comms if mine[c.thread]))
+    is_selected = np.array([pid in set(pids) for pid, _ in events.threads], dtype=bool)
+    kept = events.select(
+        is_selected[events.thread] if len(is_selected) else np.zeros(len(events), dtype=bool)
+    )
+    return replace(kept, comms=tuple(c for c in events.comms if is_selected[c.thread]))

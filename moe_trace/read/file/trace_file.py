@@ -105,16 +105,16 @@ def read_trace(path: Path, progress: Progress | None = None) -> TraceFile:
     _require_events(path, found)
     assert found.events is not None
     recording, merged = _take_recording(path, found.recording)
-    told = {key: found.head.get(key, b"null") for key in KEYS}
+    head = {key: found.head.get(key, b"null") for key in KEYS}
     return TraceFile(
         path=path,
         recording=recording,
         merged=merged,
         events=found.events.build(),
-        devices=device_names(told["deviceProperties"]),
-        base_time_ns=base_time(told["baseTimeNanoseconds"]),
-        host_name=host_name(told["host_name"]),
-        groups=group_ranks(told["distributedInfo"]),
+        devices=device_names(head["deviceProperties"]),
+        base_time_ns=base_time(head["baseTimeNanoseconds"]),
+        host_name=host_name(head["host_name"]),
+        groups=group_ranks(head["distributedInfo"]),
         head=found.head,
     )
 

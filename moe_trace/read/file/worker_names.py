@@ -74,14 +74,14 @@ def with_rank_of_name(recording: Recording, path: Path) -> Recording:
     """Add rank information from file names to a recording that has none."""
     if recording.parallel is not None or recording.world_size > 1:
         return recording
-    mine = worker_of(path.name)
-    if mine is None:
+    own = worker_of(path.name)
+    if own is None:
         return recording
     others = (worker_of(name) for name in _names(path.parent))
-    places = [mine.place, *(other.place for other in others if other is not None and other.run == mine.run)]
-    dims = [dim for dim in _DIMS if dim in mine.place]
+    places = [own.place, *(other.place for other in others if other is not None and other.run == own.run)]
+    dims = [dim for dim in _DIMS if dim in own.place]
     if not dims:
-        rank = mine.place["rank"]
+        rank = own.place["rank"]
         return replace(recording, rank=rank, world_size=1 + max(place.get("rank", 0) for place in places))
     sizes = {dim: 1 + max(place.get(dim, 0) for place in places) for dim in dims}
     if not 2 <= math.prod(sizes.values()) <= _RANKS_MAX:
@@ -89,9 +89,9 @@ def with_rank_of_name(recording: Recording, path: Path) -> Recording:
     ranks = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
     return replace(
         recording,
-        rank=int(ranks[tuple(mine.place[dim] for dim in dims)]),
+        rank=int(ranks[tuple(own.place[dim] for dim in dims)]),
         world_size=ranks.size,
-        parallel=_parallel(recording, mine.place, sizes, ranks),
+        parallel=_parallel(recording, own.place, sizes, ranks),
     )
 
 

@@ -116,14 +116,16 @@ def _spread(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> Spr
 def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[int, str]:
     """Return the clock of each rank: its host's if all ranks with that host name then satisfy causality."""
     hosts: defaultdict[str, list[int]] = defaultdict(list)
-    for one in ranks:
-        hosts[f"host {one.host_name}" if one.host_name else f"rank {one.rank}"].append(one.rank)
+    for rank_calls in ranks:
+        hosts[f"host {rank_calls.host_name}" if rank_calls.host_name else f"rank {rank_calls.rank}"].append(
+            rank_calls.rank
+        )
     clocks: dict[int, str] = {}
     for host, members in hosts.items():
         keeps = True
         for shared in usable if len(members) > 1 else ():
-            mine = np.isin(shared.ranks, members)
-            keeps &= not _early(shared, shared.start_ns, shared.end_ns)[:, mine][:, :, mine].any()
+            on_host = np.isin(shared.ranks, members)
+            keeps &= not _early(shared, shared.start_ns, shared.end_ns)[:, on_host][:, :, on_host].any()
         clocks |= {rank: host if keeps else f"rank {rank}" for rank in members}
     return clocks
 
@@ -142,9 +144,9 @@ def _between(
             for j, b in enumerate(place):
                 if a == b:
                     continue
-                room = (shared.end_ns[:, i] - shared.start_ns[:, j])[sending[:, j, i]]
-                if len(room):
-                    bounds[a, b] = min(bounds[a, b], float(room.min()))
+                slack_ns = (shared.end_ns[:, i] - shared.start_ns[:, j])[sending[:, j, i]]
+                if len(slack_ns):
+                    bounds[a, b] = min(bounds[a, b], float(slack_ns.min()))
                 differences[a, b].append(shared.end_ns[:, i] - shared.end_ns[:, j])
     medians, weight = np.zeros((count, count)), np.zeros((count, count), np.int64)
     for (a, b), parts in differences.items():

@@ -88,15 +88,15 @@ def find_waits(
             found = index[shared.ranks[0]].get(collectives[0].call)
             if found is None:
                 continue
-            mine = wait_ns[row].tolist()
-            for rank, collective, ns in zip(shared.ranks, collectives, mine, strict=True):
+            waits_ns = wait_ns[row].tolist()
+            for rank, collective, ns in zip(shared.ranks, collectives, waits_ns, strict=True):
                 own[rank, id(collective)] = ns
             waits.append(
                 Wait(
                     site=found[1].site,
                     step=found[1].step,
                     part=part_of(collectives[0]),
-                    lost_us=sum(mine) / 1000,
+                    lost_us=sum(waits_ns) / 1000,
                     last_rank=shared.ranks[int(last[row])],
                 )
             )
@@ -133,7 +133,7 @@ def _time(
     time_ns, wait_ns = sum(times), sum(waits)
     leaving = _sum([_leaving(c, of) for c in calls])
     moving_ns = time_ns - wait_ns if known else time_ns
-    is_told = leaving is not None and moving_ns > 0 and len(times) == len(calls)
+    has_rate = leaving is not None and moving_ns > 0 and len(times) == len(calls)
     return ExchangeTime(
         site=site,
         part=part,
@@ -144,7 +144,7 @@ def _time(
         timed=len(times),
         time_us=time_ns / 1000 if Coverage(joined=len(times), total=len(calls)).known else None,
         wait_us=wait_ns / 1000 if known else None,
-        gb_per_s=(leaving or 0) / moving_ns if is_told else None,
+        gb_per_s=(leaving or 0) / moving_ns if has_rate else None,
         on_device=bool(times) and all(c.on_device for c in calls if c.time_ns is not None),
     )
 

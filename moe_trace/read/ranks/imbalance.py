@@ -48,9 +48,9 @@ def rank_imbalance(ranks: Ranks, times: Mapping[int, CallTimes]) -> Imbalance:
     names = list(dict.fromkeys(load.key[0] for load in loads))
     costs = []
     for name in names:
-        mine = np.array([load.key[0] == name for load in loads])
+        of_router = np.array([load.key[0] == name for load in loads])
         site = next(load.site for load in loads if load.key[0] == name)
-        costs.append(_cost(site, name, time_CR[mine], slots_CR[mine], fit, reason))
+        costs.append(_cost(site, name, time_CR[of_router], slots_CR[of_router], fit, reason))
     verdicts = {cost.verdict for cost in costs}
     model = LoadModel(
         sites=tuple(cost.site for cost in costs),

@@ -211,11 +211,11 @@ def _load(
         group = records.parallel(rank).expert_ranks or (rank,)
         of_group, slots = held[group], samples[rank].slot_assignments
         slots = samples[rank].assignments if slots is None else slots
-        mine = _held_by(records, samples[rank].name, rank) if of_group is None else None
+        held_experts = _held_by(records, samples[rank].name, rank) if of_group is None else None
         if of_group is not None:
             load[row] = _by_holder(of_group, slots)[group.index(rank)]
-        elif mine is not None:
-            load[row] = slots[[i for i in mine if i < len(slots)]].sum()
+        elif held_experts is not None:
+            load[row] = slots[[i for i in held_experts if i < len(slots)]].sum()
     return load
 
 

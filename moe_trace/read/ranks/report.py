@@ -205,9 +205,9 @@ def _hot_expert(
     held = held_matrix(records, loads[0].key[0], group)
     if held is None or not total:
         return None, None
-    mine = expert_load_of_rank(loads, held[group.index(hot)])
-    busiest = int(mine.argmax())
-    return (busiest, float(mine[busiest] / mine.sum())) if mine.any() else (None, None)
+    load_E = expert_load_of_rank(loads, held[group.index(hot)])
+    busiest = int(load_E.argmax())
+    return (busiest, float(load_E[busiest] / load_E.sum())) if load_E.any() else (None, None)
 
 
 def _steps(

@@ -33,11 +33,11 @@ def difference(a: Recording, b: Recording) -> str:
             return f"different models: {key} {a.model.get(key)!r} and {b.model.get(key)!r}"
     routers = {router.name: _shape(router) for router in a.routers}
     for router in b.routers:
-        mine, other = routers.get(router.name, _shape(router)), _shape(router)
-        if mine != other:
+        shape, other_shape = routers.get(router.name, _shape(router)), _shape(router)
+        if shape != other_shape:
             return (
-                f"different models: {router.name} has {mine[1]} experts, top {mine[2]}, "
-                f"and {other[1]}, top {other[2]}"
+                f"different models: {router.name} has {shape[1]} experts, top {shape[2]}, "
+                f"and {other_shape[1]}, top {other_shape[2]}"
             )
     if a.world_size != b.world_size:
         return f"runs of {a.world_size} and {b.world_size} ranks"
@@ -58,11 +58,11 @@ def _other_groups(a: Recording, b: Recording) -> str:
         "tokens": (a.parallel.token_ranks, b.parallel.token_ranks),
         "experts": (a.parallel.expert_ranks, b.parallel.expert_ranks),
     }
-    for what, (mine, other) in groups.items():
-        if (b.rank in mine or a.rank in other) and set(mine) != set(other):
+    for what, (group, other_group) in groups.items():
+        if (b.rank in group or a.rank in other_group) and set(group) != set(other_group):
             return (
-                f"different runs: rank {a.rank} ({_mesh(a)}) shares {what} with ranks {list(mine)}, "
-                f"rank {b.rank} ({_mesh(b)}) with {list(other)}"
+                f"different runs: rank {a.rank} ({_mesh(a)}) shares {what} with ranks {list(group)}, "
+                f"rank {b.rank} ({_mesh(b)}) with {list(other_group)}"
             )
     return ""
 

@@ -47,7 +47,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
     facts = [(read.path, read.recording, read.alignment is not None) for read in reads]
     again, notes = left_out(facts, broken)
     kept = [read for read in reads if read.path not in again]
-    return [replace(kept[0], notes=(*kept[0].notes, *notes, *_gone(files))), *kept[1:]]
+    return [replace(kept[0], notes=(*kept[0].notes, *notes, *_missing_traces_note(files))), *kept[1:]]
 
 
 def left_out(
@@ -59,13 +59,13 @@ def left_out(
     return again, [*notes, *(f"one of the traces was left out: {error}" for error in broken)]
 
 
-def _gone(files: Sequence[Path]) -> list[str]:
+def _missing_traces_note(files: Sequence[Path]) -> list[str]:
     count = sum(is_reduced(file) and not os.path.exists(trace_of(file)) for file in files)
     if not count:
         return []
     which = "the trace" if len(files) == 1 else f"{count} of {len(files)} traces"
-    are, they_were = ("is", "it was") if count == 1 else ("are", "they were")
-    return [f"{which} {are} gone: these figures are from what {they_were} reduced to"]
+    are, it_was = ("is", "it was") if count == 1 else ("are", "they were")
+    return [f"{which} {are} gone: these figures are from what {it_was} reduced to"]
 
 
 def _loaded(

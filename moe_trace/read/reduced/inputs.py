@@ -33,8 +33,8 @@ def find_inputs(path: str | Path) -> list[Path]:
     for file in reduced:
         by_trace.setdefault(trace_of(file), []).append(file)
     found = {trace: [_fresh(trace, by_trace.get(trace, ()))] for trace in traces}
-    gone = {trace: files for trace, files in by_trace.items() if trace not in found}
-    return [file for _, files in sorted((found | gone).items()) for file in files]
+    without_trace = {trace: files for trace, files in by_trace.items() if trace not in found}
+    return [file for _, files in sorted((found | without_trace).items()) for file in files]
 
 
 def quickest(trace: Path) -> Path:

@@ -51,8 +51,8 @@ def gates(routes: RecordedRoutes, layer: int, tokens: LayerTokens) -> Gates | No
     margin_parts, last_parts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for start in range(0, len(tokens), CHUNK):
         ids, weights, used = chosen_weights(routes, tokens.order.rows[start : start + CHUNK], layer)
-        told = np.isfinite(weights).all(axis=1) & used.any(axis=1)
-        ids, weights, used = np.minimum(ids[told], experts), weights[told], used[told]
+        has_weights = np.isfinite(weights).all(axis=1) & used.any(axis=1)
+        ids, weights, used = np.minimum(ids[has_weights], experts), weights[has_weights], used[has_weights]
         mass += np.bincount(ids.ravel(), weights.ravel(), minlength=experts + 1)
         chosen += np.bincount(ids.ravel(), minlength=experts + 1)
         rank_sum += weights.sum(axis=0, dtype=np.float64)

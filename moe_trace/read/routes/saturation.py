@@ -39,8 +39,10 @@ def same_tokens(parts: Sequence[RecordedRoutes]) -> bool:
         if len(part) != len(first) or part.layers != first.layers or part.top_k != first.top_k:
             return False
         for name in ("padding", "position", "token_ids"):
-            mine, other = getattr(first, name), getattr(part, name)
-            if (mine is None) != (other is None) or (mine is not None and not np.array_equal(mine, other)):
+            expected, found = getattr(first, name), getattr(part, name)
+            if (expected is None) != (found is None) or (
+                expected is not None and not np.array_equal(expected, found)
+            ):
                 return False
     return len(parts) > 1
 
@@ -63,8 +65,8 @@ def _compared(part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: Ints
     found = compare_layer(part, rows, last, rows, (layer, layer))
     if not found.compared.any():
         return float("nan"), float("nan")
-    mine, final = (one.expert_ids[rows, layer, 0] for one in (part, last))
-    same = (mine == final) & (final < last.num_experts[layer])
+    first_slots, last_slots = (one.expert_ids[rows, layer, 0] for one in (part, last))
+    same = (first_slots == last_slots) & (last_slots < last.num_experts[layer])
     return float(found.overlap[found.compared].mean()), float(same[found.compared].mean())
 
 

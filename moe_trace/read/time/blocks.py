@@ -50,9 +50,11 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
 
 def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64]:
     """Return the thread of each router's range as an index of the table, [N], or -1 if it is missing."""
-    ours = events.select(events.kind == Kind.RANGE)
-    names = [events.names[name] for name in ours.name.tolist()]
-    thread_of = dict(zip(zip(names, ours.start_ns.tolist(), strict=True), ours.thread.tolist(), strict=True))
+    ranges = events.select(events.kind == Kind.RANGE)
+    names = [events.names[name] for name in ranges.name.tolist()]
+    thread_of = dict(
+        zip(zip(names, ranges.start_ns.tolist(), strict=True), ranges.thread.tolist(), strict=True)
+    )
     start_us = calls.places.span("host", "router")[:, 0]
     wanted = [range_name("router", key.site) for key in calls.keys]
     starts = zip(calls.router.tolist(), to_ns(start_us).tolist(), strict=True)

@@ -197,18 +197,18 @@ class _Rows:
 
     def _difference(self, fit: Fit, layer: int) -> Array:
         """Return the mean of load - most even load over the layer's calls, [figures]."""
-        mine = self.calls.layer == layer
-        return np.array([(self.calls.figures[f] - self.even[f])[mine].mean() for f in fit.figures])
+        in_layer = self.calls.layer == layer
+        return np.array([(self.calls.figures[f] - self.even[f])[in_layer].mean() for f in fit.figures])
 
     def _layer(self, layer: int, fit: Fit | None, reason: str) -> ImbalanceCost:
-        router, mine = self.routers[layer], self.calls.layer == layer
-        measured = float(self.calls.time_us[mine].mean())
+        router, in_layer = self.routers[layer], self.calls.layer == layer
+        measured = float(self.calls.time_us[in_layer].mean())
         unknown = ImbalanceCost(
             site=router.site,
             name=router.name,
             verdict="cannot tell",
             reason=reason,
-            calls=int(mine.sum()),
+            calls=int(in_layer.sum()),
             measured_us=measured if math.isfinite(measured) else None,
             **dict.fromkeys(("equal_load_us", "cost_us", "low_us", "high_us")),
         )

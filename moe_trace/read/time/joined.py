@@ -39,10 +39,10 @@ def routers_busy_us(
         return {}
     timed, total_ns = times.samples.call_keys(), np.concatenate([[0], np.cumsum(kernels.duration_ns)])
     joined = set(timed) if times.device_known else set()
-    threads, told = router_threads(calls, events).tolist(), calls.places.busy("router").tolist()
+    threads, measured_us = router_threads(calls, events).tolist(), calls.places.busy("router").tolist()
     bounds = spans_ns(calls.places.span("host", "router")).tolist()
     busy = {}
-    for key, us, thread, (begin, end) in zip(calls.call_keys(), told, threads, bounds, strict=True):
+    for key, us, thread, (begin, end) in zip(calls.call_keys(), measured_us, threads, bounds, strict=True):
         if us == us:
             busy[key] = us
         elif thread >= 0 and key in joined:
@@ -55,10 +55,10 @@ def routers_busy_us(
 def without_timed(lost: Lost, times: CallTimes) -> Lost:
     """Subtract routers whose kernels are known by provenance from those that merging found no time for."""
     calls = times.samples
-    told = (
+    known = (
         int((calls.in_graph & ~routers_timed(calls)).sum()) if times.work_ns(times.forward) is not None else 0
     )
-    left = lost.untimed.get(FUSED, 0) - told
+    left = lost.untimed.get(FUSED, 0) - known
     untimed = {why: count for why, count in lost.untimed.items() if why != FUSED}
     return replace(lost, untimed=untimed | ({FUSED: left} if left > 0 else {}))
 

@@ -68,9 +68,9 @@ class Lanes:
 
     def of_step(self, step: int, clock: Clock) -> Pieces:
         """Return the pieces of one profiler step."""
-        mine = self.samples.step == step
+        in_step = self.samples.step == step
         pieces = self.device if clock == "device" else self.host
-        return pieces.select(mine[pieces.block]) if len(mine) else pieces
+        return pieces.select(in_step[pieces.block]) if len(in_step) else pieces
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def counter_tracks(
     tracks = []
     for name, figure in FIGURES.items():
         values = figure(placed)[rows]
-        told = values == values
-        if values[told].any():
-            spans = [Span(*span) for span in placed.moe[rows[told]].tolist()]
-            tracks.append((name, list(zip(spans, map(float, values[told]), strict=True))))
+        known = values == values
+        if values[known].any():
+            spans = [Span(*span) for span in placed.moe[rows[known]].tolist()]
+            tracks.append((name, list(zip(spans, map(float, values[known]), strict=True))))
     return tracks

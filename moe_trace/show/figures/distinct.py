@@ -41,10 +41,10 @@ def _lines(sizes: tuple[DistinctExperts, ...]) -> list[Spec]:
     edge: Spec = {"mode": "lines+markers", "line": {"width": 0}, "marker": {"size": 1}}
     named: Spec = {"mode": "lines+markers", "customdata": [size.label for size in sizes]}
     low, high, median = ([getattr(size, name) for size in sizes] for name in ("min", "max", "median"))
-    uniform, said = [round(size.uniform, 3) for size in sizes], "%{customdata} tokens: %{y:.1f} experts"
+    uniform, hover = [round(size.uniform, 3) for size in sizes], "%{customdata} tokens: %{y:.1f} experts"
     return [
         curve("extremes", x, low, **edge, showlegend=False),
         curve("extremes", x, high, **edge, fill="tonexty", fillcolor=BAND),
-        curve("median", x, median, said, **named, line={"color": PHASE_COLOURS["experts"]}),
-        curve("uniform routing", x, uniform, f"{said} by uniform routing", **named, line=DASHED),
+        curve("median", x, median, hover, **named, line={"color": PHASE_COLOURS["experts"]}),
+        curve("uniform routing", x, uniform, f"{hover} by uniform routing", **named, line=DASHED),
     ]

@@ -39,13 +39,13 @@ def expert_heat_map(summary: Summary) -> Figure:
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.calls, routers, experts)
-    highest, said = _colours_end(overall)
+    highest, note = _colours_end(overall)
     data, layout = _diverging_map(overall, [r.info.site for r in routers], "expert", 0.0, 1.0, highest)
     return Figure(
         key="experts",
         title="Load of each expert",
         caption="Assignments of each expert over an equal share of its layer: 1× is even, more is orange, "
-        f"less is blue, 0 is unused.{said}",
+        f"less is blue, 0 is unused.{note}",
         data=data,
         layout=layout,
         frames=frames if len(frames) > 2 else [],
@@ -59,7 +59,7 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
     layers = report.layers if report is not None else ()
     width = max((len(layer.assignments) for layer in layers), default=0)
     z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
-    highest, said = _colours_end(z)
+    highest, note = _colours_end(z)
     held: Spec = {
         "text": [[_held(layer, slot) for slot in range(width)] for layer in layers],
         "hovertemplate": "layer %{y}, slot %{x}: %{z:.2f}× equal share<extra>%{text}</extra>",
@@ -70,7 +70,7 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
         title="Load of each physical expert",
         caption="Assignments of each slot of the load balancer over an equal share of its layer; a slot's "
         "expert may change. In the table max÷mean: by logical expert, by slot, by the rank that holds it, "
-        f"and the worst among one expert's replicas.{said}",
+        f"and the worst among one expert's replicas.{note}",
         data=data,
         layout=layout,
         headings=PHYSICAL_HEADINGS,

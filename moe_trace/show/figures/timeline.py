@@ -60,21 +60,21 @@ def _phase_bars(
     sites: Sequence[str],
     origin_ns: int,
 ) -> Spec:
-    mine = np.flatnonzero(segments.phase == phase)
+    rows = np.flatnonzero(segments.phase == phase)
     height = 0.8 / len(used)
     offset = -0.4 + height * (used.index(phase) + 0.5)
     row_of = {site: i for i, site in enumerate(sites)}
-    block = segments.block[mine]
+    block = segments.block[rows]
     site, call, tokens = (column[block].tolist() for column in (calls.site, calls.call, calls.tokens))
     return {
         "type": "bar",
         "orientation": "h",
         "name": PHASES[phase],
-        "base": _us(segments.start_ns[mine] - origin_ns),
-        "x": _us(segments.end_ns[mine] - segments.start_ns[mine]),
+        "base": _us(segments.start_ns[rows] - origin_ns),
+        "x": _us(segments.end_ns[rows] - segments.start_ns[rows]),
         "y": [round(row_of[one] + offset, 4) for one in site],
         "width": round(height * 0.92, 4),
-        "customdata": list(zip(map(safe, site), call, tokens, segments.pieces[mine].tolist(), strict=True)),
+        "customdata": list(zip(map(safe, site), call, tokens, segments.pieces[rows].tolist(), strict=True)),
         "marker": {"color": PHASE_COLOURS[PHASES[phase]], "line": {"width": 0}},
         "hovertemplate": f"%{{customdata[0]}} {PHASES[phase]}, call %{{customdata[1]}}: %{{x:.2f}} µs from "
         "%{base:.2f} µs<br>%{customdata[2]} tokens, %{customdata[3]} pieces<extra></extra>",
@@ -156,9 +156,9 @@ def _rows(
     rows: list[tuple[str | int | float, ...]] = []
     for site in sites:
         for phase, name in enumerate(PHASES):
-            mine = np.flatnonzero((site_of == site) & (segments.phase == phase))
-            if len(mine):
-                first = float(segments.start_ns[mine].min() - origin_ns) / 1000
-                last = float(segments.end_ns[mine].max() - origin_ns) / 1000
-                rows.append((site, name, len(mine), int(segments.pieces[mine].sum()), first, last))
+            pieces = np.flatnonzero((site_of == site) & (segments.phase == phase))
+            if len(pieces):
+                first = float(segments.start_ns[pieces].min() - origin_ns) / 1000
+                last = float(segments.end_ns[pieces].max() - origin_ns) / 1000
+                rows.append((site, name, len(pieces), int(segments.pieces[pieces].sum()), first, last))
     return rows

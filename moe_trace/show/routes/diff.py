@@ -104,11 +104,11 @@ def _headline(found: RoutesComparison) -> str:
 
 def _layer_table(found: RoutesComparison) -> str:
     columns = attributes(found, *_SHARES, *_OF_WEIGHTS)
-    told = {name: column for name, column in columns.items() if column is not None}
+    known = {name: column for name, column in columns.items() if column is not None}
     headings = [Column(_SHARES[name], terminal=share) for name in _SHARES]
-    headings += [Column(label) for name, label in _OF_WEIGHTS.items() if name in told]
+    headings += [Column(label) for name, label in _OF_WEIGHTS.items() if name in known]
     rows: list[list[Cell]] = [
-        [layer, float(overlap), top_k / experts, *(float(column[place]) for column in told.values())]
+        [layer, float(overlap), top_k / experts, *(float(column[place]) for column in known.values())]
         for place, ((layer, _), overlap, top_k, experts) in enumerate(
             zip(layer_labels(found.layers), found.overlap, found.top_k, found.num_experts, strict=True)
         )
@@ -128,5 +128,5 @@ def _position_table(found: RoutesComparison) -> str:
 
 def _mean(found: RoutesComparison | PositionOverlap) -> float | None:
     """Return the mean over layers, None if unknown."""
-    told = found.overlap[np.isfinite(found.overlap)]
-    return float(told.mean()) if len(told) else None
+    known = found.overlap[np.isfinite(found.overlap)]
+    return float(known.mean()) if len(known) else None

@@ -110,17 +110,17 @@ class TokenPages:
 def _pages(texts: Sequence[Text], most: int) -> Iterator[list[_Part]]:
     """Yield pages: short texts share one, long ones take several."""
     page: list[_Part] = []
-    room = most
+    remaining = most
     for text in texts:
         offset = 0
         while offset < text.tokens:
-            if page and text.tokens - offset > room:
+            if page and text.tokens - offset > remaining:
                 yield page
-                page, room = [], most
-            part = _Part(text=text, offset=offset, tokens=min(room, text.tokens - offset))
+                page, remaining = [], most
+            part = _Part(text=text, offset=offset, tokens=min(remaining, text.tokens - offset))
             page.append(part)
             offset += part.tokens
-            room -= part.tokens
+            remaining -= part.tokens
     if page:
         yield page
 

@@ -22,9 +22,9 @@ def imbalance_part(summary: TraceSummary) -> list[str]:
     if not summary.imbalance:
         return []
     lines = [paragraph(_sentence(model)) for model in summary.load_models]
-    told = [cost for cost in summary.imbalance if cost.verdict != "cannot tell"]
+    known = [cost for cost in summary.imbalance if cost.verdict != "cannot tell"]
     ranks = any(model.comparison == "ranks" for model in summary.load_models)
-    return ["\n".join(lines + ([_table(told, ranks=ranks)] if told else []))]
+    return ["\n".join(lines + ([_table(known, ranks=ranks)] if known else []))]
 
 
 def _sentence(model: LoadModel) -> str:
@@ -45,14 +45,14 @@ def _sentence(model: LoadModel) -> str:
     )
 
 
-def _table(told: Sequence[ImbalanceCost], *, ranks: bool) -> str:
+def _table(costs: Sequence[ImbalanceCost], *, ranks: bool) -> str:
     rows = [
         (
             *(cost.site, cost.measured_us, cost.equal_load_us, cost.cost_us),
             f"{number(cost.low_us)} to {number(cost.high_us)}",
             "most even" if cost.cost_us == 0 else cost.verdict,
         )
-        for cost in told
+        for cost in costs
     ]
     against = "mean rank" if ranks else "at most even"
     title = "Experts' time of one forward call in µs, and at the most even load of the trace"

@@ -29,10 +29,10 @@ def physical_part(summary: TraceSummary) -> list[str]:
     ]
     shared.sort(key=lambda one: -one[0])
     if shared:
-        said = [
+        descriptions = [
             f"expert {one.expert} of {site} ({one.assignments:,} assignments to slots "
             f"{', '.join(map(str, one.slots))}: the busiest {ratio:.2f}× the mean)"
             for ratio, site, one in shared[:_NAMED]
         ]
-        parts.append(paragraph(f"Replicas that share least evenly: {'; '.join(said)}."))
+        parts.append(paragraph(f"Replicas that share least evenly: {'; '.join(descriptions)}."))
     return parts

@@ -113,8 +113,8 @@ def _method(alignment: Alignment) -> str:
         if rank != alignment.reference and rank not in alignment.unaligned
     ]
     shown = ", ".join(moved[:COLUMNS_MAX]) + (", …" if len(moved) > COLUMNS_MAX else "")
-    by = f"{alignment.collectives} shared collectives"
-    return f"Clocks aligned to rank {alignment.reference} by {by}: {shown}."
+    collectives = f"{alignment.collectives} shared collectives"
+    return f"Clocks aligned to rank {alignment.reference} by {collectives}: {shown}."
 
 
 def _spread(spread: Spread) -> str:

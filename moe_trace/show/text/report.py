@@ -59,7 +59,7 @@ def _once_for_all_stages(findings: Sequence[Finding]) -> list[str]:
         sentence = finding.sentence.removeprefix(f"{stage.capitalize()}: ")
         stages.setdefault(f"{sentence} {finding.advice}", []).append(stage)
     return [
-        f"{', '.join(names).capitalize()}: {said}" if any(names) else said for said, names in stages.items()
+        f"{', '.join(names).capitalize()}: {text}" if any(names) else text for text, names in stages.items()
     ]
 
 

@@ -75,8 +75,8 @@ class LaunchMatcher:
             known = fit.stretches if self.is_usual(fit) else ()
             parts = (split(fit.names, stretch, fit.graph, self._lengths) for stretch in known)
             found = [(stretch, part_of(stretch, fit.graph)) for stretch in chain.from_iterable(parts)]
-            told = [(stretch, launch) for stretch, launch in found if launch is not None]
-            self._launches[fit] = told if len(told) == len(found) else ()
+            known_launches = [(stretch, launch) for stretch, launch in found if launch is not None]
+            self._launches[fit] = known_launches if len(known_launches) == len(found) else ()
         return self._launches[fit]
 
     @cached_property

@@ -74,7 +74,9 @@ def place_in_graphs(
     places = [known.get(row, samples[row].placement) for row in rows]
     table = placed.samples.take(np.array(rows, np.int64))
     table = timed(replace(table, places=Places.of(places, len(rows))))
-    untimed = [why_untimed.get(row) for row, told in zip(rows, routers_timed(table), strict=True) if not told]
+    untimed = [
+        why_untimed.get(row) for row, is_timed in zip(rows, routers_timed(table), strict=True) if not is_timed
+    ]
     unplaced = [why for why in found.values() if isinstance(why, str) and why != OTHER_TRACE]
     return replace(placed, samples=table, unplaced=_counts(unplaced), untimed=_counts(filter(None, untimed)))
 
@@ -161,12 +163,12 @@ class _DeviceForwards:
         self._found: dict[int, Launch | str] = {}
         unseen = sorted({s.graph_forward for s in samples if s.graph_forward is not None})
         for before, after in itertools.pairwise(replays.recording.graph_marks):
-            mine = [forward for forward in unseen if before.forwards < forward <= after.forwards]
+            forwards = [forward for forward in unseen if before.forwards < forward <= after.forwards]
             covers = replays.clock.covers
-            if mine and not (covers(before.start_ns) or covers(after.start_ns)):
-                self._found.update(dict.fromkeys(mine, OTHER_TRACE))
-            elif mine:
-                self._found.update(self._match(before, after, mine))
+            if forwards and not (covers(before.start_ns) or covers(after.start_ns)):
+                self._found.update(dict.fromkeys(forwards, OTHER_TRACE))
+            elif forwards:
+                self._found.update(self._match(before, after, forwards))
 
     def placement(self, sample: RoutingSample) -> Found:
         """Return the place at the launch that made the call."""
@@ -210,17 +212,17 @@ class _DeviceForwards:
         if known:
             return known if len(known) == count else OTHER_COUNT
         recording = self._replays.recording
-        able = list(between)
+        candidates = list(between)
         if not recording.captured_graphs or recording.graphs_compiled:
             # A scatter writes each decision. If there is none outside the graphs, all of them ran inside.
-            able = [launch for launch in between if launch.scatters]
-            last = hull([segment, *(item.span for launch in able for item in launch.work)])
-            if not able or last is None or self._replays.launches.written_beside(last, last):
+            candidates = [launch for launch in between if launch.scatters]
+            last = hull([segment, *(item.span for launch in candidates for item in launch.work)])
+            if not candidates or last is None or self._replays.launches.written_beside(last, last):
                 return UNKNOWN_GRAPH
         # If all launches replay the same graph, each made equally many forwards: one, if the numbers
         # are equal.
-        alike = len({tuple(item.kernel for item in launch.work) for launch in able}) == 1
-        return able if alike and len(able) == count else OTHER_COUNT
+        alike = len({tuple(item.kernel for item in launch.work) for launch in candidates}) == 1
+        return candidates if alike and len(candidates) == count else OTHER_COUNT
 
     def _stream(self, mark: GraphMark) -> tuple[Any, Any] | None:
         """Return the stream on which the mark's count was copied; None if the copy is not in the trace."""

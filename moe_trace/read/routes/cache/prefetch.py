@@ -61,10 +61,12 @@ def prefetch(
             ahead[half:] = predicted(needed, layer - 1, half, top_k[layer])
         for column, asked in enumerate((sets, sets & ahead, ahead)):
             for steps, _, found in places(policy, sets, asked):
-                late = found[steps >= half]
-                there = np.array([(late < min(size, 64 * sets.shape[1])).sum() for size in memory_sizes])
-                totals[:, column] += there if column == 0 else len(late) - there
-                totals[:, 3] += len(late) if column == 0 else 0
+                judged = found[steps >= half]
+                hits_by_size = np.array(
+                    [(judged < min(size, 64 * sets.shape[1])).sum() for size in memory_sizes]
+                )
+                totals[:, column] += hits_by_size if column == 0 else len(judged) - hits_by_size
+                totals[:, 3] += len(judged) if column == 0 else 0
     return [
         Prefetch(requests=int(r), hits=int(hits), hidden=int(hidden), loaded_ahead=int(loaded))
         for hits, hidden, loaded, r in totals

@@ -211,5 +211,5 @@ def expert_bytes_of(model: Mapping[str, Any]) -> int | None:
         return None
     inner = config.get("moe_intermediate_size") or config.get("intermediate_size")
     sizes: list[Any] = [config.get("hidden_size"), inner, item_bytes(model)]
-    told = all(isinstance(size, int) and 0 < size < 1 << 31 for size in sizes)
-    return 3 * math.prod(sizes) if told else None
+    known = all(isinstance(size, int) and 0 < size < 1 << 31 for size in sizes)
+    return 3 * math.prod(sizes) if known else None

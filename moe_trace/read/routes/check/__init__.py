@@ -48,8 +48,8 @@ def ids_are_in_range(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
     """Each id is one of the layer's experts, or means no expert."""
     for layer, experts in enumerate(routes.num_experts):
         ids_TK = routes.expert_ids[:, layer]
-        bad = ((ids_TK >= experts) & (ids_TK != routes.no_expert)).any(1)
-        yield layer, np.flatnonzero(bad), f"an id that is none of the layer's {experts} experts"
+        invalid = ((ids_TK >= experts) & (ids_TK != routes.no_expert)).any(1)
+        yield layer, np.flatnonzero(invalid), f"an id that is none of the layer's {experts} experts"
 
 
 def slots_are_within_top_k(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:

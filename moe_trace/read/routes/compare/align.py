@@ -41,10 +41,10 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
     rows_a, rows_b = np.flatnonzero(a.counted), np.flatnonzero(b.counted)
     counts = len(rows_a), len(rows_b)
     if _placed(a, rows_a) and _placed(b, rows_b):
-        by = "sequence and position"
+        matched_by = "sequence and position"
         rows_a, rows_b = _matched(a, rows_a, b, rows_b)
     elif counts[0] == counts[1]:
-        by = "the order of the rows alone"
+        matched_by = "the order of the rows alone"
     else:
         raise UsageError(
             f"found {counts[0]:,} tokens and {counts[1]:,}, without sequences and positions to match by; "
@@ -56,9 +56,9 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
             f"{counts[1]:,}; expected routes of the same tokens. Give both the same prompts and batches"
         )
     if a.token_ids is not None and b.token_ids is not None:
-        by = f"token ids, {by}"
+        matched_by = f"token ids, {matched_by}"
         _same_ids(a, rows_a, b, rows_b)
-    return Alignment(rows_a, rows_b, layers, by, counts[0] - len(rows_a), counts[1] - len(rows_b))
+    return Alignment(rows_a, rows_b, layers, matched_by, counts[0] - len(rows_a), counts[1] - len(rows_b))
 
 
 def _placed(routes: RecordedRoutes, rows: np.ndarray) -> bool:
@@ -96,9 +96,9 @@ def _keys(routes: RecordedRoutes, rows: np.ndarray) -> np.ndarray:
 
 def _same_ids(a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray) -> None:
     assert a.token_ids is not None and b.token_ids is not None
-    one, two = a.token_ids[rows_a], b.token_ids[rows_b]
-    told = (one != UNKNOWN) & (two != UNKNOWN)
-    differing = np.flatnonzero((one != two) & told)
+    ids_a, ids_b = a.token_ids[rows_a], b.token_ids[rows_b]
+    known = (ids_a != UNKNOWN) & (ids_b != UNKNOWN)
+    differing = np.flatnonzero((ids_a != ids_b) & known)
     if len(differing):
         first = int(rows_a[differing[0]])
         raise UsageError(

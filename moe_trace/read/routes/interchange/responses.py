@@ -33,11 +33,11 @@ def capture_of_responses(
     """
     found = []
     for response in responses:
-        for prompt, generated, by in _parts(response):
+        for prompt, generated, key in _parts(response):
             arrays = [
                 _array(value, source, layers, top_k) for value in (prompt, generated) if value is not None
             ]
-            found.append((arrays, by, prompt is not None))
+            found.append((arrays, key, prompt is not None))
     if not found:
         raise TraceFileError(
             f"{source}: found no routed_experts in {len(responses)} JSON values; expected responses of a "
