@@ -88,10 +88,10 @@ def _run_models(values: dict[str, Any]) -> int:
         raise UsageError(f"--routes {config.routes}: {len(runs)} runs need a file each; leave out its name")
     results = []
     problems: tuple[str, ...] = ()
-    for name, one in runs:
+    for name, run_config in runs:
         try:
-            with _no_empty_folder(one.out):
-                result = _run_with_progress(one)
+            with _no_empty_folder(run_config.out):
+                result = _run_with_progress(run_config)
         except LeaderFailed as error:
             return error.exit_code  # rank 0 has printed the error
         if result.summary is None:  # rank 0 prints for all
@@ -99,7 +99,7 @@ def _run_models(values: dict[str, Any]) -> int:
         results.append((name, result.summary))
         print(f"== {name}\n" if len(runs) > 1 else "", end="")
         print(render_text(result.summary))
-        print_files((*result.files, *routes_elsewhere(one, result.files)))
+        print_files((*result.files, *routes_elsewhere(run_config, result.files)))
         problems += result.problems
     if not results:
         return 0

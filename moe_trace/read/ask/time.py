@@ -58,7 +58,7 @@ def shares(part: TraceSummary) -> dict[str, Any]:
 
 
 def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: TraceSummary) -> dict[str, Any]:
-    times = [time for one in passes if (time := report.total.phases_of(one))]
+    times = [time for pass_ in passes if (time := report.total.phases_of(pass_))]
     us = {
         phase: sum(report.work_us(time[phase]) for time in times)
         for phase in dict.fromkeys(phase for time in times for phase in time)
@@ -74,7 +74,7 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
     calls = report.total.count("forward" if name == "all" else passes[-1])
     return {
         "part": name,
-        "passes": [one for one in passes if report.total.phases_of(one)],
+        "passes": [pass_ for pass_ in passes if report.total.phases_of(pass_)],
         "moe_of_model": total / model_us if model_us else None,
         "router_of_model": router / model_us if model_us else None,
         "router_of_moe": router / total if total else None,
@@ -117,7 +117,7 @@ def balance(part: TraceSummary) -> dict[str, Any]:
     if low <= 0 <= high:
         sentence = f"Nothing that the trace shows: {each(cost, part)} ({interval})."
     elif cost > 0:
-        worst = max(known_costs, key=lambda cost_of_layer: cost_of_layer.cost_us or 0.0)
+        worst = max(known_costs, key=lambda layer_cost: layer_cost.cost_us or 0.0)
         sentence = (
             f"At most {each(cost, part)}{of_moe} ({interval}): the forward calls' experts, if each load were "
             f"as even as the evenest of the trace. Most in {worst.site}, {duration(worst.cost_us or 0.0)} a "
@@ -130,19 +130,19 @@ def balance(part: TraceSummary) -> dict[str, Any]:
         )
     rows = tuple(
         {
-            "layer": cost_of_layer.site,
-            "us_per_call": cost_of_layer.cost_us,
-            "low_us": cost_of_layer.low_us,
-            "high_us": cost_of_layer.high_us,
+            "layer": layer_cost.site,
+            "us_per_call": layer_cost.cost_us,
+            "low_us": layer_cost.low_us,
+            "high_us": layer_cost.high_us,
         }
-        for cost_of_layer in known_costs
+        for layer_cost in known_costs
     )
     return {"sentence": sentence + waiting, "figures": figures, "rows": rows}
 
 
-def _sum_over_calls(costs: Sequence[ImbalanceCost], name: str) -> float:
+def _sum_over_calls(told: Sequence[ImbalanceCost], name: str) -> float:
     """Sum over all calls. The layers share one fit, so their errors add up and no interval is too narrow."""
-    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in costs)
+    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in told)
 
 
 def _waiting(part: TraceSummary) -> str:

@@ -63,34 +63,34 @@ def check_bytes(
     sent = {load.key: load.sent_RW for load in loads if load.exact}
     equal = different = unknown = 0
     mismatches: list[ByteMismatch] = []
-    for one in ranks:
-        group = records.parallel(one.rank).expert_ranks
-        for collective in one.collectives:
-            key, sample = index[one.rank].get(collective.call, (None, None))
+    for rank_calls in ranks:
+        group = records.parallel(rank_calls.rank).expert_ranks
+        for collective in rank_calls.collectives:
+            key, sample = index[rank_calls.rank].get(collective.call, (None, None))
             if key is None or sample is None or collective.role not in ("dispatch", "combine") or not group:
                 continue
             for side in ("sent", "received"):
-                expected = _expected(records, sent.get(key), sample, one.rank, group, side)
+                expected = _expected(records, sent.get(key), sample, rank_calls.rank, group, side)
                 # What the dispatch sends returns in the combine, where it is the output.
-                into = (side == "sent") == (collective.role == "dispatch")
-                moved = split_bytes(collective, "in" if into else "out", len(group))
+                is_input = (side == "sent") == (collective.role == "dispatch")
+                moved = split_bytes(collective, "in" if is_input else "out", len(group))
                 if expected is None or moved is None:
                     unknown += 1
                     continue
-                wrong = np.flatnonzero(expected != np.array(moved)).tolist()
-                equal, different = equal + (not wrong), different + bool(wrong)
+                differing = np.flatnonzero(expected != np.array(moved)).tolist()
+                equal, different = equal + (not differing), different + bool(differing)
                 mismatches += [
                     ByteMismatch(
                         site=sample.site,
                         step=sample.step,
-                        rank=one.rank,
+                        rank=rank_calls.rank,
                         part=collective.role,
                         direction=side,
                         peer=group[i],
                         expected_bytes=int(expected[i]),
                         found_bytes=moved[i],
                     )
-                    for i in wrong[: SHOWN - len(mismatches)]
+                    for i in differing[: SHOWN - len(mismatches)]
                 ]
     return BytesCheck(equal=equal, different=different, unknown=unknown, mismatches=tuple(mismatches))
 

@@ -160,15 +160,15 @@ def _in_layers(
 
 def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:
     """Return the purpose of one layer's all-to-alls, in the order of their calls."""
-    after_experts = [phase in (COMBINE, EXPERTS) for phase in phases]
+    is_second_half = [phase in (COMBINE, EXPERTS) for phase in phases]
     moving = [i for i, fact in enumerate(facts) if not fact.is_integer]
-    if len(moving) > 1 and len({after_experts[i] for i in moving}) == 1:  # no product was seen between them
-        after_experts = [i == moving[-1] for i in range(len(facts))]
+    if len(moving) > 1 and len({is_second_half[i] for i in moving}) == 1:  # no product was seen between them
+        is_second_half = [i == moving[-1] for i in range(len(facts))]
     roles: list[Role | None] = []
     for i, fact in enumerate(facts):
-        followed = any(not after_experts[k] and not facts[k].is_integer for k in range(i + 1, len(facts)))
-        if fact.is_integer or (fact.is_integer is None and not after_experts[i] and followed):
+        followed = any(not is_second_half[k] and not facts[k].is_integer for k in range(i + 1, len(facts)))
+        if fact.is_integer or (fact.is_integer is None and not is_second_half[i] and followed):
             roles.append("counts")
         else:
-            roles.append("combine" if after_experts[i] else "dispatch")
+            roles.append("combine" if is_second_half[i] else "dispatch")
     return roles

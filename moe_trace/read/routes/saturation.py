@@ -100,12 +100,12 @@ def compare_layer(
 ) -> LayerOverlap:
     """Compare the rows of a layer with the same tokens' rows of another recording."""
     experts, slots = a.num_experts[layers[0]], a.top_k[layers[0]]
-    one, two = a.expert_ids[rows_a, layers[0], :slots], b.expert_ids[rows_b, layers[1], :slots]
-    size = np.maximum(np.count_nonzero(one < experts, axis=1), np.count_nonzero(two < experts, axis=1))
+    ids_a, ids_b = a.expert_ids[rows_a, layers[0], :slots], b.expert_ids[rows_b, layers[1], :slots]
+    size = np.maximum(np.count_nonzero(ids_a < experts, axis=1), np.count_nonzero(ids_b < experts, axis=1))
     compared = size > 0
     for routes, rows, layer in ((a, rows_a, layers[0]), (b, rows_b, layers[1])):
         if routes.lost_layers is not None:
             compared &= ~routes.lost_layers[rows, layer]
     divisor = np.where(compared, size, np.inf)
-    same = np.count_nonzero((one == two) & (one < experts), axis=1)
-    return LayerOverlap(compared, shared_experts(one, two, experts) / divisor, same / divisor)
+    same = np.count_nonzero((ids_a == ids_b) & (ids_a < experts), axis=1)
+    return LayerOverlap(compared, shared_experts(ids_a, ids_b, experts) / divisor, same / divisor)

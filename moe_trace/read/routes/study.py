@@ -191,7 +191,7 @@ def _layer(
     last = layer + 1 == len(routes.layers)
     here = layer_tokens(routes, order, layer)
     kept_N = np.isin(order.rows, here.order.rows) if ids and len(here) < len(order.rows) else None
-    words = {kind: vocabulary(here, one if kept_N is None else one.only(kept_N)) for kind, one in ids.items()}
+    words = {kind: vocabulary(here, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N)) for kind, ids_of_kind in ids.items()}
     left_out = routes.expert_ids[routes.padding & ~routes.again, layer]
     padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: here.experts]
     return LayerStudy(
@@ -208,5 +208,5 @@ def _layer(
         transition=None if last else transition(here, layer_tokens(routes, order, layer + 1)),
         gates=gates(routes, layer, here),
         domains=domains(here, file_of[here.order.rows], files) if files > 1 else None,
-        vocabulary={kind: one for kind, one in words.items() if one is not None},
+        vocabulary={kind: ids_of_kind for kind, ids_of_kind in words.items() if ids_of_kind is not None},
     )

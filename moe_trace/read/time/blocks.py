@@ -50,15 +50,15 @@ def find_blocks(samples: Sequence[RoutingSample], events: EventTable) -> Blocks:
 
 def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64]:
     """Return the thread of each router's range as an index of the table, [N], or -1 if it is missing."""
-    ranges = events.select(events.kind == Kind.RANGE)
-    names = [events.names[name] for name in ranges.name.tolist()]
-    thread_of = dict(
-        zip(zip(names, ranges.start_ns.tolist(), strict=True), ranges.thread.tolist(), strict=True)
+    router_ranges = events.select(events.kind == Kind.RANGE)
+    names = [events.names[name] for name in router_ranges.name.tolist()]
+    by_range = dict(
+        zip(zip(names, router_ranges.start_ns.tolist(), strict=True), router_ranges.thread.tolist(), strict=True)
     )
     start_us = calls.places.span("host", "router")[:, 0]
     wanted = [range_name("router", key.site) for key in calls.keys]
     starts = zip(calls.router.tolist(), to_ns(start_us).tolist(), strict=True)
-    threads = [thread_of.get((wanted[router], start), -1) for router, start in starts]
+    threads = [by_range.get((wanted[router], start), -1) for router, start in starts]
     return np.where(np.isnan(start_us), -1, np.array(threads, np.int64))
 
 

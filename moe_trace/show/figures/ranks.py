@@ -125,12 +125,12 @@ def _over_mean(load: Sequence[int]) -> list[float]:
 def exchange_bars(report: RankReport) -> Figure:
     """Plot the time of each layer's collectives over all ranks, with waiting separate."""
     sites: dict[str, list[ExchangeTime]] = {}
-    for one in report.exchanges:
-        sites.setdefault(one.site, []).append(one)
+    for exchange in report.exchanges:
+        sites.setdefault(exchange.site, []).append(exchange)
     times = [_moving_and_waiting(members) for members in sites.values()]
     parts = [("moving", MOVING), ("waiting for the last rank", WAITING)]
-    known = any(one.wait_us is not None for one in report.exchanges)
-    clock = "kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
+    known = any(exchange.wait_us is not None for exchange in report.exchanges)
+    clock = "kernels" if all(exchange.on_device for exchange in report.exchanges) else "the backend's thread"
     return Figure(
         key="rank-exchange",
         title="Collectives of each layer",
@@ -144,7 +144,7 @@ def exchange_bars(report: RankReport) -> Figure:
         ],
         layout=bars_layout("µs", 320, barmode="stack"),
         headings=("layer", "part", "rank", "calls", "bytes", "bytes leaving", "time µs", "wait µs", "GB/s"),
-        rows=[_exchange_row(one) for one in report.exchanges],
+        rows=[_exchange_row(exchange) for exchange in report.exchanges],
     )
 
 

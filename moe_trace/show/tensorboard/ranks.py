@@ -99,14 +99,14 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
 def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
     """Subtract the waits in the layers' kernels from the ranks' work; return whether all were known."""
     exchanges = report.exchanges if report is not None else ()
-    if not exchanges or not all(one.on_device and one.wait_us is not None for one in exchanges):
+    if not exchanges or not all(exchange.on_device and exchange.wait_us is not None for exchange in exchanges):
         return False
     by_number = {row["rank"]: row for row in rows}
-    for one in exchanges:
-        row = by_number.get(one.rank)
-        if row is not None and one.site in row["work_us"]:
-            row["work_us"][one.site] -= one.wait_us
-            row["moe_work_us"] -= one.wait_us
+    for exchange in exchanges:
+        row = by_number.get(exchange.rank)
+        if row is not None and exchange.site in row["work_us"]:
+            row["work_us"][exchange.site] -= exchange.wait_us
+            row["moe_work_us"] -= exchange.wait_us
     return True
 
 

@@ -106,7 +106,7 @@ class CompiledCalls:
         threads = self._calls.thread[inside].tolist()
         for row, thread, span in zip(inside.tolist(), threads, spans, strict=True):
             groups[thread, *span].append(row)
-        return [one for rows in groups.values() for one in self._of_forward(np.array(rows, np.int64))]
+        return [one for rows in groups.values() for one in self._work_of_forward(np.array(rows, np.int64))]
 
     def backward(self) -> list[Work]:
         """Return the work of the backwards of what `forward` joined."""
@@ -126,21 +126,21 @@ class CompiledCalls:
         total = len(self._ops) if listed else 0
         return Coverage(joined=total if shown else 0, total=total)
 
-    def _of_forward(self, rows: IntArray) -> Iterator[Work]:
+    def _work_of_forward(self, rows: IntArray) -> Iterator[Work]:
         names = self._calls.name[rows].tolist()
         if len(set(names)) < len(names):  # a router ran twice, so its launches are ambiguous
             return
         row_of = dict(zip(names, rows.tolist(), strict=True))
         ops = self._ops_of(int(rows[0]))
-        found = [(op, one) for op in ops if (one := self._matched(op, row_of)) is not None]
-        runs, done = Counter(id(one.fit.graph) for _, one in found), Counter[int]()
+        found = [(op, call) for op in ops if (call := self._matched(op, row_of)) is not None]
+        runs, done = Counter(id(call.fit.graph) for _, call in found), Counter[int]()
         step = 0
-        for op, one in found:
-            graph = id(one.fit.graph)
+        for op, call in found:
+            graph = id(call.fit.graph)
             self._runs[op] = _Run(row_of, done[graph], runs[graph])
             done[graph] += 1
-            yield from self._work(one, self._runs[op], step)
-            step += len(self._matcher.launches(one.fit))
+            yield from self._work(call, self._runs[op], step)
+            step += len(self._matcher.launches(call.fit))
 
     def _work(self, call: _GraphCall, run: _Run, step: int) -> Iterator[Work]:
         """Yield the kernels of a graph call that belong to a router call."""
@@ -210,11 +210,11 @@ class CompiledCalls:
         rows = np.arange(launched.start, launched.stop)
         replayed = np.flatnonzero(np.isin(self.kernels.link[rows], self._replays.link))
         # Kernels that copy a CUDA graph's inputs run before its launch and are not part of it.
-        found = self._of_kernels(rows[replayed[0] :]) if len(replayed) else []
+        found = self._calls_by_kernels(rows[replayed[0] :]) if len(replayed) else []
         key = key_of(self._events.names[ops.name[op]])
-        return [one for one in found or self._of_kernels(rows) if not key or one.fit.graph.key in ("", key)]
+        return [one for one in found or self._calls_by_kernels(rows) if not key or one.fit.graph.key in ("", key)]
 
-    def _of_kernels(self, rows: IntArray) -> list[_GraphCall]:
+    def _calls_by_kernels(self, rows: IntArray) -> list[_GraphCall]:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]
         if len(set(self.kernels.stream[rows].tolist())) != 1:
             return []

@@ -75,7 +75,7 @@ def place_in_graphs(
     table = placed.samples.take(np.array(rows, np.int64))
     table = timed(replace(table, places=Places.of(places, len(rows))))
     untimed = [
-        why_untimed.get(row) for row, is_timed in zip(rows, routers_timed(table), strict=True) if not is_timed
+        why_untimed.get(row) for row, has_time in zip(rows, routers_timed(table), strict=True) if not has_time
     ]
     unplaced = [why for why in found.values() if isinstance(why, str) and why != OTHER_TRACE]
     return replace(placed, samples=table, unplaced=_counts(unplaced), untimed=_counts(filter(None, untimed)))

@@ -72,9 +72,9 @@ def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[
     rows, others = aligned.rows_a[::step], aligned.rows_b[::step]
     for layer, own in aligned.layers:
         experts, slots = routes.num_experts[layer], routes.top_k[layer]
-        own_ids = routes.expert_ids[rows, layer]
+        ids = routes.expert_ids[rows, layer]
         shares = {
-            other: float(shared_experts(own_ids, reference.expert_ids[others, other], experts).mean()) / slots
+            other: float(shared_experts(ids, reference.expert_ids[others, other], experts).mean()) / slots
             for _, other in aligned.layers
             if reference.num_experts[other] == experts
         }

@@ -148,10 +148,10 @@ def reuse_bars(found: RoutesStudy) -> Figure | None:
 def distinct_curve(found: RoutesStudy) -> Figure | None:
     """Plot the number of experts whose weights a layer reads, by batch size; None without tokens."""
     sites, figures = site_labels(found), [layer.distinct for layer in found.layers]
-    longest = min((len(one.expected) for one in figures), default=0)
+    longest = min((len(figure.expected) for figure in figures), default=0)
     if not longest:
         return None
-    curves_LB = np.array([one.expected[:longest] for one in figures])
+    curves_LB = np.array([figure.expected[:longest] for figure in figures])
     points = np.unique(np.round(np.geomspace(1, longest, 60)).astype(np.int64))
     batches = [batch for batch in BATCHES if batch <= longest]
     return Figure(
@@ -167,8 +167,8 @@ def distinct_curve(found: RoutesStudy) -> Figure | None:
         },
         headings=("layer", *(f"{b} tokens" if b > 1 else "1 token" for b in batches)),
         rows=[
-            (site, *(known(one.expected[b - 1], 2) for b in batches))
-            for site, one in zip(sites, figures, strict=True)
+            (site, *(known(figure.expected[b - 1], 2) for b in batches))
+            for site, figure in zip(sites, figures, strict=True)
         ],
     )
 
