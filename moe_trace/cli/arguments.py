@@ -163,8 +163,8 @@ def print_results(results: Mapping[str, Mapping[str, Sequence[Any]]], form: str)
         for rule, found in rules.items():
             count = f": {len(found)}" if found else ""
             print(f"  {'BROKEN' if found else 'ok    '}  {rule.replace('_', ' ')}{count}")
-            for one in found[:_BROKEN_SHOWN]:
-                print(wrapped(printable(one.sentence, 500)))
+            for problem in found[:_BROKEN_SHOWN]:
+                print(wrapped(printable(problem.sentence, 500)))
             if len(found) > _BROKEN_SHOWN:
                 print(wrapped(f"… and {len(found) - _BROKEN_SHOWN} more"))
     return int(any(found for rules in results.values() for found in rules.values()))

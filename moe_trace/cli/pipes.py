@@ -83,7 +83,7 @@ def seekable_inputs(arguments: argparse.Namespace, reads: Mapping[str, str]) -> 
 
         def copied(given: Any, ending: str) -> Any:
             if isinstance(given, list):
-                return [copied(one, ending) for one in given]
+                return [copied(item, ending) for item in given]
             if given is None or not (str(given) == STANDARD_INPUT or _is_pipe(given)):
                 return given
             if str(given) in copies.values():

@@ -279,7 +279,7 @@ def distribution(values: Iterable[float]) -> Distribution | None:
 
 def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
     loads = [r.load.max_over_mean for r in routers if r.load.max_over_mean is not None]
-    both = [one.host for r in routers for one in (r.latency, r.recompute_latency)]
+    both = [latency.host for r in routers for latency in (r.latency, r.recompute_latency)]
     host = [distribution.total for distribution in both if distribution is not None]
     return Totals(
         routers=len(routers),

@@ -12,7 +12,9 @@ import numpy as np
 
 from moe_trace.placement.plan import Floats, Ints
 
-_HELD = 1e30  # a second copy in one bin has no use, so it is placed there only if nothing else is left
+_DUPLICATE_COST = (
+    1e30  # a second copy in one bin has no use, so it is placed there only if nothing else is left
+)
 
 
 def eighth_power(values: np.ndarray) -> np.ndarray:
@@ -44,19 +46,19 @@ def pack(weights_LIB: Floats, bins: int, owners_LI: Ints | None = None) -> Ints:
     filled = np.zeros((layers, bins), np.int64)
     held = None if owners_LI is None else np.zeros((layers, items, bins), bool)
     bin_LI = np.empty((layers, items), np.int64)
-    every = np.arange(layers)
+    rows = np.arange(layers)
     for item in order_LI.T:
-        weight = weights_LIB[every, item]
+        weight = weights_LIB[rows, item]
         cost = (eighth_power(loads + weight[:, None]) - eighth_power(loads)).sum(axis=2)
         if held is not None and owners_LI is not None:
-            cost[held[every, owners_LI[every, item]]] += _HELD
+            cost[held[rows, owners_LI[rows, item]]] += _DUPLICATE_COST
         cost[filled == capacity] = np.inf
         chosen = cost.argmin(axis=1)
-        bin_LI[every, item] = chosen
-        loads[every, chosen] += weight
-        filled[every, chosen] += 1
+        bin_LI[rows, item] = chosen
+        loads[rows, chosen] += weight
+        filled[rows, chosen] += 1
         if held is not None and owners_LI is not None:
-            held[every, owners_LI[every, item], chosen] = True
+            held[rows, owners_LI[rows, item], chosen] = True
     return bin_LI
 
 

@@ -60,11 +60,13 @@ def read_counts(
         _refuse_other_files(path, first)
     key = _counts_key(path) if array is None and first and path.suffix == ".json" else None
     if key == "logical_count":
-        array = _of_sglang(path)
+        array = _read_sglang(path)
     if array is None and key is None:
         counts = counts_of_traces(path, chosen)
     else:
-        counts = _of_layers(_of_json(path) if array is None else _of_array(path, array), chosen or Filter())
+        counts = _select_layers(
+            _read_json(path) if array is None else _read_array(path, array), chosen or Filter()
+        )
     if slot_bytes is None:
         return counts
     return replace(counts, layers=tuple(replace(layer, slot_bytes=slot_bytes) for layer in counts.layers))
@@ -106,7 +108,7 @@ def _counts_key(path: Path) -> str | None:
     return None
 
 
-def _of_sglang(path: Path) -> np.ndarray:
+def _read_sglang(path: Path) -> np.ndarray:
     """Read `{"logical_count": [steps][layers][experts] or [layers][experts]}`, the format of SGLang."""
     try:
         return np.array(msgspec.json.decode(path.read_bytes(), type=_SGLangCounts).logical_count)
@@ -126,7 +128,7 @@ def _loaded(path: Path) -> Any:
         ) from error
 
 
-def _of_array(path: Path, array: Any) -> ExpertCounts:
+def _read_array(path: Path, array: Any) -> ExpertCounts:
     is_array = isinstance(array, np.ndarray)
     if not is_array or array.dtype.kind not in "iu" or array.ndim not in (2, 3):
         form = f"{array.dtype} of the form {list(array.shape)}" if is_array else "an archive"
@@ -147,7 +149,7 @@ def _of_array(path: Path, array: Any) -> ExpertCounts:
     )
 
 
-def _of_json(path: Path) -> ExpertCounts:
+def _read_json(path: Path) -> ExpertCounts:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_CountsFile)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -173,10 +175,12 @@ def _of_json(path: Path) -> ExpertCounts:
 
 
 def _layers(given: Iterable[Layer | int]) -> tuple[Layer, ...]:
-    return tuple(Layer(site=f"L{one:02d}", layer=one) if isinstance(one, int) else one for one in given)
+    return tuple(
+        Layer(site=f"L{layer:02d}", layer=layer) if isinstance(layer, int) else layer for layer in given
+    )
 
 
-def _of_layers(counts: ExpertCounts, chosen: Filter) -> ExpertCounts:
+def _select_layers(counts: ExpertCounts, chosen: Filter) -> ExpertCounts:
     """Select layers in a file of counts, which has no steps or stages to filter by."""
     if chosen.steps or chosen.stages:
         raise UsageError(f"{counts.source}: --step and --phase choose calls of a trace; these are counts")

@@ -44,8 +44,8 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
     Raises:
         UsageError: There are fewer than two observations for a split, or too many for `each`.
     """
-    every = tuple(range(len(counts.labels)))
-    number, kind = len(every), counts.kind
+    indices = tuple(range(len(counts.labels)))
+    number, kind = len(indices), counts.kind
     if way == "auto":
         way = "none" if number == 1 else "alternate" if kind == "step" else "each"
     if way == "none":
@@ -59,7 +59,7 @@ def split_by(counts: ExpertCounts, way: Way = "auto") -> Split:
         raise UsageError(
             f"found {number} {kind}s, expected at most {MAX_FOLDS} for --split each; use alternate or halves"
         )
-    folds, words = _folds(every, way, kind)
+    folds, words = _folds(indices, way, kind)
     # A batch that repeats makes the split in-sample: the held-out counts equal those chosen on.
     rows = [row.tobytes() for row in counts.counts_SLE]
     repeats = all({rows[i] for i in fold.judged} <= {rows[i] for i in fold.chosen} for fold in folds)
@@ -87,7 +87,7 @@ def _in_sample(counts: ExpertCounts) -> Split:
     every = tuple(range(number))
     by_itself = counts.kind == "text" and 1 < number <= MAX_FOLDS
     folds = tuple(Fold(every, (i,)) for i in every) if by_itself else (Fold(every, every),)
-    words = f"plans are chosen and judged on {_many(counts.kind, number)}"
+    words = f"plans are chosen and judged on {_counted(counts.kind, number)}"
     words += ", each judged by itself" if by_itself else ""
     return Split(folds, f"{words} (in-sample: nothing was held out)", in_sample=True)
 
@@ -120,10 +120,10 @@ def _indices(counts: ExpertCounts, names: Sequence[str], option: str) -> tuple[i
 
 def _names(counts: ExpertCounts, indices: Sequence[int]) -> str:
     if len(indices) > _SHOWN:
-        return _many(counts.kind, len(indices))
+        return _counted(counts.kind, len(indices))
     names = ", ".join(counts.labels[i] for i in indices)
     return names if counts.kind == "text" else f"step{'s' * (len(indices) > 1)} {names}"
 
 
-def _many(kind: str, number: int) -> str:
+def _counted(kind: str, number: int) -> str:
     return f"{number} {kind}{'s' * (number != 1)}"

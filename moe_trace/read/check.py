@@ -176,11 +176,11 @@ def lanes_do_not_cross(checked: Checked) -> Iterator[tuple[str, str]]:
             lanes[event.track].append(event)
     for lane in lanes.values():
         lane.sort(key=lambda e: e.start_ns)
-        for one, two in itertools.pairwise(lane):
+        for before, after in itertools.pairwise(lane):
             # A microsecond with three decimals does not always survive conversion to float, so 1 ns is no
             # overlap.
-            if two.start_ns < one.start_ns + one.duration_ns - 1:
-                yield two.name, f"a slice starts at {two.start_ns / 1000:.3f} µs, inside {one.name}"
+            if after.start_ns < before.start_ns + before.duration_ns - 1:
+                yield after.name, f"a slice starts at {after.start_ns / 1000:.3f} µs, inside {before.name}"
 
 
 def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
@@ -227,7 +227,7 @@ def _joined(part: str, checked: Checked) -> Iterator[tuple[str, str]]:
         yield "trace", sentence
 
 
-_OF_CALLS: tuple[Rule, ...] = (
+_CALL_RULES: tuple[Rule, ...] = (
     versions_known,
     samples_are_accounted_for,
     ranges_are_accounted_for,
@@ -242,7 +242,7 @@ _OF_CALLS: tuple[Rule, ...] = (
     times_are_inside_graphs,
     events_can_be_read,
 )
-RULES: dict[str, Rule] = {rule.__name__: rule for rule in _OF_CALLS}
+RULES: dict[str, Rule] = {rule.__name__: rule for rule in _CALL_RULES}
 RULES |= {name: partial(_joined, part) for name, part in _JOINED.items()}
 
 

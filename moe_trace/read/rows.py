@@ -15,7 +15,7 @@ from moe_trace.data.summary import SampleKey
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.read.time.phases import CallTimes
 
-_OF_SAMPLES = {
+_SAMPLE_COLUMNS = {
     "site": Column("layer", "Label of the router: its layer, and which of its routers where it has several."),
     "name": Column("router", "Path of the router's module."),
     "layer": Column("layer index", "Index of the layer in the model."),
@@ -47,11 +47,11 @@ _OF_SAMPLES = {
 """Columns for fields of `RoutingSample`."""
 
 LISTS_OF_ROWS = ("assignments", "prefill_assignments", "decode_assignments", "k_histogram")
-_OF_LOADS = {"max_over_mean": "max÷mean", "cv": "CV", "gini": "Gini", "entropy": "entropy"}
+_LOAD_COLUMNS = {"max_over_mean": "max÷mean", "cv": "CV", "gini": "Gini", "entropy": "entropy"}
 
 COLUMNS: dict[str, Column] = {
-    **_OF_SAMPLES,
-    **{f"load_{name}": column_of(heading) for name, heading in _OF_LOADS.items()},
+    **_SAMPLE_COLUMNS,
+    **{f"load_{name}": column_of(heading) for name, heading in _LOAD_COLUMNS.items()},
     "active_experts": column_of("active"),
     "router_host_us": column_of("router host µs"),
     "router_device_busy_us": column_of("router device busy µs"),
@@ -94,8 +94,8 @@ def call_rows(
     columns: dict[str, Iterable[Any]] = {
         **dict.fromkeys(COLUMNS, nothing),
         **{name: getattr(calls, name).tolist() for name in RouterKey._fields},
-        **{name: calls.values(name) for name in _OF_SAMPLES if name in NUMBERS},
-        **{f"load_{name}": known_values(getattr(loads, name)) for name in _OF_LOADS},
+        **{name: calls.values(name) for name in _SAMPLE_COLUMNS if name in NUMBERS},
+        **{f"load_{name}": known_values(getattr(loads, name)) for name in _LOAD_COLUMNS},
         "active_experts": loads.active_experts.tolist(),
         "router_host_us": calls.host_us().tolist(),
         "router_device_busy_us": map(busy_us.get, keys),

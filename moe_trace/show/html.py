@@ -34,7 +34,7 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
         UsageError: plotly is not installed.
     """
     beside = routes or [None] * len(summaries)
-    drawn = [_section(f"f{i}", *one) for i, one in enumerate(zip(summaries, beside, strict=True))]
+    drawn = [_section(f"f{i}", *pair) for i, pair in enumerate(zip(summaries, beside, strict=True))]
     sections = "\n".join(html for html, _ in drawn)
     specs = [spec for _, found in drawn for spec in found]
     views = [view for part in beside if part is not None for view in part.views]

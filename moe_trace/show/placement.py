@@ -161,7 +161,7 @@ def render_placement_json(study: PlacementStudy) -> str:
         {
             "schema_version": SCHEMA_VERSION,
             **attributes(counts, "source", "model", "kind", "labels", "num_experts"),
-            "layers": [attributes(one, "site", "name", "layer", "slot_bytes") for one in counts.layers],
+            "layers": [attributes(layer, "site", "name", "layer", "slot_bytes") for layer in counts.layers],
             "split": {**attributes(study.split, "words", "in_sample"), "folds": folds},
             "judged_observations": study.observations,
             "clusters": [_cluster(cluster) for cluster in study.clusters],

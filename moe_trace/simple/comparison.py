@@ -90,8 +90,8 @@ class ComparedConfig:
     skipped_share: Timed = field(metadata=as_column("skipped", "Of all slots: " + DEFINITIONS["skipped"]))
 
 
-_OF_LINE = columns_of_fields(ComparedConfig)
-_FIGURES = tuple(_OF_LINE)[4:]
+_COLUMNS_BY_NAME = columns_of_fields(ComparedConfig)
+_FIGURES = tuple(_COLUMNS_BY_NAME)[4:]
 _PARTS = {
     "": ("median", "median of the rounds"),
     "_min": ("low", "smallest of the rounds"),
@@ -100,11 +100,11 @@ _PARTS = {
     "_ratio_low": ("ratio_low", "low end of that ratio's interval"),
     "_ratio_high": ("ratio_high", "high end of that ratio's interval"),
 }
-COLUMNS = {name: _OF_LINE[name] for name in tuple(_OF_LINE)[:4]} | {
+COLUMNS = {name: _COLUMNS_BY_NAME[name] for name in tuple(_COLUMNS_BY_NAME)[:4]} | {
     name + suffix: replace(
-        _OF_LINE[name],
-        label=f"{_OF_LINE[name].label}, {words}",
-        unit="" if "ratio" in suffix else _OF_LINE[name].unit,
+        _COLUMNS_BY_NAME[name],
+        label=f"{_COLUMNS_BY_NAME[name].label}, {words}",
+        unit="" if "ratio" in suffix else _COLUMNS_BY_NAME[name].unit,
     )
     for name in _FIGURES
     for suffix, (_, words) in _PARTS.items()
@@ -249,7 +249,12 @@ def _render(comparison: Comparison) -> str:
         return "no configuration was run"
     named = ("config", "text") if any(line.text != "all" for line in comparison.lines) else ("config",)
     shown = [name for name in _FIGURES if name not in ("tokens_per_s", "skipped_share")]
-    headings = (*named, _OF_LINE["tokens_per_s"], "× first", *(_OF_LINE[name] for name in shown))
+    headings = (
+        *named,
+        _COLUMNS_BY_NAME["tokens_per_s"],
+        "× first",
+        *(_COLUMNS_BY_NAME[name] for name in shown),
+    )
     rows: list[tuple[Cell, ...]] = [
         (
             *(getattr(line, name) for name in named),

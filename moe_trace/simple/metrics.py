@@ -209,7 +209,7 @@ def _confidence(calls: CallTable) -> dict[str, float]:
 def _spread(name: str, values: Iterable[float], *figures: str, unit: str = "") -> dict[str, float]:
     """Return statistics (fields of `Distribution`) of the known values."""
     found = distribution(value for value in values if value == value)
-    return {f"{name}_{one}{unit}": NAN if found is None else getattr(found, one) for one in figures}
+    return {f"{name}_{figure}{unit}": NAN if found is None else getattr(found, figure) for figure in figures}
 
 
 def render_metrics(model_name: str, metrics: Mapping[str, RouterMetrics], notes: Sequence[str]) -> str:

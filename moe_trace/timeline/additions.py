@@ -24,12 +24,12 @@ from moe_trace.data.trace_json.windows import Window
 from moe_trace.timeline.file_layout import Cut, TraceLayout, read_layout
 
 _COPY_BYTES = 4 * 2**20
-_OUR_HEAD = re.compile(rb',?\n\{"ph":"M","name":"process_')
+_OWN_HEAD = re.compile(rb',?\n\{"ph":"M","name":"process_')
 _SPLICE = re.compile(rb',"splice":\{"offset":(\d+),"band_bytes":(\d+),"event_bytes":(\d+)\}\}\}\}$')
 _SPLICE_BYTES = 128
 _SPLICED_END = re.compile(rb'("splice":\{"offset":(\d+),"band_bytes":\d+,"event_bytes":\d+\}\}\}\})\s*\]')
 _TAIL_BYTES = 64 * 2**10
-_MAYBE_OURS = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
+_MAYBE_OWN = re.compile(rb'"pid"\s*:\s*9\d{6}|"%b"' % METADATA_KEY.encode())
 
 
 def encode_addition(
@@ -95,7 +95,7 @@ def _find_addition(file: BinaryIO, end: int) -> tuple[int, int] | None:
     if start < 0 or not band_bytes:
         return None
     file.seek(start)
-    return (start, event) if _OUR_HEAD.match(file.read(64)) else None
+    return (start, event) if _OWN_HEAD.match(file.read(64)) else None
 
 
 def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
@@ -197,7 +197,7 @@ def _own_elements(file: BinaryIO, layout: TraceLayout) -> Iterator[Cut]:
 
 
 def _is_own_event(file: BinaryIO, text: bytes) -> bool:
-    if not _MAYBE_OURS.search(text):
+    if not _MAYBE_OWN.search(text):
         return False
     event = value_or_none(text)
     if not isinstance(event, dict):

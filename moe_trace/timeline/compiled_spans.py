@@ -78,11 +78,11 @@ def _read(events: EventBytes) -> EventTable | None:
 
 
 def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
-    work = [one for one in join.forward() if rows[one.call]]
+    work = [item for item in join.forward() if rows[item.call]]
     spans, busy = dict(places.spans), dict(places.busy_us)
     side: Side = "device" if join.on_device else "host"
     for kind in _LANES:
-        span, busy_us = _spans_of([one for one in work if one.place == kind], len(places), join)
+        span, busy_us = _spans_of([item for item in work if item.place == kind], len(places), join)
         known = ~np.isnan(busy_us)
         if known.any():
             spans[side, kind] = np.where(known[:, None], span, places.span(side, kind))
@@ -93,7 +93,7 @@ def _with_spans(places: Places, rows: Mask, join: CompiledCalls) -> Places:
 def _spans_of(work: Sequence[Work], size: int, join: CompiledCalls) -> tuple[Floats, Floats]:
     """Return first to last kernel of each call, [size, 2], and their sum, [size]; NaN where there is none."""
     row, kernel, share = (
-        np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
+        np.array([getattr(item, name) for item in work], np.int64) for name in ("call", "kernel", "share")
     )
     start_ns, duration_ns = join.kernels.start_ns[kernel], join.kernels.duration_ns[kernel]
     first, last = np.full(size, np.iinfo(np.int64).max), np.zeros(size, np.int64)

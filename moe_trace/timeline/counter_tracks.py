@@ -79,8 +79,8 @@ def _band_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
 
 def _layer_counters(placed: PlacedCalls, pid: int) -> Iterator[bytes]:
     site = placed.calls.site[placed.of_layers]
-    for one in sorted(set(site.tolist())):
-        yield from _figure_counters(placed, placed.of_layers[site == one], pid, prefix=f"{one} ")
+    for name in sorted(set(site.tolist())):
+        yield from _figure_counters(placed, placed.of_layers[site == name], pid, prefix=f"{name} ")
 
 
 def _figure_counters(placed: PlacedCalls, rows: IntArray, pid: int, *, prefix: str = "") -> Iterator[bytes]:

@@ -178,7 +178,9 @@ def merge_in_place(
         )
         insert_addition(file, layout.events.end, addition)
     lost = Lost(**placed.lost())
-    return Merged([_placed_of(one, own, placed) for one, own in zip(recordings, named, strict=True)], lost)
+    return Merged(
+        [_placed_of(recording, own, placed) for recording, own in zip(recordings, named, strict=True)], lost
+    )
 
 
 def _with_own_names(recordings: Sequence[Recording]) -> list[Recording]:
@@ -250,7 +252,7 @@ def _place(
 
 
 def _compiled_graphs(recordings: Sequence[Recording]) -> tuple[CompiledGraph, ...]:
-    return tuple(dict.fromkeys(graph for one in recordings for graph in one.compiled_graphs))
+    return tuple(dict.fromkeys(graph for recording in recordings for graph in recording.compiled_graphs))
 
 
 def _combine(recordings: Sequence[Recording], placed: Placed) -> Recording:

@@ -72,12 +72,12 @@ class PlacedCalls:
 
     def having(self, kind: RangeKind) -> IntArray:
         """Return the rows that have a range of that kind."""
-        return np.flatnonzero(_there(self.spans[kind]))
+        return np.flatnonzero(_is_known(self.spans[kind]))
 
     @cached_property
     def of_layers(self) -> IntArray:
         """Rows with a place of their own, not only one shared with the other layers of their graph."""
-        return np.flatnonzero(_there(self.spans["router"]) | _there(self.spans["block"]))
+        return np.flatnonzero(_is_known(self.spans["router"]) | _is_known(self.spans["block"]))
 
     @property
     def start_us(self) -> float:
@@ -193,8 +193,8 @@ class Replays:
 
 
 def _drawn_on_device(calls: CallTable) -> Mask:
-    in_graph = _there(calls.places.span("host", "graph")) & _there(calls.places.span("device", "graph"))
-    own = (_there(calls.places.span("device", kind)) for kind in ("router", "block"))
+    in_graph = _is_known(calls.places.span("host", "graph")) & _is_known(calls.places.span("device", "graph"))
+    own = (_is_known(calls.places.span("device", kind)) for kind in ("router", "block"))
     return np.logical_or.reduce([in_graph, *own])
 
 
@@ -211,10 +211,10 @@ def _whole(spans: Mapping[RangeKind, Floats]) -> Floats:
     router, experts, block, graph = (spans[kind] for kind in ("router", "experts", "block", "graph"))
     end_us = np.fmax(router.sum(1), experts.sum(1))
     layer = np.stack([router[:, 0], end_us - router[:, 0]], axis=1)
-    return np.where(_there(block)[:, None], block, np.where(_there(router)[:, None], layer, graph))
+    return np.where(_is_known(block)[:, None], block, np.where(_is_known(router)[:, None], layer, graph))
 
 
-def _there(span: Floats) -> Mask:
+def _is_known(span: Floats) -> Mask:
     return ~np.isnan(span[:, 0])
 
 

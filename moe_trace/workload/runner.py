@@ -71,7 +71,7 @@ def run(config: RunConfig, progress: Progress = lambda what, done, total: None) 
     with joined(device.type, config.split.processes) as worker:
         if device.type == "cuda":
             device = torch.device("cuda", worker.local_rank)
-        with _failures_told(worker, config):
+        with _report_failures(worker, config):
             trace, _ = _record(config, worker, device, progress)
             worker.publish("trace", {"file": trace.name, "host": socket.gethostname()})
         if not worker.is_rank0:
@@ -138,7 +138,7 @@ def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: 
 
 
 def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[Step, torch.nn.Module]:
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "device": device,
         "dtype": _dtype(config, device),
         "random_weights": config.random_weights,
@@ -146,9 +146,9 @@ def _prepare(config: RunConfig, worker: Worker, device: torch.device) -> tuple[S
         "experts_implementation": config.experts_implementation,
     }
     if config.split.is_split:
-        model, tokenizer = load_split_model(config.model, config.split, worker, **how)
+        model, tokenizer = load_split_model(config.model, config.split, worker, **options)
     else:
-        model, tokenizer = load_model(config.model, **how)
+        model, tokenizer = load_model(config.model, **options)
     if tokenizer is None and (config.prompt is not None or config.prompts_file is not None):
         raise UsageError(f"{config.model} has no tokenizer, so prompts cannot be used; leave them out")
     texts = _texts(config)
@@ -202,7 +202,7 @@ def _profiler(model: torch.nn.Module, config: RunConfig, device: torch.device) -
 
 
 @contextmanager
-def _failures_told(worker: Worker, config: RunConfig) -> Iterator[None]:
+def _report_failures(worker: Worker, config: RunConfig) -> Iterator[None]:
     """Publish a failure of this process to the others; rank 0 then reports the state of all."""
     try:
         yield

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"found --labels {arguments.labels}, expected {len(names)} names, with commas between them"
         )
     parts = [routes_of(path, arguments) for path in arguments.files]
-    predicted = None if arguments.predicted is None else [predicted_ids(one) for one in arguments.predicted]
+    predicted = None if arguments.predicted is None else [predicted_ids(path) for path in arguments.predicted]
     found = study(parts, labels, pairs=arguments.pairs, predicted=predicted)
     if arguments.format == "json":
         print(render_study_json(found, matrices=arguments.matrices), end="")

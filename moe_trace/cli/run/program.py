@@ -21,7 +21,17 @@ from moe_trace.workload.program.as_main import INTERRUPTED, Program
 from moe_trace.workload.program.run import has_store, run_program
 
 SCRIPT_STEPS = 32
-_OF_SCRIPTS = ("steps", "warmup", "layers", "every", "routes", "record_shapes", "with_stack", "out", "force")
+_PROGRAM_OPTIONS = (
+    "steps",
+    "warmup",
+    "layers",
+    "every",
+    "routes",
+    "record_shapes",
+    "with_stack",
+    "out",
+    "force",
+)
 
 
 def record_program(program: Program, values: dict[str, Any]) -> int:
@@ -82,11 +92,11 @@ def _config(program: Program, values: dict[str, Any]) -> RunConfig:
     plain, split = RunConfig(), Split()
     for name, value in values.items():
         usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
-        if name not in _OF_SCRIPTS and value != usual:
+        if name not in _PROGRAM_OPTIONS and value != usual:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is of a model that moe-trace runs; {program.target} brings its own")
     settle_steps(values, SCRIPT_STEPS, 0)
-    chosen = {name: values[name] for name in _OF_SCRIPTS}
+    chosen = {name: values[name] for name in _PROGRAM_OPTIONS}
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or has_store()  # which shares rank 0's folder
     out = values["out"] or new_folder(program.name, "script", alone=alone)
     chosen["out"] = Path(os.path.abspath(out))  # the program may change its working directory

@@ -12,7 +12,7 @@ from moe_trace.data.calls.sample import STAGES, Stage
 from moe_trace.data.calls.table import NONE, CallTable
 
 _SPLIT: tuple[Stage, ...] = ("prefill", "decode")
-_OF_THE_WHOLE = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss", "aux_loss")
+_WHOLE_CALL_METRICS = ("router_entropy", "confidence", "top1_prob", "topk_mass", "z_loss", "aux_loss")
 """Means over all tokens of a call, which are unknown for its parts."""
 
 
@@ -81,7 +81,7 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
         f"{other}_tokens": np.zeros(len(calls), np.int64),
         "requests": requests,
         "prefill_requests": np.where(known, requests if stage == "prefill" else 0, NONE),
-        **{name: np.full(len(calls), np.nan) for name in _OF_THE_WHOLE},
+        **{name: np.full(len(calls), np.nan) for name in _WHOLE_CALL_METRICS},
     }
     for name, values in changed.items():
         numbers[name] = np.where(part, values, numbers[name])

@@ -182,7 +182,7 @@ def as_column(
 
 def columns_of_fields(kind: type) -> dict[str, Column]:
     """Return a mapping from field name to column, in the order of the fields."""
-    return {one.name: one.metadata["column"] for one in fields(kind)}
+    return {field.name: field.metadata["column"] for field in fields(kind)}
 
 
 def count_column(label: str, unit: str = "") -> Column:

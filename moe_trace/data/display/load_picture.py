@@ -56,4 +56,4 @@ def png(picture_HW3: npt.NDArray[np.uint8]) -> bytes:
     lines = b"".join(b"\0" + row.tobytes() for row in picture_HW3)  # each starts with filter type 0 (none)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*fields) for fields in chunks)

@@ -87,7 +87,7 @@ class RoutesWriter:
         self._run: Mapping[str, Any] = {}
         self._headers = self._chunks = 0
         self._closed = True
-        with self._said_if_unwritable():
+        with self._explain_unwritable():
             self._file = self.path.open("wb")
             self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED, compresslevel=level)
         self._closed = False
@@ -126,7 +126,7 @@ class RoutesWriter:
                 self._write_header()
             self.flush()
         finally:
-            with self._said_if_unwritable():
+            with self._explain_unwritable():
                 self._zip.close()
                 self._file.close()
 
@@ -183,17 +183,17 @@ class RoutesWriter:
         self._write(f"{name}.json", json_bytes(end))
         self._chunks += 1
         waiting.parts, waiting.dropped = [], {}
-        with self._said_if_unwritable():
+        with self._explain_unwritable():
             self._file.flush()
 
     def _write(self, name: str, data: bytes) -> None:
         member = zipfile.ZipInfo(name)  # dated 1980, so that equal routes give equal bytes
         member.compress_type = zipfile.ZIP_DEFLATED
-        with self._said_if_unwritable():
+        with self._explain_unwritable():
             self._zip.writestr(member, data, compresslevel=self._level)
 
     @contextmanager
-    def _said_if_unwritable(self) -> Iterator[None]:
+    def _explain_unwritable(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

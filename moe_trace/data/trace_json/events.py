@@ -149,7 +149,7 @@ class EventTableBuilder:
         self._threads.default_factory = self._threads.__len__
         self._parts: list[tuple[np.ndarray, ...]] = []
         self._comms: list[CommEvent] = []
-        self._told: list[bool] = []  # for each name, whether it belongs to a collective
+        self._is_comm: list[bool] = []  # for each name, whether it belongs to a collective
         self._kind_of = _KindOf()
         self._links = Links()
         self.recording: bytes | None = None
@@ -199,9 +199,9 @@ class EventTableBuilder:
     ) -> None:
         """Keep events of collectives: few events, each with its arguments."""
         kind, name = columns[0][: len(slices)], columns[1][: len(slices)]
-        self._told += map(is_comm, itertools.islice(self._names, len(self._told), None))
+        self._is_comm += map(is_comm, itertools.islice(self._names, len(self._is_comm), None))
         host = (kind == Kind.OP) | (kind == Kind.RANGE)
-        for i in np.flatnonzero(np.array(self._told, bool)[name] & host & sound[: len(slices)]).tolist():
+        for i in np.flatnonzero(np.array(self._is_comm, bool)[name] & host & sound[: len(slices)]).tolist():
             event = slices[i]
             facts = facts_of(event.name, event.args)
             if facts is not None:

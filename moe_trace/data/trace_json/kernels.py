@@ -55,19 +55,19 @@ def find_kernels(events: EventTable) -> Kernels:
     them. If there are many, the device's clock is offset from the host's, which does not affect the join.
     """
     launches = events.select((events.kind == Kind.LAUNCH) & (events.link != NO_LINK))
-    every = events.select(events.kind == Kind.DEVICE)
-    at = find_links(every.link, launches.link)
-    known = at >= 0
+    device_events = events.select(events.kind == Kind.DEVICE)
+    launch_rows = find_links(device_events.link, launches.link)
+    known = launch_rows >= 0
     early = known.copy()
-    early[known] = every.start_ns[known] < launches.start_ns[at[known]] - _EARLY_NS
-    if early.sum() <= max(1, _FEW * len(every)):
+    early[known] = device_events.start_ns[known] < launches.start_ns[launch_rows[known]] - _EARLY_NS
+    if early.sum() <= max(1, _FEW * len(device_events)):
         known &= ~early
-    device, at = every.select(known), at[known]
-    order = np.lexsort((device.start_ns, launches.start_ns[at], launches.thread[at]))
-    at = at[order]
+    device, launch_rows = device_events.select(known), launch_rows[known]
+    order = np.lexsort((device.start_ns, launches.start_ns[launch_rows], launches.thread[launch_rows]))
+    launch_rows = launch_rows[order]
     return Kernels(
-        launch_thread=launches.thread[at],
-        launch_ns=launches.start_ns[at],
+        launch_thread=launches.thread[launch_rows],
+        launch_ns=launches.start_ns[launch_rows],
         start_ns=device.start_ns[order],
         duration_ns=device.duration_ns[order],
         name=device.name[order],
@@ -75,8 +75,8 @@ def find_kernels(events: EventTable) -> Kernels:
         stream=device.thread[order],
         coverage=Coverage(
             joined=len(device),
-            total=len(every),
+            total=len(device_events),
             joined_ns=int(device.duration_ns.sum()),
-            total_ns=int(every.duration_ns.sum()),
+            total_ns=int(device_events.duration_ns.sum()),
         ),
     )

@@ -102,18 +102,18 @@ class _Pieces(Generic[_T]):
         pattern = _END if self._more else _END_OF_FILE
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
         ends = [bracket.start() + 1 for bracket in found]
-        for at in ends:
-            text = self._data[start:at]
+        for stop in ends:
+            text = self._data[start:stop]
             try:
                 self._found += self._decode(b"[%b]" % text)
             except REFUSALS:
                 if _state(text) != "whole":
                     continue
                 self._found.append(self._one(text))
-            self._at = at
+            self._at = stop
             return True
         # A bracket after text that is valid so far closes a list inside the element, not the array.
-        ends = [at for at in ends if _state(self._data[start:at]) != "open"] if broken else []
+        ends = [stop for stop in ends if _state(self._data[start:stop]) != "open"] if broken else []
         if ends:
             self._found.append(self._one(self._data[start : ends[0]]))
             self._at = ends[0]

@@ -18,7 +18,7 @@ CHUNK = 2**20  # small enough to be searched while in the CPU cache
 EVENT_MAX = 64 * 2**10
 """Maximum bytes of an event on each side of a match in it; moe_trace's own are below 1 KiB."""
 _WHITE = b" \t\r\n"
-_HELD = 4096
+_PEEK_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,8 @@ def find_end(rest: EventBytes, watch: Callable[[Window], None]) -> tuple[ArrayBo
     holds_lists, brace_before = False, None
     for window in rest.windows():
         for bracket in _brackets(window):
-            at = _last_mark(window.buffer, bracket)
-            brace = brace_before if at < 0 else _brace(window, at)
+            mark = _last_mark(window.buffer, bracket)
+            brace = brace_before if mark < 0 else _brace(window, mark)
             if brace is None:
                 continue
             if _ends_at(rest, window, bracket):
@@ -104,8 +104,8 @@ def find_end(rest: EventBytes, watch: Callable[[Window], None]) -> tuple[ArrayBo
                 return ArrayBounds(rest.start, brace + 1, holds_lists), window.offset + bracket
             holds_lists = True
         watch(window)
-        at = _last_mark(window.buffer, window.until)
-        brace_before = brace_before if at < 0 else _brace(window, at)
+        mark = _last_mark(window.buffer, window.until)
+        brace_before = brace_before if mark < 0 else _brace(window, mark)
     return None
 
 
@@ -133,6 +133,6 @@ def _brace(window: Window, at: int) -> int | None:
 
 
 def _ends_at(rest: EventBytes, window: Window, bracket: int) -> bool:
-    held = bytes(window.buffer[bracket + 1 : min(window.filled, bracket + 1 + _HELD)])
-    rest.file.seek(window.offset + bracket + 1 + len(held))
-    return JsonCursor(rest.file.read, str(rest.file.name), held).is_rest_of_object()
+    peeked = bytes(window.buffer[bracket + 1 : min(window.filled, bracket + 1 + _PEEK_BYTES)])
+    rest.file.seek(window.offset + bracket + 1 + len(peeked))
+    return JsonCursor(rest.file.read, str(rest.file.name), peeked).is_rest_of_object()

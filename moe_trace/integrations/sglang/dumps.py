@@ -62,7 +62,10 @@ def routes_of_dump(path: str | Path) -> Capture:
             f"{path}: found a dump without ids of tokens, expected one of "
             "--expert-distribution-recorder-mode per_token"
         )
-    slots, ids = _slot_map(dump, path), [_whole(one.get("topk_ids_of_layer"), 3, path) for one in records]
+    slots, ids = (
+        _slot_map(dump, path),
+        [_whole(record.get("topk_ids_of_layer"), 3, path) for record in records],
+    )
     shapes = {(len(part), part.shape[2]) for part in ids}
     if {layers for layers, _ in shapes} != {len(slots)} or len(shapes) > 1:
         raise UsageError(f"{path}: found ids of {sorted(shapes)} layers and slots beside {len(slots)} layers")

@@ -26,7 +26,7 @@ def register() -> None:
         wrapper: Any = getattr(importlib.import_module(_WORKERS), _WRAPPER)
         method = getattr(wrapper, _METHOD)
     except Exception as error:
-        _say(f"expected {_WORKERS}.{_WRAPPER}.{_METHOD}, found {error!r}")
+        _warn(f"expected {_WORKERS}.{_WRAPPER}.{_METHOD}, found {error!r}")
         return
     if getattr(method, "_moe_trace", False):
         return
@@ -61,7 +61,7 @@ def _equip(worker: Any, config: Any) -> None:
 
         WorkerTracing(worker, config).install()
     except Exception as error:
-        _say(repr(error))
+        _warn(repr(error))
 
 
 def _answer() -> None:
@@ -69,10 +69,10 @@ def _answer() -> None:
     try:
         serve_metrics()
     except Exception as error:
-        _say(repr(error))
+        _warn(repr(error))
 
 
-def _say(what: str) -> None:
+def _warn(what: str) -> None:
     import logging
 
     logging.getLogger("vllm.moe_trace").warning(

@@ -91,10 +91,10 @@ class StepTokens:
         descriptor = getattr(context, "batch_descriptor", None)
         size = None if descriptor is None else int(descriptor.num_tokens)
         if self._scheduled is None:
-            return None if size is None else self._told([], [], [], [], size)
-        return self._of_prepared(self._batch, size) if self._batch is not None else self._of_runner(size)
+            return None if size is None else self._batch_tokens([], [], [], [], size)
+        return self._from_prepared(self._batch, size) if self._batch is not None else self._from_runner(size)
 
-    def _of_runner(self, size: int | None) -> BatchTokens:
+    def _from_runner(self, size: int | None) -> BatchTokens:
         """Read the first version, which keeps the requests of a step in its `input_batch`."""
         batch, counts = self.runner.input_batch, self._scheduled.num_scheduled_tokens
         ids = list(batch.req_ids)
@@ -102,9 +102,11 @@ class StepTokens:
         prompts = np.asarray(batch.num_prompt_tokens[some], np.int64)
         known = np.asarray(batch.num_tokens_no_spec[some], np.int64)
         starts = batch.num_computed_tokens_cpu[some]
-        return self._told(ids, [counts[one] for one in ids], starts, np.maximum(prompts, known - 1), size)
+        return self._batch_tokens(
+            ids, [counts[request] for request in ids], starts, np.maximum(prompts, known - 1), size
+        )
 
-    def _of_prepared(self, batch: Any, size: int | None) -> BatchTokens:
+    def _from_prepared(self, batch: Any, size: int | None) -> BatchTokens:
         """Read the second version's `InputBatch`, where all known tokens of a resumed request are prefill."""
         states = np.asarray(batch.idx_mapping_np)[: batch.num_reqs]
         prompts = np.asarray(self.runner.req_states.prompt_len.np, np.int64)[states]
@@ -112,19 +114,21 @@ class StepTokens:
         tokens = np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
         starts = batch.num_computed_tokens_np[: batch.num_reqs]
         size = int(batch.num_tokens_after_padding) if size is None else size
-        return self._told(list(batch.req_ids), tokens, starts, np.maximum(prompts, known - 1), size)
+        return self._batch_tokens(list(batch.req_ids), tokens, starts, np.maximum(prompts, known - 1), size)
 
-    def _told(self, ids: list[str], tokens: Any, starts: Any, first: Any, size: int | None) -> BatchTokens:
-        for one in ids:
-            if one not in self._numbers:
-                self._numbers[one] = self._next
+    def _batch_tokens(
+        self, ids: list[str], tokens: Any, starts: Any, first: Any, size: int | None
+    ) -> BatchTokens:
+        for request in ids:
+            if request not in self._numbers:
+                self._numbers[request] = self._next
                 self._next += 1
-        numbers = [self._numbers[one] for one in ids]
+        numbers = [self._numbers[request] for request in ids]
         return BatchTokens.of_requests(numbers, tokens=tokens, starts=starts, decode_from=first, size=size)
 
     def _forget(self, scheduled: Any) -> None:
         """Forget finished requests, whose ids may be reused."""
-        for one in getattr(scheduled, "finished_req_ids", None) or ():
+        for request in getattr(scheduled, "finished_req_ids", None) or ():
             self._numbers.pop(one, None)
 
 

@@ -17,7 +17,7 @@ from moe_trace.read.findings.finding import Finding
 TRIED_NEXT = 3
 """Number of findings that `next` names."""
 
-_OF_A_STAGE: dict[str, Callable[[TraceSummary], dict[str, Any]]] = {
+_STAGE_QUESTIONS: dict[str, Callable[[TraceSummary], dict[str, Any]]] = {
     "imbalance": imbalance,
     "share": shares,
     "balance": balance,
@@ -57,7 +57,7 @@ def ask(
             answers += [_next(run, of) for run, of in runs]
         else:
             answers += [
-                Answer(question=name, run=run, stage=stage, **_OF_A_STAGE[name](part))
+                Answer(question=name, run=run, stage=stage, **_STAGE_QUESTIONS[name](part))
                 for run, of in runs
                 for stage, part in _stages(of)
             ]

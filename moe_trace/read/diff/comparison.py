@@ -22,7 +22,7 @@ from moe_trace.read.diff.setup import SetupChange, clock_problem, setup_changes
 LEVEL = 0.99
 Verdict = Literal["same", "changed", "host", "noise", "few calls"]
 """`host` is a change of the host's pace on a device whose own work did not change."""
-_OF_HOST = ("host_p50", "host_p95", "device_span_p50", "block_p50")
+_HOST_METRICS = ("host_p50", "host_p95", "device_span_p50", "block_p50")
 """Metrics that, on a device, depend on how fast the host launches and on gaps between kernels."""
 _HOST = (
     "host: the host launched at another pace, while the kernels took as long as before. Two runs of the same "
@@ -180,10 +180,10 @@ def _metric_changes(
 def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
     """Mark changes of the host's launch pace on a device; runs of the same thing also differ in it."""
     timed = {c.metric: c for c in changes if c.metric in QUANTILES and not c.metric.endswith("_share")}
-    of_device = [c for metric, c in timed.items() if metric not in _OF_HOST]
+    of_device = [c for metric, c in timed.items() if metric not in _HOST_METRICS]
     alone = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)
     for change in changes:
-        apart = alone and change.verdict == "changed" and change.metric in _OF_HOST
+        apart = alone and change.verdict == "changed" and change.metric in _HOST_METRICS
         yield replace(change, verdict="host") if apart else change
 
 

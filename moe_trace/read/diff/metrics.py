@@ -178,7 +178,7 @@ def _mean(side: Side, name: str, rows: Ints) -> _Part | None:
     rows = rows[~np.isnan(side.calls.numbers[name][rows])]
     weights = (side.calls.tokens - side.calls.nonfinite_tokens)[rows].astype(np.float64)
     columns = (weights, weights * side.calls.numbers[name][rows])
-    table: Floats = np.stack([np.bincount(side.unit[rows], one, side.units) for one in columns], axis=1)
+    table: Floats = np.stack([np.bincount(side.unit[rows], column, side.units) for column in columns], axis=1)
     if not table[:, 0].all() or not len(rows):
         return None
     sums = resampled_sums(table, side.drawn)

@@ -73,7 +73,7 @@ def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
             yield words, model[key]
     yield "device", summary.speed.device if summary.speed is not None else None
     for words, attribute in (("experts", "num_experts"), ("top-k", "top_k"), ("read as", "contract")):
-        yield words, _of_all({str(getattr(r.info, attribute)) for r in summary.routers})
+        yield words, _only_value({str(getattr(r.info, attribute)) for r in summary.routers})
     config = model.get("config")
     if isinstance(config, Mapping):
         for key, value in config.items():
@@ -89,7 +89,7 @@ def _facts(summary: TraceSummary) -> Iterator[tuple[str, Any]]:
         yield "phases told", "by ranges" if summary.phases.provenance is None else "by the compiler"
 
 
-def _of_all(values: set[str]) -> str | None:
+def _only_value(values: set[str]) -> str | None:
     return " and ".join(sorted(values)[:4]) or None
 
 

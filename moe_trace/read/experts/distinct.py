@@ -199,7 +199,7 @@ class _Columns:
 
     def _size(self, rows: Ints) -> DistinctExperts:
         tokens, used = self.calls.tokens[rows], self.used[rows]
-        read = self._of_a_forward(self.bytes, rows)
+        read = self._mean_per_forward(self.bytes, rows)
         return DistinctExperts(
             tokens_min=int(tokens.min()),
             tokens_max=int(tokens.max()),
@@ -212,10 +212,10 @@ class _Columns:
             experts=float(self.experts[rows].mean()),
             bytes=read,
             least_us=1e6 * read / self.bytes_per_s if read is not None and self.bytes_per_s else None,
-            experts_us=self._of_a_forward(self.us, rows),
+            experts_us=self._mean_per_forward(self.us, rows),
         )
 
-    def _of_a_forward(self, values: Floats, rows: Ints) -> float | None:
+    def _mean_per_forward(self, values: Floats, rows: Ints) -> float | None:
         """Sum each layer's mean over the layers, or return None if a call's value is unknown."""
         router, here = self.calls.router[rows], values[rows]
         if np.isnan(here).any():

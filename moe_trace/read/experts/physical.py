@@ -144,7 +144,7 @@ def _replicas(maps_MP: Ints, loads_MP: Ints) -> tuple[ReplicatedExpert, ...]:
         )
         for expert in np.flatnonzero(shared_ME.any(0)).tolist()
     ]
-    return tuple(sorted(found, key=lambda one: (-(one.max_over_mean or 0.0), one.expert)))
+    return tuple(sorted(found, key=lambda replica: (-(replica.max_over_mean or 0.0), replica.expert)))
 
 
 def _rank_of_slot(router: RouterInfo, records: RankRecords, size: int) -> Ints | None:

@@ -86,7 +86,9 @@ def _busiest(router: RouterSummary) -> int:
 def dead_experts(evidence: Evidence) -> Iterator[Finding]:
     """Find experts without any token, despite enough tokens."""
     dead = [(len(r.load.dead_experts), r) for r in evidence.routers]
-    found = sorted((one for one in dead if one[0] and one[1].chance.tells_dead), key=lambda pair: -pair[0])
+    found = sorted(
+        (pair for pair in dead if pair[0] and pair[1].chance.tells_dead), key=lambda pair: -pair[0]
+    )
     if not found:
         return
     total = sum(number for number, _ in found)

@@ -47,7 +47,7 @@ def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
         for c in evidence.imbalance
         if c.verdict == "costs" and c.cost_us is not None and c.measured_us
     ]
-    found = sorted((one for one in found if one[0] > COST_SHARE), key=lambda one: -one[0])
+    found = sorted((cost for cost in found if cost[0] > COST_SHARE), key=lambda cost: -cost[0])
     if not found:
         return
     layers = [
@@ -191,7 +191,7 @@ def weights_bind(evidence: Evidence) -> Iterator[Finding]:
     report = evidence.distinct
     if report is None or not report.on_device:
         return
-    size = max(report.sizes, key=lambda one: one.calls)
+    size = max(report.sizes, key=lambda size: size.calls)
     if not size.least_us or not size.experts_us or size.least_us / size.experts_us < READ_SHARE:
         return
     share = size.least_us / size.experts_us

@@ -30,7 +30,7 @@ TOLERANCE_NS = 1
 def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Sequence[str] = ()) -> Alignment:
     """Estimate one offset per rank."""
     usable = synchronising(matched)
-    order = sorted(one.rank for one in ranks)
+    order = sorted(rank_calls.rank for rank_calls in ranks)
     clocks = _clocks(ranks, usable)
     names = list(dict.fromkeys(clocks[rank] for rank in order))
     bounds, medians, weight = _between(usable, clocks, names)
@@ -66,9 +66,9 @@ def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
 
 def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
     """Name the ranks whose files do not contain the origin of their times."""
-    silent = [one for one in ranks if not one.base_was_written]
-    found = ", ".join(str(one.rank) for one in silent if one.base_time_ns)
-    unknown = ", ".join(str(one.rank) for one in silent if not one.base_time_ns)
+    silent = [rank_calls for rank_calls in ranks if not rank_calls.base_was_written]
+    found = ", ".join(str(rank_calls.rank) for rank_calls in silent if rank_calls.base_time_ns)
+    unknown = ", ".join(str(rank_calls.rank) for rank_calls in silent if not rank_calls.base_time_ns)
     notes = []
     if found:
         notes.append(
@@ -86,7 +86,7 @@ def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
 def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:
     """Count pairs of ranks in a collective where the receiver ends before its sender begins."""
     shared_calls = synchronising(matched)
-    return sum(int(_early(one, *on_one_clock(one, offset_ns)).sum()) for one in shared_calls)
+    return sum(int(_early(shared, *on_one_clock(shared, offset_ns)).sum()) for shared in shared_calls)
 
 
 def _early(shared: SharedCalls, start: IntArray, end: IntArray) -> Mask:

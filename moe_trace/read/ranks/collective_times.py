@@ -63,7 +63,7 @@ SampleIndex = Mapping[SampleKey | None, tuple[CallKey, RoutingSample]]
 
 def sample_index(recording: Recording) -> SampleIndex:
     """Map a call's own number to its number among the forward calls of its router."""
-    return {(one.name, one.call): (key, one) for key, one in calls_by_key(recording).items()}
+    return {(sample.name, sample.call): (key, sample) for key, sample in calls_by_key(recording).items()}
 
 
 def part_of(collective: Collective) -> str:
@@ -108,13 +108,13 @@ def exchange_times(
 ) -> tuple[ExchangeTime, ...]:
     """Summarise collectives by layer, part and rank, in the order of the layers."""
     groups: defaultdict[tuple[int, str, str, int], list[Collective]] = defaultdict(list)
-    for one in ranks:
-        for collective in one.collectives:
-            found = index[one.rank].get(collective.call)
+    for rank_calls in ranks:
+        for collective in rank_calls.collectives:
+            found = index[rank_calls.rank].get(collective.call)
             if found is not None:
                 sample = found[1]
-                groups[sample.layer, sample.site, part_of(collective), one.rank].append(collective)
-    by_rank = {one.rank: one for one in ranks}
+                groups[sample.layer, sample.site, part_of(collective), rank_calls.rank].append(collective)
+    by_rank = {rank_calls.rank: rank_calls for rank_calls in ranks}
     order: dict[str, int] = {role: place for place, role in enumerate(ROLES)}
     ordered = sorted(groups, key=lambda k: (*k[:2], order.get(k[2], len(order)), *k[2:]))
     return tuple(_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)

@@ -41,9 +41,11 @@ class Ranks:
     def of(inputs: Sequence[RankInput]) -> Ranks:
         """Create from inputs; several of one rank are concatenated in the given order."""
         by_rank: dict[int, RankInput] = {}
-        for one in inputs:
-            before = by_rank.get(one.calls.rank)
-            by_rank[one.calls.rank] = one if before is None else _joined_inputs(before, one)
+        for rank_input in inputs:
+            before = by_rank.get(rank_input.calls.rank)
+            by_rank[rank_input.calls.rank] = (
+                rank_input if before is None else _joined_inputs(before, rank_input)
+            )
         return Ranks(dict(sorted(by_rank.items())))
 
     @property
@@ -54,14 +56,14 @@ class Ranks:
     @property
     def calls(self) -> list[RankCalls]:
         """Collectives of each rank, by rank ascending."""
-        return [one.calls for one in self.by_rank.values()]
+        return [rank_input.calls for rank_input in self.by_rank.values()]
 
     @cached_property
     def records(self) -> RankRecords:
         """Recording of each rank."""
         from moe_trace.read.ranks.loads import RankRecords
 
-        return RankRecords(by_rank={rank: one.recording for rank, one in self.by_rank.items()})
+        return RankRecords(by_rank={rank: rank_input.recording for rank, rank_input in self.by_rank.items()})
 
     @cached_property
     def loads(self) -> tuple[CallLoad, ...]:
@@ -75,7 +77,7 @@ class Ranks:
         """Router calls by rank."""
         from moe_trace.read.ranks.collective_times import sample_index
 
-        return {rank: sample_index(one.recording) for rank, one in self.by_rank.items()}
+        return {rank: sample_index(rank_input.recording) for rank, rank_input in self.by_rank.items()}
 
 
 def call_numbers(recording: Recording, reached: dict[str, int]) -> IntArray:

@@ -71,11 +71,11 @@ def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None
     ranks = tuple(sorted(found, key=lambda trace: trace.calls.rank))
     _refuse(ranks, left_out)
     calls = [trace.calls for trace in ranks]
-    present = {one.rank for one in calls}
+    present = {rank_calls.rank for rank_calls in calls}
     world_size = max(trace.recording.world_size for trace in ranks)
     return MergePlan(
         ranks=ranks,
-        base_time_ns=min(one.base_time_ns for one in calls),
+        base_time_ns=min(rank_calls.base_time_ns for rank_calls in calls),
         alignment=align(calls, *match_calls(calls)),
         missing=tuple(rank for rank in range(world_size) if rank not in present),
         left_out=left_out,

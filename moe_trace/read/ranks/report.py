@@ -104,11 +104,11 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
     alignment = known if known is not None else align(calls, matched, refused)
     shifts = alignment if known is None else replace(known, offset_ns=dict.fromkeys(records.ranks, 0))
     waits, own = find_waits(matched, shifts, index)
-    step_us = {rank: one.step_us for rank, one in ranks.by_rank.items()}
+    step_us = {rank: rank_input.step_us for rank, rank_input in ranks.by_rank.items()}
     lost_us = sum(wait.lost_us for wait in waits) if waits else None
     whole_us = _whole_us(step_us, {load.step for load in loads})
-    if whole_us is None and all(one.window_us for one in ranks.by_rank.values()):
-        whole_us = sum(one.window_us for one in ranks.by_rank.values())
+    if whole_us is None and all(rank_input.window_us for rank_input in ranks.by_rank.values()):
+        whole_us = sum(rank_input.window_us for rank_input in ranks.by_rank.values())
     first = records.parallel(records.ranks[0])
     return RankReport(
         ranks=records.ranks,

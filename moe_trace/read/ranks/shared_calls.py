@@ -118,12 +118,12 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
         The matches, and a sentence for each rejected group.
     """
     by_key: dict[_Key, dict[int, list[Collective]]] = {}
-    for one in ranks:
-        for collective in one.collectives:
-            if (key := _key(collective, one)) is not None:
-                by_key.setdefault(key, {}).setdefault(one.rank, []).append(collective)
-    base = {one.rank: one.base_time_ns for one in ranks}
-    hosts = {one.rank: one.host_name for one in ranks}
+    for rank_calls in ranks:
+        for collective in rank_calls.collectives:
+            if (key := _key(collective, rank_calls)) is not None:
+                by_key.setdefault(key, {}).setdefault(rank_calls.rank, []).append(collective)
+    base = {rank_calls.rank: rank_calls.base_time_ns for rank_calls in ranks}
+    hosts = {rank_calls.rank: rank_calls.host_name for rank_calls in ranks}
     matched, refused = [], []
     for key, calls in by_key.items():
         members = tuple(rank for rank in key.group if rank in base)

@@ -65,7 +65,7 @@ def _compared(part: RecordedRoutes, last: RecordedRoutes, layer: int, rows: Ints
     found = compare_layer(part, rows, last, rows, (layer, layer))
     if not found.compared.any():
         return float("nan"), float("nan")
-    first_slots, last_slots = (one.expert_ids[rows, layer, 0] for one in (part, last))
+    first_slots, last_slots = (routes.expert_ids[rows, layer, 0] for routes in (part, last))
     same = (first_slots == last_slots) & (last_slots < last.num_experts[layer])
     return float(found.overlap[found.compared].mean()), float(same[found.compared].mean())
 

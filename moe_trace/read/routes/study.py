@@ -142,9 +142,9 @@ def _group(
     file_of = np.repeat(np.arange(len(chosen)), [len(part) for part in chosen])
     ids = _named_ids(routes, order, guessed)
     shared: dict[str, Any] = {"routes": routes, "order": order, "pairs": pairs, "files": len(chosen)}
-    one = partial(_layer, **shared, file_of=file_of, ids=ids)
+    study_layer = partial(_layer, **shared, file_of=file_of, ids=ids)
     with ThreadPoolExecutor(max_workers=2) as pool:  # numpy releases the GIL while it computes
-        layers = tuple(pool.map(one, range(len(routes.layers))))
+        layers = tuple(pool.map(study_layer, range(len(routes.layers))))
     return RoutesStudy(
         labels=names,
         rows=len(routes),
@@ -191,7 +191,10 @@ def _layer(
     last = layer + 1 == len(routes.layers)
     here = layer_tokens(routes, order, layer)
     kept_N = np.isin(order.rows, here.order.rows) if ids and len(here) < len(order.rows) else None
-    words = {kind: vocabulary(here, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N)) for kind, ids_of_kind in ids.items()}
+    words = {
+        kind: vocabulary(here, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N))
+        for kind, ids_of_kind in ids.items()
+    }
     left_out = routes.expert_ids[routes.padding & ~routes.again, layer]
     padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: here.experts]
     return LayerStudy(

@@ -53,7 +53,11 @@ def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64
     router_ranges = events.select(events.kind == Kind.RANGE)
     names = [events.names[name] for name in router_ranges.name.tolist()]
     by_range = dict(
-        zip(zip(names, router_ranges.start_ns.tolist(), strict=True), router_ranges.thread.tolist(), strict=True)
+        zip(
+            zip(names, router_ranges.start_ns.tolist(), strict=True),
+            router_ranges.thread.tolist(),
+            strict=True,
+        )
     )
     start_us = calls.places.span("host", "router")[:, 0]
     wanted = [range_name("router", key.site) for key in calls.keys]

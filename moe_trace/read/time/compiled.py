@@ -50,9 +50,9 @@ class PhasedKernels(Columns):
 
 def phased_kernels(work: Sequence[Work], *, backward: bool = False) -> PhasedKernels:
     """Return the kernels that ran for the calls, with the phase of each."""
-    work = sorted(work, key=lambda one: (one.call, one.step))
+    work = sorted(work, key=lambda item: (item.call, item.step))
     call, kernel, share = (
-        np.array([getattr(one, name) for one in work], np.int64) for name in ("call", "kernel", "share")
+        np.array([getattr(item, name) for item in work], np.int64) for name in ("call", "kernel", "share")
     )
     return PhasedKernels(call, kernel, share, _phases(work, call, backward=backward))
 
@@ -119,9 +119,10 @@ def _phases(work: Sequence[Work], call: IntArray, *, backward: bool) -> IntArray
     """Return the phase of each kernel. A backward runs in reverse: what precedes the products belongs to the
     combine. The gradient of a gather is a write, which may occur between products, as weights' gradients come
     late."""
-    place = np.array([one.place for one in work], object)
+    place = np.array([item.place for item in work], object)
     product, gather, write = (
-        np.array([getattr(one.launch, name) for one in work], bool) for name in ("product", "gather", "write")
+        np.array([getattr(item.launch, name) for item in work], bool)
+        for name in ("product", "gather", "write")
     )
     phase = np.full(len(work), OTHER, np.int64)
     phase[place == "router"] = ROUTER

@@ -155,7 +155,7 @@ class _Rows:
 
     def answer(self, experts_are_split: bool) -> tuple[LoadModel, list[ImbalanceCost]]:
         unknown = bool(np.isnan(self.calls.time_us).any())
-        reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._cannot_tell()
+        reason = _UNKNOWN if unknown else _SPLIT if experts_are_split else self._why_no_fit()
         fit = None if reason else fit_load(self.calls)
         reason = reason or reason_of(fit, self.calls)
         if fit is not None and not reason:
@@ -174,7 +174,7 @@ class _Rows:
         )
         return model, costs
 
-    def _cannot_tell(self) -> str:
+    def _why_no_fit(self) -> str:
         calls, forwards = self.calls, len(set(self.calls.forward.tolist()))
         layers = len(set(calls.layer.tolist()))
         if forwards < CALLS_MIN and (layers < 2 or (layers - 1) * forwards < CALLS_MIN):
@@ -255,7 +255,7 @@ def reason_of(fit: Fit | None, calls: Calls) -> str:
         if np.ptp(calls.slots) > 0:
             return _TOKENS_ALONE
         return "the load varies only together with the step: record steps in another order"
-    reach = np.array([half_interval(fit, one) for one in np.eye(len(fit.slopes))])
+    reach = np.array([half_interval(fit, unit) for unit in np.eye(len(fit.slopes))])
     sure = np.abs(fit.slopes) > reach
     if not sure.any():
         return ""

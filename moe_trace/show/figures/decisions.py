@@ -69,7 +69,7 @@ def lost_slots_over_time(calls: CallTable) -> Figure:
     known = {name: grid for name, grid in lost.items() if grid is not None and grid.values_LC.any()}
     grid = None
     if known:
-        values = np.concatenate([one.values_LC for one in known.values()])
+        values = np.concatenate([metric.values_LC for metric in known.values()])
         grid = replace(next(iter(known.values())), sites=tuple(known), values_LC=values)
     return metric_over_time(grid, SLOTS)
 

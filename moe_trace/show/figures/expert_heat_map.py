@@ -61,7 +61,7 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
     z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
     highest, note = _colours_end(z)
     held: Spec = {
-        "text": [[_held(layer, slot) for slot in range(width)] for layer in layers],
+        "text": [[_slot_experts(layer, slot) for slot in range(width)] for layer in layers],
         "hovertemplate": "layer %{y}, slot %{x}: %{z:.2f}× equal share<extra>%{text}</extra>",
     }
     data, layout = _diverging_map(z, [layer.site for layer in layers], "slot", 0.0, 1.0, highest, **held)
@@ -194,11 +194,11 @@ def step_label(first: int, last: int) -> str:
 def physical_row(layer: PhysicalLoad) -> tuple[Cell, ...]:
     """Return the cells of `PHYSICAL_HEADINGS`."""
     uneven = (layer.expert_max_over_mean, layer.slot_max_over_mean, layer.rank_max_over_mean)
-    worst = next((one.max_over_mean for one in layer.replicas), None)
+    worst = next((replica.max_over_mean for replica in layer.replicas), None)
     return (layer.site, layer.experts, len(layer.assignments), layer.maps, *uneven, worst)
 
 
-def _held(layer: PhysicalLoad, slot: int) -> str:
+def _slot_experts(layer: PhysicalLoad, slot: int) -> str:
     if slot >= len(layer.assignments):
         return ""
     rank = "" if layer.slot_ranks is None else f", rank {layer.slot_ranks[slot]}"

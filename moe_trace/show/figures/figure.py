@@ -149,7 +149,9 @@ def layer_columns() -> Spec:
 
 def ids_axis(title: str, count: int) -> Spec:
     """Return the horizontal axis of a heat map with a column per expert: at most 16 integer ticks."""
-    step = next(one for one in (10**n * digit for n in range(9) for digit in (1, 2, 5)) if one * 16 >= count)
+    step = next(
+        size for size in (10**n * digit for n in range(9) for digit in (1, 2, 5)) if size * 16 >= count
+    )
     return {"title": {"text": title}, "tick0": 0, "dtick": step}
 
 

@@ -71,7 +71,7 @@ def metric_over_time(grid: CallGrid | None, metric: Metric) -> Figure:
         else:
             data, layout = _map_and_spread(grid, columns, metric)
             notes.append(cap_said(data[0]["zmax"], columns.values_LB))
-        notes.append(_constant_said(grid))
+        notes.append(_constant_note(grid))
     return Figure(
         key=metric.key,
         title=title,
@@ -83,7 +83,7 @@ def metric_over_time(grid: CallGrid | None, metric: Metric) -> Figure:
     )
 
 
-def _constant_said(grid: CallGrid) -> str:
+def _constant_note(grid: CallGrid) -> str:
     low, high = float(np.nanmin(grid.values_LC)), float(np.nanmax(grid.values_LC))
     return f" Every call of every layer has {low:.4g}." if low == high and len(grid.sites) > 1 else ""
 

@@ -155,10 +155,10 @@ def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
 
 def _moving_and_waiting(members: Sequence[ExchangeTime]) -> tuple[float | None, float | None]:
     """Return their times in µs, or None if a rank's times are incomplete."""
-    times = [one.time_us for one in members if one.time_us is not None]
+    times = [exchange.time_us for exchange in members if exchange.time_us is not None]
     if len(times) < len(members):
         return None, None
-    wait_us = sum(one.wait_us or 0.0 for one in members)
+    wait_us = sum(exchange.wait_us or 0.0 for exchange in members)
     return round(sum(times) - wait_us, 3), round(wait_us, 3)
 
 

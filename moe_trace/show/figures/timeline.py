@@ -72,7 +72,7 @@ def _phase_bars(
         "name": PHASES[phase],
         "base": _us(segments.start_ns[rows] - origin_ns),
         "x": _us(segments.end_ns[rows] - segments.start_ns[rows]),
-        "y": [round(row_of[one] + offset, 4) for one in site],
+        "y": [round(row_of[label] + offset, 4) for label in site],
         "width": round(height * 0.92, 4),
         "customdata": list(zip(map(safe, site), call, tokens, segments.pieces[rows].tolist(), strict=True)),
         "marker": {"color": PHASE_COLOURS[PHASES[phase]], "line": {"width": 0}},
@@ -109,7 +109,7 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
     lanes_px = max(120, band_px * len(sites))
     inner_px = lanes_px + COUNTER_PX * len(counters)
     top = COUNTER_PX * len(counters) / inner_px
-    every = max(1, -(-len(sites) // 40))
+    tick_step = max(1, -(-len(sites) // 40))
     layout: Spec = {
         "barmode": "overlay",
         "dragmode": "pan",
@@ -126,8 +126,8 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
             "domain": [round(min(0.95, top + 14 / inner_px), 4), 1],
             "range": [len(sites) - 0.5, -0.5],
             "fixedrange": True,
-            "tickvals": list(range(0, len(sites), every)),
-            "ticktext": [safe(site) for site in sites[::every]],
+            "tickvals": list(range(0, len(sites), tick_step)),
+            "ticktext": [safe(site) for site in sites[::tick_step]],
         },
     }
     _add_counter_axes(layout, counters, top)

@@ -17,7 +17,7 @@ from moe_trace.read.routes.compare.comparison import PositionOverlap, RoutesComp
 _LAYER, _OVERLAP = Column("layer", width=40), Column("overlap", terminal=share)
 _CHANCE, _ANYWHERE = Column("by chance", terminal=share), Column("differ anywhere", terminal=share)
 _SHARES = {"same_rank": "same rank", "differs": "differ", "reordered": "reordered", "begins": "begin here"}
-_OF_WEIGHTS = {
+_WEIGHT_COLUMNS = {
     "weights_l1": "weights L1",
     "margin_differing": "margin differ",
     "margin_same": "margin same",
@@ -41,12 +41,16 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
     listed = "\n".join(f"{number}  {printable(name, 200)}" for number, name in enumerate(names, 1))
     title = f"Overlap with {len(names)}, of {found[0].tokens:,} tokens, matched by {found[0].aligned_by}."
     over_all: list[list[Cell]] = [
-        [f"{number}", _mean(one), one.differing] for number, one in enumerate(found, 1)
+        [f"{number}", _mean(comparison), comparison.differing] for number, comparison in enumerate(found, 1)
     ]
     overall = text_table(["checkpoint", _OVERLAP, _ANYWHERE], over_all, title=title)
     headings = [_LAYER, _CHANCE, *(Column(f"{n}", terminal=share) for n in range(1, len(found) + 1))]
     rows: list[list[Cell]] = [
-        [layer, found[0].top_k[i] / found[0].num_experts[i], *(float(one.overlap[i]) for one in found)]
+        [
+            layer,
+            found[0].top_k[i] / found[0].num_experts[i],
+            *(float(comparison.overlap[i]) for comparison in found),
+        ]
         for i, (layer, _) in enumerate(layer_labels(layers))
     ]
     by_layer = text_table(headings, rows, title="By layer; checkpoints in the order given.")
@@ -55,7 +59,7 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
 
 def plain_routes_diff(names: Sequence[str], found: RoutesComparison) -> dict[str, Any]:
     """Return all metrics by name."""
-    figures = ("num_experts", "top_k", "compared", "overlap", *_SHARES, *_OF_WEIGHTS)
+    figures = ("num_experts", "top_k", "compared", "overlap", *_SHARES, *_WEIGHT_COLUMNS)
     columns = attributes(found, *figures)
     layers = [
         {"layer": layer, **{name: None if c is None else c[place] for name, c in columns.items()}}
@@ -79,7 +83,7 @@ def plain_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) ->
         "layers": found[0].layers,
         "saturation": [
             {"file": name, "overlap": one.overlap, "differing": one.differing}
-            for name, one in zip(names, found, strict=False)
+            for name, comparison in zip(names, found, strict=False)
         ],
     }
 
@@ -103,10 +107,10 @@ def _headline(found: RoutesComparison) -> str:
 
 
 def _layer_table(found: RoutesComparison) -> str:
-    columns = attributes(found, *_SHARES, *_OF_WEIGHTS)
+    columns = attributes(found, *_SHARES, *_WEIGHT_COLUMNS)
     known = {name: column for name, column in columns.items() if column is not None}
     headings = [Column(_SHARES[name], terminal=share) for name in _SHARES]
-    headings += [Column(label) for name, label in _OF_WEIGHTS.items() if name in known]
+    headings += [Column(label) for name, label in _WEIGHT_COLUMNS.items() if name in known]
     rows: list[list[Cell]] = [
         [layer, float(overlap), top_k / experts, *(float(column[place]) for column in known.values())]
         for place, ((layer, _), overlap, top_k, experts) in enumerate(

@@ -135,12 +135,12 @@ def _measured(study: RoutesStudy) -> str:
     steps: dict[int, int] = {}
     rows: list[tuple[LayerStudy, Row]] = []
     found = [layer.distinct for layer in study.layers]
-    for one in found:
-        for batch, number in zip(one.batch_sizes.tolist(), one.steps.tolist(), strict=True):
+    for distinct in found:
+        for batch, number in zip(distinct.batch_sizes.tolist(), distinct.steps.tolist(), strict=True):
             steps[batch] = max(steps.get(batch, 0), number)
     sizes = sorted(sorted(steps, key=lambda size: -steps[size])[:8])
-    for layer, one in zip(study.layers, found, strict=True):
-        used = dict(zip(one.batch_sizes.tolist(), one.measured.tolist(), strict=True))
+    for layer, distinct in zip(study.layers, found, strict=True):
+        used = dict(zip(distinct.batch_sizes.tolist(), distinct.measured.tolist(), strict=True))
         rows.append((layer, tuple(used.get(size) for size in sizes)))
     return _table(_fixed(1, *sizes), rows, "The same of the recorded decode steps") if sizes else ""
 

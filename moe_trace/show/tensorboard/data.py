@@ -235,7 +235,7 @@ class Dashboard:
         sites = compared_sites(a.summary, b.summary)
         site = parameters.get("site", "") if parameters.get("site") in sites else "all"
         what = ("changes", b.trace.key, b.stage, site)
-        found = self._derived(a, what, lambda one: compare(one, b.summary, only=site))
+        found = self._derived(a, what, lambda summary: compare(summary, b.summary, only=site))
         return {"sites": sites, "site": site, **comparison(found, difference_map(a.summary, b.summary))}
 
     def ranks_impl(self, parameters: Parameters) -> JsonDict:

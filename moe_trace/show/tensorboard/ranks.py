@@ -24,8 +24,11 @@ def run_report(summaries: Sequence[TraceSummary]) -> RankReport | None:
     None for a single rank, and for traces of different models or runs.
     """
     single = [summary for summary in summaries if summary.ranks is None]
-    ranks = Ranks.of([one for summary in single for one in summary.rank_inputs])
-    if len(ranks.inputs) > 1 and first_difference([one.recording for one in ranks.inputs]) is None:
+    ranks = Ranks.of([rank_input for summary in single for rank_input in summary.rank_inputs])
+    if (
+        len(ranks.inputs) > 1
+        and first_difference([rank_input.recording for rank_input in ranks.inputs]) is None
+    ):
         return report_ranks(ranks)
     return next((summary.ranks for summary in summaries if summary.ranks is not None), None)
 
@@ -45,7 +48,7 @@ def together(report: RankReport | None) -> JsonDict | None:
 def by_rank(summaries: Sequence[TraceSummary]) -> list[JsonDict]:
     """Return one row per rank, summed over its traces (a repeating schedule writes several)."""
     rows: dict[int, JsonDict] = {}
-    for summary in sorted(summaries, key=lambda one: one.rank):
+    for summary in sorted(summaries, key=lambda summary: summary.rank):
         phases, totals = summary.phases, summary.totals
         on_device = bool(phases and phases.whole.on_device)
         row = rows.setdefault(summary.rank, {"rank": summary.rank, "on_device": on_device, **_nothing()})
@@ -86,7 +89,7 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
     loads = [{r.info.site: tuple(r.assignments) for r in s.routers if sum(r.assignments)} for s in summaries]
     return {
         "ranks": len(rows),
-        "same_load": all(one == loads[0] for one in loads),
+        "same_load": all(load == loads[0] for load in loads),
         "straggler": None if waits_inside else _straggler(rows),
         "waits_inside": waits_inside,
         "without_waits": without_waits,
@@ -99,7 +102,9 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
 def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
     """Subtract the waits in the layers' kernels from the ranks' work; return whether all were known."""
     exchanges = report.exchanges if report is not None else ()
-    if not exchanges or not all(exchange.on_device and exchange.wait_us is not None for exchange in exchanges):
+    if not exchanges or not all(
+        exchange.on_device and exchange.wait_us is not None for exchange in exchanges
+    ):
         return False
     by_number = {row["rank"]: row for row in rows}
     for exchange in exchanges:
@@ -147,7 +152,7 @@ def work_per_rank(rows: Sequence[JsonDict], without_waits: bool = False) -> Figu
         key="rank-work",
         title="MoE work per rank",
         caption=f"{clock.capitalize()} time of the MoE blocks, forward and backward, over the whole trace."
-        + _waits_said(without_waits),
+        + _waits_note(without_waits),
         data=[_bars(work_us, rows, "#009E73", "µs")] if sum(work_us) else [],
         layout=bars_layout("µs", 280),
         headings=("rank", "MoE work µs", "÷ mean"),
@@ -167,7 +172,7 @@ def work_map(rows: Sequence[JsonDict], without_waits: bool = False) -> Figure:
         key="rank-layers",
         title="Forward work of each layer, rank by rank",
         caption="Each rank's forward MoE work over the mean of all ranks; 1 is even."
-        + _waits_said(without_waits),
+        + _waits_note(without_waits),
         data=[data] if sites else [],
         layout=layout,
         headings=("layer", *(f"{name} µs" for name in _names(rows))),
@@ -184,7 +189,7 @@ def _over_mean(values: Sequence[float]) -> list[float | None]:
     return [value / mean if mean else None for value in values]
 
 
-def _waits_said(without_waits: bool) -> str:
+def _waits_note(without_waits: bool) -> str:
     return " Time spent waiting in collectives is left out." if without_waits else ""
 
 

@@ -87,8 +87,8 @@ class RoutesFiles:
             return {"missing": True}
         group = integer(parameters, "group", 0)
         routes = self._group(kept, parameters).routes
-        others = [one for one in run if routes_file(one) is not None][:COMPARED_MAX]
-        key = (group, *(one.key for one in others))
+        others = [trace for trace in run if routes_file(trace) is not None][:COMPARED_MAX]
+        key = (group, *(trace.key for trace in others))
         with kept.computing:
             if key not in kept.figures:
                 kept.figures = {

@@ -102,11 +102,11 @@ class Store:
     # -- reading --------------------------------------------------------------------------------------
 
     def _keep(self, trace: Trace) -> _Kept:
-        kept = self._at_hand(trace)
+        kept = self._cached(trace)
         if kept is not None:
             return kept
         with self._reading:
-            kept = self._at_hand(trace)  # another thread may have read it meanwhile
+            kept = self._cached(trace)  # another thread may have read it meanwhile
             if kept is None:
                 summary = self._read(trace, lambda: _summary(trace))
                 kept = _Kept(summary, _size_bytes(summary))
@@ -115,7 +115,7 @@ class Store:
                     self._shrink()
             return kept
 
-    def _at_hand(self, trace: Trace) -> _Kept | None:
+    def _cached(self, trace: Trace) -> _Kept | None:
         with self._keeping:
             if trace.key in self._kept:
                 self._kept.move_to_end(trace.key)

@@ -25,13 +25,13 @@ def distinct_part(summary: TraceSummary) -> list[str]:
         rows = [(*row, *cells) for row, cells in zip(rows, times, strict=True)]
         clock = "on the device" if report.on_device else "on the host"
         title += f" Read: their weights, in all layers; took µs: what the experts took {clock}."
-    sentences = [_said_of_bytes(report), *_apart(report)]
+    sentences = [_bytes_sentence(report), *_apart(report)]
     if report.mixed_calls:
         sentences.append(f"{report.mixed_calls:,} of these calls also prefill (mixed); each counts whole.")
     return [text_table(headings, rows, title=title), paragraph(" ".join(sentences))]
 
 
-def _said_of_bytes(report: DistinctReport) -> str:
+def _bytes_sentence(report: DistinctReport) -> str:
     if report.unknown is not None:
         return f"Bytes read: unknown, for {report.unknown}."
     if report.bytes_per_s is None:

@@ -20,19 +20,19 @@ def physical_part(summary: TraceSummary) -> list[str]:
         "the ranks that hold them; maps: different placements; replicas: worst "
         "max÷mean within one expert's."
     )
-    parts = [text_table(PHYSICAL_HEADINGS, [physical_row(one) for one in report.layers], title=title)]
+    parts = [text_table(PHYSICAL_HEADINGS, [physical_row(layer) for layer in report.layers], title=title)]
     shared = [
         (replica.max_over_mean, printable(layer.site, 12), replica)
         for layer in report.layers
         for replica in layer.replicas
         if replica.max_over_mean is not None
     ]
-    shared.sort(key=lambda one: -one[0])
+    shared.sort(key=lambda row: -row[0])
     if shared:
         descriptions = [
-            f"expert {one.expert} of {site} ({one.assignments:,} assignments to slots "
-            f"{', '.join(map(str, one.slots))}: the busiest {ratio:.2f}× the mean)"
-            for ratio, site, one in shared[:_NAMED]
+            f"expert {replica.expert} of {site} ({replica.assignments:,} assignments to slots "
+            f"{', '.join(map(str, replica.slots))}: the busiest {ratio:.2f}× the mean)"
+            for ratio, site, replica in shared[:_NAMED]
         ]
         parts.append(paragraph(f"Replicas that share least evenly: {'; '.join(descriptions)}."))
     return parts

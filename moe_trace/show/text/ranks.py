@@ -35,7 +35,7 @@ def rank_parts(summary: TraceSummary) -> list[str]:
 def rank_sentences(report: RankReport) -> list[str]:
     """Describe the ranks, the alignment of their clocks, waiting, the check of bytes, and load over time."""
     return [
-        _who(report),
+        _ranks_line(report),
         *clock_lines(report.alignment),
         *_waiting(report),
         *_bytes(report),
@@ -43,7 +43,7 @@ def rank_sentences(report: RankReport) -> list[str]:
     ]
 
 
-def _who(report: RankReport) -> str:
+def _ranks_line(report: RankReport) -> str:
     mesh = " × ".join(f"{name} {size}" for name, size in report.mesh.items())
     shared = [s for s in report.token_sets if len(s) > 1]
     tokens = "each rank routes tokens of its own"
@@ -146,10 +146,14 @@ def _load_row(layer: LayerRanks, *, few: bool) -> tuple[Cell, ...]:
 def _exchange_table(report: RankReport) -> str:
     """Render totals over all ranks; the bandwidth is that of a mean rank."""
     groups: dict[tuple[str, str], list[ExchangeTime]] = {}
-    for one in report.exchanges:
-        groups.setdefault((one.site, one.part), []).append(one)
+    for exchange in report.exchanges:
+        groups.setdefault((exchange.site, exchange.part), []).append(exchange)
     rows = [(site, part, *_exchange_cells(of)) for (site, part), of in groups.items()]
-    clock = "their kernels" if all(one.on_device for one in report.exchanges) else "the backend's thread"
+    clock = (
+        "their kernels"
+        if all(exchange.on_device for exchange in report.exchanges)
+        else "the backend's thread"
+    )
     sizes = (count_column("bytes", "B"), count_column("leaving", "B"))
     headings = ("layer", "part", "calls", *sizes, "time ms", "wait ms", "GB/s")
     title = (
@@ -163,13 +167,16 @@ def _exchange_cells(members: Sequence[ExchangeTime]) -> tuple[Cell, ...]:
     def total(values: Sequence[float | None]) -> float | None:
         return None if any(v is None for v in values) else sum(v for v in values if v is not None)
 
-    time_us = total([one.time_us for one in members])
-    wait_us, leaving = total([o.wait_us for o in members]), total([o.bytes_leaving for o in members])
+    time_us = total([exchange.time_us for exchange in members])
+    wait_us, leaving = (
+        total([exchange.wait_us for exchange in members]),
+        total([exchange.bytes_leaving for exchange in members]),
+    )
     moving_us = (time_us or 0.0) - (wait_us or 0.0)
-    untimed = any(one.timed < one.calls for one in members)
+    untimed = any(exchange.timed < exchange.calls for exchange in members)
     return (
-        sum(one.calls for one in members),
-        *(total([one.bytes_in for one in members]), leaving),
+        sum(exchange.calls for exchange in members),
+        *(total([exchange.bytes_in for exchange in members]), leaving),
         *(None if us is None else us / 1000 for us in (time_us, wait_us)),
         None if leaving is None or moving_us <= 0 or untimed else leaving / moving_us / 1000,
     )

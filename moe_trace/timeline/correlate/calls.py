@@ -52,7 +52,7 @@ class Placed:
 
     def lost(self) -> dict[str, Any]:
         """Return what the trace lacks, under the field names of `Lost`."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "samples"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
 
 
 def place_samples(

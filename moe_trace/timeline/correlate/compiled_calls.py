@@ -106,7 +106,7 @@ class CompiledCalls:
         threads = self._calls.thread[inside].tolist()
         for row, thread, span in zip(inside.tolist(), threads, spans, strict=True):
             groups[thread, *span].append(row)
-        return [one for rows in groups.values() for one in self._work_of_forward(np.array(rows, np.int64))]
+        return [work for rows in groups.values() for work in self._work_of_forward(np.array(rows, np.int64))]
 
     def backward(self) -> list[Work]:
         """Return the work of the backwards of what `forward` joined."""
@@ -114,13 +114,13 @@ class CompiledCalls:
             one
             for op, forward in self._backwards()
             if (found := self._matched(op, self._runs[forward].row_of, backward=True)) is not None
-            for one in self._work(found, self._runs[forward], step=0)
+            for work in self._work(found, self._runs[forward], step=0)
         ]
 
     def cpp_kernels(self) -> Coverage:
         """Return the coverage of graph calls if the lists have C++ kernels: all of them have ranges, or
         none."""
-        listed = any(one.kernel.startswith("cpp_") for graph in self._graphs for one in graph.launches)
+        listed = any(launch.kernel.startswith("cpp_") for graph in self._graphs for launch in graph.launches)
         names = (self._events.names[name] for name in set(self.kernels.name.tolist()))
         shown = any(_CPP_RANGE.match(name) for name in names)
         total = len(self._ops) if listed else 0
@@ -187,16 +187,16 @@ class CompiledCalls:
     def _matched(self, op: int, routers: Collection[str], *, backward: bool = False) -> _GraphCall | None:
         """Return the only graph with some of these routers whose launches match a call, or None."""
         found = [
-            one
-            for one in self._fitting(op)
-            if one.fit.graph.backward == backward
-            and any(name in routers for part in one.fit.graph.parts for name in part.routers)
-            and self._matcher.launches(one.fit)
+            call
+            for call in self._fitting(op)
+            if call.fit.graph.backward == backward
+            and any(name in routers for part in call.fit.graph.parts for name in part.routers)
+            and self._matcher.launches(call.fit)
         ]
         return found[0] if len(found) == 1 else None
 
     def _every_fit(self) -> Iterator[Fit]:
-        return (one.fit for op in range(len(self._ops)) for one in self._fitting(op))
+        return (call.fit for op in range(len(self._ops)) for call in self._fitting(op))
 
     def _fitting(self, op: int) -> list[_GraphCall]:
         """Return the graphs that a call may belong to, by the names of its kernels."""
@@ -212,7 +212,11 @@ class CompiledCalls:
         # Kernels that copy a CUDA graph's inputs run before its launch and are not part of it.
         found = self._calls_by_kernels(rows[replayed[0] :]) if len(replayed) else []
         key = key_of(self._events.names[ops.name[op]])
-        return [one for one in found or self._calls_by_kernels(rows) if not key or one.fit.graph.key in ("", key)]
+        return [
+            call
+            for call in found or self._calls_by_kernels(rows)
+            if not key or call.fit.graph.key in ("", key)
+        ]
 
     def _calls_by_kernels(self, rows: IntArray) -> list[_GraphCall]:
         rows = rows[np.argsort(self.kernels.start_ns[rows], kind="stable")]

@@ -19,7 +19,9 @@ from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 
 _GENERATED = ("triton_", "cpp_")
 _NO_WORK = ("Memset", "Memcpy")
-_TORCHS = tuple(f"torch.ops.{name}." for name in ("aten", "inductor", "mkl", "mkldnn", "onednn", "quantized"))
+_LIBRARY_PREFIXES = tuple(
+    f"torch.ops.{name}." for name in ("aten", "inductor", "mkl", "mkldnn", "onednn", "quantized")
+)
 """Prefixes of torch's own operators, which are written in C++."""
 
 
@@ -62,7 +64,9 @@ class LaunchMatcher:
         if names not in self._fits:
             match = match_kernels if self._on_device else match_operators
             found = ((graph, match(names, graph)) for graph in self._graphs)
-            self._fits[names] = [Fit(graph, names, one) for graph, one in found if one is not None]
+            self._fits[names] = [
+                Fit(graph, names, stretches) for graph, stretches in found if stretches is not None
+            ]
         return self._fits[names]
 
     def is_usual(self, fit: Fit) -> bool:
@@ -103,21 +107,21 @@ def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] 
     if graph.problem:
         return None
     found: list[Stretch] = []
-    at, waiting = 0, []  # library calls since the last generated kernel
+    position, waiting = 0, []  # library calls since the last generated kernel
     for number, launch in enumerate(graph.launches):
         if not launch.generated:
             waiting.append(number)
             continue
-        stop = next((i for i in range(at, len(names)) if names[i].startswith(_GENERATED)), len(names))
+        stop = next((i for i in range(position, len(names)) if names[i].startswith(_GENERATED)), len(names))
         if stop == len(names) or names[stop] != launch.kernel:
             return None
-        if not _take(names, range(at, stop), waiting, found):
+        if not _take(names, range(position, stop), waiting, found):
             return None
         found.append(Stretch(range(stop, stop + 1), (number,)))
-        at, waiting = stop + 1, []
-    if any(name.startswith(_GENERATED) for name in names[at:]):
+        position, waiting = stop + 1, []
+    if any(name.startswith(_GENERATED) for name in names[position:]):
         return None
-    return found if _take(names, range(at, len(names)), waiting, found) else None
+    return found if _take(names, range(position, len(names)), waiting, found) else None
 
 
 def _take(names: Sequence[str], kernels: range, launches: list[int], found: list[Stretch]) -> bool:
@@ -155,7 +159,7 @@ def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch]
 
 
 def _is_custom(call: str) -> bool:
-    return call.startswith("torch.ops.") and not call.startswith(_TORCHS)
+    return call.startswith("torch.ops.") and not call.startswith(_LIBRARY_PREFIXES)
 
 
 def _bare(operator: str) -> str:
@@ -212,9 +216,9 @@ def part_of(stretch: Stretch, graph: CompiledGraph) -> CompiledLaunch | None:
         return None
     return replace(
         launches[0],
-        product=any(one.product for one in launches),
-        gather=any(one.gather for one in launches),
-        write=any(one.write for one in launches),
+        product=any(launch.product for launch in launches),
+        gather=any(launch.gather for launch in launches),
+        write=any(launch.write for launch in launches),
     )
 
 
@@ -241,7 +245,7 @@ def is_consistent(names: Sequence[str], stretches: Sequence[Stretch], graph: Com
     Layers repeat, so this detects a surplus or missing kernel that the libraries' names do not reveal.
     """
     seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
-    around = [(), *((graph.launches[one.launches[0]].kernel,) for one in stretches), ()]
+    around = [(), *((graph.launches[stretch.launches[0]].kernel,) for stretch in stretches), ()]
     for number, stretch in enumerate(stretches):
         if graph.launches[stretch.launches[0]].generated:
             continue

@@ -59,9 +59,9 @@ def place_in_graphs(
     samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
     for recording in recordings:
         names = {router.name for router in recording.routers}
-        own = {row: one for row, one in enumerate(samples) if one.in_graph and one.name in names}
+        own = {row: sample for row, sample in enumerate(samples) if sample.in_graph and sample.name in names}
         replays = Replays(recording, launches, clock)
-        seen = _HostForwards(ranges, {one.thread for one in own.values()}, replays)
+        seen = _HostForwards(ranges, {sample.thread for sample in own.values()}, replays)
         counted = _DeviceForwards(own.values(), replays)
         for row, sample in own.items():
             place = found[row] = (seen if sample.host_start_ns else counted).placement(sample)
@@ -200,14 +200,14 @@ class _DeviceForwards:
         streams = {self._stream(mark) for mark in (before, after)}
         if None in streams:
             return NO_MARK
-        writers = self._of_the_model(between, count, Span(start_us, end_us - start_us))
+        writers = self._model_launches(between, count, Span(start_us, end_us - start_us))
         if isinstance(writers, str):
             return writers
         if len(streams) > 1 or any(launch.streams != streams for launch in writers):
             return OTHER_STREAM
         return sorted(writers, key=lambda launch: launch.work[0].span.start_us)
 
-    def _of_the_model(self, between: Sequence[Launch], count: int, segment: Span) -> list[Launch] | str:
+    def _model_launches(self, between: Sequence[Launch], count: int, segment: Span) -> list[Launch] | str:
         known = [launch for launch in between if self._replays.parts_of(launch)]
         if known:
             return known if len(known) == count else OTHER_COUNT

@@ -104,10 +104,10 @@ class MissingRanges:
 
     @cached_property
     def _host_threads(self) -> frozenset[Any]:
-        events = events_as(_OfThread, self._events)
+        events = events_as(_ThreadEvent, self._events)
         return frozenset(event.tid for event in events if event.cat in _HOST_CATEGORIES)
 
 
-class _OfThread(msgspec.Struct, gc=False):
+class _ThreadEvent(msgspec.Struct, gc=False):
     cat: str | None = None
     tid: int | str | None = None

@@ -68,7 +68,7 @@ class Program:
                 print(end.code, file=sys.stderr)
             return int(end.code) if isinstance(end.code, int) else int(end.code is not None)
         except BaseException as error:
-            _tell(error)
+            _report(error)
             return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
         return 0
 
@@ -114,7 +114,7 @@ def _spec_of(name: str) -> ModuleSpec:
     return spec
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
     """Report an error as Python does, by the program's own hook if set, and without our own stack frames."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:

@@ -210,4 +210,4 @@ class Watch:
 
 
 def _has_optimizer() -> bool:
-    return any(issubclass(type(one), Optimizer) for one in gc.get_objects())
+    return any(issubclass(type(item), Optimizer) for item in gc.get_objects())

@@ -103,7 +103,7 @@ def simulate(
     _check(experts_in_memory, policies, shared, prefetch_by, expert_bytes)
     needed = requests_of(routes, together, most_steps, turns=len(routes.layers) if shared else 1)
     found = [
-        _of_policy(policy, needed, routes.top_k, experts_in_memory, shared, prefetch_by, expert_bytes)
+        _simulate_policy(policy, needed, routes.top_k, experts_in_memory, shared, prefetch_by, expert_bytes)
         for policy in (policies if needed.steps else ())
     ]
     return CacheStudy(
@@ -140,7 +140,7 @@ def _check(
         raise UsageError(f"found an expert of {expert_bytes} bytes, expected a number above 0")
 
 
-def _of_policy(
+def _simulate_policy(
     policy: Policy,
     needed: Requests,
     top_k: Sequence[int],

@@ -119,11 +119,11 @@ def _layers(a: RecordedRoutes, b: RecordedRoutes) -> tuple[tuple[int, int], ...]
             f"found {len(a.layers)} layers and {len(b.layers)} of other names; expected some that both have. "
             "Compare routes of the same model"
         )
-    for one, two in pairs:
-        sizes = (a.num_experts[one], a.top_k[one]), (b.num_experts[two], b.top_k[two])
+    for layer_a, layer_b in pairs:
+        sizes = (a.num_experts[layer_a], a.top_k[layer_a]), (b.num_experts[layer_b], b.top_k[layer_b])
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"found {sizes[0][0]} experts, top-{sizes[0][1]}, and {sizes[1][0]} experts, "
-                f"top-{sizes[1][1]}, in {a.layers[one]}; expected the same. Compare routes of the same model"
+                f"top-{sizes[1][1]}, in {a.layers[layer_a]}; expected the same. Compare routes of the same model"
             )
     return tuple(pairs)

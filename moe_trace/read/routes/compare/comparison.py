@@ -107,16 +107,17 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
                 "reordered": _mean(moved_N & ~differs_N, found.compared),
                 "by_position": _by_position(position_N, found),
                 "begins": (differs_N & ~differ_N).mean(),
-                **_of_weights(a, rows_a, b, rows_b, layers, differs_N, found.compared),
+                **_compare_weights(a, rows_a, b, rows_b, layers, differs_N, found.compared),
             }
         )
         differ_N |= differs_N
         same_N &= ~moved_N
     figures: dict[str, Any] = {
-        name: None if one is None else np.array([row[name] for row in rows]) for name, one in rows[0].items()
+        name: None if value is None else np.array([row[name] for row in rows])
+        for name, value in rows[0].items()
     }
     for name in ("layers", "num_experts", "top_k"):
-        figures[name] = tuple(getattr(a, name)[one] for one, _ in aligned.layers)
+        figures[name] = tuple(getattr(a, name)[layer] for layer, _ in aligned.layers)
     return RoutesComparison(
         **attributes(aligned, "aligned_by", "only_a", "only_b"),
         tokens=len(rows_a),
@@ -157,7 +158,7 @@ def _positions(
     )
 
 
-def _of_weights(
+def _compare_weights(
     a: RecordedRoutes,
     rows_a: np.ndarray,
     b: RecordedRoutes,

@@ -183,8 +183,8 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
         line("mean of the layers", x, mean, PHASE_COLOURS["router"], "%{x}: %{y:.1f} experts"),
     ]
     measured: dict[int, list[float]] = {}
-    for one in figures:
-        for batch, experts in zip(one.batch_sizes.tolist(), one.measured.tolist(), strict=True):
+    for figure in figures:
+        for batch, experts in zip(figure.batch_sizes.tolist(), figure.measured.tolist(), strict=True):
             measured.setdefault(batch, []).append(experts)
     if measured:
         sizes = sorted(measured)

@@ -133,7 +133,7 @@ def _heat_maps(figure: Figure, maps: Sequence[_Map], *, hover: str) -> Figure:
         zmax=cap,
         colorbar={"tickformat": ".0%", "thickness": 14},
     )
-    frames = [Frame(label=one[0], traces=[trace]) for one, trace in zip(maps, traces, strict=True)]
+    frames = [Frame(label=matrix[0], traces=[trace]) for matrix, trace in zip(maps, traces, strict=True)]
     return replace(
         figure,
         caption=figure.caption + cap_said(cap, values),
