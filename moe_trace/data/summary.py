@@ -204,13 +204,13 @@ def _summarize_router(
 ) -> RouterSummary:
     forward = calls.take(calls.forward)
     assignments = forward.assignments.summed(least=info.num_experts)
-    again = calls.take(~calls.forward)
+    recomputed = calls.take(~calls.forward)
     tokens_K = forward.lists["k_histogram"].summed(least=info.top_k + 1)
     memory = [held for held in calls.values("memory_allocated_bytes") if held is not None]
     return RouterSummary(
         info=info,
         calls=len(forward),
-        recomputed_calls=len(again),
+        recomputed_calls=len(recomputed),
         tokens=forward.total("tokens"),
         assignments=tuple(assignments.tolist()),
         skipped=forward.total("skipped"),
@@ -220,12 +220,12 @@ def _summarize_router(
         chance=describe_chance(assignments, tokens_K),
         decisions=_decisions(forward, info.top_k),
         latency=_latency(forward, busy_us),
-        recompute_latency=_latency(again, busy_us),
+        recompute_latency=_latency(recomputed, busy_us),
         flops=Flops(
             router=calls.total("router_flops"),
             experts=calls.total("expert_flops"),
             shared=info.shared_flops_per_token * calls.total("tokens"),
-            recomputed=again.total("router_flops") + again.total("expert_flops"),
+            recomputed=recomputed.total("router_flops") + recomputed.total("expert_flops"),
         ),
         memory_max_bytes=max(memory, default=None),
     )

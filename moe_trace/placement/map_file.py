@@ -116,15 +116,15 @@ def read_map(path: Path) -> PlacementMap:
 
 
 def _check(path: Path, num_experts: int, plan: PlanMap, layer: LayerMap) -> None:
-    held = [expert for rank in layer.physical_to_logical for expert in rank]
-    right = (
+    experts = [expert for rank in layer.physical_to_logical for expert in rank]
+    is_consistent = (
         plan.ranks > 0
-        and len(held) == plan.ranks * plan.slots_per_rank
-        and len(set(held)) == num_experts
-        and all(0 <= expert < num_experts for expert in held)
-        and layer == _layer_map(layer.site, np.array(held, np.int64), num_experts, plan.ranks)
+        and len(experts) == plan.ranks * plan.slots_per_rank
+        and len(set(experts)) == num_experts
+        and all(0 <= expert < num_experts for expert in experts)
+        and layer == _layer_map(layer.site, np.array(experts, np.int64), num_experts, plan.ranks)
     )
-    if not right:
+    if not is_consistent:
         raise TraceFileError(
             f"{path}: the map of {layer.site} ({plan.plan}, {plan.ranks} ranks) contradicts itself; the file "
             "was changed after it was written"

@@ -44,21 +44,21 @@ def pack(weights_LIB: Floats, bins: int, owners_LI: Ints | None = None) -> Ints:
     order_LI = np.argsort(-weights_LIB.sum(axis=2), axis=1, kind="stable")
     loads = np.zeros((layers, bins, blocks))
     filled = np.zeros((layers, bins), np.int64)
-    held = None if owners_LI is None else np.zeros((layers, items, bins), bool)
+    owner_in_bin = None if owners_LI is None else np.zeros((layers, items, bins), bool)
     bin_LI = np.empty((layers, items), np.int64)
     rows = np.arange(layers)
     for item in order_LI.T:
         weight = weights_LIB[rows, item]
         cost = (eighth_power(loads + weight[:, None]) - eighth_power(loads)).sum(axis=2)
-        if held is not None and owners_LI is not None:
-            cost[held[rows, owners_LI[rows, item]]] += _DUPLICATE_COST
+        if owner_in_bin is not None and owners_LI is not None:
+            cost[owner_in_bin[rows, owners_LI[rows, item]]] += _DUPLICATE_COST
         cost[filled == capacity] = np.inf
         chosen = cost.argmin(axis=1)
         bin_LI[rows, item] = chosen
         loads[rows, chosen] += weight
         filled[rows, chosen] += 1
-        if held is not None and owners_LI is not None:
-            held[rows, owners_LI[rows, item], chosen] = True
+        if owner_in_bin is not None and owners_LI is not None:
+            owner_in_bin[rows, owners_LI[rows, item], chosen] = True
     return bin_LI
 
 

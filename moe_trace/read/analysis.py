@@ -157,10 +157,10 @@ def analyse(
     reads = read_all(files, progress)
     traces = _Traces(reads, combined(reads, label), label, peak or PeakOverride())
     whole = traces.with_distinct(traces.answer(chosen), chosen)
-    there = stages_of(whole.calls)
-    if len(there) < 2 or "mixed" in chosen.stages:
+    stages_found = stages_of(whole.calls)
+    if len(stages_found) < 2 or "mixed" in chosen.stages:
         return whole
-    stages = {stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in there}
+    stages = {stage: traces.answer(replace(chosen, stages=frozenset([stage]))) for stage in stages_found}
     shown_in = next((stage for stage in ("decode", "mixed") if stage in stages), None)
     stages = {
         stage: replace(part, distinct=whole.distinct) if stage == shown_in else part

@@ -49,13 +49,13 @@ def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
 
 def render_fragment(summary: TraceSummary) -> str:
     """Return totals, findings, the load as a picture and the tables, without scripts, for a notebook."""
-    shown, apart = [], summary.findings_apart()
+    shown, findings = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
         found = [figure for figure in figures(part) if figure.key.split("-")[0] in _IN_NOTEBOOKS]
         tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{table_html(f)}" for f in found)
         heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
         picture = load_picture_html(part.routers)
-        shown.append(f"{heading}{_totals(part)}{_findings(apart[stage])}{picture}{tables}")
+        shown.append(f"{heading}{_totals(part)}{_findings(findings[stage])}{picture}{tables}")
     shown.append(_findings_of_run(summary))
     return f"<div><h3>{escape(model_name(summary.model, 120))}</h3>{''.join(shown)}</div>"
 

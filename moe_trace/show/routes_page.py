@@ -135,7 +135,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 def _group(prefix: str, number: int, view: dict[str, Any], figures: Sequence[Figure]) -> str:
     left_out = view["header"]["tokens"] - sum(page["tokens"] for page in view["pages"])
-    rest = (
+    note = (
         f"<p class='soft'>The last {left_out:,} tokens are left out: they would make this page too "
         "large. TensorBoard's MoE tab shows all of them.</p>"
         if left_out
@@ -143,4 +143,4 @@ def _group(prefix: str, number: int, view: dict[str, Any], figures: Sequence[Fig
     )
     heading = "Tokens" if number == 0 else f"Tokens of other layers ({number + 1})"
     drawn = "".join(figure_html(prefix, figure) for figure in figures)
-    return f'<h2>{heading}</h2>{rest}<div id="{view["id"]}"></div>{drawn}'
+    return f'<h2>{heading}</h2>{note}<div id="{view["id"]}"></div>{drawn}'

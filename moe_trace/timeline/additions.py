@@ -62,14 +62,14 @@ def _carrier(label: dict[str, Any]) -> bytes:
 def insert_addition(file: BinaryIO, offset: int, addition: bytes) -> None:
     """Insert the addition at an offset; if the disk is full, the file is left unchanged."""
     file.seek(offset)
-    rest = file.read()
+    tail = file.read()
     try:
         file.seek(offset)
         file.write(addition)
-        file.write(rest)
+        file.write(tail)
         file.flush()
     except OSError:
-        _restore(file, offset, rest)
+        _restore(file, offset, tail)
         raise
 
 

@@ -138,14 +138,14 @@ def _call_lanes(placed: PlacedCalls) -> Iterator[_Lane]:
     if not len(placed.of_layers):
         return
     sites = np.array([_json(key.site) for key in placed.calls.keys], object)[placed.calls.router]
-    whole, short = [], []
+    call_args, router_args = [], []
     for args in placed.slice_args():
-        whole.append(_json(args))
-        short.append(_json({name: args[name] for name in OF_ROUTER if name in args}))
+        call_args.append(_json(args))
+        router_args.append(_json({name: args[name] for name in OF_ROUTER if name in args}))
     # Details of the experts are in their slice, or in the router's if they have none.
     alone = np.isnan(placed.spans["experts"][:, 0])
-    router = np.where(alone, np.array(whole, object), np.array(short, object))
-    args_of = {"router": router, "experts": np.array(whole, object)}
+    router = np.where(alone, np.array(call_args, object), np.array(router_args, object))
+    args_of = {"router": router, "experts": np.array(call_args, object)}
     for kind in LANES:
         span = placed.spans[kind]
         rows = placed.of_layers[~np.isnan(span[placed.of_layers, 0])]

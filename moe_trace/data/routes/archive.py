@@ -70,13 +70,15 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
             return
         if len(head) < _LOCAL.size or not head.startswith(_SIGNATURE):
             raise Damaged(f"no member of a zip archive at byte {place:,}")
-        _, _, flags, method, _, _, crc, compressed, whole, name_bytes, extra_bytes = _LOCAL.unpack(head)
+        _, _, flags, method, _, _, crc, compressed, uncompressed, name_bytes, extra_bytes = _LOCAL.unpack(
+            head
+        )
         name = file.read(min(name_bytes, _NAME_BYTES)).decode("ascii", "replace")
         start = place + _LOCAL.size + name_bytes + extra_bytes
         place = start + compressed
         if flags & ~0b110 or method not in (STORED, DEFLATED) or name_bytes > _NAME_BYTES or place > size:
             raise Damaged(f"a member at byte {start:,} that is cut, encrypted or of another writer")
-        yield Member(name, method, crc, start, compressed, whole)
+        yield Member(name, method, crc, start, compressed, uncompressed)
 
 
 def is_finished(file: BinaryIO, size: int) -> bool:

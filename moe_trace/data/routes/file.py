@@ -198,8 +198,8 @@ def _columns(file: BinaryIO, contents: _Contents, finished: bool) -> list[dict[s
 
 
 def _array(file: BinaryIO, member: Member, name: str, group: Group, tokens: int) -> np.ndarray:
-    _, *rest = group.shape(name, tokens)
-    shape = (rest[0], tokens, *rest[1:]) if rest else (tokens,)
+    _, *inner_shape = group.shape(name, tokens)
+    shape = (inner_shape[0], tokens, *inner_shape[1:]) if inner_shape else (tokens,)
     dtype, nbytes = group.dtype(name), group.nbytes(name, tokens)
     data = member.read(file, nbytes + _NPY_HEADER_BYTES)
     buffer = io.BytesIO(data)
@@ -216,7 +216,7 @@ def _array(file: BinaryIO, member: Member, name: str, group: Group, tokens: int)
     array: np.ndarray = np.frombuffer(data, dtype, offset=buffer.tell()).reshape(shape)
     if name == "stage_codes" and array.max(initial=0) >= len(STAGES):
         raise Damaged(f"{member.name} with an unknown stage")
-    return np.moveaxis(array, 0, 1) if rest else array
+    return np.moveaxis(array, 0, 1) if inner_shape else array
 
 
 def routes_beside(trace: Path) -> Path | None:

@@ -152,13 +152,13 @@ class _Pieces(Generic[_T]):
 
 def _state(text: bytes) -> Literal["whole", "open", "in a string", "broken"]:
     """Classify text as a lenient parser would: `open` if it ends inside a list or an object."""
-    whole = text.decode("utf-8", "replace")
+    decoded = text.decode("utf-8", "replace")
     try:
-        json.loads(whole, strict=False)
+        json.loads(decoded, strict=False)
     except json.JSONDecodeError as error:
         if error.msg.startswith("Unterminated string"):
             return "in a string"
-        return "open" if error.pos >= len(whole) else "broken"
+        return "open" if error.pos >= len(decoded) else "broken"
     except RecursionError:
         return "broken"
     return "whole"

@@ -129,7 +129,7 @@ class StepTokens:
     def _forget(self, scheduled: Any) -> None:
         """Forget finished requests, whose ids may be reused."""
         for request in getattr(scheduled, "finished_req_ids", None) or ():
-            self._numbers.pop(one, None)
+            self._numbers.pop(request, None)
 
 
 def tell_tokens(tracer: MoETracer, worker: Any) -> StepTokens | None:

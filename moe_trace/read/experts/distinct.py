@@ -106,13 +106,13 @@ def report_distinct(
     calls = calls.take(counted)
     columns = _Columns.of(calls, _experts_us(calls, times), _bin_of(calls.tokens), bytes_per_s)
     groups = {records.parallel(rank).expert_ranks for rank in records.ranks}
-    apart = records.exchange == "all_to_all" or len(groups) > 1
+    experts_are_split = records.exchange == "all_to_all" or len(groups) > 1
     layers = []
     for router in recording.routers:
         rows = np.flatnonzero(calls.of_router(router.name))
         if len(rows):
             expert_bytes = _expert_bytes(router, recording)
-            columns.fill(rows, router, None if apart else expert_bytes, records)
+            columns.fill(rows, router, None if experts_are_split else expert_bytes, records)
             sizes = columns.sizes(rows)
             layers.append(
                 LayerDistinct(site=router.site, name=router.name, expert_bytes=expert_bytes, sizes=sizes)
@@ -124,7 +124,7 @@ def report_distinct(
         bytes_per_s=bytes_per_s,
         on_device=times.on_device,
         mixed_calls=int((calls.stage == "mixed").sum()),
-        unknown=_why_unknown(sizes, apart=apart),
+        unknown=_why_unknown(sizes, apart=experts_are_split),
     )
 
 

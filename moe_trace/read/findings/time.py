@@ -166,7 +166,7 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
     rate = evidence.speed.experts if evidence.speed is not None else None
     if rate is None or rate.share_of_peak is None or rate.share_of_peak >= PEAK_SHARE:
         return
-    why = {
+    advice = {
         "memory": "Few tokens per expert: reading the weights from memory binds, and larger batches raise "
         "the rate. What is above the roofline is the kernels': they read more slowly than the memory allows.",
         "arithmetic": "Enough work per byte is there: look at the sizes per expert, and at the kernels.",
@@ -182,7 +182,7 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
             if rate.above_roofline_us is not None
             else "."
         ),
-        advice=why.get(rate.bound or "", "Compare tokens per expert with the roofline's ridge."),
+        advice=advice.get(rate.bound or "", "Compare tokens per expert with the roofline's ridge."),
     )
 
 

@@ -91,21 +91,21 @@ def call_numbers(recording: Recording, reached: dict[str, int]) -> IntArray:
 
 def _joined_inputs(a: RankInput, b: RankInput) -> RankInput:
     """Append `b` to `a`: call numbers of `b` continue those of `a`, and its times use the origin of `a`."""
-    reached: dict[str, int] = {}
+    next_call: dict[str, int] = {}
     for name, call in a.recording.calls.call_keys():
-        reached[name] = max(reached.get(name, 0), call + 1)
-    by_ns = b.calls.base_time_ns - a.calls.base_time_ns
+        next_call[name] = max(next_call.get(name, 0), call + 1)
+    delta_ns = b.calls.base_time_ns - a.calls.base_time_ns
     calls = b.recording.calls
     moved = [
         replace(
             c,
-            host_ns=(c.host_ns[0] + by_ns, c.host_ns[1] + by_ns),
-            work_ns=c.work_ns and (c.work_ns[0] + by_ns, c.work_ns[1] + by_ns),
-            call=c.call and (c.call[0], c.call[1] + reached.get(c.call[0], 0)),
+            host_ns=(c.host_ns[0] + delta_ns, c.host_ns[1] + delta_ns),
+            work_ns=c.work_ns and (c.work_ns[0] + delta_ns, c.work_ns[1] + delta_ns),
+            call=c.call and (c.call[0], c.call[1] + next_call.get(c.call[0], 0)),
         )
         for c in b.calls.collectives
     ]
-    numbers = calls.call + np.array([reached.get(name, 0) for name in calls.name.tolist()], np.int64)
+    numbers = calls.call + np.array([next_call.get(name, 0) for name in calls.name.tolist()], np.int64)
     samples = [a.recording.calls, calls.with_numbers(call=numbers)]
     collectives = sorted((*a.calls.collectives, *moved), key=lambda c: c.host_ns)
     return RankInput(

@@ -134,13 +134,13 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
     tables = {rank: calls_by_key(records.by_rank[rank]) for rank in records.ranks}
     counting = records.counting_ranks()
     groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
-    held = cache(lambda name: {group: held_matrix(records, name, group) for group in groups})
+    matrices_of = cache(lambda name: {group: held_matrix(records, name, group) for group in groups})
     found = []
     for key, first in tables[records.ranks[0]].items():
         if not all(key in table for table in tables.values()):
             continue
         samples = {rank: table[key] for rank, table in tables.items()}
-        sent = _sent(records, samples, held(key[0]))
+        sent = _sent(records, samples, matrices_of(key[0]))
         slots = [samples[rank].slot_assignments for rank in counting]
         known = [slots_P for slots_P in slots if slots_P is not None]
         found.append(
@@ -149,7 +149,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 step=first.step,
                 site=first.site,
                 # If both exchanges are in use, a forward that sends nothing is reduced over the ranks.
-                load_R=_load(records, samples, held(key[0]))
+                load_R=_load(records, samples, matrices_of(key[0]))
                 if sent is None or not sent.any()
                 else sent.sum(axis=0)[list(records.ranks)],
                 sent_RW=sent,
@@ -182,14 +182,14 @@ def _sent(
         if not sliced and rank not in counting:
             continue  # a rank that routes the same tokens already counts for this one
         group = records.parallel(rank).expert_ranks or (rank,)
-        of_group = held[group]
-        if of_group is None:
+        matrix = held[group]
+        if matrix is None:
             return None
         sample = samples[rank]
         slots = sample.slot_assignments  # includes those of ranks that share its tokens, see above
         if slots is None:
             slots = sample.assignments if sample.dispatched is None else sample.dispatched
-        sent[row, list(group)] = _by_holder(of_group, slots)
+        sent[row, list(group)] = _by_holder(matrix, slots)
     return sent
 
 
@@ -209,11 +209,11 @@ def _load(
     load = np.zeros(len(records.ranks), np.int64)
     for row, rank in enumerate(records.ranks):
         group = records.parallel(rank).expert_ranks or (rank,)
-        of_group, slots = held[group], samples[rank].slot_assignments
+        matrix, slots = held[group], samples[rank].slot_assignments
         slots = samples[rank].assignments if slots is None else slots
-        held_experts = _held_by(records, samples[rank].name, rank) if of_group is None else None
-        if of_group is not None:
-            load[row] = _by_holder(of_group, slots)[group.index(rank)]
+        held_experts = _held_by(records, samples[rank].name, rank) if matrix is None else None
+        if matrix is not None:
+            load[row] = _by_holder(matrix, slots)[group.index(rank)]
         elif held_experts is not None:
             load[row] = slots[[i for i in held_experts if i < len(slots)]].sum()
     return load

@@ -115,8 +115,8 @@ def _read(path: Path, progress: Progress | None) -> RankTrace | None:
 
 def _refuse(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
     if not ranks and left_out:
-        file, why = next(iter(left_out.items()))
-        raise TraceFileError(f"{file}: {why}")
+        file, reason = next(iter(left_out.items()))
+        raise TraceFileError(f"{file}: {reason}")
     by_rank: dict[int, RankTrace] = {}
     for trace in ranks:
         other = by_rank.setdefault(trace.calls.rank, trace)
@@ -126,7 +126,7 @@ def _refuse(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
                 "a rank; name the files of one run and one profiling cycle"
             )
     if len(ranks) < 2:
-        unread = "".join(f"\n{file} was left out: {why}" for file, why in left_out.items())
+        unread = "".join(f"\n{file} was left out: {reason}" for file, reason in left_out.items())
         raise UsageError(
             f"found {len(ranks)} trace of one rank, expected those of two ranks or more; give the folder "
             f"that all ranks wrote to, or each rank's file{unread}"

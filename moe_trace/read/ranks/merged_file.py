@@ -162,7 +162,7 @@ class _Writer:
         )
 
     def _part(self, trace: RankTrace, names: list[str]) -> RankPart:
-        held = {router.name: router.held_experts for router in trace.recording.routers}
+        held_experts = {router.name: router.held_experts for router in trace.recording.routers}
         return RankPart(
             rank=trace.calls.rank,
             file=trace.path.name,
@@ -170,7 +170,7 @@ class _Writer:
             pids=self._pids.of_rank(trace.calls.rank),
             lost=trace.recording.lost,
             parallel=trace.recording.parallel,
-            held=tuple(held.get(name) for name in names),
+            held=tuple(held_experts.get(name) for name in names),
             host_name=trace.calls.host_name,
             groups=trace.calls.groups,
             versions=trace.recording.versions,
@@ -208,7 +208,7 @@ def joined_routers(plan: MergePlan) -> list[RouterInfo]:
 
 def joined_recording(plan: MergePlan) -> Recording:
     """Concatenate the calls of all ranks on the common clock, with consecutive call numbers."""
-    reached: dict[str, int] = {}
+    next_call: dict[str, int] = {}
     tables = []
     for trace in plan.ranks:
         calls = trace.recording.calls
@@ -217,7 +217,7 @@ def joined_recording(plan: MergePlan) -> Recording:
         moved = replace(calls, places=_moved(calls.places, plan.shift_ns(trace)))
         tables.append(
             moved.with_numbers(
-                call=call_numbers(trace.recording, reached),
+                call=call_numbers(trace.recording, next_call),
                 host_start_ns=calls.host_start_ns + offset_ns,
                 host_end_ns=calls.host_end_ns + offset_ns,
             )

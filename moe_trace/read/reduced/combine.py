@@ -30,7 +30,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
     Raises:
         TraceFileError: None of the files can be read.
     """
-    reached: dict[str, int] = {}
+    next_call: dict[str, int] = {}
     reads: list[ReducedTrace] = []
     broken: list[TraceFileError] = []
     for found in _loaded(files, progress):
@@ -41,12 +41,14 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
             continue
         for part in found:  # numbers may restart at 0 in each file
             alone = len(files) == 1 and part.alignment is None
-            reads.append(part.numbered(part.own_numbers if alone else call_numbers(part.recording, reached)))
+            reads.append(
+                part.numbered(part.own_numbers if alone else call_numbers(part.recording, next_call))
+            )
     if broken and not reads:
         raise broken[0]
     facts = [(read.path, read.recording, read.alignment is not None) for read in reads]
-    again, notes = left_out(facts, broken)
-    kept = [read for read in reads if read.path not in again]
+    duplicates, notes = left_out(facts, broken)
+    kept = [read for read in reads if read.path not in duplicates]
     return [replace(kept[0], notes=(*kept[0].notes, *notes, *_missing_traces_note(files))), *kept[1:]]
 
 
@@ -71,13 +73,13 @@ def _missing_traces_note(files: Sequence[Path]) -> list[str]:
 def _loaded(
     files: Sequence[Path], progress: Progress | None
 ) -> Iterator[list[ReducedTrace] | TraceFileError]:
-    whole = [file for file in files if not is_reduced(file)]
+    unreduced = [file for file in files if not is_reduced(file)]
     texts = None
-    if len(whole) > 1:
+    if len(unreduced) > 1:
         from moe_trace.read.reduced.workers import reduce_files, worth
 
-        processes = worth(whole)
-        texts = reduce_files(whole, processes) if processes > 1 else None
+        processes = worth(unreduced)
+        texts = reduce_files(unreduced, processes) if processes > 1 else None
     done, total = 0, sum(file.stat().st_size for file in files if os.path.exists(file))
     for file in files:
         try:

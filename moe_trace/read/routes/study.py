@@ -189,27 +189,27 @@ def _layer(
     ids: Mapping[str, IdOrder],
 ) -> LayerStudy:
     last = layer + 1 == len(routes.layers)
-    here = layer_tokens(routes, order, layer)
-    kept_N = np.isin(order.rows, here.order.rows) if ids and len(here) < len(order.rows) else None
+    choices = layer_tokens(routes, order, layer)
+    kept_N = np.isin(order.rows, choices.order.rows) if ids and len(choices) < len(order.rows) else None
     words = {
-        kind: vocabulary(here, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N))
+        kind: vocabulary(choices, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N))
         for kind, ids_of_kind in ids.items()
     }
     left_out = routes.expert_ids[routes.padding & ~routes.again, layer]
-    padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: here.experts]
+    padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: choices.experts]
     return LayerStudy(
         layer=routes.layers[layer],
-        num_experts=here.experts,
+        num_experts=choices.experts,
         top_k=routes.top_k[layer],
-        tokens=len(here),
-        skipped=here.ids.size - here.assignments,
-        counts=here.counts,
-        load=describe_load(here.counts + padding_E),
-        coactivation=coactivation(here, pairs),
-        distinct=distinct(routes, here),
-        locality=locality(here),
-        transition=None if last else transition(here, layer_tokens(routes, order, layer + 1)),
-        gates=gates(routes, layer, here),
-        domains=domains(here, file_of[here.order.rows], files) if files > 1 else None,
+        tokens=len(choices),
+        skipped=choices.ids.size - choices.assignments,
+        counts=choices.counts,
+        load=describe_load(choices.counts + padding_E),
+        coactivation=coactivation(choices, pairs),
+        distinct=distinct(routes, choices),
+        locality=locality(choices),
+        transition=None if last else transition(choices, layer_tokens(routes, order, layer + 1)),
+        gates=gates(routes, layer, choices),
+        domains=domains(choices, file_of[choices.order.rows], files) if files > 1 else None,
         vocabulary={kind: ids_of_kind for kind, ids_of_kind in words.items() if ids_of_kind is not None},
     )

@@ -70,10 +70,10 @@ def measure_compiled(
     timed, row = np.unique(forward.call, return_inverse=True)
     duration_ns = kernels.duration_ns[forward.kernel]
     span, union = span_and_union(len(timed), row, kernels.start_ns[forward.kernel], duration_ns)
-    whole = np.zeros(len(timed), np.int64)
-    np.add.at(whole, row, duration_ns)
+    total_ns = np.zeros(len(timed), np.int64)
+    np.add.at(total_ns, row, duration_ns)
     times = _times(forward, timed, kernels, on_device=on_device)
-    gap = span - union + whole - (times.busy_ns if on_device else times.host_ns).sum(1)
+    gap = span - union + total_ns - (times.busy_ns if on_device else times.host_ns).sum(1)
     nothing = np.zeros(len(timed), np.int64)
     return CallTimes(
         samples=calls.take(timed),
@@ -83,7 +83,7 @@ def measure_compiled(
         host_gap_ns=nothing if on_device else gap,
         device_span_ns=span if on_device else nothing,
         device_gap_ns=gap if on_device else nothing,
-        device_overlap_ns=whole - union if on_device else nothing,
+        device_overlap_ns=total_ns - union if on_device else nothing,
         on_device=on_device,
         coverage=TimeCoverage(
             compiled=Coverage(joined=len(timed), total=len(join.inside)),

@@ -201,7 +201,7 @@ class _Measure:
 
     def layer(self, mine: npt.NDArray[np.bool_], site: str, name: str | None) -> LayerPhases:
         first = self.times.samples.forward
-        forward, again = np.flatnonzero(mine & first), np.flatnonzero(mine & ~first)
+        forward, recomputed = np.flatnonzero(mine & first), np.flatnonzero(mine & ~first)
         times, backward = self.times.backward, None
         backwards = 0
         if times is not None:
@@ -210,7 +210,7 @@ class _Measure:
         return LayerPhases(
             site=site,
             name=name,
-            recompute=BlockTime(**self._block(again, "recompute")) if len(again) else None,
+            recompute=BlockTime(**self._block(recomputed, "recompute")) if len(recomputed) else None,
             backwards=backwards,
             backward=backward,
             **self._block(forward, "forward"),

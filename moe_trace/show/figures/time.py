@@ -75,13 +75,13 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
         for name in (*PHASES, "gap")
     }
     columns = {name: values for name, values in columns.items() if any(values)}
-    of = "kernels" if clock == "device" else "operators"
+    noun = "kernels" if clock == "device" else "operators"
     mark = "" if report.provenance is None else f", inside compiled code {report.provenance}"
     return Figure(
         key=f"{part}-{clock}",
         title=f"Breakdown of an MoE call, {part}, {clock} time",
-        caption=f"Mean time in {of} of one {_CALL[part]}{mark}."
-        + ("" if part == "backward" else f" A gap is time of the block in which none of its {of} ran."),
+        caption=f"Mean time in {noun} of one {_CALL[part]}{mark}."
+        + ("" if part == "backward" else f" A gap is time of the block in which none of its {noun} ran."),
         data=[
             _bars(report, name, values, PHASE_COLOURS[name], "%{y:.1f}") for name, values in columns.items()
         ],

@@ -137,16 +137,16 @@ def _layout(sites: Sequence[str], data: Sequence[Spec], origin_ns: int, window_n
 def _add_counter_axes(layout: Spec, counters: Sequence[Spec], top: float) -> None:
     """Add an axis and a title for each counter, stacked in the lower `top` of the figure."""
     for i, spec in enumerate(counters):
-        high, each = top * (1 - i / len(counters)), top / len(counters)
+        high, height = top * (1 - i / len(counters)), top / len(counters)
         layout[f"yaxis{i + 2}"] = {
-            "domain": [round(high - each * 0.72, 4), round(high - each * 0.14, 4)],
+            "domain": [round(high - height * 0.72, 4), round(high - height * 0.14, 4)],
             "fixedrange": True,
             "nticks": 3,
             "rangemode": "tozero",
         }
         title = {"text": spec["name"], "showarrow": False, "font": {"size": 12}}
         place = {"x": 0, "xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "bottom"}
-        layout.setdefault("annotations", []).append({**title, **place, "y": round(high - each * 0.13, 4)})
+        layout.setdefault("annotations", []).append({**title, **place, "y": round(high - height * 0.13, 4)})
 
 
 def _rows(

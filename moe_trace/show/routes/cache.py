@@ -36,13 +36,15 @@ def render_cache_text(study: CacheStudy, *, every_layer: bool = False) -> str:
 
 def _header(study: CacheStudy) -> str:
     step = "a forward's tokens together" if study.together == "forward" else "each token by itself"
-    what = "one memory for all layers" if study.shared else "a memory for each layer"
-    of = f"{study.steps:,} steps, {study.tokens:,} tokens"
+    memory = "one memory for all layers" if study.shared else "a memory for each layer"
+    extent = f"{study.steps:,} steps, {study.tokens:,} tokens"
     if study.steps < study.steps_recorded:
         part = share(study.steps / study.steps_recorded)
-        of = f"the first {study.steps:,} of {study.steps_recorded:,} steps ({part}), {study.tokens:,} tokens"
+        extent = (
+            f"the first {study.steps:,} of {study.steps_recorded:,} steps ({part}), {study.tokens:,} tokens"
+        )
     return paragraph(
-        f"Experts in memory, simulated: {what}, {of}, {step}. In memory: experts of a layer. Belady knows "
+        f"Experts in memory, simulated: {memory}, {extent}, {step}. In memory: experts of a layer. Belady knows "
         "the future: no policy has more hits."
     )
 

@@ -82,7 +82,7 @@ def plain_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) ->
         "tokens": found[0].tokens,
         "layers": found[0].layers,
         "saturation": [
-            {"file": name, "overlap": one.overlap, "differing": one.differing}
+            {"file": name, "overlap": comparison.overlap, "differing": comparison.differing}
             for name, comparison in zip(names, found, strict=False)
         ],
     }

@@ -111,7 +111,7 @@ class CompiledCalls:
     def backward(self) -> list[Work]:
         """Return the work of the backwards of what `forward` joined."""
         return [
-            one
+            work
             for op, forward in self._backwards()
             if (found := self._matched(op, self._runs[forward].row_of, backward=True)) is not None
             for work in self._work(found, self._runs[forward], step=0)

@@ -147,8 +147,10 @@ class _HostForwards:
             return known[0]
         if known or len(inside) != 1 or "graph" not in whole.device:
             return None
-        beside = self._replays.launches.written_beside(event.span, whole.device["graph"], event.tid)
-        return None if beside else inside[0]
+        written_elsewhere = self._replays.launches.written_beside(
+            event.span, whole.device["graph"], event.tid
+        )
+        return None if written_elsewhere else inside[0]
 
 
 def _holds(outer: Span, inner: Span) -> bool:

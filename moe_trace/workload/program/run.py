@@ -72,8 +72,8 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
         status = _status_of(program)
     finally:
         finder.remove()
-        for watch in watches:
-            watch.finish()
+        for started in watches:
+            started.finish()
     if not watches:
         return ProgramRun(status, config.out, (), (), False, f"{program.target} did not import torch")
     seen = watches[0]

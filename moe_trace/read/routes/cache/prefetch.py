@@ -75,18 +75,18 @@ def prefetch(
 
 def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
     """Predict layer + 1 for the second half of the steps, [S - half, W], from the counts of the first."""
-    here, after = needed.sets[layer], needed.sets[layer + 1]
+    sets, next_sets = needed.sets[layer], needed.sets[layer + 1]
     experts, experts_after = needed.experts[layer], needed.experts[layer + 1]
     counts = np.zeros((experts, experts_after))
     for start in range(0, half, _ROWS):
         rows = slice(start, min(start + _ROWS, half))
-        together = members(here[rows], experts).T.astype(np.float32) @ members(after[rows], experts_after)
+        together = members(sets[rows], experts).T.astype(np.float32) @ members(next_sets[rows], experts_after)
         counts += together
-    used_E = members(here[:half], experts).sum(axis=0)
+    used_E = members(sets[:half], experts).sum(axis=0)
     probability = np.nan_to_num(ratio(counts, used_E[:, None]))
-    found = [after[:0]]
-    for start in range(half, len(here), _ROWS):
-        scores = members(here[start : start + _ROWS], experts) @ probability
+    found = [next_sets[:0]]
+    for start in range(half, len(sets), _ROWS):
+        scores = members(sets[start : start + _ROWS], experts) @ probability
         best = np.argsort(-scores, axis=1, kind="stable")[:, : min(slots, experts_after)]
         found.append(expert_sets(best.astype(np.uint16), experts_after))
     return np.concatenate(found)

@@ -151,13 +151,13 @@ def _simulate_policy(
 ) -> tuple[list[CacheResult], Floats | None]:
     """Return the results by size, and the hit rate for every size if the policy is a stack algorithm."""
     layers, memories = len(needed.sets), needed.in_one_memory() if shared else needed
-    held = [size * layers if shared else size for size in sizes]
+    capacities = [size * layers if shared else size for size in sizes]
     curve, fetched = None, list[Prefetch | None]([None] * len(sizes))
     if policy == "belady":
-        hits_LC = _belady(memories, held, layers)
+        hits_LC = _belady(memories, capacities, layers)
     else:
         kept_LC, requests = _kept(policy, memories, layers)
-        hits_LC = kept_LC[:, np.minimum(held, kept_LC.shape[1]) - 1]
+        hits_LC = kept_LC[:, np.minimum(capacities, kept_LC.shape[1]) - 1]
         most = sum(needed.experts) if shared else max(needed.experts)
         curve = kept_LC.sum(axis=0)[:most] / max(1, requests)
         fetched = [*prefetch(policy, needed, top_k, sizes)] if prefetch_by else fetched

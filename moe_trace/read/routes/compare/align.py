@@ -119,11 +119,11 @@ def _layers(a: RecordedRoutes, b: RecordedRoutes) -> tuple[tuple[int, int], ...]
             f"found {len(a.layers)} layers and {len(b.layers)} of other names; expected some that both have. "
             "Compare routes of the same model"
         )
-    for layer_a, layer_b in pairs:
-        sizes = (a.num_experts[layer_a], a.top_k[layer_a]), (b.num_experts[layer_b], b.top_k[layer_b])
+    for own, other in pairs:
+        sizes = (a.num_experts[own], a.top_k[own]), (b.num_experts[other], b.top_k[other])
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"found {sizes[0][0]} experts, top-{sizes[0][1]}, and {sizes[1][0]} experts, "
-                f"top-{sizes[1][1]}, in {a.layers[layer_a]}; expected the same. Compare routes of the same model"
+                f"top-{sizes[1][1]}, in {a.layers[own]}; expected the same. Compare routes of the same model"
             )
     return tuple(pairs)
