@@ -84,7 +84,7 @@ def encode_recording(recording: Recording, **extra: Any) -> bytes:
     calls = recording.calls
     by_key = np.array([index[key.name] for key in calls.keys], np.int64)
     columns: dict[str, Any] = {"router": by_key[calls.router].tolist()}
-    left_out = {name for name in (*NUMBERS, *LISTS) if _left_out(name, calls)}
+    left_out = {name for name in (*NUMBERS, *LISTS) if _is_omitted(name, calls)}
     columns |= {name: calls.values(name) for name in NUMBERS if name not in left_out}
     columns |= {
         name: _raw_list(map(msgspec.json.encode, calls.lists[name].to_lists()))
@@ -161,7 +161,7 @@ def _encode_graphs(recording: Recording) -> dict[str, Any]:
     return encoded
 
 
-def _left_out(name: str, calls: CallTable) -> bool:
+def _is_omitted(name: str, calls: CallTable) -> bool:
     """Return whether a column added in a later release holds only None, so that it can be omitted."""
     if DEFAULTS.get(name, 0) is not None:
         return False

@@ -75,7 +75,10 @@ def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
     cluster = options.cluster
     weights = normalised(blocks_LEB, cluster.ranks)
     for_copies = _with_even_block(weights, cluster.ranks) if options.hedge else weights
-    orders = {"balanced": _balanced(weights, options), "replicated": _replicated(for_copies, options)}
+    orders = {
+        "balanced": _plan_without_copies(weights, options),
+        "replicated": _replicated(for_copies, options),
+    }
     if cluster.nodes > 1:
         orders["hierarchical"] = _hierarchical(for_copies, options)
     made = {name: Plan(name, cluster, experts, order) for name, order in orders.items()}
@@ -88,7 +91,7 @@ def _with_even_block(weights: Floats, ranks: int) -> Floats:
     return np.concatenate([weights, np.full((layers, experts, 1), ranks / experts)], axis=2)
 
 
-def _balanced(weights: Floats, options: PlanOptions) -> Ints:
+def _plan_without_copies(weights: Floats, options: PlanOptions) -> Ints:
     """Plan without copies; layers for which contiguous is no worse on the same blocks stay contiguous."""
     ranks = options.cluster.ranks
     planned = refine(by_bin(pack(weights, ranks)), weights, ranks)

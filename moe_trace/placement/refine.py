@@ -71,7 +71,7 @@ class _Search:
         cost = self._costs(layers, hot, inside)
         cost[np.broadcast_to((self.bin_I == hot[:, None])[:, None], cost.shape)] = np.inf
         if self.owners is not None:
-            cost[self._doubled(layers, hot, inside)] = np.inf
+            cost[self._makes_duplicate(layers, hot, inside)] = np.inf
         best = cost.reshape(len(layers), -1).argmin(axis=1)
         given, received = inside[rows, best // self.bin_I.size], best % self.bin_I.size
         total = eighth_power(self.loads[layers]).sum(axis=(1, 2))
@@ -102,14 +102,16 @@ class _Search:
         difference: Floats = (after - before).sum(axis=1)
         return difference
 
-    def _doubled(self, layers: Ints, hot: Ints, inside: Ints) -> np.ndarray:
+    def _makes_duplicate(self, layers: Ints, hot: Ints, inside: Ints) -> np.ndarray:
         """Return which swaps would leave two copies of one expert in a bin, [l, capacity, I]."""
         assert self.owners is not None
         at, owners = layers[:, None], self.owners[layers]
-        mine = owners[np.arange(len(layers))[:, None], inside]
-        comes_back = self.held[at, owners, hot[:, None]] > 0  # the hot bin already has what it would get
-        goes_twice = self.held[at, mine][:, :, self.bin_I] > 0  # the other bin already has what it would get
-        return comes_back[:, None] | goes_twice
+        given_owners = owners[np.arange(len(layers))[:, None], inside]
+        in_hot_bin = self.held[at, owners, hot[:, None]] > 0  # the hot bin already has what it would get
+        in_other_bin = (
+            self.held[at, given_owners][:, :, self.bin_I] > 0
+        )  # the other bin already has what it would get
+        return in_hot_bin[:, None] | in_other_bin
 
     def _exchange(self, layers: Ints, mine: Ints, theirs: Ints) -> None:
         a, b = self.bin_I[mine], self.bin_I[theirs]

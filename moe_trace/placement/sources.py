@@ -55,7 +55,7 @@ def read_counts(
         raise UsageError(f"found --slot-bytes {slot_bytes}, expected 1 or more")
     first = _first_bytes(path) if array is None else b""
     if array is None and (path.suffix == ".npy" or first.startswith(b"\x93NUMPY")):
-        array = _loaded(path)  # the copy of a pipe has no suffix that describes its contents
+        array = _load_numpy(path)  # the copy of a pipe has no suffix that describes its contents
     elif first:
         _refuse_other_files(path, first)
     key = _counts_key(path) if array is None and first and path.suffix == ".json" else None
@@ -65,7 +65,7 @@ def read_counts(
         counts = counts_of_traces(path, chosen)
     else:
         counts = _select_layers(
-            _read_json(path) if array is None else _read_array(path, array), chosen or Filter()
+            _read_json(path) if array is None else _counts_of_array(path, array), chosen or Filter()
         )
     if slot_bytes is None:
         return counts
@@ -119,7 +119,7 @@ def _read_sglang(path: Path) -> np.ndarray:
         ) from error
 
 
-def _loaded(path: Path) -> Any:
+def _load_numpy(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:
@@ -128,7 +128,7 @@ def _loaded(path: Path) -> Any:
         ) from error
 
 
-def _read_array(path: Path, array: Any) -> ExpertCounts:
+def _counts_of_array(path: Path, array: Any) -> ExpertCounts:
     is_array = isinstance(array, np.ndarray)
     if not is_array or array.dtype.kind not in "iu" or array.ndim not in (2, 3):
         form = f"{array.dtype} of the form {list(array.shape)}" if is_array else "an archive"

@@ -79,7 +79,7 @@ def _study(counts: ExpertCounts, split: Split, options: PlanOptions) -> ClusterS
         least.append(least_without_copies(held_out, options.cluster.ranks))
     return ClusterStudy(
         options=options,
-        plans=tuple(_over_folds(name, found) for name, found in judged.items()),
+        plans=tuple(_combine_folds(name, found) for name, found in judged.items()),
         least_without_copies_FL=np.stack(least),
         final=_choose(counts, split.chosen, options),
     )
@@ -91,7 +91,7 @@ def _choose(counts: ExpertCounts, chosen: Sequence[int], options: PlanOptions) -
     return make_plans(blocks_of(counts.counts_SLE[list(chosen)], most), options)
 
 
-def _over_folds(name: str, folds: Sequence[Judgement]) -> JudgedPlan:
+def _combine_folds(name: str, folds: Sequence[Judgement]) -> JudgedPlan:
     return JudgedPlan(
         name=name,
         max_over_mean_FL=np.stack([fold.max_over_mean_L for fold in folds]),

@@ -17,14 +17,18 @@ def render_answers(answers: Sequence[Answer]) -> str:
     parts = []
     for name in dict.fromkeys(answer.question for answer in answers):
         same_question = [answer for answer in answers if answer.question == name]
-        parts.append("\n\n".join([paragraph(f"{QUESTIONS[name]}  ({name})"), *map(_one, same_question)]))
+        parts.append(
+            "\n\n".join([paragraph(f"{QUESTIONS[name]}  ({name})"), *map(_render_answer, same_question)])
+        )
     return "\n\n\n".join(parts) + "\n"
 
 
-def _one(answer: Answer) -> str:
-    of = ", ".join(filter(None, (printable(answer.run, 40) if answer.run else None, answer.stage)))
+def _render_answer(answer: Answer) -> str:
+    label = ", ".join(filter(None, (printable(answer.run, 40) if answer.run else None, answer.stage)))
     parts = [
-        paragraph(f"{of}: {printable(answer.sentence, 2000)}" if of else printable(answer.sentence, 2000))
+        paragraph(
+            f"{label}: {printable(answer.sentence, 2000)}" if label else printable(answer.sentence, 2000)
+        )
     ]
     if answer.rows:
         parts.append(_ROWS[answer.question](answer))
@@ -52,7 +56,7 @@ def _balance_rows(answer: Answer) -> str:
         for row in shown
     ]
     headings = ("layer", "imbalance costs, µs a call", "95 % interval")
-    return text_table(headings, rows) + _more(answer, len(shown))
+    return text_table(headings, rows) + _more_note(answer, len(shown))
 
 
 def _expert_rows(answer: Answer) -> str:
@@ -71,12 +75,12 @@ def _expert_rows(answer: Answer) -> str:
             texts = (f"{e}: {share(here)} ({share(there)})" for e, here, there in row[label][:2])
             rows.append((*begin, label, ", ".join(texts)))
     headings = ("layer", "moved", "chance", "text", "experts that serve it more (other text)")
-    return text_table(headings, rows, left=len(headings)) + _more(answer, len(rows) // 2)
+    return text_table(headings, rows, left=len(headings)) + _more_note(answer, len(rows) // 2)
 
 
-def _more(answer: Answer, shown: int) -> str:
-    left = len(answer.rows) - shown
-    return f"\n… and {left} more; --format json has them all." if left > 0 else ""
+def _more_note(answer: Answer, shown: int) -> str:
+    remaining = len(answer.rows) - shown
+    return f"\n… and {remaining} more; --format json has them all." if remaining > 0 else ""
 
 
 def _next_rows(answer: Answer) -> str:

@@ -128,14 +128,14 @@ def _findings(found: Sequence[Finding]) -> str:
     if not found:
         return '<p class="soft">No rule found anything to look at.</p>'
     items = "\n".join(
-        f'<li><b class="severity {f.severity}">{escape(f.price)}</b> {_marked(f.sentence)} '
-        f'<span class="advice">{_marked(f.advice)}</span></li>'
+        f'<li><b class="severity {f.severity}">{escape(f.price)}</b> {_with_code(f.sentence)} '
+        f'<span class="advice">{_with_code(f.advice)}</span></li>'
         for f in found
     )
     return f'<ul class="findings">{items}</ul>'
 
 
-def _marked(text: str) -> str:
+def _with_code(text: str) -> str:
     """Escape a text and mark what is between backquotes as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 

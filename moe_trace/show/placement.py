@@ -60,7 +60,7 @@ def _overview_row(
     study: PlacementStudy, cluster: ClusterStudy, plan: JudgedPlan, *, first: bool
 ) -> list[Cell]:
     size, contiguous = cluster.options.cluster, cluster.plans[0]
-    same, other = _moved(study, plan)
+    same, other = _traffic(study, plan)
     better = plan.max_over_mean_FL < contiguous.max_over_mean_FL
     folds = plan.all_layers_F[np.isfinite(plan.all_layers_F)]
     return [
@@ -78,11 +78,11 @@ def _overview_row(
     ]
 
 
-def _moved(study: PlacementStudy, plan: JudgedPlan) -> tuple[str, str]:
+def _traffic(study: PlacementStudy, plan: JudgedPlan) -> tuple[str, str]:
     """Return the traffic to other ranks of the same node, and to other nodes."""
     if _bytes_known(study):
-        each_L = np.array([layer.slot_bytes for layer in study.counts.layers], np.float64)
-        _, same, other = (plan.slots_WL @ each_L * 2 / study.observations).tolist()
+        bytes_L = np.array([layer.slot_bytes for layer in study.counts.layers], np.float64)
+        _, same, other = (plan.slots_WL @ bytes_L * 2 / study.observations).tolist()
         return scaled(same, "B"), scaled(other, "B")
     _, same, other = (100 * plan.slots_WL.sum(axis=1) / plan.slots_WL.sum()).tolist()
     return f"{same:.1f} %", f"{other:.1f} %"

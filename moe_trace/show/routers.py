@@ -53,16 +53,16 @@ def _table(names: Sequence[str], groups: Sequence[Sequence[RouterInfo]]) -> str:
     for name, group in zip(names, groups, strict=True):
         info = group[0]
         size = (name, runs([router.layer for router in group]), str(info.num_experts), info.top_k or None)
-        rows += _two_lines(size, [info])
+        rows += _size_rows(size, [info])
     everything = [router for group in groups for router in group]
     if len(everything) > 1:
         # FLOPs are not summed: image tokens never reach the experts for text.
-        rows.append(_two_lines(("all", "", "", ""), everything)[0])
+        rows.append(_size_rows(("all", "", "", ""), everything)[0])
     sizes = [count_column(part) for part in ("router", "experts", "shared experts")]
     return text_table(("", "layers", "E", "k", "", *sizes), rows, left=2)
 
 
-def _two_lines(first: tuple[Cell, ...], routers: Sequence[RouterInfo]) -> list[tuple[Cell, ...]]:
+def _size_rows(first: tuple[Cell, ...], routers: Sequence[RouterInfo]) -> list[tuple[Cell, ...]]:
     parameters = [sum(r.parameters.get(part, 0) for r in routers) for part in ("router", "experts", "shared")]
     flops = [
         sum(router.router_flops_per_token for router in routers),

@@ -95,7 +95,7 @@ class SimpleBenchmark:
             UsageError: there is no text, or one is empty.
             NothingRecorded: no router was called.
         """
-        config = _Config(name, _named(texts), config_fn)
+        config = _Config(name, _named_texts(texts), config_fn)
         taken = self._measure(config, self._state_for([config]))
         self._configs[name] = config
         self._rounds = []
@@ -200,16 +200,16 @@ class SimpleBenchmark:
         return {name: tensor.to(device) for name, tensor in encoded.items()}
 
 
-def _named(texts: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def _named_texts(texts: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     if isinstance(texts, str):
-        named = {"text 1": texts}
+        by_name = {"text 1": texts}
     elif isinstance(texts, Mapping):
-        named = dict(texts)
+        by_name = dict(texts)
     else:
-        named = {f"text {i + 1}": text for i, text in enumerate(texts)}
-    if not named or not all(isinstance(text, str) and text for text in named.values()):
+        by_name = {f"text {i + 1}": text for i, text in enumerate(texts)}
+    if not by_name or not all(isinstance(text, str) and text for text in by_name.values()):
         raise UsageError("expected texts to be a text, a list of texts or a dict of name -> text, none empty")
-    return named
+    return by_name
 
 
 def _timed_forward_ms(model: nn.Module, inputs: dict[str, Tensor]) -> float:

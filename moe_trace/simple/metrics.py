@@ -111,7 +111,7 @@ class RouterMetrics:
             **_flops(calls),
             **_spread("latency", (row.latency_ms for row in self.rows), *_LATENCY, unit="_ms"),
             **_spread("active_experts", forward.assignments.used(), "mean", "std"),
-            **_k(forward),
+            **_k_statistics(forward),
             **_load(forward),
             **_confidence(forward),
             **_spread("memory", (row.memory_mb for row in self.rows), "mean", "max", unit="_mb"),
@@ -169,7 +169,7 @@ def _flops(calls: CallTable) -> dict[str, float]:
     }
 
 
-def _k(calls: CallTable) -> dict[str, float]:
+def _k_statistics(calls: CallTable) -> dict[str, float]:
     """Compute the statistics from histograms, since k is a property of a token, not of a call."""
     tokens_K = calls.lists["k_histogram"].summed()
     if not tokens_K.sum():
@@ -218,7 +218,7 @@ def render_metrics(model_name: str, metrics: Mapping[str, RouterMetrics], notes:
     parts = [printable(model_name)]
     if called:
         parts.append(_table(called))
-        parts.append(_explain({row.latency_clock for router in called for row in router.rows}))
+        parts.append(_latency_description({row.latency_clock for router in called for row in router.rows}))
     if notes:
         parts.append("Notes\n" + "\n".join(wrapped(printable(note, 2000)) for note in notes))
     return "\n\n".join(parts) + "\n"
@@ -247,7 +247,7 @@ def _row(router: RouterMetrics) -> tuple[Cell, ...]:
     )
 
 
-def _explain(clocks: set[str]) -> str:
+def _latency_description(clocks: set[str]) -> str:
     descriptions = {"host": "the host's clock", "cuda_event": "CUDA events on the stream"}
     clock_names = " and ".join(descriptions[c] for c in sorted(clocks))
     return f"Latency (p50, p95) of one call of the router in ms, by {clock_names}."

@@ -112,7 +112,7 @@ def remove_additions(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLa
     cuts = sorted(_own_cuts(file, layout))
     if not cuts:
         return layout
-    _cut(file, cuts)
+    _remove_cuts(file, cuts)
     return layout.without(cuts)
 
 
@@ -212,7 +212,7 @@ def _is_own_event(file: BinaryIO, text: bytes) -> bool:
     return is_band(event.get("pid"))
 
 
-def _cut(file: BinaryIO, cuts: Sequence[Cut]) -> None:
+def _remove_cuts(file: BinaryIO, cuts: Sequence[Cut]) -> None:
     size = file.seek(0, 2)
     target = cuts[0][0]
     bounds = [*cuts, (size, size)]

@@ -65,10 +65,10 @@ def read_layout(file: BinaryIO, watch: Callable[[Window], None]) -> TraceLayout:
         before = stream.position
     if events is None or not _is_event(file, events):
         raise TraceFileError(_no_trace(file))
-    return TraceLayout(events, base_time_ns, _with_comma(file, old_key), old_value)
+    return TraceLayout(events, base_time_ns, _cut_of_key(file, old_key), old_value)
 
 
-def _with_comma(file: BinaryIO, key: tuple[int | None, int] | None) -> Cut | None:
+def _cut_of_key(file: BinaryIO, key: tuple[int | None, int] | None) -> Cut | None:
     """Return the key's bytes, from the end of the value before; for the first key, up to the next key."""
     if key is None:
         return None

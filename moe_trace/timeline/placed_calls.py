@@ -48,7 +48,7 @@ class PlacedCalls:
             kind: np.where(on_device[:, None], *(calls.places.span(side, kind) for side in sides))
             for kind in RANGE_KINDS
         }
-        order = np.argsort(_whole(spans)[:, 0], kind="stable")
+        order = np.argsort(_layer_spans(spans)[:, 0], kind="stable")
         spans = {kind: span[order] for kind, span in spans.items()}
         return PlacedCalls(calls.take(order), spans, on_device[order], experts_are_split)
 
@@ -58,7 +58,7 @@ class PlacedCalls:
     @cached_property
     def moe(self) -> Floats:
         """[N, 2] span of the MoE layer: its block, or its router and experts together, or else its graph."""
-        return _whole(self.spans)
+        return _layer_spans(self.spans)
 
     @cached_property
     def loads(self) -> Loads:
@@ -207,7 +207,7 @@ def experts_range_us(calls: CallTable) -> Floats:
     return np.where(_drawn_on_device(calls), device, host)
 
 
-def _whole(spans: Mapping[RangeKind, Floats]) -> Floats:
+def _layer_spans(spans: Mapping[RangeKind, Floats]) -> Floats:
     router, experts, block, graph = (spans[kind] for kind in ("router", "experts", "block", "graph"))
     end_us = np.fmax(router.sum(1), experts.sum(1))
     layer = np.stack([router[:, 0], end_us - router[:, 0]], axis=1)

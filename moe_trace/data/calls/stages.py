@@ -87,10 +87,10 @@ def _as_parts(calls: CallTable, part: npt.NDArray[np.bool_], stage: Stage) -> Ca
         numbers[name] = np.where(part, values, numbers[name])
     empty, unknown = np.zeros(0, np.int64), None
     lists["assignments"] = _chosen(part, of_stage, lists["assignments"])
-    lists[f"{other}_assignments"] = _filled(part, lists[f"{other}_assignments"], empty)
-    lists["k_histogram"] = _filled(part, lists["k_histogram"], empty)
+    lists[f"{other}_assignments"] = _fill_rows(part, lists[f"{other}_assignments"], empty)
+    lists["k_histogram"] = _fill_rows(part, lists["k_histogram"], empty)
     for name in ("dispatched", "slot_assignments", "slot_experts"):
-        lists[name] = _filled(part, lists[name], unknown)
+        lists[name] = _fill_rows(part, lists[name], unknown)
     return CallTable(calls.keys, calls.router, numbers, lists, calls.places.without(part))
 
 
@@ -99,7 +99,7 @@ def _chosen(part: npt.NDArray[np.bool_], of_part: CountLists, whole: CountLists)
     return CountLists.concatenated([of_part, whole]).take(np.where(part, 0, len(part)) + np.arange(len(part)))
 
 
-def _filled(
+def _fill_rows(
     part: npt.NDArray[np.bool_], whole: CountLists, value: npt.NDArray[np.int64] | None
 ) -> CountLists:
     return _chosen(part, CountLists.of([value] * len(part)), whole)

@@ -35,11 +35,11 @@ class ShortRepr:
     """Base class of dataclasses (`repr=False`) whose repr shows numbers, text, and the size of all else."""
 
     def __repr__(self) -> str:
-        shown = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
+        shown = (f"{field.name}={_short_repr(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _short(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     if value is None or isinstance(value, bool | int):
         return repr(value)
     if isinstance(value, float):

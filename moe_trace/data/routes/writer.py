@@ -108,7 +108,7 @@ class RoutesWriter:
         if len(self._groups) > known or not self._headers:
             self._write_header()
         for waiting, group in pairs:
-            self._take(waiting, group)
+            self._add_part(waiting, group)
 
     def flush(self) -> None:
         """Write waiting tokens as chunks and pass them to the operating system."""
@@ -151,8 +151,8 @@ class RoutesWriter:
                 raise ValueError(f"expected parts with the {name} of the first, {first}; found {this}")
         return waiting
 
-    def _take(self, waiting: _Waiting, part: Part) -> None:
-        columns = {name: _typed(name, column) for name, column in part.columns().items()}
+    def _add_part(self, waiting: _Waiting, part: Part) -> None:
+        columns = {name: _cast(name, column) for name, column in part.columns().items()}
         waiting.dropped = added_up([waiting.dropped, part.dropped])
         if waiting.parts and waiting.parts[0].keys() != columns.keys():
             self._write_chunk(waiting)
@@ -222,7 +222,7 @@ def added_up(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return {reason: int(tokens) for reason, tokens in total.items()}
 
 
-def _typed(name: str, column: np.ndarray) -> np.ndarray:
+def _cast(name: str, column: np.ndarray) -> np.ndarray:
     wanted = np.dtype(TYPES[name]) if name in TYPES else column.dtype.newbyteorder("<")
     if column.dtype == wanted:
         return column

@@ -36,10 +36,12 @@ def counts_of_dump(path: str | Path) -> np.ndarray:
     """
     dump = _load(Path(path))
     if "logical_count" in dump:
-        counts = _whole(dump["logical_count"], 3, path)
+        counts = _integer_array(dump["logical_count"], 3, path)
     else:
         slots = _slot_map(dump, path)
-        rows = [_whole(record.get("global_physical_count"), 2, path) for record in _records(dump, path)]
+        rows = [
+            _integer_array(record.get("global_physical_count"), 2, path) for record in _records(dump, path)
+        ]
         counts = np.stack([_by_expert(row, slots, path) for row in rows])
     counted = counts.any((1, 2))
     if not counted.any():
@@ -64,7 +66,7 @@ def routes_of_dump(path: str | Path) -> Capture:
         )
     slots, ids = (
         _slot_map(dump, path),
-        [_whole(record.get("topk_ids_of_layer"), 3, path) for record in records],
+        [_integer_array(record.get("topk_ids_of_layer"), 3, path) for record in records],
     )
     shapes = {(len(part), part.shape[2]) for part in ids}
     if {layers for layers, _ in shapes} != {len(slots)} or len(shapes) > 1:
@@ -110,7 +112,7 @@ def _records(dump: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _whole(value: Any, dims: int, path: str | Path) -> np.ndarray:
+def _integer_array(value: Any, dims: int, path: str | Path) -> np.ndarray:
     if not isinstance(value, torch.Tensor) or value.dim() != dims or value.is_floating_point():
         form = (
             f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -120,7 +122,7 @@ def _whole(value: Any, dims: int, path: str | Path) -> np.ndarray:
 
 
 def _slot_map(dump: dict[str, Any], path: str | Path) -> np.ndarray:
-    return _whole(dump.get("last_physical_to_logical_map"), 2, path)
+    return _integer_array(dump.get("last_physical_to_logical_map"), 2, path)
 
 
 def _by_expert(counts_LP: np.ndarray, slots_LP: np.ndarray, path: str | Path) -> np.ndarray:

@@ -94,12 +94,12 @@ class MetricsWriter:
     def step(self) -> None:
         """End a step of the engine; hand over the window if its time is up, without waiting."""
         if time.monotonic() - self._since >= self._seconds:
-            self._hand_on()
+            self._queue_window()
 
     def close(self) -> None:
         """Write the last window and end the thread."""
         if self._thread.is_alive():
-            self._hand_on()
+            self._queue_window()
             self._queue.put(None)
             self._thread.join()
 
@@ -107,7 +107,7 @@ class MetricsWriter:
         with self._reading:
             return self._tracer.samples_of(self._tracer.take_batches())
 
-    def _hand_on(self) -> None:
+    def _queue_window(self) -> None:
         self._since = time.monotonic()
         window_of, self._held = (self._held, self._tracer.take_batches()), []
         try:

@@ -31,12 +31,12 @@ def register() -> None:
     if getattr(method, "_moe_trace", False):
         return
     if os.environ.get(PATH):
-        _answer()
+        _serve_metrics()
 
     @functools.wraps(method)
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        _equip(getattr(self, "worker", None), getattr(self, "vllm_config", None))
+        _install_tracing(getattr(self, "worker", None), getattr(self, "vllm_config", None))
         return result
 
     init_device._moe_trace = True  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def unregister() -> None:
         setattr(wrapper, _METHOD, method.__wrapped__)
 
 
-def _equip(worker: Any, config: Any) -> None:
+def _install_tracing(worker: Any, config: Any) -> None:
     """Install tracing in a worker that has its device but no model yet."""
     try:
         profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
@@ -64,7 +64,7 @@ def _equip(worker: Any, config: Any) -> None:
         _warn(repr(error))
 
 
-def _answer() -> None:
+def _serve_metrics() -> None:
     """Serve metrics, as this may be the process that answers `/metrics`."""
     try:
         serve_metrics()

@@ -54,7 +54,7 @@ def ask(
         if name == "experts" and other is not None:
             answers += _experts_of_both(summary, other, labels)
         elif name == "next":
-            answers += [_next(run, of) for run, of in runs]
+            answers += [_answer_next(run, of) for run, of in runs]
         else:
             answers += [
                 Answer(question=name, run=run, stage=stage, **_STAGE_QUESTIONS[name](part))
@@ -85,12 +85,12 @@ def _experts_of_both(a: TraceSummary, b: TraceSummary, labels: tuple[str, str]) 
     ]
 
 
-def _next(run: str | None, summary: TraceSummary) -> Answer:
+def _answer_next(run: str | None, summary: TraceSummary) -> Answer:
     """Answer with the worst findings and an upper bound of the cost of each."""
     of_rule: dict[str, list[Finding]] = {}
     for finding in summary.findings:
         of_rule.setdefault(finding.rule, []).append(finding)
-    rows = tuple(_tried(found, summary) for found in list(of_rule.values())[:TRIED_NEXT])
+    rows = tuple(_describe_rule(found, summary) for found in list(of_rule.values())[:TRIED_NEXT])
     more = len(of_rule) - len(rows)
     if not rows:
         sentence = "Nothing stands out: no finding of the report's rules applies."
@@ -100,7 +100,7 @@ def _next(run: str | None, summary: TraceSummary) -> Answer:
     return Answer(question="next", run=run, stage=None, sentence=sentence, rows=rows)
 
 
-def _tried(found: Sequence[Finding], summary: TraceSummary) -> dict[str, Any]:
+def _describe_rule(found: Sequence[Finding], summary: TraceSummary) -> dict[str, Any]:
     """Describe one rule in the stages that it applies to, worst first."""
     worst, cost = found[0], found[0].cost_us
     part = summary.stages.get(worst.stage, summary) if worst.stage is not None else summary

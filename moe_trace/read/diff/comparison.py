@@ -119,7 +119,7 @@ def compare(
         called = [r for r in routers if all(len(s.rows(n)) for s, n in zip(sides, r[1:], strict=True))]
         routing += compare_routing(sides[0], sides[1], called, stage)
         changes += _metric_changes(sides, called, stage, only, stages=len(shared), host_floor=host_floor)
-        notes += _few_forwards(stage, min(side.units for side in sides))
+        notes += _too_few_note(stage, min(side.units for side in sides))
     notes += [_HOST] * any(change.verdict == "host" for change in changes)
     notes += _floor_note(changes)
     notes += _provenance(a, b)
@@ -214,7 +214,7 @@ def _change(
     )
 
 
-def _few_forwards(stage: str, fewest: int) -> list[str]:
+def _too_few_note(stage: str, fewest: int) -> list[str]:
     if fewest >= UNITS_MIN:
         return []
     forwards = "forward" if fewest == 1 else "forwards"

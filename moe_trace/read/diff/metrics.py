@@ -123,12 +123,12 @@ def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | N
         if metric in side.columns:
             parts = [_quantile(side, metric, own) for own in rows]
             spread = SPREAD_HOST if metric in side.host_clock else SPREAD_DEVICE
-            found[metric] = _with_all(parts, 0.0 if metric.endswith("_share") else spread)
+            found[metric] = _estimates(parts, 0.0 if metric.endswith("_share") else spread)
     for metric in MEANS:
-        found[metric] = _with_all([_mean(side, metric, own) for own in rows])
+        found[metric] = _estimates([_mean(side, metric, own) for own in rows])
     loads = [_loads(side, own) for own in rows]
     for metric in LOADS:
-        found[f"load_{metric}"] = _with_all([own[metric] for own in loads])
+        found[f"load_{metric}"] = _estimates([own[metric] for own in loads])
     return found
 
 
@@ -141,7 +141,7 @@ class _Part:
     series: Floats
 
 
-def _with_all(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estimate | None]:
+def _estimates(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estimate | None]:
     known = [part for part in parts if part is not None]
     together = None
     if known and len(known) == len(parts):  # a mean over fewer layers would be a different metric
@@ -157,13 +157,13 @@ def _quantile(side: Side, metric: str, rows: Ints) -> _Part | None:
     q = QUANTILES[metric]
     values, unit = side.columns[metric][rows], side.unit[rows]
     values, unit = values[~np.isnan(values)], unit[~np.isnan(values)]
-    series = _by_unit(values, unit, side.units)
+    series = _median_by_unit(values, unit, side.units)
     if series is None or not values.any() or (q > 0.5 and side.units < _UNITS_FOR_P95):
         return None
     return _Part(float(np.quantile(values, q)), np.quantile(series[side.drawn], q, axis=1), series)
 
 
-def _by_unit(values: Floats, unit: Ints, units: int) -> Floats | None:
+def _median_by_unit(values: Floats, unit: Ints, units: int) -> Floats | None:
     """Return the median of each unit, or None if one has no value."""
     order = np.lexsort((values, unit))
     counts = np.bincount(unit, minlength=units)

@@ -74,7 +74,7 @@ def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> 
         return ()
     observed = np.array([_distances(ca.sum(0), cb.sum(0)) for ca, cb in tables])
     permuted = comb(a.units + b.units, a.units) >= _SPLITS_MIN
-    by_chance_PL = (_permuted if permuted else _drawn)(tables)
+    by_chance_PL = (_permuted if permuted else _chance_distances)(tables)
     mean, spread = by_chance_PL.mean(0), by_chance_PL.std(0)
     spread = np.where(spread > 0, spread, np.inf)
     largest = ((by_chance_PL - mean) / spread).max(1)
@@ -111,7 +111,7 @@ def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
     return np.stack([_distances(in_a @ counts, (1 - in_a) @ counts) for counts in both], axis=1)
 
 
-def _drawn(tables: Sequence[Sequence[Floats]]) -> Floats:
+def _chance_distances(tables: Sequence[Sequence[Floats]]) -> Floats:
     """Return distances of tokens drawn from the pooled shares of both sides, [P, L]."""
     rng = np.random.default_rng(0)
     columns = []

@@ -45,7 +45,7 @@ def setup_changes(a: TraceSummary, b: TraceSummary) -> tuple[SetupChange, ...]:
         value_a, value_b = facts_a.get(fact), facts_b.get(fact)
         if value_a == value_b or (fact.startswith("config.") and None in (value_a, value_b)):
             continue  # older recordings contain no config, and the keys depend on the class
-        found.append(SetupChange(fact=fact, a=_in_words(value_a), b=_in_words(value_b)))
+        found.append(SetupChange(fact=fact, a=_fact_text(value_a), b=_fact_text(value_b)))
     return (*found, *_work(a, b))
 
 
@@ -60,7 +60,7 @@ def clock_problem(a: TraceSummary, b: TraceSummary) -> str | None:
     )
 
 
-def _in_words(value: Any) -> str:
+def _fact_text(value: Any) -> str:
     if value is None:
         return NOT_RECORDED
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -113,14 +113,14 @@ def _layer(router: RouterInfo, calls: CallTable, records: RankRecords) -> Physic
         slot_experts=tuple(last_P.tolist()),
         slot_ranks=None if ranks_P is None else tuple(ranks_P.tolist()),
         rank_assignments=by_rank,
-        expert_max_over_mean=_uneven(calls.assignments.summed(least=router.num_experts)),
-        slot_max_over_mean=_uneven(slots_P[(maps_MP >= 0).any(0)]),
-        rank_max_over_mean=_uneven(list(by_rank.values())),
+        expert_max_over_mean=_max_over_mean(calls.assignments.summed(least=router.num_experts)),
+        slot_max_over_mean=_max_over_mean(slots_P[(maps_MP >= 0).any(0)]),
+        rank_max_over_mean=_max_over_mean(list(by_rank.values())),
         replicas=_replicas(maps_MP, loads_MP),
     )
 
 
-def _uneven(load: Ints | Sequence[int]) -> float | None:
+def _max_over_mean(load: Ints | Sequence[int]) -> float | None:
     return describe_load(load).max_over_mean if len(load) else None
 
 

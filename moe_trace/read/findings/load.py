@@ -24,7 +24,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     if found:
         found.sort(key=lambda pair: -pair[0])
         layers = [(r.info.site, f"{tokens:,}") for tokens, r in found]
-        yield _of_layers(
+        yield _finding_of_layers(
             found,
             NONFINITE_SHARE,
             sentence=f"{count(sum(tokens for tokens, _ in found), 'token')} had NaN or infinite router "
@@ -50,7 +50,7 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in found[1:]]
     ceiling = worst.chance.ceiling
     most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
-    yield _of_layers(
+    yield _finding_of_layers(
         found,
         HOT_SHARE,
         sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {found[0][0]:.1f}× its share of the "
@@ -93,7 +93,7 @@ def dead_experts(evidence: Evidence) -> Iterator[Finding]:
         return
     total = sum(number for number, _ in found)
     layers = [(r.info.site, f"{number} of {r.info.num_experts} ({_ids(r)})") for number, r in found]
-    yield _of_layers(
+    yield _finding_of_layers(
         found,
         DEAD_SHARE,
         sentence=f"{count(total, 'expert')} in {count(len(found), 'layer')} got no token, though their "
@@ -132,7 +132,7 @@ def skipped(evidence: Evidence) -> Iterator[Finding]:
     shares = [(r.skipped / (r.skipped + sum(r.assignments)), r) for r in evidence.routers if r.skipped]
     found = sorted((pair for pair in shares if pair[0] > SKIPPED_SHARE), key=lambda pair: -pair[0])
     if found:
-        yield _of_layers(
+        yield _finding_of_layers(
             found,
             SKIPPED_SHARE,
             sentence=f"In {count(len(found), 'layer')} over {percent(SKIPPED_SHARE)} of assignments were "
@@ -147,7 +147,7 @@ def undecided_router(evidence: Evidence) -> Iterator[Finding]:
     known = [(c, r) for r in evidence.routers if (c := r.decisions.confidence_mean) is not None]
     found = sorted((pair for pair in known if pair[0] < UNSURE), key=lambda pair: pair[0])
     if found:
-        yield _of_layers(
+        yield _finding_of_layers(
             found,
             UNSURE,
             sentence=f"The router hardly decides in {count(len(found), 'layer')} (confidence under "
@@ -162,7 +162,7 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
     found = [(c, r) for c, r in known if c > COLLAPSED and r.info.num_experts > 1]
     found.sort(key=lambda pair: -pair[0])
     if found:
-        yield _of_layers(
+        yield _finding_of_layers(
             found,
             COLLAPSED,
             sentence=f"The router is nearly certain of every token in {count(len(found), 'layer')} "
@@ -171,7 +171,7 @@ def collapsed_router(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _of_layers(
+def _finding_of_layers(
     found: Sequence[tuple[float, RouterSummary]], threshold: float, *, sentence: str, advice: str
 ) -> Finding:
     return Finding(

@@ -23,14 +23,14 @@ def find(evidence: Evidence) -> tuple[Finding, ...]:
     """Return all findings, worst first: errors, then by the time lost, then those without a known time."""
     found = _found(RULES, evidence)
     by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
-    return ranked(_marked(finding) if by_compiler else finding for finding in found)
+    return ranked(_with_provenance(finding) if by_compiler else finding for finding in found)
 
 
 def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
     return [replace(finding, rule=rule.__name__) for rule in rules for finding in rule(evidence)]
 
 
-def _marked(finding: Finding) -> Finding:
+def _with_provenance(finding: Finding) -> Finding:
     """Append the source of times inside compiled code to a finding about time."""
     if finding.severity != "time":
         return finding

@@ -142,7 +142,7 @@ def launch_gaps(evidence: Evidence) -> Iterator[Finding]:
         threshold=GAP_SHARE,
         cost_us=gap_us,
         sentence=f"{percent(gap_us / span_us)} of the MoE blocks' time on the device, first kernel to "
-        f"last{_again(evidence.phases)}, is gaps between kernels (threshold {percent(GAP_SHARE)}): "
+        f"last{_recompute_note(evidence.phases)}, is gaps between kernels (threshold {percent(GAP_SHARE)}): "
         f"{duration(gap_us)} of {duration(span_us)}.",
         advice=(loop if _implementation(evidence) == "eager" else "") + _how_to_launch(evidence),
     )
@@ -157,7 +157,7 @@ def _how_to_launch(evidence: Evidence) -> str:
     )
 
 
-def _again(report: PhaseReport | None) -> str:
+def _recompute_note(report: PhaseReport | None) -> str:
     return " (forward and recomputed calls)" if report is not None and report.total.recompute else ""
 
 
@@ -175,7 +175,7 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
         value=rate.share_of_peak,
         threshold=PEAK_SHARE,
         cost_us=rate.above_roofline_us,
-        sentence=f"The experts' products{_again(evidence.phases)} reach {percent(rate.share_of_peak)} of the "
+        sentence=f"The experts' products{_recompute_note(evidence.phases)} reach {percent(rate.share_of_peak)} of the "
         f"device's peak FLOP/s (threshold {percent(PEAK_SHARE)})"
         + (
             f", and take {duration(rate.above_roofline_us)} more than the roofline allows."

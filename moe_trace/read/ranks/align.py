@@ -33,8 +33,8 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
     order = sorted(rank_calls.rank for rank_calls in ranks)
     clocks = _clocks(ranks, usable)
     names = list(dict.fromkeys(clocks[rank] for rank in order))
-    bounds, medians, weight = _between(usable, clocks, names)
-    offsets, first = _estimate(medians, weight)
+    bounds, medians, weight = _clock_bounds(usable, clocks, names)
+    offsets, first = _estimate_offsets(medians, weight)
     offsets = _within_bounds(offsets, bounds, first)
     by_rank = {rank: int(np.rint(offsets[names.index(clocks[rank])])) for rank in order}
     unaligned = tuple(rank for rank in order if first[names.index(clocks[rank])] != 0)
@@ -45,8 +45,8 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
         unaligned=unaligned,
         collectives=sum(len(shared.calls) for shared in usable),
         same_host=len(names) == 1 and len(order) > 1,
-        before=_spread(usable, none),
-        after=_spread(usable, by_rank),
+        before=_end_spread(usable, none),
+        after=_end_spread(usable, by_rank),
         early_before=count_early(usable, none),
         early_after=count_early(usable, by_rank),
         notes=(*notes, *_unaligned_note(unaligned, order[0]), *_base_note(ranks)),
@@ -86,10 +86,12 @@ def _base_note(ranks: Sequence[RankCalls]) -> list[str]:
 def count_early(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> int:
     """Count pairs of ranks in a collective where the receiver ends before its sender begins."""
     shared_calls = synchronising(matched)
-    return sum(int(_early(shared, *on_one_clock(shared, offset_ns)).sum()) for shared in shared_calls)
+    return sum(
+        int(_violates_causality(shared, *on_one_clock(shared, offset_ns)).sum()) for shared in shared_calls
+    )
 
 
-def _early(shared: SharedCalls, start: IntArray, end: IntArray) -> Mask:
+def _violates_causality(shared: SharedCalls, start: IntArray, end: IntArray) -> Mask:
     """Return whether the receiver ends before its sender begins, [C, sender, receiver]."""
     early: Mask = shared.sends & (end[:, None, :] < start[:, :, None] - TOLERANCE_NS)
     return early
@@ -101,7 +103,7 @@ def on_one_clock(shared: SharedCalls, offset_ns: Mapping[int, int]) -> tuple[Int
     return shared.start_ns + offsets, shared.end_ns + offsets
 
 
-def _spread(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> Spread | None:
+def _end_spread(matched: Sequence[SharedCalls], offset_ns: Mapping[int, int]) -> Spread | None:
     spreads = [np.ptp(on_one_clock(shared, offset_ns)[1], axis=1) for shared in matched]
     if not spreads:
         return None
@@ -125,12 +127,14 @@ def _clocks(ranks: Sequence[RankCalls], usable: Sequence[SharedCalls]) -> dict[i
         keeps = True
         for shared in usable if len(members) > 1 else ():
             on_host = np.isin(shared.ranks, members)
-            keeps &= not _early(shared, shared.start_ns, shared.end_ns)[:, on_host][:, :, on_host].any()
+            keeps &= not _violates_causality(shared, shared.start_ns, shared.end_ns)[:, on_host][
+                :, :, on_host
+            ].any()
         clocks |= {rank: host if keeps else f"rank {rank}" for rank in members}
     return clocks
 
 
-def _between(
+def _clock_bounds(
     usable: Sequence[SharedCalls], clocks: Mapping[int, str], names: Sequence[str]
 ) -> tuple[Floats, Floats, IntArray]:
     """Return bounds of offset[b] - offset[a], medians of end[a] - end[b], and counts, [N, N] for N clocks."""
@@ -155,7 +159,7 @@ def _between(
     return bounds, medians, weight
 
 
-def _estimate(medians: Floats, weight: IntArray) -> tuple[Floats, IntArray]:
+def _estimate_offsets(medians: Floats, weight: IntArray) -> tuple[Floats, IntArray]:
     """Return offsets along the pairs that share most, and the first clock that each is connected to."""
     offsets, first = np.zeros(len(medians)), np.full(len(medians), -1, np.int64)
     for start in range(len(medians)):

@@ -108,7 +108,7 @@ def find_collectives(
     ]
     threads = np.array([event.thread for event in called], np.int64)
     blocks = find_blocks(samples, events)
-    return _in_layers(found, threads, blocks, find_steps(events, blocks))
+    return _assign_to_layers(found, threads, blocks, find_steps(events, blocks))
 
 
 def _kernels_ns(event: CommEvent, events: EventTable, kernels: Kernels) -> Nanoseconds | None:
@@ -135,7 +135,7 @@ def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict
 # -- layers ----------------------------------------------------------------------------------------------
 
 
-def _in_layers(
+def _assign_to_layers(
     found: Sequence[Collective], threads: IntArray, blocks: Blocks, steps: Steps
 ) -> tuple[Collective, ...]:
     starts = np.array([c.host_ns[0] for c in found], np.int64)

@@ -140,7 +140,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
         if not all(key in table for table in tables.values()):
             continue
         samples = {rank: table[key] for rank, table in tables.items()}
-        sent = _sent(records, samples, matrices_of(key[0]))
+        sent = _sent_matrix(records, samples, matrices_of(key[0]))
         slots = [samples[rank].slot_assignments for rank in counting]
         known = [slots_P for slots_P in slots if slots_P is not None]
         found.append(
@@ -168,7 +168,7 @@ def _is_exact(sample: RoutingSample) -> bool:
     return sample.dispatched is not None or sample.computed_slots == int(sample.assignments.sum())
 
 
-def _sent(
+def _sent_matrix(
     records: RankRecords,
     samples: Mapping[int, RoutingSample],
     held: Mapping[tuple[int, ...], IntArray | None],
@@ -189,11 +189,11 @@ def _sent(
         slots = sample.slot_assignments  # includes those of ranks that share its tokens, see above
         if slots is None:
             slots = sample.assignments if sample.dispatched is None else sample.dispatched
-        sent[row, list(group)] = _by_holder(matrix, slots)
+        sent[row, list(group)] = _sum_by_holder(matrix, slots)
     return sent
 
 
-def _by_holder(held_GE: IntArray, slots_E: IntArray) -> IntArray:
+def _sum_by_holder(held_GE: IntArray, slots_E: IntArray) -> IntArray:
     """Sum slots by the rank that holds their expert, [G]; float64 is exact to 2**53 and has fast products."""
     experts = min(held_GE.shape[1], len(slots_E))
     return np.rint(held_GE[:, :experts].astype(np.float64) @ slots_E[:experts].astype(np.float64)).astype(
@@ -213,7 +213,7 @@ def _load(
         slots = samples[rank].assignments if slots is None else slots
         held_experts = _held_by(records, samples[rank].name, rank) if matrix is None else None
         if matrix is not None:
-            load[row] = _by_holder(matrix, slots)[group.index(rank)]
+            load[row] = _sum_by_holder(matrix, slots)[group.index(rank)]
         elif held_experts is not None:
             load[row] = slots[[i for i in held_experts if i < len(slots)]].sum()
     return load

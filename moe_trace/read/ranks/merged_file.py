@@ -69,7 +69,7 @@ class _Writer:
         self._plan = plan
         self._file = file
         self._progress = progress
-        self._at = 0
+        self._offset = 0
         self._first_event = True
         self._pids = Pids()
         self._after: dict[str, bytes] = {}
@@ -77,28 +77,28 @@ class _Writer:
         self._label_us: float | None = None
 
     def write(self, name: str) -> MergedRanks:
-        self._put(b"{\n")
-        for key, value in self._head(name).items():
-            self._put(b"%b: %b,\n" % (json.dumps(key).encode(), value))
-        self._put(b'"traceEvents": [')
+        self._write_bytes(b"{\n")
+        for key, value in self._merged_head(name).items():
+            self._write_bytes(b"%b: %b,\n" % (json.dumps(key).encode(), value))
+        self._write_bytes(b'"traceEvents": [')
         for place, trace in enumerate(self._plan.ranks):
             self._put_events(trace, place)
         merged = self._merged()
         recording = joined_recording(self._plan)
         label = band_label(recording.rank, self._label_us or 0.0)
         added = encode_recording(recording, **{RANKS_KEY: asdict(merged)})
-        self._put(encode_addition(b"", label, added, offset=self._at, first=self._first_event))
-        self._put(b"\n]")
+        self._write_bytes(encode_addition(b"", label, added, offset=self._offset, first=self._first_event))
+        self._write_bytes(b"\n]")
         for key, value in self._after.items():
-            self._put(b",\n%b: %b" % (json.dumps(key).encode(), value))
-        self._put(b"\n}\n")
+            self._write_bytes(b",\n%b: %b" % (json.dumps(key).encode(), value))
+        self._write_bytes(b"\n}\n")
         return merged
 
-    def _put(self, data: bytes) -> None:
+    def _write_bytes(self, data: bytes) -> None:
         self._file.write(data)
-        self._at += len(data)
+        self._offset += len(data)
 
-    def _head(self, name: str) -> dict[str, bytes]:
+    def _merged_head(self, name: str) -> dict[str, bytes]:
         """Return the first rank's top-level keys, with the devices of all ranks."""
         kept = {k: v for k, v in self._plan.ranks[0].head.items() if k not in _OWN_KEYS}
         devices: list[Any] = []
@@ -137,7 +137,7 @@ class _Writer:
             lines = [_encode(event) for event in renamed if not self._takes_label(event)]
             self._unreadable[renamer.rank] += len(batch) - len(renamed)
             if lines:
-                self._put((b"\n" if self._first_event else b",\n") + b",\n".join(lines))
+                self._write_bytes((b"\n" if self._first_event else b",\n") + b",\n".join(lines))
                 self._first_event = False
 
     def _takes_label(self, event: Event) -> bool:
@@ -214,7 +214,7 @@ def joined_recording(plan: MergePlan) -> Recording:
         calls = trace.recording.calls
         seen = calls.host_start_ns != 0  # calls in compiled code that the host did not see have no time
         offset_ns = np.where(seen, plan.alignment.offset_ns[trace.calls.rank], 0)
-        moved = replace(calls, places=_moved(calls.places, plan.shift_ns(trace)))
+        moved = replace(calls, places=_shifted(calls.places, plan.shift_ns(trace)))
         tables.append(
             moved.with_numbers(
                 call=call_numbers(trace.recording, next_call),
@@ -232,7 +232,7 @@ def joined_recording(plan: MergePlan) -> Recording:
     )
 
 
-def _moved(places: Places, shift_ns: int) -> Places:
+def _shifted(places: Places, shift_ns: int) -> Places:
     if not shift_ns:
         return places
     spans = {}

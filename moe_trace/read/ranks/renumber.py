@@ -37,11 +37,11 @@ class Pids:
         """Return the id in the merged trace."""
         key = (rank, pid)
         if key not in self._given:
-            self._given[key] = self._new(rank, pid)
+            self._given[key] = self._new_pid(rank, pid)
             self._taken.add(self._given[key])
         return self._given[key]
 
-    def _new(self, rank: int, pid: Pid) -> Pid:
+    def _new_pid(self, rank: int, pid: Pid) -> Pid:
         if is_band(pid):
             return BAND_PID + rank
         if pid not in self._taken:

@@ -119,7 +119,7 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
         token_sets=tuple(
             dict.fromkeys(tuple(sorted({r, *records.parallel(r).token_ranks})) for r in records.ranks)
         ),
-        held=_held(records),
+        held=_held_counts(records),
         layers=_layers(records, loads, waits),
         steps=_steps(records, loads, waits, step_us),
         exchanges=exchange_times(calls, index, own),
@@ -132,7 +132,7 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
     )
 
 
-def _held(records: RankRecords) -> dict[int, int | None]:
+def _held_counts(records: RankRecords) -> dict[int, int | None]:
     first = {rank: next(iter(records.by_rank[rank].routers), None) for rank in records.ranks}
     held = {rank: None if router is None else router.held_experts for rank, router in first.items()}
     return {rank: None if experts is None else len(experts) for rank, experts in held.items()}

@@ -131,7 +131,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
             continue
         lists = [calls.get(rank, []) for rank in members]
         alike = len({len(found) for found in lists}) == 1
-        rows = _by_sequence(lists) or (list(zip(*lists, strict=True)) if alike else None)
+        rows = _match_by_sequence(lists) or (list(zip(*lists, strict=True)) if alike else None)
         if rows is None:
             counts = ", ".join(f"rank {rank}: {len(calls.get(rank, ()))}" for rank in members)
             refused.append(
@@ -141,7 +141,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
         # Calls without times are removed after matching, as earlier removal would shift the order.
         elif timed := [row for row in rows if all(c.work_ns is not None for c in row)]:
             shared = _shared(key, members, timed, base)
-            apart = _apart(shared, hosts)
+            apart = _time_gap_reason(shared, hosts)
             if apart:
                 refused.append(apart)
             else:
@@ -161,7 +161,7 @@ def _key(collective: Collective, of: RankCalls) -> _Key | None:
     return _Key(facts.group_name or "", group, facts.kind)
 
 
-def _by_sequence(lists: Sequence[Sequence[Collective]]) -> list[tuple[Collective, ...]] | None:
+def _match_by_sequence(lists: Sequence[Sequence[Collective]]) -> list[tuple[Collective, ...]] | None:
     """Match by sequence number, or return None if a call has none or two have the same."""
     tables = [{call.facts.sequence: call for call in calls} for calls in lists]
     if any(
@@ -188,7 +188,7 @@ def _shared(
     )
 
 
-def _apart(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
+def _time_gap_reason(shared: SharedCalls, hosts: dict[int, str | None]) -> str:
     """Explain if, on one host's clock, one rank had ended all of its calls long before another began."""
     first, last = shared.start_ns.min(axis=0), shared.end_ns.max(axis=0)
     for i, a in enumerate(shared.ranks):

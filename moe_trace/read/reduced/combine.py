@@ -33,7 +33,7 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
     next_call: dict[str, int] = {}
     reads: list[ReducedTrace] = []
     broken: list[TraceFileError] = []
-    for found in _loaded(files, progress):
+    for found in _load_all(files, progress):
         if isinstance(found, SchemaError):
             raise found
         if isinstance(found, TraceFileError):
@@ -70,7 +70,7 @@ def _missing_traces_note(files: Sequence[Path]) -> list[str]:
     return [f"{which} {are} gone: these figures are from what {it_was} reduced to"]
 
 
-def _loaded(
+def _load_all(
     files: Sequence[Path], progress: Progress | None
 ) -> Iterator[list[ReducedTrace] | TraceFileError]:
     unreduced = [file for file in files if not is_reduced(file)]

@@ -138,8 +138,8 @@ def _decode(part: _Part, path: Path) -> ReducedTrace:
     keys, timed = recording.calls.call_keys(), len(part.timed)
     times = CallTimes(
         samples=recording.calls.take(part.timed),
-        forward=_by_phase(part.forward, timed),
-        backward=None if part.backward is None else _by_phase(part.backward, timed),
+        forward=_reshape_to_phases(part.forward, timed),
+        backward=None if part.backward is None else _reshape_to_phases(part.backward, timed),
         on_device=part.on_device,
         coverage=part.coverage,
         **{name: part.columns[name].reshape(timed) for name in CALL_COLUMNS},
@@ -159,7 +159,7 @@ def _decode(part: _Part, path: Path) -> ReducedTrace:
     )
 
 
-def _by_phase(times: Times, calls: int) -> Times:
+def _reshape_to_phases(times: Times, calls: int) -> Times:
     names = Times.__dataclass_fields__
     return Times(**{name: getattr(times, name).reshape(calls, len(PHASES)) for name in names})
 

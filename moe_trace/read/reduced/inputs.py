@@ -32,7 +32,7 @@ def find_inputs(path: str | Path) -> list[Path]:
     by_trace: dict[Path, list[Path]] = {}
     for file in reduced:
         by_trace.setdefault(trace_of(file), []).append(file)
-    found = {trace: [_fresh(trace, by_trace.get(trace, ()))] for trace in traces}
+    found = {trace: [_file_to_read(trace, by_trace.get(trace, ()))] for trace in traces}
     without_trace = {trace: files for trace, files in by_trace.items() if trace not in found}
     return [file for _, files in sorted((found | without_trace).items()) for file in files]
 
@@ -40,10 +40,10 @@ def find_inputs(path: str | Path) -> list[Path]:
 def quickest(trace: Path) -> Path:
     """Return the reduced form of one trace if it matches the trace's current bytes, else the trace."""
     beside = trace.parent.glob(f"*{REDUCED_SUFFIX}")
-    return _fresh(trace, [file for file in beside if trace_of(file) == trace])
+    return _file_to_read(trace, [file for file in beside if trace_of(file) == trace])
 
 
-def _fresh(trace: Path, reduced: Sequence[Path]) -> Path:
+def _file_to_read(trace: Path, reduced: Sequence[Path]) -> Path:
     """Return the reduced file that matches the trace's current bytes, else the trace."""
     if not reduced:
         return trace

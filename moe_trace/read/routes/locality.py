@@ -75,7 +75,7 @@ def locality(tokens: LayerTokens, segments: tuple[int, ...] = SEGMENTS) -> Local
         return None
     longest = int(tokens.order.place.max(initial=0))
     distances = 1 << np.arange(max(0, longest - 1).bit_length() + 1 if longest else 0)
-    figures = np.array([_at(tokens, windows, d) for d, windows in _windows(tokens, distances)])
+    figures = np.array([_at_lag(tokens, windows, d) for d, windows in _windows(tokens, distances)])
     lags, reuse, distinct = figures.reshape(-1, 3).T
     shares = ratio(tokens.counts, np.array(len(tokens)))
     return Locality(
@@ -99,7 +99,7 @@ def _windows(tokens: LayerTokens, distances: Ints) -> Iterator[tuple[int, Words]
         windows[d:] |= np.where((place[d:] >= d)[:, None], windows[:-d], np.uint64(0))
 
 
-def _at(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, float]:
+def _at_lag(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, float]:
     """Return overlap at lag d, assignments reused within d, and distinct experts of d consecutive tokens."""
     sets, place = tokens.sets, tokens.order.place
     far = place[d:] >= d

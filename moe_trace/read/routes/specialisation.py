@@ -86,15 +86,15 @@ class IdOrder:
         """Sort tokens by id, [N]; negative ids are unknown."""
         known = np.flatnonzero(ids_N >= 0)
         tokens = known[np.argsort(ids_N[known], kind="stable")]
-        return cls(tokens, _numbered(ids_N[tokens]))
+        return cls(tokens, _dense_ids(ids_N[tokens]))
 
     def only(self, kept_N: Mask) -> IdOrder:
         """Restrict to some of the tokens, which are renumbered."""
         kept = kept_N[self.tokens]
-        return IdOrder((np.cumsum(kept_N) - 1)[self.tokens[kept]], _numbered(self.number[kept]))
+        return IdOrder((np.cumsum(kept_N) - 1)[self.tokens[kept]], _dense_ids(self.number[kept]))
 
 
-def _numbered(sorted_ids: np.ndarray) -> Ints:
+def _dense_ids(sorted_ids: np.ndarray) -> Ints:
     return np.cumsum(np.diff(sorted_ids, prepend=sorted_ids[:1]) != 0)
 
 

@@ -136,7 +136,11 @@ def _group(
 ) -> RoutesStudy:
     aligned = same_tokens(parts)
     chosen = parts[-1:] if aligned else parts
-    routes = chosen[0] if len(chosen) == 1 else concatenate([_apart(p, i) for i, p in enumerate(chosen)])
+    routes = (
+        chosen[0]
+        if len(chosen) == 1
+        else concatenate([_with_unique_numbers(p, i) for i, p in enumerate(chosen)])
+    )
     order = TokenOrder.of(routes)
     guessed = np.concatenate(predicted[-len(chosen) :]) if predicted is not None else None
     file_of = np.repeat(np.arange(len(chosen)), [len(part) for part in chosen])
@@ -161,7 +165,7 @@ def _group(
 _PER_FILE = 1 << 40
 
 
-def _apart(part: RecordedRoutes, number: int) -> RecordedRoutes:
+def _with_unique_numbers(part: RecordedRoutes, number: int) -> RecordedRoutes:
     """Make the numbers of sequences and forwards unique across files."""
     sequence = np.where(part.sequence >= 0, part.sequence + np.int64(number * _PER_FILE), UNKNOWN)
     return replace(part, sequence=sequence, forward=part.forward + np.int64(number * _PER_FILE), others=())

@@ -18,7 +18,7 @@ class Columns:
 
     def select(self, rows: npt.NDArray) -> Self:
         """Select rows by a mask or an index."""
-        return type(self)(**{name: _taken(value, rows) for name, value in self._values().items()})
+        return type(self)(**{name: _select_rows(value, rows) for name, value in self._values().items()})
 
     @classmethod
     def concatenated(cls, parts: Sequence[Self]) -> Self:
@@ -30,7 +30,7 @@ class Columns:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
-def _taken(value: Any, rows: npt.NDArray) -> Any:
+def _select_rows(value: Any, rows: npt.NDArray) -> Any:
     if isinstance(value, CallTable):
         return value.take(rows)
     if isinstance(value, Columns):

@@ -159,7 +159,7 @@ class _Rows:
         fit = None if reason else fit_load(self.calls)
         reason = reason or reason_of(fit, self.calls)
         if fit is not None and not reason:
-            reason = self._wide(fit)
+            reason = self._wide_interval_reason(fit)
         used = fit if fit is not None and not reason else None
         costs = [self._layer(i, used, reason) for i in sorted(set(self.calls.layer.tolist()))]
         verdicts = {cost.verdict for cost in costs}
@@ -190,7 +190,7 @@ class _Rows:
             return _TOKENS_ALONE
         return f"the loads vary by {100 * vary:.0f} % only: record more tokens a step, of several texts"
 
-    def _wide(self, fit: Fit) -> str:
+    def _wide_interval_reason(self, fit: Fit) -> str:
         layers = sorted(set(self.calls.layer.tolist()))
         part = max(half_interval(fit, self._difference(fit, i)) for i in layers) / self.calls.time_us.mean()
         return wide_reason(part) if part > WIDE else ""

@@ -183,7 +183,7 @@ def find_windows(
     forwards = _forwards(calls)
     begins_one = np.array([name == FORWARD_BEGINS for name in events.names], bool)[events.name]
     begins = np.sort(events.start_ns[(events.kind == Kind.OP) & begins_one])
-    cuts = [_cut(before, after, begins) for before, after in itertools.pairwise(forwards)]
+    cuts = [_boundary(before, after, begins) for before, after in itertools.pairwise(forwards)]
     starts = [forward.start_ns for forward in forwards]
     found: dict[Key, list[Bounds]] = {}
     separated: set[int] = set()
@@ -199,7 +199,7 @@ def find_windows(
     return {key: windows for key, windows in found.items() if key not in unknown}
 
 
-def _cut(before: _Forward, after: _Forward, begins: IntArray) -> int | None:
+def _boundary(before: _Forward, after: _Forward, begins: IntArray) -> int | None:
     """Return the boundary between two forwards, or None if it is unknown."""
     at = int(np.searchsorted(begins, before.end_ns))
     if at < len(begins) and begins[at] < after.start_ns:

@@ -80,11 +80,11 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     host, block = host.select(inside), block[inside]
     outermost = is_outermost(host, block)
     step = np.cumsum(outermost) - 1
-    products, writes = _holding(host, step, PRODUCTS), _holding(host, step, WRITES)
+    products, writes = _contains_name(host, step, PRODUCTS), _contains_name(host, step, WRITES)
     steps, block = host.select(outermost), block[outermost]
     return Steps(
         block=block,
-        phase=_phases(blocks, block, steps.start_ns, products, _named(steps, GATHERS), writes),
+        phase=_phases(blocks, block, steps.start_ns, products, _has_name(steps, GATHERS), writes),
         thread=steps.thread.astype(np.int64),
         start_ns=steps.start_ns,
         end_ns=steps.end_ns,
@@ -92,15 +92,15 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     )
 
 
-def _named(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:
+def _has_name(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:
     wanted = np.array([name in names for name in host.names], dtype=bool)
     return wanted[host.name] if len(wanted) else np.zeros(len(host), dtype=bool)
 
 
-def _holding(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.NDArray[np.bool_]:
+def _contains_name(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.NDArray[np.bool_]:
     """Return whether the outermost row, or a row inside it, has one of the names."""
     holding = np.zeros(int(step[-1]) + 1 if len(step) else 0, dtype=bool)
-    holding[step[_named(host, names)]] = True
+    holding[step[_has_name(host, names)]] = True
     return holding
 
 

@@ -110,7 +110,7 @@ class CallTimes(Columns):
 
 def measure_calls(calls: CallTable, events: EventTable, kernels: Kernels) -> CallTimes:
     """Measure every call that has its ranges in the trace, with operators inside them."""
-    blocks, steps = _filled(find_blocks(calls, events), events)
+    blocks, steps = _without_empty(find_blocks(calls, events), events)
     launched = steps.at(kernels.launch_thread, kernels.launch_ns)
     block_host_ns = blocks.end_ns - blocks.start_ns
     forward = _times(len(blocks), steps, kernels, launched)
@@ -141,7 +141,7 @@ def measure_calls(calls: CallTable, events: EventTable, kernels: Kernels) -> Cal
     )
 
 
-def _filled(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
+def _without_empty(blocks: Blocks, events: EventTable) -> tuple[Blocks, Steps]:
     """Remove ranges without operators, which are on another thread than the work."""
     steps = find_steps(events, blocks)
     filled = np.bincount(steps.block, minlength=len(blocks)) > 0

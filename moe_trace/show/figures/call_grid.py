@@ -43,7 +43,7 @@ def call_grid(calls: CallTable, values_N: npt.NDArray[np.number]) -> CallGrid | 
     sites = sites_of(calls)
     row_of = {site: i for i, site in enumerate(sites)}
     layer = np.array([row_of.get(key.site, -1) for key in calls.keys], np.int64)[calls.router]
-    columns, place = np.unique([calls.step, _nth(layer, calls.step)], axis=1, return_inverse=True)
+    columns, place = np.unique([calls.step, _index_in_step(layer, calls.step)], axis=1, return_inverse=True)
     values_LC = np.full((len(sites), columns.shape[1]), np.nan)
     values_LC[layer, place.ravel()] = values_N
     return CallGrid(sites=tuple(sites), steps_C=columns[0], nth_C=columns[1], values_LC=values_LC)
@@ -55,7 +55,7 @@ def sites_of(calls: CallTable) -> list[str]:
     return [site for _, site in sorted({(key.layer, key.site) for key in keys})]
 
 
-def _nth(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _index_in_step(layer: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the index of each call among the calls of the same layer and step."""
     order = np.lexsort((step, layer))
     begins = np.diff(layer[order], prepend=-1).astype(bool) | (np.diff(step[order], prepend=-1) != 0)

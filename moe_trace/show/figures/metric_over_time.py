@@ -153,10 +153,10 @@ def _map_and_spread(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[l
         "height": 90 + BAND_PX + GAP_PX + map_px,
         "hovermode": "closest",
     }
-    return [cells, *_spread(columns, metric), *_named(grid, columns, metric)], layout
+    return [cells, *_layer_bands(columns, metric), *_worst_lines(grid, columns, metric)], layout
 
 
-def _spread(columns: Columns, metric: Metric) -> list[Spec]:
+def _layer_bands(columns: Columns, metric: Metric) -> list[Spec]:
     """Return extremes, quartiles and median over the layers as two bands and a line."""
     with np.errstate(invalid="ignore"):
         low, q1, median, q3, high = np.nanpercentile(columns.values_LB, (0, 25, 50, 75, 100), axis=0)
@@ -169,7 +169,7 @@ def _spread(columns: Columns, metric: Metric) -> list[Spec]:
     return [*bands, {**middle, "line": {"width": 2, "color": "#888888", "dash": "dot"}}]
 
 
-def _named(grid: CallGrid, columns: Columns, metric: Metric) -> list[Spec]:
+def _worst_lines(grid: CallGrid, columns: Columns, metric: Metric) -> list[Spec]:
     means_L = grid.means_L()
     return [
         _line(

@@ -45,7 +45,17 @@ Row = tuple[Cell, ...]
 
 
 def _tables(study: RoutesStudy) -> list[str]:
-    made = (_load, _locality, _next_layer, _together, _distinct, _measured, _domains, _vocabulary, _gates)
+    made = (
+        _load,
+        _locality,
+        _next_layer,
+        _coactivation_table,
+        _distinct,
+        _measured,
+        _domains,
+        _vocabulary,
+        _gates,
+    )
     return [text for text in (make(study) for make in (*made, _saturation)) if text]
 
 
@@ -53,7 +63,7 @@ def _shares(*labels: str) -> list[str | Column]:
     return [Column(label, terminal=share) for label in labels]
 
 
-def _fixed(decimals: int, *labels: object) -> list[str | Column]:
+def _fixed_columns(decimals: int, *labels: object) -> list[str | Column]:
     return [Column(str(label), terminal=partial(fixed, decimals=decimals)) for label in labels]
 
 
@@ -108,7 +118,7 @@ def _next_layer(study: RoutesStudy) -> str:
     )
 
 
-def _together(study: RoutesStudy) -> str:
+def _coactivation_table(study: RoutesStudy) -> str:
     rows: list[tuple[LayerStudy, Row]] = []
     for layer in study.layers:
         pairs = [f"{i} → {j}  {share(p)}" for i, j, p in layer.coactivation.strongest(3)]
@@ -127,7 +137,7 @@ def _distinct(study: RoutesStudy) -> str:
         expected = layer.distinct.expected.tolist()
         rows.append((layer, tuple(expected[b - 1] if b <= len(expected) else None for b in batches)))
     title = "Distinct experts of a step, by its number of tokens, for tokens drawn from the file at random"
-    return _table(_fixed(1, *batches), rows, title)
+    return _table(_fixed_columns(1, *batches), rows, title)
 
 
 def _measured(study: RoutesStudy) -> str:
@@ -142,7 +152,7 @@ def _measured(study: RoutesStudy) -> str:
     for layer, distinct in zip(study.layers, found, strict=True):
         used = dict(zip(distinct.batch_sizes.tolist(), distinct.measured.tolist(), strict=True))
         rows.append((layer, tuple(used.get(size) for size in sizes)))
-    return _table(_fixed(1, *sizes), rows, "The same of the recorded decode steps") if sizes else ""
+    return _table(_fixed_columns(1, *sizes), rows, "The same of the recorded decode steps") if sizes else ""
 
 
 def _domains(study: RoutesStudy) -> str:
@@ -192,7 +202,7 @@ def _gates(study: RoutesStudy) -> str:
         ends = (f"{expert}  {ratio[expert]:.2f}×" for expert in (heavy, light))
         rows.append((layer, (*ends, *map(float, (found.margin[2], found.margin[0], found.last[2])))))
     return _table(
-        ["heaviest", "lightest", *_fixed(3, "margin p50", "margin p5"), *_shares("last p50")],
+        ["heaviest", "lightest", *_fixed_columns(3, "margin p50", "margin p5"), *_shares("last p50")],
         rows,
         "Gating weights: the experts with the most and the least mass for their assignments; a token's "
         "largest weight minus its second; its smallest over their sum",

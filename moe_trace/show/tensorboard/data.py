@@ -88,7 +88,7 @@ class Dashboard:
         self.store.forget_old(catalog)
         runs: dict[str, list[JsonDict]] = {}
         for trace in catalog.traces.values():
-            runs.setdefault(trace.run, []).append(self._listed(trace))
+            runs.setdefault(trace.run, []).append(self._trace_entry(trace))
         for (run, name), reason in catalog.refused.items():
             runs.setdefault(run, []).append(
                 {"trace": name, "label": name, "state": "broken", "reason": reason}
@@ -105,9 +105,9 @@ class Dashboard:
         trace = self._trace(parameters)
         with suppress(MoETraceError):  # the answer contains the reason
             self.store.summary(trace)
-        return self._listed(trace)
+        return self._trace_entry(trace)
 
-    def _listed(self, trace: Trace) -> JsonDict:
+    def _trace_entry(self, trace: Trace) -> JsonDict:
         found: JsonDict = {
             "trace": trace.name,
             "label": trace.label,

@@ -51,7 +51,7 @@ def by_rank(summaries: Sequence[TraceSummary]) -> list[JsonDict]:
     for summary in sorted(summaries, key=lambda summary: summary.rank):
         phases, totals = summary.phases, summary.totals
         on_device = bool(phases and phases.whole.on_device)
-        row = rows.setdefault(summary.rank, {"rank": summary.rank, "on_device": on_device, **_nothing()})
+        row = rows.setdefault(summary.rank, {"rank": summary.rank, "on_device": on_device, **_empty_row()})
         row["traces"] += 1
         for name in ("tokens", "assignments", "calls"):
             row[name] += getattr(totals, name)
@@ -61,7 +61,7 @@ def by_rank(summaries: Sequence[TraceSummary]) -> list[JsonDict]:
     return list(rows.values())
 
 
-def _nothing() -> JsonDict:
+def _empty_row() -> JsonDict:
     return {
         **dict.fromkeys(("traces", "tokens", "assignments", "calls", "moe_work_us"), 0),
         "work_us": Counter(),

@@ -92,7 +92,7 @@ class RoutesFiles:
         with kept.computing:
             if key not in kept.figures:
                 kept.figures = {
-                    key: _studied(routes, trace.label) | {"compared": _compared(routes, others, group)}
+                    key: _study_json(routes, trace.label) | {"compared": _compared(routes, others, group)}
                 }
             return kept.figures[key]
 
@@ -122,7 +122,7 @@ def _read(path: Path, *version: int) -> _Kept:
     return _Kept(routes, [TokenPages(group, vocabulary) for group in routes.groups])
 
 
-def _studied(routes: RecordedRoutes, label: str) -> JsonDict:
+def _study_json(routes: RecordedRoutes, label: str) -> JsonDict:
     """Study as many of the first tokens as an interactive request allows."""
     per_token = max(1, routes.expert_ids[:1].size)
     most = max(1, STUDIED_MAX_SLOTS // per_token)

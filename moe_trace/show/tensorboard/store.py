@@ -46,8 +46,8 @@ class Store:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
         self._reasons: OrderedDict[_Key, str] = OrderedDict()
-        self._reading = threading.RLock()
-        self._keeping = threading.Lock()
+        self._read_lock = threading.RLock()
+        self._kept_lock = threading.Lock()
         self.reads = 0
         """Number of traces read so far, for tests of the cache."""
 
@@ -66,11 +66,11 @@ class Store:
         Raises:
             TraceFileError: the trace cannot be read.
         """
-        return self._keep(trace).summary
+        return self._get(trace).summary
 
     def derived(self, trace: Trace, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:
         """Return a result computed from the summary and cached with it."""
-        kept = self._keep(trace)
+        kept = self._get(trace)
         with kept.computing:
             if what not in kept.derived:
                 kept.derived[what] = compute(kept.summary)
@@ -89,34 +89,34 @@ class Store:
         """
         if trace.is_reduced:
             raise TraceFileError(_NO_EVENTS)
-        with self._reading:
+        with self._read_lock:
             return self._read(trace, lambda: read_trace(trace.path))
 
     def forget_old(self, catalog: Catalog) -> None:
         """Drop summaries of files that have changed or no longer exist."""
         current = {trace.key for trace in catalog.traces.values()}
-        with self._keeping:
+        with self._kept_lock:
             for key in [key for key in self._kept if key not in current]:
                 del self._kept[key]
 
     # -- reading --------------------------------------------------------------------------------------
 
-    def _keep(self, trace: Trace) -> _Kept:
+    def _get(self, trace: Trace) -> _Kept:
         kept = self._cached(trace)
         if kept is not None:
             return kept
-        with self._reading:
+        with self._read_lock:
             kept = self._cached(trace)  # another thread may have read it meanwhile
             if kept is None:
                 summary = self._read(trace, lambda: _summary(trace))
                 kept = _Kept(summary, _size_bytes(summary))
-                with self._keeping:
+                with self._kept_lock:
                     self._kept[trace.key] = kept
-                    self._shrink()
+                    self._evict()
             return kept
 
     def _cached(self, trace: Trace) -> _Kept | None:
-        with self._keeping:
+        with self._kept_lock:
             if trace.key in self._kept:
                 self._kept.move_to_end(trace.key)
             return self._kept.get(trace.key)
@@ -131,19 +131,19 @@ class Store:
         try:
             return read()
         except MoETraceError as error:
-            self._remember(trace, str(error).removeprefix(f"{trace.path}: "))
+            self._store_reason(trace, str(error).removeprefix(f"{trace.path}: "))
         except MemoryError as error:  # more memory may be free another time
             raise TraceFileError("too large for the memory that this machine has left") from error
         except Exception as error:  # a hostile file must not crash the tab
-            self._remember(trace, f"cannot be read ({type(error).__name__}: {error})")
+            self._store_reason(trace, f"cannot be read ({type(error).__name__}: {error})")
         raise TraceFileError(self._reasons[trace.key])
 
-    def _remember(self, trace: Trace, reason: str) -> None:
+    def _store_reason(self, trace: Trace, reason: str) -> None:
         self._reasons[trace.key] = reason[:1000]
         while len(self._reasons) > REASONS_MAX:
             self._reasons.popitem(last=False)
 
-    def _shrink(self) -> None:
+    def _evict(self) -> None:
         """Drop the least recently used summaries; the newest is kept, however large it is."""
         while len(self._kept) > 1 and sum(k.size_bytes for k in self._kept.values()) > self._max_bytes:
             self._kept.popitem(last=False)

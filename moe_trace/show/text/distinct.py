@@ -25,7 +25,7 @@ def distinct_part(summary: TraceSummary) -> list[str]:
         rows = [(*row, *cells) for row, cells in zip(rows, times, strict=True)]
         clock = "on the device" if report.on_device else "on the host"
         title += f" Read: their weights, in all layers; took µs: what the experts took {clock}."
-    sentences = [_bytes_sentence(report), *_apart(report)]
+    sentences = [_bytes_sentence(report), *_extreme_layers(report)]
     if report.mixed_calls:
         sentences.append(f"{report.mixed_calls:,} of these calls also prefill (mixed); each counts whole.")
     return [text_table(headings, rows, title=title), paragraph(" ".join(sentences))]
@@ -39,7 +39,7 @@ def _bytes_sentence(report: DistinctReport) -> str:
     return f"Least µs: those bytes at {scaled(report.bytes_per_s, 'B/s')}, each read once."
 
 
-def _apart(report: DistinctReport) -> list[str]:
+def _extreme_layers(report: DistinctReport) -> list[str]:
     """Return the layers that use fewest and most experts, for the size with most calls."""
     usual = max(report.sizes, key=lambda size: size.calls)
     known = [

@@ -39,7 +39,7 @@ def rank_sentences(report: RankReport) -> list[str]:
         *clock_lines(report.alignment),
         *_waiting(report),
         *_bytes(report),
-        *_over_time(report),
+        *_imbalance_over_steps(report),
     ]
 
 
@@ -78,7 +78,7 @@ def _bytes(report: RankReport) -> list[str]:
     return []
 
 
-def _over_time(report: RankReport) -> list[str]:
+def _imbalance_over_steps(report: RankReport) -> list[str]:
     known = [step.imbalance for step in report.steps if step.imbalance is not None]
     if not known:
         return []
@@ -93,7 +93,7 @@ def clock_lines(alignment: Alignment) -> list[str]:
     if alignment.after is not None:
         before = f" ({alignment.early_before} before alignment)" if alignment.early_before else ""
         lines.append(
-            f"The ranks end a shared collective {_spread(alignment.after)} apart (the residual); "
+            f"The ranks end a shared collective {_spread_text(alignment.after)} apart (the residual); "
             f"{alignment.early_after} receives end before their send began{before}."
         )
     return [*lines, *alignment.notes]
@@ -117,7 +117,7 @@ def _method(alignment: Alignment) -> str:
     return f"Clocks aligned to rank {alignment.reference} by {collectives}: {shown}."
 
 
-def _spread(spread: Spread) -> str:
+def _spread_text(spread: Spread) -> str:
     return (
         f"{number(spread.median_us)} µs (median), {number(spread.p95_us)} µs (95 %), "
         f"{number(spread.max_us)} µs (most)"

@@ -148,15 +148,15 @@ class _Timeline:
     def enclosing(self, kind: RangeKind, site: str, thread: int, time_us: float) -> RangeEvent | None:
         """Return the site's range that contains the time, on the sample's own thread if that has ranges."""
         if thread in self._seen:
-            return self._at(kind, site, thread, time_us)
+            return self._range_at(kind, site, thread, time_us)
         # Use another thread's range only if the trace numbers its threads differently.
         for other in sorted(self._threads.get((kind, site), ()), key=str):
-            event = self._at(kind, site, other, time_us)
+            event = self._range_at(kind, site, other, time_us)
             if event is not None:
                 return event
         return None
 
-    def _at(self, kind: RangeKind, site: str, thread: Any, time_us: float) -> RangeEvent | None:
+    def _range_at(self, kind: RangeKind, site: str, thread: Any, time_us: float) -> RangeEvent | None:
         key = (kind, site, thread)
         index = bisect_right(self._starts.get(key, []), time_us) - 1
         if index < 0:
@@ -167,7 +167,7 @@ class _Timeline:
     def placement(self, router: RangeEvent) -> Placement:
         """Return the spans of the router's range, its enclosing block and the experts that follow it."""
         events: dict[RangeKind, RangeEvent] = {"router": router}
-        block = self._at("block", router.site, router.tid, router.span.start_us)
+        block = self._range_at("block", router.site, router.tid, router.span.start_us)
         if block is not None:
             events["block"] = block
         experts = self._experts_after(router, block)

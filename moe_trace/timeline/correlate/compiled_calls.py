@@ -94,7 +94,7 @@ class CompiledCalls:
         self._ops = compiled_calls(events)
         self._replays = events.select((events.kind == Kind.LAUNCH) & named(events, GRAPH_LAUNCH))
         self._found: dict[int, list[_GraphCall]] = {}
-        self._matcher = LaunchMatcher(graphs, self._every_fit, on_device=self.on_device)
+        self._matcher = LaunchMatcher(graphs, self._all_fits, on_device=self.on_device)
         self._runs: dict[int, _Run] = {}
         """Runs by row of `_ops`, for forwards that were joined."""
 
@@ -195,7 +195,7 @@ class CompiledCalls:
         ]
         return found[0] if len(found) == 1 else None
 
-    def _every_fit(self) -> Iterator[Fit]:
+    def _all_fits(self) -> Iterator[Fit]:
         return (call.fit for op in range(len(self._ops)) for call in self._fitting(op))
 
     def _fitting(self, op: int) -> list[_GraphCall]:

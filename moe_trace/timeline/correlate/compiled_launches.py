@@ -55,7 +55,7 @@ class LaunchMatcher:
         self, graphs: Iterable[CompiledGraph], every: Callable[[], Iterable[Fit]], *, on_device: bool = True
     ) -> None:
         self._graphs, self._on_device = list(graphs), on_device
-        self._every = every
+        self._all_fits = every
         self._fits: dict[tuple[str, ...], list[Fit]] = {}
         self._launches: dict[Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
 
@@ -71,7 +71,7 @@ class LaunchMatcher:
 
     def is_usual(self, fit: Fit) -> bool:
         """Return whether these are the kernels that the graph usually runs."""
-        return not self._on_device or self._usual[fit.graph] == fit.names
+        return not self._on_device or self._usual_names[fit.graph] == fit.names
 
     def launches(self, fit: Fit) -> Sequence[tuple[Stretch, CompiledLaunch]]:
         """Return the launch of each stretch of kernels; empty if one of them is unknown."""
@@ -84,12 +84,12 @@ class LaunchMatcher:
         return self._launches[fit]
 
     @cached_property
-    def _usual(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
-        return usual_sequences((fit.graph, fit.names) for fit in self._every())
+    def _usual_names(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
+        return usual_sequences((fit.graph, fit.names) for fit in self._all_fits())
 
     @cached_property
     def _lengths(self) -> dict[str, set[int]]:
-        return lengths_of_calls({*self._every()})
+        return lengths_of_calls({*self._all_fits()})
 
 
 def match_kernels(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] | None:
@@ -115,16 +115,16 @@ def match_launches(names: Sequence[str], graph: CompiledGraph) -> list[Stretch] 
         stop = next((i for i in range(position, len(names)) if names[i].startswith(_GENERATED)), len(names))
         if stop == len(names) or names[stop] != launch.kernel:
             return None
-        if not _take(names, range(position, stop), waiting, found):
+        if not _assign_kernels(names, range(position, stop), waiting, found):
             return None
         found.append(Stretch(range(stop, stop + 1), (number,)))
         position, waiting = stop + 1, []
     if any(name.startswith(_GENERATED) for name in names[position:]):
         return None
-    return found if _take(names, range(position, len(names)), waiting, found) else None
+    return found if _assign_kernels(names, range(position, len(names)), waiting, found) else None
 
 
-def _take(names: Sequence[str], kernels: range, launches: list[int], found: list[Stretch]) -> bool:
+def _assign_kernels(names: Sequence[str], kernels: range, launches: list[int], found: list[Stretch]) -> bool:
     """Assign kernels between two generated ones to the library calls there, each with at least one."""
     working = sum(not names[i].startswith(_NO_WORK) for i in kernels)
     if working < len(launches) or (working and not launches):
@@ -141,17 +141,17 @@ def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch]
     as many as its data require. They are assigned to it if it is the only such operator between the same
     generated kernels.
     """
-    shown, found = {_bare(name) for name in names}, list[Stretch]()
+    shown, found = {_bare_name(name) for name in names}, list[Stretch]()
     for stretch in match_launches(names, graph) or ():
         calls = [graph.launches[number].kernel for number in stretch.launches]
-        hidden = [i for i, call in enumerate(calls) if _is_custom(call) and _bare(call) not in shown]
+        hidden = [i for i, call in enumerate(calls) if _is_custom(call) and _bare_name(call) not in shown]
         more = len(stretch.kernels) - len(calls)
         if more and len(hidden) != 1:
             return None
         start = stretch.kernels.start
         for i, number in enumerate(stretch.launches):
             stop = start + 1 + (more if i in hidden else 0)
-            if i not in hidden and _bare(names[start]) != _bare(calls[i]):
+            if i not in hidden and _bare_name(names[start]) != _bare_name(calls[i]):
                 return None
             found.append(Stretch(range(start, stop), (number,)))
             start = stop
@@ -162,7 +162,7 @@ def _is_custom(call: str) -> bool:
     return call.startswith("torch.ops.") and not call.startswith(_LIBRARY_PREFIXES)
 
 
-def _bare(operator: str) -> str:
+def _bare_name(operator: str) -> str:
     """Return `topk` of `aten::topk` and `torch.ops.aten.topk.default`, `addmm` of
     `extern_kernels.bias_addmm`."""
     parts = re.split(r"::|\.", operator.removeprefix("torch.ops."))

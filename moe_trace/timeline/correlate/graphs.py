@@ -111,7 +111,7 @@ class _HostForwards:
         if event is None:
             return NO_RANGE
         inside = self._launches_in(event)
-        whole = self._whole(event, inside)
+        whole = self._placement_of(event, inside)
         launch = self._launch_of(sample.name, event, inside, whole)
         return whole if launch is None else self._replays.placement(launch, sample.name)
 
@@ -133,7 +133,7 @@ class _HostForwards:
             self._replays.know_forward(self._inside[id(event)])
         return self._inside[id(event)]
 
-    def _whole(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:
+    def _placement_of(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:
         twins = self._twins.get(event.external_id, []) if event.external_id is not None else []
         device = hull([*twins, *(item.span for launch in inside for item in launch.work)])
         return Placement(host={"graph": event.span}, device={"graph": device} if device is not None else {})

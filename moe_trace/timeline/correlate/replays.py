@@ -39,7 +39,7 @@ class Replays:
     def __init__(self, recording: Recording, launches: Launches, clock: TraceClock) -> None:
         self.recording, self.launches, self.clock = recording, launches, clock
         forwards = [graph for graph in recording.compiled_graphs if not graph.backward]
-        self._matcher = LaunchMatcher(forwards, self._every_fit)
+        self._matcher = LaunchMatcher(forwards, self._all_fits)
         self._parts: dict[int, Parts] = {}
         self._run: dict[int, tuple[int, int]] = {}
         """(index, total) of the launch's run of its compiled graph in the forward, by correlation."""
@@ -101,7 +101,7 @@ class Replays:
         fits = self._matcher.fits(launch.names)
         return fits[0] if len(launch.streams) == 1 == len(fits) and self._matcher.is_usual(fits[0]) else None
 
-    def _every_fit(self) -> Iterator[Fit]:
+    def _all_fits(self) -> Iterator[Fit]:
         return (fit for launch in self.launches.graphs for fit in self._matcher.fits(launch.names))
 
 

@@ -90,8 +90,8 @@ class Watch:
         nn.Module.__call__ = look_and_call  # type: ignore[method-assign]
         self._undo.append(lambda: setattr(nn.Module, "__call__", original))
         self._undo.append(register_optimizer_step_post_hook(self._after_optimizer).remove)
-        listen(self._met)
-        self._undo.append(lambda: unlisten(self._met))
+        listen(self._on_other_profiler)
+        self._undo.append(lambda: unlisten(self._on_other_profiler))
 
     def finish(self) -> None:
         """Write what was recorded and undo all patches; do nothing in a forked process."""
@@ -108,11 +108,11 @@ class Watch:
 
     def _before_call(self, module: nn.Module) -> None:
         if id(module) not in self._known:
-            self._safely(lambda: self._look_at(module))
+            self._safely(lambda: self._inspect(module))
         if self._known.get(id(module)) and os.getpid() == self._pid:
             self._safely(lambda: self._before_forward(module))
 
-    def _look_at(self, module: nn.Module) -> None:
+    def _inspect(self, module: nn.Module) -> None:
         self._remember(module.modules())
         if os.getpid() != self._pid:
             return
@@ -189,7 +189,7 @@ class Watch:
         if profiler is not None:
             profiler.stop()
 
-    def _met(self, prof: Any) -> None:
+    def _on_other_profiler(self, prof: Any) -> None:
         """Handle a profiler's start or step: two at once end the process, so ours gives way to another."""
         if prof is self._profiler or prof is getattr(self._profiler, "profiler", None):
             return

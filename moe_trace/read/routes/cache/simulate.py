@@ -156,7 +156,7 @@ def _simulate_policy(
     if policy == "belady":
         hits_LC = _belady(memories, capacities, layers)
     else:
-        kept_LC, requests = _kept(policy, memories, layers)
+        kept_LC, requests = _hits_by_capacity(policy, memories, layers)
         hits_LC = kept_LC[:, np.minimum(capacities, kept_LC.shape[1]) - 1]
         most = sum(needed.experts) if shared else max(needed.experts)
         curve = kept_LC.sum(axis=0)[:most] / max(1, requests)
@@ -176,7 +176,7 @@ def _simulate_policy(
     return results, curve
 
 
-def _kept(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, int]:
+def _hits_by_capacity(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, int]:
     """Return the hits of each layer where 1, 2, ... C experts fit, [L, C], and the number of all requests."""
     wide = max(64 * sets.shape[1] for sets in memories.sets)
     hits_LC = np.zeros((layers, wide + 1), np.int64)

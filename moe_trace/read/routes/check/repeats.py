@@ -54,9 +54,11 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
         position = routes.position[repeated]
         repeated = repeated[(position == UNKNOWN) | (position >= _START)]
     natural = np.delete(rows, after[exact], axis=0)
-    chance = max(_agreement(natural if len(natural) >= _NATURAL else rows), _even(routes, layers))
-    many = len(repeated) > 2 * near and _beyond(len(repeated), chance, len(after))
-    judged = many and chance < _TOO_ALIKE and _even(routes, layers) < _UNLIKELY
+    chance = max(
+        _agreement(natural if len(natural) >= _NATURAL else rows), _uniform_probability(routes, layers)
+    )
+    many = len(repeated) > 2 * near and _exceeds_chance(len(repeated), chance, len(after))
+    judged = many and chance < _TOO_ALIKE and _uniform_probability(routes, layers) < _UNLIKELY
     return np.sort(repeated) if judged else repeated[:0]
 
 
@@ -71,14 +73,14 @@ def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[i
         equal &= (ids_TLK[:, layer] == ids_TLK[:, layers[0]]).all(1)
     shuffled = np.ones(len(ids_TLK))
     for layer in layers[1:]:  # share of this layer's rows that equal a given row of the first layer
-        shuffled *= _meeting(ids_TLK[:, layers[0]], ids_TLK[:, layer])
+        shuffled *= _share_of_equal_rows(ids_TLK[:, layers[0]], ids_TLK[:, layer])
     rows = np.flatnonzero(equal)
-    even = _even(routes, layers[1:])
+    even = _uniform_probability(routes, layers[1:])
     chance = max(even, float(shuffled[~equal].mean())) if len(rows) < len(equal) else even
-    return rows if chance < _UNLIKELY and _beyond(len(rows), chance, len(equal)) else rows[:0]
+    return rows if chance < _UNLIKELY and _exceeds_chance(len(rows), chance, len(equal)) else rows[:0]
 
 
-def _even(routes: RecordedRoutes, layers: list[int]) -> float:
+def _uniform_probability(routes: RecordedRoutes, layers: list[int]) -> float:
     """Return the probability that two rows agree in these layers if all choices are equally likely."""
     return 1 / prod(max(1, perm(routes.num_experts[layer], routes.top_k[layer])) for layer in layers)
 
@@ -119,7 +121,7 @@ def _hashed(rows: np.ndarray) -> np.ndarray:
     return hashed
 
 
-def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
+def _share_of_equal_rows(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
     """Return for each row of the first the share of the second's rows that equal it, [T]."""
     together = _hashed(np.concatenate([one_TK, two_TK]))
     _, places = np.unique(together, return_inverse=True)
@@ -128,6 +130,6 @@ def _meeting(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
     return share
 
 
-def _beyond(count: int, chance: float, of: int) -> bool:
+def _exceeds_chance(count: int, chance: float, of: int) -> bool:
     expected = chance * of
     return count > expected + _SIGMAS * float(np.sqrt(expected * max(0.0, 1 - chance)))

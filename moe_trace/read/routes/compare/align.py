@@ -40,9 +40,9 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
     layers = _layers(a, b)
     rows_a, rows_b = np.flatnonzero(a.counted), np.flatnonzero(b.counted)
     counts = len(rows_a), len(rows_b)
-    if _placed(a, rows_a) and _placed(b, rows_b):
+    if _has_positions(a, rows_a) and _has_positions(b, rows_b):
         matched_by = "sequence and position"
-        rows_a, rows_b = _matched(a, rows_a, b, rows_b)
+        rows_a, rows_b = _match_rows(a, rows_a, b, rows_b)
     elif counts[0] == counts[1]:
         matched_by = "the order of the rows alone"
     else:
@@ -61,11 +61,11 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
     return Alignment(rows_a, rows_b, layers, matched_by, counts[0] - len(rows_a), counts[1] - len(rows_b))
 
 
-def _placed(routes: RecordedRoutes, rows: np.ndarray) -> bool:
+def _has_positions(routes: RecordedRoutes, rows: np.ndarray) -> bool:
     return bool(((routes.sequence[rows] != UNKNOWN) & (routes.position[rows] != UNKNOWN)).all())
 
 
-def _matched(
+def _match_rows(
     a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of the same text and position, in the order of the first."""
@@ -73,8 +73,8 @@ def _matched(
     if len(keys_a) == len(keys_b) and (keys_a == keys_b).all():
         return rows_a, rows_b
     kind = np.dtype([("sequence", "i8"), ("text", "i8"), ("position", "i8")])
-    one, two = (np.ascontiguousarray(keys).view(kind).ravel() for keys in (keys_a, keys_b))
-    _, places_a, places_b = np.intersect1d(one, two, return_indices=True)
+    records_a, records_b = (np.ascontiguousarray(keys).view(kind).ravel() for keys in (keys_a, keys_b))
+    _, places_a, places_b = np.intersect1d(records_a, records_b, return_indices=True)
     order = np.argsort(places_a)
     return rows_a[places_a[order]], rows_b[places_b[order]]
 

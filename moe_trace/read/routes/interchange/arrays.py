@@ -50,7 +50,7 @@ class Capture:
                 "[tokens, layers, top_k], or [batch, tokens, layers, top_k] with an attention mask"
             )
         layers, slots = ids.shape[1:]
-        empty = _empty(ids, num_experts)
+        empty = _is_fill(ids, num_experts)
         experts, kind = _experts(ids[~empty], num_experts, source)
         filled = np.where(empty, np.iinfo(kind).max, ids).astype(kind)
         self._note(empty, experts, given=num_experts is not None)
@@ -82,7 +82,7 @@ class Capture:
             self.notes.append(f"the greatest id says {experts} experts; --num-experts says it for sure")
 
 
-def _empty(ids: np.ndarray, num_experts: int | None) -> np.ndarray:
+def _is_fill(ids: np.ndarray, num_experts: int | None) -> np.ndarray:
     """Return which entries are fill values, bool [N, L, K]."""
     if ids.dtype == np.uint8 and (num_experts or 0) < 256:
         return ids == 255

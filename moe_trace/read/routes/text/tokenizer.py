@@ -92,18 +92,18 @@ def _expected(path: Path, found: str) -> str:
 
 def _from_json(content: Any) -> Vocabulary:
     if not isinstance(content, dict) or "model" not in content:
-        return Vocabulary(dict(_numbered(content)))
+        return Vocabulary(dict(_token_items(content)))
     vocab = content["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [token, score] in the order of the ids
         vocab = [token for token, _ in vocab]
     is_bytes = "ByteLevel" in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     read = _byte_level if is_bytes else _metaspace
-    pieces: dict[int, str | bytes] = {token_id: read(token) for token_id, token in _numbered(vocab)}
+    pieces: dict[int, str | bytes] = {token_id: read(token) for token_id, token in _token_items(vocab)}
     pieces |= {int(added["id"]): str(added["content"]) for added in content.get("added_tokens") or ()}
     return Vocabulary(pieces)
 
 
-def _numbered(vocab: Any) -> Iterable[tuple[int, str]]:
+def _token_items(vocab: Any) -> Iterable[tuple[int, str]]:
     if isinstance(vocab, list):
         return ((i, str(token)) for i, token in enumerate(vocab))
     return ((int(token_id), str(token)) for token, token_id in vocab.items())

@@ -94,7 +94,7 @@ def saturation_curve(found: RoutesStudy) -> Figure | None:
     figure = found.saturation
     if figure is None:
         return None
-    shown = _spread(len(found.layers), len(LINES))
+    shown = _spread_indices(len(found.layers), len(LINES))
     sites, x = site_labels(found), [safe(label) for label in figure.labels]
     data = [
         line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
@@ -193,7 +193,7 @@ def _distinct_lines(points: np.ndarray, curves_LP: np.ndarray, figures: Sequence
     return lines
 
 
-def _spread(count: int, most: int) -> list[int]:
+def _spread_indices(count: int, most: int) -> list[int]:
     """Return the indices of at most `most` layers, including the first and the last."""
     return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(int)).tolist()
 

@@ -37,9 +37,9 @@ def coactivation_map(found: RoutesStudy) -> Figure:
             key="coactivation",
             title="Experts chosen together",
             caption="P(j | i): of the tokens that chose expert i (row), the share that chose expert "
-            f"j (column), too; {pairs}.{_left_out(found, chosen)} The table has the strongest pairs.",
+            f"j (column), too; {pairs}.{_left_out_note(found, chosen)} The table has the strongest pairs.",
             data=[],
-            layout=_square("expert j", "expert i"),
+            layout=_square_layout("expert j", "expert i"),
             headings=("layer", "expert i", "expert j", "P(j | i)"),
             rows=[
                 (site, i, j, p)
@@ -72,10 +72,10 @@ def transition_map(found: RoutesStudy) -> Figure:
             key="transition",
             title="From layer to layer",
             caption="P(e' | e): of the tokens with an expert in one layer (row), the share with an expert "
-            f"of the next (column).{_left_out(found, chosen)} Recall: of the experts that held-out tokens "
+            f"of the next (column).{_left_out_note(found, chosen)} Recall: of the experts that held-out tokens "
             "use in the next layer, the share that this layer's predict, and what the most used give.",
             data=[],
-            layout=_square("expert of the next layer", "expert of the layer"),
+            layout=_square_layout("expert of the next layer", "expert of the layer"),
             headings=("layers", "recall", "recall of the most used"),
             rows=rows,
         ),
@@ -95,13 +95,13 @@ def _most_used(layer: LayerStudy, layers: int) -> np.ndarray:
     return np.sort(np.argsort(-layer.counts, kind="stable")[:most])
 
 
-def _left_out(found: RoutesStudy, chosen: Sequence[np.ndarray]) -> str:
+def _left_out_note(found: RoutesStudy, chosen: Sequence[np.ndarray]) -> str:
     if all(len(e) == layer.num_experts for e, layer in zip(chosen, found.layers, strict=True)):
         return ""
     return f" Drawn are the {max(map(len, chosen))} most used experts of each layer."
 
 
-def _square(columns: str, rows: str) -> Spec:
+def _square_layout(columns: str, rows: str) -> Spec:
     category = {"type": "category", "nticks": 32}
     return {
         "height": SIDE_PX,
