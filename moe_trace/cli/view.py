@@ -116,8 +116,8 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
     folder = path if path.is_dir() else path.absolute().parent
     catalog = require_traces(folder)
     name = as_text(path.name)
-    shown = "" if path.is_dir() else f"&p.moe.run=.&p.moe.trace={quote(name)}"
-    if shown and name not in {trace.name for trace in catalog.traces.values() if trace.run == "."}:
+    query = "" if path.is_dir() else f"&p.moe.run=.&p.moe.trace={quote(name)}"
+    if query and name not in {trace.name for trace in catalog.traces.values() if trace.run == "."}:
         raise UsageError(
             f"{path}: TensorBoard shows files named *.pt.trace.json or *.pt.trace.json.gz; rename it, or "
             "leave --tab out"
@@ -128,7 +128,7 @@ def show_tab(path: Path, wanted_port: int | None, to_open: bool) -> int:
     process = subprocess.Popen([*command, "--port", str(port)])  # it inherits our standard streams
     try:
         wait_until_it_answers(process, port)
-        say_address(f"the MoE tab of {path}", f"http://localhost:{port}/#moe{shown}", to_open)
+        say_address(f"the MoE tab of {path}", f"http://localhost:{port}/#moe{query}", to_open)
         return process.wait()
     finally:
         end(process)

@@ -46,7 +46,7 @@ from moe_trace.data.schema import (
 
 SAMPLES_KEY = "samples"
 """The one large value; it is decoded straight into columns."""
-_FIRST_KINDS = 3  # range kinds in the placements of older files
+_OLD_KIND_COUNT = 3  # range kinds in the placements of older files
 
 
 _Rank = Annotated[int, msgspec.Meta(ge=0, le=RANKS_MAX)]
@@ -74,7 +74,17 @@ class _Payload(msgspec.Struct, kw_only=True):
     compiled_graphs: Any = None
 
 
-_SHARED = ("model", "options", "routers", "rank", "world_size", "versions", "lost", "parallel", "routes")
+_SHARED_FIELDS = (
+    "model",
+    "options",
+    "routers",
+    "rank",
+    "world_size",
+    "versions",
+    "lost",
+    "parallel",
+    "routes",
+)
 """Attributes of the same name in `Recording`."""
 
 
@@ -133,7 +143,7 @@ def decode_recording(payload: Any) -> Recording:
         _require_groups(found)
         graphs = found.graphs or _Graphs()
         return Recording(
-            **attributes(found, *_SHARED),
+            **attributes(found, *_SHARED_FIELDS),
             samples=_decode_calls(found.samples, found.routers),
             graph_marks=graphs.marks,
             captured_graphs=graphs.captured,
@@ -204,7 +214,7 @@ def _encode_side(places: Places, side: Side) -> Iterator[bytes]:
     for row in zip(*edges, strict=True):
         pairs = zip(row[::2], row[1::2], strict=True)
         spans = [start if start == b"null" else b"[%b,%b]" % (start, taken) for start, taken in pairs]
-        yield b"[%b]" % b",".join(spans if spans[-1] != b"null" else spans[:_FIRST_KINDS])
+        yield b"[%b]" % b",".join(spans if spans[-1] != b"null" else spans[:_OLD_KIND_COUNT])
 
 
 _Spans = list[tuple[float, float] | None]
@@ -268,8 +278,8 @@ def _decode_places(rows: list[_Placement | None]) -> Places:
     absent = (math.nan, math.nan)
     for side in SIDES:
         found: list[Any] = [() if row is None else getattr(row, side) for row in rows]
-        if {len(kinds) for kinds in found} - {0, _FIRST_KINDS, len(RANGE_KINDS)}:
-            raise ValueError(f"expected the spans of {_FIRST_KINDS} or {len(RANGE_KINDS)} kinds of ranges")
+        if {len(kinds) for kinds in found} - {0, _OLD_KIND_COUNT, len(RANGE_KINDS)}:
+            raise ValueError(f"expected the spans of {_OLD_KIND_COUNT} or {len(RANGE_KINDS)} kinds of ranges")
         for i, kind in enumerate(RANGE_KINDS):
             pairs = [kinds[i] if len(kinds) > i else None for kinds in found]
             if any(pairs):

@@ -15,7 +15,7 @@ from moe_trace.data.schema import RoutingSample
 from moe_trace.integrations.scalars import add_scalars, load_writer
 from moe_trace.record.tracer import MoETracer
 
-_WAITING = 4  # hand-overs queued for the writer at most
+_MAX_QUEUED = 4  # hand-overs queued for the writer at most
 # Steps of this period are written together: most of the writer's work is independent of their number, and
 # while it holds the GIL, the training thread launches nothing.
 _PERIOD_S = 2.0
@@ -45,7 +45,7 @@ class ScalarLogger:
         self._tracer = tracer
         self._folder = os.fspath(folder)
         self._make_writer = load_writer()
-        self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
         self._error: BaseException | None = None
         self._held: list[RoutingSample] = []
         self._steps: list[list[Any]] = []

@@ -12,7 +12,7 @@ from moe_trace.data.errors import UsageError
 
 Kind = Literal["step", "text"]
 MAX_EXPERTS = 8192
-_EXACT = 2**53  # loads are summed as floats, which are exact below this
+_MAX_EXACT = 2**53  # loads are summed as floats, which are exact below this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ExpertCounts:
             )
         if counts.min() < 0:
             raise UsageError(f"{self.source}: found a negative count, expected numbers of assignments")
-        if counts.sum(dtype=np.float64) >= _EXACT:
+        if counts.sum(dtype=np.float64) >= _MAX_EXACT:
             raise UsageError(f"{self.source}: found counts that add up to 2^53 or more; scale them down")
         if not counts.any():
             raise UsageError(

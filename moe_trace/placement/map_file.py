@@ -58,7 +58,7 @@ def write_map(study: PlacementStudy, target: Path) -> None:
         OutputError: The file cannot be written.
     """
     counts = study.counts
-    found = PlacementMap(
+    placement = PlacementMap(
         model=counts.model,
         source=os.fsencode(counts.source).decode("utf-8", "backslashreplace"),
         chosen_on=[counts.labels[i] for i in study.split.chosen],
@@ -79,7 +79,7 @@ def write_map(study: PlacementStudy, target: Path) -> None:
         ],
     )
     with whole_file(target) as temporary:
-        temporary.write_bytes(msgspec.json.encode(found) + b"\n")
+        temporary.write_bytes(msgspec.json.encode(placement) + b"\n")
 
 
 def _layer_map(site: str, experts_P: Ints, num_experts: int, ranks: int) -> LayerMap:

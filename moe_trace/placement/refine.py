@@ -7,9 +7,9 @@ import numpy as np
 from moe_trace.placement.packing import eighth_power
 from moe_trace.placement.plan import Floats, Ints
 
-_ENOUGH = 1e-6  # minimum decrease of a swap, relative to the total cost
-_EVEN = 1.0005  # a layer is done once its hottest bin is this close to the mean
-_TRIES = 8  # number of hottest bins that are tried before a layer is done
+_MIN_DECREASE = 1e-6  # minimum decrease of a swap, relative to the total cost
+_EVEN_RATIO = 1.0005  # a layer is done once its hottest bin is this close to the mean
+_MAX_TRIES = 8  # number of hottest bins that are tried before a layer is done
 _MAX_CELLS = 500_000  # number of swaps that are evaluated at once
 
 
@@ -56,7 +56,9 @@ class _Search:
         """Swap until nothing pays, with at most about 4 swaps per item so that the search ends."""
         tries = np.zeros(len(self.items), np.int64)  # rank of the hottest bin to try next, per layer
         for _ in range(4 * self.items.shape[1] + self.bins):
-            active = np.flatnonzero((tries < min(self.bins, _TRIES)) & (self.loads.max(axis=(1, 2)) > _EVEN))
+            active = np.flatnonzero(
+                (tries < min(self.bins, _MAX_TRIES)) & (self.loads.max(axis=(1, 2)) > _EVEN_RATIO)
+            )
             if not len(active):
                 return
             hottest = np.argsort(-self.loads[active].max(axis=2), axis=1, kind="stable")
@@ -75,7 +77,7 @@ class _Search:
         best = cost.reshape(len(layers), -1).argmin(axis=1)
         given, received = inside[rows, best // self.bin_I.size], best % self.bin_I.size
         total = eighth_power(self.loads[layers]).sum(axis=(1, 2))
-        improved = self._change_of_cost(layers, given, received) < -_ENOUGH * total
+        improved = self._change_of_cost(layers, given, received) < -_MIN_DECREASE * total
         improved &= np.isfinite(cost.reshape(len(layers), -1)[rows, best])
         self._exchange(layers[improved], given[improved], received[improved])
         return improved

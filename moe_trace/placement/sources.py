@@ -151,10 +151,10 @@ def _counts_of_array(path: Path, array: Any) -> ExpertCounts:
 
 def _read_json(path: Path) -> ExpertCounts:
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=_CountsFile)
+        content = msgspec.json.decode(path.read_bytes(), type=_CountsFile)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: found counts of another form ({error}); expected {_FORMS}") from error
-    by_text = found.counts if isinstance(found.counts, dict) else {"0": found.counts}
+    by_text = content.counts if isinstance(content.counts, dict) else {"0": content.counts}
     try:
         counts = np.array(list(by_text.values()), dtype=np.int64)
     except (ValueError, OverflowError) as error:
@@ -166,10 +166,10 @@ def _read_json(path: Path) -> ExpertCounts:
         raise UsageError(f"{path}: found no counts in the file; expected {_FORMS}")
     return ExpertCounts(
         source=str(path),
-        model=found.model if isinstance(found.model, str) else _UNNAMED,
-        kind="text" if isinstance(found.counts, dict) else "step",
+        model=content.model if isinstance(content.model, str) else _UNNAMED,
+        kind="text" if isinstance(content.counts, dict) else "step",
         labels=tuple(by_text),
-        layers=_layers(found.layers or range(counts.shape[1])),
+        layers=_layers(content.layers or range(counts.shape[1])),
         counts_SLE=counts,
     )
 

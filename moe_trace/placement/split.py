@@ -12,7 +12,7 @@ from moe_trace.placement.counts import ExpertCounts
 Way = Literal["auto", "alternate", "halves", "each", "none"]
 WAYS: tuple[Way, ...] = ("auto", "alternate", "halves", "each", "none")
 MAX_FOLDS = 64
-_SHOWN = 8
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,16 @@ def _indices(counts: ExpertCounts, names: Sequence[str], option: str) -> tuple[i
     known = {label: i for i, label in enumerate(counts.labels)}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        shown = ", ".join(counts.labels[:_SHOWN]) + (", …" if len(known) > _SHOWN else "")
+        shown = ", ".join(counts.labels[:_MAX_NAMED]) + (", …" if len(known) > _MAX_NAMED else "")
         raise UsageError(
-            f"found {option} {', '.join(unknown[:_SHOWN]) or 'without a name'}, expected {counts.kind}s of "
+            f"found {option} {', '.join(unknown[:_MAX_NAMED]) or 'without a name'}, expected {counts.kind}s of "
             f"{counts.source}: {shown}"
         )
     return tuple(sorted({known[name] for name in names}))
 
 
 def _names(counts: ExpertCounts, indices: Sequence[int]) -> str:
-    if len(indices) > _SHOWN:
+    if len(indices) > _MAX_NAMED:
         return _counted(counts.kind, len(indices))
     names = ", ".join(counts.labels[i] for i in indices)
     return names if counts.kind == "text" else f"step{'s' * (len(indices) > 1)} {names}"

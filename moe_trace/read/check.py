@@ -210,7 +210,7 @@ def events_can_be_read(checked: Checked) -> Iterator[tuple[str, str]]:
         yield "events", f"{checked.events.unreadable} events could not be read"
 
 
-_JOINED = {
+_COVERAGE_RULES = {
     "ranges_hold_operators": "calls",
     "kernels_have_launches": "kernels",
     "launches_have_kernels": "launches",
@@ -220,7 +220,7 @@ _JOINED = {
 """Part of the time coverage that each rule checks: nearly all of its events must be joined."""
 
 
-def _joined(part: str, checked: Checked) -> Iterator[tuple[str, str]]:
+def _check_coverage(part: str, checked: Checked) -> Iterator[tuple[str, str]]:
     coverage: Coverage = getattr(checked.coverage, part)
     sentence = loss_sentence(part, coverage)
     if sentence is not None and (coverage.share or 0.0) < NEARLY_ALL:
@@ -243,7 +243,7 @@ _CALL_RULES: tuple[Rule, ...] = (
     events_can_be_read,
 )
 RULES: dict[str, Rule] = {rule.__name__: rule for rule in _CALL_RULES}
-RULES |= {name: partial(_joined, part) for name, part in _JOINED.items()}
+RULES |= {name: partial(_check_coverage, part) for name, part in _COVERAGE_RULES.items()}
 
 
 def check(checked: Checked) -> dict[str, list[Violation]]:

@@ -23,7 +23,7 @@ from moe_trace.data.trace_json.events import to_ns
 from moe_trace.timeline.counter_tracks import numbered, without_overlap
 from moe_trace.timeline.placed_calls import FIGURES, REPLAY_FIGURES, REPLAY_NAME, PlacedCalls
 
-_SEQUENCE = 1
+_SEQUENCE_ID = 1
 _UNITS = {
     "load max÷mean": ("×", None),
     "router entropy (nats)": ("nats", None),
@@ -126,7 +126,7 @@ class _Writer:
 
     def _packet(self) -> Any:
         packet = self.builder.create_packet()
-        packet.trusted_packet_sequence_id = _SEQUENCE
+        packet.trusted_packet_sequence_id = _SEQUENCE_ID
         return packet
 
 

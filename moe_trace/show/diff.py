@@ -47,26 +47,26 @@ def render_diff_text(comparison: Comparison, *, everything: bool = False) -> str
 
 def headline(comparison: Comparison) -> str:
     """Return a sentence such as `Changed: set-up (dtype); routing of 3 of 16 compared layers, …`."""
-    found = []
+    changes = []
     if comparison.setup:
-        found.append(f"set-up ({', '.join(printable(c.fact, 40) for c in comparison.setup[:4])})")
-    moved = comparison.changed_routing
-    if moved:
-        most = max(moved, key=lambda r: r.total_variation - r.chance)
+        changes.append(f"set-up ({', '.join(printable(c.fact, 40) for c in comparison.setup[:4])})")
+    changed = comparison.changed_routing
+    if changed:
+        most = max(changed, key=lambda r: r.total_variation - r.chance)
         layers = len({r.site for r in comparison.routing})
-        found.append(
-            f"routing of {len({r.site for r in moved})} of {layers} compared layers, most in "
+        changes.append(
+            f"routing of {len({r.site for r in changed})} of {layers} compared layers, most in "
             f"{printable(most.site, 20)} "
             f"({share(most.total_variation)} of its assignments moved, {share(most.chance)} by chance)"
         )
     together = [c for c in comparison.changed_metrics if c.site == "all"]
     for change in sorted(together, key=lambda c: -abs(c.relative or 0))[:3]:
-        found.append(f"{words(change.metric)} {size_of(change)}, {change.stage}")
+        changes.append(f"{words(change.metric)} {size_of(change)}, {change.stage}")
     single = {c.site for c in comparison.changed_metrics} - {"all"}
     if single and not together:
-        found.append(f"metrics of {', '.join(sorted(single)[:4])}")
-    if found:
-        return f"Changed: {'; '.join(found)}."
+        changes.append(f"metrics of {', '.join(sorted(single)[:4])}")
+    if changes:
+        return f"Changed: {'; '.join(changes)}."
     undecided = any(c.verdict == "few calls" for c in comparison.changes)
     if undecided:
         return (
@@ -78,7 +78,7 @@ def headline(comparison: Comparison) -> str:
     return "Unchanged: the same set-up, and no difference in routing or metrics beyond noise."
 
 
-_WORDS = {
+_METRIC_NAMES = {
     "host": "router on the host",
     "device_span": "router's device span",
     "device_busy": "router's kernels",
@@ -95,12 +95,12 @@ _WORDS = {
 
 def words(metric: str) -> str:
     """Return the name of a metric in words: `experts_p50` gives `experts`, `load_cv` gives `load CV`."""
-    if metric in _WORDS:
-        return _WORDS[metric]
+    if metric in _METRIC_NAMES:
+        return _METRIC_NAMES[metric]
     if metric.endswith("_share"):
         return f"{metric.removesuffix('_share')}'s share of the block's work"
     base, _, quantile = metric.rpartition("_")
-    return _WORDS.get(base, base) + ("" if quantile == "p50" else f" ({quantile})")
+    return _METRIC_NAMES.get(base, base) + ("" if quantile == "p50" else f" ({quantile})")
 
 
 def size_of(change: Change) -> str:
@@ -119,8 +119,8 @@ def _setup_part(comparison: Comparison) -> str:
 
 
 def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool) -> str:
-    moved = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
-    shown = list(routing) if everything else moved[:_LAYERS_SHOWN]
+    changed = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
+    shown = list(routing) if everything else changed[:_LAYERS_SHOWN]
     unit = "steps dealt anew" if routing[0].chance_from == "steps" else "tokens drawn, few steps"
     title = (
         f"Routing, {stage} (moved: part of a layer's assignments that went to other experts, "
@@ -137,9 +137,9 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
         for r in shown
     ]
     parts = [text_table(headings, rows, title=title)]
-    if len(shown) < len(moved):
-        parts.append(f"… and {len(moved) - len(shown)} more layers; --all shows them.")
-    if routing[0].same_counts and moved:
+    if len(shown) < len(changed):
+        parts.append(f"… and {len(changed) - len(shown)} more layers; --all shows them.")
+    if routing[0].same_counts and changed:
         parts.append(
             paragraph(
                 f"{printable(routing[0].site, 20)} routes every call alike, so both read the same text: what "
@@ -196,12 +196,14 @@ def _interval(change: Change) -> str:
 # -- data ---------------------------------------------------------------------------------------------
 
 
-_CHANGE = ("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict", "stage")
+_CHANGE_FIELDS = ("site", "metric", "a", "b", "difference", "relative", "low", "high", "verdict", "stage")
 
 
 def render_diff_csv(comparison: Comparison) -> str:
     """Render one row per layer and metric."""
-    return csv_text(_CHANGE, (list(attributes(change, *_CHANGE).values()) for change in comparison.changes))
+    return csv_text(
+        _CHANGE_FIELDS, (list(attributes(change, *_CHANGE_FIELDS).values()) for change in comparison.changes)
+    )
 
 
 def plain_diff(comparison: Comparison) -> dict[str, Any]:

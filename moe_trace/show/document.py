@@ -16,7 +16,7 @@ from moe_trace.show.figures.figure import TABLE_ROWS_MAX, Figure
 
 _PAGE = Path(__file__).parent / "page"
 _STATIC = Path(__file__).parent / "tensorboard" / "static"
-_SHARED = ("theme.js", "dom.js", "tokens.js")
+_SHARED_SCRIPTS = ("theme.js", "dom.js", "tokens.js")
 """JavaScript modules shared with the TensorBoard tab; a page concatenates them without their imports."""
 _IMPORT = re.compile(r"^import .*;\n", re.MULTILINE)
 
@@ -39,7 +39,7 @@ def document(title: str, body: str, specs: Sequence[object], *, routes: Sequence
     Raises:
         UsageError: plotly is not installed.
     """
-    scripts = [_IMPORT.sub("", (_STATIC / name).read_text(encoding="utf-8")) for name in _SHARED]
+    scripts = [_IMPORT.sub("", (_STATIC / name).read_text(encoding="utf-8")) for name in _SHARED_SCRIPTS]
     return f"""{_head(title)}<body>
 <a class="skip" href="#main">Skip to the findings</a>
 <header>

@@ -21,7 +21,7 @@ from moe_trace.show.routes_page import RoutesPart
 from moe_trace.show.text.phases import shares_sentence
 from moe_trace.show.text.ranks import rank_sentences
 
-_IN_NOTEBOOKS = ("experts", "latency", "forward")
+_NOTEBOOK_FIGURES = ("experts", "latency", "forward")
 
 
 def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart | None] | None = None) -> str:
@@ -51,7 +51,7 @@ def render_fragment(summary: TraceSummary) -> str:
     """Return totals, findings, the load as a picture and the tables, without scripts, for a notebook."""
     shown, findings = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
-        found = [figure for figure in figures(part) if figure.key.split("-")[0] in _IN_NOTEBOOKS]
+        found = [figure for figure in figures(part) if figure.key.split("-")[0] in _NOTEBOOK_FIGURES]
         tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{table_html(f)}" for f in found)
         heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
         picture = load_picture_html(part.routers)

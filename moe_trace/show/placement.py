@@ -15,7 +15,7 @@ from moe_trace.placement.evaluation import WHERE, known_mean
 from moe_trace.placement.study import ClusterStudy, JudgedPlan, PlacementStudy
 
 _LAYERS_SHOWN = 12
-_THREE = partial(fixed, decimals=3)
+_three_decimals = partial(fixed, decimals=3)
 
 
 def render_placement_text(study: PlacementStudy, *, every_layer: bool = False) -> str:
@@ -41,7 +41,7 @@ def _heading(study: PlacementStudy) -> str:
 def _overview(study: PlacementStudy) -> str:
     unit = study.counts.kind
     headings: list[str | Column] = ["ranks", "plan", "slots", "max÷mean", "range"]
-    headings += [Column(f"a {unit}", terminal=_THREE), "better", "in node", "off node"]
+    headings += [Column(f"a {unit}", terminal=_three_decimals), "better", "in node", "off node"]
     rows = [
         _overview_row(study, cluster, plan, first=i == 0)
         for cluster in study.clusters
@@ -95,19 +95,19 @@ def _bytes_known(study: PlacementStudy) -> bool:
 def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) -> str:
     """Render one row per layer, the most uneven first where not all are shown."""
     several = len(cluster.least_without_copies_FL) > 1
-    headings = [Column("layer", width=12), Column("bound", terminal=_THREE)]
+    headings = [Column("layer", width=12), Column("bound", terminal=_three_decimals)]
     columns_L = [known_mean(cluster.least_without_copies_FL, axis=0)]
     for plan in cluster.plans:
-        headings.append(Column(plan.name, terminal=_THREE))
+        headings.append(Column(plan.name, terminal=_three_decimals))
         columns_L.append(known_mean(plan.max_over_mean_FL, axis=0))
         if several:
             headings.append(Column("worst", terminal=partial(fixed, decimals=2)))
             columns_L.append(np.fmax.reduce(plan.max_over_mean_FL, axis=0))
-    sites, shown = [layer.site for layer in study.counts.layers], np.arange(len(study.counts.layers))
+    sites, order = [layer.site for layer in study.counts.layers], np.arange(len(study.counts.layers))
     if not every_layer and len(sites) > _LAYERS_SHOWN:
         contiguous = np.nan_to_num(columns_L[1], nan=-1.0)
-        shown = np.argsort(-contiguous, kind="stable")[:_LAYERS_SHOWN]
-    rows: list[list[Cell]] = [[sites[i], *(float(column[i]) for column in columns_L)] for i in shown.tolist()]
+        order = np.argsort(-contiguous, kind="stable")[:_LAYERS_SHOWN]
+    rows: list[list[Cell]] = [[sites[i], *(float(column[i]) for column in columns_L)] for i in order.tolist()]
     size = cluster.options.cluster
     nodes = f" on {size.nodes} nodes" if size.nodes > 1 else ""
     folds = "mean over folds and worst fold; " if several else ""
@@ -115,8 +115,8 @@ def _layers(study: PlacementStudy, cluster: ClusterStudy, *, every_layer: bool) 
         f"{size.ranks} ranks{nodes}, layer by layer "
         f"(max÷mean, {folds}no plan without copies goes below the bound)"
     )
-    if len(shown) < len(sites):
-        title += f". The {len(shown)} most uneven of {len(sites)} layers; --all shows the others"
+    if len(order) < len(sites):
+        title += f". The {len(order)} most uneven of {len(sites)} layers; --all shows the others"
     return text_table(headings, rows, title=title)
 
 

@@ -92,7 +92,7 @@ class ComparedConfig:
 
 _COLUMNS_BY_NAME = columns_of_fields(ComparedConfig)
 _FIGURES = tuple(_COLUMNS_BY_NAME)[4:]
-_PARTS = {
+_STATISTICS = {
     "": ("median", "median of the rounds"),
     "_min": ("low", "smallest of the rounds"),
     "_max": ("high", "largest of the rounds"),
@@ -107,7 +107,7 @@ COLUMNS = {name: _COLUMNS_BY_NAME[name] for name in tuple(_COLUMNS_BY_NAME)[:4]}
         unit="" if "ratio" in suffix else _COLUMNS_BY_NAME[name].unit,
     )
     for name in _FIGURES
-    for suffix, (_, words) in _PARTS.items()
+    for suffix, (_, words) in _STATISTICS.items()
 }
 """Mapping from name in the rows to label, definition and unit."""
 
@@ -240,7 +240,7 @@ def _row(line: ComparedConfig) -> dict[str, Any]:
     return {name: getattr(line, name) for name in ("config", "text", "rounds", "tokens")} | {
         name + suffix: getattr(getattr(line, name), part)
         for name in _FIGURES
-        for suffix, (part, _) in _PARTS.items()
+        for suffix, (part, _) in _STATISTICS.items()
     }
 
 
@@ -248,18 +248,18 @@ def _render(comparison: Comparison) -> str:
     if not comparison.lines:
         return "no configuration was run"
     named = ("config", "text") if any(line.text != "all" for line in comparison.lines) else ("config",)
-    shown = [name for name in _FIGURES if name not in ("tokens_per_s", "skipped_share")]
+    names = [name for name in _FIGURES if name not in ("tokens_per_s", "skipped_share")]
     headings = (
         *named,
         _COLUMNS_BY_NAME["tokens_per_s"],
         "× first",
-        *(_COLUMNS_BY_NAME[name] for name in shown),
+        *(_COLUMNS_BY_NAME[name] for name in names),
     )
     rows: list[tuple[Cell, ...]] = [
         (
             *(getattr(line, name) for name in named),
             *(line.tokens_per_s.median, _speed(line.tokens_per_s)),
-            *(getattr(line, name).median for name in shown),
+            *(getattr(line, name).median for name in names),
         )
         for line in comparison.lines
     ]

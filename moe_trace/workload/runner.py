@@ -34,7 +34,7 @@ from moe_trace.workload.process_group import (
 from moe_trace.workload.sharded import load_split_model, require_support, rows_of_this_process, wrapped
 
 _CLAIM_S = 300.0
-_GIVE_UP_S = 5.0  # wait for the others' files after this process has failed: torchrun soon ends it
+_FAILURE_TIMEOUT_S = 5.0  # wait for the others' files after this process has failed: torchrun soon ends it
 Progress = Callable[[str, int, int], None]
 
 
@@ -216,7 +216,7 @@ def _report_failures(worker: Worker, config: RunConfig) -> Iterator[None]:
         if isinstance(error, OutputError | UsageError | NothingRecorded):
             raise
         worker.stop.only_note()
-        others = missing_files(worker, config.out, _GIVE_UP_S)
+        others = missing_files(worker, config.out, _FAILURE_TIMEOUT_S)
         if not others:  # the failure is this rank's own
             raise
         kept = [file.name for file in traces_in(config.out)]

@@ -150,7 +150,7 @@ _DECIMALS = {
 """Decimals in a terminal, where values are compared down a column."""
 _WIDTHS = {"layer": 12, "run": 16, "config": 24, "text": 16, "differs": 24, "A": 24, "B": 24}
 _UNITS = ("µs", "GB/s", "FLOP/s", "%")
-_UNIT_OF = {
+_UNITS_BY_NAME = {
     **dict.fromkeys(("assignments", "skipped", "padding"), "slots"),
     **{"router entropy": "nats", "active": "experts", "tokens": "tokens"},
 }
@@ -169,7 +169,7 @@ def column_of(heading: str) -> Column:
     is_ratio = words.startswith("×")  # "× equal share" is a multiple, not a fraction
     text = number_text if is_ratio else _FORMATS.get(last, number_text)
     terminal = partial(fixed, decimals=_DECIMALS[words]) if words in _DECIMALS else _FORMATS.get(last, number)
-    unit = last if last in _UNITS else _UNIT_OF.get(words, "")
+    unit = last if last in _UNITS else _UNITS_BY_NAME.get(words, "")
     return Column(words, definition, text, unit, terminal, _WIDTHS.get(words, 60))
 
 

@@ -16,9 +16,9 @@ CELL_PX, GAP_PX = 14, 1
 TOP = 4.0
 """End of the scale in multiples of an equal share; the same for every step, so that images are comparable."""
 LEGEND_PX = 10
-_PLACES = (0.0, 0.5, 1.0, (1 + TOP) / 2, TOP)
+_COLOUR_RATIOS = (0.0, 0.5, 1.0, (1 + TOP) / 2, TOP)
 _COLOURS = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in DIVERGING], dtype=np.float64)
-_PAPER = 255
+_BACKGROUND = 255
 
 
 def load_picture(counts_LE: Sequence[npt.ArrayLike]) -> npt.NDArray[np.uint8]:
@@ -30,11 +30,11 @@ def load_picture(counts_LE: Sequence[npt.ArrayLike]) -> npt.NDArray[np.uint8]:
     rows = [np.asarray(counts, dtype=np.float64) for counts in counts_LE]
     width = max(map(len, rows))
     step = CELL_PX + GAP_PX
-    picture = np.full((len(rows) * step + LEGEND_PX + GAP_PX, width * step, 3), _PAPER, dtype=np.uint8)
+    picture = np.full((len(rows) * step + LEGEND_PX + GAP_PX, width * step, 3), _BACKGROUND, dtype=np.uint8)
     for i, counts_E in enumerate(rows):
         share = counts_E * (len(counts_E) / max(1.0, counts_E.sum()))
         cells = np.repeat(colours(share), step, axis=0)
-        cells[CELL_PX::step] = _PAPER
+        cells[CELL_PX::step] = _BACKGROUND
         picture[i * step : i * step + CELL_PX, : len(cells)] = cells
     picture[-LEGEND_PX:] = colours(np.linspace(0, TOP, picture.shape[1]))
     return picture
@@ -42,7 +42,7 @@ def load_picture(counts_LE: Sequence[npt.ArrayLike]) -> npt.NDArray[np.uint8]:
 
 def colours(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """Return the colours, [N, 3], of multiples of an equal share."""
-    channels = [np.interp(ratio, _PLACES, _COLOURS[:, c]) for c in range(3)]
+    channels = [np.interp(ratio, _COLOUR_RATIOS, _COLOURS[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 

@@ -10,14 +10,14 @@ import unicodedata
 from collections.abc import Sequence
 
 WIDTH = 80
-_NARROWEST = 40
+_MIN_WIDTH = 40
 
 
 def screen_width() -> int:
     """Return `WIDTH`, or less if the terminal or `COLUMNS` is narrower."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return WIDTH
-    return max(_NARROWEST, min(WIDTH, shutil.get_terminal_size().columns))
+    return max(_MIN_WIDTH, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

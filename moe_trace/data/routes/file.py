@@ -50,23 +50,23 @@ def read_routes(path: str | Path) -> RecordedRoutes:
     Raises:
         TraceFileError: the file is missing, damaged, or of another format.
     """
-    shown = os.fspath(path)
+    name = os.fspath(path)
     try:
         with open(path, "rb") as file:
             if not file.seekable():
-                raise TraceFileError(f"{shown}: a pipe, where a file is expected; save it first")
+                raise TraceFileError(f"{name}: a pipe, where a file is expected; save it first")
             size = file.seek(0, os.SEEK_END)
             try:
-                return _read(file, size, shown)
+                return _read(file, size, name)
             except Damaged as error:
                 raise TraceFileError(
-                    f"{shown}: found {error}; expected a file of routes as RecordedRoutes.save and "
+                    f"{name}: found {error}; expected a file of routes as RecordedRoutes.save and "
                     "`moe-trace run --routes` write them. Write it again, or bring other captures in with "
                     "`moe-trace routes import`"
                 ) from error
     except OSError as error:
         raise TraceFileError(
-            f"{shown}: cannot be read ({error.strerror or error}), expected a file of routes "
+            f"{name}: cannot be read ({error.strerror or error}), expected a file of routes "
             f"(*{SUFFIX}); check the path"
         ) from error
 

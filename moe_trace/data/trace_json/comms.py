@@ -22,10 +22,10 @@ PARAMETERS = "record_param_comms"
 OPERATOR = "c10d::"
 GLOO = "gloo:"
 _NONE = msgspec.Raw(b"null")
-_LARGEST = 2**62
+_MAX_INTEGER = 2**62
 _T = TypeVar("_T")
-_Sizes = tuple[Annotated[int, msgspec.Meta(ge=0, lt=_LARGEST)], ...]
-_integer = msgspec.json.Decoder(Annotated[int, msgspec.Meta(gt=-_LARGEST, lt=_LARGEST)])
+_Sizes = tuple[Annotated[int, msgspec.Meta(ge=0, lt=_MAX_INTEGER)], ...]
+_integer = msgspec.json.Decoder(Annotated[int, msgspec.Meta(gt=-_MAX_INTEGER, lt=_MAX_INTEGER)])
 _text = msgspec.json.Decoder(str)
 _list = msgspec.json.Decoder(list[msgspec.Raw])
 _sizes = msgspec.json.Decoder(_Sizes)
@@ -191,4 +191,4 @@ def _read_sizes(text: msgspec.Raw) -> tuple[int, ...] | None:
 def _product(dims: msgspec.Raw) -> int | None:
     sizes = _read_sizes(dims)
     product = None if sizes is None else math.prod(sizes)
-    return product if product is None or product < _LARGEST else None
+    return product if product is None or product < _MAX_INTEGER else None

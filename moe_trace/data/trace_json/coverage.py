@@ -103,7 +103,7 @@ class Provenance:
         )
 
 
-_LOSSES = {
+_LOSS_WORDS = {
     "kernels": ("kernels, copies and memsets have a launch", "device times"),
     "launches": ("kernel launches inside MoE layers have a kernel", "device times"),
     "calls": ("router calls have their ranges in the trace, with operators inside", "device times"),
@@ -127,7 +127,7 @@ def loss_sentence(name: str, coverage: Coverage) -> str | None:
     share = coverage.share
     if share is None or share >= 1:
         return None
-    what, figures = _LOSSES[name]
+    what, figures = _LOSS_WORDS[name]
     by_time = (
         f" ({_percent(coverage.joined_ns / coverage.total_ns)} of their time)" if coverage.total_ns else ""
     )
@@ -143,7 +143,7 @@ def coverage_notes(parts: Sequence[TimeCoverage]) -> list[str]:
     whole = sum(parts, TimeCoverage())
     if not whole.cpp_kernels.known:  # the reason why none was joined
         whole = replace(whole, compiled=Coverage())
-    notes = [loss_sentence(name, coverage) for name, coverage in whole.items() if name in _LOSSES]
+    notes = [loss_sentence(name, coverage) for name, coverage in whole.items() if name in _LOSS_WORDS]
     found = whole.provenance
     if found is not None:
         notes.append(

@@ -241,14 +241,14 @@ def main_stretch(start_ns: npt.NDArray[np.int64]) -> tuple[int, int]:
     if not len(start_ns):
         return 0, 0
     first, last = int(start_ns.min()), int(start_ns.max())
-    if last - first <= _APART_NS:
+    if last - first <= _MAX_GAP_NS:
         return first, last
     ordered = np.sort(start_ns)
-    cuts = np.flatnonzero(np.diff(ordered) > _APART_NS) + 1
+    cuts = np.flatnonzero(np.diff(ordered) > _MAX_GAP_NS) + 1
     bounds = np.concatenate([[0], cuts, [len(ordered)]])
     largest = int(np.diff(bounds).argmax())
     low, high = int(bounds[largest]), int(bounds[largest + 1])
-    if len(ordered) - (high - low) > max(1, _STRAYS_MAX * len(ordered)):
+    if len(ordered) - (high - low) > max(1, _MAX_STRAY_SHARE * len(ordered)):
         return first, last
     return int(ordered[low]), int(ordered[high - 1])
 
@@ -262,8 +262,8 @@ def _array(times: list[float | str]) -> npt.NDArray[np.float64]:
 
 # Beyond 126 years a start plus a duration in nanoseconds would not fit in 64 bits; NaN and infinity fail too.
 _TIME_MAX_US = 4e15
-_APART_NS = 3600 * 10**9
-_STRAYS_MAX = 0.01
+_MAX_GAP_NS = 3600 * 10**9
+_MAX_STRAY_SHARE = 0.01
 
 
 def find_links(links: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from moe_trace.data.trace_json.events import EventTable, Kind, bounds_ns, find_l
 
 _EARLY_NS = 10**6
 """More than the difference between the clocks of host and device."""
-_FEW = 0.01
+_MAX_EARLY_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def find_kernels(events: EventTable) -> Kernels:
     known = launch_rows >= 0
     early = known.copy()
     early[known] = device_events.start_ns[known] < launches.start_ns[launch_rows[known]] - _EARLY_NS
-    if early.sum() <= max(1, _FEW * len(device_events)):
+    if early.sum() <= max(1, _MAX_EARLY_SHARE * len(device_events)):
         known &= ~early
     device, launch_rows = device_events.select(known), launch_rows[known]
     order = np.lexsort((device.start_ns, launches.start_ns[launch_rows], launches.thread[launch_rows]))

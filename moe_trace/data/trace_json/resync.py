@@ -16,10 +16,10 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 
 BOUNDARY = re.compile(rb'\}[ \t\r\n]*+,[ \t\r\n]*+(?=\{[ \t\r\n]*+["}])')
-_KEY_BEHIND = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,256}+"[ \t\r\n]*+:)"""
-_NOTHING_BEHIND = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
-_END = re.compile(_KEY_BEHIND, re.DOTALL)
-_END_OF_FILE = re.compile(_KEY_BEHIND + b"|" + _NOTHING_BEHIND, re.DOTALL)
+_END_BEFORE_KEY = rb"""\}[ \t\r\n]*+\](?=[ \t\r\n]*+,[ \t\r\n]*+"(?:[^"\\]|\\.){0,256}+"[ \t\r\n]*+:)"""
+_END_OF_OBJECT = rb"\}[ \t\r\n]*+\](?=[ \t\r\n]*+\}[ \t\r\n]*+\Z)"
+_END = re.compile(_END_BEFORE_KEY, re.DOTALL)
+_END_OF_FILE = re.compile(_END_BEFORE_KEY + b"|" + _END_OF_OBJECT, re.DOTALL)
 """End of the array: a bracket after its last element, then the next key or the end of its object."""
 REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NESTED_MAX = 256

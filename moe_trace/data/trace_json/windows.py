@@ -17,7 +17,7 @@ from moe_trace.data.trace_json.cursor import JsonCursor
 CHUNK = 2**20  # small enough to be searched while in the CPU cache
 EVENT_MAX = 64 * 2**10
 """Maximum bytes of an event on each side of a match in it; moe_trace's own are below 1 KiB."""
-_WHITE = b" \t\r\n"
+_WHITESPACE = b" \t\r\n"
 _PEEK_BYTES = 4096
 
 
@@ -121,7 +121,7 @@ def _last_mark(buffer: bytearray, end: int) -> int:
     """Return the position of the last byte before `end` that is not white space; -1 if there is none."""
     for size in (64, end):
         start = max(0, end - size)
-        kept = buffer[start:end].rstrip(_WHITE)
+        kept = buffer[start:end].rstrip(_WHITESPACE)
         if kept:
             return start + len(kept) - 1
     return -1

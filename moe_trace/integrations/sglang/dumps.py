@@ -22,7 +22,7 @@ import torch
 from moe_trace.data.errors import UsageError
 from moe_trace.read.routes.interchange.arrays import Capture
 
-_OTHERWISE = (
+_OTHER_FORMATS = (
     "other counts are taken as a .npy of whole numbers [steps, layers, experts], or as JSON, such as "
     "`moe-trace export --to eplb` writes"
 )
@@ -95,13 +95,13 @@ def _load(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UsageError(
-            f"{path}: cannot be read as a dump of SGLang's recorder ({first:.150}); {_OTHERWISE}"
+            f"{path}: cannot be read as a dump of SGLang's recorder ({first:.150}); {_OTHER_FORMATS}"
         ) from error
     if not isinstance(dump, dict) or not {"logical_count", "records"} & dump.keys():
         found = (
             f"the keys {', '.join(map(str, dump))[:80]}" if isinstance(dump, dict) else type(dump).__name__
         )
-        raise UsageError(f"{path}: found {found}, expected logical_count or records; {_OTHERWISE}")
+        raise UsageError(f"{path}: found {found}, expected logical_count or records; {_OTHER_FORMATS}")
     return dump
 
 

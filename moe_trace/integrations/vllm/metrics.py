@@ -31,7 +31,7 @@ from moe_trace.record.tracer import MoETracer
 
 SECONDS = "MOE_TRACE_VLLM_METRICS_SECONDS"
 EVERY = "MOE_TRACE_VLLM_METRICS_EVERY"
-_WAITING = 64
+_MAX_QUEUED = 64
 
 logger = logging.getLogger("vllm.moe_trace")
 
@@ -73,7 +73,7 @@ class MetricsWriter:
         self._tracer, self._path, self._rank, self._seconds = tracer, path, rank, seconds
         self._totals = dict.fromkeys(COUNTS, 0)
         self._shared = _shared() if os.environ.get(MULTIPROCESS) else {}
-        self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
         self._held: list[RoutingSample] = []
         self._reading = threading.Lock()
         self._since = time.monotonic()

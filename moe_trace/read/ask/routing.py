@@ -102,11 +102,11 @@ def served(part: TraceSummary) -> dict[str, Any]:
 
 def served_apart(routing: Sequence[RoutingChange], labels: tuple[str, str]) -> dict[str, Any]:
     """Name the experts of each layer that serve one text more than the other."""
-    moved = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
-    figures = {"changed_layers": len(moved), "of_layers": len(routing)}
+    changed_layers = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
+    figures = {"changed_layers": len(changed_layers), "of_layers": len(routing)}
     if all(change.same_counts for change in routing):
         return {"sentence": "The same: every call has the same counts in both runs.", "figures": figures}
-    if not moved:
+    if not changed_layers:
         near = max(routing, key=lambda r: r.total_variation - r.chance)
         if near.chance >= 1:
             return {"sentence": "Cannot tell: of so few tokens, chance alone moves all.", "figures": figures}
@@ -116,13 +116,13 @@ def served_apart(routing: Sequence[RoutingChange], labels: tuple[str, str]) -> d
             f"reaches {percent(near.chance)}.",
             "figures": figures,
         }
-    most = moved[0]
+    most = changed_layers[0]
     return {
-        "sentence": f"{len(moved)} of {len(routing)} layers send {labels[0]} and {labels[1]} to different "
+        "sentence": f"{len(changed_layers)} of {len(routing)} layers send {labels[0]} and {labels[1]} to different "
         f"experts beyond chance, {most.site} most: {percent(most.total_variation)} of its assignments are at "
         f"other experts, {percent(most.chance)} by chance.",
         "figures": figures,
-        "rows": tuple(_row(change, labels) for change in moved),
+        "rows": tuple(_row(change, labels) for change in changed_layers),
     }
 
 

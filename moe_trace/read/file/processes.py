@@ -21,9 +21,9 @@ from moe_trace.data.schema import RoutingSample, range_name
 from moe_trace.data.trace_json.decoding import NO_LINK
 from moe_trace.data.trace_json.events import EventTable, Kind, find_links, to_ns
 
-_FITS = 0.9
+_MIN_SHARE = 0.9
 """Minimum share of a lane's kernels that its process must have launched."""
-_APART = 0.02
+_MIN_MARGIN = 0.02
 """Minimum margin in that share over any other process."""
 
 
@@ -87,21 +87,21 @@ def _owners(
     owners: dict[int, int | None] = {lane: lane if lane in hosts else None for lane in lanes}
     kernels = {lane: events.select((events.kind == Kind.DEVICE) & (pids == lane)) for lane in lanes}
     launches = {host: events.select((events.kind == Kind.LAUNCH) & (pids == host)) for host in hosts}
-    found = [lane for lane in lanes if owners[lane] is not None]
+    newly_owned = [lane for lane in lanes if owners[lane] is not None]
     while True:
-        for lane in found:
+        for lane in newly_owned:
             host = owners[lane]
             assert host is not None
             free = ~np.isin(launches[host].link, kernels[lane].link)
             launches[host] = launches[host].select(free)
-        found = []
+        newly_owned = []
         for lane in (lane for lane, owner in owners.items() if owner is None):
             fits = {host: _share_launched(kernels[lane], launches[host]) for host in hosts}
             best, second, *_ = sorted(fits.values(), reverse=True)
-            if best >= _FITS and best - second >= _APART:
+            if best >= _MIN_SHARE and best - second >= _MIN_MARGIN:
                 owners[lane] = max(fits, key=fits.__getitem__)
-                found.append(lane)
-        if not found:
+                newly_owned.append(lane)
+        if not newly_owned:
             return owners
 
 

@@ -130,10 +130,10 @@ def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording
             f"found {total} calls of {len(merged.parts)} merged ranks, but {len(recording.samples)} in all; "
             "the file was changed after it was written"
         )
-    found, first = [], 0
+    recordings, first = [], 0
     for part in merged.parts:
         routers = zip(recording.routers, part.held, strict=True)
-        found.append(
+        recordings.append(
             replace(
                 recording,
                 rank=part.rank,
@@ -144,7 +144,7 @@ def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording
             )
         )
         first += part.samples
-    return found
+    return recordings
 
 
 def events_of(events: EventTable, pids: Sequence[int | str]) -> EventTable:

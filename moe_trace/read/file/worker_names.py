@@ -26,7 +26,7 @@ from moe_trace.data.schema import Parallel, Recording
 _ENDING = r"\.\d+\.pt\.trace\.json"
 """Ending of the name; suffixes of compressed files and of reduced traces may follow."""
 _WORKER = re.compile(rf"(?P<run>(?:.*_)?)(?P<place>dp\d+_pp\d+_tp\d+(?:_[a-z]+\d+)*){_ENDING}.*")
-_OLDER = re.compile(rf"(?P<run>.+)-(?P<place>rank-\d+){_ENDING}.*")
+_OLDER_NAME = re.compile(rf"(?P<run>.+)-(?P<place>rank-\d+){_ENDING}.*")
 _PART = re.compile(r"([a-z]+)-?(\d+)")
 _FRONTEND = re.compile(rf".*\.async_llm{_ENDING}(\.gz)?")
 
@@ -48,7 +48,7 @@ class Worker:
 
 def worker_of(name: str) -> Worker | None:
     """Parse a file name, or return None if it has another form."""
-    match = _WORKER.fullmatch(name) or _OLDER.fullmatch(name)
+    match = _WORKER.fullmatch(name) or _OLDER_NAME.fullmatch(name)
     if match is None:
         return None
     place = {dim: int(index) for dim, index in _PART.findall(match["place"])}

@@ -35,7 +35,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
 
 def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     """Find experts that get a multiple of their share, beyond chance."""
-    found = [
+    uneven = [
         (r.load.max_over_mean, r)
         for r in evidence.routers
         if r.load.max_over_mean is not None
@@ -43,17 +43,17 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
         and r.chance.tells_dead
         and r.chance.is_real
     ]
-    if not found:
+    if not uneven:
         return
-    found.sort(key=lambda pair: (-pair[0], -(pair[1].chance.cv_beyond or 0.0)))  # many tie at the ceiling
-    worst = found[0][1]
-    others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in found[1:]]
+    uneven.sort(key=lambda pair: (-pair[0], -(pair[1].chance.cv_beyond or 0.0)))  # many tie at the ceiling
+    worst = uneven[0][1]
+    others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in uneven[1:]]
     ceiling = worst.chance.ceiling
     most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
     yield _finding_of_layers(
-        found,
+        uneven,
         HOT_SHARE,
-        sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {found[0][0]:.1f}× its share of the "
+        sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {uneven[0][0]:.1f}× its share of the "
         f"assignments (threshold {HOT_SHARE:.0f}×{most})"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_advice_of_load(evidence),

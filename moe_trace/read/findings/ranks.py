@@ -27,24 +27,24 @@ _UNEQUAL_TOKENS = "It routes more tokens than the others: give the ranks batches
 def hot_rank(evidence: Evidence) -> Iterator[Finding]:
     """Find ranks whose experts get more than their share of a layer's slots."""
     report = evidence.ranks
-    found = [
+    uneven = [
         (layer.max_over_mean, layer)
         for layer in (report.layers if report is not None else ())
         if layer.max_over_mean is not None
         and layer.max_over_mean >= HOT_RANK
         and sum(layer.load) >= ENOUGH_PER_RANK * len(layer.load)
     ]
-    if not found or report is None:
+    if not uneven or report is None:
         return
-    found.sort(key=lambda pair: -pair[0])
-    ratio, worst = found[0]
-    others = [(layer.site, f"rank {layer.hot_rank} {of:.2f}×") for of, layer in found[1:]]
+    uneven.sort(key=lambda pair: -pair[0])
+    ratio, worst = uneven[0]
+    others = [(layer.site, f"rank {layer.hot_rank} {of:.2f}×") for of, layer in uneven[1:]]
     yield Finding(
         site=worst.site,
-        sites=tuple(layer.site for _, layer in found),
+        sites=tuple(layer.site for _, layer in uneven),
         value=ratio,
         threshold=HOT_RANK,
-        cost_us=sum(layer.wait_us or 0.0 for _, layer in found) or None,
+        cost_us=sum(layer.wait_us or 0.0 for _, layer in uneven) or None,
         sentence=f"{worst.site}: rank {worst.hot_rank} computes {ratio:.2f}× the mean rank's share of "
         f"{sum(worst.load):,} assignments (threshold {HOT_RANK}×){_expert(worst)}"
         + (f"; also {in_one_line(others)}." if others else "."),

@@ -42,32 +42,32 @@ def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
 
 def costly_imbalance(evidence: Evidence) -> Iterator[Finding]:
     """Find layers whose uneven load costs time."""
-    found = [
+    costly = [
         (c.cost_us / c.measured_us, c, c.cost_us)
         for c in evidence.imbalance
         if c.verdict == "costs" and c.cost_us is not None and c.measured_us
     ]
-    found = sorted((cost for cost in found if cost[0] > COST_SHARE), key=lambda cost: -cost[0])
-    if not found:
+    costly = sorted((cost for cost in costly if cost[0] > COST_SHARE), key=lambda cost: -cost[0])
+    if not costly:
         return
     layers = [
         (
             c.site,
             f"{duration(cost)} a call, {percent(share)} (95 % interval {c.low_us:.3g} to {c.high_us:.3g} µs)",
         )
-        for share, c, cost in found
+        for share, c, cost in costly
     ]
-    model = next(m for m in evidence.load_models if found[0][1].site in m.sites)
+    model = next(m for m in evidence.load_models if costly[0][1].site in m.sites)
     against, remedy = "the most even load of the trace", "balance these layers first"
     if model.comparison == "ranks":
         against = "a mean rank's load"
         remedy = "place or replicate the busy experts of these layers (`moe-trace placement` plans it)"
     yield Finding(
-        site=found[0][1].site,
-        sites=tuple(c.site for _, c, _ in found),
-        value=found[0][0],
+        site=costly[0][1].site,
+        sites=tuple(c.site for _, c, _ in costly),
+        value=costly[0][0],
         threshold=COST_SHARE,
-        cost_us=sum(cost * c.calls for _, c, cost in found),
+        cost_us=sum(cost * c.calls for _, c, cost in costly),
         sentence=f"Uneven load costs over {percent(COST_SHARE)} of the experts' time against {against}: "
         f"{in_one_line(layers)}.",
         advice=f"Here the experts take {slopes_in_words(model)} (this explains "

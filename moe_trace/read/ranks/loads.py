@@ -135,7 +135,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
     counting = records.counting_ranks()
     groups = {records.parallel(r).expert_ranks or (r,) for r in records.ranks}
     matrices_of = cache(lambda name: {group: held_matrix(records, name, group) for group in groups})
-    found = []
+    loads = []
     for key, first in tables[records.ranks[0]].items():
         if not all(key in table for table in tables.values()):
             continue
@@ -143,7 +143,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
         sent = _sent_matrix(records, samples, matrices_of(key[0]))
         slots = [samples[rank].slot_assignments for rank in counting]
         known = [slots_P for slots_P in slots if slots_P is not None]
-        found.append(
+        loads.append(
             CallLoad(
                 key=key,
                 step=first.step,
@@ -159,7 +159,7 @@ def find_loads(records: RankRecords) -> tuple[CallLoad, ...]:
                 slot_experts_P=first.slot_experts,
             )
         )
-    return tuple(found)
+    return tuple(loads)
 
 
 def _is_exact(sample: RoutingSample) -> bool:

@@ -178,8 +178,8 @@ def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait
     load_R = np.sum([load.load_R for load in loads], axis=0)
     parts = [load.sent_RW for load in loads]
     sent = None if any(p is None for p in parts) else np.sum([p for p in parts if p is not None], axis=0)
-    hot = records.ranks[int(load_R.argmax())] if load_R.any() else None
-    expert, expert_share = _hot_expert(records, loads, hot, int(load_R.max()))
+    hot_rank = records.ranks[int(load_R.argmax())] if load_R.any() else None
+    expert, expert_share = _hot_expert(records, loads, hot_rank, int(load_R.max()))
     blame = account(waits, records.ranks)
     return LayerRanks(
         site=loads[0].site,
@@ -189,7 +189,7 @@ def _layer(records: RankRecords, loads: Sequence[CallLoad], waits: Sequence[Wait
         sent=None if sent is None else tuple(tuple(row) for row in sent.tolist()),
         wait_us=sum(blame.values()) if waits else None,
         waited_for=max(blame, key=blame.__getitem__) if any(blame.values()) else None,
-        hot_rank=hot,
+        hot_rank=hot_rank,
         hot_expert=expert,
         hot_expert_share=expert_share,
     )
@@ -222,13 +222,13 @@ def _steps(
     lost: defaultdict[int, float] = defaultdict(float)
     for wait in waits:
         lost[wait.step] += wait.lost_us
-    found = []
+    steps = []
     for step, members in sorted(by_step.items()):
         load_NR = np.array([load.load_R for load in members], np.int64)
         mean = float(load_NR.mean(axis=1).sum())
         wait_us = lost.get(step) if waits else None
         whole_us = _whole_us(step_us, {step})
-        found.append(
+        steps.append(
             StepRanks(
                 step=step,
                 load=tuple(load_NR.sum(axis=0).tolist()),
@@ -237,7 +237,7 @@ def _steps(
                 share=wait_us / whole_us if wait_us is not None and whole_us else None,
             )
         )
-    return tuple(found)
+    return tuple(steps)
 
 
 def _whole_us(step_us: Mapping[int, Mapping[int, float]], steps: set[int]) -> float | None:

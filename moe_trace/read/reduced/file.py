@@ -36,7 +36,7 @@ from moe_trace.read.time.phases import CALL_COLUMNS, CallTimes, IntArray, Times
 
 VERSION = 1
 _NAME = re.compile(r"(?P<trace>.+)\.(?P<digest>[0-9a-f]{16})" + re.escape(REDUCED_SUFFIX), re.DOTALL)
-_SAME = (
+_COPIED_FIELDS = (
     "devices",
     "operators",
     "unreadable",
@@ -127,7 +127,7 @@ def _encode(part: ReducedTrace) -> _Part:
         work=part.work.whole,
         work_parts=[(*key, found) for key, found in part.work.parts.items()],
         work_calls=sorted(part.work.calls),
-        **attributes(part, *_SAME),
+        **attributes(part, *_COPIED_FIELDS),
     )
 
 
@@ -155,7 +155,7 @@ def _decode(part: _Part, path: Path) -> ReducedTrace:
             {(step, stage): found for step, stage, found in part.work_parts},
             frozenset(part.work_calls),
         ),
-        **attributes(part, *_SAME),
+        **attributes(part, *_COPIED_FIELDS),
     )
 
 

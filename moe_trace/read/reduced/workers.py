@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHARE_BYTES = 4 * 2**20
 """Minimum number of compressed bytes per process, which takes a fraction of that time to start."""
-_PACKED = 10
+_COMPRESSION_RATIO = 10
 """Size ratio of uncompressed to compressed traces."""
 
 
@@ -40,7 +40,7 @@ def _packed_bytes(file: Path) -> int:
         size = file.stat().st_size
     except OSError:
         return 0
-    return size if file.name.endswith(".gz") else size // _PACKED
+    return size if file.name.endswith(".gz") else size // _COMPRESSION_RATIO
 
 
 def _cores() -> int:

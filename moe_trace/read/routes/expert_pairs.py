@@ -112,12 +112,12 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
     halves = [slice(0, middle), slice(middle, None)]
     first, second = (pair_counts(here.ids[h], after.ids[h], here.experts, after.experts) for h in halves)
     used_E, used_next_E = (_counts(t.ids[:middle], t.experts) for t in (here, after))
-    asked = middle + np.unique(np.linspace(0, len(here) - middle - 1, TOKENS_ASKED).astype(np.int64))
-    asked = asked[asked < len(here)] if middle else asked[:0]
+    tested = middle + np.unique(np.linspace(0, len(here) - middle - 1, TOKENS_ASKED).astype(np.int64))
+    tested = tested[tested < len(here)] if middle else tested[:0]
     slots = min(after.ids.shape[1], after.experts)
-    guesses = predict(np.nan_to_num(ratio(first, used_E[:, None])), here.ids[asked], slots)
-    by_load = np.tile(_largest(used_next_E[None].astype(np.float64), slots), (len(asked), 1))
-    actual = expert_sets(after.ids[asked], after.experts)
+    guesses = predict(np.nan_to_num(ratio(first, used_E[:, None])), here.ids[tested], slots)
+    by_load = np.tile(_largest(used_next_E[None].astype(np.float64), slots), (len(tested), 1))
+    actual = expert_sets(after.ids[tested], after.experts)
     hits = [total_size(expert_sets(g, after.experts) & actual) for g in (guesses, by_load)]
     total = total_size(actual)
     return Transition(
@@ -125,7 +125,7 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
         used=here.counts,
         recall=hits[0] / total if total else float("nan"),
         recall_by_load=hits[1] / total if total else float("nan"),
-        tokens_asked=len(asked),
+        tokens_asked=len(tested),
     )
 
 

@@ -162,13 +162,15 @@ def _group(
     )
 
 
-_PER_FILE = 1 << 40
+_NUMBERS_PER_FILE = 1 << 40
 
 
 def _with_unique_numbers(part: RecordedRoutes, number: int) -> RecordedRoutes:
     """Make the numbers of sequences and forwards unique across files."""
-    sequence = np.where(part.sequence >= 0, part.sequence + np.int64(number * _PER_FILE), UNKNOWN)
-    return replace(part, sequence=sequence, forward=part.forward + np.int64(number * _PER_FILE), others=())
+    sequence = np.where(part.sequence >= 0, part.sequence + np.int64(number * _NUMBERS_PER_FILE), UNKNOWN)
+    return replace(
+        part, sequence=sequence, forward=part.forward + np.int64(number * _NUMBERS_PER_FILE), others=()
+    )
 
 
 def _named_ids(routes: RecordedRoutes, order: TokenOrder, predicted: np.ndarray | None) -> dict[str, IdOrder]:
@@ -195,9 +197,9 @@ def _layer(
     last = layer + 1 == len(routes.layers)
     choices = layer_tokens(routes, order, layer)
     kept_N = np.isin(order.rows, choices.order.rows) if ids and len(choices) < len(order.rows) else None
-    words = {
-        kind: vocabulary(choices, ids_of_kind if kept_N is None else ids_of_kind.only(kept_N))
-        for kind, ids_of_kind in ids.items()
+    vocabularies = {
+        kind: vocabulary(choices, id_order if kept_N is None else id_order.only(kept_N))
+        for kind, id_order in ids.items()
     }
     left_out = routes.expert_ids[routes.padding & ~routes.again, layer]
     padding_E = np.bincount(left_out.ravel(), minlength=routes.no_expert + 1)[: choices.experts]
@@ -215,5 +217,5 @@ def _layer(
         transition=None if last else transition(choices, layer_tokens(routes, order, layer + 1)),
         gates=gates(routes, layer, choices),
         domains=domains(choices, file_of[choices.order.rows], files) if files > 1 else None,
-        vocabulary={kind: ids_of_kind for kind, ids_of_kind in words.items() if ids_of_kind is not None},
+        vocabulary={kind: id_order for kind, id_order in vocabularies.items() if id_order is not None},
     )

@@ -46,7 +46,7 @@ class Rate:
     The timeline's counter `expert TFLOP/s (with gaps)` shows it call by call."""
 
 
-_BY_SLOTS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound", "above_roofline_us")
+_SLOT_FIELDS = ("flops_per_s", "share_of_peak", "least_bytes", "intensity", "bound", "above_roofline_us")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class _Measure:
         rate = self._rate(calls.total("expert_flops"), times, EXPERTS, items)
         if self.experts_are_split:
             # These depend on the slots that the rank computed, which are not those that its routers assigned.
-            return replace(rate, **dict.fromkeys(_BY_SLOTS))  # type: ignore[arg-type]
+            return replace(rate, **dict.fromkeys(_SLOT_FIELDS))  # type: ignore[arg-type]
         range_us = experts_range_us(calls)
         known = (range_us > 0) & (calls.expert_flops > 0)
         flops, us = int(calls.expert_flops[known].sum()), float(range_us[known].sum())

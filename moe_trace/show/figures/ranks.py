@@ -24,7 +24,7 @@ from moe_trace.show.figures.figure import (
 MATRIX_TABLE_MAX = 16
 STEPS_NAMED = 20
 CELLS_NAMED = 64
-_SENT = "%{y} to %{x}: %{z:,} assignments"
+_SENT_HOVER = "%{y} to %{x}: %{z:,} assignments"
 WAITING, MOVING = "#E69F00", "#0072B2"
 
 
@@ -47,7 +47,7 @@ def sent_matrix(report: RankReport) -> Figure:
         title="Assignments sent from rank to rank",
         caption="Row: the rank whose tokens they are. Column: the rank that holds the expert. An assignment "
         "is a token with one of its experts; the diagonal stays at home. All layers and steps.",
-        data=[heat_map(total.tolist(), columns, rows, "assignments", _SENT, **numbers)] if rows else [],
+        data=[heat_map(total.tolist(), columns, rows, "assignments", _SENT_HOVER, **numbers)] if rows else [],
         layout={
             "xaxis": {"type": "category", "title": {"text": "to"}},
             "yaxis": {"type": "category", "autorange": "reversed", "title": {"text": "from"}},

@@ -28,7 +28,7 @@ Clock = Literal["device", "host"]
 BINS = 48
 HOST, SPAN, BUSY = "#0072B2", "#E69F00", "#009E73"
 CLOCKS = {"host": HOST, "device span": SPAN, "device busy": BUSY}
-_CALL: dict[Pass, str] = {
+_CALL_NOUNS: dict[Pass, str] = {
     "forward": "call",
     "recompute": "call that gradient checkpointing ran again",
     "backward": "call's backward",
@@ -80,7 +80,7 @@ def phase_stack(report: PhaseReport, clock: Clock, part: Pass) -> Figure:
     return Figure(
         key=f"{part}-{clock}",
         title=f"Breakdown of an MoE call, {part}, {clock} time",
-        caption=f"Mean time in {noun} of one {_CALL[part]}{mark}."
+        caption=f"Mean time in {noun} of one {_CALL_NOUNS[part]}{mark}."
         + ("" if part == "backward" else f" A gap is time of the block in which none of its {noun} ran."),
         data=[
             _bars(report, name, values, PHASE_COLOURS[name], "%{y:.1f}") for name, values in columns.items()

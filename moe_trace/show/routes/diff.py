@@ -38,7 +38,7 @@ def render_routes_diff(names: Sequence[str], found: RoutesComparison) -> str:
 def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -> str:
     """Render each file's overlap with the last, by layer."""
     layers = found[0].layers
-    listed = "\n".join(f"{number}  {printable(name, 200)}" for number, name in enumerate(names, 1))
+    legend = "\n".join(f"{number}  {printable(name, 200)}" for number, name in enumerate(names, 1))
     title = f"Overlap with {len(names)}, of {found[0].tokens:,} tokens, matched by {found[0].aligned_by}."
     over_all: list[list[Cell]] = [
         [f"{number}", _mean(comparison), comparison.differing] for number, comparison in enumerate(found, 1)
@@ -54,7 +54,7 @@ def render_saturation(names: Sequence[str], found: Sequence[RoutesComparison]) -
         for i, (layer, _) in enumerate(layer_labels(layers))
     ]
     by_layer = text_table(headings, rows, title="By layer; checkpoints in the order given.")
-    return f"{listed}\n\n{overall}\n\n{by_layer}\n"
+    return f"{legend}\n\n{overall}\n\n{by_layer}\n"
 
 
 def plain_routes_diff(names: Sequence[str], found: RoutesComparison) -> dict[str, Any]:

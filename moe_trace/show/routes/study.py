@@ -45,7 +45,7 @@ Row = tuple[Cell, ...]
 
 
 def _tables(study: RoutesStudy) -> list[str]:
-    made = (
+    renderers = (
         _load,
         _locality,
         _next_layer,
@@ -56,7 +56,7 @@ def _tables(study: RoutesStudy) -> list[str]:
         _vocabulary,
         _gates,
     )
-    return [text for text in (make(study) for make in (*made, _saturation)) if text]
+    return [text for text in (make(study) for make in (*renderers, _saturation)) if text]
 
 
 def _shares(*labels: str) -> list[str | Column]:

@@ -19,7 +19,7 @@ TRACE_NAME = re.compile(r"(?P<stem>.+)\.pt\.trace\.json(?:\.gz)?", re.DOTALL)
 _REDUCED_NAME = re.compile(r"(?P<trace>.+\.pt\.trace\.json(?:\.gz)?)\.[0-9a-f]{16}\.moe_trace", re.DOTALL)
 TRACES_MAX = 2000
 FRESH_S, RECENT_S = 1.0, 30.0
-_TWICE = "another folder has a trace of that name; name the folders: --logdir_spec a:first,b:second"
+_DUPLICATE = "another folder has a trace of that name; name the folders: --logdir_spec a:first,b:second"
 OUTSIDE = "a link that leaves the log folder; it is not followed"
 
 
@@ -122,7 +122,7 @@ def _joined(catalogs: list[Catalog]) -> Catalog:
     traces: dict[tuple[str, str], Trace] = {}
     refused = {key: why for catalog in catalogs for key, why in catalog.refused.items()}
     for catalog in catalogs:
-        refused |= dict.fromkeys(traces.keys() & catalog.traces.keys(), _TWICE)
+        refused |= dict.fromkeys(traces.keys() & catalog.traces.keys(), _DUPLICATE)
         traces = {**catalog.traces, **traces}
     return Catalog(dict(sorted(traces.items())), refused, any(catalog.cut_off for catalog in catalogs))
 

@@ -26,7 +26,7 @@ VIEW_OF_RULE = {
     "weights_bind": "time",
 }
 """Mapping from rule to view; all other rules belong to the routing view."""
-_COUNTED = (
+_TOTALS = (
     ("MoE layers", "routers"),
     ("steps", "steps"),
     ("calls", "calls"),
@@ -101,7 +101,7 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
         ("type", model.get("dtype") or "unknown"),
     ]
     found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
-    return found + known_facts((label, getattr(totals, name), f"totals.{name}") for label, name in _COUNTED)
+    return found + known_facts((label, getattr(totals, name), f"totals.{name}") for label, name in _TOTALS)
 
 
 def known_facts(facts: Iterable[tuple[str, float | None, str]]) -> list[JsonDict]:

@@ -32,19 +32,19 @@ class _Step:
 
 def timeline(lanes: Lanes, parameters: Parameters) -> JsonDict:
     """Return lanes and counters of the step, joined according to the window."""
-    shown = _step(lanes, parameters)
-    if shown is None:
+    view = _step(lanes, parameters)
+    if view is None:
         return {"steps": [], "figure": None}
-    origin, end = shown.bounds_ns
+    origin, end = view.bounds_ns
     window = time_window(parameters, origin, end)
-    segments = join_pieces(shown.pieces.within(*window), (window[1] - window[0]) // PIXELS)
+    segments = join_pieces(view.pieces.within(*window), (window[1] - window[0]) // PIXELS)
     figure = timeline_figure(
-        lanes, segments, step=shown.step, clock=shown.clock, origin_ns=origin, window_ns=window
+        lanes, segments, step=view.step, clock=view.clock, origin_ns=origin, window_ns=window
     )
     return {
-        "steps": shown.steps,
-        "step": shown.step,
-        "clock": shown.clock,
+        "steps": view.steps,
+        "step": view.step,
+        "clock": view.clock,
         "clocks": list(lanes.clocks()),
         "length_us": (end - origin) / 1000,
         "figure": plain_figure(figure) if figure.data else None,
@@ -53,10 +53,10 @@ def timeline(lanes: Lanes, parameters: Parameters) -> JsonDict:
 
 def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
     """Return the kernels, or operators of the host, that overlap the window, by name."""
-    shown = _step(lanes, parameters)
-    if shown is None:
+    view = _step(lanes, parameters)
+    if view is None:
         return {"table": None}
-    pieces = shown.pieces.within(*time_window(parameters, *shown.bounds_ns))
+    pieces = view.pieces.within(*time_window(parameters, *view.bounds_ns))
     work = add_up(pieces, lanes)
     total = sum(w.total_us for w in work)
     rows = [
@@ -64,7 +64,7 @@ def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
         for w in work[:KERNELS_MAX]
         if total
     ]
-    what = "kernel" if shown.clock == "device" else "operator"
+    what = "kernel" if view.clock == "device" else "operator"
     headings = (what, "part", "layers", "count", "total µs", "mean µs", "share")
     table = {**plain_table(headings, rows), "more": max(0, len(work) - min(KERNELS_MAX, TABLE_ROWS_MAX))}
     return {"table": table, "total_us": total, "count": len(pieces.block), "what": what}

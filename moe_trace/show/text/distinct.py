@@ -41,12 +41,12 @@ def _bytes_sentence(report: DistinctReport) -> str:
 
 def _extreme_layers(report: DistinctReport) -> list[str]:
     """Return the layers that use fewest and most experts, for the size with most calls."""
-    usual = max(report.sizes, key=lambda size: size.calls)
+    most_called = max(report.sizes, key=lambda size: size.calls)
     known = [
         (size.mean, printable(layer.site, 12))
         for layer in report.layers
         for size in layer.sizes
-        if usual.tokens_min <= size.tokens_min and size.tokens_max <= usual.tokens_max
+        if most_called.tokens_min <= size.tokens_min and size.tokens_max <= most_called.tokens_max
     ]
     if len(known) < 2:
         return []
@@ -54,6 +54,6 @@ def _extreme_layers(report: DistinctReport) -> list[str]:
     if low[0] == high[0]:
         return []
     return [
-        f"In forwards of {usual.label} tokens, {low[1]} uses fewest ({number(low[0])} on average) and "
+        f"In forwards of {most_called.label} tokens, {low[1]} uses fewest ({number(low[0])} on average) and "
         f"{high[1]} most ({number(high[0])})."
     ]

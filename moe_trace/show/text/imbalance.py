@@ -9,7 +9,7 @@ from moe_trace.data.display.tables import number, paragraph, share
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.read.time.imbalance import ImbalanceCost, LoadModel, slopes_in_words
 
-_COMPARED = {
+_COMPARISONS = {
     "forwards and layers": "calls of the same layer and of the same forward are compared",
     "forwards": "the layers of one forward are compared, taken as alike",
     "ranks": "the ranks of one call are compared",
@@ -38,7 +38,7 @@ def _sentence(model: LoadModel) -> str:
         else "Uneven load costs time here",
         "saves": "Uneven load saves time here: fewer experts' weights are read. Even load would cost it",
     }[model.verdict]
-    compared = _COMPARED[model.comparison or "trend"]
+    compared = _COMPARISONS[model.comparison or "trend"]
     return (
         f"Cost of imbalance: the experts take {slopes_in_words(model)} ({compared}; "
         f"that explains {share(model.held_out_r2)} of the variation in time of held-out calls). {meaning}."

@@ -11,7 +11,7 @@ from moe_trace.data.load_stats import ENOUGH_PER_EXPERT, SIGNIFICANT, TOKENS_ALI
 from moe_trace.data.summary import Distribution, RouterSummary, Summary
 from moe_trace.read.analysis import TraceSummary
 
-_NAMED = 4
+_MAX_NAMED = 4
 _ALIKE = f"{TOKENS_ALIKE} tokens of a text count as one"
 
 
@@ -78,16 +78,20 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
         ]
     real = [router for router in known if router.chance.is_real]
     tokens = {router.tokens for router in known}
-    many = f"{tokens.pop():,} tokens" if len(tokens) == 1 else "as many tokens"
+    tokens_text = f"{tokens.pop():,} tokens" if len(tokens) == 1 else "as many tokens"
     if not real:
-        return [f"No layer is more uneven than uniform routing of {many} (p ≥ {SIGNIFICANT}; {_ALIKE})."]
+        return [
+            f"No layer is more uneven than uniform routing of {tokens_text} (p ≥ {SIGNIFICANT}; {_ALIKE})."
+        ]
     worst = [routers[i] for i in most_uneven([router.chance for router in routers])]
-    named = ", ".join(label(router) for router in worst[:_NAMED]) + (", …" if len(worst) > _NAMED else "")
+    named = ", ".join(label(router) for router in worst[:_MAX_NAMED]) + (
+        ", …" if len(worst) > _MAX_NAMED else ""
+    )
     tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
     layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
     worst_cv, by_chance = fixed(worst[0].load.cv, 3), fixed(worst[0].chance.cv_clustered, 3)
     return [
-        f"{layers} more uneven than uniform routing of {many} (p < {SIGNIFICANT}; {_ALIKE}).",
+        f"{layers} more uneven than uniform routing of {tokens_text} (p < {SIGNIFICANT}; {_ALIKE}).",
         f"Most uneven: {named} ({tied}CV {worst_cv}, by chance {by_chance}).",
     ]
 

@@ -10,7 +10,7 @@ from moe_trace.read.time.layers import LayerPhases, Pass, PhaseReport
 from moe_trace.read.time.phase_detection import PHASES
 from moe_trace.show.figures.time import part_us
 
-_COUNTED = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
+_CALL_NOUNS = {"forward": "forward call", "recompute": "recomputed call", "backward": "backward"}
 
 
 def phase_parts(summary: TraceSummary) -> list[str]:
@@ -25,7 +25,7 @@ def _pass_part(report: PhaseReport, part: Pass) -> str:
     clock = "device" if report.whole.on_device else "host"
     worker = "kernel" if report.whole.on_device else "operator"
     gap = "" if part == "backward" else f" (gap: no {worker} ran)"
-    noun = _COUNTED[part] + ("" if report.total.count(part) == 1 else "s")
+    noun = _CALL_NOUNS[part] + ("" if report.total.count(part) == 1 else "s")
     mark = f", {BY_COMPILER}" if report.provenance is not None else ""
     title = f"Breakdown {part}, {clock} µs{mark}, mean of {report.total.count(part):,} {noun}{gap}"
     return f"{paragraph(title)}\n{_pass_table(report, part)}"

@@ -7,7 +7,7 @@ from moe_trace.data.display.tables import paragraph, printable
 from moe_trace.read.analysis import TraceSummary
 from moe_trace.show.figures.expert_heat_map import PHYSICAL_HEADINGS, physical_row
 
-_NAMED = 3
+_MAX_NAMED = 3
 
 
 def physical_part(summary: TraceSummary) -> list[str]:
@@ -32,7 +32,7 @@ def physical_part(summary: TraceSummary) -> list[str]:
         descriptions = [
             f"expert {replica.expert} of {site} ({replica.assignments:,} assignments to slots "
             f"{', '.join(map(str, replica.slots))}: the busiest {ratio:.2f}× the mean)"
-            for ratio, site, replica in shared[:_NAMED]
+            for ratio, site, replica in shared[:_MAX_NAMED]
         ]
         parts.append(paragraph(f"Replicas that share least evenly: {'; '.join(descriptions)}."))
     return parts

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-_HERE = Path(__file__).parent
+_DIRECTORY = Path(__file__).parent
 _VIEWER = "trace_viewer_full.html"
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -39,8 +39,8 @@ class TraceServer(ThreadingHTTPServer):
     def __init__(self, trace: Path, viewer: Path, *, host: str, port: int) -> None:
         self.trace = trace
         self.files = {
-            "/": (_HERE / "index.html", "text/html; charset=utf-8"),
-            "/webcomponents.min.js": (_HERE / "webcomponents.min.js", "text/javascript"),
+            "/": (_DIRECTORY / "index.html", "text/html; charset=utf-8"),
+            "/webcomponents.min.js": (_DIRECTORY / "webcomponents.min.js", "text/javascript"),
             f"/{_VIEWER}": (viewer, "text/html; charset=utf-8"),
             "/trace.json": (trace, "application/json"),
         }

@@ -16,8 +16,8 @@ from moe_trace.data.trace_json import windows
 from moe_trace.data.trace_json.stream import events_as
 from moe_trace.data.trace_json.windows import EventBytes, Window
 
-_SAMPLE = 256 * 2**10
-_LAST = 64 * 2**10
+_SAMPLE_BYTES = 256 * 2**10
+_TAIL_BYTES = 64 * 2**10
 _ANY_NAME = b'"' + RANGE_PREFIX.encode()
 _PROFILER_SPAN = re.compile(rb'"PyTorch Profiler \(\d+\)"')
 # Text between the category of an event and its name.
@@ -66,7 +66,7 @@ class RangeSearch:
 
 def _names_as_spelt(window: Window) -> bytes:
     """Return the names' prefix as this file spells it: a longer search text makes the search faster."""
-    spellings = set(_SPELLING.findall(window.buffer, window.since, min(window.filled, _SAMPLE)))
+    spellings = set(_SPELLING.findall(window.buffer, window.since, min(window.filled, _SAMPLE_BYTES)))
     if len(spellings) != 1:
         return _ANY_NAME
     return b'user_annotation"%b"%b' % (spellings.pop(), RANGE_PREFIX.encode())
@@ -162,7 +162,7 @@ def trace_window(events: EventBytes) -> Span | None:
 
     It is the profiler's own span, which Kineto writes last, else from the first event to the last.
     """
-    last = max(events.start, events.end - _LAST)
+    last = max(events.start, events.end - _TAIL_BYTES)
     events.file.seek(last)
     window = _profiler_span(events.file.read(events.end - last))
     return window if window is not None else _hull_of_events(events)

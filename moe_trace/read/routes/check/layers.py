@@ -12,9 +12,9 @@ from moe_trace.read.routes.saturation import shared_experts
 
 ENOUGH_ROWS = 16
 """Minimum number of rows; fewer tokens may agree by chance."""
-_SAMPLE = 4096
-_MOSTLY = 0.9
-_BETTER = 0.25
+_MAX_ROWS = 4096
+_MIN_EQUAL_SHARE = 0.9
+_MIN_MARGIN = 0.25
 """Fraction of k by which more must be shared with another layer than with the layer's own."""
 
 
@@ -41,7 +41,7 @@ def equal_layers(
     More than nine in ten must be, and more than twice as many as with one layer's rows rotated. A sample of
     4096 to 8191 rows (all, if there are fewer) is compared first.
     """
-    step = max(1, len(ids_TLK) // _SAMPLE)
+    step = max(1, len(ids_TLK) // _MAX_ROWS)
     sample, used = ids_TLK[::step], used_TL[::step]
     for layer in range(1, ids_TLK.shape[1]):
         for other in range(layer):
@@ -50,7 +50,7 @@ def equal_layers(
                 continue
             one, two = sample[both, layer], sample[both, other]
             share, chance = _share(one, two), _share(one, np.roll(two, len(two) // 2, axis=0))
-            if share > _MOSTLY and share > 2 * chance:
+            if share > _MIN_EQUAL_SHARE and share > 2 * chance:
                 equal = (
                     (ids_TLK[:, layer] == ids_TLK[:, other]).all(1) & used_TL[:, layer] & used_TL[:, other]
                 )
@@ -68,7 +68,7 @@ def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[
     Compares the overlap of top-k sets over a sample of 4096 to 8191 tokens (all, if there are fewer).
     """
     aligned = align(routes, reference)
-    step = max(1, len(aligned.rows_a) // _SAMPLE)
+    step = max(1, len(aligned.rows_a) // _MAX_ROWS)
     rows, others = aligned.rows_a[::step], aligned.rows_b[::step]
     for layer, own in aligned.layers:
         experts, slots = routes.num_experts[layer], routes.top_k[layer]
@@ -79,7 +79,7 @@ def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[
             if reference.num_experts[other] == experts
         }
         best = max(shares, key=shares.__getitem__)
-        if shares[best] > shares[own] + _BETTER:
+        if shares[best] > shares[own] + _MIN_MARGIN:
             message = (
                 f"{100 * shares[best]:.0f} % of its experts are those of the reference's "
                 f"{reference.layers[best]}, {100 * shares[own]:.0f} % those of its own: "

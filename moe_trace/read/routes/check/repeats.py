@@ -16,14 +16,14 @@ from moe_trace.data.routes.columns import UNKNOWN, RecordedRoutes
 from moe_trace.read.routes.check.layers import ENOUGH_ROWS
 from moe_trace.read.routes.tokens import TokenOrder
 
-_NEAR = 4, 32
+_NEAR_MISS = 4, 32
 """A near miss differs in at most this many slots, or at most one in this many."""
-_ENOUGH_SLOTS = 8
+_MIN_SLOTS = 8
 """Minimum number of slots in all layers: shorter rows may well repeat where a token follows itself."""
 _SIGMAS = 5
-_TOO_ALIKE = 0.2
+_MAX_CHANCE = 0.2
 """Probability of agreement above which rows that equal their neighbours mean nothing."""
-_UNLIKELY = 1e-6
+_MAX_UNIFORM_CHANCE = 1e-6
 """Probability of agreement under uniform choice above which repeats mean nothing: one layer of top 1."""
 _NATURAL = 8
 """Minimum number of rows without repetition to estimate the probability of a repetition."""
@@ -38,14 +38,14 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
     unknown. With token ids, tokens that follow themselves are left out.
     """
     layers = [layer for layer in range(len(routes.layers)) if layer not in fixed]
-    if len(routes) < ENOUGH_ROWS or sum(routes.top_k[layer] for layer in layers) < _ENOUGH_SLOTS:
+    if len(routes) < ENOUGH_ROWS or sum(routes.top_k[layer] for layer in layers) < _MIN_SLOTS:
         return np.zeros(0, np.int64)
     ids = routes.expert_ids if len(layers) == len(routes.layers) else routes.expert_ids[:, layers]
     rows = np.ascontiguousarray(ids).reshape(len(ids), -1)
     before, after = _pairs(routes, np.any(used_TL[:, layers], axis=1))
     differing = _differing(rows, before, after)
     exact = differing == 0
-    near = int(((differing > 0) & (differing <= max(_NEAR[0], rows.shape[1] // _NEAR[1]))).sum())
+    near = int(((differing > 0) & (differing <= max(_NEAR_MISS[0], rows.shape[1] // _NEAR_MISS[1]))).sum())
     repeated = after[exact]
     if routes.token_ids is not None:
         other = routes.token_ids[before[exact]] != routes.token_ids[after[exact]]
@@ -58,7 +58,7 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
         _agreement(natural if len(natural) >= _NATURAL else rows), _uniform_probability(routes, layers)
     )
     many = len(repeated) > 2 * near and _exceeds_chance(len(repeated), chance, len(after))
-    judged = many and chance < _TOO_ALIKE and _uniform_probability(routes, layers) < _UNLIKELY
+    judged = many and chance < _MAX_CHANCE and _uniform_probability(routes, layers) < _MAX_UNIFORM_CHANCE
     return np.sort(repeated) if judged else repeated[:0]
 
 
@@ -77,7 +77,9 @@ def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[i
     rows = np.flatnonzero(equal)
     even = _uniform_probability(routes, layers[1:])
     chance = max(even, float(shuffled[~equal].mean())) if len(rows) < len(equal) else even
-    return rows if chance < _UNLIKELY and _exceeds_chance(len(rows), chance, len(equal)) else rows[:0]
+    return (
+        rows if chance < _MAX_UNIFORM_CHANCE and _exceeds_chance(len(rows), chance, len(equal)) else rows[:0]
+    )
 
 
 def _uniform_probability(routes: RecordedRoutes, layers: list[int]) -> float:

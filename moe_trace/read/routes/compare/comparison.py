@@ -25,7 +25,7 @@ from moe_trace.read.routes.gates import chosen_weights, margins
 from moe_trace.read.routes.saturation import LayerOverlap, compare_layer
 from moe_trace.read.routes.sets import Floats, Ints
 
-_PIECE = 1 << 14
+_CHUNK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,8 +173,8 @@ def _compare_weights(
     distance_N = None
     if b.weights is not None:
         distance_N = np.empty(len(rows_a))
-        for start in range(0, len(rows_a), _PIECE):
-            piece = slice(start, start + _PIECE)
+        for start in range(0, len(rows_a), _CHUNK_ROWS):
+            piece = slice(start, start + _CHUNK_ROWS)
             apart_NE = _by_expert(a, rows_a[piece], layers[0]) - _by_expert(b, rows_b[piece], layers[1])
             distance_N[piece] = np.abs(apart_NE).sum(axis=1)
     return {

@@ -31,31 +31,31 @@ def capture_of_responses(
         TraceFileError: No response contains routed experts, or their shapes differ.
         UsageError: They are flat, and layers or top-k were not given.
     """
-    found = []
+    sequences = []
     for response in responses:
         for prompt, generated, key in _parts(response):
             arrays = [
                 _array(value, source, layers, top_k) for value in (prompt, generated) if value is not None
             ]
-            found.append((arrays, key, prompt is not None))
-    if not found:
+            sequences.append((arrays, key, prompt is not None))
+    if not sequences:
         raise TraceFileError(
             f"{source}: found no routed_experts in {len(responses)} JSON values; expected responses of a "
             "server that was started with --enable-return-routed-experts"
         )
-    shapes = {array.shape[1:] for arrays, _, _ in found for array in arrays}
+    shapes = {array.shape[1:] for arrays, _, _ in sequences for array in arrays}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         raise TraceFileError(
             f"{source}: found routed_experts of [tokens, {', '.join(map(str, sorted(shapes)[0]))}] and other "
             "shapes; expected [tokens, layers, top_k], the same in all responses"
         )
-    lengths = [sum(map(len, arrays)) for arrays, _, _ in found]
+    lengths = [sum(map(len, arrays)) for arrays, _, _ in sequences]
     return Capture(
-        np.concatenate([array for arrays, _, _ in found for array in arrays]),
-        found[0][1],
-        sequence=np.repeat(np.arange(len(found)), lengths),
+        np.concatenate([array for arrays, _, _ in sequences for array in arrays]),
+        sequences[0][1],
+        sequence=np.repeat(np.arange(len(sequences)), lengths),
         position=np.concatenate([np.arange(length) for length in lengths]),
-        stage_codes=np.concatenate([_stages(arrays, prompt) for arrays, _, prompt in found]),
+        stage_codes=np.concatenate([_stages(arrays, prompt) for arrays, _, prompt in sequences]),
     )
 
 

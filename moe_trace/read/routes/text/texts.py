@@ -86,13 +86,13 @@ def _begins_text(routes: RecordedRoutes, rows_T: np.ndarray, first_R: np.ndarray
 def _label(routes: RecordedRoutes, rows: np.ndarray) -> str:
     first, last = rows[0], rows[-1]
     steps = sorted({int(routes.step[first]), int(routes.step[last])})
-    words = [f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[1]}"]
+    parts = [f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[1]}"]
     if routes.sequence[first] == UNKNOWN:
-        words.append(f"forward {routes.forward[first]}, sequence unknown")
+        parts.append(f"forward {routes.forward[first]}, sequence unknown")
     else:
-        words.append(f"sequence {routes.sequence[first]}")
+        parts.append(f"sequence {routes.sequence[first]}")
     stages = dict.fromkeys(STAGES[code] for code in (routes.stage_codes[first], routes.stage_codes[last]))
-    words.append(" and ".join(stages))
+    parts.append(" and ".join(stages))
     if routes.again[first]:
-        words.append("recomputed")
-    return ", ".join(words)
+        parts.append("recomputed")
+    return ", ".join(parts)

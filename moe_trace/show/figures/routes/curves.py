@@ -68,10 +68,10 @@ def domain_bars(found: RoutesStudy) -> Figure | None:
     if not frames:
         return None
     hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
-    *shown, even = frames[0].traces
+    *domains, even = frames[0].traces
     data = [
         bars(safe(label), trace["x"], trace["y"], colour, hover)
-        for label, colour, trace in zip(labels, _COLOURS, shown, strict=False)
+        for label, colour, trace in zip(labels, _COLOURS, domains, strict=False)
     ]
     more = len(found.labels) - len(labels)
     return Figure(
@@ -94,19 +94,23 @@ def saturation_curve(found: RoutesStudy) -> Figure | None:
     figure = found.saturation
     if figure is None:
         return None
-    shown = _spread_indices(len(found.layers), len(LINES))
+    drawn_layers = _spread_indices(len(found.layers), len(LINES))
     sites, x = site_labels(found), [safe(label) for label in figure.labels]
     data = [
         line(sites[i], x, figure.top_k[:, i], colour, "%{x}: %{y:.1%} of the last one's experts")
-        for i, colour in zip(shown, LINES, strict=False)
+        for i, colour in zip(drawn_layers, LINES, strict=False)
     ]
     return Figure(
         key="saturation",
         title="Router saturation",
         caption="Share of the experts in the last file's top k that each file chose, too, for the same "
         "tokens; the dashed line is what uniform routing gives."
-        + (" Drawn are some of the layers; the table has all." if len(shown) < len(found.layers) else ""),
-        data=[*data, dashed("k / E", x, [known(figure.uniform[shown].mean())] * len(x))],
+        + (
+            " Drawn are some of the layers; the table has all."
+            if len(drawn_layers) < len(found.layers)
+            else ""
+        ),
+        data=[*data, dashed("k / E", x, [known(figure.uniform[drawn_layers].mean())] * len(x))],
         layout={
             "height": _HEIGHT,
             "xaxis": {"type": "category"},
