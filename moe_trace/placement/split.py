@@ -112,8 +112,8 @@ def _indices(counts: ExpertCounts, names: Sequence[str], option: str) -> tuple[i
     if unknown or not names:
         shown = ", ".join(counts.labels[:_MAX_NAMED]) + (", …" if len(known) > _MAX_NAMED else "")
         raise UsageError(
-            f"found {option} {', '.join(unknown[:_MAX_NAMED]) or 'without a name'}, expected {counts.kind}s of "
-            f"{counts.source}: {shown}"
+            f"found {option} {', '.join(unknown[:_MAX_NAMED]) or 'without a name'}, expected "
+            f"{counts.kind}s of {counts.source}: {shown}"
         )
     return tuple(sorted({known[name] for name in names}))
 

@@ -175,8 +175,8 @@ def far_from_peak(evidence: Evidence) -> Iterator[Finding]:
         value=rate.share_of_peak,
         threshold=PEAK_SHARE,
         cost_us=rate.above_roofline_us,
-        sentence=f"The experts' products{_recompute_note(evidence.phases)} reach {percent(rate.share_of_peak)} of the "
-        f"device's peak FLOP/s (threshold {percent(PEAK_SHARE)})"
+        sentence=f"The experts' products{_recompute_note(evidence.phases)} reach "
+        f"{percent(rate.share_of_peak)} of the device's peak FLOP/s (threshold {percent(PEAK_SHARE)})"
         + (
             f", and take {duration(rate.above_roofline_us)} more than the roofline allows."
             if rate.above_roofline_us is not None

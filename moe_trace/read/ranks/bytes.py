@@ -73,11 +73,11 @@ def check_bytes(
                 expected = _expected(records, sent.get(key), sample, rank_calls.rank, group, side)
                 # What the dispatch sends returns in the combine, where it is the output.
                 is_input = (side == "sent") == (collective.role == "dispatch")
-                found_bytes = split_bytes(collective, "in" if is_input else "out", len(group))
-                if expected is None or found_bytes is None:
+                measured = split_bytes(collective, "in" if is_input else "out", len(group))
+                if expected is None or measured is None:
                     unknown += 1
                     continue
-                differing = np.flatnonzero(expected != np.array(found_bytes)).tolist()
+                differing = np.flatnonzero(expected != np.array(measured)).tolist()
                 equal, different = equal + (not differing), different + bool(differing)
                 mismatches += [
                     ByteMismatch(
@@ -88,7 +88,7 @@ def check_bytes(
                         direction=side,
                         peer=group[i],
                         expected_bytes=int(expected[i]),
-                        found_bytes=found_bytes[i],
+                        found_bytes=measured[i],
                     )
                     for i in differing[: SHOWN - len(mismatches)]
                 ]

@@ -44,8 +44,8 @@ def _header(study: CacheStudy) -> str:
             f"the first {study.steps:,} of {study.steps_recorded:,} steps ({part}), {study.tokens:,} tokens"
         )
     return paragraph(
-        f"Experts in memory, simulated: {memory}, {extent}, {step}. In memory: experts of a layer. Belady knows "
-        "the future: no policy has more hits."
+        f"Experts in memory, simulated: {memory}, {extent}, {step}. In memory: experts of a layer. Belady "
+        "knows the future: no policy has more hits."
     )
 
 

@@ -172,10 +172,10 @@ class _TorchFinder(importlib.abc.MetaPathFinder):
             loader: Any = spec.loader
             execute = loader.exec_module
 
-            def execute_and_tell(module: ModuleType) -> None:
+            def execute_and_notify(module: ModuleType) -> None:
                 execute(module)
                 loader.exec_module = execute
                 self._ready()
 
-            loader.exec_module = execute_and_tell
+            loader.exec_module = execute_and_notify
         return spec

@@ -72,8 +72,8 @@ def transition_map(found: RoutesStudy) -> Figure:
             key="transition",
             title="From layer to layer",
             caption="P(e' | e): of the tokens with an expert in one layer (row), the share with an expert "
-            f"of the next (column).{_left_out_note(found, chosen)} Recall: of the experts that held-out tokens "
-            "use in the next layer, the share that this layer's predict, and what the most used give.",
+            f"of the next (column).{_left_out_note(found, chosen)} Recall: of the experts that held-out "
+            "tokens use in the next layer, the share that this layer's predict, and what the most used give.",
             data=[],
             layout=_square_layout("expert of the next layer", "expert of the layer"),
             headings=("layers", "recall", "recall of the most used"),
