@@ -50,7 +50,7 @@ class ScalarLogger:
         self._held: list[RoutingSample] = []
         self._steps: list[list[Any]] = []
         """Batches recorded since the last hand-over to the writer, by step."""
-        self._handed_over = time.monotonic()
+        self._last_flush = time.monotonic()
         self._writer = threading.Thread(target=self._write_all, name="moe_trace scalars", daemon=True)
         tracer.count_steps_by_hand()
         self._writer.start()
@@ -62,8 +62,8 @@ class ScalarLogger:
         if recorded:
             self._steps.append(self._tracer.take_batches())
         now = time.monotonic()
-        if self._steps and (len(self._steps) >= _STEPS_MAX or now - self._handed_over >= _PERIOD_S):
-            steps, self._steps, self._handed_over = self._steps, [], now
+        if self._steps and (len(self._steps) >= _STEPS_MAX or now - self._last_flush >= _PERIOD_S):
+            steps, self._steps, self._last_flush = self._steps, [], now
             try:
                 self._queue.put_nowait(steps)
             except queue.Full:

@@ -100,9 +100,9 @@ def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
     """The number of assignments equals tokens x k - skipped, and agrees with the histogram of k."""
     for sample in checked.recording.samples:
         expected = sample.tokens * sample.top_k - sample.skipped
-        found = int(sample.assignments.sum())
-        if found != expected:
-            yield _call(sample), f"{found} assignments, expected tokens·k - skipped = {expected}"
+        assigned = int(sample.assignments.sum())
+        if assigned != expected:
+            yield _call(sample), f"{assigned} assignments, expected tokens·k - skipped = {expected}"
         if sample.slot_assignments is not None and sample.slot_experts is not None:
             known = sample.slot_experts >= 0
             slots = sample.slot_experts[known], sample.slot_assignments[known]
@@ -111,8 +111,8 @@ def assignments_add_up(checked: Checked) -> Iterator[tuple[str, str]]:
         if not sample.k_histogram.any():  # unknown, see `record/calls/settled_rows.py`
             continue
         by_k = int((sample.k_histogram * np.arange(len(sample.k_histogram))).sum())
-        if by_k != found:
-            yield _call(sample), f"the k histogram holds {by_k} slots, the experts {found}"
+        if by_k != assigned:
+            yield _call(sample), f"the k histogram holds {by_k} slots, the experts {assigned}"
         if int(sample.k_histogram.sum()) != sample.tokens:
             yield _call(sample), f"the k histogram holds {sample.k_histogram.sum()} of {sample.tokens} tokens"
 

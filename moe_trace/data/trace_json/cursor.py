@@ -40,36 +40,36 @@ class JsonCursor:
         self.name = name
         self._read = read
         self._data = held
-        self._at = 0
-        self._taken = len(held)
+        self._index = 0
+        self._bytes_read = len(held)
         self._ended = False
-        self._in_head = False
+        self._before_events = False
 
     @property
     def position(self) -> int:
         """Offset of the cursor in the bytes read."""
-        return self._taken - len(self._data) + self._at
+        return self._bytes_read - len(self._data) + self._index
 
     def walk(self) -> Iterator[str]:
         """Yield the top-level keys; after each, the caller consumes its value with a method below."""
         self._fill()
         if self._data.startswith(_BYTE_ORDER_MARK):
-            self._at += len(_BYTE_ORDER_MARK)
+            self._index += len(_BYTE_ORDER_MARK)
         first = self._peek()
         if not first:
             raise TraceFileError(f"{self.name}: found an empty file; export the trace again")
         if first != b"{":
             raise TraceFileError(self._foreign())
-        self._at += 1
+        self._index += 1
         if self._peek() == b"}":
-            self._at += 1
+            self._index += 1
             self._require_end()
             return
-        self._in_head = True
+        self._before_events = True
         for key in self._members():
-            if key == "traceEvents" and not self._in_head:
+            if key == "traceEvents" and not self._before_events:
                 raise TraceFileError(f"{self.name}: found `traceEvents` twice; export the trace again")
-            self._in_head &= key != "traceEvents"
+            self._before_events &= key != "traceEvents"
             yield key
 
     def _members(self) -> Iterator[str]:
@@ -86,7 +86,7 @@ class JsonCursor:
         mark = self._peek()
         if mark not in (b",", b"}"):
             raise self._broken("a comma or the end of the object")
-        self._at += 1
+        self._index += 1
         if mark == b"}":
             self._require_end()
         return mark == b"}"
@@ -107,30 +107,30 @@ class JsonCursor:
 
     def value(self) -> bytes:
         """Return the next value's JSON text, or its text as a JSON string where it is not JSON."""
-        if self._in_head:
+        if self._before_events:
             try:
-                return self._taken_to(self._end_before_mark())
+                return self._take_until(self._end_before_mark())
             except _NoValue:
-                line = _LINE.match(self._data, self._at)
+                line = _LINE.match(self._data, self._index)
             if line is not None:
-                self._at = line.end(1)
+                self._index = line.end(1)
                 return json.dumps(line.group(1).decode("utf-8", "replace")).encode()
-        return self._taken_to(self._value_end(self._grow))  # raises if it is malformed
+        return self._take_until(self._value_end(self._grow))  # raises if it is malformed
 
     def skip(self) -> None:
         """Skip the next value, which is not buffered as a whole if it comes after the events."""
-        if self._in_head:
+        if self._before_events:
             self.value()
         else:
-            self._taken_to(self._value_end(self._grow, keep=False))
+            self._take_until(self._value_end(self._grow, keep=False))
 
     # -- values and keys ------------------------------------------------------------------------------
 
-    def _taken_to(self, end: int) -> bytes:
-        text = self._data[self._at : end]
+    def _take_until(self, end: int) -> bytes:
+        text = self._data[self._index : end]
         if not text:
             raise self._broken("a value")
-        self._at = end
+        self._index = end
         return text
 
     def _value_end(self, more: Callable[[], None], *, of_line: bool = False, keep: bool = True) -> int:
@@ -142,79 +142,79 @@ class JsonCursor:
             keep: whether the buffer must contain the whole value; else the cursor advances inside it.
         """
         if self._peek() not in (b"{", b"[", b'"'):
-            while (end := _SCALAR.match(self._data, self._at).end()) == len(self._data):  # type: ignore[union-attr]
+            while (end := _SCALAR.match(self._data, self._index).end()) == len(self._data):  # type: ignore[union-attr]
                 more()  # something must follow, if only the closing brace
             return end
         size = depth = 0
         while True:
-            match = _TOKEN.search(self._data, self._at + size)
+            match = _TOKEN.search(self._data, self._index + size)
             if match is None or match.group() == b'"':
                 more()
                 continue
-            token, size = match.group(), match.end() - self._at
+            token, size = match.group(), match.end() - self._index
             if len(token) == 1:
                 depth += 1 if token in b"{[" else -1
-            elif of_line and b"\n" in token and _LINE.match(self._data, self._at):
+            elif of_line and b"\n" in token and _LINE.match(self._data, self._index):
                 raise _NoValue
             if depth <= 0:
                 return match.end()
             if not keep:
-                self._at, size = match.end(), 0
+                self._index, size = match.end(), 0
 
     def _end_before_mark(self) -> int:
         """Return the end of a value, confirmed by the character that follows it."""
-        size = self._value_end(self._hold_more, of_line=True) - self._at
-        while (mark := self._behind_space(self._at + size)) == len(self._data):
-            self._hold_more()
+        size = self._value_end(self._grow_held, of_line=True) - self._index
+        while (mark := self._skip_space(self._index + size)) == len(self._data):
+            self._grow_held()
         if not size or self._data[mark] not in b",}":
             raise _NoValue
-        return self._at + size
+        return self._index + size
 
     def _key(self) -> str:
         if self._peek() != b'"':
             raise self._broken("a key")
         try:
-            return str(json.loads(self._taken_to(self._value_end(self._grow))))
+            return str(json.loads(self._take_until(self._value_end(self._grow))))
         except ValueError as error:
             raise self._broken("a key") from error
 
     def _expect(self, mark: bytes) -> None:
         if self._peek() != mark:
             raise self._broken(repr(mark.decode()))
-        self._at += 1
+        self._index += 1
 
     # -- the buffer -----------------------------------------------------------------------------------
 
     def _peek(self) -> bytes:
         """Move to the next byte that is not white space and return it; b"" at the end."""
         while True:
-            self._at = self._behind_space(self._at)
-            if self._at < len(self._data):
-                return self._data[self._at : self._at + 1]
+            self._index = self._skip_space(self._index)
+            if self._index < len(self._data):
+                return self._data[self._index : self._index + 1]
             if self._ended:
                 return b""
             self._fill()
 
-    def _behind_space(self, at: int) -> int:
+    def _skip_space(self, at: int) -> int:
         match = _SPACE.match(self._data, at)
         assert match is not None
         return match.end()
 
     def _fill(self, size: int = 0) -> None:
         """Buffer a block, and at least `size` bytes, from the cursor on, if the file has them."""
-        parts, size = [self._data[self._at :]], max(BLOCK_BYTES, size)
-        have = len(parts[0])
-        while have < size and not self._ended:
-            block = self._read(size - have)
-            self._taken += len(block)
+        parts, size = [self._data[self._index :]], max(BLOCK_BYTES, size)
+        buffered = len(parts[0])
+        while buffered < size and not self._ended:
+            block = self._read(size - buffered)
+            self._bytes_read += len(block)
             self._ended = not block
             parts.append(block)
-            have += len(block)
+            buffered += len(block)
         if len(parts) > 1:
-            self._data, self._at = b"".join(parts), 0
+            self._data, self._index = b"".join(parts), 0
 
-    def _hold_more(self) -> None:
-        if self._ended or len(self._data) - self._at > HELD_BYTES:
+    def _grow_held(self) -> None:
+        if self._ended or len(self._data) - self._index > HELD_BYTES:
             raise _NoValue
         self._grow()
 
@@ -222,10 +222,10 @@ class JsonCursor:
         """Buffer more of one value; doubling keeps the work linear."""
         if self._ended:
             raise TraceFileError(
-                f"{self.name}: the JSON ends too early, at byte {self._taken:,}, in "
+                f"{self.name}: the JSON ends too early, at byte {self._bytes_read:,}, in "
                 f"{self._excerpt(len(self._data) - 40)!r}; the file is truncated - export it again"
             )
-        self._fill(2 * (len(self._data) - self._at))
+        self._fill(2 * (len(self._data) - self._index))
 
     # -- errors ---------------------------------------------------------------------------------------
 
@@ -239,13 +239,13 @@ class JsonCursor:
                 "file is truncated - export it again"
             )
         return TraceFileError(
-            f"{self.name}: expected {expected} at byte {self.position:,}, found {self._excerpt(self._at)!r}; "
+            f"{self.name}: expected {expected} at byte {self.position:,}, found {self._excerpt(self._index)!r}; "
             "the file is not JSON as torch.profiler writes it - export it again"
         )
 
     def _foreign(self) -> str:
         return (
             f"{self.name}: expected the Chrome trace JSON of torch.profiler, an object with `traceEvents`, "
-            f"found {self._excerpt(self._at)!r}; give the .json or .json.gz file that "
+            f"found {self._excerpt(self._index)!r}; give the .json or .json.gz file that "
             "prof.export_chrome_trace wrote"
         )

@@ -25,7 +25,7 @@ REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _NESTED_MAX = 256
 """Maximum number of pieces into which lists of objects in its arguments can split one event."""
 _EVENT_MAX = 2**20
-_TRIES_BYTES = 2**23
+_MAX_REREAD_BYTES = 2**23
 """Bytes of events split by lists that may be re-read in one buffer of malformed input."""
 _T = TypeVar("_T")
 
@@ -60,19 +60,21 @@ class _Pieces(Generic[_T]):
         one: Callable[[bytes], _T],
         more: bool,
     ) -> None:
-        self._data, self._decode, self._one, self._more = data, decode, one, more
+        self._data, self._decode, self._decode_one, self._has_more = data, decode, one, more
         self._starts, self._ends = [start], list[int]()
         for boundary in BOUNDARY.finditer(data, start):
             self._ends.append(boundary.start() + 1)
             self._starts.append(boundary.end())
         self._found: list[_T] = []
-        self._tries = _TRIES_BYTES
-        self._at = start
+        self._reread_bytes = _MAX_REREAD_BYTES
+        self._position = start
 
     def take(self) -> tuple[list[_T], int] | None:
         first, count = 0, len(self._ends)
         if not count:
-            return (self._found, self._at) if self._take_last(self._starts[0], len(self._data)) else None
+            return (
+                (self._found, self._position) if self._take_last(self._starts[0], len(self._data)) else None
+            )
         size = count
         while first < count:
             size = min(size, count - first)
@@ -84,7 +86,7 @@ class _Pieces(Generic[_T]):
                 break
             else:
                 first = following
-        return (self._found, self._at) if self._found else None
+        return (self._found, self._position) if self._found else None
 
     def _take_run(self, first: int, last: int) -> bool:
         """Decode pieces together; return whether that succeeded."""
@@ -92,14 +94,14 @@ class _Pieces(Generic[_T]):
             self._found += self._decode(b"[%b]" % self._data[self._starts[first] : self._ends[last - 1]])
         except REFUSALS:
             return False
-        self._at = self._ends[last - 1]
+        self._position = self._ends[last - 1]
         return True
 
     def _take_last(self, start: int, end: int, *, broken: bool = True) -> bool:
         """Take the last element, `broken` or not, if the array ends in this piece; return whether it does."""
         if _state(self._data[start:end]) == "whole":
             return False
-        pattern = _END if self._more else _END_OF_FILE
+        pattern = _END if self._has_more else _END_OF_FILE
         found = itertools.takewhile(lambda m: m.start() < end, pattern.finditer(self._data, start))
         ends = [bracket.start() + 1 for bracket in found]
         for stop in ends:
@@ -109,14 +111,14 @@ class _Pieces(Generic[_T]):
             except REFUSALS:
                 if _state(text) != "whole":
                     continue
-                self._found.append(self._one(text))
-            self._at = stop
+                self._found.append(self._decode_one(text))
+            self._position = stop
             return True
         # A bracket after text that is valid so far closes a list inside the element, not the array.
         ends = [stop for stop in ends if _state(self._data[start:stop]) != "open"] if broken else []
         if ends:
-            self._found.append(self._one(self._data[start : ends[0]]))
-            self._at = ends[0]
+            self._found.append(self._decode_one(self._data[start : ends[0]]))
+            self._position = ends[0]
         return bool(ends)
 
     def _take_one(self, first: int) -> int | None:
@@ -126,18 +128,18 @@ class _Pieces(Generic[_T]):
             if self._take_run(first, last):
                 return last
             text = self._data[start : self._ends[last - 1]]
-            self._tries -= len(text)
+            self._reread_bytes -= len(text)
             state = _state(text)
-            if self._tries < 0 or state in ("whole", "broken"):
+            if self._reread_bytes < 0 or state in ("whole", "broken"):
                 if state == "whole":  # valid JSON, but of an unexpected type
                     return self._take_broken(text, last)
                 if self._take_last(start, self._ends[last - 1]):
                     return None
                 break
         else:
-            if self._more and len(self._data) - start < _EVENT_MAX:
+            if self._has_more and len(self._data) - start < _EVENT_MAX:
                 return None  # its end may be in the next buffer
-            if not self._more and self._take_last(start, len(self._data), broken=False):
+            if not self._has_more and self._take_last(start, len(self._data), broken=False):
                 return None
         if self._take_last(start, self._ends[first]):
             return None
@@ -145,8 +147,8 @@ class _Pieces(Generic[_T]):
 
     def _take_broken(self, text: bytes, following: int) -> int:
         """Take an event that only the lenient decoder may understand."""
-        self._found.append(self._one(text))
-        self._at = self._ends[following - 1]
+        self._found.append(self._decode_one(text))
+        self._position = self._ends[following - 1]
         return following
 
 

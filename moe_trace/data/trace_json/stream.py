@@ -40,11 +40,11 @@ class JsonStream(JsonCursor):
         while True:
             self._fill()
             if self._peek() == b"]":
-                self._at += 1
+                self._index += 1
                 return
             yield self._guessed_batch(decode) or self._resynced_batch(decode, one)
             if self._peek() == b",":
-                self._at += 1
+                self._index += 1
             elif self._peek() != b"]":
                 raise self._broken("a comma or the end of traceEvents")
 
@@ -61,7 +61,7 @@ class JsonStream(JsonCursor):
         self._expect(b"[")
         start = self.position
         if self._peek() == b"]":
-            self._at += 1
+            self._index += 1
             return ArrayBounds(start, start)
         if self._peek() != b"{":
             raise self._broken("an event")
@@ -74,12 +74,12 @@ class JsonStream(JsonCursor):
 
     def _continue_at(self, file: BinaryIO, offset: int) -> None:
         file.seek(offset)
-        self._data, self._at, self._taken, self._ended = b"", 0, offset, False
+        self._data, self._index, self._bytes_read, self._ended = b"", 0, offset, False
 
     def elements(self) -> Iterator[tuple[int, bytes]]:
         """Yield the elements of the next value, an array of objects, each with its offset."""
         for batch in self.batches(_decode_texts, msgspec.Raw):
-            first, at, found = self._taken - len(self._data), self._at, []
+            first, at, found = self._bytes_read - len(self._data), self._index, []
             for text in map(bytes, reversed(batch)):  # separated by a comma and white space
                 at = self._data.rindex(text[-1:], 0, at) + 1 - len(text)
                 found.append((first + at, text))
@@ -89,35 +89,35 @@ class JsonStream(JsonCursor):
 
     def _guessed_batch(self, decode: Callable[[bytes], list[_T]]) -> list[_T] | None:
         """Decode up to the last place in the buffer where one object seems to end and the next to begin."""
-        cut = self._data.rfind(b"},", self._at)
+        cut = self._data.rfind(b"},", self._index)
         while cut >= 0 and not BOUNDARY.match(self._data, cut):
-            cut = self._data.rfind(b"},", self._at, cut)
+            cut = self._data.rfind(b"},", self._index, cut)
         if cut < 0:
             return None
         try:
-            found = decode(b"[%b]" % self._data[self._at : cut + 1])
+            found = decode(b"[%b]" % self._data[self._index : cut + 1])
         except REFUSALS:
             return None
-        self._at = cut + 1
+        self._index = cut + 1
         return found
 
     def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
         data, more, taken = self._data, not self._ended, None
-        carrier = _CARRIER.search(data, self._at)
+        carrier = _CARRIER.search(data, self._index)
         if carrier is not None:  # the recording is valid, however long and nested
             data, more = data[: carrier.start()] + b'{"', False
-        if carrier is None or carrier.start() > self._at:
-            taken = decode_around_breaks(data, self._at, decode, one, more=more)
+        if carrier is None or carrier.start() > self._index:
+            taken = decode_around_breaks(data, self._index, decode, one, more=more)
         if taken is None:
             return self._one_element(decode, one)
-        found, self._at = taken
+        found, self._index = taken
         return found
 
     def _one_element(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:
         end = self._value_end(self._grow)
         if self._peek() != b"{":
             raise self._broken("an event")
-        text = self._taken_to(end)
+        text = self._take_until(end)
         try:
             return decode(b"[%b]" % text)
         except REFUSALS:

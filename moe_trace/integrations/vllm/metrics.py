@@ -76,7 +76,7 @@ class MetricsWriter:
         self._queue: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
         self._held: list[RoutingSample] = []
         self._reading = threading.Lock()
-        self._since = time.monotonic()
+        self._window_start = time.monotonic()
         self._thread = threading.Thread(target=self._write_all, name="moe_trace metrics", daemon=True)
         self._thread.start()
 
@@ -93,7 +93,7 @@ class MetricsWriter:
 
     def step(self) -> None:
         """End a step of the engine; hand over the window if its time is up, without waiting."""
-        if time.monotonic() - self._since >= self._seconds:
+        if time.monotonic() - self._window_start >= self._seconds:
             self._queue_window()
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class MetricsWriter:
             return self._tracer.samples_of(self._tracer.take_batches())
 
     def _queue_window(self) -> None:
-        self._since = time.monotonic()
+        self._window_start = time.monotonic()
         window_of, self._held = (self._held, self._tracer.take_batches()), []
         try:
             self._queue.put_nowait(window_of)

@@ -45,7 +45,7 @@ class StepTokens:
         """Batch that the second version prepared from it."""
         self._numbers: dict[str, int] = {}
         """Numbers by request id, while the request is alive."""
-        self._next = 0
+        self._next_number = 0
         self._wrapped: list[str] = []
 
     def follow(self) -> None:
@@ -121,8 +121,8 @@ class StepTokens:
     ) -> BatchTokens:
         for request in ids:
             if request not in self._numbers:
-                self._numbers[request] = self._next
-                self._next += 1
+                self._numbers[request] = self._next_number
+                self._next_number += 1
         numbers = [self._numbers[request] for request in ids]
         return BatchTokens.of_requests(numbers, tokens=tokens, starts=starts, decode_from=first, size=size)
 

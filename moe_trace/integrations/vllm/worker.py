@@ -45,7 +45,7 @@ class WorkerTracing:
         self.stays = self.compiles or wanted()
         """Whether the routers stay hooked from start to end."""
         self._failed = False
-        self._followed: Any = None
+        self._followed_profiler: Any = None
 
     def install(self) -> None:
         """Wrap the methods of the worker that determine when to record."""
@@ -95,13 +95,13 @@ class WorkerTracing:
         """Begin recording at once, unless vLLM's profiler starts after some steps and will trigger it."""
         if delay is None:
             delay = getattr(self.config.profiler_config, "delay_iterations", 0)
-        if self._followed is None and not delay:
+        if self._followed_profiler is None and not delay:
             self.begin()
 
     def _profile_started(self) -> None:
         profiler = getattr(self.worker, "profiler", None)
-        if profiler is not None and profiler is not self._followed:
-            self._followed = profiler
+        if profiler is not None and profiler is not self._followed_profiler:
+            self._followed_profiler = profiler
             _wrap(profiler, "_start", before=self._guarded(self.begin))
             _wrap(profiler, "_stop", after=self._guarded(self.end))
         if not getattr(profiler, "is_running", True):  # failed to start, or is delayed

@@ -119,8 +119,8 @@ def served_apart(routing: Sequence[RoutingChange], labels: tuple[str, str]) -> d
     most = changed_layers[0]
     return {
         "sentence": f"{len(changed_layers)} of {len(routing)} layers send {labels[0]} and {labels[1]} to "
-        f"different experts beyond chance, {most.site} most: {percent(most.total_variation)} of its assignments are at "
-        f"other experts, {percent(most.chance)} by chance.",
+        f"different experts beyond chance, {most.site} most: {percent(most.total_variation)} of its "
+        f"assignments are at other experts, {percent(most.chance)} by chance.",
         "figures": figures,
         "rows": tuple(_row(change, labels) for change in changed_layers),
     }

@@ -117,19 +117,19 @@ def _times(summary: TraceSummary, calls: CallTable) -> dict[str, Floats]:
 
 def estimates(side: Side, routers: Sequence[str]) -> dict[str, list[Estimate | None]]:
     """Return estimates by metric, for all routers together and then for each; None without data."""
-    found: dict[str, list[Estimate | None]] = {}
+    by_metric: dict[str, list[Estimate | None]] = {}
     rows = [side.rows(name) for name in routers]
     for metric in QUANTILES:
         if metric in side.columns:
-            parts = [_quantile(side, metric, own) for own in rows]
+            parts = [_quantile(side, metric, router_rows) for router_rows in rows]
             spread = SPREAD_HOST if metric in side.host_clock else SPREAD_DEVICE
-            found[metric] = _estimates(parts, 0.0 if metric.endswith("_share") else spread)
+            by_metric[metric] = _estimates(parts, 0.0 if metric.endswith("_share") else spread)
     for metric in MEANS:
-        found[metric] = _estimates([_mean(side, metric, own) for own in rows])
-    loads = [_loads(side, own) for own in rows]
+        by_metric[metric] = _estimates([_mean(side, metric, router_rows) for router_rows in rows])
+    loads = [_loads(side, router_rows) for router_rows in rows]
     for metric in LOADS:
-        found[f"load_{metric}"] = _estimates([own[metric] for own in loads])
-    return found
+        by_metric[f"load_{metric}"] = _estimates([router_rows[metric] for router_rows in loads])
+    return by_metric
 
 
 @dataclass(frozen=True)

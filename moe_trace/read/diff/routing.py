@@ -64,13 +64,13 @@ class RoutingChange:
 
 def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> tuple[RoutingChange, ...]:
     """Compare the routing of each router with assignments on both sides."""
-    chosen, tables = [], []
+    compared, tables = [], []
     for router in routers:
         counts = [counts_by_unit(side, side.rows(n)) for side, n in zip((a, b), router[1:], strict=True)]
         if counts[0].shape[1] == counts[1].shape[1] and all(c.any() for c in counts):
-            chosen.append(router)
+            compared.append(router)
             tables.append(counts)
-    if not chosen:
+    if not compared:
         return ()
     observed = np.array([_distances(ca.sum(0), cb.sum(0)) for ca, cb in tables])
     permuted = comb(a.units + b.units, a.units) >= _SPLITS_MIN
@@ -90,7 +90,7 @@ def compare_routing(a: Side, b: Side, routers: Sequence[Shared], stage: str) -> 
             same_counts=_same_counts(a, b, names),
             **_shifts(*(c.sum(0) for c in tables[i])),
         )
-        for i, (site, *names) in enumerate(chosen)
+        for i, (site, *names) in enumerate(compared)
     )
 
 

@@ -21,19 +21,19 @@ def experts_untimed(evidence: Evidence) -> Iterator[Finding]:
     report = evidence.phases
     if report is None or report.whole.moe_work_us is None:
         return
-    found = []
+    sites = []
     for layer in report.layers:
         us = {name: report.work_us(time) for name, time in layer.forward.items()}
         if us["router"] > 0 and us["router"] == sum(us.values()):
-            found.append(layer.site)
-    if found:
+            sites.append(layer.site)
+    if sites:
         yield Finding(
-            site=found[0],
-            sites=tuple(found),
+            site=sites[0],
+            sites=tuple(sites),
             value=1.0,
             threshold=1.0,
             sentence=f"The router takes 100 % of MoE's time and the experts 0 % in "
-            f"{count(len(found), 'layer')} ({in_one_line([(site, '') for site in found])}): the module that "
+            f"{count(len(sites), 'layer')} ({in_one_line([(site, '') for site in sites])}): the module that "
             "counts as the router holds the experts, or the trace has no block round both.",
             advice="Name the gate itself and the block that holds it: register_adapter(..., block=MyMoE, "
             'router="gate"), and record again.',
@@ -83,7 +83,7 @@ def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
     share = (forward["dispatch"].share_of_moe or 0) + (forward["combine"].share_of_moe or 0)
     if share <= MOVE_SHARE:
         return
-    known = {
+    advice = {
         "batched_mm": "batched_mm gathers the weights of every slot, which suits a few tokens only: try "
         "grouped_mm.",
         "grouped_mm": "A fused kernel for permuting and weighting the tokens would save most of it.",
@@ -95,7 +95,9 @@ def moving_tokens(evidence: Evidence) -> Iterator[Finding]:
         cost_us=sum(_work_us(evidence.phases, name) for name in ("dispatch", "combine")),
         sentence=f"Dispatch and combine take {percent(share)} of MoE's forward work (threshold "
         f"{percent(MOVE_SHARE)}).",
-        advice=known.get(_implementation(evidence), "Tokens are moved a lot for what is computed with them."),
+        advice=advice.get(
+            _implementation(evidence), "Tokens are moved a lot for what is computed with them."
+        ),
     )
 
 

@@ -55,7 +55,7 @@ def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None
         SchemaError: A trace has a schema version that this release does not know.
         TraceFileError: The traces are of different models, or none can be read.
     """
-    found, left_out = [], {}
+    traces, left_out = [], {}
     for path in _files(paths, out):
         try:
             trace = _read(path, progress)
@@ -65,10 +65,10 @@ def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None
             left_out[path.name] = str(error).removeprefix(f"{path}: ")
             continue
         if trace is not None:
-            found.append(trace)
+            traces.append(trace)
         elif path in map(Path, paths):
             raise UsageError(f"{path} holds several ranks already; give the traces that the ranks wrote")
-    ranks = tuple(sorted(found, key=lambda trace: trace.calls.rank))
+    ranks = tuple(sorted(traces, key=lambda trace: trace.calls.rank))
     _refuse(ranks, left_out)
     calls = [trace.calls for trace in ranks]
     present = {rank_calls.rank for rank_calls in calls}

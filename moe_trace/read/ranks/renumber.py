@@ -30,26 +30,26 @@ class Pids:
     """Unique process ids for all ranks."""
 
     _given: dict[tuple[int, Pid], Pid] = field(default_factory=dict)
-    _taken: set[Pid] = field(default_factory=set)
-    _free: int = FIRST_FREE_PID
+    _used: set[Pid] = field(default_factory=set)
+    _next_free: int = FIRST_FREE_PID
 
     def of(self, rank: int, pid: Pid) -> Pid:
         """Return the id in the merged trace."""
         key = (rank, pid)
         if key not in self._given:
             self._given[key] = self._new_pid(rank, pid)
-            self._taken.add(self._given[key])
+            self._used.add(self._given[key])
         return self._given[key]
 
     def _new_pid(self, rank: int, pid: Pid) -> Pid:
         if is_band(pid):
             return BAND_PID + rank
-        if pid not in self._taken:
+        if pid not in self._used:
             return pid
         if isinstance(pid, str):
             return f"{pid} (rank {rank})"
-        self._free += 1
-        return self._free - 1
+        self._next_free += 1
+        return self._next_free - 1
 
     def of_rank(self, rank: int) -> tuple[Pid, ...]:
         """Return all ids assigned to a rank, in the order of their first event."""

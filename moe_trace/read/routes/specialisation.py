@@ -121,20 +121,20 @@ def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
 
 def _favourites(tokens: LayerTokens, order: IdOrder) -> Sequence[np.ndarray]:
     """Return per id occurrences, those with its favourite, that expert, and the most with one first slot."""
-    side, number = tokens.experts + 1, order.number
+    width, number = tokens.experts + 1, order.number
     starts = np.flatnonzero(np.diff(number, prepend=-1))
     occurrences = np.diff(starts, append=len(number))
     best, favourite, first = (np.zeros(len(starts), np.int64) for _ in range(3))
-    at_once = max(1, _BINS // side)
+    at_once = max(1, _BINS // width)
     for low in range(0, len(starts), at_once):
         high = min(low + at_once, len(starts))
         part = slice(starts[low], starts[high] if high < len(starts) else len(number))
-        base_n = (number[part] - low) * side
+        base_n = (number[part] - low) * width
         ids_nK = tokens.ids.take(order.tokens[part], axis=0)
-        counts = np.bincount((base_n[:, None] + ids_nK).ravel(), minlength=(high - low) * side)
-        table = counts.reshape(-1, side)[:, :-1]
+        counts = np.bincount((base_n[:, None] + ids_nK).ravel(), minlength=(high - low) * width)
+        table = counts.reshape(-1, width)[:, :-1]
         favourite[low:high] = table.argmax(axis=1)
         best[low:high] = np.take_along_axis(table, favourite[low:high, None], axis=1)[:, 0]
-        firsts = np.bincount(base_n + ids_nK[:, 0], minlength=(high - low) * side)
-        first[low:high] = firsts.reshape(-1, side)[:, :-1].max(axis=1)
+        firsts = np.bincount(base_n + ids_nK[:, 0], minlength=(high - low) * width)
+        first[low:high] = firsts.reshape(-1, width)[:, :-1].max(axis=1)
     return occurrences, best, favourite, first

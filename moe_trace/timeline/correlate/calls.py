@@ -126,7 +126,7 @@ class _Timeline:
         for (kind, site, tid), events in self._by_thread.items():
             events.sort(key=lambda e: e.span.start_us)
             self._threads[kind, site].add(tid)
-        self._seen = {tid for _, _, tid in self._by_thread}
+        self._threads_with_ranges = {tid for _, _, tid in self._by_thread}
         self._starts = {key: [e.span.start_us for e in events] for key, events in self._by_thread.items()}
 
     def _add(self, event: RangeEvent) -> None:
@@ -143,11 +143,11 @@ class _Timeline:
         The profiler then recorded no host events, or another thread's. If there are ranges, this one was
         lost.
         """
-        return None if thread in self._seen else Placement(host={"router": taken}, device={})
+        return None if thread in self._threads_with_ranges else Placement(host={"router": taken}, device={})
 
     def enclosing(self, kind: RangeKind, site: str, thread: int, time_us: float) -> RangeEvent | None:
         """Return the site's range that contains the time, on the sample's own thread if that has ranges."""
-        if thread in self._seen:
+        if thread in self._threads_with_ranges:
             return self._range_at(kind, site, thread, time_us)
         # Use another thread's range only if the trace numbers its threads differently.
         for other in sorted(self._threads.get((kind, site), ()), key=str):

@@ -93,10 +93,10 @@ class _HostForwards:
         # Use another thread's range only if the trace numbers its threads differently.
         self._same_numbers = any(event.tid in threads for event in ranges if not event.on_device)
         self._ranges: dict[Any, list[RangeEvent]] = defaultdict(list)
-        self._twins: dict[Any, list[Span]] = defaultdict(list)
+        self._device_spans: dict[Any, list[Span]] = defaultdict(list)
         for event in ranges:
             if event.kind == "graph" and event.on_device:
-                self._twins[event.external_id].append(event.span)
+                self._device_spans[event.external_id].append(event.span)
             elif event.kind == "graph":
                 self._ranges[event.tid].append(event)
         for events in self._ranges.values():
@@ -134,8 +134,8 @@ class _HostForwards:
         return self._inside[id(event)]
 
     def _placement_of(self, event: RangeEvent, inside: Sequence[Launch]) -> Placement:
-        twins = self._twins.get(event.external_id, []) if event.external_id is not None else []
-        device = hull([*twins, *(item.span for launch in inside for item in launch.work)])
+        device_spans = self._device_spans.get(event.external_id, []) if event.external_id is not None else []
+        device = hull([*device_spans, *(item.span for launch in inside for item in launch.work)])
         return Placement(host={"graph": event.span}, device={"graph": device} if device is not None else {})
 
     def _launch_of(

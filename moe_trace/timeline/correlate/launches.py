@@ -104,19 +104,19 @@ def hull(spans: Iterable[Span]) -> Span | None:
 
 def read_launches(events: EventBytes) -> Launches:
     """Return all graph launches of the trace with their work, and its copies, including those of marks."""
-    found = {
+    by_correlation = {
         launch.correlation: launch
         for event in _events_at(events, _HOST_NAMES)
         if (launch := _launch(event)) is not None
     }
     table = Launches([], [], [], [])
-    if not any(launch.is_graph for launch in found.values()):
+    if not any(launch.is_graph for launch in by_correlation.values()):
         return table
-    for event in _events_at(events, _CORRELATION, frozenset(found)):
+    for event in _events_at(events, _CORRELATION, frozenset(by_correlation)):
         work = _device_work(event)
         if work is not None:
-            found[event["args"]["correlation"]].work.append(work)
-    for launch in sorted(found.values(), key=lambda launch: launch.span.start_us):
+            by_correlation[event["args"]["correlation"]].work.append(work)
+    for launch in sorted(by_correlation.values(), key=lambda launch: launch.span.start_us):
         launch.work.sort(key=lambda item: item.span.start_us)
         (table.graphs if launch.is_graph else table.copies).append(launch)
     _add_other_writers(events, table, frozenset(launch.correlation for launch in table.graphs))

@@ -71,7 +71,7 @@ class Watch:
         self._counts: weakref.ref[nn.Module] | None = None
         self._by_optimizer = self._optimizer_stepped = False
         self._profiler: torch.profiler.profile | None = None
-        self._over = False
+        self._finished = False
         """Whether our profile was written and the tracers were stopped."""
         self._pid = os.getpid()
         self._undo: list[Callable[[], None]] = []
@@ -129,7 +129,7 @@ class Watch:
         self._routers.update(routers)
         self._tracers.add(tracer)
         self.models.append(type(module).__name__)
-        if not self._over or self.own_profiler:
+        if not self._finished or self.own_profiler:
             tracer.start()
         if self._counts is None or self._counts() is None:
             self._counts = weakref.ref(module)
@@ -160,7 +160,7 @@ class Watch:
             self._profiler.step()
             if self.step == self.config.warmup + self.config.steps:
                 self._end_profile()
-                self._over = True
+                self._finished = True
                 for tracer in list(self._tracers):
                     tracer.stop()
 
@@ -197,7 +197,7 @@ class Watch:
             return
         self.own_profiler = True
         self._safely(self._end_profile)
-        for tracer in list(self._tracers) if self._over else ():
+        for tracer in list(self._tracers) if self._finished else ():
             self._safely(tracer.start)
 
     @staticmethod
