@@ -69,9 +69,9 @@ def _labels(given: str | None, paths: list[str]) -> tuple[str, str]:
     names = [Path(path).resolve().name.split(".")[0] for path in paths]
     if len(names) < 2 or names[0] == names[1]:
         return "A", "B"
-    alike = [a == b for a, b in zip(*names, strict=False)]
+    equal = [a == b for a, b in zip(*names, strict=False)]
     shared = re.sub(
-        r"[^_.-]*$", "", names[0][: [*alike, False].index(False)]
+        r"[^_.-]*$", "", names[0][: [*equal, False].index(False)]
     )  # `h100_` in `h100_a` and `h100_b`
     a, b = (name[len(shared) :] or name for name in names)
     return a, b

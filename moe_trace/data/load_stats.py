@@ -95,11 +95,11 @@ class Loads:
 def describe_loads(assignments: CountLists) -> Loads:
     """Return the statistics of `describe_load`, bit for bit, for many calls at once."""
     figures = np.full((4, len(assignments)), np.nan)
-    sizes, some = assignments.sizes, assignments.totals() > 0
-    for experts in set(sizes[some].tolist()):
-        alike = np.flatnonzero(some & (sizes == experts))
-        for start in range(0, len(alike), _CALLS_AT_ONCE):
-            rows = alike[start : start + _CALLS_AT_ONCE]
+    sizes, has_load = assignments.sizes, assignments.totals() > 0
+    for experts in set(sizes[has_load].tolist()):
+        same_size = np.flatnonzero(has_load & (sizes == experts))
+        for start in range(0, len(same_size), _CALLS_AT_ONCE):
+            rows = same_size[start : start + _CALLS_AT_ONCE]
             loads_NE = assignments.take(rows).values.reshape(-1, experts).astype(np.float64)
             figures[:, rows] = load_figures(loads_NE)
     max_over_mean, cv, gini, entropy = figures
@@ -195,10 +195,10 @@ def describe_chance(assignments: npt.ArrayLike, k_histogram: npt.ArrayLike) -> C
     tells_dead = experts > 0 and slots >= ENOUGH_PER_EXPERT * experts
     tokens = float(tokens_K[1:].sum())
     if not slots:
-        nothing = dict.fromkeys(
+        unknown = dict.fromkeys(
             ("floor", "ceiling", "cv", "cv_clustered", "cv_beyond", "p_value", "p_value_clustered")
         )
-        return Chance(**nothing, tells_dead=tells_dead)
+        return Chance(**unknown, tells_dead=tells_dead)
     if float((np.arange(len(tokens_K)) * tokens_K).sum()) != slots or loads_E.max() > tokens:
         # A token's slots may choose the same expert, so each assignment counts as an independent choice.
         tokens_K, tokens = np.array([0.0, slots]), slots

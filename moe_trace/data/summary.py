@@ -263,8 +263,8 @@ def distribution(values: Iterable[float]) -> Distribution | None:
     array = np.fromiter(values, dtype=np.float64)
     if not len(array):
         return None
-    at = np.array((0.50, 0.95, 0.99)) * (len(array) - 1)  # `np.percentile` imports more than needed
-    p50, p95, p99 = np.interp(at, np.arange(len(array)), np.sort(array)).tolist()
+    positions = np.array((0.50, 0.95, 0.99)) * (len(array) - 1)  # `np.percentile` imports more than needed
+    p50, p95, p99 = np.interp(positions, np.arange(len(array)), np.sort(array)).tolist()
     return Distribution(
         mean=float(array.mean()),
         std=float(array.std()),

@@ -80,7 +80,7 @@ def least_without_copies(counts_SLE: Ints, ranks: int) -> Floats:
     Some rank holds the hottest expert, together with at least the E / R - 1 coldest ones.
     """
     ordered_LE = np.sort(counts_SLE.sum(axis=0).astype(np.float64), axis=1)
-    beside = ordered_LE.shape[1] // ranks - 1
-    least = ordered_LE[:, -1] + ordered_LE[:, :beside].sum(axis=1)
+    coldest = ordered_LE.shape[1] // ranks - 1
+    least = ordered_LE[:, -1] + ordered_LE[:, :coldest].sum(axis=1)
     mean = ordered_LE.sum(axis=1) / ranks
     return np.maximum(1.0, np.divide(least, mean, out=np.full(mean.shape, np.nan), where=mean > 0))

@@ -112,13 +112,13 @@ def _part(items: Ints, weight_I: Floats, bins: int, owners: Ints) -> None:
     capacity = len(items) // bins
     bin_of = np.arange(len(items)) // capacity
     for slot in range(len(items)):
-        held = owners[items]
-        here = held[bin_of == bin_of[slot]]
-        if (here == held[slot]).sum() < 2:
+        owner_of = owners[items]
+        in_same_bin = owner_of[bin_of == bin_of[slot]]
+        if (in_same_bin == owner_of[slot]).sum() < 2:
             continue
-        without = ~(held.reshape(bins, capacity) == held[slot]).any(axis=1)
-        fits = without[bin_of] & ~np.isin(held, here)
+        bin_lacks_owner = ~(owner_of.reshape(bins, capacity) == owner_of[slot]).any(axis=1)
+        fits = bin_lacks_owner[bin_of] & ~np.isin(owner_of, in_same_bin)
         if fits.any():
-            apart = np.where(fits, np.abs(weight_I[items] - weight_I[items[slot]]), np.inf)
-            other = int(apart.argmin())
+            difference = np.where(fits, np.abs(weight_I[items] - weight_I[items[slot]]), np.inf)
+            other = int(difference.argmin())
             items[slot], items[other] = items[other], items[slot]

@@ -59,8 +59,8 @@ def _read_all(files: Sequence[Path]) -> tuple[list[Recording], list[str]]:
             broken.append(error)
             continue
         reads += [(file, recording, is_merged) for recording in recordings]
-    again, notes = left_out(reads, broken)
-    kept = [recording for file, recording, _ in reads if file not in again]
+    duplicates, notes = left_out(reads, broken)
+    kept = [recording for file, recording, _ in reads if file not in duplicates]
     if broken and all(recording.world_size == 1 for recording in kept):
         raise broken[0]
     return kept, notes
@@ -157,9 +157,9 @@ def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording
             f"the run had {world} ranks, and only {len(ranks)} are here: the others' tokens are missing"
         )
     if len(parts) < len(recordings):
-        again = len(recordings) - len(parts)
+        copies = len(recordings) - len(parts)
         notes.append(
-            f"{again} {'rank' if again == 1 else 'ranks'} routed the same tokens as another; those count once"
+            f"{copies} {'rank' if copies == 1 else 'ranks'} routed the same tokens as another; those count once"
         )
     runs = {run for run, _ in parts}
     if len(runs) > 1:

@@ -194,8 +194,8 @@ def slices_are_the_calls(checked: Checked) -> Iterator[tuple[str, str]]:
             expected[event.name, event.start_ns, event.duration_ns] -= 1
     for (site, start, _), count in expected.items():
         if count:
-            what = "has no slice in the band" if count > 0 else "is a slice of no call"
-            yield site, f"{start / 1000:.3f} µs {what}"
+            problem = "has no slice in the band" if count > 0 else "is a slice of no call"
+            yield site, f"{start / 1000:.3f} µs {problem}"
 
 
 def times_are_inside_graphs(checked: Checked) -> Iterator[tuple[str, str]]:

@@ -90,9 +90,9 @@ def call_rows(
     """Return flat rows with the keys of `COLUMNS`; None where unknown, and lists for counts per expert."""
     calls = CallTable.of(samples)
     keys, loads = calls.call_keys(), describe_loads(calls.assignments)
-    nothing = [None] * len(calls)
+    unknown = [None] * len(calls)
     columns: dict[str, Iterable[Any]] = {
-        **dict.fromkeys(COLUMNS, nothing),
+        **dict.fromkeys(COLUMNS, unknown),
         **{name: getattr(calls, name).tolist() for name in RouterKey._fields},
         **{name: calls.values(name) for name in _SAMPLE_COLUMNS if name in NUMBERS},
         **{f"load_{name}": known_values(getattr(loads, name)) for name in _LOAD_COLUMNS},

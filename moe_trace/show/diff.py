@@ -59,11 +59,11 @@ def headline(comparison: Comparison) -> str:
             f"{printable(most.site, 20)} "
             f"({share(most.total_variation)} of its assignments moved, {share(most.chance)} by chance)"
         )
-    together = [c for c in comparison.changed_metrics if c.site == "all"]
-    for change in sorted(together, key=lambda c: -abs(c.relative or 0))[:3]:
+    of_all_layers = [c for c in comparison.changed_metrics if c.site == "all"]
+    for change in sorted(of_all_layers, key=lambda c: -abs(c.relative or 0))[:3]:
         changes.append(f"{words(change.metric)} {size_of(change)}, {change.stage}")
     single = {c.site for c in comparison.changed_metrics} - {"all"}
-    if single and not together:
+    if single and not of_all_layers:
         changes.append(f"metrics of {', '.join(sorted(single)[:4])}")
     if changes:
         return f"Changed: {'; '.join(changes)}."
@@ -167,9 +167,9 @@ def shifts(experts: Sequence[ExpertShift]) -> str:
 
 
 def _figure_parts(changes: Sequence[Change], stage: str, everything: bool) -> list[str]:
-    together = [c for c in changes if c.site == "all"]
+    of_all_layers = [c for c in changes if c.site == "all"]
     title = f"Metrics of all layers, {stage} (µs a call; interval: 99 % for all rows together)"
-    parts = [f"{paragraph(title)}\n{_table(together)}"] if together else []
+    parts = [f"{paragraph(title)}\n{_table(of_all_layers)}"] if of_all_layers else []
     single = [c for c in changes if c.site != "all" and (everything or c.verdict == "changed")]
     for site in dict.fromkeys(c.site for c in single):
         rows = [c for c in single if c.site == site]

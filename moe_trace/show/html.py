@@ -33,11 +33,11 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
     Raises:
         UsageError: plotly is not installed.
     """
-    beside = routes or [None] * len(summaries)
-    drawn = [_section(f"f{i}", *pair) for i, pair in enumerate(zip(summaries, beside, strict=True))]
+    all_routes = routes or [None] * len(summaries)
+    drawn = [_section(f"f{i}", *pair) for i, pair in enumerate(zip(summaries, all_routes, strict=True))]
     sections = "\n".join(html for html, _ in drawn)
     specs = [spec for _, found in drawn for spec in found]
-    views = [view for part in beside if part is not None for view in part.views]
+    views = [view for part in all_routes if part is not None for view in part.views]
     title = model_name(summaries[0].model, 120) if len(summaries) == 1 else f"{len(summaries)} traces"
     return document(title, sections, specs, routes=views)
 
@@ -64,9 +64,9 @@ def _section(
     prefix: str, summary: TraceSummary, routes: RoutesPart | None
 ) -> tuple[str, list[dict[str, object]]]:
     """Return one trace and its figures' specifications: its stages, or all of it, then its ranks together."""
-    apart = summary.findings_apart()
+    findings = summary.findings_apart()
     parts = [
-        (f"{prefix}-{stage}" if stage else prefix, stage, _answers(part, apart[stage]), figures(part))
+        (f"{prefix}-{stage}" if stage else prefix, stage, _answers(part, findings[stage]), figures(part))
         for stage, part in _by_stage(summary).items()
     ]
     if summary.ranks is not None:

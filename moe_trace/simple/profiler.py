@@ -119,9 +119,9 @@ class MoEProfiler:
             return
         self._remover()
         self._remover = None
-        nothing = self._nothing_recorded()
-        if nothing is not None:
-            warnings.warn(nothing, RuntimeWarning, stacklevel=2)
+        problem = self._nothing_recorded()
+        if problem is not None:
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> MoEProfiler:
         self.start()
@@ -186,8 +186,8 @@ class MoEProfiler:
 
     def notes(self) -> list[str]:
         """Return notes on how far to trust the metrics; empty if there are none."""
-        nothing = self._nothing_recorded()
-        return [nothing] if nothing is not None else list(self.tracer.summary().notes)
+        problem = self._nothing_recorded()
+        return [problem] if problem is not None else list(self.tracer.summary().notes)
 
     def _row(self, sample: RoutingSample, times: CallTimes | None) -> CallRow:
         on_device = times is not None and times.clock == "cuda_event"

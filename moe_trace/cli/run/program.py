@@ -89,10 +89,10 @@ def _config(program: Program, values: dict[str, Any]) -> RunConfig:
     Raises:
         UsageError: an option applies only to a model that moe_trace runs itself.
     """
-    plain, split = RunConfig(), Split()
+    defaults, split = RunConfig(), Split()
     for name, value in values.items():
-        usual = getattr(split, name) if hasattr(split, name) else getattr(plain, name)
-        if name not in _PROGRAM_OPTIONS and value != usual:
+        default = getattr(split, name) if hasattr(split, name) else getattr(defaults, name)
+        if name not in _PROGRAM_OPTIONS and value != default:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is of a model that moe-trace runs; {program.target} brings its own")
     settle_steps(values, SCRIPT_STEPS, 0)

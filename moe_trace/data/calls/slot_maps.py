@@ -50,7 +50,7 @@ def all_maps(
     slots, experts = np.array(sizes, np.int64)[router].T
     places = np.repeat(np.arange(len(maps)), maps.sizes)
     fits = (maps.values >= -1) & (maps.values < experts[places])
-    alike = (maps.known == counts.known).all() and (maps.sizes == counts.sizes).all()
-    if not (alike and (maps.sizes[maps.known] == slots[maps.known]).all() and fits.all()):
+    same_layout = (maps.known == counts.known).all() and (maps.sizes == counts.sizes).all()
+    if not (same_layout and (maps.sizes[maps.known] == slots[maps.known]).all() and fits.all()):
         raise ValueError("expected a count and an expert for each slot of the router, found others")
     return maps

@@ -18,8 +18,8 @@ _WHOLE_CALL_METRICS = ("router_entropy", "confidence", "top1_prob", "topk_mass",
 
 def stages_of(calls: CallTable) -> list[Stage]:
     """Return the stages of calls, or of parts of mixed calls, in the order of `STAGES`."""
-    there = set(calls.stage.tolist())
-    return [stage for stage in STAGES if stage in there or _has_part(calls, stage).any()]
+    found = set(calls.stage.tolist())
+    return [stage for stage in STAGES if stage in found or _has_part(calls, stage).any()]
 
 
 def whole_stages(stages: Collection[Stage]) -> Collection[Stage]:

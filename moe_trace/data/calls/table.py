@@ -244,9 +244,9 @@ def load_by_step(calls: CallTable, names: Sequence[str], *, least: int = 0) -> t
     steps, step = np.unique(calls.step[forward], return_inverse=True)
     row = {name: i for i, name in enumerate(names)}
     layer = np.array([row.get(key.name, -1) for key in calls.keys], np.int64)[calls.router[forward]]
-    there = layer >= 0
-    group = step[there] * len(names) + layer[there]
-    loads = calls.assignments.take(forward[there]).summed_by(group, len(steps) * len(names), least=least)
+    is_named = layer >= 0
+    group = step[is_named] * len(names) + layer[is_named]
+    loads = calls.assignments.take(forward[is_named]).summed_by(group, len(steps) * len(names), least=least)
     return steps, loads.reshape(len(steps), len(names), loads.shape[1])
 
 

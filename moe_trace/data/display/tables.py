@@ -116,9 +116,9 @@ def signed_percent(part: float | None) -> str:
 
 def wrapped(text: str, mark: str = "  - ") -> str:
     """Wrap a list item to the screen width, its first line marked."""
-    beside = " " * len(mark)
+    indent = " " * len(mark)
     return textwrap.fill(
-        text, screen_width(), initial_indent=mark, subsequent_indent=beside, break_on_hyphens=False
+        text, screen_width(), initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False
     )
 
 

@@ -146,9 +146,9 @@ class RoutesWriter:
         found = part.described
         waiting = self._groups.setdefault(found.layers, _Waiting(found))
         for name in ("num_experts", "top_k", "slots", "type"):
-            first, this = getattr(waiting.group, name), getattr(found, name)
-            if first != this:
-                raise ValueError(f"expected parts with the {name} of the first, {first}; found {this}")
+            expected, given = getattr(waiting.group, name), getattr(found, name)
+            if expected != given:
+                raise ValueError(f"expected parts with the {name} of the first, {expected}; found {given}")
         return waiting
 
     def _add_part(self, waiting: _Waiting, part: Part) -> None:

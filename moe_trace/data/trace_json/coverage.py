@@ -127,11 +127,11 @@ def loss_sentence(name: str, coverage: Coverage) -> str | None:
     share = coverage.share
     if share is None or share >= 1:
         return None
-    what, figures = _LOSS_WORDS[name]
+    events, figures = _LOSS_WORDS[name]
     by_time = (
         f" ({_percent(coverage.joined_ns / coverage.total_ns)} of their time)" if coverage.total_ns else ""
     )
-    return f"{_percent(coverage.joined / coverage.total)} of the {coverage.total:,} {what}{by_time}" + (
+    return f"{_percent(coverage.joined / coverage.total)} of the {coverage.total:,} {events}{by_time}" + (
         f": {figures} leave out the others"
         if coverage.known
         else f": {figures} are not given, for less than {100 * KNOWN_MIN:.0f} % could be joined"

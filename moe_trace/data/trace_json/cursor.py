@@ -239,8 +239,8 @@ class JsonCursor:
                 "file is truncated - export it again"
             )
         return TraceFileError(
-            f"{self.name}: expected {expected} at byte {self.position:,}, found {self._excerpt(self._index)!r}; "
-            "the file is not JSON as torch.profiler writes it - export it again"
+            f"{self.name}: expected {expected} at byte {self.position:,}, found "
+            f"{self._excerpt(self._index)!r}; the file is not JSON as torch.profiler writes it - export it again"
         )
 
     def _foreign(self) -> str:

@@ -269,9 +269,9 @@ _MAX_STRAY_SHARE = 0.01
 def find_links(links: npt.NDArray[np.int64], among: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the first row with each link, [N], such as the launch of a kernel; -1 where there is none."""
     order = np.argsort(among, kind="stable")
-    at = np.searchsorted(among, links, sorter=order)
-    known = (at < len(among)) & (links != NO_LINK)
-    known[known] = among[order[at[known]]] == links[known]
+    position = np.searchsorted(among, links, sorter=order)
+    known = (position < len(among)) & (links != NO_LINK)
+    known[known] = among[order[position[known]]] == links[known]
     row = np.full(len(links), -1, np.int64)
-    row[known] = order[at[known]]
+    row[known] = order[position[known]]
     return row

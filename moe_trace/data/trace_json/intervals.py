@@ -50,8 +50,8 @@ def reached_by_group(
     """
     origin = int(start_ns.min(initial=np.iinfo(np.int64).max))
     rank = np.cumsum(np.diff(group, prepend=group[:1]) != 0)
-    behind = rank * (int(end_ns.max(initial=origin)) - origin + 1) - origin
-    return start_ns + behind, np.maximum.accumulate(end_ns + behind)
+    shift = rank * (int(end_ns.max(initial=origin)) - origin + 1) - origin
+    return start_ns + shift, np.maximum.accumulate(end_ns + shift)
 
 
 def outermost_slices(slices: EventTable) -> EventTable:
@@ -71,9 +71,9 @@ def node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable
     stride = int(max(ops.start_ns.max(initial=0), backward.start_ns.max(initial=0))) - origin + 1
     key = ops.start_ns - origin + ops.thread.astype(np.int64) * stride
     wanted = backward.start_ns - origin + backward.thread.astype(np.int64) * stride
-    at = np.searchsorted(key, wanted)
-    found = at < len(ops)
-    found[found] = key[at[found]] == wanted[found]
+    rows = np.searchsorted(key, wanted)
+    found = rows < len(ops)
+    found[found] = key[rows[found]] == wanted[found]
     duration = np.zeros(len(backward), dtype=np.int64)
-    duration[found] = ops.duration_ns[at[found]]
+    duration[found] = ops.duration_ns[rows[found]]
     return replace(backward, duration_ns=duration), found

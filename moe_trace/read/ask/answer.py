@@ -40,8 +40,8 @@ class Answer:
         return f"<Answer {self}>"
 
     def __str__(self) -> str:
-        of = ", ".join(filter(None, (self.run, self.stage)))
-        return f"{QUESTIONS[self.question]} {of}: {self.sentence}" if of else self.sentence
+        label = ", ".join(filter(None, (self.run, self.stage)))
+        return f"{QUESTIONS[self.question]} {label}: {self.sentence}" if label else self.sentence
 
 
 def steps_and_tokens(part: TraceSummary) -> tuple[int, int]:

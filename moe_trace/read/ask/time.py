@@ -89,8 +89,8 @@ def _share_row(name: str, passes: Sequence[Pass], report: PhaseReport, part: Tra
 
 def _parts(report: PhaseReport) -> list[str]:
     found = report.passes()
-    again = ["recompute", "backward alone"] if "recompute" in found else []
-    return ["forward", *again, "backward", "all"] if "backward" in found or again else ["all"]
+    recompute = ["recompute", "backward alone"] if "recompute" in found else []
+    return ["forward", *recompute, "backward", "all"] if "backward" in found or recompute else ["all"]
 
 
 def balance(part: TraceSummary) -> dict[str, Any]:

@@ -181,10 +181,10 @@ def _host_apart(changes: Sequence[Change]) -> Iterator[Change]:
     """Mark changes of the host's launch pace on a device; runs of the same thing also differ in it."""
     timed = {c.metric: c for c in changes if c.metric in QUANTILES and not c.metric.endswith("_share")}
     of_device = [c for metric, c in timed.items() if metric not in _HOST_METRICS]
-    alone = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)
+    device_unchanged = "device_busy_p50" in timed and not any(c.verdict == "changed" for c in of_device)
     for change in changes:
-        apart = alone and change.verdict == "changed" and change.metric in _HOST_METRICS
-        yield replace(change, verdict="host") if apart else change
+        is_host_only = device_unchanged and change.verdict == "changed" and change.metric in _HOST_METRICS
+        yield replace(change, verdict="host") if is_host_only else change
 
 
 def _change(

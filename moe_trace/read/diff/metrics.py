@@ -143,13 +143,13 @@ class _Part:
 
 def _estimates(parts: Sequence[_Part | None], spread: float = 0.0) -> list[Estimate | None]:
     known = [part for part in parts if part is not None]
-    together = None
+    all_layers = None
     if known and len(known) == len(parts):  # a mean over fewer layers would be a different metric
         columns = (np.mean([getattr(p, f) for p in known], axis=0) for f in ("value", "draws", "series"))
-        together = _Part(*columns)
+        all_layers = _Part(*columns)
     return [
         None if p is None else estimate(float(p.value), p.draws, p.series, spread=spread)
-        for p in (together, *parts)
+        for p in (all_layers, *parts)
     ]
 
 

@@ -177,8 +177,8 @@ class _Columns:
     @staticmethod
     def of(calls: CallTable, us: Floats, bins: Ints, bytes_per_s: float | None) -> _Columns:
         """Create the columns without values that depend on the router."""
-        whole, real = np.zeros((2, len(calls)), np.int64), np.full((2, len(calls)), np.nan)
-        return _Columns(calls, whole[0], real[0], whole[1], real[1], us, bins, bytes_per_s)
+        zeros, unknown = np.zeros((2, len(calls)), np.int64), np.full((2, len(calls)), np.nan)
+        return _Columns(calls, zeros[0], unknown[0], zeros[1], unknown[1], us, bins, bytes_per_s)
 
     def fill(self, rows: Ints, router: RouterInfo, expert_bytes: int | None, records: RankRecords) -> None:
         """Fill in the values that depend on the router."""
@@ -217,11 +217,11 @@ class _Columns:
 
     def _mean_per_forward(self, values: Floats, rows: Ints) -> float | None:
         """Sum each layer's mean over the layers, or return None if a call's value is unknown."""
-        router, here = self.calls.router[rows], values[rows]
-        if np.isnan(here).any():
+        router, chosen = self.calls.router[rows], values[rows]
+        if np.isnan(chosen).any():
             return None
         calls = np.bincount(router)
-        sums = np.bincount(router, weights=here)
+        sums = np.bincount(router, weights=chosen)
         return float((sums[calls > 0] / calls[calls > 0]).sum())
 
 

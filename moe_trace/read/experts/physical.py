@@ -127,11 +127,11 @@ def _max_over_mean(load: Ints | Sequence[int]) -> float | None:
 def _replicas(maps_MP: Ints, loads_MP: Ints) -> tuple[ReplicatedExpert, ...]:
     """Summarise each expert over the mappings in which several slots held it."""
     row, slot = np.nonzero(maps_MP >= 0)
-    at, load = (row, maps_MP[row, slot]), loads_MP[row, slot]
+    index, load = (row, maps_MP[row, slot]), loads_MP[row, slot]
     copies_ME, total_ME, most_ME = np.zeros((3, len(maps_MP), int(maps_MP.max()) + 1), np.int64)
-    np.add.at(copies_ME, at, 1)
-    np.add.at(total_ME, at, load)
-    np.maximum.at(most_ME, at, load)
+    np.add.at(copies_ME, index, 1)
+    np.add.at(total_ME, index, load)
+    np.maximum.at(most_ME, index, load)
     shared_ME = copies_ME > 1
     total_E, most_E = (total_ME * shared_ME).sum(0), (most_ME * shared_ME).sum(0)
     mean_E = (total_ME * shared_ME / np.maximum(1, copies_ME)).sum(0)

@@ -107,7 +107,7 @@ def _owners(
 
 def _share_launched(kernels: EventTable, launches: EventTable) -> float:
     """Return the share of the kernels that have a launch among these which began before them."""
-    at = find_links(kernels.link, launches.link)
-    known = at >= 0
-    known[known] = launches.start_ns[at[known]] <= kernels.start_ns[known]
+    launch_rows = find_links(kernels.link, launches.link)
+    known = launch_rows >= 0
+    known[known] = launches.start_ns[launch_rows[known]] <= kernels.start_ns[known]
     return float(known.mean())

@@ -124,8 +124,8 @@ def rank_recordings(recording: Recording, merged: MergedRanks) -> list[Recording
     """
     total = sum(part.samples for part in merged.parts)
     fits = all(len(p.held) == len(recording.routers) and p.samples >= 0 for p in merged.parts)
-    twice = len({part.rank for part in merged.parts}) != len(merged.parts)
-    if total != len(recording.samples) or not fits or twice:
+    repeats_rank = len({part.rank for part in merged.parts}) != len(merged.parts)
+    if total != len(recording.samples) or not fits or repeats_rank:
         raise TraceFileError(
             f"found {total} calls of {len(merged.parts)} merged ranks, but {len(recording.samples)} in all; "
             "the file was changed after it was written"

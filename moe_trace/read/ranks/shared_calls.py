@@ -130,8 +130,8 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
         if len(members) < 2:
             continue
         lists = [calls.get(rank, []) for rank in members]
-        alike = len({len(found) for found in lists}) == 1
-        rows = _match_by_sequence(lists) or (list(zip(*lists, strict=True)) if alike else None)
+        same_length = len({len(found) for found in lists}) == 1
+        rows = _match_by_sequence(lists) or (list(zip(*lists, strict=True)) if same_length else None)
         if rows is None:
             counts = ", ".join(f"rank {rank}: {len(calls.get(rank, ()))}" for rank in members)
             refused.append(
@@ -141,9 +141,9 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
         # Calls without times are removed after matching, as earlier removal would shift the order.
         elif timed := [row for row in rows if all(c.work_ns is not None for c in row)]:
             shared = _shared(key, members, timed, base)
-            apart = _time_gap_reason(shared, hosts)
-            if apart:
-                refused.append(apart)
+            time_gap = _time_gap_reason(shared, hosts)
+            if time_gap:
+                refused.append(time_gap)
             else:
                 matched.append(shared)
     return matched, refused

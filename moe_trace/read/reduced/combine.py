@@ -40,9 +40,9 @@ def read_all(files: Sequence[Path], progress: Progress | None) -> list[ReducedTr
             broken.append(found)
             continue
         for part in found:  # numbers may restart at 0 in each file
-            alone = len(files) == 1 and part.alignment is None
+            is_only = len(files) == 1 and part.alignment is None
             reads.append(
-                part.numbered(part.own_numbers if alone else call_numbers(part.recording, next_call))
+                part.numbered(part.own_numbers if is_only else call_numbers(part.recording, next_call))
             )
     if broken and not reads:
         raise broken[0]
@@ -56,9 +56,9 @@ def left_out(
     reads: Sequence[tuple[Path, Recording, bool]], broken: Sequence[TraceFileError]
 ) -> tuple[Collection[Path], list[str]]:
     """Return files that only repeat others (`said_again`), and a note on each of them and each broken one."""
-    again = said_again(reads)
-    notes = [f"{path.name} was left out: {why}" for path, why in sorted(again.items())]
-    return again, [*notes, *(f"one of the traces was left out: {error}" for error in broken)]
+    repeats = said_again(reads)
+    notes = [f"{path.name} was left out: {why}" for path, why in sorted(repeats.items())]
+    return repeats, [*notes, *(f"one of the traces was left out: {error}" for error in broken)]
 
 
 def _missing_traces_note(files: Sequence[Path]) -> list[str]:

@@ -39,8 +39,8 @@ def find_inputs(path: str | Path) -> list[Path]:
 
 def quickest(trace: Path) -> Path:
     """Return the reduced form of one trace if it matches the trace's current bytes, else the trace."""
-    beside = trace.parent.glob(f"*{REDUCED_SUFFIX}")
-    return _file_to_read(trace, [file for file in beside if trace_of(file) == trace])
+    reduced_files = trace.parent.glob(f"*{REDUCED_SUFFIX}")
+    return _file_to_read(trace, [file for file in reduced_files if trace_of(file) == trace])
 
 
 def _file_to_read(trace: Path, reduced: Sequence[Path]) -> Path:

@@ -56,14 +56,14 @@ class Coactivation:
 def coactivation(tokens: LayerTokens, pairs: Pairs = "all") -> Coactivation:
     """Count the pairs of every token."""
     side = tokens.experts + 1
-    together = np.zeros(side * side, np.int64)
+    pair_counts = np.zeros(side * side, np.int64)
     slots = tokens.ids.shape[1]
     first, second = (
         np.triu_indices(slots, 1) if pairs == "all" else (np.arange(slots - 1), np.arange(1, slots))
     )
     for ids_Kn in tokens.chunks(tokens_at_once(side * side, len(first))):
-        together += np.bincount((ids_Kn[first] * side + ids_Kn[second]).ravel(), minlength=side * side)
-    square = together.reshape(side, side)[:-1, :-1]
+        pair_counts += np.bincount((ids_Kn[first] * side + ids_Kn[second]).ravel(), minlength=side * side)
+    square = pair_counts.reshape(side, side)[:-1, :-1]
     square = square + square.T
     np.fill_diagonal(square, 0)
     return Coactivation(square, tokens.counts)

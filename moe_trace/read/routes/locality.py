@@ -102,15 +102,15 @@ def _windows(tokens: LayerTokens, distances: Ints) -> Iterator[tuple[int, Words]
 def _at_lag(tokens: LayerTokens, windows_NW: Words, d: int) -> tuple[float, float, float]:
     """Return overlap at lag d, assignments reused within d, and distinct experts of d consecutive tokens."""
     sets, place = tokens.sets, tokens.order.place
-    far = place[d:] >= d
-    shared, own = total_size(sets[d:] & sets[:-d], far), total_size(sets[d:], far)
+    has_previous = place[d:] >= d
+    shared, total = total_size(sets[d:] & sets[:-d], has_previous), total_size(sets[d:], has_previous)
     reused = total_size(sets[1:] & windows_NW[:-1], tokens.order.follows[1:])
-    whole = place >= d - 1
-    number = np.count_nonzero(whole)
+    has_window = place >= d - 1
+    number = np.count_nonzero(has_window)
     return (
-        shared / own if own else float("nan"),
+        shared / total if total else float("nan"),
         reused,
-        total_size(windows_NW, whole) / number if number else float("nan"),
+        total_size(windows_NW, has_window) / number if number else float("nan"),
     )
 
 
@@ -129,8 +129,8 @@ def _coverage(tokens: LayerTokens, length: int) -> Floats:
         counts = counts.reshape(len(chosen), -1)[:, :experts].astype(
             np.uint16 if length < 1 << 8 else np.int64
         )
-        whole = counts.sum(axis=1, dtype=np.int64)
-        weight = np.divide(1, whole, where=whole > 0, out=np.zeros(len(whole)))
+        totals = counts.sum(axis=1, dtype=np.int64)
+        weight = np.divide(1, totals, where=totals > 0, out=np.zeros(len(totals)))
         sums += weight @ np.sort(counts, axis=1)[:, ::-1].astype(np.float64)
-        segments += int((whole > 0).sum())
+        segments += int((totals > 0).sum())
     return np.cumsum(sums) / segments if segments else np.full(experts, np.nan)

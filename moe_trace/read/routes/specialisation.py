@@ -104,9 +104,9 @@ def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
     if not len(order.number):
         return None
     occurrences, best, favourite, first = _favourites(tokens, order)
-    often = (occurrences >= OFTEN) & (best > 0)
+    is_frequent = (occurrences >= OFTEN) & (best > 0)
     share = best / occurrences
-    favourites = np.bincount(favourite[often], minlength=experts)
+    favourites = np.bincount(favourite[is_frequent], minlength=experts)
     return Vocabulary(
         ids=len(occurrences),
         mean=float(share.mean()),
@@ -114,7 +114,9 @@ def vocabulary(tokens: LayerTokens, order: IdOrder) -> Vocabulary | None:
         if (occurrences >= OFTEN).any()
         else float("nan"),
         mean_first=float((first / occurrences).mean()),
-        by_expert=ratio(np.bincount(favourite[often], share[often], minlength=experts), favourites),
+        by_expert=ratio(
+            np.bincount(favourite[is_frequent], share[is_frequent], minlength=experts), favourites
+        ),
         favourites=favourites,
     )
 

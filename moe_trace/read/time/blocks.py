@@ -71,9 +71,9 @@ def host_bounds_ns(calls: CallTable) -> npt.NDArray[np.int64]:
     low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
     starts, ends = np.full(len(calls), low), np.full(len(calls), high)
     for kind in RANGE_KINDS:
-        bounds, there = _host_ns(calls, kind)
-        starts = np.where(there, np.minimum(starts, bounds[:, 0]), starts)
-        ends = np.where(there, np.maximum(ends, bounds[:, 1]), ends)
+        bounds, has_range = _host_ns(calls, kind)
+        starts = np.where(has_range, np.minimum(starts, bounds[:, 0]), starts)
+        ends = np.where(has_range, np.maximum(ends, bounds[:, 1]), ends)
     return np.stack([starts, ends], axis=1)
 
 

@@ -95,11 +95,11 @@ def measure_compiled(
 
 def _unshared(work: PhasedKernels, kernels: Kernels) -> Coverage:
     """Return how much of the work is in kernels that belong to one part of the model."""
-    parts_ns, whole = kernels.duration_ns[work.kernel] // work.share, work.share == 1
+    parts_ns, is_unshared = kernels.duration_ns[work.kernel] // work.share, work.share == 1
     return Coverage(
-        joined=int(whole.sum()),
-        total=len(whole),
-        joined_ns=int(parts_ns[whole].sum()),
+        joined=int(is_unshared.sum()),
+        total=len(is_unshared),
+        joined_ns=int(parts_ns[is_unshared].sum()),
         total_ns=int(parts_ns.sum()),
     )
 

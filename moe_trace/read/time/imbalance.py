@@ -82,10 +82,10 @@ def saved_by(models: Sequence[LoadModel]) -> str:
     model = next((model for model in models if model.verdict == "saves"), None)
     if model is None:
         return ""
-    why = "an uneven load has fewer of them, whose weights are read"
+    cause = "an uneven load has fewer of them, whose weights are read"
     if BUSIEST in model.us_per_unit:
-        why = "what fewer active experts save is more than what the busiest one adds"
-    return f"the experts take {slopes_in_words(model)}, and {why}."
+        cause = "what fewer active experts save is more than what the busiest one adds"
+    return f"the experts take {slopes_in_words(model)}, and {cause}."
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,9 +135,11 @@ def _without_wrappers(ops: EventTable) -> EventTable:
         return ops
     stride = int(max(ops.end_ns.max(), 0)) + 1
     starts = calls.thread.astype(np.int64) * stride + calls.start_ns
-    at = np.searchsorted(starts, ops.thread.astype(np.int64) * stride + ops.start_ns)
-    first = np.minimum(at, len(calls) - 1)
-    holds = (at < len(calls)) & (calls.thread[first] == ops.thread) & (calls.end_ns[first] <= ops.end_ns)
+    position = np.searchsorted(starts, ops.thread.astype(np.int64) * stride + ops.start_ns)
+    first = np.minimum(position, len(calls) - 1)
+    holds = (
+        (position < len(calls)) & (calls.thread[first] == ops.thread) & (calls.end_ns[first] <= ops.end_ns)
+    )
     return ops.select(~holds)
 
 
@@ -201,9 +203,9 @@ def find_windows(
 
 def _boundary(before: _Forward, after: _Forward, begins: IntArray) -> int | None:
     """Return the boundary between two forwards, or None if it is unknown."""
-    at = int(np.searchsorted(begins, before.end_ns))
-    if at < len(begins) and begins[at] < after.start_ns:
-        return int(begins[at])
+    position = int(np.searchsorted(begins, before.end_ns))
+    if position < len(begins) and begins[position] < after.start_ns:
+        return int(begins[position])
     return after.start_ns if after.starts_itself and before.end_ns <= after.start_ns else None
 
 

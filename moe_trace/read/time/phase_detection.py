@@ -70,10 +70,10 @@ class Steps(Columns, Intervals):
 
 def find_steps(events: EventTable, blocks: Blocks) -> Steps:
     """Find the outermost operators and launches of each block, with their phases."""
-    around = np.array([name.startswith(_COMPILED) for name in events.names], bool)
+    is_compiled_range = np.array([name.startswith(_COMPILED) for name in events.names], bool)
     host = events.select((events.kind == Kind.OP) | (events.kind == Kind.LAUNCH))
-    if around.any():
-        host = host.select(~around[host.name])
+    if is_compiled_range.any():
+        host = host.select(~is_compiled_range[host.name])
     host = host.select(np.lexsort((-host.duration_ns, host.start_ns, host.thread)))
     block = blocks.at(host.thread, host.start_ns, host.end_ns)
     inside = block >= 0

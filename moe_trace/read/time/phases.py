@@ -229,11 +229,11 @@ def _backward(
     backward = events.select(events.kind == Kind.BACKWARD)
     if not len(backward):
         return None, Coverage()
-    at = find_links(backward.link, forward.link)
-    linked = at >= 0
+    forward_rows = find_links(backward.link, forward.link)
+    linked = forward_rows >= 0
     nodes, found = node_intervals(events, backward)
     coverage = Coverage(joined=int((linked & found).sum()), total=len(backward))
-    nodes, forward = nodes.select(linked), forward.select(at[linked])
+    nodes, forward = nodes.select(linked), forward.select(forward_rows[linked])
     block = blocks.at(forward.thread, forward.start_ns)
     inside = block >= 0
     nodes, forward, block = nodes.select(inside), forward.select(inside), block[inside]
@@ -255,9 +255,9 @@ def _after_recompute(nodes: Steps, blocks: Blocks) -> Steps:
     Without reentry, the first node that needs a saved tensor reruns the whole checkpointed module before its
     own work: attention and MoE block, up to the block's end. This belongs to the recompute.
     """
-    again = np.flatnonzero(~blocks.samples.forward)
-    node = nodes.at(blocks.thread[again], blocks.start_ns[again])
-    inside = (node >= 0) & (blocks.end_ns[again] <= nodes.end_ns[node])
+    recomputed = np.flatnonzero(~blocks.samples.forward)
+    node = nodes.at(blocks.thread[recomputed], blocks.start_ns[recomputed])
+    inside = (node >= 0) & (blocks.end_ns[recomputed] <= nodes.end_ns[node])
     start_ns = nodes.start_ns.copy()
-    np.maximum.at(start_ns, node[inside], blocks.end_ns[again][inside])
+    np.maximum.at(start_ns, node[inside], blocks.end_ns[recomputed][inside])
     return replace(nodes, start_ns=start_ns)

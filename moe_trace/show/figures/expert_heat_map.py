@@ -217,5 +217,5 @@ def _difference(a: RouterSummary, b: RouterSummary, experts: int) -> list[float 
 def _difference_row(pair: tuple[RouterSummary, RouterSummary], row: list[float | None]) -> tuple[Cell, ...]:
     values = np.array(row, dtype=np.float64)
     loads = [describe_load(router.assignments).max_over_mean for router in pair]
-    up, down = int(values.argmax()), int(values.argmin())
-    return (pair[0].info.site, *loads, float(values[up]), up, float(values[down]), down)
+    increase, decrease = int(values.argmax()), int(values.argmin())
+    return (pair[0].info.site, *loads, float(values[increase]), increase, float(values[decrease]), decrease)

@@ -59,10 +59,10 @@ def path_of(stage: str | None) -> str:
 def overview(summary: TraceSummary) -> JsonDict:
     """Return the first page of a trace, with its stages in order."""
     stages: dict[str, TraceSummary] = {str(k): part for k, part in summary.stages.items()} or {"": summary}
-    apart = summary.findings_apart()
+    findings = summary.findings_apart()
     return {
-        "stages": [_stage(stage, part, apart[stage]) for stage, part in stages.items()],
-        "of_run": _findings(apart[""] if summary.stages else ()),
+        "stages": [_stage(stage, part, findings[stage]) for stage, part in stages.items()],
+        "of_run": _findings(findings[""] if summary.stages else ()),
         "facts": facts(summary),
         "notes": list(summary.notes),
     }
@@ -95,12 +95,12 @@ def facts(summary: TraceSummary) -> list[JsonDict]:
     """Return what was recorded: texts, and numbers with their path in the report's JSON."""
     model, totals, speed = summary.model, summary.totals, summary.speed
     device = speed.device if speed is not None and speed.device else model.get("device")
-    plain = [
+    texts = [
         ("model", model_name(model)),
         ("device", device or "unknown"),
         ("type", model.get("dtype") or "unknown"),
     ]
-    found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in plain]
+    found: list[JsonDict] = [{"label": label, "text": str(text)[:200]} for label, text in texts]
     return found + known_facts((label, getattr(totals, name), f"totals.{name}") for label, name in _TOTALS)
 
 
@@ -149,10 +149,10 @@ def _worst_load(summary: TraceSummary) -> _Card:
     label = "most uneven layer, max÷mean"
     if worst is None:
         loads = [router.chance for router in summary.routers if sum(router.assignments)]
-        why = "no layer is more uneven than chance" if loads else "no assignment was recorded"
+        reason = "no layer is more uneven than chance" if loads else "no assignment was recorded"
         if loads and all(chance.says_nothing for chance in loads):
-            why = "too few tokens to say"
-        return _Card(label, "routing", why)
+            reason = "too few tokens to say"
+        return _Card(label, "routing", reason)
     value, site = worst.load.max_over_mean, worst.info.site
     path = f"routers.{summary.routers.index(worst)}.load.max_over_mean"
     return _Card(label, "routing", f"in {site}", value, f"{number(value)}×", path, site)

@@ -23,8 +23,8 @@ class StepCounts:
         self.width = max(self.sizes, default=0)
         names = [router.info.name for router in routers]
         self.steps, counts_SLE = load_by_step(summary.calls, names, least=self.width)
-        nothing = np.zeros((1, *counts_SLE.shape[1:]), np.int64)
-        self._sums = np.concatenate([nothing, counts_SLE]).cumsum(0)
+        zeros = np.zeros((1, *counts_SLE.shape[1:]), np.int64)
+        self._sums = np.concatenate([zeros, counts_SLE]).cumsum(0)
 
     def between(self, first: int, last: int) -> list[np.ndarray]:
         """Return the assignments of each layer from the first to the last position, both included."""

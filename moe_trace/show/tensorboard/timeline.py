@@ -64,10 +64,10 @@ def kernels(lanes: Lanes, parameters: Parameters) -> JsonDict:
         for w in work[:KERNELS_MAX]
         if total
     ]
-    what = "kernel" if view.clock == "device" else "operator"
-    headings = (what, "part", "layers", "count", "total µs", "mean µs", "share")
+    noun = "kernel" if view.clock == "device" else "operator"
+    headings = (noun, "part", "layers", "count", "total µs", "mean µs", "share")
     table = {**plain_table(headings, rows), "more": max(0, len(work) - min(KERNELS_MAX, TABLE_ROWS_MAX))}
-    return {"table": table, "total_us": total, "count": len(pieces.block), "what": what}
+    return {"table": table, "total_us": total, "count": len(pieces.block), "what": noun}
 
 
 def _step(lanes: Lanes, parameters: Parameters) -> _Step | None:

@@ -114,8 +114,8 @@ def _router_table(routers: Sequence[RouterSummary], mark: str) -> str:
     ]
     work = (count_column("router"), count_column("experts"))
     headings: list[str | Column] = ["layer", "entropy", "confidence", *known, *work]
-    again = any(router.recomputed_calls for router in routers)
-    counted = "FLOP of all forward and recomputed calls" if again else "FLOP of all calls"
+    has_recompute = any(router.recomputed_calls for router in routers)
+    counted = "FLOP of all forward and recomputed calls" if has_recompute else "FLOP of all calls"
     device = [name for name in known if name in ("span", "busy")]
     clocks = ["host p50 and p95"] * ("p50" in known) + [f"device {' and '.join(device)} p50"] * bool(device)
     latencies = f"µs a forward call{mark}: {', '.join(clocks)}; " if clocks else ""

@@ -72,12 +72,12 @@ def shares_sentence(report: PhaseReport) -> str:
     def us(*names: str) -> float:
         return sum(report.work_us(times[n]) for times in passes.values() if times for n in names)
 
-    whole = report.whole.moe_share_of_model
+    moe_share = report.whole.moe_share_of_model
     passes_of = {"forward": report.whole.moe_share_of_forward, "backward": report.whole.moe_share_of_backward}
-    each = ", ".join(f"{share(part)} of its {name}" for name, part in passes_of.items())
-    each += " with recompute" * bool(passes.get("recompute"))
-    apart = f" ({each})" if None not in passes_of.values() else ""
-    lines = [f"MoE is {share(whole)} of the model's {clock}{apart}." if whole is not None else ""]
+    of_passes = ", ".join(f"{share(part)} of its {name}" for name, part in passes_of.items())
+    of_passes += " with recompute" * bool(passes.get("recompute"))
+    detail = f" ({of_passes})" if None not in passes_of.values() else ""
+    lines = [f"MoE is {share(moe_share)} of the model's {clock}{detail}." if moe_share is not None else ""]
     by_phase = (("router",), ("dispatch", "combine"), ("experts",))
     parts = [f"{' and '.join(names)} {share(us(*names) / work if work else None)}" for names in by_phase]
     lines.append(f"Of MoE's {clock}: {', '.join(parts)}.")

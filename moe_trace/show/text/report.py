@@ -69,8 +69,8 @@ def _heading(summary: Summary) -> str:
     lines.append(paragraph(_facts(summary)))
     if isinstance(summary, TraceSummary) and summary.stages:
         stages = [f"{stage} ({part.totals.calls:,} calls)" for stage, part in summary.stages.items()]
-        twice = sum(part.totals.calls for part in summary.stages.values()) > summary.totals.calls
-        also = "; the tokens of mixed calls count in prefill and decode, too" if twice else ""
+        counted_twice = sum(part.totals.calls for part in summary.stages.values()) > summary.totals.calls
+        also = "; the tokens of mixed calls count in prefill and decode, too" if counted_twice else ""
         lines.append(paragraph(f"Stages, each on its own below: {', '.join(stages)}{also}"))
     if summary.trace is not None:
         lines.insert(0, printable(summary.trace, 200))

@@ -175,10 +175,10 @@ class _Timeline:
             events["experts"] = experts
         host = {kind: event.span for kind, event in events.items()}
         device = {kind: span for kind, event in events.items() if (span := self._device_span(event))}
-        whole = hull(device.values())
-        if block is not None and whole is not None:
+        all_work = hull(device.values())
+        if block is not None and all_work is not None:
             # Kineto assigns a kernel to the innermost annotation only, so the block's own span omits these.
-            device["block"] = whole
+            device["block"] = all_work
         return Placement(host=host, device=device)
 
     def block(self, site: str, thread: int, time_us: float) -> Placement | None:

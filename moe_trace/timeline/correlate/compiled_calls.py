@@ -168,8 +168,8 @@ class CompiledCalls:
     def _backwards(self) -> Iterator[tuple[int, int]]:
         """Yield (backward, forward) rows of `_ops` whose autograd nodes are joined by a flow."""
         flows = [self._events.select(self._events.kind == kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
-        at = find_links(flows[1].link, flows[0].link)
-        ends, starts = flows[1].select(at >= 0), flows[0].select(at[at >= 0])
+        rows = find_links(flows[1].link, flows[0].link)
+        ends, starts = flows[1].select(rows >= 0), flows[0].select(rows[rows >= 0])
         sides = [node_intervals(self._events, side)[0] for side in (ends, starts)] if len(ends) else []
         for pair in zip(*(self._only_op_in(side) for side in sides), strict=True):
             if pair[0] >= 0 and pair[1] in self._runs:
@@ -257,10 +257,10 @@ def operators_of_calls(events: EventTable) -> Kernels:
     """Return the outermost operators inside calls of compiled graphs, as the kernels of a CPU."""
     calls = compiled_calls(events)
     ops = events.select((events.kind == Kind.OP) & ~named(events, CALL))
-    at = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
+    call_rows = _Stretches(calls.thread.astype(np.int64), calls.start_ns, calls.end_ns).at(
         ops.thread, ops.start_ns, ops.end_ns
     )
-    ops = outermost_slices(ops.select(at >= 0))
+    ops = outermost_slices(ops.select(call_rows >= 0))
     return Kernels(
         launch_thread=ops.thread,
         launch_ns=ops.start_ns,

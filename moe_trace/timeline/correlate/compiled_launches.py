@@ -176,9 +176,13 @@ def lengths_of_calls(fits: Iterable[Fit]) -> dict[str, set[int]]:
         for stretch in fit.stretches:
             launches = [fit.graph.launches[number] for number in stretch.launches]
             working = sum(not fit.names[i].startswith(_NO_WORK) for i in stretch.kernels)
-            each, rest = divmod(working, len(launches))
-            if len({launch.kernel for launch in launches}) == 1 and not rest and not launches[0].generated:
-                found[launches[0].kernel].add(each)
+            kernels_each, remainder = divmod(working, len(launches))
+            if (
+                len({launch.kernel for launch in launches}) == 1
+                and not remainder
+                and not launches[0].generated
+            ):
+                found[launches[0].kernel].add(kernels_each)
     return found
 
 
@@ -200,10 +204,10 @@ def split(
         if len(launches) != len(working) or part_of(stretch, graph) is None:
             return [stretch]
         least = [1] * len(launches)  # all compute the same part, whichever runs more
-    found, at, start = [], 0, stretch.kernels.start
-    for number, each in zip(stretch.launches, least, strict=True):
-        at += each
-        stop = stretch.kernels.stop if at == len(working) else working[at - 1] + 1
+    found, assigned, start = [], 0, stretch.kernels.start
+    for number, count in zip(stretch.launches, least, strict=True):
+        assigned += count
+        stop = stretch.kernels.stop if assigned == len(working) else working[assigned - 1] + 1
         found.append(Stretch(range(start, stop), (number,)))
         start = stop
     return found
@@ -234,8 +238,8 @@ def usual_sequences(
         counts[graph][tuple(names)] += 1
     usual = {}
     for graph, seen in counts.items():
-        names, often = seen.most_common(1)[0]
-        usual[graph] = names if 2 * often > seen.total() else None
+        names, count = seen.most_common(1)[0]
+        usual[graph] = names if 2 * count > seen.total() else None
     return usual
 
 

@@ -111,9 +111,9 @@ class _HostForwards:
         if event is None:
             return NO_RANGE
         inside = self._launches_in(event)
-        whole = self._placement_of(event, inside)
-        launch = self._launch_of(sample.name, event, inside, whole)
-        return whole if launch is None else self._replays.placement(launch, sample.name)
+        forward = self._placement_of(event, inside)
+        launch = self._launch_of(sample.name, event, inside, forward)
+        return forward if launch is None else self._replays.placement(launch, sample.name)
 
     def _enclosing(self, thread: Any, time_us: float) -> RangeEvent | None:
         """Return the innermost range that contains the time: the last of them to start."""

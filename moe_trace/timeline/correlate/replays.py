@@ -119,14 +119,18 @@ def _by_ids(launch: Launch, recording: Recording) -> Parts:
 
 def _by_positions(launch: Launch, graphs: Sequence[CapturedGraph]) -> Parts:
     found: Parts = defaultdict(dict)
-    alike = {(graph.calls, graph.copies): events for graph in graphs if (events := _events_of(launch, graph))}
-    if len(launch.streams) != 1 or len(alike) != 1:  # no graph, or graphs that disagree on the calls
+    events_by_calls = {
+        (graph.calls, graph.copies): events for graph in graphs if (events := _events_of(launch, graph))
+    }
+    if (
+        len(launch.streams) != 1 or len(events_by_calls) != 1
+    ):  # no graph, or graphs that disagree on the calls
         return found
-    (calls, _), events = next(iter(alike.items()))
-    often = Counter((call.name, call.kind) for call in calls)
+    (calls, _), events = next(iter(events_by_calls.items()))
+    occurrences = Counter((call.name, call.kind) for call in calls)
     for call in calls:
         work = [event for event in events[call.first : call.last] if event is not None]
-        if work and often[call.name, call.kind] == 1:
+        if work and occurrences[call.name, call.kind] == 1:
             found[call.name][call.kind] = work
     return found
 

@@ -76,13 +76,13 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
             started.finish()
     if not watches:
         return ProgramRun(status, config.out, (), (), False, f"{program.target} did not import torch")
-    seen = watches[0]
-    if seen.traces and leads:
+    watched = watches[0]
+    if watched.traces and leads:
         for file in earlier:
             file.unlink(missing_ok=True)
-    out = seen.config.out
-    why = _why_nothing(program, seen)
-    return ProgramRun(status, out, tuple(seen.traces), files_in(out), seen.own_profiler, why)
+    out = watched.config.out
+    reason = _why_nothing(program, watched)
+    return ProgramRun(status, out, tuple(watched.traces), files_in(out), watched.own_profiler, reason)
 
 
 def _status_of(program: Program) -> int:

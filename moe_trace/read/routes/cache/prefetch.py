@@ -80,8 +80,10 @@ def predicted(needed: Requests, layer: int, half: int, slots: int) -> Words:
     counts = np.zeros((experts, experts_after))
     for start in range(0, half, _ROWS):
         rows = slice(start, min(start + _ROWS, half))
-        together = members(sets[rows], experts).T.astype(np.float32) @ members(next_sets[rows], experts_after)
-        counts += together
+        pair_counts = members(sets[rows], experts).T.astype(np.float32) @ members(
+            next_sets[rows], experts_after
+        )
+        counts += pair_counts
     used_E = members(sets[:half], experts).sum(axis=0)
     probability = np.nan_to_num(ratio(counts, used_E[:, None]))
     found = [next_sets[:0]]

@@ -39,8 +39,8 @@ class Requests:
         words = [sets.shape[1] for sets in self.sets]
         joined = np.zeros((self.steps, len(words), sum(words)), np.uint64)
         for layer, sets in enumerate(self.sets):
-            at = sum(words[:layer])
-            joined[:, layer, at : at + words[layer]] = sets
+            first = sum(words[:layer])
+            joined[:, layer, first : first + words[layer]] = sets
         flat = joined.reshape(self.steps * len(words), -1)
         return Requests((flat,), (64 * sum(words),), self.tokens, self.steps_recorded)
 

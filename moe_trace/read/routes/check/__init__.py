@@ -65,8 +65,8 @@ def experts_of_a_token_differ(routes: RecordedRoutes, fixed: frozenset[int]) -> 
         if layer in fixed:
             continue
         ids_TK = np.sort(routes.expert_ids[:, layer], axis=1)
-        twice = ((ids_TK[:, 1:] == ids_TK[:, :-1]) & (ids_TK[:, 1:] != routes.no_expert)).any(1)
-        yield layer, np.flatnonzero(twice), "an expert twice in one token"
+        repeated = ((ids_TK[:, 1:] == ids_TK[:, :-1]) & (ids_TK[:, 1:] != routes.no_expert)).any(1)
+        yield layer, np.flatnonzero(repeated), "an expert twice in one token"
 
 
 def layers_route(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:

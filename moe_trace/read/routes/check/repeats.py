@@ -125,8 +125,8 @@ def _hashed(rows: np.ndarray) -> np.ndarray:
 
 def _share_of_equal_rows(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
     """Return for each row of the first the share of the second's rows that equal it, [T]."""
-    together = _hashed(np.concatenate([one_TK, two_TK]))
-    _, places = np.unique(together, return_inverse=True)
+    hashes = _hashed(np.concatenate([one_TK, two_TK]))
+    _, places = np.unique(hashes, return_inverse=True)
     counts = np.bincount(places[len(one_TK) :], minlength=int(places.max()) + 1)
     share: np.ndarray = counts[places[: len(one_TK)]] / len(one_TK)
     return share

@@ -49,8 +49,8 @@ def capture_of_router_trace(values: list[Any], source: str) -> Capture:
                 f"{source}: found no record of a layer in line {number} ({error!s:.100}); expected step, "
                 "layer and top_indices of [tokens, top_k]"
             ) from error
-        again = seen[step, key] = seen.get((step, key), -1) + 1
-        forwards.setdefault((step, again), {})[key] = ids
+        occurrence = seen[step, key] = seen.get((step, key), -1) + 1
+        forwards.setdefault((step, occurrence), {})[key] = ids
     layers = sorted({key for forward in forwards.values() for key in forward})
     slots = max(ids.shape[1] for forward in forwards.values() for ids in forward.values())
     parts = [_forward(forward, layers, slots, source) for forward in forwards.values()]

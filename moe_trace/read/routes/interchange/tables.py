@@ -35,9 +35,9 @@ def routes_of_columns(columns: Mapping[str, np.ndarray], text: str | bytes, sour
         TraceFileError: They do not match.
     """
     try:
-        plain = json.loads(text)
-        shape = tuple(plain.pop("shape"))
-        chosen: dict[str, Any] = {name: plain[name] for name in _DESCRIBED}
+        description = json.loads(text)
+        shape = tuple(description.pop("shape"))
+        chosen: dict[str, Any] = {name: description[name] for name in _DESCRIBED}
         chosen |= {name: tuple(chosen[name]) for name in ("layers", "num_experts", "top_k")}
         for name in COLUMNS:
             if name in columns:

@@ -63,8 +63,10 @@ def transition_map(found: RoutesStudy) -> Figure:
     for i, layer in enumerate(found.layers):
         if layer.transition is None:
             continue
-        name, here, after = f"{labels[i]} to {labels[i + 1]}", chosen[i], chosen[i + 1]
-        maps.append((name, here, after, layer.transition.probability[np.ix_(here, after)]))
+        name, experts, next_experts = f"{labels[i]} to {labels[i + 1]}", chosen[i], chosen[i + 1]
+        maps.append(
+            (name, experts, next_experts, layer.transition.probability[np.ix_(experts, next_experts)])
+        )
         recall = (layer.transition.recall, layer.transition.recall_by_load)
         rows.append((name, *(known(number) for number in recall)))
     return _heat_maps(
