@@ -159,7 +159,8 @@ def _notes(recordings: Sequence[Recording], parts: Sequence[tuple[int, Recording
     if len(parts) < len(recordings):
         copies = len(recordings) - len(parts)
         notes.append(
-            f"{copies} {'rank' if copies == 1 else 'ranks'} routed the same tokens as another; those count once"
+            f"{copies} {'rank' if copies == 1 else 'ranks'} routed the same tokens as another; those count "
+            "once"
         )
     runs = {run for run, _ in parts}
     if len(runs) > 1:

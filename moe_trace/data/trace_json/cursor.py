@@ -240,7 +240,8 @@ class JsonCursor:
             )
         return TraceFileError(
             f"{self.name}: expected {expected} at byte {self.position:,}, found "
-            f"{self._excerpt(self._index)!r}; the file is not JSON as torch.profiler writes it - export it again"
+            f"{self._excerpt(self._index)!r}; the file is not JSON as torch.profiler writes it - export "
+            "it again"
         )
 
     def _foreign(self) -> str:
