@@ -65,8 +65,8 @@ def parse_numbers(option: str, text: str | None, most: int | None = None) -> tup
     parts = parse_names(text)
     end = 10**9 if most is None else most
     if not parts or not all(part.isdecimal() and 1 <= int(part[:10]) <= end for part in parts):
-        upto = "on" if most is None else f"to {most}"
-        raise UsageError(f"found {option} {text}, expected whole numbers from 1 {upto} such as 8,16,32")
+        end = "on" if most is None else f"to {most}"
+        raise UsageError(f"found {option} {text}, expected whole numbers from 1 {end} such as 8,16,32")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
@@ -130,8 +130,8 @@ def read_chosen(path: str, arguments: argparse.Namespace) -> TraceSummary:
         summary = read_summary(
             path, chosen=chosen_filter(arguments), peak=chosen_peak(arguments), progress=progress
         )
-    given = arguments.copies.get(path)
-    return summary if given is None else replace(summary, trace=given, files=(given,))
+    original = arguments.copies.get(path)
+    return summary if original is None else replace(summary, trace=original, files=(original,))
 
 
 def parse_steps(text: str | None) -> frozenset[int]:

@@ -50,8 +50,8 @@ def _warnings(plan: MergePlan) -> list[str]:
     warnings = [f"{printable(file, 200)} was left out: {why}" for file, why in plan.left_out.items()]
     if plan.missing:
         world_size = max(trace.recording.world_size for trace in plan.ranks)
-        named = ", ".join(number_ranges(plan.missing))
+        missing = ", ".join(number_ranges(plan.missing))
         warnings.append(
-            f"world_size is {world_size}, but {len(plan.ranks)} ranks were found; no trace of rank {named}"
+            f"world_size is {world_size}, but {len(plan.ranks)} ranks were found; no trace of rank {missing}"
         )
     return warnings

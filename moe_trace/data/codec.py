@@ -205,8 +205,8 @@ def _encode_places(places: Places) -> Iterator[bytes]:
     busy = {kind: column.tolist() for kind, column in places.busy_us.items()}
     for row, (placed, host, device) in enumerate(zip(places.placed.tolist(), *sides, strict=True)):
         known = {kind: us[row] for kind, us in busy.items() if us[row] == us[row]}
-        more = b",%b" % msgspec.json.encode(known) if known else b""
-        yield b"[%b,%b%b]" % (host, device, more) if placed else b"null"
+        busy_field = b",%b" % msgspec.json.encode(known) if known else b""
+        yield b"[%b,%b%b]" % (host, device, busy_field) if placed else b"null"
 
 
 def _encode_side(places: Places, side: Side) -> Iterator[bytes]:

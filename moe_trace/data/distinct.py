@@ -22,6 +22,6 @@ def uniform_distinct(
 
 def drawn_distinct(counts_E: npt.NDArray[np.int64], tokens: int, most: int) -> npt.NDArray[np.float64]:
     """Return the mean, [B], for 1 ... B (`most`, or all) of `tokens` tokens with `counts_E` per expert."""
-    drawn = np.arange(min(most, tokens))[:, None]
-    missing_BE = np.maximum(0, tokens - counts_E[None] - drawn) / (tokens - drawn)
+    batch_sizes = np.arange(min(most, tokens))[:, None]
+    missing_BE = np.maximum(0, tokens - counts_E[None] - batch_sizes) / (tokens - batch_sizes)
     return (1 - np.cumprod(missing_BE, axis=0)).sum(axis=1)

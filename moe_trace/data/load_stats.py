@@ -68,8 +68,8 @@ def describe_load(assignments: npt.ArrayLike) -> Load:
     """Return the load statistics of assignments per expert, [E]."""
     loads_E = np.asarray(assignments, dtype=np.float64)
     dead = tuple(np.flatnonzero(loads_E == 0).tolist())
-    some = np.add.reduce(loads_E) > 0
-    figures = [float(one_N[0]) for one_N in load_figures(loads_E[None])] if some else [None] * 4
+    has_load = np.add.reduce(loads_E) > 0
+    figures = [float(one_N[0]) for one_N in load_figures(loads_E[None])] if has_load else [None] * 4
     max_over_mean, cv, gini, entropy = figures
     return Load(
         max_over_mean=max_over_mean,

@@ -279,8 +279,8 @@ def distribution(values: Iterable[float]) -> Distribution | None:
 
 def _totals(routers: Sequence[RouterSummary], calls: CallTable) -> Totals:
     loads = [r.load.max_over_mean for r in routers if r.load.max_over_mean is not None]
-    both = [latency.host for r in routers for latency in (r.latency, r.recompute_latency)]
-    host = [distribution.total for distribution in both if distribution is not None]
+    latencies = [latency.host for r in routers for latency in (r.latency, r.recompute_latency)]
+    host = [distribution.total for distribution in latencies if distribution is not None]
     return Totals(
         routers=len(routers),
         calls=sum(r.calls for r in routers),

@@ -73,8 +73,8 @@ class ScalarLogger:
         """Write the remaining steps and end the thread. Warns if something could not be written."""
         if not self._writer.is_alive():
             return
-        left = self._tracer.take_batches()
-        self._queue.put([*self._steps, left] if left else self._steps)
+        batches = self._tracer.take_batches()
+        self._queue.put([*self._steps, batches] if batches else self._steps)
         self._queue.put(None)
         self._writer.join()
         if self._error is not None:

@@ -81,8 +81,8 @@ def make_plans(blocks_LEB: Floats, options: PlanOptions) -> tuple[Plan, ...]:
     }
     if cluster.nodes > 1:
         orders["hierarchical"] = _hierarchical(for_copies, options)
-    made = {name: Plan(name, cluster, experts, order) for name, order in orders.items()}
-    return contiguous_plan(layers, experts, cluster), *made.values()
+    plans = {name: Plan(name, cluster, experts, order) for name, order in orders.items()}
+    return contiguous_plan(layers, experts, cluster), *plans.values()
 
 
 def _with_even_block(weights: Floats, ranks: int) -> Floats:
@@ -96,8 +96,8 @@ def _plan_without_copies(weights: Floats, options: PlanOptions) -> Ints:
     ranks = options.cluster.ranks
     planned = refine(by_bin(pack(weights, ranks)), weights, ranks)
     contiguous = np.tile(np.arange(weights.shape[1]), (len(weights), 1))
-    worse = _hottest(planned, weights, ranks) >= _hottest(contiguous, weights, ranks)
-    return np.where(worse[:, None], contiguous, planned)
+    not_better = _hottest(planned, weights, ranks) >= _hottest(contiguous, weights, ranks)
+    return np.where(not_better[:, None], contiguous, planned)
 
 
 def _hottest(items_LI: Ints, weights: Floats, bins: int) -> Floats:

@@ -90,12 +90,12 @@ def counts_of_recordings(
             f"{source}: found no router call to plan by; choose other layers, steps or phases, or record some"
         )
     keys = sorted(steps)
-    several = len({run for run, _ in keys}) > 1
+    several_runs = len({run for run, _ in keys}) > 1
     return ExpertCounts(
         source=source,
         model=model_name(recordings[0].model),
         kind="step",
-        labels=tuple(f"{run}:{step}" if several else str(step) for run, step in keys),
+        labels=tuple(f"{run}:{step}" if several_runs else str(step) for run, step in keys),
         layers=tuple(_layer(router, recordings) for router in routers),
         counts_SLE=np.stack([steps[key] for key in keys]),
         notes=_notes(recordings, parts),

@@ -186,14 +186,14 @@ def _select_layers(counts: ExpertCounts, chosen: Filter) -> ExpertCounts:
         raise UsageError(f"{counts.source}: --step and --phase choose calls of a trace; these are counts")
     if not chosen.layers:
         return counts
-    kept = [
+    rows = [
         i
         for i, layer in enumerate(counts.layers)
         if {str(layer.layer), layer.site, layer.name} & chosen.layers
     ]
-    if not kept:
+    if not rows:
         sites = ", ".join(layer.site for layer in counts.layers[:8])
         raise UsageError(f"{counts.source}: found no layer of --layer; it has {sites}")
     return replace(
-        counts, layers=tuple(counts.layers[i] for i in kept), counts_SLE=counts.counts_SLE[:, kept]
+        counts, layers=tuple(counts.layers[i] for i in rows), counts_SLE=counts.counts_SLE[:, rows]
     )

@@ -110,10 +110,10 @@ def _indices(counts: ExpertCounts, names: Sequence[str], option: str) -> tuple[i
     known = {label: i for i, label in enumerate(counts.labels)}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        shown = ", ".join(counts.labels[:_MAX_NAMED]) + (", …" if len(known) > _MAX_NAMED else "")
+        labels = ", ".join(counts.labels[:_MAX_NAMED]) + (", …" if len(known) > _MAX_NAMED else "")
         raise UsageError(
             f"found {option} {', '.join(unknown[:_MAX_NAMED]) or 'without a name'}, expected "
-            f"{counts.kind}s of {counts.source}: {shown}"
+            f"{counts.kind}s of {counts.source}: {labels}"
         )
     return tuple(sorted({known[name] for name in names}))
 

@@ -87,8 +87,8 @@ def _study(counts: ExpertCounts, split: Split, options: PlanOptions) -> ClusterS
 
 def _choose(counts: ExpertCounts, chosen: Sequence[int], options: PlanOptions) -> tuple[Plan, ...]:
     """Choose on a few blocks of steps, or on texts scaled to equal weight, as a plan should fit all."""
-    most = MAX_BLOCKS if counts.kind == "step" else MAX_FOLDS
-    return make_plans(blocks_of(counts.counts_SLE[list(chosen)], most), options)
+    max_observations = MAX_BLOCKS if counts.kind == "step" else MAX_FOLDS
+    return make_plans(blocks_of(counts.counts_SLE[list(chosen)], max_observations), options)
 
 
 def _combine_folds(name: str, folds: Sequence[Judgement]) -> JudgedPlan:

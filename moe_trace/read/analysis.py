@@ -190,8 +190,8 @@ class _Traces:
         reads = [read.narrow(chosen) for read in self.reads]
         times = joined([r.times for r in reads])
         busy = {key: value for r in reads for key, value in r.busy_us.items()}
-        together = Ranks.of([read.rank_input for read in reads])
-        ranks = _rank_report(together, reads)
+        ranks_together = Ranks.of([read.rank_input for read in reads])
+        ranks = _rank_report(ranks_together, reads)
         split = any(r.recording.experts_are_split for r in reads)
         stages = set(recording.calls.stage.tolist())
         notes = [
@@ -199,7 +199,7 @@ class _Traces:
             *(ranks.notes if ranks is not None else notes_alone(recording)),
         ]
         summary = summarize(recording, trace=self.label, device_busy_us=busy, notes=notes)
-        imbalance = _imbalance(reads, together, times, recording, split)
+        imbalance = _imbalance(reads, ranks_together, times, recording, split)
         found = TraceSummary(
             **{name: getattr(summary, name) for name in Summary.__dataclass_fields__},
             files=tuple(str(read.path) for read in reads),
@@ -214,9 +214,9 @@ class _Traces:
             times=times,
             busy_us=busy,
             ranks=ranks,
-            rank_inputs=together.inputs,
+            rank_inputs=ranks_together.inputs,
             experts_are_split=split,
-            physical=report_physical(recording, together.records),
+            physical=report_physical(recording, ranks_together.records),
         )
         return replace(found, findings=find(found))
 

@@ -133,9 +133,9 @@ def counts_are_possible(checked: Checked) -> Iterator[tuple[str, str]]:
 def figures_are_in_range(checked: Checked) -> Iterator[tuple[str, str]]:
     """Router entropy is within [0, ln E]; probabilities and confidence are within [0, 1]."""
     for sample in checked.recording.samples:
-        most = math.log(max(1, len(sample.assignments)))
+        max_entropy = math.log(max(1, len(sample.assignments)))
         bounds = {
-            "router_entropy": most,
+            "router_entropy": max_entropy,
             "confidence": 1.0,
             "top1_prob": 1.0,
             "topk_mass": 1.0,

@@ -50,23 +50,25 @@ def _share_rows(answer: Answer) -> str:
 
 
 def _balance_rows(answer: Answer) -> str:
-    shown = sorted(answer.rows, key=lambda row: -abs(row["us_per_call"] or 0.0))[:_LAYERS_SHOWN]
+    largest = sorted(answer.rows, key=lambda row: -abs(row["us_per_call"] or 0.0))[:_LAYERS_SHOWN]
     rows = [
         (row["layer"], row["us_per_call"], f"{number(row['low_us'])} to {number(row['high_us'])}")
-        for row in shown
+        for row in largest
     ]
     headings = ("layer", "imbalance costs, µs a call", "95 % interval")
-    return text_table(headings, rows) + _more_note(answer, len(shown))
+    return text_table(headings, rows) + _more_note(answer, len(largest))
 
 
 def _expert_rows(answer: Answer) -> str:
     if "busiest" in answer.rows[0]:
-        most = max(len(row["busiest"]) for row in answer.rows)
+        columns = max(len(row["busiest"]) for row in answer.rows)
         busiest = [
-            (row["layer"], *(f"{e} ({share(part)})" for e, part in row["busiest"]), *[""] * most)
+            (row["layer"], *(f"{e} ({share(part)})" for e, part in row["busiest"]), *[""] * columns)
             for row in answer.rows
         ]
-        return text_table(("layer", "busiest", *[""] * (most - 1)), [row[: most + 1] for row in busiest])
+        return text_table(
+            ("layer", "busiest", *[""] * (columns - 1)), [row[: columns + 1] for row in busiest]
+        )
     labels = [key for key in answer.rows[0] if key not in ("layer", "moved", "chance")]
     rows: list[tuple[Cell, ...]] = []
     for row in answer.rows[:_LAYERS_SHOWN]:

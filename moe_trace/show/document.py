@@ -119,9 +119,9 @@ def table_html(figure: Figure) -> str:
         + "</tr>"
         for row in figure.rows[:TABLE_ROWS_MAX]
     )
-    more = len(figure.rows) - TABLE_ROWS_MAX
-    rest = f'<p class="soft">… and {more} more layers.</p>' if more > 0 else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{rest}"
+    omitted = len(figure.rows) - TABLE_ROWS_MAX
+    note = f'<p class="soft">… and {omitted} more layers.</p>' if omitted > 0 else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
 
 def _script_json(value: object) -> str:

@@ -34,9 +34,9 @@ def render_page(summaries: Sequence[TraceSummary], routes: Sequence[RoutesPart |
         UsageError: plotly is not installed.
     """
     all_routes = routes or [None] * len(summaries)
-    drawn = [_section(f"f{i}", *pair) for i, pair in enumerate(zip(summaries, all_routes, strict=True))]
-    sections = "\n".join(html for html, _ in drawn)
-    specs = [spec for _, found in drawn for spec in found]
+    rendered = [_section(f"f{i}", *pair) for i, pair in enumerate(zip(summaries, all_routes, strict=True))]
+    sections = "\n".join(html for html, _ in rendered)
+    specs = [spec for _, found in rendered for spec in found]
     views = [view for part in all_routes if part is not None for view in part.views]
     title = model_name(summaries[0].model, 120) if len(summaries) == 1 else f"{len(summaries)} traces"
     return document(title, sections, specs, routes=views)
@@ -49,15 +49,15 @@ def _by_stage(summary: TraceSummary) -> dict[str, TraceSummary]:
 
 def render_fragment(summary: TraceSummary) -> str:
     """Return totals, findings, the load as a picture and the tables, without scripts, for a notebook."""
-    shown, findings = [], summary.findings_apart()
+    blocks, findings = [], summary.findings_apart()
     for stage, part in _by_stage(summary).items():
         found = [figure for figure in figures(part) if figure.key.split("-")[0] in _NOTEBOOK_FIGURES]
         tables = "\n".join(f"<p><b>{escape(f.title)}</b></p>{table_html(f)}" for f in found)
         heading = f"<h4>{stage.capitalize()}</h4>" if stage else ""
         picture = load_picture_html(part.routers)
-        shown.append(f"{heading}{_totals(part)}{_findings(findings[stage])}{picture}{tables}")
-    shown.append(_findings_of_run(summary))
-    return f"<div><h3>{escape(model_name(summary.model, 120))}</h3>{''.join(shown)}</div>"
+        blocks.append(f"{heading}{_totals(part)}{_findings(findings[stage])}{picture}{tables}")
+    blocks.append(_findings_of_run(summary))
+    return f"<div><h3>{escape(model_name(summary.model, 120))}</h3>{''.join(blocks)}</div>"
 
 
 def _section(

@@ -131,11 +131,11 @@ def _advice(study: PlacementStudy) -> list[str]:
         size = cluster.options.cluster
         if size.ranks == study.counts.num_experts:
             notes.append(f"{size.ranks} ranks: one expert a rank, so only copies can balance.")
-        worse = [
+        worse_plans = [
             p for p in cluster.plans[1:] if p.all_layers_F.mean() >= cluster.plans[0].all_layers_F.mean()
         ]
-        if worse and size.ranks > 1 and size.ranks != study.counts.num_experts:
-            names = " and ".join(plan.name for plan in worse)
+        if worse_plans and size.ranks > 1 and size.ranks != study.counts.num_experts:
+            names = " and ".join(plan.name for plan in worse_plans)
             notes.append(
                 f"{size.ranks} ranks: {names} did not beat contiguous on what was held out: the load there "
                 f"differs from the {study.counts.kind}s chosen on. Choose on a mix of what you serve."

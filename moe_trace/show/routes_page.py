@@ -142,5 +142,5 @@ def _group(prefix: str, number: int, view: dict[str, Any], figures: Sequence[Fig
         else ""
     )
     heading = "Tokens" if number == 0 else f"Tokens of other layers ({number + 1})"
-    drawn = "".join(figure_html(prefix, figure) for figure in figures)
-    return f'<h2>{heading}</h2>{note}<div id="{view["id"]}"></div>{drawn}'
+    figures_html = "".join(figure_html(prefix, figure) for figure in figures)
+    return f'<h2>{heading}</h2>{note}<div id="{view["id"]}"></div>{figures_html}'

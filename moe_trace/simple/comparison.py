@@ -247,17 +247,19 @@ def _row(line: ComparedConfig) -> dict[str, Any]:
 def _render(comparison: Comparison) -> str:
     if not comparison.lines:
         return "no configuration was run"
-    named = ("config", "text") if any(line.text != "all" for line in comparison.lines) else ("config",)
+    label_columns = (
+        ("config", "text") if any(line.text != "all" for line in comparison.lines) else ("config",)
+    )
     names = [name for name in _FIGURES if name not in ("tokens_per_s", "skipped_share")]
     headings = (
-        *named,
+        *label_columns,
         _COLUMNS_BY_NAME["tokens_per_s"],
         "× first",
         *(_COLUMNS_BY_NAME[name] for name in names),
     )
     rows: list[tuple[Cell, ...]] = [
         (
-            *(getattr(line, name) for name in named),
+            *(getattr(line, name) for name in label_columns),
             *(line.tokens_per_s.median, _speed(line.tokens_per_s)),
             *(getattr(line, name).median for name in names),
         )
@@ -268,7 +270,7 @@ def _render(comparison: Comparison) -> str:
         f"Medians of {rounds} interleaved {'round' if rounds == 1 else 'rounds'}; × first: tokens/s over the "
         f"first configuration's, with its {comparison.interval_coverage:.0%} interval."
     )
-    return text_table(headings, rows, left=len(named)) + "\n" + explain
+    return text_table(headings, rows, left=len(label_columns)) + "\n" + explain
 
 
 def _speed(speed: Timed) -> str:

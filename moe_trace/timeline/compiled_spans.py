@@ -36,9 +36,9 @@ def with_compiled_spans(calls: CallTable, graphs: Sequence[CompiledGraph], event
         calls: placed by the forward, or by the graph's launch.
         graphs: the compiler's lists, of all tracers.
     """
-    listed = [graph for graph in graphs if graph.launches]
+    known = [graph for graph in graphs if graph.launches]
     try:
-        return _joined(calls, listed, events)
+        return _joined(calls, known, events)
     except Exception as error:
         warnings.warn(
             f"the lanes of routers and experts in compiled code could not be made ({error!r}); the trace has "

@@ -161,9 +161,9 @@ def merge_in_place(
         window = trace_window(trace_events)
         if window is None:
             raise NothingRecorded(f"{path}: the trace holds no event, so that no sample lies in its time")
-        named = _with_own_names(recordings)
-        placed = _place(trace_events, search, named, layout.base_time_ns, window, activities)
-        combined = _combine(named, placed)
+        renamed = _with_own_names(recordings)
+        placed = _place(trace_events, search, renamed, layout.base_time_ns, window, activities)
+        combined = _combine(renamed, placed)
         band = PlacedCalls.of(
             combined.calls,
             experts_are_split=combined.experts_are_split,
@@ -179,7 +179,7 @@ def merge_in_place(
         insert_addition(file, layout.events.end, addition)
     lost = Lost(**placed.lost())
     return Merged(
-        [_placed_of(recording, own, placed) for recording, own in zip(recordings, named, strict=True)], lost
+        [_placed_of(recording, own, placed) for recording, own in zip(recordings, renamed, strict=True)], lost
     )
 
 

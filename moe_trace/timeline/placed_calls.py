@@ -93,10 +93,10 @@ class PlacedCalls:
     def replays(self) -> Replays:
         """Calls that share a graph or forward, in order of time."""
         rows = self.having("graph")
-        calls, drawn = self.calls.take(rows), self.spans["graph"][rows]
+        calls, graph_spans = self.calls.take(rows), self.spans["graph"][rows]
         launched = np.nan_to_num(calls.places.span("host", "graph"))
         keys, replay = np.unique(
-            np.column_stack([drawn, calls.thread, launched]), axis=0, return_inverse=True
+            np.column_stack([graph_spans, calls.thread, launched]), axis=0, return_inverse=True
         )
         replay = replay.reshape(-1)
         order = np.lexsort((calls.layer, replay))

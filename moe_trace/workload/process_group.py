@@ -158,8 +158,8 @@ def joined(device_type: str, expected: int | None) -> Iterator[Worker]:
         timeout=timedelta(seconds=_COLLECTIVE_S),
         device_id=gpu,
     )
-    own = PrefixStore(f"moe_trace{number}", store)
-    worker = Worker(rank, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size, own)
+    run_store = PrefixStore(f"moe_trace{number}", store)
+    worker = Worker(rank, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world_size, run_store)
     before = signal.signal(signal.SIGTERM, worker.stop if rank == 0 else signal.SIG_DFL)
     try:
         yield worker
@@ -187,8 +187,8 @@ def missing_files(worker: Worker, folder: Path, timeout_s: float) -> list[str]:
     deadline = time.monotonic() + timeout_s
     problems = []
     for rank in range(1, worker.world_size):
-        left = max(0.0, deadline - time.monotonic())
-        answer = worker.wait(functools.partial(worker.told, "trace", rank), left)
+        remaining_s = max(0.0, deadline - time.monotonic())
+        answer = worker.wait(functools.partial(worker.told, "trace", rank), remaining_s)
         if answer is None:
             problems.append(
                 f"rank {rank} has written no trace within {timeout_s:g} s of rank 0 (it died, or is late)"

@@ -219,10 +219,10 @@ def _report_failures(worker: Worker, config: RunConfig) -> Iterator[None]:
         others = missing_files(worker, config.out, _FAILURE_TIMEOUT_S)
         if not others:  # the failure is this rank's own
             raise
-        kept = [file.name for file in traces_in(config.out)]
+        traces = [file.name for file in traces_in(config.out)]
         raise RankFailed(
             f"the run did not end: {'; '.join(others)}. In {config.out} is what was written until then: "
-            f"{', '.join(kept) or 'nothing'}"
+            f"{', '.join(traces) or 'nothing'}"
         ) from error
 
 

@@ -116,10 +116,10 @@ def _random_weights_on_disk(source: str, worker: Worker, dtype: torch.dtype | No
     """
     if worker.local_rank != 0:
         maker = worker.rank - worker.local_rank
-        drawn = worker.wait(partial(worker.told, "weights", maker), _DRAWING_S)
-        if drawn is None or "failed" in drawn:
+        answer = worker.wait(partial(worker.told, "weights", maker), _DRAWING_S)
+        if answer is None or "failed" in answer:
             raise LeaderFailed(f"rank {maker} could not draw the weights")
-        yield Path(drawn["folder"])
+        yield Path(answer["folder"])
         worker.publish("read", {})
         return
     with tempfile.TemporaryDirectory(prefix="moe_trace-weights-") as folder:

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from moe_trace.read.routes.interchange.files import FORMATS, export_routes
 
-    given = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)
-    target = arguments.out or Path((given.strip("-") or "routes") + FORMATS[arguments.to])
+    name = Path(named(arguments.file, arguments)).name.removesuffix(ROUTES)
+    target = arguments.out or Path((name.strip("-") or "routes") + FORMATS[arguments.to])
     refuse_to_replace(target, force=arguments.force, inputs=[arguments.file])
     for note in export_routes(routes_of(arguments.file, arguments), target, arguments.to):
         print(f"moe-trace: note: {note}", file=sys.stderr)

@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         capture = routes_of_dump(arguments.capture)
         routes, notes = capture.routes(arguments.capture, arguments.num_experts), capture.notes
     else:
-        given = attributes(arguments, "num_experts", "layers", "top_k", "ending")
-        routes, notes = import_routes(arguments.capture, **given)
+        options = attributes(arguments, "num_experts", "layers", "top_k", "ending")
+        routes, notes = import_routes(arguments.capture, **options)
     routes.save(arguments.out)
     shape = " x ".join(f"{size:,}" for size in routes.expert_ids.shape)
     print(f"{shape} ids (tokens x layers x top-k), {int(routes.padding.sum()):,} tokens of padding")

@@ -60,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(arguments).items() if name not in ("command", "copies")}
-    script, module, own = (values.pop(name) for name in ("script", "module", "script_arguments"))
+    script, module, script_arguments = (values.pop(name) for name in ("script", "module", "script_arguments"))
     values["layers"] = parse_layers(values["layers"])
     if module:
         return record_program(Program(module[0], module[1:], is_module=True), values)
     if script is not None:
-        return record_program(Program(str(script), own), values)
+        return record_program(Program(str(script), script_arguments), values)
     return _run_models(values)
 
 

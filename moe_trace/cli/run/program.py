@@ -42,13 +42,13 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
     """
     config = _config(program, values)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences a line at each start and stop of a profiler
-    made = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
+    new_folders = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
     restore_streams()
     try:
         run = run_program(program, config)
     finally:
         prepare_streams()
-        for folder in made:
+        for folder in new_folders:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
     with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # the stream may be closed

@@ -92,10 +92,10 @@ class CountLists:
 
     def used(self, first: int | None = None) -> IntArray:
         """Return how many counts of each list, or of its first `first`, are not 0, [N]."""
-        some = self.values != 0
+        is_used = self.values != 0
         if first is not None:
-            some &= self._places() < first
-        return np.bincount(self._rows()[some], minlength=len(self))
+            is_used &= self._places() < first
+        return np.bincount(self._rows()[is_used], minlength=len(self))
 
     def summed(self, *, least: int = 0) -> IntArray:
         """Return the sum of all lists, of length `least` or more."""

@@ -137,8 +137,8 @@ class RecordedRoutes:
     @property
     def nbytes(self) -> int:
         """Size in bytes of the columns of all groups."""
-        own = sum(column.nbytes for column in self.columns().values())
-        return own + sum(group.nbytes for group in self.others)
+        total = sum(column.nbytes for column in self.columns().values())
+        return total + sum(group.nbytes for group in self.others)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the columns that are present, by name."""

@@ -223,13 +223,13 @@ def added_up(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _cast(name: str, column: np.ndarray) -> np.ndarray:
-    wanted = np.dtype(TYPES[name]) if name in TYPES else column.dtype.newbyteorder("<")
-    if column.dtype == wanted:
+    dtype = np.dtype(TYPES[name]) if name in TYPES else column.dtype.newbyteorder("<")
+    if column.dtype == dtype:
         return column
     with np.errstate(over="ignore"):
-        typed = column.astype(wanted)
-    if not np.array_equal(typed, column, equal_nan=wanted.kind == "f"):
-        raise ValueError(f"expected {name} to fit {wanted}; found other values, of {column.dtype}")
+        typed = column.astype(dtype)
+    if not np.array_equal(typed, column, equal_nan=dtype.kind == "f"):
+        raise ValueError(f"expected {name} to fit {dtype}; found other values, of {column.dtype}")
     return typed
 
 

@@ -65,15 +65,15 @@ def _without_odd_fields(value: Any) -> Event:
     """Drop unexpected fields, which other tools write; an event is lost only if its time is invalid."""
     if not isinstance(value, dict):
         return UNREADABLE
-    kept = {key: value[key] for key in ("ph", "cat", "pid", "tid", "ts", "dur", "id") if key in value}
-    kept["name"] = name if isinstance(name := value.get("name", ""), str) else str(name)
+    fields = {key: value[key] for key in ("ph", "cat", "pid", "tid", "ts", "dur", "id") if key in value}
+    fields["name"] = name if isinstance(name := value.get("name", ""), str) else str(name)
     args = value.get("args")
     if isinstance(args, dict) and isinstance(args.get("correlation"), (int, float, str)):
-        kept["args"] = {"correlation": args["correlation"]}
-    if not isinstance(kept.get("id"), (int, float, str)):
-        kept.pop("id", None)
+        fields["args"] = {"correlation": args["correlation"]}
+    if not isinstance(fields.get("id"), (int, float, str)):
+        fields.pop("id", None)
     try:
-        return msgspec.convert(kept, Event)
+        return msgspec.convert(fields, Event)
     except (msgspec.ValidationError, ValueError, OverflowError):
         return UNREADABLE
 

@@ -123,8 +123,10 @@ def to_ns(time_us: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
     NaN becomes 0; out-of-range times are clipped to what 64 bits hold.
     """
-    sane = np.nan_to_num(np.asarray(time_us, np.float64), nan=0.0, posinf=_TIME_MAX_US, neginf=-_TIME_MAX_US)
-    return np.rint(np.clip(sane, -_TIME_MAX_US, _TIME_MAX_US) * 1000).astype(np.int64)
+    finite_us = np.nan_to_num(
+        np.asarray(time_us, np.float64), nan=0.0, posinf=_TIME_MAX_US, neginf=-_TIME_MAX_US
+    )
+    return np.rint(np.clip(finite_us, -_TIME_MAX_US, _TIME_MAX_US) * 1000).astype(np.int64)
 
 
 def bounds_ns(span: Span) -> tuple[int, int]:
@@ -172,11 +174,11 @@ class EventTableBuilder:
         self.unreadable += sum(e is UNREADABLE for e in events)
         names, threads = self._names, self._threads
         kinds = [kind_of[e.cat] for e in slices] + [_FLOWS[e.ph] for e in flows]
-        both = slices + flows
-        start_us = _array([e.ts for e in both])
+        rows = slices + flows
+        start_us = _array([e.ts for e in rows])
         duration_us = _array([e.dur for e in slices] + [0.0] * len(flows))
-        sound = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
-        self.unreadable += int((~sound).sum())
+        is_valid = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
+        self.unreadable += int((~is_valid).sum())
         links = [link_of(e.args.correlation if e.args is not None else None) for e in slices]
         if _HPU in kind_of:
             pairs = zip(slices, links, strict=True)
@@ -185,14 +187,14 @@ class EventTableBuilder:
                 kinds[i] = Kind.DEVICE
         columns = (
             np.array(kinds, np.uint8),
-            np.array([names[e.name] for e in both], np.int32),
-            np.array([threads[e.pid, e.tid] for e in both], np.int32),
-            to_ns(np.where(sound, start_us, 0.0)),
-            to_ns(np.where(sound, duration_us, 0.0)),
+            np.array([names[e.name] for e in rows], np.int32),
+            np.array([threads[e.pid, e.tid] for e in rows], np.int32),
+            to_ns(np.where(is_valid, start_us, 0.0)),
+            to_ns(np.where(is_valid, duration_us, 0.0)),
             np.array([*links, *(link_of(e.id) for e in flows)], np.int64),
         )
-        self._take_comms(slices, columns, sound)
-        self._parts.append(columns if sound.all() else tuple(column[sound] for column in columns))
+        self._take_comms(slices, columns, is_valid)
+        self._parts.append(columns if is_valid.all() else tuple(column[is_valid] for column in columns))
 
     def _take_comms(
         self, slices: list[Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]
@@ -213,9 +215,9 @@ class EventTableBuilder:
         if not self._parts:
             self.add([])
         columns = map(np.concatenate, zip(*self._parts, strict=True))
-        named: Any = dict(zip(_COLUMNS, columns, strict=True))
+        by_name: Any = dict(zip(_COLUMNS, columns, strict=True))
         table = EventTable(
-            **named,
+            **by_name,
             names=tuple(self._names),
             threads=tuple(self._threads),
             unreadable=self.unreadable,

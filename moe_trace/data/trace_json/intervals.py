@@ -35,9 +35,9 @@ class Intervals:
 
 def is_outermost(host: EventTable, block: npt.NDArray) -> npt.NDArray[np.bool_]:
     """Return whether no other row of its block contains a row; rows are sorted by start, longest first."""
-    starts, reached = reached_by_group(block, host.start_ns, host.end_ns)
+    starts, ends = reached_by_group(block, host.start_ns, host.end_ns)
     outermost = np.ones(len(host), dtype=bool)
-    outermost[1:] = starts[1:] >= reached[:-1]
+    outermost[1:] = starts[1:] >= ends[:-1]
     return outermost
 
 
@@ -70,10 +70,10 @@ def node_intervals(events: EventTable, backward: EventTable) -> tuple[EventTable
     origin = int(min(ops.start_ns.min(initial=0), backward.start_ns.min(initial=0)))
     stride = int(max(ops.start_ns.max(initial=0), backward.start_ns.max(initial=0))) - origin + 1
     key = ops.start_ns - origin + ops.thread.astype(np.int64) * stride
-    wanted = backward.start_ns - origin + backward.thread.astype(np.int64) * stride
-    rows = np.searchsorted(key, wanted)
+    wanted_key = backward.start_ns - origin + backward.thread.astype(np.int64) * stride
+    rows = np.searchsorted(key, wanted_key)
     found = rows < len(ops)
-    found[found] = key[rows[found]] == wanted[found]
+    found[found] = key[rows[found]] == wanted_key[found]
     duration = np.zeros(len(backward), dtype=np.int64)
     duration[found] = ops.duration_ns[rows[found]]
     return replace(backward, duration_ns=duration), found

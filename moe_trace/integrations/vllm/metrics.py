@@ -46,16 +46,16 @@ def window(samples: Sequence[RoutingSample]) -> dict[str, Any]:
     layers: dict[str, dict[str, float | int | None]] = {}
     forwards, tokens = 0, 0
     for index in sorted(set(calls.router.tolist()), key=calls.keys.__getitem__):
-        own = calls.take(calls.router == index)
-        loads_E = own.assignments.summed()
+        of_router = calls.take(calls.router == index)
+        loads_E = of_router.assignments.summed()
         found: dict[str, float | int | None] = {}
         layers[calls.keys[index].site] = found
         if loads_E.any():
             found["load_max_over_mean"] = round(max_over_mean(loads_E), 4)
-        enough = len(loads_E) and loads_E.mean() >= ENOUGH_PER_EXPERT
-        found["distinct_experts"] = round(float(own.assignments.used().mean()), 4)
-        found["dead_experts"] = int((loads_E == 0).sum()) if enough else None
-        forwards, tokens = max(forwards, len(own)), max(tokens, own.total("tokens"))
+        enough_tokens = len(loads_E) and loads_E.mean() >= ENOUGH_PER_EXPERT
+        found["distinct_experts"] = round(float(of_router.assignments.used().mean()), 4)
+        found["dead_experts"] = int((loads_E == 0).sum()) if enough_tokens else None
+        forwards, tokens = max(forwards, len(of_router)), max(tokens, of_router.total("tokens"))
     return {"tokens": tokens, "forwards": forwards, "layers": layers}
 
 

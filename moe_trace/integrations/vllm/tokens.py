@@ -98,10 +98,10 @@ class StepTokens:
         """Read the first version, which keeps the requests of a step in its `input_batch`."""
         batch, counts = self.runner.input_batch, self._scheduled.num_scheduled_tokens
         ids = list(batch.req_ids)
-        some = slice(0, len(ids))
-        prompts = np.asarray(batch.num_prompt_tokens[some], np.int64)
-        known = np.asarray(batch.num_tokens_no_spec[some], np.int64)
-        starts = batch.num_computed_tokens_cpu[some]
+        active = slice(0, len(ids))
+        prompts = np.asarray(batch.num_prompt_tokens[active], np.int64)
+        known = np.asarray(batch.num_tokens_no_spec[active], np.int64)
+        starts = batch.num_computed_tokens_cpu[active]
         return self._batch_tokens(
             ids, [counts[request] for request in ids], starts, np.maximum(prompts, known - 1), size
         )

@@ -67,13 +67,13 @@ def _figures(router: RouterSummary) -> dict[str, Any]:
 
 
 def _most_uneven(worst: Sequence[RouterSummary], figures: dict[str, Any]) -> str:
-    named = ", ".join(router.info.site for router in worst[:NAMED]) + (", …" if len(worst) > NAMED else "")
-    tied = f" ({len(worst)} layers tie)" if len(worst) > 1 else ""
+    sites = ", ".join(router.info.site for router in worst[:NAMED]) + (", …" if len(worst) > NAMED else "")
+    tie_note = f" ({len(worst)} layers tie)" if len(worst) > 1 else ""
     busiest = max(range(len(worst[0].assignments)), key=worst[0].assignments.__getitem__)
     every = figures["of_layers"] == figures["real_layers"]
     others = "every layer" if every else f"{figures['real_layers']} of {figures['of_layers']} layers"
     return (
-        f"{named}{tied}: CV {figures['cv']:.3f}, where uniform routing of {worst[0].tokens:,} tokens has "
+        f"{sites}{tie_note}: CV {figures['cv']:.3f}, where uniform routing of {worst[0].tokens:,} tokens has "
         f"{figures['chance_cv_clustered']:.3f} ({_ALIKE}). It is real (p < {SIGNIFICANT}), as in {others}. "
         f"Expert {busiest} gets {figures['load_max_over_mean']:.2f}× its share (most possible "
         f"{figures['ceiling']:.2f}×); {figures['active_experts']} of {figures['experts']} experts got tokens."
@@ -91,8 +91,8 @@ def served(part: TraceSummary) -> dict[str, Any]:
         order = sorted(range(len(router.assignments)), key=lambda e: -router.assignments[e])
         busiest = [(e, router.assignments[e] / total) for e in order[:EXPERTS_NAMED] if total]
         rows.append({"layer": router.info.site, "busiest": busiest})
-    even = {router.info.num_experts for router in part.routers}
-    share = f" An even share is {percent(1 / even.pop())}." if len(even) == 1 else ""
+    expert_counts = {router.info.num_experts for router in part.routers}
+    share = f" An even share is {percent(1 / expert_counts.pop())}." if len(expert_counts) == 1 else ""
     return {
         "sentence": "The busiest experts of this run; give a second run, on other text, to see which experts "
         f"serve which.{share}",

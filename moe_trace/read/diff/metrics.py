@@ -198,9 +198,9 @@ def _loads(side: Side, rows: Ints) -> dict[str, _Part | None]:
     value = describe_load(counts_UE.sum(0))
     if value.max_over_mean is None:  # without assignments no load metric is defined
         return dict.fromkeys(LOADS)
-    drawn, series = map(_figures, (resampled_sums(counts_UE, side.drawn), counts_UE))
+    resampled, series = map(_figures, (resampled_sums(counts_UE, side.drawn), counts_UE))
     values = (getattr(value, name) for name in LOADS)
-    return {name: _Part(*part) for name, *part in zip(LOADS, values, drawn, series, strict=True)}
+    return {name: _Part(*part) for name, *part in zip(LOADS, values, resampled, series, strict=True)}
 
 
 def _figures(counts_BE: Floats) -> tuple[Floats, ...]:

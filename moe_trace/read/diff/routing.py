@@ -107,8 +107,8 @@ def _permuted(tables: Sequence[Sequence[Floats]]) -> Floats:
     rng = np.random.default_rng(0)
     order = rng.permuted(np.tile(np.arange(units_a + units_b), (PERMUTATIONS, 1)), axis=1)
     in_a = (order < units_a).astype(np.float64)
-    both = [np.concatenate(counts) for counts in tables]
-    return np.stack([_distances(in_a @ counts, (1 - in_a) @ counts) for counts in both], axis=1)
+    pooled = [np.concatenate(counts) for counts in tables]
+    return np.stack([_distances(in_a @ counts, (1 - in_a) @ counts) for counts in pooled], axis=1)
 
 
 def _chance_distances(tables: Sequence[Sequence[Floats]]) -> Floats:
@@ -117,9 +117,9 @@ def _chance_distances(tables: Sequence[Sequence[Floats]]) -> Floats:
     columns = []
     for counts in tables:
         sums = [side.sum(0) for side in counts]
-        both = sum(sums)
+        pooled = sum(sums)
         drawn = [
-            rng.multinomial(max(1, round(side.sum() / TOKENS_ALIKE)), both / both.sum(), PERMUTATIONS)
+            rng.multinomial(max(1, round(side.sum() / TOKENS_ALIKE)), pooled / pooled.sum(), PERMUTATIONS)
             for side in sums
         ]
         columns.append(_distances(*drawn))

@@ -183,15 +183,17 @@ class _Columns:
     def fill(self, rows: Ints, router: RouterInfo, expert_bytes: int | None, records: RankRecords) -> None:
         """Fill in the values that depend on the router."""
         calls = self.calls.take(rows)
-        own = router.num_experts - router.identity_experts
-        self.experts[rows] = own
-        self.used[rows] = calls.assignments.used(own)
+        computing = router.num_experts - router.identity_experts
+        self.experts[rows] = computing
+        self.used[rows] = calls.assignments.used(computing)
         per_token = calls.assignments.totals() / calls.tokens
-        share = own / router.num_experts  # identity experts read nothing
+        share = computing / router.num_experts  # identity experts read nothing
         self.uniform[rows] = share * uniform_distinct(router.num_experts, per_token, calls.tokens)
         if expert_bytes is not None:
             read = _read_by_busiest(self.used[rows], calls, router, records)
-            self.bytes[rows] = own * expert_bytes if router.every_expert_computes else read * expert_bytes
+            self.bytes[rows] = (
+                computing * expert_bytes if router.every_expert_computes else read * expert_bytes
+            )
 
     def sizes(self, rows: Ints) -> tuple[DistinctExperts, ...]:
         bins = self.bins[rows]

@@ -84,9 +84,9 @@ def report_physical(recording: Recording, records: RankRecords) -> PhysicalRepor
         return None
     calls = calls.take(has_slots)
     layers = [
-        _layer(router, own, records)
+        _layer(router, router_calls, records)
         for router in recording.routers
-        if len(own := calls.take(calls.of_router(router.name)))
+        if len(router_calls := calls.take(calls.of_router(router.name)))
     ]
     return PhysicalReport(layers=tuple(layers))
 

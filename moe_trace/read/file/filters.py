@@ -30,8 +30,8 @@ class Filter:
 
     def takes_time(self, step: int, stage: Stage) -> bool:
         """Return whether calls of this stage in this step are selected as a whole, with their time."""
-        wanted = not self.stages or stage in whole_stages(self.stages)
-        return wanted and (not self.steps or step in self.steps)
+        selected = not self.stages or stage in whole_stages(self.stages)
+        return selected and (not self.steps or step in self.steps)
 
     def of_whole_forwards(self) -> Filter:
         """Return a filter that selects whole mixed forwards instead of a part, where decoding is selected."""

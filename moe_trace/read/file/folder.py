@@ -41,5 +41,5 @@ def visible_files(folder: Path) -> list[Path]:
     """Return all regular files below a folder, sorted, without hidden ones: those that other systems leave
     beside a file (`._x`), and remains of interrupted merges."""
     files = sorted(folder.rglob("*"))
-    shown = (f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
-    return [file for file in shown if file.is_file()]
+    visible = (f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    return [file for file in visible if file.is_file()]

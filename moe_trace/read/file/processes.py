@@ -64,7 +64,7 @@ def _process_of(
     samples: Sequence[RoutingSample], events: EventTable, pids: npt.NDArray[np.int64]
 ) -> int | None:
     """Return the process with most of the calls' ranges, the first in the file if several tie."""
-    wanted = {
+    starts_wanted = {
         (range_name(kind, sample.site), int(to_ns(span.start_us)))
         for sample in samples
         if sample.placement is not None
@@ -73,7 +73,7 @@ def _process_of(
     rows = np.flatnonzero(events.kind == Kind.RANGE)
     columns = (column[rows].tolist() for column in (pids, events.name, events.start_ns))
     ranges = zip(*columns, strict=True)
-    hits = Counter(pid for pid, name, start in ranges if (events.names[name], start) in wanted)
+    hits = Counter(pid for pid, name, start in ranges if (events.names[name], start) in starts_wanted)
     return max(hits, key=hits.__getitem__, default=None)
 
 

@@ -49,12 +49,12 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     worst = uneven[0][1]
     others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in uneven[1:]]
     ceiling = worst.chance.ceiling
-    most = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
+    ceiling_note = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
     yield _finding_of_layers(
         uneven,
         HOT_SHARE,
         sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {uneven[0][0]:.1f}× its share of the "
-        f"assignments (threshold {HOT_SHARE:.0f}×{most})"
+        f"assignments (threshold {HOT_SHARE:.0f}×{ceiling_note})"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_advice_of_load(evidence),
     )

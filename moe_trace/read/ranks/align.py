@@ -56,8 +56,8 @@ def align(ranks: Sequence[RankCalls], matched: Sequence[SharedCalls], notes: Seq
 def _unaligned_note(unaligned: Sequence[int], reference: int) -> list[str]:
     if not unaligned:
         return []
-    named = ", ".join(map(str, unaligned))
-    clocks = f"the clocks of ranks {named}" if len(unaligned) > 1 else f"the clock of rank {named}"
+    ranks_text = ", ".join(map(str, unaligned))
+    clocks = f"the clocks of ranks {ranks_text}" if len(unaligned) > 1 else f"the clock of rank {ranks_text}"
     return [
         f"{clocks} could not be aligned with that of rank {reference}, with which no collective is shared: "
         "times stand beside its own as recorded"

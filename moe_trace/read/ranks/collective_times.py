@@ -79,7 +79,7 @@ def find_waits(
     Returns:
         The waits, and each rank's own wait in nanoseconds by (rank, `id` of its collective).
     """
-    waits, own = [], {}
+    waits, own_waits = [], {}
     for shared in matched:
         start, _ = on_one_clock(shared, alignment.offset_ns)
         wait_ns = start.max(axis=1, keepdims=True) - start
@@ -90,7 +90,7 @@ def find_waits(
                 continue
             waits_ns = wait_ns[row].tolist()
             for rank, collective, ns in zip(shared.ranks, collectives, waits_ns, strict=True):
-                own[rank, id(collective)] = ns
+                own_waits[rank, id(collective)] = ns
             waits.append(
                 Wait(
                     site=found[1].site,
@@ -100,7 +100,7 @@ def find_waits(
                     last_rank=shared.ranks[int(last[row])],
                 )
             )
-    return tuple(waits), own
+    return tuple(waits), own_waits
 
 
 def exchange_times(

@@ -212,8 +212,8 @@ def joined_recording(plan: MergePlan) -> Recording:
     tables = []
     for trace in plan.ranks:
         calls = trace.recording.calls
-        seen = calls.host_start_ns != 0  # calls in compiled code that the host did not see have no time
-        offset_ns = np.where(seen, plan.alignment.offset_ns[trace.calls.rank], 0)
+        has_time = calls.host_start_ns != 0  # calls in compiled code that the host did not see have no time
+        offset_ns = np.where(has_time, plan.alignment.offset_ns[trace.calls.rank], 0)
         moved = replace(calls, places=_shifted(calls.places, plan.shift_ns(trace)))
         tables.append(
             moved.with_numbers(

@@ -103,7 +103,7 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
     matched, refused = match_calls(calls)
     alignment = known if known is not None else align(calls, matched, refused)
     shifts = alignment if known is None else replace(known, offset_ns=dict.fromkeys(records.ranks, 0))
-    waits, own = find_waits(matched, shifts, index)
+    waits, own_waits = find_waits(matched, shifts, index)
     step_us = {rank: rank_input.step_us for rank, rank_input in ranks.by_rank.items()}
     lost_us = sum(wait.lost_us for wait in waits) if waits else None
     whole_us = _whole_us(step_us, {load.step for load in loads})
@@ -122,7 +122,7 @@ def report_ranks(ranks: Ranks, *, known: Alignment | None = None) -> RankReport 
         held=_held_counts(records),
         layers=_layers(records, loads, waits),
         steps=_steps(records, loads, waits, step_us),
-        exchanges=exchange_times(calls, index, own),
+        exchanges=exchange_times(calls, index, own_waits),
         wait_us=lost_us,
         wait_share=lost_us / whole_us if lost_us is not None and whole_us else None,
         waited_for_us=account(waits, records.ranks) if waits else {},
@@ -141,9 +141,9 @@ def _held_counts(records: RankRecords) -> dict[int, int | None]:
 def _notes(records: RankRecords, loads: Sequence[CallLoad]) -> list[str]:
     notes = []
     if records.missing:
-        named = ", ".join(number_ranges(records.missing))
+        missing = ", ".join(number_ranges(records.missing))
         notes.append(
-            f"{len(records.missing)} of {records.world_size} ranks have no trace here (rank {named}): what "
+            f"{len(records.missing)} of {records.world_size} ranks have no trace here (rank {missing}): what "
             "they computed is not in these figures; look at their logs, and give their traces too"
         )
     if any(recording.parallel is None for recording in records.by_rank.values()):
@@ -219,14 +219,14 @@ def _steps(
     by_step: defaultdict[int, list[CallLoad]] = defaultdict(list)
     for load in loads:
         by_step[load.step].append(load)
-    lost: defaultdict[int, float] = defaultdict(float)
+    lost_us: defaultdict[int, float] = defaultdict(float)
     for wait in waits:
-        lost[wait.step] += wait.lost_us
+        lost_us[wait.step] += wait.lost_us
     steps = []
     for step, members in sorted(by_step.items()):
         load_NR = np.array([load.load_R for load in members], np.int64)
         mean = float(load_NR.mean(axis=1).sum())
-        wait_us = lost.get(step) if waits else None
+        wait_us = lost_us.get(step) if waits else None
         whole_us = _whole_us(step_us, {step})
         steps.append(
             StepRanks(

@@ -94,8 +94,10 @@ def said_again(reads: Sequence[tuple[Path, Recording, bool]]) -> dict[Path, str]
     Args:
         reads: Each file with the recording of one rank, and whether the file is merged from several.
     """
-    single = {recording.rank for _, recording, is_merged in reads if not is_merged}
-    found = {path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in single}
+    unmerged = {recording.rank for _, recording, is_merged in reads if not is_merged}
+    found = {
+        path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in unmerged
+    }
     others = [(path, recording) for path, recording, _ in reads if path not in found]
     return found | {others[i][0]: _AGAIN for i in copies([recording for _, recording in others])}
 
@@ -113,12 +115,12 @@ def pooled(files: Sequence[tuple[str, int]]) -> list[str]:
         if match is not None:
             workers = runs.setdefault(rank, {})
             workers[match["worker"]] = workers.get(match["worker"], 0) + 1
-    most = max(runs.values(), key=len, default={})
-    if len(most) < 2:
+    workers = max(runs.values(), key=len, default={})
+    if len(workers) < 2:
         return []
-    named = ", ".join(f"{worker} ({count})" for worker, count in list(most.items())[:4])
-    more = ", …" if len(most) > 4 else ""
+    names = ", ".join(f"{worker} ({count})" for worker, count in list(workers.items())[:4])
+    ellipsis = ", …" if len(workers) > 4 else ""
     return [
-        f"these are traces of {len(most)} runs, taken together: {named}{more}; give "
+        f"these are traces of {len(workers)} runs, taken together: {names}{ellipsis}; give "
         "one file, or a folder for each run, to tell them apart (and compare them with moe-trace diff)"
     ]

@@ -55,15 +55,15 @@ class Coactivation:
 
 def coactivation(tokens: LayerTokens, pairs: Pairs = "all") -> Coactivation:
     """Count the pairs of every token."""
-    side = tokens.experts + 1
-    pair_counts = np.zeros(side * side, np.int64)
+    width = tokens.experts + 1
+    pair_counts = np.zeros(width * width, np.int64)
     slots = tokens.ids.shape[1]
     first, second = (
         np.triu_indices(slots, 1) if pairs == "all" else (np.arange(slots - 1), np.arange(1, slots))
     )
-    for ids_Kn in tokens.chunks(tokens_at_once(side * side, len(first))):
-        pair_counts += np.bincount((ids_Kn[first] * side + ids_Kn[second]).ravel(), minlength=side * side)
-    square = pair_counts.reshape(side, side)[:-1, :-1]
+    for ids_Kn in tokens.chunks(tokens_at_once(width * width, len(first))):
+        pair_counts += np.bincount((ids_Kn[first] * width + ids_Kn[second]).ravel(), minlength=width * width)
+    square = pair_counts.reshape(width, width)[:-1, :-1]
     square = square + square.T
     np.fill_diagonal(square, 0)
     return Coactivation(square, tokens.counts)
@@ -131,15 +131,15 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
 
 def pair_counts(here_NK: np.ndarray, after_NK: np.ndarray, experts: int, experts_after: int) -> Ints:
     """Count tokens with e in one layer and e' in another, [E, E']; ids from `experts` on are no expert."""
-    side = experts_after + 1
-    bins = (experts + 1) * side
+    width = experts_after + 1
+    bins = (experts + 1) * width
     counts = np.zeros(bins, np.int64)
     at_once = tokens_at_once(bins, here_NK.shape[1] * after_NK.shape[1])
     for start in range(0, len(here_NK), at_once):
-        here_Kn = np.ascontiguousarray(here_NK[start : start + at_once].T, np.int64) * side
+        here_Kn = np.ascontiguousarray(here_NK[start : start + at_once].T, np.int64) * width
         after_Kn = np.ascontiguousarray(after_NK[start : start + at_once].T, np.int64)
         counts += np.bincount((here_Kn[:, None] + after_Kn).ravel(), minlength=bins)
-    return counts.reshape(-1, side)[:experts, :experts_after]
+    return counts.reshape(-1, width)[:experts, :experts_after]
 
 
 def predict(probability: Floats, ids_NK: np.ndarray, slots: int) -> np.ndarray:

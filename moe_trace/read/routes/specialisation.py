@@ -64,11 +64,11 @@ def domains(tokens: LayerTokens, domain_N: Ints, number: int) -> Domains:
         domain_N: Domain of each token, [N], out of `number`.
     """
     tokens_D = np.bincount(domain_N, minlength=number)
-    side = tokens.experts + 1
-    counts = np.zeros(number * side, np.int64)
+    width = tokens.experts + 1
+    counts = np.zeros(number * width, np.int64)
     for ids_N in tokens.ids.T:
-        counts += np.bincount(domain_N * side + ids_N, minlength=number * side)
-    share = ratio(counts.reshape(number, side)[:, :-1], tokens_D[:, None])
+        counts += np.bincount(domain_N * width + ids_N, minlength=number * width)
+    share = ratio(counts.reshape(number, width)[:, :-1], tokens_D[:, None])
     return Domains(tokens_D, share, tokens.ids.shape[1] / tokens.experts)
 
 

@@ -175,14 +175,14 @@ def _with_unique_numbers(part: RecordedRoutes, number: int) -> RecordedRoutes:
 
 def _named_ids(routes: RecordedRoutes, order: TokenOrder, predicted: np.ndarray | None) -> dict[str, IdOrder]:
     """Return the tokens sorted by id, for each kind of token ids."""
-    named = {}
+    orders = {}
     if routes.token_ids is not None:
         ids = routes.token_ids[order.rows]
         after = np.append(np.where(order.follows[1:], ids[1:], UNKNOWN), UNKNOWN)[: len(ids)]
-        named = {"input": IdOrder.of(ids), "target": IdOrder.of(after)}
+        orders = {"input": IdOrder.of(ids), "target": IdOrder.of(after)}
     if predicted is not None:
-        named["predicted"] = IdOrder.of(predicted[order.rows])
-    return named
+        orders["predicted"] = IdOrder.of(predicted[order.rows])
+    return orders
 
 
 def _layer(

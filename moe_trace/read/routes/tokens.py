@@ -75,9 +75,9 @@ class LayerTokens:
     @cached_property
     def counts(self) -> Ints:
         """[E] number of slots assigned to each expert."""
-        side = self.experts + 1
-        parts = (np.bincount(ids_Kn.ravel(), minlength=side) for ids_Kn in self.chunks())
-        return sum(parts, np.zeros(side, np.int64))[: self.experts]
+        width = self.experts + 1
+        parts = (np.bincount(ids_Kn.ravel(), minlength=width) for ids_Kn in self.chunks())
+        return sum(parts, np.zeros(width, np.int64))[: self.experts]
 
     @property
     def assignments(self) -> int:

@@ -60,9 +60,9 @@ def router_threads(calls: CallTable, events: EventTable) -> npt.NDArray[np.int64
         )
     )
     start_us = calls.places.span("host", "router")[:, 0]
-    wanted = [range_name("router", key.site) for key in calls.keys]
+    names_wanted = [range_name("router", key.site) for key in calls.keys]
     starts = zip(calls.router.tolist(), to_ns(start_us).tolist(), strict=True)
-    threads = [by_range.get((wanted[router], start), -1) for router, start in starts]
+    threads = [by_range.get((names_wanted[router], start), -1) for router, start in starts]
     return np.where(np.isnan(start_us), -1, np.array(threads, np.int64))
 
 

@@ -76,14 +76,14 @@ def fit_load(calls: Calls, *, with_trend: bool = True) -> Fit | None:
         with_trend: Whether calls without others to compare with may be compared with a trend.
     """
     for comparison, take_out, controls in _comparisons(calls, with_trend):
-        left = {name: take_out(values) for name, values in calls.figures.items()}
-        enough = {
+        residuals = {name: take_out(values) for name, values in calls.figures.items()}
+        varies = {
             name: values
-            for name, values in left.items()
+            for name, values in residuals.items()
             if values.std() >= LEVER_MIN * abs(calls.figures[name].mean()) > 0
         }
-        if enough and len(calls.time_us) - controls - len(enough) >= CALLS_MIN // 2:
-            return _best(comparison, take_out(calls.time_us), enough, _folds(calls), controls)
+        if varies and len(calls.time_us) - controls - len(varies) >= CALLS_MIN // 2:
+            return _best(comparison, take_out(calls.time_us), varies, _folds(calls), controls)
     return None
 
 
@@ -94,8 +94,8 @@ def _comparisons(
     forwards, layers = (len(set(of.tolist())) for of in (calls.forward, calls.layer))
     if layers > 1:
         if forwards >= CALLS_MIN // 2:
-            both = (calls.forward, calls.layer)
-            yield "forwards and layers", lambda values: _demeaned(values, *both), forwards + layers - 1
+            effects = (calls.forward, calls.layer)
+            yield "forwards and layers", lambda values: _demeaned(values, *effects), forwards + layers - 1
         yield "forwards", lambda values: _demeaned(values, calls.forward), forwards
     if with_trend and forwards >= CALLS_MIN:
         trend = _trend(calls, layers)

@@ -150,8 +150,8 @@ class _Rows:
             layer=of_key[table.router],
             figures=figures,
         )
-        even = _most_even(slots, np.array([0.0 if row is None else row.std() for row in loads.rows()]))
-        return cls(tuple(routers), calls, {name: values[even] for name, values in figures.items()})
+        most_even = _most_even(slots, np.array([0.0 if row is None else row.std() for row in loads.rows()]))
+        return cls(tuple(routers), calls, {name: values[most_even] for name, values in figures.items()})
 
     def answer(self, experts_are_split: bool) -> tuple[LoadModel, list[ImbalanceCost]]:
         unknown = bool(np.isnan(self.calls.time_us).any())
@@ -237,11 +237,11 @@ _TOKENS_ALONE = "the load grows with the number of tokens alone: record steps of
 
 def _most_even(slots: Array, spread: Array) -> np.ndarray:
     """Return for each call the row of the most even call with as many slots."""
-    even = np.arange(len(slots))
+    most_even = np.arange(len(slots))
     for number in sorted(set(slots.tolist())):
         rows = np.flatnonzero(slots == number)
-        even[rows] = rows[np.argmin(spread[rows])]
-    return even
+        most_even[rows] = rows[np.argmin(spread[rows])]
+    return most_even
 
 
 def wide_reason(part: float) -> str:

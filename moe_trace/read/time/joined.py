@@ -58,9 +58,9 @@ def without_timed(lost: Lost, times: CallTimes) -> Lost:
     known = (
         int((calls.in_graph & ~routers_timed(calls)).sum()) if times.work_ns(times.forward) is not None else 0
     )
-    left = lost.untimed.get(FUSED, 0) - known
+    remaining = lost.untimed.get(FUSED, 0) - known
     untimed = {why: count for why, count in lost.untimed.items() if why != FUSED}
-    return replace(lost, untimed=untimed | ({FUSED: left} if left > 0 else {}))
+    return replace(lost, untimed=untimed | ({FUSED: remaining} if remaining > 0 else {}))
 
 
 def joined(parts: Sequence[CallTimes]) -> CallTimes:

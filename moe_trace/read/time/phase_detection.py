@@ -93,8 +93,8 @@ def find_steps(events: EventTable, blocks: Blocks) -> Steps:
 
 
 def _has_name(host: EventTable, names: frozenset[str]) -> npt.NDArray[np.bool_]:
-    wanted = np.array([name in names for name in host.names], dtype=bool)
-    return wanted[host.name] if len(wanted) else np.zeros(len(host), dtype=bool)
+    matches = np.array([name in names for name in host.names], dtype=bool)
+    return matches[host.name] if len(matches) else np.zeros(len(host), dtype=bool)
 
 
 def _contains_name(host: EventTable, step: npt.NDArray, names: frozenset[str]) -> npt.NDArray[np.bool_]:

@@ -210,8 +210,8 @@ def span_and_union(
         return union, union
     order = np.lexsort((start, row))
     row, start, end = row[order], start[order], (start + duration)[order]
-    starts, reached = reached_by_group(row, start, end)
-    np.add.at(union, row, reached - np.maximum(starts, np.concatenate([starts[:1], reached[:-1]])))
+    starts, ends = reached_by_group(row, start, end)
+    np.add.at(union, row, ends - np.maximum(starts, np.concatenate([starts[:1], ends[:-1]])))
     return _spans((rows,), (row,), start, end), union
 
 

@@ -93,14 +93,14 @@ def report_speed(
     measure = _Measure(peak, item_bytes(model), _width(model), experts_are_split)
     layers = []
     for router in routers:
-        own = times.select(times.samples.of_router(router.name))
-        if len(own.samples):
+        router_times = times.select(times.samples.of_router(router.name))
+        if len(router_times.samples):
             layers.append(
                 LayerSpeed(
                     site=router.site,
                     name=router.name,
-                    router=measure.router(own, router),
-                    experts=measure.experts(own, {router.name: router}),
+                    router=measure.router(router_times, router),
+                    experts=measure.experts(router_times, {router.name: router}),
                 )
             )
     return SpeedReport(

@@ -156,8 +156,8 @@ def _joined(pieces: Pieces, closer_than_ns: int) -> Segments:
     if not len(group):
         none = np.zeros(0, dtype=np.int64)
         return Segments(none, none, none, none, none, closer_than_ns)
-    starts, reached = reached_by_group(group, start, end)
-    is_separate = (starts[1:] > reached[:-1] + closer_than_ns) | (group[1:] != group[:-1])
+    starts, ends = reached_by_group(group, start, end)
+    is_separate = (starts[1:] > ends[:-1] + closer_than_ns) | (group[1:] != group[:-1])
     begins = np.flatnonzero(np.concatenate([[True], is_separate]))
     return Segments(
         block=group[begins] // len(PHASES),

@@ -82,8 +82,8 @@ class Columns:
 def grouped_columns(grid: CallGrid) -> Columns:
     """Average neighbouring columns of the grid where there are too many to draw."""
     count = len(grid.steps_C)
-    most = max(1, min(COLUMNS_MAX, CELLS_MAX // len(grid.sites)))
-    size = -(-count // most)  # equal for all but the last group, to keep the axis even
+    max_columns = max(1, min(COLUMNS_MAX, CELLS_MAX // len(grid.sites)))
+    size = -(-count // max_columns)  # equal for all but the last group, to keep the axis even
     groups = np.split(np.arange(count), range(size, count, size))
     starts = [int(group[0]) for group in groups]
     known_LC = ~np.isnan(grid.values_LC)

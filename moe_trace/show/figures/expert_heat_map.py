@@ -171,8 +171,8 @@ def equal_share_row(load_E: np.ndarray, width: int) -> list[float | None]:
 
 def _step_frames(calls: CallTable, routers: Sequence[RouterSummary], experts: int) -> list[Frame]:
     steps, counts_SLE = load_by_step(calls, [router.info.name for router in routers], least=experts)
-    most = min(FRAMES_MAX, max(1, FRAMES_CELLS_MAX // max(1, len(routers) * experts)))
-    parts = np.array_split(np.arange(len(steps)), min(len(steps), most)) if len(steps) else []
+    max_frames = min(FRAMES_MAX, max(1, FRAMES_CELLS_MAX // max(1, len(routers) * experts)))
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), max_frames)) if len(steps) else []
     sizes = [len(router.assignments) for router in routers]
     return [
         Frame(

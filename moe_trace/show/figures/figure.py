@@ -96,15 +96,23 @@ def bars(
     name: str, x: Sequence[str], y: Sequence[float | None], colour: str, hover: str, **more: Any
 ) -> Spec:
     """Return a bar for each of `x`; `hover` is the text shown under the pointer, by default its value."""
-    shown = {"hovertemplate": hover} if hover else {}
+    hover_options = {"hovertemplate": hover} if hover else {}
     spec: Spec = {"type": "bar", "name": name, "x": [safe(label) for label in x], "y": y}
-    return {**spec, "marker": {"color": colour}, **shown, **more}
+    return {**spec, "marker": {"color": colour}, **hover_options, **more}
 
 
 def curve(name: str, x: Sequence[Any], y: Sequence[float | None], hover: str = "", **more: Any) -> Spec:
     """Return a line through `y`; `hover` is the text shown under the pointer, by default none."""
-    shown = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
-    return {"type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y), **shown, **more}
+    hover_options = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "x": list(x),
+        "y": list(y),
+        **hover_options,
+        **more,
+    }
 
 
 def axis(title: str, **more: Any) -> Spec:
@@ -158,11 +166,11 @@ def ids_axis(title: str, count: int) -> Spec:
 def layers_axis(labels: Sequence[str]) -> Spec:
     """Return the vertical axis of a heat map, first layer on top, with as many labels as fit."""
     every = max(1, -(-15 * len(labels) // max(1, rows_px(len(labels)))))
-    shown = list(labels[::every])
+    ticks = list(labels[::every])
     return {
         "autorange": "reversed",
         "type": "category",
         "tickmode": "array",
-        "tickvals": shown,
-        "ticktext": shown,
+        "tickvals": ticks,
+        "ticktext": ticks,
     }

@@ -106,8 +106,8 @@ def worst_layers(grid: CallGrid, extreme: Extreme, most: int = NAMED) -> list[in
 def _bars(grid: CallGrid, columns: Columns, metric: Metric) -> tuple[list[Spec], Spec]:
     values_L = columns.values_LB[:, 0]
     worst = worst_layers(grid, metric.worst, min(NAMED, len(grid.sites) // 2))
-    tied = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # many may tie at a maximum
-    coloured = tied if len(tied) <= len(grid.sites) // 2 else set()
+    ties = set(np.flatnonzero(np.isin(values_L, values_L[worst])).tolist())  # many may tie at a maximum
+    coloured = ties if len(ties) <= len(grid.sites) // 2 else set()
     colours = [LINES[0] if i in coloured else BAND for i in range(len(grid.sites))]
     hover = f"%{{x}}: %{{y:.3f}} {metric.unit}<extra></extra>"
     data = bars(metric.title, grid.sites, _plain(values_L), "", hover, marker={"color": colours})
@@ -186,8 +186,8 @@ def _worst_lines(grid: CallGrid, columns: Columns, metric: Metric) -> list[Spec]
 def _line(name: str, columns: Columns, values: npt.NDArray[np.float64], metric: Metric, colour: str) -> Spec:
     hover = f"{name}, {columns.title} %{{x}}: %{{y:.3f}} {metric.unit}"
     mode = "lines+markers" if len(columns.labels) <= 40 else "lines"
-    drawn = {"mode": mode, "line": {"width": 1.5, "color": colour}, "marker": {"size": 4}}
-    return curve(name, columns.labels, _plain(values), hover, **drawn)
+    style = {"mode": mode, "line": {"width": 1.5, "color": colour}, "marker": {"size": 4}}
+    return curve(name, columns.labels, _plain(values), hover, **style)
 
 
 def _forwards_axis(columns: Columns) -> Spec:

@@ -65,8 +65,8 @@ def _matrix_table(report: RankReport, total: np.ndarray) -> tuple[tuple[str, ...
             rows.append((f"rank {rank}", *row, sum(row)))
         return ("from", *(f"to rank {to}" for to in range(total.shape[1])), "all"), rows
     for rank, row in zip(report.ranks, total.tolist(), strict=False):
-        most = int(np.argmax(row))
-        rows.append((f"rank {rank}", sum(row), row[rank], f"rank {most}", row[most]))
+        busiest = int(np.argmax(row))
+        rows.append((f"rank {rank}", sum(row), row[rank], f"rank {busiest}", row[busiest]))
     return ("from", "all", "to itself", "most to", "assignments"), rows
 
 
@@ -103,8 +103,8 @@ def _names(report: RankReport) -> list[str]:
 
 
 def _layer_row(layer: LayerRanks, report: RankReport) -> tuple[Cell, ...]:
-    few = len(report.ranks) <= MATRIX_TABLE_MAX
-    loads = layer.load if few else (min(layer.load), max(layer.load))
+    is_small = len(report.ranks) <= MATRIX_TABLE_MAX
+    loads = layer.load if is_small else (min(layer.load), max(layer.load))
     return (
         layer.site,
         *loads,
@@ -175,8 +175,8 @@ def balance_over_steps(report: RankReport) -> Figure:
     }
     if any(step.wait_us is not None for step in report.steps):
         data.append(_line(steps, [s.wait_us for s in report.steps], "wait µs", WAITING, "y2"))
-        right = {"overlaying": "y", "tickmode": "auto", "side": "right", "showgrid": False}
-        layout["yaxis2"] = axis("wait µs", **right)
+        right_axis = {"overlaying": "y", "tickmode": "auto", "side": "right", "showgrid": False}
+        layout["yaxis2"] = axis("wait µs", **right_axis)
     return Figure(
         key="rank-balance",
         title="Balance of the ranks, step by step",
@@ -191,8 +191,8 @@ def balance_over_steps(report: RankReport) -> Figure:
 
 def _line(x: Sequence[int], y: Sequence[float | None], name: str, colour: str, yaxis: str) -> Spec:
     steps = list(map(str, x)) if len(x) <= STEPS_NAMED else x
-    drawn = {"mode": "lines+markers", "yaxis": yaxis, "line": {"color": colour}}
-    return curve(name, steps, y, f"step %{{x}}: %{{y:.4g}} {name}", **drawn)
+    style = {"mode": "lines+markers", "yaxis": yaxis, "line": {"color": colour}}
+    return curve(name, steps, y, f"step %{{x}}: %{{y:.4g}} {name}", **style)
 
 
 def _numbers_in(cells: int, form: str) -> Spec:

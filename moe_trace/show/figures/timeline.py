@@ -33,9 +33,9 @@ def timeline_figure(
         ),
     ]
     apart_us = segments.joined_ns / 1000
-    closer = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
+    gap_text = f"{apart_us:,.0f}" if apart_us >= 10 else f"{apart_us:.2g}"
     compiled = f" Inside compiled code {BY_COMPILER}." if calls.in_graph.any() else ""
-    joined = f" Pieces closer than {closer} µs are drawn as one: zoom in to part them."
+    joined = f" Pieces closer than {gap_text} µs are drawn as one: zoom in to part them."
     return Figure(
         key="timeline",
         title=f"Step {step}, {clock} time",

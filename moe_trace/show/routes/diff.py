@@ -95,12 +95,12 @@ def _headline(found: RoutesComparison) -> str:
     if found.drift_begins is None:
         sentences.append("Of no token do the experts differ.")
     else:
-        most = int(found.begins.argmax())
+        first = int(found.begins.argmax())
         labels = [label for label, _ in layer_labels(found.layers)]
         sentences.append(
             f"The experts of {share(found.differing)} differ in some layer. Drift begins in "
             f"{labels[found.drift_begins]}; most tokens that differ do so first in "
-            f"{labels[most]} ({share(float(found.begins[most]))} of all)."
+            f"{labels[first]} ({share(float(found.begins[first]))} of all)."
         )
     sentences.append(f"{share(found.identical)} have the same experts at the same ranks in all layers.")
     return " ".join(sentences)

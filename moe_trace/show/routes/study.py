@@ -79,8 +79,8 @@ def _load(study: RoutesStudy) -> str:
     rows: list[tuple[LayerStudy, Row]] = []
     for layer in study.layers:
         busiest = int(layer.counts.argmax()) if layer.counts.any() else None
-        seen = (layer.num_experts, layer.top_k, layer.tokens, layer.skipped)
-        rows.append((layer, (*seen, layer.load.max_over_mean, layer.load.cv, busiest)))
+        sizes = (layer.num_experts, layer.top_k, layer.tokens, layer.skipped)
+        rows.append((layer, (*sizes, layer.load.max_over_mean, layer.load.cv, busiest)))
     return _table(headings, rows, "Load (max÷mean and CV: padding included, as in a report)")
 
 
@@ -130,8 +130,8 @@ def _coactivation_table(study: RoutesStudy) -> str:
 
 
 def _distinct(study: RoutesStudy) -> str:
-    most = max((len(layer.distinct.expected) for layer in study.layers), default=0)
-    batches = [batch for batch in BATCHES if batch <= most]
+    longest = max((len(layer.distinct.expected) for layer in study.layers), default=0)
+    batches = [batch for batch in BATCHES if batch <= longest]
     rows: list[tuple[LayerStudy, Row]] = []
     for layer in study.layers:
         expected = layer.distinct.expected.tolist()

@@ -137,8 +137,10 @@ class Dashboard:
         whole = self.store.summary(trace)
         if not whole.stages:
             return StagePart(trace, None, whole)
-        asked = [parameters.get(name) for name in ("stage" + suffix, "stage")]
-        stage = min(whole.stages, key=lambda s: asked.index(s) if s in asked else len(asked))
+        stages_asked = [parameters.get(name) for name in ("stage" + suffix, "stage")]
+        stage = min(
+            whole.stages, key=lambda s: stages_asked.index(s) if s in stages_asked else len(stages_asked)
+        )
         return StagePart(trace, stage, whole.stages[stage])
 
     def _derived(self, part: StagePart, what: Hashable, compute: Callable[[TraceSummary], _T]) -> _T:

@@ -82,8 +82,8 @@ def _stage(stage: str, part: TraceSummary, found: Sequence[Finding]) -> JsonDict
 
 
 def _findings(found: Sequence[Finding]) -> JsonDict:
-    shown = [_finding(finding) for finding in found[:FINDINGS_MAX]]
-    return {"shown": shown, "more": max(0, len(found) - FINDINGS_MAX)}
+    entries = [_finding(finding) for finding in found[:FINDINGS_MAX]]
+    return {"shown": entries, "more": max(0, len(found) - FINDINGS_MAX)}
 
 
 def _finding(finding: Finding) -> JsonDict:

@@ -117,25 +117,27 @@ def _read(path: Path, *version: int) -> _Kept:
         routes = read_routes(path)
     except MemoryError as error:
         raise TraceFileError(f"{path.name}: too large for the memory that this machine has left") from error
-    named = os.environ.get(TOKENIZER) if routes.token_ids is not None else None
-    vocabulary = read_vocabulary(named) if named else None
+    path = os.environ.get(TOKENIZER) if routes.token_ids is not None else None
+    vocabulary = read_vocabulary(path) if path else None
     return _Kept(routes, [TokenPages(group, vocabulary) for group in routes.groups])
 
 
 def _study_json(routes: RecordedRoutes, label: str) -> JsonDict:
     """Study as many of the first tokens as an interactive request allows."""
     per_token = max(1, routes.expert_ids[:1].size)
-    most = max(1, STUDIED_MAX_SLOTS // per_token)
-    part = routes[:most] if len(routes) > most else routes
+    max_tokens = max(1, STUDIED_MAX_SLOTS // per_token)
+    part = routes[:max_tokens] if len(routes) > max_tokens else routes
     figures = [plain_figure(figure) for figure in routes_figures([part], [label])]
-    note = f"Studied are the first {most:,} of {len(routes):,} tokens." if len(routes) > most else ""
+    note = (
+        f"Studied are the first {max_tokens:,} of {len(routes):,} tokens." if len(routes) > max_tokens else ""
+    )
     return {"figures": figures, "note": note}
 
 
 def _compared(routes: RecordedRoutes, others: Sequence[Trace], group: int) -> list[JsonDict]:
     """Compare files of the same rank and layers, as checkpoints or as domains."""
     parts, labels = [], []
-    most = max(1, STUDIED_MAX_SLOTS // max(1, routes.expert_ids[:1].size * len(others)))
+    max_tokens = max(1, STUDIED_MAX_SLOTS // max(1, routes.expert_ids[:1].size * len(others)))
     for other in others:
         path = routes_file(other)
         with suppress(
@@ -144,7 +146,7 @@ def _compared(routes: RecordedRoutes, others: Sequence[Trace], group: int) -> li
             part = read_routes(path).groups[group] if path is not None else routes
             same = (part.layers, part.num_experts, part.top_k, part.rank)
             if same == (routes.layers, routes.num_experts, routes.top_k, routes.rank):
-                parts.append(part[:most])
+                parts.append(part[:max_tokens])
                 labels.append(other.label)
     if len(parts) < 2:
         return []

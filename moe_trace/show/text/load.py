@@ -76,23 +76,23 @@ def _chance(routers: Sequence[RouterSummary]) -> list[str]:
             f"So few tokens say nothing about balance: neighbours choose alike, so {TOKENS_ALIKE} of a text "
             "count as one."
         ]
-    real = [router for router in known if router.chance.is_real]
+    significant = [router for router in known if router.chance.is_real]
     tokens = {router.tokens for router in known}
     tokens_text = f"{tokens.pop():,} tokens" if len(tokens) == 1 else "as many tokens"
-    if not real:
+    if not significant:
         return [
             f"No layer is more uneven than uniform routing of {tokens_text} (p ≥ {SIGNIFICANT}; {_ALIKE})."
         ]
     worst = [routers[i] for i in most_uneven([router.chance for router in routers])]
-    named = ", ".join(label(router) for router in worst[:_MAX_NAMED]) + (
+    labels = ", ".join(label(router) for router in worst[:_MAX_NAMED]) + (
         ", …" if len(worst) > _MAX_NAMED else ""
     )
-    tied = f"{len(worst)} tied, " if len(worst) > 1 else ""
-    layers = f"{len(real)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
+    tie_note = f"{len(worst)} tied, " if len(worst) > 1 else ""
+    layers = f"{len(significant)} of {len(known)} layers are" if len(known) > 1 else "The layer is"
     worst_cv, by_chance = fixed(worst[0].load.cv, 3), fixed(worst[0].chance.cv_clustered, 3)
     return [
         f"{layers} more uneven than uniform routing of {tokens_text} (p < {SIGNIFICANT}; {_ALIKE}).",
-        f"Most uneven: {named} ({tied}CV {worst_cv}, by chance {by_chance}).",
+        f"Most uneven: {labels} ({tie_note}CV {worst_cv}, by chance {by_chance}).",
     ]
 
 

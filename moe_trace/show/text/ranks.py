@@ -112,9 +112,9 @@ def _method(alignment: Alignment) -> str:
         for rank, offset in alignment.offset_ns.items()
         if rank != alignment.reference and rank not in alignment.unaligned
     ]
-    shown = ", ".join(moved[:COLUMNS_MAX]) + (", …" if len(moved) > COLUMNS_MAX else "")
+    offsets = ", ".join(moved[:COLUMNS_MAX]) + (", …" if len(moved) > COLUMNS_MAX else "")
     collectives = f"{alignment.collectives} shared collectives"
-    return f"Clocks aligned to rank {alignment.reference} by {collectives}: {shown}."
+    return f"Clocks aligned to rank {alignment.reference} by {collectives}: {offsets}."
 
 
 def _spread_text(spread: Spread) -> str:
@@ -128,10 +128,10 @@ def _spread_text(spread: Spread) -> str:
 
 
 def _load_table(report: RankReport) -> str:
-    few = len(report.ranks) <= COLUMNS_MAX
-    loads = [f"rank {rank}" for rank in report.ranks] if few else ["least", "mean", "most"]
+    is_small = len(report.ranks) <= COLUMNS_MAX
+    loads = [f"rank {rank}" for rank in report.ranks] if is_small else ["least", "mean", "most"]
     headings = ["layer", *loads, "max÷mean", "hot expert", "wait ms", "for rank"]
-    rows = [_load_row(layer, few=few) for layer in report.layers]
+    rows = [_load_row(layer, few=is_small) for layer in report.layers]
     return text_table(headings, rows, title="Assignments that each rank computes, and time lost in waiting")
 
 

@@ -44,10 +44,10 @@ def _findings(summary: TraceSummary) -> list[str]:
     if not summary.findings:
         return []
     sentences = _once_for_all_stages(summary.findings)
-    shown, more = sentences[:FINDINGS_SHOWN], len(sentences) - FINDINGS_SHOWN
-    lines = [wrapped(printable(sentence, 2000)) for sentence in shown]
-    if more > 0:
-        lines.append(wrapped(f"… and {more} more; --format json has them all."))
+    first, omitted = sentences[:FINDINGS_SHOWN], len(sentences) - FINDINGS_SHOWN
+    lines = [wrapped(printable(sentence, 2000)) for sentence in first]
+    if omitted > 0:
+        lines.append(wrapped(f"… and {omitted} more; --format json has them all."))
     return ["Findings, worst first\n" + "\n".join(lines)]
 
 

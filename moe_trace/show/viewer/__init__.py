@@ -57,9 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A foreign page whose host name resolves to this machine (DNS rebinding) must not read the trace.
-        asked = (self.headers.get("Host") or "").rpartition(":")[0]
+        host = (self.headers.get("Host") or "").rpartition(":")[0]
         found = self.server.files.get(urlsplit(self.path).path)
-        if asked not in ("localhost", "127.0.0.1") or found is None:
+        if host not in ("localhost", "127.0.0.1") or found is None:
             return self.send_error(HTTPStatus.NOT_FOUND)
         path, kind = found
         try:

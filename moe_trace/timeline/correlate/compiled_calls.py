@@ -120,11 +120,13 @@ class CompiledCalls:
     def cpp_kernels(self) -> Coverage:
         """Return the coverage of graph calls if the lists have C++ kernels: all of them have ranges, or
         none."""
-        listed = any(launch.kernel.startswith("cpp_") for graph in self._graphs for launch in graph.launches)
+        in_lists = any(
+            launch.kernel.startswith("cpp_") for graph in self._graphs for launch in graph.launches
+        )
         names = (self._events.names[name] for name in set(self.kernels.name.tolist()))
-        shown = any(_CPP_RANGE.match(name) for name in names)
-        total = len(self._ops) if listed else 0
-        return Coverage(joined=total if shown else 0, total=total)
+        in_trace = any(_CPP_RANGE.match(name) for name in names)
+        total = len(self._ops) if in_lists else 0
+        return Coverage(joined=total if in_trace else 0, total=total)
 
     def _work_of_forward(self, rows: IntArray) -> Iterator[Work]:
         names = self._calls.name[rows].tolist()

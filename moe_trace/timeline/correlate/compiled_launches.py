@@ -141,16 +141,16 @@ def match_operators(names: Sequence[str], graph: CompiledGraph) -> list[Stretch]
     as many as its data require. They are assigned to it if it is the only such operator between the same
     generated kernels.
     """
-    shown, found = {_bare_name(name) for name in names}, list[Stretch]()
+    operators, found = {_bare_name(name) for name in names}, list[Stretch]()
     for stretch in match_launches(names, graph) or ():
         calls = [graph.launches[number].kernel for number in stretch.launches]
-        hidden = [i for i, call in enumerate(calls) if _is_custom(call) and _bare_name(call) not in shown]
-        more = len(stretch.kernels) - len(calls)
-        if more and len(hidden) != 1:
+        hidden = [i for i, call in enumerate(calls) if _is_custom(call) and _bare_name(call) not in operators]
+        surplus = len(stretch.kernels) - len(calls)
+        if surplus and len(hidden) != 1:
             return None
         start = stretch.kernels.start
         for i, number in enumerate(stretch.launches):
-            stop = start + 1 + (more if i in hidden else 0)
+            stop = start + 1 + (surplus if i in hidden else 0)
             if i not in hidden and _bare_name(names[start]) != _bare_name(calls[i]):
                 return None
             found.append(Stretch(range(start, stop), (number,)))
@@ -237,9 +237,9 @@ def usual_sequences(
     for graph, names in found:
         counts[graph][tuple(names)] += 1
     usual = {}
-    for graph, seen in counts.items():
-        names, count = seen.most_common(1)[0]
-        usual[graph] = names if 2 * count > seen.total() else None
+    for graph, sequences in counts.items():
+        names, count = sequences.most_common(1)[0]
+        usual[graph] = names if 2 * count > sequences.total() else None
     return usual
 
 

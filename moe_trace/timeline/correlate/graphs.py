@@ -59,12 +59,18 @@ def place_in_graphs(
     samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
     for recording in recordings:
         names = {router.name for router in recording.routers}
-        own = {row: sample for row, sample in enumerate(samples) if sample.in_graph and sample.name in names}
+        in_graph_samples = {
+            row: sample for row, sample in enumerate(samples) if sample.in_graph and sample.name in names
+        }
         replays = Replays(recording, launches, clock)
-        seen = _HostForwards(ranges, {sample.thread for sample in own.values()}, replays)
-        counted = _DeviceForwards(own.values(), replays)
-        for row, sample in own.items():
-            place = found[row] = (seen if sample.host_start_ns else counted).placement(sample)
+        host_forwards = _HostForwards(
+            ranges, {sample.thread for sample in in_graph_samples.values()}, replays
+        )
+        device_forwards = _DeviceForwards(in_graph_samples.values(), replays)
+        for row, sample in in_graph_samples.items():
+            place = found[row] = (host_forwards if sample.host_start_ns else device_forwards).placement(
+                sample
+            )
             if isinstance(place, Placement):
                 why_untimed[row] = replays.why_untimed(place)
             elif place == NO_RANGE:

@@ -109,8 +109,8 @@ def _by_ids(launch: Launch, recording: Recording) -> Parts:
     found: Parts = defaultdict(dict)
     names = {router.site: router.name for router in recording.routers}
     for label, ids in recording.annotated_nodes.items():
-        match, wanted = RANGE_NAME.fullmatch(label), frozenset(ids)
-        work = [item for item in launch.work if item.node_id and item.node_id in wanted]  # 0: unknown
+        match, id_set = RANGE_NAME.fullmatch(label), frozenset(ids)
+        work = [item for item in launch.work if item.node_id and item.node_id in id_set]  # 0: unknown
         if work and match is not None and match.group(2) in names:
             kind: RangeKind = match.group(1)  # type: ignore[assignment]
             found[names[match.group(2)]][kind] = work

@@ -19,17 +19,17 @@ def belady_hits(needed: Sequence[Words], sizes: Sequence[int]) -> Iterator[Ints]
         sizes: Number of experts that a memory holds, for each of the C sizes.
     """
     steps = len(needed[0])
-    wide = 64 * max(sets.shape[1] for sets in needed)
-    kind = np.int32 if wide * (steps + 2) < 1 << 31 else np.int64
+    width = 64 * max(sets.shape[1] for sets in needed)
+    kind = np.int32 if width * (steps + 2) < 1 << 31 else np.int64
     never = np.iinfo(kind).max
-    soonest = np.full((len(sizes), len(needed), wide), never, kind)
+    soonest = np.full((len(sizes), len(needed), width), never, kind)
     """Next use of each expert in memory, as step * wide + id; `never` if it is not in memory."""
-    for start, used, after in _chunks(needed, wide, kind):
+    for start, used, after in _chunks(needed, width, kind):
         for row in range(len(used)):
-            yield (soonest < kind(start + row + 1) * wide).sum(axis=2)
+            yield (soonest < kind(start + row + 1) * width).sum(axis=2)
             np.copyto(soonest, after[row], where=used[row])
             for size, kept in zip(sizes, soonest, strict=True):
-                if size < wide:
+                if size < width:
                     last = np.partition(kept, size - 1, axis=1)[:, size - 1 : size]
                     np.copyto(kept, never, where=kept > last)
 

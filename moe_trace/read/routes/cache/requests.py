@@ -57,9 +57,9 @@ def requests_of(
     else:
         starts = np.arange(len(rows))
     recorded = len(starts)
-    most = recorded if most_steps is None else max(1, most_steps // max(1, turns))
-    if recorded > most:
-        rows, starts = rows[: starts[most]], starts[:most]
+    max_forwards = recorded if most_steps is None else max(1, most_steps // max(1, turns))
+    if recorded > max_forwards:
+        rows, starts = rows[: starts[max_forwards]], starts[:max_forwards]
     return Requests(
         tuple(_needed(routes, layer, rows, starts) for layer in range(len(routes.layers))),
         routes.num_experts,

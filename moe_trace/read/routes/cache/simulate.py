@@ -158,8 +158,8 @@ def _simulate_policy(
     else:
         kept_LC, requests = _hits_by_capacity(policy, memories, layers)
         hits_LC = kept_LC[:, np.minimum(capacities, kept_LC.shape[1]) - 1]
-        most = sum(needed.experts) if shared else max(needed.experts)
-        curve = kept_LC.sum(axis=0)[:most] / max(1, requests)
+        max_size = sum(needed.experts) if shared else max(needed.experts)
+        curve = kept_LC.sum(axis=0)[:max_size] / max(1, requests)
         fetched = [*prefetch(policy, needed, top_k, sizes)] if prefetch_by else fetched
     results = [
         CacheResult(
@@ -178,12 +178,12 @@ def _simulate_policy(
 
 def _hits_by_capacity(policy: StackPolicy, memories: Requests, layers: int) -> tuple[Ints, int]:
     """Return the hits of each layer where 1, 2, ... C experts fit, [L, C], and the number of all requests."""
-    wide = max(64 * sets.shape[1] for sets in memories.sets)
-    hits_LC = np.zeros((layers, wide + 1), np.int64)
+    width = max(64 * sets.shape[1] for sets in memories.sets)
+    hits_LC = np.zeros((layers, width + 1), np.int64)
     for memory, sets in enumerate(memories.sets):
         for steps, _, found in places(policy, sets):
             layer = np.asarray(memory if len(memories.sets) == layers else steps % layers)
-            np.add.at(hits_LC, (layer, np.where(found < 64 * sets.shape[1], found, wide)), 1)
+            np.add.at(hits_LC, (layer, np.where(found < 64 * sets.shape[1], found, width)), 1)
     return np.cumsum(hits_LC[:, :-1], axis=1), int(hits_LC.sum())
 
 

@@ -26,39 +26,39 @@ def places(
         needed: Sets of experts, [S, W].
         asked: Sets of experts to place instead of the requests, [S, W].
     """
-    wide = 64 * needed.shape[1]
-    rows = max(1, _CELLS // wide)
-    state_E = np.arange(wide, dtype=np.int64)
+    width = 64 * needed.shape[1]
+    rows = max(1, _CELLS // width)
+    state_E = np.arange(width, dtype=np.int64)
     total_E = _totals(needed, rows) if policy == "static" else None
-    largest = wide * (len(needed) + 2)
+    largest = width * (len(needed) + 2)
     kind = np.int32 if largest < 1 << 31 else np.int64
     for start in range(0, len(needed), rows):
-        used = members(needed[start : start + rows], wide)
-        keys = np.empty((len(used) + 1, wide), kind)
+        used = members(needed[start : start + rows], width)
+        keys = np.empty((len(used) + 1, width), kind)
         keys[0] = state_E
         _order(policy, keys, used, start)
-        chosen = used if asked is None else members(asked[start : start + rows], wide)
+        chosen = used if asked is None else members(asked[start : start + rows], width)
         steps, experts = np.nonzero(chosen)
         yield steps + start, experts, _place(keys, steps, experts, total_E)
         state_E = keys[-1]
 
 
 def _order(policy: StackPolicy, keys: np.ndarray, used: np.ndarray, start: int) -> None:
-    """Fill in the sort keys of the experts after each step: the largest is kept first, and those below `wide`
+    """Fill in the sort keys of the experts after each step: the largest is kept first, and those below `width`
     were not needed yet. All keys of a step are distinct among needed experts."""
-    wide = keys.shape[1]
+    width = keys.shape[1]
     if policy == "lru":
-        step_n = np.arange(start + 1, start + len(keys), dtype=keys.dtype)[:, None] * wide
-        keys[1:] = np.where(used, step_n + np.arange(wide, dtype=keys.dtype), 0)
+        step_n = np.arange(start + 1, start + len(keys), dtype=keys.dtype)[:, None] * width
+        keys[1:] = np.where(used, step_n + np.arange(width, dtype=keys.dtype), 0)
         np.maximum.accumulate(keys, axis=0, out=keys)
     else:
         keys[1:] = used
-        keys[1:] *= wide
+        keys[1:] *= width
         np.cumsum(keys, axis=0, out=keys)
 
 
 def _place(keys: np.ndarray, steps: np.ndarray, experts: np.ndarray, total_E: np.ndarray | None) -> Ints:
-    wide, found = keys.shape[1], np.empty(len(steps), np.int64)
+    width, found = keys.shape[1], np.empty(len(steps), np.int64)
     for start in range(0, len(steps), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         own = keys[steps[part], experts[part]]
@@ -67,13 +67,13 @@ def _place(keys: np.ndarray, steps: np.ndarray, experts: np.ndarray, total_E: np
             place = sizes(above.view(np.uint64))
         else:
             place = total_E[experts[part]]
-        found[part] = np.where(own >= wide, place, wide)
+        found[part] = np.where(own >= width, place, width)
     return found
 
 
 def _totals(needed: Words, rows: int) -> Ints:
     """Return places by the number of steps of the run that need the expert, [E]; ties: higher id first."""
-    wide = 64 * needed.shape[1]
-    parts = (members(needed[start : start + rows], wide) for start in range(0, len(needed), rows))
-    totals = sum((part.sum(axis=0) for part in parts), np.zeros(wide, np.int64))
-    return np.argsort(np.argsort(-(totals * wide + np.arange(wide))))
+    width = 64 * needed.shape[1]
+    parts = (members(needed[start : start + rows], width) for start in range(0, len(needed), rows))
+    totals = sum((part.sum(axis=0) for part in parts), np.zeros(width, np.int64))
+    return np.argsort(np.argsort(-(totals * width + np.arange(width))))

@@ -102,8 +102,8 @@ def padding_is_marked(routes: RecordedRoutes, fixed: frozenset[int]) -> Found:
         "the same ids in every layer: a fill, not a routing",
     )
     if "captured_by" in routes.model:
-        real = routes.padding & (routes.expert_ids != routes.no_expert).any((1, 2))
-        yield None, np.flatnonzero(real), "ids of real experts in a token that is padding"
+        has_experts = routes.padding & (routes.expert_ids != routes.no_expert).any((1, 2))
+        yield None, np.flatnonzero(has_experts), "ids of real experts in a token that is padding"
 
 
 RULES: dict[str, Callable[[RecordedRoutes, frozenset[int]], Found]] = {

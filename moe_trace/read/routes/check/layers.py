@@ -45,11 +45,14 @@ def equal_layers(
     sample, used = ids_TLK[::step], used_TL[::step]
     for layer in range(1, ids_TLK.shape[1]):
         for other in range(layer):
-            both = used[:, layer] & used[:, other]
-            if {layer, other} & fixed or both.sum() < ENOUGH_ROWS:
+            both_used = used[:, layer] & used[:, other]
+            if {layer, other} & fixed or both_used.sum() < ENOUGH_ROWS:
                 continue
-            one, two = sample[both, layer], sample[both, other]
-            share, chance = _share(one, two), _share(one, np.roll(two, len(two) // 2, axis=0))
+            ids, other_ids = sample[both_used, layer], sample[both_used, other]
+            share, chance = (
+                _share(ids, other_ids),
+                _share(ids, np.roll(other_ids, len(other_ids) // 2, axis=0)),
+            )
             if share > _MIN_EQUAL_SHARE and share > 2 * chance:
                 equal = (
                     (ids_TLK[:, layer] == ids_TLK[:, other]).all(1) & used_TL[:, layer] & used_TL[:, other]

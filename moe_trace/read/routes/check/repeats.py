@@ -57,9 +57,11 @@ def repeated_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[
     chance = max(
         _agreement(natural if len(natural) >= _NATURAL else rows), _uniform_probability(routes, layers)
     )
-    many = len(repeated) > 2 * near and _exceeds_chance(len(repeated), chance, len(after))
-    judged = many and chance < _MAX_CHANCE and _uniform_probability(routes, layers) < _MAX_UNIFORM_CHANCE
-    return np.sort(repeated) if judged else repeated[:0]
+    too_many = len(repeated) > 2 * near and _exceeds_chance(len(repeated), chance, len(after))
+    significant = (
+        too_many and chance < _MAX_CHANCE and _uniform_probability(routes, layers) < _MAX_UNIFORM_CHANCE
+    )
+    return np.sort(repeated) if significant else repeated[:0]
 
 
 def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[int]) -> np.ndarray:
@@ -75,8 +77,8 @@ def uniform_rows(routes: RecordedRoutes, used_TL: np.ndarray, fixed: frozenset[i
     for layer in layers[1:]:  # share of this layer's rows that equal a given row of the first layer
         shuffled *= _share_of_equal_rows(ids_TLK[:, layers[0]], ids_TLK[:, layer])
     rows = np.flatnonzero(equal)
-    even = _uniform_probability(routes, layers[1:])
-    chance = max(even, float(shuffled[~equal].mean())) if len(rows) < len(equal) else even
+    uniform = _uniform_probability(routes, layers[1:])
+    chance = max(uniform, float(shuffled[~equal].mean())) if len(rows) < len(equal) else uniform
     return (
         rows if chance < _MAX_UNIFORM_CHANCE and _exceeds_chance(len(rows), chance, len(equal)) else rows[:0]
     )

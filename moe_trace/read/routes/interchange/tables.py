@@ -41,8 +41,8 @@ def routes_of_columns(columns: Mapping[str, np.ndarray], text: str | bytes, sour
         chosen |= {name: tuple(chosen[name]) for name in ("layers", "num_experts", "top_k")}
         for name in COLUMNS:
             if name in columns:
-                wide = {"expert_ids": shape, "weights": shape, "lost_layers": shape[:1]}.get(name, ())
-                chosen[name] = np.ascontiguousarray(columns[name]).reshape(-1, *wide)
+                inner_shape = {"expert_ids": shape, "weights": shape, "lost_layers": shape[:1]}.get(name, ())
+                chosen[name] = np.ascontiguousarray(columns[name]).reshape(-1, *inner_shape)
         if (chosen["stage_codes"] > 2).any():
             raise ValueError("an unknown stage")
         return RecordedRoutes(**chosen)

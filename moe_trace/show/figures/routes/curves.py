@@ -68,19 +68,19 @@ def domain_bars(found: RoutesStudy) -> Figure | None:
     if not frames:
         return None
     hover = "%{x}: %{y:.1%} of the tokens of %{fullData.name}<extra></extra>"
-    *domains, even = frames[0].traces
+    *domains, uniform_trace = frames[0].traces
     data = [
         bars(safe(label), trace["x"], trace["y"], colour, hover)
         for label, colour, trace in zip(labels, _COLOURS, domains, strict=False)
     ]
-    more = len(found.labels) - len(labels)
+    omitted = len(found.labels) - len(labels)
     return Figure(
         key="domains",
         title="Domains",
         caption="For each expert, the share of each domain's tokens that have it in their top k; the dashed "
         "line, k / E, is what uniform routing gives."
-        + (f" {more} more domains are not drawn." if more > 0 else ""),
-        data=[*data, dashed("k / E", even["x"], even["y"])],
+        + (f" {omitted} more domains are not drawn." if omitted > 0 else ""),
+        data=[*data, dashed("k / E", uniform_trace["x"], uniform_trace["y"])],
         layout=bars_layout("share of tokens", _HEIGHT, barmode="group", yaxis=shares_axis("share of tokens")),
         headings=("layer", "domain", "tokens", "its first expert", "share of tokens", "× k/E"),
         rows=rows,

@@ -93,8 +93,8 @@ def known(number: float, digits: int = 4) -> float | None:
 
 def _most_used(layer: LayerStudy, layers: int) -> np.ndarray:
     """Return the ids of the experts to draw, ascending: all, or the most used if there are too many."""
-    most = max(EXPERTS_MIN, math.isqrt(CELLS_MAX // max(1, layers)))
-    return np.sort(np.argsort(-layer.counts, kind="stable")[:most])
+    max_experts = max(EXPERTS_MIN, math.isqrt(CELLS_MAX // max(1, layers)))
+    return np.sort(np.argsort(-layer.counts, kind="stable")[:max_experts])
 
 
 def _left_out_note(found: RoutesStudy, chosen: Sequence[np.ndarray]) -> str:
