@@ -65,8 +65,8 @@ def parse_numbers(option: str, text: str | None, most: int | None = None) -> tup
     parts = parse_names(text)
     end = 10**9 if most is None else most
     if not parts or not all(part.isdecimal() and 1 <= int(part[:10]) <= end for part in parts):
-        end = "on" if most is None else f"to {most}"
-        raise UsageError(f"found {option} {text}, expected whole numbers from 1 {end} such as 8,16,32")
+        limit = "on" if most is None else f"to {most}"
+        raise UsageError(f"found {option} {text}, expected whole numbers from 1 {limit} such as 8,16,32")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -120,13 +120,13 @@ def _setup_part(comparison: Comparison) -> str:
 
 def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool) -> str:
     changed = sorted((r for r in routing if r.changed), key=lambda r: r.chance - r.total_variation)
-    rows = list(routing) if everything else changed[:_LAYERS_SHOWN]
+    listed = list(routing) if everything else changed[:_LAYERS_SHOWN]
     unit = "steps dealt anew" if routing[0].chance_from == "steps" else "tokens drawn, few steps"
     title = (
         f"Routing, {stage} (moved: part of a layer's assignments that went to other experts, "
         f"total variation; chance: what 99 of 100 comparisons of the same thing stay under, {unit})"
     )
-    if not rows or all(r.same_counts for r in routing):
+    if not listed or all(r.same_counts for r in routing):
         return paragraph(f"Routing, {stage}: {_no_layer(routing)}.")
     headings = ("layer", "moved", "chance", "verdict", "gained", "lost")
     rows = [
@@ -134,11 +134,11 @@ def _routing_part(routing: Sequence[RoutingChange], stage: str, everything: bool
             *(r.site, r.total_variation, r.chance, "changed" if r.changed else "chance"),
             *(shifts(r.gained), shifts(r.lost)),
         )
-        for r in rows
+        for r in listed
     ]
     parts = [text_table(headings, rows, title=title)]
-    if len(rows) < len(changed):
-        parts.append(f"… and {len(changed) - len(rows)} more layers; --all shows them.")
+    if len(listed) < len(changed):
+        parts.append(f"… and {len(changed) - len(listed)} more layers; --all shows them.")
     if routing[0].same_counts and changed:
         parts.append(
             paragraph(

@@ -177,8 +177,8 @@ class EventTableBuilder:
         rows = slices + flows
         start_us = _array([e.ts for e in rows])
         duration_us = _array([e.dur for e in slices] + [0.0] * len(flows))
-        is_valid = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
-        self.unreadable += int((~is_valid).sum())
+        plausible = (np.abs(start_us) < _TIME_MAX_US) & (duration_us >= 0) & (duration_us < _TIME_MAX_US)
+        self.unreadable += int((~plausible).sum())
         links = [link_of(e.args.correlation if e.args is not None else None) for e in slices]
         if _HPU in kind_of:
             pairs = zip(slices, links, strict=True)
@@ -189,12 +189,12 @@ class EventTableBuilder:
             np.array(kinds, np.uint8),
             np.array([names[e.name] for e in rows], np.int32),
             np.array([threads[e.pid, e.tid] for e in rows], np.int32),
-            to_ns(np.where(is_valid, start_us, 0.0)),
-            to_ns(np.where(is_valid, duration_us, 0.0)),
+            to_ns(np.where(plausible, start_us, 0.0)),
+            to_ns(np.where(plausible, duration_us, 0.0)),
             np.array([*links, *(link_of(e.id) for e in flows)], np.int64),
         )
-        self._take_comms(slices, columns, is_valid)
-        self._parts.append(columns if is_valid.all() else tuple(column[is_valid] for column in columns))
+        self._take_comms(slices, columns, plausible)
+        self._parts.append(columns if plausible.all() else tuple(column[plausible] for column in columns))
 
     def _take_comms(
         self, slices: list[Event], columns: tuple[np.ndarray, ...], sound: npt.NDArray[np.bool_]

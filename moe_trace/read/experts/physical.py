@@ -84,9 +84,9 @@ def report_physical(recording: Recording, records: RankRecords) -> PhysicalRepor
         return None
     calls = calls.take(has_slots)
     layers = [
-        _layer(router, router_calls, records)
+        _layer(router, of_router, records)
         for router in recording.routers
-        if len(router_calls := calls.take(calls.of_router(router.name)))
+        if len(of_router := calls.take(calls.of_router(router.name)))
     ]
     return PhysicalReport(layers=tuple(layers))
 

@@ -82,7 +82,7 @@ Rule = Callable[[Evidence], Iterator[Finding]]
 
 
 def in_one_line(layers: Sequence[tuple[str, str]]) -> str:
-    """Format (site, figure) pairs, worst first: `L04 8.0×, L05 7.9×, L08 7.9× and 12 remaining layers`."""
+    """Format (site, figure) pairs, worst first: `L04 8.0×, L05 7.9×, L08 7.9× and 12 more layers`."""
     listed = ", ".join(f"{site} {figure}".rstrip() for site, figure in layers[:LAYERS_NAMED])
     remaining = len(layers) - LAYERS_NAMED
     return listed if remaining <= 0 else f"{listed} and {count(remaining, 'more layer')}"

@@ -94,10 +94,8 @@ def said_again(reads: Sequence[tuple[Path, Recording, bool]]) -> dict[Path, str]
     Args:
         reads: Each file with the recording of one rank, and whether the file is merged from several.
     """
-    unmerged = {recording.rank for _, recording, is_merged in reads if not is_merged}
-    found = {
-        path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in unmerged
-    }
+    ranks = {recording.rank for _, recording, is_merged in reads if not is_merged}
+    found = {path: _MERGED for path, recording, is_merged in reads if is_merged and recording.rank in ranks}
     others = [(path, recording) for path, recording, _ in reads if path not in found]
     return found | {others[i][0]: _AGAIN for i in copies([recording for _, recording in others])}
 
@@ -115,12 +113,12 @@ def pooled(files: Sequence[tuple[str, int]]) -> list[str]:
         if match is not None:
             workers = runs.setdefault(rank, {})
             workers[match["worker"]] = workers.get(match["worker"], 0) + 1
-    workers = max(runs.values(), key=len, default={})
-    if len(workers) < 2:
+    longest = max(runs.values(), key=len, default={})
+    if len(longest) < 2:
         return []
-    names = ", ".join(f"{worker} ({count})" for worker, count in list(workers.items())[:4])
-    ellipsis = ", …" if len(workers) > 4 else ""
+    listed = ", ".join(f"{worker} ({count})" for worker, count in list(longest.items())[:4])
+    ellipsis = ", …" if len(longest) > 4 else ""
     return [
-        f"these are traces of {len(workers)} runs, taken together: {names}{ellipsis}; give "
+        f"these are traces of {len(longest)} runs, taken together: {listed}{ellipsis}; give "
         "one file, or a folder for each run, to tell them apart (and compare them with moe-trace diff)"
     ]

@@ -138,9 +138,9 @@ def _equal_share_line() -> dict[str, object]:
 def k_histogram(routers: Sequence[RouterSummary]) -> Figure:
     """Plot tokens by the number of experts they used; no data if each token used its layer's k."""
     routers = [r for r in routers if sum(r.decisions.k_histogram)]
-    width = max((len(r.decisions.k_histogram) for r in routers), default=0)
-    counts_LK = [[*r.decisions.k_histogram, *[0] * (width - len(r.decisions.k_histogram))] for r in routers]
-    used = [k for k in range(width) if any(counts[k] for counts in counts_LK)]
+    length = max((len(r.decisions.k_histogram) for r in routers), default=0)
+    counts_LK = [[*r.decisions.k_histogram, *[0] * (length - len(r.decisions.k_histogram))] for r in routers]
+    used = [k for k in range(length) if any(counts[k] for counts in counts_LK)]
     sites = [safe(r.info.site) for r in routers]
     return Figure(
         key="k",
@@ -154,7 +154,7 @@ def k_histogram(routers: Sequence[RouterSummary]) -> Figure:
             "yaxis": {"title": {"text": "share of tokens"}, "tickformat": ".0%", "range": [0, 1]},
             "height": 300,
         },
-        headings=("layer", *(f"{k} experts" for k in range(width))),
+        headings=("layer", *(f"{k} experts" for k in range(length))),
         rows=[(r.info.site, *counts) for r, counts in zip(routers, counts_LK, strict=True)],
     )
 

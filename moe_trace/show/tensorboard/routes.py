@@ -117,8 +117,8 @@ def _read(path: Path, *version: int) -> _Kept:
         routes = read_routes(path)
     except MemoryError as error:
         raise TraceFileError(f"{path.name}: too large for the memory that this machine has left") from error
-    path = os.environ.get(TOKENIZER) if routes.token_ids is not None else None
-    vocabulary = read_vocabulary(path) if path else None
+    tokenizer_path = os.environ.get(TOKENIZER) if routes.token_ids is not None else None
+    vocabulary = read_vocabulary(tokenizer_path) if tokenizer_path else None
     return _Kept(routes, [TokenPages(group, vocabulary) for group in routes.groups])
 
 

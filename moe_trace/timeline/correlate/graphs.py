@@ -59,18 +59,12 @@ def place_in_graphs(
     samples, found, why_untimed = list(placed.samples), dict[int, Found](), dict[int, str]()
     for recording in recordings:
         names = {router.name for router in recording.routers}
-        in_graph_samples = {
-            row: sample for row, sample in enumerate(samples) if sample.in_graph and sample.name in names
-        }
+        own = {row: sample for row, sample in enumerate(samples) if sample.in_graph and sample.name in names}
         replays = Replays(recording, launches, clock)
-        host_forwards = _HostForwards(
-            ranges, {sample.thread for sample in in_graph_samples.values()}, replays
-        )
-        device_forwards = _DeviceForwards(in_graph_samples.values(), replays)
-        for row, sample in in_graph_samples.items():
-            place = found[row] = (host_forwards if sample.host_start_ns else device_forwards).placement(
-                sample
-            )
+        on_host = _HostForwards(ranges, {sample.thread for sample in own.values()}, replays)
+        on_device = _DeviceForwards(own.values(), replays)
+        for row, sample in own.items():
+            place = found[row] = (on_host if sample.host_start_ns else on_device).placement(sample)
             if isinstance(place, Placement):
                 why_untimed[row] = replays.why_untimed(place)
             elif place == NO_RANGE:
