@@ -34,7 +34,7 @@ def notes_of(recording: Recording) -> list[str]:
     if lost.never_called:
         notes.append(
             f"{len(lost.never_called)} of {len(recording.routers)} routers were found but never called "
-            f"({_first(lost.never_called)}): those layers did not run, or a fused kernel replaced them"
+            f"({_first_names(lost.never_called)}): those layers did not run, or a fused kernel replaced them"
         )
     for name, why in lost.misread.items():
         notes.append(
@@ -82,11 +82,11 @@ def _lost_calls(lost: Lost) -> list[str]:
     for reason, words in LOST_CALLS.items():
         sites = {name: reasons[reason] for name, reasons in lost.calls.items() if reasons.get(reason)}
         if sites and reason != "unreadable":  # a note on `misread` already covers these
-            notes.append(f"{sum(sites.values())} router calls ({_first(list(sites))}) {words}")
+            notes.append(f"{sum(sites.values())} router calls ({_first_names(list(sites))}) {words}")
     if lost.not_reached:
         notes.append(
             f"{max(lost.not_reached.values())} forwards did not reach the hooks of {len(lost.not_reached)} "
-            f"routers that earlier ones did ({_first(list(lost.not_reached))}): their modules were replaced "
+            f"routers that earlier ones did ({_first_names(list(lost.not_reached))}): their modules were replaced "
             "or not run, or recording was stopped before; make a new MoETracer after changing the model, and "
             "stop it between two forwards"
         )
@@ -170,9 +170,9 @@ def _router_notes(routers: Sequence[RouterInfo]) -> list[str]:
     for router in routers:
         for note in router.notes:
             sites.setdefault(note, []).append(router.site)
-    return [f"{_first(names)}: {note}" for note, names in sites.items()]
+    return [f"{_first_names(names)}: {note}" for note, names in sites.items()]
 
 
-def _first(names: Sequence[str], count: int = 3) -> str:
+def _first_names(names: Sequence[str], count: int = 3) -> str:
     shown = ", ".join(names[:count])
     return shown if len(names) <= count else f"{shown}, …"

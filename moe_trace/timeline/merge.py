@@ -161,7 +161,7 @@ def merge_in_place(
         window = trace_window(trace_events)
         if window is None:
             raise NothingRecorded(f"{path}: the trace holds no event, so that no sample lies in its time")
-        renamed = _with_own_names(recordings)
+        renamed = _with_unique_names(recordings)
         placed = _place(trace_events, search, renamed, layout.base_time_ns, window, activities)
         combined = _combine(renamed, placed)
         band = PlacedCalls.of(
@@ -179,11 +179,12 @@ def merge_in_place(
         insert_addition(file, layout.events.end, addition)
     lost = Lost(**placed.lost())
     return Merged(
-        [_placed_of(recording, own, placed) for recording, own in zip(recordings, renamed, strict=True)], lost
+        [_own_samples(recording, own, placed) for recording, own in zip(recordings, renamed, strict=True)],
+        lost,
     )
 
 
-def _with_own_names(recordings: Sequence[Recording]) -> list[Recording]:
+def _with_unique_names(recordings: Sequence[Recording]) -> list[Recording]:
     """Make module paths unique across recordings, as models of one class have the same paths."""
     names = [router.name for recording in recordings for router in recording.routers]
     if len(set(names)) == len(names):
@@ -214,7 +215,7 @@ def _renamed(calls: CallTable, name: Callable[[str], str]) -> CallTable:
     return replace(calls, keys=tuple(key._replace(name=name(key.name)) for key in calls.keys))
 
 
-def _placed_of(recording: Recording, named: Recording, placed: Placed) -> CallTable:
+def _own_samples(recording: Recording, named: Recording, placed: Placed) -> CallTable:
     """Return one recording's placed samples, under their original names."""
     original = {own.name: router.name for router, own in zip(recording.routers, named.routers, strict=True)}
     own = np.array([key.name in original for key in placed.samples.keys], bool)

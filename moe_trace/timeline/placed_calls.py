@@ -37,7 +37,7 @@ class PlacedCalls:
     def of(calls: CallTable, *, experts_are_split: bool = False, by_compiler: bool = False) -> PlacedCalls:
         """Return the calls of a table that have a placement."""
         calls = calls.take(calls.places.placed)
-        placed = PlacedCalls.on(_drawn_on_device(calls), calls, experts_are_split=experts_are_split)
+        placed = PlacedCalls.on(_is_on_device(calls), calls, experts_are_split=experts_are_split)
         return replace(placed, by_compiler=by_compiler)
 
     @staticmethod
@@ -192,7 +192,7 @@ class Replays:
             }
 
 
-def _drawn_on_device(calls: CallTable) -> Mask:
+def _is_on_device(calls: CallTable) -> Mask:
     in_graph = _is_known(calls.places.span("host", "graph")) & _is_known(calls.places.span("device", "graph"))
     own = (_is_known(calls.places.span("device", kind)) for kind in ("router", "block"))
     return np.logical_or.reduce([in_graph, *own])
@@ -204,7 +204,7 @@ def experts_range_us(calls: CallTable) -> Floats:
     It is on the clock that the band draws.
     """
     device, host = (calls.duration_us(side, "experts") for side in ("device", "host"))
-    return np.where(_drawn_on_device(calls), device, host)
+    return np.where(_is_on_device(calls), device, host)
 
 
 def _layer_spans(spans: Mapping[RangeKind, Floats]) -> Floats:

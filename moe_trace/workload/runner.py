@@ -123,7 +123,7 @@ def _record(
             f"found {len(prof.tracer.sites)} routers, but none was called in {config.steps} steps; "
             f"check --layers and --every ({config.every})"
         )
-    trace = _written(config, worker, earlier)
+    trace = _written_trace(config, worker, earlier)
     for file in earlier if worker.is_rank0 else []:  # only now, so that a failed run keeps the previous one
         file.unlink(missing_ok=True)
     return trace, prof
@@ -133,7 +133,7 @@ def _interrupted(config: RunConfig, worker: Worker, earlier: list[Path], steps: 
     """Return the error after Ctrl-C. An earlier run in the folder is kept, since this one did not finish."""
     ended = f"interrupted after {steps} of {config.steps} recorded steps"
     return Interrupted(
-        f"{ended}; what was recorded until then is kept in {_written(config, worker, earlier)}"
+        f"{ended}; what was recorded until then is kept in {_written_trace(config, worker, earlier)}"
     )
 
 
@@ -226,7 +226,7 @@ def _report_failures(worker: Worker, config: RunConfig) -> Iterator[None]:
         ) from error
 
 
-def _written(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
+def _written_trace(config: RunConfig, worker: Worker, earlier: list[Path]) -> Path:
     name = f".rank{worker.rank}." if worker.store is not None else ""
     known = {file.name for file in earlier}
     traces = [f for f in traces_in(config.out) if name in f.name]

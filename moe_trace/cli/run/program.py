@@ -51,7 +51,7 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
         for folder in new_folders:
             with suppress(OSError):  # not empty, or never made
                 folder.rmdir()
-    with suppress(OSError, ValueError), redirect_stdout(_OursToStderr()):  # the stream may be closed
+    with suppress(OSError, ValueError), redirect_stdout(_OwnOutputToStderr()):  # the stream may be closed
         if os.environ.get("RANK", "0") == "0":
             _report(run)
     if run.status == INTERRUPTED:
@@ -59,7 +59,7 @@ def record_program(program: Program, values: dict[str, Any]) -> int:
     return run.status
 
 
-class _OursToStderr:
+class _OwnOutputToStderr:
     """Stdout that sends the text of the thread that created it to stderr, other threads' text to stdout."""
 
     def __init__(self) -> None:

@@ -59,7 +59,7 @@ class JsonCursor:
         if not first:
             raise TraceFileError(f"{self.name}: found an empty file; export the trace again")
         if first != b"{":
-            raise TraceFileError(self._foreign())
+            raise TraceFileError(self._foreign_format())
         self._index += 1
         if self._peek() == b"}":
             self._index += 1
@@ -244,7 +244,7 @@ class JsonCursor:
             "it again"
         )
 
-    def _foreign(self) -> str:
+    def _foreign_format(self) -> str:
         return (
             f"{self.name}: expected the Chrome trace JSON of torch.profiler, an object with `traceEvents`, "
             f"found {self._excerpt(self._index)!r}; give the .json or .json.gz file that "

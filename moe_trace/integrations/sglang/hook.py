@@ -48,12 +48,12 @@ class _FollowProfiler:
         if self._failed or (self._ready and profiled is (self._tracer is not None)):
             return
         try:
-            self._follow(module, profiled)
+            self._update_tracer(module, profiled)
         except (MoETraceError, TypeError) as error:
             self._failed = True
             warnings.warn(f"the routing is not recorded: {error}", RuntimeWarning, stacklevel=2)
 
-    def _follow(self, module: nn.Module, profiled: bool) -> None:
+    def _update_tracer(self, module: nn.Module, profiled: bool) -> None:
         if not self._ready:  # first forward: compile kernels now, not while profiling
             with MoETracer(module, **self._config):
                 self._ready = True

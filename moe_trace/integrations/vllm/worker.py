@@ -53,7 +53,7 @@ class WorkerTracing:
         if self.compiles:
             keep_caches_apart(self.config)
         if self.stays:
-            _wrap(worker, "load_model", after=self._guarded(self.begin))
+            _wrap(worker, "load_model", after=self._catching_errors(self.begin))
         if wanted():
             self._measure(worker)
         profile = worker.profile
@@ -61,11 +61,11 @@ class WorkerTracing:
         @functools.wraps(profile)
         def start_or_stop(is_start: bool = True, *args: Any, **kwargs: Any) -> Any:
             if is_start:
-                self._guarded(self._profile_starts)(kwargs.get("delay_iterations"))
+                self._catching_errors(self._profile_starts)(kwargs.get("delay_iterations"))
             try:
                 return profile(is_start, *args, **kwargs)
             finally:
-                self._guarded(self._profile_started if is_start else self.end)()
+                self._catching_errors(self._profile_started if is_start else self.end)()
 
         worker.profile = start_or_stop
 
@@ -77,7 +77,7 @@ class WorkerTracing:
                 if self.metrics is not None and not self._is_profiling:
                     getattr(self.metrics, name)()
 
-            return self._guarded(call)
+            return self._catching_errors(call)
 
         _wrap(worker, "compile_or_warm_up_model", after=when_idle("forget"))
         _wrap(worker, "execute_dummy_batch", before=when_idle("keep"), after=when_idle("forget"))
@@ -102,8 +102,8 @@ class WorkerTracing:
         profiler = getattr(self.worker, "profiler", None)
         if profiler is not None and profiler is not self._followed_profiler:
             self._followed_profiler = profiler
-            _wrap(profiler, "_start", before=self._guarded(self.begin))
-            _wrap(profiler, "_stop", after=self._guarded(self.end))
+            _wrap(profiler, "_start", before=self._catching_errors(self.begin))
+            _wrap(profiler, "_stop", after=self._catching_errors(self.end))
         if not getattr(profiler, "is_running", True):  # failed to start, or is delayed
             self.end()
 
@@ -135,7 +135,7 @@ class WorkerTracing:
 
     # -- errors are not raised into vLLM ----------------------------------------------------------------
 
-    def _guarded(self, function: Callable[..., Any]) -> Callable[..., None]:
+    def _catching_errors(self, function: Callable[..., Any]) -> Callable[..., None]:
         def call(*args: Any) -> None:
             if self._failed:
                 return

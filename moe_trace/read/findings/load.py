@@ -47,13 +47,13 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
         return
     uneven.sort(key=lambda pair: (-pair[0], -(pair[1].chance.cv_beyond or 0.0)))  # many tie at the ceiling
     worst = uneven[0][1]
-    others = [(r.info.site, f"expert {_busiest(r)} {ratio:.1f}×") for ratio, r in uneven[1:]]
+    others = [(r.info.site, f"expert {_busiest_expert(r)} {ratio:.1f}×") for ratio, r in uneven[1:]]
     ceiling = worst.chance.ceiling
     ceiling_note = f", most possible {ceiling:.1f}×" if ceiling is not None else ""
     yield _finding_of_layers(
         uneven,
         HOT_SHARE,
-        sentence=f"{worst.info.site}: expert {_busiest(worst)} gets {uneven[0][0]:.1f}× its share of the "
+        sentence=f"{worst.info.site}: expert {_busiest_expert(worst)} gets {uneven[0][0]:.1f}× its share of the "
         f"assignments (threshold {HOT_SHARE:.0f}×{ceiling_note})"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_advice_of_load(evidence),
@@ -79,7 +79,7 @@ def _advice_of_load(evidence: Evidence) -> str:
     return "Whether that costs time on this device, the trace does not tell; compare other text first."
 
 
-def _busiest(router: RouterSummary) -> int:
+def _busiest_expert(router: RouterSummary) -> int:
     return max(range(len(router.assignments)), key=router.assignments.__getitem__)
 
 

@@ -46,13 +46,13 @@ def hot_rank(evidence: Evidence) -> Iterator[Finding]:
         threshold=HOT_RANK,
         cost_us=sum(layer.wait_us or 0.0 for _, layer in uneven) or None,
         sentence=f"{worst.site}: rank {worst.hot_rank} computes {ratio:.2f}× the mean rank's share of "
-        f"{sum(worst.load):,} assignments (threshold {HOT_RANK}×){_expert(worst)}"
+        f"{sum(worst.load):,} assignments (threshold {HOT_RANK}×){_expert_note(worst)}"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_UNEQUAL_EXPERTS if report.exchange else _UNEQUAL_TOKENS,
     )
 
 
-def _expert(layer: LayerRanks) -> str:
+def _expert_note(layer: LayerRanks) -> str:
     if layer.hot_expert is None or layer.hot_expert_share is None:
         return ""
     return f"; its busiest expert, {layer.hot_expert}, takes {percent(layer.hot_expert_share)} of that"

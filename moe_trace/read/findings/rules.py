@@ -21,12 +21,12 @@ RULES: tuple[Rule, ...] = (*load.RULES, *ranks.RULES, *time.RULES, *RUN_RULES)
 
 def find(evidence: Evidence) -> tuple[Finding, ...]:
     """Return all findings, worst first: errors, then by the time lost, then those without a known time."""
-    found = _found(RULES, evidence)
+    found = _apply_rules(RULES, evidence)
     by_compiler = evidence.phases is not None and evidence.phases.provenance is not None
     return ranked(_with_provenance(finding) if by_compiler else finding for finding in found)
 
 
-def _found(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
+def _apply_rules(rules: Iterable[Rule], evidence: Evidence) -> list[Finding]:
     return [replace(finding, rule=rule.__name__) for rule in rules for finding in rule(evidence)]
 
 
@@ -40,7 +40,7 @@ def _with_provenance(finding: Finding) -> Finding:
 def find_apart(whole: Evidence, stages: Mapping[Stage, Iterable[Finding]]) -> tuple[Finding, ...]:
     """Combine the findings of several stages, each marked with its stage, and those about the run once."""
     names = {rule.__name__ for rule in RUN_RULES}
-    found = _found(RUN_RULES, whole)
+    found = _apply_rules(RUN_RULES, whole)
     for stage, findings in stages.items():
         found += [
             replace(finding, stage=stage, sentence=f"{stage.capitalize()}: {finding.sentence}")

@@ -117,10 +117,10 @@ def exchange_times(
     by_rank = {rank_calls.rank: rank_calls for rank_calls in ranks}
     order: dict[str, int] = {role: place for place, role in enumerate(ROLES)}
     ordered = sorted(groups, key=lambda k: (*k[:2], order.get(k[2], len(order)), *k[2:]))
-    return tuple(_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)
+    return tuple(_exchange_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)
 
 
-def _time(
+def _exchange_time(
     key: tuple[int, str, str, int],
     calls: Sequence[Collective],
     of: RankCalls,
@@ -131,7 +131,7 @@ def _time(
     known = len(waits) == len(calls)
     times = [c.time_ns for c in calls if c.time_ns is not None]
     time_ns, wait_ns = sum(times), sum(waits)
-    leaving = _sum([_leaving(c, of) for c in calls])
+    leaving = _sum([_bytes_leaving(c, of) for c in calls])
     moving_ns = time_ns - wait_ns if known else time_ns
     has_rate = leaving is not None and moving_ns > 0 and len(times) == len(calls)
     return ExchangeTime(
@@ -154,7 +154,7 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _leaving(collective: Collective, of: RankCalls) -> int | None:
+def _bytes_leaving(collective: Collective, of: RankCalls) -> int | None:
     if collective.facts.kind != "all_to_all":
         return collective.bytes_in
     group = collective.facts.group or (of.parallel.expert_ranks if of.parallel is not None else ())

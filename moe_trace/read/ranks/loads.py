@@ -87,7 +87,7 @@ def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> IntArr
     experts = records.experts[name]
     held = np.zeros((len(group), experts), np.int64)
     for row, rank in enumerate(group):
-        ids = _held_by(records, name, rank)
+        ids = _experts_of_rank(records, name, rank)
         if ids is not None:
             held[row, [i for i in ids if 0 <= i < experts]] = 1
     unknown = [row for row, rank in enumerate(group) if rank not in records.by_rank]
@@ -98,7 +98,7 @@ def held_matrix(records: RankRecords, name: str, group: Sequence[int]) -> IntArr
     return held
 
 
-def _held_by(records: RankRecords, name: str, rank: int) -> Sequence[int] | None:
+def _experts_of_rank(records: RankRecords, name: str, rank: int) -> Sequence[int] | None:
     if rank not in records.by_rank:
         return None
     for router in records.by_rank[rank].routers:
@@ -211,7 +211,7 @@ def _load(
         group = records.parallel(rank).expert_ranks or (rank,)
         matrix, slots = held[group], samples[rank].slot_assignments
         slots = samples[rank].assignments if slots is None else slots
-        held_experts = _held_by(records, samples[rank].name, rank) if matrix is None else None
+        held_experts = _experts_of_rank(records, samples[rank].name, rank) if matrix is None else None
         if matrix is not None:
             load[row] = _sum_by_holder(matrix, slots)[group.index(rank)]
         elif held_experts is not None:

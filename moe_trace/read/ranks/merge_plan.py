@@ -69,7 +69,7 @@ def plan_merge(paths: Sequence[str | Path], out: Path, progress: Progress | None
         elif path in map(Path, paths):
             raise UsageError(f"{path} holds several ranks already; give the traces that the ranks wrote")
     ranks = tuple(sorted(traces, key=lambda trace: trace.calls.rank))
-    _refuse(ranks, left_out)
+    _check_ranks(ranks, left_out)
     calls = [trace.calls for trace in ranks]
     present = {rank_calls.rank for rank_calls in calls}
     world_size = max(trace.recording.world_size for trace in ranks)
@@ -113,7 +113,7 @@ def _read(path: Path, progress: Progress | None) -> RankTrace | None:
     )
 
 
-def _refuse(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
+def _check_ranks(ranks: Sequence[RankTrace], left_out: dict[str, str]) -> None:
     if not ranks and left_out:
         file, reason = next(iter(left_out.items()))
         raise TraceFileError(f"{file}: {reason}")

@@ -47,12 +47,12 @@ def write_merged(plan: MergePlan, out: Path, progress: Progress | None = None) -
     """
     if not any(trace.recording.samples for trace in plan.ranks):
         raise NothingRecorded("none of the ranks recorded a router call; there is nothing to merge")
-    with whole_file(out) as temporary, _opened(temporary) as file:
+    with whole_file(out) as temporary, _open_output(temporary) as file:
         return _Writer(plan, file, progress).write(out.name)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open_output(path: Path) -> Iterator[BinaryIO]:
     with path.open("wb") as raw:
         if path.suffix != ".gz":
             yield raw
@@ -82,7 +82,7 @@ class _Writer:
             self._write_bytes(b"%b: %b,\n" % (json.dumps(key).encode(), value))
         self._write_bytes(b'"traceEvents": [')
         for place, trace in enumerate(self._plan.ranks):
-            self._put_events(trace, place)
+            self._write_events(trace, place)
         merged = self._merged()
         recording = joined_recording(self._plan)
         label = band_label(recording.rank, self._label_us or 0.0)
@@ -112,7 +112,7 @@ class _Writer:
             "traceName": json.dumps(name).encode(),
         }
 
-    def _put_events(self, trace: RankTrace, place: int) -> None:
+    def _write_events(self, trace: RankTrace, place: int) -> None:
         renamer = Renamer(
             rank=trace.calls.rank,
             place=place,
@@ -125,13 +125,13 @@ class _Writer:
             for key in stream.walk():
                 if key == "traceEvents":
                     seen = True
-                    self._put_batches(stream, renamer)
+                    self._write_batches(stream, renamer)
                 elif seen and place == 0 and key not in _OWN_KEYS and key not in trace.head:
                     self._after[key] = stream.value()
                 else:
                     stream.skip()
 
-    def _put_batches(self, stream: JsonStream, renamer: Renamer) -> None:
+    def _write_batches(self, stream: JsonStream, renamer: Renamer) -> None:
         for batch in stream.batches(_decode, _decode_one):
             renamed = [renamer.rename(event) for event in batch if event is not _UNREADABLE]
             lines = [_encode(event) for event in renamed if not self._takes_label(event)]

@@ -140,7 +140,7 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
             )
         # Calls without times are removed after matching, as earlier removal would shift the order.
         elif timed := [row for row in rows if all(c.work_ns is not None for c in row)]:
-            shared = _shared(key, members, timed, base)
+            shared = _shared_calls(key, members, timed, base)
             time_gap = _time_gap_reason(shared, hosts)
             if time_gap:
                 refused.append(time_gap)
@@ -173,7 +173,7 @@ def _match_by_sequence(lists: Sequence[Sequence[Collective]]) -> list[tuple[Coll
     return [tuple(table[number] for table in tables) for number in common]
 
 
-def _shared(
+def _shared_calls(
     key: _Key, members: tuple[int, ...], rows: list[tuple[Collective, ...]], base: dict[int, int]
 ) -> SharedCalls:
     base_R = np.array([base[rank] for rank in members], np.int64)

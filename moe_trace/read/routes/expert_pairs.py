@@ -116,7 +116,7 @@ def transition(here: LayerTokens, after: LayerTokens) -> Transition:
     tested = tested[tested < len(here)] if middle else tested[:0]
     slots = min(after.ids.shape[1], after.experts)
     guesses = predict(np.nan_to_num(ratio(first, used_E[:, None])), here.ids[tested], slots)
-    by_load = np.tile(_largest(used_next_E[None].astype(np.float64), slots), (len(tested), 1))
+    by_load = np.tile(_top_ids(used_next_E[None].astype(np.float64), slots), (len(tested), 1))
     actual = expert_sets(after.ids[tested], after.experts)
     hits = [total_size(expert_sets(g, after.experts) & actual) for g in (guesses, by_load)]
     total = total_size(actual)
@@ -149,11 +149,11 @@ def predict(probability: Floats, ids_NK: np.ndarray, slots: int) -> np.ndarray:
     for start in range(0, len(ids_NK), 1 << 12):
         ids = ids_NK[start : start + (1 << 12)]
         scores = sum((padded[ids_N] for ids_N in ids.T), np.zeros((len(ids), probability.shape[1])))
-        guesses[start : start + len(ids)] = _largest(scores, slots)
+        guesses[start : start + len(ids)] = _top_ids(scores, slots)
     return guesses
 
 
-def _largest(scores_NE: Floats, slots: int) -> np.ndarray:
+def _top_ids(scores_NE: Floats, slots: int) -> np.ndarray:
     return np.argsort(-scores_NE, axis=1, kind="stable")[:, :slots].astype(np.uint16)
 
 

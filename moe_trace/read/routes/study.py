@@ -99,7 +99,7 @@ def study(
     Raises:
         UsageError: There are no parts, their layers differ, or labels or predictions do not match them.
     """
-    names = _checked(parts, labels, predicted)
+    names = _checked_labels(parts, labels, predicted)
     groups = [
         _group([part.groups[number] for part in parts], names, pairs, predicted if number == 0 else None)
         for number in range(min(len(part.groups) for part in parts))
@@ -107,7 +107,7 @@ def study(
     return replace(groups[0], others=tuple(groups[1:]))
 
 
-def _checked(
+def _checked_labels(
     parts: Sequence[RecordedRoutes], labels: Sequence[str] | None, predicted: Sequence[np.ndarray] | None
 ) -> tuple[str, ...]:
     if not parts:

@@ -39,7 +39,7 @@ def expert_heat_map(summary: Summary) -> Figure:
     frames = [Frame(label="all steps", z=overall)]
     if isinstance(summary, TraceSummary):
         frames += _step_frames(summary.calls, routers, experts)
-    highest, note = _colours_end(overall)
+    highest, note = _colour_limit(overall)
     data, layout = _diverging_map(overall, [r.info.site for r in routers], "expert", 0.0, 1.0, highest)
     return Figure(
         key="experts",
@@ -59,7 +59,7 @@ def physical_figure(report: PhysicalReport | None) -> Figure:
     layers = report.layers if report is not None else ()
     width = max((len(layer.assignments) for layer in layers), default=0)
     z = [equal_share_row(np.array(layer.assignments), width) for layer in layers]
-    highest, note = _colours_end(z)
+    highest, note = _colour_limit(z)
     held: Spec = {
         "text": [[_slot_experts(layer, slot) for slot in range(width)] for layer in layers],
         "hovertemplate": "layer %{y}, slot %{x}: %{z:.2f}× equal share<extra>%{text}</extra>",
@@ -142,7 +142,7 @@ def _diverging_map(
     return [cells] if z else [], {**layout, "xaxis": ids_axis(column, width)}
 
 
-def _colours_end(z: Rows) -> tuple[float, str]:
+def _colour_limit(z: Rows) -> tuple[float, str]:
     """Return the highest multiple of an equal share with its own colour, and a note for the caption."""
     known = [value for row in z for value in row if value is not None]
     highest = max(2.0, colour_cap(known, least=4.0))

@@ -119,7 +119,13 @@ def cards(summary: TraceSummary, path: str = "") -> list[JsonDict]:
     Args:
         path: prefix of the summary in the report's JSON.
     """
-    found = [_moe_share(summary), _worst_load(summary), _dead(summary), _confidence(summary), _speed(summary)]
+    found = [
+        _moe_share(summary),
+        _worst_load(summary),
+        _dead_experts(summary),
+        _confidence(summary),
+        _speed(summary),
+    ]
     return [{**card._asdict(), "path": card.path and f"{path}{card.path}"} for card in found]
 
 
@@ -158,7 +164,7 @@ def _worst_load(summary: TraceSummary) -> _Card:
     return _Card(label, "routing", f"in {site}", value, f"{number(value)}×", path, site)
 
 
-def _dead(summary: TraceSummary) -> _Card:
+def _dead_experts(summary: TraceSummary) -> _Card:
     if not any(router.chance.tells_dead for router in summary.routers):
         return _Card("dead experts", "routing", "too few tokens to say")
     dead = summary.dead_experts()

@@ -82,7 +82,7 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
             be subtracted (gloo waits in operators of the host), no straggler is named.
     """
     rows = by_rank(summaries)
-    without_waits = _take_waits_out(rows, report)
+    without_waits = _subtract_waits(rows, report)
     if len(rows) < 2:
         return {"ranks": len(rows), "figures": {}}
     waits_inside = bool(report is not None and report.exchanges) and not without_waits
@@ -99,7 +99,7 @@ def ranks(summaries: Sequence[TraceSummary], report: RankReport | None = None) -
     }
 
 
-def _take_waits_out(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
+def _subtract_waits(rows: Sequence[JsonDict], report: RankReport | None) -> bool:
     """Subtract the waits in the layers' kernels from the ranks' work; return whether all were known."""
     exchanges = report.exchanges if report is not None else ()
     if not exchanges or not all(

@@ -43,7 +43,7 @@ def _figures(summary: Summary) -> list[str]:
 def _findings(summary: TraceSummary) -> list[str]:
     if not summary.findings:
         return []
-    sentences = _once_for_all_stages(summary.findings)
+    sentences = _merge_stages(summary.findings)
     first, omitted = sentences[:FINDINGS_SHOWN], len(sentences) - FINDINGS_SHOWN
     lines = [wrapped(printable(sentence, 2000)) for sentence in first]
     if omitted > 0:
@@ -51,7 +51,7 @@ def _findings(summary: TraceSummary) -> list[str]:
     return ["Findings, worst first\n" + "\n".join(lines)]
 
 
-def _once_for_all_stages(findings: Sequence[Finding]) -> list[str]:
+def _merge_stages(findings: Sequence[Finding]) -> list[str]:
     """Merge findings that are equal in several stages, at the position of the worst, naming the stages."""
     stages: dict[str, list[str]] = {}
     for finding in findings:

@@ -140,12 +140,12 @@ def _events_at(
             if match.start() >= window.until:
                 break
             if wanted is None or int(match.group(1)) in wanted:
-                event = _event_round(window, match.start())
+                event = _event_around(window, match.start())
                 if event is not None:
                     yield event
 
 
-def _event_round(window: Window, position: int) -> dict[str, Any] | None:
+def _event_around(window: Window, position: int) -> dict[str, Any] | None:
     """Decode the event around a position, which Kineto starts with `ph`; kernel names may contain braces."""
     buffer = window.buffer
     phase = buffer.rfind(b'"ph"', max(0, position - windows.EVENT_MAX), position)

@@ -52,7 +52,7 @@ class RangeSearch:
 
     def __call__(self, window: Window) -> None:
         """Search the next window."""
-        self._names = self._names or _names_as_spelt(window)
+        self._names = self._names or _spelled_prefix(window)
         self._found.extend(_ranges_in(window, self._names))
 
     def found(self, events: EventBytes) -> list[RangeEvent]:
@@ -64,7 +64,7 @@ class RangeSearch:
         return self._found
 
 
-def _names_as_spelt(window: Window) -> bytes:
+def _spelled_prefix(window: Window) -> bytes:
     """Return the names' prefix as this file spells it: a longer search text makes the search faster."""
     spellings = set(_SPELLING.findall(window.buffer, window.since, min(window.filled, _SAMPLE_BYTES)))
     if len(spellings) != 1:
@@ -165,7 +165,7 @@ def trace_window(events: EventBytes) -> Span | None:
     last = max(events.start, events.end - _TAIL_BYTES)
     events.file.seek(last)
     window = _profiler_span(events.file.read(events.end - last))
-    return window if window is not None else _hull_of_events(events)
+    return window if window is not None else _span_of_events(events)
 
 
 def _profiler_span(text: bytes) -> Span | None:
@@ -180,7 +180,7 @@ def _profiler_span(text: bytes) -> Span | None:
     return None
 
 
-def _hull_of_events(events: EventBytes) -> Span | None:
+def _span_of_events(events: EventBytes) -> Span | None:
     start, end = math.inf, -math.inf
     for event in events_as(_Timed, events):
         if event.ph == "X" and event.cat == "Trace":  # the profiler's own span, wherever a tool put it

@@ -62,7 +62,7 @@ def run_program(program: Program, config: RunConfig) -> ProgramRun:
     def watch() -> None:
         from moe_trace.workload.program.watch import Watch
 
-        settled = replace(config, out=_agreed(config.out))
+        settled = replace(config, out=_shared_folder(config.out))
         watches.append(Watch(settled, worker=_worker()))
         watches[0].start()
 
@@ -114,7 +114,7 @@ def has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _agreed(folder: Path) -> Path:
+def _shared_folder(folder: Path) -> Path:
     """Return rank 0's folder from the store of torchrun's agent; the process group is the program's own."""
     if not _launched() or not has_store():
         return folder

@@ -44,7 +44,7 @@ def places(
 
 
 def _order(policy: StackPolicy, keys: np.ndarray, used: np.ndarray, start: int) -> None:
-    """Fill in the sort keys of the experts after each step: largest is kept first, and those below `width`
+    """Fill in the sort keys of the experts after each step: the largest is kept first; those below `width`
     were not needed yet. All keys of a step are distinct among needed experts."""
     width = keys.shape[1]
     if policy == "lru":

@@ -57,7 +57,7 @@ def align(a: RecordedRoutes, b: RecordedRoutes) -> Alignment:
         )
     if a.token_ids is not None and b.token_ids is not None:
         matched_by = f"token ids, {matched_by}"
-        _same_ids(a, rows_a, b, rows_b)
+        _check_token_ids(a, rows_a, b, rows_b)
     return Alignment(rows_a, rows_b, layers, matched_by, counts[0] - len(rows_a), counts[1] - len(rows_b))
 
 
@@ -94,7 +94,7 @@ def _keys(routes: RecordedRoutes, rows: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _same_ids(a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray) -> None:
+def _check_token_ids(a: RecordedRoutes, rows_a: np.ndarray, b: RecordedRoutes, rows_b: np.ndarray) -> None:
     assert a.token_ids is not None and b.token_ids is not None
     ids_a, ids_b = a.token_ids[rows_a], b.token_ids[rows_b]
     known = (ids_a != UNKNOWN) & (ids_b != UNKNOWN)

@@ -86,7 +86,7 @@ def _parts(response: Any) -> Iterator[tuple[Any, Any, str]]:
 def _array(value: Any, source: str, layers: int | None, top_k: int | None) -> np.ndarray:
     try:
         if isinstance(value, str):
-            return _decoded(base64.b64decode(value, validate=True), layers, top_k)
+            return _decode(base64.b64decode(value, validate=True), layers, top_k)
         if isinstance(value, dict) and value.get("encoding") == "base64":
             if value["dtype"] not in _DTYPES:
                 raise ValueError(f"dtype {value['dtype']!r:.40}")
@@ -103,7 +103,7 @@ def _array(value: Any, source: str, layers: int | None, top_k: int | None) -> np
         ) from error
 
 
-def _decoded(data: bytes, layers: int | None, top_k: int | None) -> np.ndarray:
+def _decode(data: bytes, layers: int | None, top_k: int | None) -> np.ndarray:
     if data.startswith(b"\x93NUMPY"):
         return np.load(io.BytesIO(data), allow_pickle=False)
     if layers is None or top_k is None:
